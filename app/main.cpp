@@ -1,0 +1,136 @@
+// The program: reads the command line, calls one command, prints what went wrong, and exits as all ranks agreed.
+
+#include <CLI/CLI.hpp>
+#include <exception>
+#include <iostream>
+#include <string>
+
+#include "app/build_info.hpp"
+#include "app/info.hpp"
+#include "app/run.hpp"
+#include "nsa/diff.hpp"
+
+namespace {
+
+constexpr auto bug = static_cast<nsa::ExitCode>(1);
+
+constexpr const char* examples = R"(Examples:
+  nsa run inputs/quickstart.toml                        one rank
+  mpirun -n 4 nsa run inputs/quickstart.toml            four ranks, heads=2 x kv=2
+  nsa run big.toml --dry-run --ranks 64                 who would own what, and how many bytes
+  nsa run in.toml --set run.context=[4096,8192] --set run.backend=host --output a.h5
+  nsa run inputs/rtx4090_v2.toml --csv decode.csv       the columns of nsa-vibe's benchmark
+  nsa diff a.h5 b.h5                                    the same result? what got slower?
+
+Exit codes: 0 ok, 2 input or usage, 3 result invalid (diff: results differ), 4 communication, 5 device or memory,
+6 file.)";
+
+struct CommandLine {
+  nsa::RunOptions run;
+  bool dry_run = false;
+  int ranks = 0;
+  std::string diff_a, diff_b;
+};
+
+void describe(CLI::App& app, CommandLine& line) {
+  app.set_version_flag("--version",
+                       std::string("nsa ") + nsa::build::version + " (commit " + nsa::build::git_commit + ")");
+  app.require_subcommand(1);
+  app.footer(examples);
+
+  CLI::App* run = app.add_subcommand("run", "Run an input: prefill, decode or needle, on all ranks of the launch");
+  run->add_option("INPUT", line.run.input, "TOML input")->required();
+  run->add_option("--set", line.run.overrides, "section.key=value, over what the input says; may be repeated")
+      ->allow_extra_args(false);
+  run->add_option("--output", line.run.output, "result file, HDF5 (output.file)");
+  run->add_option("--csv", line.run.csv, "also write the columns of nsa-vibe's benchmark (output.csv)");
+  CLI::Option* dry = run->add_flag("--dry-run", line.dry_run, "print owners, bytes and exchanges; run nothing");
+  run->add_option("--ranks", line.ranks, "ranks to plan for")->needs(dry)->check(CLI::Range(1, 1 << 20));
+  run->footer(examples);
+
+  CLI::App* diff = app.add_subcommand("diff", "Compare two result files: the same result? which stage got slower?");
+  diff->add_option("A", line.diff_a, "result file")->required();
+  diff->add_option("B", line.diff_b, "result file")->required();
+
+  app.add_subcommand("info", "What this build is made of and the devices it sees");
+}
+
+int print_error(const std::exception& error, nsa::ExitCode code) {
+  if (code == bug) {
+    std::cerr << "nsa: internal error: " << error.what() << "; please report it\n";
+  } else {
+    std::cerr << "nsa: error: " << error.what() << "\n";
+  }
+  return static_cast<int>(code);
+}
+
+/// A command of one process.
+template <class Command>
+int alone(Command&& command) {
+  try {
+    return static_cast<int>(command());
+  } catch (const nsa::UserError& error) {
+    return print_error(error, error.code());
+  } catch (const std::exception& error) {
+    return print_error(error, bug);
+  }
+}
+
+/// A command of all ranks. A UserError is thrown on every rank alike, and one of them says it. Anything else may
+/// have hit some ranks only, and the others may be waiting for them: there the launch ends.
+template <class Command>
+int together(int& argc, char**& argv, Command&& command) {
+  nsa::MpiSession session(argc, argv);
+  const nsa::Control world = nsa::Control::world();
+  try {
+    return static_cast<int>(command(world));
+  } catch (const nsa::UserError& error) {
+    if (world.rank() == 0) print_error(error, error.code());
+    return static_cast<int>(error.code());
+  } catch (const std::exception& error) {
+    print_error(error, bug);
+    nsa::MpiSession::abort(bug);
+  }
+}
+
+std::string joined(int argc, char** argv) {
+  std::string text;
+  for (int i = 0; i < argc; ++i) text += std::string(i ? " " : "") + argv[i];
+  return text;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{"Native Sparse Attention on many ranks: run, measure, decide", "nsa"};
+  CommandLine line;
+  describe(app, line);
+  line.run.argv = joined(argc, argv);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& done) {  // --help, --version
+    return app.exit(done);
+  } catch (const CLI::ParseError& error) {
+    const auto refuse = [&]() -> nsa::ExitCode {
+      throw nsa::UserError(std::string(error.what()) + "; see nsa --help");
+    };
+    const bool launched = argc > 1 && std::string(argv[1]) == "run";
+    return launched ? together(argc, argv, [&](const nsa::Control&) { return refuse(); }) : alone(refuse);
+  }
+  if (app.got_subcommand("diff"))
+    return alone([&] {
+      const bool same = nsa::diff_results(std::cout, line.diff_a, line.diff_b);
+      return same ? nsa::ExitCode::ok : nsa::ExitCode::invalid_result;
+    });
+  if (app.got_subcommand("info"))
+    return alone([] {
+      nsa::print_info(std::cout);
+      return nsa::ExitCode::ok;
+    });
+  if (line.dry_run)
+    return alone([&] {
+      nsa::dry_run(line.run, line.ranks);
+      return nsa::ExitCode::ok;
+    });
+  return together(argc, argv, [&](const nsa::Control& world) { return nsa::run(world, line.run); });
+}

@@ -1,0 +1,164 @@
+#include "app/run.hpp"
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <memory>
+
+#include "app/build_info.hpp"
+#include "app/progress.hpp"
+#include "app/threads.hpp"
+#include "nsa/experiment.hpp"
+#include "nsa/partition.hpp"
+#include "nsa/plan.hpp"
+#include "nsa/point.hpp"
+#include "nsa/report.hpp"
+#include "nsa/result_file.hpp"
+
+namespace nsa {
+namespace {
+
+std::string read_text(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::string text{std::istreambuf_iterator<char>(file), {}};
+  if (!file.good() && (!file.eof() || std::filesystem::is_directory(path)))
+    throw UserError("cannot read " + path + " (" + std::strerror(errno) + "); give the path of a TOML input");
+  return text;
+}
+
+Config configure(const std::string& text, const RunOptions& options) {
+  Config config = parse_config(text, options.input, options.overrides);
+  if (!options.output.empty()) config.output.file = options.output;
+  if (!options.csv.empty()) config.output.csv = options.csv;
+  validate(config);
+  return config;
+}
+
+/// The CSV is small and comes last: what would stop it is found out first.
+void check_csv(const std::string& path) {
+  if (path.empty()) return;
+  const std::filesystem::path parent = std::filesystem::absolute(path).parent_path();
+  std::error_code none;
+  const char* why = nullptr;
+  if (!std::filesystem::is_directory(parent, none)) {
+    why = "no such folder";
+  } else if (std::filesystem::is_directory(path, none)) {
+    why = "it is a folder";
+  } else if (access(std::filesystem::exists(path, none) ? path.c_str() : parent.c_str(), W_OK) != 0) {
+    why = std::strerror(errno);
+  }
+  if (why) throw UserError("cannot write " + path + " (" + why + "); choose another --csv", ExitCode::file);
+}
+
+void write_csv(const std::string& path, const std::vector<PointRecord>& points) {
+  if (path.empty()) return;
+  std::ofstream file(path);
+  file << to_csv(points) << std::flush;
+  if (!file)
+    throw UserError("cannot write " + path + " (" + std::strerror(errno) + "); choose another --csv", ExitCode::file);
+}
+
+/// What rank 0 shows and writes while the points run, and at the end.
+class Output {
+ public:
+  Output(const Config& config, const RunRecord& run, int ranks)
+      : config_(config), writer_(config.output.file, run, planned_result_bytes(config, ranks)) {
+    for (const std::int64_t batch : config.run.batch) columns_.batch |= batch != 1;
+    for (const std::int32_t branch : config.run.force_branch) columns_.forced |= branch >= 0;
+  }
+
+  void progress(std::size_t point, std::size_t points, double done, double total, const std::string& what) {
+    progress_.update(point, points, done, total, what);
+  }
+
+  void add(PointRecord record) {
+    writer_.seal(record);
+    record.tensors.clear();  // they may be large and are in the file now
+    progress_.clear();
+    if (config_.kind == TaskKind::needle) {
+      print_needles(std::cout, {record});
+    } else {
+      if (points_.empty()) print_table_header(std::cout, columns_);
+      print_table_row(std::cout, columns_, record);
+    }
+    std::cout.flush();
+    points_.push_back(std::move(record));
+  }
+
+  void finish(const RunRecord& run) {
+    writer_.finish(run);
+    if (config_.kind != TaskKind::needle) {
+      print_table_notes(std::cout);
+      print_slowest(std::cout, points_);
+    }
+    write_csv(config_.output.csv, points_);
+    std::cout << "result: " << config_.output.file << (config_.output.csv.empty() ? "" : ", " + config_.output.csv)
+              << "\n";
+    print_figures(std::cout, points_);
+    std::cout.flush();
+  }
+
+ private:
+  const Config& config_;
+  ResultWriter writer_;
+  TableColumns columns_;
+  ProgressLine progress_;
+  std::vector<PointRecord> points_;
+};
+
+}  // namespace
+
+ExitCode run(const Control& world, const RunOptions& options) {
+  const bool first = world.rank() == 0;
+  std::string text;
+  agreed(world, [&] {
+    if (first) text = read_text(options.input);
+  });
+  const Config config = configure(world.broadcast(text), options);
+  factorise(config, world.size());  // before anything is opened
+  choose_host_threads(world);
+
+  const Session session = open_session(config, world);
+  RunRecord run = describe_run(session, text, options.argv);
+  run.git_commit = build::git_commit;
+  run.compiler = build::compiler;
+  std::unique_ptr<Output> output;
+  agreed(world, [&] {
+    if (!first) return;
+    check_csv(config.output.csv);
+    output = std::make_unique<Output>(config, run, world.size());
+  });
+
+  bool valid = true;
+  const std::vector<Point> points = sweep(config);
+  for (std::size_t i = 0; i < points.size(); ++i) {
+    const auto progress = [&](double done, double total, const std::string& what) {
+      if (first) output->progress(i, points.size(), done, total, what);
+    };
+    PointRecord record = run_point(session, config, points[i], static_cast<std::int64_t>(i), progress);
+    valid &= record.valid;
+    agreed(world, [&] {
+      if (first) output->add(std::move(record));
+    });
+  }
+  close_run(session, run);
+  agreed(world, [&] {
+    if (first) output->finish(run);
+  });
+  return valid ? ExitCode::ok : ExitCode::invalid_result;
+}
+
+void dry_run(const RunOptions& options, int ranks) {
+  const Config config = configure(read_text(options.input), options);
+  if (ranks == 0)
+    ranks = static_cast<int>(std::max<std::int64_t>(1, config.parallel.heads) *
+                             std::max<std::int64_t>(1, config.parallel.kv));
+  print_plan(std::cout, config, ranks);
+}
+
+}  // namespace nsa

@@ -1,0 +1,25 @@
+#pragma once
+// `nsa run`.
+
+#include <string>
+#include <vector>
+
+#include "comm/session.hpp"
+
+namespace nsa {
+
+struct RunOptions {
+  std::string input;                   ///< path of the TOML
+  std::vector<std::string> overrides;  ///< "section.key=value"
+  std::string output, csv;             ///< empty: what the input says
+  std::string argv;                    ///< the whole command line, for the result file
+};
+
+/// Runs every point on all ranks; rank 0 prints and writes. Collective. Throws UserError on every rank alike.
+ExitCode run(const Control& world, const RunOptions& options);
+
+/// Prints the plan for `ranks` ranks (0: what the input's heads and kv say, 1 where they are "auto") and touches
+/// nothing. No MPI.
+void dry_run(const RunOptions& options, int ranks);
+
+}  // namespace nsa

@@ -1,0 +1,35 @@
+#pragma once
+// Collectives on backend memory, queued on a stream: MPI on the host, NCCL on CUDA. The backend decides; there
+// is no second choice. A group of one rank copies nothing and calls no library.
+
+#include <cstddef>
+#include <memory>
+#include <string>
+
+#include "comm/session.hpp"
+#include "kernels/backend.hpp"
+
+namespace nsa {
+
+class Communicator {
+ public:
+  Communicator();  ///< a group of one
+  /// Collective over `group`.
+  Communicator(const Backend& backend, const Control& group);
+  ~Communicator();
+  Communicator(Communicator&&) noexcept;
+  /// Of NCCL; empty in a build without.
+  static std::string library_version();
+  int rank() const;
+  int size() const;
+  /// recv [size][bytes] on every rank. send may be recv + rank * bytes.
+  void all_gather(const void* send, void* recv, std::size_t bytes, Stream* stream) const;
+  /// data [count] = sum over ranks, by rising rank on the host, in place.
+  void all_reduce_sum(float* data, std::size_t count, Stream* stream) const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace nsa

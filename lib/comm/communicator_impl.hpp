@@ -1,0 +1,43 @@
+#pragma once
+// What a Communicator holds: a group's size and three functions of MPI or of NCCL. Only for lib/comm.
+
+#include <mpi.h>
+
+#include <cstddef>
+
+#include "comm/communicator.hpp"
+
+namespace nsa {
+
+struct Control::Impl {
+  MPI_Comm comm = MPI_COMM_NULL;
+  MPI_Comm host = MPI_COMM_NULL;  ///< the ranks of `comm` on this host
+  int rank = 0, size = 1, local_rank = 0, local_size = 1;
+  explicit Impl(MPI_Comm owned);
+  ~Impl();
+  Impl(const Impl&) = delete;
+  Impl& operator=(const Impl&) = delete;
+};
+
+struct CollectiveOps {
+  void (*all_gather)(void* state, const void* send, void* recv, std::size_t bytes, Stream* stream);
+  void (*all_reduce_sum)(void* state, float* data, std::size_t count, Stream* stream);
+  void (*close)(void* state) noexcept;
+};
+
+struct Communicator::Impl {
+  int rank = 0, size = 1;
+  void* state = nullptr;  ///< null for a group of one
+  CollectiveOps ops{};
+};
+
+/// Throws InternalError naming the call when MPI returns an error.
+void check_mpi(int code, const char* call);
+
+/// Collective over `group`; returns the state of a blocking NCCL communicator, bootstrapped over MPI.
+void* open_nccl(const Control::Impl& group, CollectiveOps& ops);
+
+/// "2.28.3"; empty in a build without CUDA.
+std::string nccl_version();
+
+}  // namespace nsa

@@ -1,0 +1,148 @@
+#include "comm/session.hpp"
+
+#include <mpi.h>
+
+#include <algorithm>
+#include <exception>
+#include <numeric>
+
+#include "comm/communicator_impl.hpp"
+
+namespace nsa {
+
+void check_mpi(int code, const char* call) {
+  if (code == MPI_SUCCESS) return;
+  char text[MPI_MAX_ERROR_STRING];
+  int length = 0;
+  MPI_Error_string(code, text, &length);
+  throw InternalError(std::string(call) + " failed (" + std::string(text, length) + ")");
+}
+
+MpiSession::MpiSession(int& argc, char**& argv) {
+  int provided = 0;
+  check_mpi(MPI_Init_thread(&argc, &argv, MPI_THREAD_MULTIPLE, &provided), "MPI_Init_thread");
+  MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+}
+
+MpiSession::~MpiSession() {
+  if (std::uncaught_exceptions() == 0) MPI_Finalize();
+}
+
+void MpiSession::abort(ExitCode code) {
+  MPI_Abort(MPI_COMM_WORLD, static_cast<int>(code));
+  std::abort();
+}
+
+std::string MpiSession::library_version() {
+  char text[MPI_MAX_LIBRARY_VERSION_STRING];
+  int length = 0;
+  check_mpi(MPI_Get_library_version(text, &length), "MPI_Get_library_version");
+  const std::string version(text, length);
+  return version.substr(0, version.find(','));
+}
+
+Control::Impl::Impl(MPI_Comm owned) : comm(owned) {
+  MPI_Comm_set_errhandler(comm, MPI_ERRORS_RETURN);
+  MPI_Comm_rank(comm, &rank);
+  MPI_Comm_size(comm, &size);
+  check_mpi(MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &host), "MPI_Comm_split_type");
+  MPI_Comm_rank(host, &local_rank);
+  MPI_Comm_size(host, &local_size);
+}
+
+Control::Impl::~Impl() {
+  int finalized = 0;
+  MPI_Finalized(&finalized);
+  if (finalized || std::uncaught_exceptions() > 0) return;  // freeing is collective
+  MPI_Comm_free(&host);
+  MPI_Comm_free(&comm);
+}
+
+Control Control::world() {
+  MPI_Comm comm = MPI_COMM_NULL;
+  check_mpi(MPI_Comm_dup(MPI_COMM_WORLD, &comm), "MPI_Comm_dup");
+  return Control(std::make_shared<const Impl>(comm));
+}
+
+Control Control::split(int color, int key) const {
+  MPI_Comm comm = MPI_COMM_NULL;
+  check_mpi(MPI_Comm_split(impl_->comm, color, key, &comm), "MPI_Comm_split");
+  return Control(std::make_shared<const Impl>(comm));
+}
+
+int Control::rank() const { return impl_->rank; }
+int Control::size() const { return impl_->size; }
+int Control::local_rank() const { return impl_->local_rank; }
+int Control::local_size() const { return impl_->local_size; }
+
+std::string Control::broadcast(const std::string& text, int root) const {
+  std::int64_t length = static_cast<std::int64_t>(text.size());
+  check_mpi(MPI_Bcast(&length, 1, MPI_INT64_T, root, impl_->comm), "MPI_Bcast");
+  std::string result = impl_->rank == root ? text : std::string(static_cast<std::size_t>(length), '\0');
+  check_mpi(MPI_Bcast(result.data(), static_cast<int>(length), MPI_CHAR, root, impl_->comm), "MPI_Bcast");
+  return result;
+}
+
+std::vector<std::string> Control::gather(const std::string& text) const {
+  const int length = static_cast<int>(text.size());
+  std::vector<int> lengths(impl_->size), offsets(impl_->size);
+  check_mpi(MPI_Gather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, 0, impl_->comm), "MPI_Gather");
+  std::exclusive_scan(lengths.begin(), lengths.end(), offsets.begin(), 0);
+  std::string all(impl_->rank == 0 ? static_cast<std::size_t>(offsets.back() + lengths.back()) : 0, '\0');
+  check_mpi(MPI_Gatherv(text.data(), length, MPI_CHAR, all.data(), lengths.data(), offsets.data(), MPI_CHAR, 0,
+                        impl_->comm),
+            "MPI_Gatherv");
+  std::vector<std::string> texts;
+  if (impl_->rank != 0) return texts;
+  for (int r = 0; r < impl_->size; ++r) texts.push_back(all.substr(offsets[r], lengths[r]));
+  return texts;
+}
+
+namespace {
+
+template <class T>
+std::vector<T> gather_equal(const Control::Impl& group, const std::vector<T>& values, MPI_Datatype type) {
+  std::vector<T> all(group.rank == 0 ? values.size() * group.size : 0);
+  check_mpi(MPI_Gather(values.data(), static_cast<int>(values.size()), type, all.data(),
+                       static_cast<int>(values.size()), type, 0, group.comm),
+            "MPI_Gather");
+  return all;
+}
+
+template <class T>
+T max_over(const Control::Impl& group, T value, MPI_Datatype type) {
+  check_mpi(MPI_Allreduce(MPI_IN_PLACE, &value, 1, type, MPI_MAX, group.comm), "MPI_Allreduce");
+  return value;
+}
+
+}  // namespace
+
+std::vector<double> Control::gather(const std::vector<double>& values) const {
+  return gather_equal(*impl_, values, MPI_DOUBLE);
+}
+
+std::vector<std::int64_t> Control::gather(const std::vector<std::int64_t>& values) const {
+  return gather_equal(*impl_, values, MPI_INT64_T);
+}
+
+void Control::sum(std::vector<float>& values) const {
+  constexpr std::size_t piece = std::size_t{1} << 28;  // MPI counts are int
+  for (std::size_t at = 0; at < values.size(); at += piece) {
+    const int count = static_cast<int>(std::min(piece, values.size() - at));
+    const void* send = impl_->rank == 0 ? MPI_IN_PLACE : static_cast<const void*>(values.data() + at);
+    check_mpi(MPI_Reduce(send, values.data() + at, count, MPI_FLOAT, MPI_SUM, 0, impl_->comm), "MPI_Reduce");
+  }
+}
+
+double Control::max(double value) const { return max_over(*impl_, value, MPI_DOUBLE); }
+std::int64_t Control::max(std::int64_t value) const { return max_over(*impl_, value, MPI_INT64_T); }
+void Control::barrier() const { check_mpi(MPI_Barrier(impl_->comm), "MPI_Barrier"); }
+
+void Control::agree(ExitCode code, const std::string& message) const {
+  const int worst = static_cast<int>(max(std::int64_t{static_cast<int>(code)}));
+  if (worst == 0) return;
+  const std::int64_t first = impl_->size - max(message.empty() ? std::int64_t{0} : std::int64_t{impl_->size - impl_->rank});
+  throw UserError(broadcast(message, static_cast<int>(first)), static_cast<ExitCode>(worst));
+}
+
+}  // namespace nsa

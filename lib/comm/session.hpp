@@ -1,0 +1,57 @@
+#pragma once
+// MPI's lifetime and its control traffic: configuration, agreement on errors, gathering results. Bulk data
+// between kernels goes through Communicator. No MPI type leaves this folder.
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/error.hpp"
+
+namespace nsa {
+
+/// Initialises MPI and finalises it, except while an exception unwinds past it: then the ranks may disagree and
+/// finalising would hang; the catcher prints its message and calls abort().
+class MpiSession {
+ public:
+  MpiSession(int& argc, char**& argv);
+  ~MpiSession();
+  MpiSession(const MpiSession&) = delete;
+  MpiSession& operator=(const MpiSession&) = delete;
+  [[noreturn]] static void abort(ExitCode code);
+  static std::string library_version();
+};
+
+/// A group of ranks and what they tell each other outside of the timed work. Every call is collective.
+class Control {
+ public:
+  Control() = default;  ///< no group: for planning
+  static Control world();
+  Control split(int color, int key) const;
+  int rank() const;
+  int size() const;
+  int local_rank() const;  ///< among the ranks of this host
+  int local_size() const;
+  std::string broadcast(const std::string& text, int root = 0) const;  ///< root's text
+  std::vector<std::string> gather(const std::string& text) const;      ///< by rank; empty but on rank 0
+  std::vector<double> gather(const std::vector<double>& values) const;  ///< equal lengths, by rank; empty but on rank 0
+  std::vector<std::int64_t> gather(const std::vector<std::int64_t>& values) const;
+  void sum(std::vector<float>& values) const;    ///< elementwise over ranks, the result on rank 0
+  double max(double value) const;                ///< on every rank
+  std::int64_t max(std::int64_t value) const;
+  void barrier() const;
+  /// Every rank says how it fared; all get the worst code, and rank 0 each rank's message ("" = fine).
+  /// Throws UserError with the first message and the worst code on every rank when any failed.
+  void agree(ExitCode code, const std::string& message) const;
+
+  struct Impl;
+  const Impl& impl() const { return *impl_; }
+
+ private:
+  explicit Control(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+  std::shared_ptr<const Impl> impl_;
+};
+
+}  // namespace nsa

@@ -1,0 +1,157 @@
+#pragma once
+// What every .cu file needs: checked calls, storage types, dispatch by type, warp sums.
+
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "kernels/error.hpp"
+#include "kernels/kernel_table.hpp"
+
+namespace nsa::gpu {
+
+inline void check(cudaError_t code, const char* call) {
+  if (code == cudaSuccess) return;
+  throw UserError(std::string(call) + " failed (" + cudaGetErrorString(code) +
+                      "); look at nvidia-smi, or run under compute-sanitizer",
+                  ExitCode::device);
+}
+
+inline void check(cublasStatus_t code, const char* call) {
+  if (code == CUBLAS_STATUS_SUCCESS) return;
+  throw UserError(std::string(call) + " failed (" + cublasGetStatusString(code) + "); look at nvidia-smi",
+                  ExitCode::device);
+}
+
+/// After each launch: what the launch itself refused.
+inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
+
+/// A Stream is a cudaStream_t by another name.
+inline cudaStream_t cuda(Stream* stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+/// The process's cuBLAS handle, set to queue on `stream`, with a workspace of its own (graph capture needs one).
+cublasHandle_t blas(Stream* stream);
+
+/// Facts of the open device that launches are sized by.
+struct DeviceLimits {
+  int units = 132;                 ///< SMs
+  int capability = 90;             ///< 10 * major + minor
+  std::size_t shared_bytes = 48 << 10;  ///< most dynamic shared memory of a block
+};
+const DeviceLimits& limits();
+
+/// Raises a kernel's dynamic shared memory limit where it needs more than the default.
+template <class Kernel>
+void allow_shared(Kernel* kernel, std::size_t bytes) {
+  if (bytes > (48u << 10))
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+          "cudaFuncSetAttribute");
+}
+
+/// Launches a kernel that may be scheduled while its predecessor on the stream still runs (programmatic dependent
+/// launch, capability 9.0 and later): the kernel must call wait_for_previous() before it touches memory.
+template <class... Params, class... Args>
+void launch_early(void (*kernel)(Params...), dim3 grid, int threads, std::size_t shared, Stream* stream, Args&&... args) {
+  allow_shared(kernel, shared);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = cuda(stream);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = limits().capability >= 90 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "cudaLaunchKernelEx");
+}
+
+/// Every thread, first of all: until the predecessor is complete. Then its successor may be scheduled.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// Calls f with a value of the storage type.
+template <class F>
+void with_type(DType type, F&& f) {
+  if (type == DType::bf16)
+    f(__nv_bfloat16{});
+  else if (type == DType::f16)
+    f(__half{});
+  else
+    f(float{});
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void store(float* to, float x) { *to = x; }
+__device__ __forceinline__ void store(__half* to, float x) { *to = __float2half_rn(x); }
+__device__ __forceinline__ void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+  return x;
+}
+
+/// exp(x - m), 0 where x is -inf (also when nothing was attended and m is -inf too).
+__device__ __forceinline__ float exp_above(float x, float m) {
+  return x == -INFINITY ? 0.0f : exp2f((x - m) * 1.4426950408889634f);
+}
+
+/// Running (maximum, sum of exp above it).
+struct MaxSum {
+  float m = -INFINITY, s = 0.0f;
+};
+__device__ __forceinline__ MaxSum merge(MaxSum a, MaxSum b) {
+  const float m = fmaxf(a.m, b.m);
+  return {m, a.s * exp_above(a.m, m) + b.s * exp_above(b.m, m)};
+}
+
+/// Column of compressed token i, seen from chunk c, in the raw scores: its memory row, so that halo copies have
+/// a place of their own; the global index where the buffer holds everybody's rows.
+__device__ __forceinline__ std::int64_t score_column(const RowMap& map, std::int64_t c, std::int64_t i) {
+  return map.rank == all_ranks ? i : row_in_chunk(map, c, i);
+}
+
+/// Columns the raw scores of a tile take: enough for every token below `tokens` and the halos in front of chunks.
+inline std::int64_t score_columns(const RowMap& map, std::int64_t tokens) {
+  if (map.rank == all_ranks) return tokens;
+  const std::int64_t owned = owned_chunks(map, tokens + map.before, map.rank);
+  if (owned == 0) return 0;
+  const std::int64_t last = (owned - 1) * map.kv + map.rank;
+  const std::int64_t begin = owned == 1 ? 0 : (owned - 1) * map.stride;
+  const std::int64_t rest = tokens - (last == 0 ? 0 : last * map.chunk);
+  return begin + map.before + (rest < 0 ? 0 : rest < map.chunk ? rest : map.chunk);
+}
+
+/// Floats between the score rows of two heads: columns, rounded up to whole 16-byte vectors.
+inline std::int64_t score_pitch(const RowMap& map, std::int64_t tokens) {
+  return (score_columns(map, tokens) + 3) / 4 * 4;
+}
+
+/// Row r of a tile.
+struct TileRow {
+  std::int64_t sequence;  ///< in the tile
+  std::int64_t t;         ///< absolute position
+};
+__device__ __forceinline__ TileRow tile_row(const QueryTile& tile, std::int64_t r) {
+  if (tile.tokens == 1) return {r, *tile.first_position};
+  return {r / tile.tokens, *tile.first_position + r % tile.tokens};
+}
+
+}  // namespace nsa::gpu

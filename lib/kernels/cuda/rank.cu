@@ -1,0 +1,311 @@
+// rank: importance of the selection blocks a rank holds, and the best n; select: the best n of all ranks' candidates.
+//
+// One CTA a (row, group). The raw scores are read once per overlapping block (1.25 times at the paper's geometry):
+// 4 * 1.25 bytes a head and compressed token, from L2 where attend_cmp left them. The importances stay in shared
+// memory (scratch beyond that), a radix selection of 4 passes finds the n-th largest, one ordered sweep collects.
+
+#include <algorithm>
+
+#include "kernels/cuda/stages.cuh"
+
+namespace nsa::gpu {
+
+namespace {
+
+constexpr int most_threads = 1024;
+
+struct Params {
+  RankArgs a;
+  std::int64_t pitch;       // of the raw scores
+  std::int64_t most_blocks; // this rank's blocks below max_positions
+  std::int64_t per_chunk;   // blocks of a chunk
+  int tokens_per_block;     // compressed tokens that overlap a block, at most
+  bool in_scratch;          // importances
+};
+
+// The u-th block this rank holds.
+__device__ std::int64_t block_at(const Params& p, std::int64_t u) {
+  const RowMap& m = p.a.token_map;
+  if (m.rank == all_ranks || m.kv == 1) return u;
+  return (u / p.per_chunk * m.kv + m.rank) * p.per_chunk + u % p.per_chunk;
+}
+
+// (m, 1/s) of every head of the group from all lanes, by rising lane whatever rank sent it.
+__device__ void load_normalisers(const Params& p, std::int64_t row, std::int64_t g, float2* normaliser) {
+  const LayerShape& s = p.a.shape;
+  const std::int64_t rows = p.a.tile.rows();
+  const int ranks = p.a.lse_ranks, present = s.lanes / ranks;
+  for (int h = threadIdx.x; h < s.heads_per_group; h += blockDim.x) {
+    MaxSum total;
+    for (int x = 0; x < s.lanes; ++x) {
+      const float* ms = p.a.lse + (((x % ranks * present + x / ranks) * rows + row) * s.heads() + g * s.heads_per_group + h) * 2;
+      total = merge(total, {ms[0], ms[1]});
+    }
+    normaliser[h] = make_float2(total.m, total.s > 0.0f ? 1.0f / total.s : 0.0f);
+  }
+}
+
+// Sum over the group's heads of p[i], heads rising.
+__device__ float token_probability(const Params& p, const float* scores, const float2* normaliser, std::int64_t column) {
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int h = 0; h < p.a.shape.heads_per_group; ++h)
+    sum += exp_above(scores[h * p.pitch + column], normaliser[h].x) * normaliser[h].y;
+  return sum;
+}
+
+// importance[u] of the first `blocks` blocks held. Several blocks at a time: a thread a (block, overlapping token),
+// then a thread a block adds its tokens up by rising index.
+__device__ void score_blocks(const Params& p, std::int64_t row, std::int64_t g, std::int64_t n, std::int64_t blocks,
+                             const float2* normaliser, float* terms, float* importance) {
+  const LayerShape& s = p.a.shape;
+  const BlockRules& r = s.rules;
+  const float* scores = static_cast<const float*>(p.a.scores) + (row * s.heads() + g * s.heads_per_group) * p.pitch;
+  const int per_block = p.tokens_per_block, at_once = max(1, static_cast<int>(blockDim.x) / per_block);
+  for (std::int64_t u0 = 0; u0 < blocks; u0 += at_once) {
+    for (int item = threadIdx.x; item < at_once * per_block; item += blockDim.x) {
+      const std::int64_t u = u0 + item / per_block;
+      if (u >= blocks) break;
+      const std::int64_t j = block_at(p, u), i = first_overlapping(r, j) + item % per_block;
+      const std::int64_t c = p.a.cmp_map.rank == all_ranks ? 0 : j / p.per_chunk;
+      terms[item] = i < n && i < end_overlapping(r, j)
+                        ? token_probability(p, scores, normaliser, score_column(p.a.cmp_map, c, i)) * overlap(r, i, j)
+                        : 0.0f;
+    }
+    __syncthreads();
+    for (int b = threadIdx.x; b < at_once && u0 + b < blocks; b += blockDim.x) {
+      float sum = 0.0f;
+      for (int k = 0; k < per_block; ++k) sum += terms[b * per_block + k];
+      importance[u0 + b] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+// Order of choice as an integer: forced blocks first, then by score (never negative, so its bits are ordered).
+__device__ unsigned key_of(const BlockRules& r, std::int64_t j, std::int64_t t, float score) {
+  return is_forced(r, j, t) ? 0x7F800000u : __float_as_uint(score);
+}
+
+struct Threshold {
+  unsigned key;        // the n-th largest
+  std::int64_t above;  // blocks with a larger key
+};
+
+// The n-th largest of `blocks` keys, 8 bits a pass.
+template <class Key>
+__device__ Threshold nth_largest(std::int64_t blocks, std::int64_t n, unsigned* histogram, Key key) {
+  __shared__ unsigned chosen;
+  __shared__ unsigned above;
+  unsigned prefix = 0, mask = 0;
+  std::int64_t wanted = n;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    for (int b = threadIdx.x; b < 256; b += blockDim.x) histogram[b] = 0;
+    __syncthreads();
+    for (std::int64_t u = threadIdx.x; u < blocks; u += blockDim.x) {
+      const unsigned k = key(u);
+      if ((k & mask) == prefix) atomicAdd(&histogram[k >> shift & 255u], 1u);
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {  // lane l holds digits 255-8l .. 248-8l, largest first
+      unsigned counts[8], sum = 0;
+      for (int d = 0; d < 8; ++d) sum += counts[d] = histogram[255 - threadIdx.x * 8 - d];
+      unsigned upto = sum;
+      for (int step = 1; step < 32; step *= 2) {
+        const unsigned other = __shfl_up_sync(0xffffffffu, upto, step);
+        if (static_cast<int>(threadIdx.x) >= step) upto += other;
+      }
+      unsigned before = upto - sum;
+      if (before < wanted && upto >= wanted)
+        for (int d = 0; d < 8; ++d) {
+          if (before + counts[d] >= wanted) {
+            chosen = 255 - threadIdx.x * 8 - d;
+            above = before;
+            break;
+          }
+          before += counts[d];
+        }
+    }
+    __syncthreads();
+    prefix |= chosen << shift;
+    mask |= 255u << shift;
+    wanted -= above;
+    __syncthreads();
+  }
+  return {prefix, n - wanted};
+}
+
+// The blocks above the threshold and the first of those at it, by rising index.
+template <class Key>
+__device__ void collect(std::int64_t blocks, std::int64_t n, Threshold threshold, Key key, int* chosen) {
+  __shared__ int above_of[32], equal_of[32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const std::int64_t equal_wanted = n - threshold.above;
+  std::int64_t equal_seen = 0, taken = 0;
+  for (std::int64_t u0 = 0; u0 < blocks && taken < n; u0 += blockDim.x) {
+    const std::int64_t u = u0 + threadIdx.x;
+    const unsigned k = u < blocks ? key(u) : 0;
+    const bool above = u < blocks && k > threshold.key, equal = u < blocks && k == threshold.key;
+    const unsigned above_mask = __ballot_sync(0xffffffffu, above), equal_mask = __ballot_sync(0xffffffffu, equal);
+    if (lane == 0) {
+      above_of[warp] = __popc(above_mask);
+      equal_of[warp] = __popc(equal_mask);
+    }
+    __syncthreads();
+    std::int64_t above_before = 0, equal_before = equal_seen, above_all = 0, equal_all = 0;
+    for (int w = 0; w < warps; ++w) {
+      if (w < warp) above_before += above_of[w], equal_before += equal_of[w];
+      above_all += above_of[w], equal_all += equal_of[w];
+    }
+    const unsigned below = (1u << lane) - 1;
+    above_before += __popc(above_mask & below);
+    equal_before += __popc(equal_mask & below);
+    const std::int64_t equal_kept = (equal_before < equal_wanted ? equal_before : equal_wanted) -
+                                    (equal_seen < equal_wanted ? equal_seen : equal_wanted);
+    if (above || (equal && equal_before < equal_wanted)) chosen[taken + above_before + equal_kept] = static_cast<int>(u);
+    const std::int64_t now = equal_seen + equal_all;
+    taken += above_all + (now < equal_wanted ? now : equal_wanted) - (equal_seen < equal_wanted ? equal_seen : equal_wanted);
+    equal_seen = now;
+    __syncthreads();
+  }
+}
+
+__device__ bool is_better(Candidate a, Candidate b) {
+  return a.score > b.score || (a.score == b.score && a.block < b.block);
+}
+
+// Shared memory: normalisers [h], terms [max(threads, tokens a block)], histogram [256], chosen [n], best [n], then
+// the importances.
+__global__ void __launch_bounds__(most_threads) rank_kernel(const __grid_constant__ Params p) {
+  extern __shared__ float2 shared[];
+  const LayerShape& s = p.a.shape;
+  const BlockRules& r = s.rules;
+  const int n_sel = r.n_sel, terms_count = max(static_cast<int>(blockDim.x), p.tokens_per_block);
+  float2* normaliser = shared;
+  Candidate* best = reinterpret_cast<Candidate*>(normaliser + s.heads_per_group);
+  float* terms = reinterpret_cast<float*>(best + n_sel);
+  unsigned* histogram = reinterpret_cast<unsigned*>(terms + terms_count);
+  int* chosen = reinterpret_cast<int*>(histogram + 256);
+  float* importance = p.in_scratch ? static_cast<float*>(p.a.scratch) + blockIdx.x * p.most_blocks
+                                   : reinterpret_cast<float*>(chosen + n_sel);
+  const std::int64_t row = blockIdx.x / s.groups, g = blockIdx.x % s.groups;
+  const std::int64_t t = tile_row(p.a.tile, row).t, eligible = eligible_blocks(r, t), n = compressed_tokens(r, t);
+  std::int64_t blocks = 0;  // held and eligible: block_at rises, so a count by bisection
+  for (std::int64_t high = p.most_blocks; blocks < high;) {
+    const std::int64_t middle = (blocks + high) / 2;
+    if (block_at(p, middle) < eligible)
+      blocks = middle + 1;
+    else
+      high = middle;
+  }
+  load_normalisers(p, row, g, normaliser);
+  __syncthreads();
+  score_blocks(p, row, g, n, blocks, normaliser, terms, importance);
+  if (p.a.p_slc) {
+    float* to = p.a.p_slc + (row * s.groups + g) * p.a.p_slc_blocks;
+    for (std::int64_t j = threadIdx.x; j < p.a.p_slc_blocks; j += blockDim.x) to[j] = 0.0f;
+    __syncthreads();
+    for (std::int64_t u = threadIdx.x; u < blocks; u += blockDim.x)
+      if (block_at(p, u) < p.a.p_slc_blocks) to[block_at(p, u)] = importance[u];
+  }
+  const int found = static_cast<int>(blocks < n_sel ? blocks : n_sel);
+  const auto key = [&](std::int64_t u) { return key_of(r, block_at(p, u), t, importance[u]); };
+  if (blocks > n_sel) {
+    const Threshold threshold = nth_largest(blocks, n_sel, histogram, key);
+    collect(blocks, n_sel, threshold, key, chosen);
+  } else {
+    for (int c = threadIdx.x; c < found; c += blockDim.x) chosen[c] = c;
+  }
+  __syncthreads();
+  if (p.a.selected) {
+    std::int32_t* to = p.a.selected + (row * s.groups + g) * n_sel;
+    for (int c = threadIdx.x; c < n_sel; c += blockDim.x) to[c] = c < found ? static_cast<int>(block_at(p, chosen[c])) : -1;
+  }
+  if (!p.a.candidates) return;
+  for (int c = threadIdx.x; c < found; c += blockDim.x)
+    best[c] = {__uint_as_float(key(chosen[c])), static_cast<std::int32_t>(block_at(p, chosen[c]))};
+  __syncthreads();
+  Candidate* to = p.a.candidates + (row * s.groups + g) * n_sel;
+  for (int c = threadIdx.x; c < n_sel; c += blockDim.x) {
+    int place = c;
+    if (c < found) {
+      place = 0;
+      for (int other = 0; other < found; ++other) place += is_better(best[other], best[c]);
+    }
+    to[place] = c < found ? best[c] : Candidate{};
+  }
+}
+
+// Shared memory: all candidates, and whether each is among the best n.
+__global__ void select_kernel(SelectArgs a) {
+  extern __shared__ Candidate all[];
+  const int n = a.shape.rules.n_sel, count = a.ranks * n;
+  bool* is_chosen = reinterpret_cast<bool*>(all + count);
+  __shared__ int found;
+  if (threadIdx.x == 0) found = 0;
+  const std::int64_t list = blockIdx.x, lists = gridDim.x;
+  for (int c = threadIdx.x; c < count; c += blockDim.x) all[c] = a.candidates[(c / n * lists + list) * n + c % n];
+  __syncthreads();
+  for (int c = threadIdx.x; c < count; c += blockDim.x) {
+    int better = 0;
+    for (int o = 0; o < count; ++o) better += all[o].block >= 0 && is_better(all[o], all[c]);
+    is_chosen[c] = all[c].block >= 0 && better < n;
+    if (is_chosen[c]) atomicAdd(&found, 1);
+  }
+  __syncthreads();
+  std::int32_t* to = a.selected + list * n;
+  for (int c = threadIdx.x; c < count; c += blockDim.x) {
+    if (!is_chosen[c]) continue;
+    int place = 0;
+    for (int o = 0; o < count; ++o) place += is_chosen[o] && all[o].block < all[c].block;
+    to[place] = all[c].block;
+  }
+  for (int c = found + threadIdx.x; c < n; c += blockDim.x) to[c] = -1;
+}
+
+std::size_t fixed_shared(const LayerShape& s, int threads, int tokens_per_block) {
+  return s.heads_per_group * sizeof(float2) + s.rules.n_sel * (sizeof(Candidate) + sizeof(int)) +
+         (std::max(threads, tokens_per_block) + 256) * sizeof(float);
+}
+
+int tokens_per_block(const BlockRules& r) { return r.l_sel / r.d + (r.l - 1) / r.d; }
+
+}  // namespace
+
+std::size_t rank_scratch(const LayerShape& s, const QueryTile& tile) {
+  const std::int64_t blocks = tile.max_positions / s.rules.l_sel + 1;
+  const std::size_t shared = fixed_shared(s, most_threads, tokens_per_block(s.rules)) + blocks * sizeof(float);
+  return shared <= limits().shared_bytes - 1024 ? 0 : static_cast<std::size_t>(tile.rows() * s.groups * blocks) * sizeof(float);
+}
+
+void rank(const RankArgs& a, Stream* stream) {
+  const std::int64_t lists = a.tile.rows() * a.shape.groups;
+  if (lists == 0) return;
+  const BlockRules& r = a.shape.rules;
+  Params p{a, 0, 0, INT64_MAX, tokens_per_block(r), false};
+  p.pitch = score_pitch(a.cmp_map, compressed_tokens(r, a.tile.max_positions - 1));
+  const std::int64_t blocks = (a.tile.max_positions - 1) / r.l_sel + 1;
+  if (a.token_map.chunk != INT64_MAX) p.per_chunk = a.token_map.chunk / r.l_sel;
+  p.most_blocks = a.token_map.rank == all_ranks || a.token_map.kv == 1
+                      ? blocks
+                      : owned_chunks(a.token_map, blocks * r.l_sel, a.token_map.rank) * p.per_chunk;
+  const int threads = lists > limits().units ? 256 : most_threads;
+  const std::size_t fixed = fixed_shared(a.shape, threads, p.tokens_per_block), listed = p.most_blocks * sizeof(float);
+  p.in_scratch = fixed + listed > limits().shared_bytes - 1024;
+  if (p.in_scratch && a.scratch_bytes < lists * listed) throw InternalError("rank: scratch too small");
+  const std::size_t shared = fixed + (p.in_scratch ? 0 : listed);
+  allow_shared(rank_kernel, shared);
+  rank_kernel<<<static_cast<unsigned>(lists), threads, shared, cuda(stream)>>>(p);
+  check_launch("rank");
+}
+
+void select(const SelectArgs& a, Stream* stream) {
+  const std::int64_t lists = a.tile.rows() * a.shape.groups;
+  if (lists == 0) return;
+  const std::size_t shared = a.ranks * a.shape.rules.n_sel * (sizeof(Candidate) + 1);
+  allow_shared(select_kernel, shared);
+  select_kernel<<<static_cast<unsigned>(lists), 128, shared, cuda(stream)>>>(a);
+  check_launch("select");
+}
+
+}  // namespace nsa::gpu

@@ -1,0 +1,29 @@
+#pragma once
+// The stages by name; table.cu gathers them.
+
+#include "kernels/cuda/common.cuh"
+
+namespace nsa::gpu {
+
+void project(const ProjectArgs&, Stream*);
+void append(const AppendArgs&, Stream*);
+void compress(const CompressArgs&, Stream*);
+void rank(const RankArgs&, Stream*);
+void select(const SelectArgs&, Stream*);
+void combine(const CombineArgs&, Stream*);
+void output(const OutputArgs&, Stream*);
+void rmsnorm(const LayerShape&, std::int64_t rows, const float* x, void* out, bool normalise, Stream*);
+void add(std::int64_t count, float* x, const float* y, Stream*);
+void copy_rows(const CopyRowsArgs&, Stream*);
+void fill_rows(const FillRowsArgs&, Stream*);
+void advance(const AdvanceArgs&, Stream*);
+
+/// Any shape, any type: scalar arithmetic, one CTA a (row, group, split). attend.cu
+void attend_general(Branch branch, const AttendArgs&, Stream*);
+
+/// Bytes a stage asks of the scratch; the three branches may run side by side, each in its own part.
+std::size_t project_scratch(const LayerShape&, const QueryTile&);
+std::size_t attend_scratch(const LayerShape&, const QueryTile&);  ///< of one branch
+std::size_t rank_scratch(const LayerShape&, const QueryTile&);
+
+}  // namespace nsa::gpu

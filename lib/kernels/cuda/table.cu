@@ -1,0 +1,61 @@
+// The CUDA kernel table.
+
+#include <algorithm>
+
+#include "kernels/cuda/stages.cuh"
+
+namespace nsa::gpu {
+
+namespace {
+
+std::size_t padded(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// The branches may run side by side on several streams, so each has a part of the scratch to itself, and rank one
+// behind them. project runs before all of them and shares.
+std::size_t branch_part(const LayerShape& s, const QueryTile& tile) { return padded(attend_scratch(s, tile)); }
+
+template <class Args>
+Args with_part(Args a, std::size_t offset, std::size_t bytes) {
+  if (offset + bytes > a.scratch_bytes)
+    throw InternalError("scratch of " + std::to_string(a.scratch_bytes) + " bytes is too small (" +
+                        std::to_string(offset + bytes) + " needed)");
+  a.scratch = static_cast<char*>(a.scratch) + offset;
+  a.scratch_bytes = bytes;
+  return a;
+}
+
+template <Branch B, void (*Run)(Branch, const AttendArgs&, Stream*)>
+void attend(const AttendArgs& a, Stream* stream) {
+  const std::size_t part = branch_part(a.shape, a.tile);
+  Run(B, with_part(a, B * part, part), stream);
+}
+
+bool accepts_any(const LayerShape&, const QueryTile&) { return true; }
+
+template <Branch B>
+constexpr AttendKernel general = {"fused", accepts_any, attend<B, attend_general>};
+
+constexpr AttendKernel cmp_kernels[] = {general<cmp>};
+constexpr AttendKernel sel_kernels[] = {general<sel>};
+constexpr AttendKernel win_kernels[] = {general<win>};
+
+void rank_with_scratch(const RankArgs& a, Stream* stream) {
+  rank(with_part(a, branches * branch_part(a.shape, a.tile), rank_scratch(a.shape, a.tile)), stream);
+}
+
+std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t cmp_rows) {
+  return static_cast<std::size_t>(tile.rows() * s.heads() * ((cmp_rows + 3) / 4 * 4)) * sizeof(float);
+}
+
+std::size_t scratch_bytes(const LayerShape& s, const QueryTile& tile) {
+  return std::max(padded(project_scratch(s, tile)), branches * branch_part(s, tile) + padded(rank_scratch(s, tile)));
+}
+
+constexpr KernelTable table = {project, append,  compress, {cmp_kernels, sel_kernels, win_kernels}, rank_with_scratch,
+                               select,  combine, output,   rmsnorm, add, copy_rows, fill_rows, advance, score_bytes, scratch_bytes};
+
+}  // namespace
+
+const KernelTable& kernel_table() { return table; }
+
+}  // namespace nsa::gpu

@@ -1,0 +1,39 @@
+#pragma once
+// The three ways this library fails. Library code throws; only main prints and exits.
+//
+// Message grammar: "<what is wrong> (<why>); <what to do>".
+
+#include <stdexcept>
+#include <string>
+
+namespace nsa {
+
+/// Process exit codes, agreed by all ranks (the largest wins).
+enum class ExitCode : int {
+  ok = 0,
+  usage = 2,            ///< command line or input file
+  invalid_result = 3,   ///< the run finished and its result is wrong, or --strict saw a fallback
+  communication = 4,    ///< a collective or a peer timed out
+  device = 5,           ///< device or memory
+  file = 6,             ///< result or tensor file
+  interrupted = 75,     ///< stopped on request, resumable
+};
+
+/// Something the user can mend.
+class UserError : public std::runtime_error {
+ public:
+  explicit UserError(const std::string& message, ExitCode code = ExitCode::usage)
+      : std::runtime_error(message), code_(code) {}
+  ExitCode code() const noexcept { return code_; }
+
+ private:
+  ExitCode code_;
+};
+
+/// A broken invariant of ours: a bug.
+class InternalError : public std::logic_error {
+ public:
+  using std::logic_error::logic_error;
+};
+
+}  // namespace nsa

@@ -1,0 +1,55 @@
+#include "kernels/host/host.hpp"
+
+#include <algorithm>
+
+#include "kernels/host/attend.hpp"
+#include "kernels/host/scores.hpp"
+#include "kernels/host/stages.hpp"
+
+namespace nsa {
+namespace {
+
+bool any_shape(const LayerShape&, const QueryTile&) { return true; }
+
+constexpr AttendKernel cmp_kernels[] = {{"sdpa", any_shape, host::attend_cmp}};
+constexpr AttendKernel sel_kernels[] = {{"sdpa", any_shape, host::attend_sel_packed},
+                                        {"fused", any_shape, host::attend_sel_direct}};
+constexpr AttendKernel win_kernels[] = {{"sdpa", any_shape, host::attend_win}};
+
+std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t cmp_rows) {
+  return static_cast<std::size_t>(host::round_up(std::max<std::int64_t>(cmp_rows, 1), host::score_block)) *
+         tile.rows() * s.heads() * sizeof(float);
+}
+
+std::size_t scratch_bytes(const LayerShape& s, const QueryTile& tile) {
+  const int rows = host::rows_of_task(s, tile);
+  return std::max({host::project_scratch(s, tile), host::output_scratch(s, tile), host::compress_scratch(s, tile),
+                   host::rank_scratch(s, tile), host::attend_scratch(s, tile, rows, host::cmp_parts(s, tile), 0),
+                   host::attend_scratch(s, tile, 1, s.rules.n_sel, s.rules.l_sel),
+                   host::attend_scratch(s, tile, rows, host::win_parts(s, tile), 0)});
+}
+
+}  // namespace
+
+const KernelTable& host_kernels() {
+  static const KernelTable table = {
+      .project = host::project,
+      .append = host::append,
+      .compress = host::compress,
+      .attend = {cmp_kernels, sel_kernels, win_kernels},
+      .rank = host::rank,
+      .select = host::select,
+      .combine = host::combine,
+      .output = host::output,
+      .rmsnorm = host::rmsnorm,
+      .add = host::add,
+      .copy_rows = host::copy_rows,
+      .fill_rows = host::fill_rows,
+      .advance = host::advance,
+      .score_bytes = score_bytes,
+      .scratch_bytes = scratch_bytes,
+  };
+  return table;
+}
+
+}  // namespace nsa

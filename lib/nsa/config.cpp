@@ -1,0 +1,114 @@
+// Config to text: the points of a sweep, their parameters, and TOML.
+
+#include "nsa/config.hpp"
+
+#include <fmt/format.h>
+
+#include "nsa/config_schema.hpp"
+
+namespace nsa {
+namespace {
+
+using Value = decltype(Parameter::second);
+
+Value value_of(bool value, Any) { return std::int64_t{value}; }
+Value value_of(const std::string& value, Any) { return value; }
+Value value_of(std::int64_t value, Range) { return value; }
+Value value_of(double value, RealRange) { return value; }
+Value value_of(std::int64_t value, AutoOr) { return value == 0 ? Value("auto") : Value(value); }
+template <class T, std::size_t n>
+Value value_of(const T& value, const Choice<T> (&choices)[n]) {
+  return name_of_choice(value, choices);
+}
+
+/// A double that reads back as the same double.
+std::string text_of(double value) {
+  const std::string text = fmt::format("{}", value);
+  return text.find_first_of(".einf") == std::string::npos ? text + ".0" : text;
+}
+
+std::string quoted(const std::string& text) {
+  std::string out = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') {
+      out += '\\';
+      out += c;
+    } else if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) {
+      out += fmt::format("\\u{:04x}", c);
+    } else {
+      out += c;
+    }
+  }
+  return out + "\"";
+}
+
+std::string as_text(const Value& value) {
+  if (const auto* number = std::get_if<std::int64_t>(&value)) return fmt::format("{}", *number);
+  if (const auto* number = std::get_if<double>(&value)) return text_of(*number);
+  return std::get<std::string>(value);
+}
+
+std::string as_toml(const Value& value) {
+  const auto* text = std::get_if<std::string>(&value);
+  return text ? quoted(*text) : as_text(value);
+}
+
+template <class T, class Spec>
+std::string toml_of(const T& field, const Spec& spec) {
+  return as_toml(value_of(field, spec));
+}
+std::string toml_of(bool field, Any) { return field ? "true" : "false"; }
+template <class T, class Spec>
+std::string toml_of(const std::vector<T>& field, const Spec& spec) {
+  std::string list;
+  for (const T& value : field) list += (list.empty() ? "" : ", ") + toml_of(value, spec);
+  return "[" + list + "]";
+}
+
+/// A swept key is its one value at a point; the other lists (modes, depths) stand as text: "branches,total".
+template <class T, class Spec>
+Value value_of(const std::vector<T>& field, const Spec& spec) {
+  if (field.size() == 1 && !std::is_same_v<T, double>) return value_of(field[0], spec);
+  std::string list;
+  for (const T& value : field) list += (list.empty() ? "" : ",") + as_text(value_of(value, spec));
+  return list;
+}
+
+}  // namespace
+
+std::vector<Point> sweep(const Config& config) {
+  std::vector<Point> points;
+  for (const std::int32_t branch : config.run.force_branch) {
+    for (const std::int64_t batch : config.run.batch) {
+      for (const std::int64_t context : config.run.context) points.push_back({context, batch, branch});
+    }
+  }
+  return points;
+}
+
+std::vector<Parameter> parameters(const Config& config, const Point& point) {
+  Config at_point = config;
+  at_point.run.context = {point.context};
+  at_point.run.batch = {point.batch};
+  at_point.run.force_branch = {point.force_branch};
+  std::vector<Parameter> list;
+  visit_keys(std::as_const(at_point), [&](const char* key, const auto& field, const auto& spec) {
+    list.emplace_back(key, value_of(field, spec));
+  });
+  return list;
+}
+
+std::string to_toml(const Config& config) {
+  std::string text, section;
+  visit_keys(config, [&](const std::string& key, const auto& field, const auto& spec) {
+    const auto dot = key.find('.');
+    if (key.substr(0, dot) != section) {
+      section = key.substr(0, dot);
+      text += fmt::format("{}[{}]\n", text.empty() ? "" : "\n", section);
+    }
+    text += fmt::format("{} = {}\n", key.substr(dot + 1), toml_of(field, spec));
+  });
+  return text;
+}
+
+}  // namespace nsa

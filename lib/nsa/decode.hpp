@@ -1,0 +1,52 @@
+#pragma once
+// Decode: one token of every sequence a step, on caches that a prefill or a synthetic fill has made.
+
+#include <vector>
+
+#include "nsa/recorder.hpp"
+#include "nsa/stages.hpp"
+
+namespace nsa {
+
+/// The memory of the decode steps of a point.
+class Decode {
+ public:
+  /// Loads the steps' inputs. The caches must hold the context before the first step.
+  Decode(Engine& engine, const TensorSource* source, bool record);
+
+  /// Keeps the rings as they are, to rewind to.
+  void mark();
+  /// Back to the first step. Caches past the context are written again before they are read.
+  void rewind();
+
+  /// Queues what step `step` is given (x, or q, k, v and gates). Not part of the timed work.
+  void load(std::int64_t step, const StepOptions& options);
+
+  /// Queues one step: the algorithm, a line a stage. Returns what its last layer worked on.
+  Work step(const StepOptions& options, Recorder& recorder);
+
+  StepBuffers& buffers() { return buffers_; }
+  /// Logs of the steps since rewind: reads [steps][3][batch, groups]; selected [steps][layers][batch, groups, n].
+  const Buffer& reads_log() const { return reads_log_; }
+  const Buffer& selected_log() const { return selected_log_; }
+  std::int64_t selected_count() const { return selected_count_; }
+
+ private:
+  void load_inputs(const TensorSource& source);
+  void append_and_compress(Work& work, Recorder& recorder);
+  void exchange(Work& work, Recorder& recorder, void (*what)(Work&, Stream*));
+  void fork_exchange(Work& work, Recorder& recorder, void (*what)(Work&, Stream*));
+  void join_exchange(Work& work, const Recorder& recorder);
+
+  Engine& engine_;
+  StepBuffers buffers_;
+  Buffer position_, step_;           ///< int64 [1] each
+  Buffer reads_log_, selected_log_;
+  std::int64_t selected_count_ = 0;
+  Buffer x_steps_;                   ///< [steps][batch, dim]: fp32 with several layers, else storage
+  Buffer q_steps_, gate_steps_;      ///< scope = attention: [steps][batch, H, Dk], [steps][batch, groups, 3]
+  Buffer k_steps_[branches], v_steps_[branches];
+  std::vector<Buffer> marked_;       ///< rings of every layer
+};
+
+}  // namespace nsa

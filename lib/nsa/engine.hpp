@@ -1,0 +1,52 @@
+#pragma once
+// One rank's share of a layer stack, ready to run: who it is, its weights and caches, its streams and peers.
+
+#include <memory>
+#include <vector>
+
+#include "comm/communicator.hpp"
+#include "nsa/state.hpp"
+#include "nsa/weights.hpp"
+
+namespace nsa {
+
+/// Two streams and the events that order them; the exchange stream runs beside the compute stream.
+struct Streams {
+  explicit Streams(const DeviceOps& device);
+  ~Streams();
+  Streams(const Streams&) = delete;
+  Streams& operator=(const Streams&) = delete;
+  const DeviceOps& device;
+  Stream *compute, *exchange;
+  Event *forked, *joined;
+};
+
+struct Engine {
+  const Backend backend;
+  const Config& config;
+  const Point point;
+  const Partition partition;
+  Communicator heads, kv;  ///< sum of outputs; exchange between the holders of a sequence
+  Control kv_control;
+  MemoryAccount account;
+  Streams streams;
+  std::vector<Weights> weights;     ///< by layer; none in scope = attention
+  std::vector<LayerCaches> caches;  ///< by layer
+  const AttendKernel* route[branches];
+
+  /// Collective over `world`. Throws UserError(device) when memory runs out.
+  Engine(const Backend& backend, const Control& world, const Config& config, const Point& point,
+         const TensorSource& source);
+  /// A plan: on dry_device(), with no peers and no values.
+  Engine(const Backend& dry, const Config& config, const Point& point, const Partition& partition);
+  const KernelTable& kernels() const { return *backend.kernels; }
+  const DeviceOps& device() const { return *backend.device; }
+  const LayerShape& shape() const { return partition.shape; }
+  Allocator allocator() { return {device(), account}; }
+  std::int64_t planes() const { return point.batch * shape().groups; }
+
+ private:
+  void allocate(const TensorSource* source);
+};
+
+}  // namespace nsa

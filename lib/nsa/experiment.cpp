@@ -1,0 +1,210 @@
+#include "nsa/experiment.hpp"
+
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <ctime>
+#include <fstream>
+
+#include "nsa/decode.hpp"
+#include "nsa/measure.hpp"
+#include "nsa/needle.hpp"
+#include "nsa/point.hpp"
+#include "nsa/prefill.hpp"
+#include "nsa/sha256.hpp"
+
+namespace nsa {
+
+namespace {
+
+std::string utc_now() {
+  char text[32];
+  const std::time_t now = std::time(nullptr);
+  std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&now));
+  return text;
+}
+
+std::string first_line(const char* path) {
+  std::ifstream file(path);
+  std::string line;
+  std::getline(file, line);
+  return line;
+}
+
+std::string cpu_name() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);)
+    if (line.starts_with("model name")) return line.substr(std::min(line.size(), line.find(':') + 2));
+  return "unknown";
+}
+
+std::string host_name() {
+  char name[256] = {};
+  gethostname(name, sizeof name - 1);
+  return name;
+}
+
+// A line of /proc/self/status in bytes; 0 where there is none.
+std::int64_t status_bytes(const std::string& key) {
+  std::ifstream file("/proc/self/status");
+  for (std::string line; std::getline(file, line);)
+    if (line.starts_with(key + ":")) return std::stoll(line.substr(key.size() + 1)) * 1024;
+  return 0;
+}
+
+// The parameters that decide a result, and what it runs on.
+std::string fingerprint(const Session& session, const Config& config, const std::vector<Parameter>& parameters,
+                        const Partition& partition) {
+  std::string text;
+  for (const auto& [name, value] : parameters) {
+    if (name.starts_with("output.") || name == "parallel.heads" || name == "parallel.kv" || name == "run.backend") continue;
+    text += name + "=" + std::visit([](const auto& v) {
+      if constexpr (std::is_same_v<std::decay_t<decltype(v)>, std::string>) return v;
+      else return std::to_string(v);
+    }, value) + "\n";
+  }
+  text += "heads=" + std::to_string(partition.heads) + "\nkv=" + std::to_string(partition.kv) + "\n";
+  text += "device=" + session.backend.device->info().name + "\n";
+  if (!config.input_file.empty()) {
+    std::ifstream file(config.input_file, std::ios::binary | std::ios::ate);
+    text += "input_bytes=" + std::to_string(static_cast<std::int64_t>(file.tellg())) + "\n";
+  }
+  return sha256(text);
+}
+
+MemoryRecord gather_memory(const Session& session, const MemoryAccount& planned, const MemoryAccount& used, std::int64_t process) {
+  MemoryRecord record;
+  std::vector<std::int64_t> own;
+  for (std::size_t kind = 0; kind < memory_kind_names.size(); ++kind) {
+    record.kinds.push_back(memory_kind_names[kind]);
+    own.push_back(static_cast<std::int64_t>(planned.peak[kind]));
+  }
+  record.kinds.push_back("total");
+  own.push_back(static_cast<std::int64_t>(planned.total_peak));
+  for (const std::size_t bytes : used.peak) own.push_back(static_cast<std::int64_t>(bytes));
+  own.push_back(static_cast<std::int64_t>(used.total_peak));
+  own.push_back(process);
+  const std::vector<std::int64_t> all = session.world.gather(own);
+  const std::int64_t kinds = std::ssize(record.kinds), width = std::ssize(own), ranks = std::ssize(all) / width;
+  for (std::int64_t i = 0; i < width; ++i)
+    for (std::int64_t r = 0; r < ranks; ++r)
+      (i < kinds ? record.planned : i < 2 * kinds ? record.measured_peak : record.process_peak).push_back(all[r * width + i]);
+  return record;
+}
+
+}  // namespace
+
+Session open_session(const Config& config, const Control& world) {
+  BackendKind kind = config.run.backend == BackendChoice::cuda ? BackendKind::cuda : BackendKind::host;
+  if (config.run.backend == BackendChoice::automatic && cuda_built()) {
+    bool here = true;
+    try {
+      open_backend(BackendKind::cuda, world.local_rank());
+    } catch (const UserError&) {
+      here = false;
+    }
+    if (world.max(std::int64_t{!here}) == 0) kind = BackendKind::cuda;
+  }
+  Backend backend{};
+  agreed(world, [&] { backend = open_backend(kind, world.local_rank()); });
+  return {world, backend};
+}
+
+MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, const Partition& partition, const Point& point) {
+  const bool needle = config.kind == TaskKind::needle;
+  const Config planned = needle ? needle_config(config) : config;
+  const Point at = needle ? needle_point(point) : point;
+  const bool record = needle || planned.run.check || planned.output.tensors;
+  Engine e(Backend{BackendKind::host, &kernels, &dry_device()}, planned, at, partition);
+  if (planned.kind == TaskKind::prefill) {
+    Prefill prefill(e, at.context, record);
+  } else if (needle) {
+    Prefill prefill(e, at.context, false);
+    Decode decode(e, nullptr, true);
+  } else {
+    if (planned.run.fill == CacheFill::prefill) Prefill prefill(e, at.context, false);
+    Decode decode(e, nullptr, record);
+  }
+  return e.account;
+}
+
+PointRecord run_point(const Session& session, const Config& config, const Point& point, std::int64_t index,
+                      const Progress& progress) {
+  if (config.kind == TaskKind::kernels)
+    throw UserError("task.kind = \"kernels\" (not built yet); use decode, prefill or needle");
+  PointRecord record;
+  record.index = index;
+  record.parameters = parameters(config, point);
+  const Partition partition = make_partition(config, session.world.size(), session.world.rank());
+  record.heads = partition.heads;
+  record.kv = partition.kv;
+  record.fingerprint = fingerprint(session, config, record.parameters, partition);
+
+  record.copy_bandwidth = -session.world.max(-copy_bandwidth(session.backend, session.world));
+  std::ofstream("/proc/self/clear_refs") << "5";  // the resident peak starts anew, where the kernel lets us
+  const std::int64_t resident = status_bytes("VmRSS");
+  MemoryAccount used;
+  if (config.kind == TaskKind::needle) {
+    used = run_needles(session, config, point, record, progress);
+  } else {
+    std::unique_ptr<TensorSource> source;
+    agreed(session.world, [&] { source = std::make_unique<TensorSource>(config, config.input_file); });
+    used = config.kind == TaskKind::decode ? run_decode(session, config, point, *source, record, progress)
+                                           : run_prefill(session, config, point, *source, record, progress);
+  }
+  record.memory = gather_memory(session, planned_memory(*session.backend.kernels, config, partition, point), used,
+                                status_bytes("VmHWM") - resident);
+  const std::vector<std::int64_t> bytes = session.world.gather(modelled_bytes(config, partition, point));
+  const std::int64_t ranks = session.world.size();
+  for (int stage = 0; stage < stage_count && !bytes.empty(); ++stage)
+    for (std::int64_t r = 0; r < ranks; ++r) record.bytes.push_back(bytes[r * stage_count + stage]);
+  record.reason = session.world.broadcast(record.reason);
+  record.valid = session.world.max(std::int64_t{!record.valid}) == 0;
+  return record;
+}
+
+RunRecord describe_run(const Session& session, const std::string& input_toml, const std::string& argv) {
+  RunRecord run;
+  run.run_uuid = first_line("/proc/sys/kernel/random/uuid");
+  run.start = utc_now();
+  run.argv = argv;
+  run.input_toml = input_toml;
+  run.input_sha256 = sha256(input_toml);
+  run.backend = session.backend.kind == BackendKind::cuda ? "cuda" : "host";
+  run.status = "running";
+  const DeviceInfo info = session.backend.device->info();
+  const bool gpu = session.backend.kind == BackendKind::cuda;
+  const auto gather = [&](const std::string& text, std::string RankSystem::*field) {
+    const std::vector<std::string> all = session.world.gather(text);
+    run.system.resize(all.size());
+    for (std::size_t r = 0; r < all.size(); ++r) run.system[r].*field = all[r];
+  };
+  gather(host_name(), &RankSystem::host);
+  gather(cpu_name(), &RankSystem::cpu);
+  gather(gpu ? info.name : "", &RankSystem::gpu);
+  gather(info.uuid, &RankSystem::uuid);
+  gather(info.driver, &RankSystem::driver);
+  gather(info.runtime, &RankSystem::cuda);
+  gather(gpu ? Communicator::library_version() : "", &RankSystem::nccl);
+  gather(MpiSession::library_version(), &RankSystem::mpi);
+  const std::vector<double> clocks = session.world.gather(std::vector<double>{info.clock_mhz, static_cast<double>(info.ecc_errors)});
+  for (std::size_t r = 0; r < run.system.size(); ++r) {
+    run.system[r].clock_mhz_before = clocks[2 * r];
+    run.system[r].ecc_before = static_cast<std::int64_t>(clocks[2 * r + 1]);
+  }
+  return run;
+}
+
+void close_run(const Session& session, RunRecord& run) {
+  run.end = utc_now();
+  const DeviceInfo info = session.backend.device->info();
+  const std::vector<double> after = session.world.gather(std::vector<double>{info.clock_mhz, static_cast<double>(info.ecc_errors)});
+  for (std::size_t r = 0; r < run.system.size(); ++r) {
+    run.system[r].clock_mhz_after = after[2 * r];
+    run.system[r].ecc_after = static_cast<std::int64_t>(after[2 * r + 1]);
+  }
+}
+
+}  // namespace nsa

@@ -1,0 +1,42 @@
+#pragma once
+// Runs the points of an input on all ranks.
+
+#include <functional>
+#include <string>
+
+#include "comm/session.hpp"
+#include "kernels/buffer.hpp"
+#include "nsa/config.hpp"
+#include "nsa/partition.hpp"
+#include "nsa/records.hpp"
+
+namespace nsa {
+
+/// What a rank needs to take part: collective over `world`.
+struct Session {
+  Control world;
+  Backend backend;
+};
+
+/// Opens the backend the input asks for (automatic: CUDA where built and every rank has a device, else host).
+Session open_session(const Config& config, const Control& world);
+
+/// Bytes of memory a rank needs at its peak, by kind, from the shapes alone: nothing is allocated.
+MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, const Partition& partition,
+                             const Point& point);
+
+/// `progress(done, total, what)` is called on every rank now and then.
+using Progress = std::function<void(double done, double total, const std::string& what)>;
+
+/// Runs one point. Collective. The record is complete on rank 0; every rank gets valid and reason.
+/// Throws UserError on every rank alike when one of them fails.
+PointRecord run_point(const Session& session, const Config& config, const Point& point, std::int64_t index,
+                      const Progress& progress);
+
+/// Facts of the run and of every rank's machine, on rank 0. Build facts and status are the caller's.
+RunRecord describe_run(const Session& session, const std::string& input_toml, const std::string& argv);
+
+/// Fills in what is known at the end: the end's time, clocks and ECC after. Collective.
+void close_run(const Session& session, RunRecord& run);
+
+}  // namespace nsa

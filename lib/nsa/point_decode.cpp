@@ -1,0 +1,171 @@
+#include "nsa/check.hpp"
+#include "nsa/decode.hpp"
+#include "nsa/inputs.hpp"
+#include "nsa/measure.hpp"
+#include "nsa/point.hpp"
+#include "nsa/prefill.hpp"
+#include "nsa/reads.hpp"
+#include "nsa/tensors.hpp"
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+
+namespace nsa {
+
+namespace {
+
+// Caches filled with synthetic rows, so that decode at a long context needs no prefill of it.
+void fill_directly(Engine& e, const TensorSource& source) {
+  const BlockRules& r = e.shape().rules;
+  const std::int64_t context = e.point.context;
+  for (std::size_t layer = 0; layer < e.caches.size(); ++layer) {
+    LayerCaches& cache = e.caches[layer];
+    fill_kv(e, source, sel, cache.sel, 0, context);
+    fill_kv(e, source, win, cache.win, std::max<std::int64_t>(0, context - r.w), context);
+    fill_kv(e, source, cmp, cache.raw, std::max<std::int64_t>(0, context - r.l), context);
+    fill_kv(e, source, cmp, cache.cmp, 0, compressed_tokens(r, context - 1));
+  }
+}
+
+void fill_caches(const Session& session, Engine& e, const TensorSource& source) {
+  if (e.config.run.fill == CacheFill::synthetic) return fill_directly(e, source);
+  std::optional<Prefill> prefill;
+  Recorder untimed(e.device(), e.streams.compute);
+  agreed(session.world, [&] {
+    prefill.emplace(e, e.point.context, false);
+    if (e.config.run.scope == Scope::attention) prefill->load_kv(source);
+    else prefill->load_rows(source);
+  });
+  prefill->fill_caches(untimed);
+  e.device().synchronize(e.streams.compute);
+}
+
+RankReads read_log(Engine& e, Decode& decode) {
+  const std::int64_t steps = e.config.run.steps, planes = e.planes();
+  const auto log = download_longs(e, decode.reads_log().data(), steps * branches * planes);
+  const auto selected = download_ints(e, decode.selected_log().data(), steps * decode.selected_count());
+  RankReads reads(steps);
+  for (std::int64_t i = 0; i < std::ssize(log); ++i)
+    reads.counted[i / planes % branches * steps + i / (planes * branches)] += log[i];
+  expect_decode(reads, e.partition, e.point.context, planes * e.config.model.layers, selected);
+  return reads;
+}
+
+// What all ranks together must read: [branch][step].
+std::vector<std::int64_t> total_reads(const Config& config, const Point& point) {
+  std::vector<std::int64_t> totals(branches * config.run.steps);
+  for (std::int64_t step = 0; step < config.run.steps; ++step)
+    for (int c = 0; c < branches; ++c)
+      totals[c * config.run.steps + step] = point.batch * config.model.n_kv_groups * config.model.layers *
+                                            expected_reads(config.nsa, point.context + step).branch[c];
+  return totals;
+}
+
+// One pass outside the measurement: every step is recorded, sampled rows of the first and last are checked.
+void record_pass(const Session& session, Engine& e, Decode& decode, const TensorSource& source, const StepOptions& base,
+                 PointRecord& record) {
+  StepOptions options = base;
+  options.record = true;
+  Recorder untimed(e.device(), e.streams.compute);
+  std::unique_ptr<StepTensors> tensors;
+  if (e.config.output.tensors) tensors = std::make_unique<StepTensors>(e, e.config.run.steps);
+  CheckResult checked;
+  decode.rewind();
+  for (std::int64_t step = 0; step < e.config.run.steps; ++step) {
+    decode.load(step, options);
+    const Work work = decode.step(options, untimed);
+    e.device().synchronize(e.streams.compute);
+    if (tensors) tensors->take(work, step, true);
+    if (!e.config.run.check || (step != 0 && step + 1 != e.config.run.steps)) continue;
+    const std::int64_t stride = std::max<std::int64_t>(1, e.planes() / 2);
+    for (std::int64_t plane = 0; plane < e.planes(); plane += stride)
+      checked.merge(check_row(work, plane, plane / e.shape().groups, e.point.context + step));
+  }
+  if (e.config.run.check) {
+    record.max_abs_err = std::max(record.max_abs_err, session.world.max(checked.max_abs_err));
+    for (const std::string& problem : session.world.gather(checked.problem)) record.fail(problem);
+  }
+  if (!tensors) return;
+  record.tensors = input_tensors(e, source, session.world.rank() == 0);
+  for (TensorRecord& tensor : tensors->reduce(session.world)) record.tensors.push_back(std::move(tensor));
+  for (TensorRecord& tensor : compressed_tensors(e, total_positions(e.config, e.point), session.world))
+    record.tensors.push_back(std::move(tensor));
+}
+
+// A step as it would run: one graph where the backend has them.
+class WholeStep {
+ public:
+  WholeStep(Engine& e, Decode& decode, Recorder& recorder, const ModeRun& run)
+      : engine_(e), decode_(decode), recorder_(recorder), options_(run.options) {
+    if (!run.stages && e.device().capture)
+      graph_ = e.device().capture(e.streams.compute, [](void* self) { static_cast<WholeStep*>(self)->queue(); }, this);
+  }
+  ~WholeStep() {
+    if (graph_) engine_.device().destroy_graph(graph_);
+  }
+  WholeStep(const WholeStep&) = delete;
+  WholeStep& operator=(const WholeStep&) = delete;
+  void run() {
+    if (graph_) engine_.device().launch(graph_, engine_.streams.compute);
+    else queue();
+  }
+
+ private:
+  void queue() { decode_.step(options_, recorder_); }
+  Engine& engine_;
+  Decode& decode_;
+  Recorder& recorder_;
+  StepOptions options_;
+  Graph* graph_ = nullptr;
+};
+
+}  // namespace
+
+MemoryAccount run_decode(const Session& session, const Config& config, const Point& point, const TensorSource& source,
+                         PointRecord& record, const Progress& progress) {
+  const Control& world = session.world;
+  std::optional<Engine> engine;
+  agreed(world, [&] { engine.emplace(session.backend, world, config, point, source); });
+  Engine& e = *engine;
+  progress(0, 1, "filling caches");
+  fill_caches(session, e, source);
+  std::optional<Decode> held;
+  agreed(world, [&] { held.emplace(e, &source, config.run.check || config.output.tensors); });
+  Decode& decode = *held;
+  decode.mark();
+
+  const std::vector<ModeRun> runs = mode_runs(config, point);
+  StepOptions base;
+  base.force_branch = point.force_branch;
+  if (config.run.check || config.output.tensors) record_pass(session, e, decode, source, base, record);
+
+  Recorder recorder(e.device(), e.streams.compute);
+  Samples samples;
+  double passes = 0;
+  record.stop_reason = measure(world, runs, config.run.min_time, samples, [&](const ModeRun& run, auto&& sink) {
+    recorder.time_stages(run.stages);
+    WholeStep whole(e, decode, recorder, run);
+    decode.rewind();
+    for (std::int64_t step = 0; step < config.run.steps; ++step) {
+      decode.load(step, run.options);
+      e.device().synchronize(e.streams.compute);
+      sink(recorder.step([&] { whole.run(); }));
+    }
+    if (run.options.leave_out < 0) {
+      const RankReads reads = read_log(e, decode);
+      record.reads = gather_reads(world, reads);
+      if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(config, point)));
+    }
+    progress(std::min(++passes, static_cast<double>(runs.size())), static_cast<double>(runs.size()), run.name);
+  });
+  for (std::int64_t step = 0; step < config.run.steps; ++step)
+    record.reads.nsa_vibe.push_back(nsa_vibe_reads(config.nsa, point.context + step));
+  record.first_position = point.context;
+  record.warmup_reps = config.run.warmup;
+  record.time = gather_times(world, samples);
+  for (int c = 0; c < branches; ++c) record.routes[c] = e.route[c]->name;
+  return e.account;
+}
+
+}  // namespace nsa

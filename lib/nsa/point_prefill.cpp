@@ -1,0 +1,110 @@
+#include "nsa/check.hpp"
+#include "nsa/inputs.hpp"
+#include "nsa/measure.hpp"
+#include "nsa/point.hpp"
+#include "nsa/prefill.hpp"
+#include "nsa/reads.hpp"
+#include "nsa/tensors.hpp"
+
+#include <algorithm>
+#include <optional>
+
+namespace nsa {
+
+namespace {
+
+void load(Engine& e, Prefill& prefill, const TensorSource& source) {
+  prefill.load_rows(source);
+  if (e.config.run.scope == Scope::attention) prefill.load_kv(source);
+}
+
+RankReads count_reads(Engine& e, Prefill& prefill) {
+  const std::int64_t planes = e.planes();
+  const auto counters = download_longs(e, prefill.buffers().reads.data(), branches * planes);
+  RankReads reads(1);
+  for (std::int64_t i = 0; i < std::ssize(counters); ++i) reads.counted[i / planes] += counters[i];
+  expect_prefill(reads, e.partition, e.point.context, planes * e.config.model.layers);
+  return reads;
+}
+
+std::vector<std::int64_t> total_reads(const Config& config, const Point& point) {
+  std::vector<std::int64_t> totals(branches, 0);
+  for (std::int64_t t = 0; t < point.context; ++t)
+    for (int c = 0; c < branches; ++c)
+      totals[c] += point.batch * config.model.n_kv_groups * config.model.layers * expected_reads(config.nsa, t).branch[c];
+  return totals;
+}
+
+// One run outside the measurement: every tile is recorded; the last row of some tiles is checked.
+void record_run(const Session& session, Engine& e, Prefill& prefill, const TensorSource& source, const StepOptions& base,
+                PointRecord& record) {
+  StepOptions options = base;
+  options.record = true;
+  Recorder untimed(e.device(), e.streams.compute);
+  std::optional<StepTensors> tensors;
+  if (e.config.output.tensors) tensors.emplace(e, e.point.context);
+  CheckResult checked;
+  std::int64_t seen = 0;
+  const std::int64_t stride = std::max<std::int64_t>(1, prefill.tile_count() * e.point.batch / 8);
+  load(e, prefill, source);
+  prefill.run(untimed, options, [&](const Work& work, const PrefillTile& tile) {
+    e.device().synchronize(e.streams.compute);
+    if (tensors) tensors->take(work, tile.first_position, false);
+    if (!e.config.run.check || seen++ % stride != 0) return;
+    const std::int64_t row = tile.tokens - 1, group = seen / stride % e.shape().groups;
+    checked.merge(check_row(work, std::int64_t{work.tile.batch_begin} * e.shape().groups + group, row, tile.first_position + row));
+  });
+  if (e.config.run.check) {
+    record.max_abs_err = std::max(record.max_abs_err, session.world.max(checked.max_abs_err));
+    for (const std::string& problem : session.world.gather(checked.problem)) record.fail(problem);
+  }
+  if (!tensors) return;
+  record.tensors = input_tensors(e, source, session.world.rank() == 0);
+  for (TensorRecord& tensor : tensors->reduce(session.world)) record.tensors.push_back(std::move(tensor));
+  for (TensorRecord& tensor : compressed_tensors(e, e.point.context, session.world)) record.tensors.push_back(std::move(tensor));
+}
+
+}  // namespace
+
+MemoryAccount run_prefill(const Session& session, const Config& config, const Point& point, const TensorSource& source,
+                          PointRecord& record, const Progress& progress) {
+  const Control& world = session.world;
+  std::optional<Engine> engine;
+  agreed(world, [&] { engine.emplace(session.backend, world, config, point, source); });
+  Engine& e = *engine;
+  std::optional<Prefill> held;
+  agreed(world, [&] {
+    held.emplace(e, point.context, config.run.check || config.output.tensors);
+    load(e, *held, source);
+  });
+  Prefill& prefill = *held;
+
+  const std::vector<ModeRun> runs = mode_runs(config, point);
+  StepOptions base;
+  base.force_branch = point.force_branch;
+  progress(0, 1, "checking");
+  if (config.run.check || config.output.tensors) record_run(session, e, prefill, source, base, record);
+
+  Recorder recorder(e.device(), e.streams.compute);
+  Samples samples;
+  double passes = 0;
+  record.stop_reason = measure(world, runs, config.run.min_time, samples, [&](const ModeRun& run, auto&& sink) {
+    recorder.time_stages(run.stages);
+    for (std::int64_t rep = 0; rep < config.run.steps; ++rep) {
+      if (config.model.layers > 1) prefill.load_rows(source);  // the residual stream was written over
+      sink(recorder.step([&] { prefill.run(recorder, run.options); }));
+    }
+    if (run.options.leave_out < 0) {
+      record.reads = gather_reads(world, count_reads(e, prefill));
+      if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(config, point)));
+    }
+    progress(std::min(++passes, static_cast<double>(runs.size())), static_cast<double>(runs.size()), run.name);
+  });
+  record.reads.nsa_vibe.push_back(nsa_vibe_reads(config.nsa, point.context - 1));
+  record.warmup_reps = config.run.warmup;
+  record.time = gather_times(world, samples);
+  for (int c = 0; c < branches; ++c) record.routes[c] = e.route[c]->name;
+  return e.account;
+}
+
+}  // namespace nsa

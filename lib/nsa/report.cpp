@@ -1,0 +1,184 @@
+#include "nsa/report.hpp"
+
+#include <fmt/format.h>
+#include <fmt/ostream.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "nsa/figures.hpp"
+
+namespace nsa {
+namespace {
+
+double median_of(const PointRecord& point, Stage stage) { return stage_time(point, "branches", stage).median; }
+
+/// The stages that have no column of their own.
+double other_stages(const PointRecord& point) {
+  double sum = 0;
+  for (const Stage stage : {Stage::project, Stage::append, Stage::compress, Stage::combine, Stage::output}) {
+    const double median = median_of(point, stage);
+    if (!std::isnan(median)) sum += median;
+  }
+  return std::isnan(selection_share(point)) ? std::nan("") : sum;
+}
+
+std::string count_text(double count) { return std::isnan(count) ? "-" : fmt::format("{:.10g}", count); }
+std::string percent_text(double share) { return std::isnan(share) ? "-" : fmt::format("{:.1f}%", 100 * share); }
+
+/// What tells a point from the others of a sweep, as the tail of a name: "context_1024",
+/// "context_64_batch_4_force_sel".
+std::string point_name(const PointRecord& point) {
+  std::string name = fmt::format("context_{}", integer_parameter(point, "run.context", 0));
+  const std::int64_t batch = integer_parameter(point, "run.batch", 1);
+  if (batch != 1) name += fmt::format("_batch_{}", batch);
+  const std::string forced = text_parameter(point, "run.force_branch", "none");
+  if (forced != "none") name += "_force_" + forced;
+  return name;
+}
+
+void print_figure(std::ostream& out, const std::string& name, const std::string& value, const char* unit) {
+  fmt::print(out, "FOM {} = {} {}\n", name, value, unit);
+}
+
+void print_time_figures(std::ostream& out, const PointRecord& point) {
+  const double seconds = step_time(point).median;
+  if (std::isnan(seconds)) return;
+  const std::string kind = text_parameter(point, "task.kind", "step"), name = point_name(point);
+  if (kind == "needle") return;  // its steps are asked for an answer, not timed
+  const bool prefill = kind == "prefill";
+  const double tokens = static_cast<double>(integer_parameter(point, "run.batch", 1) *
+                                            (prefill ? integer_parameter(point, "run.context", 0) : 1));
+  print_figure(out, kind + "_time_" + name, fmt::format("{:.3f}", seconds * (prefill ? 1e3 : 1e6)),
+               prefill ? "ms" : "us");
+  print_figure(out, kind + "_rate_" + name, fmt::format("{:.1f}", tokens / seconds), "tokens/s");
+  if (const double share = selection_share(point); !std::isnan(share))
+    print_figure(out, kind + "_selection_share_" + name, fmt::format("{:.2f}", 100 * share), "%");
+  if (const double fraction = copy_rate_fraction(point); !std::isnan(fraction))
+    print_figure(out, kind + "_copy_rate_" + name, fmt::format("{:.2f}", 100 * fraction), "%");
+}
+
+/// Largest total over ranks; the kinds are [kind][rank] and "total" is the last.
+double peak_memory(const MemoryRecord& memory) {
+  if (memory.measured_peak.empty() || memory.kinds.empty()) return std::nan("");
+  const std::size_t ranks = memory.measured_peak.size() / memory.kinds.size();
+  return static_cast<double>(*std::max_element(memory.measured_peak.end() - ranks, memory.measured_peak.end()));
+}
+
+std::string csv_time(double seconds) { return std::isnan(seconds) ? "" : fmt::format("{:.6f}", 1e3 * seconds); }
+std::string csv_count(double count) { return std::isnan(count) ? "" : count_text(count); }
+
+}  // namespace
+
+TableColumns table_columns(const std::vector<PointRecord>& points) {
+  TableColumns columns;
+  for (const PointRecord& point : points) {
+    columns.batch |= integer_parameter(point, "run.batch", 1) != 1;
+    columns.forced |= text_parameter(point, "run.force_branch", "none") != "none";
+  }
+  return columns;
+}
+
+void print_table_header(std::ostream& out, const TableColumns& columns) {
+  fmt::print(out, "{:>8}", "context");
+  if (columns.batch) fmt::print(out, " {:>6}", "batch");
+  if (columns.forced) fmt::print(out, " {:>6}", "forced");
+  for (const char* name : {"total", "cmp", "rank", "sel", "win", "comm", "other"}) fmt::print(out, " {:>8}", name);
+  fmt::print(out, " {:>6} {:>15} {:>8}\n", "share", "reads", "nsa-vibe");
+}
+
+void print_table_row(std::ostream& out, const TableColumns& columns, const PointRecord& point) {
+  fmt::print(out, "{:>8}", integer_parameter(point, "run.context", 0));
+  if (columns.batch) fmt::print(out, " {:>6}", integer_parameter(point, "run.batch", 1));
+  if (columns.forced) fmt::print(out, " {:>6}", text_parameter(point, "run.force_branch", "none"));
+  for (const double seconds : {step_time(point).median, median_of(point, Stage::attend_cmp),
+                               median_of(point, Stage::rank), median_of(point, Stage::attend_sel),
+                               median_of(point, Stage::attend_win), median_of(point, Stage::comm), other_stages(point)})
+    fmt::print(out, " {:>8}", time_text(seconds));
+  const ReadFigures reads = last_reads(point);
+  fmt::print(out, " {:>6} {:>15} {:>8}", percent_text(selection_share(point)),
+             count_text(reads.counted) + "/" + count_text(reads.expected), count_text(reads.nsa_vibe));
+  fmt::print(out, "{}\n", point.valid ? "" : "  INVALID");
+}
+
+void print_table_notes(std::ostream& out) {
+  fmt::print(out,
+             "total: a step as it runs; cmp to other: the stages one after the other. Medians of the slowest rank.\n"
+             "share: (rank + sel) / all stages. reads: tokens counted/expected at the last step for one sequence and\n"
+             "group; nsa-vibe: what the formula cmp + n*l' + min(w,S) gives.\n");
+}
+
+void print_table(std::ostream& out, const std::vector<PointRecord>& points) {
+  const TableColumns columns = table_columns(points);
+  print_table_header(out, columns);
+  for (const PointRecord& point : points) print_table_row(out, columns, point);
+  print_table_notes(out);
+}
+
+void print_slowest(std::ostream& out, const std::vector<PointRecord>& points) {
+  for (const PointRecord& point : points) {
+    const std::vector<double> work = rank_work(point);
+    if (work.size() < 2) continue;
+    const auto slowest = std::max_element(work.begin(), work.end());
+    fmt::print(out, "slowest rank at {}: {} of {} (heads={} x kv={}), {} of its own work, {:.2f} x the median rank\n",
+               point_name(point), slowest - work.begin(), work.size(), point.heads, point.kv, time_text(*slowest),
+               *slowest / summarise(work).median);
+  }
+}
+
+void print_figures(std::ostream& out, const std::vector<PointRecord>& points) {
+  for (const PointRecord& point : points) {
+    const std::string kind = text_parameter(point, "task.kind", "step"), name = point_name(point);
+    print_time_figures(out, point);
+    if (const auto found = point.needle.find("found"); found != point.needle.end() && !found->second.empty()) {
+      const auto hits = std::count(found->second.begin(), found->second.end(), 1.0);
+      const double share = static_cast<double>(hits) / static_cast<double>(found->second.size());
+      print_figure(out, "needle_found_" + name, fmt::format("{:.2f}", 100 * share), "%");
+    }
+    if (point.max_abs_err >= 0)
+      print_figure(out, kind + "_max_abs_err_" + name, fmt::format("{:.3e}", point.max_abs_err), "1");
+    if (const double peak = peak_memory(point.memory); !std::isnan(peak))
+      print_figure(out, kind + "_peak_memory_" + name, fmt::format("{:.3f}", peak / 1e6), "MB");
+  }
+  const auto bad = std::find_if(points.begin(), points.end(), [](const PointRecord& p) { return !p.valid; });
+  if (bad == points.end()) {
+    fmt::print(out, "RESULT: VALID\n");
+  } else {
+    fmt::print(out, "RESULT: INVALID ({}: {})\n", point_name(*bad), bad->reason);
+  }
+}
+
+void print_needles(std::ostream& out, const std::vector<PointRecord>& points) {
+  for (const PointRecord& point : points) {
+    const auto depths = point.needle.find("depth");
+    if (depths == point.needle.end()) continue;
+    const auto value = [&](const char* name, std::size_t i) {
+      const auto column = point.needle.find(name);
+      return column == point.needle.end() ? std::nan("") : column->second[i];
+    };
+    fmt::print(out, "needle, {}\n{:>8} {:>10} {:>8} {:>6} {:>10}\n", point_name(point), "depth", "position", "block",
+               "found", "abs_err");
+    for (std::size_t i = 0; i < depths->second.size(); ++i)
+      fmt::print(out, "{:>8.3f} {:>10} {:>8} {:>6} {:>10.2e}\n", depths->second[i], count_text(value("position", i)),
+                 count_text(value("block", i)), value("found", i) == 1.0 ? "yes" : "no", value("abs_err", i));
+  }
+}
+
+std::string to_csv(const std::vector<PointRecord>& points) {
+  std::string csv =
+      "S,ms_total,ms_cmp,ms_sel,ms_win,reads_actual,reads_expected,reads_actual_decode,reads_expected_decode,"
+      "reads_nsa_vibe\n";
+  for (const PointRecord& point : points) {
+    const ReadFigures reads = last_reads(point);
+    const bool decode = text_parameter(point, "task.kind", "decode") == "decode";
+    const std::string counted = csv_count(reads.counted), expected = csv_count(reads.expected);
+    csv += fmt::format("{},{},{},{},{},{},{},{},{},{}\n", integer_parameter(point, "run.context", 0),
+                       csv_time(step_time(point).median), csv_time(median_of(point, Stage::attend_cmp)),
+                       csv_time(median_of(point, Stage::rank) + median_of(point, Stage::attend_sel)),
+                       csv_time(median_of(point, Stage::attend_win)), counted, expected, decode ? counted : "",
+                       decode ? expected : "", csv_count(reads.nsa_vibe));
+  }
+  return csv;
+}
+
+}  // namespace nsa

@@ -1,0 +1,41 @@
+#pragma once
+// What a run prints: the branch table, the slowest rank, FOM lines, the verdict; and the seeds' CSV.
+
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "nsa/records.hpp"
+
+namespace nsa {
+
+/// Columns that a table has only where a point needs them.
+struct TableColumns {
+  bool batch = false, forced = false;
+};
+TableColumns table_columns(const std::vector<PointRecord>& points);
+
+/// One line a point: context, total, cmp, rank, sel, win, comm, other stages, share of selection, reads
+/// counted/expected, nsa-vibe's formula. Header and rows apart, so that a row can be printed as its point finishes.
+void print_table_header(std::ostream& out, const TableColumns& columns);
+void print_table_row(std::ostream& out, const TableColumns& columns, const PointRecord& point);
+void print_table_notes(std::ostream& out);  ///< what the columns are
+void print_table(std::ostream& out, const std::vector<PointRecord>& points);
+
+/// The slowest rank of each point and by how much (max / median over ranks of their own work). One rank: nothing.
+void print_slowest(std::ostream& out, const std::vector<PointRecord>& points);
+
+/// "FOM name = value unit" lines, then "RESULT: VALID" or "RESULT: INVALID (reason)". Names and order are stable.
+void print_figures(std::ostream& out, const std::vector<PointRecord>& points);
+
+/// kind = "needle": depth x found.
+void print_needles(std::ostream& out, const std::vector<PointRecord>& points);
+
+/// nsa-vibe's columns S, ms_total, ms_cmp, ms_sel (rank + attend_sel), ms_win, reads_actual, reads_expected,
+/// reads_actual_decode, reads_expected_decode, and reads_nsa_vibe. Reads are those of last_reads (figures.hpp):
+/// counted where the kernels load, and expected from the shape. nsa-vibe's own formula, which its CSV has under
+/// reads_expected, stands in reads_nsa_vibe. The _decode pair repeats the counts in decode and is empty otherwise:
+/// nothing here mixes a prefill's reads with a step's. Times of stages that were not timed are empty.
+std::string to_csv(const std::vector<PointRecord>& points);
+
+}  // namespace nsa

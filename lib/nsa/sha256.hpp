@@ -1,0 +1,12 @@
+#pragma once
+// SHA-256 (FIPS 180-4), for the fingerprints of inputs and points.
+
+#include <string>
+#include <string_view>
+
+namespace nsa {
+
+/// 64 lower-case hexadecimal digits.
+std::string sha256(std::string_view text);
+
+}  // namespace nsa

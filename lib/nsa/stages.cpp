@@ -1,0 +1,162 @@
+#include "nsa/stages.hpp"
+
+namespace nsa {
+
+namespace {
+
+std::byte* at(const Buffer& buffer, std::int64_t elements, std::size_t size) {
+  return buffer.as<std::byte>() + elements * static_cast<std::int64_t>(size);
+}
+
+float* floats_at(const Buffer& buffer, std::int64_t elements) {
+  return buffer.data() ? buffer.as<float>() + elements : nullptr;
+}
+
+std::int32_t* selected_of(const Work& w) {
+  const LayerShape& s = w.engine.shape();
+  return w.buffers.selected.as<std::int32_t>() + w.layer * w.tile.rows() * s.groups * s.rules.n_sel;
+}
+
+void* query_of(const Work& w) {
+  const LayerShape& s = w.engine.shape();
+  return at(w.buffers.q, w.first_row * s.heads() * s.d_k, size_of(s.dtype));
+}
+
+float* gate_of(const Work& w) { return floats_at(w.buffers.gate, w.first_row * w.engine.shape().groups * 3); }
+
+}  // namespace
+
+void project(Work& w) {
+  const LayerShape& s = w.engine.shape();
+  const StepBuffers& b = w.buffers;
+  Stream* stream = w.engine.streams.compute;
+  void* x_in = at(b.x_in, w.first_row * s.dim, size_of(s.dtype));
+  if (w.engine.config.model.layers > 1)
+    w.engine.kernels().rmsnorm(s, w.tile.rows(), floats_at(b.x, w.first_row * s.dim), x_in, true, stream);
+  ProjectArgs args;
+  args.shape = s;
+  args.tile = w.tile;
+  args.weights = w.engine.weights[w.layer].layer();
+  args.x = x_in;
+  args.q = query_of(w);
+  for (int c = 0; c < branches; ++c) {
+    args.k[c] = b.k[c].data();
+    args.v[c] = b.v[c].data();
+  }
+  args.gate = gate_of(w);
+  args.force_branch = w.options.force_branch;
+  args.scratch = b.scratch.data();
+  args.scratch_bytes = b.scratch.bytes();
+  w.engine.kernels().project(args, stream);
+}
+
+void append(Work& w, Branch branch, const KvView& k_cache, const KvView& v_cache) {
+  const LayerShape& s = w.engine.shape();
+  const Branch source = s.shared_kv ? sel : branch;
+  w.engine.kernels().append(
+      {s, w.tile, w.buffers.k[source].data(), w.buffers.v[source].data(), k_cache, v_cache}, w.engine.streams.compute);
+}
+
+void attend(Work& w, Branch branch) {
+  const LayerShape& s = w.engine.shape();
+  const StepBuffers& b = w.buffers;
+  AttendArgs args;
+  args.shape = s;
+  args.tile = w.tile;
+  args.q = query_of(w);
+  args.k = w.k[branch];
+  args.v = w.v[branch];
+  args.out = partials_at(b.partials.as<float>(), s, w.tile.rows(), branch);
+  args.reads = b.reads.as<std::int64_t>() + branch * w.engine.planes() + std::int64_t{w.tile.batch_begin} * s.groups;
+  args.scratch = b.scratch.data();
+  args.scratch_bytes = b.scratch.bytes();
+  if (branch == sel) args.selected = selected_of(w);
+  if (branch == cmp) {
+    args.lse = b.lse.as<float>();
+    args.scores = b.scores.data();
+    args.scores_only = w.leaves_out(cmp);
+  }
+  w.engine.route[branch]->run(args, w.engine.streams.compute);
+}
+
+void rank_blocks(Work& w) {
+  const StepBuffers& b = w.buffers;
+  RankArgs args;
+  args.shape = w.engine.shape();
+  args.tile = w.tile;
+  args.scores = b.scores.data();
+  args.lse = (w.exchange ? b.lse_all : b.lse).as<float>();
+  args.lse_ranks = w.exchange ? w.engine.partition.kv : 1;
+  args.cmp_map = w.k[cmp].map;
+  args.token_map = w.k[sel].map;
+  if (w.exchange)
+    args.candidates = b.candidates.as<Candidate>();
+  else
+    args.selected = selected_of(w);
+  if (w.options.record) {
+    args.p_slc = b.p_slc.as<float>();
+    args.p_slc_blocks = b.p_slc_blocks;
+  }
+  args.scratch = b.scratch.data();
+  args.scratch_bytes = b.scratch.bytes();
+  w.engine.kernels().rank(args, w.engine.streams.compute);
+}
+
+void select_blocks(Work& w) {
+  w.engine.kernels().select({w.engine.shape(), w.tile, w.buffers.candidates_all.as<Candidate>(),
+                             w.engine.partition.kv, selected_of(w)},
+                            w.engine.streams.compute);
+}
+
+void combine(Work& w) {
+  const StepBuffers& b = w.buffers;
+  CombineArgs args;
+  args.shape = w.engine.shape();
+  args.tile = w.tile;
+  args.partials = (w.exchange ? b.partials_all : b.partials).as<float>();
+  args.ranks = w.exchange ? w.engine.partition.kv : 1;
+  args.gate = gate_of(w);
+  for (int c = 0; c < branches; ++c) {
+    args.leave_out[c] = w.options.leave_out == c;
+    if (w.options.record) args.o_branch[c] = b.o_branch[c].as<float>();
+  }
+  args.o = b.o.data();
+  w.engine.kernels().combine(args, w.engine.streams.compute);
+}
+
+void output(Work& w) {
+  const LayerShape& s = w.engine.shape();
+  const StepBuffers& b = w.buffers;
+  OutputArgs args;
+  args.shape = s;
+  args.rows = w.tile.rows();
+  args.o = b.o.data();
+  args.w_o = w.engine.weights[w.layer].layer().w_o;
+  args.y = floats_at(b.y, w.first_row * s.dim);
+  args.scratch = b.scratch.data();
+  args.scratch_bytes = b.scratch.bytes();
+  w.engine.kernels().output(args, w.engine.streams.compute);
+}
+
+void exchange_lse(Work& w, Stream* stream) {
+  w.engine.kv.all_gather(w.buffers.lse.data(), w.buffers.lse_all.data(), w.buffers.lse.bytes(), stream);
+}
+
+void exchange_candidates(Work& w, Stream* stream) {
+  w.engine.kv.all_gather(w.buffers.candidates.data(), w.buffers.candidates_all.data(), w.buffers.candidates.bytes(),
+                         stream);
+}
+
+void exchange_partials(Work& w, Stream* stream) {
+  w.engine.kv.all_gather(w.buffers.partials.data(), w.buffers.partials_all.data(), w.buffers.partials.bytes(), stream);
+}
+
+void sum_outputs(Work& w, std::int64_t rows) {
+  const auto count = static_cast<std::size_t>(rows * w.engine.shape().dim);
+  Stream* stream = w.engine.streams.compute;
+  w.engine.heads.all_reduce_sum(w.buffers.y.as<float>(), count, stream);
+  if (w.engine.config.model.layers > 1)
+    w.engine.kernels().add(static_cast<std::int64_t>(count), w.buffers.x.as<float>(), w.buffers.y.as<float>(), stream);
+}
+
+}  // namespace nsa

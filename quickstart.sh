@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Builds nsa (installing what it needs) and runs inputs/quickstart.toml on 4 MPI ranks, 2 head shards x 2 KV shards.
+# Leaves quickstart.h5 in this folder. Takes a few minutes the first time and seconds after that.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+scripts/build.sh host -DNSA_TESTS=OFF
+
+# Open MPI refuses root and more ranks than cores unless told otherwise.
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+rm -f quickstart.h5
+mpirun -n 4 build/host/app/nsa run inputs/quickstart.toml --output quickstart.h5

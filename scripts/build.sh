@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Configures and builds one preset (host, host-asan, cuda, cuda-debug; default host) after seeing to the packages.
+#   scripts/build.sh [PRESET] [-DNAME=VALUE ...]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+preset=host
+if [[ $# -gt 0 && $1 != -* ]]; then
+  preset=$1
+  shift
+fi
+scripts/setup.sh
+[[ -n ${TOMLPLUSPLUS_INCLUDE_DIR:-} ]] && set -- "$@" "-DTOMLPLUSPLUS_INCLUDE_DIR=$TOMLPLUSPLUS_INCLUDE_DIR"
+cmake --preset "$preset" "$@" >/dev/null
+cmake --build --preset "$preset"
+if [[ $preset == host ]] && command -v nvcc >/dev/null; then
+  echo "build: a CUDA compiler is here; scripts/build.sh cuda builds the GPU backend too"
+fi

@@ -1,0 +1,337 @@
+// Every attention stage of the CUDA backend against its host twin, on random inputs and NaN-poisoned buffers, over
+// head counts, head sizes, lengths, layouts of the KV shards and types.
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <string>
+
+#include "catch.hpp"
+#include "gpu/twin.hpp"
+
+using namespace nsa;
+using namespace nsa::test;
+
+namespace {
+
+struct Case {
+  LayerShape shape;
+  std::int32_t batch = 1, tokens = 1;  // rows of the tile: tokens consecutive positions of every sequence
+  std::int64_t first = 0;
+  std::int32_t kv = 1;
+  std::int32_t chunk_blocks = 2;
+  bool gathered = false;  // prefill: K/V of all ranks in one buffer
+  bool ring = false;      // decode: the window in a ring
+  std::int64_t positions() const { return first + tokens; }
+};
+
+LayerShape shape_of(DType type, int groups, int h, int d_k, int d_v) {
+  LayerShape s;
+  s.groups = groups;
+  s.heads_per_group = h;
+  s.d_k = d_k;
+  s.d_v = d_v;
+  s.dtype = type;
+  return s;
+}
+
+RowMap chunked(const Case& c, std::int64_t chunk, std::int32_t before, std::int32_t rank) {
+  RowMap m;
+  if (c.kv == 1) return m;
+  m.chunk = chunk;
+  m.stride = chunk + before;
+  m.before = before;
+  m.kv = c.kv;
+  m.rank = c.gathered ? all_ranks : rank;
+  return m;
+}
+
+// fp32 and 16-bit inputs alike are multiplied and summed in fp32, in another order and with another exponential: a
+// few times 2^-24 a step over at most a few thousand steps. Tensor cores round the weights P to storage once more:
+// 2^-9 (bf16) or 2^-12 (fp16) an element, random in sign.
+double tolerance(DType type) { return type == DType::f32 ? 2e-5 : type == DType::bf16 ? 4e-3 : 6e-4; }
+
+// What all ranks of a layout computed, by the GPU and by the host.
+struct Run {
+  explicit Run(const Case& c);
+  Case c;
+  LayerShape s;
+  std::int64_t rows, lists, blocks;
+  std::vector<std::unique_ptr<Twin>> partials, lse, p_slc, candidates, reads;
+  std::unique_ptr<Twin> selected, gate, o, o_branch;
+  std::vector<std::int32_t> gpu_selected;
+};
+
+void attend_on(const Backend& b, Branch branch, const Case& c, const LayerShape& s, const QueryTile& tile, const Twin& q,
+               const TwinKv& k, const TwinKv& v, const Twin& partials, const Twin& reads, const Twin* selected,
+               const Twin* lse, const Twin* scores, const Twin& scratch, const AttendKernel& kernel) {
+  AttendArgs a;
+  a.shape = s;
+  a.tile = tile;
+  a.q = q.on<void>(b);
+  a.k = k.on(b);
+  a.v = v.on(b);
+  a.out = partials_at(partials.on<float>(b), s, tile.rows(), branch);
+  a.reads = reads.on<std::int64_t>(b) + branch * c.batch * s.groups;
+  if (selected) a.selected = selected->on<std::int32_t>(b);
+  if (lse) a.lse = lse->on<float>(b);
+  if (scores) a.scores = scores->on<void>(b);
+  a.scratch = scratch.on<void>(b);
+  a.scratch_bytes = scratch.bytes();
+  kernel.run(a, nullptr);
+}
+
+Run::Run(const Case& given) : c(given), s(given.shape) {
+  s.leaf = c.chunk_blocks * s.rules.l_sel / s.rules.d;
+  s.lanes = 24;
+  const BlockRules& r = s.rules;
+  const std::int64_t planes = std::int64_t{c.batch} * s.groups, T = c.positions(), n = compressed_tokens(r, T - 1);
+  const std::int64_t chunk_tokens = c.chunk_blocks * r.l_sel;
+  QueryTile tile{0, c.batch, c.tokens, nullptr, T};
+  rows = tile.rows();
+  lists = rows * s.groups;
+  blocks = eligible_blocks(r, T - 1);
+  const int ranks = c.gathered ? 1 : c.kv;
+  Twin position(8);
+  *position.host<std::int64_t>() = c.first;
+  position.to_gpu();
+  const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
+  TwinKv q(s.dtype, RowMap{}, 1, rows, s.heads() * s.d_k);
+  q.fill(1, 1, rows, "q", 2.0f);
+  gate = std::make_unique<Twin>(lists * 3 * 4);
+  for (std::int64_t i = 0; i < lists * 3; ++i) gate->host<float>()[i] = 0.1f + 0.2f * static_cast<float>(i % 4);
+  gate->to_gpu();
+  selected = std::make_unique<Twin>(lists * r.n_sel * 4);
+  const std::int64_t lanes_here = s.lanes / ranks, lse_floats = lanes_here * rows * s.heads() * 2;
+  Twin lse_all(ranks * lse_floats * 4), partials_all(ranks * partial_floats(s, rows) * 4),
+      candidates_all(ranks * lists * r.n_sel * 8);
+  std::vector<std::unique_ptr<Twin>> scores, scratch;
+  std::vector<std::unique_ptr<TwinKv>> k_cmp, v_cmp, k_sel, v_sel, k_win, v_win;
+  const auto tile_on = [&](const Backend& b) {
+    QueryTile t = tile;
+    t.first_position = position.on<std::int64_t>(b);
+    return t;
+  };
+  const std::int64_t scratch_bytes =
+      static_cast<std::int64_t>(std::max(cpu().kernels->scratch_bytes(s, tile), gpu().kernels->scratch_bytes(s, tile)));
+  for (int rank = 0; rank < ranks; ++rank) {
+    const RowMap cmp_map = chunked(c, s.leaf, r.l / r.d - 1, rank), token_map = chunked(c, chunk_tokens, 0, rank);
+    RowMap win_map = token_map;
+    if (c.ring) {
+      win_map = {};
+      win_map.ring = r.w;
+      win_map.slot_begin = std::int64_t{rank} * r.w / ranks;
+      win_map.slot_end = std::int64_t{rank + 1} * r.w / ranks;
+    }
+    const auto cache = [&](const RowMap& map, std::int64_t count, int width, const char* name) {
+      auto kv = std::make_unique<TwinKv>(s.dtype, map, planes, std::max<std::int64_t>(count, 1), width);
+      if (count > 0) kv->fill(c.batch, s.groups, count, name);
+      return kv;
+    };
+    k_cmp.push_back(cache(cmp_map, n, s.d_k, "k_cmp"));
+    v_cmp.push_back(cache(cmp_map, n, s.d_v, "v_cmp"));
+    k_sel.push_back(cache(token_map, T, s.d_k, "k_sel"));
+    v_sel.push_back(cache(token_map, T, s.d_v, "v_sel"));
+    k_win.push_back(cache(win_map, T, s.d_k, "k_win"));
+    v_win.push_back(cache(win_map, T, s.d_v, "v_win"));
+    const std::int64_t cmp_rows = ranks == 1 ? n : TwinKv::capacity(cmp_map, std::max<std::int64_t>(n, 1));
+    const std::int64_t score_bytes = static_cast<std::int64_t>(std::max(
+        cpu().kernels->score_bytes(s, tile, cmp_rows), gpu().kernels->score_bytes(s, tile, cmp_rows)));
+    scores.push_back(std::make_unique<Twin>(std::max<std::int64_t>(score_bytes, 16)));
+    scratch.push_back(std::make_unique<Twin>(scratch_bytes));
+    partials.push_back(std::make_unique<Twin>(partial_floats(s, rows) * 4));
+    lse.push_back(std::make_unique<Twin>(lse_floats * 4));
+    p_slc.push_back(std::make_unique<Twin>(lists * blocks * 4));
+    candidates.push_back(std::make_unique<Twin>(lists * r.n_sel * 8));
+    reads.push_back(std::make_unique<Twin>(branches * planes * 8));
+    std::memset(reads.back()->host<void>(), 0, reads.back()->bytes());
+    reads.back()->to_gpu();
+  }
+  const auto route = [&](const Backend& b, Branch branch) -> const AttendKernel& {
+    const auto& list = b.kernels->attend[branch];
+    for (std::size_t i = list.size(); i-- > 0;)  // the most particular one that takes the shape
+      if (list[i].accepts(s, tile_on(b))) return list[i];
+    return list[0];
+  };
+  const auto gather = [&](const Backend& b, const std::vector<std::unique_ptr<Twin>>& from, const Twin& to) {
+    for (int rank = 0; rank < ranks; ++rank)
+      b.device->copy(to.on<char>(b) + rank * from[rank]->bytes(), from[rank]->on<void>(b), from[rank]->bytes(), nullptr);
+  };
+  for (const Backend* b : {&cpu(), &gpu()}) {
+    const QueryTile t = tile_on(*b);
+    for (int rank = 0; rank < ranks; ++rank) {
+      attend_on(*b, cmp, c, s, t, q.memory, *k_cmp[rank], *v_cmp[rank], *partials[rank], *reads[rank], nullptr,
+                lse[rank].get(), scores[rank].get(), *scratch[rank], route(*b, cmp));
+      attend_on(*b, win, c, s, t, q.memory, *k_win[rank], *v_win[rank], *partials[rank], *reads[rank], nullptr, nullptr,
+                nullptr, *scratch[rank], route(*b, win));
+    }
+    gather(*b, lse, lse_all);
+    for (int rank = 0; rank < ranks; ++rank) {
+      RankArgs a;
+      a.shape = s;
+      a.tile = t;
+      a.scores = scores[rank]->on<void>(*b);
+      a.lse = lse_all.on<float>(*b);
+      a.lse_ranks = ranks;
+      a.cmp_map = k_cmp[rank]->view.map;
+      a.token_map = k_sel[rank]->view.map;
+      a.candidates = candidates[rank]->on<Candidate>(*b);
+      if (ranks == 1) a.selected = selected->on<std::int32_t>(*b);
+      a.p_slc = p_slc[rank]->on<float>(*b);
+      a.p_slc_blocks = blocks;
+      a.scratch = scratch[rank]->on<void>(*b);
+      a.scratch_bytes = scratch[rank]->bytes();
+      b->kernels->rank(a, nullptr);
+    }
+    gather(*b, candidates, candidates_all);
+    if (ranks > 1)
+      b->kernels->select({s, t, candidates_all.on<Candidate>(*b), ranks, selected->on<std::int32_t>(*b)}, nullptr);
+  }
+  gpu_selected = selected->from_gpu<std::int32_t>();
+  selected->to_gpu();  // both attend the same blocks, so that near ties do not count as differences
+  o = std::make_unique<Twin>(rows * s.heads() * s.d_v * size);
+  o_branch = std::make_unique<Twin>(branches * rows * s.heads() * s.d_v * 4);
+  for (const Backend* b : {&cpu(), &gpu()}) {
+    const QueryTile t = tile_on(*b);
+    for (int rank = 0; rank < ranks; ++rank)
+      attend_on(*b, sel, c, s, t, q.memory, *k_sel[rank], *v_sel[rank], *partials[rank], *reads[rank], selected.get(),
+                nullptr, nullptr, *scratch[rank], route(*b, sel));
+    gather(*b, partials, partials_all);
+    CombineArgs a;
+    a.shape = s;
+    a.tile = t;
+    a.partials = partials_all.on<float>(*b);
+    a.ranks = ranks;
+    a.gate = gate->on<float>(*b);
+    a.o = o->on<void>(*b);
+    for (int branch = 0; branch < branches; ++branch)
+      a.o_branch[branch] = o_branch->on<float>(*b) + branch * rows * s.heads() * s.d_v;
+    b->kernels->combine(a, nullptr);
+  }
+  gpu().device->synchronize(nullptr);
+}
+
+// The order of choice, applied to the GPU's own scores.
+std::vector<std::int32_t> best_blocks(const BlockRules& r, std::int64_t t, const std::vector<float>& score) {
+  std::vector<std::int32_t> order;
+  for (std::int64_t j = 0; j < eligible_blocks(r, t); ++j) order.push_back(static_cast<std::int32_t>(j));
+  const auto key = [&](std::int32_t j) {
+    return is_forced(r, j, t) ? std::numeric_limits<float>::infinity() : score[j];
+  };
+  std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) { return key(a) > key(b); });
+  if (static_cast<int>(order.size()) > r.n_sel) order.resize(r.n_sel);
+  std::sort(order.begin(), order.end());
+  order.resize(r.n_sel, -1);
+  return order;
+}
+
+void check(const Run& run) {
+  const Case& c = run.c;
+  const LayerShape& s = run.s;
+  INFO("h=" << s.heads_per_group << " groups=" << s.groups << " Dk=" << s.d_k << " Dv=" << s.d_v << " "
+            << name_of(s.dtype) << " batch=" << c.batch << " first=" << c.first << " tokens=" << c.tokens
+            << " kv=" << c.kv << (c.gathered ? " gathered" : "") << (c.ring ? " ring" : "") << " l=" << s.rules.l
+            << " d=" << s.rules.d << " l'=" << s.rules.l_sel << " n=" << s.rules.n_sel << " w=" << s.rules.w);
+  const std::int64_t branch_floats = run.rows * s.heads() * s.d_v;
+  const auto [device, host] = values_of(*run.o_branch, DType::f32, branches * branch_floats);
+  for (int b = 0; b < branches; ++b) {
+    INFO("branch " << branch_names[b]);
+    const std::vector<float> ours(device.begin() + b * branch_floats, device.begin() + (b + 1) * branch_floats);
+    const std::vector<float> theirs(host.begin() + b * branch_floats, host.begin() + (b + 1) * branch_floats);
+    CHECK(relative_error(ours, theirs) < tolerance(s.dtype));
+  }
+  // o is rounded to storage on both sides: one unit in the last place more.
+  CHECK(relative_error(*run.o, s.dtype) < 2 * tolerance(s.dtype));
+  std::vector<float> gpu_scores(run.lists * run.blocks, 0.0f), host_scores = gpu_scores;
+  for (std::size_t rank = 0; rank < run.p_slc.size(); ++rank) {
+    INFO("rank " << rank);
+    CHECK(same_bits(*run.reads[rank]));
+    const auto [ours, theirs] = values_of(*run.p_slc[rank], DType::f32, run.lists * run.blocks);
+    for (std::size_t i = 0; i < ours.size(); ++i) gpu_scores[i] += ours[i], host_scores[i] += theirs[i];
+  }
+  CHECK(relative_error(gpu_scores, host_scores) < 2e-5);  // fp32 throughout, in every kernel
+  bool chosen_by_rule = true;
+  for (std::int64_t list = 0; list < run.lists; ++list) {
+    const std::int64_t t = c.first + list / s.groups % c.tokens;
+    const std::vector<float> score(gpu_scores.begin() + list * run.blocks, gpu_scores.begin() + (list + 1) * run.blocks);
+    const auto expected = best_blocks(s.rules, t, score);
+    chosen_by_rule &= std::equal(expected.begin(), expected.end(), run.gpu_selected.begin() + list * s.rules.n_sel);
+  }
+  CHECK(chosen_by_rule);
+}
+
+void run_and_check(const Case& c) { check(Run(c)); }
+
+}  // namespace
+
+TEST_CASE("cuda attention equals the host's over head counts, head sizes and types") {
+  for (const DType type : {DType::f32, DType::bf16, DType::f16})
+    for (const auto& [h, d_k, d_v] : {std::tuple{1, 32, 32}, {2, 64, 64}, {4, 64, 64}, {16, 128, 128}, {16, 64, 64}, {8, 96, 128},
+                                      {16, 192, 128}, {4, 256, 256}, {5, 24, 8}, {3, 10, 6}, {20, 64, 32}, {16, 128, 64}}) {
+      Case decode{shape_of(type, 2, h, d_k, d_v), 2, 1, 2333};
+      run_and_check(decode);
+      Case prefill{shape_of(type, 1, h, d_k, d_v), 1, 37, 1200};
+      run_and_check(prefill);
+    }
+}
+
+TEST_CASE("cuda attention equals the host's at every length") {
+  for (const DType type : {DType::f32, DType::bf16})
+    for (const std::int64_t first : {0, 1, 30, 31, 32, 47, 63, 64, 127, 511, 512, 1023, 1024, 1040, 4095, 9000}) {
+      Case c{shape_of(type, 2, 4, 64, 64), 1, 1, first};
+      run_and_check(c);
+      c.shape.heads_per_group = 16;
+      c.batch = 3;
+      c.ring = true;
+      run_and_check(c);
+      c.batch = 1;
+      c.ring = false;
+      c.tokens = 70;
+      run_and_check(c);
+    }
+}
+
+TEST_CASE("cuda attention equals the host's for other block geometries") {
+  for (const DType type : {DType::f32, DType::bf16})
+    for (const BlockRules& r : {BlockRules{16, 16, 16, 4, 0, 1, 1}, {32, 32, 64, 8, 1, 1, 100}, {8, 4, 32, 6, 2, 2, 4096},
+                                {64, 16, 64, 16, 1, 2, 77}, {32, 16, 48, 5, 1, 2, 512}, {4, 1, 8, 40, 1, 2, 64}})
+      for (const std::int64_t first : {0, 100, 1500}) {
+        Case c{shape_of(type, 1, 16, 128, 128), 2, 1, first};
+        c.shape.rules = r;
+        run_and_check(c);
+        c.batch = 1;
+        c.tokens = 33;
+        run_and_check(c);
+      }
+}
+
+TEST_CASE("every kv layout chooses the same blocks bit for bit and gives the same outputs") {
+  for (const DType type : {DType::f32, DType::bf16})
+    for (const std::int64_t first : {20, 130, 257, 1023, 1038, 1040, 5000}) {
+      Case c{shape_of(type, 1, 16, 128, 128), 2, 1, first};
+      const Run one(c);
+      check(one);
+      const auto one_scores = one.p_slc[0]->from_gpu<float>();
+      for (const int kv : {2, 3, 4, 8}) {
+        c.kv = kv;
+        c.ring = true;
+        const Run many(c);
+        check(many);
+        INFO("first=" << first << " kv=" << kv << " " << name_of(type));
+        CHECK(many.gpu_selected == one.gpu_selected);
+        std::vector<float> sum(one_scores.size(), 0.0f);
+        for (const auto& part : many.p_slc) {
+          const auto values = part->from_gpu<float>();
+          for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += values[i];  // each block is one rank's
+        }
+        CHECK(sum == one_scores);
+      }
+      c.ring = false;
+      c.gathered = true;
+      c.tokens = 17;
+      for (const int kv : {1, 2, 4}) {
+        c.kv = kv;
+        run_and_check(c);
+      }
+    }
+}

@@ -1,0 +1,43 @@
+#pragma once
+// Runs the program in process on a shape of the tests and hands its tensors to the oracle.
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "comm/session.hpp"
+#include "nsa/config.hpp"
+#include "nsa/records.hpp"
+#include "oracle/oracle.hpp"
+
+namespace parity {
+
+/// A case: decode of `steps` tokens behind `context`, or prefill of both together.
+struct Shape {
+  std::string name;
+  std::int64_t context = 0, steps = 0;
+  std::vector<std::string> overrides;  ///< "section.key=value" on top of a small fp32 model
+};
+
+/// Decode of the shape's steps, or prefill of context + steps tokens: the same tokens either way.
+nsa::Config config_of(const Shape& shape, nsa::TaskKind kind);
+
+/// Runs the one point of a config over the ranks of `group`. The record is complete on its rank 0.
+nsa::PointRecord run(const nsa::Config& config, const nsa::Control& group);
+
+bool has(const nsa::PointRecord& record, const std::string& name);
+/// Throw std::runtime_error when the record has no such tensor.
+oracle::Reals reals(const nsa::PointRecord& record, const std::string& name);
+oracle::Integers integers(const nsa::PointRecord& record, const std::string& name);
+
+oracle::Options options_of(const nsa::Config& config);
+std::vector<oracle::Weights> weights_of(const nsa::Config& config, const nsa::PointRecord& record);
+/// scope = "attention": the given q, k, v and gates of all positions.
+oracle::Projected given_of(const nsa::Config& config, const nsa::PointRecord& record);
+
+/// Tokens counted by all ranks together at a step.
+std::int64_t counted_reads(const nsa::PointRecord& record, int branch, std::int64_t step);
+/// Whether every rank counted at every step what the shape predicts.
+bool reads_as_expected(const nsa::PointRecord& record);
+
+}  // namespace parity

@@ -1,0 +1,82 @@
+#pragma once
+// A run with every field of its records set to something of its own, for the tests of the result file.
+
+#include <cmath>
+#include <numeric>
+
+#include "nsa/records.hpp"
+
+namespace nsa {
+
+inline RunRecord sample_run() {
+  RunRecord run;
+  run.run_uuid = "0b6f6a5e-5d1c-4c53-9d0e-2f9f6f3f2a11";
+  run.start = "2025-01-02T03:04:05Z";
+  run.end = "2025-01-02T03:05:05Z";
+  run.argv = "nsa run input.toml --set run.seed=2";
+  run.input_toml = "[task]\nkind = \"decode\"  # \xC3\xA9\n" + std::string(70000, '#');  // past HDF5's 64 KiB
+  run.input_sha256 = "abc";
+  run.git_commit = "def";
+  run.compiler = "GNU 12.2.0";
+  run.backend = "host";
+  run.status = "running";
+  run.system.resize(2);
+  for (int r = 0; r < 2; ++r) {
+    run.system[r].host = "node" + std::to_string(r);
+    run.system[r].cpu = "some CPU";
+    run.system[r].mpi = "Open MPI 4.1.4";
+    run.system[r].clock_mhz_before = 1980.0 + r;
+    run.system[r].ecc_before = r;
+  }
+  return run;
+}
+
+template <class T>
+std::vector<T> counting(std::int64_t n, T from) {
+  std::vector<T> values(static_cast<std::size_t>(n));
+  std::iota(values.begin(), values.end(), from);
+  return values;
+}
+
+/// Two ranks, heads = 2; modes branches and total; 3 repetitions of which one warms up.
+inline PointRecord sample_point(std::int64_t index) {
+  PointRecord p;
+  p.index = index;
+  p.parameters = {{"task.kind", "decode"},
+                  {"model.rope_base", 10000.0},
+                  {"run.context", std::int64_t{128} << index},
+                  {"run.batch", std::int64_t{1}},
+                  {"model.d_k", std::int64_t{64}}};
+  p.fingerprint = "f00d" + std::to_string(index);
+  p.valid = index != 1;
+  p.reason = p.valid ? "" : "max_abs_err 0.5 > 0.01";
+  p.stop_reason = "steps";
+  p.heads = 2;
+  p.kv = 1;
+  p.first_position = 128;
+  p.warmup_reps = 1;
+  p.time = {{"branches", "total"}, 2, 3, counting(2 * stage_count * 2 * 3, 1e-3)};
+  p.time.seconds[5] = std::nan("");
+  p.reads = {2, 4, counting<std::int64_t>(3 * 2 * 4, 100), counting<std::int64_t>(3 * 2 * 4, 200),
+             counting<std::int64_t>(4, 1193)};
+  p.bytes = counting<std::int64_t>(stage_count * 2, std::int64_t{1} << 40);
+  p.copy_bandwidth = 12.5e9;
+  p.memory.kinds = {"weights", "caches", "activations", "workspace", "total"};
+  p.memory.planned = counting<std::int64_t>(10, 1000);
+  p.memory.measured_peak = counting<std::int64_t>(10, 2000);
+  p.memory.process_peak = {3000, 3001};
+  p.routes = {"sdpa", "fused", "flash"};
+  p.fallbacks = {"sel: fused -> sdpa: refused (3)", "win: flash -> sdpa: failed (1)"};
+  p.max_abs_err = 1e-6;
+  // "selected" is a tensor and, elsewhere, a dimension; "row" has two lengths; "block" has none at all.
+  p.tensors = {{"x", {1, 5, 4}, {"batch", "row", "dim"}, counting(20, 0.5f), {}},
+               {"weights/w_q", {4, 4}, {"in", "out"}, counting(16, 1.0f), {}},
+               {"weights/w_o", {4, 2}, {"in", "out"}, counting(8, 2.0f), {}},
+               {"selected", {1, 2, 2}, {"batch", "row", "selected"}, {}, {0, 3, 0, -1}},
+               {"k_cmp_tokens", {1, 0, 4}, {"batch", "block", "dim"}, {}, {}},
+               {"y", {1, 2, 4}, {"batch", "row", "dim"}, counting(8, 3.0f), {}}};
+  p.needle = {{"depth", {0.0, 0.5, 1.0}}, {"position", {0, 64, 127}}, {"found", {1, 1, 0}}};
+  return p;
+}
+
+}  // namespace nsa

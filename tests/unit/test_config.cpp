@@ -1,0 +1,222 @@
+#include <algorithm>
+#include <functional>
+#include <set>
+#include <string>
+
+#include "catch.hpp"
+#include "kernels/error.hpp"
+#include "nsa/config.hpp"
+
+using namespace nsa;
+
+namespace {
+
+std::string message_of(const std::function<void()>& action) {
+  try {
+    action();
+  } catch (const UserError& error) {
+    CHECK(error.code() == ExitCode::usage);
+    return error.what();
+  }
+  return "";
+}
+
+Config parse(const std::string& text, const std::vector<std::string>& overrides = {}) {
+  return parse_config(text, "in.toml", overrides);
+}
+
+std::string parse_error(const std::string& text, const std::vector<std::string>& overrides = {}) {
+  return message_of([&] { parse(text, overrides); });
+}
+
+std::string violations(const std::string& text, const std::vector<std::string>& overrides = {}) {
+  const Config config = parse(text, overrides);
+  return message_of([&] { validate(config); });
+}
+
+bool has(const std::string& text, const std::string& part) {
+  INFO("looking for: " << part << "\nin: " << text);
+  const bool found = text.find(part) != std::string::npos;
+  CHECK(found);
+  return found;
+}
+
+std::size_t lines(const std::string& text) { return 1 + std::count(text.begin(), text.end(), '\n'); }
+
+const std::string decode = "[task]\nkind = \"decode\"\n";
+
+}  // namespace
+
+TEST_CASE("everything has a default but the kind", "[config]") {
+  const Config c = parse(decode);
+  CHECK(c.model.dim == 256);
+  CHECK(c.nsa.l_sel == 64);
+  CHECK(c.run.context == std::vector<std::int64_t>{128, 256, 512, 1024});
+  CHECK(violations(decode).empty());
+  has(parse_error("[model]\ndim = 64\n"), "in.toml:1:1: task.kind is missing");
+}
+
+TEST_CASE("a full input, scalars for lists, integers for reals", "[config]") {
+  const Config c = parse(
+      "[task]\nkind = \"needle\"\n[model]\nprecision = \"fp32\"\nrope_base = 500000\nshared_kv = true\n"
+      "[nsa]\nphi = \"mlp\"\nphi_hidden = 128\nw = 17\n"
+      "[run]\nbackend = \"host\"\ncontext = 64\nmodes = \"total\"\nforce_branch = [\"none\", \"win\"]\nscope = "
+      "\"attention\"\n[parallel]\nheads = 2\nkv = \"auto\"\n[route]\nsel = \"sdpa\"\n"
+      "[runtime]\nsel_triton_min_L = 5\n[needle]\ndepths = [0, 0.5]\n[input]\nfile = \"x.h5\"\n"
+      "[output]\ntensors = true\n");
+  CHECK(c.kind == TaskKind::needle);
+  CHECK(c.model.precision == DType::f32);
+  CHECK(c.model.rope_base == 500000.0);
+  CHECK(c.model.shared_kv);
+  CHECK(c.phi == PhiKind::mlp);
+  CHECK(c.phi_hidden == 128);
+  CHECK(c.nsa.w == 17);
+  CHECK(c.run.backend == BackendChoice::host);
+  CHECK(c.run.context == std::vector<std::int64_t>{64});
+  CHECK(c.run.modes == std::vector<Mode>{Mode::total});
+  CHECK(c.run.force_branch == std::vector<std::int32_t>{-1, win});
+  CHECK(c.run.scope == Scope::attention);
+  CHECK(c.parallel.heads == 2);
+  CHECK(c.parallel.kv == 0);
+  CHECK(c.route.implementation[sel] == "sdpa");
+  CHECK(c.runtime.sel_triton_min_l == 5);
+  CHECK(c.needle.depths == std::vector<double>{0.0, 0.5});
+  CHECK(c.input_file == "x.h5");
+  CHECK(c.output.tensors);
+}
+
+TEST_CASE("a syntax error names its place", "[config]") {
+  has(parse_error("[task]\nkind = = 1\n"), "in.toml:2:8: not TOML");
+  has(parse_error("[task]\nkind = \"decode\"\nkind = \"decode\"\n"), "in.toml:3:");
+}
+
+TEST_CASE("an unknown key names the nearest known one", "[config]") {
+  CHECK(parse_error(decode + "[run]\ncontxt = 64\n") ==
+        "in.toml:4:1: unknown key run.contxt; did you mean context in [run]?");
+  has(parse_error(decode + "[model]\nn_sel = 8\n"), "did you mean n_sel in [nsa]?");
+  has(parse_error(decode + "[modle]\ndim = 8\n"), "in.toml:3:2: unknown section [modle]; did you mean [model]?");
+  has(parse_error("dim = 8\n" + decode), "in.toml:1:1: dim stands outside a section; did you mean model.dim?");
+  has(parse_error("model = 8\n" + decode), "in.toml:1:1: model is a section (found a value); write [model]");
+}
+
+TEST_CASE("a wrong type says what was found and what is wanted", "[config]") {
+  has(parse_error(decode + "[run]\nsteps = \"many\"\n"),
+      "in.toml:4:9: run.steps holds the string \"many\"; give an integer");
+  has(parse_error(decode + "[run]\nsteps = 1.5\n"), "the number 1.5; give an integer");
+  has(parse_error(decode + "[run]\ncheck = 1\n"), "the integer 1; give true or false");
+  has(parse_error(decode + "[model]\nprecision = \"fp8\"\n"), "give one of \"fp32\", \"bf16\", \"fp16\"");
+  has(parse_error(decode + "[run]\ncontext = [64, [1]]\n"), "in.toml:4:16: run.context holds a list");
+  has(parse_error(decode + "[nsa]\nl = 4294967328\n"), "an integer of 32 bits");  // 32 if it wrapped
+  has(parse_error(decode + "[parallel]\nkv = 0\n"), "\"auto\" or a positive integer");
+}
+
+TEST_CASE("several errors come at once, in the order of the file, then of the command line", "[config]") {
+  const std::string text =
+      parse_error("[task]\nkind = 3\n[run]\ncontxt = 1\n[nsa]\nl = true\n", {"run.stps=3", "bare"});
+  CHECK(text.substr(0, text.find('\n')) == "5 problems in the input");
+  CHECK(lines(text) == 6);
+  const std::size_t at[] = {text.find("in.toml:2:8: task.kind"), text.find("in.toml:4:1: unknown key run.contxt"),
+                            text.find("in.toml:6:5: nsa.l holds true"), text.find("--set bare: no value given"),
+                            text.find("--set run.stps=3: unknown key run.stps")};
+  for (const std::size_t place : at) CHECK(place != std::string::npos);
+  CHECK(std::is_sorted(std::begin(at), std::begin(at) + 3));
+}
+
+TEST_CASE("--set overrides the file, with and without quotes", "[config]") {
+  const Config c = parse(decode + "[run]\ncontext = 64\nsteps = 9\n",
+                         {"run.context=[32, 33]", "run.backend=host", "output.file=/a/b.h5", "run.min_time=0.5",
+                          "output.csv=", "model.gate=\"sigmoid\"", "run.check=false", "run.steps=1", "run.steps=2"});
+  CHECK(c.run.context == std::vector<std::int64_t>{32, 33});
+  CHECK(c.run.backend == BackendChoice::host);
+  CHECK(c.output.file == "/a/b.h5");
+  CHECK(c.run.min_time == 0.5);
+  CHECK(c.output.csv.empty());
+  CHECK(c.model.gate == GateKind::sigmoid);
+  CHECK_FALSE(c.run.check);
+  CHECK(c.run.steps == 2);
+  has(parse_error(decode, {"run.steps=1\nx = 2"}), "run.steps holds the string");
+}
+
+TEST_CASE("every violated constraint is listed at once, with its place", "[config]") {
+  const std::string text = violations(
+      "[task]\nkind = \"decode\"\n[model]\nn_heads = 3\nd_k = 63\n[nsa]\nl = 80\nd = 7\nn_sel = 2\n"
+      "[run]\nwarmup = 40\ncontext = []\nbatch = [1, 1]\n[parallel]\nheads = 4\n[needle]\ndepths = [0.5, 1.5]\n",
+      {"run.min_time=-1"});
+  has(text, "in.toml:4:1: model.n_kv_groups = 2 must divide model.n_heads = 3");
+  has(text, "in.toml:5:1: model.d_k = 63 must be even");
+  has(text, "in.toml:7:1: nsa.l = 80 must be at most nsa.l_sel = 64");
+  has(text, "in.toml:8:1: nsa.d = 7 must divide nsa.l = 80");
+  has(text, "in.toml:8:1: nsa.d = 7 must divide nsa.l_sel = 64");
+  has(text, "in.toml:9:1: nsa.n_sel = 2 must be at least nsa.n_init + nsa.n_local = 1 + 2");
+  has(text, "in.toml:11:1: run.warmup = 40 must be less than run.steps = 32");
+  has(text, "in.toml:12:1: run.context is empty");
+  has(text, "in.toml:13:1: run.batch holds a value twice");
+  has(text, "in.toml:15:1: parallel.heads = 4 must divide model.n_kv_groups = 2");
+  has(text, "in.toml:17:1: needle.depths = 1.5 is out of range");
+  has(text, "--set run.min_time=-1: run.min_time = -1");
+  CHECK(lines(text) == 13);
+}
+
+TEST_CASE("sizes have bounds", "[config]") {
+  has(violations(decode, {"run.context=0"}), "run.context = 0 is out of range; give 1 to");
+  has(violations(decode, {"nsa.d=0"}), "nsa.d = 0 is out of range");
+  has(violations(decode, {"run.steps=0"}), "run.steps = 0 is out of range");
+  has(violations(decode, {"run.context=9000000000000000000"}), "run.context = 9000000000000000000 is out of range");
+  has(violations(decode, {"run.context=1000000000", "run.batch=60000", "model.dim=1000000"}), "is too large");
+  has(violations(decode, {"needle.depths=nan"}), "needle.depths = nan");
+  has(violations(decode, {"output.file="}), "output.file is empty");
+  CHECK(violations(decode, {"run.context=1", "nsa.n_init=0", "nsa.w=1", "nsa.l=16", "nsa.l_sel=16"}).empty());
+}
+
+TEST_CASE("the TOML of a config parses back to itself", "[config]") {
+  for (const std::vector<std::string>& overrides : std::vector<std::vector<std::string>>{
+           {},
+           {"output.csv=\"a\\\"b\\\\c\\n\"", "run.min_time=0.1", "model.rope_base=1e12", "parallel.kv=3",
+            "run.force_branch=[\"none\",\"cmp\"]", "run.modes=[\"one_hot\"]", "needle.depths=[0.3333333333333333]",
+            "run.seed=9223372036854775807"}}) {
+    const Config config = parse(decode, overrides);
+    const std::string text = to_toml(config);
+    CHECK(to_toml(parse(text)) == text);
+    for (const std::string& override : overrides) {  // the text says what was set, not only something stable
+      const std::string key = override.substr(override.find('.') + 1, override.find('=') - override.find('.'));
+      has(text, "\n" + key.substr(0, key.size() - 1) + " = ");
+    }
+    CHECK(parse(text).run.min_time == config.run.min_time);
+    CHECK(parse(text).output.csv == config.output.csv);
+    CHECK(parse(text).needle.depths == config.needle.depths);
+    CHECK(parse(text).run.seed == config.run.seed);
+  }
+}
+
+TEST_CASE("a sweep has one point for each context, batch and forced branch", "[config]") {
+  const std::vector<Point> points =
+      sweep(parse(decode, {"run.context=[8,16]", "run.batch=[1,2]", "run.force_branch=[\"none\",\"sel\"]"}));
+  REQUIRE(points.size() == 8);
+  CHECK(points[1].context == 16);
+  CHECK(points[2].batch == 2);
+  CHECK(points[4].force_branch == sel);
+}
+
+TEST_CASE("every key stands on a point under its own name", "[config]") {
+  const Config config = parse(decode, {"run.context=[8,16]", "nsa.l=16", "parallel.kv=2"});
+  const std::vector<Parameter> list = parameters(config, sweep(config)[1]);
+  const auto value = [&](const std::string& key) {
+    const auto at = std::find_if(list.begin(), list.end(), [&](const Parameter& p) { return p.first == key; });
+    REQUIRE(at != list.end());
+    return at->second;
+  };
+  CHECK(std::get<std::string>(value("task.kind")) == "decode");
+  CHECK(std::get<std::int64_t>(value("run.context")) == 16);
+  CHECK(std::get<std::int64_t>(value("nsa.l")) == 16);
+  CHECK(std::get<std::string>(value("run.force_branch")) == "none");
+  CHECK(std::get<std::string>(value("run.modes")) == "branches,total");
+  CHECK(std::get<double>(value("model.rope_base")) == 10000.0);
+  CHECK(std::get<std::int64_t>(value("run.check")) == 1);
+  CHECK(std::get<std::string>(value("parallel.heads")) == "auto");
+  CHECK(std::get<std::int64_t>(value("parallel.kv")) == 2);
+  std::set<std::string> names;
+  for (const Parameter& p : list) names.insert(p.first);
+  CHECK(names.size() == list.size());
+  const std::string toml = to_toml(config);  // one line a key, one line a section, one between sections
+  CHECK(static_cast<std::size_t>(std::count(toml.begin(), toml.end(), '=')) == list.size());
+}

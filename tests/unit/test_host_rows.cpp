@@ -1,0 +1,321 @@
+// The stages around attention on the host: project, append, compress, output, combine's gates, rows and counters.
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "catch.hpp"
+#include "kernels/host/host.hpp"
+#include "kernels/host/micro.hpp"
+#include "kernels/random.hpp"
+
+using namespace nsa;
+
+namespace {
+
+const KernelTable& table() { return host_kernels(); }
+
+struct Tensor {
+  Tensor(DType type, const char* name, std::int64_t n, float scale = 1.0f) : bytes(n * size_of(type)), values(n) {
+    for (std::int64_t i = 0; i < n; ++i)
+      values[i] = scale * synthetic_value(tensor_key(7, name), 0, static_cast<std::uint64_t>(i), 0);
+    host::store(type, n, values.data(), bytes.data());
+    host::load(type, n, bytes.data(), values.data());
+  }
+  Tensor(DType type, std::int64_t n) : bytes(n * size_of(type), std::byte{0xFF}), values(n) {}
+  const std::vector<float>& read(DType type) {
+    host::load(type, static_cast<std::int64_t>(values.size()), bytes.data(), values.data());
+    return values;
+  }
+  std::vector<std::byte> bytes;
+  std::vector<float> values;
+};
+
+LayerShape shape_of(DType type) {
+  LayerShape s;
+  s.groups = 2;
+  s.heads_per_group = 3;
+  s.d_k = 24;
+  s.d_v = 40;
+  s.dim = 50;
+  s.dtype = type;
+  s.rules = {.l = 8, .d = 4, .l_sel = 16, .n_sel = 5, .n_init = 1, .n_local = 2, .w = 21};
+  s.leaf = 8;
+  return s;
+}
+
+/// Half a unit in the last place of storage, relative, and a little for fp32 sums of order 1.
+double bound(DType type) { return type == DType::f32 ? 1e-5 : type == DType::bf16 ? 0x1p-8 : 0x1p-11; }
+
+}  // namespace
+
+TEST_CASE("project rotates q and k, leaves v alone and forms the gates") {
+  for (const DType type : {DType::f32, DType::bf16}) {
+    for (const bool shared : {false, true}) {
+      for (const std::int32_t tokens : {1, 9}) {
+        LayerShape s = shape_of(type);
+        s.shared_kv = shared;
+        s.gate = shared ? GateKind::sigmoid : GateKind::softmax;
+        const std::int64_t first = 1'000'003;  // where fp32 angles would be off by 0.06
+        const QueryTile tile{0, 2, tokens, &first, first + tokens};
+        const std::int64_t rows = tile.rows(), cols = qkv_columns(s);
+        const Tensor x(type, "x", rows * s.dim), w(type, "w", s.dim * cols, 0.15f);
+        const Tensor w1(DType::f32, "w1", s.d_k * s.d_k / 2, 0.3f), b1(DType::f32, "b1", s.d_k / 2);
+        const Tensor w2(DType::f32, "w2", s.d_k / 2 * 3), b2(DType::f32, "b2", 3);
+        ProjectArgs args{.shape = s, .tile = tile};
+        args.weights.w_qkv = w.bytes.data();
+        args.weights.gate_w1 = w1.values.data();
+        args.weights.gate_b1 = b1.values.data();
+        args.weights.gate_w2 = w2.values.data();
+        args.weights.gate_b2 = b2.values.data();
+        args.x = x.bytes.data();
+        Tensor q(type, rows * s.heads() * s.d_k);
+        std::vector<Tensor> k(3, Tensor(type, rows * s.groups * s.d_k)), v(3, Tensor(type, rows * s.groups * s.d_v));
+        std::vector<float> gate(rows * s.groups * 3);
+        args.q = q.bytes.data();
+        for (int c = 0; c < branches; ++c) {
+          args.k[c] = k[c].bytes.data();
+          args.v[c] = v[c].bytes.data();
+        }
+        args.gate = gate.data();
+        std::vector<std::byte> scratch(table().scratch_bytes(s, tile));
+        args.scratch = scratch.data();
+        args.scratch_bytes = scratch.size();
+        table().project(args, nullptr);
+
+        const auto product = [&](std::int64_t row, std::int64_t column) {
+          double sum = 0;
+          for (int e = 0; e < s.dim; ++e) sum += double{x.values[row * s.dim + e]} * w.values[e * cols + column];
+          return sum;
+        };
+        const auto check = [&](Tensor& got, std::int64_t column0, std::int64_t heads, std::int32_t width, bool rotate) {
+          const std::vector<float>& values = got.read(type);
+          for (std::int64_t row = 0; row < rows; ++row) {
+            for (std::int64_t i = 0; i < heads * width; i += 2) {
+              double a = product(row, column0 + i), b = product(row, column0 + i + 1);
+              if (rotate) {
+                const double angle = static_cast<double>(first + row % tokens) * std::pow(s.rope_base, -double(i % width) / width);
+                const double a2 = a * std::cos(angle) - b * std::sin(angle);
+                b = a * std::sin(angle) + b * std::cos(angle);
+                a = a2;
+              }
+              CHECK(values[row * heads * width + i] == Approx(a).margin(3 * bound(type)));  // values up to 3
+              CHECK(values[row * heads * width + i + 1] == Approx(b).margin(3 * bound(type)));
+            }
+          }
+        };
+        check(q, 0, s.heads(), s.d_k, true);
+        std::int64_t column = s.heads() * s.d_k;
+        for (int c = 0; c < (shared ? 1 : branches); ++c) {
+          check(k[kv_column_order[c]], column, s.groups, s.d_k, true);
+          check(v[kv_column_order[c]], column + s.groups * s.d_k, s.groups, s.d_v, false);
+          column += s.groups * (s.d_k + s.d_v);
+        }
+        for (std::int64_t rg = 0; rg < rows * s.groups; ++rg) {
+          double z[3], sum = 0;
+          for (int c = 0; c < 3; ++c) z[c] = b2.values[c];
+          for (int i = 0; i < s.d_k / 2; ++i) {
+            double hidden = b1.values[i];
+            for (int e = 0; e < s.d_k; ++e)
+              for (int j = 0; j < s.heads_per_group; ++j)
+                hidden += q.values[(rg * s.heads_per_group + j) * s.d_k + e] / s.heads_per_group *
+                          double{w1.values[e * s.d_k / 2 + i]};
+            for (int c = 0; c < 3; ++c) z[c] += hidden / (1 + std::exp(-hidden)) * w2.values[i * 3 + c];
+          }
+          for (double x : z) sum += std::exp(x);
+          for (int c = 0; c < 3; ++c)
+            CHECK(gate[rg * 3 + c] == Approx(shared ? 1 / (1 + std::exp(-z[c])) : std::exp(z[c]) / sum).margin(1e-5));
+        }
+        args.force_branch = win;
+        table().project(args, nullptr);
+        for (std::size_t i = 0; i < gate.size(); ++i) CHECK(gate[i] == (i % 3 == win ? 1.0f : 0.0f));
+      }
+    }
+  }
+}
+
+TEST_CASE("append writes what the cache holds and nothing else; a ring keeps the last rows") {
+  const LayerShape s = shape_of(DType::f32);
+  const std::int64_t first = 30;
+  const QueryTile tile{1, 1, 9, &first, 64};
+  const Tensor k(DType::f32, "k", tile.rows() * s.groups * s.d_k), v(DType::f32, "v", tile.rows() * s.groups * s.d_v);
+  for (const RowMap map : {RowMap{.chunk = 32, .stride = 32, .kv = 2, .rank = 1}, RowMap{.ring = 5}}) {
+    std::vector<float> k_cache(4 * 40 * s.d_k, -9.0f), v_cache(4 * 40 * s.d_v, -9.0f);
+    const KvView ks{k_cache.data(), map, 40 * s.d_k, 0, s.d_k}, vs{v_cache.data(), map, 40 * s.d_v, 0, s.d_v};
+    table().append({s, tile, k.bytes.data(), v.bytes.data(), ks, vs}, nullptr);
+    std::int64_t written = 0;
+    for (std::int64_t j = 0; j < 9; ++j) {
+      const std::int64_t t = first + j;
+      if (map.ring > 0 ? j < 4 : t < 32) continue;
+      for (std::int32_t g = 0; g < s.groups; ++g) {
+        const float* row = v_cache.data() + offset_of(vs, s.groups + g, t);
+        for (int e = 0; e < s.d_v; ++e) CHECK(row[e] == v.values[(j * s.groups + g) * s.d_v + e]);
+        ++written;
+      }
+    }
+    CHECK(std::count(v_cache.begin(), v_cache.end(), -9.0f) == static_cast<std::ptrdiff_t>(v_cache.size()) - written * s.d_v);
+  }
+}
+
+TEST_CASE("compressed tokens: mean and learned, one position or a sequence, with halo copies") {
+  for (const DType type : {DType::f32, DType::bf16}) {
+    for (const PhiKind phi : {PhiKind::mean, PhiKind::mlp}) {
+      LayerShape s = shape_of(type);
+      s.phi = phi;
+      s.phi_hidden = 30;
+      const std::int64_t positions = 75, tokens = compressed_tokens(s.rules, positions - 1);
+      const std::int32_t l = s.rules.l, batch = 2;
+      Tensor raw_k(type, "k", batch * s.groups * positions * s.d_k), raw_v(type, "v", batch * s.groups * positions * s.d_v);
+      std::vector<Tensor> weights;  // pos, w1, w2 for K and V
+      for (const std::int32_t d : {s.d_k, s.d_v})
+        for (const std::int64_t n : {l * d, l * d * 30, 30 * d})
+          weights.emplace_back(type, n == 30 * d ? "w2" : n == l * d ? "pos" : "w1", n, n == l * d ? 1.0f : 0.1f);
+      CompressArgs args;
+      args.shape = s;
+      args.phi_k = {weights[0].bytes.data(), weights[1].bytes.data(), weights[2].bytes.data()};
+      args.phi_v = {weights[3].bytes.data(), weights[4].bytes.data(), weights[5].bytes.data()};
+      args.k_raw = {raw_k.bytes.data(), {}, positions * s.d_k, 0, s.d_k};
+      args.v_raw = {raw_v.bytes.data(), {}, positions * s.d_v, 0, s.d_v};
+      const std::int64_t room = 2 * (s.leaf + 1);
+      Tensor k(type, batch * s.groups * room * s.d_k), v(type, batch * s.groups * room * s.d_v);
+      // Rank 1 of 2: chunk 1 (tokens 8..15) with a copy of token 7 in front; chunks 3.. do not complete.
+      const RowMap map{.chunk = s.leaf, .stride = s.leaf + 1, .before = 1, .kv = 2, .rank = 1};
+      args.k_cmp = {k.bytes.data(), map, room * s.d_k, 0, s.d_k};
+      args.v_cmp = {v.bytes.data(), map, room * s.d_v, 0, s.d_v};
+      args.fill_halo = true;
+      for (const bool stepwise : {false, true}) {
+        std::fill(v.bytes.begin(), v.bytes.end(), std::byte{0xFF});
+        for (std::int64_t first = 0; first < positions; first += stepwise ? 1 : positions) {
+          args.tile = {0, batch, static_cast<std::int32_t>(stepwise ? 1 : positions), &first, positions};
+          std::vector<std::byte> scratch(table().scratch_bytes(s, args.tile));
+          args.scratch = scratch.data();
+          args.scratch_bytes = scratch.size();
+          table().compress(args, nullptr);
+        }
+        v.read(type);
+        for (std::int64_t plane = 0; plane < batch * s.groups; ++plane) {
+          for (std::int64_t i = 7; i < std::min<std::int64_t>(16, tokens); ++i) {
+            const float* got = v.values.data() + offset_in_chunk(args.v_cmp, plane, 1, i);
+            std::vector<double> hidden(30, 0.0), expected(s.d_v, 0.0);
+            for (int m = 0; m < l; ++m) {
+              for (int e = 0; e < s.d_v; ++e) {
+                const double x = raw_v.values[(plane * positions + i * s.rules.d + m) * s.d_v + e];
+                if (phi == PhiKind::mean) expected[e] += x / l;
+                for (int u = 0; u < 30 && phi == PhiKind::mlp; ++u)
+                  hidden[u] += (x + weights[3].values[m * s.d_v + e]) * weights[4].values[(m * s.d_v + e) * 30 + u];
+              }
+            }
+            for (int u = 0; u < 30; ++u)
+              for (int e = 0; e < s.d_v; ++e)
+                expected[e] += hidden[u] / (1 + std::exp(-hidden[u])) * weights[5].values[u * s.d_v + e];
+            for (int e = 0; e < s.d_v; ++e) CHECK(got[e] == Approx(expected[e]).margin(4 * bound(type)));  // up to 4
+          }
+          CHECK(std::isnan(v.values[plane * room * s.d_v + (s.leaf + 1) * s.d_v]));  // chunk 3 untouched
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("combine weighs the normalised branches; an empty branch counts as zero") {
+  const LayerShape s = shape_of(DType::f32);
+  const std::int64_t position = 0;
+  const QueryTile tile{0, 1, 1, &position, 1};
+  const float inf = std::numeric_limits<float>::infinity();
+  std::vector<float> partials(2 * partial_floats(s, 1), 0.0f);
+  for (int rank = 0; rank < 2; ++rank) {
+    for (int c = 0; c < branches; ++c) {
+      const Partials p = partials_at(partials.data() + rank * partial_floats(s, 1), s, 1, static_cast<Branch>(c));
+      for (int h = 0; h < s.heads(); ++h) {
+        p.ms[2 * h] = c == cmp ? -inf : static_cast<float>(rank);
+        p.ms[2 * h + 1] = c == cmp ? 0.0f : 2.0f;
+        for (int e = 0; e < s.d_v; ++e) p.o[h * s.d_v + e] = c == cmp ? 0.0f : static_cast<float>(c + rank + e);
+      }
+    }
+  }
+  const std::vector<float> gate = {0.5f, 0.25f, 2.0f, 0.5f, 0.25f, 2.0f};
+  std::vector<float> o(s.heads() * s.d_v);
+  CombineArgs args{.shape = s, .tile = tile, .partials = partials.data(), .ranks = 2, .gate = gate.data()};
+  args.o = o.data();
+  const auto branch = [](int c, int e) { return (c + e + std::exp(1.0) * (c + 1 + e)) / (2 + 2 * std::exp(1.0)); };
+  table().combine(args, nullptr);
+  for (int e = 0; e < s.d_v; ++e) CHECK(o[e] == Approx(0.25 * branch(sel, e) + 2.0 * branch(win, e)).epsilon(1e-6));
+  args.leave_out[win] = true;
+  table().combine(args, nullptr);
+  for (int e = 0; e < s.d_v; ++e) CHECK(o[s.d_v + e] == Approx(0.25 * branch(sel, e)).epsilon(1e-6));
+}
+
+TEST_CASE("output, rmsnorm and add") {
+  for (const std::int64_t rows : {1, 20}) {
+    const LayerShape s = shape_of(DType::bf16);
+    const std::int64_t inner = s.heads() * s.d_v, zero = 0;
+    const Tensor o(s.dtype, "o", rows * inner), w(s.dtype, "w_o", inner * s.dim, 0.1f);
+    std::vector<float> y(rows * s.dim);
+    const QueryTile tile{0, 1, static_cast<std::int32_t>(rows), &zero, rows};
+    std::vector<std::byte> scratch(table().scratch_bytes(s, tile));
+    table().output({s, rows, o.bytes.data(), w.bytes.data(), y.data(), scratch.data(), scratch.size()}, nullptr);
+    Tensor normal(s.dtype, rows * s.dim);
+    table().rmsnorm(s, rows, y.data(), normal.bytes.data(), true, nullptr);
+    normal.read(s.dtype);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      double square = 0;
+      for (int j = 0; j < s.dim; ++j) {
+        double exact = 0;
+        for (std::int64_t i = 0; i < inner; ++i) exact += double{o.values[r * inner + i]} * w.values[i * s.dim + j];
+        CHECK(y[r * s.dim + j] == Approx(exact).margin(1e-5));
+        square += exact * exact / s.dim;
+      }
+      for (int j = 0; j < s.dim; ++j)
+        CHECK(normal.values[r * s.dim + j] == Approx(y[r * s.dim + j] / std::sqrt(square + 1e-6)).margin(4 * 0x1p-9));
+    }
+    std::vector<float> x(y.size(), 1.0f);
+    table().add(static_cast<std::int64_t>(x.size()), x.data(), y.data(), nullptr);
+    CHECK(x[3] == 1.0f + y[3]);
+  }
+}
+
+TEST_CASE("rows are copied between maps, halos included, and filled alike everywhere") {
+  const std::int64_t rows = 45;
+  const RowMap local{.chunk = 8, .stride = 10, .before = 2, .kv = 2, .rank = 1};
+  std::vector<float> whole(2 * rows * 3), part(2 * 30 * 3, -1.0f), copied(2 * 30 * 3, -1.0f), ring(2 * 7 * 3, -1.0f);
+  const KvView src{whole.data(), {}, rows * 3, 0, 3}, dst{part.data(), local, 90, 0, 3}, dst2{copied.data(), local, 90, 0, 3};
+  const KvView last{ring.data(), {.ring = 7}, 21, 0, 3};
+  const FillRowsArgs fill{DType::f32, src, 1, 2, 4, 0, rows, 99, 0.5f};
+  table().fill_rows(fill, nullptr);
+  CHECK(whole[rows * 3 + 7 * 3 + 1] == 0.5f * synthetic_value(99, 0, 7, 5 * 3 + 1));
+  FillRowsArgs fill_part = fill;
+  fill_part.dst = dst;
+  table().fill_rows(fill_part, nullptr);
+  table().copy_rows({DType::f32, src, dst2, 2, 0, rows, -2, 8}, nullptr);
+  CHECK(part == copied);
+  for (std::int64_t i = 6; i < 16; ++i) CHECK(part[offset_in_chunk(dst, 1, 1, i)] == whole[offset_of(src, 1, i)]);
+  CHECK(std::count(part.begin(), part.end(), -1.0f) == 2 * 3 * (30 - 10 - 10 - 7));  // chunk 5: 38..44
+  table().copy_rows({DType::f32, src, last, 2, 0, rows, 0, INT64_MAX}, nullptr);
+  for (std::int64_t i = rows - 7; i < rows; ++i) CHECK(ring[21 + i % 7 * 3] == whole[offset_of(src, 1, i)]);
+  // From a gathered buffer, each rank's rows behind one another, back to the whole.
+  std::vector<float> gathered(2 * 2 * 24 * 3), back(2 * rows * 3, -1.0f);
+  const KvView all{gathered.data(), {.chunk = 8, .stride = 8, .kv = 2}, 24 * 3, 2 * 24 * 3, 3};
+  const KvView again{back.data(), {}, rows * 3, 0, 3};
+  table().copy_rows({DType::f32, src, all, 2, 0, rows, 0, INT64_MAX}, nullptr);
+  table().copy_rows({DType::f32, all, again, 2, 0, rows, 0, INT64_MAX}, nullptr);
+  CHECK(back == whole);
+}
+
+TEST_CASE("advance logs the counters of a step and moves on") {
+  std::int64_t position = 10, step = 0, reads[2] = {3, 4}, log[4] = {-1, -1, -1, -1};
+  std::int32_t selected[2] = {5, 6}, selected_log[4] = {};
+  const AdvanceArgs args{&position, &step, reads, log, 2, 2, selected, selected_log, 2};
+  table().advance(args, nullptr);
+  CHECK(position == 11);
+  CHECK(step == 1);
+  CHECK(reads[0] == 0);
+  reads[0] = 8;
+  table().advance(args, nullptr);
+  table().advance(args, nullptr);  // past the log: counted, not written
+  CHECK(step == 3);
+  CHECK(log[0] == 3);
+  CHECK(log[1] == 4);
+  CHECK(log[2] == 8);
+  CHECK(selected_log[3] == 6);
+}

@@ -1,0 +1,384 @@
+// Every stage of the host backend against a few lines of float64, on one rank and on the ranks of a kv layout
+// played one after the other in this process.
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "catch.hpp"
+#include "kernels/float16.hpp"
+#include "kernels/host/host.hpp"
+#include "kernels/host/micro.hpp"
+#include "kernels/random.hpp"
+
+using namespace nsa;
+
+namespace {
+
+const KernelTable& table() { return host_kernels(); }
+
+constexpr float unset = std::numeric_limits<float>::quiet_NaN();
+
+LayerShape small_shape() {
+  LayerShape s;
+  s.groups = 2;
+  s.heads_per_group = 3;
+  s.d_k = 24;
+  s.d_v = 40;
+  s.dim = 48;
+  s.rules = {.l = 8, .d = 4, .l_sel = 16, .n_sel = 5, .n_init = 1, .n_local = 2, .w = 21};
+  s.leaf = 8;  // chunks of two blocks
+  return s;
+}
+
+std::vector<std::byte> scratch_for(const LayerShape& s, const QueryTile& tile) {
+  return std::vector<std::byte>(table().scratch_bytes(s, tile));
+}
+
+/// `n` synthetic values in storage type, as bytes and as what they read back as.
+struct Tensor {
+  Tensor(DType type, const char* name, std::int64_t n, float scale = 1.0f) : bytes(n * size_of(type)), values(n) {
+    for (std::int64_t i = 0; i < n; ++i)
+      values[i] = scale * synthetic_value(tensor_key(7, name), 0, static_cast<std::uint64_t>(i), 0);
+    host::store(type, n, values.data(), bytes.data());
+    host::load(type, n, bytes.data(), values.data());
+  }
+  std::vector<std::byte> bytes;
+  std::vector<float> values;
+};
+
+std::vector<float> loaded(DType type, const std::vector<std::byte>& bytes) {
+  std::vector<float> values(bytes.size() / size_of(type));
+  host::load(type, static_cast<std::int64_t>(values.size()), bytes.data(), values.data());
+  return values;
+}
+
+/// A cache of one rank, filled with the same synthetic rows on every layout.
+struct Cache {
+  Cache(const LayerShape& s, const char* name, const RowMap& map, std::int32_t batch, std::int64_t rows,
+        std::int64_t memory_rows, std::int32_t width)
+      : bytes(batch * s.groups * memory_rows * width * size_of(s.dtype)) {
+    view = {bytes.data(), map, memory_rows * width, 0, width};
+    table().fill_rows({s.dtype, view, batch, s.groups, 0, 0, rows, tensor_key(3, name), 1.0f}, nullptr);
+  }
+  std::vector<std::byte> bytes;
+  KvView view;
+};
+
+/// What fill_rows wrote, in storage precision.
+double cache_value(const LayerShape& s, const char* name, std::int64_t plane, std::int64_t row, std::int32_t width,
+                   std::int32_t e) {
+  const auto b = static_cast<std::uint32_t>(plane / s.groups);
+  const auto column = static_cast<std::uint32_t>(plane % s.groups * width + e);
+  const float x = synthetic_value(tensor_key(3, name), b, static_cast<std::uint64_t>(row), column);
+  if (s.dtype == DType::bf16) return to_float(from_float<Bf16>(x));
+  return s.dtype == DType::f16 ? to_float(from_float<Fp16>(x)) : x;
+}
+
+/// All three branches, rank, select and combine of a tile on one rank.
+struct Step {
+  std::vector<float> partials, lse, p_slc, o_branch[branches];
+  std::vector<Candidate> candidates;
+  std::vector<std::int32_t> selected;
+  std::vector<std::int64_t> reads;
+  std::vector<std::byte> scores, o;
+};
+
+struct Layout {
+  LayerShape shape;
+  std::int32_t kv = 1, rank = 0, batch = 1;
+  std::int64_t positions = 0;  ///< tokens in the caches
+
+  RowMap map(std::int64_t chunk, std::int32_t before) const {
+    if (kv == 1) return {};
+    return {.chunk = chunk, .stride = chunk + before, .before = before, .kv = kv, .rank = rank};
+  }
+  RowMap tokens() const { return map(shape.leaf * shape.rules.d, 0); }
+  RowMap compressed() const { return map(shape.leaf, shape.rules.l / shape.rules.d - 1); }
+  RowMap window() const {
+    if (kv == 1) return {};
+    return {.ring = shape.rules.w, .slot_begin = rank * shape.rules.w / kv, .slot_end = (rank + 1) * shape.rules.w / kv};
+  }
+  std::int64_t memory_rows(const RowMap& m, std::int64_t rows) const {
+    if (m.ring > 0) return m.ring;
+    return kv == 1 ? rows : (rows / m.chunk / kv + 1) * m.stride;
+  }
+  Cache cache(const char* name, const RowMap& m, std::int64_t rows, std::int32_t width) const {
+    return {shape, name, m, batch, rows, memory_rows(m, rows), width};
+  }
+};
+
+struct Ranks {
+  std::vector<Step> steps;  ///< by rank; the results after the exchanges are in each
+};
+
+/// Plays the ranks of a layout; q is [rows, H, Dk]. `route`: which implementation of sel.
+Ranks play(const Layout& base, const QueryTile& tile, const void* q, const std::vector<float>& gate, int route = 0) {
+  const LayerShape& s = base.shape;
+  const std::int64_t rows = tile.rows(), n = compressed_tokens(s.rules, base.positions - 1);
+  const std::int32_t kv = base.kv;
+  std::vector<std::byte> scratch = scratch_for(s, tile);
+  Ranks all{std::vector<Step>(kv)};
+  std::vector<float> lse;
+  std::vector<Candidate> candidates;
+  std::vector<float> partials;
+  const auto layout_of = [&](std::int32_t rank) {
+    Layout layout = base;
+    layout.rank = rank;
+    return layout;
+  };
+  const auto attend = [&](Branch branch, int which, const Cache& k, const Cache& v, Step& step) {
+    AttendArgs args{.shape = s, .tile = tile, .q = q, .k = k.view, .v = v.view};
+    args.out = partials_at(step.partials.data(), s, rows, branch);
+    args.reads = step.reads.data() + branch * tile.batches * s.groups;
+    args.selected = step.selected.data();
+    args.lse = step.lse.data();
+    args.scores = step.scores.data();
+    args.scratch = scratch.data();
+    args.scratch_bytes = scratch.size();
+    table().attend[branch][which].run(args, nullptr);
+  };
+  for (std::int32_t r = 0; r < kv; ++r) {
+    const Layout layout = layout_of(r);
+    Step& step = all.steps[r];
+    step.partials.assign(partial_floats(s, rows), unset);
+    step.lse.assign(s.lanes / kv * rows * s.heads() * 2, unset);
+    step.reads.assign(branches * tile.batches * s.groups, 0);
+    step.selected.assign(rows * s.groups * s.rules.n_sel, -7);
+    const Cache k = layout.cache("k_cmp", layout.compressed(), n, s.d_k);
+    const Cache v = layout.cache("v_cmp", layout.compressed(), n, s.d_v);
+    step.scores.assign(table().score_bytes(s, tile, layout.memory_rows(layout.compressed(), n)), std::byte{0xFF});
+    attend(cmp, 0, k, v, step);
+    lse.insert(lse.end(), step.lse.begin(), step.lse.end());
+  }
+  const std::int64_t blocks = eligible_blocks(s.rules, base.positions - 1);
+  for (std::int32_t r = 0; r < kv; ++r) {
+    const Layout layout = layout_of(r);
+    Step& step = all.steps[r];
+    step.candidates.resize(rows * s.groups * s.rules.n_sel);
+    step.p_slc.assign(rows * s.groups * blocks, unset);
+    RankArgs args{.shape = s, .tile = tile, .scores = step.scores.data(), .lse = lse.data(), .lse_ranks = kv};
+    args.cmp_map = layout.compressed();
+    args.token_map = layout.tokens();
+    args.candidates = kv > 1 ? step.candidates.data() : nullptr;
+    args.selected = kv > 1 ? nullptr : step.selected.data();
+    args.p_slc = step.p_slc.data();
+    args.p_slc_blocks = blocks;
+    args.scratch = scratch.data();
+    args.scratch_bytes = scratch.size();
+    table().rank(args, nullptr);
+    candidates.insert(candidates.end(), step.candidates.begin(), step.candidates.end());
+  }
+  for (std::int32_t r = 0; r < kv; ++r) {
+    const Layout layout = layout_of(r);
+    Step& step = all.steps[r];
+    if (kv > 1) table().select({s, tile, candidates.data(), kv, step.selected.data()}, nullptr);
+    attend(sel, route, layout.cache("k_sel", layout.tokens(), base.positions, s.d_k),
+           layout.cache("v_sel", layout.tokens(), base.positions, s.d_v), step);
+    attend(win, 0, layout.cache("k_win", layout.window(), base.positions, s.d_k),
+           layout.cache("v_win", layout.window(), base.positions, s.d_v), step);
+    partials.insert(partials.end(), step.partials.begin(), step.partials.end());
+  }
+  for (Step& step : all.steps) {
+    CombineArgs args{.shape = s, .tile = tile, .partials = partials.data(), .ranks = kv, .gate = gate.data()};
+    step.o.resize(rows * s.heads() * s.d_v * size_of(s.dtype));
+    args.o = step.o.data();
+    for (int c = 0; c < branches; ++c) {
+      step.o_branch[c].assign(rows * s.heads() * s.d_v, unset);
+      args.o_branch[c] = step.o_branch[c].data();
+    }
+    table().combine(args, nullptr);
+  }
+  return all;
+}
+
+/// Softmax attention of one head over the given rows; probabilities come back in `p`.
+std::vector<double> naive(const LayerShape& s, const float* q, const char* k_name, const char* v_name,
+                          std::int64_t plane, const std::vector<std::int64_t>& rows, std::vector<double>& p) {
+  std::vector<double> o(s.d_v, 0.0);
+  p.clear();
+  double top = -INFINITY, sum = 0;
+  for (const std::int64_t i : rows) {
+    double dot = 0;
+    for (int e = 0; e < s.d_k; ++e) dot += q[e] * cache_value(s, k_name, plane, i, s.d_k, e);
+    p.push_back(dot / std::sqrt(s.d_k));
+    top = std::max(top, p.back());
+  }
+  for (double& x : p) sum += x = std::exp(x - top);
+  for (std::size_t i = 0; i < p.size(); ++i) {
+    p[i] /= sum;
+    for (int e = 0; e < s.d_v; ++e) o[e] += p[i] * cache_value(s, v_name, plane, rows[i], s.d_v, e);
+  }
+  return o;
+}
+
+std::vector<std::int64_t> range(std::int64_t begin, std::int64_t end) {
+  std::vector<std::int64_t> list;
+  for (std::int64_t i = begin; i < end; ++i) list.push_back(i);
+  return list;
+}
+
+double worst_difference(const std::vector<double>& exact, const float* got) {
+  double worst = 0;
+  for (std::size_t i = 0; i < exact.size(); ++i) {
+    const double difference = std::abs(exact[i] - got[i]);
+    worst = difference >= worst || std::isnan(difference) ? difference : worst;
+  }
+  return worst;
+}
+
+// fp32 dots of 24 products, exponentials of scores of order 3: a few hundred roundings of 6e-8 at most.
+constexpr double fp32_bound = 1e-5;
+
+void check_step(const Layout& layout, const QueryTile& tile, const std::vector<float>& q, const Step& step,
+                const std::vector<float>& p_slc) {
+  const LayerShape& s = layout.shape;
+  const BlockRules& rules = s.rules;
+  const std::int64_t blocks = eligible_blocks(rules, layout.positions - 1);
+  std::vector<double> p;
+  for (std::int64_t row = 0; row < tile.rows(); ++row) {
+    const std::int64_t t = *tile.first_position + row % tile.tokens, valid = compressed_tokens(rules, t);
+    for (std::int32_t g = 0; g < s.groups; ++g) {
+      const std::int64_t plane = (tile.batch_begin + row / tile.tokens) * s.groups + g;
+      std::vector<double> score(blocks, 0.0);
+      const auto head_of = [&](std::int32_t j) { return row * s.heads() + g * s.heads_per_group + j; };
+      for (std::int32_t j = 0; j < s.heads_per_group; ++j) {
+        const std::vector<double> o =
+            naive(s, q.data() + head_of(j) * s.d_k, "k_cmp", "v_cmp", plane, range(0, valid), p);
+        CHECK(worst_difference(o, step.o_branch[cmp].data() + head_of(j) * s.d_v) < fp32_bound);
+        for (std::int64_t i = 0; i < valid; ++i)
+          for (std::int64_t b = 0; b < eligible_blocks(rules, t); ++b) score[b] += p[i] * overlap(rules, i, b);
+      }
+      const std::int64_t row_group = row * s.groups + g;
+      CHECK(worst_difference(score, p_slc.data() + row_group * blocks) < fp32_bound);
+      std::vector<std::int64_t> order = range(0, eligible_blocks(rules, t));
+      std::sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) {
+        const double x = is_forced(rules, a, t) ? INFINITY : score[a], y = is_forced(rules, b, t) ? INFINITY : score[b];
+        return x != y ? x > y : a < b;
+      });
+      order.resize(std::min<std::size_t>(order.size(), rules.n_sel));
+      std::sort(order.begin(), order.end());
+      std::vector<std::int64_t> tokens;
+      for (std::int32_t k = 0; k < rules.n_sel; ++k) {
+        const std::int64_t expected = k < static_cast<std::int64_t>(order.size()) ? order[k] : -1;
+        CHECK(step.selected[row_group * rules.n_sel + k] == expected);
+        if (expected < 0) continue;
+        for (std::int64_t i = expected * rules.l_sel; i < std::min((expected + 1) * rules.l_sel, t + 1); ++i)
+          tokens.push_back(i);
+      }
+      for (std::int32_t j = 0; j < s.heads_per_group; ++j) {
+        const float* head = q.data() + head_of(j) * s.d_k;
+        const auto check = [&](Branch c, const std::vector<double>& o) {
+          CHECK(worst_difference(o, step.o_branch[c].data() + head_of(j) * s.d_v) < fp32_bound);
+        };
+        check(sel, naive(s, head, "k_sel", "v_sel", plane, tokens, p));
+        check(win, naive(s, head, "k_win", "v_win", plane, range(window_begin(rules, t), t + 1), p));
+      }
+    }
+  }
+}
+
+std::vector<std::int64_t> expected_reads_of(const LayerShape& s, const QueryTile& tile) {
+  std::vector<std::int64_t> reads(branches * tile.batches * s.groups, 0);
+  for (std::int64_t row = 0; row < tile.rows(); ++row) {
+    const std::int64_t t = *tile.first_position + row % tile.tokens;
+    const std::int64_t blocks = std::min<std::int64_t>(s.rules.n_sel, eligible_blocks(s.rules, t));
+    for (std::int32_t g = 0; g < s.groups; ++g) {
+      const std::int64_t at = row / tile.tokens * s.groups + g, planes = tile.batches * s.groups;
+      reads[cmp * planes + at] += compressed_tokens(s.rules, t);
+      reads[sel * planes + at] += (blocks - 1) * s.rules.l_sel + t % s.rules.l_sel + 1;
+      reads[win * planes + at] += std::min<std::int64_t>(s.rules.w, t + 1);
+    }
+  }
+  return reads;
+}
+
+}  // namespace
+
+TEST_CASE("attention, importance and selection agree with float64 on one rank") {
+  for (const DType type : {DType::f32, DType::bf16, DType::f16}) {
+    for (const std::int32_t tokens : {1, 37}) {
+      for (const std::int64_t first : {0, 5, 150}) {
+        for (const std::int32_t heads : {1, 3, 70}) {
+          if (heads == 70 && type != DType::f32) continue;
+          Layout layout{small_shape()};
+          layout.shape.dtype = type;
+          layout.shape.heads_per_group = heads;
+          layout.batch = 3;
+          layout.positions = first + tokens;
+          const QueryTile tile{1, 2, tokens, &first, layout.positions};
+          const Tensor q(type, "q", tile.rows() * layout.shape.heads() * layout.shape.d_k);
+          const std::vector<float> gate(tile.rows() * layout.shape.groups * 3, 1.0f);
+          for (const int route : {0, 1}) {
+            const Ranks one = play(layout, tile, q.bytes.data(), gate, route);
+            check_step(layout, tile, q.values, one.steps[0], one.steps[0].p_slc);
+            CHECK(one.steps[0].reads == expected_reads_of(layout.shape, tile));
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("every kv layout forms the same lanes and chooses the same blocks, bit for bit") {
+  for (const std::int64_t position : {0, 6, 7, 63, 64, 65, 66, 67, 150, 391}) {
+    Layout layout{small_shape()};
+    layout.batch = 2;
+    layout.positions = position + 1;
+    const QueryTile tile{0, 2, 1, &position, layout.positions};
+    const LayerShape& s = layout.shape;
+    const Tensor q(DType::f32, "q", tile.rows() * s.heads() * s.d_k);
+    const std::vector<float> gate(tile.rows() * s.groups * 3, 1.0f);
+    const Ranks one = play(layout, tile, q.bytes.data(), gate);
+    for (const std::int32_t kv : {2, 3, 8}) {
+      layout.kv = kv;
+      const Ranks many = play(layout, tile, q.bytes.data(), gate);
+      std::vector<std::int64_t> reads(one.steps[0].reads.size(), 0);
+      std::vector<float> p_slc(one.steps[0].p_slc.size(), 0.0f);
+      for (std::int32_t r = 0; r < kv; ++r) {
+        const Step& step = many.steps[r];
+        CHECK(step.selected == one.steps[0].selected);
+        for (std::size_t i = 0; i < reads.size(); ++i) reads[i] += step.reads[i];
+        for (std::size_t i = 0; i < p_slc.size(); ++i) p_slc[i] += step.p_slc[i];
+        const std::size_t lane = one.steps[0].lse.size() / s.lanes;
+        for (std::int32_t x = r; x < s.lanes; x += kv)
+          CHECK(std::memcmp(step.lse.data() + x / kv * lane, one.steps[0].lse.data() + x * lane, lane * 4) == 0);
+      }
+      CHECK(reads == one.steps[0].reads);
+      CHECK(std::memcmp(p_slc.data(), one.steps[0].p_slc.data(), p_slc.size() * 4) == 0);
+      check_step(layout, tile, q.values, many.steps[kv - 1], p_slc);
+    }
+  }
+}
+
+TEST_CASE("neither the thread count nor prefill against decode shows in scores and selection") {
+  Layout layout{small_shape()};
+  const std::int64_t first = 100;
+  const std::int32_t tokens = 29;
+  layout.positions = first + tokens;
+  const QueryTile tile{0, 1, tokens, &first, layout.positions};
+  const LayerShape& s = layout.shape;
+  const Tensor q(DType::f32, "q", tile.rows() * s.heads() * s.d_k);
+  const std::vector<float> gate(tile.rows() * s.groups * 3, 0.5f);
+  const int before = host_device().info().units;
+  set_host_threads(1);
+  const Step alone = play(layout, tile, q.bytes.data(), gate).steps[0];
+  for (const int threads : {2, 5, 64}) {
+    set_host_threads(threads);
+    const Step step = play(layout, tile, q.bytes.data(), gate).steps[0];
+    CHECK(step.o == alone.o);
+    CHECK(step.selected == alone.selected);
+    for (std::int32_t j = 0; j < tokens; j += 7) {
+      const std::int64_t t = first + j, width = s.groups * eligible_blocks(s.rules, layout.positions - 1);
+      const QueryTile row{0, 1, 1, &t, layout.positions};
+      const void* q_row = q.bytes.data() + j * s.heads() * s.d_k * 4;
+      const Step decode = play(layout, row, q_row, {0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f}).steps[0];
+      CHECK(std::memcmp(decode.p_slc.data(), alone.p_slc.data() + j * width, width * 4) == 0);
+      for (std::int64_t k = 0; k < s.groups * s.rules.n_sel; ++k)
+        CHECK(decode.selected[k] == alone.selected[j * s.groups * s.rules.n_sel + k]);
+    }
+  }
+  set_host_threads(before);
+}

@@ -1,0 +1,346 @@
+// The result file: what is written is read back, a file under its name is always complete, and files that are
+// not ours are refused by name and reason.
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+
+#include "catch.hpp"
+#include "kernels/error.hpp"
+#include "nsa/h5.hpp"
+#include "nsa/result_file.hpp"
+#include "nsa/schema.hpp"
+#include "sample_record.hpp"
+
+using namespace nsa;
+namespace fs = std::filesystem;
+
+namespace {
+
+/// A folder of its own for each test.
+struct Folder {
+  Folder() {
+    std::string name = fs::temp_directory_path() / "nsa-test-XXXXXX";
+    if (mkdtemp(name.data()) == nullptr) throw std::runtime_error("mkdtemp");
+    path = name;
+  }
+  ~Folder() { fs::remove_all(path); }
+  std::string file(const std::string& name) const { return path / name; }
+  std::vector<std::string> list() const {
+    std::vector<std::string> names;
+    for (const auto& entry : fs::directory_iterator(path)) names.push_back(entry.path().filename());
+    return names;
+  }
+  fs::path path;
+};
+
+template <class Work>
+std::string file_error(Work&& work) {
+  try {
+    work();
+  } catch (const UserError& error) {
+    CHECK(error.code() == ExitCode::file);
+    return error.what();
+  }
+  FAIL("no UserError");
+  return {};
+}
+
+bool contains(const std::string& text, const std::string& part) {
+  if (text.find(part) != std::string::npos) return true;
+  UNSCOPED_INFO("'" << text << "' lacks '" << part << "'");
+  return false;
+}
+
+void write_sample(const std::string& path, std::int64_t points = 2) {
+  ResultWriter writer(path, sample_run(), 0);
+  for (std::int64_t i = 0; i < points; ++i) writer.seal(sample_point(i));
+  writer.finish(sample_run());
+}
+
+template <class T>
+void check_same(const std::vector<T>& a, const std::vector<T>& b) {
+  REQUIRE(a.size() == b.size());
+  CHECK((a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0));  // NaN too
+}
+
+void check_same(const PointRecord& a, const PointRecord& b) {
+  CHECK(a.index == b.index);
+  CHECK(a.parameters == b.parameters);
+  CHECK(a.valid == b.valid);
+  for (const auto& entry : point_texts) CHECK(a.*entry.field == b.*entry.field);
+  for (const auto& entry : point_integers) CHECK(a.*entry.field == b.*entry.field);
+  for (const auto& entry : point_reals) CHECK(a.*entry.field == b.*entry.field);
+  CHECK(a.routes == b.routes);
+  CHECK(a.fallbacks == b.fallbacks);
+  CHECK(a.time.modes == b.time.modes);
+  CHECK(a.time.ranks == b.time.ranks);
+  CHECK(a.time.reps == b.time.reps);
+  check_same(a.time.seconds, b.time.seconds);
+  CHECK(a.reads.ranks == b.reads.ranks);
+  CHECK(a.reads.steps == b.reads.steps);
+  check_same(a.reads.counted, b.reads.counted);
+  check_same(a.reads.expected, b.reads.expected);
+  check_same(a.reads.nsa_vibe, b.reads.nsa_vibe);
+  check_same(a.bytes, b.bytes);
+  CHECK(a.memory.kinds == b.memory.kinds);
+  check_same(a.memory.planned, b.memory.planned);
+  check_same(a.memory.measured_peak, b.memory.measured_peak);
+  check_same(a.memory.process_peak, b.memory.process_peak);
+  CHECK(a.needle == b.needle);
+}
+
+}  // namespace
+
+TEST_CASE("result file: every field comes back", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("r.h5");
+  write_sample(path);
+  const ResultFile result = read_result(path);
+  REQUIRE(result.points.size() == 2);
+  check_same(result.points[0], sample_point(0));
+  check_same(result.points[1], sample_point(1));
+
+  const RunRecord run = sample_run();
+  CHECK(result.run.status == "complete");
+  for (const auto& entry : run_attributes) CHECK(result.run.*entry.field == run.*entry.field);
+  REQUIRE(result.run.system.size() == run.system.size());
+  for (std::size_t r = 0; r < run.system.size(); ++r) {
+    for (const auto& entry : system_texts) CHECK(result.run.system[r].*entry.field == run.system[r].*entry.field);
+    for (const auto& entry : system_clocks) CHECK(result.run.system[r].*entry.field == run.system[r].*entry.field);
+    for (const auto& entry : system_counts) CHECK(result.run.system[r].*entry.field == run.system[r].*entry.field);
+  }
+}
+
+TEST_CASE("result file: a point that fills no table comes back", "[result]") {
+  const Folder folder;
+  PointRecord bare;
+  bare.parameters = {{"task.kind", "needle"}};
+  {
+    ResultWriter writer(folder.file("r.h5"), RunRecord{}, 0);
+    writer.seal(bare);
+  }
+  const ResultFile result = read_result(folder.file("r.h5"));
+  REQUIRE(result.points.size() == 1);
+  check_same(result.points[0], bare);
+  CHECK(result.run.status == "running");
+}
+
+TEST_CASE("result file: appears with its first point, whole after each, alone at the end", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("r.h5");
+  {
+    ResultWriter writer(path, sample_run(), 0);
+    CHECK_FALSE(fs::exists(path));
+    for (std::int64_t i = 0; i < 3; ++i) {
+      writer.seal(sample_point(i));
+      const ResultFile result = read_result(path);
+      CHECK(result.run.status == "running");
+      CHECK(result.points.size() == static_cast<std::size_t>(i + 1));
+    }
+    RunRecord interrupted = sample_run();
+    interrupted.status = "interrupted";
+    interrupted.end = "later";
+    interrupted.system[0].clock_mhz_after = 99;
+    writer.finish(interrupted);
+  }
+  CHECK(folder.list() == std::vector<std::string>{"r.h5"});
+  const ResultFile result = read_result(path);
+  CHECK(result.run.status == "interrupted");
+  CHECK(result.run.end == "later");
+  CHECK(result.run.system[0].clock_mhz_after == 99);
+  CHECK(result.points.size() == 3);
+}
+
+TEST_CASE("result file: a run without a point leaves nothing", "[result]") {
+  const Folder folder;
+  {
+    ResultWriter writer(folder.file("r.h5"), sample_run(), 0);
+    writer.finish(sample_run());
+  }
+  CHECK(folder.list().empty());
+}
+
+TEST_CASE("result file: killed at any moment it is absent or whole", "[result]") {
+  const Folder folder;
+  for (int round = 0; round < 12; ++round) {
+    const std::string path = folder.file("r" + std::to_string(round) + ".h5");
+    const pid_t child = fork();
+    if (child == 0) {
+      try {
+        write_sample(path, 1000);
+      } catch (...) {
+      }
+      _exit(0);
+    }
+    usleep(5000 + 7000 * round);
+    kill(child, SIGKILL);
+    waitpid(child, nullptr, 0);
+    if (!fs::exists(path)) continue;
+    const ResultFile result = read_result(path);
+    CHECK(result.run.status == "running");
+    REQUIRE(!result.points.empty());
+    check_same(result.points.back(), sample_point(static_cast<std::int64_t>(result.points.size()) - 1));
+  }
+}
+
+TEST_CASE("result file: a full disk leaves the points before", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("r.h5");
+  const pid_t child = fork();  // its limit, and what HDF5 could not write, die with it
+  if (child == 0) {
+    bool refused = false;
+    signal(SIGXFSZ, SIG_IGN);
+    ResultWriter writer(path, sample_run(), 0);
+    writer.seal(sample_point(0));
+    const rlimit limit{fs::file_size(path) + 1000, RLIM_INFINITY};
+    setrlimit(RLIMIT_FSIZE, &limit);
+    try {
+      writer.seal(sample_point(1));
+    } catch (const UserError& error) {
+      refused = error.code() == ExitCode::file && contains(error.what(), path);
+    }
+    _exit(refused ? 0 : 1);
+  }
+  int status = -1;
+  waitpid(child, &status, 0);
+  CHECK(status == 0);
+  CHECK(read_result(path).points.size() == 1);
+}
+
+TEST_CASE("result file: what cannot be written is refused before anything is computed", "[result]") {
+  const Folder folder;
+  const auto refused = [](const std::string& path, std::size_t bytes = 0) {
+    return file_error([&] { ResultWriter(path, sample_run(), bytes); });
+  };
+  std::ofstream(folder.file("taken.h5")) << "mine";
+  CHECK(contains(refused(folder.file("taken.h5")), "taken.h5 exists (results are never overwritten); choose another"));
+  CHECK(contains(refused(folder.file("none/r.h5")), "no folder"));
+  CHECK(contains(refused(folder.file("taken.h5/r.h5")), "is not a folder"));
+  CHECK(contains(refused(folder.path), "exists"));
+  CHECK(contains(refused(folder.file("r.h5"), std::size_t{1} << 60), "are free); make room"));
+  fs::create_symlink("nowhere", folder.file("dangling.h5"));
+  CHECK(contains(refused(folder.file("dangling.h5")), "exists"));
+  CHECK(contains(refused("/proc/r.h5"), "cannot write /proc/r.h5"));
+  if (geteuid() != 0) {  // root may write everywhere
+    fs::permissions(folder.path, fs::perms::owner_read | fs::perms::owner_exec);
+    CHECK(contains(refused(folder.file("r.h5")), "Permission denied"));
+    fs::permissions(folder.path, fs::perms::owner_all);
+  }
+  CHECK(folder.list().size() == 2);  // and nothing is left behind
+}
+
+TEST_CASE("result file: a file that another run made meanwhile stays", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("r.h5");
+  ResultWriter writer(path, sample_run(), 0);
+  std::ofstream(path) << "mine";
+  CHECK(contains(file_error([&] { writer.seal(sample_point(0)); }), "another program has made it"));
+  CHECK(fs::file_size(path) == 4);
+}
+
+TEST_CASE("result file: what is no result is refused by name and reason", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("r.h5");
+  const auto refused = [&] { return file_error([&] { read_result(path); }); };
+  CHECK(contains(refused(), path + " (no such file)"));
+  std::ofstream(path) << "not HDF5";
+  CHECK(contains(refused(), "file signature not found"));
+  fs::remove(path);
+
+  h5::flush_and_close(h5::create_file(path));
+  CHECK(contains(refused(), "no result of nsa"));
+  const auto edit = [&](auto&& change) {
+    h5::Handle file = h5::open_file(path, true);
+    change(file);
+    h5::flush_and_close(std::move(file));
+  };
+  for (const char* version : {"2.0", "-1", "x", ""}) {
+    edit([&](const h5::Handle& file) { h5::write_attribute(file, "schema_version", version); });
+    CHECK(contains(refused(), std::string("schema is '") + version + "'"));
+  }
+  edit([&](const h5::Handle& file) { h5::write_attribute(file, "schema_version", std::int64_t{1}); });
+  CHECK(contains(refused(), "'schema_version' has another type"));
+  edit([&](const h5::Handle& file) { h5::write_attribute(file, "schema_version", schema_version); });
+  CHECK(contains(refused(), "attribute 'status' is missing"));
+  fs::remove(path);
+
+  write_sample(path);
+  edit([&](const h5::Handle& file) { h5::write_attribute(file, "schema_version", "1.99"); });
+  CHECK(read_result(path).points.size() == 2);  // a later minor only adds
+  edit([&](const h5::Handle& file) {
+    const h5::Handle point = h5::open_group(file, "points/0001");
+    h5::remove(point, "rep");
+    h5::write_scale(point, "rep", std::vector<std::int64_t>{0, 1}, {"1", ""});
+  });
+  CHECK(contains(refused(), "point 0001: 'time' has shape (2, 11, 2, 3), its dimensions (2, 11, 2, 2)"));
+}
+
+TEST_CASE("result file: cut anywhere it is refused, or what is left is read", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("r.h5");
+  write_sample(path);
+  const std::uintmax_t size = fs::file_size(path);
+  for (const std::uintmax_t cut : {std::uintmax_t{0}, std::uintmax_t{7}, size / 4, size / 2, size - 1}) {
+    fs::resize_file(path, size);
+    fs::resize_file(path, cut);
+    CHECK(contains(file_error([&] { read_result(path); }), "cannot read " + path));
+  }
+}
+
+TEST_CASE("result file: a refused lock names the variable", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("r.h5");
+  write_sample(path);
+  const int file = open(path.c_str(), O_RDWR);
+  REQUIRE(flock(file, LOCK_EX) == 0);
+  CHECK(contains(file_error([&] { read_result(path); }), "HDF5_USE_FILE_LOCKING=FALSE"));
+  close(file);
+}
+
+TEST_CASE("tensor file: a dump is read back slab by slab", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("r.h5");
+  write_sample(path);
+  const TensorFile tensors(path);
+  CHECK(tensors.has("x"));
+  CHECK(tensors.has("weights/w_q"));
+  CHECK_FALSE(tensors.has("weights/layer0/w_q"));
+  CHECK(tensors.shape("weights/w_o") == std::vector<std::int64_t>{4, 2});
+  CHECK(tensors.shape("k_cmp_tokens") == std::vector<std::int64_t>{1, 0, 4});
+  CHECK(tensors.read("x", {1, 5, 4}, {0, 1, 2}, {1, 2, 2}) == std::vector<float>{6.5f, 7.5f, 10.5f, 11.5f});
+  CHECK(tensors.read("x", {1, 5, 4}, {0, 0, 0}, {1, 0, 4}).empty());
+}
+
+TEST_CASE("tensor file: another program's file, in double, under the root", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("in.h5");
+  const auto refused = [&](auto&& work) {
+    const std::string message = file_error(work);
+    CHECK(contains(message, path));
+    CHECK(contains(message, "make_input.py"));
+    return message;
+  };
+  CHECK(contains(refused([&] { TensorFile{path}; }), "no such file"));
+  {
+    const h5::Handle file = h5::create_file(path);
+    h5::write_scale(file, "row", counting<std::int64_t>(3, 0), {"1", ""});
+    h5::write_scale(file, "dim", counting<std::int64_t>(2, 0), {"1", ""});
+    h5::write(file, "x", std::vector<double>{1, 2, 0.1, 1e300, 5, std::nan("")}, {"row", "dim"}, {"1", ""});
+  }
+  const TensorFile tensors(path);
+  const std::vector<std::int64_t> shape{3, 2};
+  CHECK(tensors.read("x", shape, {0, 0}, {2, 1}) == std::vector<float>{1.0f, 0.1f});
+  CHECK(contains(refused([&] { tensors.read("x", shape, {1, 0}, {2, 2}); }), "'x' is inf at [1, 1], as a 32-bit"));
+  CHECK(contains(refused([&] { tensors.read("x", shape, {2, 0}, {1, 2}); }), "'x' is nan at [2, 1]"));
+  CHECK(contains(refused([&] { tensors.read("x", {3, 4}, {0, 0}, {1, 1}); }), "shape [3, 2], this input needs [3, 4]"));
+  CHECK(contains(refused([&] { tensors.shape("weights/w_q"); }), "no tensor 'weights/w_q'"));
+  CHECK(contains(refused([&] { tensors.shape("row"); }), "'row' is not floating point"));
+}
