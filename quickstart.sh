@@ -8,4 +8,4 @@ scripts/build.sh host -DNSA_TESTS=OFF
 # Open MPI refuses root and more ranks than cores unless told otherwise.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
 rm -f quickstart.h5
-mpirun -n 4 build/host/app/nsa run inputs/quickstart.toml --output quickstart.h5
+mpirun -n 4 build/host/nsa run inputs/quickstart.toml --output quickstart.h5

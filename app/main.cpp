@@ -111,11 +111,10 @@ int main(int argc, char** argv) {
   } catch (const CLI::Success& done) {  // --help, --version
     return app.exit(done);
   } catch (const CLI::ParseError& error) {
-    const auto refuse = [&]() -> nsa::ExitCode {
+    // Every rank of a launch reads the same command line, so they all come here, and one says it.
+    return together(argc, argv, [&](const nsa::Control&) -> nsa::ExitCode {
       throw nsa::UserError(std::string(error.what()) + "; see nsa --help");
-    };
-    const bool launched = argc > 1 && std::string(argv[1]) == "run";
-    return launched ? together(argc, argv, [&](const nsa::Control&) { return refuse(); }) : alone(refuse);
+    });
   }
   if (app.got_subcommand("diff"))
     return alone([&] {

@@ -2,13 +2,14 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
-#include <iterator>
 #include <memory>
+#include <sstream>
 
 #include "app/build_info.hpp"
 #include "app/progress.hpp"
@@ -25,10 +26,14 @@ namespace {
 
 std::string read_text(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
-  std::string text{std::istreambuf_iterator<char>(file), {}};
-  if (!file.good() && (!file.eof() || std::filesystem::is_directory(path)))
-    throw UserError("cannot read " + path + " (" + std::strerror(errno) + "); give the path of a TOML input");
-  return text;
+  std::ostringstream text;
+  std::error_code none;
+  const bool opened = file.is_open() && !std::filesystem::is_directory(path, none);
+  if (opened) text << file.rdbuf();
+  if (!opened || file.bad())
+    throw UserError("cannot read " + path + " (" + (file.is_open() ? "not a file" : std::strerror(errno)) +
+                    "); give the path of a TOML input");
+  return text.str();
 }
 
 Config configure(const std::string& text, const RunOptions& options) {

@@ -65,4 +65,10 @@ void* open_nccl(const Control::Impl& group, CollectiveOps& ops) {
   return comm;
 }
 
+std::string nccl_version() {
+  int version = 0;
+  check_nccl(ncclGetVersion(&version), "ncclGetVersion");
+  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." + std::to_string(version % 100);
+}
+
 }  // namespace nsa

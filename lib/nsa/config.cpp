@@ -39,7 +39,8 @@ std::string quoted(const std::string& text) {
       out += c;
     }
   }
-  return out + "\"";
+  out += '"';
+  return out;
 }
 
 std::string as_text(const Value& value) {
@@ -60,18 +61,18 @@ std::string toml_of(const T& field, const Spec& spec) {
 std::string toml_of(bool field, Any) { return field ? "true" : "false"; }
 template <class T, class Spec>
 std::string toml_of(const std::vector<T>& field, const Spec& spec) {
-  std::string list;
-  for (const T& value : field) list += (list.empty() ? "" : ", ") + toml_of(value, spec);
-  return "[" + list + "]";
+  std::vector<std::string> list;
+  for (const T& value : field) list.push_back(toml_of(value, spec));
+  return fmt::format("[{}]", fmt::join(list, ", "));
 }
 
 /// A swept key is its one value at a point; the other lists (modes, depths) stand as text: "branches,total".
 template <class T, class Spec>
 Value value_of(const std::vector<T>& field, const Spec& spec) {
   if (field.size() == 1 && !std::is_same_v<T, double>) return value_of(field[0], spec);
-  std::string list;
-  for (const T& value : field) list += (list.empty() ? "" : ",") + as_text(value_of(value, spec));
-  return list;
+  std::vector<std::string> list;
+  for (const T& value : field) list.push_back(as_text(value_of(value, spec)));
+  return fmt::format("{}", fmt::join(list, ","));
 }
 
 }  // namespace

@@ -14,7 +14,7 @@
 namespace nsa {
 
 enum class TaskKind { decode, prefill, kernels, needle };
-enum class Scope { layer, attention };     ///< attention: q, k, v and gates are given
+enum class Scope { layer, attention };        ///< attention: q, k, v and gates are given
 enum class CacheFill { prefill, synthetic };  ///< synthetic: caches filled directly
 enum class BackendChoice { automatic, host, cuda };
 enum class Mode { branches, total, ablation, one_hot };
@@ -31,12 +31,12 @@ struct RunConfig {
   BackendChoice backend = BackendChoice::automatic;
   std::vector<std::int64_t> context = {128, 256, 512, 1024};  ///< swept
   std::vector<std::int64_t> batch = {1};                      ///< swept
-  std::int64_t steps = 32;    ///< decode steps, warm-up among them; of prefill: repetitions
+  std::int64_t steps = 32;  ///< decode steps, warm-up among them; of prefill: repetitions
   std::int64_t warmup = 8;
   std::vector<Mode> modes = {Mode::branches, Mode::total};
   std::vector<std::int32_t> force_branch = {-1};  ///< swept; -1 none, else a Branch
   std::int64_t seed = 1;
-  double min_time = 0.0;      ///< seconds a mode is measured at least, by repeating its steps
+  double min_time = 0.0;  ///< seconds a mode is measured at least, by repeating its steps
   bool check = true;
   Scope scope = Scope::layer;
   CacheFill fill = CacheFill::prefill;

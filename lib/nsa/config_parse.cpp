@@ -83,8 +83,7 @@ toml::table parse_text(std::string_view text, const std::string& path) {
   try {
     return toml::parse(text, path);
   } catch (const toml::parse_error& error) {
-    throw_problems({{position(error.source(), path), fmt::format("not TOML: {}", error.description())}});
-    throw;  // not reached
+    throw UserError(place_text(position(error.source(), path)) + "not TOML: " + std::string(error.description()));
   }
 }
 
@@ -264,9 +263,10 @@ Config parse_config(std::string_view text, const std::string& path, const std::v
   Config config;
   visit_keys(config, Reader{entries, config, problems});
   for (const auto& [key, entry] : entries) problems.push_back({entry.key_position, unknown_key(key)});
-  if (config.origin.count("task.kind") == 0)
-    problems.push_back(
-        {{path, 1, 1}, "task.kind is missing; say kind = \"decode\", \"prefill\" or \"needle\" in [task]"});
+  if (config.origin.count("task.kind") == 0) {
+    const SourcePosition top{path, 1, 1};
+    problems.push_back({top, "task.kind is missing; say kind = \"decode\", \"prefill\" or \"needle\" in [task]"});
+  }
   throw_problems(std::move(problems));
   return config;
 }

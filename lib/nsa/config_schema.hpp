@@ -129,6 +129,9 @@ struct Problem {
   std::string what;
 };
 
+/// "in.toml:3:1: ", "--set run.seed=x: ", or "" for no place.
+std::string place_text(const SourcePosition& at);
+
 /// One UserError for all of them: file order, then the command line, then what has no place. Returns if there are none.
 void throw_problems(std::vector<Problem> problems);
 

@@ -13,6 +13,11 @@
 
 namespace nsa {
 
+std::string place_text(const SourcePosition& at) {
+  if (at.path.empty()) return "";
+  return at.line > 0 ? fmt::format("{}:{}:{}: ", at.path, at.line, at.column) : fmt::format("{}: ", at.path);
+}
+
 void throw_problems(std::vector<Problem> problems) {
   if (problems.empty()) return;
   const auto order = [](const Problem& p) {
@@ -24,9 +29,7 @@ void throw_problems(std::vector<Problem> problems) {
   std::string text = problems.size() > 1 ? fmt::format("{} problems in the input", problems.size()) : "";
   for (const Problem& problem : problems) {
     if (!text.empty()) text += "\n  ";
-    const SourcePosition& at = problem.where;
-    if (!at.path.empty()) text += at.line > 0 ? fmt::format("{}:{}:{}: ", at.path, at.line, at.column) : at.path + ": ";
-    text += problem.what;
+    text += place_text(problem.where) + problem.what;
   }
   throw UserError(text);
 }

@@ -1,6 +1,26 @@
 #include "nsa/engine.hpp"
 
+#include <string>
+
+#include "kernels/error.hpp"
+
 namespace nsa {
+
+namespace {
+
+const AttendKernel& chosen_route(const KernelTable& kernels, Branch branch, const RouteConfig& input) {
+  const std::string& wanted = input.implementation[branch];
+  if (wanted == "auto") return kernels.attend[branch].front();
+  std::string known;
+  for (const AttendKernel& kernel : kernels.attend[branch]) {
+    if (kernel.name == wanted) return kernel;
+    known += (known.empty() ? "" : ", ") + std::string(kernel.name);
+  }
+  throw UserError(std::string("route.") + branch_names[branch] + " = \"" + wanted + "\" (this backend has " + known +
+                  "); choose one of these or \"auto\"");
+}
+
+}  // namespace
 
 Streams::Streams(const DeviceOps& ops)
     : device(ops),
@@ -39,7 +59,7 @@ void Engine::allocate(const TensorSource* source) {
     if (config.run.scope == Scope::layer) weights.emplace_back(device(), streams.compute, account, config, partition, layer, source);
     caches.emplace_back(allocator(), partition, point.batch, total_positions(config, point));
   }
-  for (int branch = 0; branch < branches; ++branch) route[branch] = &kernels().attend[branch].front();
+  for (const Branch branch : kv_column_order) route[branch] = &chosen_route(kernels(), branch, config.route);
 }
 
 }  // namespace nsa

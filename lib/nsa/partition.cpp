@@ -57,7 +57,8 @@ RowMap Partition::raw_ring() const { return ring_of(shape.rules.l); }
 
 std::int64_t Partition::capacity(const RowMap& local, std::int64_t rows) const {
   if (local.ring > 0) return local.ring;
-  return local.kv == 1 ? rows : owned_chunks(local, rows, 0) * local.stride;
+  // The last rows may already stand in the halo in front of a chunk that has none of its own yet.
+  return local.kv == 1 ? rows : owned_chunks(local, rows > 0 ? rows + local.before : 0, 0) * local.stride;
 }
 
 std::pair<std::int32_t, std::int32_t> factorise(const Config& config, std::int32_t ranks) {

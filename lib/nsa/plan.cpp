@@ -7,6 +7,7 @@
 
 #include "kernels/error.hpp"
 #include "nsa/experiment.hpp"
+#include "nsa/needle.hpp"
 #include "nsa/state.hpp"
 
 namespace nsa {
@@ -87,7 +88,10 @@ void print_memory(std::ostream& out, const Config& config, const KernelTable& ke
 }
 
 void print_exchanges(std::ostream& out, const Config& config, const Point& point, int ranks) {
-  const std::vector<Exchange> list = exchanges(config, make_partition(config, ranks, 0), point);
+  const bool needle = config.kind == TaskKind::needle;
+  const Config step = needle ? needle_config(config) : config;
+  const std::vector<Exchange> list =
+      exchanges(step, make_partition(step, ranks, 0), needle ? needle_point(point) : point);
   const char* unit = config.kind == TaskKind::prefill ? "prefill" : "step";
   if (list.empty()) fmt::print(out, "exchanges a {} and layer: none\n", unit);
   for (const Exchange& e : list)
@@ -111,8 +115,9 @@ std::size_t planned_result_bytes(const Config& config, int ranks) {
     const double blocks = positions / config.nsa.l_sel + 1;
     const double weights = dim * (heads * (d_k + d_v) + 3 * groups * (d_k + d_v)) +
                            2.0 * static_cast<double>(config.phi_hidden + 2 * m.d_k) * config.nsa.l * (d_k + d_v);
-    const double a_row = heads * (d_k + 3 * d_v) + dim + groups * (3 + blocks + config.nsa.n_sel);
-    const double a_position = dim + groups * (d_k + d_v) / config.nsa.d;
+    const double a_row = heads * (d_k + 4 * d_v) + dim + groups * (3 + blocks + config.nsa.n_sel) + 2;
+    const double given = config.run.scope == Scope::layer ? dim : heads * d_k + 3 * groups * (d_k + d_v + 1);
+    const double a_position = given + groups * (d_k + d_v) / config.nsa.d + 2;
     total += 4.0 * (static_cast<double>(m.layers) * weights +
                     static_cast<double>(point.batch) * (rows * a_row + positions * a_position));
   }

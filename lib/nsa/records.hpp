@@ -46,7 +46,7 @@ struct TensorRecord {
 struct MemoryRecord {  ///< bytes, by rank
   std::vector<std::string> kinds;                  ///< "weights", "caches", "activations", "workspace", "total"
   std::vector<std::int64_t> planned, measured_peak;  ///< [kind][rank]
-  std::vector<std::int64_t> process_peak;            ///< [rank], resident set high-water mark
+  std::vector<std::int64_t> process_peak;            ///< [rank], growth of the resident set at its peak
 };
 
 struct PointRecord {

@@ -9,8 +9,8 @@ namespace nsa {
 struct Summary {
   std::int64_t n = 0;
   double median = 0, low = 0, high = 0;  ///< 95% order-statistic interval of the median; NaN below n = 6
-  double min = 0, p95 = 0, p99 = 0;  ///< percentiles by nearest rank
-  double cv = 0;                     ///< sample standard deviation / mean; NaN below n = 2
+  double min = 0, p95 = 0, p99 = 0;      ///< percentiles by nearest rank
+  double cv = 0;                         ///< sample standard deviation / mean; NaN below n = 2
 };
 
 /// NaN samples are left out. All fields NaN when none is left.

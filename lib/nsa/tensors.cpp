@@ -73,7 +73,8 @@ void StepTensors::take(const Work& w, std::int64_t row, bool shared) {
   put(o_, download(e, b.o.data(), rows * heads * s.d_v, s.dtype), first_head * s.d_v);
   for (int c = 0; c < branches; ++c)
     put(o_branch_[c], download(e, b.o_branch[c].data(), rows * heads * s.d_v, DType::f32), first_head * s.d_v);
-  if (w.whole_layer() && e.partition.head_shard == 0)
+  // Prefill records a tile before the head shards' outputs are summed: then each puts its part.
+  if (w.whole_layer() && (!shared || e.partition.head_shard == 0))
     put(y_, download(e, b.y.as<float>() + w.first_row * s.dim, rows * s.dim, DType::f32), 0);
 }
 
@@ -110,7 +111,8 @@ std::vector<TensorRecord> input_tensors(const Engine& e, const TensorSource& sou
               {"batch", "position", "group", value ? "d_v" : "d_k"}, storage);
     return list;
   }
-  add("x", x_columns(e.config, e.point).shape, 1, {"batch", "position", "dim"}, storage);
+  add("x", x_columns(e.config, e.point).shape, 1, {"batch", "position", "dim"},
+      e.config.model.layers > 1 ? DType::f32 : storage);  // the residual stream starts from x as it is
   for (std::int64_t layer = 0; layer < e.config.model.layers; ++layer)
     for (const WeightSpec& w : weight_specs(e.config, layer)) {
       std::vector<std::string> dims;

@@ -1,7 +1,8 @@
 """The result file opens in h5py, xarray (both engines) and pandas with named dimensions and units, holds no
 type that one of them cannot read, and docs/SCHEMA.md names everything in it.
 
-Environment: NSA, the program; NSA_WRITE_SAMPLE, which writes a file with every field set.
+Environment: NSA, the program; MPIEXEC, which launches it; NSA_WRITE_SAMPLE, which writes a file with every field
+set.
 """
 
 import os
@@ -40,12 +41,15 @@ STAGES = "project append compress attend_cmp rank attend_sel attend_win combine 
 
 
 def make_files(folder):
-    """A file of each kind: the sample with every field set, and one of a real run."""
-    sample, real = folder / "sample.h5", folder / "real.h5"
-    subprocess.run([os.environ["NSA_WRITE_SAMPLE"], sample], check=True)
+    """The sample with every field set, a real run on four ranks, and needles."""
+    files = {kind: folder / f"{kind}.h5" for kind in ("sample", "real", "needle")}
+    subprocess.run([os.environ["NSA_WRITE_SAMPLE"], files["sample"]], check=True)
     (folder / "input.toml").write_text(INPUT)
-    subprocess.run([os.environ["NSA"], "run", folder / "input.toml", "--output", real], check=True, capture_output=True)
-    return {"sample": sample, "real": real}
+    run = [os.environ["NSA"], "run", folder / "input.toml", "--output"]
+    subprocess.run([os.environ["MPIEXEC"], "-n", "4", *run, files["real"]], check=True, stdout=subprocess.DEVNULL)
+    needle = ["--set", "task.kind='needle'", "--set", "run.context=4096", "--set", "output.tensors=false"]
+    subprocess.run([*run, files["needle"], *needle], check=True, stdout=subprocess.DEVNULL)
+    return files
 
 
 def groups_of(path):
@@ -112,17 +116,18 @@ class ResultFile(unittest.TestCase):
                     self.assertFalse([d for d in data.dims if "phony" in d])
                     self.assertEqual(set(data.dims), set(data.coords))
                     with h5py.File(path) as file:
-                        self.assertEqual(set(data.variables), {k for k, v in file[group].items() if isinstance(v, h5py.Dataset)})
+                        datasets = {name for name, item in file[group].items() if isinstance(item, h5py.Dataset)}
+                        self.assertEqual(set(data.variables), datasets)
                         for name, variable in data.variables.items():
                             raw = file[group][name]
                             raw = raw.asstr()[()].astype(str) if h5py.check_string_dtype(raw.dtype) else raw[()]
                             np.testing.assert_array_equal(variable.values, raw)
 
     def test_labels(self):
-        for kind, path in self.files.items():
+        for kind in ("sample", "real"):
             for engine in ("h5netcdf", "netcdf4"):
                 with self.subTest(file=kind, engine=engine):
-                    point = xr.open_dataset(path, group="points/0000", engine=engine)
+                    point = xr.open_dataset(self.files[kind], group="points/0000", engine=engine)
                     self.assertEqual(point.time.dims, ("mode", "stage", "rank", "rep"))
                     self.assertEqual(list(point.stage.values), STAGES)
                     self.assertEqual(list(point["mode"].values), ["branches", "total"])
@@ -145,8 +150,22 @@ class ResultFile(unittest.TestCase):
             self.assertEqual(len(file.attrs["input_toml"].encode()), 70029)
             self.assertEqual(file["points/0000/tensors"].attrs["first_position"], 128)
 
+    def test_needle(self):
+        table = xr.open_dataset(self.files["needle"], group="points/0000/needle", engine="netcdf4").to_dataframe()
+        self.assertEqual(list(table.index), [0.0, 0.25, 0.5, 0.75, 1.0])
+        self.assertTrue((table.found == 1).all())
+
+    def test_ranks(self):
+        point = xr.open_dataset(self.files["real"], group="points/0000", engine="netcdf4")
+        self.assertEqual(point.attrs["heads"] * point.attrs["kv"], 4)
+        self.assertEqual(list(point["rank"].values), [0, 1, 2, 3])
+        np.testing.assert_array_equal(point.reads, point.reads_expected)
+        # The last step is at position 96 + 8 - 1: two eligible blocks; one sequence, two groups.
+        self.assertEqual(list(point.reads.isel(step=-1).sum("rank")), [2 * 5, 2 * 104, 2 * 104])
+
     def test_pandas(self):
-        for kind, path in self.files.items():
+        for kind in ("sample", "real"):
+            path = self.files[kind]
             with self.subTest(file=kind), h5py.File(path) as file:
                 points = pd.DataFrame([dict(p.attrs) for p in file["points"].values()])
                 self.assertEqual(len(points), 2)

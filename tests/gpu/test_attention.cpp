@@ -53,7 +53,8 @@ double tolerance(DType type) { return type == DType::f32 ? 2e-5 : type == DType:
 
 // What all ranks of a layout computed, by the GPU and by the host.
 struct Run {
-  explicit Run(const Case& c);
+  /// `kernel`: which of the GPU's implementations (of those that accept the shape).
+  explicit Run(const Case& c, std::size_t kernel = 0);
   Case c;
   LayerShape s;
   std::int64_t rows, lists, blocks;
@@ -81,7 +82,7 @@ void attend_on(const Backend& b, Branch branch, const Case& c, const LayerShape&
   kernel.run(a, nullptr);
 }
 
-Run::Run(const Case& given) : c(given), s(given.shape) {
+Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   s.leaf = c.chunk_blocks * s.rules.l_sel / s.rules.d;
   s.lanes = 24;
   const BlockRules& r = s.rules;
@@ -149,9 +150,8 @@ Run::Run(const Case& given) : c(given), s(given.shape) {
   }
   const auto route = [&](const Backend& b, Branch branch) -> const AttendKernel& {
     const auto& list = b.kernels->attend[branch];
-    for (std::size_t i = list.size(); i-- > 0;)  // the most particular one that takes the shape
-      if (list[i].accepts(s, tile_on(b))) return list[i];
-    return list[0];
+    const std::size_t i = b.kind == BackendKind::host ? 0 : kernel;
+    return i < list.size() && list[i].accepts(s, tile_on(b)) ? list[i] : list[0];
   };
   const auto gather = [&](const Backend& b, const std::vector<std::unique_ptr<Twin>>& from, const Twin& to) {
     for (int rank = 0; rank < ranks; ++rank)
@@ -260,7 +260,14 @@ void check(const Run& run) {
   CHECK(chosen_by_rule);
 }
 
-void run_and_check(const Case& c) { check(Run(c)); }
+void run_and_check(const Case& c) {
+  std::size_t kernels = 0;
+  for (const auto& list : gpu().kernels->attend) kernels = std::max(kernels, list.size());
+  for (std::size_t kernel = 0; kernel < kernels; ++kernel) {
+    INFO("kernel " << kernel << " of the lists");
+    check(Run(c, kernel));
+  }
+}
 
 }  // namespace
 

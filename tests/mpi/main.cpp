@@ -1,20 +1,41 @@
 // The main of tests that need MPI, on one rank or several: every rank runs every test, rank 0 prints, the exit
 // code is the worst of all ranks. What another rank has to say it prints when it failed.
 
+#include <cstdlib>
 #include <iostream>
 #include <sstream>
 
 #include "comm/session.hpp"
+#include "kernels/backend.hpp"
 #if __has_include(<catch2/catch_session.hpp>)
 #include <catch2/catch_session.hpp>
 #else
 #define CATCH_CONFIG_RUNNER
+#define CATCH_CONFIG_NO_POSIX_SIGNALS  // a rank that crashes must die, or the others wait for it
 #include <catch2/catch.hpp>
 #endif
+
+namespace {
+
+bool every_rank_has_a_gpu(const nsa::Control& world) {
+  bool here = true;
+  try {
+    nsa::open_backend(nsa::BackendKind::cuda, world.local_rank());
+  } catch (const nsa::UserError&) {
+    here = false;
+  }
+  return world.max(std::int64_t{!here}) == 0;
+}
+
+}  // namespace
 
 int main(int argc, char* argv[]) {
   nsa::MpiSession mpi(argc, argv);
   const nsa::Control world = nsa::Control::world();
+  if (std::getenv("NSA_TEST_BACKEND") && !every_rank_has_a_gpu(world)) {
+    if (world.rank() == 0) std::cout << "skipped: " << world.size() << " ranks need as many GPUs\n";
+    return 77;
+  }
   std::ostringstream quiet;
   std::streambuf* const terminal = std::cout.rdbuf();
   if (world.rank() != 0) std::cout.rdbuf(quiet.rdbuf());

@@ -2,13 +2,14 @@
 // How far the program may be from the oracle, and why.
 //
 // fp32: every number is a chain of a few sums of at most n terms, each rounded to 2^-24: sqrt(n) 2^-24 a sum
-// for independent errors, relative to the tensor's largest value. `links` sums of them, at four sigma.
+// for independent errors, relative to the tensor's largest value. `links` of them, at two sigma each.
 //
 // bf16, fp16 (unit roundoff u): the oracle rounds where the program stores. Both then hold the same numbers,
 // except where an fp32 error carries a value over the middle between two neighbours: that flips a stored
 // element by one ulp, at most 2u of the largest value. Flips are rare (fp32 error over ulp), so the largest
-// difference is a few ulps, and the mean difference far below one: a rounding at a wrong place moves half of
-// all elements, and the mean with them.
+// difference is a few ulps, and the mean difference far below one: a rounding at a wrong place moves every
+// element, by a quarter ulp of its own, and the mean by a sixteenth of the largest value's. Behind the first
+// of several layers the inputs differ already, and more elements flip.
 
 #include <cstdint>
 #include <string>

@@ -1,6 +1,7 @@
 #include "parity/product.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <stdexcept>
 
 #include "nsa/experiment.hpp"
@@ -64,6 +65,7 @@ nsa::Config config_of(const Shape& shape, nsa::TaskKind kind) {
   overrides.push_back(decode ? "task.kind=\"decode\"" : "task.kind=\"prefill\"");
   overrides.push_back("run.context=" + std::to_string(decode ? shape.context : shape.context + shape.steps));
   overrides.push_back("run.steps=" + std::to_string(decode ? shape.steps : 1));
+  if (const char* backend = std::getenv("NSA_TEST_BACKEND")) overrides.push_back(std::string("run.backend=") + backend);
   nsa::Config config = nsa::parse_config(base, "test.toml", overrides);
   nsa::validate(config);
   return config;

@@ -178,8 +178,10 @@ TEST_CASE("the TOML of a config parses back to itself", "[config]") {
     const std::string text = to_toml(config);
     CHECK(to_toml(parse(text)) == text);
     for (const std::string& override : overrides) {  // the text says what was set, not only something stable
-      const std::string key = override.substr(override.find('.') + 1, override.find('=') - override.find('.'));
-      has(text, "\n" + key.substr(0, key.size() - 1) + " = ");
+      const auto dot = override.find('.'), equals = override.find('=');
+      std::string line = "\n";
+      line += override.substr(dot + 1, equals - dot - 1);
+      has(text, line += " = ");
     }
     CHECK(parse(text).run.min_time == config.run.min_time);
     CHECK(parse(text).output.csv == config.output.csv);

@@ -63,7 +63,9 @@ TEST_CASE("project rotates q and k, leaves v alone and forms the gates") {
         const Tensor x(type, "x", rows * s.dim), w(type, "w", s.dim * cols, 0.15f);
         const Tensor w1(DType::f32, "w1", s.d_k * s.d_k / 2, 0.3f), b1(DType::f32, "b1", s.d_k / 2);
         const Tensor w2(DType::f32, "w2", s.d_k / 2 * 3), b2(DType::f32, "b2", 3);
-        ProjectArgs args{.shape = s, .tile = tile};
+        ProjectArgs args;
+        args.shape = s;
+        args.tile = tile;
         args.weights.w_qkv = w.bytes.data();
         args.weights.gate_w1 = w1.values.data();
         args.weights.gate_b1 = b1.values.data();
@@ -95,7 +97,8 @@ TEST_CASE("project rotates q and k, leaves v alone and forms the gates") {
             for (std::int64_t i = 0; i < heads * width; i += 2) {
               double a = product(row, column0 + i), b = product(row, column0 + i + 1);
               if (rotate) {
-                const double angle = static_cast<double>(first + row % tokens) * std::pow(s.rope_base, -double(i % width) / width);
+                const double angle =
+                    static_cast<double>(first + row % tokens) * std::pow(s.rope_base, -double(i % width) / width);
                 const double a2 = a * std::cos(angle) - b * std::sin(angle);
                 b = a * std::sin(angle) + b * std::cos(angle);
                 a = a2;
@@ -154,7 +157,8 @@ TEST_CASE("append writes what the cache holds and nothing else; a ring keeps the
         ++written;
       }
     }
-    CHECK(std::count(v_cache.begin(), v_cache.end(), -9.0f) == static_cast<std::ptrdiff_t>(v_cache.size()) - written * s.d_v);
+    CHECK(std::count(v_cache.begin(), v_cache.end(), -9.0f) ==
+          static_cast<std::ptrdiff_t>(v_cache.size()) - written * s.d_v);
   }
 }
 
@@ -166,7 +170,8 @@ TEST_CASE("compressed tokens: mean and learned, one position or a sequence, with
       s.phi_hidden = 30;
       const std::int64_t positions = 75, tokens = compressed_tokens(s.rules, positions - 1);
       const std::int32_t l = s.rules.l, batch = 2;
-      Tensor raw_k(type, "k", batch * s.groups * positions * s.d_k), raw_v(type, "v", batch * s.groups * positions * s.d_v);
+      Tensor raw_k(type, "k", batch * s.groups * positions * s.d_k),
+          raw_v(type, "v", batch * s.groups * positions * s.d_v);
       std::vector<Tensor> weights;  // pos, w1, w2 for K and V
       for (const std::int32_t d : {s.d_k, s.d_v})
         for (const std::int64_t n : {l * d, l * d * 30, 30 * d})
@@ -279,7 +284,8 @@ TEST_CASE("rows are copied between maps, halos included, and filled alike everyw
   const std::int64_t rows = 45;
   const RowMap local{.chunk = 8, .stride = 10, .before = 2, .kv = 2, .rank = 1};
   std::vector<float> whole(2 * rows * 3), part(2 * 30 * 3, -1.0f), copied(2 * 30 * 3, -1.0f), ring(2 * 7 * 3, -1.0f);
-  const KvView src{whole.data(), {}, rows * 3, 0, 3}, dst{part.data(), local, 90, 0, 3}, dst2{copied.data(), local, 90, 0, 3};
+  const KvView src{whole.data(), {}, rows * 3, 0, 3}, dst{part.data(), local, 90, 0, 3},
+      dst2{copied.data(), local, 90, 0, 3};
   const KvView last{ring.data(), {.ring = 7}, 21, 0, 3};
   const FillRowsArgs fill{DType::f32, src, 1, 2, 4, 0, rows, 99, 0.5f};
   table().fill_rows(fill, nullptr);
@@ -297,7 +303,7 @@ TEST_CASE("rows are copied between maps, halos included, and filled alike everyw
   std::vector<float> gathered(2 * 2 * 24 * 3), back(2 * rows * 3, -1.0f);
   const KvView all{gathered.data(), {.chunk = 8, .stride = 8, .kv = 2}, 24 * 3, 2 * 24 * 3, 3};
   const KvView again{back.data(), {}, rows * 3, 0, 3};
-  table().copy_rows({DType::f32, src, all, 2, 0, rows, 0, INT64_MAX}, nullptr);
+  table().copy_rows({DType::f32, src, all, 2, 0, rows, 0, 8}, nullptr);
   table().copy_rows({DType::f32, all, again, 2, 0, rows, 0, INT64_MAX}, nullptr);
   CHECK(back == whole);
 }

@@ -2,13 +2,14 @@
 // played one after the other in this process.
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <map>
+#include <string>
 #include <vector>
 
 #include "catch.hpp"
-#include "kernels/float16.hpp"
 #include "kernels/host/host.hpp"
 #include "kernels/host/micro.hpp"
 #include "kernels/random.hpp"
@@ -49,12 +50,6 @@ struct Tensor {
   std::vector<float> values;
 };
 
-std::vector<float> loaded(DType type, const std::vector<std::byte>& bytes) {
-  std::vector<float> values(bytes.size() / size_of(type));
-  host::load(type, static_cast<std::int64_t>(values.size()), bytes.data(), values.data());
-  return values;
-}
-
 /// A cache of one rank, filled with the same synthetic rows on every layout.
 struct Cache {
   Cache(const LayerShape& s, const char* name, const RowMap& map, std::int32_t batch, std::int64_t rows,
@@ -67,14 +62,24 @@ struct Cache {
   KvView view;
 };
 
-/// What fill_rows wrote, in storage precision.
-double cache_value(const LayerShape& s, const char* name, std::int64_t plane, std::int64_t row, std::int32_t width,
-                   std::int32_t e) {
-  const auto b = static_cast<std::uint32_t>(plane / s.groups);
-  const auto column = static_cast<std::uint32_t>(plane % s.groups * width + e);
-  const float x = synthetic_value(tensor_key(3, name), b, static_cast<std::uint64_t>(row), column);
-  if (s.dtype == DType::bf16) return to_float(from_float<Bf16>(x));
-  return s.dtype == DType::f16 ? to_float(from_float<Fp16>(x)) : x;
+/// A row that fill_rows wrote, in storage precision: formed here once a name and type.
+const float* cache_row(const LayerShape& s, const char* name, std::int64_t plane, std::int64_t row,
+                       std::int32_t width) {
+  constexpr std::int64_t planes = 6, rows = 400;
+  static std::map<std::string, std::vector<float>> known;
+  std::vector<float>& values = known[name_of(s.dtype) + std::string(name)];
+  if (values.empty()) {
+    for (std::int64_t i = 0; i < planes * rows * width; ++i) {
+      const std::int64_t p = i / width / rows;
+      const auto column = static_cast<std::uint32_t>(p % s.groups * width + i % width);
+      const auto b = static_cast<std::uint32_t>(p / s.groups);
+      values.push_back(synthetic_value(tensor_key(3, name), b, static_cast<std::uint64_t>(i / width % rows), column));
+    }
+    std::vector<std::byte> stored(values.size() * 4);
+    host::store(s.dtype, static_cast<std::int64_t>(values.size()), values.data(), stored.data());
+    host::load(s.dtype, static_cast<std::int64_t>(values.size()), stored.data(), values.data());
+  }
+  return values.data() + (plane * rows + row) * width;
 }
 
 /// All three branches, rank, select and combine of a tile on one rank.
@@ -99,7 +104,8 @@ struct Layout {
   RowMap compressed() const { return map(shape.leaf, shape.rules.l / shape.rules.d - 1); }
   RowMap window() const {
     if (kv == 1) return {};
-    return {.ring = shape.rules.w, .slot_begin = rank * shape.rules.w / kv, .slot_end = (rank + 1) * shape.rules.w / kv};
+    return {
+        .ring = shape.rules.w, .slot_begin = rank * shape.rules.w / kv, .slot_end = (rank + 1) * shape.rules.w / kv};
   }
   std::int64_t memory_rows(const RowMap& m, std::int64_t rows) const {
     if (m.ring > 0) return m.ring;
@@ -130,7 +136,12 @@ Ranks play(const Layout& base, const QueryTile& tile, const void* q, const std::
     return layout;
   };
   const auto attend = [&](Branch branch, int which, const Cache& k, const Cache& v, Step& step) {
-    AttendArgs args{.shape = s, .tile = tile, .q = q, .k = k.view, .v = v.view};
+    AttendArgs args;
+    args.shape = s;
+    args.tile = tile;
+    args.q = q;
+    args.k = k.view;
+    args.v = v.view;
     args.out = partials_at(step.partials.data(), s, rows, branch);
     args.reads = step.reads.data() + branch * tile.batches * s.groups;
     args.selected = step.selected.data();
@@ -159,7 +170,12 @@ Ranks play(const Layout& base, const QueryTile& tile, const void* q, const std::
     Step& step = all.steps[r];
     step.candidates.resize(rows * s.groups * s.rules.n_sel);
     step.p_slc.assign(rows * s.groups * blocks, unset);
-    RankArgs args{.shape = s, .tile = tile, .scores = step.scores.data(), .lse = lse.data(), .lse_ranks = kv};
+    RankArgs args;
+    args.shape = s;
+    args.tile = tile;
+    args.scores = step.scores.data();
+    args.lse = lse.data();
+    args.lse_ranks = kv;
     args.cmp_map = layout.compressed();
     args.token_map = layout.tokens();
     args.candidates = kv > 1 ? step.candidates.data() : nullptr;
@@ -202,14 +218,16 @@ std::vector<double> naive(const LayerShape& s, const float* q, const char* k_nam
   double top = -INFINITY, sum = 0;
   for (const std::int64_t i : rows) {
     double dot = 0;
-    for (int e = 0; e < s.d_k; ++e) dot += q[e] * cache_value(s, k_name, plane, i, s.d_k, e);
+    const float* k = cache_row(s, k_name, plane, i, s.d_k);
+    for (int e = 0; e < s.d_k; ++e) dot += double{q[e]} * k[e];
     p.push_back(dot / std::sqrt(s.d_k));
     top = std::max(top, p.back());
   }
   for (double& x : p) sum += x = std::exp(x - top);
   for (std::size_t i = 0; i < p.size(); ++i) {
     p[i] /= sum;
-    for (int e = 0; e < s.d_v; ++e) o[e] += p[i] * cache_value(s, v_name, plane, rows[i], s.d_v, e);
+    const float* v = cache_row(s, v_name, plane, rows[i], s.d_v);
+    for (int e = 0; e < s.d_v; ++e) o[e] += p[i] * v[e];
   }
   return o;
 }
@@ -252,7 +270,7 @@ void check_step(const Layout& layout, const QueryTile& tile, const std::vector<f
           for (std::int64_t b = 0; b < eligible_blocks(rules, t); ++b) score[b] += p[i] * overlap(rules, i, b);
       }
       const std::int64_t row_group = row * s.groups + g;
-      CHECK(worst_difference(score, p_slc.data() + row_group * blocks) < fp32_bound);
+      CHECK(worst_difference(score, p_slc.data() + row_group * blocks) < fp32_bound * s.heads_per_group);
       std::vector<std::int64_t> order = range(0, eligible_blocks(rules, t));
       std::sort(order.begin(), order.end(), [&](std::int64_t a, std::int64_t b) {
         const double x = is_forced(rules, a, t) ? INFINITY : score[a], y = is_forced(rules, b, t) ? INFINITY : score[b];
@@ -302,7 +320,7 @@ TEST_CASE("attention, importance and selection agree with float64 on one rank") 
     for (const std::int32_t tokens : {1, 37}) {
       for (const std::int64_t first : {0, 5, 150}) {
         for (const std::int32_t heads : {1, 3, 70}) {
-          if (heads == 70 && type != DType::f32) continue;
+          if (heads == 70 && (type != DType::f32 || tokens > 1)) continue;
           Layout layout{small_shape()};
           layout.shape.dtype = type;
           layout.shape.heads_per_group = heads;
@@ -365,10 +383,12 @@ TEST_CASE("neither the thread count nor prefill against decode shows in scores a
   const int before = host_device().info().units;
   set_host_threads(1);
   const Step alone = play(layout, tile, q.bytes.data(), gate).steps[0];
+  const Step shared = play(layout, tile, q.bytes.data(), gate, 1).steps[0];
   for (const int threads : {2, 5, 64}) {
     set_host_threads(threads);
     const Step step = play(layout, tile, q.bytes.data(), gate).steps[0];
     CHECK(step.o == alone.o);
+    CHECK(play(layout, tile, q.bytes.data(), gate, 1).steps[0].o == shared.o);
     CHECK(step.selected == alone.selected);
     for (std::int32_t j = 0; j < tokens; j += 7) {
       const std::int64_t t = first + j, width = s.groups * eligible_blocks(s.rules, layout.positions - 1);
@@ -381,4 +401,36 @@ TEST_CASE("neither the thread count nor prefill against decode shows in scores a
     }
   }
   set_host_threads(before);
+}
+
+TEST_CASE("scores alone leave the same lanes and no output") {
+  Layout layout{small_shape()};
+  const std::int64_t position = 200;
+  layout.positions = position + 1;
+  const LayerShape& s = layout.shape;
+  const QueryTile tile{0, 1, 1, &position, layout.positions};
+  const Tensor q(DType::f32, "q", s.heads() * s.d_k);
+  const Step whole = play(layout, tile, q.bytes.data(), std::vector<float>(s.groups * 3, 1.0f)).steps[0];
+  const std::int64_t n = compressed_tokens(s.rules, position);
+  const Cache k = layout.cache("k_cmp", layout.compressed(), n, s.d_k), v = layout.cache("v_cmp", {}, n, s.d_v);
+  std::vector<float> partials(partial_floats(s, 1), unset), lse(whole.lse.size(), unset);
+  std::vector<std::byte> scratch = scratch_for(s, tile), scores(whole.scores.size());
+  std::vector<std::int64_t> reads(s.groups, 5);
+  AttendArgs args;
+  args.shape = s;
+  args.tile = tile;
+  args.q = q.bytes.data();
+  args.k = k.view;
+  args.v = v.view;
+  args.out = partials_at(partials.data(), s, 1, cmp);
+  args.reads = reads.data();
+  args.lse = lse.data();
+  args.scores = scores.data();
+  args.scores_only = true;
+  args.scratch = scratch.data();
+  args.scratch_bytes = scratch.size();
+  table().attend[cmp][0].run(args, nullptr);
+  CHECK(lse == whole.lse);
+  CHECK(reads == std::vector<std::int64_t>(s.groups, 5 + n));
+  for (std::int64_t e = 0; e < s.heads() * s.d_v; ++e) CHECK(args.out.o[e] == 0.0f);
 }

@@ -51,13 +51,13 @@ TEST_CASE("every 16-bit value survives the way to fp32 and back") {
 }
 
 TEST_CASE("conversions round to nearest, ties to even") {
-  CHECK(from_float<Bf16>(1.0f + 0x1p-8f).bits == 0x3F80);            // tie, down to even
-  CHECK(from_float<Bf16>(1.0f + 3 * 0x1p-8f).bits == 0x3F82);        // tie, up to even
+  CHECK(from_float<Bf16>(1.0f + 0x1p-8f).bits == 0x3F80);      // tie, down to even
+  CHECK(from_float<Bf16>(1.0f + 3 * 0x1p-8f).bits == 0x3F82);  // tie, up to even
   CHECK(from_float<Bf16>(1.0f + 0x1p-8f + 0x1p-20f).bits == 0x3F81);
-  CHECK(from_float<Fp16>(65520.0f).bits == 0x7C00);                  // past the largest finite by half a step
+  CHECK(from_float<Fp16>(65520.0f).bits == 0x7C00);  // past the largest finite by half a step
   CHECK(from_float<Fp16>(65519.0f).bits == 0x7BFF);
-  CHECK(from_float<Fp16>(-0x1p-25f).bits == 0x8000);                 // tie between 0 and the least subnormal
-  for (std::uint32_t h = 0; h < 0x7BFF; ++h) {                       // between every two neighbours
+  CHECK(from_float<Fp16>(-0x1p-25f).bits == 0x8000);  // tie between 0 and the least subnormal
+  for (std::uint32_t h = 0; h < 0x7BFF; ++h) {        // between every two neighbours
     const float low = to_float(Fp16{static_cast<std::uint16_t>(h)});
     const float high = to_float(Fp16{static_cast<std::uint16_t>(h + 1)});
     const float middle = 0.5f * (low + high);
@@ -225,11 +225,11 @@ TEST_CASE("matmul agrees with float64 for few rows and many, in every storage ty
     std::vector<std::byte> stored(w.size() * 4);
     host::store(type, static_cast<std::int64_t>(w.size()), w.data(), stored.data());
     host::load(type, static_cast<std::int64_t>(w.size()), stored.data(), w.data());
-    for (const std::int64_t rows : {1, 7, 8, 300}) {
+    for (const std::int64_t rows : {1, 7, 15, 300}) {
       const std::vector<float> a = random_floats(rows * inner, 6);
       std::vector<float> c(rows * cols, NAN);
       host::Arena size;
-      host::matmul_scratch(size, inner);
+      host::matmul_scratch(size);
       std::vector<std::byte> scratch(size.used());
       host::matmul({scratch.data(), scratch.size()}, type, rows, inner, cols, a.data(), stored.data(), c.data());
       double worst = 0;

@@ -91,7 +91,8 @@ __device__ void Cta<T, B>::tile(std::int64_t c, std::int64_t begin, int n, bool 
       score = dot * scale;
       if (B == cmp) {
         const std::int64_t column = score_column(p.a.k.map, c, begin + lane);
-        static_cast<float*>(p.a.scores)[(row * s.heads() + first_head + head) * p.pitch + column] = score;
+        static_cast<float*>(p.a.scores)[(row * s.heads() + first_head + head) * p.pitch + column] =
+            score * log2_e;
       }
     }
     if (head == 0 && !halo) count += __popc(__ballot_sync(0xffffffffu, held));

@@ -31,7 +31,7 @@ inline int splits_of(const LayerShape& s, const QueryTile& tile, std::int64_t un
 }
 
 /// Floats of scratch one split of one list takes.
-inline std::int64_t split_floats(const LayerShape& s) { return std::int64_t{heads_per_tile} * (s.d_v + 2); }
+__host__ __device__ inline std::int64_t split_floats(const LayerShape& s) { return std::int64_t{heads_per_tile} * (s.d_v + 2); }
 
 /// Arrivals by list [most_split_rows]; zero between launches, because the last to arrive puts them back.
 unsigned* arrival_counters(Branch branch);
@@ -48,6 +48,25 @@ __device__ __forceinline__ bool arrives_last(unsigned* counter, int splits) {
   __syncthreads();
   if (last) __threadfence();
   return last;
+}
+
+/// All threads of all CTAs of the cluster; what they wrote to shared memory is there for the others.
+__device__ __forceinline__ void cluster_barrier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+/// Where CTA `rank` of the cluster has what this one has at `mine` in shared memory.
+template <class V>
+__device__ __forceinline__ V* in_cta(V* mine, int rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  V* theirs;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+  return theirs;
+#else
+  return mine;
+#endif
 }
 
 }  // namespace nsa::gpu

@@ -2,64 +2,52 @@
 //
 // Bytes: every K and V row the branch reads, once per 16 query heads; scores, partials and LSE are 4% beside them at
 // Dk = Dv = 128. Bound: memory bandwidth; at small batch the latency of load, merge and launch.
-// Tiling: the (up to 16) heads of a group are the M of m16n8k16. A CTA of 4 warps takes a share of the row's units (LSE
-// leaves, chosen blocks, runs of 64 window positions); of every 64 tokens warp w takes 16. Operands go from global
-// memory straight to registers (mma.cuh); the next step's keys are under way while this one's values are multiplied.
-// The warps meet in shared memory, the CTAs of a row in scratch (attend.cuh).
+// Tiling: the (up to 16) heads of a group are the M of m16n8k16. A row's units (LSE leaves, chosen blocks, runs of 64
+// window rows) are dealt to the CTAs of the row; of every 64 tokens of a unit (a tile) warp w of 4 takes 16. From
+// capability 9.0 on a fifth warp streams the tiles, which lie in one piece, through a ring of shared-memory slots by bulk
+// copies, so that the bytes under way do not depend on registers; before that the warps load from global memory. Either
+// way a lane reads its operands in 16-byte pieces as they lie (mma.cuh). The warps of a CTA meet in its shared memory,
+// the CTAs of a row through their cluster's (9.0) or in scratch (attend.cuh).
 //
-// Leaves: (m, sum) of 16 tokens by one warp, of a leaf's steps by rising step, of the 4 warps by rising warp. None of it
-// depends on the split or on the layout, so every kv layout gets the same bits.
+// Leaves: (m, sum) of 16 tokens by one warp, of a leaf's steps by rising step, of the 4 warps by rising warp, of a lane's
+// leaves by rising leaf. None of it depends on the split or on the layout, so every kv layout gets the same bits.
+// Scores, and maxima while they are in here, count in powers of two: log2(e) is folded into the scale.
 
 #include "kernels/cuda/attend.cuh"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/pipeline.cuh"
 #include "kernels/cuda/stages.cuh"
 
 namespace nsa::gpu {
 
 namespace {
 
-constexpr int warps = 4;
-constexpr int threads = 32 * warps;
+constexpr int warps = 4;  // that multiply
 constexpr int step_tokens = 16;
-constexpr int pass_tokens = warps * step_tokens;
-constexpr int most_splits = 64;
-constexpr int most_leaves = 64;  // of a CTA
+constexpr int tile_tokens = warps * step_tokens;
+constexpr int most_cluster = 16;
+constexpr float lowest = -1e30f;  // a maximum of nothing: finite, so that differences are no NaN
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool streams = false;
+#else
+constexpr bool streams = true;
+#endif
 
 struct Params {
   AttendArgs a;
-  std::int64_t pitch;        // of the raw scores
-  std::int64_t most_units;   // of a list, on this rank
+  std::int64_t pitch;       // of the raw scores
+  std::int64_t most_units;  // of a list, on this rank
   int splits;
+  bool cluster;  // the splits of a list are one
   unsigned* arrivals;
-  float* parts;              // [list][split][16 * Dv + 32]
-  float2* leaves;            // cmp: [list][unit][16]
+  float* parts;    // unless cluster: [list][split][16 * (Dv + 2)]
+  float2* leaves;  // cmp: (m, sum) of each warp, [list][unit][warps][16]
 };
 
-// A unit's tokens: `count` rows one after the other, or positions in a ring.
+// Rows one after the other; a ring is one such run of slots, in whatever order the positions lie.
 struct Unit {
-  std::int64_t row;     // of the first token
-  std::int64_t column;  // cmp: of its raw score
-  int count;
-};
-
-template <class T, int DK, int DV, Branch B>
-struct Cta {
-  const Params& p;
-  const LayerShape& s;
-  const T *k, *v;  // of the plane
-  std::int64_t t, row, group, n, units;
-  int first_head, heads, split;
-
-  __device__ int lane() const { return threadIdx.x % 32; }
-  __device__ int warp() const { return threadIdx.x / 32; }
-  __device__ int g() const { return lane() / 4; }
-  __device__ int quad() const { return lane() % 4; }
-
-  __device__ Unit unit(std::int64_t u) const;
-  __device__ std::int64_t row_of_token(const Unit& unit, int token) const;
-  __device__ Keys<DK> load_keys(const Unit& unit, int at) const;
-  __device__ Values<DV> load_values(const Unit& unit, int at) const;
-  __device__ void keep_scores(const Unit& unit, int at, const float (&c)[2][4]) const;
+  std::int64_t row = 0;  // of the first token; cmp: of its raw score too
+  int count = 0;
 };
 
 // The leaf c that is this rank's u-th.
@@ -67,351 +55,517 @@ __device__ __forceinline__ std::int64_t leaf_at(const RowMap& map, std::int64_t 
   return map.kv > 1 ? u * map.kv + map.rank : u;
 }
 
+__device__ __forceinline__ int at_most(std::int64_t left, std::int64_t most) {
+  return static_cast<int>(left < 0 ? 0 : left < most ? left : most);
+}
+
+// (m, sum) with m in powers of two.
+struct Sum2 {
+  float m = lowest, s = 0.0f;
+};
+__device__ __forceinline__ Sum2 merge2(Sum2 a, Sum2 b) {
+  const float m = fmaxf(a.m, b.m);
+  return {m, a.s * exp2_fast(a.m - m) + b.s * exp2_fast(b.m - m)};
+}
+// As the interface has it: natural, -inf for nothing.
+__device__ __forceinline__ float2 natural(Sum2 x) {
+  return make_float2(x.s > 0.0f ? x.m * 0.6931471805599453f : -INFINITY, x.s);
+}
+
+template <int DK, int DV>
+struct Layout {
+  static constexpr int slot_bytes = tile_tokens * (DK > DV ? DK : DV) * 2;
+  static constexpr int slots = (64 << 10) / slot_bytes;  // three CTAs an SM
+  using Ring = SlotRing<slots, slot_bytes>;
+  // Queries, then the ring's barriers, then its slots; later, in the slots' place, the CTA's part [16 * Dv] and (m, sum)
+  // [16], the same of each warp.
+  static constexpr int barriers = Queries<DK>::bytes, memory = barriers + 128, part_bytes = heads_per_tile * (DV + 2) * 4;
+  static constexpr int bytes = memory + std::max(slots * slot_bytes, (1 + warps) * part_bytes);
+};
+
 template <class T, int DK, int DV, Branch B>
-__device__ Unit Cta<T, DK, DV, B>::unit(std::int64_t u) const {
-  const RowMap& map = p.a.k.map;
+struct Cta {
+  using Ring = typename Layout<DK, DV>::Ring;
+  const Params& p;
+  const LayerShape& s;
+  const RowMap& map;
+  int split, warp, g, quad;
+  int list, row_group;         // list: (row, group, head tile)
+  std::int64_t head_at;        // row * heads + first head of the tile
+  const T *k, *v;              // of the plane
+  int heads, before;           // of the tile; cmp: halo rows in front of a chunk
+  std::int64_t t, n;
+  int units;
+  Queries<DK> q;
+  Ring ring;
+  float o[DV / 64][8][4];
+  Sum2 total[2], leaf[2];      // of heads g and g + 8
+  int count;                   // tokens the warp read
+
+  __device__ Cta(const Params& params, char* shared);
+  __device__ void first_window(std::int64_t& begin, std::int64_t& end) const;
+  __device__ Unit unit_at(int u) const;
+  __device__ void stream();
+  __device__ void walk();
+  __device__ void score(const Unit& unit, int at, const Keys<DK>& keys, float (&c)[2][4]) const;
+  __device__ void soften(float (&c)[2][4]);
+  __device__ void score_halos() const;
+  __device__ void merge_warps(float* warp_o, float* part) const;
+  __device__ void merge_lanes(int first, int step) const;
+  template <class PartOf, class Load>
+  __device__ void merge_splits(int first, int step, PartOf part_of, Load load) const;
+};
+
+template <class T, int DK, int DV, Branch B>
+__device__ __forceinline__ Cta<T, DK, DV, B>::Cta(const Params& params, char* shared)
+    : p(params), s(params.a.shape), map(params.a.k.map), q{reinterpret_cast<uint4*>(shared)}, o{}, count(0) {
+  auto* barriers = reinterpret_cast<std::uint64_t*>(shared + Layout<DK, DV>::barriers);
+  ring = {shared + Layout<DK, DV>::memory, barriers, barriers + Layout<DK, DV>::slots};
+  if (streams && threadIdx.x == 0) ring.open(warps);
+  split = blockIdx.x % p.splits;
+  row_group = blockIdx.x / p.splits;
+  list = row_group * gridDim.y + blockIdx.y;
+  const int lane = threadIdx.x % 32, row = row_group / s.groups, group = row_group % s.groups;
+  warp = threadIdx.x / 32;
+  g = lane / 4;
+  quad = lane % 4;
+  const std::int64_t plane = (p.a.tile.batch_begin + row) * s.groups + group;
+  k = static_cast<const T*>(p.a.k.data) + plane * p.a.k.plane_stride;
+  v = static_cast<const T*>(p.a.v.data) + plane * p.a.v.plane_stride;
+  head_at = std::int64_t{row} * s.heads() + group * s.heads_per_group + blockIdx.y * heads_per_tile;
+  heads = min(heads_per_tile, s.heads_per_group - static_cast<int>(blockIdx.y) * heads_per_tile);
+  before = B == cmp && map.kv > 1 ? map.before : 0;
+  wait_for_previous();
+  t = *p.a.tile.first_position;
+  if (warp < warps) q.fill(static_cast<const T*>(p.a.q) + head_at * DK, heads, threadIdx.x, 32 * warps);
+  n = B == cmp ? compressed_tokens(s.rules, t) : 0;
   if constexpr (B == cmp) {
-    const std::int64_t c = leaf_at(map, u), begin = c * s.leaf, left = n - begin;
-    const std::int64_t at = map.kv > 1 ? row_in_chunk(map, c, begin) : begin;
-    return {at, at, static_cast<int>(left < 0 ? 0 : left < s.leaf ? left : s.leaf)};
+    units = static_cast<int>(map.kv > 1 ? owned_chunks(map, n + before, map.rank) : (n + s.leaf - 1) / s.leaf);
+  } else if constexpr (B == sel) {
+    units = s.rules.n_sel;
+  } else {
+    std::int64_t begin, end;
+    first_window(begin, end);
+    units = end > begin ? static_cast<int>((end - begin + window_unit - 1) / window_unit) : 0;
   }
-  if constexpr (B == sel) {
-    const std::int64_t j = p.a.selected[(row * s.groups + group) * s.rules.n_sel + u], begin = j * s.rules.l_sel;
-    const std::int64_t c = map.kv > 1 ? chunk_of(map, begin) : 0, left = t + 1 - begin;
-    if (j < 0 || (map.kv > 1 && !has_chunk(map, c))) return {0, 0, 0};
-    const std::int64_t at = map.kv > 1 ? row_in_chunk(map, c, begin) : begin;
-    return {at, 0, static_cast<int>(left < s.rules.l_sel ? left : s.rules.l_sel)};
-  }
-  const std::int64_t begin = window_begin(s.rules, t) + u * window_unit, left = t + 1 - begin;
-  return {map.ring > 0 ? begin % map.ring : begin, 0, static_cast<int>(left < window_unit ? left : window_unit)};
 }
 
-// Memory row of a unit's token; -1 where another rank reads it.
+// Memory rows of the window: positions, or the slots of a full or still filling ring that this rank reads.
 template <class T, int DK, int DV, Branch B>
-__device__ __forceinline__ std::int64_t Cta<T, DK, DV, B>::row_of_token(const Unit& unit, int token) const {
-  if (token >= unit.count) return -1;
-  std::int64_t at = unit.row + token;
-  if constexpr (B == win) {
-    const RowMap& map = p.a.k.map;
-    if (map.ring > 0) {
-      if (at >= map.ring) at -= map.ring;
-      if (at < map.slot_begin || at >= map.slot_end) return -1;
-    }
+__device__ __forceinline__ void Cta<T, DK, DV, B>::first_window(std::int64_t& begin, std::int64_t& end) const {
+  begin = map.ring > 0 ? map.slot_begin : window_begin(s.rules, t);
+  end = t + 1;
+  if (map.ring > 0) {
+    end = end < map.ring ? end : map.ring;
+    end = end < map.slot_end ? end : map.slot_end;
   }
-  return at;
 }
 
 template <class T, int DK, int DV, Branch B>
-__device__ __forceinline__ Keys<DK> Cta<T, DK, DV, B>::load_keys(const Unit& unit, int at) const {
+__device__ __forceinline__ Unit Cta<T, DK, DV, B>::unit_at(int u) const {
+  if constexpr (B == cmp) {
+    const std::int64_t c = leaf_at(map, u), begin = c * s.leaf;
+    return {map.kv > 1 ? row_in_chunk(map, c, begin) : begin, at_most(n - begin, s.leaf)};
+  } else if constexpr (B == sel) {
+    const std::int64_t j = p.a.selected[std::int64_t{row_group} * s.rules.n_sel + u], begin = j * s.rules.l_sel;
+    if (j < 0 || (map.kv > 1 && !has_row(map, begin))) return {};
+    return {map.kv > 1 ? row_of(map, begin) : begin, at_most(t + 1 - begin, s.rules.l_sel)};
+  } else {
+    std::int64_t begin, end;
+    first_window(begin, end);
+    begin += std::int64_t{u} * window_unit;
+    return {begin, at_most(end - begin, window_unit)};
+  }
+}
+
+// 16 bytes of a tile, from a slot or from global memory.
+template <class T>
+__device__ __forceinline__ uint4 load_piece(const T* from) {
+  if constexpr (streams) {
+    return *reinterpret_cast<const uint4*>(from);
+  } else {
+    return load_once(from);
+  }
+}
+
+// The lane's operands of 16 rows, of which the first `rows` exist; the others count as zero.
+template <class T, int DK>
+__device__ __forceinline__ Keys<DK> load_keys(const T* from, int rows) {
+  const int g = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
   Keys<DK> keys;
-  const std::int64_t first = row_of_token(unit, at + g()), second = row_of_token(unit, at + g() + 8);
 #pragma unroll
   for (int j = 0; j < DK / 32; ++j) {
-    keys.first[j] = first >= 0 ? load_once(k + first * DK + j * 32 + quad() * 8) : uint4{};
-    keys.second[j] = second >= 0 ? load_once(k + second * DK + j * 32 + quad() * 8) : uint4{};
+    keys.first[j] = g < rows ? load_piece(from + g * DK + j * 32 + quad * 8) : uint4{};
+    keys.second[j] = g + 8 < rows ? load_piece(from + (g + 8) * DK + j * 32 + quad * 8) : uint4{};
   }
   return keys;
 }
 
-template <class T, int DK, int DV, Branch B>
-__device__ __forceinline__ Values<DV> Cta<T, DK, DV, B>::load_values(const Unit& unit, int at) const {
+template <class T, int DV>
+__device__ __forceinline__ Values<DV> load_values(const T* from, int rows) {
+  const int g = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
   Values<DV> values;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    const std::int64_t from = row_of_token(unit, at + 2 * quad() + (r & 1) + (r & 2) * 4);
+    const int token = 2 * quad + (r & 1) + (r & 2) * 4;
 #pragma unroll
     for (int block = 0; block < DV / 64; ++block)
-      values.row[block][r] = from >= 0 ? load_once(v + from * DV + block * 64 + g() * 8) : uint4{};
+      values.row[block][r] = token < rows ? load_piece(from + token * DV + block * 64 + g * 8) : uint4{};
   }
   return values;
 }
 
+// Scaled scores of 16 tokens, -inf past the end; cmp leaves them behind for rank.
 template <class T, int DK, int DV, Branch B>
-__device__ __forceinline__ void Cta<T, DK, DV, B>::keep_scores(const Unit& unit, int at, const float (&c)[2][4]) const {
-  float* scores = static_cast<float*>(p.a.scores) + (row * s.heads() + first_head) * p.pitch + unit.column;
+__device__ __forceinline__ void Cta<T, DK, DV, B>::score(const Unit& unit, int at, const Keys<DK>& keys,
+                                                         float (&c)[2][4]) const {
+  const float scale = log2_e / sqrtf(static_cast<float>(DK));
+  scores_of<T>(c, q, keys);
 #pragma unroll
   for (int part = 0; part < 2; ++part)  // tokens 0..7, 8..15
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // heads g, g + 8
-      const int head = g() + half * 8, token = at + part * 8 + quad() * 2;
-      float* to = scores + head * p.pitch + token;
-      if (head >= heads) continue;
-      if (token + 1 < unit.count && reinterpret_cast<std::uintptr_t>(to) % 8 == 0) {
-        *reinterpret_cast<float2*>(to) = make_float2(c[part][half * 2], c[part][half * 2 + 1]);
-      } else {
-        if (token < unit.count) to[0] = c[part][half * 2];
-        if (token + 1 < unit.count) to[1] = c[part][half * 2 + 1];
-      }
-    }
-}
-
-// Shared memory, one use after the other: (m, sum) of the warps by leaf; o of the warps; weights of the splits.
-constexpr std::size_t shared_bytes(int d_v) {
-  const std::size_t leaves = most_leaves * warps * heads_per_tile * sizeof(float2);
-  const std::size_t outputs = warps * heads_per_tile * (d_v + 2) * sizeof(float);
-  return leaves > outputs ? leaves : outputs;
-}
-
-// Merges the leaves of the whole row into lanes, by rising leaf, and the splits' partials, by rising split.
-template <int DV, Branch B>
-__device__ void merge_splits(const Params& p, std::int64_t list, std::int64_t row, int first_head, int heads,
-                             std::int64_t units, float* weights) {
-  const LayerShape& s = p.a.shape;
-  const RowMap& map = p.a.k.map;
-  constexpr int part = heads_per_tile * (DV + 2);
-  const float* parts = p.parts + list * p.splits * part;
+    for (int i = 0; i < 4; ++i) c[part][i] *= scale;
+  const bool full = at + step_tokens <= unit.count;
   if constexpr (B == cmp) {
-    const std::int64_t rows = p.a.tile.rows();
-    const int present = s.lanes / map.kv;  // this rank's u-th leaf is in its slot u % present
-    for (int item = threadIdx.x; item < present * heads; item += threads) {
-      const int slot = item / heads, head = item % heads;
-      MaxSum lane;
-      for (std::int64_t u = slot; u < units; u += present) {
-        const float2 leaf = __ldcg(&p.leaves[(list * p.most_units + u) * heads_per_tile + head]);
-        lane = merge(lane, {leaf.x, leaf.y});
-      }
-      *reinterpret_cast<float2*>(p.a.lse + ((slot * rows + row) * s.heads() + first_head + head) * 2) =
-          make_float2(lane.m, lane.s);
-    }
-  }
-  for (int head = threadIdx.x; head < heads; head += threads) {
-    MaxSum total;
-    for (int at = 0; at < p.splits; ++at) {
-      const float* ms = parts + at * part + heads_per_tile * DV + head * 2;
-      total = merge(total, {__ldcg(ms), __ldcg(ms + 1)});
-    }
-    for (int at = 0; at < p.splits; ++at)
-      weights[at * heads_per_tile + head] = exp_above(__ldcg(parts + at * part + heads_per_tile * DV + head * 2), total.m);
-    float* ms = p.a.out.ms + (row * s.heads() + first_head + head) * 2;
-    ms[0] = total.m;
-    ms[1] = total.s;
-  }
-  __syncthreads();
-  for (int item = threadIdx.x; item < heads * DV / 4; item += threads) {
-    const int head = item / (DV / 4);
-    float4 sum = {};
-#pragma unroll 4
-    for (int at = 0; at < p.splits; ++at) {
-      const float weight = weights[at * heads_per_tile + head];
-      const float4 o = __ldcg(reinterpret_cast<const float4*>(parts + at * part) + item);
-      sum.x += weight * o.x, sum.y += weight * o.y, sum.z += weight * o.z, sum.w += weight * o.w;
-    }
-    reinterpret_cast<float4*>(p.a.out.o + (row * s.heads() + first_head) * DV)[item] = sum;
-  }
-}
-
-template <class T, int DK, int DV, Branch B>
-__global__ void __launch_bounds__(threads, 3) decode_kernel(const __grid_constant__ Params p) {
-  extern __shared__ float shared[];
-  wait_for_previous();
-  const LayerShape& s = p.a.shape;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, quad = lane % 4;
-  const std::int64_t lists = blockIdx.x / p.splits, tiles = gridDim.y, list = lists * tiles + blockIdx.y;
-  const std::int64_t row = lists / s.groups, group = lists % s.groups;
-  const std::int64_t plane = (p.a.tile.batch_begin + row) * s.groups + group, t = *p.a.tile.first_position;
-  const int first_head = static_cast<int>(group) * s.heads_per_group + blockIdx.y * heads_per_tile;
-  const int heads = min(heads_per_tile, s.heads_per_group - static_cast<int>(blockIdx.y) * heads_per_tile);
-  const RowMap& map = p.a.k.map;
-  const std::int64_t n = compressed_tokens(s.rules, t);
-  const int before = B == cmp && map.kv > 1 ? map.before : 0;
-  std::int64_t units;
-  if (B == cmp)
-    units = map.kv > 1 ? owned_chunks(map, n + before, map.rank) : (n + s.leaf - 1) / s.leaf;
-  else if (B == sel)
-    units = s.rules.n_sel;
-  else
-    units = ((t + 1 < s.rules.w ? t + 1 : s.rules.w) + window_unit - 1) / window_unit;
-  const Cta<T, DK, DV, B> cta{p, s, static_cast<const T*>(p.a.k.data) + plane * p.a.k.plane_stride,
-                              static_cast<const T*>(p.a.v.data) + plane * p.a.v.plane_stride,
-                              t, row, group, n, units, first_head, heads, static_cast<int>(blockIdx.x % p.splits)};
-  Queries<DK> q;
-  const T* queries = static_cast<const T*>(p.a.q) + (row * s.heads() + first_head) * DK + quad * 8;
-#pragma unroll
-  for (int j = 0; j < DK / 32; ++j) {
-    q.low[j] = g < heads ? *reinterpret_cast<const uint4*>(queries + g * DK + j * 32) : uint4{};
-    q.high[j] = g + 8 < heads ? *reinterpret_cast<const uint4*>(queries + (g + 8) * DK + j * 32) : uint4{};
-  }
-  const float scale = 1.0f / sqrtf(static_cast<float>(DK));
-  const bool weigh = !(B == cmp && p.a.scores_only);
-  float o[DV / 64][8][4] = {};
-  MaxSum total[2], leaf[2];  // of rows g and g + 8
-  float2* warp_leaves = reinterpret_cast<float2*>(shared);
-  int count = 0;
-
-  std::int64_t u = cta.split;
-  int at = warp * step_tokens, index = 0;  // index: of the leaf among this CTA's
-  Unit unit{};
-  const auto settle = [&] {  // on to the warp's next step, which may be some units on
-    while (u < units && at >= unit.count) {
-      if constexpr (B == cmp) {
-        if (quad == 0) {
-          warp_leaves[(index * warps + warp) * heads_per_tile + g] = make_float2(leaf[0].m, leaf[0].s);
-          warp_leaves[(index * warps + warp) * heads_per_tile + g + 8] = make_float2(leaf[1].m, leaf[1].s);
-        }
-        leaf[0] = leaf[1] = {};
-      }
-      u += p.splits;
-      ++index;
-      at = warp * step_tokens;
-      if (u < units) unit = cta.unit(u);
-    }
-    return u < units;
-  };
-  if (u < units) unit = cta.unit(u);
-  bool more = settle();
-  Keys<DK> keys;
-  if (more) keys = cta.load_keys(unit, at);
-  while (more) {
-    const Values<DV> values = weigh ? cta.load_values(unit, at) : Values<DV>{};
-    float c[2][4];
-    scores_of<T>(c, q, keys);
-#pragma unroll
-    for (int part = 0; part < 2; ++part)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[part][i] *= scale;
-    if constexpr (B == cmp) cta.keep_scores(unit, at, c);
-    bool held[2][2];
-#pragma unroll
-    for (int part = 0; part < 2; ++part)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        held[part][i] = cta.row_of_token(unit, at + part * 8 + quad * 2 + i) >= 0;
-        if (!held[part][i]) c[part][i] = c[part][i + 2] = -INFINITY;
-        count += held[part][i];
-      }
-    MaxSum step[2];
-    float factor[2], old[2];
+    float* to = static_cast<float*>(p.a.scores) + (head_at + g) * p.pitch + unit.row + at + quad * 2;
+    const bool even = (unit.row + at) % 2 == 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float &c0 = c[0][half * 2], &c1 = c[0][half * 2 + 1], &c2 = c[1][half * 2], &c3 = c[1][half * 2 + 1];
-      step[half].m = quad_max(fmaxf(fmaxf(c0, c1), fmaxf(c2, c3)));
-      c0 = exp_above(c0, step[half].m);
-      c1 = exp_above(c1, step[half].m);
-      c2 = exp_above(c2, step[half].m);
-      c3 = exp_above(c3, step[half].m);
-      step[half].s = quad_sum((c0 + c1) + (c2 + c3));
-      if constexpr (B == cmp) leaf[half] = merge(leaf[half], step[half]);
-      const float m = fmaxf(total[half].m, step[half].m);
-      factor[half] = exp_above(step[half].m, m);
-      old[half] = exp_above(total[half].m, m);
-      total[half] = {m, total[half].s * old[half] + step[half].s * factor[half]};
-      c0 *= factor[half], c1 *= factor[half], c2 *= factor[half], c3 *= factor[half];
-    }
-    at += pass_tokens;
-    more = settle();
-    if (more) keys = cta.load_keys(unit, at);
-    if (!weigh) continue;
-    if (__any_sync(0xffffffffu, old[0] != 1.0f || old[1] != 1.0f))
+      if (g + half * 8 >= heads) break;
 #pragma unroll
-      for (int block = 0; block < DV / 64; ++block)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          o[block][j][0] *= old[0], o[block][j][1] *= old[0];
-          o[block][j][2] *= old[1], o[block][j][3] *= old[1];
-        }
-    add_values<T, DV>(o, c, values);
-  }
-
-  if constexpr (B == cmp) {
-    // Copies in front of a chunk: scored for its first block, neither attended nor counted.
-    if (before > 0)
-      for (std::int64_t at_unit = cta.split + std::int64_t{warp} * p.splits; at_unit < units;
-           at_unit += std::int64_t{warps} * p.splits) {
-        const std::int64_t chunk = leaf_at(map, at_unit), begin = chunk * map.chunk - before, left = n - begin;
-        if (chunk == 0) continue;
-        const std::int64_t at_row = row_in_chunk(map, chunk, begin);
-        const Unit halo{at_row, at_row, static_cast<int>(left < before ? left : before)};
-        for (int token = 0; token < halo.count; token += step_tokens) {
-          float c[2][4];
-          scores_of<T>(c, q, cta.load_keys(halo, token));
-          for (int part = 0; part < 2; ++part)
-            for (int i = 0; i < 4; ++i) c[part][i] *= scale;
-          cta.keep_scores(halo, token, c);
+      for (int part = 0; part < 2; ++part) {
+        float* pair = to + half * 8 * p.pitch + part * 8;
+        const int token = at + part * 8 + quad * 2;
+        if (full && even) {
+          *reinterpret_cast<float2*>(pair) = make_float2(c[part][half * 2], c[part][half * 2 + 1]);
+        } else {
+          if (token < unit.count) pair[0] = c[part][half * 2];
+          if (token + 1 < unit.count) pair[1] = c[part][half * 2 + 1];
         }
       }
-    __syncthreads();
-    const int held_leaves = units > cta.split ? static_cast<int>((units - 1 - cta.split) / p.splits + 1) : 0;
-    for (int item = threadIdx.x; item < held_leaves * heads_per_tile; item += threads) {
-      const int of = item / heads_per_tile, head = item % heads_per_tile;
-      MaxSum sum;
-      for (int w = 0; w < warps; ++w) {
-        const float2 other = warp_leaves[(of * warps + w) * heads_per_tile + head];
-        sum = merge(sum, {other.x, other.y});
-      }
-      p.leaves[(list * p.most_units + cta.split + std::int64_t{of} * p.splits) * heads_per_tile + head] =
-          make_float2(sum.m, sum.s);
     }
-    __syncthreads();
   }
-  // Heads of the padding would count the same tokens again: row g = 0's four lanes hold all 16 of a step.
-  if (g == 0 && blockIdx.y == 0) {
-    count += __shfl_xor_sync(0xfu, count, 1);
-    count += __shfl_xor_sync(0xfu, count, 2);
-    if (quad == 0 && count > 0)
-      atomicAdd(reinterpret_cast<unsigned long long*>(p.a.reads) + row * s.groups + group,
-                static_cast<unsigned long long>(count));
-  }
+  if (full) return;
+#pragma unroll
+  for (int part = 0; part < 2; ++part)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (at + part * 8 + quad * 2 + i >= unit.count) c[part][i] = c[part][i + 2] = -INFINITY;
+}
 
-  // The warps' o side by side, weighed with their maxima.
-  float* warp_o = shared;                                            // [warps][16][Dv]
-  float* warp_ms = shared + warps * heads_per_tile * DV;             // [warps][16][2]
+// Scores to weights relative to the running maximum, o along with it.
+template <class T, int DK, int DV, Branch B>
+__device__ __forceinline__ void Cta<T, DK, DV, B>::soften(float (&c)[2][4]) {
+  float old[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    float &c0 = c[0][half * 2], &c1 = c[0][half * 2 + 1], &c2 = c[1][half * 2], &c3 = c[1][half * 2 + 1];
+    Sum2 step;
+    step.m = fmaxf(lowest, quad_max(fmaxf(fmaxf(c0, c1), fmaxf(c2, c3))));
+    c0 = exp2_fast(c0 - step.m);
+    c1 = exp2_fast(c1 - step.m);
+    c2 = exp2_fast(c2 - step.m);
+    c3 = exp2_fast(c3 - step.m);
+    step.s = quad_sum((c0 + c1) + (c2 + c3));
+    if constexpr (B == cmp) leaf[half] = merge2(leaf[half], step);
+    const float m = fmaxf(total[half].m, step.m), factor = exp2_fast(step.m - m);
+    old[half] = exp2_fast(total[half].m - m);
+    total[half] = {m, total[half].s * old[half] + step.s * factor};
+    c0 *= factor, c1 *= factor, c2 *= factor, c3 *= factor;
+  }
+  if (!__any_sync(0xffffffffu, old[0] != 1.0f || old[1] != 1.0f)) return;
+#pragma unroll
+  for (int block = 0; block < DV / 64; ++block)
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      o[block][j][0] *= old[0], o[block][j][1] *= old[0];
+      o[block][j][2] *= old[1], o[block][j][3] *= old[1];
+    }
+}
+
+// The streaming thread: the tiles in the order the warps take them, K then V.
+template <class T, int DK, int DV, Branch B>
+__device__ __forceinline__ void Cta<T, DK, DV, B>::stream() {
+  const bool weigh = !(B == cmp && p.a.scores_only);
+  for (int u = split; u < units; u += p.splits) {
+    const Unit unit = unit_at(u);
+    for (int at = 0; at < unit.count; at += tile_tokens) {
+      const int rows = min(tile_tokens, unit.count - at);
+      ring.fill(k + (unit.row + at) * DK, rows * DK * 2);
+      if (weigh) ring.fill(v + (unit.row + at) * DV, rows * DV * 2);
+    }
+  }
+}
+
+// A multiplying warp: its 16 rows of every tile. Leaving a leaf, its (m, sum) stays behind.
+template <class T, int DK, int DV, Branch B>
+__device__ __forceinline__ void Cta<T, DK, DV, B>::walk() {
+  const bool weigh = !(B == cmp && p.a.scores_only);
+  for (int u = split; u < units; u += p.splits) {
+    const Unit unit = unit_at(u);
+    leaf[0] = leaf[1] = {};
+    for (int tile = 0; tile < unit.count; tile += tile_tokens) {
+      const int at = tile + warp * step_tokens, rows = max(0, min(step_tokens, unit.count - at));
+      const T* keys = streams ? static_cast<const T*>(ring.take()) + warp * step_tokens * DK : k + (unit.row + at) * DK;
+      float c[2][4];
+      if (rows > 0) score(unit, at, load_keys<T, DK>(keys, rows), c);
+      if (streams) ring.release();
+      if (rows > 0) soften(c);
+      count += rows;
+      if (!weigh) continue;
+      const T* values = streams ? static_cast<const T*>(ring.take()) + warp * step_tokens * DV : v + (unit.row + at) * DV;
+      if (rows > 0) add_values<T, DV>(o, c, load_values<T, DV>(values, rows));
+      if (streams) ring.release();
+    }
+    if (B == cmp && quad == 0) {
+      float2* to = p.leaves + ((list * p.most_units + u) * warps + warp) * heads_per_tile + g;
+      to[0] = make_float2(leaf[0].m, leaf[0].s);
+      to[8] = make_float2(leaf[1].m, leaf[1].s);
+    }
+  }
+}
+
+// Copies in front of a chunk: scored for its first block, neither attended nor counted.
+template <class T, int DK, int DV, Branch B>
+__device__ void Cta<T, DK, DV, B>::score_halos() const {
+  for (int u = split + warp * p.splits; u < units; u += warps * p.splits) {
+    const std::int64_t c = leaf_at(map, u), begin = c * map.chunk - before;
+    if (c == 0) continue;
+    const Unit halo{row_in_chunk(map, c, begin), at_most(n - begin, before)};
+    for (int at = 0; at < halo.count; at += step_tokens) {
+      float scores[2][4];
+      score(halo, at, load_keys<T, DK>(k + (halo.row + at) * DK, halo.count - at), scores);
+    }
+  }
+}
+
+// o and (m, sum) of the CTA: every warp weighs its own with the common maximum, then they are added up. All threads.
+template <class T, int DK, int DV, Branch B>
+__device__ __forceinline__ void Cta<T, DK, DV, B>::merge_warps(float* warp_o, float* part) const {
+  float2* warp_ms = reinterpret_cast<float2*>(warp_o + warps * heads_per_tile * DV);
+  if (warp < warps && quad == 0) {
+    warp_ms[warp * heads_per_tile + g] = make_float2(total[0].m, total[0].s);
+    warp_ms[warp * heads_per_tile + g + 8] = make_float2(total[1].m, total[1].s);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (warp >= warps) break;
     const int head = g + half * 8;
+    float m = lowest;
+#pragma unroll
+    for (int w = 0; w < warps; ++w) m = fmaxf(m, warp_ms[w * heads_per_tile + head].x);
+    const float weight = exp2_fast(total[half].m - m);
     float* to = warp_o + (warp * heads_per_tile + head) * DV + quad * 16;
 #pragma unroll
     for (int block = 0; block < DV / 64; ++block)
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd)
 #pragma unroll
-        for (int j = 0; j < 8; j += 4)
+        for (int j = 0; j < 8; j += 4) {
+          const auto& x = o[block];
+          const int i = half * 2 + odd;
           *reinterpret_cast<float4*>(to + block * 64 + odd * 8 + j) =
-              make_float4(o[block][j][half * 2 + odd], o[block][j + 1][half * 2 + odd], o[block][j + 2][half * 2 + odd],
-                          o[block][j + 3][half * 2 + odd]);
-    if (quad == 0) {
-      warp_ms[(warp * heads_per_tile + head) * 2] = total[half].m;
-      warp_ms[(warp * heads_per_tile + head) * 2 + 1] = total[half].s;
-    }
+              make_float4(weight * x[j][i], weight * x[j + 1][i], weight * x[j + 2][i], weight * x[j + 3][i]);
+        }
   }
   __syncthreads();
-  constexpr int part = heads_per_tile * (DV + 2);
-  float* to_o = p.parts + (list * p.splits + cta.split) * part;
-  float* to_ms = to_o + heads_per_tile * DV;
-  if (p.splits == 1) {
-    to_o = p.a.out.o + (row * s.heads() + first_head) * DV;
-    to_ms = p.a.out.ms + (row * s.heads() + first_head) * 2;
-  }
-  for (int item = threadIdx.x; item < heads * DV / 4; item += threads) {
-    const int head = item / (DV / 4);
-    float m = -INFINITY, sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < warps; ++w) m = fmaxf(m, warp_ms[(w * heads_per_tile + head) * 2]);
-    float4 value = {};
+  for (int item = threadIdx.x; item < heads_per_tile * DV / 4; item += blockDim.x) {
+    float4 sum = {};
 #pragma unroll
     for (int w = 0; w < warps; ++w) {
-      const float* ms = warp_ms + (w * heads_per_tile + head) * 2;
-      const float weight = exp_above(ms[0], m);
-      const float4 x = reinterpret_cast<const float4*>(warp_o + w * heads_per_tile * DV)[item];
-      value.x += weight * x.x, value.y += weight * x.y, value.z += weight * x.z, value.w += weight * x.w;
-      sum += weight * ms[1];
+      const float4 x = reinterpret_cast<const float4*>(warp_o)[w * heads_per_tile * DV / 4 + item];
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
     }
-    reinterpret_cast<float4*>(to_o)[item] = value;
-    if (item % (DV / 4) == 0) {
-      to_ms[head * 2] = m;
-      to_ms[head * 2 + 1] = sum;
-    }
+    reinterpret_cast<float4*>(part)[item] = sum;
   }
-  if (p.splits == 1 && B != cmp) return;
-  if (p.splits > 1) {
-    if (!arrives_last(&p.arrivals[list], p.splits)) return;
-    merge_splits<DV, B>(p, list, row, first_head, heads, units, shared);
+  if (threadIdx.x < heads_per_tile) {
+    Sum2 sum;
+#pragma unroll
+    for (int w = 0; w < warps; ++w) {
+      const float2 other = warp_ms[w * heads_per_tile + threadIdx.x];
+      sum = merge2(sum, {other.x, other.y});
+    }
+    reinterpret_cast<float2*>(part + heads_per_tile * DV)[threadIdx.x] = make_float2(sum.m, sum.s);
+  }
+}
+
+// The warps' (m, sum) to leaves, leaves to lanes by rising leaf: this rank's u-th leaf is in its slot u % present.
+template <class T, int DK, int DV, Branch B>
+__device__ __forceinline__ void Cta<T, DK, DV, B>::merge_lanes(int first, int step) const {
+  const int present = s.lanes / map.kv;
+  const std::int64_t row_heads = p.a.tile.rows() * s.heads();
+  const float2* leaves = p.leaves + list * p.most_units * warps * heads_per_tile;
+  for (int item = first; item < present * heads_per_tile; item += step) {
+    const int slot = item / heads_per_tile, head = item % heads_per_tile;
+    if (head >= heads) continue;
+    Sum2 sum;
+#pragma unroll 4
+    for (int u = slot; u < units; u += present) {
+      Sum2 leaf_sum;
+#pragma unroll
+      for (int w = 0; w < warps; ++w) {
+        const float2 other = __ldcg(&leaves[(std::int64_t{u} * warps + w) * heads_per_tile + head]);
+        leaf_sum = merge2(leaf_sum, {other.x, other.y});
+      }
+      sum = merge2(sum, leaf_sum);
+    }
+    reinterpret_cast<float2*>(p.a.lse)[slot * row_heads + head_at + head] = natural(sum);
+  }
+}
+
+// The splits' parts, by rising split, to where the partial belongs.
+template <class T, int DK, int DV, Branch B>
+template <class PartOf, class Load>
+__device__ __forceinline__ void Cta<T, DK, DV, B>::merge_splits(int first, int step, PartOf part_of, Load load) const {
+  for (int item = first; item < heads * DV / 4; item += step) {
+    const int head = item / (DV / 4);
+    float4 x[8];
+    float2 ms[8];
+    Sum2 sum;
+    float4 value = {};
+    for (int i0 = 0; i0 < p.splits; i0 += 8) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (i0 + i >= p.splits) break;
+        const float* part = part_of(i0 + i);
+        ms[i] = load(reinterpret_cast<const float2*>(part + heads_per_tile * DV) + head);
+        x[i] = load(reinterpret_cast<const float4*>(part) + item);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (i0 + i >= p.splits) break;
+        const float m = fmaxf(sum.m, ms[i].x), old = exp2_fast(sum.m - m), fresh = exp2_fast(ms[i].x - m);
+        sum = {m, sum.s * old + ms[i].y * fresh};
+        value.x = value.x * old + x[i].x * fresh, value.y = value.y * old + x[i].y * fresh;
+        value.z = value.z * old + x[i].z * fresh, value.w = value.w * old + x[i].w * fresh;
+      }
+    }
+    reinterpret_cast<float4*>(p.a.out.o + head_at * DV)[item] = value;
+    if (item % (DV / 4) == 0) reinterpret_cast<float2*>(p.a.out.ms)[head_at + head] = natural(sum);
+  }
+}
+
+template <class T, int DK, int DV, Branch B>
+__global__ void __launch_bounds__(32 * (warps + 1), 3) decode_kernel(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) char shared[];
+  Cta<T, DK, DV, B> cta(p, shared);
+  __syncthreads();
+  if (streams && cta.warp == warps) {
+    if (threadIdx.x % 32 == 0) cta.stream();
+  } else {
+    cta.walk();
+    if (threadIdx.x % 32 == 0 && blockIdx.y == 0 && cta.count > 0)
+      atomicAdd(reinterpret_cast<unsigned long long*>(p.a.reads) + cta.row_group,
+                static_cast<unsigned long long>(cta.count));
+    if (B == cmp && cta.before > 0) cta.score_halos();
+  }
+  __syncthreads();
+  float* part = reinterpret_cast<float*>(shared + Layout<DK, DV>::memory);
+  float* to = p.cluster ? part : p.parts + (std::int64_t{cta.list} * p.splits + cta.split) * split_floats(p.a.shape);
+  cta.merge_warps(part + Layout<DK, DV>::part_bytes / 4, to);
+  if (p.cluster) {
+    cluster_barrier();
+    const int first = threadIdx.x * p.splits + cta.split, step = blockDim.x * p.splits;
+    if constexpr (B == cmp) cta.merge_lanes(first, step);
+    cta.merge_splits(first, step, [&](int i) { return in_cta(part, i); }, [](const auto* from) { return *from; });
+    cluster_barrier();
     return;
   }
-  __threadfence_block();
-  __syncthreads();
-  merge_lanes_only(p, list, row, first_head, heads, units);
+  if (p.splits > 1) {
+    if (!arrives_last(&p.arrivals[cta.list], p.splits)) return;
+  } else {
+    __threadfence();
+    __syncthreads();
+  }
+  if constexpr (B == cmp) cta.merge_lanes(threadIdx.x, blockDim.x);
+  const float* parts = p.parts + std::int64_t{cta.list} * p.splits * split_floats(p.a.shape);
+  cta.merge_splits(
+      threadIdx.x, blockDim.x, [&](int i) { return parts + i * split_floats(p.a.shape); },
+      [](const auto* from) { return __ldcg(from); });
+}
+
+std::int64_t lists_of(const LayerShape& s, const QueryTile& tile) { return tile.rows() * s.groups * head_tiles(s); }
+
+std::int64_t most_units(Branch branch, const LayerShape& s, const RowMap& map, std::int64_t positions) {
+  if (branch != cmp) return units_of(branch, s, map);
+  const std::int64_t tokens = compressed_tokens(s.rules, positions - 1);
+  return std::max<std::int64_t>(
+      1, map.kv > 1 ? owned_chunks(map, tokens + map.before, map.rank) : (tokens + s.leaf - 1) / s.leaf);
+}
+
+// CTAs enough to fill every SM with three, no more than the row has tiles; up to a cluster's worth.
+void divide(Params& p, std::int64_t lists, std::int64_t tiles) {
+  const std::int64_t wanted = std::max<std::int64_t>(1, 3 * limits().units / lists);
+  p.splits = static_cast<int>(std::min({wanted, std::max<std::int64_t>(1, tiles), std::int64_t{most_cluster}}));
+  if (p.splits > 8 && lists * 16 <= limits().units) p.splits = 16;
+  // Clusters meet faster but leave SMs idle where many of them compete for places.
+  p.cluster = limits().capability >= 90 && lists * p.splits <= limits().units;
+}
+
+// The maps the kernels read: whole sequences, a rank's own chunks, and for the window the ring it fills exactly.
+bool reads_map(Branch branch, const LayerShape& s, const RowMap& map) {
+  if (map.ring > 0) return branch == win && map.ring == s.rules.w;
+  return map.kv == 1 ? map.chunk == INT64_MAX && map.before == 0 : map.rank != all_ranks && branch != win;
+}
+
+template <class T, int DK, int DV, Branch B>
+void launch(const Params& p, Stream* stream) {
+  const dim3 grid(static_cast<unsigned>(p.a.tile.rows() * p.a.shape.groups * p.splits), head_tiles(p.a.shape));
+  const bool has_streams = limits().capability >= 90;
+  launch_early(decode_kernel<T, DK, DV, B>, grid, 32 * (warps + has_streams), Layout<DK, DV>::bytes, stream,
+               p.cluster ? p.splits : 1, p);
+}
+
+template <class T, Branch B>
+void launch_sized(const Params& p, Stream* stream) {
+  const int d_k = p.a.shape.d_k, d_v = p.a.shape.d_v;
+  if (d_k == 64 && d_v == 64) return launch<T, 64, 64, B>(p, stream);
+  if (d_k == 128 && d_v == 128) return launch<T, 128, 128, B>(p, stream);
+  if (d_k == 192 && d_v == 128) return launch<T, 192, 128, B>(p, stream);
+  throw InternalError("decode kernel for head sizes it was not built for");
+}
+
+template <Branch B>
+void launch_typed(const Params& p, Stream* stream) {
+  if (p.a.shape.dtype == DType::bf16)
+    launch_sized<__nv_bfloat16, B>(p, stream);
+  else
+    launch_sized<__half, B>(p, stream);
 }
 
 }  // namespace
+
+bool decode_accepts(const LayerShape& s, const QueryTile& tile) {
+  const bool sized = (s.d_k == 64 && s.d_v == 64) || ((s.d_k == 128 || s.d_k == 192) && s.d_v == 128);
+  return sized && s.dtype != DType::f32 && tile.tokens == 1 && lists_of(s, tile) <= most_split_rows;
+}
+
+std::size_t decode_scratch(const LayerShape& s, const QueryTile& tile) {
+  QueryTile one = tile;
+  one.tokens = 1;
+  if (!decode_accepts(s, one)) return 0;
+  const std::int64_t lists = lists_of(s, one), leaves = compressed_tokens(s.rules, tile.max_positions - 1) / s.leaf + 2;
+  return static_cast<std::size_t>(lists * most_cluster * split_floats(s)) * sizeof(float) +
+         static_cast<std::size_t>(lists * leaves * warps * heads_per_tile) * sizeof(float2);
+}
+
+void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
+  if (a.tile.rows() == 0) return;
+  if (!reads_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
+  Params p{a, 0, most_units(branch, a.shape, a.k.map, a.tile.max_positions), 1, false, arrival_counters(branch), nullptr,
+           nullptr};
+  const std::int64_t lists = lists_of(a.shape, a.tile);
+  divide(p, lists, p.most_units);
+  p.pitch = branch == cmp ? score_pitch(a.k.map, compressed_tokens(a.shape.rules, a.tile.max_positions - 1)) : 0;
+  p.parts = static_cast<float*>(a.scratch);
+  p.leaves = reinterpret_cast<float2*>(p.parts + lists * p.splits * split_floats(a.shape));
+  if (branch == cmp)
+    launch_typed<cmp>(p, stream);
+  else if (branch == sel)
+    launch_typed<sel>(p, stream);
+  else
+    launch_typed<win>(p, stream);
+}
 
 }  // namespace nsa::gpu

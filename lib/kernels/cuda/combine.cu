@@ -8,34 +8,48 @@ namespace nsa::gpu {
 
 namespace {
 
-template <class T>
-__global__ void combine_kernel(CombineArgs a) {
+// One rank's (or the only) partial of a head, loads only.
+struct Part {
+  float m, s, o;
+};
+__device__ __forceinline__ Part part_of(const CombineArgs& a, int rank, int branch, std::int64_t rh, int e) {
   const LayerShape& s = a.shape;
-  const int heads = s.heads(), d_v = s.d_v;
-  const std::int64_t rows = a.tile.rows(), rh = blockIdx.x;
-  const std::int64_t row = rh / heads, head = rh % heads, group = head / s.heads_per_group;
-  const std::int64_t rank_floats = partial_floats(s, rows), branch_o = rows * heads * d_v, branch_ms = rows * heads * 2;
-  for (int e = threadIdx.x; e < d_v; e += blockDim.x) {
-    float sum = 0.0f;
+  const std::int64_t rows = a.tile.rows(), heads = rows * s.heads();
+  const float* base = a.partials + rank * partial_floats(s, rows);
+  const float2 ms = reinterpret_cast<const float2*>(base + branches * heads * s.d_v)[branch * heads + rh];
+  return {ms.x, ms.y, base[(branch * heads + rh) * s.d_v + e]};
+}
+
+template <class T>
+__global__ void combine_kernel(const __grid_constant__ CombineArgs a) {
+  wait_for_previous();
+  const LayerShape& s = a.shape;
+  const int rh = blockIdx.x, group = rh / s.heads_per_group;  // group: row * groups + g
+  for (int e = threadIdx.x; e < s.d_v; e += blockDim.x) {
+    float m[branches], weight[branches], o[branches], sum = 0.0f;
+#pragma unroll
     for (int b = 0; b < branches; ++b) {
-      float value = 0.0f;
-      if (!a.leave_out[b]) {
-        float m = -INFINITY, weight = 0.0f, o = 0.0f;
-        for (int rank = 0; rank < a.ranks; ++rank) {
-          const float* base = a.partials + rank * rank_floats;
-          const float* ms = base + branches * branch_o + b * branch_ms + rh * 2;
-          if (ms[0] == -INFINITY) continue;
-          const float top = fmaxf(m, ms[0]), old = exp_above(m, top), fresh = exp_above(ms[0], top);
-          weight = weight * old + ms[1] * fresh;
-          o = o * old + base[b * branch_o + rh * d_v + e] * fresh;
-          m = top;
-        }
-        value = weight > 0.0f ? o / weight : 0.0f;
-      }
-      if (a.o_branch[b]) a.o_branch[b][rh * d_v + e] = value;
-      if (!a.leave_out[b]) sum += a.gate[(row * s.groups + group) * branches + b] * value;
+      if (a.leave_out[b]) continue;
+      const Part first = part_of(a, 0, b, rh, e);
+      m[b] = first.m, weight[b] = first.s, o[b] = first.m == -INFINITY ? 0.0f : first.o;
     }
-    store(static_cast<T*>(a.o) + rh * d_v + e, sum);
+    for (int rank = 1; rank < a.ranks; ++rank)
+#pragma unroll
+      for (int b = 0; b < branches; ++b) {
+        if (a.leave_out[b]) continue;
+        const Part part = part_of(a, rank, b, rh, e);
+        const float top = fmaxf(m[b], part.m), old = exp_above(m[b], top), fresh = exp_above(part.m, top);
+        weight[b] = weight[b] * old + part.s * fresh;
+        o[b] = o[b] * old + (part.m == -INFINITY ? 0.0f : part.o * fresh);
+        m[b] = top;
+      }
+#pragma unroll
+    for (int b = 0; b < branches; ++b) {
+      const float value = a.leave_out[b] || weight[b] == 0.0f ? 0.0f : o[b] / weight[b];
+      if (a.o_branch[b]) a.o_branch[b][std::int64_t{rh} * s.d_v + e] = value;
+      if (!a.leave_out[b]) sum += a.gate[group * branches + b] * value;
+    }
+    store(static_cast<T*>(a.o) + std::int64_t{rh} * s.d_v + e, sum);
   }
 }
 
@@ -46,10 +60,8 @@ void combine(const CombineArgs& a, Stream* stream) {
   if (rows == 0) return;
   const int threads = a.shape.d_v <= 64 ? 64 : a.shape.d_v <= 128 ? 128 : 256;
   with_type(a.shape.dtype, [&](auto type) {
-    combine_kernel<decltype(type)>
-        <<<static_cast<unsigned>(rows * a.shape.heads()), threads, 0, cuda(stream)>>>(a);
+    launch_early(combine_kernel<decltype(type)>, dim3(static_cast<unsigned>(rows * a.shape.heads())), threads, 0, stream, 1, a);
   });
-  check_launch("combine");
 }
 
 }  // namespace nsa::gpu

@@ -56,20 +56,27 @@ void allow_shared(Kernel* kernel, std::size_t bytes) {
 }
 
 /// Launches a kernel that may be scheduled while its predecessor on the stream still runs (programmatic dependent
-/// launch, capability 9.0 and later): the kernel must call wait_for_previous() before it touches memory.
+/// launch, capability 9.0 and later): the kernel must call wait_for_previous() before it touches memory. `cluster`
+/// CTAs, neighbours in x, form a cluster (capability 9.0; 1 elsewhere).
 template <class... Params, class... Args>
-void launch_early(void (*kernel)(Params...), dim3 grid, int threads, std::size_t shared, Stream* stream, Args&&... args) {
+void launch_early(void (*kernel)(Params...), dim3 grid, int threads, std::size_t shared, Stream* stream, int cluster,
+                  Args&&... args) {
   allow_shared(kernel, shared);
+  if (cluster > 8)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = cuda(stream);
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = limits().capability >= 90 ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes;
+  config.numAttrs = limits().capability < 90 ? 0 : cluster > 1 ? 2 : 1;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "cudaLaunchKernelEx");
 }
 
@@ -108,9 +115,19 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+/// Raw scores are kept in powers of two: times log2(e).
+constexpr float log2_e = 1.4426950408889634f;
+
+/// 2^x; 0 for -inf, subnormal results flushed.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// exp(x - m), 0 where x is -inf (also when nothing was attended and m is -inf too).
 __device__ __forceinline__ float exp_above(float x, float m) {
-  return x == -INFINITY ? 0.0f : exp2f((x - m) * 1.4426950408889634f);
+  return x == -INFINITY ? 0.0f : exp2f((x - m) * log2_e);
 }
 
 /// Running (maximum, sum of exp above it).

@@ -48,10 +48,29 @@ __device__ __forceinline__ uint4 load_once(const void* from) {
   return v;
 }
 
-/// Operand A of q k^T: rows g and g + 8 of q, all of Dk.
+/// Operand A of q k^T, in shared memory so that it takes no registers between steps: [Dk / 16][lane] as the product
+/// wants it, written once and the same for all warps.
 template <int DK>
 struct Queries {
-  uint4 low[DK / 32], high[DK / 32];
+  uint4* words;
+  static constexpr int bytes = DK / 16 * 32 * sizeof(uint4);
+  /// Row r of `from` is head r; those past `heads` are zero.
+  template <class T>
+  __device__ __forceinline__ void fill(const T* from, int heads, int thread, int threads) const {
+    for (int item = thread; item < DK / 16 * 32; item += threads) {
+      const int lane = item % 32, g = lane / 4, column = item / 64 * 32 + lane % 4 * 8 + item / 32 % 2 * 4;
+      const uint2 low = g < heads ? *reinterpret_cast<const uint2*>(from + g * DK + column) : uint2{};
+      const uint2 high = g + 8 < heads ? *reinterpret_cast<const uint2*>(from + (g + 8) * DK + column) : uint2{};
+      words[item] = {low.x, high.x, low.y, high.y};
+    }
+  }
+  // Volatile: the compiler would keep all of it in registers for the whole loop.
+  __device__ __forceinline__ uint4 operator()(int step) const {
+    uint4 v;
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(words + step * 32 + threadIdx.x % 32));
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
+  }
 };
 
 /// Operand B of q k^T: 16 tokens, `first` = token g, `second` = token g + 8.
@@ -75,10 +94,11 @@ __device__ __forceinline__ void scores_of(float (&c)[2][4], const Queries<DK>& q
     for (int i = 0; i < 4; ++i) c[n][i] = 0.0f;
 #pragma unroll
   for (int j = 0; j < DK / 32; ++j) {
-    mma(c[0], q.low[j].x, q.high[j].x, q.low[j].y, q.high[j].y, k.first[j].x, k.first[j].y, T{});
-    mma(c[1], q.low[j].x, q.high[j].x, q.low[j].y, q.high[j].y, k.second[j].x, k.second[j].y, T{});
-    mma(c[0], q.low[j].z, q.high[j].z, q.low[j].w, q.high[j].w, k.first[j].z, k.first[j].w, T{});
-    mma(c[1], q.low[j].z, q.high[j].z, q.low[j].w, q.high[j].w, k.second[j].z, k.second[j].w, T{});
+    const uint4 even = q(2 * j), odd = q(2 * j + 1);
+    mma(c[0], even.x, even.y, even.z, even.w, k.first[j].x, k.first[j].y, T{});
+    mma(c[1], even.x, even.y, even.z, even.w, k.second[j].x, k.second[j].y, T{});
+    mma(c[0], odd.x, odd.y, odd.z, odd.w, k.first[j].z, k.first[j].w, T{});
+    mma(c[1], odd.x, odd.y, odd.z, odd.w, k.second[j].z, k.second[j].w, T{});
   }
 }
 

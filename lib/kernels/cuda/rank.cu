@@ -1,26 +1,31 @@
 // rank: importance of the selection blocks a rank holds, and the best n; select: the best n of all ranks' candidates.
 //
-// One CTA a (row, group). The raw scores are read once per overlapping block (1.25 times at the paper's geometry):
-// 4 * 1.25 bytes a head and compressed token, from L2 where attend_cmp left them. The importances stay in shared
-// memory (scratch beyond that), a radix selection of 4 passes finds the n-th largest, one ordered sweep collects.
+// A cluster of up to 8 CTAs a (row, group), one where rows are many or the GPU has no clusters. The raw scores are read
+// once per overlapping block (1.25 times at the paper's geometry): 4 * 1.25 bytes a head and compressed token, from L2
+// where attend_cmp left them. Each CTA scores a slice of the blocks and puts their keys into the first one's shared
+// memory (into scratch where they do not fit); there a radix selection of 4 passes finds the n-th largest and one
+// ordered sweep collects. Bound: latency in decode, exponentials (one a head and overlapping token) in prefill.
 
 #include <algorithm>
 
+#include "kernels/cuda/attend.cuh"
 #include "kernels/cuda/stages.cuh"
 
 namespace nsa::gpu {
 
 namespace {
 
-constexpr int most_threads = 1024;
+constexpr int most_threads = 512;
+constexpr int most_cluster = 8;
 
 struct Params {
   RankArgs a;
   std::int64_t pitch;       // of the raw scores
   std::int64_t most_blocks; // this rank's blocks below max_positions
   std::int64_t per_chunk;   // blocks of a chunk
-  int tokens_per_block;     // compressed tokens that overlap a block, at most
-  bool in_scratch;          // importances
+  int tokens_per_block;      // compressed tokens that overlap a block, at most
+  bool in_scratch;           // keys
+  int cluster;               // CTAs of a list
 };
 
 // The u-th block this rank holds.
@@ -30,61 +35,67 @@ __device__ std::int64_t block_at(const Params& p, std::int64_t u) {
   return (u / p.per_chunk * m.kv + m.rank) * p.per_chunk + u % p.per_chunk;
 }
 
-// (m, 1/s) of every head of the group from all lanes, by rising lane whatever rank sent it.
+// (m, in powers of two, and 1/s) of every head of the group from all lanes, whatever rank sent them. A warp a head, lanes in a fixed tree.
 __device__ void load_normalisers(const Params& p, std::int64_t row, std::int64_t g, float2* normaliser) {
   const LayerShape& s = p.a.shape;
   const std::int64_t rows = p.a.tile.rows();
   const int ranks = p.a.lse_ranks, present = s.lanes / ranks;
-  for (int h = threadIdx.x; h < s.heads_per_group; h += blockDim.x) {
+  const float2* lse = reinterpret_cast<const float2*>(p.a.lse) + row * s.heads() + g * s.heads_per_group;
+  for (int h = threadIdx.x / 32; h < s.heads_per_group; h += blockDim.x / 32) {
     MaxSum total;
-    for (int x = 0; x < s.lanes; ++x) {
-      const float* ms = p.a.lse + (((x % ranks * present + x / ranks) * rows + row) * s.heads() + g * s.heads_per_group + h) * 2;
-      total = merge(total, {ms[0], ms[1]});
+    for (int x = threadIdx.x % 32; x < s.lanes; x += 32) {
+      const float2 ms = lse[std::int64_t{x % ranks * present + x / ranks} * rows * s.heads() + h];
+      total = merge(total, {ms.x, ms.y});
     }
-    normaliser[h] = make_float2(total.m, total.s > 0.0f ? 1.0f / total.s : 0.0f);
+    const float m = warp_max(total.m), sum = warp_sum(total.s * exp_above(total.m, m));
+    if (threadIdx.x % 32 == 0) normaliser[h] = make_float2(m * log2_e, sum > 0.0f ? 1.0f / sum : 0.0f);
   }
 }
 
 // Sum over the group's heads of p[i], heads rising.
-__device__ float token_probability(const Params& p, const float* scores, const float2* normaliser, std::int64_t column) {
+__device__ float token_probability(const Params& p, const float* scores, const float2* normaliser) {
   float sum = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
   for (int h = 0; h < p.a.shape.heads_per_group; ++h)
-    sum += exp_above(scores[h * p.pitch + column], normaliser[h].x) * normaliser[h].y;
+    sum += exp2_fast(scores[h * p.pitch] - normaliser[h].x) * normaliser[h].y;
   return sum;
-}
-
-// importance[u] of the first `blocks` blocks held. Several blocks at a time: a thread a (block, overlapping token),
-// then a thread a block adds its tokens up by rising index.
-__device__ void score_blocks(const Params& p, std::int64_t row, std::int64_t g, std::int64_t n, std::int64_t blocks,
-                             const float2* normaliser, float* terms, float* importance) {
-  const LayerShape& s = p.a.shape;
-  const BlockRules& r = s.rules;
-  const float* scores = static_cast<const float*>(p.a.scores) + (row * s.heads() + g * s.heads_per_group) * p.pitch;
-  const int per_block = p.tokens_per_block, at_once = max(1, static_cast<int>(blockDim.x) / per_block);
-  for (std::int64_t u0 = 0; u0 < blocks; u0 += at_once) {
-    for (int item = threadIdx.x; item < at_once * per_block; item += blockDim.x) {
-      const std::int64_t u = u0 + item / per_block;
-      if (u >= blocks) break;
-      const std::int64_t j = block_at(p, u), i = first_overlapping(r, j) + item % per_block;
-      const std::int64_t c = p.a.cmp_map.rank == all_ranks ? 0 : j / p.per_chunk;
-      terms[item] = i < n && i < end_overlapping(r, j)
-                        ? token_probability(p, scores, normaliser, score_column(p.a.cmp_map, c, i)) * overlap(r, i, j)
-                        : 0.0f;
-    }
-    __syncthreads();
-    for (int b = threadIdx.x; b < at_once && u0 + b < blocks; b += blockDim.x) {
-      float sum = 0.0f;
-      for (int k = 0; k < per_block; ++k) sum += terms[b * per_block + k];
-      importance[u0 + b] = sum;
-    }
-    __syncthreads();
-  }
 }
 
 // Order of choice as an integer: forced blocks first, then by score (never negative, so its bits are ordered).
 __device__ unsigned key_of(const BlockRules& r, std::int64_t j, std::int64_t t, float score) {
   return is_forced(r, j, t) ? 0x7F800000u : __float_as_uint(score);
+}
+
+// Keys of the blocks [begin, end) among those held. Several at a time: a thread a (block, overlapping token), then a
+// thread a block adds its tokens up by rising index.
+__device__ void score_blocks(const Params& p, std::int64_t row, std::int64_t g, std::int64_t t, std::int64_t begin,
+                             std::int64_t end, const float2* normaliser, float* terms, unsigned* keys) {
+  const LayerShape& s = p.a.shape;
+  const BlockRules& r = s.rules;
+  const std::int64_t n = compressed_tokens(r, t);
+  const float* scores = static_cast<const float*>(p.a.scores) + (row * s.heads() + g * s.heads_per_group) * p.pitch;
+  float* p_slc = p.a.p_slc ? p.a.p_slc + (row * s.groups + g) * p.a.p_slc_blocks : nullptr;
+  const int per_block = p.tokens_per_block, at_once = max(1, static_cast<int>(blockDim.x) / per_block);
+  for (std::int64_t u0 = begin; u0 < end; u0 += at_once) {
+    for (int item = threadIdx.x; item < at_once * per_block; item += blockDim.x) {
+      const std::int64_t u = u0 + item / per_block;
+      if (u >= end) break;
+      const std::int64_t j = block_at(p, u), i = first_overlapping(r, j) + item % per_block;
+      const std::int64_t c = p.a.cmp_map.rank == all_ranks ? 0 : j / p.per_chunk;
+      terms[item] = i < n && i < end_overlapping(r, j)
+                        ? token_probability(p, scores + score_column(p.a.cmp_map, c, i), normaliser) * overlap(r, i, j)
+                        : 0.0f;
+    }
+    __syncthreads();
+    for (int b = threadIdx.x; b < at_once && u0 + b < end; b += blockDim.x) {
+      float sum = 0.0f;
+      for (int k = 0; k < per_block; ++k) sum += terms[b * per_block + k];
+      const std::int64_t j = block_at(p, u0 + b);
+      keys[u0 + b] = key_of(r, j, t, sum);
+      if (p_slc && j < p.a.p_slc_blocks) p_slc[j] = sum;
+    }
+    __syncthreads();
+  }
 }
 
 struct Threshold {
@@ -93,8 +104,7 @@ struct Threshold {
 };
 
 // The n-th largest of `blocks` keys, 8 bits a pass.
-template <class Key>
-__device__ Threshold nth_largest(std::int64_t blocks, std::int64_t n, unsigned* histogram, Key key) {
+__device__ Threshold nth_largest(std::int64_t blocks, std::int64_t n, unsigned* histogram, const unsigned* keys) {
   __shared__ unsigned chosen;
   __shared__ unsigned above;
   unsigned prefix = 0, mask = 0;
@@ -103,7 +113,7 @@ __device__ Threshold nth_largest(std::int64_t blocks, std::int64_t n, unsigned* 
     for (int b = threadIdx.x; b < 256; b += blockDim.x) histogram[b] = 0;
     __syncthreads();
     for (std::int64_t u = threadIdx.x; u < blocks; u += blockDim.x) {
-      const unsigned k = key(u);
+      const unsigned k = keys[u];
       if ((k & mask) == prefix) atomicAdd(&histogram[k >> shift & 255u], 1u);
     }
     __syncthreads();
@@ -136,15 +146,14 @@ __device__ Threshold nth_largest(std::int64_t blocks, std::int64_t n, unsigned* 
 }
 
 // The blocks above the threshold and the first of those at it, by rising index.
-template <class Key>
-__device__ void collect(std::int64_t blocks, std::int64_t n, Threshold threshold, Key key, int* chosen) {
+__device__ void collect(std::int64_t blocks, std::int64_t n, Threshold threshold, const unsigned* keys, int* chosen) {
   __shared__ int above_of[32], equal_of[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const std::int64_t equal_wanted = n - threshold.above;
   std::int64_t equal_seen = 0, taken = 0;
   for (std::int64_t u0 = 0; u0 < blocks && taken < n; u0 += blockDim.x) {
     const std::int64_t u = u0 + threadIdx.x;
-    const unsigned k = u < blocks ? key(u) : 0;
+    const unsigned k = u < blocks ? keys[u] : 0;
     const bool above = u < blocks && k > threshold.key, equal = u < blocks && k == threshold.key;
     const unsigned above_mask = __ballot_sync(0xffffffffu, above), equal_mask = __ballot_sync(0xffffffffu, equal);
     if (lane == 0) {
@@ -174,71 +183,92 @@ __device__ bool is_better(Candidate a, Candidate b) {
   return a.score > b.score || (a.score == b.score && a.block < b.block);
 }
 
-// Shared memory: normalisers [h], terms [max(threads, tokens a block)], histogram [256], chosen [n], best [n], then
-// the importances.
-__global__ void __launch_bounds__(most_threads) rank_kernel(const __grid_constant__ Params p) {
-  extern __shared__ float2 shared[];
-  const LayerShape& s = p.a.shape;
-  const BlockRules& r = s.rules;
-  const int n_sel = r.n_sel, terms_count = max(static_cast<int>(blockDim.x), p.tokens_per_block);
-  float2* normaliser = shared;
-  Candidate* best = reinterpret_cast<Candidate*>(normaliser + s.heads_per_group);
-  float* terms = reinterpret_cast<float*>(best + n_sel);
-  unsigned* histogram = reinterpret_cast<unsigned*>(terms + terms_count);
-  int* chosen = reinterpret_cast<int*>(histogram + 256);
-  float* importance = p.in_scratch ? static_cast<float*>(p.a.scratch) + blockIdx.x * p.most_blocks
-                                   : reinterpret_cast<float*>(chosen + n_sel);
-  const std::int64_t row = blockIdx.x / s.groups, g = blockIdx.x % s.groups;
-  const std::int64_t t = tile_row(p.a.tile, row).t, eligible = eligible_blocks(r, t), n = compressed_tokens(r, t);
-  std::int64_t blocks = 0;  // held and eligible: block_at rises, so a count by bisection
-  for (std::int64_t high = p.most_blocks; blocks < high;) {
-    const std::int64_t middle = (blocks + high) / 2;
+// Blocks held and eligible: block_at rises, so a count by bisection.
+__device__ std::int64_t held_blocks(const Params& p, std::int64_t eligible) {
+  if (p.a.token_map.rank == all_ranks || p.a.token_map.kv == 1) return eligible;
+  std::int64_t low = 0;
+  for (std::int64_t high = p.most_blocks; low < high;) {
+    const std::int64_t middle = (low + high) / 2;
     if (block_at(p, middle) < eligible)
-      blocks = middle + 1;
+      low = middle + 1;
     else
       high = middle;
   }
-  load_normalisers(p, row, g, normaliser);
-  __syncthreads();
-  score_blocks(p, row, g, n, blocks, normaliser, terms, importance);
-  if (p.a.p_slc) {
-    float* to = p.a.p_slc + (row * s.groups + g) * p.a.p_slc_blocks;
-    for (std::int64_t j = threadIdx.x; j < p.a.p_slc_blocks; j += blockDim.x) to[j] = 0.0f;
-    __syncthreads();
-    for (std::int64_t u = threadIdx.x; u < blocks; u += blockDim.x)
-      if (block_at(p, u) < p.a.p_slc_blocks) to[block_at(p, u)] = importance[u];
-  }
-  const int found = static_cast<int>(blocks < n_sel ? blocks : n_sel);
-  const auto key = [&](std::int64_t u) { return key_of(r, block_at(p, u), t, importance[u]); };
-  if (blocks > n_sel) {
-    const Threshold threshold = nth_largest(blocks, n_sel, histogram, key);
-    collect(blocks, n_sel, threshold, key, chosen);
-  } else {
-    for (int c = threadIdx.x; c < found; c += blockDim.x) chosen[c] = c;
-  }
-  __syncthreads();
-  if (p.a.selected) {
-    std::int32_t* to = p.a.selected + (row * s.groups + g) * n_sel;
-    for (int c = threadIdx.x; c < n_sel; c += blockDim.x) to[c] = c < found ? static_cast<int>(block_at(p, chosen[c])) : -1;
+  return low;
+}
+
+// p_slc where no block is held: zero.
+__device__ void clear_scores(const Params& p, std::int64_t list, std::int64_t eligible) {
+  if (!p.a.p_slc) return;
+  const bool all = p.a.token_map.rank == all_ranks || p.a.token_map.kv == 1;
+  for (std::int64_t j = threadIdx.x; j < p.a.p_slc_blocks; j += blockDim.x)
+    if (j >= eligible || !(all || has_chunk(p.a.token_map, j / p.per_chunk))) p.a.p_slc[list * p.a.p_slc_blocks + j] = 0.0f;
+}
+
+// The chosen blocks by rising index, and as candidates from the best down.
+__device__ void put_out(const Params& p, std::int64_t list, const unsigned* keys, int found, const int* chosen,
+                        Candidate* best) {
+  const int n_sel = p.a.shape.rules.n_sel;
+  for (int c = threadIdx.x; c < n_sel; c += blockDim.x) {
+    const bool is_there = c < found;
+    const auto block = is_there ? static_cast<std::int32_t>(block_at(p, chosen[c])) : -1;
+    if (p.a.selected) p.a.selected[list * n_sel + c] = block;
+    if (is_there) best[c] = {__uint_as_float(keys[chosen[c]]), block};
   }
   if (!p.a.candidates) return;
-  for (int c = threadIdx.x; c < found; c += blockDim.x)
-    best[c] = {__uint_as_float(key(chosen[c])), static_cast<std::int32_t>(block_at(p, chosen[c]))};
   __syncthreads();
-  Candidate* to = p.a.candidates + (row * s.groups + g) * n_sel;
   for (int c = threadIdx.x; c < n_sel; c += blockDim.x) {
     int place = c;
     if (c < found) {
       place = 0;
       for (int other = 0; other < found; ++other) place += is_better(best[other], best[c]);
     }
-    to[place] = c < found ? best[c] : Candidate{};
+    p.a.candidates[list * n_sel + place] = c < found ? best[c] : Candidate{};
   }
 }
 
+// Shared memory: normalisers [h], best [n], terms [max(threads, tokens a block)], histogram [256], chosen [n], keys.
+__global__ void __launch_bounds__(most_threads) rank_kernel(const __grid_constant__ Params p) {
+  extern __shared__ float2 shared[];
+  wait_for_previous();
+  const LayerShape& s = p.a.shape;
+  const BlockRules& r = s.rules;
+  const int n_sel = r.n_sel, slice = blockIdx.x % p.cluster;
+  const std::int64_t list = blockIdx.x / p.cluster, row = list / s.groups, g = list % s.groups;
+  float2* normaliser = shared;
+  Candidate* best = reinterpret_cast<Candidate*>(normaliser + s.heads_per_group);
+  float* terms = reinterpret_cast<float*>(best + n_sel);
+  unsigned* histogram = reinterpret_cast<unsigned*>(terms + max(static_cast<int>(blockDim.x), p.tokens_per_block));
+  int* chosen = reinterpret_cast<int*>(histogram + 256);
+  unsigned* keys = p.in_scratch ? static_cast<unsigned*>(p.a.scratch) + list * p.most_blocks
+                                : reinterpret_cast<unsigned*>(chosen + n_sel);
+  const std::int64_t t = tile_row(p.a.tile, row).t, eligible = eligible_blocks(r, t), blocks = held_blocks(p, eligible);
+  load_normalisers(p, row, g, normaliser);
+  if (slice == 0) clear_scores(p, list, eligible);
+  __syncthreads();
+  if (p.cluster > 1) cluster_barrier();  // the first CTA must have started before others write to its memory
+  const std::int64_t each = (blocks + p.cluster - 1) / p.cluster, begin = each * slice;
+  score_blocks(p, row, g, t, begin, begin + each < blocks ? begin + each : blocks, normaliser, terms,
+               p.cluster > 1 && !p.in_scratch ? in_cta(keys, 0) : keys);
+  if (p.cluster > 1) {
+    if (p.in_scratch) __threadfence();
+    cluster_barrier();
+  }
+  if (slice != 0) return;
+  const int found = static_cast<int>(blocks < n_sel ? blocks : n_sel);
+  if (blocks > n_sel) {
+    collect(blocks, n_sel, nth_largest(blocks, n_sel, histogram, keys), keys, chosen);
+  } else {
+    for (int c = threadIdx.x; c < found; c += blockDim.x) chosen[c] = c;
+  }
+  __syncthreads();
+  put_out(p, list, keys, found, chosen, best);
+}
+
 // Shared memory: all candidates, and whether each is among the best n.
-__global__ void select_kernel(SelectArgs a) {
+__global__ void select_kernel(const __grid_constant__ SelectArgs a) {
   extern __shared__ Candidate all[];
+  wait_for_previous();
   const int n = a.shape.rules.n_sel, count = a.ranks * n;
   bool* is_chosen = reinterpret_cast<bool*>(all + count);
   __shared__ int found;
@@ -282,7 +312,7 @@ void rank(const RankArgs& a, Stream* stream) {
   const std::int64_t lists = a.tile.rows() * a.shape.groups;
   if (lists == 0) return;
   const BlockRules& r = a.shape.rules;
-  Params p{a, 0, 0, INT64_MAX, tokens_per_block(r), false};
+  Params p{a, 0, 0, INT64_MAX, tokens_per_block(r), false, 1};
   p.pitch = score_pitch(a.cmp_map, compressed_tokens(r, a.tile.max_positions - 1));
   const std::int64_t blocks = (a.tile.max_positions - 1) / r.l_sel + 1;
   if (a.token_map.chunk != INT64_MAX) p.per_chunk = a.token_map.chunk / r.l_sel;
@@ -290,22 +320,21 @@ void rank(const RankArgs& a, Stream* stream) {
                       ? blocks
                       : owned_chunks(a.token_map, blocks * r.l_sel, a.token_map.rank) * p.per_chunk;
   const int threads = lists > limits().units ? 256 : most_threads;
+  // A slice of a few blocks is not worth a CTA.
+  if (limits().capability >= 90)
+    while (p.cluster < most_cluster && lists * p.cluster < limits().units && blocks > p.cluster * 16) p.cluster *= 2;
   const std::size_t fixed = fixed_shared(a.shape, threads, p.tokens_per_block), listed = p.most_blocks * sizeof(float);
   p.in_scratch = fixed + listed > limits().shared_bytes - 1024;
   if (p.in_scratch && a.scratch_bytes < lists * listed) throw InternalError("rank: scratch too small");
   const std::size_t shared = fixed + (p.in_scratch ? 0 : listed);
-  allow_shared(rank_kernel, shared);
-  rank_kernel<<<static_cast<unsigned>(lists), threads, shared, cuda(stream)>>>(p);
-  check_launch("rank");
+  launch_early(rank_kernel, dim3(static_cast<unsigned>(lists * p.cluster)), threads, shared, stream, p.cluster, p);
 }
 
 void select(const SelectArgs& a, Stream* stream) {
   const std::int64_t lists = a.tile.rows() * a.shape.groups;
   if (lists == 0) return;
   const std::size_t shared = a.ranks * a.shape.rules.n_sel * (sizeof(Candidate) + 1);
-  allow_shared(select_kernel, shared);
-  select_kernel<<<static_cast<unsigned>(lists), 128, shared, cuda(stream)>>>(a);
-  check_launch("select");
+  launch_early(select_kernel, dim3(static_cast<unsigned>(lists)), 128, shared, stream, 1, a);
 }
 
 }  // namespace nsa::gpu

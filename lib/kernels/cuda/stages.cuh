@@ -21,9 +21,15 @@ void advance(const AdvanceArgs&, Stream*);
 /// Any shape, any type: scalar arithmetic, one CTA a (row, group, split). attend.cu
 void attend_general(Branch branch, const AttendArgs&, Stream*);
 
+/// One query row a sequence, 16-bit storage, tensor cores; a map it does not read goes to the general kernel.
+/// attend_decode.cu
+void attend_decode(Branch branch, const AttendArgs&, Stream*);
+bool decode_accepts(const LayerShape&, const QueryTile&);
+
 /// Bytes a stage asks of the scratch; the three branches may run side by side, each in its own part.
 std::size_t project_scratch(const LayerShape&, const QueryTile&);
 std::size_t attend_scratch(const LayerShape&, const QueryTile&);  ///< of one branch
+std::size_t decode_scratch(const LayerShape&, const QueryTile&);
 std::size_t rank_scratch(const LayerShape&, const QueryTile&);
 
 }  // namespace nsa::gpu

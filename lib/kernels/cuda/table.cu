@@ -12,7 +12,9 @@ std::size_t padded(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // The branches may run side by side on several streams, so each has a part of the scratch to itself, and rank one
 // behind them. project runs before all of them and shares.
-std::size_t branch_part(const LayerShape& s, const QueryTile& tile) { return padded(attend_scratch(s, tile)); }
+std::size_t branch_part(const LayerShape& s, const QueryTile& tile) {
+  return padded(std::max(attend_scratch(s, tile), decode_scratch(s, tile)));
+}
 
 template <class Args>
 Args with_part(Args a, std::size_t offset, std::size_t bytes) {
@@ -33,11 +35,23 @@ void attend(const AttendArgs& a, Stream* stream) {
 bool accepts_any(const LayerShape&, const QueryTile&) { return true; }
 
 template <Branch B>
-constexpr AttendKernel general = {"fused", accepts_any, attend<B, attend_general>};
+constexpr AttendKernel general = {"scalar", accepts_any, attend<B, attend_general>};
 
-constexpr AttendKernel cmp_kernels[] = {general<cmp>};
-constexpr AttendKernel sel_kernels[] = {general<sel>};
-constexpr AttendKernel win_kernels[] = {general<win>};
+// The best kernel for the shape under the names a route knows.
+template <Branch B>
+void attend_best(const AttendArgs& a, Stream* stream) {
+  if (decode_accepts(a.shape, a.tile))
+    attend<B, attend_decode>(a, stream);
+  else
+    attend<B, attend_general>(a, stream);
+}
+
+template <Branch B>
+constexpr AttendKernel best = {"fused", accepts_any, attend_best<B>};
+
+constexpr AttendKernel cmp_kernels[] = {best<cmp>, general<cmp>};
+constexpr AttendKernel sel_kernels[] = {best<sel>, general<sel>};
+constexpr AttendKernel win_kernels[] = {best<win>, general<win>};
 
 void rank_with_scratch(const RankArgs& a, Stream* stream) {
   rank(with_part(a, branches * branch_part(a.shape, a.tile), rank_scratch(a.shape, a.tile)), stream);

@@ -63,6 +63,17 @@ std::int64_t tasks_of(const LayerShape& s, const QueryTile& tile, int rows_per_t
 /// Few tasks: their parts are shared out too, and their states kept until all are there.
 bool splits(std::int64_t tasks, int parts) { return threads() > 1 && parts > 1 && tasks < 4 * threads(); }
 
+/// `count` elements from element `first` on; nothing where `data` is null. Reading past an array is harmless here.
+void prefetch_rows(DType type, const void* data, std::int64_t first, std::int64_t count) {
+  if (!data) return;
+  const char* begin = static_cast<const char*>(at(type, data, first));
+  const char* end = static_cast<const char*>(at(type, data, first + count));
+  for (; begin < end; begin += 64) __builtin_prefetch(begin, 0, 3);
+}
+
+/// With few heads the weighted sum is too short to hide memory behind: then the scores hide both K and V.
+bool prefetches_late(const LayerShape& s) { return s.heads_per_group > 8; }
+
 void count_reads(const AttendArgs& args, const Task& task, const Worker& worker) {
   std::int64_t& reads = args.reads[std::int64_t{task.b} * args.shape.groups + task.g];
 #pragma omp atomic
@@ -98,27 +109,43 @@ Piece piece_of(DType type, const KvView& k, const KvView& v, std::int64_t plane,
           at(type, v.data, offset_of(v, plane, run.first))};
 }
 
+/// A slice of the scores is a few hundred nanoseconds of arithmetic, in which memory would rest: have it bring what
+/// comes next, this piece's V and the next one's K.
 void score_piece(const LayerShape& s, const Widths& w, Worker& worker, const Piece& piece) {
   load(s.dtype, std::int64_t{piece.tokens} * s.d_k, piece.k, worker.k);
-  product(piece.tokens, w.columns, s.d_k, worker.k, s.d_k, 1, worker.queries, w.columns, worker.scores, w.columns);
+  constexpr int slice = 8;
+  for (int t = 0; t < piece.tokens; t += slice) {
+    const int n = std::min(slice, piece.tokens - t);
+    prefetch_rows(s.dtype, piece.v, std::int64_t{t} * s.d_v, std::int64_t{n} * s.d_v);
+    if (!prefetches_late(s)) prefetch_rows(s.dtype, piece.next_k, std::int64_t{t} * s.d_k, std::int64_t{n} * s.d_k);
+    product(n, w.columns, s.d_k, worker.k + t * s.d_k, s.d_k, 1, worker.queries, w.columns,
+            worker.scores + t * w.columns, w.columns);
+  }
 }
 
-void attend_scored(const Widths& w, const LayerShape& s, Worker& worker, const Piece& piece, int columns, bool mask,
+void load_values(const LayerShape& s, const Widths& w, const Piece& piece, float* v) {
+  if (s.d_v == w.v) return load(s.dtype, std::int64_t{piece.tokens} * s.d_v, piece.v, v);
+  for (int t = 0; t < piece.tokens; ++t) {
+    load(s.dtype, s.d_v, at(s.dtype, piece.v, std::int64_t{t} * s.d_v), v + t * w.v);
+    std::fill(v + t * w.v + s.d_v, v + (t + 1) * w.v, 0.0f);
+  }
+}
+
+void attend_scored(const LayerShape& s, const Widths& w, Worker& worker, const Piece& piece, int columns, bool mask,
                    State& state, bool with_o) {
   if (mask) mask_columns(piece.tokens, w.columns, worker.scores, worker.first, worker.last);
   softmax_columns(piece.tokens, w.columns, worker.scores, worker.m, worker.s);
   merge_columns(w.columns, state.m, state.s, worker.m, worker.s, worker.keep, worker.add);
   if (!with_o) return;
-  const float* v = worker.v;
-  if (s.d_v == w.v) {
-    load(s.dtype, std::int64_t{piece.tokens} * s.d_v, piece.v, worker.v);
-  } else {
-    for (int t = 0; t < piece.tokens; ++t) {
-      load(s.dtype, s.d_v, at(s.dtype, piece.v, std::int64_t{t} * s.d_v), worker.v + t * w.v);
-      std::fill(worker.v + t * w.v + s.d_v, worker.v + (t + 1) * w.v, 0.0f);
-    }
+  load_values(s, w, piece, worker.v);
+  const int slices = (columns + 3) / 4;
+  for (int c = 0; c < columns; c += 4) {
+    const int begin = piece.tokens * (c / 4) / slices, end = piece.tokens * (c / 4 + 1) / slices;
+    if (prefetches_late(s))
+      prefetch_rows(s.dtype, piece.next_k, std::int64_t{begin} * s.d_k, std::int64_t{end - begin} * s.d_k);
+    product_merge(std::min(4, columns - c), w.v, piece.tokens, worker.scores + c, 1, w.columns, worker.v, w.v,
+                  state.o + std::int64_t{c} * w.v, w.v, worker.keep + c, worker.add + c);
   }
-  product_merge(columns, w.v, piece.tokens, worker.scores, 1, w.columns, v, w.v, state.o, w.v, worker.keep, worker.add);
 }
 
 std::size_t attend_scratch(const LayerShape& s, const QueryTile& tile, int rows_per_task, int parts,

@@ -53,7 +53,7 @@ struct State {
 struct Task {
   std::int32_t b, g, row, rows;
   std::int64_t t0;
-  std::int64_t plane;    ///< of the K/V views
+  std::int64_t plane;     ///< of the K/V views
   std::int64_t tile_row;  ///< first row's index in the tile
 };
 
@@ -85,9 +85,10 @@ struct Worker {
 
 /// K/V rows that lie behind one another in memory.
 struct Piece {
-  std::int64_t first;     ///< position, or compressed token
-  int tokens;             ///< <= 64
-  const void *k, *v;      ///< storage type
+  std::int64_t first;            ///< position, or compressed token
+  int tokens;                    ///< <= 64
+  const void *k, *v;             ///< storage type
+  const void* next_k = nullptr;  ///< rows this thread will read next, as many, if it knows
 };
 
 /// Scores of a piece in worker.scores [tokens][columns].
@@ -128,10 +129,15 @@ int win_parts(const LayerShape& s, const QueryTile& tile);
 void attend_cmp(const AttendArgs& args, Stream*);
 void attend_sel_packed(const AttendArgs& args, Stream*);
 void attend_sel_direct(const AttendArgs& args, Stream*);
+void attend_sel_shared(const AttendArgs& args, Stream*);  ///< many rows: those with a block in common together
 void attend_win(const AttendArgs& args, Stream*);
+std::size_t attend_shared_scratch(const LayerShape& s, const QueryTile& tile);
+
+/// V of a piece in fp32: [tokens][w.v], padded with zeros.
+void load_values(const LayerShape& s, const Widths& w, const Piece& piece, float* v);
 
 /// Attends the columns of a piece that was scored: see above.
-void attend_scored(const Widths& w, const LayerShape& s, Worker& worker, const Piece& piece, int columns, bool mask,
+void attend_scored(const LayerShape& s, const Widths& w, Worker& worker, const Piece& piece, int columns, bool mask,
                    State& state, bool with_o);
 
 template <class Begin, class End>
@@ -147,7 +153,7 @@ void attend_piece(const LayerShape& s, const Widths& w, Worker& worker, const Pi
     std::fill_n(worker.last + r * s.heads_per_group, s.heads_per_group, hi);
     worker.tokens_read += hi - lo;
   }
-  attend_scored(w, s, worker, piece, task.rows * s.heads_per_group, mask, state, with_o);
+  attend_scored(s, w, worker, piece, task.rows * s.heads_per_group, mask, state, with_o);
 }
 
 }  // namespace nsa::host

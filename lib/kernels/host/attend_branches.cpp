@@ -6,6 +6,8 @@
 namespace nsa::host {
 namespace {
 
+constexpr std::int32_t shared_from = 8;  ///< rows of a sequence from which sharing blocks among them pays
+
 void keep_scores(const AttendArgs& args, const Widths& w, const Worker& worker, const Task& task, std::int64_t slot,
                  int tokens) {
   const LayerShape& s = args.shape;
@@ -51,6 +53,16 @@ void write_lane(const AttendArgs& args, const Task& task, std::int64_t slot, con
   }
 }
 
+/// K of the piece this thread attends after `run`: of the lane's next leaf, or of the next lane's first.
+const void* next_in_lane(const AttendArgs& args, std::int64_t plane, const Run& run, std::int64_t valid) {
+  const LayerShape& s = args.shape;
+  const std::int64_t leaf = run.first / s.leaf, step = holds_all(args.k.map) ? 1 : args.k.map.kv;
+  std::int64_t next = run.first + run.tokens;
+  if (next >= (leaf + 1) * s.leaf) next = (leaf + s.lanes) * s.leaf;
+  if (next >= valid) next = (leaf % s.lanes + step) * s.leaf;
+  return next < valid ? at(s.dtype, args.k.data, offset_of(args.k, plane, next)) : nullptr;
+}
+
 void cmp_part(const AttendArgs& args, const Widths& w, Worker& worker, const Task& task, int lane, State& state) {
   const LayerShape& s = args.shape;
   const RowMap& map = args.k.map;
@@ -61,7 +73,8 @@ void cmp_part(const AttendArgs& args, const Widths& w, Worker& worker, const Tas
   for (std::int64_t leaf = lane; leaf * s.leaf - halo < valid; leaf += s.lanes) {
     if (halo > 0) score_halo(args, w, worker, task, leaf, valid);
     for_runs(map, leaf * s.leaf, std::min((leaf + 1) * s.leaf, valid), [&](const Run& run) {
-      const Piece piece = piece_of(s.dtype, args.k, args.v, task.plane, run);
+      Piece piece = piece_of(s.dtype, args.k, args.v, task.plane, run);
+      piece.next_k = next_in_lane(args, task.plane, run, valid);
       score_piece(s, w, worker, piece);
       keep_scores(args, w, worker, task, score_slot(map, leaf, run.first), run.tokens);
       attend_piece(
@@ -91,8 +104,11 @@ void attend_whole(const AttendArgs& args, const Widths& w, Worker& worker, const
 void sel_direct_part(const AttendArgs& args, const Widths& w, Worker& worker, const Task& task, int index,
                      State& state) {
   const Run block = block_range(args, task, index);
+  const Run next = index + 1 < args.shape.rules.n_sel ? block_range(args, task, index + 1) : Run{};
   for_runs(args.k.map, block.first, block.first + block.tokens, [&](const Run& run) {
-    attend_whole(args, w, worker, task, piece_of(args.shape.dtype, args.k, args.v, task.plane, run), state);
+    Piece piece = piece_of(args.shape.dtype, args.k, args.v, task.plane, run);
+    if (next.tokens > 0) piece.next_k = at(args.shape.dtype, args.k.data, offset_of(args.k, task.plane, next.first));
+    attend_whole(args, w, worker, task, piece, state);
   });
 }
 
@@ -120,7 +136,9 @@ void win_part(const AttendArgs& args, const Widths& w, Worker& worker, const Tas
   const std::int64_t begin = window_begin(s.rules, task.t0) + std::int64_t{index} * tile_tokens;
   const std::int64_t end = std::min(begin + tile_tokens, task.t0 + task.rows);
   for_runs(args.k.map, begin, end, [&](const Run& run) {
-    const Piece piece = piece_of(s.dtype, args.k, args.v, task.plane, run);
+    Piece piece = piece_of(s.dtype, args.k, args.v, task.plane, run);
+    const Run next = next_run(args.k.map, run.first + run.tokens, task.t0 + task.rows);
+    if (next.tokens > 0) piece.next_k = at(s.dtype, args.k.data, offset_of(args.k, task.plane, next.first));
     score_piece(s, w, worker, piece);
     attend_piece(
         s, w, worker, piece, task, state, true, [&](int r) { return window_begin(s.rules, task.t0 + r); },
@@ -147,7 +165,7 @@ void attend_cmp(const AttendArgs& args, Stream*) {
     if (c * map.chunk - map.before > last) break;
     const std::int64_t row = row_in_chunk(map, c, std::min(c * map.chunk, last));
     if (has_chunk(map, c) && (row + 1) * args.k.width > args.k.plane_stride)
-      throw InternalError("the compressed cache has no room for the tokens in front of its next chunk");
+      throw InternalError("the compressed cache has no memory for the halo in front of a chunk that has no token yet");
   }
   attend_parts(args, rows_of_task(args.shape, args.tile), cmp_parts(args.shape, args.tile), 0, cmp_part);
 }
@@ -156,7 +174,8 @@ void attend_sel_packed(const AttendArgs& args, Stream*) {
   attend_parts(args, 1, args.shape.rules.n_sel, args.shape.rules.l_sel, sel_packed_part);
 }
 
-void attend_sel_direct(const AttendArgs& args, Stream*) {
+void attend_sel_direct(const AttendArgs& args, Stream* stream) {
+  if (args.tile.tokens >= shared_from) return attend_sel_shared(args, stream);
   attend_parts(args, 1, args.shape.rules.n_sel, 0, sel_direct_part);
 }
 

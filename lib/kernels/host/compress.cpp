@@ -109,7 +109,8 @@ void compress_mlp(const CompressArgs& args, const Range& range, const PhiWeights
     if (n == 0) break;
 #pragma omp parallel for if (n > 4)
     for (std::int64_t i = 0; i < n; ++i) {
-      for (std::int32_t m = 0; m < s.rules.l; ++m) load_row(args, raw, batch[i], m, b.flat + i * flat_width + m * width);
+      for (std::int32_t m = 0; m < s.rules.l; ++m)
+        load_row(args, raw, batch[i], m, b.flat + i * flat_width + m * width);
       for (std::int64_t e = 0; e < flat_width; ++e) b.flat[i * flat_width + e] += b.pos[e];
     }
     matmul(arena, s.dtype, n, flat_width, hidden, b.flat, phi.w1, b.hidden);
@@ -128,7 +129,7 @@ std::size_t compress_scratch(const LayerShape& s, const QueryTile&) {
     arena.take<float>(threads() * 2 * std::int64_t{width});
   } else {
     MlpBuffers(arena, s, width, batch_tokens);
-    matmul_scratch(arena, std::max(std::int64_t{s.rules.l} * width, hidden_width(s, width)));
+    matmul_scratch(arena);
   }
   return arena.used();
 }

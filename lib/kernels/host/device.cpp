@@ -61,7 +61,7 @@ void* allocate(std::size_t bytes) {
                     ExitCode::device);
   auto* begin = static_cast<char*>(data);
   if (bytes >= page) madvise(data, bytes, MADV_HUGEPAGE);  // a wish: streaming walks many pages
-#pragma omp parallel for if (bytes >= page)  // first touch by the threads that will read
+#pragma omp parallel for if (bytes >= page)                // first touch by the threads that will read
   for (std::size_t i = 0; i < bytes; i += page) std::memset(begin + i, 0xFF, std::min(page, bytes - i));
   return data;
 }

@@ -12,8 +12,8 @@ namespace {
 bool any_shape(const LayerShape&, const QueryTile&) { return true; }
 
 constexpr AttendKernel cmp_kernels[] = {{"sdpa", any_shape, host::attend_cmp}};
-constexpr AttendKernel sel_kernels[] = {{"sdpa", any_shape, host::attend_sel_packed},
-                                        {"fused", any_shape, host::attend_sel_direct}};
+constexpr AttendKernel sel_kernels[] = {{"fused", any_shape, host::attend_sel_direct},
+                                        {"sdpa", any_shape, host::attend_sel_packed}};
 constexpr AttendKernel win_kernels[] = {{"sdpa", any_shape, host::attend_win}};
 
 std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t cmp_rows) {
@@ -21,12 +21,20 @@ std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t
          tile.rows() * s.heads() * sizeof(float);
 }
 
-std::size_t scratch_bytes(const LayerShape& s, const QueryTile& tile) {
+std::size_t scratch_of_tile(const LayerShape& s, const QueryTile& tile) {
   const int rows = host::rows_of_task(s, tile);
   return std::max({host::project_scratch(s, tile), host::output_scratch(s, tile), host::compress_scratch(s, tile),
                    host::rank_scratch(s, tile), host::attend_scratch(s, tile, rows, host::cmp_parts(s, tile), 0),
-                   host::attend_scratch(s, tile, 1, s.rules.n_sel, s.rules.l_sel),
+                   host::attend_scratch(s, tile, 1, s.rules.n_sel, s.rules.l_sel), host::attend_shared_scratch(s, tile),
                    host::attend_scratch(s, tile, rows, host::win_parts(s, tile), 0)});
+}
+
+// A prefill's last tile is narrower, and with fewer rows a stage may share out its parts and need more.
+std::size_t scratch_bytes(const LayerShape& s, const QueryTile& tile) {
+  std::size_t most = 0;
+  for (QueryTile narrower = tile; narrower.tokens > 0; --narrower.tokens)
+    most = std::max(most, scratch_of_tile(s, narrower));
+  return most;
 }
 
 }  // namespace

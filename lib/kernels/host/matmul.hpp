@@ -4,8 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/host/arena.hpp"
 #include "kernels/dtype.hpp"
+#include "kernels/host/arena.hpp"
 
 namespace nsa::host {
 
@@ -18,6 +18,6 @@ void matmul(Arena arena, DType type, std::int64_t rows, std::int64_t inner, std:
             const void* w, float* c);
 
 /// Adds what matmul takes from its arena.
-void matmul_scratch(Arena& arena, std::int64_t inner);
+void matmul_scratch(Arena& arena);
 
 }  // namespace nsa::host

@@ -16,7 +16,7 @@
 
 namespace nsa::host {
 
-constexpr int lanes = 16;         ///< columns of a tile come in multiples of this
+constexpr int lanes = 16;        ///< columns of a tile come in multiples of this
 constexpr int tile_tokens = 64;  ///< K/V rows a tile holds at most
 
 /// c [m, n] = a b over `inner`, a at a[i * a_row + k * a_inner], b [inner, ldb], n a multiple of `lanes`. Each
@@ -46,8 +46,11 @@ void merge_row(std::int64_t n, float keep, float* o, float add, const float* o2)
 void add_probabilities(int n, const float* s, float m, float inverse_z, float* sum);
 
 /// y[i] += sum over the rows r of x[r] * w[r * ldw + i], by rising r, w in storage type.
-void add_rows(DType type, std::int64_t n, std::int64_t rows, const float* x, const void* w, std::int64_t ldw,
-              float* y);
+void add_rows(DType type, std::int64_t n, std::int64_t rows, const float* x, const void* w, std::int64_t ldw, float* y);
+
+/// out[i] = scale * synthetic_value(key, plane, row, column + i).
+void synthetic_row(std::int64_t n, std::uint64_t key, std::uint32_t plane, std::uint64_t row, std::uint32_t column,
+                   float scale, float* out);
 
 void load(DType type, std::int64_t n, const void* from, float* to);
 void store(DType type, std::int64_t n, const float* from, void* to);

@@ -109,7 +109,7 @@ std::size_t project_scratch(const LayerShape& s, const QueryTile& tile) {
   Arena arena;
   arena.take<float>(rows * s.dim);
   arena.take<float>(rows * qkv_columns(s));
-  matmul_scratch(arena, s.dim);
+  matmul_scratch(arena);
   return arena.used();
 }
 
@@ -141,7 +141,7 @@ std::size_t output_scratch(const LayerShape& s, const QueryTile& tile) {
   const std::int64_t inner = std::int64_t{s.heads()} * s.d_v;
   Arena arena;
   arena.take<float>(std::min(tile.rows(), matmul_rows) * inner);
-  matmul_scratch(arena, inner);
+  matmul_scratch(arena);
   return arena.used();
 }
 

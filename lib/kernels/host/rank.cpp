@@ -31,10 +31,12 @@ Normaliser merge_lanes(const RankArgs& args, std::int64_t row_head) {
     const std::int64_t slot = x % args.lse_ranks * slots + x / args.lse_ranks;
     const float* lane = args.lse + (slot * row_heads + row_head) * 2;
     if (lane[0] == -infinity) continue;
-    const float top = std::max(total.m, lane[0]);
-    const float added = lane[1] * exponential(lane[0] - top);
-    total.z = total.z * exponential(total.m - top) + added;
-    total.m = top;
+    if (lane[0] <= total.m) {  // the other factor would be exp(0) = 1 exactly
+      total.z += lane[1] * exponential(lane[0] - total.m);
+    } else {
+      total.z = total.z * exponential(total.m - lane[0]) + lane[1];
+      total.m = lane[0];
+    }
   }
   return total;
 }
@@ -99,7 +101,8 @@ struct Overlaps {
 
 float importance(const Overlaps& overlaps, const RankTask& task, std::int64_t j) {
   const std::int64_t start = j * overlaps.ratio - overlaps.lead;
-  const std::int64_t end = std::min<std::int64_t>(static_cast<std::int64_t>(overlaps.weight.size()), task.valid - start);
+  const std::int64_t end =
+      std::min<std::int64_t>(static_cast<std::int64_t>(overlaps.weight.size()), task.valid - start);
   float sum = 0.0f;
   for (std::int64_t k = std::max<std::int64_t>(0, -start); k < end; ++k) sum += task.p[start + k] * overlaps.weight[k];
   return sum;

@@ -3,11 +3,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "kernels/float16.hpp"
 #include "kernels/host/arena.hpp"
 #include "kernels/host/micro.hpp"
 #include "kernels/host/stages.hpp"
-#include "kernels/random.hpp"
 
 namespace nsa::host {
 namespace {
@@ -16,7 +14,9 @@ namespace {
 bool keeps_chunk(const RowMap& map, std::int64_t c) { return map.ring > 0 || has_chunk(map, c); }
 
 /// a + b, where b may be INT64_MAX for "no end".
-std::int64_t saturating_add(std::int64_t a, std::int64_t b) { return b > INT64_MAX - std::max<std::int64_t>(a, 0) ? INT64_MAX : a + b; }
+std::int64_t saturating_add(std::int64_t a, std::int64_t b) {
+  return b > INT64_MAX - std::max<std::int64_t>(a, 0) ? INT64_MAX : a + b;
+}
 
 /// First row of chunk c; the only chunk of an uncut map starts at 0.
 std::int64_t chunk_begin(const RowMap& map, std::int64_t c) { return c == 0 ? 0 : c * map.chunk; }
@@ -87,13 +87,13 @@ void fill_rows(const FillRowsArgs& args, Stream*) {
       for (std::int64_t c = 0; c < chunks; ++c) {
         if (!keeps_chunk(map, c)) continue;
         const std::int64_t begin = std::max({first, chunk_begin(map, c) - map.before, std::int64_t{0}});
-        const std::int64_t end = map.ring > 0 ? args.last : std::min(args.last, saturating_add(chunk_begin(map, c), behind));
+        const std::int64_t end =
+            map.ring > 0 ? args.last : std::min(args.last, saturating_add(chunk_begin(map, c), behind));
 #pragma omp for nowait
         for (std::int64_t i = begin; i < end; ++i) {
           for (std::int32_t e = 0; e < dst.width; e += 256) {
             const std::int32_t n = std::min(256, dst.width - e);
-            for (std::int32_t k = 0; k < n; ++k)
-              values[k] = args.scale * synthetic_value(args.key, b, static_cast<std::uint64_t>(i), column0 + e + k);
+            synthetic_row(n, args.key, b, static_cast<std::uint64_t>(i), column0 + e, args.scale, values);
             store(args.dtype, n, values, at(args.dtype, dst.data, offset_in_chunk(dst, plane, c, i) + e));
           }
         }

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Builds the CUDA preset and runs the tests that need GPUs: every stage against its host twin, the float64 oracle
+# through the whole program, and every layout on as many GPUs as there are.
+#   scripts/test_gpu.sh [-DNSA_CUDA_ARCHITECTURES=90 ...]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+scripts/build.sh cuda -DNSA_TESTS=ON "$@"
+ctest --preset cuda -L gpu

@@ -1,0 +1,47 @@
+// Memory: linear in the context, as planned, and within what was promised.
+
+#include "catch.hpp"
+#include "kernels/host/host.hpp"
+#include "nsa/experiment.hpp"
+
+using namespace nsa;
+
+namespace {
+
+Config config_of(const char* kind, const std::vector<std::string>& more = {}) {
+  std::vector<std::string> overrides = {"run.steps=2", "run.warmup=1", "model.n_heads=8", "run.backend=host"};
+  overrides.insert(overrides.end(), more.begin(), more.end());
+  return parse_config("[task]\nkind = \"" + std::string(kind) + "\"\n", "memory.toml", overrides);
+}
+
+double planned_bytes(const Config& config, std::int64_t context, int ranks) {
+  const Partition partition = make_partition(config, ranks, 0);
+  return static_cast<double>(planned_memory(host_kernels(), config, partition, {context, 1, -1}).total_peak);
+}
+
+}  // namespace
+
+TEST_CASE("planned memory grows no faster than the context") {
+  for (const char* kind : {"prefill", "decode"})
+    for (const int ranks : {1, 2, 8}) {
+      const Config config = config_of(kind);
+      for (std::int64_t context = 1 << 16; context < 1 << 22; context *= 4) {
+        CAPTURE(kind, ranks, context);
+        // Twice the context: at most twice the bytes. A buffer of T^2 elements would make it four times.
+        CHECK(planned_bytes(config, 2 * context, ranks) <= 2.0 * planned_bytes(config, context, ranks));
+        CHECK(planned_bytes(config, 2 * context, ranks) >= 1.5 * planned_bytes(config, context, ranks));
+      }
+    }
+}
+
+TEST_CASE("a 64K prefill takes the memory that was planned, under 4 GiB") {
+  const Config config = config_of("prefill", {"run.modes=[\"total\"]", "run.steps=1", "run.warmup=0", "run.check=false"});
+  const Session session = open_session(config, Control::world());
+  const PointRecord record = run_point(session, config, {1 << 16, 1, -1}, 0, [](double, double, const std::string&) {});
+  REQUIRE(record.valid);
+  const double planned = static_cast<double>(record.memory.planned.back());
+  const double resident = static_cast<double>(record.memory.process_peak.at(0));
+  CHECK(static_cast<double>(record.memory.measured_peak.back()) == planned);
+  CHECK(resident == Approx(planned).epsilon(0.10));
+  CHECK(resident < 4.0 * (std::int64_t{1} << 30));
+}

@@ -1,0 +1,212 @@
+#include <cmath>
+#include <limits>
+#include <sstream>
+#include <string>
+
+#include "catch.hpp"
+#include "nsa/config.hpp"
+#include "nsa/figures.hpp"
+#include "nsa/plan.hpp"
+#include "nsa/report.hpp"
+
+using namespace nsa;
+
+namespace {
+
+constexpr double none = std::numeric_limits<double>::quiet_NaN();
+
+/// A decode point on 2 ranks, 2 warm-up repetitions and 7 measured ones. In "branches" stage s of rank r takes
+/// (s + 1) * (r + 1) us, warm-up a thousand times that; "total" takes 50 us on rank 0 and 40 on rank 1.
+PointRecord a_point() {
+  PointRecord p;
+  p.parameters = {
+      {"task.kind", "decode"},      {"run.context", std::int64_t{128}},     {"run.batch", std::int64_t{1}},
+      {"run.force_branch", "none"}, {"model.n_kv_groups", std::int64_t{2}}, {"model.layers", std::int64_t{1}}};
+  p.heads = 2;
+  p.warmup_reps = 2;
+  p.time = {{"branches", "total"}, 2, 9, {}};
+  for (int mode = 0; mode < 2; ++mode)
+    for (int stage = 0; stage < stage_count; ++stage)
+      for (int rank = 0; rank < 2; ++rank)
+        for (int rep = 0; rep < 9; ++rep) {
+          const bool whole = stage == static_cast<int>(Stage::step);
+          const double seconds = mode == 0 ? (stage + 1) * (rank + 1) * 1e-6
+                                 : whole   ? (rank == 0 ? 50e-6 : 40e-6)
+                                           : none;
+          p.time.seconds.push_back(rep < 2 ? 1000 * seconds : seconds);
+        }
+  // [branch][rank][step]: the last step of (cmp 9, sel 160, win 160) in each of 2 groups, one a rank.
+  p.reads = {2, 2, {8, 9, 8, 9, 159, 160, 159, 160, 159, 160, 159, 160}, {}, {1192, 1193}};
+  p.reads.expected = p.reads.counted;
+  return p;
+}
+
+template <class Print>
+std::string printed(Print&& print) {
+  std::ostringstream out;
+  print(out);
+  return out.str();
+}
+
+std::string figures(const std::vector<PointRecord>& points) {
+  return printed([&](std::ostream& out) { print_figures(out, points); });
+}
+
+bool has(const std::string& text, const std::string& part) {
+  INFO("looking for: " << part << "\nin: " << text);
+  const bool found = text.find(part) != std::string::npos;
+  CHECK(found);
+  return found;
+}
+
+}  // namespace
+
+TEST_CASE("a stage's time is the slowest rank's, after warm-up", "[report]") {
+  PointRecord p = a_point();
+  CHECK(stage_time(p, "branches", Stage::project).median == Approx(2e-6));
+  CHECK(stage_time(p, "branches", Stage::project).n == 7);
+  CHECK(step_time(p).median == Approx(50e-6));
+  CHECK(stage_time(p, "one_hot_cmp", Stage::step).n == 0);
+  p.time.modes[1] = "one_hot_cmp";
+  CHECK(step_time(p).median == Approx(22e-6));  // of the branches mode, where total was not run
+}
+
+TEST_CASE("repetitions that a mode did not make are left out", "[report]") {
+  PointRecord p = a_point();
+  const std::size_t row = static_cast<std::size_t>(stage_count + static_cast<int>(Stage::step)) * 2 * 9;
+  for (const std::size_t rank : {0, 1}) p.time.seconds[row + rank * 9 + 8] = none;
+  CHECK(step_time(p).n == 6);
+}
+
+TEST_CASE("selection's share counts ranking and attending", "[report]") {
+  // Stages take 1..10 us times 2: rank is the 5th, attend_sel the 6th, all ten sum to 55.
+  CHECK(selection_share(a_point()) == Approx(11.0 / 55.0));
+  PointRecord p = a_point();
+  p.time.modes[0] = "one_hot_cmp";
+  CHECK(std::isnan(selection_share(p)));
+}
+
+TEST_CASE("reads are those of the last step, for one sequence and group", "[report]") {
+  const ReadFigures reads = last_reads(a_point());
+  CHECK(reads.counted == 329);
+  CHECK(reads.expected == 329);
+  CHECK(reads.nsa_vibe == 1193);
+  PointRecord p = a_point();
+  p.reads.counted[1] += 1;  // one token too many shows, and not rounded away
+  CHECK(last_reads(p).counted == 329.5);
+  p.reads = {};
+  CHECK(std::isnan(last_reads(p).counted));
+}
+
+TEST_CASE("the slowest rank is that of the most work of its own", "[report]") {
+  const std::vector<double> work = rank_work(a_point());
+  REQUIRE(work.size() == 2);
+  CHECK(work[0] == Approx(45e-6));  // 1 + ... + 9, without comm
+  CHECK(work[1] == Approx(90e-6));
+  const std::string text = printed([](std::ostream& out) { print_slowest(out, {a_point()}); });
+  CHECK(text ==
+        "slowest rank at context_128: 1 of 2 (heads=2 x kv=1), 90.0 us of its own work, 1.33 x the median rank\n");
+}
+
+TEST_CASE("the share of the copy rate takes the busiest rank, without what peers sent", "[report]") {
+  PointRecord p = a_point();
+  CHECK(std::isnan(copy_rate_fraction(p)));
+  p.copy_bandwidth = 10e9;
+  p.bytes.assign(stage_count * 2, 0);
+  p.bytes[static_cast<int>(Stage::step) * 2] = 1000;
+  p.bytes[static_cast<int>(Stage::step) * 2 + 1] = 300'000;
+  p.bytes[static_cast<int>(Stage::comm) * 2 + 1] = 50'000;
+  CHECK(copy_rate_fraction(p) == Approx(250e3 / 50e-6 / 10e9));
+}
+
+TEST_CASE("times have three digits and the unit that suits", "[report]") {
+  CHECK(time_text(1.234e-6) == "1.23 us");
+  CHECK(time_text(12.34e-6) == "12.3 us");
+  CHECK(time_text(123.4e-6) == "123 us");
+  CHECK(time_text(999.96e-6) == "1.00 ms");
+  CHECK(time_text(0.0456) == "45.6 ms");
+  CHECK(time_text(12.0) == "12.0 s");
+  CHECK(time_text(none) == "-");
+}
+
+TEST_CASE("the table has a line a point, and columns only where a point needs them", "[report]") {
+  PointRecord p = a_point();
+  std::string text = printed([&](std::ostream& out) { print_table(out, {p}); });
+  has(text,
+      " context    total      cmp     rank      sel      win     comm    other  share           reads nsa-vibe\n"
+      "     128  50.0 us  8.00 us  10.0 us  12.0 us  14.0 us  20.0 us  46.0 us  20.0%         329/329     1193\n");
+  p.parameters[2].second = std::int64_t{4};
+  p.parameters[3].second = "sel";
+  p.valid = false;
+  text = printed([&](std::ostream& out) { print_table(out, {a_point(), p}); });
+  has(text, " context  batch forced    total");
+  has(text, "     128      4    sel  50.0 us");
+  has(text, "  INVALID\n");
+}
+
+TEST_CASE("what was not measured shows as a dash", "[report]") {
+  PointRecord p = a_point();
+  p.time = {};
+  p.reads = {};
+  const std::string text = printed([&](std::ostream& out) { print_table(out, {p}); });
+  has(text,
+      "     128        -        -        -        -        -        -        -      -             -/-        -\n");
+}
+
+TEST_CASE("figures have stable names, and the verdict comes last", "[report]") {
+  PointRecord p = a_point();
+  p.max_abs_err = 1.5e-7;
+  p.memory.kinds = {"weights", "total"};
+  p.memory.measured_peak = {1, 2, 3'000'000, 4'000'000};
+  CHECK(figures({p}) ==
+        "FOM decode_time_context_128 = 50.000 us\n"
+        "FOM decode_rate_context_128 = 20000.0 tokens/s\n"
+        "FOM decode_selection_share_context_128 = 20.00 %\n"
+        "FOM decode_max_abs_err_context_128 = 1.500e-07 1\n"
+        "FOM decode_peak_memory_context_128 = 4.000 MB\n"
+        "RESULT: VALID\n");
+  p.parameters[2].second = std::int64_t{4};
+  p.parameters[3].second = "sel";
+  p.valid = false;
+  p.reason = "reads differ";
+  has(figures({a_point(), p}), "FOM decode_rate_context_128_batch_4_force_sel = 80000.0 tokens/s\n");
+  has(figures({a_point(), p}), "\nRESULT: INVALID (context_128_batch_4_force_sel: reads differ)\n");
+}
+
+TEST_CASE("a prefill's figures count its whole context, and nsa-vibe has no formula for it", "[report]") {
+  PointRecord p = a_point();
+  p.parameters[0].second = "prefill";
+  has(figures({p}), "FOM prefill_time_context_128 = 0.050 ms\nFOM prefill_rate_context_128 = 2560000.0 tokens/s\n");
+  has(to_csv({p}), "\n128,0.050000,0.008000,0.022000,0.014000,329,329,,,\n");
+}
+
+TEST_CASE("needles: a line a depth, and how many were found", "[report]") {
+  PointRecord p = a_point();
+  p.parameters[0].second = "needle";
+  p.needle = {{"depth", {0, 0.5}}, {"position", {0, 64}}, {"block", {0, 1}}, {"found", {1, 0}}, {"abs_err", {0, 2.5}}};
+  const std::string text = printed([&](std::ostream& out) { print_needles(out, {p}); });
+  has(text, "   0.000          0        0    yes   0.00e+00\n   0.500         64        1     no   2.50e+00\n");
+  has(figures({p}), "FOM needle_found_context_128 = 50.00 %\n");
+}
+
+TEST_CASE("the CSV has nsa-vibe's columns, then its formula", "[report]") {
+  CHECK(to_csv({a_point()}) ==
+        "S,ms_total,ms_cmp,ms_sel,ms_win,reads_actual,reads_expected,reads_actual_decode,reads_expected_decode,"
+        "reads_nsa_vibe\n"
+        "128,0.050000,0.008000,0.022000,0.014000,329,329,329,329,1193\n");
+}
+
+TEST_CASE("a plan says who owns what and what a step exchanges", "[plan]") {
+  const Config config = parse_config(
+      "[task]\nkind = \"decode\"\n[run]\nbackend = \"host\"\ncontext = 1000\nsteps = 24\n"
+      "[parallel]\nheads = 2\nkv = 3\nkv_chunk_blocks = 2\n",
+      "in.toml", {});
+  const std::string text = printed([&](std::ostream& out) { print_plan(out, config, 6); });
+  // 1024 positions are 16 blocks in 8 chunks: 0 3 6, 1 4 7, 2 5.
+  has(text, "     0          0        0          0        0-1  0-1 6-7 12-13\n");
+  has(text, "     4          1        1          1        2-3  2-3 8-9 14-15\n");
+  has(text, "     5          1        2          1        2-3  4-5 10-11\n");
+  has(text, "exchange a step and layer: candidates     all_gather over 3 ranks, 128 B from each\n");    // 16 of 8 bytes
+  has(text, "exchange a step and layer: heads          all_reduce over 2 ranks, 1.02 kB from each\n");  // 256 floats
+  CHECK_THROWS(printed([&](std::ostream& out) { print_plan(out, config, 4); }));
+}
