@@ -26,6 +26,7 @@ constexpr int warps = 4;  // that multiply
 constexpr int step_tokens = 16;
 constexpr int tile_tokens = warps * step_tokens;
 constexpr int most_cluster = 16;
+constexpr int most_registers = 136;  // three CTAs of 5 warps an SM
 constexpr float lowest = -1e30f;  // a maximum of nothing: finite, so that differences are no NaN
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool streams = false;
@@ -202,15 +203,13 @@ __device__ __forceinline__ Keys<DK> load_keys(const T* from, int rows) {
 }
 
 template <class T, int DV>
-__device__ __forceinline__ Values<DV> load_values(const T* from, int rows) {
+__device__ __forceinline__ Values load_values(const T* from, int block, int rows) {
   const int g = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
-  Values<DV> values;
+  Values values;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const int token = 2 * quad + (r & 1) + (r & 2) * 4;
-#pragma unroll
-    for (int block = 0; block < DV / 64; ++block)
-      values.row[block][r] = token < rows ? load_piece(from + token * DV + block * 64 + g * 8) : uint4{};
+    values.row[r] = token < rows ? load_piece(from + token * DV + block * 64 + g * 8) : uint4{};
   }
   return values;
 }
@@ -314,7 +313,12 @@ __device__ __forceinline__ void Cta<T, DK, DV, B>::walk() {
       count += rows;
       if (!weigh) continue;
       const T* values = streams ? static_cast<const T*>(ring.take()) + warp * step_tokens * DV : v + (unit.row + at) * DV;
-      if (rows > 0) add_values<T, DV>(o, c, load_values<T, DV>(values, rows));
+      if (rows > 0) {
+        const Weights<T> weights(c);
+#pragma unroll
+        for (int block = 0; block < DV / 64; ++block)
+          add_values(o[block], weights, load_values<T, DV>(values, block, rows));
+      }
       if (streams) ring.release();
     }
     if (B == cmp && quad == 0) {
@@ -447,7 +451,7 @@ __device__ __forceinline__ void Cta<T, DK, DV, B>::merge_splits(int first, int s
 }
 
 template <class T, int DK, int DV, Branch B>
-__global__ void __launch_bounds__(32 * (warps + 1), 3) decode_kernel(const __grid_constant__ Params p) {
+__global__ void __maxnreg__(most_registers) decode_kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) char shared[];
   Cta<T, DK, DV, B> cta(p, shared);
   __syncthreads();

@@ -79,10 +79,17 @@ struct Keys {
   uint4 first[DK / 32], second[DK / 32];
 };
 
-/// Operand B of p v: tokens 2t, 2t+1, 2t+8, 2t+9.
-template <int DV>
+/// Operand B of p v for 64 columns: tokens 2t, 2t+1, 2t+8, 2t+9, columns 8g .. 8g+7.
 struct Values {
-  uint4 row[DV / 64][4];
+  uint4 row[4];
+};
+
+/// Operand A of p v: the weights of 16 tokens as q k^T left them.
+template <class T>
+struct Weights {
+  std::uint32_t a[4];
+  __device__ __forceinline__ explicit Weights(const float (&p)[2][4])
+      : a{pack(p[0][0], p[0][1], T{}), pack(p[0][2], p[0][3], T{}), pack(p[1][0], p[1][1], T{}), pack(p[1][2], p[1][3], T{})} {}
 };
 
 /// c[0]: tokens 0..7, c[1]: tokens 8..15, from zero.
@@ -102,25 +109,19 @@ __device__ __forceinline__ void scores_of(float (&c)[2][4], const Queries<DK>& q
   }
 }
 
-/// o += p v; o[block][j]: columns 64*block + 16t + j of row g (then 16t + 8 + j), and of row g + 8.
-template <class T, int DV>
-__device__ __forceinline__ void add_values(float (&o)[DV / 64][8][4], const float (&p)[2][4], const Values<DV>& v) {
-  const std::uint32_t a0 = pack(p[0][0], p[0][1], T{}), a1 = pack(p[0][2], p[0][3], T{});
-  const std::uint32_t a2 = pack(p[1][0], p[1][1], T{}), a3 = pack(p[1][2], p[1][3], T{});
+/// o += p v for 64 columns; o[j]: columns 16t + j of row g (then 16t + 8 + j), and of row g + 8.
+template <class T>
+__device__ __forceinline__ void add_values(float (&o)[8][4], const Weights<T>& p, const Values& v) {
+  const std::uint32_t w[4][4] = {{v.row[0].x, v.row[0].y, v.row[0].z, v.row[0].w},
+                                 {v.row[1].x, v.row[1].y, v.row[1].z, v.row[1].w},
+                                 {v.row[2].x, v.row[2].y, v.row[2].z, v.row[2].w},
+                                 {v.row[3].x, v.row[3].y, v.row[3].z, v.row[3].w}};
 #pragma unroll
-  for (int block = 0; block < DV / 64; ++block) {
-    const uint4(&row)[4] = v.row[block];
-    const std::uint32_t w[4][4] = {{row[0].x, row[0].y, row[0].z, row[0].w},
-                                   {row[1].x, row[1].y, row[1].z, row[1].w},
-                                   {row[2].x, row[2].y, row[2].z, row[2].w},
-                                   {row[3].x, row[3].y, row[3].z, row[3].w}};
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      mma(o[block][2 * pair], a0, a1, a2, a3, __byte_perm(w[0][pair], w[1][pair], 0x5410),
-          __byte_perm(w[2][pair], w[3][pair], 0x5410), T{});
-      mma(o[block][2 * pair + 1], a0, a1, a2, a3, __byte_perm(w[0][pair], w[1][pair], 0x7632),
-          __byte_perm(w[2][pair], w[3][pair], 0x7632), T{});
-    }
+  for (int pair = 0; pair < 4; ++pair) {
+    mma(o[2 * pair], p.a[0], p.a[1], p.a[2], p.a[3], __byte_perm(w[0][pair], w[1][pair], 0x5410),
+        __byte_perm(w[2][pair], w[3][pair], 0x5410), T{});
+    mma(o[2 * pair + 1], p.a[0], p.a[1], p.a[2], p.a[3], __byte_perm(w[0][pair], w[1][pair], 0x7632),
+        __byte_perm(w[2][pair], w[3][pair], 0x7632), T{});
   }
 }
 

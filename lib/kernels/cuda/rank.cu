@@ -2,9 +2,11 @@
 //
 // A cluster of up to 8 CTAs a (row, group), one where rows are many or the GPU has no clusters. The raw scores are read
 // once per overlapping block (1.25 times at the paper's geometry): 4 * 1.25 bytes a head and compressed token, from L2
-// where attend_cmp left them. Each CTA scores a slice of the blocks and puts their keys into the first one's shared
-// memory (into scratch where they do not fit); there a radix selection of 4 passes finds the n-th largest and one
-// ordered sweep collects. Bound: latency in decode, exponentials (one a head and overlapping token) in prefill.
+// where attend_cmp left them. Each CTA scores a slice of the blocks. Small slices: every CTA counts, key by key, how many
+// are better, and puts its best n into the first one's shared memory, which counts once more among those. Large ones: all
+// keys go to the first CTA's shared memory (scratch where they do not fit), where a radix selection of 4 passes finds
+// the n-th largest and one ordered sweep collects. Bound: latency in decode, exponentials (one a head and overlapping
+// token) in prefill.
 
 #include <algorithm>
 
@@ -17,6 +19,7 @@ namespace {
 
 constexpr int most_threads = 512;
 constexpr int most_cluster = 8;
+constexpr int most_counted = 512;  // keys a CTA compares all with all
 
 struct Params {
   RankArgs a;
@@ -26,6 +29,7 @@ struct Params {
   int tokens_per_block;      // compressed tokens that overlap a block, at most
   bool in_scratch;           // keys
   int cluster;               // CTAs of a list
+  bool counted;              // slices are small
 };
 
 // The u-th block this rank holds.
@@ -55,7 +59,7 @@ __device__ void load_normalisers(const Params& p, std::int64_t row, std::int64_t
 // Sum over the group's heads of p[i], heads rising.
 __device__ float token_probability(const Params& p, const float* scores, const float2* normaliser) {
   float sum = 0.0f;
-#pragma unroll 8
+#pragma unroll 16
   for (int h = 0; h < p.a.shape.heads_per_group; ++h)
     sum += exp2_fast(scores[h * p.pitch] - normaliser[h].x) * normaliser[h].y;
   return sum;
@@ -68,8 +72,9 @@ __device__ unsigned key_of(const BlockRules& r, std::int64_t j, std::int64_t t, 
 
 // Keys of the blocks [begin, end) among those held. Several at a time: a thread a (block, overlapping token), then a
 // thread a block adds its tokens up by rising index.
+template <class Keep>
 __device__ void score_blocks(const Params& p, std::int64_t row, std::int64_t g, std::int64_t t, std::int64_t begin,
-                             std::int64_t end, const float2* normaliser, float* terms, unsigned* keys) {
+                             std::int64_t end, const float2* normaliser, float* terms, Keep keep) {
   const LayerShape& s = p.a.shape;
   const BlockRules& r = s.rules;
   const std::int64_t n = compressed_tokens(r, t);
@@ -91,7 +96,7 @@ __device__ void score_blocks(const Params& p, std::int64_t row, std::int64_t g, 
       float sum = 0.0f;
       for (int k = 0; k < per_block; ++k) sum += terms[b * per_block + k];
       const std::int64_t j = block_at(p, u0 + b);
-      keys[u0 + b] = key_of(r, j, t, sum);
+      keep(u0 + b, key_of(r, j, t, sum));
       if (p_slc && j < p.a.p_slc_blocks) p_slc[j] = sum;
     }
     __syncthreads();
@@ -205,64 +210,139 @@ __device__ void clear_scores(const Params& p, std::int64_t list, std::int64_t el
     if (j >= eligible || !(all || has_chunk(p.a.token_map, j / p.per_chunk))) p.a.p_slc[list * p.a.p_slc_blocks + j] = 0.0f;
 }
 
-// The chosen blocks by rising index, and as candidates from the best down.
-__device__ void put_out(const Params& p, std::int64_t list, const unsigned* keys, int found, const int* chosen,
-                        Candidate* best) {
-  const int n_sel = p.a.shape.rules.n_sel;
-  for (int c = threadIdx.x; c < n_sel; c += blockDim.x) {
-    const bool is_there = c < found;
-    const auto block = is_there ? static_cast<std::int32_t>(block_at(p, chosen[c])) : -1;
-    if (p.a.selected) p.a.selected[list * n_sel + c] = block;
-    if (is_there) best[c] = {__uint_as_float(keys[chosen[c]]), block};
-  }
-  if (!p.a.candidates) return;
-  __syncthreads();
-  for (int c = threadIdx.x; c < n_sel; c += blockDim.x) {
-    int place = c;
-    if (c < found) {
-      place = 0;
-      for (int other = 0; other < found; ++other) place += is_better(best[other], best[c]);
-    }
-    p.a.candidates[list * n_sel + place] = c < found ? best[c] : Candidate{};
+// A key and the block among those held it belongs to; none: block -1, worse than any.
+struct Entry {
+  unsigned key;
+  int block;
+};
+__device__ __forceinline__ bool precedes(Entry a, Entry b) {
+  return a.key > b.key || (a.key == b.key && static_cast<unsigned>(a.block) < static_cast<unsigned>(b.block));
+}
+
+// The best n of `count` entries, in order, to `to`; with fewer, entries of none follow. All threads.
+__device__ void best_of(const Entry* entries, int count, int n, Entry* to) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const Entry mine = entries[i];
+    int better = 0;
+#pragma unroll 8
+    for (int other = 0; other < count; ++other) better += precedes(entries[other], mine);
+    if (mine.block >= 0 && better < n) to[better] = mine;
   }
 }
 
-// Shared memory: normalisers [h], best [n], terms [max(threads, tokens a block)], histogram [256], chosen [n], keys.
-__global__ void __launch_bounds__(most_threads) rank_kernel(const __grid_constant__ Params p) {
-  extern __shared__ float2 shared[];
-  wait_for_previous();
-  const LayerShape& s = p.a.shape;
-  const BlockRules& r = s.rules;
-  const int n_sel = r.n_sel, slice = blockIdx.x % p.cluster;
-  const std::int64_t list = blockIdx.x / p.cluster, row = list / s.groups, g = list % s.groups;
-  float2* normaliser = shared;
-  Candidate* best = reinterpret_cast<Candidate*>(normaliser + s.heads_per_group);
-  float* terms = reinterpret_cast<float*>(best + n_sel);
-  unsigned* histogram = reinterpret_cast<unsigned*>(terms + max(static_cast<int>(blockDim.x), p.tokens_per_block));
-  int* chosen = reinterpret_cast<int*>(histogram + 256);
-  unsigned* keys = p.in_scratch ? static_cast<unsigned*>(p.a.scratch) + list * p.most_blocks
-                                : reinterpret_cast<unsigned*>(chosen + n_sel);
-  const std::int64_t t = tile_row(p.a.tile, row).t, eligible = eligible_blocks(r, t), blocks = held_blocks(p, eligible);
-  load_normalisers(p, row, g, normaliser);
-  if (slice == 0) clear_scores(p, list, eligible);
+// From the best down as candidates, by rising index as the selection. Entries of none stand at the end.
+__device__ void put_out(const Params& p, std::int64_t list, const Entry* best) {
+  const int n_sel = p.a.shape.rules.n_sel;
+  for (int c = threadIdx.x; c < n_sel; c += blockDim.x) {
+    const Entry mine = best[c];
+    const auto block = mine.block < 0 ? -1 : static_cast<std::int32_t>(block_at(p, mine.block));
+    if (p.a.candidates)
+      p.a.candidates[list * n_sel + c] = block < 0 ? Candidate{} : Candidate{__uint_as_float(mine.key), block};
+    if (!p.a.selected) continue;
+    int place = c;
+    if (block >= 0) {
+      place = 0;
+      for (int other = 0; other < n_sel; ++other)
+        place += best[other].block >= 0 && best[other].block < mine.block;
+    }
+    p.a.selected[list * n_sel + place] = block;
+  }
+}
+
+// Shared memory: normalisers [h], best [n], the slices' best [cluster * n], terms [max(threads, tokens a block)],
+// histogram [256], chosen [n], keys (entries of the slice where they are counted).
+struct Shared {
+  float2* normaliser;
+  Entry *best, *gathered;
+  float* terms;
+  unsigned* histogram;
+  int* chosen;
+  void* keys;
+  __device__ Shared(const Params& p, float2* memory) {
+    const int n = p.a.shape.rules.n_sel;
+    normaliser = memory;
+    best = reinterpret_cast<Entry*>(normaliser + p.a.shape.heads_per_group);
+    gathered = best + n;
+    terms = reinterpret_cast<float*>(gathered + p.cluster * n);
+    histogram = reinterpret_cast<unsigned*>(terms + (max(static_cast<int>(blockDim.x), p.tokens_per_block) + 1) / 2 * 2);
+    chosen = reinterpret_cast<int*>(histogram + 256);
+    keys = chosen + (n + 1) / 2 * 2;
+  }
+};
+
+std::size_t fixed_shared(const LayerShape& s, int threads, int tokens_per_block, int cluster) {
+  return s.heads_per_group * sizeof(float2) + (1 + cluster) * s.rules.n_sel * sizeof(Entry) +
+         ((std::max(threads, tokens_per_block) + 1) / 2 * 2 + 256) * sizeof(float) + (s.rules.n_sel + 1) / 2 * 2 * sizeof(int) + 16;
+}
+
+// Small slices: the best n of each, then the best n of those in the first CTA.
+__device__ void choose_counted(const Params& p, const Shared& at, int slice, int size) {
+  const int n = p.a.shape.rules.n_sel;
+  Entry* mine = in_cta(at.gathered, 0) + slice * n;
+  for (int c = size + threadIdx.x; c < n; c += blockDim.x) mine[c] = {0, -1};
+  best_of(static_cast<const Entry*>(at.keys), size, n, mine);
+  if (p.cluster > 1)
+    cluster_barrier();
+  else
+    __syncthreads();
+  if (slice != 0) return;
+  for (int c = threadIdx.x; c < n; c += blockDim.x) at.best[c] = {0, -1};
   __syncthreads();
-  if (p.cluster > 1) cluster_barrier();  // the first CTA must have started before others write to its memory
-  const std::int64_t each = (blocks + p.cluster - 1) / p.cluster, begin = each * slice;
-  score_blocks(p, row, g, t, begin, begin + each < blocks ? begin + each : blocks, normaliser, terms,
-               p.cluster > 1 && !p.in_scratch ? in_cta(keys, 0) : keys);
+  best_of(at.gathered, p.cluster * n, n, at.best);
+}
+
+// Large slices: all keys in one place, the n-th largest by radix.
+__device__ void choose_sorted(const Params& p, const Shared& at, const unsigned* keys, int slice, std::int64_t blocks) {
+  const int n = p.a.shape.rules.n_sel;
   if (p.cluster > 1) {
     if (p.in_scratch) __threadfence();
     cluster_barrier();
   }
   if (slice != 0) return;
-  const int found = static_cast<int>(blocks < n_sel ? blocks : n_sel);
-  if (blocks > n_sel) {
-    collect(blocks, n_sel, nth_largest(blocks, n_sel, histogram, keys), keys, chosen);
+  const int found = static_cast<int>(blocks < n ? blocks : n);
+  if (blocks > n) {
+    collect(blocks, n, nth_largest(blocks, n, at.histogram, keys), keys, at.chosen);
   } else {
-    for (int c = threadIdx.x; c < found; c += blockDim.x) chosen[c] = c;
+    for (int c = threadIdx.x; c < found; c += blockDim.x) at.chosen[c] = c;
   }
   __syncthreads();
-  put_out(p, list, keys, found, chosen, best);
+  for (int c = threadIdx.x; c < n; c += blockDim.x) {
+    at.gathered[c] = c < found ? Entry{keys[at.chosen[c]], at.chosen[c]} : Entry{0, -1};
+    at.best[c] = {0, -1};
+  }
+  __syncthreads();
+  best_of(at.gathered, found, n, at.best);
+}
+
+__global__ void __launch_bounds__(most_threads) rank_kernel(const __grid_constant__ Params p) {
+  extern __shared__ float2 shared[];
+  const LayerShape& s = p.a.shape;
+  const Shared at(p, shared);
+  const int slice = blockIdx.x % p.cluster;
+  const std::int64_t list = blockIdx.x / p.cluster, row = list / s.groups, g = list % s.groups;
+  wait_for_previous();
+  const std::int64_t t = tile_row(p.a.tile, row).t, eligible = eligible_blocks(s.rules, t), blocks = held_blocks(p, eligible);
+  load_normalisers(p, row, g, at.normaliser);
+  if (slice == 0) clear_scores(p, list, eligible);
+  __syncthreads();
+  if (p.cluster > 1) cluster_barrier();  // the first CTA must have started before others write to its memory
+  const std::int64_t each = (blocks + p.cluster - 1) / p.cluster, begin = each * slice < blocks ? each * slice : blocks;
+  const std::int64_t end = begin + each < blocks ? begin + each : blocks;
+  if (p.counted) {
+    Entry* entries = static_cast<Entry*>(at.keys);
+    score_blocks(p, row, g, t, begin, end, at.normaliser, at.terms,
+                 [&](std::int64_t u, unsigned key) { entries[u - begin] = {key, static_cast<int>(u)}; });
+    choose_counted(p, at, slice, static_cast<int>(end - begin));
+  } else {
+    unsigned* keys = p.in_scratch ? static_cast<unsigned*>(p.a.scratch) + list * p.most_blocks
+                                  : static_cast<unsigned*>(at.keys);
+    unsigned* to = p.cluster > 1 && !p.in_scratch ? in_cta(keys, 0) : keys;
+    score_blocks(p, row, g, t, begin, end, at.normaliser, at.terms, [&](std::int64_t u, unsigned key) { to[u] = key; });
+    choose_sorted(p, at, keys, slice, blocks);
+  }
+  if (slice != 0) return;
+  __syncthreads();
+  put_out(p, list, at.best);
 }
 
 // Shared memory: all candidates, and whether each is among the best n.
@@ -293,41 +373,40 @@ __global__ void select_kernel(const __grid_constant__ SelectArgs a) {
   for (int c = found + threadIdx.x; c < n; c += blockDim.x) to[c] = -1;
 }
 
-std::size_t fixed_shared(const LayerShape& s, int threads, int tokens_per_block) {
-  return s.heads_per_group * sizeof(float2) + s.rules.n_sel * (sizeof(Candidate) + sizeof(int)) +
-         (std::max(threads, tokens_per_block) + 256) * sizeof(float);
-}
-
 int tokens_per_block(const BlockRules& r) { return r.l_sel / r.d + (r.l - 1) / r.d; }
 
 }  // namespace
 
 std::size_t rank_scratch(const LayerShape& s, const QueryTile& tile) {
   const std::int64_t blocks = tile.max_positions / s.rules.l_sel + 1;
-  const std::size_t shared = fixed_shared(s, most_threads, tokens_per_block(s.rules)) + blocks * sizeof(float);
-  return shared <= limits().shared_bytes - 1024 ? 0 : static_cast<std::size_t>(tile.rows() * s.groups * blocks) * sizeof(float);
+  const std::size_t shared =
+      fixed_shared(s, most_threads, tokens_per_block(s.rules), most_cluster) + blocks * sizeof(unsigned);
+  return shared <= limits().shared_bytes - 1024 ? 0 : static_cast<std::size_t>(tile.rows() * s.groups * blocks) * sizeof(unsigned);
 }
 
 void rank(const RankArgs& a, Stream* stream) {
   const std::int64_t lists = a.tile.rows() * a.shape.groups;
   if (lists == 0) return;
   const BlockRules& r = a.shape.rules;
-  Params p{a, 0, 0, INT64_MAX, tokens_per_block(r), false, 1};
+  Params p{a, 0, 0, INT64_MAX, tokens_per_block(r), false, 1, false};
   p.pitch = score_pitch(a.cmp_map, compressed_tokens(r, a.tile.max_positions - 1));
   const std::int64_t blocks = (a.tile.max_positions - 1) / r.l_sel + 1;
   if (a.token_map.chunk != INT64_MAX) p.per_chunk = a.token_map.chunk / r.l_sel;
   p.most_blocks = a.token_map.rank == all_ranks || a.token_map.kv == 1
                       ? blocks
                       : owned_chunks(a.token_map, blocks * r.l_sel, a.token_map.rank) * p.per_chunk;
-  const int threads = lists > limits().units ? 256 : most_threads;
   // A slice of a few blocks is not worth a CTA.
   if (limits().capability >= 90)
-    while (p.cluster < most_cluster && lists * p.cluster < limits().units && blocks > p.cluster * 16) p.cluster *= 2;
-  const std::size_t fixed = fixed_shared(a.shape, threads, p.tokens_per_block), listed = p.most_blocks * sizeof(float);
+    while (p.cluster < most_cluster && lists * p.cluster < 3 * limits().units && blocks > p.cluster * 16) p.cluster *= 2;
+  const int threads = lists * p.cluster > 2 * limits().units ? 256 : most_threads;
+  const std::int64_t slice = (p.most_blocks + p.cluster - 1) / p.cluster;
+  p.counted = slice <= most_counted;
+  const std::size_t fixed = fixed_shared(a.shape, threads, p.tokens_per_block, p.cluster);
+  const std::size_t listed = p.counted ? slice * sizeof(Entry) : p.most_blocks * sizeof(unsigned);
   p.in_scratch = fixed + listed > limits().shared_bytes - 1024;
   if (p.in_scratch && a.scratch_bytes < lists * listed) throw InternalError("rank: scratch too small");
-  const std::size_t shared = fixed + (p.in_scratch ? 0 : listed);
-  launch_early(rank_kernel, dim3(static_cast<unsigned>(lists * p.cluster)), threads, shared, stream, p.cluster, p);
+  launch_early(rank_kernel, dim3(static_cast<unsigned>(lists * p.cluster)), threads, fixed + (p.in_scratch ? 0 : listed),
+               stream, p.cluster, p);
 }
 
 void select(const SelectArgs& a, Stream* stream) {
