@@ -67,7 +67,8 @@ Communicator::Communicator(const Backend& backend, const Control& group) : impl_
   impl_->rank = group.rank();
   impl_->size = group.size();
   if (impl_->size == 1) return;
-  impl_->state = backend.kind == BackendKind::cuda ? open_nccl(group.impl(), impl_->ops) : open_mpi(group.impl(), impl_->ops);
+  impl_->state =
+      backend.kind == BackendKind::cuda ? open_nccl(group.impl(), impl_->ops) : open_mpi(group.impl(), impl_->ops);
 }
 
 Communicator::~Communicator() {

@@ -24,7 +24,8 @@ ncclComm_t comm_of(void* state) { return static_cast<ncclComm_t>(state); }
 cudaStream_t cuda(Stream* stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 void gather_over_nccl(void* state, const void* send, void* recv, std::size_t bytes, Stream* stream) {
-  check_nccl(ncclAllGather(send, recv, bytes, ncclUint8, comm_of(state), cuda(stream)), "ncclAllGather", comm_of(state));
+  check_nccl(ncclAllGather(send, recv, bytes, ncclUint8, comm_of(state), cuda(stream)), "ncclAllGather",
+             comm_of(state));
 }
 
 void sum_over_nccl(void* state, float* data, std::size_t count, Stream* stream) {
@@ -68,7 +69,8 @@ void* open_nccl(const Control::Impl& group, CollectiveOps& ops) {
 std::string nccl_version() {
   int version = 0;
   check_nccl(ncclGetVersion(&version), "ncclGetVersion");
-  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." + std::to_string(version % 100);
+  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
+         std::to_string(version % 100);
 }
 
 }  // namespace nsa

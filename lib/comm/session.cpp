@@ -89,9 +89,9 @@ std::vector<std::string> Control::gather(const std::string& text) const {
   check_mpi(MPI_Gather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, 0, impl_->comm), "MPI_Gather");
   std::exclusive_scan(lengths.begin(), lengths.end(), offsets.begin(), 0);
   std::string all(impl_->rank == 0 ? static_cast<std::size_t>(offsets.back() + lengths.back()) : 0, '\0');
-  check_mpi(MPI_Gatherv(text.data(), length, MPI_CHAR, all.data(), lengths.data(), offsets.data(), MPI_CHAR, 0,
-                        impl_->comm),
-            "MPI_Gatherv");
+  check_mpi(
+      MPI_Gatherv(text.data(), length, MPI_CHAR, all.data(), lengths.data(), offsets.data(), MPI_CHAR, 0, impl_->comm),
+      "MPI_Gatherv");
   std::vector<std::string> texts;
   if (impl_->rank != 0) return texts;
   for (int r = 0; r < impl_->size; ++r) texts.push_back(all.substr(offsets[r], lengths[r]));
@@ -141,7 +141,8 @@ void Control::barrier() const { check_mpi(MPI_Barrier(impl_->comm), "MPI_Barrier
 void Control::agree(ExitCode code, const std::string& message) const {
   const int worst = static_cast<int>(max(std::int64_t{static_cast<int>(code)}));
   if (worst == 0) return;
-  const std::int64_t first = impl_->size - max(message.empty() ? std::int64_t{0} : std::int64_t{impl_->size - impl_->rank});
+  const std::int64_t first =
+      impl_->size - max(message.empty() ? std::int64_t{0} : std::int64_t{impl_->size - impl_->rank});
   throw UserError(broadcast(message, static_cast<int>(first)), static_cast<ExitCode>(worst));
 }
 

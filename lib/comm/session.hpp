@@ -34,12 +34,12 @@ class Control {
   int size() const;
   int local_rank() const;  ///< among the ranks of this host
   int local_size() const;
-  std::string broadcast(const std::string& text, int root = 0) const;  ///< root's text
-  std::vector<std::string> gather(const std::string& text) const;      ///< by rank; empty but on rank 0
+  std::string broadcast(const std::string& text, int root = 0) const;   ///< root's text
+  std::vector<std::string> gather(const std::string& text) const;       ///< by rank; empty but on rank 0
   std::vector<double> gather(const std::vector<double>& values) const;  ///< equal lengths, by rank; empty but on rank 0
   std::vector<std::int64_t> gather(const std::vector<std::int64_t>& values) const;
-  void sum(std::vector<float>& values) const;    ///< elementwise over ranks, the result on rank 0
-  double max(double value) const;                ///< on every rank
+  void sum(std::vector<float>& values) const;  ///< elementwise over ranks, the result on rank 0
+  double max(double value) const;              ///< on every rank
   std::int64_t max(std::int64_t value) const;
   void barrier() const;
   /// Every rank says how it fared; all get the worst code, and rank 0 each rank's message ("" = fine).

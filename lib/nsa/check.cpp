@@ -79,8 +79,10 @@ std::string selection_problem(const BlockRules& r, std::int64_t t, const std::ve
       if (!is_chosen[j]) return "forced block " + std::to_string(j) + " not chosen";
       continue;
     }
-    if (is_chosen[j]) worst_in = std::min(worst_in, s[j]);
-    else best_out = std::max(best_out, s[j]);
+    if (is_chosen[j])
+      worst_in = std::min(worst_in, s[j]);
+    else
+      best_out = std::max(best_out, s[j]);
   }
   // fp32 scores of normalised probabilities: a few hundred roundings of relative size 2^-24.
   if (best_out > worst_in + 1e-4 * best_out) return "a block of lower importance was chosen";
@@ -105,10 +107,13 @@ CheckResult check_row(const Work& w, std::int64_t plane, std::int64_t row, std::
   const auto* q_at = w.buffers.q.as<std::byte>() + ((w.first_row + row) * heads + head) * s.d_k * size;
   const Rows q = download(e, q_at, h * s.d_k, s.dtype);
   std::vector<std::int32_t> chosen =
-      download_ints(e, w.buffers.selected.as<std::int32_t>() +
-                           (((e.config.model.layers - 1) * w.tile.rows() + row) * s.groups + group) * r.n_sel, r.n_sel);
+      download_ints(e,
+                    w.buffers.selected.as<std::int32_t>() +
+                        (((e.config.model.layers - 1) * w.tile.rows() + row) * s.groups + group) * r.n_sel,
+                    r.n_sel);
 
-  std::vector<std::int64_t> tokens[branches] = {range(0, compressed_tokens(r, t)), {}, range(window_begin(r, t), t + 1)};
+  std::vector<std::int64_t> tokens[branches] = {
+      range(0, compressed_tokens(r, t)), {}, range(window_begin(r, t), t + 1)};
   for (const std::int32_t j : chosen)
     if (j >= 0)
       for (const std::int64_t i : range(std::int64_t{j} * r.l_sel, std::min((j + std::int64_t{1}) * r.l_sel, t + 1)))
@@ -124,13 +129,15 @@ CheckResult check_row(const Work& w, std::int64_t plane, std::int64_t row, std::
       const std::vector<double> p = softmax(q.data() + j * s.d_k, k, s.d_k);
       result.merge({attention_error(p, v, s.d_v, o.data() + j * s.d_v), {}});
       for (std::size_t i = 0; c == cmp && i < p.size(); ++i)
-        for (std::int64_t b = static_cast<std::int64_t>(i) * r.d / r.l_sel; b < std::ssize(importance) && b * r.l_sel < std::int64_t(i) * r.d + r.l; ++b)
+        for (std::int64_t b = static_cast<std::int64_t>(i) * r.d / r.l_sel;
+             b < std::ssize(importance) && b * r.l_sel < std::int64_t(i) * r.d + r.l; ++b)
           importance[b] += p[i] * overlap(r, static_cast<std::int64_t>(i), b);
     }
   }
   if (!w.exchange || e.partition.kv_rank == 0) result.problem = selection_problem(r, t, importance, chosen);
   if (result.problem.empty() && !(result.max_abs_err <= error_bound(s.dtype)))
-    result.problem = "error " + std::to_string(result.max_abs_err) + " against float64 exceeds " + std::to_string(error_bound(s.dtype));
+    result.problem = "error " + std::to_string(result.max_abs_err) + " against float64 exceeds " +
+                     std::to_string(error_bound(s.dtype));
   if (!result.problem.empty())
     result.problem = "position " + std::to_string(t) + ", sequence " + std::to_string(plane / s.groups) + ", group " +
                      std::to_string(e.partition.group_begin + group) + ": " + result.problem;

@@ -75,7 +75,7 @@ void visit_keys(ConfigOrConst& c, Visitor&& visit) {
   visit("nsa.l_sel", c.nsa.l_sel, small);
   visit("nsa.n_sel", c.nsa.n_sel, small);
   visit("nsa.n_init", c.nsa.n_init, Range{0, 65536});
-  visit("nsa.n_local", c.nsa.n_local, Range{0, 65536});
+  visit("nsa.n_local", c.nsa.n_local, Range{1, 65536});  // the query's own block is always chosen
   visit("nsa.w", c.nsa.w, tokens);
   visit("nsa.phi", c.phi, phi_kinds);
   visit("nsa.phi_hidden", c.phi_hidden, Range{0, 65536});

@@ -129,6 +129,12 @@ void check_run(const Config& c, Checker& check) {
     check.add({"parallel.heads", "model.n_kv_groups"},
               fmt::format("parallel.heads = {} must divide model.n_kv_groups = {} (a shard owns whole groups)",
                           c.parallel.heads, c.model.n_kv_groups));
+  if (r.scope == Scope::attention && c.phi == PhiKind::mlp)
+    check.add({"run.scope", "nsa.phi"}, "run.scope = \"attention\" needs nsa.phi = \"mean\" (it has no weights)");
+  if (r.scope == Scope::attention && c.model.layers > 1)
+    check.add({"run.scope", "model.layers"}, "run.scope = \"attention\" needs model.layers = 1 (q, k and v are given)");
+  if (r.fill == CacheFill::synthetic && !c.input_file.empty())
+    check.add({"run.fill", "input.file"}, "run.fill = \"synthetic\" takes nothing from input.file; use fill = \"prefill\"");
   if (c.output.file.empty()) check.add({"output.file"}, "output.file is empty; name the result file");
 }
 

@@ -35,7 +35,8 @@ Decode::Decode(Engine& e, const TensorSource* source, bool record)
       position_(e.allocator()(MemoryKind::workspace, 8)),
       step_(e.allocator()(MemoryKind::workspace, 8)) {
   const LayerShape& s = e.shape();
-  const std::int64_t steps = e.config.run.steps, batch = e.point.batch, storage = static_cast<std::int64_t>(size_of(s.dtype));
+  const std::int64_t steps = e.config.run.steps, batch = e.point.batch,
+                     storage = static_cast<std::int64_t>(size_of(s.dtype));
   const auto make = [&](std::int64_t bytes) { return e.allocator()(MemoryKind::activations, bytes); };
   selected_count_ = e.config.model.layers * e.planes() * s.rules.n_sel;
   reads_log_ = make(steps * branches * e.planes() * 8);
@@ -74,7 +75,8 @@ void Decode::load_inputs(const TensorSource& source) {
   upload_floats(rows("given/gate", gate_columns(e.config, e.point, e.partition)), gate_steps_);
   for (const Branch c : kv_column_order) {
     if (e.shape().shared_kv && c != sel) continue;
-    upload(e, rows(kv_name(e.shape(), c, false), kv_columns(e.config, e.point, e.partition, false)), k_steps_[c].data());
+    upload(e, rows(kv_name(e.shape(), c, false), kv_columns(e.config, e.point, e.partition, false)),
+           k_steps_[c].data());
     upload(e, rows(kv_name(e.shape(), c, true), kv_columns(e.config, e.point, e.partition, true)), v_steps_[c].data());
   }
 }
@@ -174,7 +176,8 @@ void Decode::join_exchange(Work& w, const Recorder& recorder) {
 }
 
 Work Decode::step(const StepOptions& options, Recorder& recorder) {
-  Work w{engine_, buffers_, options, engine_.partition.kv > 1, decode_tile(engine_, position_.as<std::int64_t>()), 0, 0, {}, {}};
+  Work w{engine_, buffers_, options, engine_.partition.kv > 1, decode_tile(engine_, position_.as<std::int64_t>()), 0,
+         0,       {},       {}};
   for (w.layer = 0; w.layer < engine_.config.model.layers; ++w.layer) {
     if (w.whole_layer()) recorder.time(Stage::project, [&] { project(w); });
     append_and_compress(w, recorder);

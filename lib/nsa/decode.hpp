@@ -40,13 +40,13 @@ class Decode {
 
   Engine& engine_;
   StepBuffers buffers_;
-  Buffer position_, step_;           ///< int64 [1] each
+  Buffer position_, step_;  ///< int64 [1] each
   Buffer reads_log_, selected_log_;
   std::int64_t selected_count_ = 0;
-  Buffer x_steps_;                   ///< [steps][batch, dim]: fp32 with several layers, else storage
-  Buffer q_steps_, gate_steps_;      ///< scope = attention: [steps][batch, H, Dk], [steps][batch, groups, 3]
+  Buffer x_steps_;               ///< [steps][batch, dim]: fp32 with several layers, else storage
+  Buffer q_steps_, gate_steps_;  ///< scope = attention: [steps][batch, H, Dk], [steps][batch, groups, 3]
   Buffer k_steps_[branches], v_steps_[branches];
-  std::vector<Buffer> marked_;       ///< rings of every layer
+  std::vector<Buffer> marked_;  ///< rings of every layer
 };
 
 }  // namespace nsa

@@ -56,7 +56,8 @@ Engine::Engine(const Backend& dry, const Config& input, const Point& at, const P
 
 void Engine::allocate(const TensorSource* source) {
   for (std::int64_t layer = 0; layer < config.model.layers; ++layer) {
-    if (config.run.scope == Scope::layer) weights.emplace_back(device(), streams.compute, account, config, partition, layer, source);
+    if (config.run.scope == Scope::layer)
+      weights.emplace_back(device(), streams.compute, account, config, partition, layer, source);
     caches.emplace_back(allocator(), partition, point.batch, total_positions(config, point));
   }
   for (const Branch branch : kv_column_order) route[branch] = &chosen_route(kernels(), branch, config.route);

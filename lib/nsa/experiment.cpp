@@ -59,11 +59,18 @@ std::string fingerprint(const Session& session, const Config& config, const std:
                         const Partition& partition) {
   std::string text;
   for (const auto& [name, value] : parameters) {
-    if (name.starts_with("output.") || name == "parallel.heads" || name == "parallel.kv" || name == "run.backend") continue;
-    text += name + "=" + std::visit([](const auto& v) {
-      if constexpr (std::is_same_v<std::decay_t<decltype(v)>, std::string>) return v;
-      else return std::to_string(v);
-    }, value) + "\n";
+    if (name.starts_with("output.") || name == "parallel.heads" || name == "parallel.kv" || name == "run.backend")
+      continue;
+    text += name + "=" +
+            std::visit(
+                [](const auto& v) {
+                  if constexpr (std::is_same_v<std::decay_t<decltype(v)>, std::string>)
+                    return v;
+                  else
+                    return std::to_string(v);
+                },
+                value) +
+            "\n";
   }
   text += "heads=" + std::to_string(partition.heads) + "\nkv=" + std::to_string(partition.kv) + "\n";
   text += "device=" + session.backend.device->info().name + "\n";
@@ -74,7 +81,8 @@ std::string fingerprint(const Session& session, const Config& config, const std:
   return sha256(text);
 }
 
-MemoryRecord gather_memory(const Session& session, const MemoryAccount& planned, const MemoryAccount& used, std::int64_t process) {
+MemoryRecord gather_memory(const Session& session, const MemoryAccount& planned, const MemoryAccount& used,
+                           std::int64_t process) {
   MemoryRecord record;
   std::vector<std::int64_t> own;
   for (std::size_t kind = 0; kind < memory_kind_names.size(); ++kind) {
@@ -90,7 +98,10 @@ MemoryRecord gather_memory(const Session& session, const MemoryAccount& planned,
   const std::int64_t kinds = std::ssize(record.kinds), width = std::ssize(own), ranks = std::ssize(all) / width;
   for (std::int64_t i = 0; i < width; ++i)
     for (std::int64_t r = 0; r < ranks; ++r)
-      (i < kinds ? record.planned : i < 2 * kinds ? record.measured_peak : record.process_peak).push_back(all[r * width + i]);
+      (i < kinds       ? record.planned
+       : i < 2 * kinds ? record.measured_peak
+                       : record.process_peak)
+          .push_back(all[r * width + i]);
   return record;
 }
 
@@ -112,7 +123,8 @@ Session open_session(const Config& config, const Control& world) {
   return {world, backend};
 }
 
-MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, const Partition& partition, const Point& point) {
+MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, const Partition& partition,
+                             const Point& point) {
   const bool needle = config.kind == TaskKind::needle;
   const Config planned = needle ? needle_config(config) : config;
   const Point at = needle ? needle_point(point) : point;
@@ -189,7 +201,8 @@ RunRecord describe_run(const Session& session, const std::string& input_toml, co
   gather(info.runtime, &RankSystem::cuda);
   gather(gpu ? Communicator::library_version() : "", &RankSystem::nccl);
   gather(MpiSession::library_version(), &RankSystem::mpi);
-  const std::vector<double> clocks = session.world.gather(std::vector<double>{info.clock_mhz, static_cast<double>(info.ecc_errors)});
+  const std::vector<double> clocks =
+      session.world.gather(std::vector<double>{info.clock_mhz, static_cast<double>(info.ecc_errors)});
   for (std::size_t r = 0; r < run.system.size(); ++r) {
     run.system[r].clock_mhz_before = clocks[2 * r];
     run.system[r].ecc_before = static_cast<std::int64_t>(clocks[2 * r + 1]);
@@ -200,7 +213,8 @@ RunRecord describe_run(const Session& session, const std::string& input_toml, co
 void close_run(const Session& session, RunRecord& run) {
   run.end = utc_now();
   const DeviceInfo info = session.backend.device->info();
-  const std::vector<double> after = session.world.gather(std::vector<double>{info.clock_mhz, static_cast<double>(info.ecc_errors)});
+  const std::vector<double> after =
+      session.world.gather(std::vector<double>{info.clock_mhz, static_cast<double>(info.ecc_errors)});
   for (std::size_t r = 0; r < run.system.size(); ++r) {
     run.system[r].clock_mhz_after = after[2 * r];
     run.system[r].ecc_after = static_cast<std::int64_t>(after[2 * r + 1]);

@@ -10,12 +10,16 @@ Columns x_columns(const Config& c, const Point& point) {
 
 Columns q_columns(const Config& c, const Point& point, const Partition& p) {
   const std::int64_t first = std::int64_t{p.group_begin} * p.shape.heads_per_group;
-  return {{point.batch, total_positions(c, point), c.model.n_heads, c.model.d_k}, {first, 0}, {p.shape.heads(), c.model.d_k}};
+  return {{point.batch, total_positions(c, point), c.model.n_heads, c.model.d_k},
+          {first, 0},
+          {p.shape.heads(), c.model.d_k}};
 }
 
 Columns kv_columns(const Config& c, const Point& point, const Partition& p, bool value) {
   const std::int64_t width = value ? c.model.d_v : c.model.d_k;
-  return {{point.batch, total_positions(c, point), c.model.n_kv_groups, width}, {p.group_begin, 0}, {p.shape.groups, width}};
+  return {{point.batch, total_positions(c, point), c.model.n_kv_groups, width},
+          {p.group_begin, 0},
+          {p.shape.groups, width}};
 }
 
 Columns gate_columns(const Config& c, const Point& point, const Partition& p) {
@@ -52,7 +56,8 @@ void load_rows(Engine& e, const TensorSource& source, const std::string& name, c
         // A row stands in its own chunk, in the halo in front of the next, or behind the one before.
         for (std::int64_t c = std::max<std::int64_t>(0, chunk - 1); c <= chunk + 1; ++c) {
           const std::int64_t local = at + r - (view.map.kv > 1 ? c * view.map.chunk : 0) + view.map.before;
-          if ((view.map.kv == 1 && c != chunk) || !has_chunk(view.map, c) || local < 0 || local >= view.map.stride) continue;
+          if ((view.map.kv == 1 && c != chunk) || !has_chunk(view.map, c) || local < 0 || local >= view.map.stride)
+            continue;
           e.device().copy(static_cast<std::byte*>(view.data) + offset_in_chunk(view, plane, c, at + r) * size,
                           stored.data() + from * size, static_cast<std::size_t>(view.width * size), e.streams.compute);
         }
@@ -63,7 +68,8 @@ void load_rows(Engine& e, const TensorSource& source, const std::string& name, c
 
 }  // namespace
 
-void fill_kv(Engine& e, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first, std::int64_t last) {
+void fill_kv(Engine& e, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
+             std::int64_t last) {
   for (const bool value : {false, true}) {
     const std::string name = kv_name(e.shape(), branch, value);
     KvView& view = value ? pair.v : pair.k;

@@ -10,7 +10,7 @@ namespace nsa {
 
 /// Columns [begin, begin + count) of a tensor whose trailing dimensions are flattened.
 struct Columns {
-  std::vector<std::int64_t> shape;   ///< of the whole tensor: [batch, positions, ...]
+  std::vector<std::int64_t> shape;         ///< of the whole tensor: [batch, positions, ...]
   std::vector<std::int64_t> begin, count;  ///< of the trailing dimensions
 };
 Columns x_columns(const Config& config, const Point& point);

@@ -36,7 +36,8 @@ TimeTable gather_times(const Control& world, const Samples& samples) {
   table.ranks = world.size();
   for (const auto& reps : samples.times) table.reps = std::max(table.reps, std::ssize(reps));
   const std::int64_t modes = std::ssize(samples.modes), reps = table.reps;
-  std::vector<double> own(static_cast<std::size_t>(modes * stage_count * reps), std::numeric_limits<double>::quiet_NaN());
+  std::vector<double> own(static_cast<std::size_t>(modes * stage_count * reps),
+                          std::numeric_limits<double>::quiet_NaN());
   for (std::int64_t m = 0; m < modes; ++m)
     for (std::int64_t rep = 0; rep < std::ssize(samples.times[m]); ++rep)
       for (int stage = 0; stage < stage_count; ++stage)
@@ -71,7 +72,8 @@ std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& 
     put(Stage::output, (std::int64_t{s.heads()} * s.d_v * (s.dim + rows)) * storage + rows * s.dim * 4);
   }
   put(Stage::append, 2 * rows * s.groups * branches_kv * width);
-  put(Stage::compress, prefill ? (rows * s.groups * width) + kv_rows(cmp) * width / p.kv : planes * width * (s.rules.l + 1) / s.rules.d);
+  put(Stage::compress,
+      prefill ? (rows * s.groups * width) + kv_rows(cmp) * width / p.kv : planes * width * (s.rules.l + 1) / s.rules.d);
   put(Stage::attend_cmp, kv_rows(cmp) * width + q + o + (prefill ? 0 : kv_rows(cmp) * s.heads_per_group * 4));
   put(Stage::rank, prefill ? 0 : kv_rows(cmp) * s.heads_per_group * 4);
   put(Stage::attend_sel, kv_rows(sel) * width + q + o);

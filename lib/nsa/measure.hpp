@@ -28,7 +28,8 @@ struct Samples {
 /// all ranks stop together. `pass(mode, sink)` runs all steps and hands each one's times to the sink.
 /// Returns the reason of the stop, "steps" or "min_time".
 template <class Pass>
-std::string measure(const Control& world, const std::vector<ModeRun>& runs, double min_time, Samples& samples, Pass&& pass) {
+std::string measure(const Control& world, const std::vector<ModeRun>& runs, double min_time, Samples& samples,
+                    Pass&& pass) {
   bool repeated = false;
   for (const ModeRun& run : runs) {
     samples.modes.push_back(run.name);

@@ -5,7 +5,7 @@
 
 #include "nsa/decode.hpp"
 #include "nsa/inputs.hpp"
-#include "nsa/measure.hpp"
+#include "nsa/point.hpp"
 #include "nsa/prefill.hpp"
 
 namespace nsa {
@@ -46,8 +46,9 @@ void plant(Engine& e, const KvView& view, std::int64_t position, const std::vect
   const std::vector<std::byte> stored = to_storage(rows, e.shape().dtype);
   const std::size_t size = size_of(e.shape().dtype), bytes = view.width * size;
   for (std::int64_t plane = 0; plane < e.planes(); ++plane)
-    e.device().copy(static_cast<std::byte*>(view.data) + offset_of(view, plane, position) * static_cast<std::int64_t>(size),
-                    stored.data() + plane * static_cast<std::int64_t>(bytes), bytes, e.streams.compute);
+    e.device().copy(
+        static_cast<std::byte*>(view.data) + offset_of(view, plane, position) * static_cast<std::int64_t>(size),
+        stored.data() + plane * static_cast<std::int64_t>(bytes), bytes, e.streams.compute);
   e.device().synchronize(e.streams.compute);
 }
 
@@ -91,7 +92,7 @@ Point needle_point(const Point& point) {
 }
 
 MemoryAccount run_needles(const Session& session, const Config& input, const Point& at, PointRecord& record,
-                 const Progress& progress) {
+                          const Progress& progress) {
   const Config config = needle_config(input);
   const Point point = needle_point(at);
   const TensorSource source(config, "");
@@ -129,16 +130,15 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
     record.needle["abs_err"].push_back(error);
     record.max_abs_err = std::max(record.max_abs_err, error);
     if (!found || error > bound)
-      record.fail("needle at depth " + std::to_string(depth) + (found ? ": output differs by " + std::to_string(error) : " not found"));
-    for (const Branch branch : kv_column_order) fill_kv(e, source, branch, prefill.rows(branch), needle.position, needle.position + 1);
+      record.fail("needle at depth " + std::to_string(depth) +
+                  (found ? ": output differs by " + std::to_string(error) : " not found"));
+    for (const Branch branch : kv_column_order)
+      fill_kv(e, source, branch, prefill.rows(branch), needle.position, needle.position + 1);
     if (progress) progress(static_cast<double>(i + 1), static_cast<double>(config.needle.depths.size()), "needles");
   }
-  record.heads = p.heads;
-  record.kv = p.kv;
   record.first_position = point.context;
   record.stop_reason = "steps";
-  record.time = gather_times(session.world, samples);
-  for (int c = 0; c < branches; ++c) record.routes[c] = e.route[c]->name;
+  finish_point(session.world, e, samples, record);
   return e.account;
 }
 

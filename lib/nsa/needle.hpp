@@ -14,6 +14,6 @@ Point needle_point(const Point& point);
 /// record.valid; returns the memory this rank used.
 /// Collective.
 MemoryAccount run_needles(const Session& session, const Config& config, const Point& point, PointRecord& record,
-                 const Progress& progress);
+                          const Progress& progress);
 
 }  // namespace nsa

@@ -128,7 +128,8 @@ std::vector<Exchange> exchanges(const Config& config, const Partition& p, const 
     gather("candidates", rows * s.groups * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate)));
     gather("partials", partial_floats(s, rows) * 4);
   }
-  if (p.heads > 1 && config.run.scope == Scope::layer) list.push_back({"heads", "all_reduce", p.heads, rows * s.dim * 4});
+  if (p.heads > 1 && config.run.scope == Scope::layer)
+    list.push_back({"heads", "all_reduce", p.heads, rows * s.dim * 4});
   return list;
 }
 

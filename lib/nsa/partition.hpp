@@ -13,11 +13,11 @@
 namespace nsa {
 
 struct Partition {
-  std::int32_t heads = 1, kv = 1;             ///< shards
-  std::int32_t head_shard = 0, kv_rank = 0;   ///< of this rank
-  LayerShape shape;                           ///< of this rank
-  std::int32_t group_begin = 0;               ///< first global group
-  std::int64_t chunk_tokens = 0;              ///< selection K/V positions a chunk holds
+  std::int32_t heads = 1, kv = 1;            ///< shards
+  std::int32_t head_shard = 0, kv_rank = 0;  ///< of this rank
+  LayerShape shape;                          ///< of this rank
+  std::int32_t group_begin = 0;              ///< first global group
+  std::int64_t chunk_tokens = 0;             ///< selection K/V positions a chunk holds
 
   RowMap tokens(bool gathered) const;      ///< selection K/V
   RowMap compressed(bool gathered) const;  ///< compressed tokens, with the halo that scoring needs

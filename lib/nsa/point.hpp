@@ -1,11 +1,14 @@
 #pragma once
-// The two kinds of measured points.
+// The two kinds of measured points, and what they have in common.
 
 #include <exception>
 #include <string>
 
+#include "nsa/check.hpp"
+#include "nsa/engine.hpp"
 #include "nsa/experiment.hpp"
-#include "nsa/weights.hpp"
+#include "nsa/measure.hpp"
+#include "nsa/tensors.hpp"
 
 namespace nsa {
 
@@ -23,6 +26,13 @@ void agreed(const Control& world, Work&& work) {
   }
   world.agree(code, message);
 }
+
+/// After the recorded pass: what the checks found, and where tensors are wanted those of all ranks. Collective.
+void keep_records(const Control& world, Engine& engine, const TensorSource& source, const CheckResult& checked,
+                  StepTensors* tensors, std::int64_t positions, PointRecord& record);
+
+/// After the measurement: samples of all ranks, routes. Collective.
+void finish_point(const Control& world, const Engine& engine, const Samples& samples, PointRecord& record);
 
 /// Both fill the record (rank 0: whole) and return the memory this rank used. Collective.
 MemoryAccount run_decode(const Session& session, const Config& config, const Point& point, const TensorSource& source,

@@ -1,3 +1,7 @@
+#include <algorithm>
+#include <memory>
+#include <optional>
+
 #include "nsa/check.hpp"
 #include "nsa/decode.hpp"
 #include "nsa/inputs.hpp"
@@ -6,10 +10,6 @@
 #include "nsa/prefill.hpp"
 #include "nsa/reads.hpp"
 #include "nsa/tensors.hpp"
-
-#include <algorithm>
-#include <memory>
-#include <optional>
 
 namespace nsa {
 
@@ -34,8 +34,10 @@ void fill_caches(const Session& session, Engine& e, const TensorSource& source) 
   Recorder untimed(e.device(), e.streams.compute);
   agreed(session.world, [&] {
     prefill.emplace(e, e.point.context, false);
-    if (e.config.run.scope == Scope::attention) prefill->load_kv(source);
-    else prefill->load_rows(source);
+    if (e.config.run.scope == Scope::attention)
+      prefill->load_kv(source);
+    else
+      prefill->load_rows(source);
   });
   prefill->fill_caches(untimed);
   e.device().synchronize(e.streams.compute);
@@ -50,16 +52,6 @@ RankReads read_log(Engine& e, Decode& decode) {
     reads.counted[i / planes % branches * steps + i / (planes * branches)] += log[i];
   expect_decode(reads, e.partition, e.point.context, planes * e.config.model.layers, selected);
   return reads;
-}
-
-// What all ranks together must read: [branch][step].
-std::vector<std::int64_t> total_reads(const Config& config, const Point& point) {
-  std::vector<std::int64_t> totals(branches * config.run.steps);
-  for (std::int64_t step = 0; step < config.run.steps; ++step)
-    for (int c = 0; c < branches; ++c)
-      totals[c * config.run.steps + step] = point.batch * config.model.n_kv_groups * config.model.layers *
-                                            expected_reads(config.nsa, point.context + step).branch[c];
-  return totals;
 }
 
 // One pass outside the measurement: every step is recorded, sampled rows of the first and last are checked.
@@ -82,15 +74,7 @@ void record_pass(const Session& session, Engine& e, Decode& decode, const Tensor
     for (std::int64_t plane = 0; plane < e.planes(); plane += stride)
       checked.merge(check_row(work, plane, plane / e.shape().groups, e.point.context + step));
   }
-  if (e.config.run.check) {
-    record.max_abs_err = std::max(record.max_abs_err, session.world.max(checked.max_abs_err));
-    for (const std::string& problem : session.world.gather(checked.problem)) record.fail(problem);
-  }
-  if (!tensors) return;
-  record.tensors = input_tensors(e, source, session.world.rank() == 0);
-  for (TensorRecord& tensor : tensors->reduce(session.world)) record.tensors.push_back(std::move(tensor));
-  for (TensorRecord& tensor : compressed_tensors(e, total_positions(e.config, e.point), session.world))
-    record.tensors.push_back(std::move(tensor));
+  keep_records(session.world, e, source, checked, tensors.get(), total_positions(e.config, e.point), record);
 }
 
 // A step as it would run: one graph where the backend has them.
@@ -99,7 +83,8 @@ class WholeStep {
   WholeStep(Engine& e, Decode& decode, Recorder& recorder, const ModeRun& run)
       : engine_(e), decode_(decode), recorder_(recorder), options_(run.options) {
     if (!run.stages && e.device().capture)
-      graph_ = e.device().capture(e.streams.compute, [](void* self) { static_cast<WholeStep*>(self)->queue(); }, this);
+      graph_ = e.device().capture(
+          e.streams.compute, [](void* self) { static_cast<WholeStep*>(self)->queue(); }, this);
   }
   ~WholeStep() {
     if (graph_) engine_.device().destroy_graph(graph_);
@@ -107,8 +92,10 @@ class WholeStep {
   WholeStep(const WholeStep&) = delete;
   WholeStep& operator=(const WholeStep&) = delete;
   void run() {
-    if (graph_) engine_.device().launch(graph_, engine_.streams.compute);
-    else queue();
+    if (graph_)
+      engine_.device().launch(graph_, engine_.streams.compute);
+    else
+      queue();
   }
 
  private:
@@ -162,9 +149,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   for (std::int64_t step = 0; step < config.run.steps; ++step)
     record.reads.nsa_vibe.push_back(nsa_vibe_reads(config.nsa, point.context + step));
   record.first_position = point.context;
-  record.warmup_reps = config.run.warmup;
-  record.time = gather_times(world, samples);
-  for (int c = 0; c < branches; ++c) record.routes[c] = e.route[c]->name;
+  finish_point(world, e, samples, record);
   return e.account;
 }
 

@@ -1,3 +1,7 @@
+#include <algorithm>
+#include <memory>
+#include <optional>
+
 #include "nsa/check.hpp"
 #include "nsa/inputs.hpp"
 #include "nsa/measure.hpp"
@@ -5,9 +9,6 @@
 #include "nsa/prefill.hpp"
 #include "nsa/reads.hpp"
 #include "nsa/tensors.hpp"
-
-#include <algorithm>
-#include <optional>
 
 namespace nsa {
 
@@ -27,22 +28,14 @@ RankReads count_reads(Engine& e, Prefill& prefill) {
   return reads;
 }
 
-std::vector<std::int64_t> total_reads(const Config& config, const Point& point) {
-  std::vector<std::int64_t> totals(branches, 0);
-  for (std::int64_t t = 0; t < point.context; ++t)
-    for (int c = 0; c < branches; ++c)
-      totals[c] += point.batch * config.model.n_kv_groups * config.model.layers * expected_reads(config.nsa, t).branch[c];
-  return totals;
-}
-
 // One run outside the measurement: every tile is recorded; the last row of some tiles is checked.
-void record_run(const Session& session, Engine& e, Prefill& prefill, const TensorSource& source, const StepOptions& base,
-                PointRecord& record) {
+void record_run(const Session& session, Engine& e, Prefill& prefill, const TensorSource& source,
+                const StepOptions& base, PointRecord& record) {
   StepOptions options = base;
   options.record = true;
   Recorder untimed(e.device(), e.streams.compute);
-  std::optional<StepTensors> tensors;
-  if (e.config.output.tensors) tensors.emplace(e, e.point.context);
+  std::unique_ptr<StepTensors> tensors;
+  if (e.config.output.tensors) tensors = std::make_unique<StepTensors>(e, e.point.context);
   CheckResult checked;
   std::int64_t seen = 0;
   const std::int64_t stride = std::max<std::int64_t>(1, prefill.tile_count() * e.point.batch / 8);
@@ -52,16 +45,10 @@ void record_run(const Session& session, Engine& e, Prefill& prefill, const Tenso
     if (tensors) tensors->take(work, tile.first_position, false);
     if (!e.config.run.check || seen++ % stride != 0) return;
     const std::int64_t row = tile.tokens - 1, group = seen / stride % e.shape().groups;
-    checked.merge(check_row(work, std::int64_t{work.tile.batch_begin} * e.shape().groups + group, row, tile.first_position + row));
+    checked.merge(check_row(work, std::int64_t{work.tile.batch_begin} * e.shape().groups + group, row,
+                            tile.first_position + row));
   });
-  if (e.config.run.check) {
-    record.max_abs_err = std::max(record.max_abs_err, session.world.max(checked.max_abs_err));
-    for (const std::string& problem : session.world.gather(checked.problem)) record.fail(problem);
-  }
-  if (!tensors) return;
-  record.tensors = input_tensors(e, source, session.world.rank() == 0);
-  for (TensorRecord& tensor : tensors->reduce(session.world)) record.tensors.push_back(std::move(tensor));
-  for (TensorRecord& tensor : compressed_tensors(e, e.point.context, session.world)) record.tensors.push_back(std::move(tensor));
+  keep_records(session.world, e, source, checked, tensors.get(), e.point.context, record);
 }
 
 }  // namespace
@@ -101,9 +88,7 @@ MemoryAccount run_prefill(const Session& session, const Config& config, const Po
     progress(std::min(++passes, static_cast<double>(runs.size())), static_cast<double>(runs.size()), run.name);
   });
   record.reads.nsa_vibe.push_back(nsa_vibe_reads(config.nsa, point.context - 1));
-  record.warmup_reps = config.run.warmup;
-  record.time = gather_times(world, samples);
-  for (int c = 0; c < branches; ++c) record.routes[c] = e.route[c]->name;
+  finish_point(world, e, samples, record);
   return e.account;
 }
 

@@ -50,8 +50,8 @@ Prefill::Prefill(Engine& e, std::int64_t positions, bool record)
       positions_(positions),
       tiles_(tiles_of(e.partition, positions, widest_tile(e, positions).tokens)),
       local_rows_(rows_of(tiles_)),
-      buffers_(e.allocator(), e.kernels(), e.config, e.partition, e.point,
-               e.point.batch * local_rows_, widest_tile(e, positions), false, record),
+      buffers_(e.allocator(), e.kernels(), e.config, e.partition, e.point, e.point.batch * local_rows_,
+               widest_tile(e, positions), false, record),
       starts_(e.allocator()(MemoryKind::workspace, static_cast<std::int64_t>(tiles_.size() + 1) * 8)) {
   std::vector<std::int64_t> starts;
   for (const PrefillTile& tile : tiles_) starts.push_back(tile.first_position);
@@ -137,8 +137,9 @@ void Prefill::each_tile(Work& w, Body&& body) {
 
 void Prefill::copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t span_begin,
                         std::int64_t span_end) {
-  engine_.kernels().copy_rows({engine_.shape().dtype, src, dst, engine_.planes(), first, positions_, span_begin, span_end},
-                              engine_.streams.compute);
+  engine_.kernels().copy_rows(
+      {engine_.shape().dtype, src, dst, engine_.planes(), first, positions_, span_begin, span_end},
+      engine_.streams.compute);
 }
 
 void Prefill::project_rows(Work& w, Recorder& recorder) {
@@ -229,10 +230,10 @@ void Prefill::fill_rings(Work& w) {
     for (const bool value : {false, true}) {
       KvView src = value ? ring_all_.v : ring_all_.k;
       src.data = static_cast<std::byte*>(src.data) + owner_of_chunk(p.tokens(true), c) * src.rank_stride * size;
-      engine_.kernels().copy_rows({p.shape.dtype, src, value ? cache.raw.v : cache.raw.k, engine_.planes(),
-                                   std::max(raw_first, c * p.chunk_tokens),
-                                   std::min(positions_, (c + 1) * p.chunk_tokens), 0, positions_},
-                                  engine_.streams.compute);
+      engine_.kernels().copy_rows(
+          {p.shape.dtype, src, value ? cache.raw.v : cache.raw.k, engine_.planes(),
+           std::max(raw_first, c * p.chunk_tokens), std::min(positions_, (c + 1) * p.chunk_tokens), 0, positions_},
+          engine_.streams.compute);
     }
 }
 
@@ -249,8 +250,7 @@ void Prefill::attend_rows(Work& w, Recorder& recorder, const OnTile& on_tile) {
     if (w.whole_layer()) recorder.time(Stage::output, [&] { output(w); });
     if (on_tile && last_layer) on_tile(w, tile);
   });
-  if (w.whole_layer())
-    recorder.time(Stage::comm, [&] { sum_outputs(w, engine_.point.batch * local_rows_); });
+  if (w.whole_layer()) recorder.time(Stage::comm, [&] { sum_outputs(w, engine_.point.batch * local_rows_); });
 }
 
 Work Prefill::start(const StepOptions& options) {

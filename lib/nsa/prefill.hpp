@@ -52,15 +52,16 @@ class Prefill {
   void attend_rows(Work& work, Recorder& recorder, const OnTile& on_tile);
   template <class Body>
   void each_tile(Work& work, Body&& body);
-  void copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t span_begin, std::int64_t span_end);
+  void copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t span_begin,
+                 std::int64_t span_end);
 
   Engine& engine_;
   const std::int64_t positions_;
   const std::vector<PrefillTile> tiles_;
-  const std::int64_t local_rows_;     ///< of one sequence
+  const std::int64_t local_rows_;  ///< of one sequence
   StepBuffers buffers_;
-  Buffer starts_;                     ///< [tiles] first positions, then one 0
-  KvPair raw_, win_;                  ///< own rows of the cmp and win projections
+  Buffer starts_;                       ///< [tiles] first positions, then one 0
+  KvPair raw_, win_;                    ///< own rows of the cmp and win projections
   KvPair sel_all_, cmp_all_, win_all_;  ///< gathered, kv > 1
   KvPair heads_, heads_all_, ring_all_;
 };

@@ -39,9 +39,9 @@ void expect_decode(RankReads& reads, const Partition& p, std::int64_t first, std
     reads.expected[cmp * reads.steps + step] =
         lists * owned_rows(p.compressed(false), compressed_tokens(p.shape.rules, t));
     reads.expected[win * reads.steps + step] = lists * window_slots_read(p, t);
-    reads.expected[sel * reads.steps + step] =
-        p.kv == 1 ? lists * expected_reads(p.shape.rules, t).branch[sel]
-                  : selected_tokens_read(p, t, selected.data() + step * width, width);
+    reads.expected[sel * reads.steps + step] = p.kv == 1
+                                                   ? lists * expected_reads(p.shape.rules, t).branch[sel]
+                                                   : selected_tokens_read(p, t, selected.data() + step * width, width);
   }
 }
 
@@ -52,6 +52,18 @@ void expect_prefill(RankReads& reads, const Partition& p, std::int64_t positions
     const ExpectedReads row = expected_reads(p.shape.rules, t);
     for (int c = 0; c < branches; ++c) reads.expected[c] += lists * row.branch[c];
   }
+}
+
+std::vector<std::int64_t> total_reads(const Config& config, const Point& point) {
+  const bool prefill = config.kind == TaskKind::prefill;
+  const std::int64_t steps = prefill ? 1 : config.run.steps, first = prefill ? 0 : point.context;
+  const std::int64_t positions = prefill ? point.context : steps;
+  const std::int64_t lists = point.batch * config.model.n_kv_groups * config.model.layers;
+  std::vector<std::int64_t> totals(branches * steps, 0);
+  for (std::int64_t i = 0; i < positions; ++i)
+    for (int c = 0; c < branches; ++c)
+      totals[c * steps + (prefill ? 0 : i)] += lists * expected_reads(config.nsa, first + i).branch[c];
+  return totals;
 }
 
 ReadTable gather_reads(const Control& world, const RankReads& reads) {

@@ -29,7 +29,10 @@ void expect_decode(RankReads& reads, const Partition& partition, std::int64_t fi
 /// Expected reads of a prefill of `positions` tokens: this rank's query rows, each with all it attends.
 void expect_prefill(RankReads& reads, const Partition& partition, std::int64_t positions, std::int64_t lists);
 
-/// Gathers on rank 0. `total(branch, step)`: what all ranks together must have read.
+/// What all ranks together must read, [branch][step]: a decode by step, a prefill in all.
+std::vector<std::int64_t> total_reads(const Config& config, const Point& point);
+
+/// Gathers on rank 0.
 ReadTable gather_reads(const Control& world, const RankReads& reads);
 
 /// Empty, or where counted and expected differ: on a rank, or in sum over the ranks against `totals` [branch][step].

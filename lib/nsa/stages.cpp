@@ -53,8 +53,8 @@ void project(Work& w) {
 void append(Work& w, Branch branch, const KvView& k_cache, const KvView& v_cache) {
   const LayerShape& s = w.engine.shape();
   const Branch source = s.shared_kv ? sel : branch;
-  w.engine.kernels().append(
-      {s, w.tile, w.buffers.k[source].data(), w.buffers.v[source].data(), k_cache, v_cache}, w.engine.streams.compute);
+  w.engine.kernels().append({s, w.tile, w.buffers.k[source].data(), w.buffers.v[source].data(), k_cache, v_cache},
+                            w.engine.streams.compute);
 }
 
 void attend(Work& w, Branch branch) {
@@ -103,9 +103,9 @@ void rank_blocks(Work& w) {
 }
 
 void select_blocks(Work& w) {
-  w.engine.kernels().select({w.engine.shape(), w.tile, w.buffers.candidates_all.as<Candidate>(),
-                             w.engine.partition.kv, selected_of(w)},
-                            w.engine.streams.compute);
+  w.engine.kernels().select(
+      {w.engine.shape(), w.tile, w.buffers.candidates_all.as<Candidate>(), w.engine.partition.kv, selected_of(w)},
+      w.engine.streams.compute);
 }
 
 void combine(Work& w) {

@@ -32,8 +32,8 @@ struct Work {
 void project(Work& work);
 void append(Work& work, Branch branch, const KvView& k_cache, const KvView& v_cache);
 void attend(Work& work, Branch branch);
-void rank_blocks(Work& work);       ///< candidates of this rank, or the selection itself without exchange
-void select_blocks(Work& work);     ///< from the exchanged candidates
+void rank_blocks(Work& work);    ///< candidates of this rank, or the selection itself without exchange
+void select_blocks(Work& work);  ///< from the exchanged candidates
 void combine(Work& work);
 void output(Work& work);
 

@@ -57,8 +57,8 @@ StepBuffers::StepBuffers(const Allocator& allocate, const KernelTable& kernels, 
   const std::int64_t heads = s.heads(), ranks = exchange ? p.kv : 1;
   const std::int64_t total = total_positions(config, point);
   const RowMap cmp_map = p.compressed(!exchange);
-  const std::int64_t cmp_rows = exchange ? p.capacity(cmp_map, compressed_tokens(s.rules, total - 1))
-                                         : compressed_tokens(s.rules, total - 1);
+  const std::int64_t cmp_rows =
+      exchange ? p.capacity(cmp_map, compressed_tokens(s.rules, total - 1)) : compressed_tokens(s.rules, total - 1);
   const auto make = [&](std::int64_t bytes) { return allocate(MemoryKind::activations, bytes); };
 
   q = make(rows * heads * s.d_k * storage);

@@ -33,29 +33,29 @@ KvPair make_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& sha
 
 /// One layer's caches for up to `positions` tokens.
 struct LayerCaches {
-  KvPair sel;       ///< own chunks
-  KvPair cmp;       ///< compressed tokens of own chunks, with the halo in front
-  KvPair win;       ///< ring of the last w
-  KvPair raw;       ///< ring of the last l cmp projections
+  KvPair sel;  ///< own chunks
+  KvPair cmp;  ///< compressed tokens of own chunks, with the halo in front
+  KvPair win;  ///< ring of the last w
+  KvPair raw;  ///< ring of the last l cmp projections
   LayerCaches(const Allocator& allocate, const Partition& partition, std::int64_t batch, std::int64_t positions);
 };
 
 /// What both phases hand from stage to stage, for `rows` query rows of which one tile is attended at a time.
 struct StepBuffers {
-  Buffer q, gate;                 ///< [rows, H, Dk], [rows, groups, 3]
+  Buffer q, gate;                   ///< [rows, H, Dk], [rows, groups, 3]
   Buffer k[branches], v[branches];  ///< [tile rows, groups, D]; shared_kv: only [sel]
   Buffer scores, scratch;
-  Buffer lse, lse_all;            ///< own lanes; [kv] gathered (empty when kv = 1)
+  Buffer lse, lse_all;  ///< own lanes; [kv] gathered (empty when kv = 1)
   Buffer candidates, candidates_all;
-  Buffer selected;                ///< [layers][tile rows, groups, n_sel]
+  Buffer selected;  ///< [layers][tile rows, groups, n_sel]
   Buffer partials, partials_all;
-  Buffer o;                       ///< [tile rows, H, Dv]
-  Buffer o_branch[branches];      ///< [tile rows, H, Dv], for records
-  Buffer p_slc;                   ///< [tile rows, groups, p_slc_blocks], for records
+  Buffer o;                   ///< [tile rows, H, Dv]
+  Buffer o_branch[branches];  ///< [tile rows, H, Dv], for records
+  Buffer p_slc;               ///< [tile rows, groups, p_slc_blocks], for records
   std::int64_t p_slc_blocks = 0;
-  Buffer x_in;                    ///< [rows, dim] storage: what project reads
-  Buffer x, y;                    ///< [rows, dim] fp32: residual stream (several layers), layer output
-  Buffer reads;                   ///< [3][batch, groups] int64
+  Buffer x_in;   ///< [rows, dim] storage: what project reads
+  Buffer x, y;   ///< [rows, dim] fp32: residual stream (several layers), layer output
+  Buffer reads;  ///< [3][batch, groups] int64
 
   StepBuffers(const Allocator& allocate, const KernelTable& kernels, const Config& config, const Partition& partition,
               const Point& point, std::int64_t rows, const QueryTile& tile, bool exchange, bool record);

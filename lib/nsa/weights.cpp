@@ -31,16 +31,18 @@ std::int64_t product(const std::vector<std::int64_t>& v) {
   return std::accumulate(v.begin(), v.end(), std::int64_t{1}, std::multiplies<>());
 }
 
-
 }  // namespace
 
 std::vector<std::byte> to_storage(const std::vector<float>& values, DType type) {
-  return type == DType::f32 ? rounded<float>(values) : type == DType::bf16 ? rounded<Bf16>(values) : rounded<Fp16>(values);
+  return type == DType::f32    ? rounded<float>(values)
+         : type == DType::bf16 ? rounded<Bf16>(values)
+                               : rounded<Fp16>(values);
 }
 
 std::vector<float> from_storage(const void* data, std::size_t count, DType type) {
-  return type == DType::f32 ? widened<float>(data, count)
-                            : type == DType::bf16 ? widened<Bf16>(data, count) : widened<Fp16>(data, count);
+  return type == DType::f32    ? widened<float>(data, count)
+         : type == DType::bf16 ? widened<Bf16>(data, count)
+                               : widened<Fp16>(data, count);
 }
 
 TensorSource::TensorSource(const Config& config, const std::string& file)

@@ -26,7 +26,7 @@ constexpr int warps = 4;  // that multiply
 constexpr int step_tokens = 16;
 constexpr int tile_tokens = warps * step_tokens;
 constexpr int most_cluster = 16;
-constexpr int most_registers = 136;  // three CTAs of 5 warps an SM
+constexpr int most_registers = 168;  // two CTAs of 5 warps an SM
 constexpr float lowest = -1e30f;  // a maximum of nothing: finite, so that differences are no NaN
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool streams = false;
@@ -76,11 +76,11 @@ __device__ __forceinline__ float2 natural(Sum2 x) {
 template <int DK, int DV>
 struct Layout {
   static constexpr int slot_bytes = tile_tokens * (DK > DV ? DK : DV) * 2;
-  static constexpr int slots = (64 << 10) / slot_bytes;  // three CTAs an SM
+  static constexpr int slots = (96 << 10) / slot_bytes;  // two CTAs an SM
   using Ring = SlotRing<slots, slot_bytes>;
   // Queries, then the ring's barriers, then its slots; later, in the slots' place, the CTA's part [16 * Dv] and (m, sum)
   // [16], the same of each warp.
-  static constexpr int barriers = Queries<DK>::bytes, memory = barriers + 128, part_bytes = heads_per_tile * (DV + 2) * 4;
+  static constexpr int barriers = Queries<DK>::bytes, memory = barriers + 16 * slots, part_bytes = heads_per_tile * (DV + 2) * 4;
   static constexpr int bytes = memory + std::max(slots * slot_bytes, (1 + warps) * part_bytes);
 };
 
@@ -498,9 +498,9 @@ std::int64_t most_units(Branch branch, const LayerShape& s, const RowMap& map, s
       1, map.kv > 1 ? owned_chunks(map, tokens + map.before, map.rank) : (tokens + s.leaf - 1) / s.leaf);
 }
 
-// CTAs enough to fill every SM with three, no more than the row has tiles; up to a cluster's worth.
+// CTAs enough to fill every SM with two, no more than the row has tiles; up to a cluster's worth.
 void divide(Params& p, std::int64_t lists, std::int64_t tiles) {
-  const std::int64_t wanted = std::max<std::int64_t>(1, 3 * limits().units / lists);
+  const std::int64_t wanted = std::max<std::int64_t>(1, (getenv("MULT") ? atoi(getenv("MULT")) : 2) * limits().units / lists);
   p.splits = static_cast<int>(std::min({wanted, std::max<std::int64_t>(1, tiles), std::int64_t{most_cluster}}));
   if (p.splits > 8 && lists * 16 <= limits().units) p.splits = 16;
   // Clusters meet faster but leave SMs idle where many of them compete for places.

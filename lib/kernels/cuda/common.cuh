@@ -156,9 +156,11 @@ inline std::int64_t score_columns(const RowMap& map, std::int64_t tokens) {
   return begin + map.before + (rest < 0 ? 0 : rest < map.chunk ? rest : map.chunk);
 }
 
-/// Floats between the score rows of two heads: columns, rounded up to whole 16-byte vectors.
+/// Floats between the score rows of two heads that hold so many columns: whole 128-byte lines and one more, because
+/// rows a power of two apart would all meet in the same parts of the L2.
+inline std::int64_t padded_columns(std::int64_t columns) { return (columns + 31) / 32 * 32 + 32; }
 inline std::int64_t score_pitch(const RowMap& map, std::int64_t tokens) {
-  return (score_columns(map, tokens) + 3) / 4 * 4;
+  return padded_columns(score_columns(map, tokens));
 }
 
 /// Row r of a tile.

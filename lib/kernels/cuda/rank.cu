@@ -21,12 +21,17 @@ constexpr int most_threads = 512;
 constexpr int most_cluster = 8;
 constexpr int most_counted = 512;  // keys a CTA compares all with all
 
+// Compressed tokens that overlap a block, at most.
+__host__ __device__ int tokens_per_block(const BlockRules& r) { return r.l_sel / r.d + (r.l - 1) / r.d; }
+
 struct Params {
   RankArgs a;
   std::int64_t pitch;       // of the raw scores
   std::int64_t most_blocks; // this rank's blocks below max_positions
   std::int64_t per_chunk;   // blocks of a chunk
-  int tokens_per_block;      // compressed tokens that overlap a block, at most
+  int piece;                 // blocks scored together, see score_blocks
+  int terms;                 // tokens a round of scoring has room for
+  int key_words;             // room for keys in shared memory, in entries
   bool in_scratch;           // keys
   int cluster;               // CTAs of a list
   bool counted;              // slices are small
@@ -38,6 +43,35 @@ __device__ std::int64_t block_at(const Params& p, std::int64_t u) {
   if (m.rank == all_ranks || m.kv == 1) return u;
   return (u / p.per_chunk * m.kv + m.rank) * p.per_chunk + u % p.per_chunk;
 }
+
+using Entry = std::uint64_t;
+
+// Shared memory: normalisers [h], best [n], the slices' best [cluster * n], keys (entries of the slice where they are
+// counted), terms, overlaps, histogram [256], chosen [n].
+struct Shared {
+  float2* normaliser;
+  Entry *best, *gathered;
+  void* keys;
+  float *terms, *overlaps;
+  unsigned* histogram;
+  int* chosen;
+  __device__ Shared(const Params& p, float2* memory) {
+    const int n = p.a.shape.rules.n_sel;
+    normaliser = memory;
+    best = reinterpret_cast<Entry*>(normaliser + p.a.shape.heads_per_group);
+    gathered = best + n;
+    keys = gathered + p.cluster * n;
+    terms = reinterpret_cast<float*>(gathered + p.cluster * n + p.key_words);
+    overlaps = terms + p.terms;
+    histogram = reinterpret_cast<unsigned*>(overlaps + tokens_per_block(p.a.shape.rules));
+    chosen = reinterpret_cast<int*>(histogram + 256);
+  }
+  static std::size_t bytes(const Params& p) {
+    const BlockRules& r = p.a.shape.rules;
+    return (p.a.shape.heads_per_group + (1 + p.cluster) * r.n_sel + p.key_words) * sizeof(Entry) +
+           (p.terms + tokens_per_block(r) + 256 + r.n_sel) * sizeof(float);
+  }
+};
 
 // (m, in powers of two, and 1/s) of every head of the group from all lanes, whatever rank sent them. A warp a head, lanes in a fixed tree.
 __device__ void load_normalisers(const Params& p, std::int64_t row, std::int64_t g, float2* normaliser) {
@@ -70,31 +104,35 @@ __device__ unsigned key_of(const BlockRules& r, std::int64_t j, std::int64_t t, 
   return is_forced(r, j, t) ? 0x7F800000u : __float_as_uint(score);
 }
 
-// Keys of the blocks [begin, end) among those held. Several at a time: a thread a (block, overlapping token), then a
-// thread a block adds its tokens up by rising index.
+// Keys of the blocks [begin, end) among those held. A piece is a run of blocks whose tokens have consecutive columns (a
+// chunk's, or as many as fit): a thread a token, then a thread a block adds its tokens up by rising index, each
+// weighed with its overlap, which is the same for every block.
 template <class Keep>
 __device__ void score_blocks(const Params& p, std::int64_t row, std::int64_t g, std::int64_t t, std::int64_t begin,
-                             std::int64_t end, const float2* normaliser, float* terms, Keep keep) {
+                             std::int64_t end, const Shared& at, Keep keep) {
   const LayerShape& s = p.a.shape;
   const BlockRules& r = s.rules;
   const std::int64_t n = compressed_tokens(r, t);
   const float* scores = static_cast<const float*>(p.a.scores) + (row * s.heads() + g * s.heads_per_group) * p.pitch;
   float* p_slc = p.a.p_slc ? p.a.p_slc + (row * s.groups + g) * p.a.p_slc_blocks : nullptr;
-  const int per_block = p.tokens_per_block, at_once = max(1, static_cast<int>(blockDim.x) / per_block);
-  for (std::int64_t u0 = begin; u0 < end; u0 += at_once) {
-    for (int item = threadIdx.x; item < at_once * per_block; item += blockDim.x) {
-      const std::int64_t u = u0 + item / per_block;
+  const int ratio = r.l_sel / r.d, lead = (r.l - 1) / r.d, piece = p.piece, tokens = piece * ratio + lead;
+  const int together = max(1, p.terms / tokens);  // pieces
+  for (int k = threadIdx.x; k < ratio + lead; k += blockDim.x)
+    at.overlaps[k] = overlap(r, std::int64_t{r.l} * ratio - lead + k, r.l);  // of a block far from the start
+  for (std::int64_t u0 = begin; u0 < end; u0 += together * piece) {
+    for (int item = threadIdx.x; item < together * tokens; item += blockDim.x) {
+      const std::int64_t u = u0 + item / tokens * piece;
       if (u >= end) break;
-      const std::int64_t j = block_at(p, u), i = first_overlapping(r, j) + item % per_block;
+      const std::int64_t j = block_at(p, u), i = j * ratio - lead + item % tokens;
       const std::int64_t c = p.a.cmp_map.rank == all_ranks ? 0 : j / p.per_chunk;
-      terms[item] = i < n && i < end_overlapping(r, j)
-                        ? token_probability(p, scores + score_column(p.a.cmp_map, c, i), normaliser) * overlap(r, i, j)
-                        : 0.0f;
+      at.terms[item] =
+          i >= 0 && i < n ? token_probability(p, scores + score_column(p.a.cmp_map, c, i), at.normaliser) : 0.0f;
     }
     __syncthreads();
-    for (int b = threadIdx.x; b < at_once && u0 + b < end; b += blockDim.x) {
+    for (int b = threadIdx.x; b < together * piece && u0 + b < end; b += blockDim.x) {
+      const float* terms = at.terms + b / piece * tokens + b % piece * ratio;
       float sum = 0.0f;
-      for (int k = 0; k < per_block; ++k) sum += terms[b * per_block + k];
+      for (int k = 0; k < ratio + lead; ++k) sum += terms[k] * at.overlaps[k];
       const std::int64_t j = block_at(p, u0 + b);
       keep(u0 + b, key_of(r, j, t, sum));
       if (p_slc && j < p.a.p_slc_blocks) p_slc[j] = sum;
@@ -188,6 +226,12 @@ __device__ bool is_better(Candidate a, Candidate b) {
   return a.score > b.score || (a.score == b.score && a.block < b.block);
 }
 
+// Blocks of a CTA's slice; whole chunks where they are cut, because a piece must not begin inside one.
+__host__ __device__ std::int64_t slice_blocks(const Params& p, std::int64_t blocks) {
+  const std::int64_t each = (blocks + p.cluster - 1) / p.cluster;
+  return p.per_chunk == INT64_MAX ? each : (each + p.per_chunk - 1) / p.per_chunk * p.per_chunk;
+}
+
 // Blocks held and eligible: block_at rises, so a count by bisection.
 __device__ std::int64_t held_blocks(const Params& p, std::int64_t eligible) {
   if (p.a.token_map.rank == all_ranks || p.a.token_map.kv == 1) return eligible;
@@ -210,23 +254,20 @@ __device__ void clear_scores(const Params& p, std::int64_t list, std::int64_t el
     if (j >= eligible || !(all || has_chunk(p.a.token_map, j / p.per_chunk))) p.a.p_slc[list * p.a.p_slc_blocks + j] = 0.0f;
 }
 
-// A key and the block among those held it belongs to; none: block -1, worse than any.
-struct Entry {
-  unsigned key;
-  int block;
-};
-__device__ __forceinline__ bool precedes(Entry a, Entry b) {
-  return a.key > b.key || (a.key == b.key && static_cast<unsigned>(a.block) < static_cast<unsigned>(b.block));
+// A key and, below it, the block among those held it belongs to, turned round: the larger the better. 0: none.
+__device__ __forceinline__ Entry entry_of(unsigned key, int block) {
+  return static_cast<Entry>(key) << 32 | static_cast<unsigned>(~block);
 }
+__device__ __forceinline__ int block_of(Entry entry) { return static_cast<int>(~static_cast<unsigned>(entry)); }
 
-// The best n of `count` entries, in order, to `to`; with fewer, entries of none follow. All threads.
+// The best n of `count` entries, in order, to `to`. All threads.
 __device__ void best_of(const Entry* entries, int count, int n, Entry* to) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const Entry mine = entries[i];
     int better = 0;
 #pragma unroll 8
-    for (int other = 0; other < count; ++other) better += precedes(entries[other], mine);
-    if (mine.block >= 0 && better < n) to[better] = mine;
+    for (int other = 0; other < count; ++other) better += entries[other] > mine;
+    if (mine != 0 && better < n) to[better] = mine;
   }
 }
 
@@ -235,58 +276,32 @@ __device__ void put_out(const Params& p, std::int64_t list, const Entry* best) {
   const int n_sel = p.a.shape.rules.n_sel;
   for (int c = threadIdx.x; c < n_sel; c += blockDim.x) {
     const Entry mine = best[c];
-    const auto block = mine.block < 0 ? -1 : static_cast<std::int32_t>(block_at(p, mine.block));
+    const auto block = mine == 0 ? -1 : static_cast<std::int32_t>(block_at(p, block_of(mine)));
     if (p.a.candidates)
-      p.a.candidates[list * n_sel + c] = block < 0 ? Candidate{} : Candidate{__uint_as_float(mine.key), block};
+      p.a.candidates[list * n_sel + c] =
+          block < 0 ? Candidate{} : Candidate{__uint_as_float(static_cast<unsigned>(mine >> 32)), block};
     if (!p.a.selected) continue;
     int place = c;
     if (block >= 0) {
       place = 0;
-      for (int other = 0; other < n_sel; ++other)
-        place += best[other].block >= 0 && best[other].block < mine.block;
+      for (int other = 0; other < n_sel; ++other) place += best[other] != 0 && block_of(best[other]) < block_of(mine);
     }
     p.a.selected[list * n_sel + place] = block;
   }
-}
-
-// Shared memory: normalisers [h], best [n], the slices' best [cluster * n], terms [max(threads, tokens a block)],
-// histogram [256], chosen [n], keys (entries of the slice where they are counted).
-struct Shared {
-  float2* normaliser;
-  Entry *best, *gathered;
-  float* terms;
-  unsigned* histogram;
-  int* chosen;
-  void* keys;
-  __device__ Shared(const Params& p, float2* memory) {
-    const int n = p.a.shape.rules.n_sel;
-    normaliser = memory;
-    best = reinterpret_cast<Entry*>(normaliser + p.a.shape.heads_per_group);
-    gathered = best + n;
-    terms = reinterpret_cast<float*>(gathered + p.cluster * n);
-    histogram = reinterpret_cast<unsigned*>(terms + (max(static_cast<int>(blockDim.x), p.tokens_per_block) + 1) / 2 * 2);
-    chosen = reinterpret_cast<int*>(histogram + 256);
-    keys = chosen + (n + 1) / 2 * 2;
-  }
-};
-
-std::size_t fixed_shared(const LayerShape& s, int threads, int tokens_per_block, int cluster) {
-  return s.heads_per_group * sizeof(float2) + (1 + cluster) * s.rules.n_sel * sizeof(Entry) +
-         ((std::max(threads, tokens_per_block) + 1) / 2 * 2 + 256) * sizeof(float) + (s.rules.n_sel + 1) / 2 * 2 * sizeof(int) + 16;
 }
 
 // Small slices: the best n of each, then the best n of those in the first CTA.
 __device__ void choose_counted(const Params& p, const Shared& at, int slice, int size) {
   const int n = p.a.shape.rules.n_sel;
   Entry* mine = in_cta(at.gathered, 0) + slice * n;
-  for (int c = size + threadIdx.x; c < n; c += blockDim.x) mine[c] = {0, -1};
+  for (int c = size + threadIdx.x; c < n; c += blockDim.x) mine[c] = 0;
   best_of(static_cast<const Entry*>(at.keys), size, n, mine);
   if (p.cluster > 1)
     cluster_barrier();
   else
     __syncthreads();
   if (slice != 0) return;
-  for (int c = threadIdx.x; c < n; c += blockDim.x) at.best[c] = {0, -1};
+  for (int c = threadIdx.x; c < n; c += blockDim.x) at.best[c] = 0;
   __syncthreads();
   best_of(at.gathered, p.cluster * n, n, at.best);
 }
@@ -307,8 +322,8 @@ __device__ void choose_sorted(const Params& p, const Shared& at, const unsigned*
   }
   __syncthreads();
   for (int c = threadIdx.x; c < n; c += blockDim.x) {
-    at.gathered[c] = c < found ? Entry{keys[at.chosen[c]], at.chosen[c]} : Entry{0, -1};
-    at.best[c] = {0, -1};
+    if (c < found) at.gathered[c] = entry_of(keys[at.chosen[c]], at.chosen[c]);
+    at.best[c] = 0;
   }
   __syncthreads();
   best_of(at.gathered, found, n, at.best);
@@ -326,18 +341,18 @@ __global__ void __launch_bounds__(most_threads) rank_kernel(const __grid_constan
   if (slice == 0) clear_scores(p, list, eligible);
   __syncthreads();
   if (p.cluster > 1) cluster_barrier();  // the first CTA must have started before others write to its memory
-  const std::int64_t each = (blocks + p.cluster - 1) / p.cluster, begin = each * slice < blocks ? each * slice : blocks;
+  const std::int64_t each = slice_blocks(p, blocks), begin = each * slice < blocks ? each * slice : blocks;
   const std::int64_t end = begin + each < blocks ? begin + each : blocks;
   if (p.counted) {
     Entry* entries = static_cast<Entry*>(at.keys);
-    score_blocks(p, row, g, t, begin, end, at.normaliser, at.terms,
-                 [&](std::int64_t u, unsigned key) { entries[u - begin] = {key, static_cast<int>(u)}; });
+    score_blocks(p, row, g, t, begin, end, at,
+                 [&](std::int64_t u, unsigned key) { entries[u - begin] = entry_of(key, static_cast<int>(u)); });
     choose_counted(p, at, slice, static_cast<int>(end - begin));
   } else {
     unsigned* keys = p.in_scratch ? static_cast<unsigned*>(p.a.scratch) + list * p.most_blocks
                                   : static_cast<unsigned*>(at.keys);
     unsigned* to = p.cluster > 1 && !p.in_scratch ? in_cta(keys, 0) : keys;
-    score_blocks(p, row, g, t, begin, end, at.normaliser, at.terms, [&](std::int64_t u, unsigned key) { to[u] = key; });
+    score_blocks(p, row, g, t, begin, end, at, [&](std::int64_t u, unsigned key) { to[u] = key; });
     choose_sorted(p, at, keys, slice, blocks);
   }
   if (slice != 0) return;
@@ -373,25 +388,25 @@ __global__ void select_kernel(const __grid_constant__ SelectArgs a) {
   for (int c = found + threadIdx.x; c < n; c += blockDim.x) to[c] = -1;
 }
 
-int tokens_per_block(const BlockRules& r) { return r.l_sel / r.d + (r.l - 1) / r.d; }
-
 }  // namespace
 
 std::size_t rank_scratch(const LayerShape& s, const QueryTile& tile) {
   const std::int64_t blocks = tile.max_positions / s.rules.l_sel + 1;
-  const std::size_t shared =
-      fixed_shared(s, most_threads, tokens_per_block(s.rules), most_cluster) + blocks * sizeof(unsigned);
-  return shared <= limits().shared_bytes - 1024 ? 0 : static_cast<std::size_t>(tile.rows() * s.groups * blocks) * sizeof(unsigned);
+  const std::size_t most_fixed = 48 << 10;  // of Shared::bytes besides the keys; more than that and scratch is there too
+  return blocks * sizeof(unsigned) + most_fixed <= limits().shared_bytes
+             ? 0
+             : static_cast<std::size_t>(tile.rows() * s.groups * blocks) * sizeof(unsigned);
 }
 
 void rank(const RankArgs& a, Stream* stream) {
   const std::int64_t lists = a.tile.rows() * a.shape.groups;
   if (lists == 0) return;
   const BlockRules& r = a.shape.rules;
-  Params p{a, 0, 0, INT64_MAX, tokens_per_block(r), false, 1, false};
+  Params p{a, 0, 0, INT64_MAX, 0, 0, 0, false, 1, false};
   p.pitch = score_pitch(a.cmp_map, compressed_tokens(r, a.tile.max_positions - 1));
   const std::int64_t blocks = (a.tile.max_positions - 1) / r.l_sel + 1;
-  if (a.token_map.chunk != INT64_MAX) p.per_chunk = a.token_map.chunk / r.l_sel;
+  const bool cut = a.token_map.chunk != INT64_MAX;
+  if (cut) p.per_chunk = a.token_map.chunk / r.l_sel;
   p.most_blocks = a.token_map.rank == all_ranks || a.token_map.kv == 1
                       ? blocks
                       : owned_chunks(a.token_map, blocks * r.l_sel, a.token_map.rank) * p.per_chunk;
@@ -399,14 +414,20 @@ void rank(const RankArgs& a, Stream* stream) {
   if (limits().capability >= 90)
     while (p.cluster < most_cluster && lists * p.cluster < 3 * limits().units && blocks > p.cluster * 16) p.cluster *= 2;
   const int threads = lists * p.cluster > 2 * limits().units ? 256 : most_threads;
-  const std::int64_t slice = (p.most_blocks + p.cluster - 1) / p.cluster;
+  const std::int64_t slice = std::max<std::int64_t>(1, slice_blocks(p, p.most_blocks));
+  const int ratio = r.l_sel / r.d, lead = (r.l - 1) / r.d;
+  p.terms = std::max(2 * threads, tokens_per_block(r));
+  p.piece = static_cast<int>(std::min<std::int64_t>({cut ? p.per_chunk : INT64_MAX, slice, (p.terms - lead) / ratio}));
+  if (cut && p.piece < p.per_chunk)  // pieces must divide a chunk
+    while (p.per_chunk % p.piece != 0) --p.piece;
   p.counted = slice <= most_counted;
-  const std::size_t fixed = fixed_shared(a.shape, threads, p.tokens_per_block, p.cluster);
-  const std::size_t listed = p.counted ? slice * sizeof(Entry) : p.most_blocks * sizeof(unsigned);
-  p.in_scratch = fixed + listed > limits().shared_bytes - 1024;
-  if (p.in_scratch && a.scratch_bytes < lists * listed) throw InternalError("rank: scratch too small");
-  launch_early(rank_kernel, dim3(static_cast<unsigned>(lists * p.cluster)), threads, fixed + (p.in_scratch ? 0 : listed),
-               stream, p.cluster, p);
+  p.key_words = static_cast<int>(p.counted ? slice : (p.most_blocks + 1) / 2);
+  p.in_scratch = Shared::bytes(p) > limits().shared_bytes - 1024;
+  if (p.in_scratch) {
+    p.key_words = 0;
+    if (a.scratch_bytes < lists * p.most_blocks * sizeof(unsigned)) throw InternalError("rank: scratch too small");
+  }
+  launch_early(rank_kernel, dim3(static_cast<unsigned>(lists * p.cluster)), threads, Shared::bytes(p), stream, p.cluster, p);
 }
 
 void select(const SelectArgs& a, Stream* stream) {

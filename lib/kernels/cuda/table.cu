@@ -58,7 +58,7 @@ void rank_with_scratch(const RankArgs& a, Stream* stream) {
 }
 
 std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t cmp_rows) {
-  return static_cast<std::size_t>(tile.rows() * s.heads() * ((cmp_rows + 3) / 4 * 4)) * sizeof(float);
+  return static_cast<std::size_t>(tile.rows() * s.heads() * padded_columns(cmp_rows)) * sizeof(float);
 }
 
 std::size_t scratch_bytes(const LayerShape& s, const QueryTile& tile) {

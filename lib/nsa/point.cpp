@@ -1,0 +1,29 @@
+#include "nsa/point.hpp"
+
+#include <algorithm>
+#include <utility>
+
+namespace nsa {
+
+void keep_records(const Control& world, Engine& e, const TensorSource& source, const CheckResult& checked,
+                  StepTensors* tensors, std::int64_t positions, PointRecord& record) {
+  if (e.config.run.check) {
+    record.max_abs_err = std::max(record.max_abs_err, world.max(checked.max_abs_err));
+    for (const std::string& problem : world.gather(checked.problem)) record.fail(problem);
+  }
+  if (!tensors) return;
+  const auto keep = [&](std::vector<TensorRecord> list) {
+    std::ranges::move(list, std::back_inserter(record.tensors));
+  };
+  keep(input_tensors(e, source, world.rank() == 0));
+  keep(tensors->reduce(world));
+  keep(compressed_tensors(e, positions, world));
+}
+
+void finish_point(const Control& world, const Engine& e, const Samples& samples, PointRecord& record) {
+  record.warmup_reps = e.config.run.warmup;
+  record.time = gather_times(world, samples);
+  for (int c = 0; c < branches; ++c) record.routes[c] = e.route[c]->name;
+}
+
+}  // namespace nsa
