@@ -504,7 +504,7 @@ void divide(Params& p, std::int64_t lists, std::int64_t tiles) {
   p.splits = static_cast<int>(std::min({wanted, std::max<std::int64_t>(1, tiles), std::int64_t{most_cluster}}));
   if (p.splits > 8 && lists * 16 <= limits().units) p.splits = 16;
   // Clusters meet faster but leave SMs idle where many of them compete for places.
-  p.cluster = limits().capability >= 90 && lists * p.splits <= limits().units;
+  p.cluster = limits().capability >= 90 && lists * p.splits <= limits().units && !getenv("NOCL");
 }
 
 // The maps the kernels read: whole sequences, a rank's own chunks, and for the window the ring it fills exactly.

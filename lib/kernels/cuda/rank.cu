@@ -413,7 +413,8 @@ void rank(const RankArgs& a, Stream* stream) {
   // A slice of a few blocks is not worth a CTA.
   if (limits().capability >= 90)
     while (p.cluster < most_cluster && lists * p.cluster < 3 * limits().units && blocks > p.cluster * 16) p.cluster *= 2;
-  const int threads = lists * p.cluster > 2 * limits().units ? 256 : most_threads;
+  if (getenv("RCL")) p.cluster = atoi(getenv("RCL"));
+  const int threads = getenv("RTH") ? atoi(getenv("RTH")) : lists * p.cluster > 2 * limits().units ? 256 : most_threads;
   const std::int64_t slice = std::max<std::int64_t>(1, slice_blocks(p, p.most_blocks));
   const int ratio = r.l_sel / r.d, lead = (r.l - 1) / r.d;
   p.terms = std::max(2 * threads, tokens_per_block(r));
