@@ -3,6 +3,7 @@
 #include <CLI/CLI.hpp>
 #include <exception>
 #include <iostream>
+#include <new>
 #include <string>
 
 #include "app/build_info.hpp"
@@ -15,7 +16,7 @@ namespace {
 constexpr auto bug = static_cast<nsa::ExitCode>(1);
 
 constexpr const char* examples = R"(Examples:
-  nsa run inputs/quickstart.toml                        one rank
+  nsa run inputs/prefill.toml                           one rank
   mpirun -n 4 nsa run inputs/quickstart.toml            four ranks, heads=2 x kv=2
   nsa run big.toml --dry-run --ranks 64                 who would own what, and how many bytes
   nsa run in.toml --set run.context=[4096,8192] --set run.backend=host --output a.h5
@@ -76,7 +77,7 @@ int alone(Command&& command) {
   }
 }
 
-/// A command of all ranks. A UserError is thrown on every rank alike, and one of them says it. Anything else may
+/// A command of all ranks. An AgreedError is thrown on every rank alike, and one of them says it. Anything else may
 /// have hit some ranks only, and the others may be waiting for them: there the launch ends.
 template <class Command>
 int together(int& argc, char**& argv, Command&& command) {
@@ -84,9 +85,15 @@ int together(int& argc, char**& argv, Command&& command) {
   const nsa::Control world = nsa::Control::world();
   try {
     return static_cast<int>(command(world));
-  } catch (const nsa::UserError& error) {
+  } catch (const nsa::AgreedError& error) {
     if (world.rank() == 0) print_error(error, error.code());
     return static_cast<int>(error.code());
+  } catch (const nsa::UserError& error) {
+    print_error(error, error.code());
+    nsa::MpiSession::abort(error.code());
+  } catch (const std::bad_alloc&) {
+    std::cerr << "nsa: error: out of host memory (an allocation failed); use more ranks or a smaller context\n";
+    nsa::MpiSession::abort(nsa::ExitCode::device);
   } catch (const std::exception& error) {
     print_error(error, bug);
     nsa::MpiSession::abort(bug);
@@ -113,7 +120,7 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     // Every rank of a launch reads the same command line, so they all come here, and one says it.
     return together(argc, argv, [&](const nsa::Control&) -> nsa::ExitCode {
-      throw nsa::UserError(std::string(error.what()) + "; see nsa --help");
+      throw nsa::AgreedError(std::string(error.what()) + "; see nsa --help");
     });
   }
   if (app.got_subcommand("diff"))

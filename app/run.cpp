@@ -45,7 +45,7 @@ Config configure(const std::string& text, const RunOptions& options) {
 }
 
 /// The CSV is small and comes last: what would stop it is found out first.
-void check_csv(const std::string& path) {
+void check_csv(const std::string& path, const std::string& input, const std::string& output) {
   if (path.empty()) return;
   const std::filesystem::path parent = std::filesystem::absolute(path).parent_path();
   std::error_code none;
@@ -57,6 +57,10 @@ void check_csv(const std::string& path) {
   } else if (access(std::filesystem::exists(path, none) ? path.c_str() : parent.c_str(), W_OK) != 0) {
     why = std::strerror(errno);
   }
+  if (std::filesystem::exists(path, none) && !std::filesystem::is_regular_file(path, none)) why = "not a plain file";
+  if (std::filesystem::equivalent(path, input, none)) why = "it is the input";
+  if (std::filesystem::weakly_canonical(path, none) == std::filesystem::weakly_canonical(output, none))
+    why = "it is the result file";
   if (why) throw UserError("cannot write " + path + " (" + why + "); choose another --csv", ExitCode::file);
 }
 
@@ -124,8 +128,12 @@ ExitCode run(const Control& world, const RunOptions& options) {
   agreed(world, [&] {
     if (first) text = read_text(options.input);
   });
-  const Config config = configure(world.broadcast(text), options);
-  factorise(config, world.size());  // before anything is opened
+  text = world.broadcast(text);
+  Config config;
+  agreed(world, [&] {
+    config = configure(text, options);
+    factorise(config, world.size());  // before anything is opened
+  });
   choose_host_threads(world);
 
   const Session session = open_session(config, world);
@@ -135,7 +143,7 @@ ExitCode run(const Control& world, const RunOptions& options) {
   std::unique_ptr<Output> output;
   agreed(world, [&] {
     if (!first) return;
-    check_csv(config.output.csv);
+    check_csv(config.output.csv, options.input, config.output.file);
     output = std::make_unique<Output>(config, run, world.size());
   });
 

@@ -143,7 +143,7 @@ void Control::agree(ExitCode code, const std::string& message) const {
   if (worst == 0) return;
   const std::int64_t first =
       impl_->size - max(message.empty() ? std::int64_t{0} : std::int64_t{impl_->size - impl_->rank});
-  throw UserError(broadcast(message, static_cast<int>(first)), static_cast<ExitCode>(worst));
+  throw AgreedError(broadcast(message, static_cast<int>(first)), static_cast<ExitCode>(worst));
 }
 
 }  // namespace nsa

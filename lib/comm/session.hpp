@@ -42,8 +42,8 @@ class Control {
   double max(double value) const;              ///< on every rank
   std::int64_t max(std::int64_t value) const;
   void barrier() const;
-  /// Every rank says how it fared; all get the worst code, and rank 0 each rank's message ("" = fine).
-  /// Throws UserError with the first message and the worst code on every rank when any failed.
+  /// Every rank says how it fared (message "" = fine). When any failed, throws AgreedError on every rank, with the
+  /// worst code and the message of the first rank that has one.
   void agree(ExitCode code, const std::string& message) const;
 
   struct Impl;

@@ -11,12 +11,12 @@ namespace nsa {
 /// Process exit codes, agreed by all ranks (the largest wins).
 enum class ExitCode : int {
   ok = 0,
-  usage = 2,            ///< command line or input file
-  invalid_result = 3,   ///< the run finished and its result is wrong, or --strict saw a fallback
-  communication = 4,    ///< a collective or a peer timed out
-  device = 5,           ///< device or memory
-  file = 6,             ///< result or tensor file
-  interrupted = 75,     ///< stopped on request, resumable
+  usage = 2,           ///< command line or input file
+  invalid_result = 3,  ///< the run finished and its result is wrong, or --strict saw a fallback
+  communication = 4,   ///< a collective or a peer timed out
+  device = 5,          ///< device or memory
+  file = 6,            ///< result or tensor file
+  interrupted = 75,    ///< stopped on request, resumable
 };
 
 /// Something the user can mend.
@@ -28,6 +28,12 @@ class UserError : public std::runtime_error {
 
  private:
   ExitCode code_;
+};
+
+/// A UserError that every rank of the launch throws alike: one of them says it and all end in order.
+class AgreedError : public UserError {
+ public:
+  using UserError::UserError;
 };
 
 /// A broken invariant of ours: a bug.

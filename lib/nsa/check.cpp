@@ -55,7 +55,7 @@ double attention_error(const std::vector<double>& p, const Rows& v, std::int64_t
     double value = 0;
     for (std::size_t i = 0; i < p.size(); ++i) value += p[i] * v[i * width + e];
     const double error = std::abs(value - o[e]);
-    worst = error <= worst ? worst : error;  // NaN wins
+    if (!(error <= worst)) worst = std::isnan(error) ? std::numeric_limits<double>::infinity() : error;
   }
   return worst;
 }

@@ -134,8 +134,26 @@ void check_run(const Config& c, Checker& check) {
   if (r.scope == Scope::attention && c.model.layers > 1)
     check.add({"run.scope", "model.layers"}, "run.scope = \"attention\" needs model.layers = 1 (q, k and v are given)");
   if (r.fill == CacheFill::synthetic && !c.input_file.empty())
-    check.add({"run.fill", "input.file"}, "run.fill = \"synthetic\" takes nothing from input.file; use fill = \"prefill\"");
+    check.add({"run.fill", "input.file"},
+              "run.fill = \"synthetic\" takes nothing from input.file; use fill = \"prefill\"");
+  if (c.kind == TaskKind::kernels)
+    check.add({"task.kind"}, "task.kind = \"kernels\" is not built yet; use \"decode\", \"prefill\" or \"needle\"");
   if (c.output.file.empty()) check.add({"output.file"}, "output.file is empty; name the result file");
+}
+
+/// A needle run is scope = "attention": it has no weights. One key has to point along all queries of its group.
+void check_needle(const Config& c, Checker& check) {
+  if (c.kind != TaskKind::needle) return;
+  if (c.phi == PhiKind::mlp)
+    check.add({"nsa.phi"}, "task.kind = \"needle\" needs nsa.phi = \"mean\" (it has no weights)");
+  if (check.fine({"run.context"}) && std::count(c.run.context.begin(), c.run.context.end(), 1) > 0)
+    check.add({"run.context"}, "run.context = 1 holds no needle (its last position asks); give at least 2");
+  if (check.fine({"model.n_heads", "model.n_kv_groups", "model.d_k"}) &&
+      2 * c.model.n_heads > c.model.d_k * c.model.n_kv_groups)
+    check.add({"model.n_heads", "model.d_k"},
+              fmt::format("task.kind = \"needle\" needs at most d_k / 2 = {} heads a group (one key points along all "
+                          "queries of its group)",
+                          c.model.d_k / 2));
 }
 
 /// Elements of the largest tensor of any point stay below 2^50, so that no index or byte count overflows.
@@ -159,6 +177,7 @@ void validate(const Config& config) {
   visit_keys(config, check);
   check_layer(config, check);
   check_run(config, check);
+  check_needle(config, check);
   check_sizes(config, check);
   check.finish();
 }

@@ -81,6 +81,19 @@ std::string fingerprint(const Session& session, const Config& config, const std:
   return sha256(text);
 }
 
+/// Ranks of one host draw on one memory, and Linux kills instead of refusing: whether all fit is found out first.
+void check_room(const Session& session, const MemoryAccount& planned) {
+  const bool host = session.backend.kind == BackendKind::host;
+  const std::int64_t free = session.backend.device->info().memory_free, sharers = host ? session.world.local_size() : 1;
+  agreed(session.world, [&] {
+    if (free > 0 && static_cast<std::int64_t>(planned.total_peak) > free / sharers)
+      throw UserError("the point needs " + std::to_string(planned.total_peak / 1000000) + " MB a rank (" +
+                          std::to_string(free / 1000000) + " MB are free for " + std::to_string(sharers) +
+                          " ranks here); use more hosts or a smaller context or batch",
+                      ExitCode::device);
+  });
+}
+
 MemoryRecord gather_memory(const Session& session, const MemoryAccount& planned, const MemoryAccount& used,
                            std::int64_t process) {
   MemoryRecord record;
@@ -144,8 +157,6 @@ MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, c
 
 PointRecord run_point(const Session& session, const Config& config, const Point& point, std::int64_t index,
                       const Progress& progress) {
-  if (config.kind == TaskKind::kernels)
-    throw UserError("task.kind = \"kernels\" (not built yet); use decode, prefill or needle");
   PointRecord record;
   record.index = index;
   record.parameters = parameters(config, point);
@@ -154,6 +165,8 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
   record.kv = partition.kv;
   record.fingerprint = fingerprint(session, config, record.parameters, partition);
 
+  const MemoryAccount planned = planned_memory(*session.backend.kernels, config, partition, point);
+  check_room(session, planned);
   record.copy_bandwidth = -session.world.max(-copy_bandwidth(session.backend, session.world));
   std::ofstream("/proc/self/clear_refs") << "5";  // the resident peak starts anew, where the kernel lets us
   const std::int64_t resident = status_bytes("VmRSS");
@@ -166,8 +179,7 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
     used = config.kind == TaskKind::decode ? run_decode(session, config, point, *source, record, progress)
                                            : run_prefill(session, config, point, *source, record, progress);
   }
-  record.memory = gather_memory(session, planned_memory(*session.backend.kernels, config, partition, point), used,
-                                status_bytes("VmHWM") - resident);
+  record.memory = gather_memory(session, planned, used, status_bytes("VmHWM") - resident);
   const std::vector<std::int64_t> bytes = session.world.gather(modelled_bytes(config, partition, point));
   const std::int64_t ranks = session.world.size();
   for (int stage = 0; stage < stage_count && !bytes.empty(); ++stage)

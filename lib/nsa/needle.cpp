@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <optional>
 
 #include "nsa/decode.hpp"
 #include "nsa/inputs.hpp"
@@ -27,14 +29,16 @@ struct Needle {
 Needle make_needle(Engine& e, const TensorSource& source, const std::vector<float>& q, std::int64_t position) {
   const LayerShape& s = e.shape();
   Needle needle{position, std::vector<float>(e.planes() * s.d_k, 0.0f), {}};
-  for (std::int64_t row = 0; row < e.planes() * s.heads_per_group; ++row) {
-    const float* head = q.data() + row * s.d_k;
-    double square = 0;
-    for (int i = 0; i < s.d_k; ++i) square += double{head[i]} * head[i];
-    const double length = strength * s.rules.l * std::sqrt(static_cast<double>(s.d_k) / square) / std::sqrt(square);
-    for (int i = 0; i < s.d_k; ++i)
-      needle.k[row / s.heads_per_group * s.d_k + i] += static_cast<float>(length * head[i]);
-  }
+  // Kaczmarz: head after head, the key is moved along the head's query until their product is what is wanted.
+  const double wanted = strength * s.rules.l * std::sqrt(static_cast<double>(s.d_k));
+  for (int sweep = 0; sweep < 200; ++sweep)
+    for (std::int64_t row = 0; row < e.planes() * s.heads_per_group; ++row) {
+      const float* head = q.data() + row * s.d_k;
+      float* k = needle.k.data() + row / s.heads_per_group * s.d_k;
+      const double length =
+          (wanted - std::inner_product(head, head + s.d_k, k, 0.0)) / std::inner_product(head, head + s.d_k, head, 0.0);
+      for (int i = 0; i < s.d_k; ++i) k[i] += static_cast<float>(length * head[i]);
+    }
   const std::vector<std::int64_t> shape{e.point.batch, e.config.model.n_kv_groups, s.d_v};
   needle.v = source.slab("needle", shape, 1.0f, {0, e.partition.group_begin, 0}, {e.point.batch, s.groups, s.d_v});
   needle.v = from_storage(to_storage(needle.v, s.dtype).data(), needle.v.size(), s.dtype);
@@ -68,7 +72,7 @@ Finding look(Engine& e, const StepBuffers& b, const Needle& needle) {
     finding.found = finding.found && std::find(row, row + n, block) != row + n;
     for (std::int64_t i = 0; i < s.heads_per_group * s.d_v; ++i) {
       const double error = std::abs(o[plane * s.heads_per_group * s.d_v + i] - needle.v[plane * s.d_v + i % s.d_v]);
-      if (!(error <= finding.error)) finding.error = error;
+      if (!(error <= finding.error)) finding.error = std::isnan(error) ? INFINITY : error;
     }
   }
   return finding;
@@ -96,9 +100,17 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
   const Config config = needle_config(input);
   const Point point = needle_point(at);
   const TensorSource source(config, "");
-  Engine e(session.backend, session.world, config, point, source);
-  Prefill prefill(e, point.context, false);
-  Decode decode(e, &source, true);
+  std::optional<Engine> engine;
+  std::optional<Prefill> held_prefill;
+  std::optional<Decode> held_decode;
+  agreed(session.world, [&] {
+    engine.emplace(session.backend, session.world, config, point, source);
+    held_prefill.emplace(*engine, point.context, false);
+    held_decode.emplace(*engine, &source, true);
+  });
+  Engine& e = *engine;
+  Prefill& prefill = *held_prefill;
+  Decode& decode = *held_decode;
   Recorder recorder(e.device(), e.streams.compute);
   prefill.load_kv(source);
   const Partition& p = e.partition;
@@ -122,7 +134,7 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
     samples.times.back().push_back(recorder.step([&] { decode.step(options, recorder); }));
     const Finding finding = look(e, decode.buffers(), needle);
     const bool found = session.world.max(std::int64_t{!finding.found}) == 0;
-    const double error = session.world.max(std::isnan(finding.error) ? INFINITY : finding.error);
+    const double error = session.world.max(finding.error);
     record.needle["depth"].push_back(depth);
     record.needle["position"].push_back(static_cast<double>(needle.position));
     record.needle["block"].push_back(static_cast<double>(needle.position / p.shape.rules.l_sel));

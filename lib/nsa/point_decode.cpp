@@ -28,7 +28,7 @@ void fill_directly(Engine& e, const TensorSource& source) {
   }
 }
 
-void fill_caches(const Session& session, Engine& e, const TensorSource& source) {
+void fill_caches(const Session& session, Engine& e, const TensorSource& source, const Progress& progress) {
   if (e.config.run.fill == CacheFill::synthetic) return fill_directly(e, source);
   std::optional<Prefill> prefill;
   Recorder untimed(e.device(), e.streams.compute);
@@ -39,6 +39,7 @@ void fill_caches(const Session& session, Engine& e, const TensorSource& source) 
     else
       prefill->load_rows(source);
   });
+  prefill->watch([&](double done) { progress(done, 1, "filling caches"); });
   prefill->fill_caches(untimed);
   e.device().synchronize(e.streams.compute);
 }
@@ -115,8 +116,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   std::optional<Engine> engine;
   agreed(world, [&] { engine.emplace(session.backend, world, config, point, source); });
   Engine& e = *engine;
-  progress(0, 1, "filling caches");
-  fill_caches(session, e, source);
+  fill_caches(session, e, source, progress);
   std::optional<Decode> held;
   agreed(world, [&] { held.emplace(e, &source, config.run.check || config.output.tensors); });
   Decode& decode = *held;
@@ -129,6 +129,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
 
   Recorder recorder(e.device(), e.streams.compute);
   Samples samples;
+  const double all = static_cast<double>(runs.size()), steps = static_cast<double>(config.run.steps);
   double passes = 0;
   record.stop_reason = measure(world, runs, config.run.min_time, samples, [&](const ModeRun& run, auto&& sink) {
     recorder.time_stages(run.stages);
@@ -138,13 +139,13 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
       decode.load(step, run.options);
       e.device().synchronize(e.streams.compute);
       sink(recorder.step([&] { whole.run(); }));
+      progress(std::min(passes += 1 / steps, all), all, run.name);
     }
     if (run.options.leave_out < 0) {
       const RankReads reads = read_log(e, decode);
       record.reads = gather_reads(world, reads);
       if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(config, point)));
     }
-    progress(std::min(++passes, static_cast<double>(runs.size())), static_cast<double>(runs.size()), run.name);
   });
   for (std::int64_t step = 0; step < config.run.steps; ++step)
     record.reads.nsa_vibe.push_back(nsa_vibe_reads(config.nsa, point.context + step));

@@ -127,11 +127,13 @@ void Prefill::load_kv(const TensorSource& source) {
 
 template <class Body>
 void Prefill::each_tile(Work& w, Body&& body) {
+  const std::int64_t work_tiles = engine_.config.model.layers * engine_.point.batch * tile_count();
   for (std::int64_t b = 0; b < engine_.point.batch; ++b)
     for (std::size_t i = 0; i < tiles_.size(); ++i) {
       w.tile = {static_cast<std::int32_t>(b), 1, tiles_[i].tokens, starts_.as<std::int64_t>() + i, positions_};
       w.first_row = b * local_rows_ + tiles_[i].local_row;
       body(tiles_[i]);
+      if (watch_) watch_(static_cast<double>(++tiles_done_) / static_cast<double>(2 * work_tiles));
     }
 }
 
@@ -254,6 +256,7 @@ void Prefill::attend_rows(Work& w, Recorder& recorder, const OnTile& on_tile) {
 }
 
 Work Prefill::start(const StepOptions& options) {
+  tiles_done_ = 0;
   engine_.device().fill(buffers_.reads.data(), 0, buffers_.reads.bytes(), engine_.streams.compute);
   return {engine_, buffers_, options, false, {}, 0, 0, {}, {}};
 }

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <iterator>
+#include <utility>
 #include <vector>
 
 #include "nsa/recorder.hpp"
@@ -26,6 +27,9 @@ class Prefill {
   void load_rows(const TensorSource& source);
   /// scope = attention: loads the given K and V.
   void load_kv(const TensorSource& source);
+
+  /// `done` gets the share of a run that is queued, tile by tile. Not for a timed run.
+  void watch(std::function<void(double done)> done) { watch_ = std::move(done); }
 
   /// Runs all layers. After each tile of the last layer, `on_tile` may read the buffers.
   using OnTile = std::function<void(const Work&, const PrefillTile&)>;
@@ -64,6 +68,8 @@ class Prefill {
   KvPair raw_, win_;                    ///< own rows of the cmp and win projections
   KvPair sel_all_, cmp_all_, win_all_;  ///< gathered, kv > 1
   KvPair heads_, heads_all_, ring_all_;
+  std::function<void(double)> watch_;
+  std::int64_t tiles_done_ = 0;  ///< of this run, projected and attended
 };
 
 }  // namespace nsa

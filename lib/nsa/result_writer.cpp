@@ -10,6 +10,7 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -114,7 +115,9 @@ void write_dimensions(const h5::Handle& group, const PointRecord& p) {
     h5::write_scale(group, "mode", p.time.modes, {"1", "way of timing"});
     h5::write_scale(group, "rep", indices(p.time.reps), {"1", "repetition, warm-up first"});
   }
-  if (p.reads.steps > 0) h5::write_scale(group, "step", indices(p.reads.steps), {"1", "step"});
+  // Modes that all leave a branch out count no reads and still have the formula's.
+  if (const std::int64_t steps = std::max(p.reads.steps, std::ssize(p.reads.nsa_vibe)); steps > 0)
+    h5::write_scale(group, "step", indices(steps), {"1", "step"});
   if (!p.memory.kinds.empty()) h5::write_scale(group, "kind", p.memory.kinds, {"1", "what the memory holds"});
 }
 

@@ -22,8 +22,8 @@ using namespace nsa;
 
 namespace {
 
-constexpr double floor_rate = 4.3e12;         // bytes/s
-constexpr double cold_bytes = 250e6;          // read between two uses of a set: several times the L2
+constexpr double floor_rate = 4.3e12;  // bytes/s
+constexpr double cold_bytes = 250e6;   // read between two uses of a set: several times the L2
 constexpr int steps_at_least = 16, replays = 25;
 
 struct Row {
@@ -31,7 +31,7 @@ struct Row {
   std::int64_t context;
   double peers_us, target_us;
 };
-constexpr Row table[] = {{1, 8192, 41, 10},    {1, 65536, 54, 12},  {4, 65536, 71, 20},  {16, 65536, 102, 58},
+constexpr Row table[] = {{1, 8192, 41, 10},     {1, 65536, 54, 12},  {4, 65536, 71, 20},   {16, 65536, 102, 58},
                          {32, 65536, 165, 105}, {64, 8192, 128, 78}, {16, 131072, 153, 92}};
 
 struct Memory {
@@ -53,7 +53,8 @@ KvView make_kv(Memory& memory, const LayerShape& s, std::int64_t planes, std::in
   v.plane_stride = rows * width;
   v.data = memory.make(planes * v.plane_stride * static_cast<std::int64_t>(size_of(s.dtype)));
   memory.backend.kernels->fill_rows(
-      {s.dtype, v, static_cast<std::int32_t>(planes / s.groups), s.groups, 0, 0, rows, tensor_key(1, name), 1.0f}, nullptr);
+      {s.dtype, v, static_cast<std::int32_t>(planes / s.groups), s.groups, 0, 0, rows, tensor_key(1, name), 1.0f},
+      nullptr);
   return v;
 }
 
@@ -206,7 +207,8 @@ int main(int argc, char** argv) {
   const Backend backend = open_cuda(0);
   const std::vector<std::string> whole = {"cmp", "win", "rank", "sel", "combine"};
   for (const int d : {128, 64}) {
-    std::printf("64 heads, 4 groups, Dk = Dv = %d, bf16: us a step\n%12s %8s %8s %7s %7s %7s |", d, "batch x ctx", "us", "floor", "ratio", "target", "peers");
+    std::printf("64 heads, 4 groups, Dk = Dv = %d, bf16: us a step\n%12s %8s %8s %7s %7s %7s |", d, "batch x ctx", "us",
+                "floor", "ratio", "target", "peers");
     for (const std::string& name : whole) std::printf(" %8s", name.c_str());
     std::printf("\n");
     for (const Row& row : table) {
@@ -218,8 +220,8 @@ int main(int argc, char** argv) {
       s.dtype = DType::bf16;
       Bench bench(backend, s, row);
       const double us = bench.measure(whole) * 1e6, floor_us = bench.bytes / floor_rate * 1e6;
-      std::printf("%4d x %5lldK %8.1f %8.1f %6.2fx %7.0f %7.0f |", row.batch, static_cast<long long>(row.context / 1024), us,
-                  floor_us, us / floor_us, row.target_us, row.peers_us);
+      std::printf("%4d x %5lldK %8.1f %8.1f %6.2fx %7.0f %7.0f |", row.batch,
+                  static_cast<long long>(row.context / 1024), us, floor_us, us / floor_us, row.target_us, row.peers_us);
       for (const std::string& name : whole) std::printf(" %8.1f", bench.measure({name}) * 1e6);
       std::printf("\n");
       std::fflush(stdout);

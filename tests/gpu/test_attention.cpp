@@ -63,9 +63,10 @@ struct Run {
   std::vector<std::int32_t> gpu_selected;
 };
 
-void attend_on(const Backend& b, Branch branch, const Case& c, const LayerShape& s, const QueryTile& tile, const Twin& q,
-               const TwinKv& k, const TwinKv& v, const Twin& partials, const Twin& reads, const Twin* selected,
-               const Twin* lse, const Twin* scores, const Twin& scratch, const AttendKernel& kernel) {
+void attend_on(const Backend& b, Branch branch, const Case& c, const LayerShape& s, const QueryTile& tile,
+               const Twin& q, const TwinKv& k, const TwinKv& v, const Twin& partials, const Twin& reads,
+               const Twin* selected, const Twin* lse, const Twin* scores, const Twin& scratch,
+               const AttendKernel& kernel) {
   AttendArgs a;
   a.shape = s;
   a.tile = tile;
@@ -136,8 +137,8 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
     k_win.push_back(cache(win_map, T, s.d_k, "k_win"));
     v_win.push_back(cache(win_map, T, s.d_v, "v_win"));
     const std::int64_t cmp_rows = ranks == 1 ? n : TwinKv::capacity(cmp_map, std::max<std::int64_t>(n, 1));
-    const std::int64_t score_bytes = static_cast<std::int64_t>(std::max(
-        cpu().kernels->score_bytes(s, tile, cmp_rows), gpu().kernels->score_bytes(s, tile, cmp_rows)));
+    const std::int64_t score_bytes = static_cast<std::int64_t>(
+        std::max(cpu().kernels->score_bytes(s, tile, cmp_rows), gpu().kernels->score_bytes(s, tile, cmp_rows)));
     scores.push_back(std::make_unique<Twin>(std::max<std::int64_t>(score_bytes, 16)));
     scratch.push_back(std::make_unique<Twin>(scratch_bytes));
     partials.push_back(std::make_unique<Twin>(partial_floats(s, rows) * 4));
@@ -155,7 +156,8 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   };
   const auto gather = [&](const Backend& b, const std::vector<std::unique_ptr<Twin>>& from, const Twin& to) {
     for (int rank = 0; rank < ranks; ++rank)
-      b.device->copy(to.on<char>(b) + rank * from[rank]->bytes(), from[rank]->on<void>(b), from[rank]->bytes(), nullptr);
+      b.device->copy(to.on<char>(b) + rank * from[rank]->bytes(), from[rank]->on<void>(b), from[rank]->bytes(),
+                     nullptr);
   };
   for (const Backend* b : {&cpu(), &gpu()}) {
     const QueryTile t = tile_on(*b);
@@ -253,7 +255,8 @@ void check(const Run& run) {
   bool chosen_by_rule = true;
   for (std::int64_t list = 0; list < run.lists; ++list) {
     const std::int64_t t = c.first + list / s.groups % c.tokens;
-    const std::vector<float> score(gpu_scores.begin() + list * run.blocks, gpu_scores.begin() + (list + 1) * run.blocks);
+    const std::vector<float> score(gpu_scores.begin() + list * run.blocks,
+                                   gpu_scores.begin() + (list + 1) * run.blocks);
     const auto expected = best_blocks(s.rules, t, score);
     chosen_by_rule &= std::equal(expected.begin(), expected.end(), run.gpu_selected.begin() + list * s.rules.n_sel);
   }
@@ -273,8 +276,18 @@ void run_and_check(const Case& c) {
 
 TEST_CASE("cuda attention equals the host's over head counts, head sizes and types") {
   for (const DType type : {DType::f32, DType::bf16, DType::f16})
-    for (const auto& [h, d_k, d_v] : {std::tuple{1, 32, 32}, {2, 64, 64}, {4, 64, 64}, {16, 128, 128}, {16, 64, 64}, {8, 96, 128},
-                                      {16, 192, 128}, {4, 256, 256}, {5, 24, 8}, {3, 10, 6}, {20, 64, 32}, {16, 128, 64}}) {
+    for (const auto& [h, d_k, d_v] : {std::tuple{1, 32, 32},
+                                      {2, 64, 64},
+                                      {4, 64, 64},
+                                      {16, 128, 128},
+                                      {16, 64, 64},
+                                      {8, 96, 128},
+                                      {16, 192, 128},
+                                      {4, 256, 256},
+                                      {5, 24, 8},
+                                      {3, 10, 6},
+                                      {20, 64, 32},
+                                      {16, 128, 64}}) {
       Case decode{shape_of(type, 2, h, d_k, d_v), 2, 1, 2333};
       run_and_check(decode);
       Case prefill{shape_of(type, 1, h, d_k, d_v), 1, 37, 1200};
@@ -300,8 +313,12 @@ TEST_CASE("cuda attention equals the host's at every length") {
 
 TEST_CASE("cuda attention equals the host's for other block geometries") {
   for (const DType type : {DType::f32, DType::bf16})
-    for (const BlockRules& r : {BlockRules{16, 16, 16, 4, 0, 1, 1}, {32, 32, 64, 8, 1, 1, 100}, {8, 4, 32, 6, 2, 2, 4096},
-                                {64, 16, 64, 16, 1, 2, 77}, {32, 16, 48, 5, 1, 2, 512}, {4, 1, 8, 40, 1, 2, 64}})
+    for (const BlockRules& r : {BlockRules{16, 16, 16, 4, 0, 1, 1},
+                                {32, 32, 64, 8, 1, 1, 100},
+                                {8, 4, 32, 6, 2, 2, 4096},
+                                {64, 16, 64, 16, 1, 2, 77},
+                                {32, 16, 48, 5, 1, 2, 512},
+                                {4, 1, 8, 40, 1, 2, 64}})
       for (const std::int64_t first : {0, 100, 1500}) {
         Case c{shape_of(type, 1, 16, 128, 128), 2, 1, first};
         c.shape.rules = r;
@@ -341,4 +358,22 @@ TEST_CASE("every kv layout chooses the same blocks bit for bit and gives the sam
         run_and_check(c);
       }
     }
+}
+
+// Small enough for compute-sanitizer's slower tools: gpu_tests "[small]".
+TEST_CASE("cuda attention of a few shapes", "[small]") {
+  for (const DType type : {DType::f32, DType::bf16}) {
+    Case c{shape_of(type, 2, 4, 64, 64), 1, 1, 700};
+    run_and_check(c);
+    c.tokens = 9;
+    run_and_check(c);
+    c.tokens = 1;
+    c.kv = 2;
+    c.ring = true;
+    run_and_check(c);
+    c.shape = shape_of(type, 1, 16, 128, 128);
+    c.kv = 1;
+    c.first = 4200;
+    run_and_check(c);
+  }
 }

@@ -157,8 +157,8 @@ TEST_CASE("cuda compresses as the host does, halo copies too") {
               b->kernels->compress(a, nullptr);
               gpu().device->synchronize(nullptr);
             }
-            INFO((phi == PhiKind::mean ? "mean " : "mlp ") << name_of(type) << " kv=" << kv << " first=" << first
-                                                           << " tokens=" << tokens);
+            INFO((phi == PhiKind::mean ? "mean " : "mlp ")
+                 << name_of(type) << " kv=" << kv << " first=" << first << " tokens=" << tokens);
             // Rows nothing completes in keep the poison on both sides: compare what the host wrote.
             for (const TwinKv* cache : {&k_cmp, &v_cmp}) {
               const auto [ours, theirs] =
@@ -204,8 +204,10 @@ TEST_CASE("cuda projects, rotates, gates and puts out as the host does") {
           Twin q(rows * s.heads() * s.d_k * size), gate(rows * s.groups * 3 * 4), y(rows * s.dim * 4),
               o(rows * s.heads() * s.d_v * size);
           fill_matrix(o, type, rows, s.heads() * s.d_v, "o", 1.0f);
-          Twin k0(rows * s.groups * s.d_k * size), k1(rows * s.groups * s.d_k * size), k2(rows * s.groups * s.d_k * size);
-          Twin v0(rows * s.groups * s.d_v * size), v1(rows * s.groups * s.d_v * size), v2(rows * s.groups * s.d_v * size);
+          Twin k0(rows * s.groups * s.d_k * size), k1(rows * s.groups * s.d_k * size),
+              k2(rows * s.groups * s.d_k * size);
+          Twin v0(rows * s.groups * s.d_v * size), v1(rows * s.groups * s.d_v * size),
+              v2(rows * s.groups * s.d_v * size);
           const Position position(123457);
           for (const Backend* b : {&cpu(), &gpu()}) {
             ProjectArgs a;
@@ -229,9 +231,9 @@ TEST_CASE("cuda projects, rotates, gates and puts out as the host does") {
             a.scratch = scratch.on<void>(*b);
             a.scratch_bytes = scratch.bytes();
             b->kernels->project(a, nullptr);
-            b->kernels->output({s, rows, o.on<void>(*b), w_o.on<void>(*b), y.on<float>(*b), scratch.on<void>(*b),
-                                scratch.bytes()},
-                               nullptr);
+            b->kernels->output(
+                {s, rows, o.on<void>(*b), w_o.on<void>(*b), y.on<float>(*b), scratch.on<void>(*b), scratch.bytes()},
+                nullptr);
             gpu().device->synchronize(nullptr);
           }
           INFO(name_of(type) << " shared_kv=" << shared_kv << " tokens=" << tokens);

@@ -41,7 +41,8 @@ struct Cta {
   float *q, *k, *v, *prob, *o;  // shared
   int heads;                    // of this tile
   std::int64_t row, group, first_head, plane, t;
-  MaxSum total[heads_per_tile / warps], leaf[heads_per_tile / warps];  // of heads warp, warp + warps (same in all lanes)
+  MaxSum total[heads_per_tile / warps],
+      leaf[heads_per_tile / warps];  // of heads warp, warp + warps (same in all lanes)
   std::int64_t count = 0;
 
   // Tokens [begin, begin + count) of chunk c (win: of their own chunks): scores, and the weighted sum unless `halo`.
@@ -65,8 +66,8 @@ __device__ void Cta<T, B>::load(const KvView& view, std::int64_t c, std::int64_t
   for (int token = threadIdx.x / 32; token < n; token += warps) {
     const std::int64_t i = begin + token;
     if (B == win && !has_row(view.map, i)) continue;
-    const T* from = static_cast<const T*>(view.data) +
-                    (B == win ? offset_of(view, plane, i) : offset_in_chunk(view, plane, c, i));
+    const T* from =
+        static_cast<const T*>(view.data) + (B == win ? offset_of(view, plane, i) : offset_in_chunk(view, plane, c, i));
     for (int e = lane; e < view.width; e += 32) to[token * pitch + e] = to_float(from[e]);
   }
 }
@@ -91,8 +92,7 @@ __device__ void Cta<T, B>::tile(std::int64_t c, std::int64_t begin, int n, bool 
       score = dot * scale;
       if (B == cmp) {
         const std::int64_t column = score_column(p.a.k.map, c, begin + lane);
-        static_cast<float*>(p.a.scores)[(row * s.heads() + first_head + head) * p.pitch + column] =
-            score * log2_e;
+        static_cast<float*>(p.a.scores)[(row * s.heads() + first_head + head) * p.pitch + column] = score * log2_e;
       }
     }
     if (head == 0 && !halo) count += __popc(__ballot_sync(0xffffffffu, held));
@@ -236,7 +236,8 @@ void launch(const AttendArgs& a, Stream* stream) {
   Params p{a, 0, 1, 32, arrival_counters(B)};
   if (B == cmp) p.pitch = score_pitch(a.k.map, compressed_tokens(a.shape.rules, a.tile.max_positions - 1));
   p.splits = splits_of(a.shape, a.tile, units_of(B, a.shape, a.k.map));
-  while (p.tile_tokens > 1 && Layout(a.shape.d_k, a.shape.d_v, p.tile_tokens).total * sizeof(float) > limits().shared_bytes - 1024)
+  while (p.tile_tokens > 1 &&
+         Layout(a.shape.d_k, a.shape.d_v, p.tile_tokens).total * sizeof(float) > limits().shared_bytes - 1024)
     p.tile_tokens /= 2;
   const std::size_t shared = Layout(a.shape.d_k, a.shape.d_v, p.tile_tokens).total * sizeof(float);
   const dim3 grid(static_cast<unsigned>(a.tile.rows() * a.shape.groups * p.splits), head_tiles(a.shape));

@@ -11,8 +11,8 @@
 
 namespace nsa::gpu {
 
-constexpr int window_unit = 64;      ///< positions of the window a unit holds
-constexpr int heads_per_tile = 16;   ///< query heads of a group that share one pass over K/V
+constexpr int window_unit = 64;        ///< positions of the window a unit holds
+constexpr int heads_per_tile = 16;     ///< query heads of a group that share one pass over K/V
 constexpr int most_split_rows = 1024;  ///< (row, group, head tile)s that may be split: the counters there are
 
 /// Units of a branch at most, on this rank.
@@ -31,7 +31,9 @@ inline int splits_of(const LayerShape& s, const QueryTile& tile, std::int64_t un
 }
 
 /// Floats of scratch one split of one list takes.
-__host__ __device__ inline std::int64_t split_floats(const LayerShape& s) { return std::int64_t{heads_per_tile} * (s.d_v + 2); }
+__host__ __device__ inline std::int64_t split_floats(const LayerShape& s) {
+  return std::int64_t{heads_per_tile} * (s.d_v + 2);
+}
 
 /// Arrivals by list [most_split_rows]; zero between launches, because the last to arrive puts them back.
 unsigned* arrival_counters(Branch branch);

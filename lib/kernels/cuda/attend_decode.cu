@@ -1,17 +1,18 @@
-// Attention of one branch for one query row a sequence, 16-bit storage: the decode step's kernels.
+// Attention of one branch, 16-bit storage, row by row: the decode step's kernels, and for now prefill's too, where the
+// rows of a tile share K and V through the L2 alone.
 //
 // Bytes: every K and V row the branch reads, once per 16 query heads; scores, partials and LSE are 4% beside them at
 // Dk = Dv = 128. Bound: memory bandwidth; at small batch the latency of load, merge and launch.
 // Tiling: the (up to 16) heads of a group are the M of m16n8k16. A row's units (LSE leaves, chosen blocks, runs of 64
 // window rows) are dealt to the CTAs of the row; of every 64 tokens of a unit (a tile) warp w of 4 takes 16. From
-// capability 9.0 on a fifth warp streams the tiles, which lie in one piece, through a ring of shared-memory slots by bulk
-// copies, so that the bytes under way do not depend on registers; before that the warps load from global memory. Either
-// way a lane reads its operands in 16-byte pieces as they lie (mma.cuh). The warps of a CTA meet in its shared memory,
-// the CTAs of a row through their cluster's (9.0) or in scratch (attend.cuh).
+// capability 9.0 on a fifth warp streams the tiles, which lie in one piece, through a ring of shared-memory slots by
+// bulk copies, so that the bytes under way do not depend on registers; before that the warps load from global memory.
+// Either way a lane reads its operands in 16-byte pieces as they lie (mma.cuh). The warps of a CTA meet in its shared
+// memory, the CTAs of a row through their cluster's (9.0) or in scratch (attend.cuh).
 //
-// Leaves: (m, sum) of 16 tokens by one warp, of a leaf's steps by rising step, of the 4 warps by rising warp, of a lane's
-// leaves by rising leaf. None of it depends on the split or on the layout, so every kv layout gets the same bits.
-// Scores, and maxima while they are in here, count in powers of two: log2(e) is folded into the scale.
+// Leaves: (m, sum) of 16 tokens by one warp, of a leaf's steps by rising step, of the 4 warps by rising warp, of a
+// lane's leaves by rising leaf. None of it depends on the split or on the layout, so every kv layout gets the same
+// bits. Scores, and maxima while they are in here, count in powers of two: log2(e) is folded into the scale.
 
 #include "kernels/cuda/attend.cuh"
 #include "kernels/cuda/mma.cuh"
@@ -27,7 +28,7 @@ constexpr int step_tokens = 16;
 constexpr int tile_tokens = warps * step_tokens;
 constexpr int most_cluster = 16;
 constexpr int most_registers = 168;  // two CTAs of 5 warps an SM
-constexpr float lowest = -1e30f;  // a maximum of nothing: finite, so that differences are no NaN
+constexpr float lowest = -1e30f;     // a maximum of nothing: finite, so that differences are no NaN
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool streams = false;
 #else
@@ -47,13 +48,18 @@ struct Params {
 
 // Rows one after the other; a ring is one such run of slots, in whatever order the positions lie.
 struct Unit {
-  std::int64_t row = 0;  // of the first token; cmp: of its raw score too
+  std::int64_t row = 0;  // of the first token
   int count = 0;
+  int owner = 0;            // whose part of a gathered buffer
+  std::int64_t column = 0;  // cmp: of the first token's raw score
 };
+
+// Ranks that the chunks a buffer lacks are on, itself included: 1 where it has them all.
+__device__ __forceinline__ int shards_of(const RowMap& map) { return map.rank == all_ranks ? 1 : map.kv; }
 
 // The leaf c that is this rank's u-th.
 __device__ __forceinline__ std::int64_t leaf_at(const RowMap& map, std::int64_t u) {
-  return map.kv > 1 ? u * map.kv + map.rank : u;
+  return map.rank == all_ranks ? u : u * map.kv + map.rank;
 }
 
 __device__ __forceinline__ int at_most(std::int64_t left, std::int64_t most) {
@@ -78,9 +84,10 @@ struct Layout {
   static constexpr int slot_bytes = tile_tokens * (DK > DV ? DK : DV) * 2;
   static constexpr int slots = (96 << 10) / slot_bytes;  // two CTAs an SM
   using Ring = SlotRing<slots, slot_bytes>;
-  // Queries, then the ring's barriers, then its slots; later, in the slots' place, the CTA's part [16 * Dv] and (m, sum)
-  // [16], the same of each warp.
-  static constexpr int barriers = Queries<DK>::bytes, memory = barriers + 16 * slots, part_bytes = heads_per_tile * (DV + 2) * 4;
+  // Queries, then the ring's barriers, then its slots; later, in the slots' place, the CTA's part [16 * Dv] and (m,
+  // sum) [16], the same of each warp.
+  static constexpr int barriers = Queries<DK>::bytes, memory = barriers + 16 * slots,
+                       part_bytes = heads_per_tile * (DV + 2) * 4;
   static constexpr int bytes = memory + std::max(slots * slot_bytes, (1 + warps) * part_bytes);
 };
 
@@ -91,20 +98,22 @@ struct Cta {
   const LayerShape& s;
   const RowMap& map;
   int split, warp, g, quad;
-  int list, row_group;         // list: (row, group, head tile)
-  std::int64_t head_at;        // row * heads + first head of the tile
-  const T *k, *v;              // of the plane
-  int heads, before;           // of the tile; cmp: halo rows in front of a chunk
+  int list, row_group;   // list: (row, group, head tile)
+  int counter;           // (sequence, group) of the reads
+  std::int64_t head_at;  // row * heads + first head of the tile
+  const T *k, *v;        // of the plane
+  int heads, before;     // of the tile; cmp: halo rows in front of a chunk
   std::int64_t t, n;
   int units;
   Queries<DK> q;
   Ring ring;
   float o[DV / 64][8][4];
-  Sum2 total[2], leaf[2];      // of heads g and g + 8
-  int count;                   // tokens the warp read
+  Sum2 total[2], leaf[2];  // of heads g and g + 8
+  int count;               // tokens the warp read
 
   __device__ Cta(const Params& params, char* shared);
-  __device__ void first_window(std::int64_t& begin, std::int64_t& end) const;
+  __device__ void window_rows(std::int64_t& begin, std::int64_t& end) const;
+  __device__ Unit rows_from(std::int64_t begin, std::int64_t end) const;
   __device__ Unit unit_at(int u) const;
   __device__ void stream();
   __device__ void walk();
@@ -130,30 +139,32 @@ __device__ __forceinline__ Cta<T, DK, DV, B>::Cta(const Params& params, char* sh
   warp = threadIdx.x / 32;
   g = lane / 4;
   quad = lane % 4;
-  const std::int64_t plane = (p.a.tile.batch_begin + row) * s.groups + group;
+  const int sequence = row / p.a.tile.tokens;
+  counter = sequence * s.groups + group;
+  const std::int64_t plane = (p.a.tile.batch_begin + sequence) * s.groups + group;
   k = static_cast<const T*>(p.a.k.data) + plane * p.a.k.plane_stride;
   v = static_cast<const T*>(p.a.v.data) + plane * p.a.v.plane_stride;
   head_at = std::int64_t{row} * s.heads() + group * s.heads_per_group + blockIdx.y * heads_per_tile;
   heads = min(heads_per_tile, s.heads_per_group - static_cast<int>(blockIdx.y) * heads_per_tile);
-  before = B == cmp && map.kv > 1 ? map.before : 0;
+  before = B == cmp && shards_of(map) > 1 ? map.before : 0;
   wait_for_previous();
-  t = *p.a.tile.first_position;
+  t = *p.a.tile.first_position + row % p.a.tile.tokens;
   if (warp < warps) q.fill(static_cast<const T*>(p.a.q) + head_at * DK, heads, threadIdx.x, 32 * warps);
   n = B == cmp ? compressed_tokens(s.rules, t) : 0;
   if constexpr (B == cmp) {
-    units = static_cast<int>(map.kv > 1 ? owned_chunks(map, n + before, map.rank) : (n + s.leaf - 1) / s.leaf);
+    units = static_cast<int>(shards_of(map) > 1 ? owned_chunks(map, n + before, map.rank) : (n + s.leaf - 1) / s.leaf);
   } else if constexpr (B == sel) {
     units = s.rules.n_sel;
   } else {
     std::int64_t begin, end;
-    first_window(begin, end);
-    units = end > begin ? static_cast<int>((end - begin + window_unit - 1) / window_unit) : 0;
+    window_rows(begin, end);
+    units = end > begin ? static_cast<int>((end - 1) / window_unit - begin / window_unit + 1) : 0;
   }
 }
 
-// Memory rows of the window: positions, or the slots of a full or still filling ring that this rank reads.
+// Rows of the window: positions, or the slots of a full or still filling ring that this rank reads.
 template <class T, int DK, int DV, Branch B>
-__device__ __forceinline__ void Cta<T, DK, DV, B>::first_window(std::int64_t& begin, std::int64_t& end) const {
+__device__ __forceinline__ void Cta<T, DK, DV, B>::window_rows(std::int64_t& begin, std::int64_t& end) const {
   begin = map.ring > 0 ? map.slot_begin : window_begin(s.rules, t);
   end = t + 1;
   if (map.ring > 0) {
@@ -162,20 +173,30 @@ __device__ __forceinline__ void Cta<T, DK, DV, B>::first_window(std::int64_t& be
   }
 }
 
+// Tokens [begin, end) of one chunk (of a ring: its slots).
+template <class T, int DK, int DV, Branch B>
+__device__ __forceinline__ Unit Cta<T, DK, DV, B>::rows_from(std::int64_t begin, std::int64_t end) const {
+  const int count = at_most(end - begin, INT32_MAX);
+  if (map.ring > 0 || map.chunk == INT64_MAX) return {begin, count, 0, begin};
+  const std::int64_t c = chunk_of(map, begin), row = row_in_chunk(map, c, begin);
+  if (map.rank == all_ranks) return {row, count, owner_of_chunk(map, c), begin};
+  return {row, has_chunk(map, c) ? count : 0, 0, row};
+}
+
 template <class T, int DK, int DV, Branch B>
 __device__ __forceinline__ Unit Cta<T, DK, DV, B>::unit_at(int u) const {
   if constexpr (B == cmp) {
-    const std::int64_t c = leaf_at(map, u), begin = c * s.leaf;
-    return {map.kv > 1 ? row_in_chunk(map, c, begin) : begin, at_most(n - begin, s.leaf)};
+    const std::int64_t begin = leaf_at(map, u) * s.leaf, end = begin + s.leaf;
+    return rows_from(begin, end < n ? end : n);
   } else if constexpr (B == sel) {
-    const std::int64_t j = p.a.selected[std::int64_t{row_group} * s.rules.n_sel + u], begin = j * s.rules.l_sel;
-    if (j < 0 || (map.kv > 1 && !has_row(map, begin))) return {};
-    return {map.kv > 1 ? row_of(map, begin) : begin, at_most(t + 1 - begin, s.rules.l_sel)};
+    const std::int64_t j = p.a.selected[std::int64_t{row_group} * s.rules.n_sel + u];
+    const std::int64_t begin = j * s.rules.l_sel, end = begin + s.rules.l_sel;
+    return j < 0 ? Unit{} : rows_from(begin, end < t + 1 ? end : t + 1);
   } else {
     std::int64_t begin, end;
-    first_window(begin, end);
-    begin += std::int64_t{u} * window_unit;
-    return {begin, at_most(end - begin, window_unit)};
+    window_rows(begin, end);
+    const std::int64_t from = (begin / window_unit + u) * window_unit, to = from + window_unit;
+    return rows_from(begin > from ? begin : from, end < to ? end : to);
   }
 }
 
@@ -226,8 +247,8 @@ __device__ __forceinline__ void Cta<T, DK, DV, B>::score(const Unit& unit, int a
     for (int i = 0; i < 4; ++i) c[part][i] *= scale;
   const bool full = at + step_tokens <= unit.count;
   if constexpr (B == cmp) {
-    float* to = static_cast<float*>(p.a.scores) + (head_at + g) * p.pitch + unit.row + at + quad * 2;
-    const bool even = (unit.row + at) % 2 == 0;
+    float* to = static_cast<float*>(p.a.scores) + (head_at + g) * p.pitch + unit.column + at + quad * 2;
+    const bool even = (unit.column + at) % 2 == 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (g + half * 8 >= heads) break;
@@ -288,10 +309,12 @@ __device__ __forceinline__ void Cta<T, DK, DV, B>::stream() {
   const bool weigh = !(B == cmp && p.a.scores_only);
   for (int u = split; u < units; u += p.splits) {
     const Unit unit = unit_at(u);
+    const T* keys = k + unit.owner * p.a.k.rank_stride + unit.row * DK;
+    const T* values = v + unit.owner * p.a.v.rank_stride + unit.row * DV;
     for (int at = 0; at < unit.count; at += tile_tokens) {
       const int rows = min(tile_tokens, unit.count - at);
-      ring.fill(k + (unit.row + at) * DK, rows * DK * 2);
-      if (weigh) ring.fill(v + (unit.row + at) * DV, rows * DV * 2);
+      ring.fill(keys + at * DK, rows * DK * 2);
+      if (weigh) ring.fill(values + at * DV, rows * DV * 2);
     }
   }
 }
@@ -302,17 +325,19 @@ __device__ __forceinline__ void Cta<T, DK, DV, B>::walk() {
   const bool weigh = !(B == cmp && p.a.scores_only);
   for (int u = split; u < units; u += p.splits) {
     const Unit unit = unit_at(u);
+    const T* unit_keys = k + unit.owner * p.a.k.rank_stride + unit.row * DK;
+    const T* unit_values = v + unit.owner * p.a.v.rank_stride + unit.row * DV;
     leaf[0] = leaf[1] = {};
     for (int tile = 0; tile < unit.count; tile += tile_tokens) {
       const int at = tile + warp * step_tokens, rows = max(0, min(step_tokens, unit.count - at));
-      const T* keys = streams ? static_cast<const T*>(ring.take()) + warp * step_tokens * DK : k + (unit.row + at) * DK;
+      const T* keys = streams ? static_cast<const T*>(ring.take()) + warp * step_tokens * DK : unit_keys + at * DK;
       float c[2][4];
       if (rows > 0) score(unit, at, load_keys<T, DK>(keys, rows), c);
       if (streams) ring.release();
       if (rows > 0) soften(c);
       count += rows;
       if (!weigh) continue;
-      const T* values = streams ? static_cast<const T*>(ring.take()) + warp * step_tokens * DV : v + (unit.row + at) * DV;
+      const T* values = streams ? static_cast<const T*>(ring.take()) + warp * step_tokens * DV : unit_values + at * DV;
       if (rows > 0) {
         const Weights<T> weights(c);
 #pragma unroll
@@ -335,7 +360,8 @@ __device__ void Cta<T, DK, DV, B>::score_halos() const {
   for (int u = split + warp * p.splits; u < units; u += warps * p.splits) {
     const std::int64_t c = leaf_at(map, u), begin = c * map.chunk - before;
     if (c == 0) continue;
-    const Unit halo{row_in_chunk(map, c, begin), at_most(n - begin, before)};
+    const std::int64_t from = row_in_chunk(map, c, begin);
+    const Unit halo{from, at_most(n - begin, before), 0, from};
     for (int at = 0; at < halo.count; at += step_tokens) {
       float scores[2][4];
       score(halo, at, load_keys<T, DK>(k + (halo.row + at) * DK, halo.count - at), scores);
@@ -397,7 +423,7 @@ __device__ __forceinline__ void Cta<T, DK, DV, B>::merge_warps(float* warp_o, fl
 // The warps' (m, sum) to leaves, leaves to lanes by rising leaf: this rank's u-th leaf is in its slot u % present.
 template <class T, int DK, int DV, Branch B>
 __device__ __forceinline__ void Cta<T, DK, DV, B>::merge_lanes(int first, int step) const {
-  const int present = s.lanes / map.kv;
+  const int present = s.lanes / shards_of(map);
   const std::int64_t row_heads = p.a.tile.rows() * s.heads();
   const float2* leaves = p.leaves + list * p.most_units * warps * heads_per_tile;
   for (int item = first; item < present * heads_per_tile; item += step) {
@@ -460,7 +486,7 @@ __global__ void __maxnreg__(most_registers) decode_kernel(const __grid_constant_
   } else {
     cta.walk();
     if (threadIdx.x % 32 == 0 && blockIdx.y == 0 && cta.count > 0)
-      atomicAdd(reinterpret_cast<unsigned long long*>(p.a.reads) + cta.row_group,
+      atomicAdd(reinterpret_cast<unsigned long long*>(p.a.reads) + cta.counter,
                 static_cast<unsigned long long>(cta.count));
     if (B == cmp && cta.before > 0) cta.score_halos();
   }
@@ -472,16 +498,12 @@ __global__ void __maxnreg__(most_registers) decode_kernel(const __grid_constant_
     cluster_barrier();
     const int first = threadIdx.x * p.splits + cta.split, step = blockDim.x * p.splits;
     if constexpr (B == cmp) cta.merge_lanes(first, step);
-    cta.merge_splits(first, step, [&](int i) { return in_cta(part, i); }, [](const auto* from) { return *from; });
+    cta.merge_splits(
+        first, step, [&](int i) { return in_cta(part, i); }, [](const auto* from) { return *from; });
     cluster_barrier();
     return;
   }
-  if (p.splits > 1) {
-    if (!arrives_last(&p.arrivals[cta.list], p.splits)) return;
-  } else {
-    __threadfence();
-    __syncthreads();
-  }
+  if (!arrives_last(&p.arrivals[cta.list], p.splits)) return;
   if constexpr (B == cmp) cta.merge_lanes(threadIdx.x, blockDim.x);
   const float* parts = p.parts + std::int64_t{cta.list} * p.splits * split_floats(p.a.shape);
   cta.merge_splits(
@@ -492,25 +514,29 @@ __global__ void __maxnreg__(most_registers) decode_kernel(const __grid_constant_
 std::int64_t lists_of(const LayerShape& s, const QueryTile& tile) { return tile.rows() * s.groups * head_tiles(s); }
 
 std::int64_t most_units(Branch branch, const LayerShape& s, const RowMap& map, std::int64_t positions) {
-  if (branch != cmp) return units_of(branch, s, map);
+  if (branch == sel) return s.rules.n_sel;
+  if (branch == win) return s.rules.w / window_unit + 2;
   const std::int64_t tokens = compressed_tokens(s.rules, positions - 1);
-  return std::max<std::int64_t>(
-      1, map.kv > 1 ? owned_chunks(map, tokens + map.before, map.rank) : (tokens + s.leaf - 1) / s.leaf);
+  return std::max<std::int64_t>(1, map.rank != all_ranks && map.kv > 1
+                                       ? owned_chunks(map, tokens + map.before, map.rank)
+                                       : (tokens + s.leaf - 1) / s.leaf);
 }
 
 // CTAs enough to fill every SM with two, no more than the row has tiles; up to a cluster's worth.
-void divide(Params& p, std::int64_t lists, std::int64_t tiles) {
-  const std::int64_t wanted = std::max<std::int64_t>(1, (getenv("MULT") ? atoi(getenv("MULT")) : 2) * limits().units / lists);
-  p.splits = static_cast<int>(std::min({wanted, std::max<std::int64_t>(1, tiles), std::int64_t{most_cluster}}));
-  if (p.splits > 8 && lists * 16 <= limits().units) p.splits = 16;
-  // Clusters meet faster but leave SMs idle where many of them compete for places.
-  p.cluster = limits().capability >= 90 && lists * p.splits <= limits().units && !getenv("NOCL");
+void divide(Params& p, std::int64_t lists, std::int64_t units) {
+  const std::int64_t wanted = lists > most_split_rows ? 1 : std::max<std::int64_t>(1, 2 * limits().units / lists);
+  p.splits = static_cast<int>(std::min({wanted, units, std::int64_t{most_cluster}}));
+  if (p.splits > 8) p.splits = lists * 16 <= limits().units ? 16 : 8;
+  // Clusters meet faster but leave SMs idle where many of them compete for places. One CTA alone is a cluster too.
+  p.cluster = p.splits == 1 || (limits().capability >= 90 && lists * p.splits <= limits().units);
 }
 
-// The maps the kernels read: whole sequences, a rank's own chunks, and for the window the ring it fills exactly.
+// The maps the kernels read: whole sequences; a rank's own chunks; gathered chunks; and for the window the ring it
+// fills exactly. A chunk holds whole window units.
 bool reads_map(Branch branch, const LayerShape& s, const RowMap& map) {
   if (map.ring > 0) return branch == win && map.ring == s.rules.w;
-  return map.kv == 1 ? map.chunk == INT64_MAX && map.before == 0 : map.rank != all_ranks && branch != win;
+  if (map.chunk == INT64_MAX) return map.before == 0;
+  return map.kv > 1 && (branch != win || (map.rank == all_ranks && map.chunk % window_unit == 0));
 }
 
 template <class T, int DK, int DV, Branch B>
@@ -540,30 +566,31 @@ void launch_typed(const Params& p, Stream* stream) {
 
 }  // namespace
 
-bool decode_accepts(const LayerShape& s, const QueryTile& tile) {
+bool decode_accepts(const LayerShape& s, const QueryTile&) {
   const bool sized = (s.d_k == 64 && s.d_v == 64) || ((s.d_k == 128 || s.d_k == 192) && s.d_v == 128);
-  return sized && s.dtype != DType::f32 && tile.tokens == 1 && lists_of(s, tile) <= most_split_rows;
+  return sized && s.dtype != DType::f32;
 }
 
 std::size_t decode_scratch(const LayerShape& s, const QueryTile& tile) {
-  QueryTile one = tile;
-  one.tokens = 1;
-  if (!decode_accepts(s, one)) return 0;
-  const std::int64_t lists = lists_of(s, one), leaves = compressed_tokens(s.rules, tile.max_positions - 1) / s.leaf + 2;
-  return static_cast<std::size_t>(lists * most_cluster * split_floats(s)) * sizeof(float) +
+  if (!decode_accepts(s, tile)) return 0;
+  const std::int64_t lists = lists_of(s, tile),
+                     leaves = compressed_tokens(s.rules, tile.max_positions - 1) / s.leaf + 2;
+  const std::int64_t parts = std::max<std::int64_t>(4 * limits().units, 16 * std::min<std::int64_t>(lists, 16));
+  return static_cast<std::size_t>(parts * split_floats(s)) * sizeof(float) +
          static_cast<std::size_t>(lists * leaves * warps * heads_per_tile) * sizeof(float2);
 }
 
 void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
   if (a.tile.rows() == 0) return;
   if (!reads_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
-  Params p{a, 0, most_units(branch, a.shape, a.k.map, a.tile.max_positions), 1, false, arrival_counters(branch), nullptr,
-           nullptr};
+  Params p{a,       0,      most_units(branch, a.shape, a.k.map, a.tile.max_positions),
+           1,       false,  arrival_counters(branch),
+           nullptr, nullptr};
   const std::int64_t lists = lists_of(a.shape, a.tile);
   divide(p, lists, p.most_units);
   p.pitch = branch == cmp ? score_pitch(a.k.map, compressed_tokens(a.shape.rules, a.tile.max_positions - 1)) : 0;
   p.parts = static_cast<float*>(a.scratch);
-  p.leaves = reinterpret_cast<float2*>(p.parts + lists * p.splits * split_floats(a.shape));
+  p.leaves = reinterpret_cast<float2*>(p.parts + (p.cluster ? 0 : lists * p.splits * split_floats(a.shape)));
   if (branch == cmp)
     launch_typed<cmp>(p, stream);
   else if (branch == sel)

@@ -41,8 +41,8 @@ cublasHandle_t blas(Stream* stream);
 
 /// Facts of the open device that launches are sized by.
 struct DeviceLimits {
-  int units = 132;                 ///< SMs
-  int capability = 90;             ///< 10 * major + minor
+  int units = 132;                      ///< SMs
+  int capability = 90;                  ///< 10 * major + minor
   std::size_t shared_bytes = 48 << 10;  ///< most dynamic shared memory of a block
 };
 const DeviceLimits& limits();
@@ -126,9 +126,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 
 /// exp(x - m), 0 where x is -inf (also when nothing was attended and m is -inf too).
-__device__ __forceinline__ float exp_above(float x, float m) {
-  return x == -INFINITY ? 0.0f : exp2f((x - m) * log2_e);
-}
+__device__ __forceinline__ float exp_above(float x, float m) { return x == -INFINITY ? 0.0f : exp2f((x - m) * log2_e); }
 
 /// Running (maximum, sum of exp above it).
 struct MaxSum {
@@ -156,9 +154,8 @@ inline std::int64_t score_columns(const RowMap& map, std::int64_t tokens) {
   return begin + map.before + (rest < 0 ? 0 : rest < map.chunk ? rest : map.chunk);
 }
 
-/// Floats between the score rows of two heads that hold so many columns: whole 128-byte lines and one more, because
-/// rows a power of two apart would all meet in the same parts of the L2.
-inline std::int64_t padded_columns(std::int64_t columns) { return (columns + 31) / 32 * 32 + 32; }
+/// Floats between the score rows of two heads that hold so many columns: whole 16-byte vectors.
+inline std::int64_t padded_columns(std::int64_t columns) { return (columns + 3) / 4 * 4; }
 inline std::int64_t score_pitch(const RowMap& map, std::int64_t tokens) {
   return padded_columns(score_columns(map, tokens));
 }

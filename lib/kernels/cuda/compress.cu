@@ -69,7 +69,8 @@ __global__ void mlp_kernel(CompressArgs a, std::int64_t most) {
   const bool keys = blockIdx.y == 0;
   const KvView raw = keys ? a.k_raw : a.v_raw, cmp = keys ? a.k_cmp : a.v_cmp;
   const PhiWeights phi = keys ? a.phi_k : a.phi_v;
-  const T *pos = static_cast<const T*>(phi.pos), *w1 = static_cast<const T*>(phi.w1), *w2 = static_cast<const T*>(phi.w2);
+  const T *pos = static_cast<const T*>(phi.pos), *w1 = static_cast<const T*>(phi.w1),
+          *w2 = static_cast<const T*>(phi.w2);
   const int width = cmp.width, units = a.shape.phi_hidden;
   float *x = shared, *hidden = shared + together * width;
   const std::int64_t strips = (most + together - 1) / together;

@@ -75,7 +75,9 @@ Event* create_event() {
 }
 void destroy_event(Event* event) noexcept { (void)cudaEventDestroy(cuda(event)); }
 void record(Event* event, Stream* stream) { check(cudaEventRecord(cuda(event), cuda(stream)), "cudaEventRecord"); }
-void wait(Stream* stream, Event* event) { check(cudaStreamWaitEvent(cuda(stream), cuda(event)), "cudaStreamWaitEvent"); }
+void wait(Stream* stream, Event* event) {
+  check(cudaStreamWaitEvent(cuda(stream), cuda(event)), "cudaStreamWaitEvent");
+}
 
 double elapsed(Event* from, Event* to) {
   check(cudaEventSynchronize(cuda(to)), "cudaEventSynchronize");
@@ -190,9 +192,9 @@ DeviceInfo info() {
   return out;
 }
 
-constexpr DeviceOps device_ops = {allocate, release,       create_stream, destroy_stream, synchronize, copy,
-                                  fill,     create_event,  destroy_event, record,         wait,        elapsed,
-                                  capture,  launch,        destroy_graph, info};
+constexpr DeviceOps device_ops = {
+    allocate,      release, create_stream, destroy_stream, synchronize, copy,   fill,          create_event,
+    destroy_event, record,  wait,          elapsed,        capture,     launch, destroy_graph, info};
 
 void open(int index) {
   if (open_device.index == index) return;

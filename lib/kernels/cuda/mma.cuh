@@ -24,10 +24,9 @@ __device__ __forceinline__ void mma(float (&c)[4], std::uint32_t a0, std::uint32
 }
 __device__ __forceinline__ void mma(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
                                     std::uint32_t a3, std::uint32_t b0, std::uint32_t b1, __half) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ std::uint32_t pack(float low, float high, __nv_bfloat16) {
@@ -89,7 +88,8 @@ template <class T>
 struct Weights {
   std::uint32_t a[4];
   __device__ __forceinline__ explicit Weights(const float (&p)[2][4])
-      : a{pack(p[0][0], p[0][1], T{}), pack(p[0][2], p[0][3], T{}), pack(p[1][0], p[1][1], T{}), pack(p[1][2], p[1][3], T{})} {}
+      : a{pack(p[0][0], p[0][1], T{}), pack(p[0][2], p[0][3], T{}), pack(p[1][0], p[1][1], T{}),
+          pack(p[1][2], p[1][3], T{})} {}
 };
 
 /// c[0]: tokens 0..7, c[1]: tokens 8..15, from zero.

@@ -8,9 +8,9 @@ namespace nsa::gpu {
 /// `Slots` slots of `Bytes`; fills and reads go round in the same order. `full` and `empty` are mbarriers.
 template <int Slots, int Bytes>
 struct SlotRing {
-  char* memory;           ///< shared, [Slots][Bytes], 16-byte aligned
-  std::uint64_t* full;    ///< shared, [Slots]
-  std::uint64_t* empty;   ///< shared, [Slots]
+  char* memory;          ///< shared, [Slots][Bytes], 16-byte aligned
+  std::uint64_t* full;   ///< shared, [Slots]
+  std::uint64_t* empty;  ///< shared, [Slots]
   int slot = 0, phase = 0;
 
   static __device__ __forceinline__ unsigned at(const void* shared) {

@@ -20,8 +20,8 @@ struct alignas(sizeof(T) * V) Pack {
 
 // out [rows, columns] = x [rows, depth] * w [depth, columns]. V columns a thread, `strip` threads across.
 template <class T, int V>
-__global__ void __launch_bounds__(threads) few_rows_product(int rows, int depth, std::int64_t columns, const T* x,
-                                                            const T* w, float* out) {
+__global__ void __launch_bounds__(threads)
+    few_rows_product(int rows, int depth, std::int64_t columns, const T* x, const T* w, float* out) {
   constexpr int strip = 8, slices = threads / strip;
   __shared__ float sums[slices][strip * V + 1];
   const int across = threadIdx.x % strip, slice = threadIdx.x / strip;

@@ -2,11 +2,11 @@
 //
 // A cluster of up to 8 CTAs a (row, group), one where rows are many or the GPU has no clusters. The raw scores are read
 // once per overlapping block (1.25 times at the paper's geometry): 4 * 1.25 bytes a head and compressed token, from L2
-// where attend_cmp left them. Each CTA scores a slice of the blocks. Small slices: every CTA counts, key by key, how many
-// are better, and puts its best n into the first one's shared memory, which counts once more among those. Large ones: all
-// keys go to the first CTA's shared memory (scratch where they do not fit), where a radix selection of 4 passes finds
-// the n-th largest and one ordered sweep collects. Bound: latency in decode, exponentials (one a head and overlapping
-// token) in prefill.
+// where attend_cmp left them. Each CTA scores a slice of the blocks. Small slices: every CTA counts, key by key, how
+// many are better, and puts its best n into the first one's shared memory, which counts once more among those. Large
+// ones: all keys go to the first CTA's shared memory (scratch where they do not fit), where a radix selection of 4
+// passes finds the n-th largest and one ordered sweep collects. Bound: latency in decode, exponentials (one a head and
+// overlapping token) in prefill.
 
 #include <algorithm>
 
@@ -26,9 +26,9 @@ __host__ __device__ int tokens_per_block(const BlockRules& r) { return r.l_sel /
 
 struct Params {
   RankArgs a;
-  std::int64_t pitch;       // of the raw scores
-  std::int64_t most_blocks; // this rank's blocks below max_positions
-  std::int64_t per_chunk;   // blocks of a chunk
+  std::int64_t pitch;        // of the raw scores
+  std::int64_t most_blocks;  // this rank's blocks below max_positions
+  std::int64_t per_chunk;    // blocks of a chunk
   int piece;                 // blocks scored together, see score_blocks
   int terms;                 // tokens a round of scoring has room for
   int key_words;             // room for keys in shared memory, in entries
@@ -73,7 +73,8 @@ struct Shared {
   }
 };
 
-// (m, in powers of two, and 1/s) of every head of the group from all lanes, whatever rank sent them. A warp a head, lanes in a fixed tree.
+// (m, in powers of two, and 1/s) of every head of the group from all lanes, whatever rank sent them. A warp a head,
+// lanes in a fixed tree.
 __device__ void load_normalisers(const Params& p, std::int64_t row, std::int64_t g, float2* normaliser) {
   const LayerShape& s = p.a.shape;
   const std::int64_t rows = p.a.tile.rows();
@@ -214,9 +215,11 @@ __device__ void collect(std::int64_t blocks, std::int64_t n, Threshold threshold
     equal_before += __popc(equal_mask & below);
     const std::int64_t equal_kept = (equal_before < equal_wanted ? equal_before : equal_wanted) -
                                     (equal_seen < equal_wanted ? equal_seen : equal_wanted);
-    if (above || (equal && equal_before < equal_wanted)) chosen[taken + above_before + equal_kept] = static_cast<int>(u);
+    if (above || (equal && equal_before < equal_wanted))
+      chosen[taken + above_before + equal_kept] = static_cast<int>(u);
     const std::int64_t now = equal_seen + equal_all;
-    taken += above_all + (now < equal_wanted ? now : equal_wanted) - (equal_seen < equal_wanted ? equal_seen : equal_wanted);
+    taken +=
+        above_all + (now < equal_wanted ? now : equal_wanted) - (equal_seen < equal_wanted ? equal_seen : equal_wanted);
     equal_seen = now;
     __syncthreads();
   }
@@ -251,7 +254,8 @@ __device__ void clear_scores(const Params& p, std::int64_t list, std::int64_t el
   if (!p.a.p_slc) return;
   const bool all = p.a.token_map.rank == all_ranks || p.a.token_map.kv == 1;
   for (std::int64_t j = threadIdx.x; j < p.a.p_slc_blocks; j += blockDim.x)
-    if (j >= eligible || !(all || has_chunk(p.a.token_map, j / p.per_chunk))) p.a.p_slc[list * p.a.p_slc_blocks + j] = 0.0f;
+    if (j >= eligible || !(all || has_chunk(p.a.token_map, j / p.per_chunk)))
+      p.a.p_slc[list * p.a.p_slc_blocks + j] = 0.0f;
 }
 
 // A key and, below it, the block among those held it belongs to, turned round: the larger the better. 0: none.
@@ -259,6 +263,34 @@ __device__ __forceinline__ Entry entry_of(unsigned key, int block) {
   return static_cast<Entry>(key) << 32 | static_cast<unsigned>(~block);
 }
 __device__ __forceinline__ int block_of(Entry entry) { return static_cast<int>(~static_cast<unsigned>(entry)); }
+
+// A warp's 32 entries from the best down (bitonic).
+__device__ Entry warp_sorted(Entry mine) {
+  const unsigned lane = threadIdx.x % 32;
+#pragma unroll
+  for (unsigned size = 2; size <= 32; size *= 2)
+#pragma unroll
+    for (unsigned step = size / 2; step > 0; step /= 2) {
+      const Entry other = __shfl_xor_sync(0xffffffffu, mine, step);
+      const bool keeps_larger = ((lane & step) == 0) == ((lane & size) == 0 || size == 32);
+      mine = (other > mine) == keeps_larger ? other : mine;
+    }
+  return mine;
+}
+
+// In place: of every 32 entries only the best n stay, side by side. Returns how many there are. All threads.
+__device__ int thin_out(Entry* entries, int count, int n) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int runs = (count + 31) / 32;
+  for (int run0 = 0; run0 < runs; run0 += warps) {
+    const int run = run0 + warp, at = run * 32 + lane;
+    const Entry mine = warp_sorted(at < count ? entries[at] : 0);
+    __syncthreads();
+    if (run < runs && lane < n) entries[run * n + lane] = mine;
+    __syncthreads();
+  }
+  return runs * n;
+}
 
 // The best n of `count` entries, in order, to `to`. All threads.
 __device__ void best_of(const Entry* entries, int count, int n, Entry* to) {
@@ -295,7 +327,9 @@ __device__ void choose_counted(const Params& p, const Shared& at, int slice, int
   const int n = p.a.shape.rules.n_sel;
   Entry* mine = in_cta(at.gathered, 0) + slice * n;
   for (int c = size + threadIdx.x; c < n; c += blockDim.x) mine[c] = 0;
-  best_of(static_cast<const Entry*>(at.keys), size, n, mine);
+  Entry* entries = static_cast<Entry*>(at.keys);
+  const int count = n <= 16 && size > 64 ? thin_out(entries, size, n) : size;
+  best_of(entries, count, n, mine);
   if (p.cluster > 1)
     cluster_barrier();
   else
@@ -329,14 +363,15 @@ __device__ void choose_sorted(const Params& p, const Shared& at, const unsigned*
   best_of(at.gathered, found, n, at.best);
 }
 
-__global__ void __launch_bounds__(most_threads) rank_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(most_threads, 2) rank_kernel(const __grid_constant__ Params p) {
   extern __shared__ float2 shared[];
   const LayerShape& s = p.a.shape;
   const Shared at(p, shared);
   const int slice = blockIdx.x % p.cluster;
   const std::int64_t list = blockIdx.x / p.cluster, row = list / s.groups, g = list % s.groups;
   wait_for_previous();
-  const std::int64_t t = tile_row(p.a.tile, row).t, eligible = eligible_blocks(s.rules, t), blocks = held_blocks(p, eligible);
+  const std::int64_t t = tile_row(p.a.tile, row).t, eligible = eligible_blocks(s.rules, t),
+                     blocks = held_blocks(p, eligible);
   load_normalisers(p, row, g, at.normaliser);
   if (slice == 0) clear_scores(p, list, eligible);
   __syncthreads();
@@ -349,8 +384,8 @@ __global__ void __launch_bounds__(most_threads) rank_kernel(const __grid_constan
                  [&](std::int64_t u, unsigned key) { entries[u - begin] = entry_of(key, static_cast<int>(u)); });
     choose_counted(p, at, slice, static_cast<int>(end - begin));
   } else {
-    unsigned* keys = p.in_scratch ? static_cast<unsigned*>(p.a.scratch) + list * p.most_blocks
-                                  : static_cast<unsigned*>(at.keys);
+    unsigned* keys =
+        p.in_scratch ? static_cast<unsigned*>(p.a.scratch) + list * p.most_blocks : static_cast<unsigned*>(at.keys);
     unsigned* to = p.cluster > 1 && !p.in_scratch ? in_cta(keys, 0) : keys;
     score_blocks(p, row, g, t, begin, end, at, [&](std::int64_t u, unsigned key) { to[u] = key; });
     choose_sorted(p, at, keys, slice, blocks);
@@ -392,7 +427,8 @@ __global__ void select_kernel(const __grid_constant__ SelectArgs a) {
 
 std::size_t rank_scratch(const LayerShape& s, const QueryTile& tile) {
   const std::int64_t blocks = tile.max_positions / s.rules.l_sel + 1;
-  const std::size_t most_fixed = 48 << 10;  // of Shared::bytes besides the keys; more than that and scratch is there too
+  const std::size_t most_fixed =
+      48 << 10;  // of Shared::bytes besides the keys; more than that and scratch is there too
   return blocks * sizeof(unsigned) + most_fixed <= limits().shared_bytes
              ? 0
              : static_cast<std::size_t>(tile.rows() * s.groups * blocks) * sizeof(unsigned);
@@ -412,9 +448,10 @@ void rank(const RankArgs& a, Stream* stream) {
                       : owned_chunks(a.token_map, blocks * r.l_sel, a.token_map.rank) * p.per_chunk;
   // A slice of a few blocks is not worth a CTA.
   if (limits().capability >= 90)
-    while (p.cluster < most_cluster && lists * p.cluster < 3 * limits().units && blocks > p.cluster * 16) p.cluster *= 2;
-  if (getenv("RCL")) p.cluster = atoi(getenv("RCL"));
-  const int threads = getenv("RTH") ? atoi(getenv("RTH")) : lists * p.cluster > 2 * limits().units ? 256 : most_threads;
+    while (p.cluster < most_cluster && (p.cluster == 1 ? lists : 2 * lists * p.cluster) <= limits().units &&
+           blocks > p.cluster * 16)
+      p.cluster *= 2;
+  const int threads = lists * p.cluster > 2 * limits().units ? 256 : most_threads;
   const std::int64_t slice = std::max<std::int64_t>(1, slice_blocks(p, p.most_blocks));
   const int ratio = r.l_sel / r.d, lead = (r.l - 1) / r.d;
   p.terms = std::max(2 * threads, tokens_per_block(r));
@@ -428,7 +465,8 @@ void rank(const RankArgs& a, Stream* stream) {
     p.key_words = 0;
     if (a.scratch_bytes < lists * p.most_blocks * sizeof(unsigned)) throw InternalError("rank: scratch too small");
   }
-  launch_early(rank_kernel, dim3(static_cast<unsigned>(lists * p.cluster)), threads, Shared::bytes(p), stream, p.cluster, p);
+  launch_early(rank_kernel, dim3(static_cast<unsigned>(lists * p.cluster)), threads, Shared::bytes(p), stream,
+               p.cluster, p);
 }
 
 void select(const SelectArgs& a, Stream* stream) {

@@ -25,7 +25,8 @@ __device__ bool is_kept(const RowMap& map, const QueryTile& tile, std::int64_t j
 }
 
 template <class T>
-__device__ void append_element(const QueryTile& tile, int groups, const T* from, const KvView& cache, std::int64_t item) {
+__device__ void append_element(const QueryTile& tile, int groups, const T* from, const KvView& cache,
+                               std::int64_t item) {
   const std::int64_t e = item % cache.width, rest = item / cache.width;
   const std::int64_t g = rest % groups, r = rest / groups;
   const TileRow row = tile_row(tile, r);
@@ -131,9 +132,8 @@ __global__ void add_kernel(std::int64_t count, float* x, const float* y) {
 void append(const AppendArgs& a, Stream* stream) {
   const std::int64_t items = a.tile.rows() * a.shape.groups * (a.k_cache.width + a.v_cache.width);
   if (items == 0) return;
-  with_type(a.shape.dtype, [&](auto type) {
-    append_kernel<decltype(type)><<<blocks_for(items), threads, 0, cuda(stream)>>>(a);
-  });
+  with_type(a.shape.dtype,
+            [&](auto type) { append_kernel<decltype(type)><<<blocks_for(items), threads, 0, cuda(stream)>>>(a); });
   check_launch("append");
 }
 
@@ -158,9 +158,8 @@ void copy_rows(const CopyRowsArgs& a, Stream* stream) {
 void fill_rows(const FillRowsArgs& a, Stream* stream) {
   const std::int64_t items = (a.last - a.first) * a.batch * a.groups * a.dst.width;
   if (items <= 0) return;
-  with_type(a.dtype, [&](auto type) {
-    fill_rows_kernel<decltype(type)><<<blocks_for(items), threads, 0, cuda(stream)>>>(a);
-  });
+  with_type(a.dtype,
+            [&](auto type) { fill_rows_kernel<decltype(type)><<<blocks_for(items), threads, 0, cuda(stream)>>>(a); });
   check_launch("fill_rows");
 }
 

@@ -65,8 +65,10 @@ std::size_t scratch_bytes(const LayerShape& s, const QueryTile& tile) {
   return std::max(padded(project_scratch(s, tile)), branches * branch_part(s, tile) + padded(rank_scratch(s, tile)));
 }
 
-constexpr KernelTable table = {project, append,  compress, {cmp_kernels, sel_kernels, win_kernels}, rank_with_scratch,
-                               select,  combine, output,   rmsnorm, add, copy_rows, fill_rows, advance, score_bytes, scratch_bytes};
+constexpr KernelTable table = {project,           append,      compress,     {cmp_kernels, sel_kernels, win_kernels},
+                               rank_with_scratch, select,      combine,      output,
+                               rmsnorm,           add,         copy_rows,    fill_rows,
+                               advance,           score_bytes, scratch_bytes};
 
 }  // namespace
 

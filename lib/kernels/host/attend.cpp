@@ -112,14 +112,14 @@ Piece piece_of(DType type, const KvView& k, const KvView& v, std::int64_t plane,
 /// A slice of the scores is a few hundred nanoseconds of arithmetic, in which memory would rest: have it bring what
 /// comes next, this piece's V and the next one's K.
 void score_piece(const LayerShape& s, const Widths& w, Worker& worker, const Piece& piece) {
-  load(s.dtype, std::int64_t{piece.tokens} * s.d_k, piece.k, worker.k);
   constexpr int slice = 8;
   for (int t = 0; t < piece.tokens; t += slice) {
     const int n = std::min(slice, piece.tokens - t);
     prefetch_rows(s.dtype, piece.v, std::int64_t{t} * s.d_v, std::int64_t{n} * s.d_v);
     if (!prefetches_late(s)) prefetch_rows(s.dtype, piece.next_k, std::int64_t{t} * s.d_k, std::int64_t{n} * s.d_k);
-    product(n, w.columns, s.d_k, worker.k + t * s.d_k, s.d_k, 1, worker.queries, w.columns,
-            worker.scores + t * w.columns, w.columns);
+    load(s.dtype, std::int64_t{n} * s.d_k, at(s.dtype, piece.k, std::int64_t{t} * s.d_k), worker.k);
+    product(n, w.columns, s.d_k, worker.k, s.d_k, 1, worker.queries, w.columns, worker.scores + t * w.columns,
+            w.columns);
   }
 }
 
@@ -138,13 +138,16 @@ void attend_scored(const LayerShape& s, const Widths& w, Worker& worker, const P
   merge_columns(w.columns, state.m, state.s, worker.m, worker.s, worker.keep, worker.add);
   if (!with_o) return;
   load_values(s, w, piece, worker.v);
-  const int slices = (columns + 3) / 4;
-  for (int c = 0; c < columns; c += 4) {
-    const int begin = piece.tokens * (c / 4) / slices, end = piece.tokens * (c / 4 + 1) / slices;
+  // A panel of V stays in the first cache level while all columns use it.
+  constexpr int panel = 64;
+  const int groups = (columns + 3) / 4, slices = groups * ((w.v + panel - 1) / panel);
+  for (int slice = 0; slice < slices; ++slice) {
+    const int e = slice / groups * panel, c = slice % groups * 4;
+    const int begin = piece.tokens * slice / slices, end = piece.tokens * (slice + 1) / slices;
     if (prefetches_late(s))
       prefetch_rows(s.dtype, piece.next_k, std::int64_t{begin} * s.d_k, std::int64_t{end - begin} * s.d_k);
-    product_merge(std::min(4, columns - c), w.v, piece.tokens, worker.scores + c, 1, w.columns, worker.v, w.v,
-                  state.o + std::int64_t{c} * w.v, w.v, worker.keep + c, worker.add + c);
+    product_merge(std::min(4, columns - c), std::min(panel, w.v - e), piece.tokens, worker.scores + c, 1, w.columns,
+                  worker.v + e, w.v, state.o + std::int64_t{c} * w.v + e, w.v, worker.keep + c, worker.add + c);
   }
 }
 
@@ -174,10 +177,14 @@ void attend_parts(const AttendArgs& args, int rows_per_task, int parts, std::int
   {
     Worker& worker = workers[omp_get_thread_num()];
     if (split) {
-#pragma omp for schedule(dynamic)
+      std::int64_t loaded = -1;  // the task whose queries the worker has
+      // Guided: a thread gets parts that follow one another, so the rows it has prefetched are its own.
+#pragma omp for schedule(guided)
       for (std::int64_t i = 0; i < tasks * parts; ++i) {
         const Task task = task_of(args, rows_per_task, i / parts);
-        load_queries(args, w, task, worker);
+        if (i / parts != loaded) load_queries(args, w, task, worker);
+        loaded = i / parts;
+        worker.tokens_read = 0;
         states[i].clear(w, with_o);
         part(args, w, worker, task, static_cast<int>(i % parts), states[i]);
         count_reads(args, task, worker);

@@ -69,6 +69,8 @@ void add_run(const RankArgs& args, const RankTask& task, const std::vector<Norma
     for (std::int32_t j = 0; j < s.heads_per_group; ++j) {
       const std::int64_t row_head = task.row * s.heads() + task.group * s.heads_per_group + j;
       const float* from = scores + score_offset(slot, row_heads, row_head);
+      // The next block is row_heads blocks away, which the processor does not foresee.
+      for (int k = 0; k < score_block; k += lanes) __builtin_prefetch(from + row_heads * score_block + k);
       add_probabilities(n, from, heads[j].m, 1.0f / heads[j].z, task.p + i);
     }
     i += n;
