@@ -8,6 +8,7 @@
 #include <set>
 
 #include "kernels/error.hpp"
+#include "nsa/check.hpp"
 #include "nsa/figures.hpp"
 #include "nsa/result_file.hpp"
 
@@ -68,6 +69,30 @@ std::vector<std::string> differences(const PointRecord& a, const PointRecord& b)
   return list;
 }
 
+/// Where both files kept the output, how far they are apart: "" when rounding explains it. The mean, since a near tie
+/// may choose another block in a few rows.
+std::string output_difference(const std::string& path_a, const PointRecord& a, const std::string& path_b,
+                              const PointRecord& b) {
+  const TensorFile of_a(path_a, a.index), of_b(path_b, b.index);
+  for (const char* name : {"y", "o"}) {
+    if (!of_a.has(name) || !of_b.has(name)) continue;
+    const std::vector<std::int64_t> shape = of_a.shape(name), zero(shape.size(), 0);
+    if (of_b.shape(name) != shape) return fmt::format("{}: of another shape", name);
+    const std::vector<float> x = of_a.read(name, shape, zero, shape), y = of_b.read(name, shape, zero, shape);
+    double apart = 0, size = 0;
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      apart += std::abs(double{x[i]} - y[i]);
+      size += std::abs(double{x[i]});
+    }
+    const double bound =
+        error_bound(text_parameter(a, "model.precision") == name_of(DType::f32) ? DType::f32 : DType::bf16);
+    if (!(apart <= bound * size))
+      return fmt::format("{}: mean difference {:.3g} of the mean (rounding: {:.3g})", name, apart / size, bound);
+    return {};
+  }
+  return {};
+}
+
 std::string interval_text(const Summary& s) {
   if (std::isnan(s.low)) return time_text(s.median) + " [n < 6]";
   return fmt::format("{} [{}, {}]", time_text(s.median), time_text(s.low), time_text(s.high));
@@ -114,7 +139,9 @@ bool diff_results(std::ostream& out, const std::string& path_a, const std::strin
       continue;
     }
     ++paired;
-    const std::vector<std::string> list = differences(of_a, *at);
+    std::vector<std::string> list = differences(of_a, *at);
+    if (const std::string output = output_difference(path_a, of_a, path_b, *at); !output.empty())
+      list.push_back(output);
     same &= list.empty();
     fmt::print(out, "\n{}: {}\n", sweep_key(of_a), list.empty() ? "the same result" : "results differ");
     for (const std::string& line : list) fmt::print(out, "  differs: {}\n", line);

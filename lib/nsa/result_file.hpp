@@ -38,6 +38,8 @@ ResultFile read_result(const std::string& path);
 class TensorFile {
  public:
   explicit TensorFile(const std::string& path);
+  /// The tensors of one point of a result file; has() is false for all where it kept none.
+  TensorFile(const std::string& path, std::int64_t point);
   ~TensorFile();
   bool has(const std::string& name) const;
   /// The whole shape. Throws UserError(file) when missing or not floating point.

@@ -29,6 +29,7 @@ std::vector<std::int64_t> index_of(std::int64_t flat, const std::vector<std::int
 struct TensorFile::Impl {
   std::string path;
   h5::Handle file, tensors;
+  bool kept = true;  ///< whether there is a group of tensors at all
 
   [[noreturn]] void fail(const std::string& why) const {
     throw UserError(fmt::format("cannot use {} ({}); {}", path, why, advice), ExitCode::file);
@@ -55,9 +56,19 @@ TensorFile::TensorFile(const std::string& path) : impl_(std::make_unique<Impl>()
     impl_->tensors = h5::open_group(impl_->file, plain ? "/" : dump);
   });
 }
+
+TensorFile::TensorFile(const std::string& path, std::int64_t point) : impl_(std::make_unique<Impl>()) {
+  impl_->path = path;
+  impl_->attempt([&] {
+    impl_->file = h5::open_file(path);
+    const std::string group = fmt::format("points/{:04}/tensors", point);
+    impl_->kept = h5::has(impl_->file, group);
+    if (impl_->kept) impl_->tensors = h5::open_group(impl_->file, group);
+  });
+}
 TensorFile::~TensorFile() = default;
 
-bool TensorFile::has(const std::string& name) const { return h5::has(impl_->tensors, name); }
+bool TensorFile::has(const std::string& name) const { return impl_->kept && h5::has(impl_->tensors, name); }
 
 std::vector<std::int64_t> TensorFile::shape(const std::string& name) const {
   if (!has(name)) impl_->fail("no tensor '" + name + "'");

@@ -66,6 +66,24 @@ class InputFile(unittest.TestCase):
         self.run_nsa(loaded, f"input.file='{dumped}'")
         self.nsa("diff", dumped, loaded)
 
+    def test_diff_sees_another_output(self):
+        dumped, edited = self.folder / "dumped.h5", self.folder / "edited.h5"
+        self.run_nsa(dumped, "output.tensors=true")
+        shutil.copy(dumped, edited)
+        with h5py.File(edited, "r+") as file:
+            y = file["points/0000/tensors/y"]
+            y[...] = y[()] * 1.1
+        self.assertIn("y: mean difference 0.1", self.nsa("diff", dumped, edited, code=3).stdout)
+
+    def test_an_output_that_is_not_finite_is_invalid(self):
+        made = self.folder / "x.h5"
+        self.run_nsa(made, "output.tensors=true", "model.precision='fp16'")
+        with h5py.File(made, "r+") as file:
+            w_v = file["points/0000/tensors/weights/w_v_cmp"]
+            w_v[:, 0] = w_v[:, 0] * 1e6  # v_cmp overflows in fp16
+        run = self.run_nsa(self.folder / "r.h5", f"input.file='{made}'", "model.precision='fp16'", code=3)
+        self.assertIn("RESULT: INVALID (context_128: position", run.stdout)
+
     def test_example_loads(self):
         made = self.folder / "x.h5"
         subprocess.run([sys.executable, ROOT / "examples" / "make_input.py", made], check=True)

@@ -54,6 +54,25 @@ class WholeRuns(AppTest):
         self.assertEqual(len(re.findall(r"^ +\d\.\d+ .* yes ", done.out, re.MULTILINE)), 7, done.out)
         self.assertIn("FOM needle_found_context_4096 = 100.00 %", done.out)
 
+    def test_needles_are_found_along_many_heads(self):
+        for number, seed in enumerate((1, 2, 3)):
+            done = self.run_input("needle_64k.toml", "--set", "run.context=2048", "--set", "model.n_heads=16", "--set",
+                                  "model.n_kv_groups=1", "--set", f"run.seed={seed}", "--output", f"needle{number}.h5")
+            self.assertEqual(done.out.splitlines()[-1], "RESULT: VALID")
+
+    def test_every_mode_alone(self):
+        for mode in ("branches", "total", "ablation", "one_hot"):
+            with self.subTest(mode=mode):
+                done = self.run_input("prefill.toml", "--set", f'run.modes=["{mode}"]', "--set", "run.context=[512]",
+                                      "--output", f"{mode}.h5")
+                self.assertEqual(done.out.splitlines()[-1], "RESULT: VALID")
+
+    def test_the_csv_replaces_neither_result_nor_input(self):
+        done = self.nsa("run", os.path.join(INPUTS, "prefill.toml"), "--output", "same.h5", "--csv", "same.h5")
+        self.assertEqual(done.code, 6)
+        self.assertIn("it is the result file", done.err)
+        self.assertEqual(os.listdir(self.folder), [])
+
     def test_the_other_inputs_can_be_planned(self):
         for name in sorted(os.listdir(INPUTS)):
             with self.subTest(name=name):

@@ -222,7 +222,7 @@ void decode(const Case& c, std::int64_t context) {
     samples[5].push_back(0);
     for (int s = 0; s < 5; ++s) {
       samples[s].push_back(seconds[s]);
-      samples[5].front() += seconds[s];
+      samples[5].back() += seconds[s];
     }
   }
   after = bench.bytes(cmp) + bench.bytes(sel) + bench.bytes(win);

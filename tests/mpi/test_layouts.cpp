@@ -86,6 +86,7 @@ void check_layouts(const Shape& shape) {
 }
 
 const char* attention = "run.scope=\"attention\"";
+const char* synthetic = "run.fill=\"synthetic\"";  // only decode has a cache to fill
 const char* small = "parallel.kv_chunk_blocks=1";
 
 }  // namespace
@@ -103,6 +104,7 @@ TEST_CASE("every layout gives the one-rank answer", "[mpi][layer]") {
       {"shared_kv, n_init = 0", 117, 5, {small, "model.shared_kv=true", "nsa.n_init=0"}},
       {"L = 2", 85, 5, {small, "model.layers=2"}},
       {"bf16", 117, 5, {small, "model.precision=\"bf16\""}},
+      {"caches filled directly", 117, 5, {small, synthetic}},
   };
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
       check_layouts(shape);
@@ -115,6 +117,7 @@ TEST_CASE("for the same q and k every layout chooses the same blocks, bit for bi
       {"chunks of 2 blocks, B = 2", 149, 5, {attention, "parallel.kv_chunk_blocks=2", "run.batch=2"}},
       {"ranks that own nothing", 37, 13, {attention, "parallel.kv_chunk_blocks=2"}},
       {"T = 1", 1, 18, {attention, small}},
+      {"caches filled directly", 271, 7, {attention, small, synthetic}},
       {"shared_kv, bf16", 149, 5, {attention, small, "model.shared_kv=true", "model.precision=\"bf16\""}},
   };
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
