@@ -17,7 +17,6 @@ using Rows = std::vector<float>;  // [rows][width]
 Rows fetch(const Work& w, const KvView& view, std::int64_t plane, const std::vector<std::int64_t>& rows) {
   Engine& e = w.engine;
   const std::int64_t size = static_cast<std::int64_t>(size_of(e.shape().dtype));
-  Rows values(rows.size() * view.width, 0.0f);
   std::vector<std::byte> stored(rows.size() * view.width * size, std::byte{0});
   for (std::size_t i = 0; i < rows.size(); ++i)
     if (has_row(view.map, rows[i]))
@@ -25,7 +24,7 @@ Rows fetch(const Work& w, const KvView& view, std::int64_t plane, const std::vec
                       static_cast<std::byte*>(view.data) + offset_of(view, plane, rows[i]) * size,
                       static_cast<std::size_t>(view.width * size), e.streams.compute);
   e.device().synchronize(e.streams.compute);
-  values = from_storage(stored.data(), values.size(), e.shape().dtype);
+  Rows values = from_storage(stored.data(), rows.size() * view.width, e.shape().dtype);
   if (w.exchange) e.kv_control.sum(values);
   return values;
 }

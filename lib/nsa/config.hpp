@@ -51,7 +51,7 @@ struct RouteConfig {
   std::string implementation[branches] = {"auto", "auto", "auto"};
 };
 
-struct RuntimeConfig {  ///< nsa-vibe's thresholds, read by the router
+struct RuntimeConfig {  ///< nsa-vibe's thresholds: recorded with the run, no route depends on them yet
   std::int64_t fa2_min_len_win = 999999, fa2_min_len_cmp = 999999, sel_triton_min_l = 4096;
 };
 

@@ -149,7 +149,9 @@ MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, c
     Prefill prefill(e, at.context, false);
     Decode decode(e, nullptr, true);
   } else {
-    if (planned.run.fill == CacheFill::prefill) Prefill prefill(e, at.context, false);
+    if (planned.run.fill == CacheFill::prefill) {
+      Prefill prefill(e, at.context, false);  // gone again before decode's buffers are made
+    }
     Decode decode(e, nullptr, record);
   }
   return e.account;

@@ -82,11 +82,7 @@ Prefill::Prefill(Engine& e, std::int64_t positions, bool record)
 void Prefill::load_rows(const TensorSource& source) {
   Engine& e = engine_;
   const auto each_own_tile = [&](const std::string& name, const Columns& columns, auto&& store) {
-    const std::int64_t width = [&] {
-      std::int64_t product = 1;
-      for (const std::int64_t n : columns.count) product *= n;
-      return product;
-    }();
+    const std::int64_t width = elements_of(columns.count);
     for (const PrefillTile& tile : tiles_) {
       const std::vector<float> rows = given_rows(source, name, columns, tile.first_position, tile.tokens);
       for (std::int64_t b = 0; b < e.point.batch; ++b) {

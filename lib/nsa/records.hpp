@@ -13,8 +13,20 @@
 namespace nsa {
 
 /// Stages of a step in the order they run. `step` is the whole of it.
-enum class Stage : int { project, append, compress, attend_cmp, rank, attend_sel, attend_win, combine, output, comm, step };
-constexpr std::array stage_names = {"project", "append",     "compress", "attend_cmp", "rank", "attend_sel",
+enum class Stage : int {
+  project,
+  append,
+  compress,
+  attend_cmp,
+  rank,
+  attend_sel,
+  attend_win,
+  combine,
+  output,
+  comm,
+  step
+};
+constexpr std::array stage_names = {"project",    "append",  "compress", "attend_cmp", "rank", "attend_sel",
                                     "attend_win", "combine", "output",   "comm",       "step"};
 constexpr int stage_count = static_cast<int>(stage_names.size());
 
@@ -36,15 +48,15 @@ struct ReadTable {
 
 /// A tensor of the run, whole (gathered over ranks), row-major.
 struct TensorRecord {
-  std::string name;                    ///< "x", "weights/w_q", "q", ... (design section 7)
+  std::string name;  ///< "x", "weights/w_q", "q", ... (design section 7)
   std::vector<std::int64_t> shape;
-  std::vector<std::string> dims;       ///< "batch", "row", "head", ...
-  std::vector<float> values;           ///< used unless integers is not empty
+  std::vector<std::string> dims;  ///< "batch", "row", "head", ...
+  std::vector<float> values;      ///< used unless integers is not empty
   std::vector<std::int32_t> integers;
 };
 
-struct MemoryRecord {  ///< bytes, by rank
-  std::vector<std::string> kinds;                  ///< "weights", "caches", "activations", "workspace", "total"
+struct MemoryRecord {                                ///< bytes, by rank
+  std::vector<std::string> kinds;                    ///< "weights", "caches", "activations", "workspace", "total"
   std::vector<std::int64_t> planned, measured_peak;  ///< [kind][rank]
   std::vector<std::int64_t> process_peak;            ///< [rank], growth of the resident set at its peak
 };
@@ -52,15 +64,15 @@ struct MemoryRecord {  ///< bytes, by rank
 struct PointRecord {
   std::int64_t index = 0;
   std::vector<Parameter> parameters;
-  std::string fingerprint;   ///< hash of all that decides the result: parameters, sharding, backend, input
+  std::string fingerprint;  ///< hash of all that decides the result: parameters, sharding, backend, input
   bool valid = true;
-  std::string reason;        ///< why not valid
-  std::string stop_reason;   ///< "steps" or "min_time" (or "interrupted")
+  std::string reason;       ///< why not valid
+  std::string stop_reason;  ///< "steps" or "min_time" (or "interrupted")
   std::int64_t heads = 1, kv = 1, first_position = 0, warmup_reps = 0;
   TimeTable time;
   ReadTable reads;
-  std::vector<std::int64_t> bytes;   ///< modelled bytes moved a step [stage][rank]
-  double copy_bandwidth = 0;         ///< bytes/s read + written, measured on the slowest rank
+  std::vector<std::int64_t> bytes;  ///< modelled bytes moved a step [stage][rank]
+  double copy_bandwidth = 0;        ///< bytes/s read + written, measured on the slowest rank
   MemoryRecord memory;
   std::array<std::string, branches> routes;
   std::vector<std::string> fallbacks;  ///< "sel: fused -> sdpa: reason (count)"

@@ -1,24 +1,15 @@
 #include "nsa/tensors.hpp"
 
 #include <algorithm>
-#include <numeric>
 
 #include "nsa/inputs.hpp"
 
 namespace nsa {
 
-namespace {
-
-std::int64_t product(const std::vector<std::int64_t>& v) {
-  return std::accumulate(v.begin(), v.end(), std::int64_t{1}, std::multiplies<>());
-}
-
-}  // namespace
-
 SharedTensor::SharedTensor(std::string name, std::vector<std::int64_t> shape, std::vector<std::string> dims,
                            std::int64_t rows)
     : rows_(rows) {
-  const std::int64_t elements = product(shape);
+  const std::int64_t elements = elements_of(shape);
   columns_ = rows > 0 ? elements / (shape[0] * rows) : 0;
   record_ = {std::move(name), std::move(shape), std::move(dims), std::vector<float>(elements), {}};
 }

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <numeric>
 
 #include "kernels/error.hpp"
@@ -27,11 +28,11 @@ std::vector<float> widened(const void* data, std::size_t count) {
   return values;
 }
 
-std::int64_t product(const std::vector<std::int64_t>& v) {
-  return std::accumulate(v.begin(), v.end(), std::int64_t{1}, std::multiplies<>());
-}
-
 }  // namespace
+
+std::int64_t elements_of(const std::vector<std::int64_t>& shape) {
+  return std::accumulate(shape.begin(), shape.end(), std::int64_t{1}, std::multiplies<>());
+}
 
 std::vector<std::byte> to_storage(const std::vector<float>& values, DType type) {
   return type == DType::f32    ? rounded<float>(values)
@@ -58,7 +59,7 @@ std::vector<float> TensorSource::slab(const std::string& name, const std::vector
   const std::size_t rank = shape.size();
   const std::size_t leading = rank < 3 ? rank - 1 : 2;
   const std::uint64_t key = this->key(name);
-  std::vector<float> values(static_cast<std::size_t>(product(count)));
+  std::vector<float> values(static_cast<std::size_t>(elements_of(count)));
   std::vector<std::int64_t> at(rank, 0);
   for (float& value : values) {
     std::int64_t column = 0;
@@ -127,7 +128,7 @@ Weights::Weights(const DeviceOps& device, Stream* stream, MemoryAccount& account
   };
   const auto whole = [&](const std::string& name, DType type) {
     const std::vector<std::int64_t>& shape = spec(name).shape;
-    return keep(slab(name, std::vector<std::int64_t>(shape.size(), 0), shape), product(shape), type);
+    return keep(slab(name, std::vector<std::int64_t>(shape.size(), 0), shape), elements_of(shape), type);
   };
 
   // The local columns of q and of every K and V, side by side: one matrix product projects a row.

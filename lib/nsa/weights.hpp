@@ -51,7 +51,10 @@ class Weights {
   LayerWeights layer_;
 };
 
-/// fp32 values rounded to storage, in a new buffer or an existing place.
+/// Elements of a shape.
+std::int64_t elements_of(const std::vector<std::int64_t>& shape);
+
+/// fp32 values rounded to storage, as bytes; and back.
 std::vector<std::byte> to_storage(const std::vector<float>& values, DType type);
 std::vector<float> from_storage(const void* data, std::size_t count, DType type);
 
