@@ -167,7 +167,8 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
   record.kv = partition.kv;
   record.fingerprint = fingerprint(session, config, record.parameters, partition);
 
-  const MemoryAccount planned = planned_memory(*session.backend.kernels, config, partition, point);
+  MemoryAccount planned;
+  agreed(session.world, [&] { planned = planned_memory(*session.backend.kernels, config, partition, point); });
   check_room(session, planned);
   record.copy_bandwidth = -session.world.max(-copy_bandwidth(session.backend, session.world));
   std::ofstream("/proc/self/clear_refs") << "5";  // the resident peak starts anew, where the kernel lets us

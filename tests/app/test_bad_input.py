@@ -100,6 +100,10 @@ class BadInput(AppTest):
             text = text.replace(f"{key} = 32", f"{key} = {value}")
         self.write("in.toml", text + '[input]\nfile = "x.h5"\n')
 
+    def test_a_route_this_backend_does_not_have(self):
+        self.write("in.toml", SMALL)
+        self.refuses(USAGE, ['route.win = "flash" (this backend has sdpa)'], "in.toml", "--set", 'route.win="flash"')
+
     def test_missing_input_file(self):
         self.write("in.toml", SMALL + '[input]\nfile = "none.h5"\n')
         self.refuses(FILE, ["none.h5", "no such file"], "in.toml")
