@@ -4,4 +4,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 scripts/build.sh host -DNSA_TESTS=ON
+scripts/build.sh host-faults -DNSA_TESTS=ON
 ctest --preset host "$@"
+ctest --preset host-faults "$@"

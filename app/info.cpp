@@ -9,6 +9,7 @@
 #include "comm/communicator.hpp"
 #include "comm/session.hpp"
 #include "kernels/backend.hpp"
+#include "kernels/fault.hpp"
 
 namespace nsa {
 namespace {
@@ -37,6 +38,7 @@ void print_info(std::ostream& out) {
   line("BLAS", build::blas);
   line("CUDA", build::cuda);
   if (const std::string nccl = Communicator::library_version(); !nccl.empty()) line("NCCL", nccl);
+  if (fault::built) line("faults", "built in, for tests (NSA_FAULT)");
   const char* threads = std::getenv("OMP_NUM_THREADS");
   line("threads",
        threads ? fmt::format("{} a rank (OMP_NUM_THREADS)", threads) : "a rank's share of the cores it may use");

@@ -14,6 +14,7 @@
 #include "app/build_info.hpp"
 #include "app/progress.hpp"
 #include "app/threads.hpp"
+#include "kernels/fault.hpp"
 #include "nsa/experiment.hpp"
 #include "nsa/partition.hpp"
 #include "nsa/plan.hpp"
@@ -124,6 +125,7 @@ class Output {
 
 ExitCode run(const Control& world, const RunOptions& options) {
   const bool first = world.rank() == 0;
+  fault::at("run.start");
   std::string text;
   agreed(world, [&] {
     if (first) text = read_text(options.input);

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "comm/communicator_impl.hpp"
+#include "kernels/fault.hpp"
 
 namespace nsa {
 
@@ -22,6 +23,11 @@ MpiSession::MpiSession(int& argc, char**& argv) {
   int provided = 0;
   check_mpi(MPI_Init_thread(&argc, &argv, MPI_THREAD_MULTIPLE, &provided), "MPI_Init_thread");
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+  if constexpr (fault::built) {
+    int rank = 0;
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    fault::set_rank(rank);
+  }
 }
 
 MpiSession::~MpiSession() {

@@ -2,6 +2,7 @@
 #include <memory>
 #include <optional>
 
+#include "kernels/fault.hpp"
 #include "nsa/check.hpp"
 #include "nsa/decode.hpp"
 #include "nsa/inputs.hpp"
@@ -93,6 +94,7 @@ class WholeStep {
   WholeStep(const WholeStep&) = delete;
   WholeStep& operator=(const WholeStep&) = delete;
   void run() {
+    fault::at("decode.step");
     if (graph_)
       engine_.device().launch(graph_, engine_.streams.compute);
     else

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/fault.hpp"
 #include "nsa/inputs.hpp"
 
 namespace nsa {
@@ -252,6 +253,7 @@ void Prefill::attend_rows(Work& w, Recorder& recorder, const OnTile& on_tile) {
 }
 
 Work Prefill::start(const StepOptions& options) {
+  fault::at("prefill.start");
   tiles_done_ = 0;
   engine_.device().fill(buffers_.reads.data(), 0, buffers_.reads.bytes(), engine_.streams.compute);
   return {engine_, buffers_, options, false, {}, 0, 0, {}, {}};

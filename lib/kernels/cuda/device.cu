@@ -10,6 +10,7 @@
 #include "kernels/cuda/attend.cuh"
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/cuda.hpp"
+#include "kernels/fault.hpp"
 
 namespace nsa {
 
@@ -36,7 +37,8 @@ using gpu::cuda;
 
 void* allocate(std::size_t bytes) {
   void* data = nullptr;
-  const cudaError_t code = cudaMalloc(&data, bytes == 0 ? 1 : bytes);
+  const bool refused = fault::at("device.allocate").is(fault::Action::fail);
+  const cudaError_t code = refused ? cudaErrorMemoryAllocation : cudaMalloc(&data, bytes == 0 ? 1 : bytes);
   if (code == cudaErrorMemoryAllocation) {
     (void)cudaGetLastError();
     std::size_t free = 0, total = 0;

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "kernels/error.hpp"
+#include "kernels/fault.hpp"
 #include "kernels/host/host.hpp"
 
 namespace nsa {
@@ -54,7 +55,8 @@ void* allocate(std::size_t bytes) {
   // Linux grants more than there is and kills later: ask first.
   const std::int64_t available = bytes >= (std::size_t{256} << 20) ? meminfo("MemAvailable") : -1;
   void* data = nullptr;
-  const bool fits = available < 0 || bytes <= static_cast<std::size_t>(available);
+  const bool fits = (available < 0 || bytes <= static_cast<std::size_t>(available)) &&
+                    !fault::at("device.allocate").is(fault::Action::fail);
   if (!fits || posix_memalign(&data, bytes >= page ? page : 256, std::max<std::size_t>(bytes, 1)) != 0)
     throw UserError("cannot allocate " + std::to_string(bytes) + " bytes of host memory (" + std::to_string(available) +
                         " available); use a smaller context or batch, or more ranks",
