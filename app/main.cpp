@@ -45,6 +45,7 @@ void describe(CLI::App& app, CommandLine& line) {
       ->allow_extra_args(false);
   run->add_option("--output", line.run.output, "result file, HDF5 (output.file)");
   run->add_option("--csv", line.run.csv, "also write the columns of nsa-vibe's benchmark (output.csv)");
+  run->add_option("--json", line.run.json, "also write the figures of the FOM lines as JSON, last of all");
   CLI::Option* dry = run->add_flag("--dry-run", line.dry_run, "print owners, bytes and exchanges; run nothing");
   run->add_option("--ranks", line.ranks, "ranks to plan for")->needs(dry)->check(CLI::Range(1, 1 << 20));
   run->footer(examples);

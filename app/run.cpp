@@ -45,8 +45,9 @@ Config configure(const std::string& text, const RunOptions& options) {
   return config;
 }
 
-/// The CSV is small and comes last: what would stop it is found out first.
-void check_csv(const std::string& path, const std::string& input, const std::string& output) {
+/// A CSV or JSON is small and comes last: what would stop it is found out first. `taken`: files of this run.
+void check_side_file(const std::string& path, const char* option, const std::string& input,
+                     const std::vector<std::string>& taken) {
   if (path.empty()) return;
   const std::filesystem::path parent = std::filesystem::absolute(path).parent_path();
   std::error_code none;
@@ -60,24 +61,27 @@ void check_csv(const std::string& path, const std::string& input, const std::str
   }
   if (std::filesystem::exists(path, none) && !std::filesystem::is_regular_file(path, none)) why = "not a plain file";
   if (std::filesystem::equivalent(path, input, none)) why = "it is the input";
-  if (std::filesystem::weakly_canonical(path, none) == std::filesystem::weakly_canonical(output, none))
-    why = "it is the result file";
-  if (why) throw UserError("cannot write " + path + " (" + why + "); choose another --csv", ExitCode::file);
+  for (const std::string& other : taken)
+    if (std::filesystem::weakly_canonical(path, none) == std::filesystem::weakly_canonical(other, none))
+      why = other == taken.front() ? "it is the result file" : "it is the CSV";
+  if (why)
+    throw UserError(std::string("cannot write ") + path + " (" + why + "); choose another " + option, ExitCode::file);
 }
 
-void write_csv(const std::string& path, const std::vector<PointRecord>& points) {
+void write_side_file(const std::string& path, const char* option, const std::string& text) {
   if (path.empty()) return;
   std::ofstream file(path);
-  file << to_csv(points) << std::flush;
+  file << text << std::flush;
   if (!file)
-    throw UserError("cannot write " + path + " (" + std::strerror(errno) + "); choose another --csv", ExitCode::file);
+    throw UserError("cannot write " + path + " (" + std::strerror(errno) + "); choose another " + option,
+                    ExitCode::file);
 }
 
 /// What rank 0 shows and writes while the points run, and at the end.
 class Output {
  public:
-  Output(const Config& config, const RunRecord& run, int ranks)
-      : config_(config), writer_(config.output.file, run, planned_result_bytes(config, ranks)) {
+  Output(const Config& config, const std::string& json, const RunRecord& run, int ranks)
+      : config_(config), json_(json), writer_(config.output.file, run, planned_result_bytes(config, ranks)) {
     for (const std::int64_t batch : config.run.batch) columns_.batch |= batch != 1;
     for (const std::int32_t branch : config.run.force_branch) columns_.forced |= branch >= 0;
   }
@@ -106,15 +110,17 @@ class Output {
       print_table_notes(std::cout);
       print_slowest(std::cout, points_);
     }
-    write_csv(config_.output.csv, points_);
+    write_side_file(config_.output.csv, "--csv", to_csv(points_));
+    if (run.status != "interrupted") write_side_file(json_, "--json", to_json(run, config_.output.file, points_));
     std::cout << "result: " << config_.output.file << (config_.output.csv.empty() ? "" : ", " + config_.output.csv)
-              << "\n";
+              << (json_.empty() ? "" : ", " + json_) << "\n";
     print_figures(std::cout, points_);
     std::cout.flush();
   }
 
  private:
   const Config& config_;
+  std::string json_;
   ResultWriter writer_;
   TableColumns columns_;
   ProgressLine progress_;
@@ -145,8 +151,11 @@ ExitCode run(const Control& world, const RunOptions& options) {
   std::unique_ptr<Output> output;
   agreed(world, [&] {
     if (!first) return;
-    check_csv(config.output.csv, options.input, config.output.file);
-    output = std::make_unique<Output>(config, run, world.size());
+    check_side_file(config.output.csv, "--csv", options.input, {config.output.file});
+    check_side_file(options.json, "--json", options.input, {config.output.file, config.output.csv});
+    std::error_code none;
+    if (!options.json.empty()) std::filesystem::remove(options.json, none);  // it tells of a run that has ended
+    output = std::make_unique<Output>(config, options.json, run, world.size());
   });
 
   bool valid = true;

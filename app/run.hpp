@@ -12,6 +12,7 @@ struct RunOptions {
   std::string input;                   ///< path of the TOML
   std::vector<std::string> overrides;  ///< "section.key=value"
   std::string output, csv;             ///< empty: what the input says
+  std::string json;                    ///< empty: none
   std::string argv;                    ///< the whole command line, for the result file
 };
 

@@ -37,11 +37,12 @@ std::string point_name(const PointRecord& point) {
   return name;
 }
 
-void print_figure(std::ostream& out, const std::string& name, const std::string& value, const char* unit) {
-  fmt::print(out, "FOM {} = {} {}\n", name, value, unit);
-}
+struct Figure {
+  std::string name, value, unit;
+};
+using Figures = std::vector<Figure>;
 
-void print_time_figures(std::ostream& out, const PointRecord& point) {
+void add_time_figures(Figures& figures, const PointRecord& point) {
   const double seconds = step_time(point).median;
   if (std::isnan(seconds)) return;
   const std::string kind = text_parameter(point, "task.kind", "step"), name = point_name(point);
@@ -49,13 +50,13 @@ void print_time_figures(std::ostream& out, const PointRecord& point) {
   const bool prefill = kind == "prefill";
   const double tokens = static_cast<double>(integer_parameter(point, "run.batch", 1) *
                                             (prefill ? integer_parameter(point, "run.context", 0) : 1));
-  print_figure(out, kind + "_time_" + name, fmt::format("{:.3f}", seconds * (prefill ? 1e3 : 1e6)),
-               prefill ? "ms" : "us");
-  print_figure(out, kind + "_rate_" + name, fmt::format("{:.1f}", tokens / seconds), "tokens/s");
+  figures.push_back(
+      {kind + "_time_" + name, fmt::format("{:.3f}", seconds * (prefill ? 1e3 : 1e6)), prefill ? "ms" : "us"});
+  figures.push_back({kind + "_rate_" + name, fmt::format("{:.1f}", tokens / seconds), "tokens/s"});
   if (const double share = selection_share(point); !std::isnan(share))
-    print_figure(out, kind + "_selection_share_" + name, fmt::format("{:.2f}", 100 * share), "%");
+    figures.push_back({kind + "_selection_share_" + name, fmt::format("{:.2f}", 100 * share), "%"});
   if (const double fraction = copy_rate_fraction(point); !std::isnan(fraction))
-    print_figure(out, kind + "_copy_rate_" + name, fmt::format("{:.2f}", 100 * fraction), "%");
+    figures.push_back({kind + "_copy_rate_" + name, fmt::format("{:.2f}", 100 * fraction), "%"});
 }
 
 /// Largest total over ranks; the kinds are [kind][rank] and "total" is the last.
@@ -63,6 +64,42 @@ double peak_memory(const MemoryRecord& memory) {
   if (memory.measured_peak.empty() || memory.kinds.empty()) return std::nan("");
   const std::size_t ranks = memory.measured_peak.size() / memory.kinds.size();
   return static_cast<double>(*std::max_element(memory.measured_peak.end() - ranks, memory.measured_peak.end()));
+}
+
+Figures figures_of(const PointRecord& point) {
+  const std::string kind = text_parameter(point, "task.kind", "step"), name = point_name(point);
+  Figures figures;
+  add_time_figures(figures, point);
+  if (const auto found = point.needle.find("found"); found != point.needle.end() && !found->second.empty()) {
+    const auto hits = std::count(found->second.begin(), found->second.end(), 1.0);
+    const double share = static_cast<double>(hits) / static_cast<double>(found->second.size());
+    figures.push_back({"needle_found_" + name, fmt::format("{:.2f}", 100 * share), "%"});
+  }
+  if (point.max_abs_err >= 0)
+    figures.push_back({kind + "_max_abs_err_" + name, fmt::format("{:.3e}", point.max_abs_err), "1"});
+  if (const double peak = peak_memory(point.memory); !std::isnan(peak))
+    figures.push_back({kind + "_peak_memory_" + name, fmt::format("{:.3f}", peak / 1e6), "MB"});
+  return figures;
+}
+
+/// "point: reason" of the first point that is not valid; empty: all are.
+std::string first_invalid(const std::vector<PointRecord>& points) {
+  const auto bad = std::find_if(points.begin(), points.end(), [](const PointRecord& p) { return !p.valid; });
+  return bad == points.end() ? "" : point_name(*bad) + ": " + bad->reason;
+}
+
+std::string json_string(const std::string& text) {
+  std::string quoted = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') {
+      quoted += {'\\', c};
+    } else if (static_cast<unsigned char>(c) < 0x20) {
+      quoted += fmt::format("\\u{:04x}", static_cast<int>(c));
+    } else {
+      quoted += c;
+    }
+  }
+  return quoted + '"';
 }
 
 std::string csv_time(double seconds) { return std::isnan(seconds) ? "" : fmt::format("{:.6f}", 1e3 * seconds); }
@@ -127,25 +164,37 @@ void print_slowest(std::ostream& out, const std::vector<PointRecord>& points) {
 }
 
 void print_figures(std::ostream& out, const std::vector<PointRecord>& points) {
-  for (const PointRecord& point : points) {
-    const std::string kind = text_parameter(point, "task.kind", "step"), name = point_name(point);
-    print_time_figures(out, point);
-    if (const auto found = point.needle.find("found"); found != point.needle.end() && !found->second.empty()) {
-      const auto hits = std::count(found->second.begin(), found->second.end(), 1.0);
-      const double share = static_cast<double>(hits) / static_cast<double>(found->second.size());
-      print_figure(out, "needle_found_" + name, fmt::format("{:.2f}", 100 * share), "%");
+  for (const PointRecord& point : points)
+    for (const Figure& figure : figures_of(point))
+      fmt::print(out, "FOM {} = {} {}\n", figure.name, figure.value, figure.unit);
+  const std::string why = first_invalid(points);
+  fmt::print(out, "RESULT: {}\n", why.empty() ? "VALID" : "INVALID (" + why + ")");
+}
+
+std::string to_json(const RunRecord& run, const std::string& file, const std::vector<PointRecord>& points) {
+  const std::string why = first_invalid(points);
+  std::string json = "{\n";
+  const auto text = [&](const char* key, const std::string& value) {
+    json += fmt::format("  \"{}\": {},\n", key, json_string(value));
+  };
+  text("file", file);
+  text("run_uuid", run.run_uuid);
+  text("result", why.empty() ? "VALID" : "INVALID");
+  text("reason", why);
+  text("backend", run.backend);
+  text("git_commit", run.git_commit);
+  text("input_sha256", run.input_sha256);
+  text("argv", run.argv);
+  json += fmt::format("  \"ranks\": {},\n  \"heads\": {},\n  \"kv\": {},\n  \"figures\": {{", run.system.size(),
+                      points.empty() ? 0 : points.front().heads, points.empty() ? 0 : points.front().kv);
+  const char* before = "\n";
+  for (const PointRecord& point : points)
+    for (const Figure& figure : figures_of(point)) {
+      json += fmt::format("{}    {}: {{\"value\": {}, \"unit\": {}}}", before, json_string(figure.name), figure.value,
+                          json_string(figure.unit));
+      before = ",\n";
     }
-    if (point.max_abs_err >= 0)
-      print_figure(out, kind + "_max_abs_err_" + name, fmt::format("{:.3e}", point.max_abs_err), "1");
-    if (const double peak = peak_memory(point.memory); !std::isnan(peak))
-      print_figure(out, kind + "_peak_memory_" + name, fmt::format("{:.3f}", peak / 1e6), "MB");
-  }
-  const auto bad = std::find_if(points.begin(), points.end(), [](const PointRecord& p) { return !p.valid; });
-  if (bad == points.end()) {
-    fmt::print(out, "RESULT: VALID\n");
-  } else {
-    fmt::print(out, "RESULT: INVALID ({}: {})\n", point_name(*bad), bad->reason);
-  }
+  return json + "\n  }\n}\n";
 }
 
 void print_needles(std::ostream& out, const std::vector<PointRecord>& points) {

@@ -1,5 +1,5 @@
 #pragma once
-// What a run prints: the branch table, the slowest rank, FOM lines, the verdict; and the seeds' CSV.
+// What a run prints: the branch table, the slowest rank, FOM lines, the verdict; and the seeds' CSV and a JSON summary.
 
 #include <ostream>
 #include <string>
@@ -27,6 +27,10 @@ void print_slowest(std::ostream& out, const std::vector<PointRecord>& points);
 
 /// "FOM name = value unit" lines, then "RESULT: VALID" or "RESULT: INVALID (reason)". Names and order are stable.
 void print_figures(std::ostream& out, const std::vector<PointRecord>& points);
+
+/// One JSON object that says what the FOM lines say: file, result, ranks, heads, kv, backend, commit and
+/// figures {name: {value, unit}}; docs/METRICS.md. `file` is the result file's path.
+std::string to_json(const RunRecord& run, const std::string& file, const std::vector<PointRecord>& points);
 
 /// kind = "needle": depth x found.
 void print_needles(std::ostream& out, const std::vector<PointRecord>& points);

@@ -1,6 +1,7 @@
 """Whole runs of the real binary: what it prints, what it writes, and that one result equals another."""
 
 import csv
+import json
 import os
 import re
 import unittest
@@ -47,6 +48,33 @@ class WholeRuns(AppTest):
         for row in rows:
             for name in ("ms_total", "ms_cmp", "ms_sel", "ms_win"):
                 self.assertGreater(float(row[name]), 0)
+
+    def test_the_json_says_what_the_fom_lines_say(self):
+        done = self.run_input("prefill.toml", "--set", 'run.modes=["total"]', "--set", "run.context=[64,128]", "--json",
+                              "run.json", ranks=2)
+        self.assertIn("result: prefill.h5, run.json\n", done.out)
+        with open(os.path.join(self.folder, "run.json")) as file:
+            told = json.load(file)
+        lines = [f"FOM {name} = {figure['value']} {figure['unit']}" for name, figure in told["figures"].items()]
+        printed = [line for line in done.out.splitlines() if line.startswith("FOM ")]
+        number = re.compile(r"(?<== )\S+")
+        self.assertEqual([number.sub("", line) for line in lines], [number.sub("", line) for line in printed])
+        self.assertEqual([float(number.search(line)[0]) for line in lines],
+                         [float(number.search(line)[0]) for line in printed])
+        self.assertEqual([told[key] for key in ("file", "result", "reason", "backend", "ranks")],
+                         ["prefill.h5", "VALID", "", "host", 2])
+        self.assertEqual(told["heads"] * told["kv"], 2)
+        self.assertIn('run.modes=["total"]', told["argv"])
+
+    def test_an_old_json_does_not_outlive_the_start_of_a_run(self):
+        self.write("run.json", "{}")
+        # The result cannot be written: nothing may look as if the run had ended.
+        done = self.nsa("run", os.path.join(INPUTS, "prefill.toml"), "--output", "none/a.h5", "--json", "run.json")
+        self.assertEqual(done.code, 6)
+        self.assertEqual(os.listdir(self.folder), [])
+        done = self.nsa("run", os.path.join(INPUTS, "prefill.toml"), "--output", "a.h5", "--json", "a.h5")
+        self.assertEqual(done.code, 6)
+        self.assertIn("cannot write a.h5 (it is the result file); choose another --json", done.err)
 
     def test_needles_are_found(self):
         done = self.run_input("needle_64k.toml")
