@@ -79,7 +79,41 @@ std::string unknown_key(const std::string& key) {
   return fmt::format("unknown key {}; did you mean {} in [{}]?", key, bare(nearest), section_of(nearest));
 }
 
+/// Where a string that begins at `begin` ends: behind its closing quotes, or at the end of the text.
+std::size_t end_of_string(std::string_view text, std::size_t begin) {
+  const char quote = text[begin];
+  const bool multi_line = text.substr(begin, 3) == std::string(3, quote);
+  const std::string_view closing = multi_line ? text.substr(begin, 3) : text.substr(begin, 1);
+  for (std::size_t i = begin + closing.size(); i < text.size(); ++i) {
+    if (text.substr(i, closing.size()) == closing) return i + closing.size();
+    if (text[i] == '\n' && !multi_line) return i;
+    if (text[i] == '\\' && quote == '"') ++i;
+  }
+  return text.size();
+}
+
+/// TOML has characters beyond ASCII in strings and comments alone; elsewhere some are undefined behaviour in
+/// toml++ 3.3.
+void refuse_stray_characters(std::string_view text, const std::string& path) {
+  for (std::size_t i = text.substr(0, 3) == "\xEF\xBB\xBF" ? 3 : 0; i < text.size();) {
+    if (text[i] == '"' || text[i] == '\'') {
+      i = end_of_string(text, i);
+    } else if (text[i] == '#') {
+      i = std::min(text.find('\n', i), text.size());
+    } else if (static_cast<unsigned char>(text[i]) < 0x80) {
+      ++i;
+    } else {
+      const std::string_view before = text.substr(0, i);
+      const std::int64_t line = 1 + std::count(before.begin(), before.end(), '\n');
+      const auto column = static_cast<std::int64_t>(i - (before.rfind('\n') + 1)) + 1;
+      throw UserError(place_text({path, line, column}) +
+                      "not TOML: a character beyond ASCII (only strings and comments have them); remove it");
+    }
+  }
+}
+
 toml::table parse_text(std::string_view text, const std::string& path) {
+  refuse_stray_characters(text, path);
   try {
     return toml::parse(text, path);
   } catch (const toml::parse_error& error) {

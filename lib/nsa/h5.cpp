@@ -227,6 +227,11 @@ std::vector<std::string> names(const Handle& group) {
   return result;
 }
 
+bool is_dataset(const Handle& at, const std::string& name) {
+  const Handle object = own(H5Oopen(at.id(), name.c_str(), H5P_DEFAULT), "'" + name + "'");
+  return H5Iget_type(object.id()) == H5I_DATASET;
+}
+
 void write_attribute(const Handle& at, const std::string& name, const std::vector<std::string>& values) {
   const std::string what = "attribute '" + name + "'";
   if (check(H5Aexists(at.id(), name.c_str()), what) > 0) check(H5Adelete(at.id(), name.c_str()), what);

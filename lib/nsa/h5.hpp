@@ -3,6 +3,7 @@
 // and labelled dimensions. hdf5.h is seen in h5.cpp alone. Everything here throws h5::Error.
 
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -21,6 +22,11 @@ class Error : public std::runtime_error {
 /// gets its own advice.
 [[noreturn]] void user_error(const Error& error, const std::string& doing, const std::string& path,
                              const std::string& advice);
+
+/// Runs `read` in a forked process first, which may crash or spin in HDF5 without harm; then throws Error. What the
+/// child survives, the caller may do. Errors that `read` throws are for the caller to meet again. For metadata: it
+/// costs a fork and a second reading. The child has `cpu_seconds` of processor time; waiting for a disk does not count.
+void try_in_child(const std::function<void()>& read, int cpu_seconds = 10);
 
 /// An open file, group, dataset, type or space; closed when it goes.
 class Handle {
@@ -49,6 +55,7 @@ Handle open_group(const Handle& at, const std::string& path);
 void remove(const Handle& at, const std::string& name);
 bool has(const Handle& at, const std::string& path);  ///< every link on the way exists
 std::vector<std::string> names(const Handle& group);  ///< what it holds, by name
+bool is_dataset(const Handle& at, const std::string& name);
 
 /// Attributes. Strings are of variable length, UTF-8.
 using Value = std::variant<std::int64_t, double, std::string>;

@@ -160,7 +160,9 @@ ResultFile read_result(const std::string& path) {
   if (!std::filesystem::exists(path, error))
     throw UserError("cannot read " + path + " (no such file); give the result file of a run", ExitCode::file);
   try {
-    return read_file(h5::open_file(path));
+    const auto read = [&] { return read_file(h5::open_file(path)); };
+    h5::try_in_child(read);
+    return read();
   } catch (const h5::Error& wrong) {
     h5::user_error(wrong, "read", path, "give the result file of a run");
   }

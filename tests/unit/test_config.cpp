@@ -90,6 +90,17 @@ TEST_CASE("a syntax error names its place", "[config]") {
   has(parse_error("[task]\nkind = \"decode\"\nkind = \"decode\"\n"), "in.toml:3:");
 }
 
+TEST_CASE("characters beyond ASCII stand in strings and comments alone", "[config]") {
+  const std::string e = "\xC3\xA9";
+  CHECK(parse_config("\xEF\xBB\xBF" + decode + "[output]\nfile = '" + e + ".h5' # " + e + "\n", "in.toml", {})
+            .output.file == e + ".h5");
+  parse_config(decode + "[output]\nfile = \"\"\"" + e + "\\\"'\n" + e + "\"\"\"\n", "in.toml", {});
+  has(parse_error(decode + "[output]\nfile = '\\' # '\n  " + e + " = 1\n"),
+      "in.toml:5:3: not TOML: a character beyond");
+  has(parse_error(decode + "[output]\nfile =-\"\xD2\x97\"\n"), "in.toml:4:");
+  has(parse_error("\xD2\x97"), "in.toml:1:1: not TOML: a character beyond");
+}
+
 TEST_CASE("an unknown key names the nearest known one", "[config]") {
   CHECK(parse_error(decode + "[run]\ncontxt = 64\n") ==
         "in.toml:4:1: unknown key run.contxt; did you mean context in [run]?");

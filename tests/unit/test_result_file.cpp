@@ -7,10 +7,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <csignal>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 
 #include "catch.hpp"
 #include "kernels/error.hpp"
@@ -343,4 +345,22 @@ TEST_CASE("tensor file: another program's file, in double, under the root", "[re
   CHECK(contains(refused([&] { tensors.read("x", {3, 4}, {0, 0}, {1, 1}); }), "shape [3, 2], this input needs [3, 4]"));
   CHECK(contains(refused([&] { tensors.shape("weights/w_q"); }), "no tensor 'weights/w_q'"));
   CHECK(contains(refused([&] { tensors.shape("row"); }), "'row' is not floating point"));
+}
+
+TEST_CASE("a file that crashes HDF5, or keeps it busy for ever, is refused", "[result]") {
+  const auto refusal = [](const std::function<void()>& read) -> std::string {
+    try {
+      h5::try_in_child(read, 1);
+    } catch (const h5::Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  std::atomic<std::int64_t> turns = 0;
+  CHECK(refusal([] {}).empty());
+  CHECK(refusal([] { throw h5::Error("for the caller to meet again"); }).empty());
+  CHECK(refusal([] { std::raise(SIGSEGV); }) == "damaged: the HDF5 library crashes, signal 11, on it");
+  CHECK(refusal([&] {
+          while (turns >= 0) ++turns;
+        }) == "damaged: the HDF5 library does not come to an end on it");
 }

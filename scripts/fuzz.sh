@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Fuzzes the readers with libFuzzer, ASan and UBSan (needs clang): each target for SECONDS (default 60), one after the
+# other. What it learns goes to build/fuzz/found/TARGET, what crashes to build/fuzz/artifacts, and both belong into
+# tests/fuzz/corpus/TARGET (finds minimised by -merge=1), where the tests replay them.
+#   scripts/fuzz.sh [SECONDS] [TARGET ...]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+seconds=${1:-60}
+shift || true
+targets=("$@")
+[[ ${#targets[@]} -gt 0 ]] || targets=(config result input)
+
+CC=clang CXX=clang++ cmake --preset host -B build/fuzz -DNSA_FUZZ=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
+cmake --build build/fuzz --target "${targets[@]/#/fuzz_}"
+mkdir -p build/fuzz/artifacts
+# HDF5 keeps memory after a refused file, and copies within overlapping ranges; both are its own.
+export LSAN_OPTIONS=suppressions=$PWD/tests/fuzz/leaks.supp:print_suppressions=0
+export ASAN_OPTIONS=fast_unwind_on_malloc=0:suppressions=$PWD/tests/fuzz/asan.supp
+for target in "${targets[@]}"; do
+  mkdir -p "build/fuzz/found/$target"
+  "build/fuzz/tests/fuzz/fuzz_$target" "-max_total_time=$seconds" -rss_limit_mb=2500 -timeout=60 \
+    "-artifact_prefix=build/fuzz/artifacts/$target-" -print_final_stats=1 \
+    "build/fuzz/found/$target" "tests/fuzz/corpus/$target"
+done
