@@ -7,6 +7,7 @@
 #include <string>
 
 #include "app/build_info.hpp"
+#include "app/gate.hpp"
 #include "app/info.hpp"
 #include "app/run.hpp"
 #include "nsa/diff.hpp"
@@ -22,6 +23,7 @@ constexpr const char* examples = R"(Examples:
   nsa run in.toml --set run.context=[4096,8192] --set run.backend=host --output a.h5
   nsa run inputs/rtx4090_v2.toml --csv decode.csv       the columns of nsa-vibe's benchmark
   nsa diff a.h5 b.h5                                    the same result? what got slower?
+  nsa gate m4_decode.h5 m4_kernels.h5                   is a custom selection kernel worth it on that device?
 
 Exit codes: 0 ok, 2 input or usage, 3 result invalid (diff: results differ), 4 communication, 5 device or memory,
 6 file.)";
@@ -30,6 +32,7 @@ struct CommandLine {
   nsa::RunOptions run;
   bool dry_run = false;
   int ranks = 0;
+  nsa::GateOptions gate;
   std::string diff_a, diff_b;
 };
 
@@ -49,6 +52,13 @@ void describe(CLI::App& app, CommandLine& line) {
   CLI::Option* dry = run->add_flag("--dry-run", line.dry_run, "print owners, bytes and exchanges; run nothing");
   run->add_option("--ranks", line.ranks, "ranks to plan for")->needs(dry)->check(CLI::Range(1, 1 << 20));
   run->footer(examples);
+
+  CLI::App* gate = app.add_subcommand("gate", "Is a custom selection kernel worth it on this device? Needs no GPU");
+  gate->add_option("FILES", line.gate.files, "result files, and CSVs of nsa-vibe's benchmark to audit")->required();
+  gate->add_option("--context", line.gate.contexts, "only these contexts count")->delimiter(',');
+  gate->add_flag("--json", line.gate.json, "print JSON");
+  gate->add_flag("--exit-verdict", line.gate.exit_verdict,
+                 "exit code 0 PROCEED, 10 STAY, 11 INCONCLUSIVE, 12 NOT EVIDENCE; the largest of several");
 
   CLI::App* diff = app.add_subcommand("diff", "Compare two result files: the same result? which stage got slower?");
   diff->add_option("A", line.diff_a, "result file")->required();
@@ -124,6 +134,7 @@ int main(int argc, char** argv) {
       throw nsa::AgreedError(std::string(error.what()) + "; see nsa --help");
     });
   }
+  if (app.got_subcommand("gate")) return alone([&] { return nsa::gate(line.gate); });
   if (app.got_subcommand("diff"))
     return alone([&] {
       const bool same = nsa::diff_results(std::cout, line.diff_a, line.diff_b);

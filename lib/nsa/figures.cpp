@@ -57,6 +57,21 @@ std::vector<double> slowest_samples(const PointRecord& point, std::string_view m
   return slowest;
 }
 
+std::vector<double> kernel_samples(const PointRecord& point, std::string_view implementation) {
+  const KernelRecord& k = point.kernels;
+  const auto at = std::find(k.implementations.begin(), k.implementations.end(), implementation);
+  std::vector<double> slowest;
+  if (at == k.implementations.end()) return slowest;
+  const std::int64_t first = (at - k.implementations.begin()) * k.ranks;
+  for (std::int64_t rep = point.warmup_reps; rep < k.reps; ++rep) {
+    double most = none;
+    for (std::int64_t rank = 0; rank < k.ranks; ++rank)
+      most = std::fmax(most, k.seconds[static_cast<std::size_t>((first + rank) * k.reps + rep)]);
+    slowest.push_back(most);
+  }
+  return slowest;
+}
+
 Summary stage_time(const PointRecord& point, std::string_view mode, Stage stage) {
   return summarise(slowest_samples(point, mode, stage));
 }

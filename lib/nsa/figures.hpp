@@ -14,6 +14,10 @@ namespace nsa {
 /// Seconds of a stage under a mode, one value a repetition after warm-up: the slowest rank's. Empty: not timed.
 std::vector<double> slowest_samples(const PointRecord& point, std::string_view mode, Stage stage);
 
+/// kind = "kernels": seconds of one execution of an implementation, one value a repetition after warm-up: the slowest
+/// rank's. Empty: not measured.
+std::vector<double> kernel_samples(const PointRecord& point, std::string_view implementation);
+
 /// Summary of slowest_samples; NaN where not timed.
 Summary stage_time(const PointRecord& point, std::string_view mode, Stage stage);
 

@@ -61,6 +61,17 @@ struct MemoryRecord {                                ///< bytes, by rank
   std::vector<std::int64_t> process_peak;            ///< [rank], growth of the resident set at its peak
 };
 
+/// kind = "kernels": implementations of one branch on one shape, measured repetition beside repetition, and how far
+/// each is from attention in float64 over all of its outputs.
+struct KernelRecord {
+  std::vector<std::string>
+      implementations;  ///< "fused", "sdpa" (gather and packed), "sdpa_packed" (packed before), ...
+  std::int64_t ranks = 0, reps = 0;
+  std::vector<double> seconds;                    ///< [implementation][rank][rep], of one execution
+  std::vector<double> mean_abs_err, max_abs_err;  ///< [implementation]
+  std::vector<double> mean_abs_err_se;            ///< [implementation], standard error of the mean over query rows
+};
+
 struct PointRecord {
   std::int64_t index = 0;
   std::vector<Parameter> parameters;
@@ -84,6 +95,7 @@ struct PointRecord {
     if (reason.empty()) reason = why;
   }
   std::map<std::string, std::vector<double>> needle;  ///< kind = "needle": depth, position, block, found, abs_err
+  KernelRecord kernels;                               ///< kind = "kernels"
 };
 
 struct RankSystem {

@@ -122,6 +122,23 @@ void read_point_attributes(const h5::Handle& group, PointRecord& p) {
   p.fallbacks = lines(h5::attribute_as<std::string>(group, "fallbacks"));
 }
 
+KernelRecord read_kernels(const h5::Handle& group) {
+  KernelRecord k;
+  k.implementations = h5::read<std::string>(group, "implementation");
+  k.ranks = std::ssize(h5::read<std::int64_t>(group, "rank"));
+  k.reps = std::ssize(h5::read<std::int64_t>(group, "rep"));
+  const std::int64_t count = std::ssize(k.implementations);
+  const auto whole = [&](const char* name, const std::vector<std::int64_t>& shape) {
+    if (!h5::has(group, name)) throw h5::Error(fmt::format("dataset 'kernels/{}' is missing", name));
+    return column<double>(group, name, shape);
+  };
+  k.seconds = whole("time", {count, k.ranks, k.reps});
+  k.mean_abs_err = whole("mean_abs_err", {count});
+  k.mean_abs_err_se = whole("mean_abs_err_se", {count});
+  k.max_abs_err = whole("max_abs_err", {count});
+  return k;
+}
+
 PointRecord read_point(const h5::Handle& group, std::int64_t index) {
   PointRecord p;
   p.index = index;
@@ -131,6 +148,7 @@ PointRecord read_point(const h5::Handle& group, std::int64_t index) {
     const h5::Handle needle = h5::open_group(group, "needle");
     for (const std::string& name : h5::names(needle)) p.needle[name] = h5::read<double>(needle, name);
   }
+  if (h5::has(group, "kernels")) p.kernels = read_kernels(h5::open_group(group, "kernels"));
   return p;
 }
 

@@ -156,6 +156,19 @@ void write_needle(const h5::Handle& point_group, const PointRecord& p) {
   }
 }
 
+/// Implementations side by side: their times and their errors.
+void write_kernels(const h5::Handle& point_group, const KernelRecord& k) {
+  const h5::Handle group = h5::create_group(point_group, "kernels");
+  h5::write_scale(group, "implementation", k.implementations, {"1", "implementation of the branch"});
+  h5::write_scale(group, "rank", indices(k.ranks), {"1", "rank"});
+  h5::write_scale(group, "rep", indices(k.reps), {"1", "repetition, warm-up first"});
+  h5::write(group, "time", k.seconds, {"implementation", "rank", "rep"}, {"s", "duration of one execution"});
+  h5::write(group, "mean_abs_err", k.mean_abs_err, {"implementation"}, {"1", "mean absolute error against float64"});
+  h5::write(group, "mean_abs_err_se", k.mean_abs_err_se, {"implementation"},
+            {"1", "standard error of mean_abs_err over query rows"});
+  h5::write(group, "max_abs_err", k.max_abs_err, {"implementation"}, {"1", "largest absolute error against float64"});
+}
+
 /// The group that a tensor's name leads to, made where missing.
 h5::Handle folder_of(const h5::Handle& tensors, const std::string& name) {
   for (auto slash = name.find('/'); slash != std::string::npos; slash = name.find('/', slash + 1)) {
@@ -195,6 +208,7 @@ void write_point(const h5::Handle& file, const PointRecord& p) {
   write_dimensions(group, p);
   write_columns(group, p);
   if (!p.needle.empty()) write_needle(group, p);
+  if (!p.kernels.implementations.empty()) write_kernels(group, p.kernels);
   if (p.tensors.empty()) return;
   const h5::Handle tensors = h5::create_group(group, "tensors");
   h5::write_attribute(tensors, "first_position", p.first_position);

@@ -75,6 +75,7 @@ inline PointRecord sample_point(std::int64_t index) {
                {"selected", {1, 2, 2}, {"batch", "row", "selected"}, {}, {0, 3, 0, -1}},
                {"k_cmp_tokens", {1, 0, 4}, {"batch", "block", "dim"}, {}, {}},
                {"y", {1, 2, 4}, {"batch", "row", "dim"}, counting(8, 3.0f), {}}};
+  p.kernels = {{"fused", "sdpa"}, 2, 3, counting(2 * 2 * 3, 1e-5), {1e-4, 2e-4}, {1e-2, 2e-2}, {1e-6, 2e-6}};
   p.needle = {{"depth", {0.0, 0.5, 1.0}}, {"position", {0, 64, 127}}, {"found", {1, 1, 0}}};
   return p;
 }

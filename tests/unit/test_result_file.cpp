@@ -97,6 +97,13 @@ void check_same(const PointRecord& a, const PointRecord& b) {
   check_same(a.memory.measured_peak, b.memory.measured_peak);
   check_same(a.memory.process_peak, b.memory.process_peak);
   CHECK(a.needle == b.needle);
+  CHECK(a.kernels.implementations == b.kernels.implementations);
+  CHECK(a.kernels.ranks == b.kernels.ranks);
+  CHECK(a.kernels.reps == b.kernels.reps);
+  CHECK(a.kernels.seconds == b.kernels.seconds);
+  CHECK(a.kernels.mean_abs_err == b.kernels.mean_abs_err);
+  CHECK(a.kernels.max_abs_err == b.kernels.max_abs_err);
+  CHECK(a.kernels.mean_abs_err_se == b.kernels.mean_abs_err_se);
 }
 
 }  // namespace
@@ -283,6 +290,23 @@ TEST_CASE("result file: what is no result is refused by name and reason", "[resu
     h5::write_scale(point, "rep", std::vector<std::int64_t>{0, 1}, {"1", ""});
   });
   CHECK(contains(refused(), "point 0001: 'time' has shape (2, 11, 2, 3), its dimensions (2, 11, 2, 2)"));
+}
+
+TEST_CASE("result file: kernels without a column, or with one of another length, are refused by name", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("r.h5");
+  write_sample(path);
+  const auto edit = [&](auto&& change) {
+    h5::Handle file = h5::open_file(path, true);
+    change(h5::open_group(file, "points/0000/kernels"));
+    h5::flush_and_close(std::move(file));
+  };
+  edit([](const h5::Handle& kernels) { h5::remove(kernels, "mean_abs_err"); });
+  CHECK(contains(file_error([&] { read_result(path); }), "point 0000: dataset 'kernels/mean_abs_err' is missing"));
+  edit([](const h5::Handle& kernels) {
+    h5::write(kernels, "mean_abs_err", std::vector<double>{1, 2, 3}, {"rep"}, {"1", ""});
+  });
+  CHECK(contains(file_error([&] { read_result(path); }), "'mean_abs_err' has shape (3), its dimensions (2)"));
 }
 
 TEST_CASE("result file: cut anywhere it is refused, or what is left is read", "[result]") {

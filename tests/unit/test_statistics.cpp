@@ -50,3 +50,16 @@ TEST_CASE("odd counts, few samples, none", "[statistics]") {
   CHECK(std::isnan(none.median));
   CHECK(std::isnan(none.p95));
 }
+
+TEST_CASE("an interval that misses less often is wider and needs more samples", "[statistics]") {
+  CHECK(median_interval(41).low == 14);
+  CHECK(median_interval(41, 0.005).low == 12);
+  CHECK(samples_needed(0.05) == 6);
+  CHECK(samples_needed(0.005) == 9);
+  CHECK(median_interval(8, 0.005).low == 0);
+}
+
+TEST_CASE("normal quantiles", "[statistics]") {
+  CHECK(normal_quantile(0.05) == Approx(1.959964).epsilon(1e-6));
+  CHECK(normal_quantile(0.001) == Approx(3.290527).epsilon(1e-6));
+}

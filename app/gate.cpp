@@ -1,0 +1,53 @@
+#include "app/gate.hpp"
+
+#include <algorithm>
+#include <array>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+
+#include "nsa/csv_audit.hpp"
+#include "nsa/gate.hpp"
+
+namespace nsa {
+namespace {
+
+constexpr int stay = 10, inconclusive = 11, not_evidence = 12;
+
+int code_of(Verdict verdict) {
+  return verdict == Verdict::proceed ? 0 : verdict == Verdict::stay ? stay : inconclusive;
+}
+
+/// A CSV is known by its name; one that is HDF5 all the same is read as that.
+bool is_csv(const std::string& path) {
+  std::array<char, 4> begin{};
+  std::ifstream(path, std::ios::binary).read(begin.data(), begin.size());
+  return std::filesystem::path(path).extension() == ".csv" && std::string_view(begin.data(), 4) != "\x89HDF";
+}
+
+}  // namespace
+
+ExitCode gate(const GateOptions& options) {
+  std::vector<GateFile> results;
+  std::vector<CsvAudit> audits;
+  for (const std::string& path : options.files) {
+    if (is_csv(path))
+      audits.push_back(audit_csv(read_csv(path)));
+    else
+      results.push_back({path, read_result(path)});
+  }
+  const std::vector<DeviceVerdict> devices = judge(results, options.contexts);
+  if (options.json) {
+    print_gate_json(std::cout, devices, audits);
+  } else {
+    const char* between = "";
+    for (const CsvAudit& audit : audits) print_audit(std::cout << std::exchange(between, "\n\n"), audit);
+    for (const DeviceVerdict& device : devices) print_gate(std::cout << std::exchange(between, "\n\n"), device);
+  }
+  int code = 0;
+  for (const DeviceVerdict& device : devices) code = std::max(code, code_of(device.verdict));
+  for (const CsvAudit& audit : audits) code = std::max(code, audit.evidence() ? 0 : not_evidence);
+  return static_cast<ExitCode>(options.exit_verdict ? code : 0);
+}
+
+}  // namespace nsa

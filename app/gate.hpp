@@ -1,0 +1,22 @@
+#pragma once
+// `nsa gate`.
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels/error.hpp"
+
+namespace nsa {
+
+struct GateOptions {
+  std::vector<std::string> files;      ///< result files and CSVs
+  std::vector<std::int64_t> contexts;  ///< those that count; empty: all
+  bool json = false, exit_verdict = false;
+};
+
+/// Prints a page for each device and an audit for each CSV. Exit code ok; with exit_verdict what was found: ok PROCEED,
+/// 10 STAY, 11 INCONCLUSIVE, 12 a CSV is NOT EVIDENCE. Of several the largest.
+ExitCode gate(const GateOptions& options);
+
+}  // namespace nsa

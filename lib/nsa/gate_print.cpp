@@ -1,0 +1,186 @@
+// The gate's page of a device, as text and as JSON.
+
+#include <fmt/format.h>
+#include <fmt/ostream.h>
+
+#include <cmath>
+#include <map>
+
+#include "nsa/figures.hpp"
+#include "nsa/gate.hpp"
+
+namespace nsa {
+namespace {
+
+std::string joined(const std::vector<std::string>& list) { return fmt::format("{}", fmt::join(list, ", ")); }
+
+/// "31.2% [30.9, 31.5]": scaled, with its interval where there is one.
+std::string with_interval(const Measured& m, double scale, int decimals, const char* unit) {
+  if (std::isnan(m.value)) return "-";
+  const std::string value = fmt::format("{:.{}f}{}", scale * m.value, decimals, unit);
+  if (std::isnan(m.low)) return value + " [too few]";
+  return fmt::format("{} [{:.{}f}, {:.{}f}]", value, scale * m.low, decimals, scale * m.high, decimals);
+}
+
+std::string share_text(const Measured& m) { return with_interval(m, 100, 1, "%"); }
+
+std::string error_text(const Measured& m) {
+  if (std::isnan(m.value)) return "-";
+  return fmt::format("{:.1e} [{:.1e}, {:.1e}]", m.value, m.low, m.high);
+}
+
+void print_shares(std::ostream& out, const DeviceVerdict& device) {
+  fmt::print(out,
+             "1. selection (rank + attend_sel, by packed SDPA) as a share of a decode step, threshold 25% (and 30%)\n");
+  if (device.contexts.empty()) {
+    fmt::print(out, "   no valid decode point\n");
+    return;
+  }
+  fmt::print(out, "{:>9} {:>5}  {:<22} {:<8} {:<8} {:<22} {:<22}\n", "context", "batch", "by its stages", ">= 25%",
+             ">= 30%", "left out, saves", "of attention alone");
+  for (const ContextVerdict& v : device.contexts)
+    fmt::print(out, "{:>9} {:>5}  {:<22} {:<8} {:<8} {:<22} {:<22}\n", v.context, v.batch, share_text(v.share.measured),
+               word_of(v.share.outcome), word_of(v.share_high.outcome), share_text(v.share_ablation),
+               share_text(v.share_attention));
+  for (const ContextVerdict& v : device.contexts)
+    if (!v.share.why.empty()) fmt::print(out, "   at {}: {}\n", v.context, v.share.why);
+}
+
+void print_shapes(std::ostream& out, const DeviceVerdict& device) {
+  const auto line = [&](const char* name, const Condition& c, const std::string& value, const char* sign) {
+    fmt::print(out, "   {:<20} {:<30} {} {:<7} {:<8} {}\n", name, value, sign, c.threshold, word_of(c.outcome), c.why);
+  };
+  fmt::print(
+      out, "2. custom kernel (fused) against packed SDPA; each of {} shapes has to meet it; with the gather decides\n",
+      device.shapes.size());
+  line("with the gather", device.speedup, with_interval(device.speedup.measured, 1, 2, "x"), ">=");
+  line("without the gather", device.speedup_packed, with_interval(device.speedup_packed.measured, 1, 2, "x"), ">=");
+  fmt::print(out, "3. mean absolute error of the custom kernel against float64, each of {} shapes\n",
+             device.shapes.size());
+  line("error", device.error, error_text(device.error.measured), "<=");
+}
+
+std::string account_cell(const Account& a) {
+  if (std::isnan(a.stages.value) || std::isnan(a.step.value)) return "-";
+  return fmt::format("{}, {}{}", time_text(a.stages.value), time_text(a.step.value), a.agree ? "" : " *");
+}
+
+void print_accounts(std::ostream& out, const DeviceVerdict& device) {
+  if (device.contexts.empty()) return;
+  fmt::print(out,
+             "Two accounts of a step: its stages apart, and the whole (of a branch: what leaving it out saves). "
+             "* intervals apart\n");
+  fmt::print(out, "{:>9} {:>5}", "context", "batch");
+  for (const Account& a : device.contexts[0].accounts) fmt::print(out, "  {:<21}", a.name);
+  fmt::print(out, "\n");
+  std::map<std::string, std::string> reasons;  // name and why -> contexts, by how much
+  for (const ContextVerdict& v : device.contexts) {
+    fmt::print(out, "{:>9} {:>5}", v.context, v.batch);
+    for (const Account& a : v.accounts) {
+      fmt::print(out, "  {:<21}", account_cell(a));
+      if (a.agree) continue;
+      std::string& list = reasons[a.name + " (" + a.why + ")"];
+      list += fmt::format("{}{}{} at {}", list.empty() ? "" : ", ", a.stages.value > a.step.value ? "+" : "-",
+                          time_text(std::abs(a.stages.value - a.step.value)), v.context);
+    }
+    fmt::print(out, "\n");
+  }
+  for (const auto& [what, by] : reasons) fmt::print(out, "   * {}: stages less the whole: {}\n", what, by);
+}
+
+// JSON. Numbers that are not there are null.
+
+std::string text(const std::string& value) {
+  std::string out = "\"";
+  for (const char c : value) {
+    if (c == '"' || c == '\\') {
+      out += '\\';
+      out += c;
+    } else if (static_cast<unsigned char>(c) < 0x20) {
+      out += fmt::format("\\u{:04x}", c);
+    } else {
+      out += c;
+    }
+  }
+  return out + "\"";
+}
+
+std::string number(double value) { return std::isfinite(value) ? fmt::format("{}", value) : "null"; }
+
+std::string measured_json(const Measured& m) {
+  return fmt::format(R"({{"value": {}, "low": {}, "high": {}, "n": {}}})", number(m.value), number(m.low),
+                     number(m.high), m.n);
+}
+
+std::string condition_json(const Condition& c) {
+  return fmt::format(R"({{"name": {}, "threshold": {}, "measured": {}, "outcome": {}, "why": {}}})", text(c.name),
+                     number(c.threshold), measured_json(c.measured), text(word_of(c.outcome)), text(c.why));
+}
+
+template <class List, class Each>
+std::string list_json(const List& list, Each&& each) {
+  std::string out;
+  for (const auto& item : list) out += (out.empty() ? "" : ", ") + each(item);
+  return "[" + out + "]";
+}
+
+std::string context_json(const ContextVerdict& v) {
+  return fmt::format(
+      R"({{"context": {}, "batch": {}, "verdict": {}, "why": {}, "share": {}, "share_30": {}, "share_ablation": {}, )"
+      R"("share_attention": {}, "accounts": {}}})",
+      v.context, v.batch, text(word_of(v.verdict)), text(v.why), condition_json(v.share), condition_json(v.share_high),
+      measured_json(v.share_ablation), measured_json(v.share_attention), list_json(v.accounts, [](const Account& a) {
+        return fmt::format(R"({{"name": {}, "stages": {}, "step": {}, "agree": {}, "why": {}}})", text(a.name),
+                           measured_json(a.stages), measured_json(a.step), a.agree, text(a.why));
+      }));
+}
+
+std::string device_json(const DeviceVerdict& d) {
+  return fmt::format(
+      R"({{"device": {}, "backend": {}, "git_commit": {}, "precision": {}, "files": {}, "verdict": {}, "why": {}, )"
+      R"("speedup": {}, "speedup_packed": {}, "error": {}, "contexts": {}, "shapes": {}, "notes": {}}})",
+      text(d.device), text(d.backend), text(d.git_commit), text(d.precision), list_json(d.files, text),
+      text(word_of(d.verdict)), text(d.why), condition_json(d.speedup), condition_json(d.speedup_packed),
+      condition_json(d.error), list_json(d.contexts, context_json),
+      list_json(d.shapes,
+                [](const ShapeResult& s) {
+                  return fmt::format(R"({{"name": {}, "with_gather": {}, "packed": {}, "error": {}}})", text(s.name),
+                                     measured_json(s.with_gather), measured_json(s.packed), measured_json(s.error));
+                }),
+      list_json(d.notes, text));
+}
+
+std::string audit_json(const CsvAudit& a) {
+  return fmt::format(R"({{"file": {}, "verdict": {}, "findings": {}, "notes": {}, "rows": {}}})", text(a.path),
+                     text(a.evidence() ? "CONSISTENT" : "NOT EVIDENCE"), list_json(a.findings, text),
+                     list_json(a.notes, text), list_json(a.rows, [](const CsvAuditRow& r) {
+                       return fmt::format(
+                           R"({{"context": {}, "total_ms": {}, "cmp_ms": {}, "sel_ms": {}, "win_ms": {}, )"
+                           R"("reads_actual": {}, "reads_expected": {}}})",
+                           number(r.context), number(r.total), number(r.branch[0]), number(r.branch[1]),
+                           number(r.branch[2]), number(r.reads_actual), number(r.reads_expected));
+                     }));
+}
+
+}  // namespace
+
+void print_gate(std::ostream& out, const DeviceVerdict& device) {
+  fmt::print(out, "{} ({}), {}, commit {}\nfiles: {}\n\n", device.device, device.backend, device.precision,
+             device.git_commit, joined(device.files));
+  print_shares(out, device);
+  print_shapes(out, device);
+  fmt::print(out, "Intervals: 95% for all contexts, or shapes, of a condition at once.\n\n");
+  print_accounts(out, device);
+  for (const std::string& note : device.notes) fmt::print(out, "note: {}\n", note);
+  fmt::print(out, "\nVERDICT: {} ({})\n", word_of(device.verdict), device.why);
+}
+
+void print_gate_json(std::ostream& out, const std::vector<DeviceVerdict>& devices,
+                     const std::vector<CsvAudit>& audits) {
+  fmt::print(out, R"({{"gate": 1, "thresholds": {{"share": {}, "share_high": {}, "speedup": {}, "error": {}}}, )",
+             gate_share, gate_share_high, gate_speedup, gate_error);
+  fmt::print(out, "\"devices\": {}, \"audits\": {}}}\n", list_json(devices, device_json),
+             list_json(audits, audit_json));
+}
+
+}  // namespace nsa

@@ -1,0 +1,96 @@
+"""`nsa gate` on the real binary: CSVs that are audited, files that are judged or refused, exit codes."""
+
+import json
+import os
+import unittest
+
+from harness import SMALL, AppTest
+
+USAGE, FILE = 2, 6
+STAY, INCONCLUSIVE, NOT_EVIDENCE = 10, 11, 12
+HEADER = "S,ms_total,ms_cmp,ms_sel,ms_win,reads_actual,reads_expected\n"
+SEEDS = HEADER + """128,5.862,5.944,6.003,6.001,1159,1193
+256,5.932,5.952,5.965,6.024,1159,1329
+512,5.893,5.981,5.998,5.988,1159,1569
+1024,5.987,6.070,6.122,6.132,1159,1601
+"""
+
+
+class Csv(AppTest):
+    def test_the_seeds_are_no_evidence(self):
+        self.write("decode_gpu_v2.csv", SEEDS)
+        done = self.assert_ok(self.nsa("gate", "decode_gpu_v2.csv"))
+        for part in ("305% of the total", "1159 at every S", "in 4 of 4 rows", "VERDICT: NOT EVIDENCE (decode_gpu_v2.csv"):
+            self.assertIn(part, done.out)
+        self.assertEqual(self.nsa("gate", "decode_gpu_v2.csv", "--exit-verdict").code, NOT_EVIDENCE)
+        audit = json.loads(self.nsa("gate", "decode_gpu_v2.csv", "--json").out)["audits"][0]
+        self.assertEqual(audit["verdict"], "NOT EVIDENCE")
+        self.assertEqual(len(audit["findings"]), 3)
+        self.assertEqual([row["context"] for row in audit["rows"]], [128, 256, 512, 1024])
+
+    def test_our_own_csv_is_consistent(self):
+        self.write("in.toml", SMALL)
+        self.assert_ok(self.nsa("run", "in.toml", "--csv", "own.csv", "--set", "run.context=[64, 256]", "--set", "run.steps=12"))
+        done = self.nsa("gate", "own.csv", "--exit-verdict")
+        self.assertIn("VERDICT: CONSISTENT (own.csv", self.assert_ok(done).out)
+
+    def test_what_is_wrong_with_a_csv(self):
+        for text, parts in ((HEADER, ["a.csv (it has no row of data)"]),
+                            ("", ["a.csv (it has no row of data)"]),
+                            (SEEDS.replace("ms_sel", "ms_selection"), ["a.csv (column ms_sel is missing"]),
+                            (SEEDS.replace("6.003", "fast"), ["a.csv:2 (column ms_sel holds 'fast'"]),
+                            (SEEDS.replace("1159,1601", "1159"), ["a.csv:5 (6 cells, the header has 7 columns)"])):
+            with self.subTest(text=text):
+                self.write("a.csv", text)
+                done = self.nsa("gate", "a.csv")
+                self.assertEqual(done.code, FILE, done.err)
+                self.assertEqual(done.err.count("nsa: error: "), 1, done.err)
+                for part in parts:
+                    self.assertIn(part, done.err)
+
+
+class Files(AppTest):
+    def refuses(self, code, parts, *arguments):
+        done = self.nsa("gate", *arguments)
+        self.assertEqual(done.code, code, done.out + done.err)
+        self.assertEqual(done.err.count("nsa: "), 1, done.err)
+        for part in parts:
+            self.assertIn(part, done.err)
+
+    def small_run(self, name, *more):
+        self.write("in.toml", SMALL)
+        self.assert_ok(self.nsa("run", "in.toml", "--output", name, "--set", "run.steps=20", "--set",
+                                'run.modes=["branches", "total", "ablation"]', "--set", "route.sel=sdpa", *more))
+
+    def test_bad_files(self):
+        self.refuses(USAGE, ["FILES is required"])
+        self.refuses(FILE, ["none.h5 (no such file)"], "none.h5")
+        self.refuses(FILE, ["none.csv (no such file)"], "none.csv")
+        self.write("text.h5", "not HDF5\n" * 100)
+        self.refuses(FILE, ["text.h5"], "text.h5")
+        self.small_run("a.h5")
+        os.truncate(os.path.join(self.folder, "a.h5"), 3000)
+        self.refuses(FILE, ["a.h5"], "a.h5")
+
+    def test_a_decode_run_alone_is_inconclusive_and_says_what_is_missing(self):
+        self.small_run("a.h5", "--set", "run.context=[64, 128]")
+        done = self.assert_ok(self.nsa("gate", "a.h5"))
+        self.assertIn("VERDICT: INCONCLUSIVE", done.out)
+        self.assertIn("nsa run inputs/m4_kernels.toml", done.out)
+        self.assertEqual(self.nsa("gate", "a.h5", "--exit-verdict").code, INCONCLUSIVE)
+        device = json.loads(self.nsa("gate", "a.h5", "--json").out)["devices"][0]
+        self.assertEqual([c["context"] for c in device["contexts"]], [64, 128])
+        self.assertGreater(device["contexts"][0]["share"]["measured"]["value"], 0)
+        self.assertIsNone(device["speedup"]["measured"]["value"])
+        only = json.loads(self.nsa("gate", "a.h5", "--json", "--context", "128").out)["devices"][0]
+        self.assertEqual([c["context"] for c in only["contexts"]], [128])
+
+    def test_mixed_inputs_are_refused(self):
+        self.small_run("a.h5")
+        self.small_run("b.h5", "--set", "nsa.w=64", "--set", "run.context=128")
+        self.refuses(USAGE, ["decode nsa.w: 512 in a.h5, 64 in b.h5"], "a.h5", "b.h5")
+        self.refuses(USAGE, ["a.h5 and a.h5 both hold decode, context 64"], "a.h5", "a.h5")
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)

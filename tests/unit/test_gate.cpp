@@ -1,0 +1,327 @@
+// The gate's arithmetic on made-up files with known answers.
+
+#include <sstream>
+
+#include "catch.hpp"
+#include "kernels/error.hpp"
+#include "nsa/gate.hpp"
+
+using namespace nsa;
+
+namespace {
+
+constexpr std::int64_t reps = 41;  // odd, so that the median is the middle of a spread
+
+/// `middle` with a spread of +-`spread`, in no order.
+std::vector<double> around(double middle, double spread) {
+  std::vector<double> samples;
+  for (std::int64_t i = 0; i < reps; ++i)
+    samples.push_back(middle + spread * (static_cast<double>((i * 17) % reps) / ((reps - 1) / 2.0) - 1));
+  return samples;
+}
+
+struct Shares {
+  double selection = 40, total = 100, without_selection = 60;  ///< us; the stages add up to 100
+  double spread = 0.5;                                         ///< of the selection, us
+};
+
+PointRecord decode_point(std::int64_t context, const Shares& shares = {}) {
+  PointRecord p;
+  p.parameters = {{"task.kind", "decode"},         {"model.precision", "bf16"}, {"model.d_k", std::int64_t{64}},
+                  {"nsa.l_sel", std::int64_t{64}}, {"run.context", context},    {"run.batch", std::int64_t{1}},
+                  {"run.force_branch", "none"}};
+  p.routes = {"sdpa", "sdpa", "sdpa"};
+  p.time.modes = {"branches", "total", "ablation_cmp", "ablation_sel", "ablation_win"};
+  p.time.ranks = 1;
+  p.time.reps = reps;
+  const std::vector<double> selection = around(shares.selection, shares.spread);
+  const auto set = [&](int mode, Stage stage, auto&& at) {
+    for (std::int64_t rep = 0; rep < reps; ++rep)
+      p.time.seconds[static_cast<std::size_t>((mode * stage_count + static_cast<int>(stage)) * reps + rep)] =
+          1e-6 * at(rep);
+  };
+  p.time.seconds.assign(p.time.modes.size() * stage_count * reps, std::nan(""));
+  set(0, Stage::rank, [&](auto rep) { return selection[rep] / 4; });
+  set(0, Stage::attend_sel, [&](auto rep) { return selection[rep] * 3 / 4; });
+  set(0, Stage::attend_cmp, [&](auto rep) { return (100 - selection[rep]) / 2; });
+  set(0, Stage::attend_win, [&](auto rep) { return (100 - selection[rep]) / 4; });
+  set(0, Stage::output, [&](auto rep) { return (100 - selection[rep]) / 4; });
+  set(0, Stage::step, [](auto) { return 100; });
+  set(1, Stage::step, [&](auto rep) { return shares.total + 0.01 * static_cast<double>(rep % 3); });
+  set(2, Stage::step, [&](auto) { return shares.total - 30; });
+  set(3, Stage::step, [&](auto rep) { return shares.without_selection + 0.01 * static_cast<double>(rep % 3); });
+  set(4, Stage::step, [&](auto) { return shares.total - 15; });
+  return p;
+}
+
+struct Speeds {
+  double sdpa = 30, packed = 11, fused = 10, spread = 0.1;  ///< us
+  double error = 2e-4, error_se = 1e-6;
+};
+
+PointRecord kernels_point(std::int64_t n, const Speeds& speeds = {}) {
+  PointRecord p;
+  p.parameters = {{"task.kind", "kernels"},
+                  {"model.precision", "bf16"},
+                  {"nsa.l_sel", std::int64_t{64}},
+                  {"kernels.branch", "sel"},
+                  {"kernels.rows", std::int64_t{256}},
+                  {"kernels.heads", std::int64_t{4}},
+                  {"kernels.head_size", std::int64_t{64}},
+                  {"kernels.blocks", n},
+                  {"kernels.spans", "scattered"}};
+  KernelRecord& k = p.kernels;
+  k.implementations = {"fused", "sdpa", "sdpa_packed"};
+  k.ranks = 1;
+  k.reps = reps;
+  for (const double middle : {speeds.fused, speeds.sdpa, speeds.packed})
+    for (const double us : around(middle, middle == speeds.fused ? 0 : speeds.spread)) k.seconds.push_back(us * 1e-6);
+  k.mean_abs_err = {speeds.error, 1e-4, 1e-4};
+  k.mean_abs_err_se = {speeds.error_se, 1e-6, 1e-6};
+  k.max_abs_err = {3e-3, 2e-3, 2e-3};
+  return p;
+}
+
+GateFile file(const std::string& path, std::vector<PointRecord> points, const std::string& gpu = "NVIDIA H200") {
+  GateFile f{path, {}};
+  f.result.run.backend = "cuda";
+  f.result.run.git_commit = "abc";
+  f.result.run.status = "complete";
+  f.result.run.system.resize(1);
+  f.result.run.system[0].gpu = gpu;
+  f.result.points = std::move(points);
+  return f;
+}
+
+DeviceVerdict verdict(const Shares& shares, const Speeds& speeds) {
+  return judge(
+             {file("d.h5", {decode_point(1024, shares)}), file("k.h5", {kernels_point(8), kernels_point(16, speeds)})})
+      .at(0);
+}
+
+std::string refusal(const std::vector<GateFile>& files) {
+  try {
+    judge(files);
+  } catch (const UserError& error) {
+    return error.what();
+  }
+  return "accepted";
+}
+
+bool contains(const std::string& text, const std::string& part) {
+  if (text.find(part) != std::string::npos) return true;
+  UNSCOPED_INFO("'" << text << "' lacks '" << part << "'");
+  return false;
+}
+
+}  // namespace
+
+TEST_CASE("gate: three conditions met", "[gate]") {
+  const DeviceVerdict v = verdict({}, {});
+  CHECK(v.verdict == Verdict::proceed);
+  REQUIRE(v.contexts.size() == 1);
+  CHECK(v.contexts[0].share.measured.value == Approx(0.40));
+  CHECK(v.contexts[0].share.measured.low == Approx(0.40 - 0.005 * 7.0 / 20));  // n = 41: ranks (14, 28)
+  CHECK(v.contexts[0].share_high.outcome == Outcome::met);
+  CHECK(v.contexts[0].share_ablation.value == Approx(0.40).epsilon(1e-3));
+  CHECK(v.contexts[0].share_attention.value == Approx(40.0 / 85).epsilon(1e-2));
+  CHECK(v.speedup.measured.value == Approx(3.0));
+  CHECK(v.speedup_packed.measured.value == Approx(1.1));
+  CHECK(v.speedup_packed.outcome == Outcome::not_met);  // printed; the one with the gather decides
+  CHECK(v.error.measured.value == Approx(2e-4));
+  CHECK(contains(v.why, "ship the kernel at contexts 1024"));
+}
+
+TEST_CASE("gate: each condition alone failing means STAY", "[gate]") {
+  const auto stays = [](const Shares& shares, const Speeds& speeds, const std::string& why) {
+    const DeviceVerdict v = verdict(shares, speeds);
+    CHECK(v.verdict == Verdict::stay);
+    CHECK(contains(v.why, why));
+    CHECK(v.why.find(';') == v.why.rfind(';'));  // one reason
+  };
+  stays({20, 100, 80}, {}, "selection's share of the step >= 25% is not met (20.0%)");
+  stays({}, {.sdpa = 11.5}, "speed over packed SDPA with its gather >= 1.2x is not met (1.15x)");
+  stays({}, {.error = 2e-3}, "mean absolute error <= 1e-3 is not met (2.0e-03)");
+}
+
+TEST_CASE("gate: one shape is enough to fail", "[gate]") {
+  const DeviceVerdict v = verdict({}, {.sdpa = 11});
+  CHECK(v.verdict == Verdict::stay);
+  CHECK(v.speedup.why == "worst: N=256 H=4 D=64 n=16 scattered");
+}
+
+TEST_CASE("gate: each interval over its threshold means INCONCLUSIVE", "[gate]") {
+  const auto open = [](const Shares& shares, const Speeds& speeds, const std::string& why) {
+    const DeviceVerdict v = verdict(shares, speeds);
+    CHECK(v.verdict == Verdict::inconclusive);
+    CHECK(contains(v.why, why));
+  };
+  open({25, 100, 75, 2.0}, {}, "selection's share of the step >= 25% is open (the interval holds 25%");
+  open({}, {.sdpa = 12, .spread = 1.0}, "is open (worst: N=256 H=4 D=64 n=16 scattered; the interval holds 1.2");
+  open({}, {.error = 1e-3, .error_se = 1e-5}, "mean absolute error <= 1e-3 is open");
+}
+
+TEST_CASE("gate: a threshold that is just met is met", "[gate]") {
+  CHECK(verdict({25, 100, 75, 0}, {}).verdict == Verdict::proceed);
+  CHECK(verdict({}, {.sdpa = 12.0001, .spread = 0}).verdict == Verdict::proceed);
+  CHECK(verdict({}, {.error = 1e-3, .error_se = 0}).verdict == Verdict::proceed);
+}
+
+TEST_CASE("gate: 25% may be met where 30% is not", "[gate]") {
+  const DeviceVerdict v = verdict({27, 100, 73}, {});
+  CHECK(v.verdict == Verdict::proceed);
+  CHECK(v.contexts[0].share_high.outcome == Outcome::not_met);
+}
+
+TEST_CASE("gate: a failed condition decides although another is open", "[gate]") {
+  CHECK(verdict({25, 100, 75, 2.0}, {.error = 2e-3}).verdict == Verdict::stay);
+}
+
+TEST_CASE("gate: stages and ablation on opposite sides leave the share open", "[gate]") {
+  const DeviceVerdict v = verdict({40, 100, 90}, {});
+  CHECK(v.verdict == Verdict::inconclusive);
+  CHECK(contains(v.why, "the stages say 40.0%, leaving selection out saves 10.0%: on opposite sides of 25%"));
+}
+
+TEST_CASE("gate: what the two accounts of a step differ by, and why", "[gate]") {
+  DeviceVerdict v = verdict({40, 80, 40}, {});  // the stages add up to 100 us, the step takes 80
+  const std::vector<Account>& a = v.contexts[0].accounts;
+  REQUIRE(a.size() == 4);
+  CHECK(a[0].name == "step");
+  CHECK(a[0].stages.value == Approx(100e-6));
+  CHECK(a[0].step.value == Approx(80e-6).epsilon(1e-3));
+  CHECK_FALSE(a[0].agree);
+  CHECK(contains(a[0].why, "neither overlap nor share a launch"));
+  CHECK(a[1].step.value == Approx(30e-6).epsilon(1e-3));  // cmp: 30 by its stage, 30 by leaving it out
+  CHECK(a[1].agree);
+  CHECK(a[2].agree);
+  CHECK(a[3].agree);
+  std::ostringstream page;
+  print_gate(page, v);
+  CHECK(contains(page.str(), "stages less the whole: +20.0 us at 1024"));
+}
+
+TEST_CASE("gate: a missing mode or run is named with the command that makes it", "[gate]") {
+  PointRecord p = decode_point(1024);
+  p.time.modes[3] = "ablation_other";
+  DeviceVerdict v = judge({file("d.h5", {p}), file("k.h5", {kernels_point(8)})}).at(0);
+  CHECK(v.verdict == Verdict::inconclusive);
+  CHECK(contains(v.why, "no ablation_sel: nsa run inputs/m4_decode.toml --set run.context=1024"));
+
+  p = decode_point(1024);
+  p.routes[sel] = "fused";
+  v = judge({file("d.h5", {p}), file("k.h5", {kernels_point(8)})}).at(0);
+  CHECK(v.verdict == Verdict::inconclusive);
+  CHECK(contains(v.why, "selection ran as fused"));
+
+  v = judge({file("d.h5", {decode_point(1024)})}).at(0);
+  CHECK(v.verdict == Verdict::inconclusive);
+  CHECK(contains(v.why, "not measured: nsa run inputs/m4_kernels.toml"));
+
+  v = judge({file("k.h5", {kernels_point(8)})}).at(0);
+  CHECK(v.verdict == Verdict::inconclusive);
+  CHECK(contains(v.why, "no valid decode point, so no share of selection: nsa run inputs/m4_decode.toml"));
+
+  PointRecord k = kernels_point(8);
+  k.kernels.implementations[1] = "masked";
+  v = judge({file("d.h5", {decode_point(1024)}), file("k.h5", {k})}).at(0);
+  CHECK(v.verdict == Verdict::inconclusive);
+  CHECK(contains(v.why, "N=256 H=4 D=64 n=8 scattered lacks an implementation"));
+}
+
+TEST_CASE("gate: too few samples say how many are needed", "[gate]") {
+  PointRecord p = decode_point(1024);
+  p.warmup_reps = reps - 5;
+  const DeviceVerdict v = judge({file("d.h5", {p}), file("k.h5", {kernels_point(8)})}).at(0);
+  CHECK(v.verdict == Verdict::inconclusive);
+  CHECK(contains(v.why, "5 samples give no interval here, 6 do"));
+}
+
+TEST_CASE("gate: intervals of many contexts hold together", "[gate]") {
+  std::vector<PointRecord> points;
+  for (std::int64_t i = 0; i < 10; ++i) points.push_back(decode_point(128 << i));
+  const auto v = judge({file("d.h5", points), file("k.h5", {kernels_point(8)})}).at(0);
+  REQUIRE(v.contexts.size() == 10);
+  // n = 41 at 1 - 0.05/10: ranks (12, 30), nine from the middle.
+  CHECK(v.contexts[0].share.measured.low == Approx(0.40 - 0.005 * 9.0 / 20));
+}
+
+TEST_CASE("gate: invalid points are left out and named", "[gate]") {
+  PointRecord bad = decode_point(2048);
+  bad.fail("reads differ");
+  DeviceVerdict v = judge({file("d.h5", {decode_point(1024), bad}), file("k.h5", {kernels_point(8)})}).at(0);
+  CHECK(v.contexts.size() == 1);
+  REQUIRE(v.notes.size() == 1);
+  CHECK(contains(v.notes[0], "d.h5: context 2048, batch 1, forced branch none is left out, INVALID (reads differ)"));
+
+  PointRecord shape = kernels_point(16);
+  shape.fail("wrong");
+  v = judge({file("d.h5", {decode_point(1024)}), file("k.h5", {kernels_point(8), shape})}).at(0);
+  CHECK(v.verdict == Verdict::inconclusive);  // nobody knows about that shape
+  CHECK(contains(v.why, "N=256 H=4 D=64 n=16 scattered is INVALID"));
+  v = judge({file("d.h5", {decode_point(1024)}), file("k.h5", {shape})}).at(0);
+  CHECK(contains(v.why, "every shape is INVALID"));
+}
+
+TEST_CASE("gate: contexts differ, and the device's word says where", "[gate]") {
+  const std::vector<GateFile> files = {
+      file("d.h5", {decode_point(4096), decode_point(1024, {20, 100, 80}), decode_point(2048, {25, 100, 75, 2.0})}),
+      file("k.h5", {kernels_point(8)})};
+  const DeviceVerdict v = judge(files).at(0);
+  CHECK(v.verdict == Verdict::proceed);
+  CHECK(contains(v.why, "ship the kernel at contexts 4096, stay on sdpa at 1024, undecided at 2048"));
+  CHECK(judge(files, {1024}).at(0).verdict == Verdict::stay);
+  CHECK(judge(files, {2048}).at(0).verdict == Verdict::inconclusive);
+  CHECK(judge(files, {1024, 2048}).at(0).verdict == Verdict::inconclusive);
+}
+
+TEST_CASE("gate: several devices, a page each", "[gate]") {
+  GateFile host = file("h.h5", {decode_point(1024, {20, 100, 80})});
+  host.result.run.backend = "host";
+  host.result.run.git_commit = "other";  // another device may have another commit
+  host.result.run.system[0].cpu = "some CPU";
+  const auto v = judge({file("d.h5", {decode_point(1024)}), host, file("k.h5", {kernels_point(8)})});
+  REQUIRE(v.size() == 2);
+  CHECK(v[0].device == "NVIDIA H200");
+  CHECK(v[0].files == std::vector<std::string>{"d.h5", "k.h5"});
+  CHECK(v[0].verdict == Verdict::proceed);
+  CHECK(v[1].device == "some CPU");
+  CHECK(v[1].verdict == Verdict::stay);
+}
+
+TEST_CASE("gate: what may not be mixed is refused, saying which", "[gate]") {
+  GateFile other = file("k.h5", {kernels_point(8)});
+  other.result.run.git_commit = "def";
+  CHECK(contains(refusal({file("d.h5", {decode_point(1024)}), other}), "d.h5 is of commit abc, k.h5 of def"));
+
+  PointRecord wide = decode_point(2048);
+  wide.parameters[2].second = std::int64_t{128};
+  CHECK(contains(refusal({file("d.h5", {decode_point(1024)}), file("e.h5", {wide})}),
+                 "decode model.d_k: 64 in d.h5, 128 in e.h5"));
+  PointRecord exact = kernels_point(8);
+  exact.parameters[1].second = "fp32";
+  CHECK(contains(refusal({file("d.h5", {decode_point(1024)}), file("k.h5", {exact})}),
+                 "model.precision: bf16 in d.h5, fp32 in k.h5"));
+  PointRecord two = decode_point(2048);
+  two.heads = 2;
+  CHECK(contains(refusal({file("d.h5", {decode_point(1024)}), file("e.h5", {two})}),
+                 "decode heads x kv: 1 x 1 in d.h5, 2 x 1 in e.h5"));
+  CHECK(contains(refusal({file("d.h5", {decode_point(1024)}), file("e.h5", {decode_point(1024)})}),
+                 "d.h5 and e.h5 both hold decode, context 1024"));
+
+  GateFile both = file("d.h5", {decode_point(1024)});
+  both.result.run.system.resize(2);
+  both.result.run.system[1].gpu = "NVIDIA A100";
+  CHECK(contains(refusal({both}), "d.h5 ran on NVIDIA H200 and NVIDIA A100"));
+  CHECK(contains(refusal({file("d.h5", {})}), "d.h5 holds no point"));
+}
+
+TEST_CASE("gate: JSON holds what the page says, null where nothing was measured", "[gate]") {
+  std::ostringstream out;
+  PointRecord p = decode_point(1024);
+  p.reason = "";
+  print_gate_json(out, judge({file("d\"1\".h5", {p})}), {});
+  CHECK(contains(out.str(), R"("files": ["d\"1\".h5"], "verdict": "INCONCLUSIVE")"));
+  CHECK(contains(out.str(), R"("measured": {"value": null, "low": null, "high": null, "n": 0}, "outcome": "open")"));
+  CHECK(contains(out.str(), R"("share": {"name": "selection's share of the step >= 25%", "threshold": 0.25)"));
+}
