@@ -93,21 +93,25 @@ std::size_t end_of_string(std::string_view text, std::size_t begin) {
 }
 
 /// TOML has characters beyond ASCII in strings and comments alone; elsewhere some are undefined behaviour in
-/// toml++ 3.3.
+/// toml++ 3.3. A quote inside a word begins no string, so what follows it would not be text either.
 void refuse_stray_characters(std::string_view text, const std::string& path) {
+  const auto refuse = [&](std::size_t at, const char* what) {
+    const std::string_view before = text.substr(0, at);
+    const std::int64_t line = 1 + std::count(before.begin(), before.end(), '\n');
+    const auto column = static_cast<std::int64_t>(at - (before.rfind('\n') + 1)) + 1;
+    throw UserError(place_text({path, line, column}) + "not TOML: " + what);
+  };
+  constexpr std::string_view before_string = " \t\r\n=[,{.";
   for (std::size_t i = text.substr(0, 3) == "\xEF\xBB\xBF" ? 3 : 0; i < text.size();) {
     if (text[i] == '"' || text[i] == '\'') {
+      if (i > 0 && before_string.find(text[i - 1]) == std::string_view::npos) refuse(i, "a quote inside a word");
       i = end_of_string(text, i);
     } else if (text[i] == '#') {
       i = std::min(text.find('\n', i), text.size());
     } else if (static_cast<unsigned char>(text[i]) < 0x80) {
       ++i;
     } else {
-      const std::string_view before = text.substr(0, i);
-      const std::int64_t line = 1 + std::count(before.begin(), before.end(), '\n');
-      const auto column = static_cast<std::int64_t>(i - (before.rfind('\n') + 1)) + 1;
-      throw UserError(place_text({path, line, column}) +
-                      "not TOML: a character beyond ASCII (only strings and comments have them); remove it");
+      refuse(i, "a character beyond ASCII (only strings and comments have them); remove it");
     }
   }
 }
