@@ -1,0 +1,152 @@
+#!/usr/bin/env python3
+"""Our GPU kernels against PyTorch's on the same GPU, one after the other in one call.
+
+Runs bench_decode and bench_prefill (both print JSON with --json) and, for the same shapes, torch's dense SDPA by every
+backend it has; with --selection also the M4 shapes: torch's SDPA over packed K and V, with and without the gather that
+packs them. Both sides are CUDA graphs timed with events, the median of the replays; in decode both rotate over sets
+of K and V so that none is in the L2 when it is read. Prints the ratio for each row. Needs torch with CUDA.
+
+usage: bench_gpu.py BUILD_DIR [--selection] [--json FILE]     e.g. scripts/bench_gpu.py build/cuda
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+
+COLD_BYTES = 250e6  # read between two uses of a set: several times the L2
+REPLAYS = 15
+HEADS, GROUPS, D = 64, 4, 128
+SELECTION = [(256, 4, 64, 8), (256, 8, 128, 16), (1024, 8, 64, 16), (1024, 8, 128, 16)]  # rows, heads, D, n
+L_SEL, CONTEXT = 64, 65536
+
+
+def graph_seconds(calls):
+    """Median seconds of one of `calls`, replayed together as a CUDA graph."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:  # libraries choose and load their kernels outside the graph
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    samples = []
+    for replay in range(REPLAYS + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if replay >= 3:
+            samples.append(begin.elapsed_time(end) * 1e-3 / len(calls))
+    return statistics.median(samples)
+
+
+def best_backend(make_calls):
+    """(seconds, backend) of the fastest SDPA backend that takes the shape."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    best = (float("inf"), "none")
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        try:
+            with sdpa_kernel(backend), torch.no_grad():
+                best = min(best, (graph_seconds(make_calls()), backend.name))
+        except RuntimeError as error:  # this backend does not take the shape
+            print(f"  torch {backend.name}: {str(error).splitlines()[0]}", file=sys.stderr)
+            torch.cuda.synchronize()
+    return best
+
+
+def random(*shape):
+    import torch
+
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def sdpa(q, k, v, **options):
+    import torch.nn.functional as functional
+
+    return functional.scaled_dot_product_attention(q, k, v, **options)
+
+
+def dense_decode(batch, context):
+    """The heads of a group as query rows over their one K and V: nothing is read twice."""
+    bytes_of_set = 4 * batch * GROUPS * context * D
+    sets = [
+        (random(batch, GROUPS, HEADS // GROUPS, D), random(batch, GROUPS, context, D), random(batch, GROUPS, context, D))
+        for _ in range(max(1, min(64, int(COLD_BYTES / bytes_of_set) + 1)))
+    ]
+    return best_backend(lambda: [lambda s=s: sdpa(*s) for s in sets])
+
+
+def dense_prefill(context):
+    q, k, v = random(1, HEADS, context, D), random(1, GROUPS, context, D), random(1, GROUPS, context, D)
+    wide_k, wide_v = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (k, v))
+    return min(
+        best_backend(lambda: [lambda: sdpa(q, k, v, is_causal=True, enable_gqa=True)]),
+        best_backend(lambda: [lambda: sdpa(q, wide_k, wide_v, is_causal=True)]),
+    )
+
+
+def packed_selection(rows, heads, d, n):
+    """(seconds packed only, seconds with the gather) of `rows` queries of `heads` heads over n blocks of one K and V."""
+    import torch
+
+    q, k, v = random(rows, 1, heads, d), random(CONTEXT, d), random(CONTEXT, d)
+    blocks = torch.stack([torch.randperm(CONTEXT // L_SEL, device="cuda")[:n].sort().values for _ in range(rows)])
+    tokens = (blocks[:, :, None] * L_SEL + torch.arange(L_SEL, device="cuda")).reshape(rows, -1)
+    packed = [x[tokens].unsqueeze(1) for x in (k, v)]
+    only = best_backend(lambda: [lambda: sdpa(q, *packed)] * 4)
+    both = best_backend(lambda: [lambda: sdpa(q, k[tokens].unsqueeze(1), v[tokens].unsqueeze(1))] * 4)
+    return only[0], both[0]
+
+
+def ours(program, *arguments):
+    text = subprocess.run([program, "--json", *arguments], check=True, capture_output=True, text=True).stdout
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def compare(what, row, seconds, backend, results):
+    results.append({"what": what, **row, "torch_us": seconds * 1e6, "torch_backend": backend})
+    print(
+        f"{what:8} {row['batch']:3} x {row['context'] // 1024:4}K {row['us']:10.1f} us | floor {row['floor_us']:8.1f} "
+        f"({row['us'] / row['floor_us']:5.2f}x) | torch dense {seconds * 1e6:10.1f} us ({backend}): "
+        f"{seconds * 1e6 / row['us']:6.2f}x ours",
+        flush=True,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("build", type=pathlib.Path, help="a build folder of the cuda preset")
+    parser.add_argument("--selection", action="store_true", help="also torch's packed selection, the M4 shapes")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
+    args = parser.parse_args()
+
+    import torch
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, {HEADS} heads, {GROUPS} groups, D = {D}")
+    results = []
+    for row in ours(args.build / "tests/gpu/bench_decode"):
+        compare("decode", row, *dense_decode(row["batch"], row["context"]), results)
+    for row in ours(args.build / "tests/gpu/bench_prefill"):
+        compare("prefill", row, *dense_prefill(row["context"]), results)
+    if args.selection:
+        for shape in SELECTION:
+            only, both = packed_selection(*shape)
+            keys = dict(zip(("rows", "heads", "d", "n"), shape))
+            results.append({"what": "selection", **keys, "torch_packed_us": only * 1e6, "torch_gather_us": both * 1e6})
+            print(f"selection N, H, D, n = {shape}: torch packed {only * 1e6:.1f} us, with gather {both * 1e6:.1f} us")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
