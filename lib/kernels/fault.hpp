@@ -6,8 +6,8 @@
 //   NSA_FAULT="site[:rank=R][:at=N]:ACTION[;...]"
 //   rank=R   this world rank only; without it every rank
 //   at=N     the N-th call of the site on that rank, from 1; at=every: all calls; without it the first
-//   ACTION   kill (SIGKILL to itself), stop (SIGSTOP to itself), hang (sleeps for ever), delay=SECONDS: done by the
-//   hook;
+//   ACTION   kill (SIGKILL to itself), stop (SIGSTOP to itself), hang (sleeps for ever), delay=SECONDS: done by
+//            the hook;
 //            fail[=N], skip[=N], shorten[=N], flip[=BIT]: done by the site, which knows what that means there
 // Names of sites have a dot: "comm.all_gather", "device.allocate", "result.rename".
 
