@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# nsa on the cores of one node:   sbatch jobscripts/slurm/cpu_one_node.sh
+#SBATCH --job-name=nsa-cpu
+##SBATCH --account=PROJECT
+##SBATCH --partition=PARTITION
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=01:00:00
+#SBATCH --output=%x-%j.out
+# module load gcc openmpi hdf5          # what nsa was built with
+NSA=${NSA:-build/host/nsa}
+INPUT=${INPUT:-inputs/scaling.toml}
+LAUNCHER=${LAUNCHER:-srun}              # srun, if `srun --mpi=list` has pmix; or mpirun
+read -ra OPTIONS <<<"${OPTIONS:-}"      # more of `nsa run`: OPTIONS="--set run.batch=4" sbatch ...
+
+# ---- nothing below needs an edit ----
+set -euo pipefail
+name=$(basename "$INPUT" .toml)-$SLURM_JOB_ID
+case $LAUNCHER in
+  srun) launch=(srun --mpi=pmix "--cpus-per-task=$SLURM_CPUS_PER_TASK") ;; # srun does not take it from sbatch
+  mpirun) launch=(mpirun --map-by "ppr:$SLURM_NTASKS_PER_NODE:node:PE=$SLURM_CPUS_PER_TASK" --bind-to core) ;;
+esac
+"${launch[@]}" "$NSA" run "$INPUT" --set run.backend=host --output "$name.h5" --json "$name.json" "${OPTIONS[@]}"

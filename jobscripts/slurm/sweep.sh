@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# One run of a sweep list, as a task of a job array. scripts/sweep.py submits it, an array for each rank count:
+#   scripts/sweep.py inputs/scaling.sweep --submit jobscripts/slurm/sweep.sh --ranks-per-node 8
+#   scripts/sweep.py inputs/scaling.sweep --summary          when they have ended, or meanwhile
+# Submitting again runs what is missing. It sets --array, --nodes and --ntasks-per-node over these:
+#SBATCH --job-name=nsa-sweep
+##SBATCH --account=PROJECT
+##SBATCH --partition=PARTITION
+##SBATCH --gpus-per-node=8
+##SBATCH --gpu-bind=none
+#SBATCH --cpus-per-task=8
+#SBATCH --time=00:30:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --output=%x-%A_%a.out
+# module load gcc openmpi hdf5          # what nsa was built with
+NSA=${NSA:-build/host/nsa}
+LAUNCHER=${LAUNCHER:-srun}              # srun, if `srun --mpi=list` has pmix; or mpirun
+
+# ---- nothing below needs an edit ----
+set -euo pipefail
+case $LAUNCHER in
+  srun) launch="srun --mpi=pmix --gpu-bind=none --cpus-per-task=$SLURM_CPUS_PER_TASK -n {ranks}" ;;
+  mpirun) launch="mpirun -n {ranks} --map-by ppr:$SLURM_NTASKS_PER_NODE:node:PE=$SLURM_CPUS_PER_TASK --bind-to core" ;;
+esac
+scripts/sweep.py "${1:?submit it with scripts/sweep.py LIST --submit}" --results "$2" --case "$SLURM_ARRAY_TASK_ID" \
+  --nsa "$NSA" --launch "$launch" &
+sweep=$!
+# 120 s before the time limit nsa is told to finish its point and end; the next submission goes on from there.
+signals=0
+trap 'signals=$((signals + 1)); kill -USR1 "$sweep"' USR1 TERM
+seen=-1 code=0
+while [[ $seen -ne $signals ]]; do # a trap ends a wait
+  seen=$signals code=0
+  wait "$sweep" || code=$?
+done
+exit "$code"

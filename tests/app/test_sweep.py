@@ -1,0 +1,81 @@
+"""scripts/sweep.py without Slurm: what it runs, skips, survives and sums up."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import unittest
+
+from harness import BINARY, HANG, MPIEXEC, SMALL, AppTest, Finished
+
+SWEEP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts", "sweep.py")
+LAUNCH = MPIEXEC + " -n {ranks} --oversubscribe --allow-run-as-root"
+
+
+class Sweep(AppTest):
+    def setUp(self):
+        super().setUp()
+        self.write("small.toml", SMALL)
+
+    def sweep(self, text, *arguments):
+        self.write("list.sweep", text)
+        command = [sys.executable, SWEEP, "list.sweep", "--nsa", BINARY, "--launch", LAUNCH, *arguments]
+        environment = dict(os.environ, OMP_NUM_THREADS="1", OMPI_MCA_odls_base_sigkill_timeout="0")
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=HANG)
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    def states(self, done):
+        """{run: state} of the summary."""
+        return dict(re.findall(r"^(\S+) +\d+ +(?:\d+x\d+|auto) ((?:failed )?\w+)", done.out, re.MULTILINE))
+
+    def test_a_failure_does_not_stop_the_rest_and_done_runs_are_skipped(self):
+        text = "# a comment\n2 2x1 small.toml --set model.d_k=15\n1,2 all small.toml\n"
+        done = self.sweep(text)
+        self.assertEqual(done.code, 1, done.out + done.err)
+        states = self.states(done)
+        failed = next(name for name in states if re.fullmatch(r"small_r2_h2_kv1_[0-9a-f]{8}", name))
+        self.assertEqual(states, {failed: "failed 2", "small_r1_h1_kv1": "done", "small_r2_h1_kv2": "done",
+                                  "small_r2_h2_kv1": "done"})
+        self.assertIn("model.d_k", done.out)  # the summary says why
+        with open(os.path.join(self.folder, "list", "small_r2_h2_kv1.json")) as file:
+            told = json.load(file)
+        self.assertEqual((told["ranks"], told["heads"], told["kv"]), (2, 2, 1))
+        before = os.stat(os.path.join(self.folder, "list", "small_r1_h1_kv1.h5")).st_mtime_ns
+        again = self.sweep(text)
+        self.assertEqual(again.out.count("there already"), 3, again.out)
+        self.assertEqual(self.states(again), states)
+        self.assertEqual(os.stat(os.path.join(self.folder, "list", "small_r1_h1_kv1.h5")).st_mtime_ns, before)
+        self.assertEqual(self.sweep("1 1x1 small.toml\n", "--summary").code, 0)
+
+    def test_a_result_of_another_input_is_neither_replaced_nor_counted(self):
+        self.assert_ok(self.sweep("1 auto small.toml\n"))
+        self.write("small.toml", SMALL + "seed = 2\n")
+        done = self.sweep("1 auto small.toml\n")
+        self.assertEqual((done.code, self.states(done)), (1, {"small_r1_auto": "stale"}))
+        self.assertIn("small.toml has changed since; remove the result or choose another --results", done.out)
+
+    def test_all_is_every_layout_that_the_input_allows(self):
+        done = self.assert_ok(self.sweep("1,2,4 all small.toml\n", "--show"))  # two KV groups
+        self.assertEqual(re.findall(r"h\d_kv\d", done.out), ["h1_kv1", "h1_kv2", "h2_kv1", "h1_kv4", "h2_kv2"])
+
+    def test_bad_lists_are_told_by_their_line(self):
+        for text, message in (
+            ("\n1 all\n", "list.sweep:2: a line is: ranks, heads x kv, input, options; see --help"),
+            ("0 all small.toml\n", "list.sweep:1: '0' (not rank counts); give positive numbers, like 1,2,4"),
+            ("2 2*1 small.toml\n", "list.sweep:1: '2*1' (not a layout); give heads x kv like 2x4, all or auto"),
+            ("2 2x2 small.toml\n", "line 1: layout 2x2 (not of 2 ranks); heads x kv is the rank count"),
+            ("1 all none.toml\n", "list.sweep:1: none.toml (no such file); give the path of an input from here"),
+            ("1 all small.toml 'x\n", "list.sweep:1: No closing quotation; close the quotation"),
+            ("2 all small.toml --set model.d_k=15\n", "line 1: no heads x kv of 2 ranks fits small.toml: nsa: error:"),
+            ("# nothing\n", "the list is empty; see --help"),
+        ):
+            with self.subTest(text=text):
+                done = self.sweep(text)
+                self.assertEqual(done.code, 2)
+                self.assertIn("sweep: error: " + message, done.err)
+                self.assertEqual(sorted(os.listdir(self.folder)), ["list.sweep", "small.toml"])
+
+
+if __name__ == "__main__":
+    unittest.main()

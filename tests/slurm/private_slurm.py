@@ -1,0 +1,189 @@
+"""A Slurm of one node for one test: own folder, own ports, own MUNGE socket, loopback only, the caller's account.
+
+Nothing is taken from or left on the machine: a Slurm or MUNGE that runs here already is neither used nor disturbed.
+The node claims CPUs and GPUs that it may not have; nothing binds to them. Python 3, standard library only.
+"""
+
+import ctypes
+import getpass
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+
+CPUS, GPUS = 4, 4
+START, STOP = 30, 15  # seconds
+MARK = "NSA_PRIVATE_SLURM"  # environment variable: the folder; every process of this Slurm and its jobs has it
+
+SLURM_CONF = """ClusterName=nsatest
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+SlurmctldPort={ctld_port}
+SlurmdPort={slurmd_port}
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+PluginDir={plugins}
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MailProg=/bin/true
+MpiDefault=none
+ReturnToService=2
+KillWait=5
+SlurmdParameters=config_overrides
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} Gres=gpu:{gpus} State=UNKNOWN
+PartitionName=test Nodes={host} Default=YES State=UP
+"""
+
+
+def die_with_parent():
+    """Daemons of a test that is killed must not stay behind."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+class PrivateSlurm:
+    """`packages`: what get_slurm.sh unpacked. `start` raises RuntimeError with the daemons' last words."""
+
+    def __init__(self, packages):
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="nsa-slurm-", dir="/tmp"))  # short: sockets live in it
+        self.folder.chmod(0o711)  # MUNGE wants its socket to be reachable
+        self.host = socket.gethostname().split(".")[0]
+        self.daemons = []
+        roots = [pathlib.Path(packages), pathlib.Path("/")]
+        libraries = [library for root in roots for library in root.glob("usr/lib/*-linux-gnu")]
+        plugins = [library / "slurm-wlm" for library in libraries if (library / "slurm-wlm").is_dir()]
+        self.plugins = ":".join(map(str, plugins))
+        self.programs = [str(root / folder) for root in roots for folder in ("usr/bin", "usr/sbin")]
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN"))}
+        self.environment.update(
+            {
+                MARK: str(self.folder),
+                "SLURM_CONF": str(self.folder / "slurm.conf"),
+                "PATH": os.pathsep.join([self.programs[0], self.environment["PATH"]]),
+                "LD_LIBRARY_PATH": os.pathsep.join(
+                    [str(p) for p in plugins + [l for l in libraries if str(l).startswith(str(packages))]]
+                    + [p for p in [self.environment.get("LD_LIBRARY_PATH")] if p]
+                ),
+            }
+        )
+
+    def program(self, name):
+        for folder in self.programs:
+            if os.access(os.path.join(folder, name), os.X_OK):
+                return os.path.join(folder, name)
+        raise RuntimeError(f"no {name} among the packages")
+
+    def daemon(self, *command):
+        with open(self.folder / (pathlib.Path(command[0]).name + ".out"), "w") as out:
+            process = subprocess.Popen(
+                command, cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL, stdout=out,
+                stderr=subprocess.STDOUT, preexec_fn=die_with_parent)  # fmt: skip
+        self.daemons.append(process)
+
+    def until(self, done, what, seconds):
+        end = time.monotonic() + seconds
+        while not done():
+            ended = [d.args[0] for d in self.daemons if d.poll() is not None]
+            if ended or time.monotonic() > end:
+                raise RuntimeError(f"{what}: " + (f"{ended[0]} ended" if ended else f"not in {seconds} s") + self.logs())
+            time.sleep(0.1)
+
+    def logs(self):
+        names = sorted(self.folder.glob("*.log")) + sorted(self.folder.glob("*.out"))
+        return "".join(f"\n--- {name.name}\n" + "\n".join(name.read_text().splitlines()[-12:]) for name in names)
+
+    def start(self):
+        for name in ("state", "spool"):
+            (self.folder / name).mkdir()
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(128))
+        ports = free_ports(2)
+        conf = SLURM_CONF.format(
+            host=self.host, user=getpass.getuser(), folder=self.folder, plugins=self.plugins, cpus=CPUS, gpus=GPUS,
+            ctld_port=ports[0], slurmd_port=ports[1])  # fmt: skip
+        (self.folder / "slurm.conf").write_text(conf)
+        for gpu in range(GPUS):
+            (self.folder / f"gpu{gpu}").touch()
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{GPUS - 1}]\n")
+        munge_files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid",
+                       "log-file": "munge.log", "seed-file": "munge.seed"}  # fmt: skip
+        self.daemon(self.program("munged"), "--foreground", "--force", "--num-threads=2",
+                    *(f"--{option}={self.folder / name}" for option, name in munge_files.items()))  # fmt: skip
+        self.until(lambda: (self.folder / "munge.socket").exists(), "munged", START)
+        self.daemon(self.program("slurmctld"), "-D", "-i")
+        self.daemon(self.program("slurmd"), "-D", "-N", self.host, "-d", self.program("slurmstepd"))
+        self.until(lambda: "idle" in self.run("sinfo", "-h", "-o", "%T", check=False), "an idle node", START)
+
+    def run(self, program, *arguments, check=True, cwd=None, **environment):
+        done = subprocess.run(
+            [self.program(program), *arguments], env={**self.environment, **environment}, cwd=cwd or self.folder,
+            capture_output=True, text=True, timeout=60)  # fmt: skip
+        if check and done.returncode != 0:
+            raise RuntimeError(f"{program} {' '.join(arguments)}: {done.stderr}{self.logs()}")
+        return done.stdout
+
+    def processes(self):
+        """Every process of this Slurm and of its jobs, this one excepted: {pid: command line}."""
+        mark = f"{MARK}={self.folder}".encode()
+        found = {}
+        for entry in pathlib.Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) == os.getpid():
+                continue
+            try:
+                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:  # ended meanwhile, or somebody else's
+                continue
+        return found
+
+    def stop(self):
+        """Ends the jobs and the daemons. Returns what did not end by itself and had to be killed: {pid: command}."""
+        if len(self.daemons) == 3:
+            self.run("scancel", "--full", "-u", getpass.getuser(), check=False)
+        for daemon in reversed(self.daemons):  # slurmd first: it waits for its jobs' ends
+            daemon.terminate()
+            try:
+                daemon.wait(STOP)
+            except subprocess.TimeoutExpired:
+                pass
+        end = time.monotonic() + STOP
+        while self.processes() and time.monotonic() < end:
+            time.sleep(0.1)
+        left = self.processes()
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        for daemon in self.daemons:
+            daemon.wait()
+        self.daemons = []
+        return left
+
+    def remove(self):
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,153 @@
+"""The job scripts under a real Slurm: one node, loopback, the host backend, srun --mpi=pmix and mpirun.
+
+usage: test_slurm.py PACKAGES     a folder for what get_slurm.sh unpacks; exits with 77 where it cannot be had
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+import unittest
+
+from private_slurm import PrivateSlurm
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+SCRIPTS = ROOT / "jobscripts" / "slurm"
+NSA = os.environ["NSA_BINARY"]
+LAUNCHERS = ("srun", "mpirun")
+PLAIN = ("cpu_one_node", "cpu_nodes", "gpu_one_node", "gpu_nodes")
+HERE_ONLY = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1")  # what this node has, over what the scripts ask
+PACKAGES = None
+ALL_DONE = 150  # seconds until every job has ended; some 30 on two quiet cores
+
+TINY = """[task]
+kind = "decode"
+[model]
+dim = 32
+d_k = 16
+d_v = 16
+precision = "fp32"
+[run]
+context = [64, 128]
+steps = 3
+warmup = 1
+"""
+SWEEP = """# ranks  heads x kv  input
+1,2   all   tiny.toml
+"""
+
+
+class Jobs(unittest.TestCase):
+    """All jobs are submitted at once, each test looks at its own."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.slurm = PrivateSlurm(PACKAGES)
+        cls.addClassCleanup(cls.slurm.remove)
+        cls.addClassCleanup(cls.nothing_is_left)
+        cls.slurm.start()
+        cls.work = cls.slurm.folder / "work"
+        cls.work.mkdir()
+        (cls.work / "scripts").symlink_to(ROOT / "scripts")
+        (cls.work / "tiny.toml").write_text(TINY)
+        (cls.work / "tiny.sweep").write_text(SWEEP)
+        cls.jobs = {(name, launcher): cls.submit(name, launcher) for name in PLAIN for launcher in LAUNCHERS}
+        for launcher in LAUNCHERS:
+            cls.sweep(launcher)
+        cls.wait_for_all()
+
+    @classmethod
+    def nothing_is_left(cls):
+        left = cls.slurm.stop()
+        if left:
+            raise AssertionError(f"left running: {left}")
+
+    @classmethod
+    def submit(cls, name, launcher):
+        environment = {"NSA": NSA, "INPUT": "tiny.toml", "LAUNCHER": launcher, "BACKEND": "host"}
+        gpus = ["--gpus-per-node=2"] if name.startswith("gpu") else []
+        said = cls.slurm.run("sbatch", "--parsable", *HERE_ONLY, *gpus, str(SCRIPTS / f"{name}.sh"), cwd=cls.work,
+                             **environment)  # fmt: skip
+        return said.strip()
+
+    @classmethod
+    def run_sweep(cls, launcher, *arguments, check=True):
+        command = [sys.executable, "scripts/sweep.py", "tiny.sweep", "--nsa", NSA, "--results", f"results-{launcher}"]
+        environment = {**cls.slurm.environment, "NSA": NSA, "LAUNCHER": launcher}
+        done = subprocess.run([*command, *arguments], cwd=cls.work, env=environment, capture_output=True, text=True,
+                              timeout=60)  # fmt: skip
+        if check and done.returncode != 0:
+            raise AssertionError(done.stdout + done.stderr)
+        return done.stdout
+
+    @classmethod
+    def sweep(cls, launcher):
+        cls.run_sweep(launcher, "--submit", str(SCRIPTS / "sweep.sh"), "--", "--cpus-per-task=1")
+
+    @classmethod
+    def wait_for_all(cls):
+        cls.slurm.until(lambda: not cls.slurm.run("squeue", "-h").strip(), "the end of all jobs", ALL_DONE)
+
+    def job(self, number):
+        """What Slurm knows of a job, as a dictionary."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.slurm.run("scontrol", "show", "job", number)))
+
+    def assert_completed(self, number, output):
+        told = self.job(number)
+        self.assertEqual((told["JobState"], told["ExitCode"]), ("COMPLETED", "0:0"), output)
+
+    def result(self, stem):
+        """The run's JSON; the HDF5 file beside it is there."""
+        self.assertTrue((self.work / f"{stem}.h5").exists())
+        return json.loads((self.work / f"{stem}.json").read_text())
+
+    def assert_same(self, a, b):
+        done = subprocess.run([NSA, "diff", f"{a}.h5", f"{b}.h5"], cwd=self.work, capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
+    def test_every_script_is_run(self):
+        scripts = {path.stem for path in SCRIPTS.glob("*.sh")}
+        self.assertEqual(scripts, {*PLAIN, "sweep", "requeue"})
+
+    def test_one_and_several_nodes_cpu_and_gpu(self):
+        for (name, launcher), number in self.jobs.items():
+            with self.subTest(script=name, launcher=launcher):
+                output = next(self.work.glob(f"nsa-*-{number}.out")).read_text()
+                self.assert_completed(number, output)
+                self.assertEqual(output.splitlines()[-1], "RESULT: VALID")
+                told = self.result(f"tiny-{number}")
+                self.assertEqual((told["ranks"], told["backend"], told["result"]), (2, "host", "VALID"))
+        self.assert_same(*(f"tiny-{self.jobs['cpu_one_node', launcher]}" for launcher in LAUNCHERS))
+
+    def test_the_array_sweep_finishes(self):
+        names = ["tiny_r1_h1_kv1", "tiny_r2_h1_kv2", "tiny_r2_h2_kv1"]
+        for launcher in LAUNCHERS:
+            with self.subTest(launcher=launcher):
+                summary = self.run_sweep(launcher, "--summary")
+                self.assertEqual(len(re.findall(r" done ", summary)), 3, summary)
+                for name, ranks in zip(names, (1, 2, 2)):
+                    told = self.result(f"results-{launcher}/{name}")
+                    self.assertEqual((told["ranks"], told["result"]), (ranks, "VALID"))
+                    self.assertIn(f"heads={told['heads']}", told["argv"])
+                self.assertEqual(self.run_sweep(launcher, "--submit", "x"), "nothing is left to submit\n")
+
+
+def main():
+    global PACKAGES
+    PACKAGES = sys.argv.pop(1)
+    got = subprocess.run([HERE / "get_slurm.sh", PACKAGES])
+    if got.returncode == 77:
+        return 77
+    if got.returncode == 0 and not shutil.which("mpirun"):
+        print("SKIPPED: no mpirun; install Open MPI")
+        return 77
+    return 1 if got.returncode else not unittest.main(exit=False, verbosity=2).result.wasSuccessful()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
