@@ -13,6 +13,7 @@ const DeviceOps& dry_device() {
     dry.destroy_stream = [](Stream*) noexcept {};
     dry.synchronize = [](Stream*) {};
     dry.copy = [](void*, const void*, std::size_t, Stream*) {};
+    dry.fill = [](void*, int, std::size_t, Stream*) {};
     dry.create_event = []() -> Event* { return nullptr; };
     dry.destroy_event = [](Event*) noexcept {};
     return dry;
@@ -41,7 +42,10 @@ KvPair make_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& sha
 LayerCaches::LayerCaches(const Allocator& allocate, const Partition& p, std::int64_t batch, std::int64_t positions) {
   const std::int64_t planes = batch * p.shape.groups;
   const auto make = [&](const RowMap& map, std::int64_t rows) {
-    return make_kv(allocate, MemoryKind::caches, p.shape, planes, map, p.capacity(map, rows));
+    KvPair pair = make_kv(allocate, MemoryKind::caches, p.shape, planes, map, p.capacity(map, rows));
+    allocate.device.fill(pair.v_memory.data(), 0, pair.v_memory.bytes(), nullptr);  // see AttendArgs::v
+    allocate.device.synchronize(nullptr);
+    return pair;
   };
   sel = make(p.tokens(false), positions);
   cmp = make(p.compressed(false), compressed_tokens(p.shape.rules, positions - 1));

@@ -52,6 +52,10 @@ class Twin {
     return static_cast<T*>(host_);
   }
   std::size_t bytes() const { return bytes_; }
+  void clear() const {
+    std::memset(host_, 0, bytes_);
+    to_gpu();
+  }
   void to_gpu() const { move(device_, host_); }
   void to_host() const { move(host_, device_); }
   /// What the GPU holds.

@@ -4,6 +4,7 @@
 // bound (bytes of w / bandwidth), so a CTA takes a strip of columns, its threads split the reduction and add up in
 // shared memory in a fixed order. Then one CTA a (row, group) rotates, rounds, scatters and computes the gate.
 
+#include "kernels/cuda/blas.cuh"
 #include "kernels/cuda/stages.cuh"
 
 namespace nsa::gpu {
@@ -66,16 +67,12 @@ void launch_few_rows(std::int64_t rows, int depth, std::int64_t columns, const v
   check_launch("few_rows_product");
 }
 
-cudaDataType type_of(DType type) {
-  return type == DType::bf16 ? CUDA_R_16BF : type == DType::f16 ? CUDA_R_16F : CUDA_R_32F;
-}
-
 // Row-major, so cuBLAS sees the transposes: out^T [columns, rows] = w^T x^T, no operand transposed in memory.
 void product(DType type, std::int64_t rows, int depth, std::int64_t columns, const void* x, const void* w, float* out,
              Stream* stream) {
   if (rows > few_rows) {
     const float one = 1.0f, zero = 0.0f;
-    const cudaDataType storage = type_of(type);
+    const cudaDataType storage = storage_type(type);
     check(cublasGemmEx(blas(stream), CUBLAS_OP_N, CUBLAS_OP_N, static_cast<int>(columns), static_cast<int>(rows), depth,
                        &one, w, storage, static_cast<int>(columns), x, storage, depth, &zero, out, CUDA_R_32F,
                        static_cast<int>(columns), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),

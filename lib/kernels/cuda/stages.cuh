@@ -26,10 +26,16 @@ void attend_general(Branch branch, const AttendArgs&, Stream*);
 void attend_decode(Branch branch, const AttendArgs&, Stream*);
 bool decode_accepts(const LayerShape&, const QueryTile&);
 
+/// By matrix products (dense.cu): any shape, and masked where one row's scores of all tokens fit the scratch.
+void attend_sdpa(Branch branch, const AttendArgs&, Stream*);
+void attend_masked(Branch branch, const AttendArgs&, Stream*);
+bool masked_accepts(const LayerShape&, const QueryTile&);
+
 /// Bytes a stage asks of the scratch; the three branches may run side by side, each in its own part.
 std::size_t project_scratch(const LayerShape&, const QueryTile&);
 std::size_t attend_scratch(const LayerShape&, const QueryTile&);  ///< of one branch
 std::size_t decode_scratch(const LayerShape&, const QueryTile&);
+std::size_t dense_scratch(const LayerShape&, const QueryTile&);   ///< of one branch
 std::size_t rank_scratch(const LayerShape&, const QueryTile&);
 
 }  // namespace nsa::gpu

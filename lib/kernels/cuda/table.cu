@@ -13,7 +13,7 @@ std::size_t padded(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 // The branches may run side by side on several streams, so each has a part of the scratch to itself, and rank one
 // behind them. project runs before all of them and shares.
 std::size_t branch_part(const LayerShape& s, const QueryTile& tile) {
-  return padded(std::max(attend_scratch(s, tile), decode_scratch(s, tile)));
+  return padded(std::max({attend_scratch(s, tile), decode_scratch(s, tile), dense_scratch(s, tile)}));
 }
 
 template <class Args>
@@ -49,9 +49,14 @@ void attend_best(const AttendArgs& a, Stream* stream) {
 template <Branch B>
 constexpr AttendKernel best = {"fused", accepts_any, attend_best<B>};
 
-constexpr AttendKernel cmp_kernels[] = {best<cmp>, general<cmp>};
-constexpr AttendKernel sel_kernels[] = {best<sel>, general<sel>};
-constexpr AttendKernel win_kernels[] = {best<win>, general<win>};
+template <Branch B>
+constexpr AttendKernel sdpa = {"sdpa", accepts_any, attend<B, attend_sdpa>};
+template <Branch B>
+constexpr AttendKernel masked = {"masked", masked_accepts, attend<B, attend_masked>};
+
+constexpr AttendKernel cmp_kernels[] = {best<cmp>, sdpa<cmp>, general<cmp>};
+constexpr AttendKernel sel_kernels[] = {best<sel>, sdpa<sel>, masked<sel>, general<sel>};
+constexpr AttendKernel win_kernels[] = {best<win>, sdpa<win>, masked<win>, general<win>};
 
 void rank_with_scratch(const RankArgs& a, Stream* stream) {
   rank(with_part(a, branches * branch_part(a.shape, a.tile), rank_scratch(a.shape, a.tile)), stream);
