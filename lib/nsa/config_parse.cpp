@@ -79,22 +79,21 @@ std::string unknown_key(const std::string& key) {
   return fmt::format("unknown key {}; did you mean {} in [{}]?", key, bare(nearest), section_of(nearest));
 }
 
-/// Where a string that begins at `begin` ends: behind its closing quotes, or at the end of the text.
+/// Where a string that begins at `begin` ends: behind its closing quote, or with the line.
 std::size_t end_of_string(std::string_view text, std::size_t begin) {
-  const char quote = text[begin];
-  const bool multi_line = text.substr(begin, 3) == std::string(3, quote);
-  const std::string_view closing = multi_line ? text.substr(begin, 3) : text.substr(begin, 1);
-  for (std::size_t i = begin + closing.size(); i < text.size(); ++i) {
-    if (text.substr(i, closing.size()) == closing) return i + closing.size();
-    if (text[i] == '\n' && !multi_line) return i;
-    if (text[i] == '\\' && quote == '"') ++i;
+  for (std::size_t i = begin + 1; i < text.size() && text[i] != '\n'; ++i) {
+    if (text[i] == text[begin]) return i + 1;
+    if (text[i] == '\\' && text[begin] == '"') ++i;
   }
-  return text.size();
+  return std::min(text.find('\n', begin), text.size());
 }
 
-/// TOML has characters beyond ASCII in strings and comments alone; elsewhere some are undefined behaviour in
-/// toml++ 3.3. A quote inside a word begins no string, so what follows it would not be text either.
+/// Outside strings and comments some characters beyond ASCII are undefined behaviour in toml++ 3.3, so a file that has
+/// any is looked through first. A quote right behind a word or another string begins no string that toml++ would read
+/// as one (nor do the quotes of a string of several lines, which such a file cannot have).
 void refuse_stray_characters(std::string_view text, const std::string& path) {
+  const auto beyond_ascii = [](char c) { return static_cast<unsigned char>(c) >= 0x80; };
+  if (std::none_of(text.begin(), text.end(), beyond_ascii)) return;
   const auto refuse = [&](std::size_t at, const char* what) {
     const std::string_view before = text.substr(0, at);
     const std::int64_t line = 1 + std::count(before.begin(), before.end(), '\n');
@@ -104,14 +103,15 @@ void refuse_stray_characters(std::string_view text, const std::string& path) {
   constexpr std::string_view before_string = " \t\r\n=[,{.";
   for (std::size_t i = text.substr(0, 3) == "\xEF\xBB\xBF" ? 3 : 0; i < text.size();) {
     if (text[i] == '"' || text[i] == '\'') {
-      if (i > 0 && before_string.find(text[i - 1]) == std::string_view::npos) refuse(i, "a quote inside a word");
+      if (i > 0 && before_string.find(text[i - 1]) == std::string_view::npos)
+        refuse(i, "a quote right behind a word or a quote, in a file with characters beyond ASCII");
       i = end_of_string(text, i);
     } else if (text[i] == '#') {
       i = std::min(text.find('\n', i), text.size());
-    } else if (static_cast<unsigned char>(text[i]) < 0x80) {
-      ++i;
-    } else {
+    } else if (beyond_ascii(text[i])) {
       refuse(i, "a character beyond ASCII (only strings and comments have them); remove it");
+    } else {
+      ++i;
     }
   }
 }

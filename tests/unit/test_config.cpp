@@ -94,10 +94,11 @@ TEST_CASE("characters beyond ASCII stand in strings and comments alone", "[confi
   const std::string e = "\xC3\xA9";
   CHECK(parse_config("\xEF\xBB\xBF" + decode + "[output]\nfile = '" + e + ".h5' # " + e + "\n", "in.toml", {})
             .output.file == e + ".h5");
-  parse_config(decode + "[output]\nfile = \"\"\"" + e + "\\\"'\n" + e + "\"\"\"\n", "in.toml", {});
+  CHECK(parse_config(decode + "[output]\nfile = \"\"\"a'\n\\\"b\"\"\"\n", "in.toml", {}).output.file == "a'\n\"b");
+  has(parse_error(decode + "[output]\nfile = \"\"\"" + e + "\"\"\"\n"), "in.toml:4:10: not TOML: a quote right behind");
   has(parse_error(decode + "[output]\nfile = '\\' # '\n  " + e + " = 1\n"),
       "in.toml:5:3: not TOML: a character beyond");
-  has(parse_error(decode + "[output]\nfile =-\"\xD2\x97\"\n"), "in.toml:4:8: not TOML: a quote inside a word");
+  has(parse_error(decode + "[output]\nfile =-\"\xD2\x97\"\n"), "in.toml:4:8: not TOML: a quote right behind a word");
   has(parse_error("\xD2\x97"), "in.toml:1:1: not TOML: a character beyond");
 }
 
