@@ -22,11 +22,12 @@ constexpr const char* examples = R"(Examples:
   nsa run big.toml --dry-run --ranks 64                 who would own what, and how many bytes
   nsa run in.toml --set run.context=[4096,8192] --set run.backend=host --output a.h5
   nsa run inputs/rtx4090_v2.toml --csv decode.csv       the columns of nsa-vibe's benchmark
+  nsa run big.toml --max-time 50m --resume              as much as fits; again: the rest
   nsa diff a.h5 b.h5                                    the same result? what got slower?
   nsa gate m4_decode.h5 m4_kernels.h5                   is a custom selection kernel worth it on that device?
 
 Exit codes: 0 ok, 2 input or usage, 3 result invalid (diff: results differ), 4 communication, 5 device or memory,
-6 file.)";
+6 file, 75 stopped on request (go on with --resume).)";
 
 struct CommandLine {
   nsa::RunOptions run;
@@ -51,6 +52,8 @@ void describe(CLI::App& app, CommandLine& line) {
   run->add_option("--json", line.run.json, "also write the figures of the FOM lines as JSON, last of all");
   CLI::Option* dry = run->add_flag("--dry-run", line.dry_run, "print owners, bytes and exchanges; run nothing");
   run->add_option("--ranks", line.ranks, "ranks to plan for")->needs(dry)->check(CLI::Range(1, 1 << 20));
+  run->add_flag("--resume", line.run.resume, "go on with the result file of an interrupted run: its points are kept");
+  run->add_option("--max-time", line.run.max_time, "stop after 90s, 10m, 1h or HH:MM:SS, as SIGUSR1 and SIGTERM do");
   run->footer(examples);
 
   CLI::App* gate = app.add_subcommand("gate", "Is a custom selection kernel worth it on this device? Needs no GPU");

@@ -1,18 +1,22 @@
 #include "app/run.hpp"
 
+#include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <memory>
+#include <optional>
 #include <sstream>
 
 #include "app/build_info.hpp"
 #include "app/progress.hpp"
+#include "app/stop_request.hpp"
 #include "app/threads.hpp"
 #include "kernels/fault.hpp"
 #include "nsa/experiment.hpp"
@@ -21,6 +25,7 @@
 #include "nsa/point.hpp"
 #include "nsa/report.hpp"
 #include "nsa/result_file.hpp"
+#include "nsa/resume.hpp"
 
 namespace nsa {
 namespace {
@@ -77,22 +82,70 @@ void write_side_file(const std::string& path, const char* option, const std::str
                     ExitCode::file);
 }
 
+/// What an earlier run left in the result file.
+struct Earlier {
+  bool file = false, complete = false;
+  std::vector<PointRecord> points;  ///< finished
+};
+
+/// With --resume and a file: checks that this run may go on with it, and makes `run` its continuation. On rank 0.
+Earlier take_up(const Config& config, const Session& session, const std::vector<Point>& points, RunRecord& run) {
+  const std::string& path = config.output.file;
+  std::error_code none;
+  if (!std::filesystem::exists(path, none)) return {};
+  ResultFile before = read_result(path);
+  check_same_run(path, before, run, make_partition(config, session.world.size(), 0));
+  std::vector<std::string> fingerprints;
+  for (const Point& point : points) fingerprints.push_back(fingerprint(session, config, point));
+  run = continued(before.run, std::move(run));
+  const bool complete = before.run.status == "complete";
+  return {true, complete, finished_points(path, std::move(before), fingerprints)};
+}
+
 /// What rank 0 shows and writes while the points run, and at the end.
 class Output {
  public:
-  Output(const Config& config, const std::string& json, const RunRecord& run, int ranks)
-      : config_(config), json_(json), writer_(config.output.file, run, planned_result_bytes(config, ranks)) {
+  Output(const Config& config, const std::string& json, const RunRecord& run, int ranks, Earlier earlier)
+      : config_(config), json_(json) {
+    if (!earlier.complete) writer_.emplace(config.output.file, run, planned_result_bytes(config, ranks), earlier.file);
     for (const std::int64_t batch : config.run.batch) columns_.batch |= batch != 1;
     for (const std::int32_t branch : config.run.force_branch) columns_.forced |= branch >= 0;
+    if (earlier.file)
+      std::cout << config.output.file << (earlier.complete ? " is complete: " : ": going on after ")
+                << earlier.points.size() << " points\n";
+    for (PointRecord& point : earlier.points) show(std::move(point));
   }
+
+  const std::vector<PointRecord>& points() const { return points_; }
 
   void progress(std::size_t point, std::size_t points, double done, double total, const std::string& what) {
     progress_.update(point, points, done, total, what);
   }
 
   void add(PointRecord record) {
-    writer_.seal(record);
+    writer_->seal(record);
     record.tensors.clear();  // they may be large and are in the file now
+    show(std::move(record));
+  }
+
+  void finish(const RunRecord& run, const std::string& interrupted) {
+    if (writer_) writer_->finish(run);
+    if (config_.kind != TaskKind::needle && !points_.empty()) {
+      print_table_notes(std::cout);
+      print_slowest(std::cout, points_);
+    }
+    write_side_file(config_.output.csv, "--csv", to_csv(points_));
+    const bool json = !json_.empty() && interrupted.empty();
+    if (json) write_side_file(json_, "--json", to_json(run, config_.output.file, points_));
+    if (!points_.empty())
+      std::cout << "result: " << config_.output.file << (config_.output.csv.empty() ? "" : ", " + config_.output.csv)
+                << (json ? ", " + json_ : "") << "\n";
+    print_figures(std::cout, points_, interrupted);
+    std::cout.flush();
+  }
+
+ private:
+  void show(PointRecord record) {
     progress_.clear();
     if (config_.kind == TaskKind::needle) {
       print_needles(std::cout, {record});
@@ -104,32 +157,43 @@ class Output {
     points_.push_back(std::move(record));
   }
 
-  void finish(const RunRecord& run) {
-    writer_.finish(run);
-    if (config_.kind != TaskKind::needle) {
-      print_table_notes(std::cout);
-      print_slowest(std::cout, points_);
-    }
-    write_side_file(config_.output.csv, "--csv", to_csv(points_));
-    if (run.status != "interrupted") write_side_file(json_, "--json", to_json(run, config_.output.file, points_));
-    std::cout << "result: " << config_.output.file << (config_.output.csv.empty() ? "" : ", " + config_.output.csv)
-              << (json_.empty() ? "" : ", " + json_) << "\n";
-    print_figures(std::cout, points_);
-    std::cout.flush();
-  }
-
- private:
   const Config& config_;
   std::string json_;
-  ResultWriter writer_;
+  std::optional<ResultWriter> writer_;  ///< none where the file is complete
   TableColumns columns_;
   ProgressLine progress_;
   std::vector<PointRecord> points_;
 };
 
+/// Runs the points that are not `finished`. Whether all were run; if not, the run was asked to stop.
+bool run_points(const Session& session, const Config& config, const std::vector<Point>& points,
+                const std::string& finished, Output* output) {
+  for (std::size_t i = 0; i < points.size(); ++i) {
+    if (finished[i] == 'x') continue;
+    if (session.stop->now()) return false;
+    const auto progress = [&](double done, double total, const std::string& what) {
+      if (output) output->progress(i, points.size(), done, total, what);
+    };
+    PointRecord record;
+    try {
+      record = run_point(session, config, points[i], static_cast<std::int64_t>(i), progress);
+    } catch (const Interrupted&) {
+      return false;
+    }
+    const bool cut_short = record.stop_reason == "interrupted";
+    agreed(session.world, [&] {
+      if (output) output->add(std::move(record));
+    });
+    if (cut_short) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 ExitCode run(const Control& world, const RunOptions& options) {
+  const auto start = std::chrono::steady_clock::now();
+  catch_stop_signals();
   const bool first = world.rank() == 0;
   fault::at("run.start");
   std::string text;
@@ -138,16 +202,20 @@ ExitCode run(const Control& world, const RunOptions& options) {
   });
   text = world.broadcast(text);
   Config config;
+  double max_time = no_limit;
   agreed(world, [&] {
     config = configure(text, options);
+    max_time = parse_duration(options.max_time);
     factorise(config, world.size());  // before anything is opened
   });
   choose_host_threads(world);
 
-  const Session session = open_session(config, world);
-  RunRecord run = describe_run(session, text, options.argv);
+  const Session session = open_session(config, world, [=] { return asked_to_stop(start, max_time); });
+  RunRecord run = describe_run(session, config, text, options.argv);
   run.git_commit = build::git_commit;
   run.compiler = build::compiler;
+  const std::vector<Point> points = sweep(config);
+  std::string finished(points.size(), '-');  // 'x': in the file already
   std::unique_ptr<Output> output;
   agreed(world, [&] {
     if (!first) return;
@@ -155,26 +223,30 @@ ExitCode run(const Control& world, const RunOptions& options) {
     check_side_file(options.json, "--json", options.input, {config.output.file, config.output.csv});
     std::error_code none;
     if (!options.json.empty()) std::filesystem::remove(options.json, none);  // it tells of a run that has ended
-    output = std::make_unique<Output>(config, options.json, run, world.size());
+    Earlier earlier;
+    if (options.resume) earlier = take_up(config, session, points, run);
+    for (const PointRecord& point : earlier.points) finished[static_cast<std::size_t>(point.index)] = 'x';
+    output = std::make_unique<Output>(config, options.json, run, world.size(), std::move(earlier));
   });
+  finished = world.broadcast(finished);
 
-  bool valid = true;
-  const std::vector<Point> points = sweep(config);
-  for (std::size_t i = 0; i < points.size(); ++i) {
-    const auto progress = [&](double done, double total, const std::string& what) {
-      if (first) output->progress(i, points.size(), done, total, what);
-    };
-    PointRecord record = run_point(session, config, points[i], static_cast<std::int64_t>(i), progress);
-    valid &= record.valid;
-    agreed(world, [&] {
-      if (first) output->add(std::move(record));
-    });
-  }
+  const bool all = run_points(session, config, points, finished, output.get());
   close_run(session, run);
+  std::int64_t invalid = 0;
   agreed(world, [&] {
-    if (first) output->finish(run);
+    if (!first) return;
+    std::string interrupted;
+    if (!all) {
+      const auto whole = [](const PointRecord& point) { return point.stop_reason != "interrupted"; };
+      run.status = "interrupted";
+      interrupted = fmt::format("{} of {} points are finished; go on with --resume",
+                                std::ranges::count_if(output->points(), whole), points.size());
+    }
+    output->finish(run, interrupted);
+    for (const PointRecord& point : output->points()) invalid += !point.valid;
   });
-  return valid ? ExitCode::ok : ExitCode::invalid_result;
+  if (!all) return ExitCode::interrupted;
+  return world.max(invalid) > 0 ? ExitCode::invalid_result : ExitCode::ok;
 }
 
 void dry_run(const RunOptions& options, int ranks) {

@@ -99,16 +99,24 @@ std::vector<Parameter> parameters(const Config& config, const Point& point) {
   return list;
 }
 
+std::vector<Setting> settings(const Config& config) {
+  std::vector<Setting> list;
+  visit_keys(config, [&](const std::string& key, const auto& field, const auto& spec) {
+    list.emplace_back(key, toml_of(field, spec));
+  });
+  return list;
+}
+
 std::string to_toml(const Config& config) {
   std::string text, section;
-  visit_keys(config, [&](const std::string& key, const auto& field, const auto& spec) {
+  for (const auto& [key, value] : settings(config)) {
     const auto dot = key.find('.');
     if (key.substr(0, dot) != section) {
       section = key.substr(0, dot);
       text += fmt::format("{}[{}]\n", text.empty() ? "" : "\n", section);
     }
-    text += fmt::format("{} = {}\n", key.substr(dot + 1), toml_of(field, spec));
-  });
+    text += fmt::format("{} = {}\n", key.substr(dot + 1), value);
+  }
   return text;
 }
 

@@ -107,6 +107,10 @@ std::vector<Point> sweep(const Config& config);
 using Parameter = std::pair<std::string, std::variant<std::int64_t, double, std::string>>;
 std::vector<Parameter> parameters(const Config& config, const Point& point);
 
+/// A key of the input and its value in TOML: "run.context", "[1024, 4096]". Stable order, every key.
+using Setting = std::pair<std::string, std::string>;
+std::vector<Setting> settings(const Config& config);
+
 /// The config as TOML that parses back to itself.
 std::string to_toml(const Config& config);
 

@@ -13,6 +13,7 @@
 #include "nsa/needle.hpp"
 #include "nsa/point.hpp"
 #include "nsa/prefill.hpp"
+#include "nsa/resume.hpp"
 #include "nsa/sha256.hpp"
 
 namespace nsa {
@@ -54,31 +55,11 @@ std::int64_t status_bytes(const std::string& key) {
   return 0;
 }
 
-// The parameters that decide a result, and what it runs on.
-std::string fingerprint(const Session& session, const Config& config, const std::vector<Parameter>& parameters,
-                        const Partition& partition) {
-  std::string text;
-  for (const auto& [name, value] : parameters) {
-    if (name.starts_with("output.") || name == "parallel.heads" || name == "parallel.kv" || name == "run.backend")
-      continue;
-    text += name + "=" +
-            std::visit(
-                [](const auto& v) {
-                  if constexpr (std::is_same_v<std::decay_t<decltype(v)>, std::string>)
-                    return v;
-                  else
-                    return std::to_string(v);
-                },
-                value) +
-            "\n";
-  }
-  text += "heads=" + std::to_string(partition.heads) + "\nkv=" + std::to_string(partition.kv) + "\n";
-  text += "device=" + session.backend.device->info().name + "\n";
-  if (!config.input_file.empty()) {
-    std::ifstream file(config.input_file, std::ios::binary | std::ios::ate);
-    text += "input_bytes=" + std::to_string(static_cast<std::int64_t>(file.tellg())) + "\n";
-  }
-  return sha256(text);
+// The input file may be large: rank 0 reads it, once. What is wrong with it is found out where it is used.
+std::string hash_of(const std::string& path, const Control& world) {
+  std::ifstream file;
+  if (!path.empty() && world.rank() == 0) file.open(path, std::ios::binary);
+  return file.is_open() ? sha256(file) : "";
 }
 
 /// Ranks of one host draw on one memory, and Linux kills instead of refusing: whether all fit is found out first.
@@ -120,7 +101,7 @@ MemoryRecord gather_memory(const Session& session, const MemoryAccount& planned,
 
 }  // namespace
 
-Session open_session(const Config& config, const Control& world) {
+Session open_session(const Config& config, const Control& world, std::function<bool()> asked_to_stop) {
   BackendKind kind = config.run.backend == BackendChoice::cuda ? BackendKind::cuda : BackendKind::host;
   if (config.run.backend == BackendChoice::automatic && cuda_built()) {
     bool here = true;
@@ -133,7 +114,30 @@ Session open_session(const Config& config, const Control& world) {
   }
   Backend backend{};
   agreed(world, [&] { backend = open_backend(kind, world.local_rank()); });
-  return {world, backend};
+  return {world, backend, std::make_shared<StopPoll>(world, std::move(asked_to_stop)),
+          hash_of(config.input_file, world)};
+}
+
+std::string fingerprint(const Session& session, const Config& config, const Point& point) {
+  std::string text;
+  for (const auto& [name, value] : parameters(config, point)) {
+    if (!decides_point(name)) continue;
+    text += name + "=" +
+            std::visit(
+                [](const auto& v) {
+                  if constexpr (std::is_same_v<std::decay_t<decltype(v)>, std::string>)
+                    return v;
+                  else
+                    return std::to_string(v);
+                },
+                value) +
+            "\n";
+  }
+  const Partition partition = make_partition(config, session.world.size(), session.world.rank());
+  text += "heads=" + std::to_string(partition.heads) + "\nkv=" + std::to_string(partition.kv) + "\n";
+  text += "device=" + session.backend.device->info().name + "\n";
+  text += "input_file=" + session.input_hash + "\n";
+  return sha256(text);
 }
 
 MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, const Partition& partition,
@@ -165,7 +169,7 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
   const Partition partition = make_partition(config, session.world.size(), session.world.rank());
   record.heads = partition.heads;
   record.kv = partition.kv;
-  record.fingerprint = fingerprint(session, config, record.parameters, partition);
+  record.fingerprint = fingerprint(session, config, point);
 
   MemoryAccount planned;
   agreed(session.world, [&] { planned = planned_memory(*session.backend.kernels, config, partition, point); });
@@ -192,13 +196,16 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
   return record;
 }
 
-RunRecord describe_run(const Session& session, const std::string& input_toml, const std::string& argv) {
+RunRecord describe_run(const Session& session, const Config& config, const std::string& input_toml,
+                       const std::string& argv) {
   RunRecord run;
   run.run_uuid = first_line("/proc/sys/kernel/random/uuid");
   run.start = utc_now();
   run.argv = argv;
   run.input_toml = input_toml;
   run.input_sha256 = sha256(input_toml);
+  run.input_file_sha256 = session.input_hash;
+  run.config = to_toml(config);
   run.backend = session.backend.kind == BackendKind::cuda ? "cuda" : "host";
   run.status = "running";
   const DeviceInfo info = session.backend.device->info();

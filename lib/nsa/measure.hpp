@@ -7,6 +7,7 @@
 #include "comm/session.hpp"
 #include "nsa/recorder.hpp"
 #include "nsa/stages.hpp"
+#include "nsa/stop.hpp"
 
 namespace nsa {
 
@@ -25,22 +26,29 @@ struct Samples {
 };
 
 /// Runs one pass of a mode after the other until each has measured min_time seconds, by the slowest rank, so that
-/// all ranks stop together. `pass(mode, sink)` runs all steps and hands each one's times to the sink.
-/// Returns the reason of the stop, "steps" or "min_time".
+/// all ranks stop together. `pass(mode, sink)` runs all steps and hands each one's times to the sink; false: the run
+/// was asked to stop within it, and its samples do not count. Returns the reason of the stop, "steps", "min_time" or,
+/// where every mode had a whole pass by then, "interrupted"; else throws Interrupted.
 template <class Pass>
 std::string measure(const Control& world, const std::vector<ModeRun>& runs, double min_time, Samples& samples,
                     Pass&& pass) {
   bool repeated = false;
   for (const ModeRun& run : runs) {
     samples.modes.push_back(run.name);
-    samples.times.emplace_back();
+    std::vector<StageTimes>& taken = samples.times.emplace_back();
     for (double measured = 0;;) {
       world.barrier();
+      const std::size_t before = taken.size();
       double seconds = 0;
-      pass(run, [&](const StageTimes& times) {
-        samples.times.back().push_back(times);
+      const bool whole = pass(run, [&](const StageTimes& times) {
+        taken.push_back(times);
         seconds += times[static_cast<int>(Stage::step)];
       });
+      if (!whole) {
+        taken.resize(before);
+        if (taken.empty() || samples.modes.size() < runs.size()) throw Interrupted();
+        return "interrupted";
+      }
       measured += world.max(seconds);
       if (measured >= min_time) break;
       repeated = true;

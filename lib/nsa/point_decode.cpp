@@ -67,6 +67,7 @@ void record_pass(const Session& session, Engine& e, Decode& decode, const Tensor
   CheckResult checked;
   decode.rewind();
   for (std::int64_t step = 0; step < e.config.run.steps; ++step) {
+    if (session.stop->now_and_then()) throw Interrupted();
     decode.load(step, options);
     const Work work = decode.step(options, untimed);
     e.device().synchronize(e.streams.compute);
@@ -138,6 +139,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
     WholeStep whole(e, decode, recorder, run);
     decode.rewind();
     for (std::int64_t step = 0; step < config.run.steps; ++step) {
+      if (session.stop->now_and_then()) return false;
       decode.load(step, run.options);
       e.device().synchronize(e.streams.compute);
       sink(recorder.step([&] { whole.run(); }));
@@ -148,6 +150,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
       record.reads = gather_reads(world, reads);
       if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(config, point)));
     }
+    return true;
   });
   for (std::int64_t step = 0; step < config.run.steps; ++step)
     record.reads.nsa_vibe.push_back(nsa_vibe_reads(config.nsa, point.context + step));

@@ -106,6 +106,9 @@ struct RankSystem {
 
 struct RunRecord {
   std::string run_uuid, start, end, argv, input_toml, input_sha256, git_commit, compiler, backend, status;
+  std::string config;              ///< the input as it took effect, every key, with --set; TOML
+  std::string input_file_sha256;   ///< of what [input] file holds; empty without one
+  std::int64_t resumed = 0;        ///< how often the run was taken up again
   std::vector<RankSystem> system;  ///< by rank
 };
 

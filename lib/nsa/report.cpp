@@ -163,12 +163,16 @@ void print_slowest(std::ostream& out, const std::vector<PointRecord>& points) {
   }
 }
 
-void print_figures(std::ostream& out, const std::vector<PointRecord>& points) {
+void print_figures(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted) {
   for (const PointRecord& point : points)
     for (const Figure& figure : figures_of(point))
       fmt::print(out, "FOM {} = {} {}\n", figure.name, figure.value, figure.unit);
   const std::string why = first_invalid(points);
-  fmt::print(out, "RESULT: {}\n", why.empty() ? "VALID" : "INVALID (" + why + ")");
+  if (!interrupted.empty()) {
+    fmt::print(out, "RESULT: INTERRUPTED ({})\n", interrupted);
+  } else {
+    fmt::print(out, "RESULT: {}\n", why.empty() ? "VALID" : "INVALID (" + why + ")");
+  }
 }
 
 std::string to_json(const RunRecord& run, const std::string& file, const std::vector<PointRecord>& points) {

@@ -25,8 +25,9 @@ void print_table(std::ostream& out, const std::vector<PointRecord>& points);
 /// The slowest rank of each point and by how much (max / median over ranks of their own work). One rank: nothing.
 void print_slowest(std::ostream& out, const std::vector<PointRecord>& points);
 
-/// "FOM name = value unit" lines, then "RESULT: VALID" or "RESULT: INVALID (reason)". Names and order are stable.
-void print_figures(std::ostream& out, const std::vector<PointRecord>& points);
+/// "FOM name = value unit" lines, then "RESULT: VALID", "RESULT: INVALID (reason)" or, where the run was stopped before
+/// its end, "RESULT: INTERRUPTED (how far it came)". Names and order are stable.
+void print_figures(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted = "");
 
 /// One JSON object that says what the FOM lines say: file, result, ranks, heads, kv, backend, commit and
 /// figures {name: {value, unit}}; docs/METRICS.md. `file` is the result file's path.

@@ -36,13 +36,14 @@ std::string parent_of(const std::string& path) {
   return parent.empty() ? "." : parent.string();
 }
 
-void check_can_be_made(const std::string& path, std::size_t expected_bytes) {
+void check_can_be_made(const std::string& path, std::size_t expected_bytes, bool resume) {
   const std::string parent = parent_of(path), problem = "cannot write " + path;
   std::error_code none;
   if (!fs::exists(parent, none)) fail(problem, "no folder " + parent, "make the folder or choose another --output");
   if (!fs::is_directory(parent, none)) fail(problem, parent + " is not a folder");
-  if (fs::symlink_status(path, none).type() != fs::file_type::not_found)
-    fail(path + " exists", "results are never overwritten", "choose another --output or remove it");
+  if (!resume && fs::symlink_status(path, none).type() != fs::file_type::not_found)
+    fail(path + " exists", "results are never overwritten",
+         "choose another --output, remove it, or go on with --resume");
   if (access(parent.c_str(), W_OK | X_OK) != 0) fail(problem, parent + ": " + std::strerror(errno));
   struct statvfs room {};
   if (statvfs(parent.c_str(), &room) != 0) fail(problem, parent + ": " + std::strerror(errno));
@@ -52,6 +53,23 @@ void check_can_be_made(const std::string& path, std::size_t expected_bytes) {
     fail(problem,
          fmt::format("{:.1f} MB are needed while it is sealed, {:.1f} MB are free", needed / 1e6, available / 1e6),
          "make room, choose another --output or set output.tensors=false");
+}
+
+/// No other process has it: pids repeat, on one file system, from host to host.
+std::string temporary_name(const std::string& path) {
+  char host[256] = {};
+  gethostname(host, sizeof host - 1);
+  return fmt::format("{}.{}.{}.tmp", path, host, getpid());
+}
+
+/// What killed runs of this file left. One that still runs fails when it finds its copy gone, and that is right.
+void remove_leftovers(const std::string& path) {
+  const std::string begin = fs::path(path).filename().string() + ".";
+  std::error_code none;
+  for (const auto& entry : fs::directory_iterator(parent_of(path), none)) {
+    const std::string name = entry.path().filename();
+    if (name.starts_with(begin) && name.ends_with(".tmp")) fs::remove(entry.path(), none);
+  }
 }
 
 void sync_path(const std::string& path, int flags) {
@@ -99,6 +117,8 @@ void write_run(const h5::Handle& file, const RunRecord& run, const std::string& 
   h5::write_attribute(file, "schema_version", schema_version);
   h5::write_attribute(file, "status", status);
   write_attributes(file, run, run_attributes);
+  write_attributes(file, run, run_attributes_1_1);
+  write_attributes(file, run, run_integers_1_1);
   if (h5::has(file, "system")) h5::remove(file, "system");
   const h5::Handle system = h5::create_group(file, "system");
   h5::write_scale(system, "rank", indices(static_cast<std::int64_t>(run.system.size())), {"1", "rank"});
@@ -203,7 +223,9 @@ void write_tensor(const h5::Handle& tensors, const TensorRecord& t, const std::s
 
 void write_point(const h5::Handle& file, const PointRecord& p) {
   const h5::Handle points = h5::has(file, "points") ? h5::open_group(file, "points") : h5::create_group(file, "points");
-  const h5::Handle group = h5::create_group(points, fmt::format("{:04d}", p.index));
+  const std::string name = fmt::format("{:04d}", p.index);
+  if (h5::has(points, name)) h5::remove(points, name);  // it was cut short
+  const h5::Handle group = h5::create_group(points, name);
   write_point_attributes(group, p);
   write_dimensions(group, p);
   write_columns(group, p);
@@ -221,7 +243,11 @@ void write_point(const h5::Handle& file, const PointRecord& p) {
 
 struct ResultWriter::Impl {
   std::string path, temporary;
-  bool sealed = false;  ///< the file exists and is ours
+  RunRecord run;
+  bool sealed = false;     ///< the file exists and is ours
+  bool described = false;  ///< and says what `run` says
+
+  ~Impl() { unlink(temporary.c_str()); }
 
   /// `change(file)` on the temporary file; what HDF5 objects to names the file that was to be.
   template <class Change>
@@ -239,32 +265,34 @@ struct ResultWriter::Impl {
   template <class Change>
   void replace(Change&& change) {
     std::error_code error;
-    if (sealed && !fs::copy_file(path, temporary, fs::copy_options::overwrite_existing, error))
+    if (sealed && !fs::copy_file(path, temporary, error))
       fail("cannot copy " + path + " to " + temporary, error.message());
-    edit(false, change);
+    edit(!sealed, change);
     publish(temporary, path, sealed);
-    sealed = true;
+    sealed = described = true;
   }
 };
 
-ResultWriter::ResultWriter(const std::string& path, const RunRecord& run, std::size_t expected_bytes)
+ResultWriter::ResultWriter(const std::string& path, const RunRecord& run, std::size_t expected_bytes, bool resume)
     : impl_(std::make_unique<Impl>()) {
-  check_can_be_made(path, expected_bytes);
-  impl_->path = path;
-  impl_->temporary = fmt::format("{}.{}.tmp", path, getpid());
-  unlink(impl_->temporary.c_str());  // of a run that was killed
-  try {
-    impl_->edit(true, [&](const h5::Handle& file) { write_run(file, run, "running"); });
-  } catch (...) {
-    unlink(impl_->temporary.c_str());
-    throw;
-  }
+  check_can_be_made(path, expected_bytes, resume);
+  impl_->path = resume ? fs::canonical(path).string() : path;
+  impl_->temporary = temporary_name(impl_->path);
+  impl_->run = run;
+  impl_->sealed = resume;
+  if (resume) remove_leftovers(impl_->path);
+  // Whether HDF5 can write here is found out before any computing, too.
+  impl_->edit(true, [&](const h5::Handle& file) { write_run(file, run, "running"); });
+  unlink(impl_->temporary.c_str());
 }
 
-ResultWriter::~ResultWriter() { unlink(impl_->temporary.c_str()); }
+ResultWriter::~ResultWriter() = default;
 
 void ResultWriter::seal(const PointRecord& point) {
-  impl_->replace([&](const h5::Handle& file) { write_point(file, point); });
+  impl_->replace([&](const h5::Handle& file) {
+    if (!impl_->described) write_run(file, impl_->run, "running");
+    write_point(file, point);
+  });
 }
 
 void ResultWriter::finish(const RunRecord& run) {

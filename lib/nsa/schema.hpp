@@ -34,6 +34,15 @@ constexpr Named<RunRecord, std::string> run_attributes[] = {
     {"backend", &RunRecord::backend},
 };
 
+/// Those that came with schema 1.1: a file of 1.0 lacks them.
+constexpr Named<RunRecord, std::string> run_attributes_1_1[] = {
+    {"config", &RunRecord::config},
+    {"input_file_sha256", &RunRecord::input_file_sha256},
+};
+constexpr Named<RunRecord, std::int64_t> run_integers_1_1[] = {
+    {"resumed", &RunRecord::resumed},
+};
+
 /// Datasets of /system over rank.
 constexpr Named<RankSystem, std::string> system_texts[] = {
     {"host", &RankSystem::host, "1", "name of the host"},

@@ -4,6 +4,8 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <istream>
+#include <vector>
 
 namespace nsa {
 
@@ -46,21 +48,51 @@ void absorb(std::array<std::uint32_t, 8>& state, const unsigned char* block) {
   for (int i = 0; i < 8; ++i) state[i] += sum[i];
 }
 
-}  // namespace
+using State = std::array<std::uint32_t, 8>;
 
-std::string sha256(std::string_view text) {
-  auto state = root_bits<8>([](long double x) { return std::sqrt(x); });
-  std::string padded(text);
+State initial() {
+  return root_bits<8>([](long double x) { return std::sqrt(x); });
+}
+
+void absorb_all(State& state, std::string_view blocks) {
+  for (std::size_t at = 0; at < blocks.size(); at += 64)
+    absorb(state, reinterpret_cast<const unsigned char*>(blocks.data()) + at);
+}
+
+/// `tail`: what follows the last whole block; `length`: bytes in all.
+std::string finish(State& state, std::string_view tail, std::uint64_t length) {
+  std::string padded(tail);
   padded += '\x80';
   while (padded.size() % 64 != 56) padded += '\0';
-  const std::uint64_t bits = std::uint64_t{text.size()} * 8;
-  for (int i = 7; i >= 0; --i) padded += static_cast<char>(bits >> (8 * i) & 0xFF);
-  for (std::size_t at = 0; at < padded.size(); at += 64)
-    absorb(state, reinterpret_cast<const unsigned char*>(padded.data()) + at);
+  for (int i = 7; i >= 0; --i) padded += static_cast<char>(length * 8 >> (8 * i) & 0xFF);
+  absorb_all(state, padded);
   std::string hex;
   for (const std::uint32_t word : state)
     for (int shift = 28; shift >= 0; shift -= 4) hex += "0123456789abcdef"[word >> shift & 0xF];
   return hex;
+}
+
+}  // namespace
+
+std::string sha256(std::string_view text) {
+  State state = initial();
+  const std::size_t whole = text.size() / 64 * 64;
+  absorb_all(state, text.substr(0, whole));
+  return finish(state, text.substr(whole), text.size());
+}
+
+std::string sha256(std::istream& in) {
+  State state = initial();
+  std::vector<char> piece(std::size_t{1} << 20);  // whole blocks
+  std::uint64_t length = 0;
+  for (;;) {
+    in.read(piece.data(), static_cast<std::streamsize>(piece.size()));
+    const std::string_view got(piece.data(), static_cast<std::size_t>(in.gcount()));
+    length += got.size();
+    const std::size_t whole = got.size() / 64 * 64;
+    absorb_all(state, got.substr(0, whole));
+    if (got.size() < piece.size()) return finish(state, got.substr(whole), length);
+  }
 }
 
 }  // namespace nsa
