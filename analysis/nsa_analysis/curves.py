@@ -1,0 +1,135 @@
+"""How time follows the rank count: strong (the same work) and weak (the same work a rank).
+
+Speedup, efficiency and serial fraction are of medians of the slowest rank. INVALID points keep their row and time and
+take part in nothing: no baseline, no speedup.
+"""
+
+import math
+
+import pandas as pd
+
+from .errors import AnalysisError
+from .reading import STAGES
+from .series import SWEPT, latest, one_series, size_text
+from .statistics import median_and_interval
+from .tables import NAN, identity_row, imbalance, rank_work, share_of
+
+
+def karp_flatt(speedup, ratio):
+    """Serial fraction (1/speedup - 1/ratio) / (1 - 1/ratio) on `ratio` times the ranks of the baseline.
+
+    Karp and Flatt, CACM 33(5), 1990. NaN at the baseline itself.
+    """
+    return (1 / speedup - 1 / ratio) / (1 - 1 / ratio) if ratio > 1 else NAN
+
+
+def measured(point, stage):
+    """(median, low, high) seconds: `step` is that of mode `total`, stages are of mode `branches`."""
+    if stage == "step":
+        samples = point.step_samples()
+    else:
+        times = point.times("branches")
+        samples = [] if times is None else times.slowest[STAGES.index(stage)]
+    return tuple(float(v) for v in median_and_interval(samples)[1:]) if len(samples) else (NAN, NAN, NAN)
+
+
+def strong_groups(points):
+    groups = {}
+    for p in points:
+        groups.setdefault(tuple(p.get(k) for k in SWEPT), []).append(p)
+    return {f"strong, {size_text(g[0])}": g for g in groups.values()}
+
+
+def weak_groups(points):
+    """Points with as much work a rank: the batch or, in decode, the context grows with the ranks."""
+    groups = {}
+    for p in points:
+        context, batch, forced = (p.get(k) for k in SWEPT)
+        if not (context and batch):
+            continue
+        groups.setdefault(f"weak, context {context}, batch {batch / p.ranks:g} a rank" +
+                          ("" if forced == "none" else f", forced {forced}"), []).append(p)
+        if p.kind == "decode":
+            groups.setdefault(f"weak, batch {batch}, context {context / p.ranks:g} a rank" +
+                              ("" if forced == "none" else f", forced {forced}"), []).append(p)
+    return groups
+
+
+def baseline(points):
+    """The fastest VALID point on the fewest ranks; None where there is no VALID point."""
+    timed = [p for p in points if p.valid and not math.isnan(measured(p, "step")[0])]
+    if not timed:
+        return None
+    fewest = min(p.ranks for p in timed)
+    return min((p for p in timed if p.ranks == fewest), key=lambda p: measured(p, "step")[0])
+
+
+def compared(point, base, stage, weak):
+    """The columns that compare a stage of a point with that of the baseline."""
+    median, low, high = measured(point, stage)
+    row = {"stage": stage, "time": median, "time_low": low, "time_high": high, "base_ranks": NAN, "ideal_time": NAN,
+           "speedup": NAN, "speedup_low": NAN, "speedup_high": NAN, "efficiency": NAN, "serial_fraction": NAN}
+    if base is None or not point.valid:
+        return row
+    base_median, base_low, base_high = measured(base, stage)
+    ratio = point.ranks / base.ranks
+    row["base_ranks"] = base.ranks
+    if not (median > 0 and base_median > 0):
+        return row
+    factor = ratio if weak else 1.0  # weak: `ratio` times the work in the same time is a speedup of `ratio`
+    speedup = factor * base_median / median
+    row |= {"ideal_time": base_median * factor / ratio, "speedup": speedup, "efficiency": speedup / ratio,
+            "speedup_low": factor * base_low / high, "speedup_high": factor * base_high / low}
+    if point is base:
+        row |= {"speedup_low": 1.0, "speedup_high": 1.0}
+    elif not weak:
+        row["serial_fraction"] = karp_flatt(speedup, ratio)
+    return row
+
+
+def work_ratio(point, stage):
+    """max/median over ranks: of own work for the step, of the stage's medians otherwise."""
+    if stage == "step":
+        return imbalance(rank_work(point))
+    times = point.times("branches")
+    return (NAN, -1) if times is None else imbalance(times.rank_median[STAGES.index(stage)])
+
+
+def scaling(points, kind="both", per_stage=True):
+    """DataFrame, a row a (curve, point, stage); `kind` is "strong", "weak" or "both".
+
+    Columns beyond those that say what a point is: curve; stage (`step` is the whole, mode `total`; others are of mode
+    `branches`); time, its 95% interval time_low, time_high, and ideal_time, in s; speedup over the fastest layout on
+    base_ranks ranks, between speedup_low and speedup_high (of both intervals' ends: at least 90%); efficiency;
+    serial_fraction (strong); comm_share of the stages' sum; max_over_median over ranks; best: the fastest VALID
+    layout on its rank count.
+
+    Raises AnalysisError when points of several devices, commits or inputs are given, and says which differ.
+    """
+    points = [p for p in points if p.modes]
+    if not points:
+        raise AnalysisError("no point of these files was timed (needle and kernel points are not); give a decode or "
+                            "prefill run")
+    points, _ = latest(one_series(points, "scaling curve"))
+    curves = {}
+    if kind in ("strong", "both"):
+        curves |= strong_groups(points)
+    if kind in ("weak", "both"):
+        curves |= {name: g for name, g in weak_groups(points).items() if len({p.ranks for p in g}) > 1}
+    if kind == "weak" and not curves:
+        raise AnalysisError("these files hold no weak scaling (no two rank counts with the same work a rank); "
+                            "run contexts or batches that grow with the ranks")
+    rows = []
+    for name, members in curves.items():
+        base = baseline(members)
+        fastest = {r: baseline([p for p in members if p.ranks == r]) for r in {p.ranks for p in members}}
+        for p in sorted(members, key=lambda p: (p.ranks, p["heads"])):
+            for stage in ("step", *STAGES[:-1]) if per_stage else ("step",):
+                row = compared(p, base, stage, name.startswith("weak"))
+                if stage != "step" and math.isnan(row["time"]):
+                    continue
+                ratio, slowest = work_ratio(p, stage)
+                rows.append({"curve": name} | identity_row(p) | row | {
+                    "comm_share": share_of(p, ("comm",)) if stage == "step" else NAN, "max_over_median": ratio,
+                    "slowest_rank": slowest, "best": p is fastest[p.ranks]})
+    return pd.DataFrame(rows)

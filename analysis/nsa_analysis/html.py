@@ -1,0 +1,155 @@
+"""Pieces of the page: tables, figures, and the template with its styles. Nothing is fetched from anywhere."""
+
+import html
+import math
+
+import numpy as np
+import pandas as pd
+
+from .plots import time_unit
+from .style import css_variables, to_svg
+
+TIMES = {"time", "time_low", "time_high", "ideal_time", "median", "low", "high", "min", "p95", "p99", "measured",
+         "predicted", "fixed", "per_hop"}
+SHARES = {"efficiency", "comm_share", "share", "selection_share", "serial_fraction", "fraction", "cv", "error"}
+# Headings of columns, where the name is not one already.
+HEADINGS = {"time_low": "95% low", "time_high": "95% high", "low": "95% low", "high": "95% high",
+            "max_over_median": "max/median", "comm_share": "comm", "serial_fraction": "Karp–Flatt",
+            "base_ranks": "against ranks", "speedup_low": "at least", "speedup_high": "at most",
+            "copy_bandwidth": "copy", "validity": "result", "peak_memory": "peak memory",
+            "selection_share": "selection", "bytes_per_s": "bytes", "flops_per_s": "FLOPs", "flop_rate": "FLOPs", "fraction": "of copy", "ideal_time": "ideal"}
+
+
+def escape(value):
+    return html.escape(str(value), quote=True)
+
+
+def significant(value, digits=3):
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def is_time(name):
+    return name in TIMES or name.startswith("time_")
+
+
+def unit_of(name, times):
+    """(factor, unit) that a column is shown in; `times` is that of all times of the table."""
+    if is_time(name):
+        return times
+    if name in SHARES:
+        return 100, "%"
+    return {"achieved": (1e-9, "GB/s"), "copy_bandwidth": (1e-9, "GB/s"), "bytes_per_s": (1e-9, "GB/s"),
+            "flop_rate": (1e-12, "TFLOP/s"), "flops_per_s": (1e-12, "TFLOP/s"), "bytes": (1e-6, "MB"),
+            "flops": (1e-9, "10⁹"), "peak_memory": (1e-6, "MB"), "intensity": (1, "FLOP/byte")}.get(name, (1, ""))
+
+
+def heading(name, unit):
+    text = HEADINGS.get(name, name.removeprefix("time_").replace("_", " "))
+    return f"{text} ({unit})" if unit else text
+
+
+def cell(value, factor):
+    if isinstance(value, str):
+        return escape(value)
+    if value is None or pd.isna(value):
+        return "–"
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else ""
+    value = float(value) * factor
+    if value.is_integer() and factor == 1:
+        return f"{int(value)}"
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else significant(value)
+
+
+OPEN_ROWS = 14  # longer tables are folded on screen; printing unfolds them
+
+
+def table(frame, columns, caption):
+    """A table of these columns in a box of its own that scrolls sideways; INVALID rows stand out."""
+    times = time_unit(frame[[c for c in columns if is_time(c)]].to_numpy(dtype=float))
+    units = {c: unit_of(c, times) for c in columns}
+    text = {c for c in columns if frame[c].map(lambda v: isinstance(v, str)).all()}
+    head = "".join(f'<th scope="col"{"" if c in text else " class=n"}>{escape(heading(c, units[c][1]))}</th>'
+                   for c in columns)
+    rows = []
+    for values in frame[columns + [c for c in ("validity",) if c in frame and c not in columns]].to_dict("records"):
+        bad = ' class="invalid"' if values.get("validity", "VALID") != "VALID" else ""
+        cells = "".join(f"<td{'' if c in text else ' class=n'}>{cell(values[c], units[c][0]) if c != 'layout' else escape(values[c]).replace('x', '×')}</td>" for c in columns)
+        rows.append(f"<tr{bad}>{cells}</tr>")
+    body = (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
+            f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
+    if len(rows) <= OPEN_ROWS:
+        return f'<p class="caption">{escape(caption)}</p>{body}'
+    return f"<details><summary>{escape(caption)}, {len(rows)} rows</summary>{body}</details>"
+
+
+def command_line(text):
+    return f'<pre class="command" tabindex="0"><code>{escape(text)}</code></pre>'
+
+
+def figures(panels, prefix):
+    return '<div class="figures">' + "".join(
+        f'<figure class="{"predicted" if p.predicted else "measured"}">{to_svg(p, f"{prefix}{i}", escape(p.title))}</figure>'
+        for i, p in enumerate(panels)) + "</div>"
+
+
+STYLE = """
+:root { color-scheme: light dark; %(light)s }
+@media (prefers-color-scheme: dark) { :root { %(dark)s } }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%%; }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem 1rem 4rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 2px solid var(--grid); }
+h3 { font-size: 1.05rem; margin: 1.75rem 0 .25rem; }
+h1, h2, h3, p, li, td { overflow-wrap: anywhere; }
+p { max-width: 46rem; margin: .4rem 0; }
+.muted, .caption { color: var(--muted); font-size: .9rem; }
+nav { margin: .75rem 0; } nav a { margin-right: 1rem; display: inline-block; }
+a { color: var(--blue); }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
+.card { border: 1px solid var(--grid); border-radius: .4rem; padding: .6rem .8rem; min-width: 0; }
+.card b { display: block; font-size: 1.25rem; } .card span { color: var(--muted); font-size: .85rem; }
+.warnings { border-left: .3rem solid var(--orange); padding: .1rem 0 .1rem 1rem; margin: 1rem 0; }
+.warnings.bad { border-color: var(--bad); }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%%, 25rem), 1fr)); gap: .75rem; }
+figure { margin: .5rem 0; min-width: 0; max-width: 36rem; }
+figure svg { width: 100%%; height: auto; display: block; }
+figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif !important; }
+.predicted-part { border: 2px dashed var(--muted); border-radius: .5rem; padding: .25rem 1rem .75rem; margin: 1.5rem 0; }
+.scroll { overflow-x: auto; max-width: 100%%; margin: .25rem 0 .75rem; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .6rem; text-align: left; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+td.wide, .warnings li { white-space: normal; }
+th { color: var(--muted); font-weight: 600; } .n { text-align: right; }
+tr.invalid td { color: var(--bad); font-weight: 600; }
+details { margin: .25rem 0 .75rem; } summary { cursor: pointer; color: var(--muted); font-size: .9rem; }
+pre.command { overflow-x: auto; max-width: 100%%; max-height: 9rem; padding: .45rem .7rem; margin: .4rem 0; font-size: .8rem;
+  border: 1px solid var(--grid); border-radius: .3rem; color: var(--muted); white-space: pre-wrap; overflow-wrap: anywhere; }
+@media print {
+  :root { %(light)s color-scheme: light; }
+  body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
+  figure, tr, .card { break-inside: avoid; } h2, h3 { break-after: avoid; } h2 { break-before: auto; }
+  .scroll { overflow: visible; } table { font-size: 7pt; } th, td { padding: .1rem .25rem; white-space: normal; }
+  .figures { grid-template-columns: 1fr 1fr; } pre.command { max-height: none; }
+}
+"""
+
+# Printing shows what is folded on the screen.
+SCRIPT = """
+addEventListener("beforeprint", () => document.querySelectorAll("details:not([open])").forEach(d => {
+  d.open = true; d.dataset.folded = ""; }));
+addEventListener("afterprint", () => document.querySelectorAll("details[data-folded]").forEach(d => {
+  d.open = false; delete d.dataset.folded; }));
+"""
+
+
+def page(title, body):
+    style = STYLE % {"light": css_variables(False), "dark": css_variables(True)}
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            '<link rel="icon" href="data:,">\n'
+            f"<style>{style}</style></head>\n<body>\n{body}\n<script>{SCRIPT}</script>\n</body></html>\n")

@@ -1,0 +1,41 @@
+"""Where a step's time goes, and what each branch reads."""
+
+import pandas as pd
+
+from .series import one_series, latest
+from .errors import AnalysisError
+from .tables import points_table, stages_table
+
+# What is stacked: the columns of the program's own table, the projections apart.
+PARTS = {"attend_cmp": "cmp", "rank": "rank", "attend_sel": "sel", "attend_win": "win", "comm": "comm",
+         "project": "project, output", "output": "project, output", "append": "other", "compress": "other",
+         "combine": "other"}
+PART_ORDER = ("cmp", "rank", "sel", "win", "comm", "project, output", "other")
+
+
+def branches(points):
+    """DataFrame, a row a (point, stage) of mode `branches`: statistics of the slowest rank in s, share of the stages'
+    sum, and `part`, the group it is drawn in. The stages can add up to more than `step`: timed apart they do not
+    overlap."""
+    if not any(p.times("branches") for p in points):
+        raise AnalysisError("no point has mode `branches`; run with run.modes = [\"branches\", \"total\"]")
+    points, _ = latest(one_series([p for p in points if p.times("branches")], "chart of stages"))
+    frame = stages_table(points, modes=("branches",))
+    frame = frame[frame.stage != "step"].copy()
+    frame["part"] = frame.stage.map(PARTS)
+    return frame.reset_index(drop=True)
+
+
+def reads(points):
+    """DataFrame, a row a (point, branch): tokens read for one query, sequence and group at the last step, counted and
+    expected; branch `all` has nsa-vibe's formula too."""
+    table = points_table([p for p in points if p.reads])
+    rows = []
+    for _, row in table.iterrows():
+        what = row[["file", "point", "kind", "context", "batch", "forced", "ranks", "layout", "validity"]].to_dict()
+        for branch in ("cmp", "sel", "win"):
+            rows.append(what | {"branch": branch, "counted": row[f"reads_{branch}_counted"],
+                                "expected": row[f"reads_{branch}_expected"]})
+        rows.append(what | {"branch": "all", "counted": row["reads_counted"], "expected": row["reads_expected"],
+                            "nsa_vibe": row["reads_nsa_vibe"]})
+    return pd.DataFrame(rows)

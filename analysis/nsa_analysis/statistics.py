@@ -1,0 +1,58 @@
+"""Order statistics of samples, as docs/METRICS.md defines them, over whole tables at a time."""
+
+import functools
+import math
+
+import numpy as np
+
+
+@functools.lru_cache(maxsize=None)
+def interval_ranks(n):
+    """1-based (low, high): the samples, in rising order, that bound the median with at least 95% confidence.
+
+    The largest k with P(Binomial(n, 1/2) < k) <= 0.025, and n + 1 - k; (0, 0) below n = 6, where there is none.
+    """
+    if n < 6:
+        return 0, 0
+    j = np.arange(n // 2)
+    steps = np.log((n - j) / (j + 1))  # log C(n, j+1) - log C(n, j)
+    log_terms = np.concatenate([[0.0], np.cumsum(steps)]) - n * math.log(2)
+    below = np.cumsum(np.exp(log_terms))  # below[i] = P(Binomial < i + 1)
+    k = int(np.searchsorted(below, 0.025 * (1 + 1e-9), side="right"))
+    return k, n + 1 - k
+
+
+def median_and_interval(samples):
+    """n, median, low and high over the last axis of `samples`, NaN left out; NaN where there is none.
+
+    Returns four arrays of the shape without that axis.
+    """
+    ordered = np.sort(np.asarray(samples, dtype=float), axis=-1)  # NaN last
+    n = np.count_nonzero(~np.isnan(ordered), axis=-1)
+    if ordered.shape[-1] == 0:
+        nothing = np.full(n.shape, np.nan)
+        return n, nothing, nothing.copy(), nothing.copy()
+
+    def at(index):
+        return np.take_along_axis(ordered, np.maximum(index, 0)[..., None], axis=-1)[..., 0]
+
+    counts = np.unique(n)
+    ranks = np.array([interval_ranks(int(c)) for c in counts]).reshape(-1, 2)[np.searchsorted(counts, n)]
+    median = np.where(n > 0, (at((n - 1) // 2) + at(n // 2)) / 2, np.nan)
+    low = np.where(ranks[..., 0] > 0, at(ranks[..., 0] - 1), np.nan)
+    high = np.where(ranks[..., 0] > 0, at(ranks[..., 1] - 1), np.nan)
+    return n, median, low, high
+
+
+def summarise(samples):
+    """The row of METRICS.md for a vector of samples: n, median, low, high, min, p95, p99, cv."""
+    values = np.sort(np.asarray(samples, dtype=float).ravel())
+    values = values[~np.isnan(values)]
+    n = len(values)
+    if n == 0:
+        return {"n": 0, **dict.fromkeys(("median", "low", "high", "min", "p95", "p99", "cv"), math.nan)}
+    _, median, low, high = median_and_interval(values)
+    nearest = lambda percent: float(values[-(-n * percent // 100) - 1])
+    cv = float(values.std(ddof=1) / values.mean()) if n > 1 else math.nan
+    return {"n": n, "median": float(median), "low": float(low), "high": float(high), "min": float(values[0]),
+            "p95": nearest(95), "p99": nearest(99), "cv": cv}

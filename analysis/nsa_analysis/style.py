@@ -1,0 +1,120 @@
+"""How figures look, and how a panel becomes a file or a piece of HTML.
+
+Colours are those of Okabe and Ito (Color Universal Design, 2008), which colour-blind readers tell apart; every series
+has a marker or a place of its own besides. In HTML each colour becomes a CSS variable, so a figure follows the page's
+light or dark scheme.
+"""
+
+import dataclasses
+import io
+import math
+import re
+from collections.abc import Callable
+
+import matplotlib
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+
+# role -> (light, dark); the light ones are what matplotlib draws with, so each stands once.
+COLOURS = {
+    "ink": ("#1b1f24", "#e6e9ee"), "muted": ("#59616c", "#a3acb8"), "grid": ("#d9dde3", "#363c46"),
+    "paper": ("#fdfdfe", "#15181d"), "bad": ("#b3001e", "#ff7686"),
+    "blue": ("#0072b2", "#4ba6e8"), "vermillion": ("#d55e00", "#ff8a4c"), "green": ("#009e73", "#35c99c"),
+    "purple": ("#cc79a7", "#e8a0c8"), "orange": ("#e69f00", "#f6bd4f"), "sky": ("#56b4e9", "#a5dcff"),
+    "grey": ("#868d97", "#8d96a3"),
+}
+SERIES = ("blue", "vermillion", "green", "purple", "orange", "sky", "grey")
+MARKERS = "osD^vPX"
+
+STYLE = {
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"], "font.size": 9,
+    "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 9,
+    "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.linewidth": 0.6,
+    "axes.axisbelow": True, "lines.linewidth": 1.6, "lines.markersize": 5.5, "svg.fonttype": "none",
+    "svg.hashsalt": "nsa", "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06,
+}
+
+
+def colour(role):
+    return COLOURS[role][0]
+
+
+STYLE |= {key: colour("ink") for key in ("text.color", "axes.labelcolor", "axes.titlecolor")}
+STYLE |= {key: colour("muted") for key in ("xtick.color", "ytick.color", "axes.edgecolor")}
+STYLE |= {"grid.color": colour("grid"), "figure.facecolor": "none", "axes.facecolor": "none",
+          "savefig.facecolor": "none"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One set of axes with its title; `draw(ax)` labels both axes, with units."""
+
+    title: str
+    draw: Callable
+    height: float = 3.1  # inches; the width is one for all, so that pages can stack them
+    legend_columns: int = 3
+    predicted: bool = False  # drawn on a tinted ground, apart from measurements
+
+
+WIDTH = 4.3
+
+
+def draw_into(figure, panel):
+    """The panel on a figure or subfigure, its legend below the axes where it hides nothing."""
+    ax = figure.subplots()
+    ax.set_title(panel.title, wrap=True)
+    if panel.predicted:
+        ax.patch.set_facecolor(colour("grid"))
+        ax.patch.set_alpha(0.35)
+        ax.grid(color=colour("paper"))
+    panel.draw(ax)
+    handles, names = ax.get_legend_handles_labels()
+    if names:
+        columns = min(panel.legend_columns, len(names))
+        by_row = [i for c in range(columns) for i in range(c, len(names), columns)]  # legends fill by column
+        figure.legend([handles[i] for i in by_row], [names[i] for i in by_row], loc="outside lower center",
+                      ncols=columns, handlelength=1.6, columnspacing=1.2)
+
+
+def render(panel):
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, panel.height), layout="constrained")
+        draw_into(figure, panel)
+        return figure
+
+
+def save(panels, path):
+    """All panels as one picture, PNG, SVG or PDF by the path's ending."""
+    columns = 1 if len(panels) == 1 else 2
+    rows = math.ceil(len(panels) / columns)
+    with matplotlib.rc_context(STYLE | {"savefig.facecolor": colour("paper")}):
+        heights = [max(p.height for p in panels[r * columns:(r + 1) * columns]) for r in range(rows)]
+        figure = Figure(figsize=(WIDTH * columns, sum(heights)), layout="constrained")
+        cells = figure.subfigures(rows, columns, squeeze=False, height_ratios=heights)
+        for panel, cell in zip(panels, cells.flat):
+            draw_into(cell, panel)
+        figure.savefig(path, dpi=150, metadata={"Date": None} if str(path).endswith(".svg") else None)
+
+
+def to_svg(panel, prefix, label):
+    """Inline SVG whose colours are CSS variables and whose ids begin with `prefix`."""
+    text = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        render(panel).savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg"):]
+    for role, (light, _) in COLOURS.items():
+        svg = svg.replace(light, f"var(--{role})")
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
+    svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
+    svg = svg.replace("url(#", f"url(#{prefix}-")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    box = re.search(r'viewBox="([^"]+)"', svg).group(0)
+    return re.sub(r"<svg[^>]*>", f'<svg {box} role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg" '
+                  'xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1)
+
+
+def css_variables(dark):
+    return " ".join(f"--{role}:{pair[1 if dark else 0]};" for role, pair in COLOURS.items())

@@ -1,0 +1,194 @@
+"""Bytes, FLOPs and exchanges of one layer step on any layout, from the shape alone: docs/METRICS.md, "Bytes and
+rates". The program stores the same bytes of the layouts it ran; here they are formulas, so that a cost model can ask
+for layouts that nobody ran."""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+from .reading import BRANCHES, STAGES
+
+CANDIDATE = 8  # bytes of a (score, index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    name: str
+    collective: str  # "all_gather" | "all_reduce"
+    ranks: int
+    bytes: int  # contributed by each rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a rank of a heads x kv layout computes."""
+
+    kind: str
+    context: int
+    batch: int
+    last: int  # last position, 0-based
+    dim: int
+    heads_total: int
+    groups_total: int
+    d_k: int
+    d_v: int
+    layers: int
+    storage: int  # bytes of an element
+    shared_kv: bool
+    whole_layer: bool
+    l: int
+    d: int
+    l_sel: int
+    n_sel: int
+    w: int
+    phi_hidden: int  # 0: mean
+    chunk: int  # tokens of a kv chunk
+    heads: int  # shards
+    kv: int
+
+    @property
+    def groups(self):
+        return self.groups_total // self.heads
+
+    @property
+    def query_heads(self):
+        return self.heads_total // self.heads
+
+    @property
+    def prefill(self):
+        return self.kind == "prefill"
+
+    @property
+    def width(self):
+        return (self.d_k + self.d_v) * self.storage
+
+    @property
+    def branches_kv(self):
+        return 1 if self.shared_kv else len(BRANCHES)
+
+    @property
+    def qkv_columns(self):
+        return self.query_heads * self.d_k + self.groups * (self.d_k + self.d_v) * self.branches_kv
+
+
+def shape_of(point, heads=None, kv=None):
+    """The shape of a decode or prefill point, on another layout if one is given; None for other points."""
+    if point.kind not in ("decode", "prefill"):
+        return None
+    p = point.parameters
+    steps = p["run.steps"] if point.kind == "decode" else 0
+    hidden = (p.get("nsa.phi_hidden") or 2 * p["model.d_k"]) if p["nsa.phi"] == "mlp" else 0
+    return Shape(point.kind, p["run.context"], p["run.batch"], p["run.context"] + steps - 1, p["model.dim"],
+                 p["model.n_heads"], p["model.n_kv_groups"], p["model.d_k"], p["model.d_v"], p["model.layers"],
+                 4 if p["model.precision"] == "fp32" else 2, bool(p["model.shared_kv"]),
+                 p.get("run.scope", "layer") == "layer", p["nsa.l"], p["nsa.d"], p["nsa.l_sel"], p["nsa.n_sel"],
+                 p["nsa.w"], hidden, p.get("parallel.kv_chunk_blocks", 16) * p["nsa.l_sel"], heads or p["heads"],
+                 kv or p["kv"])
+
+
+def compressed_tokens(s, t):
+    return np.where(t + 1 < s.l, 0, (t + 1 - s.l) // s.d + 1)
+
+
+def expected_reads(s, t):
+    """Tokens that one query at position t reads, by branch."""
+    t = np.asarray(t)
+    blocks = np.minimum(s.n_sel, t // s.l_sel + 1)
+    return {"cmp": compressed_tokens(s, t), "sel": (blocks - 1) * s.l_sel + t % s.l_sel + 1,
+            "win": np.minimum(s.w, t + 1)}
+
+
+@functools.lru_cache(maxsize=512)
+def summed_reads(s):
+    """Reads of all queries of one sequence and group: of the last step in decode, of the whole context in prefill."""
+    t = np.arange(s.context) if s.prefill else s.last
+    return {branch: int(np.sum(count)) for branch, count in expected_reads(s, t).items()}
+
+
+def owned(rows, chunk, kv, halo=0):
+    """(memory rows of the first kv rank, its own rows) of a sequence of `rows` cut into chunks dealt round-robin."""
+    if kv == 1:
+        return rows, rows
+    ahead = rows + halo if rows else 0
+    chunks = math.ceil(math.ceil(ahead / chunk) / kv)
+    own = sum(min(rows, (c + 1) * chunk) - c * chunk for c in range(0, math.ceil(rows / chunk), kv))
+    return chunks * (halo + chunk), own
+
+
+def stage_bytes(s):
+    """Modelled bytes by stage of the first rank, as the program's `bytes` dataset has them."""
+    prefill, storage, planes = s.prefill, s.storage, s.batch * s.groups
+    rows = s.batch * (owned(s.context, s.chunk, s.kv)[1] if prefill else 1)
+    reads = {k: int(v) for k, v in expected_reads(s, s.last).items()}
+
+    def kv_rows(branch):
+        if not prefill:
+            return planes * reads[branch] // s.kv
+        return planes * (int(compressed_tokens(s, s.last)) if branch == "cmp" else s.last + 1)
+
+    q, o = rows * s.query_heads * s.d_k * storage, rows * s.query_heads * s.d_v * 4
+    scores = 0 if prefill else kv_rows("cmp") * (s.query_heads // s.groups) * 4
+    layer = {
+        "project": (s.qkv_columns * (s.dim + rows) + rows * s.dim) * storage if s.whole_layer else 0,
+        "append": 2 * rows * s.groups * s.branches_kv * s.width,
+        "compress": rows * s.groups * s.width + kv_rows("cmp") * s.width // s.kv if prefill
+        else planes * s.width * (s.l + 1) // s.d,
+        "attend_cmp": kv_rows("cmp") * s.width + q + o + scores,
+        "rank": scores,
+        "attend_sel": kv_rows("sel") * s.width + q + o,
+        "attend_win": kv_rows("win") * s.width + q + o,
+        "combine": o * len(BRANCHES) * (1 if prefill else s.kv) + rows * s.query_heads * s.d_v * storage,
+        "output": s.query_heads * s.d_v * (s.dim + rows) * storage + rows * s.dim * 4 if s.whole_layer else 0,
+        "comm": sum(e.bytes * (e.ranks - 1) for e in exchanges(s)),
+    }
+    table = {stage: s.layers * layer[stage] for stage in STAGES[:-1]}
+    return table | {"step": sum(table.values())}
+
+
+def exchanges(s):
+    """Exchanges of one layer step."""
+    planes = s.batch * s.groups
+    rows = s.batch * (owned(s.context, s.chunk, s.kv)[0] if s.prefill else 1)
+    if s.prefill:
+        chunks = owned(s.context, s.chunk, s.kv)[0] // s.chunk if s.kv > 1 else 0
+        tokens = chunks * s.chunk
+        compressed = owned(int(compressed_tokens(s, s.context - 1)), s.chunk // s.d, s.kv, s.l // s.d - 1)[0]
+        gathers = [("raw halo", planes * chunks * (s.l - s.d) * s.width), ("k_cmp, v_cmp", planes * compressed * s.width),
+                   ("k_sel, v_sel", planes * tokens * s.width),
+                   ("k_win, v_win", 0 if s.shared_kv else planes * tokens * s.width),
+                   ("raw ring", planes * s.l * s.width)]
+    else:
+        gathers = [("lse", math.lcm(24, s.kv) // s.kv * rows * s.query_heads * 2 * 4),
+                   ("candidates", rows * s.groups * s.n_sel * CANDIDATE),
+                   ("partials", len(BRANCHES) * rows * s.query_heads * (s.d_v + 2) * 4)]
+    found = [Exchange(name, "all_gather", s.kv, size) for name, size in gathers if s.kv > 1 and size > 0]
+    if s.heads > 1 and s.whole_layer:
+        found.append(Exchange("heads", "all_reduce", s.heads, rows * s.dim * 4))
+    return found
+
+
+def stage_flops(s):
+    """FLOPs by stage of a mean rank, a multiply-add is two; `rank` counts two a score read."""
+    rows = s.batch * (s.context / s.kv if s.prefill else 1)
+    reads = {branch: s.batch * count / s.kv for branch, count in summed_reads(dataclasses.replace(s, kv=1)).items()}
+    attend = {branch: 2.0 * s.query_heads * reads[branch] * (s.d_k + s.d_v) for branch in BRANCHES}
+    width = s.d_k + s.d_v
+    token = s.l * width if not s.phi_hidden else 2 * s.phi_hidden * (s.l + 1) * width
+    layer = {
+        "project": 2.0 * rows * s.dim * s.qkv_columns if s.whole_layer else 0.0,
+        "append": 0.0,
+        "compress": rows / s.d * s.groups * token,
+        "attend_cmp": attend["cmp"], "rank": 2.0 * s.query_heads * reads["cmp"],
+        "attend_sel": attend["sel"], "attend_win": attend["win"],
+        "combine": 2.0 * len(BRANCHES) * rows * s.query_heads * s.d_v * (1 if s.prefill else s.kv),
+        "output": 2.0 * rows * s.query_heads * s.d_v * s.dim if s.whole_layer else 0.0,
+    }
+    table = {stage: s.layers * count for stage, count in layer.items()}
+    return table | {"step": sum(table.values())}
+
+
+def flops(point):
+    shape = shape_of(point)
+    return {} if shape is None else stage_flops(shape)
