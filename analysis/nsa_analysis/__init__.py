@@ -17,3 +17,4 @@ from .bandwidth import roofline
 from .curves import karp_flatt, scaling
 from .tables import points_table, stages_table
 from .cost_model import CostModel, Network, carry, check, fit
+from .verdict import call_gate, gate_table, verdicts

@@ -98,8 +98,9 @@ class CostModel:
         nodes = math.ceil(exchange.ranks / inside)
         if nodes == 1:
             return time
-        rounds = math.ceil(math.log2(nodes)) * (2 if exchange.collective == "all_reduce" else 1)
-        from_others = received * (1 - inside / exchange.ranks)
+        there_and_back = 2 if exchange.collective == "all_reduce" else 1
+        from_others = exchange.bytes * (2 * (nodes - 1) / nodes if there_and_back == 2 else exchange.ranks - inside)
+        rounds = there_and_back * math.ceil(math.log2(nodes))
         return time + rounds * network.latency + from_others / inside / network.bandwidth
 
     def predict(self, shape, network=None):

@@ -237,7 +237,7 @@ def read_file(path):
 
 def first_line(error):
     text = str(error.args[0] if error.args else error)
-    return text.splitlines()[0].strip("'\"") if text else type(error).__name__
+    return text.splitlines()[0].removeprefix('"').removesuffix('"') if text else type(error).__name__
 
 
 def find_files(paths):

@@ -57,6 +57,12 @@ class Panel:
     legend_columns: int = 3
     predicted: bool = False  # drawn on a tinted ground, apart from measurements
 
+    def _repr_png_(self):
+        """What Jupyter shows."""
+        picture = io.BytesIO()
+        render(self).savefig(picture, format="png", dpi=150, facecolor=colour("paper"))
+        return picture.getvalue()
+
 
 WIDTH = 4.3
 

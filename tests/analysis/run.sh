@@ -1,10 +1,10 @@
 #!/bin/sh
-# Runs a Python test that needs the packages of requirements.txt: run.sh VENV SCRIPT [ARGUMENT...]
+# Runs Python tests that need analysis/ and what its tests need: run.sh VENV PYTHON-ARGUMENT...
 # They are installed into VENV, once. Where that cannot be, it says why and exits with 77: skipped.
-here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$(dirname "$0")/../.." && pwd)
 venv=$1
 shift
-imports='import h5py, h5netcdf, netCDF4, numpy, pandas, xarray'
+imports='import h5netcdf, ipykernel, nbclient, nbformat, netCDF4, nsa_analysis.cli, pytest, xarray'
 
 skip() {
   echo "SKIPPED: $1"
@@ -17,8 +17,12 @@ if ! "$venv/bin/python" -c "$imports" 2>/dev/null; then
   log=$venv.log
   python3 -m venv "$venv" >"$log" 2>&1 ||
     skip "python3 cannot make a virtual environment ($(tail -n 1 "$log")); on Debian and Ubuntu install python3-venv"
-  timeout 300 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --retries 1 \
-    -r "$here/requirements.txt" >>"$log" 2>&1 ||
-    skip "pip cannot install tests/analysis/requirements.txt ($(tail -n 1 "$log")); connect to a package index"
+  timeout 450 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --retries 1 \
+    -e "$root/analysis[test]" >>"$log" 2>&1 ||
+    skip "pip cannot install analysis[test] ($(tail -n 1 "$log")); connect to a package index"
+  # What is installed and does not run is no reason to skip.
+  "$venv/bin/python" -c "$imports" || exit 1
 fi
+PYTHONDONTWRITEBYTECODE=1
+export PYTHONDONTWRITEBYTECODE
 exec "$venv/bin/python" "$@"

@@ -1,0 +1,141 @@
+"""Bad files and bad questions: one message that names the file, the exit code, no traceback."""
+
+import random
+import subprocess
+import sys
+import types
+
+import h5py
+import made_up
+import numpy as np
+import pytest
+from nsa_analysis.cli import main
+
+COMMANDS = ["points", "scaling", "branches", "reads", "ranks", "roofline", "model", "report"]
+
+
+@pytest.fixture
+def run(capsys):
+    """The command line in this process: its exit code and what it printed. An exception fails the test."""
+    def call(*arguments):
+        code = main([str(a) for a in arguments])
+        said = capsys.readouterr()
+        return types.SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    def check(path, said, code=6, command="report"):
+        done = run(command, path, *(["-o", "/dev/null"] if command == "report" else []))
+        assert done.returncode == code, done.stderr
+        assert done.stderr.startswith("nsa-analysis: error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert str(path) in done.stderr and said in done.stderr, done.stderr
+        assert done.stdout == ""
+    return check
+
+
+def test_as_a_program(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "nsa_analysis", "points", tmp_path / "none.h5"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (6, "", 1) and "none.h5: no such file" in done.stderr
+
+
+@pytest.fixture
+def good(tmp_path):
+    return made_up.write(tmp_path / "good.h5", [made_up.point(made_up.times(2, 8, 1e-4, attend_cmp=1e-5), 2)])
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, 0.5, 0.99])
+def test_truncated(refused, good, tmp_path, kept):
+    data = good.read_bytes()
+    cut = tmp_path / "cut.h5"
+    cut.write_bytes(data[:int(kept * len(data)) if 0 < kept < 1 else kept])
+    refused(cut, "cannot be read as HDF5")
+
+
+def test_missing(refused, tmp_path):
+    refused(tmp_path / "none.h5", "no such file")
+
+
+def test_other_kinds_of_file(refused, tmp_path):
+    text = tmp_path / "text.h5"
+    text.write_text("a,b\n1,2\n")
+    refused(text, "cannot be read as HDF5")
+    foreign = tmp_path / "foreign.h5"
+    with h5py.File(foreign, "w") as file:
+        file["x"] = np.zeros(3)
+    refused(foreign, "no result of nsa")
+
+
+def test_unknown_schema(refused, run, tmp_path):
+    point = made_up.point(made_up.times(1, 8, 1e-4))
+    refused(made_up.write(tmp_path / "later.h5", [point], schema="2.0"), "schema 2.0 (this reader knows 1.x)")
+    assert run("points", made_up.write(tmp_path / "minor.h5", [point], schema="1.9")).returncode == 0
+
+
+def test_empty_sweep(refused, tmp_path):
+    refused(made_up.write(tmp_path / "empty.h5", [], status="running"), "holds no point (status running)")
+
+
+def test_a_folder_without_results(refused, tmp_path):
+    refused(tmp_path, "no .h5 file", code=2)
+
+
+@pytest.mark.parametrize("broken, said", [
+    (lambda p: p.attrs.__delitem__("heads"), "'heads'"),
+    (lambda p: p.attrs.__setitem__("kv", "two"), "'kv'"),
+    (lambda p: p.attrs.__setitem__("kv", 7), "times of 2 ranks"),
+    (lambda p: p.attrs.__setitem__("warmup_reps", 99), "warmup_reps"),
+    (lambda p: p.__delitem__("stage"), "stage"),
+    (lambda p: p["time"].__setitem__((0, 3), -1.0), "no times"),
+    (lambda p: (p.__delitem__("time"), p.create_dataset("time", shape=(2, 11, 2**30, 2**20), dtype="f8", chunks=(1, 1, 1, 1))),
+     "larger than its file"),
+    (lambda p: (p.__delitem__("time"), p.create_dataset("time", data=np.zeros(3))), "1 dimensions"),
+    (lambda p: (p.__delitem__("reads"), p.create_dataset("reads", data="none")), "'reads' holds no numbers"),
+])
+def test_broken_points(refused, good, broken, said):
+    with h5py.File(good, "r+") as file:
+        broken(file["points/0000"])
+    refused(good, said)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses(refused, tmp_path, command):
+    bad = tmp_path / "bad.h5"
+    bad.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(1000))
+    refused(bad, "cannot be read as HDF5", command=command)
+
+
+def test_mixed_good_and_bad(run, good, tmp_path):
+    bad = tmp_path / "bad.h5"
+    bad.write_bytes(b"")
+    done = run("points", good, bad)
+    assert done.returncode == 6 and str(bad) in done.stderr and "good.h5" not in done.stderr
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--figure", "x.bmp"], "x.bmp"), (["--where", "context"], "no '='"), (["--figure", "/nowhere/x.svg"], "/nowhere/x.svg"),
+    (["--csv", "/nowhere/x.csv"], "/nowhere")])
+def test_bad_options(run, tmp_path, options, said):
+    done = run("scaling", *made_up.sweep(tmp_path, layouts=[(1, 1), (2, 1)]), *options)
+    assert done.returncode in (2, 6) and said in done.stderr
+
+
+def test_a_run_that_was_never_timed(run, tmp_path, good):
+    with h5py.File(good, "r+") as file:
+        del file["points/0000/time"]
+    done = run("scaling", good)
+    assert done.returncode == 2 and "was timed" in done.stderr
+    assert run("report", good, "-o", tmp_path / "r.html").returncode == 0
+
+
+def test_mutated_files_are_read_or_refused(good, tmp_path, run):
+    """Bytes of the front, where HDF5's own structures are, changed at random."""
+    random_ = random.Random(5)
+    data, changed = good.read_bytes(), tmp_path / "changed.h5"
+    for _ in range(100):
+        mutant = bytearray(data)
+        for _ in range(random_.choice((1, 4, 30))):
+            mutant[random_.randrange(8000)] = random_.randrange(256)
+        changed.write_bytes(mutant)
+        assert run("scaling", changed, "--csv", "-").returncode in (0, 2, 6)

@@ -1,0 +1,106 @@
+"""The cost model: bytes as the program counts them, coefficients found again, predictions by hand."""
+
+import dataclasses
+import pathlib
+
+import made_up
+import nsa_analysis
+import numpy as np
+import pytest
+from nsa_analysis import cost_model, work
+from nsa_analysis.errors import AnalysisError
+from nsa_analysis.reading import STAGES
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+NETWORK = nsa_analysis.Network("a network", latency=10e-6, bandwidth=1e9, node=4)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs/results/h200").glob("h?k?.h5")), ids=lambda f: f.stem)
+def test_bytes_are_those_the_program_stored(file):
+    for point in nsa_analysis.read(file):
+        assert work.stage_bytes(work.shape_of(point)) == dict(zip(STAGES, point.bytes[:, 0].tolist()))
+
+
+def linear_sweep(folder, layouts=((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (4, 1), (2, 4))):
+    """Stages of 3 us + bytes at 1 TB/s, exchanges of 4 us + 2 us a hop, a step that saves 2 us a stage and hides half of
+    its exchanges."""
+    paths = []
+    for heads, kv in layouts:
+        points = []
+        for context in (65536, 1048576):
+            empty = made_up.point(made_up.times(heads * kv, 9, 1.0), heads, kv, run_context=context)
+            shape = work.shape_of(nsa_analysis.read(made_up.write(folder / "empty.h5", [empty]))[0])
+            moved = work.stage_bytes(shape)
+            stages = {s: 3e-6 + moved[s] / 1e12 for s in ("append", "compress", "attend_cmp", "rank", "attend_sel",
+                                                          "attend_win", "combine")}
+            own, saved = sum(stages.values()), 2e-6 * len(stages)
+            comm = sum(4e-6 + 2e-6 * (e.ranks - 1) for e in work.exchanges(shape))
+            if comm:
+                stages["comm"] = comm
+            points.append(made_up.point(made_up.times(heads * kv, 9, own - saved + comm / 2, **stages), heads, kv,
+                                        run_context=context))
+        paths.append(str(made_up.write(folder / f"h{heads}k{kv}.h5", points)))
+    (folder / "empty.h5").unlink()
+    return paths
+
+
+def test_coefficients_are_found_again(tmp_path):
+    points = nsa_analysis.read(linear_sweep(tmp_path))
+    model = nsa_analysis.fit(points)
+    assert model.fit_ranks == (1, 2, 4)
+    assert model.comm[:2] == pytest.approx((4e-6, 2e-6), rel=1e-6) and model.comm[2] == pytest.approx(0, abs=1e-16)
+    assert model.exposed == pytest.approx(0.5, abs=0.02) and model.saved == pytest.approx(2e-6, rel=0.02)
+    checked = nsa_analysis.check(model, points)
+    assert checked.error.abs().max() < 0.01
+    assert set(checked[checked.part == "held out"].ranks) == {8}
+
+
+def test_error_is_measured_against_predicted(tmp_path):
+    points = nsa_analysis.read(linear_sweep(tmp_path))
+    model = dataclasses.replace(nsa_analysis.fit(points), comm=(8e-6, 4e-6, 0.0))
+    comm = nsa_analysis.check(model, points).query("stage == 'comm'")
+    assert comm.error.tolist() == pytest.approx([1.0] * len(comm))
+
+
+def test_an_exchange_beyond_a_node_by_hand():
+    model = cost_model.CostModel({}, (4e-6, 2e-6, 1e-9), 1.0, 0.0, (1,))
+    shape = dataclasses.replace(work.Shape("decode", 65536, 1, 65567, 256, 8, 4, 64, 64, 1, 2, False, True, 32, 16, 64, 16,
+                                           512, 0, 1024, 1, 16))
+    gather = work.Exchange("lse", "all_gather", 16, 1000)
+    # 4 us, 3 hops in the node, 15 kB received; 2 doublings to 4 nodes, 12 kB from others over 4 links.
+    assert model.exchange_time(gather, shape, NETWORK) == pytest.approx(4e-6 + 3 * 2e-6 + 15000e-9 + 2 * 10e-6 + 12000 / 4 / 1e9)
+    heads = work.Exchange("heads", "all_reduce", 4, 1000)
+    # Head shards are 16 ranks apart: each in a node of its own, 2 doublings and 3/4 of 1 kB, there and back.
+    assert model.exchange_time(heads, shape, NETWORK) == pytest.approx(4e-6 + 1500e-9 + 4 * 10e-6 + 1500 / 1e9)
+
+
+def test_predictions_stand_alone(tmp_path):
+    points = nsa_analysis.read(linear_sweep(tmp_path))
+    model = nsa_analysis.fit(points)
+    carried = nsa_analysis.carry(model, points, 1024, NETWORK)
+    assert not {"measured", "error"} & set(carried)
+    assert carried[carried.context == 1048576].ranks.tolist() == [1 << i for i in range(11)]
+    assert carried[carried.ranks <= 4].network.eq("").all()
+    assert carried[carried.ranks > 4].network.str.contains("a network.*assumed").all()
+    assert carried[carried.context == 65536].ranks.max() == 256  # 64 chunks x 4 head shards are all there are
+    one = carried[(carried.ranks == 1) & (carried.context == 65536)].iloc[0]
+    assert one.time == pytest.approx(model.predict(work.shape_of(points[0], 1, 1))["step"])
+
+
+def test_invalid_points_fit_nothing(tmp_path):
+    paths = linear_sweep(tmp_path)
+    made_up.write(tmp_path / "h2k4.h5", [made_up.point(made_up.times(8, 9, 5.0, append=5.0), 2, 4, valid=False)])
+    model = nsa_analysis.fit(nsa_analysis.read(paths))
+    assert model.fit_ranks == (1, 2) or model.fit_ranks == (1, 4)
+    assert nsa_analysis.check(model, nsa_analysis.read(paths)).measured.max() < 1
+
+
+def test_nothing_to_fit_is_said(tmp_path):
+    with pytest.raises(AnalysisError, match="no VALID point .* on 64 ranks"):
+        nsa_analysis.fit(nsa_analysis.read(linear_sweep(tmp_path)), [64])
+
+
+def test_non_negative_fit():
+    columns = np.array([[1.0, 2], [1, 4], [1, 8]])
+    assert cost_model.non_negative_fit(columns, columns @ [3, 0.5]) == pytest.approx([3, 0.5])
+    assert cost_model.non_negative_fit(columns, np.array([4.0, 2, 1]))[1] == 0  # falling times: no negative rate

@@ -1,0 +1,153 @@
+"""The page: what it holds, that its commands make its tables, and that a browser shows it without errors or sideways
+scrolling, on a desktop and on a phone, light and dark."""
+
+import html.parser
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+
+import made_up
+import pytest
+from nsa_analysis.cli import main
+from nsa_analysis.report import make_report
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Parser(html.parser.HTMLParser):
+    """Ids, addresses, open elements."""
+
+    VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.addresses, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            elif name in ("src", "href", "xlink:href", "action"):
+                self.addresses.append(value)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Two contexts on six layouts, one point INVALID, one straggler, a second device: everything a page can show."""
+    folder = tmp_path_factory.mktemp("sweep")
+    made_up.sweep(folder, contexts=(65536, 1048576))
+    slow = made_up.times(4, 11, 50e-6, attend_cmp=20e-6, rank=9e-6, attend_sel=9e-6, comm=5e-6)
+    slow[0, made_up.STAGES.index("attend_cmp"), 2] *= 2
+    made_up.write(folder / "h2k2.h5", [made_up.point(slow, 2, 2), made_up.point(slow * 3, 2, 2, valid=False, run_context=1048576)],
+                  status="running")
+    made_up.sweep(folder / "..", layouts=[(1, 1)], device="Other <GPU> & co")
+    shutil.move(folder / "../h1k1.h5", folder / "other.h5")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(sweep):
+    return make_report([sweep])
+
+
+def test_is_whole_and_self_contained(page):
+    parser = Parser(page)
+    assert parser.open == [] and len(parser.ids) == len(set(parser.ids))
+    assert all(a.startswith(("#", "data:")) for a in parser.addresses), parser.addresses
+    assert {a[1:] for a in parser.addresses if a.startswith("#")} <= set(parser.ids)
+    assert "@import" not in page and not re.search(r"url\((?!#)", page)
+    assert "Other &lt;GPU&gt; &amp; co" in page and "<GPU>" not in page
+
+
+def test_says_what_is_wrong_on_top(page):
+    top = page[:page.index('id="runs"')]
+    assert "h2k2.h5, point 1 (context 1M, batch 1, 2x2) is INVALID: made to be wrong" in top
+    assert "status running" in top and "2 series that share no curve: they differ in device" in top
+    assert "12 of 13" in top
+
+
+def test_every_figure_has_axes_with_units_and_a_legend(page):
+    figures = re.findall(r"<figure.*?</figure>", page, flags=re.S)
+    assert len(figures) > 15
+    for figure in figures:
+        texts = re.findall(r"<text[^>]*>([^<]+)</text>", figure)
+        title = re.search('aria-label="([^"]+)"', figure).group(1)
+        assert any(re.search(r"^(ranks|stage|rank)$|\(.+\)$|heads × kv", t) for t in texts), (title, texts)
+        assert sum(bool(re.search(r"\((µs|ms|s|%|times|tokens|1|%.*)\)|^(ranks|stage|rank)$|heads × kv", t)) for t in texts) >= 2, (
+            title, texts)
+        assert 'id="' in figure and ("legend" in figure or "image" in figure), title
+        assert not re.search(r"#[0-9a-f]{6}\b", re.sub(r'base64,[^"]*', "", figure).replace("fill: #ffffff", "")), title
+
+
+def test_invalid_and_predicted_stand_apart(page):
+    assert '<tr class="invalid">' in page
+    assert page.count('class="predicted"') == 2 * page.count('class="predicted-part"') > 0
+    measured = re.sub(r'<div class="predicted-part">.*?</table>', "", page, flags=re.S)
+    assert "PREDICTED" not in measured
+
+
+def test_the_commands_make_what_stands_below_them(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = [html.unescape(c) for c in re.findall(r'<pre class="command"[^>]*><code>(.*?)</code>', page, flags=re.S)]
+    verbs = [shlex.split(c)[1] for c in commands]
+    assert {"report", "scaling", "branches", "ranks", "roofline", "model", "points"} <= set(verbs)
+    for command in commands:
+        words = shlex.split(command)
+        assert words[0] == "nsa-analysis" and main(words[1:]) == 0, command
+        assert (tmp_path / words[-1]).stat().st_size > 500
+
+
+def test_a_page_of_the_committed_results():
+    page = make_report([ROOT / "docs/results"])
+    assert "NVIDIA H200" in page and page.count("<svg") > 15
+
+
+# In a frame as wide as the screen: what a script says of the page, written into the outer page's title.
+PROBE = """<!doctype html><title>none</title><iframe id=f style="border:0;width:%dpx;height:800px"></iframe><script>
+const errors = []; const frame = document.getElementById("f");
+frame.onload = () => { const page = frame.contentDocument, root = page.documentElement;
+  frame.contentWindow.dispatchEvent(new Event("beforeprint"));
+  const wide = [...page.querySelectorAll("body *")].filter(e => !e.closest(".scroll, pre, svg") &&
+    e.getBoundingClientRect().right > %d + 1).map(e => e.tagName + "." + e.className);
+  const small = [...page.querySelectorAll("svg")].filter(s => s.getBoundingClientRect().width < 250).length;
+  document.title = "probe " + JSON.stringify({scroll: root.scrollWidth, wide, small, errors,
+    figures: page.querySelectorAll("svg").length, folded: page.querySelectorAll("details:not([open])").length,
+    background: frame.contentWindow.getComputedStyle(page.body).backgroundColor}); };
+frame.srcdoc = %s;
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; on Debian install chromium")
+@pytest.mark.parametrize("width, dark", [(1280, False), (1280, True), (390, False), (390, True)])
+def test_in_a_browser(page, tmp_path, width, dark):
+    import json
+    caught = page.replace("<head>", "<head><script>addEventListener('error', e => parent.eval('errors').push(e.message))"
+                                    "</script>", 1)
+    probe = tmp_path / "probe.html"
+    probe.write_text(PROBE % (width, width, json.dumps(caught).replace("</", "<\\/")))
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+         f"--window-size={width + 200},1000", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+         "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", probe.as_uri()],
+        capture_output=True, text=True, timeout=120)
+    found = re.search(r"<title>probe (\{.*?\})</title>", done.stdout)
+    assert found, done.stderr[-2000:]
+    seen = json.loads(html.unescape(found.group(1)))
+    assert seen["errors"] == [] and "CONSOLE" not in done.stderr, done.stderr[-2000:]
+    assert seen["wide"] == [] and seen["scroll"] <= width, seen
+    assert seen["small"] == 0 and seen["figures"] > 15 and seen["folded"] == 0, seen
+    assert (sum(map(int, re.findall(r"\d+", seen["background"]))) < 200) == dark, seen
