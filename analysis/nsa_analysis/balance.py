@@ -1,11 +1,11 @@
 """Which rank is slow, and in what."""
 
+import numpy as np
 import pandas as pd
 
 from .errors import AnalysisError
 from .reading import STAGES, WORK
-from .tables import NAN, identity_row
-import numpy as np
+from .tables import identity_row
 
 STRAGGLER = 1.1  # times the median over ranks that a straggler exceeds, with the low end of its interval
 NOTICED = 0.01  # stages below this part of the stages' sum name no straggler
@@ -15,26 +15,34 @@ def ranks(points):
     """DataFrame, a row a (point, stage, rank) of mode `branches`: median in s, low end of its 95% interval, ratio to
     the median over ranks, and `straggler`: the low end exceeds 1.1 times that median in a stage with at least 1% of
     the sum. `comm` names none: who waits there is not who is slow."""
-    tables = []
+    identities, columns = [], []
     for point in points:
         if (times := point.times("branches")) is None:
             continue
-        middle = np.nanmedian(np.where(np.isnan(times.rank_median).all(axis=1, keepdims=True), 0.0,
-                                       times.rank_median), axis=1)
-        total = middle[:len(WORK) + 1].sum()
-        for i, stage in enumerate(STAGES[:-1]):
-            if not middle[i] > 0:
-                continue
-            median, low = times.rank_median[i], times.rank_low[i]
-            slow = (low > STRAGGLER * middle[i]) & (middle[i] > NOTICED * total) & (stage != "comm")
-            tables.append(pd.DataFrame(identity_row(point) | {
-                "stage": stage, "rank": np.arange(point.ranks),
-                "host": point.run.system.get("host", [""] * point.ranks),
-                "uuid": point.run.system.get("uuid", [""] * point.ranks),
-                "time": median, "time_low": low, "ratio": median / middle[i], "straggler": slow}))
-    if not tables:
+        grid, low = times.rank_median[:len(WORK) + 1], times.rank_low[:len(WORK) + 1]
+        middle = np.nanmedian(np.where(np.isnan(grid).all(axis=1, keepdims=True), 0.0, grid), axis=1)
+        noticed = (middle > NOTICED * middle.sum())[:, None] & (np.array(STAGES[:-1]) != "comm")[:, None]
+        slow = (low > STRAGGLER * middle[:, None]) & noticed
+        timed = middle > 0
+        shape = (int(timed.sum()), point.ranks)
+        system = {name: np.broadcast_to(np.array(point.run.system.get(name) or [""] * point.ranks, dtype=object), shape)
+                  for name in ("host", "uuid")}
+        columns.append({"point_row": np.full(shape, len(identities)), "stage": np.repeat(np.flatnonzero(timed), point.ranks),
+                        "rank": np.broadcast_to(np.arange(point.ranks), shape)} | system |
+                       {"time": grid[timed], "time_low": low[timed], "ratio": grid[timed] / middle[timed, None],
+                        "straggler": slow[timed]})
+        identities.append(identity_row(point))
+    if not columns:
         raise AnalysisError("no point has mode `branches`; run with run.modes = [\"branches\", \"total\"]")
-    return pd.concat(tables, ignore_index=True)
+    data = {name: np.concatenate([c[name].ravel() for c in columns]) for name in columns[0]}
+    # Text stands once: there may be millions of rows.
+    what = pd.DataFrame(identities)
+    what = what.astype({c: "category" for c in what if not pd.api.types.is_numeric_dtype(what[c])})
+    frame = what.take(data.pop("point_row")).reset_index(drop=True)
+    frame["stage"] = pd.Categorical.from_codes(data.pop("stage"), STAGES[:-1])
+    for name, values in data.items():
+        frame[name] = pd.Categorical(values) if name in ("host", "uuid") else values
+    return frame
 
 
 def stragglers(frame):
@@ -43,7 +51,7 @@ def stragglers(frame):
     if slow.empty:
         return pd.DataFrame(columns=["file", "point", "layout", "context", "batch", "rank", "host", "uuid", "stages",
                                      "worst"])
-    named = slow.assign(named=slow.stage + slow.ratio.map(" {:.2f}x".format))
+    named = slow.assign(named=slow.stage.astype(str) + slow.ratio.map(" {:.2f}x".format))
     keys = ["file", "point", "layout", "context", "batch", "rank", "host", "uuid"]
-    table = named.groupby(keys, dropna=False).agg(stages=("named", ", ".join), worst=("ratio", "max")).reset_index()
+    table = named.groupby(keys, dropna=False, observed=True).agg(stages=("named", ", ".join), worst=("ratio", "max")).reset_index()
     return table.sort_values("worst", ascending=False, ignore_index=True)

@@ -70,7 +70,7 @@ def table(frame, columns, caption):
     """A table of these columns in a box of its own that scrolls sideways; INVALID rows stand out."""
     times = time_unit(frame[[c for c in columns if is_time(c)]].to_numpy(dtype=float))
     units = {c: unit_of(c, times) for c in columns}
-    text = {c for c in columns if frame[c].map(lambda v: isinstance(v, str)).all()}
+    text = {c for c in columns if all(isinstance(v, str) for v in frame[c])}
     head = "".join(f'<th scope="col"{"" if c in text else " class=n"}>{escape(heading(c, units[c][1]))}</th>'
                    for c in columns)
     rows = []

@@ -301,7 +301,7 @@ def rank_panels(frame):
     frame = frame[frame.ranks == frame.ranks.max()]
     frame = frame[frame.context == frame.context.max()]
     panels = []
-    for (layout, file, _), rows in spread(frame.groupby(["layout", "file", "point"], sort=True), 4):
+    for (layout, file, _), rows in spread(frame.groupby(["layout", "file", "point"], sort=True, observed=True), 4):
         panels.append(heat_panel(layout, rows))
     return panels
 
