@@ -45,6 +45,7 @@ while [[ $seen -ne $signals ]]; do # a trap ends a wait
   seen=$signals code=0
   wait "$run" || code=$?
 done
+trap - USR1 TERM
 
 if [[ $code -eq 75 && $cancelled -eq 0 ]]; then # interrupted and resumable; after scancel it stays so
   if [[ ${SLURM_RESTART_COUNT:-0} -lt $MAX_RESTARTS ]]; then

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import unittest
 
 from harness import BINARY, HANG, MPIEXEC, SMALL, AppTest, Finished
@@ -18,11 +20,14 @@ class Sweep(AppTest):
         super().setUp()
         self.write("small.toml", SMALL)
 
-    def sweep(self, text, *arguments):
+    def command(self, text, *arguments):
         self.write("list.sweep", text)
         command = [sys.executable, SWEEP, "list.sweep", "--nsa", BINARY, "--launch", LAUNCH, *arguments]
         environment = dict(os.environ, OMP_NUM_THREADS="1", OMPI_MCA_odls_base_sigkill_timeout="0")
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=HANG)
+        return {"args": command, "cwd": self.folder, "env": environment, "text": True}
+
+    def sweep(self, text, *arguments):
+        done = subprocess.run(**self.command(text, *arguments), capture_output=True, timeout=HANG)
         return Finished(done.returncode, done.stdout, done.stderr)
 
     def states(self, done):
@@ -47,6 +52,24 @@ class Sweep(AppTest):
         self.assertEqual(self.states(again), states)
         self.assertEqual(os.stat(os.path.join(self.folder, "list", "small_r1_h1_kv1.h5")).st_mtime_ns, before)
         self.assertEqual(self.sweep("1 1x1 small.toml\n", "--summary").code, 0)
+
+    def test_a_signal_ends_it_and_the_same_command_goes_on(self):
+        text = "2 1x2,2x1 small.toml --set run.context=[64,72,80,88] --set run.min_time=0.5\n"
+        first = os.path.join(self.folder, "list")
+        with subprocess.Popen(**self.command(text), stdout=subprocess.PIPE) as sweep:
+            end = time.monotonic() + HANG
+            while not (os.path.isdir(first) and any(name.endswith(".h5") for name in os.listdir(first))):
+                self.assertLess(time.monotonic(), end)
+                time.sleep(0.05)
+            sweep.send_signal(signal.SIGUSR1)
+            done = Finished(None, sweep.communicate(timeout=HANG)[0], "")
+        self.assertEqual(sweep.returncode, 75, done.out)
+        self.assertEqual(sorted(self.states(done).values()), ["missing", "unfinished"], done.out)
+        done = self.assert_ok(self.sweep(text))
+        self.assertEqual(set(self.states(done).values()), {"done"})
+        log = next(name for name in os.listdir(first) if name.endswith(".log") and "h1_kv2" in name)
+        with open(os.path.join(first, log)) as file:
+            self.assertRegex(file.read(), r"going on after [1-3] points")
 
     def test_a_result_of_another_input_is_neither_replaced_nor_counted(self):
         self.assert_ok(self.sweep("1 auto small.toml\n"))

@@ -37,6 +37,7 @@ SlurmdLogFile={folder}/slurmd.log
 PluginDir={plugins}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+SchedulerParameters=sched_interval=1,bf_interval=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 JobAcctGatherType=jobacct_gather/none
@@ -69,7 +70,7 @@ def free_ports(count):
 
 
 class PrivateSlurm:
-    """`packages`: what get_slurm.sh unpacked. `start` raises RuntimeError with the daemons' last words."""
+    """`packages`: what ../unpack.sh left. `start` raises RuntimeError with the daemons' last words."""
 
     def __init__(self, packages):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="nsa-slurm-", dir="/tmp"))  # short: sockets live in it
@@ -95,9 +96,15 @@ class PrivateSlurm:
         )
 
     def program(self, name):
-        for folder in self.programs:
-            if os.access(os.path.join(folder, name), os.X_OK):
-                return os.path.join(folder, name)
+        """Debian installs slurmd as slurmd-wlm; the daemons behave by the name that they are started under."""
+        for candidate in (os.path.join(folder, name + end) for folder in self.programs for end in ("", "-wlm")):
+            if candidate.endswith("-wlm") and os.access(candidate, os.X_OK):
+                link = self.folder / name
+                if not link.exists():
+                    link.symlink_to(candidate)
+                return str(link)
+            if os.access(candidate, os.X_OK):
+                return candidate
         raise RuntimeError(f"no {name} among the packages")
 
     def daemon(self, *command):

@@ -1,6 +1,6 @@
 """The job scripts under a real Slurm: one node, loopback, the host backend, srun --mpi=pmix and mpirun.
 
-usage: test_slurm.py PACKAGES     a folder for what get_slurm.sh unpacks; exits with 77 where it cannot be had
+usage: test_slurm.py PACKAGES     a folder for what ../unpack.sh leaves; exits with 77 where it cannot be had
 """
 
 import json
@@ -23,7 +23,7 @@ LAUNCHERS = ("srun", "mpirun")
 PLAIN = ("cpu_one_node", "cpu_nodes", "gpu_one_node", "gpu_nodes")
 HERE_ONLY = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1")  # what this node has, over what the scripts ask
 PACKAGES = None
-ALL_DONE = 150  # seconds until every job has ended; some 30 on two quiet cores
+ALL_DONE = 400  # seconds until every job has ended; some 30 on two quiet cores
 
 TINY = """[task]
 kind = "decode"
@@ -37,6 +37,10 @@ context = [64, 128]
 steps = 3
 warmup = 1
 """
+LONG_POINTS = 4
+LONG = TINY.replace("context = [64, 128]", "context = [64, 72, 80, 88]") + """modes = ["total"]
+min_time = 0.5
+"""  # half a second a point at the least: long enough to be told in the middle
 SWEEP = """# ranks  heads x kv  input
 1,2   all   tiny.toml
 """
@@ -55,7 +59,10 @@ class Jobs(unittest.TestCase):
         cls.work.mkdir()
         (cls.work / "scripts").symlink_to(ROOT / "scripts")
         (cls.work / "tiny.toml").write_text(TINY)
+        (cls.work / "long.toml").write_text(LONG)
         (cls.work / "tiny.sweep").write_text(SWEEP)
+        cls.told = set()
+        cls.long_jobs = {launcher: cls.submit("requeue", launcher, "long.toml") for launcher in LAUNCHERS}
         cls.jobs = {(name, launcher): cls.submit(name, launcher) for name in PLAIN for launcher in LAUNCHERS}
         for launcher in LAUNCHERS:
             cls.sweep(launcher)
@@ -68,8 +75,8 @@ class Jobs(unittest.TestCase):
             raise AssertionError(f"left running: {left}")
 
     @classmethod
-    def submit(cls, name, launcher):
-        environment = {"NSA": NSA, "INPUT": "tiny.toml", "LAUNCHER": launcher, "BACKEND": "host"}
+    def submit(cls, name, launcher, text="tiny.toml"):
+        environment = {"NSA": NSA, "INPUT": text, "LAUNCHER": launcher, "BACKEND": "host"}
         gpus = ["--gpus-per-node=2"] if name.startswith("gpu") else []
         said = cls.slurm.run("sbatch", "--parsable", *HERE_ONLY, *gpus, str(SCRIPTS / f"{name}.sh"), cwd=cls.work,
                              **environment)  # fmt: skip
@@ -90,8 +97,17 @@ class Jobs(unittest.TestCase):
         cls.run_sweep(launcher, "--submit", str(SCRIPTS / "sweep.sh"), "--", "--cpus-per-task=1")
 
     @classmethod
+    def all_ended(cls):
+        """On the way, each long job is told once to end, as soon as it has sealed its first point."""
+        for number in cls.long_jobs.values():
+            if number not in cls.told and (cls.work / f"long-{number}.h5").exists():
+                cls.slurm.run("scancel", "--batch", "--signal=USR1", number)
+                cls.told.add(number)
+        return not cls.slurm.run("squeue", "-h").strip()
+
+    @classmethod
     def wait_for_all(cls):
-        cls.slurm.until(lambda: not cls.slurm.run("squeue", "-h").strip(), "the end of all jobs", ALL_DONE)
+        cls.slurm.until(cls.all_ended, "the end of all jobs", ALL_DONE)
 
     def job(self, number):
         """What Slurm knows of a job, as a dictionary."""
@@ -124,6 +140,24 @@ class Jobs(unittest.TestCase):
                 self.assertEqual((told["ranks"], told["backend"], told["result"]), (2, "host", "VALID"))
         self.assert_same(*(f"tiny-{self.jobs['cpu_one_node', launcher]}" for launcher in LAUNCHERS))
 
+    def test_a_signalled_job_requeues_resumes_and_ends_complete(self):
+        undisturbed = ("mpirun", "-n", "2", NSA, "run", "long.toml", "--output", "undisturbed.h5")
+        done = subprocess.run(undisturbed, cwd=self.work, capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        for launcher, number in self.long_jobs.items():
+            with self.subTest(launcher=launcher):
+                output = (self.work / f"nsa-long-{number}.out").read_text()
+                self.assert_completed(number, output)
+                self.assertEqual((self.job(number)["Restarts"], number in self.told), ("1", True), output)
+                self.assertIn(f"requeue: job {number} goes back into the queue, restart 1", output)
+                verdicts = re.findall(r"^RESULT: (\w+)", output, re.MULTILINE)
+                self.assertEqual(verdicts, ["INTERRUPTED", "VALID"], output)
+                kept = int(re.search(r"going on after (\d+) points", output)[1])
+                self.assertTrue(1 <= kept < LONG_POINTS, output)
+                figures = self.result(f"long-{number}")["figures"]
+                self.assertEqual(sum("_time_" in name for name in figures), LONG_POINTS)
+                self.assert_same("undisturbed", f"long-{number}")
+
     def test_the_array_sweep_finishes(self):
         names = ["tiny_r1_h1_kv1", "tiny_r2_h1_kv2", "tiny_r2_h2_kv1"]
         for launcher in LAUNCHERS:
@@ -140,7 +174,7 @@ class Jobs(unittest.TestCase):
 def main():
     global PACKAGES
     PACKAGES = sys.argv.pop(1)
-    got = subprocess.run([HERE / "get_slurm.sh", PACKAGES])
+    got = subprocess.run([HERE.parent / "unpack.sh", PACKAGES, "slurmctld", "slurmd", "slurm-client", "munge"])
     if got.returncode == 77:
         return 77
     if got.returncode == 0 and not shutil.which("mpirun"):
