@@ -127,7 +127,7 @@ class PrivateSlurm:
         return "".join(f"\n--- {name.name}\n" + "\n".join(name.read_text().splitlines()[-12:]) for name in names)
 
     def start(self):
-        for name in ("state", "spool"):
+        for name in ("state", "spool", "pmix"):
             (self.folder / name).mkdir()
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
@@ -140,6 +140,9 @@ class PrivateSlurm:
         for gpu in range(GPUS):
             (self.folder / f"gpu{gpu}").touch()
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{GPUS - 1}]\n")
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # v2 wants systemd; nothing here uses it
+        # Otherwise in /tmp under the job's number, where another Slurm of this machine may have it.
+        (self.folder / "mpi.conf").write_text(f"PMIxCliTmpDirBase={self.folder}/pmix\n")
         munge_files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid",
                        "log-file": "munge.log", "seed-file": "munge.seed"}  # fmt: skip
         self.daemon(self.program("munged"), "--foreground", "--force", "--num-threads=2",
