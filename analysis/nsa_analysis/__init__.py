@@ -15,6 +15,6 @@ from .balance import ranks, stragglers
 from .reading import Point, Run, read, read_file
 from .bandwidth import roofline
 from .curves import karp_flatt, scaling
-from .tables import points_table, stages_table
+from .tables import kernels, points_table, stages_table
 from .cost_model import CostModel, Network, carry, check, fit
 from .verdict import call_gate, gate_table, verdicts

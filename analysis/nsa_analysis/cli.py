@@ -14,7 +14,7 @@ from .errors import AnalysisError
 from .reading import read
 from .report import make_report
 from .stages import branches, reads
-from .tables import points_table
+from .tables import kernels, points_table
 
 EXAMPLES = """examples:
   nsa-analysis report results/ -o report.html           everything, on one page
@@ -34,6 +34,8 @@ BRIEF = {
     "branches": ["context", "batch", "layout", "stage", "median", "low", "high", "share", "max_over_median", "validity"],
     "ranks": ["context", "layout", "stage", "rank", "host", "time", "ratio", "straggler"],
     "roofline": ["context", "layout", "stage", "time", "bytes", "achieved", "fraction", "intensity", "validity"],
+    "kernels": ["branch", "context", "rows", "heads", "head_size", "blocks", "spans", "implementation", "median", "low", "high",
+                "mean_abs_err", "validity"],
     "gate": ["device", "condition", "at", "value", "bound_low", "bound_high", "threshold", "outcome"],
 }
 
@@ -91,6 +93,7 @@ def parser():
     command.add_argument("--fit-ranks", metavar="N,N", help="rank counts to fit to; the others show the error")
     command.add_argument("--up-to", type=int, default=1024, metavar="N", help="ranks to carry it to (1024)")
     network_options(command)
+    table("kernels", run_kernels, "implementations of a branch side by side, of kind = kernels")
     command = add("gate", run_gate, "call `nsa gate` and draw what it decided")
     outputs(command, True)
     command.add_argument("--nsa", metavar="PATH", help="the program ($NSA, else nsa on the PATH)")
@@ -199,6 +202,13 @@ def run_model(options):
     print(f"\nfitted to {', '.join(map(str, model.fit_ranks))} ranks\n" + model.coefficients().to_string(index=False))
     print(f"\nPREDICTED, not measured. Network between nodes: {network.text()}")
     print(carried[["context", "batch", "ranks", "layout", "time", "speedup", "efficiency", "time_comm"]].to_string(index=False))
+
+
+def run_kernels(options):
+    frame = kernels(chosen(options))
+    if frame.empty:
+        raise AnalysisError("no point of these files is of kind = \"kernels\"; run inputs/m4_kernels.toml")
+    put(options, frame, plots.kernel_panels(frame[frame.validity == "VALID"]))
 
 
 def run_gate(options):

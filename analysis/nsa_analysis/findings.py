@@ -20,13 +20,31 @@ def warnings(points):
     """Lines about results that are right and want care."""
     runs = list({p.run.path: p.run for p in points}.values())
     lines = []
+    about = {}  # what is said -> the runs and points it is said of
     for run in runs:
-        lines += of_run(run)
+        for said in of_run(run):
+            about.setdefault(said, []).append(run.path)
     for p in points:
-        lines += of_point(p)
+        for said in of_point(p):
+            about.setdefault(said, []).append(f"{p.run.path}, point {p.index} ({size_text(p)}, {p.layout})")
+    lines += [f"{of[0]}: {said}" if len(of) == 1 else f"{len(of)} times ({of[0]}, …): {said}" for said, of in about.items()]
     unknown = [r.path for r in runs if r.attributes.get("git_commit", "unknown") == "unknown"]
     if unknown:
         lines.append(f"the commit is unknown in {counted(unknown)}: that these runs are of one program cannot be checked")
+    for device in dict.fromkeys(r.device for r in runs):
+        lines += versions([r for r in runs if r.device == device])
+    series = split([p for p in points if p.modes])
+    if len(series) > 1:
+        names = list(differences(series).items())
+        lines.append(f"{len(series)} series that share no curve: they differ in "
+                     + ", ".join(f"{n} ({', '.join(dict.fromkeys(map(str, v)))})" for n, v in names[:8])
+                     + (f" and {len(names) - 8} more" if len(names) > 8 else ""))
+    return list(dict.fromkeys(lines + latest([p for p in points if p.modes])[1]))
+
+
+def versions(runs):
+    """Software that differs between runs on one device."""
+    lines = []
     for name in ("driver", "cuda", "nccl", "mpi", "compiler"):
         values = {}
         for run in runs:
@@ -34,13 +52,7 @@ def warnings(points):
             values.setdefault(found, []).append(run.path)
         if len(values) > 1:
             lines.append(f"{name} differs: " + "; ".join(f"{v or 'none'} in {counted(files)}" for v, files in values.items()))
-    series = split(points)
-    if len(series) > 1:
-        names = differences(series)
-        lines.append(f"{len(series)} series that share no curve: they differ in "
-                     + ", ".join(f"{n} ({', '.join(dict.fromkeys(map(str, v)))})" for n, v in list(names.items())[:8])
-                     + (f" and {len(names) - 8} more" if len(names) > 8 else ""))
-    return list(dict.fromkeys(lines + latest(points)[1]))
+    return lines
 
 
 def counted(files):
@@ -51,34 +63,37 @@ def of_run(run):
     get, system = run.attributes.get, run.system
     lines = []
     if get("status") != "complete":
-        lines.append(f"{run.path}: status {get('status')}: the run did not end; the points it sealed are here")
+        lines.append(f"status {get('status')}: the run did not end; the points it sealed are here")
+    if get("resumed", 0):
+        lines.append(f"went on {get('resumed')} times after it was stopped; its points are of several launches")
+    if str(get("git_commit", "")).endswith("-dirty"):
+        lines.append(f"commit {get('git_commit')}: the program had changes that no commit holds")
     if " + " in run.device:
-        lines.append(f"{run.path}: its ranks ran on different devices: {run.device}")
+        lines.append(f"its ranks ran on different devices: {run.device}")
     before, after = (np.array(system.get(f"clock_mhz_{when}", []), dtype=float) for when in ("before", "after"))
     if len(before) and len(before) == len(after) and (before > 0).all() and (after > 0).all():
         drift = np.abs(after / before - 1).max()
         if drift > CLOCK_DRIFT:
-            lines.append(f"{run.path}: clocks changed by {drift:.0%} while it ran")
+            lines.append(f"clocks changed by {drift:.0%} while it ran")
         if before.max() / before.min() - 1 > CLOCK_DRIFT:
-            lines.append(f"{run.path}: clocks of its ranks are {before.max() / before.min() - 1:.0%} apart")
+            lines.append(f"clocks of its ranks are {before.max() / before.min() - 1:.0%} apart")
     errors = [v for when in ("before", "after") for v in system.get(f"ecc_{when}", []) if v > 0]
     if errors:
-        lines.append(f"{run.path}: uncorrected memory errors (ECC), up to {max(errors):.0f}")
+        lines.append(f"uncorrected memory errors (ECC), up to {max(errors):.0f}")
     return lines
 
 
 def of_point(p):
-    where = f"{p.run.path}, point {p.index} ({size_text(p)}, {p.layout})"
-    lines = [f"{where}: fallback {line}" for line in str(p.get("fallbacks", "")).splitlines()]
+    lines = [f"fallback {line}" for line in str(p.get("fallbacks", "")).splitlines()]
     samples = summarise(p.step_samples())["n"]
     if p.modes and samples < 6:
-        lines.append(f"{where}: {samples} samples; there is no 95% interval below 6")
+        lines.append(f"{samples} samples; there is no 95% interval below 6")
     if p.get("max_abs_err", 0) == -1:
-        lines.append(f"{where}: not checked against float64 (run.check = false)")
+        lines.append("not checked against float64 (run.check = false)")
     if p.get("stop_reason") == "interrupted":
-        lines.append(f"{where}: interrupted")
+        lines.append("interrupted")
     if p.unknown_stages:
-        lines.append(f"{where}: stages {', '.join(p.unknown_stages)} are unknown to this reader and left out")
-    if math.isnan(p.get("copy_bandwidth", math.nan)):
-        lines.append(f"{where}: no copy bandwidth was measured")
+        lines.append(f"stages {', '.join(p.unknown_stages)} are unknown to this reader and left out")
+    if p.bytes is not None and math.isnan(p.get("copy_bandwidth", math.nan)):
+        lines.append("no copy bandwidth was measured")
     return lines

@@ -17,7 +17,8 @@ HEADINGS = {"time_low": "95% low", "time_high": "95% high", "low": "95% low", "h
             "max_over_median": "max/median", "comm_share": "comm", "serial_fraction": "Karp–Flatt",
             "base_ranks": "against ranks", "speedup_low": "at least", "speedup_high": "at most",
             "copy_bandwidth": "copy", "validity": "result", "peak_memory": "peak memory",
-            "selection_share": "selection", "bytes_per_s": "bytes", "flops_per_s": "FLOPs", "flop_rate": "FLOPs", "fraction": "of copy", "ideal_time": "ideal"}
+            "selection_share": "selection", "bytes_per_s": "bytes", "flops_per_s": "FLOPs", "flop_rate": "FLOPs", "fraction": "of copy", "ideal_time": "ideal", "nsa_vibe": "nsa-vibe",
+            "bound_low": "95% low", "bound_high": "95% high"}
 
 
 def escape(value):
@@ -66,7 +67,7 @@ def cell(value, factor):
 OPEN_ROWS = 14  # longer tables are folded on screen; printing unfolds them
 
 
-def table(frame, columns, caption):
+def table(frame, columns, caption, open_rows=OPEN_ROWS):
     """A table of these columns in a box of its own that scrolls sideways; INVALID rows stand out."""
     times = time_unit(frame[[c for c in columns if is_time(c)]].to_numpy(dtype=float))
     units = {c: unit_of(c, times) for c in columns}
@@ -80,7 +81,7 @@ def table(frame, columns, caption):
         rows.append(f"<tr{bad}>{cells}</tr>")
     body = (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
             f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
-    if len(rows) <= OPEN_ROWS:
+    if len(rows) <= open_rows:
         return f'<p class="caption">{escape(caption)}</p>{body}'
     return f"<details><summary>{escape(caption)}, {len(rows)} rows</summary>{body}</details>"
 

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from matplotlib.colors import LogNorm
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from .reading import STAGES
@@ -61,9 +62,10 @@ def log_values(axis, values):
     steps = (1, 1.5, 2, 3, 4, 5, 7) if high / low < 8 else (1, 2, 5) if high / low < 100 else (1,)
     ticks = [m * 10.0**e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1) for m in steps]
     inside = [t for t in ticks if low / 1.3 <= t <= high * 1.3] or [low]
+    inside = inside[::-1][::math.ceil(len(inside) / (7 if low > 1e-3 else 4))]
     axis.set_major_locator(FixedLocator(inside))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}".replace("e-0", "e-")))
 
 
 def draw_intervals(ax, x, y, low, high, i, label):
@@ -145,7 +147,7 @@ def time_panel(label, rows):
         ax.set_yscale("log")
         log_values(ax.yaxis, [*(rows.time * factor), *(rows.ideal_time * factor)])
         ax.set_ylabel(f"time of a step ({unit})")
-    return Panel(f"Every layout, context {label}; kv = ranks / heads", draw)
+    return Panel(f"Every layout, context {label}; kv = ranks / heads", draw, legend_columns=4)
 
 
 def stage_time_panel(frame, strong):
@@ -184,8 +186,7 @@ def fraction_panel(strong, column, title, ylabel):
                 ax.plot(best.ranks, best[column], **style_of(i), label=label)
         rank_axis(ax, strong.ranks)
         ax.yaxis.set_major_formatter(percent())
-        low, high = ax.get_ylim()
-        ax.set_ylim(min(0, low), max(high, 0.01))
+        ax.set_ylim(min(0, strong[column].min() * 1.1), max(ax.get_ylim()[1], 0.01))
         ax.set_ylabel(f"{ylabel} (%)")
     return Panel(f"{title}, fastest layout", draw)
 
@@ -290,7 +291,7 @@ def reads_panels(frame):
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(int(round(v)))))
         log_values(ax.yaxis, [*frame.counted, *frame.expected])
         ax.set_xlabel("context (tokens)")
-        ax.set_ylabel("reads a query and group (tokens)")
+        ax.set_ylabel(f"reads a {'sequence' if frame.kind.iloc[0] == 'prefill' else 'query'} and group (tokens)")
     return [Panel("Reads: counted (marks) and expected (lines)", draw)]
 
 
@@ -312,10 +313,13 @@ def heat_panel(layout, rows):
     context, validity = int(rows.context.iloc[0]), rows.validity.iloc[0]
 
     def draw(ax):
-        reach = max(0.05, float(np.nanmax(np.abs(grid - 1))))
-        image = ax.imshow(grid, aspect="auto", interpolation="nearest", cmap="cividis", vmin=1 - min(reach, 1),
-                          vmax=1 + reach)
-        bar = ax.figure.colorbar(image, ax=ax)
+        reach = float(np.clip(np.nanmax(np.maximum(grid, 1 / np.maximum(grid, 1e-3))), 1.05, 4))
+        image = ax.imshow(grid, aspect="auto", interpolation="nearest", cmap="cividis", norm=LogNorm(1 / reach, reach))
+        far = (2, 4) if reach > 2 else (1.4, 2) if reach > 1.4 else (1.1, 1.2, 1.3) if reach > 1.12 else (1.05, 1.1)
+        ticks = [1, *(t for t in far if t <= reach), *(round(1 / t, 2) for t in far if t <= reach)]
+        bar = ax.figure.colorbar(image, ax=ax, extend="both" if reach == 4 else "neither", ticks=ticks,
+                                 format=FuncFormatter(lambda v, _: f"{v:g}"))
+        bar.minorticks_off()
         bar.set_label("time / median over ranks (1)")
         bar.outline.set_visible(False)
         slow = rows[rows.straggler]
@@ -432,6 +436,11 @@ def gate_panels(table):
     return panels
 
 
+def beside(i, count):
+    """Where mark i of `count` stands in its row, so that intervals do not hide each other."""
+    return 0.5 * (i - (count - 1) / 2) / count
+
+
 def error_bars(rows):
     bars = np.array([rows.value - rows.bound_low, rows.bound_high - rows.value])
     return np.clip(np.nan_to_num(bars), 0, None)
@@ -462,14 +471,69 @@ def interval_panel(title, xlabel, rows, names):
                    label=f"threshold {rows.threshold.iloc[0]:g}")
         for i, (condition, name) in enumerate(names.items()):
             of = rows[rows.condition == condition]
-            ax.errorbar(of.value, [shapes.index(a) for a in of["at"]], xerr=error_bars(of), **style_of(i), capsize=2,
-                        markersize=4, linestyle="none", label=name)
+            ax.errorbar(of.value, [shapes.index(a) + beside(i, len(names)) for a in of["at"]], xerr=error_bars(of), **style_of(i), capsize=2,
+                        markersize=3.5, linestyle="none", label=name)
         ax.set_yticks(range(len(shapes)), shapes, fontsize=7)
         ax.set_ylim(len(shapes) - 0.5, -0.5)
         ax.set_xscale("log")
-        log_values(ax.xaxis, [*rows.value, rows.threshold.iloc[0]])
+        log_values(ax.xaxis, [*rows.value, *rows.bound_low, *rows.bound_high, rows.threshold.iloc[0]])
         ax.set_xlabel(xlabel)
         ax.set_ylabel("shape")
-    return Panel(title, draw, height=1.6 + 0.14 * len(shapes))
+    return Panel(title, draw, height=1.6 + 0.17 * len(shapes))
 
 
+
+
+# Kernels ----------------------------------------------------------------------------------------------------------------
+
+def kernel_panels(frame):
+    """Implementations side by side: against context where that is swept, else shape by shape."""
+    panels = []
+    for (device, branch), rows in frame.groupby(["device", "branch"], sort=False):
+        if rows.context.nunique() > 1:
+            panels.append(kernel_context_panel(f"{device}: {branch}", rows))
+        else:
+            panels.append(kernel_shape_panel(f"{device}: {branch}", rows))
+    return panels
+
+
+def kernel_context_panel(title, frame):
+    """Of the first shape; the table has the others."""
+    shape = ["rows", "heads", "head_size", "blocks", "spans"]
+    first = frame[(frame[shape] == frame[shape].iloc[0]).all(axis=1)]
+    factor, unit = time_unit(first["median"])
+
+    def draw(ax):
+        for i, (name, rows) in enumerate(first.groupby("implementation", sort=False)):
+            rows = rows.sort_values("context")
+            draw_intervals(ax, rows.context, rows["median"] * factor, rows.low * factor, rows.high * factor, i, name)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        contexts = spread(sorted(first.context.unique()), 6)
+        ax.xaxis.set_major_locator(FixedLocator(contexts))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(int(round(v)))))
+        log_values(ax.yaxis, first["median"] * factor)
+        ax.set_xlabel("context (tokens)")
+        ax.set_ylabel(f"time of one execution ({unit})")
+    row = first.iloc[0]
+    return Panel(f"{title}, H={row['heads']} D={row['head_size']}", draw)
+
+
+def kernel_shape_panel(title, frame):
+    factor, unit = time_unit(frame["median"])
+    frame = frame.assign(shape=[f"N={r.rows} H={r.heads} D={r.head_size} n={r.blocks} {r.spans}" for r in frame.itertuples()])
+    shapes = list(dict.fromkeys(frame["shape"]))
+
+    def draw(ax):
+        for i, (name, rows) in enumerate(frame.groupby("implementation", sort=False)):
+            at = [shapes.index(s) + beside(i, frame.implementation.nunique()) for s in rows["shape"]]
+            bars = np.clip(np.nan_to_num([rows["median"] - rows.low, rows.high - rows["median"]]), 0, None) * factor
+            ax.errorbar(rows["median"] * factor, at, xerr=bars, **style_of(i), markersize=3.5, linestyle="none", label=name)
+        ax.set_yticks(range(len(shapes)), shapes, fontsize=7)
+        ax.set_ylim(len(shapes) - 0.5, -0.5)
+        ax.set_xscale("log")
+        log_values(ax.xaxis, frame["median"] * factor)
+        ax.set_xlabel(f"time of one execution ({unit})")
+        ax.set_ylabel("shape")
+    return Panel(title, draw, height=1.7 + 0.19 * len(shapes))

@@ -54,7 +54,7 @@ class Point:
     reads_nsa_vibe: float
     bytes: np.ndarray | None  # [stage, rank]
     peak_memory: float  # byte, largest of any rank
-    kernels: dict | None  # kind = "kernels": implementation -> samples [rep] of the slowest rank, seconds
+    kernels: dict | None  # kind = "kernels": implementation -> {"samples": [rep] of the slowest rank, s; errors}
     unknown_stages: tuple  # of a newer minor schema: this reader leaves them out
 
     def __getitem__(self, key):
@@ -167,7 +167,9 @@ def read_kernels(group, size):
     if time.shape[0] != len(names):
         raise ValueError("'kernels/time' has another shape than its labels")
     warmup = plain(kernels.attrs.get("warmup_reps", group.attrs.get("warmup_reps", 0)))
-    return {name: np.fmax.reduce(time[i, :, warmup:], axis=0) for i, name in enumerate(names)}
+    errors = {name: load(kernels, name, size, 1) for name in ("mean_abs_err", "max_abs_err") if name in kernels}
+    return {name: {"samples": np.fmax.reduce(time[i, :, warmup:], axis=0)} | {e: float(v[i]) for e, v in errors.items()}
+            for i, name in enumerate(names)}
 
 
 def read_point(run, name, group, size):

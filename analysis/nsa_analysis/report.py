@@ -13,7 +13,7 @@ from .curves import scaling
 from .errors import AnalysisError
 from .reading import find_files, read_file
 from .stages import branches, reads
-from .tables import points_table
+from .tables import kernels, points_table
 
 WHAT = ["context", "batch", "layout"]
 
@@ -32,12 +32,12 @@ def make_report(paths, program=None, title="nsa report", network=cost_model.Netw
     points = [p for f in files if f not in csvs for p in read_file(f)]
     if not points:
         raise AnalysisError("a report needs result files (only CSVs were given); `nsa-analysis gate` audits those")
-    groups = series.split(points)
+    groups = series.split([p for p in points if p.modes])
     regenerate = shlex.join(["nsa-analysis", "report", *series.shown_paths(paths), "-o", "report.html"])
     parts = [header(title, points, groups, regenerate), warned(points), runs_section(points)]
     for i, members in enumerate(groups):
         parts.append(series_section(i, members, groups, paths, network))
-    parts += [gate_section(points, csvs, program), points_section(points, paths)]
+    parts += [kernels_section(points, paths), gate_section(points, csvs, program), points_section(points, paths)]
     return html.page(title, "\n".join(filter(None, parts)))
 
 
@@ -115,7 +115,7 @@ def runs_section(points):
     text = "; ".join(f"{c} {frame[c].iloc[0]}" for c in shared
                      if frame[c].iloc[0] not in ("",) and isinstance(frame[c].iloc[0], (str, int)) or c in ("ranks", "points"))
     return (f'<h2 id="runs">Runs</h2>' + (f"<p>All runs: {html.escape(text)}.</p>" if shared else "") +
-            html.table(frame, varying, "System facts, a row a run"))
+            html.table(frame, varying, "System facts, a row a run", open_rows=40))
 
 
 def part(heading, text, command, body):
@@ -171,7 +171,8 @@ def branches_part(prefix, members, command):
     frame, counts = branches(members), reads(members)
     panels = plots.branch_panels(frame) + plots.reads_panels(counts)
     text = ("Mode branches: the stages one after the other, medians of the slowest rank. They can add up to more than a "
-            "step, in which they overlap. Reads: tokens whose K and V one query of one group loads at the last step.")
+            "step, in which they overlap. Reads: tokens whose K and V one query of "
+            "one group loads at the last step; in prefill, all queries of a sequence.")
     body = html.figures(panels, f"{prefix}b")
     body += html.table(frame, columns(frame, [*WHAT, "stage", "median", "low", "high", "n", "share", "max_over_median"]),
                        "Time of the stages")
@@ -188,7 +189,7 @@ def ranks_part(prefix, members, command):
     frame = ranks(members)
     slow = stragglers(frame)
     panels = plots.rank_panels(frame)
-    text = (f"Each rank's median over the median of all ranks, by stage; layouts on {most} ranks. A straggler's 95% interval "
+    text = (f"Each rank's median over the median of all ranks, by stage; layouts on {most} ranks; blank: no work. A straggler's 95% interval "
             "lies above 1.1 times the median, in a stage of at least 1% of the sum. Waiting shows up in comm, so comm "
             "names nobody.")
     body = html.figures(panels, f"{prefix}r")
@@ -218,6 +219,9 @@ def model_part(prefix, members, command, network):
             f"bytes over a rate. Fitted to {', '.join(map(str, model.fit_ranks))} ranks; "
             + (f"held out: {', '.join(map(str, held))} ranks." if held else "no rank count could be held out: its error is "
                "not known."))
+    off = checked[(checked.stage == "step") & (checked.part == "held out")].error.abs().max()
+    trust = ("" if pd.isna(off) else f" On the rank counts held out the model was within {off:.0%} of the measured step"
+             + (": too far to rely on." if off > 0.25 else "."))
     step = checked[checked.stage == "step"]
     body = html.figures(plots.check_panels(checked), f"{prefix}m")
     body += html.table(step, columns(step, [*WHAT, "ranks", "measured", "predicted", "error", "part"]),
@@ -226,16 +230,30 @@ def model_part(prefix, members, command, network):
                        "What the fit found (–: the term takes no part)")
     predicted = (f'<div class="predicted-part"><h3>Predicted, not measured: up to {carried.ranks.max()} ranks</h3>'
                  f"<p class=muted>The layout that the model finds fastest on each rank count. Network between nodes: "
-                 f"{html.escape(network.text())}. Nothing in this box was run.</p>"
+                 f"{html.escape(network.text())}. Nothing in this box was run.{trust}</p>"
                  + html.figures(plots.carry_panels(carried), f"{prefix}p")
                  + html.table(carried, columns(carried, ["context", "batch", "ranks", "layout", "time", "speedup", "efficiency",
                                                          "time_comm"]), "Predictions") + "</div>")
     return part("Cost model", text, command("model"), body + predicted)
 
 
+def kernels_section(points, paths):
+    frame = kernels(points)
+    if frame.empty:
+        return ""
+    command = shlex.join(["nsa-analysis", "kernels", *series.shown_paths(paths), "--figure", "kernels.svg"])
+    shown = columns(frame, ["device", "branch", "context", "rows", "heads", "head_size", "blocks", "spans", "implementation",
+                            "median", "low", "high", "n", "mean_abs_err", "max_abs_err", "validity"])
+    return ('<h2 id="kernels">Kernels</h2>' + "<p class=muted>Implementations of one branch on one shape, repetition beside "
+            "repetition; medians of the slowest rank, errors against float64.</p>" + html.command_line(command) +
+            html.figures(plots.kernel_panels(frame[frame.validity == "VALID"]), "k") +
+            html.table(frame, shown, "Implementations side by side"))
+
+
 def is_evidence(point):
-    """Points that the gate decides on: kernels, and decode with its ablations."""
-    return point.kernels is not None or any(mode.startswith("ablation_") for mode in point.modes)
+    """Points that the gate decides on: selection kernels, and decode with its ablations."""
+    return (point.kernels is not None and point.get("kernels.branch") == "sel") or any(
+        mode.startswith("ablation_") for mode in point.modes)
 
 
 def gate_section(points, csvs, program):

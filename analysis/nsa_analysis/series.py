@@ -9,7 +9,7 @@ from .errors import AnalysisError
 # Parameters that are swept along a curve, or that say how it was measured and not what was.
 SWEPT = ("run.context", "run.batch", "run.force_branch")
 NOT_COMPARED = ("parallel.", "output.", "run.modes", "run.warmup", "run.min_time", "run.check", "run.backend",
-                "needle.")
+                "needle.", "kernels.")
 
 
 def identity(point):
@@ -137,8 +137,9 @@ def command(verb, members, groups, paths, *options):
     left, chosen = [g for g in groups if g is not members], []
     while left:
         names = differences([members, *left])
-        # The condition that leaves fewest other series; the shortest where several do.
-        best = min(names, key=lambda n: (sum(v == names[n][0] for v in names[n][1:]), len(f"{n}{names[n][0]}")))
+        # The condition that leaves fewest other series; of several the plainest, then the shortest.
+        best = min(names, key=lambda n: (sum(v == names[n][0] for v in names[n][1:]), n not in ("task.kind", "device"),
+                                         len(f"{n}{names[n][0]}")))
         value = names[best][0]
         chosen += ["--where", f"{best}={value}"]
         left = [g for g, v in zip(left, names[best][1:]) if v == value]

@@ -109,3 +109,16 @@ def timed_ranks(point):
     """[stage, rank] medians in mode `branches`, own stages and comm, else None."""
     times = point.times("branches")
     return None if times is None else times.rank_median[:len(WORK) + 1]
+
+
+def kernels(points):
+    """kind = "kernels": a row a (point, implementation): the shape, statistics of the slowest rank in s, errors against
+    float64."""
+    rows = []
+    for point in points:
+        for name, found in (point.kernels or {}).items():
+            shape = {key.removeprefix("kernels."): value for key, value in point.parameters.items()
+                     if key.startswith("kernels.") and key != "kernels.implementations"}
+            rows.append(identity_row(point) | shape | {"implementation": name} | summarise(found["samples"]) | {
+                key: found.get(key, NAN) for key in ("mean_abs_err", "max_abs_err")})
+    return pd.DataFrame(rows)

@@ -48,6 +48,12 @@ def point(time, heads=1, kv=1, valid=True, moved=None, **parameters):
     return {"time": time, "heads": heads, "kv": kv, "valid": valid, "moved": moved, "parameters": PARAMETERS | given}
 
 
+def kernel_point(seconds, **parameters):
+    """kind = "kernels": {implementation: s}; the two warm-up repetitions are absurdly long."""
+    p = point(None, **({"task_kind": "kernels"} | parameters))
+    return p | {"kernels": seconds}
+
+
 def write(path, points, device="Test GPU", commit="c0ffee", status="complete", start="2026-01-01T00:00:00Z", schema="1.0",
           **system):
     with h5py.File(path, "w") as file:
@@ -77,6 +83,8 @@ def write_point(group, p):
                         "stop_reason": "steps", "heads": p["heads"], "kv": p["kv"], "first_position": 0, "warmup_reps": 2,
                         "copy_bandwidth": 1e12, "max_abs_err": 1e-4, "fallbacks": "", "fingerprint": "f"})
     group.attrs["routes"] = ["fused", "fused", "fused"]
+    if "kernels" in p:
+        return write_kernels(group.create_group("kernels"), p["kernels"])
     for name, labels in (("mode", ["branches", "total"]), ("stage", STAGES), ("rank", list(range(ranks))),
                          ("rep", list(range(p["time"].shape[3]))), ("branch", ["cmp", "sel", "win"]),
                          ("step", list(range(steps))), ("kind", ["weights", "caches", "activations", "workspace", "total"])):
@@ -91,6 +99,16 @@ def write_point(group, p):
     moved = np.full((len(STAGES), ranks), 1000, dtype=np.int64) if p["moved"] is None else p["moved"]
     put(group, "bytes", moved, ["stage", "rank"], "byte")
     put(group, "memory_peak", np.full((5, ranks), 10**6), ["kind", "rank"], "byte")
+
+
+def write_kernels(group, seconds):
+    for name, labels in ("implementation", list(seconds)), ("rank", [0]), ("rep", list(range(12))):
+        scale(group, name, labels)
+    table = np.full((len(seconds), 1, 12), 1e3)
+    table[:, 0, 2:] = np.array(list(seconds.values()))[:, None]
+    put(group, "time", table, ["implementation", "rank", "rep"], "s")
+    for name in "mean_abs_err", "max_abs_err", "mean_abs_err_se":
+        put(group, name, [1e-5] * len(seconds), ["implementation"])
 
 
 def sweep(folder, step=lambda ranks: 100e-6 / ranks + 10e-6, layouts=((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)),

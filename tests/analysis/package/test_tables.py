@@ -109,3 +109,13 @@ def test_branches_need_their_mode(tmp_path):
     with pytest.raises(AnalysisError, match="branches"):
         nsa_analysis.branches(nsa_analysis.read(path))
     assert nsa_analysis.points_table(nsa_analysis.read(path))["median"][0] == 1e-4
+
+
+def test_kernels(tmp_path):
+    path = made_up.write(tmp_path / "k.h5", [made_up.kernel_point({"fused": 2e-6, "sdpa": 10e-6}, kernels_branch="sel",
+                                                                  kernels_rows=256)])
+    frame = nsa_analysis.kernels(nsa_analysis.read(path)).set_index("implementation")
+    assert frame["median"].to_dict() == {"fused": 2e-6, "sdpa": 10e-6} and frame.n.tolist() == [10, 10]
+    assert frame.rows.tolist() == [256, 256] and frame.mean_abs_err["fused"] == 1e-5
+    with pytest.raises(AnalysisError, match="was timed"):
+        nsa_analysis.scaling(nsa_analysis.read(path))
