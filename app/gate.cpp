@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
@@ -25,6 +27,16 @@ bool is_csv(const std::string& path) {
   return std::filesystem::path(path).extension() == ".csv" && std::string_view(begin.data(), 4) != "\x89HDF";
 }
 
+void write_adr(const std::string& path, const std::vector<DeviceVerdict>& devices) {
+  if (devices.size() != 1)
+    throw UserError("--adr records the verdict of one device (the files are of " + std::to_string(devices.size()) +
+                    "); give the files of one");
+  std::ofstream file(path);
+  print_adr(file, devices[0]);
+  if (!file.flush())
+    throw UserError("cannot write " + path + " (" + std::strerror(errno) + "); choose another --adr", ExitCode::file);
+}
+
 }  // namespace
 
 ExitCode gate(const GateOptions& options) {
@@ -44,6 +56,7 @@ ExitCode gate(const GateOptions& options) {
     for (const CsvAudit& audit : audits) print_audit(std::cout << std::exchange(between, "\n\n"), audit);
     for (const DeviceVerdict& device : devices) print_gate(std::cout << std::exchange(between, "\n\n"), device);
   }
+  if (!options.adr.empty()) write_adr(options.adr, devices);
   int code = 0;
   for (const DeviceVerdict& device : devices) code = std::max(code, code_of(device.verdict));
   for (const CsvAudit& audit : audits) code = std::max(code, audit.evidence() ? 0 : not_evidence);

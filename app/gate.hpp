@@ -12,6 +12,7 @@ namespace nsa {
 struct GateOptions {
   std::vector<std::string> files;      ///< result files and CSVs
   std::vector<std::int64_t> contexts;  ///< those that count; empty: all
+  std::string adr;                     ///< file for the decision record; empty: none
   bool json = false, exit_verdict = false;
 };
 

@@ -59,6 +59,7 @@ void describe(CLI::App& app, CommandLine& line) {
   CLI::App* gate = app.add_subcommand("gate", "Is a custom selection kernel worth it on this device? Needs no GPU");
   gate->add_option("FILES", line.gate.files, "result files, and CSVs of nsa-vibe's benchmark to audit")->required();
   gate->add_option("--context", line.gate.contexts, "only these contexts count")->delimiter(',');
+  gate->add_option("--adr", line.gate.adr, "also write the verdict as a decision record, Markdown");
   gate->add_flag("--json", line.gate.json, "print JSON");
   gate->add_flag("--exit-verdict", line.gate.exit_verdict,
                  "exit code 0 PROCEED, 10 STAY, 11 INCONCLUSIVE, 12 NOT EVIDENCE; the largest of several");

@@ -130,7 +130,9 @@ class Output {
 
   void finish(const RunRecord& run, const std::string& interrupted) {
     if (writer_) writer_->finish(run);
-    if (config_.kind != TaskKind::needle && !points_.empty()) {
+    const bool kernels = config_.kind == TaskKind::kernels;
+    if (kernels && !points_.empty()) print_kernels_notes(std::cout, points_);
+    if (config_.kind != TaskKind::needle && !kernels && !points_.empty()) {
       print_table_notes(std::cout);
       print_slowest(std::cout, points_);
     }
@@ -149,6 +151,9 @@ class Output {
     progress_.clear();
     if (config_.kind == TaskKind::needle) {
       print_needles(std::cout, {record});
+    } else if (config_.kind == TaskKind::kernels) {
+      if (points_.empty()) print_kernels_header(std::cout);
+      print_kernels_row(std::cout, record);
     } else {
       if (points_.empty()) print_table_header(std::cout, columns_);
       print_table_row(std::cout, columns_, record);

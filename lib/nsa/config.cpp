@@ -77,7 +77,27 @@ Value value_of(const std::vector<T>& field, const Spec& spec) {
 
 }  // namespace
 
+namespace {
+
+std::vector<Point> kernel_sweep(const Config& config) {
+  const KernelsConfig& k = config.kernels;
+  std::vector<Point> points;
+  for (const std::int32_t branch : k.branch)
+    for (const Spans spans : branch == sel ? k.spans : std::vector{k.spans.front()})  // only selection has them
+      for (const std::int64_t head_size : k.head_size)
+        for (const std::int64_t heads : k.heads)
+          for (const std::int64_t blocks : branch == sel ? k.blocks : std::vector{k.blocks.front()})
+            for (const std::int64_t rows : k.rows)
+              for (const std::int64_t context : config.run.context)
+                points.push_back(
+                    {context, 1, -1, {static_cast<Branch>(branch), rows, heads, head_size, blocks, spans}});
+  return points;
+}
+
+}  // namespace
+
 std::vector<Point> sweep(const Config& config) {
+  if (config.kind == TaskKind::kernels) return kernel_sweep(config);
   std::vector<Point> points;
   for (const std::int32_t branch : config.run.force_branch) {
     for (const std::int64_t batch : config.run.batch) {
@@ -92,6 +112,12 @@ std::vector<Parameter> parameters(const Config& config, const Point& point) {
   at_point.run.context = {point.context};
   at_point.run.batch = {point.batch};
   at_point.run.force_branch = {point.force_branch};
+  if (config.kind == TaskKind::kernels) {
+    const KernelShape& shape = point.kernel;
+    KernelsConfig& k = at_point.kernels;
+    k.branch = {shape.branch}, k.spans = {shape.spans}, k.rows = {shape.rows}, k.heads = {shape.heads};
+    k.head_size = {shape.head_size}, k.blocks = {shape.blocks};
+  }
   std::vector<Parameter> list;
   visit_keys(std::as_const(at_point), [&](const char* key, const auto& field, const auto& spec) {
     list.emplace_back(key, value_of(field, spec));

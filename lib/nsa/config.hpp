@@ -17,6 +17,7 @@ enum class TaskKind { decode, prefill, kernels, needle };
 enum class Scope { layer, attention };        ///< attention: q, k, v and gates are given
 enum class CacheFill { prefill, synthetic };  ///< synthetic: caches filled directly
 enum class BackendChoice { automatic, host, cuda };
+enum class Spans { contiguous, mixed, scattered };  ///< how a row's selected blocks lie
 enum class Mode { branches, total, ablation, one_hot };
 
 struct ModelConfig {
@@ -59,6 +60,17 @@ struct NeedleConfig {
   std::vector<double> depths = {0.0, 0.25, 0.5, 0.75, 1.0};  ///< fraction of the context
 };
 
+struct KernelsConfig {  ///< kind = "kernels"; every list but the last is swept
+  std::vector<std::int32_t> branch = {sel};
+  std::vector<std::int64_t> rows = {256};      ///< query rows N at the end of the context; 0: every position of it
+  std::vector<std::int64_t> heads = {4};       ///< that share one K and V
+  std::vector<std::int64_t> head_size = {64};  ///< Dk = Dv
+  std::vector<std::int64_t> blocks = {16};     ///< n, selected for each row
+  std::vector<Spans> spans = {Spans::scattered};
+  bool cold = true;  ///< no execution finds its K and V in a cache
+  std::vector<std::string> implementations = {"fused", "sdpa", "sdpa_packed"};
+};
+
 struct OutputConfig {
   std::string file = "result.h5";
   bool tensors = false;
@@ -82,15 +94,24 @@ struct Config {
   RouteConfig route;
   RuntimeConfig runtime;
   NeedleConfig needle;
+  KernelsConfig kernels;
   std::string input_file;
   OutputConfig output;
   std::map<std::string, SourcePosition> origin;  ///< "model.d_k" -> where it was set; defaults are not in it
+};
+
+/// What a point of kind = "kernels" measures.
+struct KernelShape {
+  Branch branch = sel;
+  std::int64_t rows = 0, heads = 1, head_size = 64, blocks = 1;
+  Spans spans = Spans::scattered;
 };
 
 /// One point of the sweep.
 struct Point {
   std::int64_t context = 0, batch = 1;
   std::int32_t force_branch = -1;
+  KernelShape kernel = {};  ///< kind = "kernels"
 };
 
 /// Reads `text` (named `path` in messages) after applying `overrides` ("section.key=value", TOML values).

@@ -45,6 +45,11 @@ inline constexpr Choice<Mode> mode_names[] = {
 inline constexpr Choice<std::int32_t> forced_branches[] = {{"none", -1}, {"cmp", cmp}, {"sel", sel}, {"win", win}};
 inline constexpr Choice<Scope> scopes[] = {{"layer", Scope::layer}, {"attention", Scope::attention}};
 inline constexpr Choice<CacheFill> fills[] = {{"prefill", CacheFill::prefill}, {"synthetic", CacheFill::synthetic}};
+inline constexpr Choice<std::int32_t> branch_choices[] = {{"cmp", cmp}, {"sel", sel}, {"win", win}};
+inline constexpr Choice<Spans> span_choices[] = {
+    {"contiguous", Spans::contiguous}, {"mixed", Spans::mixed}, {"scattered", Spans::scattered}};
+inline const Choice<std::string> implementation_choices[] = {
+    {"fused", "fused"}, {"sdpa", "sdpa"}, {"sdpa_packed", "sdpa_packed"}, {"masked", "masked"}, {"flash", "flash"}};
 inline const Choice<std::string> sel_routes[] = {
     {"auto", "auto"}, {"sdpa", "sdpa"}, {"masked", "masked"}, {"fused", "fused"}};
 inline const Choice<std::string> dense_routes[] = {
@@ -106,6 +111,15 @@ void visit_keys(ConfigOrConst& c, Visitor&& visit) {
   visit("runtime.sel_triton_min_L", c.runtime.sel_triton_min_l, Range{0, 1 << 30});
 
   visit("needle.depths", c.needle.depths, RealRange{0.0, 1.0});
+
+  visit("kernels.branch", c.kernels.branch, branch_choices);
+  visit("kernels.rows", c.kernels.rows, Range{0, 1 << 24});
+  visit("kernels.heads", c.kernels.heads, heads);
+  visit("kernels.head_size", c.kernels.head_size, head_size);
+  visit("kernels.blocks", c.kernels.blocks, small);
+  visit("kernels.spans", c.kernels.spans, span_choices);
+  visit("kernels.cold", c.kernels.cold, Any{});
+  visit("kernels.implementations", c.kernels.implementations, implementation_choices);
 
   visit("input.file", c.input_file, Any{});
 

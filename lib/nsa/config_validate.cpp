@@ -136,8 +136,6 @@ void check_run(const Config& c, Checker& check) {
   if (r.fill == CacheFill::synthetic && !c.input_file.empty())
     check.add({"run.fill", "input.file"},
               "run.fill = \"synthetic\" takes nothing from input.file; use fill = \"prefill\"");
-  if (c.kind == TaskKind::kernels)
-    check.add({"task.kind"}, "task.kind = \"kernels\" is not built yet; use \"decode\", \"prefill\" or \"needle\"");
   if (c.output.file.empty()) check.add({"output.file"}, "output.file is empty; name the result file");
 }
 
@@ -154,6 +152,35 @@ void check_needle(const Config& c, Checker& check) {
               fmt::format("task.kind = \"needle\" needs at most d_k / 2 = {} heads a group (one key points along all "
                           "queries of its group)",
                           c.model.d_k / 2));
+}
+
+/// Rows lie within the context, and in front of them are blocks enough to choose from.
+void check_kernels(const Config& c, Checker& check) {
+  if (c.kind != TaskKind::kernels) return;
+  const KernelsConfig& k = c.kernels;
+  if (c.run.batch != std::vector<std::int64_t>{1} || c.run.force_branch != std::vector<std::int32_t>{-1})
+    check.add({"run.batch", "run.force_branch"},
+              "task.kind = \"kernels\" has one sequence and no gates; leave run.batch and run.force_branch out");
+  if (!c.input_file.empty())
+    check.add({"input.file"}, "task.kind = \"kernels\" has synthetic inputs; leave input.file out");
+  if (!c.output.csv.empty() || c.output.tensors)
+    check.add({"output.csv", "output.tensors"},
+              "task.kind = \"kernels\" has no CSV and no tensors; leave output.csv and output.tensors out");
+  if (!check.fine({"run.context", "kernels.rows", "kernels.blocks", "kernels.branch", "nsa.l_sel"})) return;
+  const std::int64_t context = *std::min_element(c.run.context.begin(), c.run.context.end());
+  const std::int64_t rows = *std::max_element(k.rows.begin(), k.rows.end());
+  if (rows > context)
+    check.add(
+        {"kernels.rows", "run.context"},
+        fmt::format("kernels.rows = {} must be at most run.context = {} (the rows end the context)", rows, context));
+  if (std::count(k.branch.begin(), k.branch.end(), sel) == 0) return;
+  const std::int64_t blocks = *std::max_element(k.blocks.begin(), k.blocks.end());
+  const bool all = std::count(k.rows.begin(), k.rows.end(), 0) > 0;
+  if (all || (context - rows) / c.nsa.l_sel < blocks)
+    check.add({"kernels.blocks", "kernels.rows", "run.context"},
+              fmt::format("kernels.blocks = {} needs as many blocks of {} tokens in front of the first row; raise "
+                          "run.context = {} or lower kernels.rows = {}",
+                          blocks, c.nsa.l_sel, context, all ? 0 : rows));
 }
 
 /// Elements of the largest tensor of any point stay below 2^50, so that no index or byte count overflows.
@@ -178,6 +205,7 @@ void validate(const Config& config) {
   check_layer(config, check);
   check_run(config, check);
   check_needle(config, check);
+  check_kernels(config, check);
   check_sizes(config, check);
   check.finish();
 }

@@ -9,6 +9,7 @@
 #include <fstream>
 
 #include "nsa/decode.hpp"
+#include "nsa/kernel_bench.hpp"
 #include "nsa/measure.hpp"
 #include "nsa/needle.hpp"
 #include "nsa/point.hpp"
@@ -142,6 +143,11 @@ std::string fingerprint(const Session& session, const Config& config, const Poin
 
 MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, const Partition& partition,
                              const Point& point) {
+  if (config.kind == TaskKind::kernels) {
+    MemoryAccount account;
+    KernelBench(Allocator{dry_device(), account}, kernels, config, point);
+    return account;
+  }
   const bool needle = config.kind == TaskKind::needle;
   const Config planned = needle ? needle_config(config) : config;
   const Point at = needle ? needle_point(point) : point;
@@ -180,6 +186,8 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
   MemoryAccount used;
   if (config.kind == TaskKind::needle) {
     used = run_needles(session, config, point, record, progress);
+  } else if (config.kind == TaskKind::kernels) {
+    used = run_kernels(session, config, point, record, progress);
   } else {
     std::unique_ptr<TensorSource> source;
     agreed(session.world, [&] { source = std::make_unique<TensorSource>(config, config.input_file); });
@@ -187,7 +195,9 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
                                            : run_prefill(session, config, point, *source, record, progress);
   }
   record.memory = gather_memory(session, planned, used, status_bytes("VmHWM") - resident);
-  const std::vector<std::int64_t> bytes = session.world.gather(modelled_bytes(config, partition, point));
+  const std::vector<std::int64_t> bytes = config.kind == TaskKind::kernels
+                                              ? std::vector<std::int64_t>{}
+                                              : session.world.gather(modelled_bytes(config, partition, point));
   const std::int64_t ranks = session.world.size();
   for (int stage = 0; stage < stage_count && !bytes.empty(); ++stage)
     for (std::int64_t r = 0; r < ranks; ++r) record.bytes.push_back(bytes[r * stage_count + stage]);

@@ -72,6 +72,14 @@ std::vector<double> kernel_samples(const PointRecord& point, std::string_view im
   return slowest;
 }
 
+Summary kernel_ratio(const PointRecord& point, std::string_view of, std::string_view to, double miss) {
+  std::vector<double> ratio = kernel_samples(point, of);
+  const std::vector<double> below = kernel_samples(point, to);
+  ratio.resize(std::min(ratio.size(), below.size()));
+  for (std::size_t i = 0; i < ratio.size(); ++i) ratio[i] /= below[i];
+  return summarise(std::move(ratio), miss);
+}
+
 Summary stage_time(const PointRecord& point, std::string_view mode, Stage stage) {
   return summarise(slowest_samples(point, mode, stage));
 }

@@ -18,6 +18,10 @@ std::vector<double> slowest_samples(const PointRecord& point, std::string_view m
 /// rank's. Empty: not measured.
 std::vector<double> kernel_samples(const PointRecord& point, std::string_view implementation);
 
+/// Time of one implementation over that of another, repetition by repetition; the interval of the median misses with
+/// probability `miss`. NaN where one was not measured.
+Summary kernel_ratio(const PointRecord& point, std::string_view of, std::string_view to, double miss = 0.05);
+
 /// Summary of slowest_samples; NaN where not timed.
 Summary stage_time(const PointRecord& point, std::string_view mode, Stage stage);
 

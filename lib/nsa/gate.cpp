@@ -6,10 +6,12 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <sstream>
 
 #include "kernels/error.hpp"
 #include "nsa/figures.hpp"
 #include "nsa/gate_files.hpp"
+#include "nsa/report.hpp"
 
 namespace nsa {
 namespace {
@@ -141,16 +143,16 @@ std::int64_t find_implementation(const KernelRecord& k, const char* name) {
   return at == k.implementations.end() ? -1 : at - k.implementations.begin();
 }
 
-/// Time of the first over time of the second, paired by repetition.
 Measured ratio(const PointRecord& point, const char* of, const char* to, double missing) {
-  const Samples a = kernel_samples(point, of), b = kernel_samples(point, to);
-  return measured(paired(a, b, std::divides<>()), missing);
+  const Summary s = kernel_ratio(point, of, to, missing);
+  return {s.median, s.low, s.high, s.n};
 }
 
 Measured mean_error(const KernelRecord& k, double missing) {
   const std::int64_t at = find_implementation(k, "fused");
   if (at < 0) return {none, none, none, 0};
   const double mean = k.mean_abs_err[static_cast<std::size_t>(at)];
+  if (std::isnan(mean)) return {none, none, none, 0};  // run.check was off
   const double half = normal_quantile(missing) * k.mean_abs_err_se[static_cast<std::size_t>(at)];
   return {mean, std::max(0.0, mean - half), mean + half, 1};
 }
@@ -179,7 +181,7 @@ Condition over_shapes(const DevicePoints& points, const std::vector<ShapeResult>
     const Measured& m = shape.*field;
     if (std::isnan(m.low)) {
       if (unknown.empty())
-        unknown = m.n == 0 ? fmt::format("{} lacks an implementation", shape.name)
+        unknown = m.n == 0 ? fmt::format("{} lacks an implementation, or was not checked", shape.name)
                            : fmt::format("{}: {}", shape.name, too_few(m.n, miss / static_cast<double>(shapes.size())));
       continue;
     }
@@ -281,19 +283,18 @@ void decide(DeviceVerdict& device) {
 }
 
 DeviceVerdict judge_device(const DevicePoints& points, const std::vector<std::int64_t>& contexts) {
-  DeviceVerdict device{points.device,
-                       points.backend,
-                       points.git_commit,
-                       points.precision,
-                       points.files,
-                       {},
-                       {},
-                       {},
-                       {},
-                       {},
-                       points.notes,
-                       Verdict::inconclusive,
-                       {}};
+  DeviceVerdict device;
+  device.device = points.device;
+  device.backend = points.backend;
+  device.git_commit = points.git_commit;
+  device.precision = points.precision;
+  device.measured = points.measured;
+  device.files = points.files;
+  device.commands = points.commands;
+  device.notes = points.notes;
+  std::ostringstream guards;
+  print_guards(guards, points.dense);
+  device.guards = guards.str();
   device.shapes = shape_results(points);
   const auto shapes = [&](Measured ShapeResult::*field, const char* name, double threshold, bool at_least) {
     return over_shapes(points, device.shapes, field, {name, threshold, at_least, {}, Outcome::open, {}});

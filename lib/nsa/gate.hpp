@@ -59,10 +59,12 @@ struct ShapeResult {
 
 struct DeviceVerdict {
   std::string device, backend, git_commit, precision;
-  std::vector<std::string> files;
+  std::string measured;  ///< when the last of its runs ended, UTC
+  std::vector<std::string> files, commands;
   std::vector<ContextVerdict> contexts;
   std::vector<ShapeResult> shapes;
   Condition speedup, speedup_packed, error;  ///< of the worst shape; the first and the last decide
+  std::string guards;                        ///< flash against sdpa (report.hpp), where files hold it
   std::vector<std::string> notes;            ///< what was left out, and what a reader should know
   Verdict verdict = Verdict::inconclusive;
   std::string why;
@@ -79,6 +81,8 @@ struct GateFile {
 std::vector<DeviceVerdict> judge(const std::vector<GateFile>& files, const std::vector<std::int64_t>& contexts = {});
 
 void print_gate(std::ostream& out, const DeviceVerdict& device);
+/// The decision as a record in Markdown, with the page and all shapes: what docs/adr/ holds.
+void print_adr(std::ostream& out, const DeviceVerdict& device);
 /// Both as one JSON document: docs/METRICS.md.
 void print_gate_json(std::ostream& out, const std::vector<DeviceVerdict>& devices, const std::vector<CsvAudit>& audits);
 

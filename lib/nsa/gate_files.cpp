@@ -88,7 +88,7 @@ void add_point(DevicePoints& device, const PointRecord& point, const std::string
       device.notes.push_back(fmt::format("{}: points of kind {} are not read", path, kind));
     return;
   }
-  if (kernels && text_parameter(point, "kernels.branch", "sel") != "sel") return;
+  if (kernels && text_parameter(point, "kernels.branch", "sel") != "sel") return device.dense.push_back(&point);
   if (!kernels && text_parameter(point, "run.force_branch", "none") != "none") {
     device.notes.push_back(fmt::format("{}: {} is left out (forced gates)", path, point_key(point)));
     return;
@@ -123,15 +123,12 @@ std::vector<DevicePoints> sort_files(const std::vector<GateFile>& files) {
                            [&](const DevicePoints& d) { return d.backend + " " + d.device == key; });
     Seen& seen = seen_of[key];
     if (at == devices.end()) {
-      at = devices.insert(at, {name,
-                               run.backend,
-                               run.git_commit,
-                               text_parameter(file.result.points[0], "model.precision"),
-                               {},
-                               {},
-                               {},
-                               {},
-                               {}});
+      DevicePoints fresh;
+      fresh.device = name;
+      fresh.backend = run.backend;
+      fresh.git_commit = run.git_commit;
+      fresh.precision = text_parameter(file.result.points[0], "model.precision");
+      at = devices.insert(at, std::move(fresh));
       seen.commit_file = file.path;
       if (run.git_commit.ends_with("-dirty"))
         at->notes.push_back(fmt::format("commit {}: the program had changes that no commit holds", run.git_commit));
@@ -142,6 +139,8 @@ std::vector<DevicePoints> sort_files(const std::vector<GateFile>& files) {
                       name, seen.commit_file, at->git_commit, file.path, run.git_commit));
     }
     at->files.push_back(file.path);
+    at->commands.push_back(run.argv);
+    at->measured = std::max(at->measured, run.end);
     if (run.status != "complete")
       at->notes.push_back(
           fmt::format("{}: its run did not end (status {}); the points it has are whole", file.path, run.status));

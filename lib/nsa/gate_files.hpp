@@ -9,8 +9,9 @@
 namespace nsa {
 
 struct DevicePoints {
-  std::string device, backend, git_commit, precision;
-  std::vector<std::string> files;
+  std::string device, backend, git_commit, precision, measured;
+  std::vector<std::string> files, commands;
+  std::vector<const PointRecord*> dense;            ///< kernels of the other branches
   std::vector<const PointRecord*> decode, kernels;  ///< valid ones, kernels of the selected branch
   std::vector<std::string> invalid_shapes;          ///< kernel points that are INVALID
   std::vector<std::string> notes;

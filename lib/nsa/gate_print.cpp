@@ -171,8 +171,33 @@ void print_gate(std::ostream& out, const DeviceVerdict& device) {
   print_shapes(out, device);
   fmt::print(out, "Intervals: 95% for all contexts, or shapes, of a condition at once.\n\n");
   print_accounts(out, device);
+  if (!device.guards.empty()) fmt::print(out, "\n{}", device.guards);
   for (const std::string& note : device.notes) fmt::print(out, "note: {}\n", note);
   fmt::print(out, "\nVERDICT: {} ({})\n", word_of(device.verdict), device.why);
+}
+
+void print_adr(std::ostream& out, const DeviceVerdict& device) {
+  fmt::print(out, "# Selection kernel on {}: {}\n\n", device.device, word_of(device.verdict));
+  fmt::print(out, "- Status: {}, by the rule in [METRICS.md](../METRICS.md#the-gate); written by `nsa gate --adr`\n",
+             device.verdict == Verdict::inconclusive ? "open" : "decided");
+  fmt::print(out, "- Measured: {}, commit {}, {}, {} backend\n", device.measured, device.git_commit, device.precision,
+             device.backend);
+  for (std::size_t i = 0; i < device.files.size(); ++i)
+    fmt::print(out, "- `{}`: `{}`\n", device.files[i], device.commands[i]);
+  fmt::print(
+      out,
+      "\n## Question\n\nIs a custom selection kernel (`fused`) worth shipping on this device instead of packed SDPA "
+      "(`sdpa`)?\n\n## Decision\n\n**{}**: {}.\n\n## Evidence\n\n```\n",
+      word_of(device.verdict), device.why);
+  print_gate(out, device);
+  fmt::print(out, "```\n\n| shape | sdpa / fused | sdpa_packed / fused | mean error |\n|---|---|---|---|\n");
+  for (const ShapeResult& s : device.shapes)
+    fmt::print(out, "| {} | {} | {} | {} |\n", s.name, with_interval(s.with_gather, 1, 2, "x"),
+               with_interval(s.packed, 1, 2, "x"), error_text(s.error));
+  fmt::print(out,
+             "\n## What would change it\n\nAnother device, driver or build: run the commands above there and `nsa "
+             "gate` on the "
+             "files. A routing entry follows this record and names it.\n");
 }
 
 void print_gate_json(std::ostream& out, const std::vector<DeviceVerdict>& devices,

@@ -99,6 +99,17 @@ void print_exchanges(std::ostream& out, const Config& config, const Point& point
                e.ranks, bytes_text(static_cast<double>(e.bytes)));
 }
 
+/// Every rank measures every shape by itself.
+void print_kernels_plan(std::ostream& out, const Config& config, const KernelTable& kernels, int ranks) {
+  const std::vector<Point> points = sweep(config);
+  std::size_t most = 0;
+  for (const Point& point : points)
+    most = std::max(most, planned_memory(kernels, config, make_partition(config, ranks, 0), point).total_peak);
+  fmt::print(out, "plan: {} ranks, each measures {} shapes, {} at most at a time\n", ranks, points.size(),
+             bytes_text(static_cast<double>(most)));
+  fmt::print(out, "result file: about {}\n", bytes_text(static_cast<double>(planned_result_bytes(config, ranks))));
+}
+
 }  // namespace
 
 std::size_t planned_result_bytes(const Config& config, int ranks) {
@@ -128,6 +139,7 @@ void print_plan(std::ostream& out, const Config& config, int ranks) {
   const auto [heads, kv] = factorise(config, ranks);
   const std::vector<Point> points = sweep(config);
   const Backend backend = planning_backend(config);
+  if (config.kind == TaskKind::kernels) return print_kernels_plan(out, config, *backend.kernels, ranks);
   std::int64_t positions = 0;
   for (const Point& point : points) positions = std::max(positions, total_positions(config, point));
 

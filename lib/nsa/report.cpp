@@ -29,6 +29,7 @@ std::string percent_text(double share) { return std::isnan(share) ? "-" : fmt::f
 /// What tells a point from the others of a sweep, as the tail of a name: "context_1024",
 /// "context_64_batch_4_force_sel".
 std::string point_name(const PointRecord& point) {
+  if (text_parameter(point, "task.kind") == "kernels") return kernel_point_name(point);
   std::string name = fmt::format("context_{}", integer_parameter(point, "run.context", 0));
   const std::int64_t batch = integer_parameter(point, "run.batch", 1);
   if (batch != 1) name += fmt::format("_batch_{}", batch);
@@ -37,9 +38,6 @@ std::string point_name(const PointRecord& point) {
   return name;
 }
 
-struct Figure {
-  std::string name, value, unit;
-};
 using Figures = std::vector<Figure>;
 
 void add_time_figures(Figures& figures, const PointRecord& point) {
@@ -70,6 +68,7 @@ Figures figures_of(const PointRecord& point) {
   const std::string kind = text_parameter(point, "task.kind", "step"), name = point_name(point);
   Figures figures;
   add_time_figures(figures, point);
+  if (kind == "kernels") figures = kernel_figures(point);
   if (const auto found = point.needle.find("found"); found != point.needle.end() && !found->second.empty()) {
     const auto hits = std::count(found->second.begin(), found->second.end(), 1.0);
     const double share = static_cast<double>(hits) / static_cast<double>(found->second.size());

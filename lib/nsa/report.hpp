@@ -25,6 +25,11 @@ void print_table(std::ostream& out, const std::vector<PointRecord>& points);
 /// The slowest rank of each point and by how much (max / median over ranks of their own work). One rank: nothing.
 void print_slowest(std::ostream& out, const std::vector<PointRecord>& points);
 
+/// A FOM line.
+struct Figure {
+  std::string name, value, unit;
+};
+
 /// "FOM name = value unit" lines, then "RESULT: VALID", "RESULT: INVALID (reason)" or, where the run was stopped before
 /// its end, "RESULT: INTERRUPTED (how far it came)". Names and order are stable.
 void print_figures(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted = "");
@@ -35,6 +40,21 @@ std::string to_json(const RunRecord& run, const std::string& file, const std::ve
 
 /// kind = "needle": depth x found.
 void print_needles(std::ostream& out, const std::vector<PointRecord>& points);
+
+/// kind = "kernels": one line a point, the implementations' times, the speed of the custom one (fused for sel, else
+/// flash) over sdpa with its interval, and its errors. The notes end with print_guards.
+void print_kernels_header(std::ostream& out);
+void print_kernels_row(std::ostream& out, const PointRecord& point);
+void print_kernels_notes(std::ostream& out, const std::vector<PointRecord>& points);
+
+/// From which length on flash is at least 1.2 times as fast as sdpa at every length measured, for win and cmp, as lines
+/// of [runtime]; nothing where it was not measured.
+void print_guards(std::ostream& out, const std::vector<const PointRecord*>& points);
+
+/// FOM lines of such a point.
+std::vector<Figure> kernel_figures(const PointRecord& point);
+/// "sel_N256_H4_D64_n8_scattered_context_8192": what tells it from the others of its sweep.
+std::string kernel_point_name(const PointRecord& point);
 
 /// nsa-vibe's columns S, ms_total, ms_cmp, ms_sel (rank + attend_sel), ms_win, reads_actual, reads_expected,
 /// reads_actual_decode, reads_expected_decode, and reads_nsa_vibe. Reads are those of last_reads (figures.hpp):

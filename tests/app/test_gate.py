@@ -92,5 +92,72 @@ class Files(AppTest):
         self.refuses(USAGE, ["a.h5 and a.h5 both hold decode, context 64"], "a.h5", "a.h5")
 
 
+KERNELS = """[task]
+kind = "kernels"
+[model]
+precision = "fp32"
+[run]
+backend = "host"
+context = 512
+steps = 12
+warmup = 2
+[kernels]
+rows = 32
+heads = 2
+head_size = 16
+blocks = 4
+implementations = ["fused", "sdpa", "sdpa_packed", "masked"]
+"""
+
+
+class Kernels(AppTest):
+    def test_kernels_from_run_to_record(self):
+        self.write("k.toml", KERNELS)
+        done = self.assert_ok(self.nsa("run", "k.toml", "--output", "k.h5", "--set", 'kernels.spans=["mixed", "scattered"]'))
+        name = "sel_N32_H2_D16_n4_mixed_context_512"
+        for figure in ("kernels_fused_time", "kernels_sdpa_time", "kernels_sdpa_packed_time", "kernels_speedup",
+                       "kernels_speedup_packed", "kernels_mean_abs_err", "kernels_max_abs_err"):
+            self.assertIn(f"FOM {figure}_{name} = ", done.out)
+        self.assertEqual(done.out.splitlines()[-1], "RESULT: VALID")
+        self.write("d.toml", SMALL)
+        self.assert_ok(self.nsa("run", "d.toml", "--output", "d.h5", "--set", "run.steps=12", "--set", "route.sel=sdpa",
+                                "--set", 'run.modes=["branches", "total", "ablation"]'))
+        page = self.assert_ok(self.nsa("gate", "d.h5", "k.h5", "--adr", "adr.md")).out
+        self.assertRegex(page, r"with the gather +\d+\.\d\dx \[")
+        self.assertRegex(page, r"error +\d\.\de-0\d \[.*\] +<= 0.001 +met")
+        self.assertRegex(page, r"VERDICT: (PROCEED|STAY|INCONCLUSIVE) \(")
+        with open(os.path.join(self.folder, "adr.md")) as file:
+            record = file.read()
+        self.assertIn("| N=32 H=2 D=16 n=4 scattered |", record)
+        self.assertIn("`d.h5`: `", record)
+
+    def test_on_two_ranks(self):
+        self.write("k.toml", KERNELS)
+        done = self.assert_ok(self.nsa("run", "k.toml", ranks=2))
+        self.assertEqual(done.out.splitlines()[-1], "RESULT: VALID")
+        self.assertIn("plan: 2 ranks, each measures 1 shapes", self.nsa("run", "k.toml", "--dry-run", "--ranks", "2").out)
+
+    def test_flash_guard_shape(self):
+        self.write("k.toml", KERNELS)
+        done = self.assert_ok(self.nsa("run", "k.toml", "--set", 'kernels.branch=["win", "cmp"]', "--set", "kernels.rows=0",
+                                       "--set", 'kernels.implementations=["flash", "sdpa"]'))
+        self.assertIn("FOM kernels_sdpa_time_win_H2_D16_context_512 = ", done.out)
+        self.assertEqual(done.out.splitlines()[-1], "RESULT: VALID")
+
+    def test_what_is_wrong_with_an_input(self):
+        self.write("k.toml", KERNELS)
+        for settings, part in ((["kernels.rows=600"], "kernels.rows = 600 must be at most run.context = 512"),
+                               (["kernels.rows=300"], "kernels.blocks = 4 needs as many blocks of 64 tokens"),
+                               (["kernels.rows=0"], "kernels.blocks = 4 needs as many blocks"),
+                               (["kernels.spans=[]"], "kernels.spans is empty"),
+                               (["kernels.spans=diagonal"], '"contiguous", "mixed", "scattered"'),
+                               (["run.batch=2"], "has one sequence and no gates"),
+                               (["output.tensors=true"], "has no CSV and no tensors")):
+            with self.subTest(settings=settings):
+                done = self.nsa("run", "k.toml", *(word for key in settings for word in ("--set", key)))
+                self.assertEqual(done.code, USAGE, done.out + done.err)
+                self.assertIn(part, done.err)
+
+
 if __name__ == "__main__":
     unittest.main(verbosity=2)
