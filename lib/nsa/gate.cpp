@@ -238,6 +238,8 @@ ContextVerdict judge_context(const PointRecord& point, double missing, const Con
   v.share_ablation = measured(paired(step_samples(point, "ablation_sel"), step_samples(point, "total"),
                                      [](double without, double whole) { return 1 - without / whole; }),
                               missing);
+  v.one_hot =
+      measured(paired(step_samples(point, "one_hot_sel"), step_samples(point, "total"), std::divides<>()), missing);
   v.share_attention =
       measured(paired(stage_sum(point, selection), stage_sum(point, attention), std::divides<>()), missing);
   v.share = share_condition(point, v, gate_share, missing);

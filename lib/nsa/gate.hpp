@@ -46,6 +46,7 @@ struct ContextVerdict {
   std::int64_t context = 0, batch = 1;
   Condition share, share_high;  ///< of the whole step at 25 and 30%, by mode branches
   Measured share_ablation;      ///< of the whole step, by leaving the branch out
+  Measured one_hot;             ///< a step with gates forced to sel, over a step
   Measured share_attention;     ///< of cmp, rank, sel, win, combine
   std::vector<Account> accounts;
   Verdict verdict = Verdict::inconclusive;

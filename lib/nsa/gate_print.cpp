@@ -42,6 +42,13 @@ void print_shares(std::ostream& out, const DeviceVerdict& device) {
     fmt::print(out, "{:>9} {:>5}  {:<22} {:<8} {:<8} {:<22} {:<22}\n", v.context, v.batch, share_text(v.share.measured),
                word_of(v.share.outcome), word_of(v.share_high.outcome), share_text(v.share_ablation),
                share_text(v.share_attention));
+  std::string one_hot;
+  for (const ContextVerdict& v : device.contexts)
+    if (!std::isnan(v.one_hot.value))
+      one_hot += fmt::format("{}{}: {:.0f}%", one_hot.empty() ? "" : ", ", v.context, 100 * v.one_hot.value);
+  if (!one_hot.empty())
+    fmt::print(out, "   nsa-vibe's way, a step with gates forced to sel over a step (nothing is left out): {}\n",
+               one_hot);
   for (const ContextVerdict& v : device.contexts)
     if (!v.share.why.empty()) fmt::print(out, "   at {}: {}\n", v.context, v.share.why);
 }
@@ -127,9 +134,10 @@ std::string list_json(const List& list, Each&& each) {
 std::string context_json(const ContextVerdict& v) {
   return fmt::format(
       R"({{"context": {}, "batch": {}, "verdict": {}, "why": {}, "share": {}, "share_30": {}, "share_ablation": {}, )"
-      R"("share_attention": {}, "accounts": {}}})",
+      R"("share_attention": {}, "one_hot": {}, "accounts": {}}})",
       v.context, v.batch, text(word_of(v.verdict)), text(v.why), condition_json(v.share), condition_json(v.share_high),
-      measured_json(v.share_ablation), measured_json(v.share_attention), list_json(v.accounts, [](const Account& a) {
+      measured_json(v.share_ablation), measured_json(v.share_attention), measured_json(v.one_hot),
+      list_json(v.accounts, [](const Account& a) {
         return fmt::format(R"({{"name": {}, "stages": {}, "step": {}, "agree": {}, "why": {}}})", text(a.name),
                            measured_json(a.stages), measured_json(a.step), a.agree, text(a.why));
       }));
@@ -137,11 +145,11 @@ std::string context_json(const ContextVerdict& v) {
 
 std::string device_json(const DeviceVerdict& d) {
   return fmt::format(
-      R"({{"device": {}, "backend": {}, "git_commit": {}, "precision": {}, "files": {}, "verdict": {}, "why": {}, )"
+      R"({{"device": {}, "backend": {}, "git_commit": {}, "precision": {}, "measured": {}, "files": {}, "verdict": {}, "why": {}, )"
       R"("speedup": {}, "speedup_packed": {}, "error": {}, "contexts": {}, "shapes": {}, "notes": {}}})",
-      text(d.device), text(d.backend), text(d.git_commit), text(d.precision), list_json(d.files, text),
-      text(word_of(d.verdict)), text(d.why), condition_json(d.speedup), condition_json(d.speedup_packed),
-      condition_json(d.error), list_json(d.contexts, context_json),
+      text(d.device), text(d.backend), text(d.git_commit), text(d.precision), text(d.measured),
+      list_json(d.files, text), text(word_of(d.verdict)), text(d.why), condition_json(d.speedup),
+      condition_json(d.speedup_packed), condition_json(d.error), list_json(d.contexts, context_json),
       list_json(d.shapes,
                 [](const ShapeResult& s) {
                   return fmt::format(R"({{"name": {}, "with_gather": {}, "packed": {}, "error": {}}})", text(s.name),

@@ -199,6 +199,18 @@ TEST_CASE("gate: what the two accounts of a step differ by, and why", "[gate]") 
   std::ostringstream page;
   print_gate(page, v);
   CHECK(contains(page.str(), "stages less the whole: +20.0 us at 1024"));
+  CHECK(page.str().find("nsa-vibe's way") == std::string::npos);
+}
+
+TEST_CASE("gate: one-hot gates are shown beside, and decide nothing", "[gate]") {
+  PointRecord p = decode_point(1024);
+  p.time.modes[4] = "one_hot_sel";  // 85 of 100 us
+  const DeviceVerdict v = judge({file("d.h5", {p}), file("k.h5", {kernels_point(8)})}).at(0);
+  CHECK(v.contexts[0].one_hot.value == Approx(0.85).epsilon(1e-3));
+  CHECK(v.verdict == Verdict::proceed);
+  std::ostringstream page;
+  print_gate(page, v);
+  CHECK(contains(page.str(), "(nothing is left out): 1024: 85%"));
 }
 
 TEST_CASE("gate: a missing mode or run is named with the command that makes it", "[gate]") {
