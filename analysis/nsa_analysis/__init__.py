@@ -9,12 +9,12 @@ Times are in seconds, bytes in bytes. What the numbers mean: docs/METRICS.md; th
 
 __version__ = "0.1.0"
 
-from .stages import branches, reads
-from .errors import AnalysisError, FileError
 from .balance import ranks, stragglers
-from .reading import Point, Run, read, read_file
 from .bandwidth import roofline
-from .curves import karp_flatt, scaling
-from .tables import kernels, points_table, stages_table
 from .cost_model import CostModel, Network, carry, check, fit
+from .curves import karp_flatt, scaling
+from .errors import AnalysisError, FileError
+from .reading import Point, Run, read, read_file
+from .stages import branches, reads
+from .tables import kernels, points_table, stages_table
 from .verdict import call_gate, gate_table, verdicts

@@ -19,21 +19,33 @@ def ranks(points):
     for point in points:
         if (times := point.times("branches")) is None:
             continue
-        grid, low = times.rank_median[:len(WORK) + 1], times.rank_low[:len(WORK) + 1]
+        grid, low = times.rank_median[: len(WORK) + 1], times.rank_low[: len(WORK) + 1]
         middle = np.nanmedian(np.where(np.isnan(grid).all(axis=1, keepdims=True), 0.0, grid), axis=1)
         noticed = (middle > NOTICED * middle.sum())[:, None] & (np.array(STAGES[:-1]) != "comm")[:, None]
         slow = (low > STRAGGLER * middle[:, None]) & noticed
         timed = middle > 0
         shape = (int(timed.sum()), point.ranks)
-        system = {name: np.broadcast_to(np.array(point.run.system.get(name) or [""] * point.ranks, dtype=object), shape)
-                  for name in ("host", "uuid")}
-        columns.append({"point_row": np.full(shape, len(identities)), "stage": np.repeat(np.flatnonzero(timed), point.ranks),
-                        "rank": np.broadcast_to(np.arange(point.ranks), shape)} | system |
-                       {"time": grid[timed], "time_low": low[timed], "ratio": grid[timed] / middle[timed, None],
-                        "straggler": slow[timed]})
+        system = {
+            name: np.broadcast_to(np.array(point.run.system.get(name) or [""] * point.ranks, dtype=object), shape)
+            for name in ("host", "uuid")
+        }
+        columns.append(
+            {
+                "point_row": np.full(shape, len(identities)),
+                "stage": np.repeat(np.flatnonzero(timed), point.ranks),
+                "rank": np.broadcast_to(np.arange(point.ranks), shape),
+            }
+            | system
+            | {
+                "time": grid[timed],
+                "time_low": low[timed],
+                "ratio": grid[timed] / middle[timed, None],
+                "straggler": slow[timed],
+            }
+        )
         identities.append(identity_row(point))
     if not columns:
-        raise AnalysisError("no point has mode `branches`; run with run.modes = [\"branches\", \"total\"]")
+        raise AnalysisError('no point has mode `branches`; run with run.modes = ["branches", "total"]')
     data = {name: np.concatenate([c[name].ravel() for c in columns]) for name in columns[0]}
     # Text stands once: there may be millions of rows.
     what = pd.DataFrame(identities)
@@ -49,9 +61,14 @@ def stragglers(frame):
     """Of the table of `ranks`: a row a (point, rank) that is slow, its stages named, the worst first."""
     slow = frame[frame.straggler]
     if slow.empty:
-        return pd.DataFrame(columns=["file", "point", "layout", "context", "batch", "rank", "host", "uuid", "stages",
-                                     "worst"])
+        return pd.DataFrame(
+            columns=["file", "point", "layout", "context", "batch", "rank", "host", "uuid", "stages", "worst"]
+        )
     named = slow.assign(named=slow.stage.astype(str) + slow.ratio.map(" {:.2f}x".format))
     keys = ["file", "point", "layout", "context", "batch", "rank", "host", "uuid"]
-    table = named.groupby(keys, dropna=False, observed=True).agg(stages=("named", ", ".join), worst=("ratio", "max")).reset_index()
+    table = (
+        named.groupby(keys, dropna=False, observed=True)
+        .agg(stages=("named", ", ".join), worst=("ratio", "max"))
+        .reset_index()
+    )
     return table.sort_values("worst", ascending=False, ignore_index=True)

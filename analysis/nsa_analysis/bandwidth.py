@@ -27,11 +27,20 @@ def roofline(points):
             if not (time > 0 and busiest[i] > 0):
                 continue
             achieved = busiest[i] / time
-            rows.append(identity_row(point) | {
-                "stage": stage, "bytes": busiest[i], "time": time, "achieved": achieved, "copy_bandwidth": copy,
-                "fraction": achieved / copy if stage != "comm" and copy > 0 else NAN,
-                "flops": flops.get(stage, NAN), "flop_rate": flops.get(stage, NAN) / time,
-                "intensity": flops.get(stage, NAN) / busiest[i]})
+            rows.append(
+                identity_row(point)
+                | {
+                    "stage": stage,
+                    "bytes": busiest[i],
+                    "time": time,
+                    "achieved": achieved,
+                    "copy_bandwidth": copy,
+                    "fraction": achieved / copy if stage != "comm" and copy > 0 else NAN,
+                    "flops": flops.get(stage, NAN),
+                    "flop_rate": flops.get(stage, NAN) / time,
+                    "intensity": flops.get(stage, NAN) / busiest[i],
+                }
+            )
     if not rows:
         raise AnalysisError("no point has times and bytes; give decode or prefill runs of nsa")
     return pd.DataFrame(rows)

@@ -27,15 +27,64 @@ FILES are result files of `nsa run`, or folders that hold them. Exit codes: 0 ok
 
 # Columns that a terminal has room for; --csv and --json have all.
 BRIEF = {
-    "points": ["file", "point", "kind", "context", "batch", "layout", "median", "low", "high", "n", "selection_share",
-               "comm_share", "validity"],
-    "scaling": ["curve", "stage", "layout", "time", "time_low", "time_high", "speedup", "efficiency", "serial_fraction",
-                "comm_share", "max_over_median", "validity"],
-    "branches": ["context", "batch", "layout", "stage", "median", "low", "high", "share", "max_over_median", "validity"],
+    "points": [
+        "file",
+        "point",
+        "kind",
+        "context",
+        "batch",
+        "layout",
+        "median",
+        "low",
+        "high",
+        "n",
+        "selection_share",
+        "comm_share",
+        "validity",
+    ],
+    "scaling": [
+        "curve",
+        "stage",
+        "layout",
+        "time",
+        "time_low",
+        "time_high",
+        "speedup",
+        "efficiency",
+        "serial_fraction",
+        "comm_share",
+        "max_over_median",
+        "validity",
+    ],
+    "branches": [
+        "context",
+        "batch",
+        "layout",
+        "stage",
+        "median",
+        "low",
+        "high",
+        "share",
+        "max_over_median",
+        "validity",
+    ],
     "ranks": ["context", "layout", "stage", "rank", "host", "time", "ratio", "straggler"],
     "roofline": ["context", "layout", "stage", "time", "bytes", "achieved", "fraction", "intensity", "validity"],
-    "kernels": ["branch", "context", "rows", "heads", "head_size", "blocks", "spans", "implementation", "median", "low", "high",
-                "mean_abs_err", "validity"],
+    "kernels": [
+        "branch",
+        "context",
+        "rows",
+        "heads",
+        "head_size",
+        "blocks",
+        "spans",
+        "implementation",
+        "median",
+        "low",
+        "high",
+        "mean_abs_err",
+        "validity",
+    ],
     "gate": ["device", "condition", "at", "value", "bound_low", "bound_high", "threshold", "outcome"],
 }
 
@@ -52,14 +101,21 @@ def main(arguments=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(f"nsa-analysis: error: {error.filename or 'a file'}: {error.strerror or error}; "
-              "check the path, permissions and room on the disk", file=sys.stderr)
+        print(
+            f"nsa-analysis: error: {error.filename or 'a file'}: {error.strerror or error}; "
+            "check the path, permissions and room on the disk",
+            file=sys.stderr,
+        )
         return 6
 
 
 def parser():
-    top = argparse.ArgumentParser(prog="nsa-analysis", description="Tables, figures and one report from result files of nsa",
-                                  epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        prog="nsa-analysis",
+        description="Tables, figures and one report from result files of nsa",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     top.add_argument("--version", action="version", version=f"nsa-analysis {__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
@@ -71,8 +127,12 @@ def parser():
 
     def table(name, run, text, figure=True):
         command = add(name, run, text)
-        command.add_argument("--where", action="append", metavar="NAME=VALUE", help="only points whose parameter has this "
-                             "value, e.g. run.context=65536, layout=2x2; may be repeated")
+        command.add_argument(
+            "--where",
+            action="append",
+            metavar="NAME=VALUE",
+            help="only points whose parameter has this value, e.g. run.context=65536, layout=2x2; may be repeated",
+        )
         outputs(command, figure)
         return command
 
@@ -110,7 +170,9 @@ def network_options(command):
     group = command.add_argument_group("the network between nodes, assumed")
     group.add_argument("--network", default=default.name, metavar="NAME", help=default.name)
     group.add_argument("--latency", type=float, default=default.latency * 1e6, metavar="US", help="%(default)s us")
-    group.add_argument("--link", type=float, default=default.bandwidth / 1e9, metavar="GBPS", help="%(default)s GB/s a rank")
+    group.add_argument(
+        "--link", type=float, default=default.bandwidth / 1e9, metavar="GBPS", help="%(default)s GB/s a rank"
+    )
     group.add_argument("--node", type=int, default=default.node, metavar="N", help="%(default)s ranks a node")
 
 
@@ -135,7 +197,9 @@ def put(options, frame, panels=None, brief=None):
         if not options.figure.endswith((".svg", ".png", ".pdf")):
             raise AnalysisError(f"--figure {options.figure}: unknown kind of picture; end it in .svg, .png or .pdf")
         if not panels:
-            raise AnalysisError(f"nothing to draw for `{options.name}` in these files; give points of more sizes or ranks")
+            raise AnalysisError(
+                f"nothing to draw for `{options.name}` in these files; give points of more sizes or ranks"
+            )
         style.save(panels, options.figure)
     if not (options.csv or options.json):
         names = [c for c in brief or BRIEF.get(options.name, list(frame)) if c in frame]
@@ -186,7 +250,9 @@ def run_model(options):
     try:
         fit_ranks = [int(n) for n in options.fit_ranks.split(",")] if options.fit_ranks else None
     except ValueError:
-        raise AnalysisError(f"--fit-ranks {options.fit_ranks}: no list of numbers; write it as --fit-ranks 1,2") from None
+        raise AnalysisError(
+            f"--fit-ranks {options.fit_ranks}: no list of numbers; write it as --fit-ranks 1,2"
+        ) from None
     if not 1 <= options.up_to <= 1 << 20:
         raise AnalysisError(f"--up-to {options.up_to}: out of range; give 1 to {1 << 20}")
     model = cost_model.fit(points, fit_ranks)
@@ -197,17 +263,25 @@ def run_model(options):
     panels = plots.check_panels(checked) + plots.carry_panels(carried)
     if options.csv or options.json:
         return put(options, tables, panels)
-    put(options, checked[checked.stage == "step"], panels, ["context", "batch", "layout", "measured", "predicted", "error",
-                                                             "part"])
+    put(
+        options,
+        checked[checked.stage == "step"],
+        panels,
+        ["context", "batch", "layout", "measured", "predicted", "error", "part"],
+    )
     print(f"\nfitted to {', '.join(map(str, model.fit_ranks))} ranks\n" + model.coefficients().to_string(index=False))
     print(f"\nPREDICTED, not measured. Network between nodes: {network.text()}")
-    print(carried[["context", "batch", "ranks", "layout", "time", "speedup", "efficiency", "time_comm"]].to_string(index=False))
+    print(
+        carried[["context", "batch", "ranks", "layout", "time", "speedup", "efficiency", "time_comm"]].to_string(
+            index=False
+        )
+    )
 
 
 def run_kernels(options):
     frame = kernels(chosen(options))
     if frame.empty:
-        raise AnalysisError("no point of these files is of kind = \"kernels\"; run inputs/m4_kernels.toml")
+        raise AnalysisError('no point of these files is of kind = "kernels"; run inputs/m4_kernels.toml')
     put(options, frame, plots.kernel_panels(frame[frame.validity == "VALID"]))
 
 

@@ -34,8 +34,10 @@ class Network:
     node: int = 8  # ranks of a node
 
     def text(self):
-        return (f"{self.name}: {self.latency * 1e6:g} us, {self.bandwidth / 1e9:g} GB/s a link, "
-                f"{self.node} ranks a node (assumed)")
+        return (
+            f"{self.name}: {self.latency * 1e6:g} us, {self.bandwidth / 1e9:g} GB/s a link, "
+            f"{self.node} ranks a node (assumed)"
+        )
 
 
 def non_negative_fit(columns, times):
@@ -113,10 +115,19 @@ class CostModel:
     def coefficients(self):
         """DataFrame: fixed seconds, and the rates the fit found (NaN: that term took no part)."""
         rate = lambda c: 1 / c if c > 0 else NAN
-        rows = [{"stage": s, "fixed": c[0], "bytes_per_s": rate(c[1]), "flops_per_s": rate(c[2]), "per_hop": NAN}
-                for s, c in self.stages.items()]
-        rows.append({"stage": "comm", "fixed": self.comm[0], "bytes_per_s": rate(self.comm[2]), "flops_per_s": NAN,
-                     "per_hop": self.comm[1]})
+        rows = [
+            {"stage": s, "fixed": c[0], "bytes_per_s": rate(c[1]), "flops_per_s": rate(c[2]), "per_hop": NAN}
+            for s, c in self.stages.items()
+        ]
+        rows.append(
+            {
+                "stage": "comm",
+                "fixed": self.comm[0],
+                "bytes_per_s": rate(self.comm[2]),
+                "flops_per_s": NAN,
+                "per_hop": self.comm[1],
+            }
+        )
         return pd.DataFrame(rows)
 
 
@@ -150,8 +161,10 @@ def fit(points, fit_ranks=None):
     fit_ranks = tuple(fit_ranks or default_fit_ranks(points))
     chosen = [(p, work.shape_of(p)) for p in points if p.ranks in fit_ranks]
     if not chosen:
-        raise AnalysisError(f"no VALID point with mode `branches` on {', '.join(map(str, fit_ranks)) or 'any'} ranks to "
-                            "fit a cost model to; run with run.modes = [\"branches\", \"total\"]")
+        raise AnalysisError(
+            f"no VALID point with mode `branches` on {', '.join(map(str, fit_ranks)) or 'any'} ranks to "
+            'fit a cost model to; run with run.modes = ["branches", "total"]'
+        )
 
     def fitted(stage, columns):
         rows = [(columns(shape), stage_median(p, stage)) for p, shape in chosen]
@@ -198,9 +211,19 @@ def check(model, points):
         for stage, predicted in model.predict(work.shape_of(p)).items():
             time = measured(p, stage)[0]
             if time > 0:
-                rows.append({"context": p["run.context"], "batch": p["run.batch"], "ranks": p.ranks,
-                             "layout": p.layout, "stage": stage, "measured": time, "predicted": predicted,
-                             "error": predicted / time - 1, "part": "fitted" if p.ranks in model.fit_ranks else "held out"})
+                rows.append(
+                    {
+                        "context": p["run.context"],
+                        "batch": p["run.batch"],
+                        "ranks": p.ranks,
+                        "layout": p.layout,
+                        "stage": stage,
+                        "measured": time,
+                        "predicted": predicted,
+                        "error": predicted / time - 1,
+                        "part": "fitted" if p.ranks in model.fit_ranks else "held out",
+                    }
+                )
     return pd.DataFrame(rows)
 
 
@@ -213,15 +236,25 @@ def carry(model, points, ranks=1024, network=Network()):
     for shape in sorted(shapes.values(), key=lambda s: (s.context, s.batch)):
         alone = model.predict(shape)["step"]
         for count in (1 << i for i in range(int(math.log2(ranks)) + 1)):
-            layouts = [dataclasses.replace(shape, heads=h, kv=count // h) for h in range(1, shape.groups_total + 1)
-                       if shape.groups_total % h == 0 and count % h == 0
-                       and count // h <= max(1, shape.context // shape.chunk)]
+            layouts = [
+                dataclasses.replace(shape, heads=h, kv=count // h)
+                for h in range(1, shape.groups_total + 1)
+                if shape.groups_total % h == 0 and count % h == 0 and count // h <= max(1, shape.context // shape.chunk)
+            ]
             if not layouts:
                 continue
             times, layout = min(((model.predict(s, network), s) for s in layouts), key=lambda c: c[0]["step"])
-            rows.append({"context": shape.context, "batch": shape.batch, "ranks": count,
-                         "layout": f"{layout.heads}x{layout.kv}", "time": times["step"],
-                         "speedup": alone / times["step"], "efficiency": alone / times["step"] / count,
-                         **{f"time_{s}": t for s, t in times.items() if s != "step"},
-                         "network": network.text() if count > network.node else ""})
+            rows.append(
+                {
+                    "context": shape.context,
+                    "batch": shape.batch,
+                    "ranks": count,
+                    "layout": f"{layout.heads}x{layout.kv}",
+                    "time": times["step"],
+                    "speedup": alone / times["step"],
+                    "efficiency": alone / times["step"] / count,
+                    **{f"time_{s}": t for s, t in times.items() if s != "step"},
+                    "network": network.text() if count > network.node else "",
+                }
+            )
     return pd.DataFrame(rows)

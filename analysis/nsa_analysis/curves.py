@@ -10,7 +10,7 @@ import pandas as pd
 
 from .errors import AnalysisError
 from .reading import STAGES
-from .series import SWEPT, latest, one_series, size_text
+from .series import SWEPT, latest, one_series, short, size_text
 from .statistics import median_and_interval
 from .tables import NAN, identity_row, imbalance, rank_work, share_of
 
@@ -47,12 +47,14 @@ def weak_groups(points):
         context, batch, forced = (p.get(k) for k in SWEPT)
         if not (context and batch):
             continue
-        groups.setdefault(f"weak, context {context}, batch {batch / p.ranks:g} a rank" +
-                          ("" if forced == "none" else f", forced {forced}"), []).append(p)
-        if p.kind == "decode":
-            groups.setdefault(f"weak, batch {batch}, context {context / p.ranks:g} a rank" +
-                              ("" if forced == "none" else f", forced {forced}"), []).append(p)
-    return groups
+        also = "" if forced == "none" else f", forced {forced}"
+        groups.setdefault(
+            (1, batch / p.ranks, f"weak, context {short(context)}, batch {batch / p.ranks:g} a rank{also}"), []
+        ).append(p)
+        if p.kind == "decode" and context % p.ranks == 0:
+            size = context // p.ranks
+            groups.setdefault((0, size, f"weak, batch {batch}, context {short(size)} a rank{also}"), []).append(p)
+    return {name: members for (*_, name), members in sorted(groups.items())}
 
 
 def baseline(points):
@@ -67,8 +69,19 @@ def baseline(points):
 def compared(point, base, stage, weak):
     """The columns that compare a stage of a point with that of the baseline."""
     median, low, high = measured(point, stage)
-    row = {"stage": stage, "time": median, "time_low": low, "time_high": high, "base_ranks": NAN, "ideal_time": NAN,
-           "speedup": NAN, "speedup_low": NAN, "speedup_high": NAN, "efficiency": NAN, "serial_fraction": NAN}
+    row = {
+        "stage": stage,
+        "time": median,
+        "time_low": low,
+        "time_high": high,
+        "base_ranks": NAN,
+        "ideal_time": NAN,
+        "speedup": NAN,
+        "speedup_low": NAN,
+        "speedup_high": NAN,
+        "efficiency": NAN,
+        "serial_fraction": NAN,
+    }
     if base is None or not point.valid:
         return row
     base_median, base_low, base_high = measured(base, stage)
@@ -78,8 +91,13 @@ def compared(point, base, stage, weak):
         return row
     factor = ratio if weak else 1.0  # weak: `ratio` times the work in the same time is a speedup of `ratio`
     speedup = factor * base_median / median
-    row |= {"ideal_time": base_median * factor / ratio, "speedup": speedup, "efficiency": speedup / ratio,
-            "speedup_low": factor * base_low / high, "speedup_high": factor * base_high / low}
+    row |= {
+        "ideal_time": base_median * factor / ratio,
+        "speedup": speedup,
+        "efficiency": speedup / ratio,
+        "speedup_low": factor * base_low / high,
+        "speedup_high": factor * base_high / low,
+    }
     if point is base:
         row |= {"speedup_low": 1.0, "speedup_high": 1.0}
     elif not weak:
@@ -108,8 +126,9 @@ def scaling(points, kind="both", per_stage=True):
     """
     points = [p for p in points if p.modes]
     if not points:
-        raise AnalysisError("no point of these files was timed (needle and kernel points are not); give a decode or "
-                            "prefill run")
+        raise AnalysisError(
+            "no point of these files was timed (needle and kernel points are not); give a decode or prefill run"
+        )
     points, _ = latest(one_series(points, "scaling curve"))
     curves = {}
     if kind in ("strong", "both"):
@@ -117,8 +136,10 @@ def scaling(points, kind="both", per_stage=True):
     if kind in ("weak", "both"):
         curves |= {name: g for name, g in weak_groups(points).items() if len({p.ranks for p in g}) > 1}
     if kind == "weak" and not curves:
-        raise AnalysisError("these files hold no weak scaling (no two rank counts with the same work a rank); "
-                            "run contexts or batches that grow with the ranks")
+        raise AnalysisError(
+            "these files hold no weak scaling (no two rank counts with the same work a rank); "
+            "run contexts or batches that grow with the ranks"
+        )
     rows = []
     for name, members in curves.items():
         base = baseline(members)
@@ -129,7 +150,15 @@ def scaling(points, kind="both", per_stage=True):
                 if stage != "step" and math.isnan(row["time"]):
                     continue
                 ratio, slowest = work_ratio(p, stage)
-                rows.append({"curve": name} | identity_row(p) | row | {
-                    "comm_share": share_of(p, ("comm",)) if stage == "step" else NAN, "max_over_median": ratio,
-                    "slowest_rank": slowest, "best": p is fastest[p.ranks]})
+                rows.append(
+                    {"curve": name}
+                    | identity_row(p)
+                    | row
+                    | {
+                        "comm_share": share_of(p, ("comm",)) if stage == "step" else NAN,
+                        "max_over_median": ratio,
+                        "slowest_rank": slowest,
+                        "best": p is fastest[p.ranks],
+                    }
+                )
     return pd.DataFrame(rows)

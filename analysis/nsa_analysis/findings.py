@@ -12,8 +12,11 @@ CLOCK_DRIFT = 0.05
 
 def serious(points):
     """Lines about results that are wrong."""
-    return [f"{p.run.path}, point {p.index} ({size_text(p)}, {p.layout}) is INVALID: {p.get('reason') or 'no reason given'}"
-            for p in points if not p.valid]
+    return [
+        f"{p.run.path}, point {p.index} ({size_text(p)}, {p.layout}) is INVALID: {p.get('reason') or 'no reason given'}"
+        for p in points
+        if not p.valid
+    ]
 
 
 def warnings(points):
@@ -27,18 +30,24 @@ def warnings(points):
     for p in points:
         for said in of_point(p):
             about.setdefault(said, []).append(f"{p.run.path}, point {p.index} ({size_text(p)}, {p.layout})")
-    lines += [f"{of[0]}: {said}" if len(of) == 1 else f"{len(of)} times ({of[0]}, …): {said}" for said, of in about.items()]
+    lines += [
+        f"{of[0]}: {said}" if len(of) == 1 else f"{len(of)} times ({of[0]}, …): {said}" for said, of in about.items()
+    ]
     unknown = [r.path for r in runs if r.attributes.get("git_commit", "unknown") == "unknown"]
     if unknown:
-        lines.append(f"the commit is unknown in {counted(unknown)}: that these runs are of one program cannot be checked")
+        lines.append(
+            f"the commit is unknown in {counted(unknown)}: that these runs are of one program cannot be checked"
+        )
     for device in dict.fromkeys(r.device for r in runs):
         lines += versions([r for r in runs if r.device == device])
     series = split([p for p in points if p.modes])
     if len(series) > 1:
         names = list(differences(series).items())
-        lines.append(f"{len(series)} series that share no curve: they differ in "
-                     + ", ".join(f"{n} ({', '.join(dict.fromkeys(map(str, v)))})" for n, v in names[:8])
-                     + (f" and {len(names) - 8} more" if len(names) > 8 else ""))
+        lines.append(
+            f"{len(series)} series that share no curve: they differ in "
+            + ", ".join(f"{n} ({', '.join(dict.fromkeys(map(str, v)))})" for n, v in names[:8])
+            + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        )
     return list(dict.fromkeys(lines + latest([p for p in points if p.modes])[1]))
 
 
@@ -51,7 +60,9 @@ def versions(runs):
             found = run.attributes.get(name) or "+".join(sorted(set(map(str, run.system.get(name, [])))))
             values.setdefault(found, []).append(run.path)
         if len(values) > 1:
-            lines.append(f"{name} differs: " + "; ".join(f"{v or 'none'} in {counted(files)}" for v, files in values.items()))
+            lines.append(
+                f"{name} differs: " + "; ".join(f"{v or 'none'} in {counted(files)}" for v, files in values.items())
+            )
     return lines
 
 

@@ -6,19 +6,51 @@ import math
 import numpy as np
 import pandas as pd
 
-from .plots import time_unit
+from .axes import time_unit
 from .style import css_variables, to_svg
 
-TIMES = {"time", "time_low", "time_high", "ideal_time", "median", "low", "high", "min", "p95", "p99", "measured",
-         "predicted", "fixed", "per_hop"}
+TIMES = {
+    "time",
+    "time_low",
+    "time_high",
+    "ideal_time",
+    "median",
+    "low",
+    "high",
+    "min",
+    "p95",
+    "p99",
+    "measured",
+    "predicted",
+    "fixed",
+    "per_hop",
+}
 SHARES = {"efficiency", "comm_share", "share", "selection_share", "serial_fraction", "fraction", "cv", "error"}
 # Headings of columns, where the name is not one already.
-HEADINGS = {"time_low": "95% low", "time_high": "95% high", "low": "95% low", "high": "95% high",
-            "max_over_median": "max/median", "comm_share": "comm", "serial_fraction": "Karp–Flatt",
-            "base_ranks": "against ranks", "speedup_low": "at least", "speedup_high": "at most",
-            "copy_bandwidth": "copy", "validity": "result", "peak_memory": "peak memory",
-            "selection_share": "selection", "bytes_per_s": "bytes", "flops_per_s": "FLOPs", "flop_rate": "FLOPs", "fraction": "of copy", "ideal_time": "ideal", "nsa_vibe": "nsa-vibe",
-            "bound_low": "95% low", "bound_high": "95% high"}
+HEADINGS = {
+    "time_low": "95% low",
+    "time_high": "95% high",
+    "low": "95% low",
+    "high": "95% high",
+    "max_over_median": "max/median",
+    "comm_share": "comm",
+    "serial_fraction": "Karp–Flatt",
+    "base_ranks": "against ranks",
+    "speedup_low": "at least",
+    "speedup_high": "at most",
+    "copy_bandwidth": "copy",
+    "validity": "result",
+    "peak_memory": "peak memory",
+    "selection_share": "selection",
+    "bytes_per_s": "bytes",
+    "flops_per_s": "FLOPs",
+    "flop_rate": "FLOPs",
+    "fraction": "of copy",
+    "ideal_time": "ideal",
+    "nsa_vibe": "nsa-vibe",
+    "bound_low": "95% low",
+    "bound_high": "95% high",
+}
 
 
 def escape(value):
@@ -41,9 +73,17 @@ def unit_of(name, times):
         return times
     if name in SHARES:
         return 100, "%"
-    return {"achieved": (1e-9, "GB/s"), "copy_bandwidth": (1e-9, "GB/s"), "bytes_per_s": (1e-9, "GB/s"),
-            "flop_rate": (1e-12, "TFLOP/s"), "flops_per_s": (1e-12, "TFLOP/s"), "bytes": (1e-6, "MB"),
-            "flops": (1e-9, "10⁹"), "peak_memory": (1e-6, "MB"), "intensity": (1, "FLOP/byte")}.get(name, (1, ""))
+    return {
+        "achieved": (1e-9, "GB/s"),
+        "copy_bandwidth": (1e-9, "GB/s"),
+        "bytes_per_s": (1e-9, "GB/s"),
+        "flop_rate": (1e-12, "TFLOP/s"),
+        "flops_per_s": (1e-12, "TFLOP/s"),
+        "bytes": (1e-6, "MB"),
+        "flops": (1e-9, "10⁹"),
+        "peak_memory": (1e-6, "MB"),
+        "intensity": (1, "FLOP/byte"),
+    }.get(name, (1, ""))
 
 
 def heading(name, unit):
@@ -72,15 +112,21 @@ def table(frame, columns, caption, open_rows=OPEN_ROWS):
     times = time_unit(frame[[c for c in columns if is_time(c)]].to_numpy(dtype=float))
     units = {c: unit_of(c, times) for c in columns}
     text = {c for c in columns if all(isinstance(v, str) for v in frame[c])}
-    head = "".join(f'<th scope="col"{"" if c in text else " class=n"}>{escape(heading(c, units[c][1]))}</th>'
-                   for c in columns)
+    head = "".join(
+        f'<th scope="col"{"" if c in text else " class=n"}>{escape(heading(c, units[c][1]))}</th>' for c in columns
+    )
     rows = []
     for values in frame[columns + [c for c in ("validity",) if c in frame and c not in columns]].to_dict("records"):
         bad = ' class="invalid"' if values.get("validity", "VALID") != "VALID" else ""
-        cells = "".join(f"<td{'' if c in text else ' class=n'}>{cell(values[c], units[c][0]) if c != 'layout' else escape(values[c]).replace('x', '×')}</td>" for c in columns)
+        cells = "".join(
+            f"<td{'' if c in text else ' class=n'}>{cell(values[c], units[c][0]) if c != 'layout' else escape(values[c]).replace('x', '×')}</td>"
+            for c in columns
+        )
         rows.append(f"<tr{bad}>{cells}</tr>")
-    body = (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-            f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
+    body = (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
     if len(rows) <= open_rows:
         return f'<p class="caption">{escape(caption)}</p>{body}'
     return f"<details><summary>{escape(caption)}, {len(rows)} rows</summary>{body}</details>"
@@ -91,9 +137,14 @@ def command_line(text):
 
 
 def figures(panels, prefix):
-    return '<div class="figures">' + "".join(
-        f'<figure class="{"predicted" if p.predicted else "measured"}">{to_svg(p, f"{prefix}{i}", escape(p.title))}</figure>'
-        for i, p in enumerate(panels)) + "</div>"
+    return (
+        '<div class="figures">'
+        + "".join(
+            f'<figure class="{"predicted" if p.predicted else "measured"}">{to_svg(p, f"{prefix}{i}", escape(p.title))}</figure>'
+            for i, p in enumerate(panels)
+        )
+        + "</div>"
+    )
 
 
 STYLE = """
@@ -135,7 +186,7 @@ pre.command { overflow-x: auto; max-width: 100%%; max-height: 9rem; padding: .45
   body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
   figure, tr, .card { break-inside: avoid; } h2, h3 { break-after: avoid; } h2 { break-before: auto; }
   .scroll { overflow: visible; } table { font-size: 7pt; } th, td { padding: .1rem .25rem; white-space: normal; }
-  .figures { grid-template-columns: 1fr 1fr; } pre.command { max-height: none; }
+  td:first-child { white-space: nowrap; } .figures { grid-template-columns: 1fr 1fr; } pre.command { max-height: none; }
 }
 """
 
@@ -150,7 +201,9 @@ addEventListener("afterprint", () => document.querySelectorAll("details[data-fol
 
 def page(title, body):
     style = STYLE % {"light": css_variables(False), "dark": css_variables(True)}
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            '<link rel="icon" href="data:,">\n'
-            f"<style>{style}</style></head>\n<body>\n{body}\n<script>{SCRIPT}</script>\n</body></html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<style>{style}</style></head>\n<body>\n{body}\n<script>{SCRIPT}</script>\n</body></html>\n"
+    )

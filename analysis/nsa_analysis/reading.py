@@ -12,8 +12,19 @@ from .errors import AnalysisError, FileError
 from .statistics import median_and_interval
 
 SCHEMA_MAJOR = 1
-STAGES = ("project", "append", "compress", "attend_cmp", "rank", "attend_sel", "attend_win", "combine", "output",
-          "comm", "step")
+STAGES = (
+    "project",
+    "append",
+    "compress",
+    "attend_cmp",
+    "rank",
+    "attend_sel",
+    "attend_win",
+    "combine",
+    "output",
+    "comm",
+    "step",
+)
 WORK = STAGES[:-2]  # what a rank does itself
 BRANCHES = ("cmp", "sel", "win")
 
@@ -94,8 +105,9 @@ def plain(value):
 
 
 def attributes_of(item):
-    return {name: plain(value) for name, value in item.attrs.items()
-            if name not in ("DIMENSION_LIST", "REFERENCE_LIST")}
+    return {
+        name: plain(value) for name, value in item.attrs.items() if name not in ("DIMENSION_LIST", "REFERENCE_LIST")
+    }
 
 
 def load(group, name, size, dimensions):
@@ -122,7 +134,7 @@ def labels(group, name, size):
 def mode_times(samples):
     """samples [stage, rank, rep] of one mode without warm-up."""
     _, median, low, _ = median_and_interval(samples)
-    own = samples[:len(WORK)]
+    own = samples[: len(WORK)]
     timed = ~np.isnan(own).all(axis=0)
     work = np.where(timed, np.nansum(own, axis=0), np.nan)
     return ModeTimes(np.fmax.reduce(samples, axis=1), median, low, median_and_interval(work)[1])
@@ -168,8 +180,10 @@ def read_kernels(group, size):
         raise ValueError("'kernels/time' has another shape than its labels")
     warmup = plain(kernels.attrs.get("warmup_reps", group.attrs.get("warmup_reps", 0)))
     errors = {name: load(kernels, name, size, 1) for name in ("mean_abs_err", "max_abs_err") if name in kernels}
-    return {name: {"samples": np.fmax.reduce(time[i, :, warmup:], axis=0)} | {e: float(v[i]) for e, v in errors.items()}
-            for i, name in enumerate(names)}
+    return {
+        name: {"samples": np.fmax.reduce(time[i, :, warmup:], axis=0)} | {e: float(v[i]) for e, v in errors.items()}
+        for i, name in enumerate(names)
+    }
 
 
 def read_point(run, name, group, size):
@@ -191,8 +205,9 @@ def read_point(run, name, group, size):
     memory = float("nan")
     if "memory_peak" in group:
         memory = float(load(group, "memory_peak", size, 2)[labels(group, "kind", size).index("total")].max(initial=0))
-    return Point(run, int(name), parameters, ranks, modes, reads, vibe, moved, memory, read_kernels(group, size),
-                 unknown)
+    return Point(
+        run, int(name), parameters, ranks, modes, reads, vibe, moved, memory, read_kernels(group, size), unknown
+    )
 
 
 def read_system(file, size):
@@ -213,13 +228,17 @@ def read_file(path):
         size = os.path.getsize(path)
         with h5py.File(path, "r") as file:
             if "schema_version" not in file.attrs or "points" not in file:
-                raise FileError(f"{path}: no result of nsa (HDF5 without schema_version and points); "
-                                "give files that `nsa run` wrote")
+                raise FileError(
+                    f"{path}: no result of nsa (HDF5 without schema_version and points); "
+                    "give files that `nsa run` wrote"
+                )
             attributes = attributes_of(file)
             major = str(attributes["schema_version"]).split(".")[0]
             if major != str(SCHEMA_MAJOR):
-                raise FileError(f"{path}: schema {attributes['schema_version']} (this reader knows {SCHEMA_MAJOR}.x); "
-                                "use the nsa_analysis of the nsa that wrote it")
+                raise FileError(
+                    f"{path}: schema {attributes['schema_version']} (this reader knows {SCHEMA_MAJOR}.x); "
+                    "use the nsa_analysis of the nsa that wrote it"
+                )
             run = Run(path, attributes, read_system(file, size))
             points = [read_point(run, name, file["points"][name], size) for name in sorted(file["points"])]
     except FileError:
@@ -227,13 +246,16 @@ def read_file(path):
     except FileNotFoundError:
         raise FileError(f"{path}: no such file; check the path") from None
     except OSError as error:
-        raise FileError(f"{path}: cannot be read as HDF5 ({first_line(error)}); "
-                        "it may be truncated or of another kind: copy it again") from None
+        raise FileError(
+            f"{path}: cannot be read as HDF5 ({first_line(error)}); "
+            "it may be truncated or of another kind: copy it again"
+        ) from None
     except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, UnicodeError) as error:
         raise FileError(f"{path}: not a whole result of nsa ({first_line(error)}); run it again") from None
     if not points:
-        raise FileError(f"{path}: holds no point (status {attributes.get('status', 'unknown')}); "
-                        "let the run seal its first point")
+        raise FileError(
+            f"{path}: holds no point (status {attributes.get('status', 'unknown')}); let the run seal its first point"
+        )
     return points
 
 

@@ -8,17 +8,32 @@ from .errors import AnalysisError
 
 # Parameters that are swept along a curve, or that say how it was measured and not what was.
 SWEPT = ("run.context", "run.batch", "run.force_branch")
-NOT_COMPARED = ("parallel.", "output.", "run.modes", "run.warmup", "run.min_time", "run.check", "run.backend",
-                "needle.", "kernels.")
+NOT_COMPARED = (
+    "parallel.",
+    "output.",
+    "run.modes",
+    "run.warmup",
+    "run.min_time",
+    "run.check",
+    "run.backend",
+    "needle.",
+    "kernels.",
+)
 
 
 def identity(point):
     """Everything that two points of a curve must share, by name."""
-    compared = {key: value for key, value in sorted(point.parameters.items())
-                if "." in key and key not in SWEPT and not key.startswith(NOT_COMPARED)}
+    compared = {
+        key: value
+        for key, value in sorted(point.parameters.items())
+        if "." in key and key not in SWEPT and not key.startswith(NOT_COMPARED)
+    }
     run = point.run.attributes
-    return {"device": point.run.device, "backend": run.get("backend", "unknown"),
-            "git_commit": run.get("git_commit", "unknown")} | {k: str(v) for k, v in compared.items()}
+    return {
+        "device": point.run.device,
+        "backend": run.get("backend", "unknown"),
+        "git_commit": run.get("git_commit", "unknown"),
+    } | {k: str(v) for k, v in compared.items()}
 
 
 def split(points):
@@ -33,8 +48,11 @@ def differences(series):
     """Names whose values differ between series, with the values: {name: [value of each series]}."""
     identities = [identity(s[0]) for s in series]
     names = dict.fromkeys(name for i in identities for name in i)
-    return {name: [i.get(name, "-") for i in identities] for name in names
-            if len({i.get(name, "-") for i in identities}) > 1}
+    return {
+        name: [i.get(name, "-") for i in identities]
+        for name in names
+        if len({i.get(name, "-") for i in identities}) > 1
+    }
 
 
 def one_series(points, what):
@@ -48,8 +66,10 @@ def one_series(points, what):
         for value, members in zip(values, series):
             by_value.setdefault(value, []).append(members[0].run.path)
         lines.append(f"{name} " + ", ".join(f"{v} ({paths[0]})" for v, paths in by_value.items()))
-    raise AnalysisError(f"these files cannot share a {what} (they differ in {'; '.join(lines)}); "
-                        "give files of one kind, or choose with --where NAME=VALUE")
+    raise AnalysisError(
+        f"these files cannot share a {what} (they differ in {'; '.join(lines)}); "
+        "give files of one kind, or choose with --where NAME=VALUE"
+    )
 
 
 def value_of(point, name):
@@ -57,8 +77,12 @@ def value_of(point, name):
     if name in ("device", "backend", "git_commit"):
         return identity(point)[name]
     if name in ("ranks", "layout", "validity", "file"):
-        return {"ranks": point.ranks, "layout": point.layout, "file": point.run.path,
-                "validity": point.get("validity")}[name]
+        return {
+            "ranks": point.ranks,
+            "layout": point.layout,
+            "file": point.run.path,
+            "validity": point.get("validity"),
+        }[name]
     for key in (name, f"run.{name}", f"task.{name}"):
         if key in point.parameters:
             return point[key]
@@ -72,12 +96,17 @@ def where(points, conditions):
         if not equals:
             raise AnalysisError(f"--where {condition}: no '='; write it as --where run.context=65536")
         if all(value_of(p, name) is None for p in points):
-            raise AnalysisError(f"--where {condition}: no point has '{name}'; "
-                                "use a name of the input such as run.context, or device, ranks, layout, file")
+            raise AnalysisError(
+                f"--where {condition}: no point has '{name}'; "
+                "use a name of the input such as run.context, or device, ranks, layout, file"
+            )
         # A value may itself hold commas: the whole is tried first.
         choices = [wanted, *wanted.split(",")]
-        points = [p for p in points if any(str(value_of(p, name)) == c or fnmatch.fnmatchcase(str(value_of(p, name)), c)
-                                              for c in choices)]
+        points = [
+            p
+            for p in points
+            if any(str(value_of(p, name)) == c or fnmatch.fnmatchcase(str(value_of(p, name)), c) for c in choices)
+        ]
     if not points:
         raise AnalysisError(f"no point is left (--where {' '.join(conditions or [])}); ask for less")
     return points
@@ -92,8 +121,10 @@ def latest(points):
     for point in sorted(points, key=lambda p: str(p.run.attributes.get("start", ""))):
         key = (*identity(point).items(), point.layout, *(point.get(k) for k in SWEPT))
         if key in kept:
-            warnings.append(f"{kept[key].run.path} and {point.run.path} measured the same point "
-                            f"({size_text(point)}, {point.layout}); the later one is used")
+            warnings.append(
+                f"{kept[key].run.path} and {point.run.path} measured the same point "
+                f"({size_text(point)}, {point.layout}); the later one is used"
+            )
         kept[key] = point
     return list(kept.values()), list(dict.fromkeys(warnings))
 
@@ -116,8 +147,10 @@ def size_text(point):
 def title(point):
     """One line that tells what a series measured."""
     get = point.get
-    model = (f"H={get('model.n_heads')} G={get('model.n_kv_groups')} D={get('model.d_k')}/{get('model.d_v')} "
-             f"{get('model.precision')}")
+    model = (
+        f"H={get('model.n_heads')} G={get('model.n_kv_groups')} D={get('model.d_k')}/{get('model.d_v')} "
+        f"{get('model.precision')}"
+    )
     return f"{point.kind} on {point.run.device}: {model}, {get('run.scope', 'layer')}"
 
 
@@ -138,8 +171,14 @@ def command(verb, members, groups, paths, *options):
     while left:
         names = differences([members, *left])
         # The condition that leaves fewest other series; of several the plainest, then the shortest.
-        best = min(names, key=lambda n: (sum(v == names[n][0] for v in names[n][1:]), n not in ("task.kind", "device"),
-                                         len(f"{n}{names[n][0]}")))
+        best = min(
+            names,
+            key=lambda n: (
+                sum(v == names[n][0] for v in names[n][1:]),
+                n not in ("task.kind", "device"),
+                len(f"{n}{names[n][0]}"),
+            ),
+        )
         value = names[best][0]
         chosen += ["--where", f"{best}={value}"]
         left = [g for g, v in zip(left, names[best][1:]) if v == value]

@@ -2,14 +2,23 @@
 
 import pandas as pd
 
-from .series import one_series, latest
 from .errors import AnalysisError
+from .series import latest, one_series
 from .tables import points_table, stages_table
 
 # What is stacked: the columns of the program's own table, the projections apart.
-PARTS = {"attend_cmp": "cmp", "rank": "rank", "attend_sel": "sel", "attend_win": "win", "comm": "comm",
-         "project": "project, output", "output": "project, output", "append": "other", "compress": "other",
-         "combine": "other"}
+PARTS = {
+    "attend_cmp": "cmp",
+    "rank": "rank",
+    "attend_sel": "sel",
+    "attend_win": "win",
+    "comm": "comm",
+    "project": "project, output",
+    "output": "project, output",
+    "append": "other",
+    "compress": "other",
+    "combine": "other",
+}
 PART_ORDER = ("cmp", "rank", "sel", "win", "comm", "project, output", "other")
 
 
@@ -18,7 +27,7 @@ def branches(points):
     sum, and `part`, the group it is drawn in. The stages can add up to more than `step`: timed apart they do not
     overlap."""
     if not any(p.times("branches") for p in points):
-        raise AnalysisError("no point has mode `branches`; run with run.modes = [\"branches\", \"total\"]")
+        raise AnalysisError('no point has mode `branches`; run with run.modes = ["branches", "total"]')
     points, _ = latest(one_series([p for p in points if p.times("branches")], "chart of stages"))
     frame = stages_table(points, modes=("branches",))
     frame = frame[frame.stage != "step"].copy()
@@ -34,8 +43,21 @@ def reads(points):
     for _, row in table.iterrows():
         what = row[["file", "point", "kind", "context", "batch", "forced", "ranks", "layout", "validity"]].to_dict()
         for branch in ("cmp", "sel", "win"):
-            rows.append(what | {"branch": branch, "counted": row[f"reads_{branch}_counted"],
-                                "expected": row[f"reads_{branch}_expected"]})
-        rows.append(what | {"branch": "all", "counted": row["reads_counted"], "expected": row["reads_expected"],
-                            "nsa_vibe": row["reads_nsa_vibe"]})
+            rows.append(
+                what
+                | {
+                    "branch": branch,
+                    "counted": row[f"reads_{branch}_counted"],
+                    "expected": row[f"reads_{branch}_expected"],
+                }
+            )
+        rows.append(
+            what
+            | {
+                "branch": "all",
+                "counted": row["reads_counted"],
+                "expected": row["reads_expected"],
+                "nsa_vibe": row["reads_nsa_vibe"],
+            }
+        )
     return pd.DataFrame(rows)

@@ -54,5 +54,13 @@ def summarise(samples):
     _, median, low, high = median_and_interval(values)
     nearest = lambda percent: float(values[-(-n * percent // 100) - 1])
     cv = float(values.std(ddof=1) / values.mean()) if n > 1 else math.nan
-    return {"n": n, "median": float(median), "low": float(low), "high": float(high), "min": float(values[0]),
-            "p95": nearest(95), "p99": nearest(99), "cv": cv}
+    return {
+        "n": n,
+        "median": float(median),
+        "low": float(low),
+        "high": float(high),
+        "min": float(values[0]),
+        "p95": nearest(95),
+        "p99": nearest(99),
+        "cv": cv,
+    }

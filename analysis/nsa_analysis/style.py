@@ -18,22 +18,45 @@ matplotlib.use("Agg")
 
 # role -> (light, dark); the light ones are what matplotlib draws with, so each stands once.
 COLOURS = {
-    "ink": ("#1b1f24", "#e6e9ee"), "muted": ("#59616c", "#a3acb8"), "grid": ("#d9dde3", "#363c46"),
-    "paper": ("#fdfdfe", "#15181d"), "bad": ("#b3001e", "#ff7686"),
-    "blue": ("#0072b2", "#4ba6e8"), "vermillion": ("#d55e00", "#ff8a4c"), "green": ("#009e73", "#35c99c"),
-    "purple": ("#cc79a7", "#e8a0c8"), "orange": ("#e69f00", "#f6bd4f"), "sky": ("#56b4e9", "#a5dcff"),
+    "ink": ("#1b1f24", "#e6e9ee"),
+    "muted": ("#59616c", "#a3acb8"),
+    "grid": ("#d9dde3", "#363c46"),
+    "paper": ("#fdfdfe", "#15181d"),
+    "bad": ("#b3001e", "#ff7686"),
+    "blue": ("#0072b2", "#4ba6e8"),
+    "vermillion": ("#d55e00", "#ff8a4c"),
+    "green": ("#009e73", "#35c99c"),
+    "purple": ("#cc79a7", "#e8a0c8"),
+    "orange": ("#e69f00", "#f6bd4f"),
+    "sky": ("#56b4e9", "#a5dcff"),
     "grey": ("#868d97", "#8d96a3"),
 }
 SERIES = ("blue", "vermillion", "green", "purple", "orange", "sky", "grey")
 MARKERS = "osD^vPX"
 
 STYLE = {
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"], "font.size": 9,
-    "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 9,
-    "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.linewidth": 0.6,
-    "axes.axisbelow": True, "lines.linewidth": 1.6, "lines.markersize": 5.5, "svg.fonttype": "none",
-    "svg.hashsalt": "nsa", "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "nsa",
+    "figure.constrained_layout.h_pad": 0.06,
+    "figure.constrained_layout.w_pad": 0.06,
 }
 
 
@@ -43,8 +66,12 @@ def colour(role):
 
 STYLE |= {key: colour("ink") for key in ("text.color", "axes.labelcolor", "axes.titlecolor")}
 STYLE |= {key: colour("muted") for key in ("xtick.color", "ytick.color", "axes.edgecolor")}
-STYLE |= {"grid.color": colour("grid"), "figure.facecolor": "none", "axes.facecolor": "none",
-          "savefig.facecolor": "none"}
+STYLE |= {
+    "grid.color": colour("grid"),
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +107,14 @@ def draw_into(figure, panel):
     if names:
         columns = min(panel.legend_columns, len(names))
         by_row = [i for c in range(columns) for i in range(c, len(names), columns)]  # legends fill by column
-        figure.legend([handles[i] for i in by_row], [names[i] for i in by_row], loc="outside lower center",
-                      ncols=columns, handlelength=1.6, columnspacing=1.2)
+        figure.legend(
+            [handles[i] for i in by_row],
+            [names[i] for i in by_row],
+            loc="outside lower center",
+            ncols=columns,
+            handlelength=1.6,
+            columnspacing=1.2,
+        )
 
 
 def render(panel):
@@ -96,7 +129,7 @@ def save(panels, path):
     columns = 1 if len(panels) == 1 else 2
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(STYLE | {"savefig.facecolor": colour("paper")}):
-        heights = [max(p.height for p in panels[r * columns:(r + 1) * columns]) for r in range(rows)]
+        heights = [max(p.height for p in panels[r * columns : (r + 1) * columns]) for r in range(rows)]
         figure = Figure(figsize=(WIDTH * columns, sum(heights)), layout="constrained")
         cells = figure.subfigures(rows, columns, squeeze=False, height_ratios=heights)
         for panel, cell in zip(panels, cells.flat):
@@ -108,9 +141,11 @@ def to_svg(panel, prefix, label):
     """Inline SVG whose colours are CSS variables and whose ids begin with `prefix`."""
     text = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        render(panel).savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        render(panel).savefig(
+            text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     svg = text.getvalue()
-    svg = svg[svg.index("<svg"):]
+    svg = svg[svg.index("<svg") :]
     for role, (light, _) in COLOURS.items():
         svg = svg.replace(light, f"var(--{role})")
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
@@ -118,8 +153,13 @@ def to_svg(panel, prefix, label):
     svg = svg.replace("url(#", f"url(#{prefix}-")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     box = re.search(r'viewBox="([^"]+)"', svg).group(0)
-    return re.sub(r"<svg[^>]*>", f'<svg {box} role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg" '
-                  'xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1)
+    return re.sub(
+        r"<svg[^>]*>",
+        f'<svg {box} role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg" '
+        'xmlns:xlink="http://www.w3.org/1999/xlink">',
+        svg,
+        count=1,
+    )
 
 
 def css_variables(dark):

@@ -63,11 +63,21 @@ def reads_of(point):
 def identity_row(point):
     """The columns every table begins with."""
     run = point.run.attributes
-    return {"file": point.run.path, "point": point.index, "kind": point.kind, "device": point.run.device,
-            "commit": run.get("git_commit", "unknown"), "context": point.get("run.context", NAN),
-            "batch": point.get("run.batch", NAN), "forced": point.get("run.force_branch", "none"),
-            "ranks": point.ranks, "heads": point["heads"], "kv": point["kv"], "layout": point.layout,
-            "validity": point["validity"]}
+    return {
+        "file": point.run.path,
+        "point": point.index,
+        "kind": point.kind,
+        "device": point.run.device,
+        "commit": run.get("git_commit", "unknown"),
+        "context": point.get("run.context", NAN),
+        "batch": point.get("run.batch", NAN),
+        "forced": point.get("run.force_branch", "none"),
+        "ranks": point.ranks,
+        "heads": point["heads"],
+        "kv": point["kv"],
+        "layout": point.layout,
+        "validity": point["validity"],
+    }
 
 
 def points_table(points):
@@ -76,13 +86,26 @@ def points_table(points):
     for point in points:
         ratio, slowest = imbalance(rank_work(point))
         total = summarise(point.step_samples())
-        rows.append(identity_row(point) | {"reason": point.get("reason", "")} | total | {
-            "selection_share": share_of(point, ("rank", "attend_sel")), "comm_share": share_of(point, ("comm",)),
-            "max_over_median": ratio, "slowest_rank": slowest} | reads_of(point) | {
-            "max_abs_err": point.get("max_abs_err", NAN), "peak_memory": point.peak_memory,
-            "copy_bandwidth": point.get("copy_bandwidth", NAN),
-            "routes": ",".join(map(str, point.get("routes", []))), "fallbacks": point.get("fallbacks", ""),
-            "start": point.run.attributes.get("start", "")})
+        rows.append(
+            identity_row(point)
+            | {"reason": point.get("reason", "")}
+            | total
+            | {
+                "selection_share": share_of(point, ("rank", "attend_sel")),
+                "comm_share": share_of(point, ("comm",)),
+                "max_over_median": ratio,
+                "slowest_rank": slowest,
+            }
+            | reads_of(point)
+            | {
+                "max_abs_err": point.get("max_abs_err", NAN),
+                "peak_memory": point.peak_memory,
+                "copy_bandwidth": point.get("copy_bandwidth", NAN),
+                "routes": ",".join(map(str, point.get("routes", []))),
+                "fallbacks": point.get("fallbacks", ""),
+                "start": point.run.attributes.get("start", ""),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -100,15 +123,19 @@ def stages_table(points, modes=("branches", "total")):
                     continue
                 ratio, slowest = imbalance(times.rank_median[i])
                 share = summary["median"] / all_stages if all_stages and stage != "step" else NAN
-                rows.append(identity_row(point) | {"mode": mode, "stage": stage} | summary | {
-                    "share": share, "max_over_median": ratio, "slowest_rank": slowest})
+                rows.append(
+                    identity_row(point)
+                    | {"mode": mode, "stage": stage}
+                    | summary
+                    | {"share": share, "max_over_median": ratio, "slowest_rank": slowest}
+                )
     return pd.DataFrame(rows)
 
 
 def timed_ranks(point):
     """[stage, rank] medians in mode `branches`, own stages and comm, else None."""
     times = point.times("branches")
-    return None if times is None else times.rank_median[:len(WORK) + 1]
+    return None if times is None else times.rank_median[: len(WORK) + 1]
 
 
 def kernels(points):
@@ -117,8 +144,16 @@ def kernels(points):
     rows = []
     for point in points:
         for name, found in (point.kernels or {}).items():
-            shape = {key.removeprefix("kernels."): value for key, value in point.parameters.items()
-                     if key.startswith("kernels.") and key != "kernels.implementations"}
-            rows.append(identity_row(point) | shape | {"implementation": name} | summarise(found["samples"]) | {
-                key: found.get(key, NAN) for key in ("mean_abs_err", "max_abs_err")})
+            shape = {
+                key.removeprefix("kernels."): value
+                for key, value in point.parameters.items()
+                if key.startswith("kernels.") and key != "kernels.implementations"
+            }
+            rows.append(
+                identity_row(point)
+                | shape
+                | {"implementation": name}
+                | summarise(found["samples"])
+                | {key: found.get(key, NAN) for key in ("mean_abs_err", "max_abs_err")}
+            )
     return pd.DataFrame(rows)

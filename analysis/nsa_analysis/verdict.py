@@ -16,8 +16,10 @@ def find_nsa(program=None):
     name = program or os.environ.get("NSA") or "nsa"
     found = shutil.which(name)
     if not found:
-        raise AnalysisError(f"cannot find the program {name} (the rule of the gate stands in it); "
-                            "give --nsa PATH, set NSA, or put nsa on the PATH")
+        raise AnalysisError(
+            f"cannot find the program {name} (the rule of the gate stands in it); "
+            "give --nsa PATH, set NSA, or put nsa on the PATH"
+        )
     return found
 
 
@@ -39,16 +41,25 @@ def call_gate(files, program=None):
             raise ValueError("'devices' is no list")
         return answer
     except (ValueError, KeyError, TypeError) as error:
-        raise AnalysisError(f"{command[0]} gate --json gave no answer this reader knows ({error}); "
-                            "use the nsa of the same version") from None
+        raise AnalysisError(
+            f"{command[0]} gate --json gave no answer this reader knows ({error}); use the nsa of the same version"
+        ) from None
 
 
 def condition_row(device, name, where, measured, threshold, outcome):
     measured = measured or {}
     number = lambda key: NAN if measured.get(key) is None else float(measured[key])
-    return {"device": device.get("device", ""), "condition": name, "at": where, "value": number("value"),
-            "bound_low": number("low"), "bound_high": number("high"), "n": measured.get("n", 0), "threshold": threshold,
-            "outcome": outcome}
+    return {
+        "device": device.get("device", ""),
+        "condition": name,
+        "at": where,
+        "value": number("value"),
+        "bound_low": number("low"),
+        "bound_high": number("high"),
+        "n": measured.get("n", 0),
+        "threshold": threshold,
+        "outcome": outcome,
+    }
 
 
 def gate_table(answer):
@@ -61,29 +72,63 @@ def gate_table(answer):
             at = f"context {c['context']}, batch {c.get('batch', 1)}"
             for key, name in ("share", "share"), ("share_30", "share_30"):
                 if condition := c.get(key):
-                    rows.append(condition_row(device, name, at, condition.get("measured"), condition.get("threshold", NAN),
-                                              condition.get("outcome", "")))
+                    rows.append(
+                        condition_row(
+                            device,
+                            name,
+                            at,
+                            condition.get("measured"),
+                            condition.get("threshold", NAN),
+                            condition.get("outcome", ""),
+                        )
+                    )
             for key in "share_ablation", "share_attention":
                 if c.get(key):
                     rows.append(condition_row(device, key, at, c[key], NAN, ""))
         for key in "speedup", "speedup_packed", "error":
             if condition := device.get(key):
                 thresholds[key] = condition.get("threshold", NAN)
-                rows.append(condition_row(device, key, "worst shape", condition.get("measured"), thresholds[key],
-                                          condition.get("outcome", "")))
+                rows.append(
+                    condition_row(
+                        device,
+                        key,
+                        "worst shape",
+                        condition.get("measured"),
+                        thresholds[key],
+                        condition.get("outcome", ""),
+                    )
+                )
         for shape in device.get("shapes", []):
             for key, of in ("with_gather", "speedup"), ("packed", "speedup_packed"), ("error", "error"):
                 if shape.get(key):
-                    rows.append(condition_row(device, f"shape_{of}", shape["name"], shape[key], thresholds.get(of, NAN), ""))
+                    rows.append(
+                        condition_row(device, f"shape_{of}", shape["name"], shape[key], thresholds.get(of, NAN), "")
+                    )
     return pd.DataFrame(rows, columns=list(condition_row({}, "", "", {}, NAN, "")))
 
 
 def verdicts(answer):
     """DataFrame, a row a device, or a CSV that was audited: its verdict and the sentence that says why."""
-    rows = [{"device": d.get("device", ""), "precision": d.get("precision", ""), "commit": d.get("git_commit", ""),
-             "verdict": d.get("verdict", ""), "why": d.get("why", ""), "notes": "; ".join(d.get("notes", []))}
-            for d in answer["devices"]]
-    rows += [{"device": a.get("file", ""), "precision": "", "commit": "", "verdict": a.get("verdict", ""),
-              "why": "; ".join(a.get("findings", [])), "notes": "; ".join(a.get("notes", []))}
-             for a in answer.get("audits", [])]
+    rows = [
+        {
+            "device": d.get("device", ""),
+            "precision": d.get("precision", ""),
+            "commit": d.get("git_commit", ""),
+            "verdict": d.get("verdict", ""),
+            "why": d.get("why", ""),
+            "notes": "; ".join(d.get("notes", [])),
+        }
+        for d in answer["devices"]
+    ]
+    rows += [
+        {
+            "device": a.get("file", ""),
+            "precision": "",
+            "commit": "",
+            "verdict": a.get("verdict", ""),
+            "why": "; ".join(a.get("findings", [])),
+            "notes": "; ".join(a.get("notes", [])),
+        }
+        for a in answer.get("audits", [])
+    ]
     return pd.DataFrame(rows, columns=["device", "precision", "commit", "verdict", "why", "notes"])

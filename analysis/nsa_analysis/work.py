@@ -80,12 +80,30 @@ def shape_of(point, heads=None, kv=None):
     p = point.parameters
     steps = p["run.steps"] if point.kind == "decode" else 0
     hidden = (p.get("nsa.phi_hidden") or 2 * p["model.d_k"]) if p["nsa.phi"] == "mlp" else 0
-    return Shape(point.kind, p["run.context"], p["run.batch"], p["run.context"] + steps - 1, p["model.dim"],
-                 p["model.n_heads"], p["model.n_kv_groups"], p["model.d_k"], p["model.d_v"], p["model.layers"],
-                 4 if p["model.precision"] == "fp32" else 2, bool(p["model.shared_kv"]),
-                 p.get("run.scope", "layer") == "layer", p["nsa.l"], p["nsa.d"], p["nsa.l_sel"], p["nsa.n_sel"],
-                 p["nsa.w"], hidden, p.get("parallel.kv_chunk_blocks", 16) * p["nsa.l_sel"], heads or p["heads"],
-                 kv or p["kv"])
+    return Shape(
+        point.kind,
+        p["run.context"],
+        p["run.batch"],
+        p["run.context"] + steps - 1,
+        p["model.dim"],
+        p["model.n_heads"],
+        p["model.n_kv_groups"],
+        p["model.d_k"],
+        p["model.d_v"],
+        p["model.layers"],
+        4 if p["model.precision"] == "fp32" else 2,
+        bool(p["model.shared_kv"]),
+        p.get("run.scope", "layer") == "layer",
+        p["nsa.l"],
+        p["nsa.d"],
+        p["nsa.l_sel"],
+        p["nsa.n_sel"],
+        p["nsa.w"],
+        hidden,
+        p.get("parallel.kv_chunk_blocks", 16) * p["nsa.l_sel"],
+        heads or p["heads"],
+        kv or p["kv"],
+    )
 
 
 def compressed_tokens(s, t):
@@ -96,8 +114,11 @@ def expected_reads(s, t):
     """Tokens that one query at position t reads, by branch."""
     t = np.asarray(t)
     blocks = np.minimum(s.n_sel, t // s.l_sel + 1)
-    return {"cmp": compressed_tokens(s, t), "sel": (blocks - 1) * s.l_sel + t % s.l_sel + 1,
-            "win": np.minimum(s.w, t + 1)}
+    return {
+        "cmp": compressed_tokens(s, t),
+        "sel": (blocks - 1) * s.l_sel + t % s.l_sel + 1,
+        "win": np.minimum(s.w, t + 1),
+    }
 
 
 @functools.lru_cache(maxsize=512)
@@ -133,7 +154,8 @@ def stage_bytes(s):
     layer = {
         "project": (s.qkv_columns * (s.dim + rows) + rows * s.dim) * storage if s.whole_layer else 0,
         "append": 2 * rows * s.groups * s.branches_kv * s.width,
-        "compress": rows * s.groups * s.width + kv_rows("cmp") * s.width // s.kv if prefill
+        "compress": rows * s.groups * s.width + kv_rows("cmp") * s.width // s.kv
+        if prefill
         else planes * s.width * (s.l + 1) // s.d,
         "attend_cmp": kv_rows("cmp") * s.width + q + o + scores,
         "rank": scores,
@@ -155,14 +177,19 @@ def exchanges(s):
         chunks = owned(s.context, s.chunk, s.kv)[0] // s.chunk if s.kv > 1 else 0
         tokens = chunks * s.chunk
         compressed = owned(int(compressed_tokens(s, s.context - 1)), s.chunk // s.d, s.kv, s.l // s.d - 1)[0]
-        gathers = [("raw halo", planes * chunks * (s.l - s.d) * s.width), ("k_cmp, v_cmp", planes * compressed * s.width),
-                   ("k_sel, v_sel", planes * tokens * s.width),
-                   ("k_win, v_win", 0 if s.shared_kv else planes * tokens * s.width),
-                   ("raw ring", planes * s.l * s.width)]
+        gathers = [
+            ("raw halo", planes * chunks * (s.l - s.d) * s.width),
+            ("k_cmp, v_cmp", planes * compressed * s.width),
+            ("k_sel, v_sel", planes * tokens * s.width),
+            ("k_win, v_win", 0 if s.shared_kv else planes * tokens * s.width),
+            ("raw ring", planes * s.l * s.width),
+        ]
     else:
-        gathers = [("lse", math.lcm(24, s.kv) // s.kv * rows * s.query_heads * 2 * 4),
-                   ("candidates", rows * s.groups * s.n_sel * CANDIDATE),
-                   ("partials", len(BRANCHES) * rows * s.query_heads * (s.d_v + 2) * 4)]
+        gathers = [
+            ("lse", math.lcm(24, s.kv) // s.kv * rows * s.query_heads * 2 * 4),
+            ("candidates", rows * s.groups * s.n_sel * CANDIDATE),
+            ("partials", len(BRANCHES) * rows * s.query_heads * (s.d_v + 2) * 4),
+        ]
     found = [Exchange(name, "all_gather", s.kv, size) for name, size in gathers if s.kv > 1 and size > 0]
     if s.heads > 1 and s.whole_layer:
         found.append(Exchange("heads", "all_reduce", s.heads, rows * s.dim * 4))
@@ -180,8 +207,10 @@ def stage_flops(s):
         "project": 2.0 * rows * s.dim * s.qkv_columns if s.whole_layer else 0.0,
         "append": 0.0,
         "compress": rows / s.d * s.groups * token,
-        "attend_cmp": attend["cmp"], "rank": 2.0 * s.query_heads * reads["cmp"],
-        "attend_sel": attend["sel"], "attend_win": attend["win"],
+        "attend_cmp": attend["cmp"],
+        "rank": 2.0 * s.query_heads * reads["cmp"],
+        "attend_sel": attend["sel"],
+        "attend_win": attend["win"],
         "combine": 2.0 * len(BRANCHES) * rows * s.query_heads * s.d_v * (1 if s.prefill else s.kv),
         "output": 2.0 * rows * s.query_heads * s.d_v * s.dim if s.whole_layer else 0.0,
     }

@@ -5,13 +5,40 @@ import numpy as np
 
 STAGES = "project append compress attend_cmp rank attend_sel attend_win combine output comm step".split()
 PARAMETERS = {
-    "task.kind": "decode", "model.dim": 256, "model.n_heads": 8, "model.n_kv_groups": 4, "model.d_k": 64,
-    "model.d_v": 64, "model.layers": 1, "model.precision": "bf16", "model.gate": "softmax", "model.shared_kv": 0,
-    "nsa.l": 32, "nsa.d": 16, "nsa.l_sel": 64, "nsa.n_sel": 16, "nsa.n_init": 1, "nsa.n_local": 2, "nsa.w": 512,
-    "nsa.phi": "mean", "nsa.phi_hidden": 0, "run.backend": "cuda", "run.context": 65536, "run.batch": 1, "run.steps": 32,
-    "run.warmup": 2, "run.modes": "branches,total", "run.force_branch": "none", "run.scope": "attention",
-    "run.fill": "synthetic", "route.sel": "auto", "parallel.heads": "auto", "parallel.kv": "auto",
-    "parallel.kv_chunk_blocks": 16, "output.file": "result.h5"}
+    "task.kind": "decode",
+    "model.dim": 256,
+    "model.n_heads": 8,
+    "model.n_kv_groups": 4,
+    "model.d_k": 64,
+    "model.d_v": 64,
+    "model.layers": 1,
+    "model.precision": "bf16",
+    "model.gate": "softmax",
+    "model.shared_kv": 0,
+    "nsa.l": 32,
+    "nsa.d": 16,
+    "nsa.l_sel": 64,
+    "nsa.n_sel": 16,
+    "nsa.n_init": 1,
+    "nsa.n_local": 2,
+    "nsa.w": 512,
+    "nsa.phi": "mean",
+    "nsa.phi_hidden": 0,
+    "run.backend": "cuda",
+    "run.context": 65536,
+    "run.batch": 1,
+    "run.steps": 32,
+    "run.warmup": 2,
+    "run.modes": "branches,total",
+    "run.force_branch": "none",
+    "run.scope": "attention",
+    "run.fill": "synthetic",
+    "route.sel": "auto",
+    "parallel.heads": "auto",
+    "parallel.kv": "auto",
+    "parallel.kv_chunk_blocks": 16,
+    "output.file": "result.h5",
+}
 
 
 def scale(group, name, labels):
@@ -54,17 +81,48 @@ def kernel_point(seconds, **parameters):
     return p | {"kernels": seconds}
 
 
-def write(path, points, device="Test GPU", commit="c0ffee", status="complete", start="2026-01-01T00:00:00Z", schema="1.0",
-          **system):
+def write(
+    path,
+    points,
+    device="Test GPU",
+    commit="c0ffee",
+    status="complete",
+    start="2026-01-01T00:00:00Z",
+    schema="1.0",
+    **system,
+):
     with h5py.File(path, "w") as file:
-        file.attrs.update({"schema_version": schema, "status": status, "run_uuid": str(path), "start": start, "end": start,
-                           "argv": "nsa run made_up.toml", "input_toml": "", "input_sha256": "0", "git_commit": commit,
-                           "compiler": "GNU 13", "backend": "cuda"})
+        file.attrs.update(
+            {
+                "schema_version": schema,
+                "status": status,
+                "run_uuid": str(path),
+                "start": start,
+                "end": start,
+                "argv": "nsa run made_up.toml",
+                "input_toml": "",
+                "input_sha256": "0",
+                "git_commit": commit,
+                "compiler": "GNU 13",
+                "backend": "cuda",
+            }
+        )
         ranks = max(p["heads"] * p["kv"] for p in points) if points else 1
         group = file.create_group("system")
         scale(group, "rank", list(range(ranks)))
-        for name, value in ({"host": "node", "cpu": "Test CPU", "gpu": device, "uuid": "GPU-", "driver": "580",
-                             "cuda": "13.0", "nccl": "2.28", "mpi": "Open MPI"} | system).items():
+        for name, value in (
+            {
+                "host": "node",
+                "cpu": "Test CPU",
+                "gpu": device,
+                "uuid": "GPU-",
+                "driver": "580",
+                "cuda": "13.0",
+                "nccl": "2.28",
+                "mpi": "Open MPI",
+            }
+            | system
+        ).items():
             if isinstance(value, str):
                 value = [value + (str(r) if name == "uuid" else "") for r in range(ranks)]
             put(group, name, np.array(value, dtype=h5py.string_dtype()), ["rank"])
@@ -79,15 +137,33 @@ def write(path, points, device="Test GPU", commit="c0ffee", status="complete", s
 def write_point(group, p):
     ranks, steps = p["heads"] * p["kv"], 4
     group.attrs.update(p["parameters"])
-    group.attrs.update({"validity": "VALID" if p["valid"] else "INVALID", "reason": "" if p["valid"] else "made to be wrong",
-                        "stop_reason": "steps", "heads": p["heads"], "kv": p["kv"], "first_position": 0, "warmup_reps": 2,
-                        "copy_bandwidth": 1e12, "max_abs_err": 1e-4, "fallbacks": "", "fingerprint": "f"})
+    group.attrs.update(
+        {
+            "validity": "VALID" if p["valid"] else "INVALID",
+            "reason": "" if p["valid"] else "made to be wrong",
+            "stop_reason": "steps",
+            "heads": p["heads"],
+            "kv": p["kv"],
+            "first_position": 0,
+            "warmup_reps": 2,
+            "copy_bandwidth": 1e12,
+            "max_abs_err": 1e-4,
+            "fallbacks": "",
+            "fingerprint": "f",
+        }
+    )
     group.attrs["routes"] = ["fused", "fused", "fused"]
     if "kernels" in p:
         return write_kernels(group.create_group("kernels"), p["kernels"])
-    for name, labels in (("mode", ["branches", "total"]), ("stage", STAGES), ("rank", list(range(ranks))),
-                         ("rep", list(range(p["time"].shape[3]))), ("branch", ["cmp", "sel", "win"]),
-                         ("step", list(range(steps))), ("kind", ["weights", "caches", "activations", "workspace", "total"])):
+    for name, labels in (
+        ("mode", ["branches", "total"]),
+        ("stage", STAGES),
+        ("rank", list(range(ranks))),
+        ("rep", list(range(p["time"].shape[3]))),
+        ("branch", ["cmp", "sel", "win"]),
+        ("step", list(range(steps))),
+        ("kind", ["weights", "caches", "activations", "workspace", "total"]),
+    ):
         scale(group, name, labels)
     put(group, "time", p["time"], ["mode", "stage", "rank", "rep"], "s")
     lists = p["parameters"]["run.batch"] * 4  # groups, spread over the ranks here: any split will do
@@ -111,8 +187,13 @@ def write_kernels(group, seconds):
         put(group, name, [1e-5] * len(seconds), ["implementation"])
 
 
-def sweep(folder, step=lambda ranks: 100e-6 / ranks + 10e-6, layouts=((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)),
-          contexts=(65536,), **options):
+def sweep(
+    folder,
+    step=lambda ranks: 100e-6 / ranks + 10e-6,
+    layouts=((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)),
+    contexts=(65536,),
+    **options,
+):
     """A file a layout. `step(ranks)` is the median of a whole step; kv layouts take 1 us more a kv rank beyond one."""
     paths = []
     for heads, kv in layouts:
@@ -122,8 +203,22 @@ def sweep(folder, step=lambda ranks: 100e-6 / ranks + 10e-6, layouts=((1, 1), (2
             whole = step(ranks) * context / 65536 + (kv - 1) * 1e-6
             spread = 1 + 1e-3 * np.arange(-5, 6)  # 11 samples, the median in the middle
             comm = {"comm": 0.1 * whole * spread} if kv > 1 else {}
-            points.append(point(times(ranks, 11, whole * spread, attend_cmp=0.5 * whole * spread, rank=0.2 * whole * spread,
-                                      attend_sel=0.3 * whole * spread, step=1.2 * whole * spread, **comm), heads, kv,
-                                run_context=context))
+            points.append(
+                point(
+                    times(
+                        ranks,
+                        11,
+                        whole * spread,
+                        attend_cmp=0.5 * whole * spread,
+                        rank=0.2 * whole * spread,
+                        attend_sel=0.3 * whole * spread,
+                        step=1.2 * whole * spread,
+                        **comm,
+                    ),
+                    heads,
+                    kv,
+                    run_context=context,
+                )
+            )
         paths.append(str(write(folder / f"h{heads}k{kv}.h5", points, **options)))
     return paths

@@ -17,10 +17,12 @@ COMMANDS = ["points", "scaling", "branches", "reads", "ranks", "roofline", "mode
 @pytest.fixture
 def run(capsys):
     """The command line in this process: its exit code and what it printed. An exception fails the test."""
+
     def call(*arguments):
         code = main([str(a) for a in arguments])
         said = capsys.readouterr()
         return types.SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
     return call
 
 
@@ -32,12 +34,19 @@ def refused(run):
         assert done.stderr.startswith("nsa-analysis: error: ") and done.stderr.count("\n") == 1, done.stderr
         assert str(path) in done.stderr and said in done.stderr, done.stderr
         assert done.stdout == ""
+
     return check
 
 
 def test_as_a_program(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "nsa_analysis", "points", tmp_path / "none.h5"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (6, "", 1) and "none.h5: no such file" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "nsa_analysis", "points", tmp_path / "none.h5"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (
+        6,
+        "",
+        1,
+    ) and "none.h5: no such file" in done.stderr
 
 
 @pytest.fixture
@@ -49,7 +58,7 @@ def good(tmp_path):
 def test_truncated(refused, good, tmp_path, kept):
     data = good.read_bytes()
     cut = tmp_path / "cut.h5"
-    cut.write_bytes(data[:int(kept * len(data)) if 0 < kept < 1 else kept])
+    cut.write_bytes(data[: int(kept * len(data)) if 0 < kept < 1 else kept])
     refused(cut, "cannot be read as HDF5")
 
 
@@ -81,18 +90,26 @@ def test_a_folder_without_results(refused, tmp_path):
     refused(tmp_path, "no .h5 file", code=2)
 
 
-@pytest.mark.parametrize("broken, said", [
-    (lambda p: p.attrs.__delitem__("heads"), "'heads'"),
-    (lambda p: p.attrs.__setitem__("kv", "two"), "'kv'"),
-    (lambda p: p.attrs.__setitem__("kv", 7), "times of 2 ranks"),
-    (lambda p: p.attrs.__setitem__("warmup_reps", 99), "warmup_reps"),
-    (lambda p: p.__delitem__("stage"), "stage"),
-    (lambda p: p["time"].__setitem__((0, 3), -1.0), "no times"),
-    (lambda p: (p.__delitem__("time"), p.create_dataset("time", shape=(2, 11, 2**30, 2**20), dtype="f8", chunks=(1, 1, 1, 1))),
-     "larger than its file"),
-    (lambda p: (p.__delitem__("time"), p.create_dataset("time", data=np.zeros(3))), "1 dimensions"),
-    (lambda p: (p.__delitem__("reads"), p.create_dataset("reads", data="none")), "'reads' holds no numbers"),
-])
+@pytest.mark.parametrize(
+    "broken, said",
+    [
+        (lambda p: p.attrs.__delitem__("heads"), "'heads'"),
+        (lambda p: p.attrs.__setitem__("kv", "two"), "'kv'"),
+        (lambda p: p.attrs.__setitem__("kv", 7), "times of 2 ranks"),
+        (lambda p: p.attrs.__setitem__("warmup_reps", 99), "warmup_reps"),
+        (lambda p: p.__delitem__("stage"), "stage"),
+        (lambda p: p["time"].__setitem__((0, 3), -1.0), "no times"),
+        (
+            lambda p: (
+                p.__delitem__("time"),
+                p.create_dataset("time", shape=(2, 11, 2**30, 2**20), dtype="f8", chunks=(1, 1, 1, 1)),
+            ),
+            "larger than its file",
+        ),
+        (lambda p: (p.__delitem__("time"), p.create_dataset("time", data=np.zeros(3))), "1 dimensions"),
+        (lambda p: (p.__delitem__("reads"), p.create_dataset("reads", data="none")), "'reads' holds no numbers"),
+    ],
+)
 def test_broken_points(refused, good, broken, said):
     with h5py.File(good, "r+") as file:
         broken(file["points/0000"])
@@ -113,9 +130,15 @@ def test_mixed_good_and_bad(run, good, tmp_path):
     assert done.returncode == 6 and str(bad) in done.stderr and "good.h5" not in done.stderr
 
 
-@pytest.mark.parametrize("options, said", [
-    (["--figure", "x.bmp"], "x.bmp"), (["--where", "context"], "no '='"), (["--figure", "/nowhere/x.svg"], "/nowhere/x.svg"),
-    (["--csv", "/nowhere/x.csv"], "/nowhere")])
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--figure", "x.bmp"], "x.bmp"),
+        (["--where", "context"], "no '='"),
+        (["--figure", "/nowhere/x.svg"], "/nowhere/x.svg"),
+        (["--csv", "/nowhere/x.csv"], "/nowhere"),
+    ],
+)
 def test_bad_options(run, tmp_path, options, said):
     done = run("scaling", *made_up.sweep(tmp_path, layouts=[(1, 1), (2, 1)]), *options)
     assert done.returncode in (2, 6) and said in done.stderr

@@ -31,14 +31,19 @@ def linear_sweep(folder, layouts=((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (4, 1)
             empty = made_up.point(made_up.times(heads * kv, 9, 1.0), heads, kv, run_context=context)
             shape = work.shape_of(nsa_analysis.read(made_up.write(folder / "empty.h5", [empty]))[0])
             moved = work.stage_bytes(shape)
-            stages = {s: 3e-6 + moved[s] / 1e12 for s in ("append", "compress", "attend_cmp", "rank", "attend_sel",
-                                                          "attend_win", "combine")}
+            stages = {
+                s: 3e-6 + moved[s] / 1e12
+                for s in ("append", "compress", "attend_cmp", "rank", "attend_sel", "attend_win", "combine")
+            }
             own, saved = sum(stages.values()), 2e-6 * len(stages)
             comm = sum(4e-6 + 2e-6 * (e.ranks - 1) for e in work.exchanges(shape))
             if comm:
                 stages["comm"] = comm
-            points.append(made_up.point(made_up.times(heads * kv, 9, own - saved + comm / 2, **stages), heads, kv,
-                                        run_context=context))
+            points.append(
+                made_up.point(
+                    made_up.times(heads * kv, 9, own - saved + comm / 2, **stages), heads, kv, run_context=context
+                )
+            )
         paths.append(str(made_up.write(folder / f"h{heads}k{kv}.h5", points)))
     (folder / "empty.h5").unlink()
     return paths
@@ -64,11 +69,14 @@ def test_error_is_measured_against_predicted(tmp_path):
 
 def test_an_exchange_beyond_a_node_by_hand():
     model = cost_model.CostModel({}, (4e-6, 2e-6, 1e-9), 1.0, 0.0, (1,))
-    shape = dataclasses.replace(work.Shape("decode", 65536, 1, 65567, 256, 8, 4, 64, 64, 1, 2, False, True, 32, 16, 64, 16,
-                                           512, 0, 1024, 1, 16))
+    shape = dataclasses.replace(
+        work.Shape("decode", 65536, 1, 65567, 256, 8, 4, 64, 64, 1, 2, False, True, 32, 16, 64, 16, 512, 0, 1024, 1, 16)
+    )
     gather = work.Exchange("lse", "all_gather", 16, 1000)
     # 4 us, 3 hops in the node, 15 kB received; 2 doublings to 4 nodes, 12 kB from others over 4 links.
-    assert model.exchange_time(gather, shape, NETWORK) == pytest.approx(4e-6 + 3 * 2e-6 + 15000e-9 + 2 * 10e-6 + 12000 / 4 / 1e9)
+    assert model.exchange_time(gather, shape, NETWORK) == pytest.approx(
+        4e-6 + 3 * 2e-6 + 15000e-9 + 2 * 10e-6 + 12000 / 4 / 1e9
+    )
     heads = work.Exchange("heads", "all_reduce", 4, 1000)
     # Head shards are 16 ranks apart: each in a node of its own, 2 doublings and 3/4 of 1 kB, there and back.
     assert model.exchange_time(heads, shape, NETWORK) == pytest.approx(4e-6 + 1500e-9 + 4 * 10e-6 + 1500 / 1e9)

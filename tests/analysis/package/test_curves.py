@@ -38,7 +38,9 @@ def test_layouts_and_the_best_of_them(tmp_path):
 
 
 def test_stages_are_compared_with_their_own(tmp_path):
-    frame = nsa_analysis.scaling(nsa_analysis.read(made_up.sweep(tmp_path, lambda p: 100e-6 / p, [(1, 1), (4, 1)])), "strong")
+    frame = nsa_analysis.scaling(
+        nsa_analysis.read(made_up.sweep(tmp_path, lambda p: 100e-6 / p, [(1, 1), (4, 1)])), "strong"
+    )
     cmp = frame[frame.stage == "attend_cmp"].set_index("layout")
     assert cmp.time["4x1"] == pytest.approx(12.5e-6) and cmp.speedup["4x1"] == pytest.approx(4)
 
@@ -57,7 +59,7 @@ def test_weak_scaling(tmp_path):
     other.mkdir()
     paths += made_up.sweep(other, lambda p: 110e-6 / p, [(2, 1)], contexts=[131072])
     frame = steps(paths, "weak")
-    assert frame.curve.unique().tolist() == ["weak, batch 1, context 65536 a rank"]
+    assert frame.curve.unique().tolist() == ["weak, batch 1, context 64K a rank"]
     assert frame.efficiency["2x1"] == pytest.approx(1 / 1.1) and frame.speedup["2x1"] == pytest.approx(2 / 1.1)
     assert frame.ideal_time["2x1"] == pytest.approx(100e-6) and frame.serial_fraction.isna().all()
 
@@ -87,8 +89,13 @@ def test_an_invalid_baseline_is_none(tmp_path):
     assert frame.speedup.isna()["1x1"] and frame.speedup["2x1"] == 1
 
 
-@pytest.mark.parametrize("other, said", [
-    ({"device": "Other GPU"}, "device Test GPU .*h1k1.h5.*Other GPU .*h2k1.h5"), ({"commit": "beef"}, "git_commit c0ffee .*beef")])
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        ({"device": "Other GPU"}, "device Test GPU .*h1k1.h5.*Other GPU .*h2k1.h5"),
+        ({"commit": "beef"}, "git_commit c0ffee .*beef"),
+    ],
+)
 def test_mixed_devices_and_commits_are_refused(tmp_path, capsys, other, said):
     one = made_up.sweep(tmp_path, layouts=[(1, 1)])
     two = made_up.sweep(tmp_path, layouts=[(2, 1)], **other)
@@ -108,7 +115,9 @@ def test_mixed_inputs_are_refused(tmp_path):
 
 def test_of_two_measurements_the_later_counts(tmp_path):
     paths = made_up.sweep(tmp_path, layouts=[(1, 1), (2, 1)])
-    again = made_up.write(tmp_path / "again.h5", [made_up.point(made_up.times(2, 11, 30e-6), 2)], start="2026-02-01T00:00:00Z")
+    again = made_up.write(
+        tmp_path / "again.h5", [made_up.point(made_up.times(2, 11, 30e-6), 2)], start="2026-02-01T00:00:00Z"
+    )
     frame = steps([again, *paths])
     assert len(frame) == 2 and frame.time["2x1"] == pytest.approx(30e-6)
 

@@ -45,6 +45,8 @@ def test_xarray(results, capsys):
 
 def test_jupyter(results):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(example("plots"))])
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(results)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(results)}}
+    ).execute()
     outputs = notebook.cells[0].outputs
     assert any("image/png" in o.get("data", {}) for o in outputs), outputs

@@ -14,47 +14,103 @@ from nsa_analysis.errors import AnalysisError
 
 MEASURED = {"value": 0.31, "low": 0.3, "high": 0.32, "n": 24}
 NONE = {"value": None, "low": None, "high": None, "n": 0}
-ANSWER = {"gate": 1, "devices": [{
-    "device": "Test GPU", "backend": "cuda", "git_commit": "c0ffee", "precision": "bf16", "files": ["a.h5"],
-    "verdict": "PROCEED", "why": "all three are met",
-    "speedup": {"name": "speedup", "threshold": 1.2, "measured": {"value": 8.5, "low": 8, "high": 9, "n": 40}, "outcome": "met",
-                "why": ""},
-    "speedup_packed": {"name": "packed", "threshold": 1.2, "measured": NONE, "outcome": "open", "why": "not measured"},
-    "error": {"name": "error", "threshold": 1e-3, "measured": {"value": 1e-4, "low": 9e-5, "high": 2e-4, "n": 3},
-              "outcome": "met", "why": ""},
-    "contexts": [{"context": 65536, "batch": 1, "verdict": "PROCEED", "why": "", "accounts": [],
-                  "share": {"name": "share", "threshold": 0.25, "measured": MEASURED, "outcome": "met", "why": ""},
-                  "share_30": {"name": "share", "threshold": 0.3, "measured": MEASURED, "outcome": "open", "why": ""},
-                  "share_ablation": MEASURED, "share_attention": NONE}],
-    "shapes": [{"name": "N=256 H=4 D=64 n=8", "with_gather": {"value": 8.5, "low": 8, "high": 9, "n": 40}, "packed": NONE,
-                "error": {"value": 1e-4, "low": 9e-5, "high": 2e-4, "n": 3}}],
-    "notes": ["one note"]}],
-    "audits": [{"file": "v2.csv", "verdict": "NOT EVIDENCE", "findings": ["305% of the total"], "notes": [], "rows": []}]}
+ANSWER = {
+    "gate": 1,
+    "devices": [
+        {
+            "device": "Test GPU",
+            "backend": "cuda",
+            "git_commit": "c0ffee",
+            "precision": "bf16",
+            "files": ["a.h5"],
+            "verdict": "PROCEED",
+            "why": "all three are met",
+            "speedup": {
+                "name": "speedup",
+                "threshold": 1.2,
+                "measured": {"value": 8.5, "low": 8, "high": 9, "n": 40},
+                "outcome": "met",
+                "why": "",
+            },
+            "speedup_packed": {
+                "name": "packed",
+                "threshold": 1.2,
+                "measured": NONE,
+                "outcome": "open",
+                "why": "not measured",
+            },
+            "error": {
+                "name": "error",
+                "threshold": 1e-3,
+                "measured": {"value": 1e-4, "low": 9e-5, "high": 2e-4, "n": 3},
+                "outcome": "met",
+                "why": "",
+            },
+            "contexts": [
+                {
+                    "context": 65536,
+                    "batch": 1,
+                    "verdict": "PROCEED",
+                    "why": "",
+                    "accounts": [],
+                    "share": {"name": "share", "threshold": 0.25, "measured": MEASURED, "outcome": "met", "why": ""},
+                    "share_30": {"name": "share", "threshold": 0.3, "measured": MEASURED, "outcome": "open", "why": ""},
+                    "share_ablation": MEASURED,
+                    "share_attention": NONE,
+                }
+            ],
+            "shapes": [
+                {
+                    "name": "N=256 H=4 D=64 n=8",
+                    "with_gather": {"value": 8.5, "low": 8, "high": 9, "n": 40},
+                    "packed": NONE,
+                    "error": {"value": 1e-4, "low": 9e-5, "high": 2e-4, "n": 3},
+                }
+            ],
+            "notes": ["one note"],
+        }
+    ],
+    "audits": [
+        {"file": "v2.csv", "verdict": "NOT EVIDENCE", "findings": ["305% of the total"], "notes": [], "rows": []}
+    ],
+}
 
 
 @pytest.fixture
 def fake(tmp_path):
     """A program `nsa` that prints ANSWER, or fails as told; it checks how it was called."""
+
     def make(answer=json.dumps(ANSWER), code=0, error=""):
         path = tmp_path / "nsa"
-        path.write_text(f"#!{sys.executable}\nimport sys\nassert sys.argv[1:3] == ['gate', '--json'] and len(sys.argv) > 3\n"
-                        f"sys.stdout.write({answer!r})\nsys.stderr.write({error!r})\nsys.exit({code})\n")
+        path.write_text(
+            f"#!{sys.executable}\nimport sys\nassert sys.argv[1:3] == ['gate', '--json'] and len(sys.argv) > 3\n"
+            f"sys.stdout.write({answer!r})\nsys.stderr.write({error!r})\nsys.exit({code})\n"
+        )
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         return str(path)
+
     return make
 
 
 def test_tables_say_what_the_program_said(fake):
     answer = nsa_analysis.call_gate(["a.h5"], fake())
     table = nsa_analysis.gate_table(answer).set_index("condition")
-    assert table.outcome[["share", "share_30", "speedup", "speedup_packed", "error"]].tolist() == ["met", "open", "met", "open",
-                                                                                                  "met"]
+    assert table.outcome[["share", "share_30", "speedup", "speedup_packed", "error"]].tolist() == [
+        "met",
+        "open",
+        "met",
+        "open",
+        "met",
+    ]
     assert (table.value["speedup"], table.bound_low["speedup"], table.threshold["speedup"]) == (8.5, 8, 1.2)
     assert table.isna().value["speedup_packed"] and table["at"]["shape_error"] == "N=256 H=4 D=64 n=8"
     said = nsa_analysis.verdicts(answer)
     assert said.verdict.tolist() == ["PROCEED", "NOT EVIDENCE"] and "305%" in said.why[1]
     assert [p.title for p in plots.gate_panels(nsa_analysis.gate_table(answer))] == [
-        "Test GPU: selection's share", "Test GPU: fused against packed SDPA", "Test GPU: error of fused"]
+        "Test GPU: selection's share",
+        "Test GPU: fused against packed SDPA",
+        "Test GPU: error of fused",
+    ]
 
 
 def test_command(fake, tmp_path, capsys):
@@ -63,10 +119,19 @@ def test_command(fake, tmp_path, capsys):
     assert (tmp_path / "gate.svg").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("program, said, code", [
-    ({"answer": "", "code": 2, "error": "nsa: error: files differ (commit a, b); give one\n"}, "files differ (commit a, b)", 2),
-    ({"answer": "", "code": 6, "error": "nsa: error: bad.h5: no result of nsa\n"}, "bad.h5", 6),
-    ({"answer": "PROCEED\n"}, "no answer this reader knows", 2), ({"answer": "[1]"}, "no answer this reader knows", 2)])
+@pytest.mark.parametrize(
+    "program, said, code",
+    [
+        (
+            {"answer": "", "code": 2, "error": "nsa: error: files differ (commit a, b); give one\n"},
+            "files differ (commit a, b)",
+            2,
+        ),
+        ({"answer": "", "code": 6, "error": "nsa: error: bad.h5: no result of nsa\n"}, "bad.h5", 6),
+        ({"answer": "PROCEED\n"}, "no answer this reader knows", 2),
+        ({"answer": "[1]"}, "no answer this reader knows", 2),
+    ],
+)
 def test_failures_are_passed_on(fake, program, said, code, capsys):
     assert main(["gate", "a.h5", "--nsa", fake(**program)]) == code
     error = capsys.readouterr().err

@@ -52,8 +52,11 @@ def sweep(tmp_path_factory):
     made_up.sweep(folder, contexts=(65536, 1048576))
     slow = made_up.times(4, 11, 50e-6, attend_cmp=20e-6, rank=9e-6, attend_sel=9e-6, comm=5e-6)
     slow[0, made_up.STAGES.index("attend_cmp"), 2] *= 2
-    made_up.write(folder / "h2k2.h5", [made_up.point(slow, 2, 2), made_up.point(slow * 3, 2, 2, valid=False, run_context=1048576)],
-                  status="running")
+    made_up.write(
+        folder / "h2k2.h5",
+        [made_up.point(slow, 2, 2), made_up.point(slow * 3, 2, 2, valid=False, run_context=1048576)],
+        status="running",
+    )
     made_up.sweep(folder / "..", layouts=[(1, 1)], device="Other <GPU> & co")
     shutil.move(folder / "../h1k1.h5", folder / "other.h5")
     return folder
@@ -74,7 +77,7 @@ def test_is_whole_and_self_contained(page):
 
 
 def test_says_what_is_wrong_on_top(page):
-    top = page[:page.index('id="runs"')]
+    top = page[: page.index('id="runs"')]
     assert "h2k2.h5, point 1 (context 1M, batch 1, 2x2) is INVALID: made to be wrong" in top
     assert "status running" in top and "2 series that share no curve: they differ in device" in top
     assert "12 of 13" in top
@@ -87,8 +90,12 @@ def test_every_figure_has_axes_with_units_and_a_legend(page):
         texts = re.findall(r"<text[^>]*>([^<]+)</text>", figure)
         title = re.search('aria-label="([^"]+)"', figure).group(1)
         assert any(re.search(r"^(ranks|stage|rank)$|\(.+\)$|heads × kv", t) for t in texts), (title, texts)
-        assert sum(bool(re.search(r"\((µs|ms|s|%|times|tokens|1|%.*)\)|^(ranks|stage|rank)$|heads × kv", t)) for t in texts) >= 2, (
-            title, texts)
+        assert (
+            sum(
+                bool(re.search(r"\((µs|ms|s|%|times|tokens|1|%.*)\)|^(ranks|stage|rank)$|heads × kv", t)) for t in texts
+            )
+            >= 2
+        ), (title, texts)
         assert 'id="' in figure and ("legend" in figure or "image" in figure), title
         assert not re.search(r"#[0-9a-f]{6}\b", re.sub(r'base64,[^"]*', "", figure).replace("fill: #ffffff", "")), title
 
@@ -135,15 +142,30 @@ frame.srcdoc = %s;
 @pytest.mark.parametrize("width, dark", [(1280, False), (1280, True), (390, False), (390, True)])
 def test_in_a_browser(page, tmp_path, width, dark):
     import json
-    caught = page.replace("<head>", "<head><script>addEventListener('error', e => parent.eval('errors').push(e.message))"
-                                    "</script>", 1)
+
+    caught = page.replace(
+        "<head>", "<head><script>addEventListener('error', e => parent.eval('errors').push(e.message))</script>", 1
+    )
     probe = tmp_path / "probe.html"
     probe.write_text(PROBE % (width, width, json.dumps(caught).replace("</", "<\\/")))
     done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-         f"--window-size={width + 200},1000", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-         "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", probe.as_uri()],
-        capture_output=True, text=True, timeout=120)
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width + 200},1000",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            probe.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     found = re.search(r"<title>probe (\{.*?\})</title>", done.stdout)
     assert found, done.stderr[-2000:]
     seen = json.loads(html.unescape(found.group(1)))

@@ -10,8 +10,9 @@ import pytest
 from nsa_analysis.statistics import interval_ranks, median_and_interval, summarise
 
 
-@pytest.mark.parametrize("n, ranks", [(5, (0, 0)), (6, (1, 6)), (10, (2, 9)), (20, (6, 15)), (30, (10, 21)), (50, (18, 33)),
-                                      (100, (40, 61))])
+@pytest.mark.parametrize(
+    "n, ranks", [(5, (0, 0)), (6, (1, 6)), (10, (2, 9)), (20, (6, 15)), (30, (10, 21)), (50, (18, 33)), (100, (40, 61))]
+)
 def test_interval_ranks_of_the_document(n, ranks):
     assert interval_ranks(n) == ranks
 
@@ -48,6 +49,14 @@ def test_summary_row():
     samples = [float(v) for v in range(1, 101)]
     random.Random(2).shuffle(samples)
     row = summarise([*samples, math.nan])
-    assert (row["n"], row["median"], row["low"], row["high"], row["min"], row["p95"], row["p99"]) == (100, 50.5, 40, 61, 1, 95, 99)
+    assert (row["n"], row["median"], row["low"], row["high"], row["min"], row["p95"], row["p99"]) == (
+        100,
+        50.5,
+        40,
+        61,
+        1,
+        95,
+        99,
+    )
     assert row["cv"] == pytest.approx(statistics.stdev(samples) / statistics.mean(samples))
     assert summarise([])["n"] == 0 and math.isnan(summarise([])["median"])

@@ -19,8 +19,16 @@ def noisy(tmp_path):
     sel = sample(30e-6)
     sel[1] *= 1.5
     moved = np.arange(22).reshape(11, 2) * 10_000
-    table = made_up.times(2, 24, sample(100e-6), attend_cmp=sample(50e-6), rank=sample(10e-6), attend_sel=sel,
-                          comm=sample(8e-6), step=sample(120e-6))
+    table = made_up.times(
+        2,
+        24,
+        sample(100e-6),
+        attend_cmp=sample(50e-6),
+        rank=sample(10e-6),
+        attend_sel=sel,
+        comm=sample(8e-6),
+        step=sample(120e-6),
+    )
     table[0, made_up.STAGES.index("comm"), 0, 5] = np.nan  # a sample that is missing
     return made_up.write(tmp_path / "noisy.h5", [made_up.point(table, heads=1, kv=2, moved=moved)])
 
@@ -30,7 +38,7 @@ def raw(path, mode, stage):
     with h5py.File(path) as file:
         p = file["points/0000"]
         m, s = (list(p[d].asstr()).index(v) for d, v in (("mode", mode), ("stage", stage)))
-        return p["time"][m, s, :, int(p.attrs["warmup_reps"]):].tolist()
+        return p["time"][m, s, :, int(p.attrs["warmup_reps"]) :].tolist()
 
 
 def slowest(path, mode, stage):
@@ -59,11 +67,20 @@ def test_point_row(noisy):
     assert row["median"] == statistics.median(slowest(noisy, "total", "step"))
     assert row["selection_share"] == pytest.approx((median["rank"] + median["attend_sel"]) / sum(median.values()))
     assert row["comm_share"] == pytest.approx(median["comm"] / sum(median.values()))
-    work = [statistics.median(sum(v) for v in zip(*(raw(noisy, "branches", s)[r] for s in ("attend_cmp", "rank", "attend_sel"))))
-            for r in range(2)]
+    work = [
+        statistics.median(
+            sum(v) for v in zip(*(raw(noisy, "branches", s)[r] for s in ("attend_cmp", "rank", "attend_sel")))
+        )
+        for r in range(2)
+    ]
     assert row["max_over_median"] == pytest.approx(max(work) / statistics.median(work))
     assert row["slowest_rank"] == 1
-    assert (row["reads_counted"], row["reads_expected"], row["reads_sel_counted"], row["reads_nsa_vibe"]) == (600, 600, 200, 777)
+    assert (row["reads_counted"], row["reads_expected"], row["reads_sel_counted"], row["reads_nsa_vibe"]) == (
+        600,
+        600,
+        200,
+        777,
+    )
     assert row["device"] == "Test GPU" and row["layout"] == "1x2" and row["peak_memory"] == 10**6
 
 
@@ -112,8 +129,10 @@ def test_branches_need_their_mode(tmp_path):
 
 
 def test_kernels(tmp_path):
-    path = made_up.write(tmp_path / "k.h5", [made_up.kernel_point({"fused": 2e-6, "sdpa": 10e-6}, kernels_branch="sel",
-                                                                  kernels_rows=256)])
+    path = made_up.write(
+        tmp_path / "k.h5",
+        [made_up.kernel_point({"fused": 2e-6, "sdpa": 10e-6}, kernels_branch="sel", kernels_rows=256)],
+    )
     frame = nsa_analysis.kernels(nsa_analysis.read(path)).set_index("implementation")
     assert frame["median"].to_dict() == {"fused": 2e-6, "sdpa": 10e-6} and frame.n.tolist() == [10, 10]
     assert frame.rows.tolist() == [256, 256] and frame.mean_abs_err["fused"] == 1e-5

@@ -1,0 +1,118 @@
+"""What the figures share: units, ticks, colours and marks."""
+
+import math
+
+import numpy as np
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from .reading import STAGES
+from .series import short
+from .style import MARKERS, SERIES, colour
+
+PART_COLOURS = {
+    "cmp": "blue",
+    "rank": "orange",
+    "sel": "vermillion",
+    "win": "green",
+    "comm": "purple",
+    "project, output": "sky",
+    "other": "grey",
+}
+# Each stage looks the same wherever it is a line: its part's colour, a marker of its own.
+STAGE_MARKERS = dict(zip(STAGES, "P<>oDs^vX*."))
+MOST_PANELS = 6  # of one kind; the table has the rest
+
+
+def time_unit(seconds):
+    """(factor, name) of the unit in which a time reads well."""
+    finite = [s for s in np.ravel(seconds) if s > 0]
+    largest = max(finite, default=1.0)
+    return (1e6, "µs") if largest < 2e-3 else (1e3, "ms") if largest < 2 else (1.0, "s")
+
+
+def times_sign(layout):
+    return layout.replace("x", "×")
+
+
+def style_of(i):
+    return {"color": colour(SERIES[i % len(SERIES)]), "marker": MARKERS[i % len(MARKERS)]}
+
+
+def spread(items, most=MOST_PANELS):
+    """At most `most` of the items, first and last among them."""
+    items = list(items)
+    if len(items) <= most:
+        return items
+    return [items[i] for i in sorted({round(k * (len(items) - 1) / (most - 1)) for k in range(most)})]
+
+
+def percent():
+    return FuncFormatter(lambda v, _: f"{100 * v:g}")
+
+
+def rank_axis(ax, ranks, base=2):
+    ranks = sorted(set(int(r) for r in ranks))
+    ax.set_xscale("log", base=base)
+    ax.xaxis.set_major_locator(FixedLocator(spread(ranks, 11)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.set_xlim(ranks[0] / 1.18, ranks[-1] * 1.18)
+    ax.set_xlabel("ranks")
+
+
+def log_values(axis, values):
+    """1-2-5 ticks in plain numbers; few enough to stand apart."""
+    values = [v for v in values if v and v > 0 and math.isfinite(v)]
+    if not values:
+        return
+    low, high = min(values), max(values)
+    steps = (1, 1.5, 2, 3, 4, 5, 7) if high / low < 8 else (1, 2, 5) if high / low < 100 else (1,)
+    ticks = [
+        m * 10.0**e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1) for m in steps
+    ]
+    inside = [t for t in ticks if low / 1.3 <= t <= high * 1.3] or [low]
+    inside = inside[::-1][:: math.ceil(len(inside) / (7 if low > 1e-3 else 4))]
+    axis.set_major_locator(FixedLocator(inside))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}".replace("e-0", "e-")))
+
+
+def draw_intervals(ax, x, y, low, high, i, label):
+    """A line with marks, and the 95% intervals of its points."""
+    errors = np.clip(np.nan_to_num([y - low, high - y]), 0, None)
+    look = style_of(i)
+    ax.plot(x, y, **look, label=label)
+    ax.errorbar(x, y, yerr=errors, linestyle="none", color=look["color"], capsize=2.5, elinewidth=1.2)
+
+
+def draw_invalid(ax, x, y):
+    """INVALID points: a cross of their own, on no line."""
+    if len(x):
+        ax.plot(
+            x, y, linestyle="none", marker="x", markersize=8, markeredgewidth=2, color=colour("bad"), label="INVALID"
+        )
+
+
+def size_label(context, batch, many_batches):
+    return f"{short(int(context))}" + (f", batch {int(batch)}" if many_batches else "")
+
+
+def by_size(frame):
+    """(label, rows) of each swept size of a table; the batch is named where it varies."""
+    many = frame.batch.nunique() > 1
+    forced = frame.forced.nunique() > 1
+    for (context, batch, force), rows in frame.groupby(["context", "batch", "forced"], sort=True):
+        yield size_label(context, batch, many) + (f", forced {force}" if forced else ""), rows
+
+
+def context_axis(ax, contexts):
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator(spread(sorted(set(contexts)), 6)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(int(round(v)))))
+    ax.set_xlabel("context (tokens)")
+
+
+def beside(i, count):
+    """Where mark i of `count` stands in its row, so that intervals do not hide each other."""
+    return 0.5 * (i - (count - 1) / 2) / count

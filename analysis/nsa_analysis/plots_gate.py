@@ -1,0 +1,151 @@
+"""Panels of the gate and of kernel points."""
+
+import numpy as np
+
+from .axes import beside, context_axis, draw_intervals, log_values, percent, style_of, time_unit
+from .style import Panel, colour
+
+
+def gate_panels(table):
+    """What the gate decided on: shares by context, speedups and errors by shape, with the thresholds."""
+    panels = []
+    for device, rows in table.groupby("device", sort=False):
+        if (share := rows[rows.condition == "share"]).value.notna().any():
+            panels.append(share_panel(device, share, rows[rows.condition == "share_30"]))
+        speedup = rows[rows.condition.isin(["shape_speedup", "shape_speedup_packed"])]
+        if speedup.value.notna().any():
+            panels.append(
+                interval_panel(
+                    f"{device}: fused against packed SDPA",
+                    "speedup (times)",
+                    speedup,
+                    {"shape_speedup": "with the gather", "shape_speedup_packed": "packed before"},
+                )
+            )
+        error = rows[rows.condition == "shape_error"]
+        if error.value.notna().any():
+            panels.append(
+                interval_panel(
+                    f"{device}: error of fused", "mean absolute error (1)", error, {"shape_error": "against float64"}
+                )
+            )
+    return panels
+
+
+def error_bars(rows):
+    bars = np.array([rows.value - rows.bound_low, rows.bound_high - rows.value])
+    return np.clip(np.nan_to_num(bars), 0, None)
+
+
+def share_panel(device, share, high):
+    def draw(ax):
+        names = [at.removeprefix("context ").removesuffix(", batch 1") for at in share["at"]]
+        ax.errorbar(
+            range(len(share)),
+            share.value,
+            yerr=error_bars(share),
+            **style_of(0),
+            capsize=3,
+            linestyle="none",
+            label="share, 95% interval",
+        )
+        for rows, line in (share, "--"), (high, ":"):
+            if len(rows):
+                ax.axhline(
+                    rows.threshold.iloc[0],
+                    linestyle=line,
+                    color=colour("muted"),
+                    label=f"threshold {rows.threshold.iloc[0]:.0%}",
+                )
+        ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        ax.set_ylim(
+            0, max(0.35, share.bound_high.max() * 1.1 if share.bound_high.notna().any() else share.value.max() * 1.2)
+        )
+        ax.yaxis.set_major_formatter(percent())
+        ax.set_xlabel("context (tokens)")
+        ax.set_ylabel("selection's share of a step (%)")
+
+    return Panel(f"{device}: selection's share", draw)
+
+
+def interval_panel(title, xlabel, rows, names):
+    shapes = list(dict.fromkeys(rows["at"]))
+
+    def draw(ax):
+        ax.axvline(
+            rows.threshold.iloc[0], linestyle="--", color=colour("muted"), label=f"threshold {rows.threshold.iloc[0]:g}"
+        )
+        for i, (condition, name) in enumerate(names.items()):
+            of = rows[rows.condition == condition]
+            ax.errorbar(
+                of.value,
+                [shapes.index(a) + beside(i, len(names)) for a in of["at"]],
+                xerr=error_bars(of),
+                **style_of(i),
+                capsize=2,
+                markersize=3.5,
+                linestyle="none",
+                label=name,
+            )
+        ax.set_yticks(range(len(shapes)), shapes, fontsize=7)
+        ax.set_ylim(len(shapes) - 0.5, -0.5)
+        ax.set_xscale("log")
+        log_values(ax.xaxis, [*rows.value, *rows.bound_low, *rows.bound_high, rows.threshold.iloc[0]])
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel("shape")
+
+    return Panel(title, draw, height=1.6 + 0.17 * len(shapes))
+
+
+def kernel_panels(frame):
+    """Implementations side by side: against context where that is swept, else shape by shape."""
+    panels = []
+    for (device, branch), rows in frame.groupby(["device", "branch"], sort=False):
+        if rows.context.nunique() > 1:
+            panels.append(kernel_context_panel(f"{device}: {branch}", rows))
+        else:
+            panels.append(kernel_shape_panel(f"{device}: {branch}", rows))
+    return panels
+
+
+def kernel_context_panel(title, frame):
+    """Of the first shape; the table has the others."""
+    shape = ["rows", "heads", "head_size", "blocks", "spans"]
+    first = frame[(frame[shape] == frame[shape].iloc[0]).all(axis=1)]
+    factor, unit = time_unit(first["median"])
+
+    def draw(ax):
+        for i, (name, rows) in enumerate(first.groupby("implementation", sort=False)):
+            rows = rows.sort_values("context")
+            draw_intervals(ax, rows.context, rows["median"] * factor, rows.low * factor, rows.high * factor, i, name)
+        context_axis(ax, first.context)
+        ax.set_yscale("log")
+        log_values(ax.yaxis, first["median"] * factor)
+        ax.set_ylabel(f"time of one execution ({unit})")
+
+    row = first.iloc[0]
+    return Panel(f"{title}, H={row['heads']} D={row['head_size']}", draw)
+
+
+def kernel_shape_panel(title, frame):
+    factor, unit = time_unit(frame["median"])
+    frame = frame.assign(
+        shape=[f"N={r.rows} H={r.heads} D={r.head_size} n={r.blocks} {r.spans}" for r in frame.itertuples()]
+    )
+    shapes = list(dict.fromkeys(frame["shape"]))
+
+    def draw(ax):
+        for i, (name, rows) in enumerate(frame.groupby("implementation", sort=False)):
+            at = [shapes.index(s) + beside(i, frame.implementation.nunique()) for s in rows["shape"]]
+            bars = np.clip(np.nan_to_num([rows["median"] - rows.low, rows.high - rows["median"]]), 0, None) * factor
+            ax.errorbar(
+                rows["median"] * factor, at, xerr=bars, **style_of(i), markersize=3.5, linestyle="none", label=name
+            )
+        ax.set_yticks(range(len(shapes)), shapes, fontsize=7)
+        ax.set_ylim(len(shapes) - 0.5, -0.5)
+        ax.set_xscale("log")
+        log_values(ax.xaxis, frame["median"] * factor)
+        ax.set_xlabel(f"time of one execution ({unit})")
+        ax.set_ylabel("shape")
+
+    return Panel(title, draw, height=1.7 + 0.19 * len(shapes))

@@ -1,0 +1,166 @@
+"""Panels of `scaling`: strong and weak."""
+
+import numpy as np
+from matplotlib.ticker import FuncFormatter
+
+from .axes import (
+    PART_COLOURS,
+    STAGE_MARKERS,
+    by_size,
+    draw_intervals,
+    draw_invalid,
+    log_values,
+    percent,
+    rank_axis,
+    spread,
+    style_of,
+    time_unit,
+)
+from .reading import STAGES
+from .stages import PARTS
+from .style import SERIES, Panel, colour
+
+
+def scaling_panels(frame):
+    """Panels of `scaling`: strong curves, then weak ones."""
+    step = frame[frame.stage == "step"]
+    strong, weak = step[step.curve.str.startswith("strong")], step[step.curve.str.startswith("weak")]
+    panels = []
+    if strong.ranks.nunique() > 1:
+        panels += [speedup_panel(strong)]
+        panels += [time_panel(label, rows) for label, rows in spread(by_size(strong)) if rows.ranks.nunique() > 1]
+        panels += [stage_time_panel(frame, strong)]
+        panels += [
+            fraction_panel(strong, "comm_share", "Time in communication", "part of all stages' time"),
+            fraction_panel(strong, "serial_fraction", "Serial fraction (Karp–Flatt)", "serial fraction"),
+            balance_panel(strong),
+        ]
+    if not weak.empty:
+        panels += [weak_panel(weak)]
+    return [p for p in panels if p]
+
+
+def speedup_panel(strong):
+    def draw(ax):
+        ranks = strong.ranks
+        ends = np.array([ranks.min(), ranks.max()], dtype=float)
+        ax.plot(ends, ends / ends[0], "--", color=colour("muted"), linewidth=1.2, label="ideal")
+        for i, (label, rows) in enumerate(spread(by_size(strong), len(SERIES))):
+            best = rows[rows.best].sort_values("ranks")
+            draw_intervals(ax, best.ranks, best.speedup, best.speedup_low, best.speedup_high, i, label)
+        rank_axis(ax, ranks)
+        ax.set_yscale("log", base=2)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        ax.set_ylabel("speedup (times)")
+
+    return Panel("Strong scaling, fastest layout, by context", draw)
+
+
+def time_panel(label, rows):
+    """All layouts of one size: a colour and a line for each number of head shards."""
+    factor, unit = time_unit(rows.time)
+
+    def draw(ax):
+        valid = rows[rows.validity == "VALID"]
+        if valid.ideal_time.notna().any():
+            ideal = valid.dropna(subset="ideal_time").drop_duplicates("ranks").sort_values("ranks")
+            ax.plot(ideal.ranks, ideal.ideal_time * factor, "--", color=colour("muted"), linewidth=1.2, label="ideal")
+        for i, (heads, group) in enumerate(valid.groupby("heads")):
+            group = group.sort_values("ranks")
+            draw_intervals(
+                ax,
+                group.ranks,
+                group.time * factor,
+                group.time_low * factor,
+                group.time_high * factor,
+                i,
+                f"heads = {heads}",
+            )
+        bad = rows[rows.validity != "VALID"]
+        draw_invalid(ax, bad.ranks, bad.time * factor)
+        rank_axis(ax, rows.ranks)
+        ax.set_yscale("log")
+        log_values(ax.yaxis, [*(rows.time * factor), *(rows.ideal_time * factor)])
+        ax.set_ylabel(f"time of a step ({unit})")
+
+    return Panel(f"Every layout, context {label}; kv = ranks / heads", draw, legend_columns=4)
+
+
+def stage_time_panel(frame, strong):
+    """Stages of the fastest layouts of the largest size."""
+    label, rows = list(by_size(strong))[-1]
+    best = rows[rows.best]
+    if best.ranks.nunique() < 2:
+        return None
+    keys = set(zip(best.file, best.point))
+    stages = frame[(frame.curve == best.curve.iloc[0]) & (frame.stage != "step")]
+    stages = stages[[k in keys for k in zip(stages.file, stages.point)]]
+    if stages.empty:
+        return None
+    largest = stages.groupby("stage").time.max().nlargest(6).index
+    factor, unit = time_unit(stages.time)
+
+    def draw(ax):
+        for stage in (s for s in STAGES if s in largest):
+            rows = stages[stages.stage == stage].sort_values("ranks")
+            ax.plot(
+                rows.ranks,
+                rows.time * factor,
+                color=colour(PART_COLOURS[PARTS[stage]]),
+                marker=STAGE_MARKERS[stage],
+                label=stage,
+            )
+        rank_axis(ax, stages.ranks)
+        ax.set_yscale("log")
+        log_values(ax.yaxis, stages[stages.stage.isin(largest)].time * factor)
+        ax.set_ylabel(f"time of a stage ({unit})")
+
+    return Panel(f"Stages, fastest layout, context {label}", draw)
+
+
+def fraction_panel(strong, column, title, ylabel):
+    if strong[column].isna().all():
+        return None
+
+    def draw(ax):
+        for i, (label, rows) in enumerate(spread(by_size(strong), len(SERIES))):
+            best = rows[rows.best].dropna(subset=column).sort_values("ranks")
+            if len(best):
+                ax.plot(best.ranks, best[column], **style_of(i), label=label)
+        rank_axis(ax, strong.ranks)
+        ax.yaxis.set_major_formatter(percent())
+        ax.set_ylim(min(0, strong[column].min() * 1.1), max(ax.get_ylim()[1], 0.01))
+        ax.set_ylabel(f"{ylabel} (%)")
+
+    return Panel(f"{title}, fastest layout", draw)
+
+
+def balance_panel(strong):
+    def draw(ax):
+        for i, (label, rows) in enumerate(spread(by_size(strong), len(SERIES))):
+            best = rows[rows.best].sort_values("ranks")
+            ax.plot(best.ranks, best.max_over_median, **style_of(i), label=label)
+        rank_axis(ax, strong.ranks)
+        ax.axhline(1, linestyle="--", color=colour("muted"), linewidth=1.2)
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, 0.99), max(high, 1.05))
+        ax.set_ylabel("max / median over ranks (1)")
+
+    return Panel("Balance of own work, fastest layout", draw)
+
+
+def weak_panel(weak):
+    """The curves with most rank counts, at most five."""
+    longest = weak.groupby("curve", sort=False).ranks.nunique().nlargest(5).index
+
+    def draw(ax):
+        ax.axhline(1, linestyle="--", color=colour("muted"), linewidth=1.2, label="ideal")
+        for i, (curve, rows) in enumerate(weak[weak.curve.isin(longest)].groupby("curve", sort=False)):
+            best = rows[rows.best].sort_values("ranks")
+            ax.plot(best.ranks, best.efficiency, **style_of(i), label=curve.removeprefix("weak, "))
+        rank_axis(ax, weak.ranks)
+        ax.yaxis.set_major_formatter(percent())
+        ax.set_ylim(0, max(1.1, weak.efficiency.max() * 1.1))
+        ax.set_ylabel("weak-scaling efficiency (%)")
+
+    return Panel("Weak scaling, fastest layout", draw, height=3.5, legend_columns=1)

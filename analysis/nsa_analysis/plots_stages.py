@@ -1,0 +1,203 @@
+"""Panels of stages, reads, ranks and bandwidth."""
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from .axes import (
+    PART_COLOURS,
+    beside,
+    by_size,
+    context_axis,
+    draw_invalid,
+    log_values,
+    percent,
+    spread,
+    style_of,
+    time_unit,
+    times_sign,
+)
+from .reading import STAGES
+from .series import short
+from .stages import PART_ORDER
+from .style import Panel, colour
+
+
+def branch_panels(frame):
+    """Stacked stages: by context on the fewest ranks, then by layout for each context."""
+    panels = []
+    few = frame[frame.ranks == frame.ranks.min()]
+    layout = few.layout.iloc[0]
+    few = few[few.layout == layout]
+    if len(list(by_size(few))) > 1:
+        panels += [
+            stack_panel(f"Stages by context, layout {times_sign(layout)}", few, False),
+            stack_panel(f"The same as shares, layout {times_sign(layout)}", few, True),
+        ]
+    if frame.layout.nunique() > 1:
+        panels += [
+            stack_panel(f"Stages by layout, context {label}", rows, False, by_layout=True)
+            for label, rows in spread(by_size(frame))
+            if rows.layout.nunique() > 1
+        ]
+    return panels or [stack_panel(f"Stages, layout {times_sign(layout)}", few, False)]
+
+
+def stack_panel(title, frame, shares, by_layout=False):
+    if by_layout:
+        order = frame[["ranks", "heads", "layout"]].drop_duplicates().sort_values(["ranks", "heads"])
+        bars = [(times_sign(r.layout), frame[frame.layout == r.layout]) for r in order.itertuples()]
+    else:
+        bars = list(by_size(frame))
+    bars = spread(bars, 14)
+    factor, unit = time_unit(frame.groupby(["file", "point"])["median"].sum())
+
+    def draw(ax):
+        bottom = np.zeros(len(bars))
+        totals = np.array([rows["median"].sum() for _, rows in bars])
+        for part in PART_ORDER:
+            height = np.array([rows[rows.part == part]["median"].sum() for _, rows in bars])
+            if not height.any():
+                continue
+            height = height / totals if shares else height * factor
+            ax.bar(
+                range(len(bars)),
+                height,
+                0.72,
+                bottom=bottom,
+                color=colour(PART_COLOURS[part]),
+                label=part,
+                edgecolor=colour("paper"),
+                linewidth=0.6,
+            )
+            bottom = bottom + height
+        bad = [i for i, (_, rows) in enumerate(bars) if (rows.validity != "VALID").any()]
+        draw_invalid(ax, bad, bottom[bad])
+        ax.set_xticks(
+            range(len(bars)),
+            [name for name, _ in bars],
+            rotation=35 if sum(len(name) for name, _ in bars) > 40 else 0,
+            ha="right" if sum(len(name) for name, _ in bars) > 40 else "center",
+        )
+        ax.grid(axis="x", visible=False)
+        ax.set_xlabel("layout, heads × kv" if by_layout else "context (tokens)")
+        if shares:
+            ax.yaxis.set_major_formatter(percent())
+        ax.set_ylabel("part of all stages (%)" if shares else f"sum of stages ({unit})")
+
+    return Panel(title, draw, legend_columns=4)
+
+
+def reads_panels(frame):
+    """Reads against context: counted as marks, expected as lines; nsa-vibe's formula beside them."""
+    frame = frame[frame.ranks == frame.ranks.min()].drop_duplicates(["context", "batch", "forced", "branch"])
+    frame = frame[(frame.batch == frame.batch.min()) & (frame.forced == frame.forced.iloc[0])]
+    if frame.context.nunique() < 2:
+        return []
+
+    def draw(ax):
+        for branch, role, marker in (
+            ("cmp", "blue", "o"),
+            ("sel", "vermillion", "s"),
+            ("win", "green", "D"),
+            ("all", "ink", "^"),
+        ):
+            rows = frame[frame.branch == branch].sort_values("context")
+            ax.plot(rows.context, rows.expected, color=colour(role), linewidth=1.2)
+            ax.plot(rows.context, rows.counted, linestyle="none", marker=marker, color=colour(role), label=branch)
+        rows = frame[frame.branch == "all"].sort_values("context")
+        if rows.nsa_vibe.notna().any():
+            ax.plot(rows.context, rows.nsa_vibe, ":", color=colour("purple"), label="nsa-vibe's formula")
+        context_axis(ax, frame.context)
+        ax.set_yscale("log")
+        log_values(ax.yaxis, [*frame.counted, *frame.expected])
+        ax.set_ylabel(f"reads a {'sequence' if frame.kind.iloc[0] == 'prefill' else 'query'} and group (tokens)")
+
+    return [Panel("Reads: counted (marks) and expected (lines)", draw)]
+
+
+def rank_panels(frame):
+    """Heat maps, rank x stage: the points with the worst stragglers, then layouts on the most ranks at the largest
+    context; four at most."""
+    keys = ["layout", "file", "point"]
+    slow = frame[frame.straggler & (frame.ranks > 1)].sort_values("ratio", ascending=False, kind="stable")
+    large = frame[(frame.ranks == frame.ranks.max()) & (frame["rank"] == 0)]
+    large = large[large.context == large.context.max()].sort_values("heads", kind="stable")
+    chosen = [*dict.fromkeys(slow[keys].drop_duplicates("layout").itertuples(index=False, name=None))][:2]
+    chosen = list(dict.fromkeys([*chosen, *spread(dict.fromkeys(large[keys].itertuples(index=False, name=None)), 4)]))[
+        :4
+    ]
+    return [heat_panel(layout, frame[(frame.file == file) & (frame.point == point)]) for layout, file, point in chosen]
+
+
+def heat_panel(layout, rows):
+    stages = [s for s in STAGES if s in set(rows.stage)]
+    grid = rows.pivot(index="rank", columns="stage", values="ratio")[stages].to_numpy()
+    context, validity = int(rows.context.iloc[0]), rows.validity.iloc[0]
+
+    def draw(ax):
+        reach = float(np.clip(np.nanmax(np.maximum(grid, 1 / np.maximum(grid, 1e-3))), 1.05, 4))
+        image = ax.imshow(grid, aspect="auto", interpolation="nearest", cmap="cividis", norm=LogNorm(1 / reach, reach))
+        far = (2, 4) if reach > 2 else (1.4, 2) if reach > 1.4 else (1.1, 1.2, 1.3) if reach > 1.12 else (1.05, 1.1)
+        ticks = [1, *(t for t in far if t <= reach), *(round(1 / t, 2) for t in far if t <= reach)]
+        bar = ax.figure.colorbar(
+            image,
+            ax=ax,
+            extend="both" if reach == 4 else "neither",
+            ticks=ticks,
+            format=FuncFormatter(lambda v, _: f"{v:g}"),
+        )
+        bar.minorticks_off()
+        bar.set_label("time / median over ranks (1)")
+        bar.outline.set_visible(False)
+        slow = rows[rows.straggler]
+        if len(slow):
+            ax.plot(
+                [stages.index(s) for s in slow.stage],
+                slow["rank"],
+                linestyle="none",
+                marker="x",
+                markersize=7,
+                markeredgewidth=2,
+                color=colour("bad"),
+                label="straggler",
+            )
+        ax.set_xticks(range(len(stages)), stages, rotation=45, ha="right")
+        ax.yaxis.set_major_locator(FixedLocator(spread(range(len(grid)), 9)))
+        ax.grid(visible=False)
+        ax.set_xlabel("stage")
+        ax.set_ylabel("rank")
+
+    name = f"Ranks, layout {times_sign(layout)}, context {short(context)}"
+    return Panel(name + ("" if validity == "VALID" else ", INVALID"), draw, height=3.5)
+
+
+def roofline_panels(frame):
+    """Achieved part of the copy bandwidth by stage, a mark a context, for up to six layouts."""
+    layouts = frame[["ranks", "heads", "layout"]].drop_duplicates().sort_values(["ranks", "heads"]).layout
+    return [roofline_panel(layout, frame[frame.layout == layout]) for layout in spread(layouts, 4)]
+
+
+def roofline_panel(layout, frame):
+    rows = frame[frame.fraction.notna()]
+    stages = [s for s in STAGES if s in set(rows.stage)]
+    copy = rows.copy_bandwidth.median() / 1e9
+
+    def draw(ax):
+        ax.axvline(1, linestyle="--", color=colour("muted"), linewidth=1.2, label=f"copy: {copy:.0f} GB/s")
+        for i, (label, group) in enumerate(spread(by_size(rows[rows.validity == "VALID"]), 5)):
+            ax.plot(
+                group.fraction, [stages.index(s) for s in group.stage], linestyle="none", **style_of(i), label=label
+            )
+        bad = rows[rows.validity != "VALID"]
+        draw_invalid(ax, bad.fraction, [stages.index(s) for s in bad.stage])
+        ax.set_yticks(range(len(stages)), stages)
+        ax.set_ylim(len(stages) - 0.5, -0.5)
+        ax.set_xscale("log")
+        ax.set_xlim(min(0.01, rows.fraction.min() / 1.5), max(1.6, rows.fraction.max() * 1.3))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g}"))
+        ax.set_xlabel("achieved bandwidth (% of the measured copy)")
+        ax.set_ylabel("stage")
+
+    return Panel(f"Bandwidth by stage, layout {times_sign(layout)}", draw)
