@@ -8,6 +8,7 @@ import ctypes
 import getpass
 import os
 import pathlib
+import random
 import shutil
 import signal
 import socket
@@ -37,6 +38,7 @@ SlurmdLogFile={folder}/slurmd.log
 PluginDir={plugins}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+FirstJobId={first_job}
 SchedulerParameters=sched_interval=1,bf_interval=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -133,7 +135,10 @@ class PrivateSlurm:
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
         ports = free_ports(2)
+        # Open MPI names its shared memory by the job's number: another Slurm of this machine must not have the same.
+        first_job = random.randrange(10**6, 6 * 10**7)
         conf = SLURM_CONF.format(
+            first_job=first_job,
             host=self.host, user=getpass.getuser(), folder=self.folder, plugins=self.plugins, cpus=CPUS, gpus=GPUS,
             ctld_port=ports[0], slurmd_port=ports[1])  # fmt: skip
         (self.folder / "slurm.conf").write_text(conf)

@@ -126,6 +126,12 @@ class Jobs(unittest.TestCase):
         done = subprocess.run([NSA, "diff", f"{a}.h5", f"{b}.h5"], cwd=self.work, capture_output=True, text=True)
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
 
+    def test_what_is_left_running_would_be_found(self):
+        stray = subprocess.Popen(["sleep", "60"], env=self.slurm.environment, start_new_session=True)
+        self.addCleanup(stray.wait)
+        self.addCleanup(stray.kill)
+        self.assertIn(stray.pid, self.slurm.processes())
+
     def test_every_script_is_run(self):
         scripts = {path.stem for path in SCRIPTS.glob("*.sh")}
         self.assertEqual(scripts, {*PLAIN, "sweep", "requeue"})
