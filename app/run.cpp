@@ -105,9 +105,10 @@ Earlier take_up(const Config& config, const Session& session, const std::vector<
 /// What rank 0 shows and writes while the points run, and at the end.
 class Output {
  public:
-  Output(const Config& config, const std::string& json, const RunRecord& run, int ranks, Earlier earlier)
-      : config_(config), json_(json) {
-    if (!earlier.complete) writer_.emplace(config.output.file, run, planned_result_bytes(config, ranks), earlier.file);
+  Output(const Config& config, const RunOptions& options, const RunRecord& run, int ranks, Earlier earlier)
+      : config_(config), json_(options.json) {
+    if (!earlier.complete)
+      writer_.emplace(config.output.file, run, planned_result_bytes(config, ranks), options.resume);
     for (const std::int64_t batch : config.run.batch) columns_.batch |= batch != 1;
     for (const std::int32_t branch : config.run.force_branch) columns_.forced |= branch >= 0;
     if (earlier.file)
@@ -231,7 +232,7 @@ ExitCode run(const Control& world, const RunOptions& options) {
     Earlier earlier;
     if (options.resume) earlier = take_up(config, session, points, run);
     for (const PointRecord& point : earlier.points) finished[static_cast<std::size_t>(point.index)] = 'x';
-    output = std::make_unique<Output>(config, options.json, run, world.size(), std::move(earlier));
+    output = std::make_unique<Output>(config, options, run, world.size(), std::move(earlier));
   });
   finished = world.broadcast(finished);
 

@@ -41,8 +41,21 @@ T check(T result, const std::string& doing) {
 
 Handle own(hid_t id, const std::string& doing) { return Handle(check(id, doing)); }
 
-/// HDF5 prints its stack by default; ours goes into the exception.
-void silence() { H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr); }
+/// What a handle could not write when it was closed: HDF5 keeps small datasets back until then, and a destructor
+/// cannot say so. flush_and_close does.
+std::string lost;
+
+/// HDF5 prints its stack by default; ours goes into the exception. Its own work at exit is to close what was left open,
+/// which is nothing, or what could not be written: on that it crashes.
+void begin() {
+  static const bool done = [] {
+    H5dont_atexit();
+    return true;
+  }();
+  static_cast<void>(done);
+  H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
+  lost.clear();
+}
 
 Handle string_type() {
   Handle type = own(H5Tcopy(H5T_C_S1), "string type");
@@ -170,22 +183,24 @@ void user_error(const Error& error, const std::string& doing, const std::string&
 }
 
 Handle::~Handle() {
-  if (id_ >= 0) H5Idec_ref(id_);
+  if (id_ >= 0 && H5Idec_ref(id_) < 0 && lost.empty()) lost = last_reason();
 }
 
 Handle create_file(const std::string& path) {
-  silence();
+  begin();
   const Handle creation = ordered(H5P_FILE_CREATE), access = file_access();
   return own(H5Fcreate(path.c_str(), H5F_ACC_EXCL, creation.id(), access.id()), "creating");
 }
 
 Handle open_file(const std::string& path, bool writable) {
-  silence();
+  begin();
   const Handle access = file_access();
   return own(H5Fopen(path.c_str(), writable ? H5F_ACC_RDWR : H5F_ACC_RDONLY, access.id()), "opening");
 }
 
 void flush_and_close(Handle file) {
+  const std::string unwritten = std::exchange(lost, {});
+  if (!unwritten.empty()) throw Error("writing: " + unwritten);
   check(H5Fflush(file.id(), H5F_SCOPE_GLOBAL), "flushing");
   check(H5Fclose(file.release()), "closing");
 }

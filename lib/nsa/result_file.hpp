@@ -15,7 +15,7 @@ namespace nsa {
 class ResultWriter {
  public:
   /// Checks before any computing that `path` can be made: parent exists and is writable, the file does not
-  /// exist, `expected_bytes` fit. `resume`: it exists, and points are added to it. Throws UserError(ExitCode::file).
+  /// exist, `expected_bytes` fit. `resume`: where it exists, points are added to it. Throws UserError(ExitCode::file).
   ResultWriter(const std::string& path, const RunRecord& run, std::size_t expected_bytes, bool resume = false);
   ~ResultWriter();
   void seal(const PointRecord& point);  ///< in place of one of the same index

@@ -7,6 +7,7 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
@@ -30,6 +31,9 @@ namespace {
                        const std::string& advice = "choose another --output") {
   throw UserError(fmt::format("{} ({}); {}", problem, why, advice), ExitCode::file);
 }
+
+/// Of a failure while the run goes on: finished points are safe.
+constexpr const char* then_resume = "mend that, then go on with --resume";
 
 std::string parent_of(const std::string& path) {
   const fs::path parent = fs::path(path).parent_path();
@@ -77,7 +81,7 @@ void sync_path(const std::string& path, int flags) {
   const bool done = file >= 0 && (fsync(file) == 0 || errno == EINVAL);  // EINVAL: a file system that syncs no folders
   const std::string why = std::strerror(errno);
   if (file >= 0) close(file);
-  if (!done) fail("cannot sync " + path, why);
+  if (!done) fail("cannot sync " + path, why, then_resume);
 }
 
 /// Gives the finished temporary file its name. The first time it must be new: another run may have taken it.
@@ -88,7 +92,7 @@ void publish(const std::string& temporary, const std::string& path, bool replace
   } else if (!replace && errno == EEXIST) {
     fail(path + " exists", "another program has made it since this run began");
   } else if (rename(temporary.c_str(), path.c_str()) != 0) {  // and where the file system has no links
-    fail("cannot rename " + temporary + " to " + path, std::strerror(errno));
+    fail("cannot rename " + temporary + " to " + path, std::strerror(errno), then_resume);
   }
   sync_path(parent_of(path), O_DIRECTORY);
 }
@@ -244,7 +248,8 @@ void write_point(const h5::Handle& file, const PointRecord& p) {
 struct ResultWriter::Impl {
   std::string path, temporary;
   RunRecord run;
-  bool sealed = false;     ///< the file exists and is ours
+  bool sealed = false;     ///< the file exists and is ours,
+  struct stat ours {};     ///< which is how it was when we last had it
   bool described = false;  ///< and says what `run` says
 
   ~Impl() { unlink(temporary.c_str()); }
@@ -257,17 +262,34 @@ struct ResultWriter::Impl {
       change(file);
       h5::flush_and_close(std::move(file));
     } catch (const h5::Error& error) {
-      h5::user_error(error, "write", path, "check the disk and its quota, or choose another --output");
+      h5::user_error(error, "write", path, "make room (disk, quota), then go on with --resume");
     }
+  }
+
+  void take(const std::string& from) {
+    if (stat(from.c_str(), &ours) != 0) fail("cannot find " + from, std::strerror(errno), then_resume);
+  }
+
+  /// Points that another run has written are not to be lost, nor mixed with ours.
+  void check_ours() const {
+    struct stat now {};
+    if (stat(path.c_str(), &now) != 0)
+      fail("cannot add a point to " + path, std::strerror(errno), "put it back, then go on with --resume");
+    if (now.st_dev != ours.st_dev || now.st_ino != ours.st_ino || now.st_size != ours.st_size)
+      fail("cannot add a point to " + path, "another program has written or replaced it since this run last did",
+           "let one run at a time write it");
   }
 
   /// `change(file)` on a copy that then takes the file's place.
   template <class Change>
   void replace(Change&& change) {
     std::error_code error;
+    if (sealed) check_ours();
     if (sealed && !fs::copy_file(path, temporary, error))
-      fail("cannot copy " + path + " to " + temporary, error.message());
+      fail("cannot copy " + path + " to " + temporary, error.message(), then_resume);
     edit(!sealed, change);
+    if (sealed) check_ours();
+    take(temporary);  // it keeps its identity under the other name
     publish(temporary, path, sealed);
     sealed = described = true;
   }
@@ -276,11 +298,12 @@ struct ResultWriter::Impl {
 ResultWriter::ResultWriter(const std::string& path, const RunRecord& run, std::size_t expected_bytes, bool resume)
     : impl_(std::make_unique<Impl>()) {
   check_can_be_made(path, expected_bytes, resume);
-  impl_->path = resume ? fs::canonical(path).string() : path;
+  impl_->sealed = fs::exists(path);
+  impl_->path = impl_->sealed ? fs::canonical(path).string() : path;  // a link stays one
   impl_->temporary = temporary_name(impl_->path);
   impl_->run = run;
-  impl_->sealed = resume;
   if (resume) remove_leftovers(impl_->path);
+  if (impl_->sealed) impl_->take(impl_->path);
   // Whether HDF5 can write here is found out before any computing, too.
   impl_->edit(true, [&](const h5::Handle& file) { write_run(file, run, "running"); });
   unlink(impl_->temporary.c_str());

@@ -8,11 +8,13 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <csignal>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <random>
 
 #include "catch.hpp"
 #include "kernels/error.hpp"
@@ -177,27 +179,79 @@ TEST_CASE("result file: a run without a point leaves nothing", "[result]") {
   CHECK(folder.list().empty());
 }
 
-TEST_CASE("result file: killed at any moment it is absent or whole", "[result]") {
+// Between a write and the rename, or anywhere else: 200 kills over the time that a run of four points takes.
+TEST_CASE("result file: killed at any moment it is absent or whole, and can be gone on with", "[result]") {
   const Folder folder;
-  for (int round = 0; round < 12; ++round) {
+  constexpr int rounds = 200;
+  constexpr std::int64_t points = 4;
+  const auto began = std::chrono::steady_clock::now();
+  write_sample(folder.file("whole.h5"), points);
+  const auto duration = std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - began);
+  std::mt19937 random(1);
+  std::uniform_int_distribution<useconds_t> moment(0, static_cast<useconds_t>(duration.count()));
+  int killed_with_points = 0, killed_while_sealing = 0;
+  for (int round = 0; round < rounds; ++round) {
     const std::string path = folder.file("r" + std::to_string(round) + ".h5");
     const pid_t child = fork();
     if (child == 0) {
       try {
-        write_sample(path, 1000);
+        write_sample(path, points);
       } catch (...) {
       }
       _exit(0);
     }
-    usleep(5000 + 7000 * round);
+    usleep(moment(random));
     kill(child, SIGKILL);
     waitpid(child, nullptr, 0);
-    if (!fs::exists(path)) continue;
+    std::int64_t sealed = 0;
+    if (fs::exists(path)) {
+      const ResultFile result = read_result(path);
+      sealed = static_cast<std::int64_t>(result.points.size());
+      REQUIRE(sealed > 0);
+      for (std::int64_t i = 0; i < sealed; ++i) check_same(result.points[static_cast<std::size_t>(i)], sample_point(i));
+      killed_with_points += result.run.status == "running";
+    }
+    killed_while_sealing += folder.list().size() > 1 + (sealed > 0);
+    if (round % 5 != 0) {  // the rest takes longer
+      for (const std::string& name : folder.list()) {
+        if (name != "whole.h5") fs::remove(folder.file(name));
+      }
+      continue;
+    }
+    ResultWriter writer(path, sample_run(), 0, true);
+    for (std::int64_t i = sealed; i < points; ++i) writer.seal(sample_point(i));
+    writer.finish(sample_run());
     const ResultFile result = read_result(path);
-    CHECK(result.run.status == "running");
-    REQUIRE(!result.points.empty());
-    check_same(result.points.back(), sample_point(static_cast<std::int64_t>(result.points.size()) - 1));
+    CHECK(result.run.status == "complete");
+    REQUIRE(result.points.size() == points);
+    for (std::int64_t i = 0; i < points; ++i) check_same(result.points[static_cast<std::size_t>(i)], sample_point(i));
+    CHECK(folder.list().size() == 2);  // no copy is left
+    fs::remove(path);
   }
+  CHECK(killed_with_points > rounds / 5);
+  CHECK(killed_while_sealing > rounds / 10);
+}
+
+TEST_CASE("result file: a point that was cut short is replaced", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("r.h5");
+  {
+    ResultWriter writer(path, sample_run(), 0);
+    writer.seal(sample_point(0));
+    PointRecord cut = sample_point(1);
+    cut.stop_reason = "interrupted";
+    cut.time = {{"total"}, 2, 1, counting(stage_count * 2, 1.0)};
+    writer.seal(cut);
+  }
+  {
+    ResultWriter writer(path, sample_run(), 0, true);
+    writer.seal(sample_point(1));
+    CHECK(read_result(path).run.status == "running");
+    writer.finish(sample_run());
+  }
+  const ResultFile result = read_result(path);
+  REQUIRE(result.points.size() == 2);
+  check_same(result.points[1], sample_point(1));
 }
 
 TEST_CASE("result file: a full disk leaves the points before", "[result]") {

@@ -1,0 +1,82 @@
+"""The quick start on four ranks again and again: no failure, no growth in memory, nothing left behind.
+
+NSA_RUNS says how often: 20 in the ordinary tests; 1000 by `ctest --preset host -C Long -R many_runs_long -V`,
+which prints what it saw. Standard library only."""
+
+import os
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+import unittest
+
+from harness import BINARY, HANG, INPUTS, MPIEXEC, SMALL, AppTest
+
+RUNS = int(os.environ.get("NSA_RUNS", "20"))
+
+
+class ManyRuns(AppTest):
+    def once(self, scratch):
+        """One run in the test's folder; the largest resident set of a process, MB, and seconds."""
+        command = [MPIEXEC, "-n", "4", "--oversubscribe", "--allow-run-as-root", BINARY, "run",
+                   os.path.join(INPUTS, "quickstart.toml")]
+        environment = dict(os.environ, OMP_NUM_THREADS="1", TMPDIR=scratch)
+        start = time.monotonic()
+        with open(os.path.join(self.folder, "out"), "w+") as out:
+            run = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
+            self.addCleanup(lambda: run.returncode is None and run.kill())
+            _, status, usage = os.wait4(run.pid, 0)
+            run.returncode = os.waitstatus_to_exitcode(status)
+            out.seek(0)
+            text = out.read()
+        self.assertEqual(run.returncode, 0, text)
+        self.assertIn("\nRESULT: VALID\n", text)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["out", "quickstart.h5"])
+        os.remove(os.path.join(self.folder, "quickstart.h5"))
+        self._cleanups.pop()
+        return usage.ru_maxrss / 1024, time.monotonic() - start
+
+    @staticmethod
+    def everything(folder):
+        return {os.path.join(root, name) for root, _, names in os.walk(folder) for name in names}
+
+    def test_the_quick_start_again_and_again(self):
+        scratch = tempfile.mkdtemp(prefix="nsa-scratch-")  # where MPI keeps its session
+        self.addCleanup(os.system, f"rm -rf {scratch}")
+        shared = set(os.listdir("/dev/shm"))
+        self.once(scratch)
+        left = self.everything(scratch)
+        seen = [self.once(scratch) for _ in range(RUNS - 1)]
+        self.assertEqual(self.everything(scratch), left)
+        # Other programs make segments there too; those of ours would stay.
+        new, end = set(os.listdir("/dev/shm")) - shared, time.monotonic() + HANG
+        while new and time.monotonic() < end:
+            time.sleep(1)
+            new &= set(os.listdir("/dev/shm"))
+        self.assertEqual(new, set())
+        memory = [megabytes for megabytes, _ in seen]
+        tenth = max(1, len(memory) // 10)
+        first, last = statistics.median(memory[:tenth]), statistics.median(memory[-tenth:])
+        print(f"{RUNS} runs: largest process {min(memory):.1f} to {max(memory):.1f} MB, median of the first tenth {first:.1f}, "
+              f"of the last {last:.1f}; median run {statistics.median(s for _, s in seen):.2f} s")
+        self.assertLess(last, 1.05 * first + 1)
+
+    def test_a_run_of_many_points_does_not_grow(self):
+        points = 60
+        self.write("in.toml", SMALL.replace("context = 64", f"context = {[256 + i for i in range(points)]}"))
+        run = subprocess.Popen([BINARY, "run", "in.toml"], cwd=self.folder, env=dict(os.environ, OMP_NUM_THREADS="1"),
+                               stdout=subprocess.PIPE, text=True)
+        resident = []
+        for line in run.stdout:
+            if re.match(r" +\d+ ", line):  # a row as its point is sealed
+                with open(f"/proc/{run.pid}/statm") as file:
+                    resident.append(int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6)
+        self.assertEqual(run.wait(), 0)
+        run.stdout.close()
+        self.assertEqual(len(resident), points)
+        self.assertLess(resident[-1] - resident[points // 3], 2.0, resident)  # MB over forty points
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
