@@ -107,6 +107,17 @@ class Stopping(ResumeTest):
         self.assert_as_undisturbed()
         self.assertGreater(self.attributes("result.h5")[0]["resumed"], 0)
 
+    def test_every_kind_stops_within_a_point(self):
+        # Each would take many minutes.
+        text = SMALL.replace("steps = 3", "steps = 1000000\ncheck = false").replace("context = 64", "context = 2048")
+        self.write("in.toml", text + f"[needle]\ndepths = {[i / 20000 for i in range(20000)]}\n")
+        for kind in ("decode", "prefill", "kernels", "needle"):
+            with self.subTest(kind=kind):
+                done = self.nsa("run", "in.toml", "--max-time", "2", "--set", f'task.kind="{kind}"', ranks=2)
+                self.assertEqual(done.code, INTERRUPTED, done.out + done.err)
+                self.assertIn("0 of 1 points are finished", done.out)
+                self.assertEqual(os.listdir(self.folder), ["in.toml"])
+
     def test_no_time_at_all(self):
         self.write("in.toml", SMALL)
         for limit in ("0", "0s", "0.0m", "0h", "00:00:00"):
