@@ -35,16 +35,16 @@ struct LayerShape {
   std::int32_t groups = 1;           ///< local KV groups
   std::int32_t heads_per_group = 1;  ///< h
   std::int32_t d_k = 64, d_v = 64;
-  std::int32_t dim = 256;            ///< model width
+  std::int32_t dim = 256;  ///< model width
   DType dtype = DType::f32;
   GateKind gate = GateKind::softmax;
   PhiKind phi = PhiKind::mean;
   std::int32_t phi_hidden = 0;
-  bool shared_kv = false;            ///< every branch uses the sel projections
+  bool shared_kv = false;  ///< every branch uses the sel projections
   double rope_base = 10000.0;
   BlockRules rules;
-  std::int64_t leaf = 64;            ///< compressed tokens of one LSE leaf: those of a KV chunk, on every layout
-  std::int32_t lanes = 24;           ///< LSE lanes of the compressed scores, see attend_cmp; kv divides it
+  std::int64_t leaf = 64;   ///< compressed tokens of one LSE leaf: those of a KV chunk, on every layout
+  std::int32_t lanes = 24;  ///< LSE lanes of the compressed scores, see attend_cmp; kv divides it
   constexpr std::int32_t heads() const { return groups * heads_per_group; }
 };
 
@@ -54,6 +54,7 @@ struct QueryTile {
   std::int32_t batch_begin = 0, batches = 1, tokens = 1;
   const std::int64_t* first_position = nullptr;
   std::int64_t max_positions = 0;  ///< no position of any row reaches this: sizes launches and scratch
+  bool rescores = false;  ///< prefill, where AttendKernel::rescores: rank forms the scores, attend_cmp leaves none
   constexpr std::int64_t rows() const { return std::int64_t{batches} * tokens; }
 };
 
@@ -66,8 +67,8 @@ struct PhiWeights {
 
 /// This rank's weights of one layer.
 struct LayerWeights {
-  const void* w_qkv = nullptr;  ///< [dim, qkv_columns(shape)]: q heads, then k_sel v_sel (k_cmp v_cmp k_win v_win)
-  const void* w_o = nullptr;    ///< [H*Dv, dim], the rows of the local heads
+  const void* w_qkv = nullptr;     ///< [dim, qkv_columns(shape)]: q heads, then k_sel v_sel (k_cmp v_cmp k_win v_win)
+  const void* w_o = nullptr;       ///< [H*Dv, dim], the rows of the local heads
   const float* gate_w1 = nullptr;  ///< [Dk, Dk/2]
   const float* gate_b1 = nullptr;  ///< [Dk/2]
   const float* gate_w2 = nullptr;  ///< [Dk/2, 3]
@@ -87,11 +88,11 @@ struct ProjectArgs {
   LayerShape shape;
   QueryTile tile;
   LayerWeights weights;
-  const void* x = nullptr;  ///< [rows, dim]
-  void* q = nullptr;        ///< [rows, H, Dk]
-  void* k[branches] = {};   ///< [rows, groups, Dk]; shared_kv: only [sel] is written
-  void* v[branches] = {};   ///< [rows, groups, Dv]
-  float* gate = nullptr;    ///< [rows, groups, 3]
+  const void* x = nullptr;         ///< [rows, dim]
+  void* q = nullptr;               ///< [rows, H, Dk]
+  void* k[branches] = {};          ///< [rows, groups, Dk]; shared_kv: only [sel] is written
+  void* v[branches] = {};          ///< [rows, groups, Dv]
+  float* gate = nullptr;           ///< [rows, groups, 3]
   std::int32_t force_branch = -1;  ///< >= 0: one-hot gates
   void* scratch = nullptr;
   std::size_t scratch_bytes = 0;
@@ -138,6 +139,7 @@ inline Partials partials_at(float* base, const LayerShape& s, std::int64_t rows,
 ///   shape.leaf compressed tokens, reduced left to right; lane = leaves c with c % lanes equal, reduced by
 ///   rising c. So every kv layout forms the same lanes, bit for bit. A rank stores its lanes in order:
 ///   lse [lanes present][rows][H][2], lane x at slot x / kv (x when it holds all chunks).
+///   With tile.rescores neither scores nor lse are written, and (m, s) of `out` even with scores_only.
 /// - sel: tokens of `selected` at positions <= t.      - win: positions window_begin(t) .. t.
 /// Tokens read are added to reads[batches * groups] as they are loaded.
 struct AttendArgs {
@@ -147,11 +149,11 @@ struct AttendArgs {
   KvView k;
   KvView v;  ///< finite also where no token was written yet: such rows may be weighed with 0
   Partials out;
-  std::int64_t* reads = nullptr;            ///< [batches, groups], of this branch
-  const std::int32_t* selected = nullptr;   ///< sel: [rows, groups, n_sel], ascending, -1 padded
-  float* lse = nullptr;                     ///< cmp
-  void* scores = nullptr;                   ///< cmp: opaque, score_bytes() large, kept until rank
-  bool scores_only = false;                 ///< cmp: leave out the weighted sum (ablation)
+  std::int64_t* reads = nullptr;           ///< [batches, groups], of this branch
+  const std::int32_t* selected = nullptr;  ///< sel: [rows, groups, n_sel], ascending, -1 padded
+  float* lse = nullptr;                    ///< cmp
+  void* scores = nullptr;                  ///< cmp: opaque, score_bytes() large, kept until rank
+  bool scores_only = false;                ///< cmp: leave out the weighted sum (ablation)
   void* scratch = nullptr;
   std::size_t scratch_bytes = 0;
 };
@@ -167,10 +169,13 @@ struct RankArgs {
   LayerShape shape;
   QueryTile tile;
   const void* scores = nullptr;
-  const float* lse = nullptr;     ///< gathered: [ranks][lanes / ranks][rows][H][2]
-  std::int32_t lse_ranks = 1;     ///< kv when the lanes were exchanged, else 1
-  RowMap cmp_map;                 ///< of the compressed tokens that were scored
-  RowMap token_map;               ///< of the selection K/V: whose block is whose
+  const float* lse = nullptr;  ///< gathered: [ranks][lanes / ranks][rows][H][2]
+  std::int32_t lse_ranks = 1;  ///< kv when the lanes were exchanged, else 1
+  RowMap cmp_map;              ///< of the compressed tokens that were scored
+  RowMap token_map;            ///< of the selection K/V: whose block is whose
+  const void* q = nullptr;     ///< tile.rescores: [rows, H, Dk]; then k_cmp and (m, s) of the cmp partials
+  KvView k_cmp;
+  const float* cmp_ms = nullptr;     ///< [rows][H][2]
   Candidate* candidates = nullptr;   ///< [rows, groups, n_sel]; null when `selected` is wanted
   std::int32_t* selected = nullptr;  ///< [rows, groups, n_sel] ascending, -1 padded; a rank that holds all blocks
   float* p_slc = nullptr;            ///< optional [rows, groups, p_slc_blocks]: s[j], 0 where not held or not eligible
@@ -194,10 +199,10 @@ struct CombineArgs {
   QueryTile tile;
   const float* partials = nullptr;  ///< [ranks][partial_floats]
   std::int32_t ranks = 1;
-  const float* gate = nullptr;      ///< [rows, groups, 3]
-  bool leave_out[branches] = {};    ///< ablation: the branch was not computed and counts as zero
-  void* o = nullptr;                ///< [rows, H, Dv] storage type
-  float* o_branch[branches] = {};   ///< optional: normalised o_c [rows, H, Dv]
+  const float* gate = nullptr;     ///< [rows, groups, 3]
+  bool leave_out[branches] = {};   ///< ablation: the branch was not computed and counts as zero
+  void* o = nullptr;               ///< [rows, H, Dv] storage type
+  float* o_branch[branches] = {};  ///< optional: normalised o_c [rows, H, Dv]
 };
 
 /// y = o W_O over the local heads; the sum over head shards is the caller's.
@@ -246,9 +251,12 @@ struct AdvanceArgs {
 
 /// One implementation of a branch.
 struct AttendKernel {
-  const char* name;                        ///< "sdpa", "masked", "fused", "flash"
+  const char* name;  ///< "sdpa", "masked", "fused", "flash"
   bool (*accepts)(const LayerShape&, const QueryTile&);
   void (*run)(const AttendArgs&, Stream*);
+  /// cmp: whether rank forms the scores of prefill tiles itself, on whole or gathered caches. The shape alone decides,
+  /// so that every kv layout and every tile of it chooses by the same bits. Null: never.
+  bool (*rescores)(const LayerShape&) = nullptr;
 };
 
 struct KernelTable {
@@ -271,6 +279,9 @@ struct KernelTable {
   std::size_t (*score_bytes)(const LayerShape&, const QueryTile&, std::int64_t cmp_rows);
   /// Bytes of `scratch` that suffice for every stage on such a tile.
   std::size_t (*scratch_bytes)(const LayerShape&, const QueryTile&);
+  /// Rows a prefill tile has at most, and bytes that its scores may take.
+  std::int32_t tile_tokens;
+  std::size_t tile_budget;
 };
 
 }  // namespace nsa

@@ -9,16 +9,22 @@ namespace nsa {
 
 namespace {
 
-constexpr std::int64_t max_tile_tokens = 256;
-constexpr std::size_t score_budget = std::size_t{64} << 20;  // bytes of raw scores kept between two stages
+// Whether rank forms the scores itself, so that attend_cmp leaves none.
+bool forms_scores(const Engine& e) {
+  const AttendKernel& kernel = *e.route[cmp];
+  return kernel.rescores && kernel.rescores(e.shape());
+}
 
-// Rows attended at a time: as many as keep the raw scores within the budget.
+// Rows attended at a time: as many as keep what a tile leaves between two stages within the backend's budget.
 QueryTile widest_tile(const Engine& e, std::int64_t positions) {
+  const KernelTable& kernels = *e.backend.kernels;
   QueryTile tile;
   tile.max_positions = positions;
-  tile.tokens = static_cast<std::int32_t>(std::min({max_tile_tokens, positions, e.partition.chunk_tokens}));
+  tile.rescores = forms_scores(e);
+  const std::int64_t chunk = e.partition.kv == 1 ? positions : e.partition.chunk_tokens;
+  tile.tokens = static_cast<std::int32_t>(std::min({std::int64_t{kernels.tile_tokens}, positions, chunk}));
   const std::int64_t rows = compressed_tokens(e.shape().rules, positions - 1);
-  while (tile.tokens > 1 && e.backend.kernels->score_bytes(e.shape(), tile, rows) > score_budget) tile.tokens /= 2;
+  while (tile.tokens > 1 && kernels.score_bytes(e.shape(), tile, rows) > kernels.tile_budget) tile.tokens /= 2;
   return tile;
 }
 
@@ -124,10 +130,12 @@ void Prefill::load_kv(const TensorSource& source) {
 
 template <class Body>
 void Prefill::each_tile(Work& w, Body&& body) {
+  const bool rescores = forms_scores(engine_);
   const std::int64_t work_tiles = engine_.config.model.layers * engine_.point.batch * tile_count();
   for (std::int64_t b = 0; b < engine_.point.batch; ++b)
     for (std::size_t i = 0; i < tiles_.size(); ++i) {
-      w.tile = {static_cast<std::int32_t>(b), 1, tiles_[i].tokens, starts_.as<std::int64_t>() + i, positions_};
+      w.tile = {static_cast<std::int32_t>(b),   1,          tiles_[i].tokens,
+                starts_.as<std::int64_t>() + i, positions_, rescores};
       w.first_row = b * local_rows_ + tiles_[i].local_row;
       body(tiles_[i]);
       if (watch_) watch_(static_cast<double>(++tiles_done_) / static_cast<double>(2 * work_tiles));

@@ -89,6 +89,9 @@ void rank_blocks(Work& w) {
   args.lse_ranks = w.exchange ? w.engine.partition.kv : 1;
   args.cmp_map = w.k[cmp].map;
   args.token_map = w.k[sel].map;
+  args.q = query_of(w);
+  args.k_cmp = w.k[cmp];
+  args.cmp_ms = partials_at(b.partials.as<float>(), args.shape, w.tile.rows(), cmp).ms;
   if (w.exchange)
     args.candidates = b.candidates.as<Candidate>();
   else

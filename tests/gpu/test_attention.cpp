@@ -22,6 +22,7 @@ struct Case {
   std::int32_t chunk_blocks = 2;
   bool gathered = false;  // prefill: K/V of all ranks in one buffer
   bool ring = false;      // decode: the window in a ring
+  bool scored = false;    // prefill: cmp leaves raw scores, even where rank could form them itself
   std::int64_t positions() const { return first + tokens; }
 };
 
@@ -90,6 +91,16 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   const std::int64_t planes = std::int64_t{c.batch} * s.groups, T = c.positions(), n = compressed_tokens(r, T - 1);
   const std::int64_t chunk_tokens = c.chunk_blocks * r.l_sel;
   QueryTile tile{0, c.batch, c.tokens, nullptr, T};
+  const bool whole = c.kv == 1 || c.gathered;
+  const auto route = [&](const Backend& b, Branch branch) -> const AttendKernel& {
+    const auto& list = b.kernels->attend[branch];
+    const std::size_t i = b.kind == BackendKind::host ? 0 : kernel;
+    return i < list.size() && list[i].accepts(s, tile) ? list[i] : list[0];
+  };
+  const auto rescores = [&](const Backend& b) {
+    const AttendKernel& first = route(b, cmp);
+    return c.tokens > 1 && whole && !c.scored && first.rescores && first.rescores(s);
+  };
   rows = tile.rows();
   lists = rows * s.groups;
   blocks = eligible_blocks(r, T - 1);
@@ -112,10 +123,11 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   const auto tile_on = [&](const Backend& b) {
     QueryTile t = tile;
     t.first_position = position.on<std::int64_t>(b);
+    t.rescores = rescores(b);
     return t;
   };
-  const std::int64_t scratch_bytes =
-      static_cast<std::int64_t>(std::max(cpu().kernels->scratch_bytes(s, tile), gpu().kernels->scratch_bytes(s, tile)));
+  const std::int64_t scratch_bytes = static_cast<std::int64_t>(
+      std::max(cpu().kernels->scratch_bytes(s, tile_on(cpu())), gpu().kernels->scratch_bytes(s, tile_on(gpu()))));
   for (int rank = 0; rank < ranks; ++rank) {
     const RowMap cmp_map = chunked(c, s.leaf, r.l / r.d - 1, rank), token_map = chunked(c, chunk_tokens, 0, rank);
     RowMap win_map = token_map;
@@ -138,8 +150,9 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
     k_win.push_back(cache(win_map, T, s.d_k, "k_win"));
     v_win.push_back(cache(win_map, T, s.d_v, "v_win"));
     const std::int64_t cmp_rows = ranks == 1 ? n : TwinKv::capacity(cmp_map, std::max<std::int64_t>(n, 1));
-    const std::int64_t score_bytes = static_cast<std::int64_t>(
-        std::max(cpu().kernels->score_bytes(s, tile, cmp_rows), gpu().kernels->score_bytes(s, tile, cmp_rows)));
+    const std::int64_t score_bytes =
+        static_cast<std::int64_t>(std::max(cpu().kernels->score_bytes(s, tile_on(cpu()), cmp_rows),
+                                           gpu().kernels->score_bytes(s, tile_on(gpu()), cmp_rows)));
     scores.push_back(std::make_unique<Twin>(std::max<std::int64_t>(score_bytes, 16)));
     scratch.push_back(std::make_unique<Twin>(scratch_bytes));
     partials.push_back(std::make_unique<Twin>(partial_floats(s, rows) * 4));
@@ -150,11 +163,6 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
     std::memset(reads.back()->host<void>(), 0, reads.back()->bytes());
     reads.back()->to_gpu();
   }
-  const auto route = [&](const Backend& b, Branch branch) -> const AttendKernel& {
-    const auto& list = b.kernels->attend[branch];
-    const std::size_t i = b.kind == BackendKind::host ? 0 : kernel;
-    return i < list.size() && list[i].accepts(s, tile_on(b)) ? list[i] : list[0];
-  };
   const auto gather = [&](const Backend& b, const std::vector<std::unique_ptr<Twin>>& from, const Twin& to) {
     for (int rank = 0; rank < ranks; ++rank)
       b.device->copy(to.on<char>(b) + rank * from[rank]->bytes(), from[rank]->on<void>(b), from[rank]->bytes(),
@@ -179,6 +187,9 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
       a.cmp_map = k_cmp[rank]->view.map;
       a.token_map = k_sel[rank]->view.map;
       a.candidates = candidates[rank]->on<Candidate>(*b);
+      a.q = q.memory.on<void>(*b);
+      a.k_cmp = k_cmp[rank]->on(*b);
+      a.cmp_ms = partials_at(partials[rank]->on<float>(*b), s, rows, cmp).ms;
       if (ranks == 1) a.selected = selected->on<std::int32_t>(*b);
       a.p_slc = p_slc[rank]->on<float>(*b);
       a.p_slc_blocks = blocks;
@@ -366,6 +377,43 @@ TEST_CASE("every kv layout chooses the same blocks bit for bit and gives the sam
     }
 }
 
+// Prefill tiles of the tuned kernels' head sizes: beginnings, ends and lengths that divide nothing; few heads; chunks
+// of one block to many; more than a tile of 128 tokens of everything.
+TEST_CASE("cuda prefill tiles equal the host's", "[prefill]") {
+  for (const DType type : {DType::bf16, DType::f16})
+    for (const int d : {64, 128})
+      for (const int h : {16, 5, 1})
+        for (const auto& [first, tokens] :
+             {std::pair{0, 1}, {0, 70}, {15, 33}, {500, 19}, {1023, 66}, {2040, 129}, {5003, 40}}) {
+          Case c{shape_of(type, 2, h, d, d), 1, tokens, first};
+          c.chunk_blocks = 4;
+          run_and_check(c);
+          if (h == 5) c.batch = 2, run_and_check(c), c.batch = 1;
+          c.scored = true;
+          if (h == 16) run_and_check(c);
+        }
+}
+
+TEST_CASE("cuda prefill chooses the same blocks on every layout and tile", "[prefill]") {
+  for (const int chunk_blocks : {2, 4, 16})
+    for (const auto& [first, tokens] : {std::pair{0, 100}, {1020, 77}, {6007, 50}}) {
+      Case c{shape_of(DType::bf16, 1, 16, 128, 128), 1, tokens, first};
+      c.chunk_blocks = chunk_blocks;
+      c.gathered = true;
+      const Run one(c);
+      check(one);
+      const auto scores = one.p_slc[0]->from_gpu<float>();
+      for (const int kv : {2, 3, 8}) {
+        c.kv = kv;
+        const Run many(c);
+        check(many);
+        INFO("first=" << first << " kv=" << kv << " chunk_blocks=" << chunk_blocks);
+        CHECK(many.gpu_selected == one.gpu_selected);
+        CHECK(many.p_slc[0]->from_gpu<float>() == scores);
+      }
+    }
+}
+
 // Small enough for compute-sanitizer's slower tools: gpu_tests "[small]".
 TEST_CASE("cuda attention of a few shapes", "[small]") {
   for (const DType type : {DType::f32, DType::bf16}) {
@@ -380,6 +428,10 @@ TEST_CASE("cuda attention of a few shapes", "[small]") {
     c.shape = shape_of(type, 1, 16, 128, 128);
     c.kv = 1;
     c.first = 4200;
+    run_and_check(c);
+    c.ring = false;
+    c.first = 2100;
+    c.tokens = 20;
     run_and_check(c);
   }
 }

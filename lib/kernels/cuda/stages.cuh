@@ -31,6 +31,16 @@ void attend_sdpa(Branch branch, const AttendArgs&, Stream*);
 void attend_masked(Branch branch, const AttendArgs&, Stream*);
 bool masked_accepts(const LayerShape&, const QueryTile&);
 
+/// Prefill, 16-bit storage, capability 9.0: dense tiles for cmp and win, shared blocks for sel, scores formed by rank.
+/// attend_prefill.cu, attend_prefill_sel.cu, rank_prefill.cu
+bool prefill_accepts(Branch branch, const LayerShape&, const RowMap&);
+void attend_prefill(Branch branch, const AttendArgs&, Stream*);
+bool prefill_sel_accepts(const LayerShape&, const RowMap&);
+void attend_prefill_sel(const AttendArgs&, Stream*);
+bool tiles_shape(const LayerShape&);  ///< what the two need of a shape; rank takes no others
+void rank_prefill(const RankArgs&, Stream*);
+std::size_t rank_prefill_scratch(const LayerShape&, const QueryTile&);
+
 /// Bytes a stage asks of the scratch; the three branches may run side by side, each in its own part.
 std::size_t project_scratch(const LayerShape&, const QueryTile&);
 std::size_t attend_scratch(const LayerShape&, const QueryTile&);  ///< of one branch

@@ -13,7 +13,12 @@ std::size_t padded(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 // The branches may run side by side on several streams, so each has a part of the scratch to itself, and rank one
 // behind them. project runs before all of them and shares.
 std::size_t branch_part(const LayerShape& s, const QueryTile& tile) {
-  return padded(std::max({attend_scratch(s, tile), decode_scratch(s, tile), dense_scratch(s, tile)}));
+  QueryTile kept = tile;
+  if (tile.rescores) {  // no leaves to keep, and more rows than these are not split
+    kept.tokens = std::min(tile.tokens, 16);
+    kept.max_positions = 1;
+  }
+  return padded(std::max({attend_scratch(s, tile), decode_scratch(s, kept), dense_scratch(s, tile)}));
 }
 
 template <class Args>
@@ -40,14 +45,20 @@ constexpr AttendKernel general = {"scalar", accepts_any, attend<B, attend_genera
 // The best kernel for the shape under the names a route knows.
 template <Branch B>
 void attend_best(const AttendArgs& a, Stream* stream) {
-  if (decode_accepts(a.shape, a.tile))
+  if (B != sel && (a.tile.rescores || (B == win && a.tile.tokens > 1)) && prefill_accepts(B, a.shape, a.k.map))
+    attend_prefill(B, a, stream);
+  else if (B == sel && a.tile.tokens > 1 && prefill_sel_accepts(a.shape, a.k.map))
+    attend_prefill_sel(a, stream);
+  else if (B == cmp && a.tile.rescores)
+    throw InternalError("attend_cmp is to leave no scores and its cache is cut");
+  else if (decode_accepts(a.shape, a.tile))
     attend<B, attend_decode>(a, stream);
   else
     attend<B, attend_general>(a, stream);
 }
 
 template <Branch B>
-constexpr AttendKernel best = {"fused", accepts_any, attend_best<B>};
+constexpr AttendKernel best = {"fused", accepts_any, attend_best<B>, B == cmp ? tiles_shape : nullptr};
 
 template <Branch B>
 constexpr AttendKernel sdpa = {"sdpa", accepts_any, attend<B, attend_sdpa>};
@@ -59,21 +70,31 @@ constexpr AttendKernel sel_kernels[] = {best<sel>, sdpa<sel>, masked<sel>, gener
 constexpr AttendKernel win_kernels[] = {best<win>, sdpa<win>, masked<win>, general<win>};
 
 void rank_with_scratch(const RankArgs& a, Stream* stream) {
-  rank(with_part(a, branches * branch_part(a.shape, a.tile), rank_scratch(a.shape, a.tile)), stream);
+  if (a.tile.rescores)
+    rank_prefill(with_part(a, branches * branch_part(a.shape, a.tile), rank_prefill_scratch(a.shape, a.tile)), stream);
+  else
+    rank(with_part(a, branches * branch_part(a.shape, a.tile), rank_scratch(a.shape, a.tile)), stream);
 }
 
 std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t cmp_rows) {
+  if (tile.rescores) return 0;
   return static_cast<std::size_t>(tile.rows() * s.heads() * padded_columns(cmp_rows)) * sizeof(float);
 }
 
 std::size_t scratch_bytes(const LayerShape& s, const QueryTile& tile) {
-  return std::max(padded(project_scratch(s, tile)), branches * branch_part(s, tile) + padded(rank_scratch(s, tile)));
+  const std::size_t ranking = tile.rescores ? rank_prefill_scratch(s, tile) : rank_scratch(s, tile);
+  return std::max(padded(project_scratch(s, tile)), branches * branch_part(s, tile) + padded(ranking));
 }
 
-constexpr KernelTable table = {project,           append,      compress,     {cmp_kernels, sel_kernels, win_kernels},
-                               rank_with_scratch, select,      combine,      output,
-                               rmsnorm,           add,         copy_rows,    fill_rows,
-                               advance,           score_bytes, scratch_bytes};
+// Prefill: the partials of that many rows of 64 heads are 0.8 GB, and every SM has some 15 items a stage.
+constexpr std::int32_t tile_tokens = 8192;
+constexpr std::size_t tile_budget = std::size_t{1} << 30;
+
+constexpr KernelTable table = {project,           append,      compress,      {cmp_kernels, sel_kernels, win_kernels},
+                               rank_with_scratch, select,      combine,       output,
+                               rmsnorm,           add,         copy_rows,     fill_rows,
+                               advance,           score_bytes, scratch_bytes, tile_tokens,
+                               tile_budget};
 
 }  // namespace
 

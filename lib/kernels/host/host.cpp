@@ -56,6 +56,8 @@ const KernelTable& host_kernels() {
       .advance = host::advance,
       .score_bytes = score_bytes,
       .scratch_bytes = scratch_bytes,
+      .tile_tokens = 256,
+      .tile_budget = std::size_t{64} << 20,
   };
   return table;
 }

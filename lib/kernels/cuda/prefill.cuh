@@ -1,0 +1,163 @@
+#pragma once
+// What the tiled prefill kernels share (capability 9.0): which shapes they take, and how dense tiles are walked.
+//
+// A warp has one query: its (up to 16) heads are the 16 rows of its part of a product. A CTA of the dense kernels has
+// two warpgroups of 4 queries that read the same K (and V) tiles of 128 tokens, and one more that streams them in
+// through a ring. CTAs stay: each takes every gridDim-th item, so that the next item's first tiles are on their way
+// while this one's results are written.
+
+#include "kernels/cuda/attend.cuh"
+#include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/stages.cuh"
+#include "kernels/cuda/tensor_map.cuh"
+#include "kernels/cuda/wgmma.cuh"
+
+namespace nsa::gpu {
+
+constexpr int dense_groups = 2;                          ///< warpgroups that multiply
+constexpr int dense_threads = 128 * (dense_groups + 1);  ///< and one that streams
+constexpr int dense_warps = 4 * dense_groups;
+constexpr int group_queries = 4;
+constexpr int dense_queries = dense_groups * group_queries;
+constexpr int dense_tokens = 128;  ///< of a K or V tile
+constexpr int most_lead = 64;      ///< compressed tokens of the block before that reach into a block
+constexpr float nothing = -1e30f;  ///< a maximum of nothing: finite, so that differences are no NaN
+
+struct DenseParams {
+  CUtensorMap q, k, v;
+  LayerShape shape;
+  QueryTile tile;
+  RowMap map;         // of k and v
+  int box_rows;       // of k and v
+  int query_tiles;    // of a (sequence, group)
+  int items;          // sequences * groups * query tiles
+  std::int64_t rows;  // of k and v that were written; what follows may be anything
+};
+
+/// Everything but the maps of k and v's data.
+DenseParams dense_params(const LayerShape&, const QueryTile&, const void* q, const RowMap& map, std::int64_t rows);
+inline int dense_ctas(const DenseParams& p) { return p.items < limits().units ? p.items : limits().units; }
+
+/// One item: 8 queries of a sequence and a group. Late queries, which have most to read, come first.
+struct DenseItem {
+  int sequence, group, first;  // first query, among the sequence's rows of the tile
+  std::int64_t t;              // its position
+  std::int64_t last;           // position of the last query
+  int plane;
+  __device__ __forceinline__ DenseItem(const DenseParams& p, int index, std::int64_t first_position) {
+    const int lists = p.tile.batches * p.shape.groups, list = index % lists;
+    sequence = list / p.shape.groups;
+    group = list % p.shape.groups;
+    first = (p.query_tiles - 1 - index / lists) * dense_queries;
+    t = first_position + first;
+    const std::int64_t end = first_position + p.tile.tokens;
+    last = (t + dense_queries < end ? t + dense_queries : end) - 1;
+    plane = (p.tile.batch_begin + sequence) * p.shape.groups + group;
+  }
+};
+
+/// Shared memory: queries [warpgroup][column box][64 rows], then the slots of the ring, then barriers. 128-byte rows.
+template <int DK, int DV, int Slots>
+struct DenseLayout {
+  static constexpr int width = DK > DV ? DK : DV;
+  static constexpr int query_box = 64 * 128, query_group = DK / box_columns * query_box;
+  static constexpr int tile_box = dense_tokens * 128, slot = width / box_columns * tile_box;
+  static constexpr int slots = query_group * dense_groups, barriers = slots + Slots * slot;
+  static constexpr int bytes = barriers + 8 * (2 * Slots + 2) + 1024;  // and room to begin at a multiple of 1024
+};
+
+/// The addresses of a CTA's shared memory and how its two sides meet.
+template <int DK, int DV, int Slots>
+struct DenseShared {
+  using Layout = DenseLayout<DK, DV, Slots>;
+  unsigned base;
+  __device__ __forceinline__ explicit DenseShared(const char* memory)
+      : base((shared_address(memory) + 1023) & ~1023u) {}
+  __device__ __forceinline__ unsigned queries(int group) const { return base + group * Layout::query_group; }
+  __device__ __forceinline__ unsigned slot(int i) const { return base + Layout::slots + i * Layout::slot; }
+  __device__ __forceinline__ unsigned full(int i) const { return base + Layout::barriers + 8 * i; }
+  __device__ __forceinline__ unsigned empty(int i) const { return full(Slots + i); }
+  __device__ __forceinline__ unsigned queries_full() const { return full(2 * Slots); }
+  __device__ __forceinline__ unsigned queries_empty() const { return full(2 * Slots + 1); }
+  /// One thread, before a __syncthreads.
+  __device__ __forceinline__ void open() const {
+    for (int i = 0; i < Slots; ++i) {
+      open_barrier(full(i), 1);
+      open_barrier(empty(i), dense_warps);
+    }
+    open_barrier(queries_full(), 1);
+    open_barrier(queries_empty(), dense_warps);
+    barriers_opened();
+  }
+  /// The streaming thread: the item's queries, once those before are no longer read.
+  __device__ __forceinline__ void stream_queries(const DenseParams& p, const DenseItem& item, int phase) const {
+    wait_for(queries_empty(), phase ^ 1);
+    arrive_expecting(queries_full(), Layout::query_group * dense_groups);
+    for (int group = 0; group < dense_groups; ++group)
+      for (int box = 0; box < DK / box_columns; ++box)
+        copy_box(queries(group) + box * Layout::query_box, &p.q, queries_full(), box * box_columns,
+                 item.group * p.shape.heads_per_group,
+                 item.sequence * p.tile.tokens + item.first + group * group_queries);
+  }
+  /// The streaming thread: 128 rows from `begin`, a multiple of 128, of one tensor.
+  template <int Width>
+  __device__ __forceinline__ void stream_tile(const DenseParams& p, const CUtensorMap& map, const Turn<Slots>& turn,
+                                              int plane, std::int64_t begin) const {
+    wait_for(empty(turn.slot), turn.phase ^ 1);
+    arrive_expecting(full(turn.slot), Width / box_columns * Layout::tile_box);
+    for (int at = 0; at < dense_tokens; at += p.box_rows) {
+      std::int64_t row = begin + at;
+      int rank = 0;
+      if (p.map.chunk != INT64_MAX) {
+        const std::int64_t c = chunk_of(p.map, row);
+        row = row_in_chunk(p.map, c, row);
+        rank = owner_of_chunk(p.map, c);
+      }
+      for (int box = 0; box < Width / box_columns; ++box)
+        copy_box(slot(turn.slot) + box * Layout::tile_box + at * 128, &map, full(turn.slot), box * box_columns,
+                 static_cast<int>(row), plane, rank);
+    }
+  }
+};
+
+/// s = q k^T of a warpgroup's 64 rows and a tile's 128 tokens, queued.
+template <class T, int DK, int DV, int Slots>
+__device__ __forceinline__ void queue_scores(float (&s)[64], const DenseShared<DK, DV, Slots>& shared, int group,
+                                             int slot) {
+  using Layout = DenseLayout<DK, DV, Slots>;
+#pragma unroll
+  for (int step = 0; step < DK / 16; ++step) {
+    const int box = step / 4, at = step % 4 * 32;
+    product(s, operand_at(shared.queries(group) + box * Layout::query_box + at),
+            operand_at(shared.slot(slot) + box * Layout::tile_box + at), step > 0, T{});
+  }
+  products_queued();
+}
+
+/// Threads of the multiplying side hand registers to and fro: 240 for those that multiply, 24 for those that stream.
+template <int Registers>
+__device__ __forceinline__ void take_registers() {
+#ifdef NSA_WGMMA
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+#endif
+}
+template <int Registers>
+__device__ __forceinline__ void give_registers() {
+#ifdef NSA_WGMMA
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+#endif
+}
+
+/// What this thread stored to shared memory is there for the copy engine and the tensor cores, too.
+__device__ __forceinline__ void copies_see_stores() {
+#ifdef NSA_WGMMA
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+/// The `threads` threads that meet under that number (1 .. 15).
+__device__ __forceinline__ void meet(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+}  // namespace nsa::gpu

@@ -1,0 +1,367 @@
+// Prefill's rank: importance of the selection blocks formed once more from q and k_cmp, and the best n of them.
+//
+// score_kernel walks K_cmp in the dense tiles of prefill.cuh: 64 x 128 scores in registers, each at once turned into a
+// probability with the row's (m, sum) that attend_cmp left, summed over the 16 heads of the query (16 rows of one warp,
+// in a fixed tree) and folded into block scores, which alone go to memory: 1/64 of what the raw scores would take.
+// FLOPs: 2 Dk a (head, token), the exponentials as much time again. Bound: either, half of attend_cmp's time.
+// choose_kernel takes a warp a (row, group): the n-th best of 32 lanes' maxima is a bound below which nothing is
+// chosen; what passes it, some 25 blocks of a thousand, is sorted. Bound: reading the block scores, 4 bytes each,
+// twice.
+//
+// Tokens add up by rising index within blocks, tiles begin at multiples of 128: no layout changes a bit.
+
+#include <algorithm>
+
+#include "kernels/cuda/prefill.cuh"
+#include "kernels/cuda/stages.cuh"
+
+namespace nsa::gpu {
+
+namespace {
+
+constexpr int slots = 5;
+constexpr int choose_warps = 8;
+
+struct ScoreParams {
+  DenseParams d;
+  const float* ms;  // [rows][H][2]
+  float* scores;    // [rows][groups][pitch]
+  std::int64_t pitch;
+};
+
+// Compressed tokens that the item's tiles hold, and those that it takes to finish every eligible block.
+__device__ __forceinline__ std::int64_t tiles_of(std::int64_t tokens) {
+  return (tokens + dense_tokens - 1) / dense_tokens;
+}
+
+template <int DK>
+__device__ __forceinline__ void stream(const ScoreParams& p, const DenseShared<DK, DK, slots>& shared,
+                                       std::int64_t first_position) {
+  Turn<slots> turn;
+  int phase = 0;
+  for (int index = blockIdx.x; index < p.d.items; index += gridDim.x, phase ^= 1) {
+    const DenseItem item(p.d, index, first_position);
+    shared.stream_queries(p.d, item, phase);
+    const std::int64_t tiles = tiles_of(compressed_tokens(p.d.shape.rules, item.last));
+    for (std::int64_t tile = 0; tile < tiles; ++tile, turn.next())
+      shared.template stream_tile<DK>(p.d, p.d.k, turn, item.plane, tile * dense_tokens);
+  }
+}
+
+// One warpgroup's state over an item; `terms`: the warp's, [lead + 128] sums over heads.
+template <class T, int DK>
+struct Rows {
+  const ScoreParams& p;
+  const DenseShared<DK, DK, slots>& shared;
+  int group;
+  float* terms;
+  const float* overlaps;  // of the lead + ratio tokens that reach into a block
+  Turn<slots> turn;
+  float offset[2];  // of rows g and g + 8: log2 of the row's sum, in powers of two
+  std::int64_t n, eligible;
+  float* to;  // the query's block scores; null: no such query
+  int ratio, lead;
+
+  __device__ __forceinline__ void queue(float (&s)[64]) const {
+    wait_for(shared.full(turn.slot), turn.phase);
+    products_begin();
+    queue_scores<T>(s, shared, group, turn.slot);
+  }
+  __device__ __forceinline__ void release(int slot) const {
+    if (threadIdx.x % 32 == 0) arrive(shared.empty(slot));
+  }
+  __device__ __forceinline__ void begin(const DenseItem& item);
+  __device__ __forceinline__ void sum_heads(float (&s)[64], std::int64_t begin) const;
+  __device__ __forceinline__ void fold(std::int64_t begin) const;
+  __device__ __forceinline__ void run(const DenseItem& item, int phase);
+};
+
+template <class T, int DK>
+__device__ __forceinline__ void Rows<T, DK>::begin(const DenseItem& item) {
+  const LayerShape& shape = p.d.shape;
+  const int lane = threadIdx.x % 32, query = item.first + group * group_queries + threadIdx.x % 128 / 32;
+  const std::int64_t t = item.t + query - item.first;
+  const std::int64_t row = std::int64_t{item.sequence} * p.d.tile.tokens + query;
+  const bool exists = query < p.d.tile.tokens;
+  n = compressed_tokens(shape.rules, t);
+  eligible = eligible_blocks(shape.rules, t);
+  to = exists ? p.scores + (row * shape.groups + item.group) * p.pitch : nullptr;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int head = lane / 4 + half * 8;
+    offset[half] = INFINITY;
+    if (!exists || head >= shape.heads_per_group) continue;
+    const float2 ms =
+        reinterpret_cast<const float2*>(p.ms)[row * shape.heads() + item.group * shape.heads_per_group + head];
+    if (ms.y > 0.0f) offset[half] = ms.x * log2_e + log2f(ms.y);
+  }
+  for (int i = lane; i < lead; i += 32) terms[i] = 0.0f;
+}
+
+// Lanes `Half` apart share 2 * Half values: each keeps half of them, the upper lane the upper half, and adds the
+// other's.
+template <int Half>
+__device__ __forceinline__ void hand_over(float (&x)[32]) {
+  const bool upper = threadIdx.x & Half;
+#pragma unroll
+  for (int i = 0; i < Half; ++i) {
+    const float kept = upper ? x[i + Half] : x[i], given = upper ? x[i] : x[i + Half];
+    x[i] = kept + __shfl_xor_sync(0xffffffffu, given, Half);
+  }
+}
+
+// Probabilities of the tile from `begin`, summed over the query's heads, to terms[lead ..]. The tree: rows g and g + 8,
+// then lanes 16, 8 and 4 apart, each time handing half of the columns over.
+template <class T, int DK>
+__device__ __forceinline__ void Rows<T, DK>::sum_heads(float (&s)[64], std::int64_t begin) const {
+  const float scale = log2_e / sqrtf(static_cast<float>(DK));
+  const int lane = threadIdx.x % 32, quad = lane % 4;
+  float x[32];
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    const int at = i / 2 * 4 + i % 2;
+    x[i] = exp2_fast(fmaf(s[at], scale, -offset[0])) + exp2_fast(fmaf(s[at + 2], scale, -offset[1]));
+  }
+  if (begin + dense_tokens > n) {
+    const int end = static_cast<int>(n - begin);
+#pragma unroll
+    for (int i = 0; i < 32; ++i)
+      if (i / 2 * 8 + quad * 2 + i % 2 >= end) x[i] = 0.0f;
+  }
+  hand_over<16>(x);
+  hand_over<8>(x);
+  hand_over<4>(x);
+  const int first = (lane & 16 ? 64 : 0) + (lane & 8 ? 32 : 0) + (lane & 4 ? 16 : 0) + quad * 2;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) terms[lead + first + i / 2 * 8 + i % 2] = x[i];
+}
+
+// The blocks that end in the tile; its last `lead` tokens reach into the next one's first block.
+template <class T, int DK>
+__device__ __forceinline__ void Rows<T, DK>::fold(std::int64_t begin) const {
+  __syncwarp();
+  for (int b = threadIdx.x % 32; b < dense_tokens / ratio; b += 32) {
+    const std::int64_t j = begin / ratio + b;
+    float sum = 0.0f;
+    for (int k = 0; k < ratio + lead; ++k) sum += terms[b * ratio + k] * overlaps[k];
+    if (to && j < eligible) to[j] = sum;
+  }
+  __syncwarp();
+  float carried[most_lead / 32];
+#pragma unroll
+  for (int i = 0; i < most_lead / 32; ++i) {
+    const int at = threadIdx.x % 32 + i * 32;
+    carried[i] = at < lead ? terms[dense_tokens + at] : 0.0f;
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < most_lead / 32; ++i) {
+    const int at = threadIdx.x % 32 + i * 32;
+    if (at < lead) terms[at] = carried[i];
+  }
+}
+
+template <class T, int DK>
+__device__ __forceinline__ void Rows<T, DK>::run(const DenseItem& item, int phase) {
+  begin(item);
+  const BlockRules& r = p.d.shape.rules;
+  const std::int64_t tiles = tiles_of(compressed_tokens(r, item.last));
+  float scores[64];
+  wait_for(shared.queries_full(), phase);
+  for (std::int64_t tile = 0; tile < tiles; ++tile) {
+    queue(scores);
+    products_wait<0>();
+    settled(scores);
+    release(turn.slot);
+    turn.next();
+    sum_heads(scores, tile * dense_tokens);
+    fold(tile * dense_tokens);
+  }
+  if (threadIdx.x % 32 == 0) arrive(shared.queries_empty());
+  // An eligible block may begin behind the last tile.
+  for (std::int64_t tile = tiles; tile * dense_tokens < eligible * ratio; ++tile) {
+    for (int i = threadIdx.x % 32; i < dense_tokens; i += 32) terms[lead + i] = 0.0f;
+    fold(tile * dense_tokens);
+  }
+}
+
+template <class T, int DK>
+__global__ void __launch_bounds__(dense_threads, 1) score_kernel(const __grid_constant__ ScoreParams p) {
+#ifdef NSA_WGMMA
+  extern __shared__ char memory[];
+  __shared__ float terms[dense_warps][most_lead + dense_tokens];
+  __shared__ float overlaps[most_lead + dense_tokens];
+  const BlockRules& r = p.d.shape.rules;
+  const int ratio = r.l_sel / r.d, lead = (r.l - 1) / r.d;
+  for (int k = threadIdx.x; k < ratio + lead; k += dense_threads)
+    overlaps[k] = overlap(r, std::int64_t{r.l} * ratio - lead + k, r.l);  // of a block far from the start
+  const DenseShared<DK, DK, slots> shared(memory);
+  if (threadIdx.x == 0) shared.open();
+  __syncthreads();
+  wait_for_previous();
+  const std::int64_t first_position = *p.d.tile.first_position;
+  const int group = threadIdx.x / 128;
+  if (group == dense_groups) {
+    give_registers<24>();
+    if (threadIdx.x % 128 == 0) stream(p, shared, first_position);
+  } else {
+    take_registers<240>();
+    Rows<T, DK> rows{p, shared, group, terms[threadIdx.x / 32], overlaps};
+    rows.ratio = ratio;
+    rows.lead = lead;
+    int phase = 0;
+    for (int index = blockIdx.x; index < p.d.items; index += gridDim.x, phase ^= 1)
+      rows.run(DenseItem(p.d, index, first_position), phase);
+  }
+#endif
+}
+
+// A block's place in the order of choice: score above, index below, turned round; the larger the better. 0: none.
+using Entry = std::uint64_t;
+__device__ __forceinline__ int block_of(Entry entry) { return static_cast<int>(~static_cast<unsigned>(entry)); }
+
+__device__ __forceinline__ Entry exchanged(Entry mine, unsigned step, bool keeps_larger) {
+  const Entry other = __shfl_xor_sync(0xffffffffu, mine, step);
+  return (other > mine) == keeps_larger ? other : mine;
+}
+// A warp's 32 entries from the best down (bitonic).
+__device__ __forceinline__ Entry sorted(Entry mine) {
+  const unsigned lane = threadIdx.x % 32;
+#pragma unroll
+  for (unsigned size = 2; size <= 32; size *= 2)
+#pragma unroll
+    for (unsigned step = size / 2; step > 0; step /= 2)
+      mine = exchanged(mine, step, ((lane & step) == 0) == ((lane & size) == 0 || size == 32));
+  return mine;
+}
+// The best 32 of two sorted lots, sorted.
+__device__ __forceinline__ Entry merged(Entry a, Entry b) {
+  const Entry other = __shfl_sync(0xffffffffu, b, 31 - threadIdx.x % 32);
+  Entry mine = a > other ? a : other;
+#pragma unroll
+  for (unsigned step = 16; step > 0; step /= 2) mine = exchanged(mine, step, (threadIdx.x & step) == 0);
+  return mine;
+}
+
+struct ChooseParams {
+  RankArgs a;
+  const float* scores;
+  std::int64_t pitch;
+};
+
+// The list's best n, lane c the c-th (0 behind them). `kept`: the warp's, [64].
+__device__ __forceinline__ Entry best_of(const BlockRules& r, const float* scores, int eligible, std::int64_t t,
+                                         Entry* kept) {
+  const int lane = threadIdx.x % 32, n = r.n_sel;
+  const auto entry = [&](int j) -> Entry {
+    if (j >= eligible) return 0;
+    const unsigned key = is_forced(r, j, t) ? 0x7F800000u : __float_as_uint(scores[j]);
+    return static_cast<Entry>(key) << 32 | static_cast<unsigned>(~j);
+  };
+  Entry top = 0;
+#pragma unroll 4
+  for (int j = lane; j < eligible; j += 32) {
+    const Entry mine = entry(j);
+    top = mine > top ? mine : top;
+  }
+  // Where fewer than n lanes have a block, the bound is 0 and everything passes.
+  Entry bound = __shfl_sync(0xffffffffu, sorted(top), n - 1);
+  int count = 0;
+  const auto reduce = [&] {
+    __syncwarp();
+    const Entry first = sorted(lane < count ? kept[lane] : 0), second = sorted(lane + 32 < count ? kept[lane + 32] : 0);
+    const Entry best = merged(first, second);
+    __syncwarp();
+    return lane < n ? best : 0;
+  };
+#pragma unroll 2
+  for (int j0 = 0; j0 < eligible; j0 += 32) {
+    const Entry mine = entry(j0 + lane);
+    const bool passes = mine != 0 && mine >= bound;
+    const unsigned mask = __ballot_sync(0xffffffffu, passes);
+    if (passes) kept[count + __popc(mask & ((1u << lane) - 1))] = mine;
+    count += __popc(mask);
+    if (count <= 32) continue;
+    const Entry best = reduce();
+    kept[lane] = best;
+    count = n;
+    const Entry last = __shfl_sync(0xffffffffu, best, n - 1);
+    bound = last > bound ? last : bound;
+    __syncwarp();
+  }
+  return reduce();
+}
+
+__global__ void __launch_bounds__(32 * choose_warps) choose_kernel(const __grid_constant__ ChooseParams p) {
+  __shared__ Entry kept[choose_warps][64];
+  wait_for_previous();
+  const LayerShape& s = p.a.shape;
+  const BlockRules& r = s.rules;
+  const int lane = threadIdx.x % 32, n = r.n_sel;
+  const std::int64_t list = std::int64_t{blockIdx.x} * choose_warps + threadIdx.x / 32;
+  if (list >= p.a.tile.rows() * s.groups) return;
+  const std::int64_t t = tile_row(p.a.tile, list / s.groups).t;
+  const int eligible = static_cast<int>(eligible_blocks(r, t));
+  const float* scores = p.scores + list * p.pitch;
+  const Entry mine = best_of(r, scores, eligible, t, kept[threadIdx.x / 32]);
+  const int block = mine == 0 ? -1 : block_of(mine);
+  if (p.a.candidates && lane < n)
+    p.a.candidates[list * n + lane] =
+        block < 0 ? Candidate{} : Candidate{__uint_as_float(static_cast<unsigned>(mine >> 32)), block};
+  if (p.a.selected) {
+    int place = 0;
+    for (int c = 0; c < n; ++c) {
+      const int other = __shfl_sync(0xffffffffu, block, c);
+      place += other >= 0 && other < block;
+    }
+    if (lane < n) p.a.selected[list * n + (block < 0 ? lane : place)] = block;
+  }
+  if (!p.a.p_slc) return;
+  for (std::int64_t j = lane; j < p.a.p_slc_blocks; j += 32)
+    p.a.p_slc[list * p.a.p_slc_blocks + j] = j < eligible ? scores[j] : 0.0f;
+}
+
+std::int64_t score_pitch_of(const BlockRules& r, std::int64_t positions) {
+  return (eligible_blocks(r, positions - 1) + 31) / 32 * 32;
+}
+
+template <class T, int DK>
+void launch_scores(const RankArgs& a, Stream* stream) {
+  const LayerShape& s = a.shape;
+  ScoreParams p{dense_params(s, a.tile, a.q, a.k_cmp.map, compressed_tokens(s.rules, a.tile.max_positions - 1)),
+                a.cmp_ms, static_cast<float*>(a.scratch), score_pitch_of(s.rules, a.tile.max_positions)};
+  p.d.k = rows_map(a.k_cmp, s.dtype, std::int64_t{a.tile.batch_begin + a.tile.batches} * s.groups, p.d.box_rows);
+  launch_early(score_kernel<T, DK>, dim3(dense_ctas(p.d)), dense_threads, DenseLayout<DK, DK, slots>::bytes, stream, 1,
+               p);
+}
+
+template <class T>
+void launch_scores(const RankArgs& a, Stream* stream) {
+  if (a.shape.d_k == 64)
+    launch_scores<T, 64>(a, stream);
+  else
+    launch_scores<T, 128>(a, stream);
+}
+
+}  // namespace
+
+std::size_t rank_prefill_scratch(const LayerShape& s, const QueryTile& tile) {
+  if (!tiles_shape(s)) return 0;
+  return static_cast<std::size_t>(tile.rows() * s.groups * score_pitch_of(s.rules, tile.max_positions)) * sizeof(float);
+}
+
+void rank_prefill(const RankArgs& a, Stream* stream) {
+  const std::int64_t lists = a.tile.rows() * a.shape.groups;
+  if (lists == 0) return;
+  if (!map_is_whole(a.k_cmp.map)) throw InternalError("rank: no raw scores, and K_cmp is cut");
+  if (a.scratch_bytes < rank_prefill_scratch(a.shape, a.tile)) throw InternalError("rank: scratch too small");
+  if (a.shape.dtype == DType::bf16)
+    launch_scores<__nv_bfloat16>(a, stream);
+  else
+    launch_scores<__half>(a, stream);
+  const ChooseParams p{a, static_cast<const float*>(a.scratch), score_pitch_of(a.shape.rules, a.tile.max_positions)};
+  launch_early(choose_kernel, dim3(static_cast<unsigned>((lists + choose_warps - 1) / choose_warps)), 32 * choose_warps,
+               0, stream, 1, p);
+}
+
+}  // namespace nsa::gpu
