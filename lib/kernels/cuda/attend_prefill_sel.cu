@@ -1,14 +1,16 @@
 // Prefill's selected branch, 16-bit storage: neighbouring queries share the blocks they have loaded.
 //
-// A CTA takes a group and 16 consecutive queries, a warp each: a query's (up to 16) heads are the M of m16n8k16. One
-// more warp walks the union of the queries' blocks, which are sorted, and streams each block's K and V once through a
-// ring of slots (tensor copies, 128-byte swizzle); with it goes the set of queries that chose it. Every warp goes
-// through the ring at its own pace and multiplies only the blocks that are its own, so no product is wasted however
-// little the choices agree. CTAs stay and take every gridDim-th item; the items of a group follow one another, so that
-// its K and V stay in the L2. FLOPs: 2 (Dk + Dv) a (head, chosen token). Bytes: from L2, a block's K and V once per 16
-// queries that share it, and 16 times where they share nothing; from shared memory, a block once per query that chose
-// it (32 KB at Dk = Dv = 128: 256 cycles at 128 bytes a cycle, twice what the products alone would take). Bound: those
-// two together.
+// A CTA takes a group and 12 consecutive queries, 4 a warpgroup and one a warp: M = 4 queries x 16 heads, N = a block
+// of 64 tokens. One more warp walks the union of the queries' blocks, which are sorted, and streams each block's K and
+// V once through a ring of slots (tensor copies, 128-byte swizzle); with it goes the set of queries that chose it. A
+// warpgroup multiplies the blocks that any of its four queries chose; the rows of those that did not get no weight.
+// CTAs stay and take every gridDim-th item; the items of a group follow one another, so that its K and V stay in the
+// L2. FLOPs: 2 (Dk + Dv) a (head, token of the union of 4 queries): up to 4 times what was chosen, where neighbours
+// agree in nothing. Bytes: from L2, a block's K and V once per 12 queries that share it. Bound: tensor cores, then the
+// L2.
+//
+// A warp a query on mma.sync wastes no product, and was slower: a block's way through one warp takes 1800 cycles, the
+// copy before it as much, and five slots of 32 KB are too few to have enough of them under way.
 
 #include "kernels/cuda/prefill.cuh"
 #include "kernels/cuda/stages.cuh"
@@ -17,22 +19,26 @@ namespace nsa::gpu {
 
 namespace {
 
-constexpr int warps = 12;                  // that multiply: queries of an item
-constexpr int threads = 32 * (warps + 4);  // registers change hands between whole warpgroups
+constexpr int groups = 3;  // warpgroups that multiply
+constexpr int warps = 4 * groups;
+constexpr int item_queries = groups * group_queries;
+constexpr int threads = 128 * (groups + 1);
+constexpr int early_blocks = 2;  // of an item that are on their way before its queries
 constexpr int block_tokens = 64;
 constexpr int most_chosen = 32;
 
 struct Params {
-  CUtensorMap k, v;
+  CUtensorMap q, k, v;
   AttendArgs a;
   int box_rows, query_tiles, items;
+  std::int64_t rows;  // of k and v that were written; what follows may be anything
 };
 
 struct Item {
   int sequence, group, first, plane;
   __device__ __forceinline__ Item(const Params& p, int index) {
     const LayerShape& s = p.a.shape;
-    first = index % p.query_tiles * warps;
+    first = index % p.query_tiles * item_queries;
     const int list = index / p.query_tiles;
     sequence = list / s.groups;
     group = list % s.groups;
@@ -48,12 +54,12 @@ struct Told {
 
 template <int DK, int DV>
 struct Layout {
-  static constexpr int query_bytes = DK * 16 * 2, box = block_tokens * 128;
-  static constexpr int keys = DK / box_columns * box, slot = keys + DV / box_columns * box;
-  static constexpr int slots = std::min(8, (224 * 1024 - warps * query_bytes) / slot);
-  static constexpr int queries = slots * slot, barriers = queries + warps * query_bytes;
-  static constexpr int told = barriers + 16 * slots, lists = told + 8 * slots;
-  static constexpr int bytes = lists + warps * most_chosen * 4;
+  static constexpr int query_box = 64 * 128, query_group = DK / box_columns * query_box;
+  static constexpr int box = block_tokens * 128, keys = DK / box_columns * box, slot = keys + DV / box_columns * box;
+  static constexpr int slots = std::min(8, (224 * 1024 - groups * query_group) / slot);
+  static constexpr int queries = slots * slot, barriers = queries + groups * query_group;
+  static constexpr int told = barriers + 8 * (2 * slots + 2), lists = told + 8 * slots;
+  static constexpr int bytes = lists + item_queries * most_chosen * 4;
   static_assert(bytes <= 227 * 1024);
 };
 
@@ -64,12 +70,21 @@ struct Shared {
   unsigned base;
   __device__ __forceinline__ explicit Shared(char* given) : memory(given), base(shared_address(given)) {}
   __device__ __forceinline__ unsigned slot(int i) const { return base + i * At::slot; }
+  __device__ __forceinline__ unsigned queries(int group) const { return base + At::queries + group * At::query_group; }
   __device__ __forceinline__ unsigned full(int i) const { return base + At::barriers + 8 * i; }
   __device__ __forceinline__ unsigned empty(int i) const { return full(At::slots + i); }
+  __device__ __forceinline__ unsigned queries_full() const { return full(2 * At::slots); }
+  __device__ __forceinline__ unsigned queries_empty() const { return full(2 * At::slots + 1); }
   __device__ __forceinline__ Told& told(int i) const { return reinterpret_cast<Told*>(memory + At::told)[i]; }
   __device__ __forceinline__ int* lists() const { return reinterpret_cast<int*>(memory + At::lists); }
-  __device__ __forceinline__ uint4* query(int warp) const {
-    return reinterpret_cast<uint4*>(memory + At::queries + warp * At::query_bytes);
+  __device__ __forceinline__ void open() const {
+    for (int i = 0; i < At::slots; ++i) {
+      open_barrier(full(i), 1);
+      open_barrier(empty(i), warps);
+    }
+    open_barrier(queries_full(), 1);
+    open_barrier(queries_empty(), warps);
+    barriers_opened();
   }
 };
 
@@ -105,10 +120,19 @@ __device__ __forceinline__ void stream(const Params& p, const Shared<DK, DV>& sh
                  item.plane, rank);
     }
   };
-  for (int index = blockIdx.x; index < p.items; index += gridDim.x) {
+  const auto fill_queries = [&](const Item& item, int phase) {
+    wait_for(shared.queries_empty(), phase ^ 1);
+    arrive_expecting(shared.queries_full(), groups * At::query_group);
+    for (int group = 0; group < groups; ++group)
+      for (int box = 0; box < DK / box_columns; ++box)
+        copy_box(shared.queries(group) + box * At::query_box, &p.q, shared.queries_full(), box * box_columns,
+                 item.group * s.heads_per_group, item.sequence * p.a.tile.tokens + item.first + group * group_queries);
+  };
+  int phase = 0;
+  for (int index = blockIdx.x; index < p.items; index += gridDim.x, phase ^= 1) {
     const Item item(p, index);
     __syncwarp();
-    for (int i = lane; i < warps * n; i += 32) {
+    for (int i = lane; i < item_queries * n; i += 32) {
       const int query = item.first + i / n;
       const std::int64_t row = std::int64_t{item.sequence} * p.a.tile.tokens + query;
       lists[i] = query < p.a.tile.tokens ? p.a.selected[(row * s.groups + item.group) * n + i % n] : -1;
@@ -117,13 +141,15 @@ __device__ __forceinline__ void stream(const Params& p, const Shared<DK, DV>& sh
     constexpr int none = INT32_MAX;
     int at = 0;
     const auto next = [&] {
-      const int block = lane < warps && at < n ? lists[lane * n + at] : none;
+      const int block = lane < item_queries && at < n ? lists[lane * n + at] : none;
       ++at;
       return block < 0 ? none : block;
     };
-    for (int mine = next();;) {
+    int filled = 0;
+    for (int mine = next();; ++filled) {
       const int block = __reduce_min_sync(0xffffffffu, mine);
       const unsigned queries = __ballot_sync(0xffffffffu, mine == block);
+      if (lane == 0 && (filled == early_blocks || (block == none && filled < early_blocks))) fill_queries(item, phase);
       if (lane == 0) fill(item, block == none ? -1 : block, queries);
       turn.next();
       if (block == none) break;
@@ -132,131 +158,136 @@ __device__ __forceinline__ void stream(const Params& p, const Shared<DK, DV>& sh
   }
 }
 
-__device__ __forceinline__ uint4 load_matrices(unsigned at) {
-  uint4 v;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(at));
-  return v;
-}
-__device__ __forceinline__ uint4 load_transposed(unsigned at) {
-  uint4 v;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(at));
-  return v;
-}
-
-// One warp: its query.
+// One warpgroup's state over an item; its warp w has query w.
 template <class T, int DK, int DV>
-struct Row {
+struct Rows {
   using At = Layout<DK, DV>;
-  unsigned query;               // of its heads, in operand order
-  unsigned k_row, v_row;        // the lane's row within 16 tokens, in bytes
-  unsigned k_column, v_column;  // its 16 bytes within the row's first 32, swizzled
-  float o[DV / 8][4];
-  float m[2], sum[2];
+  const Params& p;
+  const Shared<DK, DV>& shared;
+  int group;  // warpgroup
+  float o[DV / 2], s[32];
+  std::uint32_t weights[16];
+  float m[2], sum[2];  // of rows g and g + 8; m in powers of two
+  int count;
 
-  __device__ __forceinline__ explicit Row(unsigned q) : query(q) {
-    const unsigned lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
-    k_row = (matrix / 2 * 8 + r) * 128;
-    k_column = (matrix % 2 ^ r) * 16;
-    v_row = (matrix % 2 * 8 + r) * 128;
-    v_column = (matrix / 2 ^ r) * 16;
+  __device__ __forceinline__ void begin() {
+#pragma unroll
+    for (float& x : o) x = 0.0f;
+    m[0] = m[1] = nothing;
+    sum[0] = sum[1] = 0.0f;
+    count = 0;
   }
-  __device__ __forceinline__ void begin(const T* from, int heads, uint4* to);
-  template <bool Whole>
-  __device__ __forceinline__ void add(unsigned slot, int tokens);
+  __device__ __forceinline__ void add(int slot, int block, std::int64_t t, bool is_mine);
+  __device__ __forceinline__ void soften(int tokens);
+  __device__ __forceinline__ void clear_behind(int slot, std::int64_t begin) const;
+  __device__ __forceinline__ void put_out(const Item& item) const;
 };
 
-// Row r of `from` is head r; those past `heads` are zero.
+// Rows that were never written may hold NaN, which a weight of zero would not undo: they become zero. Every warpgroup
+// that multiplies the block writes the same zeros.
 template <class T, int DK, int DV>
-__device__ __forceinline__ void Row<T, DK, DV>::begin(const T* from, int heads, uint4* to) {
-  const int lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4;
-  __syncwarp();
-#pragma unroll
-  for (int step = 0; step < DK / 16; ++step) {
-    const auto* low = reinterpret_cast<const std::uint32_t*>(from + g * DK + step * 16 + quad * 2);
-    const auto* high = reinterpret_cast<const std::uint32_t*>(from + (g + 8) * DK + step * 16 + quad * 2);
-    to[step * 32 + lane] = {g < heads ? low[0] : 0u, g + 8 < heads ? high[0] : 0u, g < heads ? low[4] : 0u,
-                            g + 8 < heads ? high[4] : 0u};
-  }
-  __syncwarp();
-#pragma unroll
-  for (auto& x : o) x[0] = x[1] = x[2] = x[3] = 0.0f;
-  m[0] = m[1] = nothing;
-  sum[0] = sum[1] = 0.0f;
+__device__ __forceinline__ void Rows<T, DK, DV>::clear_behind(int slot, std::int64_t begin) const {
+  const int written = static_cast<int>(p.rows - begin) * 8;  // pieces of 16 bytes
+  for (int box = 0; box < DV / box_columns; ++box)
+    for (int i = written + threadIdx.x % 128; i < block_tokens * 8; i += 128)
+      asm volatile(
+          "st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(shared.slot(slot) + At::keys + box * At::box + i * 16),
+          "r"(0)
+          : "memory");
+  copies_see_stores();
+  meet(1 + group, 128);
 }
 
-// The block in `slot`, of which the query sees the first `tokens`.
+// Scores to weights relative to the new maximum, o along with it; the query sees the block's first `tokens`.
 template <class T, int DK, int DV>
-template <bool Whole>
-__device__ __forceinline__ void Row<T, DK, DV>::add(unsigned slot, int tokens) {
+__device__ __forceinline__ void Rows<T, DK, DV>::soften(int tokens) {
   const float scale = log2_e / sqrtf(static_cast<float>(DK));
-  const int lane = threadIdx.x % 32, quad = lane % 4;
-  float s[8][4];
+  const int quad = threadIdx.x % 4;
+  if (tokens < block_tokens) {
 #pragma unroll
-  for (auto& x : s) x[0] = x[1] = x[2] = x[3] = 0.0f;
-#pragma unroll
-  for (int step = 0; step < DK / 16; ++step) {
-    uint4 q;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w)
-                 : "r"(query + (step * 32 + lane) * 16));
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint4 k = load_matrices(slot + step / 4 * At::box + j * 2048 + k_row + (k_column ^ step % 4 * 32));
-      mma(s[2 * j], q.x, q.y, q.z, q.w, k.x, k.y, T{});
-      mma(s[2 * j + 1], q.x, q.y, q.z, q.w, k.z, k.w, T{});
-    }
-  }
-  if constexpr (!Whole) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (j * 8 + quad * 2 + i % 2 >= tokens) s[j][i] = -INFINITY;
+    for (int i = 0; i < 32; ++i)
+      if (i / 4 * 8 + quad * 2 + i % 2 >= tokens) s[i] = -INFINITY;
   }
   float old[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float top = s[0][2 * half];
+    float top = s[2 * half];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
+    for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * half], s[4 * j + 2 * half + 1]));
     top = fmaxf(m[half], quad_max(top) * scale);
     old[half] = exp2_fast(m[half] - top);
     m[half] = top;
     float added = 0.0f;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      s[j][2 * half] = exp2_fast(fmaf(s[j][2 * half], scale, -top));
-      s[j][2 * half + 1] = exp2_fast(fmaf(s[j][2 * half + 1], scale, -top));
-      added += s[j][2 * half] + s[j][2 * half + 1];
+      float& a = s[4 * j + 2 * half];
+      float& b = s[4 * j + 2 * half + 1];
+      a = exp2_fast(fmaf(a, scale, -top));
+      b = exp2_fast(fmaf(b, scale, -top));
+      added += a + b;
     }
     sum[half] = sum[half] * old[half] + added;
   }
   if (__any_sync(0xffffffffu, old[0] != 1.0f || old[1] != 1.0f)) {
 #pragma unroll
-    for (auto& x : o) x[0] *= old[0], x[1] *= old[0], x[2] *= old[1], x[3] *= old[1];
+    for (int i = 0; i < DV / 2; ++i) o[i] *= old[i / 2 % 2];
   }
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const std::uint32_t a0 = pack(s[2 * j][0], s[2 * j][1], T{}), a1 = pack(s[2 * j][2], s[2 * j][3], T{}),
-                        a2 = pack(s[2 * j + 1][0], s[2 * j + 1][1], T{}),
-                        a3 = pack(s[2 * j + 1][2], s[2 * j + 1][3], T{});
-    // Tokens that were never written may hold NaN, which a weight of zero would not undo.
-    const auto seen = [&](int token) {
-      return (token < tokens ? 0xFFFFu : 0u) | (token + 1 < tokens ? 0xFFFF0000u : 0u);
-    };
-    const unsigned low = Whole ? ~0u : seen(j * 16 + quad * 2), high = Whole ? ~0u : seen(j * 16 + quad * 2 + 8);
+  for (int i = 0; i < 16; ++i) weights[i] = pack(s[2 * i], s[2 * i + 1], T{});
+}
+
+template <class T, int DK, int DV>
+__device__ __forceinline__ void Rows<T, DK, DV>::add(int slot, int block, std::int64_t t, bool is_mine) {
+  const std::int64_t begin = std::int64_t{block} * block_tokens;
+  products_begin();
 #pragma unroll
-    for (int pair = 0; pair < DV / 16; ++pair) {
-      uint4 v = load_transposed(slot + At::keys + pair / 4 * At::box + j * 2048 + v_row + (v_column ^ pair % 4 * 32));
-      if constexpr (!Whole) v = {v.x & low, v.y & high, v.z & low, v.w & high};
-      mma(o[2 * pair], a0, a1, a2, a3, v.x, v.y, T{});
-      mma(o[2 * pair + 1], a0, a1, a2, a3, v.z, v.w, T{});
-    }
+  for (int step = 0; step < DK / 16; ++step)
+    product(s, operand_at(shared.queries(group) + step / 4 * At::query_box + step % 4 * 32),
+            operand_at(shared.slot(slot) + step / 4 * At::box + step % 4 * 32), step > 0, T{});
+  products_queued();
+  products_wait<0>();
+  settled(s);
+  if (is_mine) {
+    const int tokens = t + 1 - begin < block_tokens ? static_cast<int>(t + 1 - begin) : block_tokens;
+    soften(tokens);
+    count += tokens;
+  } else {
+#pragma unroll
+    for (std::uint32_t& w : weights) w = 0;
   }
+  if (begin + block_tokens > p.rows) clear_behind(slot, begin);
+  products_begin();
+#pragma unroll
+  for (int step = 0; step < block_tokens / 16; ++step)
+    add_product(o, weights + 4 * step, operand_at(shared.slot(slot) + At::keys + step * 16 * 128, At::box), T{});
+  products_queued();
+  products_wait<0>();
+  settled(o);
+}
+
+template <class T, int DK, int DV>
+__device__ __forceinline__ void Rows<T, DK, DV>::put_out(const Item& item) const {
+  const LayerShape& shape = p.a.shape;
+  const int lane = threadIdx.x % 32, query = item.first + threadIdx.x / 32;
+  if (query >= p.a.tile.tokens) return;
+  const std::int64_t row = std::int64_t{item.sequence} * p.a.tile.tokens + query;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int head = lane / 4 + half * 8;
+    const float total = quad_sum(sum[half]);
+    if (head >= shape.heads_per_group) continue;
+    const std::int64_t at = row * shape.heads() + item.group * shape.heads_per_group + head;
+    if (lane % 4 == 0)
+      reinterpret_cast<float2*>(p.a.out.ms)[at] =
+          make_float2(total > 0.0f ? m[half] * 0.6931471805599453f : -INFINITY, total);
+    float* to = p.a.out.o + at * DV + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < DV / 8; ++j)
+      *reinterpret_cast<float2*>(to + 8 * j) = make_float2(o[4 * j + 2 * half], o[4 * j + 2 * half + 1]);
+  }
+  if (lane == 0)
+    atomicAdd(reinterpret_cast<unsigned long long*>(p.a.reads) + item.sequence * shape.groups + item.group,
+              static_cast<unsigned long long>(count));
 }
 
 template <class T, int DK, int DV>
@@ -265,68 +296,37 @@ __global__ void __launch_bounds__(threads, 1) sel_kernel(const __grid_constant__
   using At = Layout<DK, DV>;
   extern __shared__ __align__(1024) char memory[];
   const Shared<DK, DV> shared(memory);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < At::slots; ++i) {
-      open_barrier(shared.full(i), 1);
-      open_barrier(shared.empty(i), warps);
-    }
-    barriers_opened();
-  }
+  if (threadIdx.x == 0) shared.open();
   __syncthreads();
   wait_for_previous();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (warp >= warps) {
-    give_registers<24>();
+    give_registers<32>();
     if (warp == warps) stream(p, shared);
     return;
   }
   take_registers<160>();
-  const LayerShape& shape = p.a.shape;
-  const int heads = shape.heads_per_group;
   const std::int64_t first_position = *p.a.tile.first_position;
-  Row<T, DK, DV> row(shared_address(shared.query(warp)));
+  Rows<T, DK, DV> rows{p, shared, warp / 4};
   Turn<At::slots> turn;
-  for (int index = blockIdx.x; index < p.items; index += gridDim.x) {
+  int phase = 0;
+  for (int index = blockIdx.x; index < p.items; index += gridDim.x, phase ^= 1) {
     const Item item(p, index);
-    const bool exists = item.first + warp < p.a.tile.tokens;
-    const std::int64_t at = std::int64_t{item.sequence} * p.a.tile.tokens + item.first + warp,
-                       t = first_position + item.first + warp;
-    const std::int64_t head_at = at * shape.heads() + item.group * heads;
-    row.begin(static_cast<const T*>(p.a.q) + head_at * DK, exists ? heads : 0, shared.query(warp));
-    int count = 0;
-    for (;; turn.next()) {
+    rows.begin();
+    wait_for(shared.queries_full(), phase);
+    for (bool over = false; !over; turn.next()) {
       wait_for(shared.full(turn.slot), turn.phase);
-      const Told told = shared.told(turn.slot);
-      if (told.block >= 0 && told.queries >> warp & 1u) {
-        const std::int64_t seen = t + 1 - std::int64_t{told.block} * block_tokens;
-        if (seen >= block_tokens)
-          row.template add<true>(shared.slot(turn.slot), block_tokens);
-        else
-          row.template add<false>(shared.slot(turn.slot), static_cast<int>(seen));
-        count += seen < block_tokens ? static_cast<int>(seen) : block_tokens;
-      }
+      // The same for all lanes, and told so: products under a branch that may part a warp are slow.
+      const int block = __shfl_sync(0xffffffffu, shared.told(turn.slot).block, 0);
+      const unsigned chosen = __shfl_sync(0xffffffffu, shared.told(turn.slot).queries, 0);
+      over = block < 0;
+      if (!over && (chosen >> rows.group * group_queries & 15u) != 0)
+        rows.add(turn.slot, block, first_position + item.first + warp, chosen >> warp & 1u);
       __syncwarp();
       if (lane == 0) arrive(shared.empty(turn.slot));
-      if (told.block < 0) break;
     }
-    turn.next();
-    if (!exists) continue;
-    if (lane == 0)
-      atomicAdd(reinterpret_cast<unsigned long long*>(p.a.reads) + item.sequence * shape.groups + item.group,
-                static_cast<unsigned long long>(count));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int head = lane / 4 + half * 8;
-      const float total = quad_sum(row.sum[half]);
-      if (head >= heads) continue;
-      if (lane % 4 == 0)
-        reinterpret_cast<float2*>(p.a.out.ms)[head_at + head] =
-            make_float2(total > 0.0f ? row.m[half] * 0.6931471805599453f : -INFINITY, total);
-      float* to = p.a.out.o + (head_at + head) * DV + lane % 4 * 2;
-#pragma unroll
-      for (int j = 0; j < DV / 8; ++j)
-        *reinterpret_cast<float2*>(to + 8 * j) = make_float2(row.o[j][2 * half], row.o[j][2 * half + 1]);
-    }
+    if (lane == 0) arrive(shared.queries_empty());
+    rows.put_out(item);
   }
 #endif
 }
@@ -339,7 +339,9 @@ void launch(const AttendArgs& a, Stream* stream) {
   const std::int64_t planes = std::int64_t{a.tile.batch_begin + a.tile.batches} * a.shape.groups;
   p.k = rows_map(a.k, a.shape.dtype, planes, p.box_rows);
   p.v = rows_map(a.v, a.shape.dtype, planes, p.box_rows);
-  p.query_tiles = (a.tile.tokens + warps - 1) / warps;
+  p.q = query_map(a.q, a.shape.dtype, a.tile.rows(), a.shape.heads(), DK, heads_per_tile, group_queries);
+  p.rows = a.tile.max_positions;
+  p.query_tiles = (a.tile.tokens + item_queries - 1) / item_queries;
   p.items = a.tile.batches * a.shape.groups * p.query_tiles;
   launch_early(sel_kernel<T, DK, DV>, dim3(std::min(p.items, limits().units)), threads, Layout<DK, DV>::bytes, stream,
                1, p);

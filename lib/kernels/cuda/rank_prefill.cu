@@ -48,7 +48,7 @@ __device__ __forceinline__ void stream(const ScoreParams& p, const DenseShared<D
   }
 }
 
-// One warpgroup's state over an item; `terms`: the warp's, [lead + 128] sums over heads.
+// One warpgroup's state over an item; `terms`: the warp's sums over heads, of 128 tokens and the `lead` before them.
 template <class T, int DK>
 struct Rows {
   const ScoreParams& p;
@@ -58,8 +58,10 @@ struct Rows {
   const float* overlaps;  // of the lead + ratio tokens that reach into a block
   Turn<slots> turn;
   float offset[2];  // of rows g and g + 8: log2 of the row's sum, in powers of two
-  std::int64_t n, eligible;
-  float* to;  // the query's block scores; null: no such query
+  std::int64_t n;
+  int eligible;
+  float carried;  // sum over heads of the last token so far, where lead is 1
+  float* to;      // the query's block scores; null: no such query
   int ratio, lead;
 
   __device__ __forceinline__ void queue(float (&s)[64]) const {
@@ -67,12 +69,12 @@ struct Rows {
     products_begin();
     queue_scores<T>(s, shared, group, turn.slot);
   }
-  __device__ __forceinline__ void release(int slot) const {
-    if (threadIdx.x % 32 == 0) arrive(shared.empty(slot));
-  }
   __device__ __forceinline__ void begin(const DenseItem& item);
   __device__ __forceinline__ void sum_heads(float (&s)[64], std::int64_t begin) const;
-  __device__ __forceinline__ void fold(std::int64_t begin) const;
+  __device__ __forceinline__ void fold(int first_block);
+  __device__ __forceinline__ void step(float (&mine)[64], float (&next)[64], int tile);
+  __device__ __forceinline__ void use(float (&mine)[64], int slot, int tile);
+  __device__ __forceinline__ void finish(float (&mine)[64], int tile);
   __device__ __forceinline__ void run(const DenseItem& item, int phase);
 };
 
@@ -84,7 +86,7 @@ __device__ __forceinline__ void Rows<T, DK>::begin(const DenseItem& item) {
   const std::int64_t row = std::int64_t{item.sequence} * p.d.tile.tokens + query;
   const bool exists = query < p.d.tile.tokens;
   n = compressed_tokens(shape.rules, t);
-  eligible = eligible_blocks(shape.rules, t);
+  eligible = static_cast<int>(eligible_blocks(shape.rules, t));
   to = exists ? p.scores + (row * shape.groups + item.group) * p.pitch : nullptr;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -95,7 +97,8 @@ __device__ __forceinline__ void Rows<T, DK>::begin(const DenseItem& item) {
         reinterpret_cast<const float2*>(p.ms)[row * shape.heads() + item.group * shape.heads_per_group + head];
     if (ms.y > 0.0f) offset[half] = ms.x * log2_e + log2f(ms.y);
   }
-  for (int i = lane; i < lead; i += 32) terms[i] = 0.0f;
+  for (int i = lane; i < lead; i += 32) terms[i - lead] = 0.0f;
+  carried = 0.0f;
 }
 
 // Lanes `Half` apart share 2 * Half values: each keeps half of them, the upper lane the upper half, and adds the
@@ -110,7 +113,7 @@ __device__ __forceinline__ void hand_over(float (&x)[32]) {
   }
 }
 
-// Probabilities of the tile from `begin`, summed over the query's heads, to terms[lead ..]. The tree: rows g and g + 8,
+// Probabilities of the tile from `begin`, summed over the query's heads, to `terms`. The tree: rows g and g + 8,
 // then lanes 16, 8 and 4 apart, each time handing half of the columns over.
 template <class T, int DK>
 __device__ __forceinline__ void Rows<T, DK>::sum_heads(float (&s)[64], std::int64_t begin) const {
@@ -132,56 +135,83 @@ __device__ __forceinline__ void Rows<T, DK>::sum_heads(float (&s)[64], std::int6
   hand_over<8>(x);
   hand_over<4>(x);
   const int first = (lane & 16 ? 64 : 0) + (lane & 8 ? 32 : 0) + (lane & 4 ? 16 : 0) + quad * 2;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) terms[lead + first + i / 2 * 8 + i % 2] = x[i];
+  *reinterpret_cast<float2*>(terms + first) = make_float2(x[0], x[1]);
+  *reinterpret_cast<float2*>(terms + first + 8) = make_float2(x[2], x[3]);
 }
 
 // The blocks that end in the tile; its last `lead` tokens reach into the next one's first block.
 template <class T, int DK>
-__device__ __forceinline__ void Rows<T, DK>::fold(std::int64_t begin) const {
+__device__ __forceinline__ void Rows<T, DK>::fold(int first_block) {
   __syncwarp();
-  for (int b = threadIdx.x % 32; b < dense_tokens / ratio; b += 32) {
-    const std::int64_t j = begin / ratio + b;
+  const int lane = threadIdx.x % 32;
+  if (ratio == 4 && lead == 1) {  // l = 2 d, l' = 4 d: a lane a block
+    const float4 x = *reinterpret_cast<const float4*>(terms + 4 * lane);
+    const float last = __shfl_up_sync(0xffffffffu, x.w, 1), before = lane == 0 ? carried : last;
+    carried = __shfl_sync(0xffffffffu, x.w, 31);
+    if (to && first_block + lane < eligible) to[first_block + lane] = before + 2 * x.x + 2 * x.y + 2 * x.z + x.w;
+    __syncwarp();
+    return;
+  }
+  for (int b = lane; b < dense_tokens / ratio; b += 32) {
     float sum = 0.0f;
-    for (int k = 0; k < ratio + lead; ++k) sum += terms[b * ratio + k] * overlaps[k];
-    if (to && j < eligible) to[j] = sum;
+    for (int k = 0; k < ratio + lead; ++k) sum += terms[b * ratio + k - lead] * overlaps[k];
+    if (to && first_block + b < eligible) to[first_block + b] = sum;
   }
   __syncwarp();
-  float carried[most_lead / 32];
-#pragma unroll
-  for (int i = 0; i < most_lead / 32; ++i) {
-    const int at = threadIdx.x % 32 + i * 32;
-    carried[i] = at < lead ? terms[dense_tokens + at] : 0.0f;
-  }
+  for (int i = lane; i < lead; i += 32) terms[i - lead] = terms[dense_tokens + i - lead];  // lead < 128: no overlap
   __syncwarp();
-#pragma unroll
-  for (int i = 0; i < most_lead / 32; ++i) {
-    const int at = threadIdx.x % 32 + i * 32;
-    if (at < lead) terms[at] = carried[i];
-  }
+}
+
+// One tile's scores are used while the next one's are under way.
+template <class T, int DK>
+__device__ __forceinline__ void Rows<T, DK>::step(float (&mine)[64], float (&next)[64], int tile) {
+  const int slot = turn.slot;
+  turn.next();
+  queue(next);
+  products_wait<1>();
+  use(mine, slot, tile);
+}
+
+template <class T, int DK>
+__device__ __forceinline__ void Rows<T, DK>::use(float (&mine)[64], int slot, int tile) {
+  settled(mine);
+  arrive_if(shared.empty(slot), threadIdx.x % 32 == 0);
+  sum_heads(mine, std::int64_t{tile} * dense_tokens);
+  fold(tile * (dense_tokens / ratio));
+}
+
+template <class T, int DK>
+__device__ __forceinline__ void Rows<T, DK>::finish(float (&mine)[64], int tile) {
+  products_wait<0>();
+  use(mine, turn.slot, tile);
+  turn.next();
 }
 
 template <class T, int DK>
 __device__ __forceinline__ void Rows<T, DK>::run(const DenseItem& item, int phase) {
   begin(item);
-  const BlockRules& r = p.d.shape.rules;
-  const std::int64_t tiles = tiles_of(compressed_tokens(r, item.last));
-  float scores[64];
+  const int tiles = static_cast<int>(tiles_of(compressed_tokens(p.d.shape.rules, item.last)));
   wait_for(shared.queries_full(), phase);
-  for (std::int64_t tile = 0; tile < tiles; ++tile) {
-    queue(scores);
-    products_wait<0>();
-    settled(scores);
-    release(turn.slot);
-    turn.next();
-    sum_heads(scores, tile * dense_tokens);
-    fold(tile * dense_tokens);
+  if (tiles > 0) {
+    float even[64], odd[64];
+    queue(even);
+    int tile = 0;
+    for (; tile + 2 < tiles; tile += 2) {
+      step(even, odd, tile);
+      step(odd, even, tile + 1);
+    }
+    if (tile + 1 < tiles) {
+      step(even, odd, tile);
+      finish(odd, tile + 1);
+    } else {
+      finish(even, tile);
+    }
   }
   if (threadIdx.x % 32 == 0) arrive(shared.queries_empty());
   // An eligible block may begin behind the last tile.
-  for (std::int64_t tile = tiles; tile * dense_tokens < eligible * ratio; ++tile) {
-    for (int i = threadIdx.x % 32; i < dense_tokens; i += 32) terms[lead + i] = 0.0f;
-    fold(tile * dense_tokens);
+  for (int tile = tiles; tile * (dense_tokens / ratio) < eligible; ++tile) {
+    for (int i = threadIdx.x % 32; i < dense_tokens; i += 32) terms[i] = 0.0f;
+    fold(tile * (dense_tokens / ratio));
   }
 }
 
@@ -189,7 +219,7 @@ template <class T, int DK>
 __global__ void __launch_bounds__(dense_threads, 1) score_kernel(const __grid_constant__ ScoreParams p) {
 #ifdef NSA_WGMMA
   extern __shared__ char memory[];
-  __shared__ float terms[dense_warps][most_lead + dense_tokens];
+  __shared__ __align__(16) float terms[dense_warps][most_lead + dense_tokens];
   __shared__ float overlaps[most_lead + dense_tokens];
   const BlockRules& r = p.d.shape.rules;
   const int ratio = r.l_sel / r.d, lead = (r.l - 1) / r.d;
@@ -206,7 +236,7 @@ __global__ void __launch_bounds__(dense_threads, 1) score_kernel(const __grid_co
     if (threadIdx.x % 128 == 0) stream(p, shared, first_position);
   } else {
     take_registers<240>();
-    Rows<T, DK> rows{p, shared, group, terms[threadIdx.x / 32], overlaps};
+    Rows<T, DK> rows{p, shared, group, terms[threadIdx.x / 32] + most_lead, overlaps};
     rows.ratio = ratio;
     rows.lead = lead;
     int phase = 0;
