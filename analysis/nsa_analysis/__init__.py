@@ -2,7 +2,7 @@
 
     import nsa_analysis
     points = nsa_analysis.read(["results/"])          # every point of every file
-    nsa_analysis.scaling(points)                      # a DataFrame; so do branches, reads, ranks, roofline, points_table
+    nsa_analysis.scaling(points)                      # a DataFrame; so do branches, reads, ranks, roofline
 
 Times are in seconds, bytes in bytes. What the numbers mean: docs/METRICS.md; the file: docs/SCHEMA.md.
 """

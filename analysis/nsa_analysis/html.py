@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from .axes import time_unit
+from .axes import time_unit, times_sign
 from .style import css_variables, to_svg
 
 TIMES = {
@@ -91,9 +91,9 @@ def heading(name, unit):
     return f"{text} ({unit})" if unit else text
 
 
-def cell(value, factor):
+def cell(value, factor, name):
     if isinstance(value, str):
-        return escape(value)
+        return escape(times_sign(value) if name == "layout" else value)
     if value is None or pd.isna(value):
         return "–"
     if isinstance(value, (bool, np.bool_)):
@@ -118,10 +118,7 @@ def table(frame, columns, caption, open_rows=OPEN_ROWS):
     rows = []
     for values in frame[columns + [c for c in ("validity",) if c in frame and c not in columns]].to_dict("records"):
         bad = ' class="invalid"' if values.get("validity", "VALID") != "VALID" else ""
-        cells = "".join(
-            f"<td{'' if c in text else ' class=n'}>{cell(values[c], units[c][0]) if c != 'layout' else escape(values[c]).replace('x', '×')}</td>"
-            for c in columns
-        )
+        cells = "".join(f"<td{'' if c in text else ' class=n'}>{cell(values[c], units[c][0], c)}</td>" for c in columns)
         rows.append(f"<tr{bad}>{cells}</tr>")
     body = (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'

@@ -6,7 +6,6 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from .axes import (
     PART_COLOURS,
-    beside,
     by_size,
     context_axis,
     draw_invalid,

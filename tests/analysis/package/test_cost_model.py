@@ -22,7 +22,7 @@ def test_bytes_are_those_the_program_stored(file):
 
 
 def linear_sweep(folder, layouts=((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (4, 1), (2, 4))):
-    """Stages of 3 us + bytes at 1 TB/s, exchanges of 4 us + 2 us a hop, a step that saves 2 us a stage and hides half of
+    """Stages of 3 us + bytes at 1 TB/s, exchanges of 4 us + 2 us a hop, a step that saves 2 us a stage and hides half
     its exchanges."""
     paths = []
     for heads, kv in layouts:
