@@ -5,7 +5,7 @@ import pandas as pd
 
 from .errors import AnalysisError
 from .reading import STAGES, WORK
-from .tables import identity_row
+from .tables import identity_row, stage_medians
 
 STRAGGLER = 1.1  # times the median over ranks that a straggler exceeds, with the low end of its interval
 NOTICED = 0.01  # stages below this part of the stages' sum name no straggler
@@ -17,8 +17,9 @@ def ranks(points):
     the sum. `comm` names none: who waits there is not who is slow."""
     identities, columns = [], []
     for point in points:
-        if (times := point.times("branches")) is None:
+        if not stage_medians(point):
             continue
+        times = point.times("branches")
         grid, low = times.rank_median[: len(WORK) + 1], times.rank_low[: len(WORK) + 1]
         middle = np.nanmedian(np.where(np.isnan(grid).all(axis=1, keepdims=True), 0.0, grid), axis=1)
         noticed = (middle > NOTICED * middle.sum())[:, None] & (np.array(STAGES[:-1]) != "comm")[:, None]
@@ -45,7 +46,7 @@ def ranks(points):
         )
         identities.append(identity_row(point))
     if not columns:
-        raise AnalysisError('no point has mode `branches`; run with run.modes = ["branches", "total"]')
+        raise AnalysisError('no point has stages of mode `branches`; run with run.modes = ["branches", "total"]')
     data = {name: np.concatenate([c[name].ravel() for c in columns]) for name in columns[0]}
     # Text stands once: there may be millions of rows.
     what = pd.DataFrame(identities)

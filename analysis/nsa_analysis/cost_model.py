@@ -21,7 +21,7 @@ from .curves import measured
 from .errors import AnalysisError
 from .reading import WORK
 from .series import SWEPT, latest, one_series
-from .tables import NAN, stage_median
+from .tables import NAN, stage_median, stage_medians
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ class CostModel:
 
 
 def usable(points):
-    points, _ = latest(one_series([p for p in points if p.times("branches")], "cost model"))
+    points, _ = latest(one_series([p for p in points if stage_medians(p)], "cost model"))
     return [p for p in points if p.valid and work.shape_of(p) is not None]
 
 

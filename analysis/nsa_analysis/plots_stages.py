@@ -89,6 +89,8 @@ def stack_panel(title, frame, shares, by_layout=False):
 
 def reads_panels(frame):
     """Reads against context: counted as marks, expected as lines; nsa-vibe's formula beside them."""
+    if frame.empty:
+        return []
     frame = frame[frame.ranks == frame.ranks.min()].drop_duplicates(["context", "batch", "forced", "branch"])
     frame = frame[(frame.batch == frame.batch.min()) & (frame.forced == frame.forced.iloc[0])]
     if frame.context.nunique() < 2:

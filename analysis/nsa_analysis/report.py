@@ -41,7 +41,9 @@ def header(title, points, groups, regenerate):
         (", ".join(sorted({p.run.device for p in points})), "device"),
     ]
     cards += best_speedup(groups)
-    links = "".join(f'<a href="#s{i}">{html.escape(short_title(g[0]))}</a>' for i, g in enumerate(groups[:12]))
+    links = "".join(
+        f'<a href="#s{i}">{html.escape(name)}</a>' for i, name in enumerate(series.titles(groups, short_title)[:12])
+    )
     made = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return (
         f"<h1>{html.escape(title)}</h1><p class=muted>Made {made} by</p>{html.command_line(regenerate)}"

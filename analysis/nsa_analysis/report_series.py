@@ -24,12 +24,12 @@ def part(heading, text, command, body):
 
 
 def series_section(i, members, groups, paths, network):
-    first = members[0]
+    name = series.titles(groups)[i]
 
     def command(verb):
         return series.command(verb, members, groups, paths, "--figure", f"{verb}.svg")
 
-    parts = [f'<h2 id="s{i}">{html.escape(series.title(first))}</h2><p class=muted>{html.escape(facts(members))}</p>']
+    parts = [f'<h2 id="s{i}">{html.escape(name)}</h2><p class=muted>{html.escape(facts(members))}</p>']
     for build in scaling_part, branches_part, ranks_part, roofline_part, model_part:
         try:
             options = (network,) if build is model_part else ()

@@ -58,7 +58,7 @@ def differences(series):
 def one_series(points, what):
     """The points, if they may stand on one curve; else AnalysisError says what differs and in which files."""
     series = split(points)
-    if len(series) == 1:
+    if len(series) <= 1:
         return points
     lines = []
     for name, values in differences(series).items():
@@ -152,6 +152,19 @@ def title(point):
         f"{get('model.precision')}"
     )
     return f"{point.kind} on {point.run.device}: {model}, {get('run.scope', 'layer')}"
+
+
+def titles(groups, of=title):
+    """A title for each series; what they differ in is added where several would have the same."""
+    names = [of(g[0]) for g in groups]
+    result = []
+    for i, name in enumerate(names):
+        alike = [g for g, n in zip(groups, names) if n == name]
+        said = [
+            f"{key} {str(identity(groups[i][0]).get(key, '-'))[:16]}" for key in differences(alike) if key not in name
+        ]
+        result.append(", ".join([name, *said[:3]]))
+    return result
 
 
 def shown_paths(paths):

@@ -4,7 +4,7 @@ import pandas as pd
 
 from .errors import AnalysisError
 from .series import latest, one_series
-from .tables import points_table, stages_table
+from .tables import points_table, stage_medians, stages_table
 
 # What is stacked: the columns of the program's own table, the projections apart.
 PARTS = {
@@ -26,9 +26,10 @@ def branches(points):
     """DataFrame, a row a (point, stage) of mode `branches`: statistics of the slowest rank in s, share of the stages'
     sum, and `part`, the group it is drawn in. The stages can add up to more than `step`: timed apart they do not
     overlap."""
-    if not any(p.times("branches") for p in points):
-        raise AnalysisError('no point has mode `branches`; run with run.modes = ["branches", "total"]')
-    points, _ = latest(one_series([p for p in points if p.times("branches")], "chart of stages"))
+    points = [p for p in points if stage_medians(p)]
+    if not points:
+        raise AnalysisError('no point has stages of mode `branches`; run with run.modes = ["branches", "total"]')
+    points, _ = latest(one_series(points, "chart of stages"))
     frame = stages_table(points, modes=("branches",))
     frame = frame[frame.stage != "step"].copy()
     frame["part"] = frame.stage.map(PARTS)

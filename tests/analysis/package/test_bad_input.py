@@ -152,6 +152,18 @@ def test_a_run_that_was_never_timed(run, tmp_path, good):
     assert run("report", good, "-o", tmp_path / "r.html").returncode == 0
 
 
+@pytest.mark.parametrize(
+    "lacking", [["reads"], ["bytes"], ["memory_peak"], ["reads", "bytes", "reads_nsa_vibe", "memory_peak"]]
+)
+def test_tables_that_a_task_does_not_fill(run, good, tmp_path, lacking):
+    with h5py.File(good, "r+") as file:
+        for name in lacking:
+            del file["points/0000"][name]
+    for command in COMMANDS[:-1]:
+        assert run(command, good).returncode in (0, 2), command
+    assert run("report", good, "-o", tmp_path / "r.html").returncode == 0
+
+
 def test_mutated_files_are_read_or_refused(good, tmp_path, run):
     """Bytes of the front, where HDF5's own structures are, changed at random."""
     random_ = random.Random(5)

@@ -76,6 +76,13 @@ def test_is_whole_and_self_contained(page):
     assert "Other &lt;GPU&gt; &amp; co" in page and "<GPU>" not in page
 
 
+def test_series_have_names_of_their_own(tmp_path):
+    points = [made_up.point(made_up.times(1, 8, 1e-4, attend_cmp=1e-5), nsa_w=w) for w in (512, 256)]
+    page = make_report([made_up.write(tmp_path / "two.h5", points)])
+    assert "H=8 G=4 D=64/64 bf16, attention, nsa.w 512</h2>" in page and "attention, nsa.w 256</h2>" in page
+    assert "--where nsa.w=256" in page
+
+
 def test_says_what_is_wrong_on_top(page):
     top = page[: page.index('id="runs"')]
     assert "h2k2.h5, point 1 (context 1M, batch 1, 2x2) is INVALID: made to be wrong" in top
