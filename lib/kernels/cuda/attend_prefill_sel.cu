@@ -316,9 +316,12 @@ __global__ void __launch_bounds__(threads, 1) sel_kernel(const __grid_constant__
     wait_for(shared.queries_full(), phase);
     for (bool over = false; !over; turn.next()) {
       wait_for(shared.full(turn.slot), turn.phase);
-      // The same for all lanes, and told so: products under a branch that may part a warp are slow.
-      const int block = __shfl_sync(0xffffffffu, shared.told(turn.slot).block, 0);
-      const unsigned chosen = __shfl_sync(0xffffffffu, shared.told(turn.slot).queries, 0);
+      // One lane reads, and is the one that gives the slot back. The same for all lanes, and told so to the compiler:
+      // products under a branch that may part a warp are slow.
+      Told told{};
+      if (lane == 0) told = shared.told(turn.slot);
+      const int block = __shfl_sync(0xffffffffu, told.block, 0);
+      const unsigned chosen = __shfl_sync(0xffffffffu, told.queries, 0);
       over = block < 0;
       if (!over && (chosen >> rows.group * group_queries & 15u) != 0)
         rows.add(turn.slot, block, first_position + item.first + warp, chosen >> warp & 1u);

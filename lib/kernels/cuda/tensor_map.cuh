@@ -7,7 +7,6 @@
 #include <cuda.h>
 
 #include <cstdint>
-#include <cstdio>
 
 #include "kernels/cuda/common.cuh"
 
@@ -36,20 +35,6 @@ inline int box_rows_of(const RowMap& m, int tile) {
 
 /// An mbarrier's phase with that parity is over.
 __device__ __forceinline__ void wait_for(unsigned barrier, int parity) {
-#ifdef NSA_SPIN_LIMIT
-  for (int i = 0;; ++i) {
-    int done = 0;
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-    if (done) return;
-    if (i > 1000000) {
-      printf("stuck block %d thread %d barrier %u parity %d\n", blockIdx.x, threadIdx.x, barrier, parity);
-      asm volatile("trap;");
-    }
-  }
-#endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(
