@@ -80,6 +80,12 @@ Summary kernel_ratio(const PointRecord& point, std::string_view of, std::string_
   return summarise(std::move(ratio), miss);
 }
 
+const char* fastest_packed(const PointRecord& point) {
+  const double sdpa = summarise(kernel_samples(point, "sdpa_packed")).median;
+  const double flash = summarise(kernel_samples(point, "flash_packed")).median;
+  return std::isnan(sdpa) || flash < sdpa ? "flash_packed" : "sdpa_packed";
+}
+
 Summary stage_time(const PointRecord& point, std::string_view mode, Stage stage) {
   return summarise(slowest_samples(point, mode, stage));
 }

@@ -161,8 +161,8 @@ std::vector<ShapeResult> shape_results(const DevicePoints& points) {
   const double missing = miss / static_cast<double>(std::max<std::size_t>(1, points.kernels.size()));
   std::vector<ShapeResult> shapes;
   for (const PointRecord* p : points.kernels)
-    shapes.push_back({shape_name(*p), ratio(*p, "sdpa", "fused", missing), ratio(*p, "sdpa_packed", "fused", missing),
-                      mean_error(p->kernels, missing)});
+    shapes.push_back({shape_name(*p), ratio(*p, "sdpa", "fused", missing),
+                      ratio(*p, fastest_packed(*p), "fused", missing), mean_error(p->kernels, missing)});
   return shapes;
 }
 

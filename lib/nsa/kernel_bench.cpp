@@ -21,6 +21,14 @@ const AttendKernel* find_kernel(const KernelTable& kernels, Branch branch, const
   return nullptr;
 }
 
+/// Dense attention over packed K and V is a window that holds them all; tiled: `flash`, or what the backend has
+/// instead.
+const AttendKernel* packed_kernel(const KernelTable& kernels, const std::string& label) {
+  if (label == "sdpa_packed") return find_kernel(kernels, win, "sdpa");
+  const AttendKernel* flash = find_kernel(kernels, win, "flash");
+  return flash ? flash : find_kernel(kernels, win, "fused");
+}
+
 /// Uniform below `bound`, by counter.
 struct Dice {
   std::uint64_t key;
@@ -116,9 +124,9 @@ std::vector<KernelChoice> kernel_choices(const KernelTable& kernels, const Confi
   const LayerShape packed = packed_shape(shape);
   std::vector<KernelChoice> choices;
   for (const std::string& label : config.kernels.implementations) {
-    const bool is_packed = label == "sdpa_packed";
+    const bool is_packed = label.ends_with("_packed");
     if (is_packed && branch != sel) continue;
-    const AttendKernel* kernel = is_packed ? find_kernel(kernels, win, "sdpa") : find_kernel(kernels, branch, label);
+    const AttendKernel* kernel = is_packed ? packed_kernel(kernels, label) : find_kernel(kernels, branch, label);
     if (!kernel) continue;
     const bool accepted = is_packed ? kernel->accepts(packed, packed_tile(kernel_rows(point), packed.rules.w))
                                     : kernel->accepts(shape, tile_of(point));
@@ -151,13 +159,13 @@ KernelBench::KernelBench(const Allocator& allocate, const KernelTable& kernels, 
     kv_.push_back(make_kv(allocate, MemoryKind::caches, shape_, 1, RowMap{}, kv_rows_));
   std::int64_t scratch = static_cast<std::int64_t>(kernels.scratch_bytes(shape_, tile_));
   std::int64_t lse_rows = tile_.rows();
-  const auto& names = config.kernels.implementations;
   if (branch_ == sel) {
     selected_ = choose_blocks(point.kernel.spans, rows_, shape_.rules.n_sel, first_position_ / shape_.rules.l_sel,
                               static_cast<std::uint64_t>(config.run.seed));
     chosen_ = activations(std::ssize(selected_) * 4);
   }
-  if (branch_ == sel && std::find(names.begin(), names.end(), "sdpa_packed") != names.end()) {
+  const std::vector<KernelChoice> choices = kernel_choices(kernels, config, point);
+  if (std::any_of(choices.begin(), choices.end(), [](const KernelChoice& c) { return c.packed; })) {
     const std::int64_t tokens = packed_shape_.rules.w;
     for (std::int64_t i = 0; i < copies(rows_ * tokens); ++i)
       packed_.push_back(make_kv(allocate, MemoryKind::caches, packed_shape_, rows_, RowMap{}, tokens));

@@ -101,7 +101,7 @@ class WholeRuns(AppTest):
         self.assertEqual(os.listdir(self.folder), [])
 
     def test_the_other_inputs_can_be_planned(self):
-        for name in sorted(os.listdir(INPUTS)):
+        for name in sorted(name for name in os.listdir(INPUTS) if name.endswith(".toml")):
             with self.subTest(name=name):
                 ranks = "4" if name == "quickstart.toml" else "1"
                 done = self.run_input(name, "--dry-run", "--ranks", ranks)

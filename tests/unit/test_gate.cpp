@@ -132,6 +132,15 @@ TEST_CASE("gate: three conditions met", "[gate]") {
   CHECK(contains(v.why, "ship the kernel at contexts 1024"));
 }
 
+TEST_CASE("gate: without the gather the faster packed attention counts", "[gate]") {
+  PointRecord k = kernels_point(8);
+  k.kernels.implementations.push_back("flash_packed");
+  k.kernels.seconds.insert(k.kernels.seconds.end(), reps, 9e-6);
+  const DeviceVerdict v = judge({file("d.h5", {decode_point(1024)}), file("k.h5", {k})}).at(0);
+  CHECK(v.speedup_packed.measured.value == Approx(0.9));
+  CHECK(v.speedup.measured.value == Approx(3.0));
+}
+
 TEST_CASE("gate: each condition alone failing means STAY", "[gate]") {
   const auto stays = [](const Shares& shares, const Speeds& speeds, const std::string& why) {
     const DeviceVerdict v = verdict(shares, speeds);

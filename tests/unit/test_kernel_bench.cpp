@@ -18,7 +18,7 @@ Config small_config(DType precision = DType::f32) {
   c.kind = TaskKind::kernels;
   c.model.precision = precision;
   c.nsa.w = 70;
-  c.kernels.implementations = {"fused", "sdpa", "sdpa_packed", "masked"};
+  c.kernels.implementations = {"fused", "sdpa", "sdpa_packed", "flash_packed", "masked"};
   return c;
 }
 
