@@ -205,6 +205,23 @@ struct CombineArgs {
   float* o_branch[branches] = {};  ///< optional: normalised o_c [rows, H, Dv]
 };
 
+/// What comes before a decode step's attention as a whole: project, append (in the order of Branch; cmp: the raw rows)
+/// and compress with the arguments they would have one by one.
+struct DecodeEnterArgs {
+  bool projects = false;  ///< else q, k, v and gate are given
+  ProjectArgs project;
+  AppendArgs append[branches];
+  CompressArgs compress;
+};
+
+/// A decode step's attention as a whole: attend of every branch, rank and combine with the arguments they would have
+/// one by one (partials and `out` aside, which need not be written). combine.leave_out holds for all of them.
+struct DecodeStepArgs {
+  AttendArgs attend[branches];
+  RankArgs rank;  ///< `selected` wanted, lse_ranks = 1
+  CombineArgs combine;
+};
+
 /// y = o W_O over the local heads; the sum over head shards is the caller's.
 struct OutputArgs {
   LayerShape shape;
@@ -282,6 +299,12 @@ struct KernelTable {
   /// Rows a prefill tile has at most, and bytes that its scores may take.
   std::int32_t tile_tokens;
   std::size_t tile_budget;
+  /// tokens = 1. Null where the backend has no such thing.
+  void (*decode_enter)(const DecodeEnterArgs&, Stream*) = nullptr;
+  /// The same as its stages one by one, same blocks chosen, in fewer launches; for what decode_step_accepts. Null where
+  /// the backend has no such thing.
+  bool (*decode_step_accepts)(const DecodeStepArgs&) = nullptr;
+  void (*decode_step)(const DecodeStepArgs&, Stream*) = nullptr;
 };
 
 }  // namespace nsa

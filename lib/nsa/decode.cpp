@@ -134,22 +134,12 @@ void Decode::append_and_compress(Work& w, Recorder& recorder) {
     append(w, win, cache.win.k, cache.win.v);
     append(w, cmp, cache.raw.k, cache.raw.v);
   });
-  CompressArgs args;
-  args.shape = engine_.shape();
-  args.tile = w.tile;
-  if (w.whole_layer()) {
-    args.phi_k = engine_.weights[w.layer].layer().phi_k;
-    args.phi_v = engine_.weights[w.layer].layer().phi_v;
-  }
-  args.k_raw = cache.raw.k;
-  args.v_raw = cache.raw.v;
-  args.k_cmp = cache.cmp.k;
-  args.v_cmp = cache.cmp.v;
-  args.fill_halo = true;
-  args.scratch = buffers_.scratch.data();
-  args.scratch_bytes = buffers_.scratch.bytes();
-  recorder.time(Stage::compress, [&] { engine_.kernels().compress(args, engine_.streams.compute); });
+  recorder.time(Stage::compress, [&] { compress(w); });
+}
 
+// What attention reads.
+void Decode::view_caches(Work& w) {
+  const LayerCaches& cache = engine_.caches[w.layer];
   w.k[cmp] = cache.cmp.k, w.v[cmp] = cache.cmp.v;
   w.k[sel] = cache.sel.k, w.v[sel] = cache.sel.v;
   w.k[win] = cache.win.k, w.v[win] = cache.win.v;
@@ -175,24 +165,31 @@ void Decode::join_exchange(Work& w, const Recorder& recorder) {
   if (w.exchange && !recorder.times_stages()) engine_.device().wait(engine_.streams.compute, engine_.streams.joined);
 }
 
+void Decode::attend_by_stages(Work& w, Recorder& recorder) {
+  recorder.time(Stage::attend_cmp, [&] { attend(w, cmp); });
+  fork_exchange(w, recorder, exchange_lse);
+  if (!w.leaves_out(win)) recorder.time(Stage::attend_win, [&] { attend(w, win); });
+  join_exchange(w, recorder);
+  if (!w.leaves_out(sel)) {
+    recorder.time(Stage::rank, [&] { rank_blocks(w); });
+    exchange(w, recorder, exchange_candidates);
+    if (w.exchange) recorder.time(Stage::rank, [&] { select_blocks(w); });
+    recorder.time(Stage::attend_sel, [&] { attend(w, sel); });
+  }
+  exchange(w, recorder, exchange_partials);
+  recorder.time(Stage::combine, [&] { combine(w); });
+}
+
 Work Decode::step(const StepOptions& options, Recorder& recorder) {
   Work w{engine_, buffers_, options, engine_.partition.kv > 1, decode_tile(engine_, position_.as<std::int64_t>()), 0,
          0,       {},       {}};
   for (w.layer = 0; w.layer < engine_.config.model.layers; ++w.layer) {
-    if (w.whole_layer()) recorder.time(Stage::project, [&] { project(w); });
-    append_and_compress(w, recorder);
-    recorder.time(Stage::attend_cmp, [&] { attend(w, cmp); });
-    fork_exchange(w, recorder, exchange_lse);
-    if (!w.leaves_out(win)) recorder.time(Stage::attend_win, [&] { attend(w, win); });
-    join_exchange(w, recorder);
-    if (!w.leaves_out(sel)) {
-      recorder.time(Stage::rank, [&] { rank_blocks(w); });
-      exchange(w, recorder, exchange_candidates);
-      if (w.exchange) recorder.time(Stage::rank, [&] { select_blocks(w); });
-      recorder.time(Stage::attend_sel, [&] { attend(w, sel); });
+    view_caches(w);
+    if (recorder.times_stages() || !enter_at_once(w)) {
+      if (w.whole_layer()) recorder.time(Stage::project, [&] { project(w); });
+      append_and_compress(w, recorder);
     }
-    exchange(w, recorder, exchange_partials);
-    recorder.time(Stage::combine, [&] { combine(w); });
+    if (recorder.times_stages() || !attend_at_once(w)) attend_by_stages(w, recorder);
     if (w.whole_layer()) {
       recorder.time(Stage::output, [&] { output(w); });
       recorder.time(Stage::comm, [&] { sum_outputs(w, engine_.point.batch); });

@@ -22,7 +22,8 @@ class Decode {
   /// Queues what step `step` is given (x, or q, k, v and gates). Not part of the timed work.
   void load(std::int64_t step, const StepOptions& options);
 
-  /// Queues one step: the algorithm, a line a stage. Returns what its last layer worked on.
+  /// Queues one step: the algorithm, a line a stage; where stages are not timed apart, the backend may join them.
+  /// Returns what its last layer worked on.
   Work step(const StepOptions& options, Recorder& recorder);
 
   StepBuffers& buffers() { return buffers_; }
@@ -34,6 +35,8 @@ class Decode {
  private:
   void load_inputs(const TensorSource& source);
   void append_and_compress(Work& work, Recorder& recorder);
+  void view_caches(Work& work);
+  void attend_by_stages(Work& work, Recorder& recorder);
   void exchange(Work& work, Recorder& recorder, void (*what)(Work&, Stream*));
   void fork_exchange(Work& work, Recorder& recorder, void (*what)(Work&, Stream*));
   void join_exchange(Work& work, const Recorder& recorder);

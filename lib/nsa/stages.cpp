@@ -24,20 +24,22 @@ void* query_of(const Work& w) {
 
 float* gate_of(const Work& w) { return floats_at(w.buffers.gate, w.first_row * w.engine.shape().groups * 3); }
 
-}  // namespace
+void normalise(Work& w) {
+  if (w.engine.config.model.layers == 1) return;
+  const LayerShape& s = w.engine.shape();
+  void* x_in = at(w.buffers.x_in, w.first_row * s.dim, size_of(s.dtype));
+  w.engine.kernels().rmsnorm(s, w.tile.rows(), floats_at(w.buffers.x, w.first_row * s.dim), x_in, true,
+                             w.engine.streams.compute);
+}
 
-void project(Work& w) {
+ProjectArgs project_args(const Work& w) {
   const LayerShape& s = w.engine.shape();
   const StepBuffers& b = w.buffers;
-  Stream* stream = w.engine.streams.compute;
-  void* x_in = at(b.x_in, w.first_row * s.dim, size_of(s.dtype));
-  if (w.engine.config.model.layers > 1)
-    w.engine.kernels().rmsnorm(s, w.tile.rows(), floats_at(b.x, w.first_row * s.dim), x_in, true, stream);
   ProjectArgs args;
   args.shape = s;
   args.tile = w.tile;
   args.weights = w.engine.weights[w.layer].layer();
-  args.x = x_in;
+  args.x = at(b.x_in, w.first_row * s.dim, size_of(s.dtype));
   args.q = query_of(w);
   for (int c = 0; c < branches; ++c) {
     args.k[c] = b.k[c].data();
@@ -47,17 +49,16 @@ void project(Work& w) {
   args.force_branch = w.options.force_branch;
   args.scratch = b.scratch.data();
   args.scratch_bytes = b.scratch.bytes();
-  w.engine.kernels().project(args, stream);
+  return args;
 }
 
-void append(Work& w, Branch branch, const KvView& k_cache, const KvView& v_cache) {
+AppendArgs append_args(const Work& w, Branch branch, const KvView& k_cache, const KvView& v_cache) {
   const LayerShape& s = w.engine.shape();
   const Branch source = s.shared_kv ? sel : branch;
-  w.engine.kernels().append({s, w.tile, w.buffers.k[source].data(), w.buffers.v[source].data(), k_cache, v_cache},
-                            w.engine.streams.compute);
+  return {s, w.tile, w.buffers.k[source].data(), w.buffers.v[source].data(), k_cache, v_cache};
 }
 
-void attend(Work& w, Branch branch) {
+AttendArgs attend_args(const Work& w, Branch branch) {
   const LayerShape& s = w.engine.shape();
   const StepBuffers& b = w.buffers;
   AttendArgs args;
@@ -76,10 +77,10 @@ void attend(Work& w, Branch branch) {
     args.scores = b.scores.data();
     args.scores_only = w.leaves_out(cmp);
   }
-  w.engine.route[branch]->run(args, w.engine.streams.compute);
+  return args;
 }
 
-void rank_blocks(Work& w) {
+RankArgs rank_args(const Work& w) {
   const StepBuffers& b = w.buffers;
   RankArgs args;
   args.shape = w.engine.shape();
@@ -102,16 +103,29 @@ void rank_blocks(Work& w) {
   }
   args.scratch = b.scratch.data();
   args.scratch_bytes = b.scratch.bytes();
-  w.engine.kernels().rank(args, w.engine.streams.compute);
+  return args;
 }
 
-void select_blocks(Work& w) {
-  w.engine.kernels().select(
-      {w.engine.shape(), w.tile, w.buffers.candidates_all.as<Candidate>(), w.engine.partition.kv, selected_of(w)},
-      w.engine.streams.compute);
+CompressArgs compress_args(const Work& w) {
+  const LayerCaches& cache = w.engine.caches[w.layer];
+  CompressArgs args;
+  args.shape = w.engine.shape();
+  args.tile = w.tile;
+  if (w.whole_layer()) {
+    args.phi_k = w.engine.weights[w.layer].layer().phi_k;
+    args.phi_v = w.engine.weights[w.layer].layer().phi_v;
+  }
+  args.k_raw = cache.raw.k;
+  args.v_raw = cache.raw.v;
+  args.k_cmp = cache.cmp.k;
+  args.v_cmp = cache.cmp.v;
+  args.fill_halo = true;
+  args.scratch = w.buffers.scratch.data();
+  args.scratch_bytes = w.buffers.scratch.bytes();
+  return args;
 }
 
-void combine(Work& w) {
+CombineArgs combine_args(const Work& w) {
   const StepBuffers& b = w.buffers;
   CombineArgs args;
   args.shape = w.engine.shape();
@@ -124,7 +138,64 @@ void combine(Work& w) {
     if (w.options.record) args.o_branch[c] = b.o_branch[c].as<float>();
   }
   args.o = b.o.data();
-  w.engine.kernels().combine(args, w.engine.streams.compute);
+  return args;
+}
+
+}  // namespace
+
+void project(Work& w) {
+  normalise(w);
+  w.engine.kernels().project(project_args(w), w.engine.streams.compute);
+}
+
+void append(Work& w, Branch branch, const KvView& k_cache, const KvView& v_cache) {
+  w.engine.kernels().append(append_args(w, branch, k_cache, v_cache), w.engine.streams.compute);
+}
+
+void compress(Work& w) { w.engine.kernels().compress(compress_args(w), w.engine.streams.compute); }
+
+bool enter_at_once(Work& w) {
+  if (!w.engine.kernels().decode_enter) return false;
+  const LayerCaches& cache = w.engine.caches[w.layer];
+  DecodeEnterArgs args;
+  args.projects = w.whole_layer();
+  if (args.projects) {
+    normalise(w);
+    args.project = project_args(w);
+  }
+  args.append[cmp] = append_args(w, cmp, cache.raw.k, cache.raw.v);
+  args.append[sel] = append_args(w, sel, cache.sel.k, cache.sel.v);
+  args.append[win] = append_args(w, win, cache.win.k, cache.win.v);
+  args.compress = compress_args(w);
+  w.engine.kernels().decode_enter(args, w.engine.streams.compute);
+  return true;
+}
+
+void attend(Work& w, Branch branch) { w.engine.route[branch]->run(attend_args(w, branch), w.engine.streams.compute); }
+
+void rank_blocks(Work& w) { w.engine.kernels().rank(rank_args(w), w.engine.streams.compute); }
+
+void select_blocks(Work& w) {
+  w.engine.kernels().select(
+      {w.engine.shape(), w.tile, w.buffers.candidates_all.as<Candidate>(), w.engine.partition.kv, selected_of(w)},
+      w.engine.streams.compute);
+}
+
+void combine(Work& w) { w.engine.kernels().combine(combine_args(w), w.engine.streams.compute); }
+
+bool attend_at_once(Work& w) {
+  const KernelTable& kernels = w.engine.kernels();
+  if (!kernels.decode_step || w.exchange) return false;
+  DecodeStepArgs args;
+  for (const Branch b : {cmp, sel, win}) {
+    if (w.engine.route[b] != &kernels.attend[b].front()) return false;  // another implementation was asked for
+    args.attend[b] = attend_args(w, b);
+  }
+  args.rank = rank_args(w);
+  args.combine = combine_args(w);
+  if (!kernels.decode_step_accepts(args)) return false;
+  kernels.decode_step(args, w.engine.streams.compute);
+  return true;
 }
 
 void output(Work& w) {

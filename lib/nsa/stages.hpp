@@ -31,11 +31,17 @@ struct Work {
 
 void project(Work& work);
 void append(Work& work, Branch branch, const KvView& k_cache, const KvView& v_cache);
+void compress(Work& work);  ///< decode: the token that completes, halo copies too
 void attend(Work& work, Branch branch);
 void rank_blocks(Work& work);    ///< candidates of this rank, or the selection itself without exchange
 void select_blocks(Work& work);  ///< from the exchanged candidates
 void combine(Work& work);
 void output(Work& work);
+
+/// Decode: project, append and compress, or everything from attend to combine, in the backend's own few launches.
+/// False, and nothing queued, where it has none for this.
+bool enter_at_once(Work& work);
+bool attend_at_once(Work& work);
 
 void exchange_lse(Work& work, Stream* stream);
 void exchange_candidates(Work& work, Stream* stream);

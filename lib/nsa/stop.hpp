@@ -24,7 +24,7 @@ class StopPoll {
 
   /// Whether any rank has been asked. Collective; once true it stays true.
   bool now();
-  /// The same for loops of short steps: the ranks ask about once a second and assume "no" in between. Collective in
+  /// The same for loops of short steps: the ranks ask about ten times a second and assume "no" in between. Collective in
   /// that all ranks must call it equally often.
   bool now_and_then();
 

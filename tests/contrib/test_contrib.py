@@ -66,13 +66,14 @@ def test_reframe(folder, work):
     said = run(folder / "bin" / "reframe", "-C", CONTRIB / "reframe" / "settings.py", "-c",
                CONTRIB / "reframe" / "nsa_check.py", "-r", "--prefix", work, "--performance-report", "-n",
                "NsaCheck%ranks=1", "-n", "NsaCheck%ranks=2", "-S", f"NsaCheck.nsa={os.environ['NSA_BINARY']}", "-S",
-               f"NsaCheck.input={work}/tiny.toml", cwd=work)  # fmt: skip
+               f"NsaCheck.input={work}/tiny.toml", cwd=work, HOME=str(work), TMPDIR=str(work))  # fmt: skip
     check(re.search(r"PASSED.*Ran 2/2 test case", said), said)
     check(len(re.findall(r"decode_time_context_64 +│ us +│ +[\d.]+", said)) == 2, said)
-    # An INVALID run or one that fails is not sane.
+    # One that prints no result is not sane. (ReFrame keeps reports in HOME and logs in TMPDIR.)
     bad = subprocess.run([folder / "bin" / "reframe", "-C", CONTRIB / "reframe" / "settings.py", "-c",
                           CONTRIB / "reframe" / "nsa_check.py", "-r", "--prefix", work, "-n", "NsaCheck%ranks=1", "-S",
-                          "NsaCheck.nsa=/bin/true"], cwd=work, capture_output=True, text=True)  # fmt: skip
+                          "NsaCheck.nsa=/bin/true"], cwd=work, capture_output=True, text=True,
+                         env={**os.environ, "HOME": str(work), "TMPDIR": str(work)})  # fmt: skip
     check(bad.returncode != 0, "ReFrame passed a run that printed no result")
 
 

@@ -2,7 +2,8 @@
 //
 // A graph holds `steps` steps; its replays are timed with events, and the median is divided by the steps. The steps
 // rotate over so many sets of caches that what one reads has left the L2 before it comes round again. The floor is the
-// K and V bytes a step must read at 4.3 TB/s (the H200's measured copy rate). Output: one line a row of the table.
+// K and V bytes a step must read at 4.3 TB/s (the H200's measured copy rate). Output: one line a row of the table; the
+// columns behind the bar are the stages one by one, each launched alone.
 // Usage: bench_decode [batch context]   one row alone, say for a profiler
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 #include "kernels/backend.hpp"
 #include "kernels/buffer.hpp"
 #include "kernels/cuda/cuda.hpp"
+#include "kernels/error.hpp"
 #include "kernels/random.hpp"
 
 using namespace nsa;
@@ -124,7 +126,7 @@ Bench::Bench(const Backend& b, const LayerShape& shape, const Row& row) : backen
 
 void Bench::step(const Set& set, const std::vector<std::string>& stages) {
   const auto wants = [&](const char* name) { return std::find(stages.begin(), stages.end(), name) != stages.end(); };
-  const auto attend = [&](Branch branch) {
+  const auto attend_args = [&](Branch branch) {
     AttendArgs a;
     a.shape = s;
     a.tile = tile;
@@ -138,11 +140,10 @@ void Bench::step(const Set& set, const std::vector<std::string>& stages) {
     a.scores = scores;
     a.scratch = scratch;
     a.scratch_bytes = scratch_bytes;
-    backend.kernels->attend[branch][0].run(a, stream);
+    return a;
   };
-  if (wants("cmp")) attend(cmp);
-  if (wants("win")) attend(win);
-  if (wants("rank")) {
+  const auto attend = [&](Branch branch) { backend.kernels->attend[branch][0].run(attend_args(branch), stream); };
+  const auto rank_args = [&] {
     RankArgs a;
     a.shape = s;
     a.tile = tile;
@@ -153,18 +154,27 @@ void Bench::step(const Set& set, const std::vector<std::string>& stages) {
     a.selected = selected;
     a.scratch = scratch;
     a.scratch_bytes = scratch_bytes;
-    backend.kernels->rank(a, stream);
-  }
-  if (wants("sel")) attend(sel);
-  if (wants("combine")) {
+    return a;
+  };
+  const auto combine_args = [&] {
     CombineArgs a;
     a.shape = s;
     a.tile = tile;
     a.partials = partials;
     a.gate = gate;
     a.o = o;
-    backend.kernels->combine(a, stream);
+    return a;
+  };
+  if (wants("step")) {
+    DecodeStepArgs a{{attend_args(cmp), attend_args(sel), attend_args(win)}, rank_args(), combine_args()};
+    if (!backend.kernels->decode_step_accepts(a)) throw InternalError("a row of the table is not taken at once");
+    backend.kernels->decode_step(a, stream);
   }
+  if (wants("cmp")) attend(cmp);
+  if (wants("win")) attend(win);
+  if (wants("rank")) backend.kernels->rank(rank_args(), stream);
+  if (wants("sel")) attend(sel);
+  if (wants("combine")) backend.kernels->combine(combine_args(), stream);
 }
 
 double Bench::measure(const std::vector<std::string>& stages) {
@@ -205,11 +215,11 @@ double Bench::measure(const std::vector<std::string>& stages) {
 
 int main(int argc, char** argv) {
   const Backend backend = open_cuda(0);
-  const std::vector<std::string> whole = {"cmp", "win", "rank", "sel", "combine"};
+  const std::vector<std::string> stages = {"cmp", "win", "rank", "sel", "combine"};
   for (const int d : {128, 64}) {
     std::printf("64 heads, 4 groups, Dk = Dv = %d, bf16: us a step\n%12s %8s %8s %7s %7s %7s |", d, "batch x ctx", "us",
                 "floor", "ratio", "target", "peers");
-    for (const std::string& name : whole) std::printf(" %8s", name.c_str());
+    for (const std::string& name : stages) std::printf(" %8s", name.c_str());
     std::printf("\n");
     for (const Row& row : table) {
       if (argc == 3 && (row.batch != std::atoi(argv[1]) || row.context != std::atoll(argv[2]))) continue;
@@ -219,10 +229,10 @@ int main(int argc, char** argv) {
       s.d_k = s.d_v = d;
       s.dtype = DType::bf16;
       Bench bench(backend, s, row);
-      const double us = bench.measure(whole) * 1e6, floor_us = bench.bytes / floor_rate * 1e6;
+      const double us = bench.measure({"step"}) * 1e6, floor_us = bench.bytes / floor_rate * 1e6;
       std::printf("%4d x %5lldK %8.1f %8.1f %6.2fx %7.0f %7.0f |", row.batch,
                   static_cast<long long>(row.context / 1024), us, floor_us, us / floor_us, row.target_us, row.peers_us);
-      for (const std::string& name : whole) std::printf(" %8.1f", bench.measure({name}) * 1e6);
+      for (const std::string& name : stages) std::printf(" %8.1f", bench.measure({name}) * 1e6);
       std::printf("\n");
       std::fflush(stdout);
       backend.device->destroy_stream(bench.stream);

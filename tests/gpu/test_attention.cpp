@@ -62,6 +62,9 @@ struct Run {
   std::vector<std::unique_ptr<Twin>> partials, lse, p_slc, candidates, reads;
   std::unique_ptr<Twin> selected, gate, o, o_branch;
   std::vector<std::int32_t> gpu_selected;
+  // The same at once, where the backend has that: on the GPU alone.
+  bool at_once = false;
+  std::unique_ptr<Twin> once_selected, once_o, once_o_branch, once_p_slc, once_reads;
 };
 
 void attend_on(const Backend& b, Branch branch, const Case& c, const LayerShape& s, const QueryTile& tile,
@@ -223,6 +226,55 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
     b->kernels->combine(a, nullptr);
   }
   gpu().device->synchronize(nullptr);
+  if (kernel > 0 || ranks > 1 || c.gathered) return;
+
+  once_selected = std::make_unique<Twin>(selected->bytes());
+  once_o = std::make_unique<Twin>(o->bytes());
+  once_o_branch = std::make_unique<Twin>(o_branch->bytes());
+  once_p_slc = std::make_unique<Twin>(p_slc[0]->bytes());
+  once_reads = std::make_unique<Twin>(reads[0]->bytes());
+  std::memset(once_reads->host<void>(), 0, once_reads->bytes());
+  once_reads->to_gpu();
+  const Backend& b = gpu();
+  const QueryTile t = tile_on(b);
+  Twin once_partials(partials[0]->bytes()), once_lse(lse[0]->bytes()), once_scores(scores[0]->bytes());
+  DecodeStepArgs a;
+  const TwinKv* k[branches] = {k_cmp[0].get(), k_sel[0].get(), k_win[0].get()};
+  const TwinKv* v[branches] = {v_cmp[0].get(), v_sel[0].get(), v_win[0].get()};
+  for (int branch = 0; branch < branches; ++branch) {
+    AttendArgs& of = a.attend[branch];
+    of.shape = s;
+    of.tile = t;
+    of.q = q.memory.on<void>(b);
+    of.k = k[branch]->on(b);
+    of.v = v[branch]->on(b);
+    of.out = partials_at(once_partials.on<float>(b), s, rows, static_cast<Branch>(branch));
+    of.reads = once_reads->on<std::int64_t>(b) + branch * planes;
+    of.scratch = scratch[0]->on<void>(b);
+    of.scratch_bytes = scratch[0]->bytes();
+    a.combine.o_branch[branch] = once_o_branch->on<float>(b) + branch * rows * s.heads() * s.d_v;
+  }
+  a.attend[cmp].lse = once_lse.on<float>(b);
+  a.attend[cmp].scores = once_scores.on<void>(b);
+  a.rank.shape = s;
+  a.rank.tile = t;
+  a.rank.scores = once_scores.on<void>(b);
+  a.rank.lse = once_lse.on<float>(b);
+  a.rank.cmp_map = k_cmp[0]->view.map;
+  a.rank.token_map = k_sel[0]->view.map;
+  a.attend[sel].selected = a.rank.selected = once_selected->on<std::int32_t>(b);
+  a.rank.p_slc = once_p_slc->on<float>(b);
+  a.rank.p_slc_blocks = blocks;
+  a.rank.scratch = scratch[0]->on<void>(b);
+  a.rank.scratch_bytes = scratch[0]->bytes();
+  a.combine.shape = s;
+  a.combine.tile = t;
+  a.combine.partials = once_partials.on<float>(b);
+  a.combine.gate = gate->on<float>(b);
+  a.combine.o = once_o->on<void>(b);
+  at_once = b.kernels->decode_step_accepts(a);
+  if (at_once) b.kernels->decode_step(a, nullptr);
+  b.device->synchronize(nullptr);
 }
 
 // The order of choice, applied to the GPU's own scores.
@@ -273,6 +325,20 @@ void check(const Run& run) {
     chosen_by_rule &= std::equal(expected.begin(), expected.end(), run.gpu_selected.begin() + list * s.rules.n_sel);
   }
   CHECK(chosen_by_rule);
+  if (!run.at_once) return;
+  CHECK(run.once_selected->from_gpu<std::int32_t>() == run.gpu_selected);
+  CHECK(run.once_p_slc->from_gpu<float>() == run.p_slc[0]->from_gpu<float>());
+  CHECK(run.once_reads->from_gpu<std::int64_t>() == run.reads[0]->from_gpu<std::int64_t>());
+  const auto once = run.once_o_branch->from_gpu<float>();
+  for (int b = 0; b < branches; ++b) {
+    INFO("branch " << branch_names[b] << " at once");
+    const std::vector<float> ours(once.begin() + b * branch_floats, once.begin() + (b + 1) * branch_floats);
+    const std::vector<float> theirs(host.begin() + b * branch_floats, host.begin() + (b + 1) * branch_floats);
+    CHECK(relative_error(ours, theirs) < tolerance(s.dtype));
+  }
+  const std::int64_t n = run.rows * s.heads() * s.d_v;
+  CHECK(relative_error(values_of(*run.once_o, s.dtype, n).first, values_of(*run.o, s.dtype, n).second) <
+        2 * tolerance(s.dtype));
 }
 
 void run_and_check(const Case& c) {
@@ -312,6 +378,7 @@ TEST_CASE("cuda attention equals the host's at every length") {
     for (const std::int64_t first : {0, 1, 30, 31, 32, 47, 63, 64, 127, 511, 512, 1023, 1024, 1040, 4095, 9000}) {
       Case c{shape_of(type, 2, 4, 64, 64), 1, 1, first};
       run_and_check(c);
+      CHECK(Run(c).at_once);
       c.shape.heads_per_group = 16;
       c.batch = 3;
       c.ring = true;

@@ -2,6 +2,7 @@
 // graphs.
 
 #include <string>
+#include <vector>
 
 #include "catch.hpp"
 #include "gpu/twin.hpp"
@@ -251,6 +252,103 @@ TEST_CASE("cuda projects, rotates, gates and puts out as the host does") {
           }
           CHECK(relative_error(y, DType::f32) < 1e-5);
         }
+}
+
+// project, append and compress at once leave the bits that they leave one by one.
+TEST_CASE("cuda enters a decode step at once as by its stages") {
+  for (const DType type : {DType::f32, DType::bf16})
+    for (const PhiKind phi : {PhiKind::mean, PhiKind::mlp})
+      for (const int kv : {1, 2})
+        for (const bool projects : {false, true})
+          for (const std::int64_t t : {0, 46, 47, 1039}) {
+            LayerShape s;
+            s.groups = 2;
+            s.heads_per_group = 3;
+            s.d_k = 24;
+            s.d_v = 16;
+            s.dim = 96;
+            s.dtype = type;
+            s.phi = phi;
+            s.phi_hidden = 40;
+            const std::int64_t size = static_cast<std::int64_t>(size_of(type)), batch = 2, planes = batch * s.groups;
+            const std::int64_t columns = qkv_columns(s), half = s.d_k / 2, n = compressed_tokens(s.rules, t) + 1;
+            Twin x(batch * s.dim * size), w(s.dim * columns * size), w1(s.d_k * half * 4), b1(half * 4),
+                w2(half * 3 * 4), b2(3 * 4), phi_w(s.rules.l * s.d_k * 40 * size);
+            fill_matrix(x, type, batch, s.dim, "x", 1.0f);
+            fill_matrix(w, type, s.dim, columns, "w", 0.1f);
+            fill_matrix(w1, DType::f32, s.d_k, half, "g1", 0.2f);
+            fill_matrix(b1, DType::f32, 1, half, "b1", 0.2f);
+            fill_matrix(w2, DType::f32, half, 3, "g2", 0.5f);
+            fill_matrix(b2, DType::f32, 1, 3, "b2", 0.2f);
+            fill_matrix(phi_w, type, s.rules.l * s.d_k, 40, "phi", 0.05f);
+            const Position position(t);
+            RowMap token_map, cmp_map, ring;
+            if (kv > 1) {
+              token_map = {128, 128, 0, kv, 1, 0, 0, INT64_MAX};
+              cmp_map = {8, 9, 1, kv, 1, 0, 0, INT64_MAX};
+            }
+            ring.ring = 40;
+            std::vector<std::vector<unsigned char>> left[2];
+            for (const bool at_once : {false, true}) {
+              const Backend& b = gpu();
+              Twin q(batch * s.heads() * s.d_k * size), gate(planes * 3 * 4), k(3 * planes * s.d_k * size),
+                  v(3 * planes * s.d_v * size);
+              fill_matrix(k, type, 3 * planes, s.d_k, "k", 1.0f);
+              fill_matrix(v, type, 3 * planes, s.d_v, "v", 1.0f);
+              const TwinKv k_raw(type, RowMap{}, planes, t + 1, s.d_k), v_raw(type, RowMap{}, planes, t + 1, s.d_v);
+              k_raw.fill(2, 2, t + 1, "kr");
+              v_raw.fill(2, 2, t + 1, "vr");
+              const TwinKv k_sel(type, token_map, planes, t + 1, s.d_k), v_sel(type, token_map, planes, t + 1, s.d_v);
+              const TwinKv k_win(type, ring, planes, t + 1, s.d_k), v_win(type, ring, planes, t + 1, s.d_v);
+              const TwinKv k_cmp(type, cmp_map, planes, n, s.d_k), v_cmp(type, cmp_map, planes, n, s.d_v);
+              DecodeEnterArgs a;
+              a.projects = projects;
+              ProjectArgs& project = a.project;
+              project.shape = s;
+              project.tile = {0, 2, 1, position.memory.on<std::int64_t>(b), t + 1};
+              project.weights.w_qkv = w.on<void>(b);
+              project.weights.gate_w1 = w1.on<float>(b);
+              project.weights.gate_b1 = b1.on<float>(b);
+              project.weights.gate_w2 = w2.on<float>(b);
+              project.weights.gate_b2 = b2.on<float>(b);
+              project.x = x.on<void>(b);
+              project.q = q.on<void>(b);
+              project.gate = gate.on<float>(b);
+              Twin scratch(static_cast<std::int64_t>(b.kernels->scratch_bytes(s, project.tile)) + 16);
+              project.scratch = scratch.on<void>(b);
+              project.scratch_bytes = scratch.bytes();
+              const TwinKv* to_k[] = {&k_raw, &k_sel, &k_win};
+              const TwinKv* to_v[] = {&v_raw, &v_sel, &v_win};
+              for (int c = 0; c < branches; ++c) {
+                project.k[c] = k.on<char>(b) + c * planes * s.d_k * size;
+                project.v[c] = v.on<char>(b) + c * planes * s.d_v * size;
+                a.append[c] = {s, project.tile, project.k[c], project.v[c], to_k[c]->on(b), to_v[c]->on(b)};
+              }
+              CompressArgs& compress = a.compress;
+              compress.shape = s;
+              compress.tile = project.tile;
+              compress.phi_k = compress.phi_v = {phi_w.on<void>(b), phi_w.on<void>(b), phi_w.on<void>(b)};
+              compress.k_raw = k_raw.on(b);
+              compress.v_raw = v_raw.on(b);
+              compress.k_cmp = k_cmp.on(b);
+              compress.v_cmp = v_cmp.on(b);
+              compress.fill_halo = true;
+              if (at_once) {
+                b.kernels->decode_enter(a, nullptr);
+              } else {
+                if (projects) b.kernels->project(project, nullptr);
+                for (const AppendArgs& append : a.append) b.kernels->append(append, nullptr);
+                b.kernels->compress(compress, nullptr);
+              }
+              for (const Twin* twin : std::initializer_list<const Twin*>{
+                       &q, &gate, &k, &v, &k_raw.memory, &v_raw.memory, &k_sel.memory, &v_sel.memory, &k_win.memory,
+                       &v_win.memory, &k_cmp.memory, &v_cmp.memory})
+                left[at_once].push_back(twin->from_gpu<unsigned char>());
+            }
+            INFO(name_of(type) << (phi == PhiKind::mean ? " mean" : " mlp") << " kv=" << kv << " t=" << t
+                               << (projects ? " projects" : ""));
+            CHECK(left[0] == left[1]);
+          }
 }
 
 TEST_CASE("cuda normalises and adds as the host does") {

@@ -566,13 +566,13 @@ void launch_typed(const Params& p, Stream* stream) {
 
 }  // namespace
 
-bool decode_accepts(const LayerShape& s, const QueryTile&) {
+bool rows_accept(const LayerShape& s, const QueryTile&) {
   const bool sized = (s.d_k == 64 && s.d_v == 64) || ((s.d_k == 128 || s.d_k == 192) && s.d_v == 128);
   return sized && s.dtype != DType::f32;
 }
 
-std::size_t decode_scratch(const LayerShape& s, const QueryTile& tile) {
-  if (!decode_accepts(s, tile)) return 0;
+std::size_t rows_scratch(const LayerShape& s, const QueryTile& tile) {
+  if (!rows_accept(s, tile)) return 0;
   const std::int64_t lists = lists_of(s, tile),
                      leaves = compressed_tokens(s.rules, tile.max_positions - 1) / s.leaf + 2;
   const std::int64_t parts = std::max<std::int64_t>(4 * limits().units, 16 * std::min<std::int64_t>(lists, 16));
@@ -580,7 +580,7 @@ std::size_t decode_scratch(const LayerShape& s, const QueryTile& tile) {
          static_cast<std::size_t>(lists * leaves * warps * heads_per_tile) * sizeof(float2);
 }
 
-void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
+void attend_rows(Branch branch, const AttendArgs& a, Stream* stream) {
   if (a.tile.rows() == 0) return;
   if (!reads_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
   Params p{a,       0,      most_units(branch, a.shape, a.k.map, a.tile.max_positions),

@@ -6,11 +6,11 @@
 // warpgroup multiplies the blocks that any of its four queries chose; the rows of those that did not get no weight.
 // CTAs stay and take every gridDim-th item; the items of a group follow one another, so that its K and V stay in the
 // L2. FLOPs: 2 (Dk + Dv) a (head, token of the union of 4 queries): up to 4 times what was chosen, where neighbours
-// agree in nothing. Bytes: from L2, a block's K and V once per 12 queries that share it. Bound: tensor cores, then the
-// L2.
+// agree in nothing. Bytes: from L2, a block's K and V once per 12 queries that share it. Bound: the copies
+// under way in the ring; then the L2 and the tensor cores.
 //
-// A warp a query on mma.sync wastes no product, and was slower: a block's way through one warp takes 1800 cycles, the
-// copy before it as much, and five slots of 32 KB are too few to have enough of them under way.
+// A warp a query on mma.sync wastes no product, and took as long: a block's way through one warp takes 1800 cycles, the
+// copy before it as much, and five slots of 32 KB are too few to have enough of them under way (docs/kernels.md).
 
 #include "kernels/cuda/prefill.cuh"
 #include "kernels/cuda/stages.cuh"

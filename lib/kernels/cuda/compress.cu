@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/decode_rows.cuh"
 #include "kernels/cuda/stages.cuh"
 
 namespace nsa::gpu {
@@ -14,46 +15,11 @@ namespace {
 
 constexpr int together = 8;  // tokens of an mlp CTA
 
-struct TokenRange {
-  std::int64_t begin, end;
-};
-__device__ TokenRange completed(const LayerShape& s, const QueryTile& tile) {
-  const std::int64_t first = *tile.first_position;
-  return {compressed_tokens(s.rules, first - 1), compressed_tokens(s.rules, first + tile.tokens - 1)};
-}
 std::int64_t most_completed(const LayerShape& s, const QueryTile& tile) { return (tile.tokens - 1) / s.rules.d + 1; }
-
-/// Whether any place of `cmp` holds token i.
-__device__ bool is_wanted(const KvView& cmp, bool fill_halo, std::int64_t i) {
-  const RowMap& m = cmp.map;
-  const std::int64_t c = chunk_of(m, i);
-  return has_chunk(m, c) || (fill_halo && m.before > 0 && i >= (c + 1) * m.chunk - m.before && has_chunk(m, c + 1));
-}
-
-template <class T>
-__device__ void write_token(const KvView& cmp, bool fill_halo, std::int64_t plane, std::int64_t i, int e, float value) {
-  const RowMap& m = cmp.map;
-  T* data = static_cast<T*>(cmp.data);
-  const std::int64_t c = chunk_of(m, i);
-  if (has_chunk(m, c)) store(&data[offset_in_chunk(cmp, plane, c, i) + e], value);
-  if (fill_halo && m.before > 0 && m.rank != all_ranks && i >= (c + 1) * m.chunk - m.before && has_chunk(m, c + 1))
-    store(&data[offset_in_chunk(cmp, plane, c + 1, i) + e], value);
-}
-
-template <class T>
-__device__ void mean_of(const LayerShape& s, const KvView& raw, const KvView& cmp, bool fill_halo, std::int64_t plane,
-                        std::int64_t i) {
-  const std::int64_t first = i * s.rules.d, c = chunk_of(raw.map, first);
-  for (int e = threadIdx.x; e < cmp.width; e += blockDim.x) {
-    float sum = 0.0f;
-    for (int m = 0; m < s.rules.l; ++m)
-      sum += to_float(static_cast<const T*>(raw.data)[offset_in_chunk(raw, plane, c, first + m) + e]);
-    write_token<T>(cmp, fill_halo, plane, i, e, sum / s.rules.l);
-  }
-}
 
 template <class T>
 __global__ void mean_kernel(CompressArgs a, std::int64_t most) {
+  wait_for_previous();
   const TokenRange tokens = completed(a.shape, a.tile);
   const std::int64_t i = tokens.begin + blockIdx.x % most;
   const std::int64_t plane = std::int64_t{a.tile.batch_begin} * a.shape.groups + blockIdx.x / most;
@@ -124,7 +90,7 @@ void compress(const CompressArgs& a, Stream* stream) {
   with_type(a.shape.dtype, [&](auto type) {
     using T = decltype(type);
     if (a.shape.phi == PhiKind::mean) {
-      mean_kernel<T><<<static_cast<unsigned>(planes * most), 128, 0, cuda(stream)>>>(a, most);
+      launch_early(mean_kernel<T>, dim3(static_cast<unsigned>(planes * most)), 128, 0, stream, 1, a, most);
       return;
     }
     const std::int64_t strips = (most + together - 1) / together;

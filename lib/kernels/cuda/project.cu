@@ -5,6 +5,7 @@
 // shared memory in a fixed order. Then one CTA a (row, group) rotates, rounds, scatters and computes the gate.
 
 #include "kernels/cuda/blas.cuh"
+#include "kernels/cuda/decode_rows.cuh"
 #include "kernels/cuda/stages.cuh"
 
 namespace nsa::gpu {
@@ -12,34 +13,51 @@ namespace nsa::gpu {
 namespace {
 
 constexpr int few_rows = 8;
-constexpr int threads = 256;
+constexpr int threads = 256, gate_threads = 128;
 
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T v[V];
 };
 
-// out [rows, columns] = x [rows, depth] * w [depth, columns]. V columns a thread, `strip` threads across.
+// out [rows, columns] = x [rows, depth] * w [depth, columns]. V columns a thread, `strip` threads across. The first
+// weights are on their way before the predecessor, which makes x, is done.
 template <class T, int V>
 __global__ void __launch_bounds__(threads)
     few_rows_product(int rows, int depth, std::int64_t columns, const T* x, const T* w, float* out) {
-  constexpr int strip = 8, slices = threads / strip;
+  constexpr int strip = 8, slices = threads / strip, ahead = 8;
   __shared__ float sums[slices][strip * V + 1];
   const int across = threadIdx.x % strip, slice = threadIdx.x / strip;
   const std::int64_t column = (std::int64_t{blockIdx.x} * strip + across) * V;
   float acc[few_rows][V] = {};
   if (column < columns) {
-#pragma unroll 4
-    for (int k = slice; k < depth; k += slices) {
-      const Pack<T, V> weights = *reinterpret_cast<const Pack<T, V>*>(w + k * columns + column);
+    Pack<T, V> weights[ahead];
+    const auto load = [&](int k0) {
+#pragma unroll
+      for (int i = 0; i < ahead; ++i)
+        if (k0 + i * slices < depth)
+          weights[i] = *reinterpret_cast<const Pack<T, V>*>(w + (k0 + i * slices) * columns + column);
+    };
+    load(slice);
+    wait_for_previous();
+    for (int k0 = slice; k0 < depth; k0 += ahead * slices) {
+      if (k0 != slice) load(k0);
 #pragma unroll
       for (int r = 0; r < few_rows; ++r) {
         if (r >= rows) break;
-        const float value = to_float(x[std::int64_t{r} * depth + k]);
+        float value[ahead];
 #pragma unroll
-        for (int v = 0; v < V; ++v) acc[r][v] += value * to_float(weights.v[v]);
+        for (int i = 0; i < ahead; ++i)
+          value[i] = k0 + i * slices < depth ? to_float(x[std::int64_t{r} * depth + k0 + i * slices]) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < ahead; ++i)
+          if (k0 + i * slices < depth)
+#pragma unroll
+            for (int v = 0; v < V; ++v) acc[r][v] += value[i] * to_float(weights[i].v[v]);
       }
     }
+  } else {
+    wait_for_previous();
   }
 #pragma unroll
   for (int r = 0; r < few_rows; ++r) {
@@ -62,9 +80,8 @@ template <class T, int V>
 void launch_few_rows(std::int64_t rows, int depth, std::int64_t columns, const void* x, const void* w, float* out,
                      Stream* stream) {
   const std::int64_t strips = (columns + 8 * V - 1) / (8 * V);
-  few_rows_product<T, V><<<static_cast<unsigned>(strips), threads, 0, cuda(stream)>>>(
-      static_cast<int>(rows), depth, columns, static_cast<const T*>(x), static_cast<const T*>(w), out);
-  check_launch("few_rows_product");
+  launch_early(few_rows_product<T, V>, dim3(static_cast<unsigned>(strips)), threads, 0, stream, 1,
+               static_cast<int>(rows), depth, columns, static_cast<const T*>(x), static_cast<const T*>(w), out);
 }
 
 // Row-major, so cuBLAS sees the transposes: out^T [columns, rows] = w^T x^T, no operand transposed in memory.
@@ -107,12 +124,24 @@ __device__ float rotated(const float* from, const float2* turn, int e) {
 __device__ void write_gate(const ProjectArgs& a, float* gate, const float* mean, float* hidden) {
   const LayerShape& s = a.shape;
   const int half = s.d_k / 2;
-  for (int j = threadIdx.x; j < half; j += blockDim.x) {
-    float sum = a.weights.gate_b1[j];
-    for (int e = 0; e < s.d_k; ++e) sum += mean[e] * a.weights.gate_w1[e * half + j];
-    hidden[j] = sum / (1.0f + expf(-sum));
+  // Rounds of the hidden layer, each with its terms cut over the threads that are left.
+  __shared__ float slices[gate_threads];
+  const int across = min(half, static_cast<int>(blockDim.x)), cut = max(1, static_cast<int>(blockDim.x) / across);
+  for (int j0 = 0; j0 < half; j0 += across) {
+    const int j = j0 + threadIdx.x % across, slice = threadIdx.x / across;
+    float sum = 0.0f;
+    if (j < half && slice < cut)
+#pragma unroll 16
+      for (int e = slice; e < s.d_k; e += cut) sum += mean[e] * a.weights.gate_w1[e * half + j];
+    slices[threadIdx.x] = sum;
+    __syncthreads();
+    if (slice == 0 && j < half) {
+      sum = a.weights.gate_b1[j];
+      for (int i = 0; i < cut; ++i) sum += slices[i * across + threadIdx.x];
+      hidden[j] = sum / (1.0f + expf(-sum));
+    }
+    __syncthreads();
   }
-  __syncthreads();
   if (threadIdx.x >= 32) return;
   float logits[branches];
   for (int b = 0; b < branches; ++b) {
@@ -131,22 +160,24 @@ __device__ void write_gate(const ProjectArgs& a, float* gate, const float* mean,
   for (int b = 0; b < branches; ++b) gate[b] = logits[b] / total;
 }
 
-// Shared memory: cos and sin [Dk/2], mean of the rotated q over the group's heads [Dk], gate's hidden layer [Dk/2].
+// Row (r, g) of the product to q, k, v and gate. 128 threads. Shared memory: cos and sin [Dk/2], mean of the rotated q
+// over the group's heads [Dk], gate's hidden layer [Dk/2].
 template <class T>
-__global__ void rotate_and_gate(ProjectArgs a, const float* product, std::int64_t columns) {
-  extern __shared__ float2 turn[];
+__device__ void rotate_and_gate(const ProjectArgs& a, const float* product, std::int64_t columns, float2* turn) {
   const LayerShape& s = a.shape;
   const int h = s.heads_per_group, half = s.d_k / 2;
   float* mean = reinterpret_cast<float*>(turn + half);
   float* hidden = mean + s.d_k;
   const std::int64_t row = blockIdx.x / s.groups, g = blockIdx.x % s.groups;
   const float* from = product + row * columns;
+  // The position was set before the predecessor began, so the angles need not wait for it.
   const double t = static_cast<double>(tile_row(a.tile, row).t);
   for (int i = threadIdx.x; i < half; i += blockDim.x) {
     double sine, cosine;
     sincos(t * pow(s.rope_base, -2.0 * i / s.d_k), &sine, &cosine);
     turn[i] = make_float2(static_cast<float>(cosine), static_cast<float>(sine));
   }
+  wait_for_previous();
   __syncthreads();
   for (int e = threadIdx.x; e < s.d_k; e += blockDim.x) {
     float sum = 0.0f;
@@ -176,6 +207,56 @@ __global__ void rotate_and_gate(ProjectArgs a, const float* product, std::int64_
   write_gate(a, gate, mean, hidden);
 }
 
+template <class T>
+__global__ void __launch_bounds__(gate_threads)
+    rotate_kernel(const __grid_constant__ ProjectArgs a, const float* product, std::int64_t columns) {
+  extern __shared__ float2 turn[];
+  rotate_and_gate<T>(a, product, columns, turn);
+}
+
+struct EnterParams {
+  DecodeEnterArgs a;
+  const float* product;  // null: q, k, v and gate are given
+  std::int64_t columns;
+  bool compresses;
+};
+
+// One decode row of a (sequence, group): made, appended to the caches, and the compressed token it completes.
+template <class T>
+__global__ void __launch_bounds__(gate_threads) enter_kernel(const __grid_constant__ EnterParams p) {
+  extern __shared__ float2 turn[];
+  const LayerShape& s = p.a.append[sel].shape;
+  const QueryTile& tile = p.a.append[sel].tile;
+  const std::int64_t list = blockIdx.x, plane = std::int64_t{tile.batch_begin} * s.groups + list;
+  if (p.product)
+    rotate_and_gate<T>(p.a.project, p.product, p.columns, turn);
+  else
+    wait_for_previous();
+  __syncthreads();
+  for (const AppendArgs& to : p.a.append) {
+    for (int e = threadIdx.x; e < s.d_k; e += blockDim.x)
+      append_element(tile, s.groups, static_cast<const T*>(to.k), to.k_cache, list * s.d_k + e);
+    for (int e = threadIdx.x; e < s.d_v; e += blockDim.x)
+      append_element(tile, s.groups, static_cast<const T*>(to.v), to.v_cache, list * s.d_v + e);
+  }
+  if (!p.compresses) return;
+  __syncthreads();
+  const CompressArgs& c = p.a.compress;
+  const TokenRange tokens = completed(s, tile);
+  if (tokens.begin == tokens.end || !is_wanted(c.k_cmp, c.fill_halo, tokens.begin)) return;
+  mean_of<T>(s, c.k_raw, c.k_cmp, c.fill_halo, plane, tokens.begin);
+  mean_of<T>(s, c.v_raw, c.v_cmp, c.fill_halo, plane, tokens.begin);
+}
+
+std::size_t gate_shared(const LayerShape& s) { return static_cast<std::size_t>(s.d_k) * 5 / 2 * sizeof(float) + 16; }
+
+float* made_product(const ProjectArgs& a, Stream* stream) {
+  if (a.scratch_bytes < project_scratch(a.shape, a.tile)) throw InternalError("project: scratch too small");
+  auto* sums = static_cast<float*>(a.scratch);
+  product(a.shape.dtype, a.tile.rows(), a.shape.dim, qkv_columns(a.shape), a.x, a.weights.w_qkv, sums, stream);
+  return sums;
+}
+
 }  // namespace
 
 std::size_t project_scratch(const LayerShape& s, const QueryTile& tile) {
@@ -183,17 +264,26 @@ std::size_t project_scratch(const LayerShape& s, const QueryTile& tile) {
 }
 
 void project(const ProjectArgs& a, Stream* stream) {
-  const std::int64_t rows = a.tile.rows(), columns = qkv_columns(a.shape);
+  const std::int64_t rows = a.tile.rows();
   if (rows == 0) return;
-  if (a.scratch_bytes < project_scratch(a.shape, a.tile)) throw InternalError("project: scratch too small");
-  float* sums = static_cast<float*>(a.scratch);
-  product(a.shape.dtype, rows, a.shape.dim, columns, a.x, a.weights.w_qkv, sums, stream);
-  const std::size_t shared = static_cast<std::size_t>(a.shape.d_k) * 5 / 2 * sizeof(float) + 16;
+  const float* sums = made_product(a, stream);
   with_type(a.shape.dtype, [&](auto type) {
-    rotate_and_gate<decltype(type)>
-        <<<static_cast<unsigned>(rows * a.shape.groups), 128, shared, cuda(stream)>>>(a, sums, columns);
+    launch_early(rotate_kernel<decltype(type)>, dim3(static_cast<unsigned>(rows * a.shape.groups)), gate_threads,
+                 gate_shared(a.shape), stream, 1, a, sums, qkv_columns(a.shape));
   });
-  check_launch("rotate_and_gate");
+}
+
+void decode_enter(const DecodeEnterArgs& a, Stream* stream) {
+  const LayerShape& s = a.append[sel].shape;
+  const QueryTile& tile = a.append[sel].tile;
+  if (tile.rows() == 0) return;
+  EnterParams p{a, nullptr, qkv_columns(s), s.phi == PhiKind::mean};
+  if (a.projects) p.product = made_product(a.project, stream);
+  with_type(s.dtype, [&](auto type) {
+    launch_early(enter_kernel<decltype(type)>, dim3(static_cast<unsigned>(tile.rows() * s.groups)), gate_threads,
+                 gate_shared(s), stream, 1, p);
+  });
+  if (!p.compresses) compress(a.compress, stream);
 }
 
 void output(const OutputArgs& a, Stream* stream) {

@@ -35,6 +35,7 @@ struct Params {
   bool in_scratch;           // keys
   int cluster;               // CTAs of a list
   bool counted;              // slices are small
+  bool one_run;              // this rank has every block, column i is token i
 };
 
 // The u-th block this rank holds.
@@ -100,6 +101,39 @@ __device__ float token_probability(const Params& p, const float* scores, const f
   return sum;
 }
 
+// The same of tokens 4k .. 4k + 3, whose scores lie side by side: each token's sum in the same order.
+__device__ float4 four_probabilities(const Params& p, const float* scores, const float2* normaliser) {
+  float4 sum = {};
+#pragma unroll 8
+  for (int h = 0; h < p.a.shape.heads_per_group; ++h) {
+    const float4 x = *reinterpret_cast<const float4*>(scores + h * p.pitch);
+    const float2 by = normaliser[h];
+    sum.x += exp2_fast(x.x - by.x) * by.y;
+    sum.y += exp2_fast(x.y - by.x) * by.y;
+    sum.z += exp2_fast(x.z - by.x) * by.y;
+    sum.w += exp2_fast(x.w - by.x) * by.y;
+  }
+  return sum;
+}
+
+// terms[k] = probability of token first + k, 0 where there is none: all columns one run, as on a rank that holds
+// everything. A thread four tokens.
+__device__ void score_run(const Params& p, const float* scores, const float2* normaliser, int first, int count, int n,
+                          float* terms) {
+  const int begin = first < 0 ? 0 : first / 4 * 4;
+  for (int k = threadIdx.x; k < -first; k += blockDim.x) terms[k] = 0.0f;
+  for (int i = begin + threadIdx.x * 4; i < first + count; i += blockDim.x * 4) {
+    float4 sum = {};
+    if (i < n) sum = four_probabilities(p, scores + i, normaliser);
+    const float four[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int k = i + e - first;
+      if (k >= 0 && k < count) terms[k] = i + e < n ? four[e] : 0.0f;
+    }
+  }
+}
+
 // Order of choice as an integer: forced blocks first, then by score (never negative, so its bits are ordered).
 __device__ unsigned key_of(const BlockRules& r, std::int64_t j, std::int64_t t, float score) {
   return is_forced(r, j, t) ? 0x7F800000u : __float_as_uint(score);
@@ -121,14 +155,17 @@ __device__ void score_blocks(const Params& p, std::int64_t row, std::int64_t g, 
   for (int k = threadIdx.x; k < ratio + lead; k += blockDim.x)
     at.overlaps[k] = overlap(r, std::int64_t{r.l} * ratio - lead + k, r.l);  // of a block far from the start
   for (std::int64_t u0 = begin; u0 < end; u0 += together * piece) {
-    for (int item = threadIdx.x; item < together * tokens; item += blockDim.x) {
-      const std::int64_t u = u0 + item / tokens * piece;
-      if (u >= end) break;
-      const std::int64_t j = block_at(p, u), i = j * ratio - lead + item % tokens;
-      const std::int64_t c = p.a.cmp_map.rank == all_ranks ? 0 : j / p.per_chunk;
-      at.terms[item] =
-          i >= 0 && i < n ? token_probability(p, scores + score_column(p.a.cmp_map, c, i), at.normaliser) : 0.0f;
-    }
+    if (p.one_run)
+      score_run(p, scores, at.normaliser, static_cast<int>(u0) * ratio - lead, tokens, static_cast<int>(n), at.terms);
+    else
+      for (int item = threadIdx.x; item < together * tokens; item += blockDim.x) {
+        const std::int64_t u = u0 + item / tokens * piece;
+        if (u >= end) break;
+        const std::int64_t j = block_at(p, u), i = j * ratio - lead + item % tokens;
+        const std::int64_t c = p.a.cmp_map.rank == all_ranks ? 0 : j / p.per_chunk;
+        at.terms[item] =
+            i >= 0 && i < n ? token_probability(p, scores + score_column(p.a.cmp_map, c, i), at.normaliser) : 0.0f;
+      }
     __syncthreads();
     for (int b = threadIdx.x; b < together * piece && u0 + b < end; b += blockDim.x) {
       const float* terms = at.terms + b / piece * tokens + b % piece * ratio;
@@ -372,6 +409,12 @@ __global__ void __launch_bounds__(most_threads, 2) rank_kernel(const __grid_cons
   wait_for_previous();
   const std::int64_t t = tile_row(p.a.tile, row).t, eligible = eligible_blocks(s.rules, t),
                      blocks = held_blocks(p, eligible);
+  if (eligible <= s.rules.n_sel && p.a.selected && !p.a.candidates && !p.a.p_slc) {  // all of them
+    if (slice == 0)
+      for (int c = threadIdx.x; c < s.rules.n_sel; c += blockDim.x)
+        p.a.selected[list * s.rules.n_sel + c] = c < eligible ? c : -1;
+    return;
+  }
   load_normalisers(p, row, g, at.normaliser);
   if (slice == 0) clear_scores(p, list, eligible);
   __syncthreads();
@@ -438,7 +481,7 @@ void rank(const RankArgs& a, Stream* stream) {
   const std::int64_t lists = a.tile.rows() * a.shape.groups;
   if (lists == 0) return;
   const BlockRules& r = a.shape.rules;
-  Params p{a, 0, 0, INT64_MAX, 0, 0, 0, false, 1, false};
+  Params p{a, 0, 0, INT64_MAX, 0, 0, 0, false, 1, false, false};
   p.pitch = score_pitch(a.cmp_map, compressed_tokens(r, a.tile.max_positions - 1));
   const std::int64_t blocks = (a.tile.max_positions - 1) / r.l_sel + 1;
   const bool cut = a.token_map.chunk != INT64_MAX;
@@ -454,7 +497,8 @@ void rank(const RankArgs& a, Stream* stream) {
   const int threads = lists * p.cluster > 2 * limits().units ? 256 : most_threads;
   const std::int64_t slice = std::max<std::int64_t>(1, slice_blocks(p, p.most_blocks));
   const int ratio = r.l_sel / r.d, lead = (r.l - 1) / r.d;
-  p.terms = std::max(2 * threads, tokens_per_block(r));
+  p.one_run = a.cmp_map.chunk == INT64_MAX && a.token_map.chunk == INT64_MAX;
+  p.terms = std::max((p.one_run ? 8 : 2) * threads + lead, tokens_per_block(r));
   p.piece = static_cast<int>(std::min<std::int64_t>({cut ? p.per_chunk : INT64_MAX, slice, (p.terms - lead) / ratio}));
   if (cut && p.piece < p.per_chunk)  // pieces must divide a chunk
     while (p.per_chunk % p.piece != 0) --p.piece;

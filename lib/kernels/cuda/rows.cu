@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/decode_rows.cuh"
 #include "kernels/cuda/stages.cuh"
 #include "kernels/random.hpp"
 
@@ -19,24 +20,9 @@ int blocks_for(std::int64_t items) {
 __device__ std::int64_t first_item() { return std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 __device__ std::int64_t item_step() { return std::int64_t{gridDim.x} * blockDim.x; }
 
-// A ring keeps the last rows only: of a long tile, just the rows that survive are written (no two to one place).
-__device__ bool is_kept(const RowMap& map, const QueryTile& tile, std::int64_t j, std::int64_t t) {
-  return map.ring > 0 ? j + map.ring >= tile.tokens : has_chunk(map, chunk_of(map, t));
-}
-
-template <class T>
-__device__ void append_element(const QueryTile& tile, int groups, const T* from, const KvView& cache,
-                               std::int64_t item) {
-  const std::int64_t e = item % cache.width, rest = item / cache.width;
-  const std::int64_t g = rest % groups, r = rest / groups;
-  const TileRow row = tile_row(tile, r);
-  if (!is_kept(cache.map, tile, r % tile.tokens, row.t)) return;
-  const std::int64_t plane = (tile.batch_begin + row.sequence) * groups + g;
-  static_cast<T*>(cache.data)[offset_of(cache, plane, row.t) + e] = from[item];
-}
-
 template <class T>
 __global__ void append_kernel(AppendArgs a) {
+  wait_for_previous();
   const std::int64_t keys = a.tile.rows() * a.shape.groups * a.k_cache.width;
   const std::int64_t items = keys + a.tile.rows() * a.shape.groups * a.v_cache.width;
   for (std::int64_t i = first_item(); i < items; i += item_step()) {
@@ -90,6 +76,7 @@ __global__ void fill_rows_kernel(FillRowsArgs a) {
 }
 
 __global__ void advance_kernel(AdvanceArgs a) {
+  wait_for_previous();
   const std::int64_t step = *a.step;
   __syncthreads();
   for (std::int64_t i = threadIdx.x; i < a.counters; i += blockDim.x) {
@@ -107,6 +94,7 @@ __global__ void advance_kernel(AdvanceArgs a) {
 
 template <class T>
 __global__ void rmsnorm_kernel(int dim, const float* x, T* out, bool normalise) {
+  wait_for_previous();
   const std::int64_t r = blockIdx.x;
   __shared__ float sums[32];
   float factor = 1.0f;
@@ -124,6 +112,7 @@ __global__ void rmsnorm_kernel(int dim, const float* x, T* out, bool normalise) 
 }
 
 __global__ void add_kernel(std::int64_t count, float* x, const float* y) {
+  wait_for_previous();
   for (std::int64_t i = first_item(); i < count; i += item_step()) x[i] += y[i];
 }
 
@@ -132,9 +121,9 @@ __global__ void add_kernel(std::int64_t count, float* x, const float* y) {
 void append(const AppendArgs& a, Stream* stream) {
   const std::int64_t items = a.tile.rows() * a.shape.groups * (a.k_cache.width + a.v_cache.width);
   if (items == 0) return;
-  with_type(a.shape.dtype,
-            [&](auto type) { append_kernel<decltype(type)><<<blocks_for(items), threads, 0, cuda(stream)>>>(a); });
-  check_launch("append");
+  with_type(a.shape.dtype, [&](auto type) {
+    launch_early(append_kernel<decltype(type)>, dim3(blocks_for(items)), threads, 0, stream, 1, a);
+  });
 }
 
 void copy_rows(const CopyRowsArgs& a, Stream* stream) {
@@ -163,25 +152,20 @@ void fill_rows(const FillRowsArgs& a, Stream* stream) {
   check_launch("fill_rows");
 }
 
-void advance(const AdvanceArgs& a, Stream* stream) {
-  advance_kernel<<<1, threads, 0, cuda(stream)>>>(a);
-  check_launch("advance");
-}
+void advance(const AdvanceArgs& a, Stream* stream) { launch_early(advance_kernel, dim3(1), threads, 0, stream, 1, a); }
 
 void rmsnorm(const LayerShape& shape, std::int64_t rows, const float* x, void* out, bool normalise, Stream* stream) {
   if (rows == 0) return;
   with_type(shape.dtype, [&](auto type) {
     using T = decltype(type);
-    rmsnorm_kernel<<<static_cast<unsigned>(rows), threads, 0, cuda(stream)>>>(shape.dim, x, static_cast<T*>(out),
-                                                                              normalise);
+    launch_early(rmsnorm_kernel<T>, dim3(static_cast<unsigned>(rows)), threads, 0, stream, 1, shape.dim, x,
+                 static_cast<T*>(out), normalise);
   });
-  check_launch("rmsnorm");
 }
 
 void add(std::int64_t count, float* x, const float* y, Stream* stream) {
   if (count == 0) return;
-  add_kernel<<<blocks_for(count), threads, 0, cuda(stream)>>>(count, x, y);
-  check_launch("add");
+  launch_early(add_kernel, dim3(blocks_for(count)), threads, 0, stream, 1, count, x, y);
 }
 
 }  // namespace nsa::gpu

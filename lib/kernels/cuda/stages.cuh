@@ -21,8 +21,8 @@ void advance(const AdvanceArgs&, Stream*);
 /// Any shape, any type: scalar arithmetic, one CTA a (row, group, split). attend.cu
 void attend_general(Branch branch, const AttendArgs&, Stream*);
 
-/// One query row a sequence, 16-bit storage, tensor cores; a map it does not read goes to the general kernel.
-/// attend_decode.cu
+/// One query row a sequence, tensor cores or (fp32) scalar; a map it does not read goes to the general kernel.
+/// decode.cu
 void attend_decode(Branch branch, const AttendArgs&, Stream*);
 bool decode_accepts(const LayerShape&, const QueryTile&);
 
@@ -41,11 +41,22 @@ bool tiles_shape(const LayerShape&);  ///< what the two need of a shape; rank ta
 void rank_prefill(const RankArgs&, Stream*);
 std::size_t rank_prefill_scratch(const LayerShape&, const QueryTile&);
 
+/// project, append and compress of a decode step in two launches. project.cu
+void decode_enter(const DecodeEnterArgs&, Stream*);
+/// From cmp to combine in four launches. decode_step.cu
+bool decode_step_accepts(const DecodeStepArgs&);
+void decode_step(const DecodeStepArgs&, Stream*);
+
+/// Row by row, 16-bit storage, tensor cores. attend_decode.cu
+void attend_rows(Branch branch, const AttendArgs&, Stream*);
+bool rows_accept(const LayerShape&, const QueryTile&);
+
 /// Bytes a stage asks of the scratch; the three branches may run side by side, each in its own part.
 std::size_t project_scratch(const LayerShape&, const QueryTile&);
 std::size_t attend_scratch(const LayerShape&, const QueryTile&);  ///< of one branch
 std::size_t decode_scratch(const LayerShape&, const QueryTile&);
 std::size_t dense_scratch(const LayerShape&, const QueryTile&);   ///< of one branch
+std::size_t rows_scratch(const LayerShape&, const QueryTile&);
 std::size_t rank_scratch(const LayerShape&, const QueryTile&);
 
 }  // namespace nsa::gpu

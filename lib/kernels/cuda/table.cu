@@ -18,7 +18,8 @@ std::size_t branch_part(const LayerShape& s, const QueryTile& tile) {
     kept.tokens = std::min(tile.tokens, 16);
     kept.max_positions = 1;
   }
-  return padded(std::max({attend_scratch(s, tile), decode_scratch(s, kept), dense_scratch(s, tile)}));
+  return padded(std::max(
+      {attend_scratch(s, tile), decode_scratch(s, kept), rows_scratch(s, kept), dense_scratch(s, tile)}));
 }
 
 template <class Args>
@@ -53,6 +54,8 @@ void attend_best(const AttendArgs& a, Stream* stream) {
     throw InternalError("attend_cmp is to leave no scores and its cache is cut");
   else if (decode_accepts(a.shape, a.tile))
     attend<B, attend_decode>(a, stream);
+  else if (rows_accept(a.shape, a.tile))
+    attend<B, attend_rows>(a, stream);
   else
     attend<B, attend_general>(a, stream);
 }
@@ -76,6 +79,15 @@ void rank_with_scratch(const RankArgs& a, Stream* stream) {
     rank(with_part(a, branches * branch_part(a.shape, a.tile), rank_scratch(a.shape, a.tile)), stream);
 }
 
+void decode_step_with_scratch(const DecodeStepArgs& a, Stream* stream) {
+  const LayerShape& s = a.combine.shape;
+  const QueryTile& tile = a.combine.tile;
+  DecodeStepArgs with = a;
+  with.attend[cmp] = with_part(a.attend[cmp], 0, branches * branch_part(s, tile));
+  with.rank = with_part(a.rank, branches * branch_part(s, tile), rank_scratch(s, tile));
+  decode_step(with, stream);
+}
+
 std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t cmp_rows) {
   if (tile.rescores) return 0;
   return static_cast<std::size_t>(tile.rows() * s.heads() * padded_columns(cmp_rows)) * sizeof(float);
@@ -94,7 +106,7 @@ constexpr KernelTable table = {project,           append,      compress,      {c
                                rank_with_scratch, select,      combine,       output,
                                rmsnorm,           add,         copy_rows,     fill_rows,
                                advance,           score_bytes, scratch_bytes, tile_tokens,
-                               tile_budget};
+                               tile_budget,       decode_enter, decode_step_accepts, decode_step_with_scratch};
 
 }  // namespace
 

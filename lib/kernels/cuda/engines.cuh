@@ -1,0 +1,332 @@
+#pragma once
+// What a decode warp does with a tile of 32 tokens of one list: tensor cores for 16-bit storage and 16 heads, scalar
+// arithmetic for fp32 and 4 heads. Both keep o and the running (m, sum) of their heads to themselves until the CTA's
+// warps meet.
+//
+// scores(slot) multiplies q with the rows of a slot; scale() and soften() turn the scores into weights relative to the
+// running maximum; add(slot) adds the weighted values. The (m, sum) of a tile is formed by one warp in one order,
+// before the running maximum takes part, so a leaf's does not depend on who reads it after what.
+
+#include <algorithm>
+
+#include "kernels/cuda/decode.cuh"
+#include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/units.cuh"
+#include "kernels/cuda/warp_ring.cuh"
+
+namespace nsa::gpu {
+
+static_assert(tile_rows == slot_rows);
+
+/// Shared memory of a CTA: the warps' rings, the queries, the weights of scalar warps, the chosen blocks behind them.
+/// When the rings are empty, o of every warp [heads][d_v + 8] and (m, sum) lie in their place.
+template <class E>
+struct DecodeLayout {
+  static constexpr int slot_bytes = slot_rows * std::max(E::k_bytes, E::v_bytes);
+  static constexpr int slots = std::max(2, (24 << 10) / slot_bytes);
+  static constexpr int ring_bytes = slots * slot_bytes;
+  static constexpr int queries = decode_warps * ring_bytes, weights = queries + E::query_bytes,
+                       blocks = weights + decode_warps * E::weight_bytes;
+  static constexpr int merge_bytes = decode_warps * E::heads * (E::d_v + 8 + 2) * 4;
+  static_assert(merge_bytes <= queries);
+  static std::size_t bytes(const LayerShape& s) { return blocks + s.rules.n_sel * sizeof(std::int32_t); }
+};
+
+/// Where the raw scores of a tile go: row of the first head, elements between heads, first column.
+struct ScoreRows {
+  float* first = nullptr;
+  std::int64_t pitch = 0;
+};
+
+__device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_transposed(std::uint32_t (&r)[4], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+/// m16n8k16: the heads are M. Lane = 4 * g + quad holds heads g and g + 8.
+template <class T, int DK, int DV>
+struct TensorCores {
+  using Type = T;
+  static constexpr int heads = 16, d_k = DK, d_v = DV, k_bytes = DK * 2, v_bytes = DV * 2;
+  static constexpr int query_bytes = DK / 16 * 32 * 16, weight_bytes = 0;
+  static constexpr int ctas = DK > 128 ? 1 : 2;  // an SM
+
+  const uint4* q;      // shared, operand A: [Dk / 16][lane]
+  float c[4][4] = {};  // tokens 8j + 2 quad, + 1 of heads g (two), g + 8 (two)
+  float o[DV / 8][4] = {};
+  Sum2 total[2], tile[2];
+
+  static __device__ __forceinline__ void fill_queries(char* to, const T* from, int present, int thread) {
+    for (int item = thread; item < DK / 16 * 32; item += decode_threads) {
+      const int lane = item % 32, g = lane / 4, column = item / 32 * 16 + lane % 4 * 2;
+      const auto word = [&](int head, int e) {
+        return head < present ? *reinterpret_cast<const std::uint32_t*>(from + head * DK + e) : 0u;
+      };
+      reinterpret_cast<uint4*>(to)[item] = {word(g, column), word(g + 8, column), word(g, column + 8),
+                                            word(g + 8, column + 8)};
+    }
+  }
+  __device__ __forceinline__ TensorCores(char* queries, char*) : q(reinterpret_cast<const uint4*>(queries)) {}
+
+  __device__ __forceinline__ void scores(unsigned slot) {
+    const int lane = threadIdx.x % 32, row = lane % 8, piece = lane / 8;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[j][i] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < DK / 32; ++k) {
+      const uint4 even = q[2 * k * 32 + lane], odd = q[(2 * k + 1) * 32 + lane];
+      const unsigned at = slot + row * k_bytes + k / 2 * 128 + ((k % 2 * 4 + piece) ^ row) * 16;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        std::uint32_t b[4];
+        load_matrices(b, at + j * 8 * k_bytes);
+        mma(c[j], even.x, even.y, even.z, even.w, b[0], b[1], T{});
+        mma(c[j], odd.x, odd.y, odd.z, odd.w, b[2], b[3], T{});
+      }
+    }
+  }
+
+  /// Scales the scores; cmp leaves them at `to`. `rows`: tokens the tile has, `present`: heads.
+  template <Branch B>
+  __device__ __forceinline__ void scale(int rows, int present, ScoreRows to) {
+    const float factor = log2_e / sqrtf(static_cast<float>(DK));
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[j][i] *= factor;
+    if constexpr (B == cmp) put_scores(to, rows, present);
+  }
+  /// Scaled scores to weights; those past the tile's tokens are 0.
+  __device__ __forceinline__ void soften(int rows) {
+    const int quad = threadIdx.x % 4;
+    if (rows < tile_rows) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (8 * j + quad * 2 + i >= rows) c[j][i] = c[j][i + 2] = -INFINITY;
+    }
+    float old[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Sum2 now;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) now.m = fmaxf(now.m, fmaxf(c[j][half * 2], c[j][half * 2 + 1]));
+      now.m = quad_max(now.m);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        c[j][half * 2] = exp2_fast(c[j][half * 2] - now.m);
+        c[j][half * 2 + 1] = exp2_fast(c[j][half * 2 + 1] - now.m);
+        now.s += c[j][half * 2] + c[j][half * 2 + 1];
+      }
+      now.s = quad_sum(now.s);
+      tile[half] = now;
+      const float m = fmaxf(total[half].m, now.m), factor = exp2_fast(now.m - m);
+      old[half] = exp2_fast(total[half].m - m);
+      total[half] = {m, total[half].s * old[half] + now.s * factor};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) c[j][half * 2] *= factor, c[j][half * 2 + 1] *= factor;
+    }
+    if (!__any_sync(0xffffffffu, old[0] != 1.0f || old[1] != 1.0f)) return;
+#pragma unroll
+    for (int j = 0; j < DV / 8; ++j) {
+      o[j][0] *= old[0], o[j][1] *= old[0];
+      o[j][2] *= old[1], o[j][3] *= old[1];
+    }
+  }
+
+  __device__ __forceinline__ void add(unsigned slot) {
+    const int lane = threadIdx.x % 32, row = lane % 16, piece = lane / 16;
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {  // of 16 tokens
+      const float(&p)[4] = c[2 * step], (&r)[4] = c[2 * step + 1];
+      const std::uint32_t a[4] = {pack(p[0], p[1], T{}), pack(p[2], p[3], T{}), pack(r[0], r[1], T{}),
+                                  pack(r[2], r[3], T{})};
+#pragma unroll
+      for (int j = 0; j < DV / 16; ++j) {
+        std::uint32_t b[4];
+        load_transposed(b, slot + (step * 16 + row) * v_bytes + j / 4 * 128 + ((j % 4 * 2 + piece) ^ (row % 8)) * 16);
+        mma(o[2 * j], a[0], a[1], a[2], a[3], b[0], b[1], T{});
+        mma(o[2 * j + 1], a[0], a[1], a[2], a[3], b[2], b[3], T{});
+      }
+    }
+  }
+
+  /// (m, sum) of the tile alone.
+  __device__ __forceinline__ void put_tile(float2* to) const { put_sums(to, tile); }
+  __device__ __forceinline__ void put_total(float2* to) const { put_sums(to, total); }
+  /// o times weight(head) to [heads][DV + 8].
+  template <class Weight>
+  __device__ __forceinline__ void put_values(float* to, Weight weight) const {
+    const int g = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float x = weight(g + half * 8, total[half].m);
+      float* row = to + (g + half * 8) * (DV + 8) + quad * 2;
+#pragma unroll
+      for (int j = 0; j < DV / 8; ++j)
+        *reinterpret_cast<float2*>(row + j * 8) = make_float2(x * o[j][half * 2], x * o[j][half * 2 + 1]);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void put_sums(float2* to, const Sum2 (&sums)[2]) {
+    const int lane = threadIdx.x % 32;
+    if (lane % 4 != 0) return;
+    to[lane / 4] = make_float2(sums[0].m, sums[0].s);
+    to[lane / 4 + 8] = make_float2(sums[1].m, sums[1].s);
+  }
+  __device__ __forceinline__ void put_scores(ScoreRows to, int rows, int present) const {
+    const int g = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+    const bool pairs = rows == tile_rows && reinterpret_cast<std::uintptr_t>(to.first) % 8 == 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (g + half * 8 >= present) break;
+      float* row = to.first + (g + half * 8) * to.pitch + quad * 2;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (pairs) {
+          *reinterpret_cast<float2*>(row + j * 8) = make_float2(c[j][half * 2], c[j][half * 2 + 1]);
+        } else {
+          const int token = j * 8 + quad * 2;
+          if (token < rows) row[j * 8] = c[j][half * 2];
+          if (token + 1 < rows) row[j * 8 + 1] = c[j][half * 2 + 1];
+        }
+      }
+    }
+  }
+};
+
+/// fp32: a lane a token in scores(), a lane Dv / 32 columns in add().
+template <int DK, int DV>
+struct Scalars {
+  using Type = float;
+  static constexpr int heads = 4, d_k = DK, d_v = DV, k_bytes = DK * 4, v_bytes = DV * 4;
+  static constexpr int query_bytes = heads * DK * 4, weight_bytes = tile_rows * heads * 4;
+  static constexpr int ctas = DK > 64 ? 1 : 2;  // an SM
+  static constexpr int columns = DV / 32;
+
+  const float4* q;  // shared, [heads][Dk / 4]
+  float4* weights;  // shared, of the warp: [tile_rows], a head an element
+  float c[heads] = {};
+  float o[heads][columns] = {};
+  Sum2 total[heads], tile[heads];
+
+  static __device__ __forceinline__ void fill_queries(char* to, const float* from, int present, int thread) {
+    for (int item = thread; item < heads * DK; item += decode_threads)
+      reinterpret_cast<float*>(to)[item] = item < present * DK ? from[item] : 0.0f;
+  }
+  __device__ __forceinline__ Scalars(char* queries, char* warp_weights)
+      : q(reinterpret_cast<const float4*>(queries)), weights(reinterpret_cast<float4*>(warp_weights)) {}
+
+  __device__ __forceinline__ void scores(unsigned slot) {
+    const int lane = threadIdx.x % 32;
+    float sum[heads] = {};
+#pragma unroll 8
+    for (int piece = 0; piece < DK / 4; ++piece) {
+      const float4 k = load(slot + lane * k_bytes + piece / 8 * 128 + ((piece ^ lane) % 8) * 16);
+#pragma unroll
+      for (int h = 0; h < heads; ++h) {
+        const float4 x = q[h * (DK / 4) + piece];
+        sum[h] += x.x * k.x + x.y * k.y + x.z * k.z + x.w * k.w;
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < heads; ++h) c[h] = sum[h];
+  }
+
+  template <Branch B>
+  __device__ __forceinline__ void scale(int rows, int present, ScoreRows to) {
+    const float factor = log2_e / sqrtf(static_cast<float>(DK));
+    const int token = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < heads; ++h) {
+      c[h] *= factor;
+      if (B == cmp && token < rows && h < present) to.first[h * to.pitch + token] = c[h];
+    }
+  }
+  __device__ __forceinline__ void soften(int rows) {
+    const int lane = threadIdx.x % 32;
+    float old[heads];
+#pragma unroll
+    for (int h = 0; h < heads; ++h) {
+      if (lane >= rows) c[h] = -INFINITY;
+      Sum2 now;
+      now.m = fmaxf(lowest, warp_max(c[h]));
+      c[h] = exp2_fast(c[h] - now.m);
+      now.s = warp_sum(c[h]);
+      tile[h] = now;
+      const float m = fmaxf(total[h].m, now.m), factor = exp2_fast(now.m - m);
+      old[h] = exp2_fast(total[h].m - m);
+      total[h] = {m, total[h].s * old[h] + now.s * factor};
+      c[h] *= factor;
+#pragma unroll
+      for (int e = 0; e < columns; ++e) o[h][e] *= old[h];
+    }
+    __syncwarp();  // the last tile's weights are read
+    weights[lane] = {c[0], c[1], c[2], c[3]};
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void add(unsigned slot) {
+    const int lane = threadIdx.x % 32, piece = lane * columns / 4, within = lane * columns % 4;
+#pragma unroll 8
+    for (int token = 0; token < slot_rows; ++token) {
+      const unsigned at = slot + token * v_bytes + piece / 8 * 128 + ((piece ^ token) % 8) * 16 + within * 4;
+      float v[columns];
+      if constexpr (columns == 4) {
+        const float4 x = load(at);
+        v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w;
+      } else {
+        static_assert(columns == 2);
+        asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "r"(at) : "memory");
+      }
+      const float4 w = weights[token];
+#pragma unroll
+      for (int e = 0; e < columns; ++e) {
+        o[0][e] += w.x * v[e], o[1][e] += w.y * v[e];
+        o[2][e] += w.z * v[e], o[3][e] += w.w * v[e];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void put_tile(float2* to) const { put_sums(to, tile); }
+  __device__ __forceinline__ void put_total(float2* to) const { put_sums(to, total); }
+  template <class Weight>
+  __device__ __forceinline__ void put_values(float* to, Weight weight) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < heads; ++h) {
+      const float x = weight(h, total[h].m);
+#pragma unroll
+      for (int e = 0; e < columns; ++e) to[h * (DV + 8) + lane * columns + e] = x * o[h][e];
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void put_sums(float2* to, const Sum2 (&sums)[heads]) {
+    if (threadIdx.x % 32 == 0)
+#pragma unroll
+      for (int h = 0; h < heads; ++h) to[h] = make_float2(sums[h].m, sums[h].s);
+  }
+  static __device__ __forceinline__ float4 load(unsigned at) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(at)
+                 : "memory");
+    return x;
+  }
+};
+
+}  // namespace nsa::gpu
