@@ -11,6 +11,7 @@
 #include "app/info.hpp"
 #include "app/run.hpp"
 #include "nsa/diff.hpp"
+#include "nsa/router.hpp"
 
 namespace {
 
@@ -32,6 +33,7 @@ Exit codes: 0 ok, 2 input or usage, 3 result invalid (diff: results differ), 4 c
 struct CommandLine {
   nsa::RunOptions run;
   bool dry_run = false;
+  bool routes = false;
   int ranks = 0;
   nsa::GateOptions gate;
   std::string diff_a, diff_b;
@@ -50,6 +52,7 @@ void describe(CLI::App& app, CommandLine& line) {
   run->add_option("--output", line.run.output, "result file, HDF5 (output.file)");
   run->add_option("--csv", line.run.csv, "also write the columns of nsa-vibe's benchmark (output.csv)");
   run->add_option("--json", line.run.json, "also write the figures of the FOM lines as JSON, last of all");
+  run->add_flag("--strict", line.run.strict, "an implementation that falls back to sdpa is an error (exit 3)");
   CLI::Option* dry = run->add_flag("--dry-run", line.dry_run, "print owners, bytes and exchanges; run nothing");
   run->add_option("--ranks", line.ranks, "ranks to plan for")->needs(dry)->check(CLI::Range(1, 1 << 20));
   run->add_flag("--resume", line.run.resume, "go on with the result file of an interrupted run: its points are kept");
@@ -68,7 +71,8 @@ void describe(CLI::App& app, CommandLine& line) {
   diff->add_option("A", line.diff_a, "result file")->required();
   diff->add_option("B", line.diff_b, "result file")->required();
 
-  app.add_subcommand("info", "What this build is made of and the devices it sees");
+  CLI::App* info = app.add_subcommand("info", "What this build is made of and the devices it sees");
+  info->add_flag("--routes", line.routes, "which implementations would run here instead, and why; needs no GPU");
 }
 
 int print_error(const std::exception& error, nsa::ExitCode code) {
@@ -145,8 +149,11 @@ int main(int argc, char** argv) {
       return same ? nsa::ExitCode::ok : nsa::ExitCode::invalid_result;
     });
   if (app.got_subcommand("info"))
-    return alone([] {
-      nsa::print_info(std::cout);
+    return alone([&] {
+      if (line.routes)
+        nsa::print_routes(std::cout);
+      else
+        nsa::print_info(std::cout);
       return nsa::ExitCode::ok;
     });
   if (line.dry_run)

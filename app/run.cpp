@@ -26,6 +26,7 @@
 #include "nsa/report.hpp"
 #include "nsa/result_file.hpp"
 #include "nsa/resume.hpp"
+#include "nsa/router.hpp"
 
 namespace nsa {
 namespace {
@@ -137,6 +138,7 @@ class Output {
       print_table_notes(std::cout);
       print_slowest(std::cout, points_);
     }
+    print_fallbacks(std::cout, points_);
     write_side_file(config_.output.csv, "--csv", to_csv(points_));
     const bool json = !json_.empty() && interrupted.empty();
     if (json) write_side_file(json_, "--json", to_json(run, config_.output.file, points_));
@@ -207,16 +209,22 @@ ExitCode run(const Control& world, const RunOptions& options) {
     if (first) text = read_text(options.input);
   });
   text = world.broadcast(text);
+  const std::string routes = world.broadcast(route_environment_text());
   Config config;
   double max_time = no_limit;
   agreed(world, [&] {
     config = configure(text, options);
+    route_environment();
+    if (route_environment_text() != routes)
+      throw UserError("this rank's environment holds " + route_environment_text() + "(rank 0's: " + routes +
+                      "); set the same on all ranks");
     max_time = parse_duration(options.max_time);
     factorise(config, world.size());  // before anything is opened
   });
   choose_host_threads(world);
 
-  const Session session = open_session(config, world, [=] { return asked_to_stop(start, max_time); });
+  Session session = open_session(config, world, [=] { return asked_to_stop(start, max_time); });
+  session.strict = options.strict;
   RunRecord run = describe_run(session, config, text, options.argv);
   run.git_commit = build::git_commit;
   run.compiler = build::compiler;

@@ -15,6 +15,7 @@ struct RunOptions {
   std::string json;                    ///< empty: none
   std::string max_time;                ///< stops after it; empty: no limit
   bool resume = false;                 ///< goes on with the result file where there is one
+  bool strict = false;                 ///< a fallback is an error
   std::string argv;                    ///< the whole command line, for the result file
 };
 

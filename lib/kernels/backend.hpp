@@ -48,6 +48,7 @@ struct Backend {
   BackendKind kind;
   const KernelTable* kernels;
   const DeviceOps* device;
+  int capability = 0;  ///< of the GPU, 10 * major + minor; 0 on the host
 };
 
 /// Opens the backend for this rank; local_rank picks the device.

@@ -30,6 +30,12 @@ class UserError : public std::runtime_error {
   ExitCode code_;
 };
 
+/// A kernel that the device refused to start and that left the device usable: another may do the work.
+class LaunchError : public UserError {
+ public:
+  explicit LaunchError(const std::string& message) : UserError(message, ExitCode::device) {}
+};
+
 /// A UserError that every rank of the launch throws alike: one of them says it and all end in order.
 class AgreedError : public UserError {
  public:

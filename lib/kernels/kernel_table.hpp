@@ -266,14 +266,17 @@ struct AdvanceArgs {
   std::int64_t selected_count = 0;
 };
 
-/// One implementation of a branch.
+/// One implementation of a branch. `sdpa` is there for every branch and accepts every shape: what others fall back to.
 struct AttendKernel {
   const char* name;  ///< "sdpa", "masked", "fused", "flash"
   bool (*accepts)(const LayerShape&, const QueryTile&);
+  /// Throws LaunchError where it could not be queued and nothing is lost: another may then run on the same arguments.
   void (*run)(const AttendArgs&, Stream*);
   /// cmp: whether rank forms the scores of prefill tiles itself, on whole or gathered caches. The shape alone decides,
   /// so that every kv layout and every tile of it chooses by the same bits. Null: never.
   bool (*rescores)(const LayerShape&) = nullptr;
+  /// Bytes of scratch it wants when they are more than KernelTable::scratch_bytes; null: never.
+  std::size_t (*scratch)(const LayerShape&, const QueryTile&) = nullptr;
 };
 
 struct KernelTable {
@@ -294,7 +297,7 @@ struct KernelTable {
   void (*advance)(const AdvanceArgs&, Stream*);
   /// Bytes of `scores` for a tile of that many rows when the rank holds `cmp_rows` memory rows of compressed tokens.
   std::size_t (*score_bytes)(const LayerShape&, const QueryTile&, std::int64_t cmp_rows);
-  /// Bytes of `scratch` that suffice for every stage on such a tile.
+  /// Bytes of `scratch` that suffice for every stage on such a tile; AttendKernel::scratch says who wants more.
   std::size_t (*scratch_bytes)(const LayerShape&, const QueryTile&);
   /// Rows a prefill tile has at most, and bytes that its scores may take.
   std::int32_t tile_tokens;

@@ -52,8 +52,10 @@ struct RouteConfig {
   std::string implementation[branches] = {"auto", "auto", "auto"};
 };
 
-struct RuntimeConfig {  ///< nsa-vibe's thresholds: recorded with the run, no route depends on them yet
-  std::int64_t fa2_min_len_win = 999999, fa2_min_len_cmp = 999999, sel_triton_min_l = 4096;
+/// nsa-vibe's thresholds, in K/V rows that one query attends: from so many on `flash` for win and cmp, a custom kernel
+/// for sel. 0: auto, the device's table decides; -1: never.
+struct RuntimeConfig {
+  std::int64_t fa2_min_len_win = 0, fa2_min_len_cmp = 0, sel_triton_min_l = 0;
 };
 
 struct NeedleConfig {

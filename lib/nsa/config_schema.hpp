@@ -53,8 +53,11 @@ inline const Choice<std::string> implementation_choices[] = {
     {"masked", "masked"}, {"flash", "flash"}};
 inline const Choice<std::string> sel_routes[] = {
     {"auto", "auto"}, {"sdpa", "sdpa"}, {"masked", "masked"}, {"fused", "fused"}};
-inline const Choice<std::string> dense_routes[] = {
+inline const Choice<std::string> win_routes[] = {
     {"auto", "auto"}, {"sdpa", "sdpa"}, {"masked", "masked"}, {"fused", "fused"}, {"flash", "flash"}};
+// No masked one: the compressed branch attends every token it has, so that sdpa is dense already.
+inline const Choice<std::string> cmp_routes[] = {
+    {"auto", "auto"}, {"sdpa", "sdpa"}, {"fused", "fused"}, {"flash", "flash"}};
 
 /// Calls visit("section.key", field, what it may hold) for every key, in the order of the input file. The upper
 /// bounds keep every index and byte count inside 64 bits and every per-row size inside 32.
@@ -103,13 +106,13 @@ void visit_keys(ConfigOrConst& c, Visitor&& visit) {
   visit("parallel.kv", c.parallel.kv, AutoOr{small});
   visit("parallel.kv_chunk_blocks", c.parallel.kv_chunk_blocks, Range{1, million});
 
-  visit("route.cmp", c.route.implementation[cmp], dense_routes);
+  visit("route.cmp", c.route.implementation[cmp], cmp_routes);
   visit("route.sel", c.route.implementation[sel], sel_routes);
-  visit("route.win", c.route.implementation[win], dense_routes);
+  visit("route.win", c.route.implementation[win], win_routes);
 
-  visit("runtime.fa2_min_len_win", c.runtime.fa2_min_len_win, Range{0, 1 << 30});
-  visit("runtime.fa2_min_len_cmp", c.runtime.fa2_min_len_cmp, Range{0, 1 << 30});
-  visit("runtime.sel_triton_min_L", c.runtime.sel_triton_min_l, Range{0, 1 << 30});
+  visit("runtime.fa2_min_len_win", c.runtime.fa2_min_len_win, AutoOr{{-1, 1 << 30}});
+  visit("runtime.fa2_min_len_cmp", c.runtime.fa2_min_len_cmp, AutoOr{{-1, 1 << 30}});
+  visit("runtime.sel_triton_min_L", c.runtime.sel_triton_min_l, AutoOr{{-1, 1 << 30}});
 
   visit("needle.depths", c.needle.depths, RealRange{0.0, 1.0});
 

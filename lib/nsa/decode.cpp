@@ -31,7 +31,7 @@ std::vector<Buffer*> rings_of(LayerCaches& cache) {
 Decode::Decode(Engine& e, const TensorSource* source, bool record)
     : engine_(e),
       buffers_(e.allocator(), e.kernels(), e.config, e.partition, e.point, e.point.batch, decode_tile(e, nullptr),
-               e.partition.kv > 1, record),
+               e.partition.kv > 1, record, e.choose_routes(Phase::decode, decode_tile(e, nullptr))),
       position_(e.allocator()(MemoryKind::workspace, 8)),
       step_(e.allocator()(MemoryKind::workspace, 8)) {
   const LayerShape& s = e.shape();

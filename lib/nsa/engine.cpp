@@ -1,26 +1,6 @@
 #include "nsa/engine.hpp"
 
-#include <string>
-
-#include "kernels/error.hpp"
-
 namespace nsa {
-
-namespace {
-
-const AttendKernel& chosen_route(const KernelTable& kernels, Branch branch, const RouteConfig& input) {
-  const std::string& wanted = input.implementation[branch];
-  if (wanted == "auto") return kernels.attend[branch].front();
-  std::string known;
-  for (const AttendKernel& kernel : kernels.attend[branch]) {
-    if (kernel.name == wanted) return kernel;
-    known += (known.empty() ? "" : ", ") + std::string(kernel.name);
-  }
-  throw UserError(std::string("route.") + branch_names[branch] + " = \"" + wanted + "\" (this backend has " + known +
-                  "); choose one of these or \"auto\"");
-}
-
-}  // namespace
 
 Streams::Streams(const DeviceOps& ops)
     : device(ops),
@@ -55,12 +35,19 @@ Engine::Engine(const Backend& dry, const Config& input, const Point& at, const P
 }
 
 void Engine::allocate(const TensorSource* source) {
+  // What the input asks for and cannot have is said before anything is made; the phases choose again for their tiles.
+  for (const Phase phase : {Phase::prefill, Phase::decode})
+    choose_routes(phase, {0, static_cast<std::int32_t>(point.batch), 1, nullptr, total_positions(config, point)});
   for (std::int64_t layer = 0; layer < config.model.layers; ++layer) {
     if (config.run.scope == Scope::layer)
       weights.emplace_back(device(), streams.compute, account, config, partition, layer, source);
     caches.emplace_back(allocator(), partition, point.batch, total_positions(config, point));
   }
-  for (const Branch branch : kv_column_order) route[branch] = &chosen_route(kernels(), branch, config.route);
+}
+
+std::size_t Engine::choose_routes(Phase phase, const QueryTile& tile) {
+  routes.choose(backend, config, phase, shape(), tile);
+  return routes.scratch_bytes(kernels(), phase, shape(), tile);
 }
 
 }  // namespace nsa

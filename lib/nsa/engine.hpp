@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "comm/communicator.hpp"
+#include "nsa/router.hpp"
 #include "nsa/state.hpp"
 #include "nsa/weights.hpp"
 
@@ -32,7 +33,7 @@ struct Engine {
   Streams streams;
   std::vector<Weights> weights;     ///< by layer; none in scope = attention
   std::vector<LayerCaches> caches;  ///< by layer
-  const AttendKernel* route[branches];
+  Routes routes;
 
   /// Collective over `world`. Throws UserError(device) when memory runs out.
   Engine(const Backend& backend, const Control& world, const Config& config, const Point& point,
@@ -43,6 +44,8 @@ struct Engine {
   const DeviceOps& device() const { return *backend.device; }
   const LayerShape& shape() const { return partition.shape; }
   Allocator allocator() { return {device(), account}; }
+  /// Before the first step of a phase. Returns the bytes of scratch that its stages need on such tiles.
+  std::size_t choose_routes(Phase phase, const QueryTile& tile);
   std::int64_t planes() const { return point.batch * shape().groups; }
 
  private:

@@ -15,6 +15,7 @@
 #include "nsa/point.hpp"
 #include "nsa/prefill.hpp"
 #include "nsa/resume.hpp"
+#include "nsa/router.hpp"
 #include "nsa/sha256.hpp"
 
 namespace nsa {
@@ -115,6 +116,7 @@ Session open_session(const Config& config, const Control& world, std::function<b
   }
   Backend backend{};
   agreed(world, [&] { backend = open_backend(kind, world.local_rank()); });
+  backend.capability = static_cast<int>(-world.max(-std::int64_t{backend.capability}));  // all take the same routes
   return {world, backend, std::make_shared<StopPoll>(world, std::move(asked_to_stop)),
           hash_of(config.input_file, world)};
 }
@@ -134,6 +136,10 @@ std::string fingerprint(const Session& session, const Config& config, const Poin
                 value) +
             "\n";
   }
+  const RouteEnvironment routes = route_environment();
+  for (const Branch branch : kv_column_order)
+    if (!routes.implementation[branch].empty())
+      text += branch_names[branch] + ("=" + routes.implementation[branch] + "\n");
   const Partition partition = make_partition(config, session.world.size(), session.world.rank());
   text += "heads=" + std::to_string(partition.heads) + "\nkv=" + std::to_string(partition.kv) + "\n";
   text += "device=" + session.backend.device->info().name + "\n";
@@ -195,6 +201,7 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
                                            : run_prefill(session, config, point, *source, record, progress);
   }
   record.memory = gather_memory(session, planned, used, status_bytes("VmHWM") - resident);
+  if (session.strict && !record.fallbacks.empty()) record.fail("--strict and a fallback: " + record.fallbacks.front());
   const std::vector<std::int64_t> bytes = config.kind == TaskKind::kernels
                                               ? std::vector<std::int64_t>{}
                                               : session.world.gather(modelled_bytes(config, partition, point));

@@ -20,6 +20,7 @@ struct Session {
   Backend backend;
   std::shared_ptr<StopPoll> stop;  ///< asked between steps and points
   std::string input_hash;          ///< SHA-256 of [input] file, on rank 0; empty without one
+  bool strict = false;             ///< a fallback makes the point INVALID
 };
 
 /// Opens the backend the input asks for (automatic: CUDA where built and every rank has a device, else host).

@@ -8,6 +8,7 @@
 #include "kernels/error.hpp"
 #include "nsa/experiment.hpp"
 #include "nsa/needle.hpp"
+#include "nsa/router.hpp"
 #include "nsa/state.hpp"
 
 namespace nsa {
@@ -137,6 +138,7 @@ std::size_t planned_result_bytes(const Config& config, int ranks) {
 
 void print_plan(std::ostream& out, const Config& config, int ranks) {
   const auto [heads, kv] = factorise(config, ranks);
+  route_environment();  // what is wrong there is said before anything is printed
   const std::vector<Point> points = sweep(config);
   const Backend backend = planning_backend(config);
   if (config.kind == TaskKind::kernels) return print_kernels_plan(out, config, *backend.kernels, ranks);
@@ -154,6 +156,7 @@ void print_plan(std::ostream& out, const Config& config, int ranks) {
     fmt::print(out, "\ncontext {}, batch {}\n", point.context, point.batch);
     print_memory(out, config, *backend.kernels, point, ranks);
     print_exchanges(out, config, point, ranks);
+    print_routes(out, backend, config, point, ranks);
   }
   fmt::print(out, "\nresult file: about {}\n", bytes_text(static_cast<double>(planned_result_bytes(config, ranks))));
 }

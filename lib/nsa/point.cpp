@@ -20,10 +20,17 @@ void keep_records(const Control& world, Engine& e, const TensorSource& source, c
   keep(compressed_tensors(e, positions, world));
 }
 
-void finish_point(const Control& world, const Engine& e, const Samples& samples, PointRecord& record) {
+void finish_point(const Control& world, Engine& e, const Samples& samples, PointRecord& record) {
   record.warmup_reps = e.config.run.warmup;
   record.time = gather_times(world, samples);
-  for (int c = 0; c < branches; ++c) record.routes[c] = e.route[c]->name;
+  const Phase phase = e.config.kind == TaskKind::prefill ? Phase::prefill : Phase::decode;
+  e.routes.agree(world);
+  e.routes.count(world);
+  for (const Branch c : kv_column_order) {
+    record.routes[c] = e.routes.of(phase, c).kernel->name;
+    record.route_reasons[c] = e.routes.of(phase, c).reason;
+  }
+  record.fallbacks = e.routes.fallbacks(phase);
 }
 
 }  // namespace nsa

@@ -31,8 +31,8 @@ void agreed(const Control& world, Work&& work) {
 void keep_records(const Control& world, Engine& engine, const TensorSource& source, const CheckResult& checked,
                   StepTensors* tensors, std::int64_t positions, PointRecord& record);
 
-/// After the measurement: samples of all ranks, routes. Collective.
-void finish_point(const Control& world, const Engine& engine, const Samples& samples, PointRecord& record);
+/// After the measurement: samples of all ranks, routes and what fell back. Collective.
+void finish_point(const Control& world, Engine& engine, const Samples& samples, PointRecord& record);
 
 /// Both fill the record (rank 0: whole) and return the memory this rank used. Collective.
 MemoryAccount run_decode(const Session& session, const Config& config, const Point& point, const TensorSource& source,

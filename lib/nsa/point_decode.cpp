@@ -85,9 +85,15 @@ class WholeStep {
  public:
   WholeStep(Engine& e, Decode& decode, Recorder& recorder, const ModeRun& run)
       : engine_(e), decode_(decode), recorder_(recorder), options_(run.options) {
-    if (!run.stages && e.device().capture)
-      graph_ = e.device().capture(
-          e.streams.compute, [](void* self) { static_cast<WholeStep*>(self)->queue(); }, this);
+    if (run.stages || !e.device().capture) return;
+    const std::size_t known = e.routes.fallbacks(Phase::decode).size();
+    try {
+      capture();
+    } catch (const UserError&) {
+      // A launch that fails may spoil the capture it is part of; the step is then queued again without it.
+      if (e.routes.fallbacks(Phase::decode).size() == known) throw;
+      capture();
+    }
   }
   ~WholeStep() {
     if (graph_) engine_.device().destroy_graph(graph_);
@@ -103,6 +109,10 @@ class WholeStep {
   }
 
  private:
+  void capture() {
+    graph_ = engine_.device().capture(
+        engine_.streams.compute, [](void* self) { static_cast<WholeStep*>(self)->queue(); }, this);
+  }
   void queue() { decode_.step(options_, recorder_); }
   Engine& engine_;
   Decode& decode_;
@@ -134,24 +144,29 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   Samples samples;
   const double all = static_cast<double>(runs.size()), steps = static_cast<double>(config.run.steps);
   double passes = 0;
-  record.stop_reason = measure(world, runs, config.run.min_time, samples, [&](const ModeRun& run, auto&& sink) {
-    recorder.time_stages(run.stages);
-    WholeStep whole(e, decode, recorder, run);
-    decode.rewind();
-    for (std::int64_t step = 0; step < config.run.steps; ++step) {
-      if (session.stop->now_and_then()) return false;
-      decode.load(step, run.options);
-      e.device().synchronize(e.streams.compute);
-      sink(recorder.step([&] { whole.run(); }));
-      progress(std::min(passes += 1 / steps, all), all, run.name);
-    }
-    if (run.options.leave_out < 0) {
-      const RankReads reads = read_log(e, decode);
-      record.reads = gather_reads(world, reads);
-      if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(config, point)));
-    }
-    return true;
-  });
+  // What failed on some rank is replaced on all of them, and then nothing measured before is of use.
+  do {
+    samples = {};
+    passes = 0;
+    record.stop_reason = measure(world, runs, config.run.min_time, samples, [&](const ModeRun& run, auto&& sink) {
+      recorder.time_stages(run.stages);
+      WholeStep whole(e, decode, recorder, run);
+      decode.rewind();
+      for (std::int64_t step = 0; step < config.run.steps; ++step) {
+        if (session.stop->now_and_then()) return false;
+        decode.load(step, run.options);
+        e.device().synchronize(e.streams.compute);
+        sink(recorder.step([&] { whole.run(); }));
+        progress(std::min(passes += 1 / steps, all), all, run.name);
+      }
+      if (run.options.leave_out < 0) {
+        const RankReads reads = read_log(e, decode);
+        record.reads = gather_reads(world, reads);
+        if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(config, point)));
+      }
+      return true;
+    });
+  } while (e.routes.agree(world));
   for (std::int64_t step = 0; step < config.run.steps; ++step)
     record.reads.nsa_vibe.push_back(nsa_vibe_reads(config.nsa, point.context + step));
   record.first_position = point.context;

@@ -77,20 +77,25 @@ MemoryAccount run_prefill(const Session& session, const Config& config, const Po
   Samples samples;
   const double all = static_cast<double>(runs.size()), steps = static_cast<double>(config.run.steps);
   double passes = 0;
-  record.stop_reason = measure(world, runs, config.run.min_time, samples, [&](const ModeRun& run, auto&& sink) {
-    recorder.time_stages(run.stages);
-    for (std::int64_t rep = 0; rep < config.run.steps; ++rep) {
-      if (session.stop->now_and_then()) return false;
-      if (config.model.layers > 1) prefill.load_rows(source);  // the residual stream was written over
-      sink(recorder.step([&] { prefill.run(recorder, run.options); }));
-      progress(std::min(passes += 1 / steps, all), all, run.name);
-    }
-    if (run.options.leave_out < 0) {
-      record.reads = gather_reads(world, count_reads(e, prefill));
-      if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(config, point)));
-    }
-    return true;
-  });
+  // What failed on some rank is replaced on all of them, and then nothing measured before is of use.
+  do {
+    samples = {};
+    passes = 0;
+    record.stop_reason = measure(world, runs, config.run.min_time, samples, [&](const ModeRun& run, auto&& sink) {
+      recorder.time_stages(run.stages);
+      for (std::int64_t rep = 0; rep < config.run.steps; ++rep) {
+        if (session.stop->now_and_then()) return false;
+        if (config.model.layers > 1) prefill.load_rows(source);  // the residual stream was written over
+        sink(recorder.step([&] { prefill.run(recorder, run.options); }));
+        progress(std::min(passes += 1 / steps, all), all, run.name);
+      }
+      if (run.options.leave_out < 0) {
+        record.reads = gather_reads(world, count_reads(e, prefill));
+        if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(config, point)));
+      }
+      return true;
+    });
+  } while (e.routes.agree(world));
   record.reads.nsa_vibe.push_back(nsa_vibe_reads(config.nsa, point.context - 1));
   finish_point(world, e, samples, record);
   return e.account;

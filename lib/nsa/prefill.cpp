@@ -11,7 +11,7 @@ namespace {
 
 // Whether rank forms the scores itself, so that attend_cmp leaves none.
 bool forms_scores(const Engine& e) {
-  const AttendKernel& kernel = *e.route[cmp];
+  const AttendKernel& kernel = *e.routes.of(Phase::prefill, cmp).kernel;
   return kernel.rescores && kernel.rescores(e.shape());
 }
 
@@ -55,10 +55,11 @@ void gather_pair(const Communicator& kv, const KvPair& own, const KvPair& all, S
 Prefill::Prefill(Engine& e, std::int64_t positions, bool record)
     : engine_(e),
       positions_(positions),
+      rescores_(forms_scores(e)),
       tiles_(tiles_of(e.partition, positions, widest_tile(e, positions).tokens)),
       local_rows_(rows_of(tiles_)),
       buffers_(e.allocator(), e.kernels(), e.config, e.partition, e.point, e.point.batch * local_rows_,
-               widest_tile(e, positions), false, record),
+               widest_tile(e, positions), false, record, e.choose_routes(Phase::prefill, widest_tile(e, positions))),
       starts_(e.allocator()(MemoryKind::workspace, static_cast<std::int64_t>(tiles_.size() + 1) * 8)) {
   std::vector<std::int64_t> starts;
   for (const PrefillTile& tile : tiles_) starts.push_back(tile.first_position);
@@ -130,12 +131,11 @@ void Prefill::load_kv(const TensorSource& source) {
 
 template <class Body>
 void Prefill::each_tile(Work& w, Body&& body) {
-  const bool rescores = forms_scores(engine_);
   const std::int64_t work_tiles = engine_.config.model.layers * engine_.point.batch * tile_count();
   for (std::int64_t b = 0; b < engine_.point.batch; ++b)
     for (std::size_t i = 0; i < tiles_.size(); ++i) {
       w.tile = {static_cast<std::int32_t>(b),   1,          tiles_[i].tokens,
-                starts_.as<std::int64_t>() + i, positions_, rescores};
+                starts_.as<std::int64_t>() + i, positions_, rescores_};
       w.first_row = b * local_rows_ + tiles_[i].local_row;
       body(tiles_[i]);
       if (watch_) watch_(static_cast<double>(++tiles_done_) / static_cast<double>(2 * work_tiles));
@@ -264,7 +264,7 @@ Work Prefill::start(const StepOptions& options) {
   fault::at("prefill.start");
   tiles_done_ = 0;
   engine_.device().fill(buffers_.reads.data(), 0, buffers_.reads.bytes(), engine_.streams.compute);
-  return {engine_, buffers_, options, false, {}, 0, 0, {}, {}};
+  return {engine_, buffers_, options, false, {}, 0, 0, {}, {}, Phase::prefill};
 }
 
 void Prefill::make_caches(Work& w, Recorder& recorder) {

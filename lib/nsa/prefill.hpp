@@ -61,6 +61,7 @@ class Prefill {
 
   Engine& engine_;
   const std::int64_t positions_;
+  const bool rescores_;  ///< as the buffers were made for, also when another implementation takes over
   const std::vector<PrefillTile> tiles_;
   const std::int64_t local_rows_;  ///< of one sequence
   StepBuffers buffers_;

@@ -85,9 +85,10 @@ struct PointRecord {
   std::vector<std::int64_t> bytes;  ///< modelled bytes moved a step [stage][rank]
   double copy_bandwidth = 0;        ///< bytes/s read + written, measured on the slowest rank
   MemoryRecord memory;
-  std::array<std::string, branches> routes;
-  std::vector<std::string> fallbacks;  ///< "sel: fused -> sdpa: reason (count)"
-  double max_abs_err = -1;             ///< against float64 at sampled rows; < 0: not checked
+  std::array<std::string, branches> routes, route_reasons;  ///< what ran, and why it was chosen
+  std::vector<std::string>
+      fallbacks;            ///< "sel: fused -> sdpa: reason (12 calls)", "prefill sel: ..." in a decode point
+  double max_abs_err = -1;  ///< against float64 at sampled rows; < 0: not checked
   std::vector<TensorRecord> tensors;
   void fail(const std::string& why) {  ///< the first reason stands; "" is none
     if (why.empty()) return;

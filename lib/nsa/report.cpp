@@ -134,7 +134,7 @@ void print_table_row(std::ostream& out, const TableColumns& columns, const Point
   const ReadFigures reads = last_reads(point);
   fmt::print(out, " {:>6} {:>15} {:>8}", percent_text(selection_share(point)),
              count_text(reads.counted) + "/" + count_text(reads.expected), count_text(reads.nsa_vibe));
-  fmt::print(out, "{}\n", point.valid ? "" : "  INVALID");
+  fmt::print(out, "{}{}\n", point.fallbacks.empty() ? "" : "  FALLBACK", point.valid ? "" : "  INVALID");
 }
 
 void print_table_notes(std::ostream& out) {
@@ -149,6 +149,11 @@ void print_table(std::ostream& out, const std::vector<PointRecord>& points) {
   print_table_header(out, columns);
   for (const PointRecord& point : points) print_table_row(out, columns, point);
   print_table_notes(out);
+}
+
+void print_fallbacks(std::ostream& out, const std::vector<PointRecord>& points) {
+  for (const PointRecord& point : points)
+    for (const std::string& line : point.fallbacks) fmt::print(out, "fallback at {}: {}\n", point_name(point), line);
 }
 
 void print_slowest(std::ostream& out, const std::vector<PointRecord>& points) {

@@ -25,6 +25,9 @@ void print_table(std::ostream& out, const std::vector<PointRecord>& points);
 /// The slowest rank of each point and by how much (max / median over ranks of their own work). One rank: nothing.
 void print_slowest(std::ostream& out, const std::vector<PointRecord>& points);
 
+/// A line for each fallback: where, from what, why, how often. None: nothing.
+void print_fallbacks(std::ostream& out, const std::vector<PointRecord>& points);
+
 /// A FOM line.
 struct Figure {
   std::string name, value, unit;

@@ -171,7 +171,9 @@ bool enter_at_once(Work& w) {
   return true;
 }
 
-void attend(Work& w, Branch branch) { w.engine.route[branch]->run(attend_args(w, branch), w.engine.streams.compute); }
+void attend(Work& w, Branch branch) {
+  w.engine.routes.of(w.phase, branch).run(branch, attend_args(w, branch), w.engine.streams.compute);
+}
 
 void rank_blocks(Work& w) { w.engine.kernels().rank(rank_args(w), w.engine.streams.compute); }
 
@@ -188,13 +190,19 @@ bool attend_at_once(Work& w) {
   if (!kernels.decode_step || w.exchange) return false;
   DecodeStepArgs args;
   for (const Branch b : {cmp, sel, win}) {
-    if (w.engine.route[b] != &kernels.attend[b].front()) return false;  // another implementation was asked for
+    if (w.engine.routes.of(w.phase, b).kernel != &kernels.attend[b].front())
+      return false;  // another implementation was asked for
     args.attend[b] = attend_args(w, b);
   }
   args.rank = rank_args(w);
   args.combine = combine_args(w);
-  if (!kernels.decode_step_accepts(args)) return false;
-  kernels.decode_step(args, w.engine.streams.compute);
+  if (!w.engine.routes.steps_at_once || !kernels.decode_step_accepts(args)) return false;
+  try {
+    kernels.decode_step(args, w.engine.streams.compute);
+  } catch (const LaunchError&) {
+    w.engine.routes.steps_at_once = false;  // the stages one by one do the same, and fall back where they must
+    return false;
+  }
   return true;
 }
 

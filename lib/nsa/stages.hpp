@@ -24,6 +24,7 @@ struct Work {
   std::int64_t first_row = 0;  ///< of the tile within q, gate, x, y
   std::int64_t layer = 0;
   KvView k[branches], v[branches];  ///< what attention reads: [cmp], [sel], [win]
+  Phase phase = Phase::decode;
 
   bool leaves_out(Branch branch) const { return options.leave_out == branch; }
   bool whole_layer() const { return engine.config.run.scope == Scope::layer; }

@@ -55,7 +55,7 @@ LayerCaches::LayerCaches(const Allocator& allocate, const Partition& p, std::int
 
 StepBuffers::StepBuffers(const Allocator& allocate, const KernelTable& kernels, const Config& config,
                          const Partition& p, const Point& point, std::int64_t rows, const QueryTile& tile,
-                         bool exchange, bool record) {
+                         bool exchange, bool record, std::size_t scratch_bytes) {
   const LayerShape& s = p.shape;
   const std::int64_t storage = static_cast<std::int64_t>(size_of(s.dtype)), t = tile.rows();
   const std::int64_t heads = s.heads(), ranks = exchange ? p.kv : 1;
@@ -73,7 +73,7 @@ StepBuffers::StepBuffers(const Allocator& allocate, const KernelTable& kernels, 
     v[c] = make(t * s.groups * s.d_v * storage);
   }
   scores = allocate(MemoryKind::workspace, static_cast<std::int64_t>(kernels.score_bytes(s, tile, cmp_rows)));
-  scratch = allocate(MemoryKind::workspace, static_cast<std::int64_t>(kernels.scratch_bytes(s, tile)));
+  scratch = allocate(MemoryKind::workspace, static_cast<std::int64_t>(scratch_bytes));
   const std::int64_t lse_bytes = tile.rescores ? 0 : s.lanes / ranks * t * heads * 2 * 4;
   const std::int64_t candidate_bytes = t * s.groups * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate));
   const std::int64_t partial_bytes = partial_floats(s, t) * 4;

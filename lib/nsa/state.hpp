@@ -58,7 +58,8 @@ struct StepBuffers {
   Buffer reads;  ///< [3][batch, groups] int64
 
   StepBuffers(const Allocator& allocate, const KernelTable& kernels, const Config& config, const Partition& partition,
-              const Point& point, std::int64_t rows, const QueryTile& tile, bool exchange, bool record);
+              const Point& point, std::int64_t rows, const QueryTile& tile, bool exchange, bool record,
+              std::size_t scratch_bytes);
 };
 
 /// Positions a point needs room for: its context, and in decode its steps.

@@ -111,6 +111,22 @@ TEST_CASE("every layout gives the one-rank answer", "[mpi][layer]") {
     }
 }
 
+TEST_CASE("every layout gives the one-rank answer on every route", "[mpi][routes]") {
+  const char *sdpa = "route.sel=\"sdpa\"", *masked = "route.sel=\"masked\"";
+  const std::vector<Shape> shapes = {
+      {"sdpa", 143, 7, {attention, small, "route.cmp=\"sdpa\"", sdpa, "route.win=\"sdpa\""}},
+      {"masked", 143, 7, {attention, small, "route.cmp=\"sdpa\"", masked, "route.win=\"masked\""}},
+      {"sdpa, T < l", 5, 30, {attention, small, "route.cmp=\"sdpa\"", sdpa, "route.win=\"sdpa\""}},
+      {"masked, bf16, B = 2",
+       149,
+       5,
+       {small, masked, "route.win=\"masked\"", "run.batch=2", "model.precision=\"bf16\""}},
+  };
+  for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
+      check_layouts(shape);
+    }
+}
+
 TEST_CASE("for the same q and k every layout chooses the same blocks, bit for bit", "[mpi][attention]") {
   const std::vector<Shape> shapes = {
       {"chunks of 1 block", 271, 7, {attention, small}},

@@ -57,6 +57,11 @@ void check_phase(const Phase& phase) {
   const Options options = options_of(phase.config);
   const std::int64_t first = phase.record.first_position;
   CHECK(phase.record.valid);
+  CHECK(phase.record.fallbacks.empty());
+  for (int c = 0; c < nsa::branches; ++c) {
+    const std::string& asked = phase.config.route.implementation[c];
+    CHECK((asked == "auto" || asked == phase.record.routes[c]));
+  }
   CHECK(first == (phase.config.kind == nsa::TaskKind::decode ? phase.config.run.context.at(0) : 0));
   oracle::Layer expected = expect(phase);
   const oracle::Integers selected = integers(phase.record, "selected");
@@ -134,6 +139,29 @@ TEST_CASE("attention over given q, k, v agrees with the oracle", "[parity][atten
     shape.overrides.push_back("run.scope=\"attention\"");
     DYNAMIC_SECTION(shape.name) { check_shape(shape); }
   }
+}
+
+TEST_CASE("every route agrees with the oracle, prefill and decode", "[parity][routes]") {
+  const char* paper = "nsa.l=32";
+  const std::vector<Shape> shapes = {
+      {"T no multiple of d or l'", 143, 7, {}},
+      {"T < l, B = 2", 5, 14, {"run.batch=2"}},
+      {"T = 1, h = 5", 1, 21, {"model.n_heads=10"}},
+      {"Dk < Dv, w > T", 117, 5, {"model.d_k=8", "model.d_v=24", "nsa.w=512"}},
+      {"d = 1, w = 37", 117, 5, {"nsa.l=3", "nsa.d=1", "nsa.l_sel=8", "nsa.w=37"}},
+      {"the paper's blocks, bf16",
+       1157,
+       5,
+       {paper, "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=8", "nsa.w=512", "model.n_heads=2", "model.d_k=64",
+        "model.d_v=64", "model.precision=\"bf16\""}},
+  };
+  const char* routes[][nsa::branches] = {{"sdpa", "sdpa", "sdpa"}, {"fused", "masked", "masked"}};
+  for (const auto& names : routes)
+    for (Shape shape : shapes) {
+      for (int c = 0; c < nsa::branches; ++c)
+        shape.overrides.push_back(std::string("route.") + nsa::branch_names[c] + "=\"" + names[c] + "\"");
+      DYNAMIC_SECTION(names[0] << " " << names[1] << " " << names[2] << ": " << shape.name) { check_shape(shape); }
+    }
 }
 
 TEST_CASE("the same tokens and weights whatever the phase", "[parity]") {

@@ -30,8 +30,15 @@ inline void check(cublasStatus_t code, const char* call) {
                   ExitCode::device);
 }
 
+/// A kernel that was not started: LaunchError while the device still answers, UserError(device) when it is lost.
+[[noreturn]] void refuse_launch(cudaError_t code, const char* call);
+
+/// Of calls that start a kernel or prepare its start.
+inline void check_start(cudaError_t code, const char* call) {
+  if (code != cudaSuccess) refuse_launch(code, call);
+}
 /// After each launch: what the launch itself refused.
-inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
+inline void check_launch(const char* kernel) { check_start(cudaGetLastError(), kernel); }
 
 /// A Stream is a cudaStream_t by another name.
 inline cudaStream_t cuda(Stream* stream) { return reinterpret_cast<cudaStream_t>(stream); }
@@ -51,8 +58,8 @@ const DeviceLimits& limits();
 template <class Kernel>
 void allow_shared(Kernel* kernel, std::size_t bytes) {
   if (bytes > (48u << 10))
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-          "cudaFuncSetAttribute");
+    check_start(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+                "cudaFuncSetAttribute");
 }
 
 /// Launches a kernel that may be scheduled while its predecessor on the stream still runs (programmatic dependent
@@ -63,7 +70,8 @@ void launch_early(void (*kernel)(Params...), dim3 grid, int threads, std::size_t
                   Args&&... args) {
   allow_shared(kernel, shared);
   if (cluster > 8)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
+    check_start(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                "cudaFuncSetAttribute");
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
@@ -77,7 +85,7 @@ void launch_early(void (*kernel)(Params...), dim3 grid, int threads, std::size_t
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   config.attrs = attributes;
   config.numAttrs = limits().capability < 90 ? 0 : cluster > 1 ? 2 : 1;
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "cudaLaunchKernelEx");
+  check_start(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "cudaLaunchKernelEx");
 }
 
 /// Every thread, first of all: until the predecessor is complete. Then its successor may be scheduled.

@@ -21,6 +21,7 @@ namespace {
 
 constexpr int threads = 256;
 constexpr int warps = threads / 32;
+constexpr int span_rows = 256;              // of a job whose window is packed
 constexpr int pack_columns = 32;            // of a CTA
 constexpr std::int64_t most_units = 65535;  // of a job: a grid's y
 constexpr std::size_t budget = std::size_t{64} << 20;
@@ -54,17 +55,24 @@ struct Column {
   bool halo;           // scored here, attended elsewhere
 };
 
+// has_row without its divisions where nothing is cut.
+__device__ bool holds(const RowMap& map, std::int64_t i) {
+  return (map.chunk == INT64_MAX && map.ring == 0) || has_row(map, i);
+}
+
 __device__ Column column_at(const Dense& p, const std::int32_t* chosen, std::int64_t t, std::int64_t j) {
   const RowMap& map = p.a.k.map;
   const BlockRules& r = p.a.shape.rules;
   if (p.source == Source::chosen) {
-    const std::int64_t block = chosen[j / r.l_sel], i = block * r.l_sel + j % r.l_sel;
-    return {block < 0 || i > t || !has_row(map, i) ? -1 : i, false};
+    const unsigned at = static_cast<unsigned>(j), l = static_cast<unsigned>(r.l_sel);
+    const std::int64_t block = chosen[at / l], i = block * r.l_sel + at % l;
+    return {block < 0 || i > t || !holds(map, i) ? -1 : i, false};
   }
   if (p.source == Source::whole) return {j, false};
   if (p.source == Source::span) {
-    const std::int64_t i = (p.columns == p.a.tile.max_positions ? 0 : *p.a.tile.first_position + 1 - r.w) + j;
-    return {i < 0 || i > t || !has_row(map, i) ? -1 : i, false};
+    const std::int64_t row = p.per_list ? 0 : p.first;  // the job's first
+    const std::int64_t i = (p.columns == p.a.tile.max_positions ? 0 : *p.a.tile.first_position + row + 1 - r.w) + j;
+    return {i < 0 || i > t || !holds(map, i) ? -1 : i, false};
   }
   if (map.ring > 0) {
     const std::int64_t back = (t % map.ring - (map.slot_begin + j) + 2 * map.ring) % map.ring;
@@ -113,22 +121,27 @@ __global__ void __launch_bounds__(threads) pack(const __grid_constant__ Dense p,
   const std::int64_t g = p.per_list ? list % s.groups : p.g;
   const std::int64_t plane = (p.a.tile.batch_begin + row.sequence) * s.groups + g;
   const std::int32_t* chosen = chosen_blocks(p, list);
-  const int of_k = s.d_k * storage / static_cast<int>(sizeof(V)), of_v = s.d_v * storage / static_cast<int>(sizeof(V));
+  __shared__ std::int64_t from[pack_columns][2];  // of K and V, elements; negative: none
   int counted = 0;
-  for (int item = threadIdx.x; item < pack_columns * (of_k + of_v); item += threads) {
-    const std::int64_t j = std::int64_t{blockIdx.x} * pack_columns + item / (of_k + of_v);
-    if (j >= p.columns) break;
-    const int at = item % (of_k + of_v);
-    const std::int64_t i = column_at(p, chosen, row.t, j).token;
+  if (threadIdx.x < pack_columns) {
+    const std::int64_t j = std::int64_t{blockIdx.x} * pack_columns + threadIdx.x;
+    const std::int64_t i = j < p.columns ? column_at(p, chosen, row.t, j).token : -1;
+    from[threadIdx.x][0] = i < 0 ? -1 : offset_of(p.a.k, plane, i);
+    from[threadIdx.x][1] = i < 0 ? -1 : offset_of(p.a.v, plane, i);
+    counted = i >= 0;
+  }
+  __syncthreads();
+  const int of_k = s.d_k * storage / static_cast<int>(sizeof(V)), of_v = s.d_v * storage / static_cast<int>(sizeof(V));
+  const std::int64_t first = std::int64_t{blockIdx.x} * pack_columns;
+  const int here = static_cast<int>(min(std::int64_t{pack_columns}, p.columns - first));
+  for (int item = threadIdx.x; item < here * (of_k + of_v); item += threads) {
+    const int column = item / (of_k + of_v), at = item % (of_k + of_v);
     const bool value = at >= of_k;
-    const KvView& view = value ? p.a.v : p.a.k;
     const int width = value ? of_v : of_k, e = value ? at - of_k : at;
-    V* to = static_cast<V*>(value ? p.v : p.k) + (matrix * p.columns + j) * width + e;
-    *to =
-        i < 0
-            ? V{}
-            : reinterpret_cast<const V*>(static_cast<const char*>(view.data) + offset_of(view, plane, i) * storage)[e];
-    counted += i >= 0 && at == 0;
+    const char* data = static_cast<const char*>(value ? p.a.v.data : p.a.k.data);
+    const std::int64_t row_at = from[column][value];
+    V* to = static_cast<V*>(value ? p.v : p.k) + (matrix * p.columns + first + column) * width + e;
+    *to = row_at < 0 ? V{} : reinterpret_cast<const V*>(data + row_at * storage)[e];
   }
   if (p.source != Source::chosen) return;
   const int sum = __reduce_add_sync(0xffffffffu, counted);
@@ -177,7 +190,7 @@ __device__ MaxSum compressed_lanes(const Dense& p, const float* scores, std::int
     }
     if (threadIdx.x % 32 != 0) continue;
     lanes[slot] = lane;
-    write_sum(p.a.lse + ((slot * p.a.tile.rows() + row) * s.heads() + head) * 2, lane);
+    if (!p.a.tile.rescores) write_sum(p.a.lse + ((slot * p.a.tile.rows() + row) * s.heads() + head) * 2, lane);
   }
   __syncthreads();
   MaxSum total;
@@ -210,19 +223,26 @@ __global__ void __launch_bounds__(threads) soften(const __grid_constant__ Dense 
   const std::int32_t* chosen = chosen_blocks(p, r * s.groups + g);
   const std::int64_t n = B == cmp ? compressed_tokens(s.rules, row.t) : 0;
   const float* scores = p.scores + unit * p.score_row + j * p.score_ld;
-  const auto held = [&](std::int64_t i) { return attends<B>(p, chosen, row.t, n, column_at(p, chosen, row.t, i)); };
+  // Who is attended is found once, and again only past the thread's 64th column.
+  const auto look = [&](std::int64_t i) { return attends<B>(p, chosen, row.t, n, column_at(p, chosen, row.t, i)); };
+  std::uint64_t seen = 0;
   MaxSum total;
   if constexpr (B == cmp) {
     total = compressed_lanes(p, scores, n, r, head, lanes);
   } else {
-    for (std::int64_t i = threadIdx.x; i < p.columns; i += threads)
-      if (held(i)) total.m = fmaxf(total.m, scores[i]);
+    int k = 0;
+    for (std::int64_t i = threadIdx.x; i < p.columns; i += threads, ++k) {
+      if (!look(i)) continue;
+      if (k < 64) seen |= std::uint64_t{1} << k;
+      total.m = fmaxf(total.m, scores[i]);
+    }
     total.m = over_cta(total.m, -INFINITY, partial, [](float x) { return warp_max(x); });
   }
   T* weights = static_cast<T*>(p.weights) + (unit * s.heads_per_group + j) * p.weight_ld;
   float sum = 0.0f, counted = 0.0f;
-  for (std::int64_t i = threadIdx.x; i < p.columns; i += threads) {
-    const bool here = held(i);
+  int k = 0;
+  for (std::int64_t i = threadIdx.x; i < p.columns; i += threads, ++k) {
+    const bool here = B != cmp && k < 64 ? seen >> k & 1 : look(i);
     const float weight = here ? exp2_fast(scores[i] - total.m) : 0.0f;
     if (!p.a.scores_only) store(weights + i, weight);
     sum += weight;
@@ -235,7 +255,8 @@ __global__ void __launch_bounds__(threads) soften(const __grid_constant__ Dense 
       atomicAdd(reinterpret_cast<unsigned long long*>(p.a.reads) + row.sequence * s.groups + g,
                 static_cast<unsigned long long>(counted));
   }
-  if (threadIdx.x == 0 && !p.a.scores_only) write_sum(p.a.out.ms + (r * s.heads() + head) * 2, total);
+  if (threadIdx.x == 0 && (!p.a.scores_only || p.a.tile.rescores))
+    write_sum(p.a.out.ms + (r * s.heads() + head) * 2, total);
 }
 
 std::int64_t padded_weights(std::int64_t columns) { return (columns + 7) / 8 * 8; }
@@ -252,8 +273,11 @@ std::int64_t chosen_columns(const LayerShape& s, const QueryTile& tile) {
 
 // Short sequences from their beginning.
 std::int64_t span_columns(const LayerShape& s, const QueryTile& tile) {
-  return std::min<std::int64_t>(s.rules.w + tile.tokens - 1, tile.max_positions);
+  return std::min<std::int64_t>(s.rules.w + std::min(tile.tokens, span_rows) - 1, tile.max_positions);
 }
+
+/// The compressed scores go where rank finds them, unless rank forms its own.
+bool leaves_scores(Branch branch, const QueryTile& tile) { return branch == cmp && !tile.rescores; }
 
 /// Bytes of one unit (a list, or a row of a sequence and group) and what is there once.
 struct Needs {
@@ -267,7 +291,8 @@ Needs needs_of(Branch branch, Source source, bool per_list, std::int64_t columns
   const std::size_t storage = size_of(s.dtype), packed = columns * (s.d_k + s.d_v) * storage;
   Needs needs;
   needs.units = per_list ? tile.rows() * s.groups : tile.tokens;
-  needs.unit = s.heads_per_group * (padded_weights(columns) * storage + (branch == cmp ? 0 : columns * sizeof(float)));
+  needs.unit = s.heads_per_group *
+               (padded_weights(columns) * storage + (leaves_scores(branch, tile) ? 0 : columns * sizeof(float)));
   if (source == Source::in_place) return needs;
   (per_list ? needs.unit : needs.once) += packed;
   return needs;
@@ -380,6 +405,7 @@ Parts divide(const Dense& p, const Needs& needs) {
   Parts parts{};
   parts.units =
       std::min({needs.units, most_units, static_cast<std::int64_t>((given - needs.once - 1024) / needs.unit)});
+  if (p.source == Source::span && !p.per_list) parts.units = std::min<std::int64_t>(parts.units, span_rows);
   const std::size_t matrices = p.source == Source::in_place ? 0 : p.per_list ? parts.units : 1;
   char* at = static_cast<char*>(p.a.scratch);
   const auto take = [&](std::size_t bytes) {
@@ -389,7 +415,7 @@ Parts divide(const Dense& p, const Needs& needs) {
   };
   parts.k = take(matrices * p.columns * s.d_k * storage);
   parts.v = take(matrices * p.columns * s.d_v * storage);
-  parts.scores = take(B == cmp ? 0 : parts.units * s.heads_per_group * p.columns * sizeof(float));
+  parts.scores = take(leaves_scores(B, p.a.tile) ? 0 : parts.units * s.heads_per_group * p.columns * sizeof(float));
   parts.weights = at;
   return parts;
 }
@@ -403,9 +429,10 @@ void run_jobs(Dense& p, Stream* stream) {
   const Parts parts = divide<B>(p, needs);
   const bool packed = p.source != Source::in_place;
   const std::int64_t slot = p.a.k.map.ring > 0 ? p.a.k.map.slot_begin : 0;
-  const std::int64_t pitch = B == cmp ? score_pitch(p.a.k.map, tokens_of(cmp, s, tile)) : p.columns;
+  const bool leaves = leaves_scores(B, tile);
+  const std::int64_t pitch = leaves ? score_pitch(p.a.k.map, tokens_of(cmp, s, tile)) : p.columns;
   p.score_ld = pitch;
-  p.score_row = B == cmp && !p.per_list ? s.heads() * pitch : h * pitch;
+  p.score_row = leaves && !p.per_list ? s.heads() * pitch : h * pitch;
   p.weights = parts.weights;
   p.k_stride = packed ? p.columns * s.d_k : p.a.k.plane_stride;
   p.v_stride = packed ? p.columns * s.d_v : p.a.v.plane_stride;
@@ -424,9 +451,9 @@ void run_jobs(Dense& p, Stream* stream) {
         const std::int64_t row_head =
             p.per_list ? p.first * h
                        : (std::int64_t{p.sequence} * tile.tokens + p.first) * s.heads() + std::int64_t{p.g} * h;
-        p.scores =
-            B == cmp ? static_cast<float*>(p.a.scores) + row_head * pitch : reinterpret_cast<float*>(parts.scores);
-        if (packed && (p.per_list || p.first == 0)) gather(p, p.per_list ? p.count : 1, stream);
+        p.scores = leaves ? static_cast<float*>(p.a.scores) + row_head * pitch : reinterpret_cast<float*>(parts.scores);
+        if (packed && (p.per_list || p.first == 0 || p.source == Source::span))
+          gather(p, p.per_list ? p.count : 1, stream);
         multiply_job<B>(p, stream);
       }
 }
@@ -460,15 +487,9 @@ void attend(const AttendArgs& a, bool masked, Stream* stream) {
 /// A rank's own rows, halos with them, are at most so many more than its tokens (before < leaf <= chunk).
 std::int64_t most_rows(const LayerShape& s, std::int64_t tokens) { return tokens + 2 * s.leaf + tokens; }
 
-std::size_t masked_bytes(const LayerShape& s, const QueryTile& tile) {
-  const bool per_list = tile.tokens == 1;
-  return std::max(needs_of(sel, Source::whole, per_list, tile.max_positions, s, tile).bytes(),
-                  needs_of(sel, Source::in_place, per_list, tile.max_positions, s, tile).bytes());
-}
-
 }  // namespace
 
-std::size_t dense_scratch(const LayerShape& s, const QueryTile& tile) {
+std::size_t sdpa_scratch(const LayerShape& s, const QueryTile& tile) {
   const bool per_list = tile.tokens == 1;
   const std::int64_t compressed = tokens_of(cmp, s, tile);
   std::size_t most = needs_of(sel, Source::chosen, true, chosen_columns(s, tile), s, tile).bytes();
@@ -478,8 +499,13 @@ std::size_t dense_scratch(const LayerShape& s, const QueryTile& tile) {
   also(win, Source::span, span_columns(s, tile));
   also(cmp, Source::whole, compressed);
   also(cmp, Source::in_place, most_rows(s, compressed));
-  if (masked_accepts(s, tile)) most = std::max(most, masked_bytes(s, tile));
   return most;
+}
+
+std::size_t masked_scratch(const LayerShape& s, const QueryTile& tile) {
+  const bool per_list = tile.tokens == 1;
+  return std::max(needs_of(sel, Source::whole, per_list, tile.max_positions, s, tile).bytes(),
+                  needs_of(sel, Source::in_place, per_list, tile.max_positions, s, tile).bytes());
 }
 
 bool masked_accepts(const LayerShape& s, const QueryTile& tile) {

@@ -217,6 +217,13 @@ void open(int index) {
 
 }  // namespace
 
+void refuse_launch(cudaError_t code, const char* call) {
+  (void)cudaGetLastError();  // an error of the call alone goes away
+  std::size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), call);  // one that has ruined the context stays
+  throw LaunchError(std::string(call) + " refused (" + cudaGetErrorString(code) + ")");
+}
+
 cublasHandle_t blas(Stream* stream) {
   check(cublasSetStream(open_device.blas, cuda(stream)), "cublasSetStream");
   check(cublasSetWorkspace(open_device.blas, open_device.blas_workspace, blas_workspace_bytes), "cublasSetWorkspace");
@@ -243,7 +250,7 @@ Backend open_cuda(int local_rank) {
                         std::to_string(count) + " ranks a host, or set NSA_SHARE_GPU=1",
                     ExitCode::device);
   gpu::open(local_rank % count);
-  return {BackendKind::cuda, &gpu::kernel_table(), &gpu::device_ops};
+  return {BackendKind::cuda, &gpu::kernel_table(), &gpu::device_ops, gpu::limits().capability};
 }
 
 }  // namespace nsa

@@ -55,7 +55,8 @@ bool rows_accept(const LayerShape&, const QueryTile&);
 std::size_t project_scratch(const LayerShape&, const QueryTile&);
 std::size_t attend_scratch(const LayerShape&, const QueryTile&);  ///< of one branch
 std::size_t decode_scratch(const LayerShape&, const QueryTile&);
-std::size_t dense_scratch(const LayerShape&, const QueryTile&);   ///< of one branch
+std::size_t sdpa_scratch(const LayerShape&, const QueryTile&);    ///< of one branch
+std::size_t masked_scratch(const LayerShape&, const QueryTile&);  ///< of one branch
 std::size_t rows_scratch(const LayerShape&, const QueryTile&);
 std::size_t rank_scratch(const LayerShape&, const QueryTile&);
 

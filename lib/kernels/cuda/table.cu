@@ -18,8 +18,8 @@ std::size_t branch_part(const LayerShape& s, const QueryTile& tile) {
     kept.tokens = std::min(tile.tokens, 16);
     kept.max_positions = 1;
   }
-  return padded(std::max(
-      {attend_scratch(s, tile), decode_scratch(s, kept), rows_scratch(s, kept), dense_scratch(s, tile)}));
+  return padded(
+      std::max({attend_scratch(s, tile), decode_scratch(s, kept), rows_scratch(s, kept), sdpa_scratch(s, tile)}));
 }
 
 template <class Args>
@@ -65,12 +65,27 @@ constexpr AttendKernel best = {"fused", accepts_any, attend_best<B>, B == cmp ? 
 
 template <Branch B>
 constexpr AttendKernel sdpa = {"sdpa", accepts_any, attend<B, attend_sdpa>};
+// masked is asked for, never fallen back to: its scratch lies behind the other stages' where it is wanted.
 template <Branch B>
-constexpr AttendKernel masked = {"masked", masked_accepts, attend<B, attend_masked>};
+void attend_behind(const AttendArgs& a, Stream* stream);
+std::size_t scratch_with_masked(const LayerShape& s, const QueryTile& tile);
+template <Branch B>
+constexpr AttendKernel masked = {"masked", masked_accepts, attend_behind<B>, nullptr, scratch_with_masked};
+
+// Dense tiles of many queries: the window of a prefill. The compressed ones are part of `fused`, where rank forms
+// scores.
+bool flash_accepts(const LayerShape& s, const QueryTile& tile) {
+  return tile.tokens > 1 && prefill_accepts(win, s, RowMap{});
+}
+void attend_flash(const AttendArgs& a, Stream* stream) {
+  if (!prefill_accepts(win, a.shape, a.k.map)) throw LaunchError("flash does not read a cache that is cut like this");
+  attend_prefill(win, a, stream);
+}
 
 constexpr AttendKernel cmp_kernels[] = {best<cmp>, sdpa<cmp>, general<cmp>};
 constexpr AttendKernel sel_kernels[] = {best<sel>, sdpa<sel>, masked<sel>, general<sel>};
-constexpr AttendKernel win_kernels[] = {best<win>, sdpa<win>, masked<win>, general<win>};
+constexpr AttendKernel win_kernels[] = {
+    best<win>, sdpa<win>, masked<win>, general<win>, {"flash", flash_accepts, attend_flash}};
 
 void rank_with_scratch(const RankArgs& a, Stream* stream) {
   if (a.tile.rescores)
@@ -98,15 +113,40 @@ std::size_t scratch_bytes(const LayerShape& s, const QueryTile& tile) {
   return std::max(padded(project_scratch(s, tile)), branches * branch_part(s, tile) + padded(ranking));
 }
 
+template <Branch B>
+void attend_behind(const AttendArgs& a, Stream* stream) {
+  const std::size_t part = padded(masked_scratch(a.shape, a.tile));
+  attend_masked(B, with_part(a, padded(scratch_bytes(a.shape, a.tile)) + (B == win ? part : 0), part), stream);
+}
+
+std::size_t scratch_with_masked(const LayerShape& s, const QueryTile& tile) {
+  return padded(scratch_bytes(s, tile)) + 2 * padded(masked_scratch(s, tile));
+}
+
 // Prefill: the partials of that many rows of 64 heads are 0.8 GB, and every SM has some 15 items a stage.
 constexpr std::int32_t tile_tokens = 8192;
 constexpr std::size_t tile_budget = std::size_t{1} << 30;
 
-constexpr KernelTable table = {project,           append,      compress,      {cmp_kernels, sel_kernels, win_kernels},
-                               rank_with_scratch, select,      combine,       output,
-                               rmsnorm,           add,         copy_rows,     fill_rows,
-                               advance,           score_bytes, scratch_bytes, tile_tokens,
-                               tile_budget,       decode_enter, decode_step_accepts, decode_step_with_scratch};
+constexpr KernelTable table = {project,
+                               append,
+                               compress,
+                               {cmp_kernels, sel_kernels, win_kernels},
+                               rank_with_scratch,
+                               select,
+                               combine,
+                               output,
+                               rmsnorm,
+                               add,
+                               copy_rows,
+                               fill_rows,
+                               advance,
+                               score_bytes,
+                               scratch_bytes,
+                               tile_tokens,
+                               tile_budget,
+                               decode_enter,
+                               decode_step_accepts,
+                               decode_step_with_scratch};
 
 }  // namespace
 

@@ -3,24 +3,6 @@
 namespace nsa::host {
 namespace {
 
-/// q of the task as [Dk][columns], scaled.
-void load_queries(const AttendArgs& args, const Widths& w, const Task& task, Worker& worker) {
-  const LayerShape& s = args.shape;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(s.d_k));
-  std::fill_n(worker.queries, std::int64_t{s.d_k} * w.columns, 0.0f);
-  for (int r = 0; r < task.rows; ++r) {
-    for (int j = 0; j < s.heads_per_group; ++j) {
-      const std::int64_t head = (task.tile_row + r) * s.heads() + task.g * s.heads_per_group + j;
-      load(s.dtype, s.d_k, at(s.dtype, args.q, head * s.d_k), worker.k);
-      float* column = worker.queries + r * s.heads_per_group + j;
-      for (int e = 0; e < s.d_k; ++e) column[e * w.columns] = worker.k[e] * scale;
-    }
-  }
-  std::fill_n(worker.first, w.columns, 0);
-  std::fill_n(worker.last, w.columns, 0);
-  worker.tokens_read = 0;
-}
-
 void merge_state(const Widths& w, int columns, Worker& worker, State& into, const State& from, bool with_o) {
   merge_columns(w.columns, into.m, into.s, from.m, from.s, worker.keep, worker.add);
   if (!with_o) return;
@@ -39,25 +21,6 @@ void write_out(const AttendArgs& args, const Widths& w, const Task& task, const 
       std::memcpy(args.out.o + head * s.d_v, state.o + std::int64_t{c} * w.v, sizeof(float) * s.d_v);
     }
   }
-}
-
-Task task_of(const AttendArgs& args, int rows_per_task, std::int64_t index) {
-  const QueryTile& tile = args.tile;
-  const std::int64_t blocks = (tile.tokens + rows_per_task - 1) / rows_per_task;
-  Task task;
-  const auto block = static_cast<std::int32_t>(index % blocks);
-  task.g = static_cast<std::int32_t>(index / blocks % args.shape.groups);
-  task.b = static_cast<std::int32_t>(index / blocks / args.shape.groups);
-  task.row = block * rows_per_task;
-  task.rows = std::min(rows_per_task, tile.tokens - task.row);
-  task.t0 = *tile.first_position + task.row;
-  task.plane = std::int64_t{tile.batch_begin + task.b} * args.shape.groups + task.g;
-  task.tile_row = std::int64_t{task.b} * tile.tokens + task.row;
-  return task;
-}
-
-std::int64_t tasks_of(const LayerShape& s, const QueryTile& tile, int rows_per_task) {
-  return std::int64_t{tile.batches} * s.groups * ((tile.tokens + rows_per_task - 1) / rows_per_task);
 }
 
 /// Few tasks: their parts are shared out too, and their states kept until all are there.
@@ -81,6 +44,42 @@ void count_reads(const AttendArgs& args, const Task& task, const Worker& worker)
 }
 
 }  // namespace
+
+void load_queries(const AttendArgs& args, const Widths& w, const Task& task, Worker& worker) {
+  const LayerShape& s = args.shape;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(s.d_k));
+  std::fill_n(worker.queries, std::int64_t{s.d_k} * w.columns, 0.0f);
+  for (int r = 0; r < task.rows; ++r) {
+    for (int j = 0; j < s.heads_per_group; ++j) {
+      const std::int64_t head = (task.tile_row + r) * s.heads() + task.g * s.heads_per_group + j;
+      load(s.dtype, s.d_k, at(s.dtype, args.q, head * s.d_k), worker.k);
+      float* column = worker.queries + r * s.heads_per_group + j;
+      for (int e = 0; e < s.d_k; ++e) column[e * w.columns] = worker.k[e] * scale;
+    }
+  }
+  std::fill_n(worker.first, w.columns, 0);
+  std::fill_n(worker.last, w.columns, 0);
+  worker.tokens_read = 0;
+}
+
+Task task_of(const AttendArgs& args, int rows_per_task, std::int64_t index) {
+  const QueryTile& tile = args.tile;
+  const std::int64_t blocks = (tile.tokens + rows_per_task - 1) / rows_per_task;
+  Task task;
+  const auto block = static_cast<std::int32_t>(index % blocks);
+  task.g = static_cast<std::int32_t>(index / blocks % args.shape.groups);
+  task.b = static_cast<std::int32_t>(index / blocks / args.shape.groups);
+  task.row = block * rows_per_task;
+  task.rows = std::min(rows_per_task, tile.tokens - task.row);
+  task.t0 = *tile.first_position + task.row;
+  task.plane = std::int64_t{tile.batch_begin + task.b} * args.shape.groups + task.g;
+  task.tile_row = std::int64_t{task.b} * tile.tokens + task.row;
+  return task;
+}
+
+std::int64_t tasks_of(const LayerShape& s, const QueryTile& tile, int rows_per_task) {
+  return std::int64_t{tile.batches} * s.groups * ((tile.tokens + rows_per_task - 1) / rows_per_task);
+}
 
 Run next_run(const RowMap& map, std::int64_t i, std::int64_t end) {
   const auto bounded = [&](std::int64_t stop) {
@@ -151,24 +150,23 @@ void attend_scored(const LayerShape& s, const Widths& w, Worker& worker, const P
   }
 }
 
-std::size_t attend_scratch(const LayerShape& s, const QueryTile& tile, int rows_per_task, int parts,
-                           std::int64_t packed_rows) {
+std::size_t attend_scratch(const LayerShape& s, const QueryTile& tile, int rows_per_task, int parts) {
   Arena arena;
   const Widths w(s, rows_per_task);
-  for (int t = 0; t < threads(); ++t) Worker(arena, s, w, packed_rows);
+  for (int t = 0; t < threads(); ++t) Worker(arena, s, w);
   const std::int64_t tasks = tasks_of(s, tile, rows_per_task);
   if (splits(tasks, parts))
     for (std::int64_t i = 0; i < tasks * parts; ++i) State(arena, w);
   return arena.used();
 }
 
-void attend_parts(const AttendArgs& args, int rows_per_task, int parts, std::int64_t packed_rows, PartFunction part) {
+void attend_parts(const AttendArgs& args, int rows_per_task, int parts, PartFunction part) {
   const Widths w(args.shape, rows_per_task);
   const std::int64_t tasks = tasks_of(args.shape, args.tile, rows_per_task);
   const bool split = splits(tasks, parts), with_o = !args.scores_only;
   Arena arena(args.scratch, args.scratch_bytes);
   std::vector<Worker> workers;
-  for (int t = 0; t < threads(); ++t) workers.emplace_back(arena, args.shape, w, packed_rows);
+  for (int t = 0; t < threads(); ++t) workers.emplace_back(arena, args.shape, w);
   std::vector<State> states;
   if (split)
     for (std::int64_t i = 0; i < tasks * parts; ++i) states.emplace_back(arena, w);

@@ -59,7 +59,7 @@ struct Task {
 
 /// One thread's buffers.
 struct Worker {
-  Worker(Arena& arena, const LayerShape& s, const Widths& w, std::int64_t packed_rows)
+  Worker(Arena& arena, const LayerShape& s, const Widths& w)
       : queries(arena.take<float>(std::int64_t{s.d_k} * w.columns)),
         k(arena.take<float>(std::int64_t{tile_tokens} * s.d_k)),
         v(arena.take<float>(std::int64_t{tile_tokens} * w.v)),
@@ -70,7 +70,6 @@ struct Worker {
         add(arena.take<float>(w.columns)),
         first(arena.take<std::int32_t>(w.columns)),
         last(arena.take<std::int32_t>(w.columns)),
-        packed(arena.take<float>(packed_rows * (s.d_k + s.d_v))),
         part(arena, w),
         total(arena, w) {}
   float* queries;  ///< [Dk][columns], scaled by 1/sqrt(Dk)
@@ -78,7 +77,6 @@ struct Worker {
   float* scores;   ///< [64][columns]
   float *m, *s, *keep, *add;
   std::int32_t *first, *last;
-  float* packed;
   State part, total;
   std::int64_t tokens_read = 0;  ///< of the task at hand
 };
@@ -114,20 +112,40 @@ void for_runs(const RowMap& map, std::int64_t begin, std::int64_t end, Body&& bo
   for (Run run = next_run(map, begin, end); run.tokens > 0; run = next_run(map, run.first + run.tokens, end)) body(run);
 }
 
-/// `part(worker, task, index, state)` attends part `index` into the cleared state. `packed_rows`: rows of K and V a
-/// worker may gather. Writes args.out and adds to args.reads.
+/// `part(worker, task, index, state)` attends part `index` into the cleared state. Writes args.out and adds to
+/// args.reads.
 using PartFunction = void (*)(const AttendArgs&, const Widths&, Worker&, const Task&, int index, State&);
-void attend_parts(const AttendArgs& args, int rows_per_task, int parts, std::int64_t packed_rows, PartFunction part);
+void attend_parts(const AttendArgs& args, int rows_per_task, int parts, PartFunction part);
 
 /// Bytes of scratch attend_parts takes.
-std::size_t attend_scratch(const LayerShape& s, const QueryTile& tile, int rows_per_task, int parts,
-                           std::int64_t packed_rows);
+std::size_t attend_scratch(const LayerShape& s, const QueryTile& tile, int rows_per_task, int parts);
 
 int cmp_parts(const LayerShape& s, const QueryTile& tile);
 int win_parts(const LayerShape& s, const QueryTile& tile);
 
+/// dense.cpp
+void attend_cmp_sdpa(const AttendArgs& args, Stream*);
+void attend_sel_sdpa(const AttendArgs& args, Stream*);
+void attend_win_sdpa(const AttendArgs& args, Stream*);
+void attend_sel_masked(const AttendArgs& args, Stream*);
+void attend_win_masked(const AttendArgs& args, Stream*);
+std::size_t sdpa_scratch(const LayerShape& s, const QueryTile& tile);    ///< of any branch
+std::size_t masked_scratch(const LayerShape& s, const QueryTile& tile);  ///< of either branch
+bool masked_accepts(const LayerShape& s, const QueryTile& tile);
+
+/// Steps that several implementations share.
+Task task_of(const AttendArgs& args, int rows_per_task, std::int64_t index);
+std::int64_t tasks_of(const LayerShape& s, const QueryTile& tile, int rows_per_task);
+/// q of the task as [Dk][columns], scaled, in worker.queries.
+void load_queries(const AttendArgs& args, const Widths& w, const Task& task, Worker& worker);
+/// Leaves worker.scores of `tokens` tokens for rank, from `slot` on.
+void keep_scores(const AttendArgs& args, const Widths& w, const Worker& worker, const Task& task, std::int64_t slot,
+                 int tokens);
+void write_lane(const AttendArgs& args, const Task& task, std::int64_t slot, const State& state);
+/// Positions of the chosen block, cut at the row's own position; empty where another rank holds it.
+Run block_range(const AttendArgs& args, const Task& task, int index);
+
 void attend_cmp(const AttendArgs& args, Stream*);
-void attend_sel_packed(const AttendArgs& args, Stream*);
 void attend_sel_direct(const AttendArgs& args, Stream*);
 void attend_sel_shared(const AttendArgs& args, Stream*);  ///< many rows: those with a block in common together
 void attend_win(const AttendArgs& args, Stream*);

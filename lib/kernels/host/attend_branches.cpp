@@ -4,9 +4,6 @@
 #include "kernels/host/scores.hpp"
 
 namespace nsa::host {
-namespace {
-
-constexpr std::int32_t shared_from = 8;  ///< rows of a sequence from which sharing blocks among them pays
 
 void keep_scores(const AttendArgs& args, const Widths& w, const Worker& worker, const Task& task, std::int64_t slot,
                  int tokens) {
@@ -27,6 +24,30 @@ void keep_scores(const AttendArgs& args, const Widths& w, const Worker& worker, 
   }
 }
 
+void write_lane(const AttendArgs& args, const Task& task, std::int64_t slot, const State& state) {
+  const LayerShape& s = args.shape;
+  for (int r = 0; r < task.rows; ++r) {
+    for (int j = 0; j < s.heads_per_group; ++j) {
+      const std::int64_t head = (task.tile_row + r) * s.heads() + task.g * s.heads_per_group + j;
+      float* lse = args.lse + (slot * args.tile.rows() * s.heads() + head) * 2;
+      lse[0] = state.m[r * s.heads_per_group + j];
+      lse[1] = state.s[r * s.heads_per_group + j];
+    }
+  }
+}
+
+Run block_range(const AttendArgs& args, const Task& task, int index) {
+  const LayerShape& s = args.shape;
+  const std::int64_t j = args.selected[(task.tile_row * s.groups + task.g) * s.rules.n_sel + index];
+  const std::int64_t begin = j * s.rules.l_sel;
+  if (j < 0 || !has_chunk(args.k.map, chunk_of(args.k.map, begin))) return {};
+  return {begin, static_cast<int>(std::min<std::int64_t>(s.rules.l_sel, task.t0 + 1 - begin))};
+}
+
+namespace {
+
+constexpr std::int32_t shared_from = 8;  ///< rows of a sequence from which sharing blocks among them pays
+
 /// Chunk c's copies of the tokens before it: scored, neither attended nor counted.
 void score_halo(const AttendArgs& args, const Widths& w, Worker& worker, const Task& task, std::int64_t c,
                 std::int64_t valid) {
@@ -38,18 +59,6 @@ void score_halo(const AttendArgs& args, const Widths& w, Worker& worker, const T
     const void* k = at(args.shape.dtype, args.k.data, offset_in_chunk(args.k, task.plane, c, i));
     score_piece(args.shape, w, worker, {i, n, k, nullptr});
     keep_scores(args, w, worker, task, score_slot(map, c, i), n);
-  }
-}
-
-void write_lane(const AttendArgs& args, const Task& task, std::int64_t slot, const State& state) {
-  const LayerShape& s = args.shape;
-  for (int r = 0; r < task.rows; ++r) {
-    for (int j = 0; j < s.heads_per_group; ++j) {
-      const std::int64_t head = (task.tile_row + r) * s.heads() + task.g * s.heads_per_group + j;
-      float* lse = args.lse + (slot * args.tile.rows() * s.heads() + head) * 2;
-      lse[0] = state.m[r * s.heads_per_group + j];
-      lse[1] = state.s[r * s.heads_per_group + j];
-    }
   }
 }
 
@@ -85,15 +94,6 @@ void cmp_part(const AttendArgs& args, const Widths& w, Worker& worker, const Tas
   write_lane(args, task, all ? lane : lane / map.kv, state);
 }
 
-/// Positions [begin, end) of the chosen block, cut at the row's own position; empty where another rank holds it.
-Run block_range(const AttendArgs& args, const Task& task, int index) {
-  const LayerShape& s = args.shape;
-  const std::int64_t j = args.selected[(task.tile_row * s.groups + task.g) * s.rules.n_sel + index];
-  const std::int64_t begin = j * s.rules.l_sel;
-  if (j < 0 || !has_chunk(args.k.map, chunk_of(args.k.map, begin))) return {};
-  return {begin, static_cast<int>(std::min<std::int64_t>(s.rules.l_sel, task.t0 + 1 - begin))};
-}
-
 void attend_whole(const AttendArgs& args, const Widths& w, Worker& worker, const Task& task, const Piece& piece,
                   State& state) {
   score_piece(args.shape, w, worker, piece);
@@ -110,25 +110,6 @@ void sel_direct_part(const AttendArgs& args, const Widths& w, Worker& worker, co
     if (next.tokens > 0) piece.next_k = at(args.shape.dtype, args.k.data, offset_of(args.k, task.plane, next.first));
     attend_whole(args, w, worker, task, piece, state);
   });
-}
-
-void sel_packed_part(const AttendArgs& args, const Widths& w, Worker& worker, const Task& task, int index,
-                     State& state) {
-  const LayerShape& s = args.shape;
-  const std::size_t size = size_of(s.dtype);
-  const Run block = block_range(args, task, index);
-  void* k = worker.packed;
-  void* v = at(s.dtype, k, std::int64_t{s.rules.l_sel} * s.d_k);
-  for_runs(args.k.map, block.first, block.first + block.tokens, [&](const Run& run) {
-    const Piece piece = piece_of(s.dtype, args.k, args.v, task.plane, run);
-    std::memcpy(at(s.dtype, k, (run.first - block.first) * s.d_k), piece.k, run.tokens * s.d_k * size);
-    std::memcpy(at(s.dtype, v, (run.first - block.first) * s.d_v), piece.v, run.tokens * s.d_v * size);
-  });
-  for (std::int64_t i = 0; i < block.tokens; i += tile_tokens) {
-    const int n = static_cast<int>(std::min<std::int64_t>(block.tokens - i, tile_tokens));
-    attend_whole(args, w, worker, task, {block.first + i, n, at(s.dtype, k, i * s.d_k), at(s.dtype, v, i * s.d_v)},
-                 state);
-  }
 }
 
 void win_part(const AttendArgs& args, const Widths& w, Worker& worker, const Task& task, int index, State& state) {
@@ -167,20 +148,16 @@ void attend_cmp(const AttendArgs& args, Stream*) {
     if (has_chunk(map, c) && (row + 1) * args.k.width > args.k.plane_stride)
       throw InternalError("the compressed cache has no memory for the halo in front of a chunk that has no token yet");
   }
-  attend_parts(args, rows_of_task(args.shape, args.tile), cmp_parts(args.shape, args.tile), 0, cmp_part);
-}
-
-void attend_sel_packed(const AttendArgs& args, Stream*) {
-  attend_parts(args, 1, args.shape.rules.n_sel, args.shape.rules.l_sel, sel_packed_part);
+  attend_parts(args, rows_of_task(args.shape, args.tile), cmp_parts(args.shape, args.tile), cmp_part);
 }
 
 void attend_sel_direct(const AttendArgs& args, Stream* stream) {
   if (args.tile.tokens >= shared_from) return attend_sel_shared(args, stream);
-  attend_parts(args, 1, args.shape.rules.n_sel, 0, sel_direct_part);
+  attend_parts(args, 1, args.shape.rules.n_sel, sel_direct_part);
 }
 
 void attend_win(const AttendArgs& args, Stream*) {
-  attend_parts(args, rows_of_task(args.shape, args.tile), win_parts(args.shape, args.tile), 0, win_part);
+  attend_parts(args, rows_of_task(args.shape, args.tile), win_parts(args.shape, args.tile), win_part);
 }
 
 }  // namespace nsa::host

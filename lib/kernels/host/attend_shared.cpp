@@ -22,7 +22,7 @@ int rows_at_once(const LayerShape& s) { return std::max(1, max_columns / s.heads
 
 struct SharedWorker {
   SharedWorker(Arena& arena, const LayerShape& s, int rows, const Widths& w)
-      : tile(arena, s, w, 0),
+      : tile(arena, s, w),
         queries(arena.take<float>(std::int64_t{rows} * s.d_k * s.heads_per_group)),
         m(arena.take<float>(std::int64_t{rows} * s.heads_per_group)),
         s(arena.take<float>(std::int64_t{rows} * s.heads_per_group)),

@@ -1,0 +1,65 @@
+"""Routes from outside: what is asked for runs, what cannot be had is said once, what would run is printed."""
+
+import os
+import subprocess
+import unittest
+
+from harness import BINARY, MPIEXEC, SMALL, AppTest
+
+
+class Routes(AppTest):
+    def run_small(self, *arguments, environment=None, ranks=1):
+        for name, value in (environment or {}).items():
+            os.environ[name] = value
+            self.addCleanup(os.environ.pop, name, None)
+        self.write("in.toml", SMALL)
+        return self.nsa("run", "in.toml", "--output", f"{len(os.listdir(self.folder))}.h5", *arguments, ranks=ranks)
+
+    def assert_refused(self, done, *parts):
+        self.assertEqual(done.code, 2, done.out + done.err)
+        self.assertEqual(done.err.count("nsa: error:"), 1, done.err)
+        for part in parts:
+            self.assertIn(part, done.err)
+
+    def test_every_route_of_the_host_runs(self):
+        for cmp, sel, win in ("sdpa", "sdpa", "sdpa"), ("flash", "masked", "masked"), ("fused", "fused", "flash"):
+            with self.subTest(sel=sel, win=win):
+                done = self.assert_ok(self.run_small("--set", f"route.cmp={cmp}", "--set", f"route.sel={sel}", "--set",
+                                                     f"route.win={win}"))
+                self.assertIn("RESULT: VALID", done.out)
+                self.assertNotIn("fallback", done.out)
+
+    def test_the_dry_run_says_what_would_run_and_why(self):
+        done = self.assert_ok(self.run_small("--dry-run", "--set", "runtime.sel_triton_min_L=4096",
+                                             environment={"NSA_ROUTE_WIN": "sdpa"}, ranks=0))
+        self.assertIn("route of decode sel: sdpa (67 rows are fewer than runtime.sel_triton_min_L = 4096)", done.out)
+        self.assertIn("route of decode win: sdpa (asked for by NSA_ROUTE_WIN)", done.out)
+        self.assertIn("route of prefill cmp: fused (", done.out)
+
+    def test_what_is_not_there_is_said_once(self):
+        self.assert_refused(self.run_small("--set", "route.sel=flash", ranks=2), "route.sel", '"masked"')
+        self.assert_refused(self.run_small("--set", "route.cmp=masked", ranks=2), "route.cmp")
+        self.assert_refused(self.run_small("--set", "runtime.fa2_min_len_win=often"), "runtime.fa2_min_len_win")
+        self.assert_refused(self.run_small(ranks=2, environment={"NSA_ROUTE_SEL": "quick"}), "NSA_ROUTE_SEL=quick",
+                            "sdpa, masked, fused")
+
+    def test_ranks_with_other_environments_are_refused(self):
+        self.write("in.toml", SMALL)
+        each = ["--allow-run-as-root", "--oversubscribe", "-n", "1"]
+        command = [MPIEXEC, *each, BINARY, "run", "in.toml", ":", "-n", "1", "env", "NSA_ROUTE_SEL=sdpa", BINARY, "run",
+                   "in.toml"]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=120)
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertIn("NSA_ROUTE_SEL=sdpa", done.stderr)
+
+    def test_a_bad_force_is_said_once(self):
+        self.assert_refused(self.run_small(ranks=2, environment={"NSA_FORCE": "yes"}), "NSA_FORCE=yes")
+
+    def test_info_tells_the_routes_of_every_device_known(self):
+        done = self.assert_ok(self.nsa("info", "--routes"))
+        for part in "host\n", "compute capability 8.9", "RTX 4090", "compute capability 9.0", "decode", "prefill":
+            self.assertIn(part, done.out)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
