@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Our GPU kernels against PyTorch's on the same GPU, one after the other in one call.
 
-Runs bench_decode and bench_prefill (both print JSON with --json) and, for the same shapes, torch's dense SDPA by every
+Runs bench_decode and bench_prefill and, for the shapes in their tables, torch's dense SDPA by every
 backend it has; with --selection also the M4 shapes: torch's SDPA over packed K and V, with and without the gather that
 packs them. Both sides are CUDA graphs timed with events, the median of the replays; in decode both rotate over sets
 of K and V so that none is in the L2 when it is read. Prints the ratio for each row. Needs torch with CUDA.
@@ -12,6 +12,7 @@ usage: bench_gpu.py BUILD_DIR [--selection] [--json FILE]     e.g. scripts/bench
 import argparse
 import json
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -108,9 +109,19 @@ def packed_selection(rows, heads, d, n):
     return only[0], both[0]
 
 
-def ours(program, *arguments):
-    text = subprocess.run([program, "--json", *arguments], check=True, capture_output=True, text=True).stdout
-    return [json.loads(line) for line in text.splitlines()]
+def decode_rows(build):
+    """The rows of bench_decode's table for Dk = Dv = 128: us a step."""
+    text = subprocess.run([build / "tests/gpu/bench_decode"], check=True, capture_output=True, text=True).stdout
+    table = text.split("Dk = Dv =")[1]
+    for batch, context, us, floor in re.findall(r"^ *(\d+) x +(\d+)K +([\d.]+) +([\d.]+) ", table, re.M):
+        yield {"batch": int(batch), "context": int(context) * 1024, "us": float(us), "floor_us": float(floor)}
+
+
+def prefill_rows(build):
+    """The rows of bench_prefill's table, in us."""
+    text = subprocess.run([build / "tests/gpu/bench_prefill"], check=True, capture_output=True, text=True).stdout
+    for context, ms, floor in re.findall(r"^ *(\d+)K +\d+ +([\d.]+) +([\d.]+) ", text, re.M):
+        yield {"batch": 1, "context": int(context) * 1024, "us": float(ms) * 1e3, "floor_us": float(floor) * 1e3}
 
 
 def compare(what, row, seconds, backend, results):
@@ -134,9 +145,9 @@ def main():
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, {HEADS} heads, {GROUPS} groups, D = {D}")
     results = []
-    for row in ours(args.build / "tests/gpu/bench_decode"):
+    for row in decode_rows(args.build):
         compare("decode", row, *dense_decode(row["batch"], row["context"]), results)
-    for row in ours(args.build / "tests/gpu/bench_prefill"):
+    for row in prefill_rows(args.build):
         compare("prefill", row, *dense_prefill(row["context"]), results)
     if args.selection:
         for shape in SELECTION:
