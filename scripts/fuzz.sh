@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 seconds=${1:-60}
 shift || true
 targets=("$@")
-[[ ${#targets[@]} -gt 0 ]] || targets=(config result input)
+[[ ${#targets[@]} -gt 0 ]] || targets=(config csv result input)
 
 CC=clang CXX=clang++ cmake --preset host -B build/fuzz -DNSA_FUZZ=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
 cmake --build build/fuzz --target "${targets[@]/#/fuzz_}"
