@@ -129,8 +129,14 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
     t.rescores = rescores(b);
     return t;
   };
-  const std::int64_t scratch_bytes = static_cast<std::int64_t>(
-      std::max(cpu().kernels->scratch_bytes(s, tile_on(cpu())), gpu().kernels->scratch_bytes(s, tile_on(gpu()))));
+  std::size_t largest = 0;
+  for (const Backend* b : {&cpu(), &gpu()}) {
+    largest = std::max(largest, b->kernels->scratch_bytes(s, tile_on(*b)));
+    for (const auto& list : b->kernels->attend)
+      for (const AttendKernel& kernel : list)
+        if (kernel.scratch) largest = std::max(largest, kernel.scratch(s, tile_on(*b)));
+  }
+  const auto scratch_bytes = static_cast<std::int64_t>(largest);
   for (int rank = 0; rank < ranks; ++rank) {
     const RowMap cmp_map = chunked(c, s.leaf, r.l / r.d - 1, rank), token_map = chunked(c, chunk_tokens, 0, rank);
     RowMap win_map = token_map;

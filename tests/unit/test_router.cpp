@@ -65,6 +65,7 @@ TEST_CASE("the table: each answer has its reason") {
     CHECK(default_route(cuda(90, branch, 1024)).name == "fused");
     for (const std::int64_t length : {1, 1024, 1 << 20}) CHECK(default_route(cuda(89, branch, length)).name == "sdpa");
     CHECK(default_route(cuda(80, branch, 1024)).name == "sdpa");
+    CHECK(default_route({BackendKind::cuda, 90, Phase::prefill, branch, DType::f32, 64, 64, 1024}).name == "fused");
     CHECK(default_route(cuda(80, branch, 1024)).reason.find("not measured") == 0);
     CHECK(default_route(cuda(89, branch, 1)).reason.find("RTX 4090") != std::string::npos);
     CHECK(default_route({BackendKind::host, 0, Phase::prefill, branch, DType::f32, 6, 10, 5}).name == "fused");
