@@ -26,7 +26,7 @@ class Fallback(AppTest):
         self.assertIn("prefill sel: fused -> sdpa", done.out)
 
     def test_a_failed_launch_on_one_rank_is_agreed_by_all(self):
-        done = self.run_with("attend.sel:rank=1:at=30:fail", "--set", "parallel.kv=2", "--set", "parallel.heads=1")
+        done = self.run_with("attend.sel:rank=1:at=7:fail", "--set", "parallel.kv=2", "--set", "parallel.heads=1")
         self.assert_fell_back(done, r"sel: fused -> sdpa: launch refused \(by NSA_FAULT\) on rank 1 \(\d+ calls\)")
 
     def test_in_the_first_step_and_in_prefill(self):
