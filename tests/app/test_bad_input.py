@@ -102,7 +102,7 @@ class BadInput(AppTest):
 
     def test_a_route_this_backend_does_not_have(self):
         self.write("in.toml", SMALL)
-        self.refuses(USAGE, ['route.win = "flash" (this backend has sdpa)'], "in.toml", "--set", 'route.win="flash"')
+        self.refuses(USAGE, ['route.sel holds the string "flash"'], "in.toml", "--set", 'route.sel="flash"')
 
     def test_missing_input_file(self):
         self.write("in.toml", SMALL + '[input]\nfile = "none.h5"\n')
