@@ -18,6 +18,7 @@
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/pipeline.cuh"
 #include "kernels/cuda/stages.cuh"
+#include "kernels/cuda/units.cuh"
 
 namespace nsa::gpu {
 
@@ -28,7 +29,6 @@ constexpr int step_tokens = 16;
 constexpr int tile_tokens = warps * step_tokens;
 constexpr int most_cluster = 16;
 constexpr int most_registers = 168;  // two CTAs of 5 warps an SM
-constexpr float lowest = -1e30f;     // a maximum of nothing: finite, so that differences are no NaN
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool streams = false;
 #else
@@ -45,39 +45,6 @@ struct Params {
   float* parts;    // unless cluster: [list][split][16 * (Dv + 2)]
   float2* leaves;  // cmp: (m, sum) of each warp, [list][unit][warps][16]
 };
-
-// Rows one after the other; a ring is one such run of slots, in whatever order the positions lie.
-struct Unit {
-  std::int64_t row = 0;  // of the first token
-  int count = 0;
-  int owner = 0;            // whose part of a gathered buffer
-  std::int64_t column = 0;  // cmp: of the first token's raw score
-};
-
-// Ranks that the chunks a buffer lacks are on, itself included: 1 where it has them all.
-__device__ __forceinline__ int shards_of(const RowMap& map) { return map.rank == all_ranks ? 1 : map.kv; }
-
-// The leaf c that is this rank's u-th.
-__device__ __forceinline__ std::int64_t leaf_at(const RowMap& map, std::int64_t u) {
-  return map.rank == all_ranks ? u : u * map.kv + map.rank;
-}
-
-__device__ __forceinline__ int at_most(std::int64_t left, std::int64_t most) {
-  return static_cast<int>(left < 0 ? 0 : left < most ? left : most);
-}
-
-// (m, sum) with m in powers of two.
-struct Sum2 {
-  float m = lowest, s = 0.0f;
-};
-__device__ __forceinline__ Sum2 merge2(Sum2 a, Sum2 b) {
-  const float m = fmaxf(a.m, b.m);
-  return {m, a.s * exp2_fast(a.m - m) + b.s * exp2_fast(b.m - m)};
-}
-// As the interface has it: natural, -inf for nothing.
-__device__ __forceinline__ float2 natural(Sum2 x) {
-  return make_float2(x.s > 0.0f ? x.m * 0.6931471805599453f : -INFINITY, x.s);
-}
 
 template <int DK, int DV>
 struct Layout {
