@@ -112,6 +112,7 @@ class Output {
       writer_.emplace(config.output.file, run, planned_result_bytes(config, ranks), options.resume);
     for (const std::int64_t batch : config.run.batch) columns_.batch |= batch != 1;
     for (const std::int32_t branch : config.run.force_branch) columns_.forced |= branch >= 0;
+    if (const std::string note = oversubscribed(run); !note.empty()) std::cout << "note: " << note << "\n";
     if (earlier.file)
       std::cout << config.output.file << (earlier.complete ? " is complete: " : ": going on after ")
                 << earlier.points.size() << " points\n";
@@ -221,11 +222,13 @@ ExitCode run(const Control& world, const RunOptions& options) {
     max_time = parse_duration(options.max_time);
     factorise(config, world.size());  // before anything is opened
   });
-  choose_host_threads(world);
+  const Cores cores = cores_of_rank(world);
+  choose_host_threads(cores);
 
   Session session = open_session(config, world, [=] { return asked_to_stop(start, max_time); });
   session.strict = options.strict;
   RunRecord run = describe_run(session, config, text, options.argv);
+  describe_threads(world, cores, run);
   run.git_commit = build::git_commit;
   run.compiler = build::compiler;
   const std::vector<Point> points = sweep(config);

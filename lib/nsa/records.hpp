@@ -103,6 +103,8 @@ struct RankSystem {
   std::string host, cpu, gpu, uuid, driver, cuda, nccl, mpi;
   double clock_mhz_before = 0, clock_mhz_after = 0;
   std::int64_t ecc_before = -1, ecc_after = -1;
+  std::string environment;  ///< variables that change times: "OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive"
+  std::int64_t threads = 0, cores = 0, sharers = 0;  ///< host threads; cores they may use; ranks on these cores
 };
 
 struct RunRecord {

@@ -59,6 +59,10 @@ RunRecord read_run(const h5::Handle& file) {
   read_system_columns(system, run, system_texts);
   read_system_columns(system, run, system_clocks);
   read_system_columns(system, run, system_counts);
+  if (h5::has(system, "cores")) {
+    read_system_columns(system, run, system_texts_1_2);
+    read_system_columns(system, run, system_counts_1_2);
+  }
   return run;
 }
 

@@ -129,6 +129,8 @@ void write_run(const h5::Handle& file, const RunRecord& run, const std::string& 
   write_system_columns(system, run, system_texts);
   write_system_columns(system, run, system_clocks);
   write_system_columns(system, run, system_counts);
+  write_system_columns(system, run, system_texts_1_2);
+  write_system_columns(system, run, system_counts_1_2);
 }
 
 void write_dimensions(const h5::Handle& group, const PointRecord& p) {

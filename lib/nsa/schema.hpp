@@ -10,7 +10,7 @@ namespace nsa {
 
 /// Major: a reader of another major refuses. Minor: something was added.
 constexpr int schema_major = 1;
-constexpr const char* schema_version = "1.1";
+constexpr const char* schema_version = "1.2";
 
 /// A field of a record under its name in the file.
 template <class Record, class T>
@@ -61,6 +61,16 @@ constexpr Named<RankSystem, double> system_clocks[] = {
 constexpr Named<RankSystem, std::int64_t> system_counts[] = {
     {"ecc_before", &RankSystem::ecc_before, "1", "uncorrected memory errors before the first point, -1 if unknown"},
     {"ecc_after", &RankSystem::ecc_after, "1", "uncorrected memory errors after the last point, -1 if unknown"},
+};
+
+/// Those that came with schema 1.2: a file of 1.0 or 1.1 lacks them.
+constexpr Named<RankSystem, std::string> system_texts_1_2[] = {
+    {"environment", &RankSystem::environment, "1", "environment variables that change times"},
+};
+constexpr Named<RankSystem, std::int64_t> system_counts_1_2[] = {
+    {"threads", &RankSystem::threads, "1", "threads of the host backend"},
+    {"cores", &RankSystem::cores, "1", "cores the rank may use"},
+    {"sharers", &RankSystem::sharers, "1", "ranks that may use the same cores, itself among them"},
 };
 
 /// Attributes of a point, besides its parameters, validity, routes and fallbacks.

@@ -63,8 +63,10 @@ class ManyRuns(AppTest):
         self.assertLess(last, 1.05 * first + 1)
 
     def test_a_run_of_many_points_does_not_grow(self):
+        """A point's caches and scratch are 4 MB here, what is kept of it until the end some 20 KB."""
         points = 60
-        self.write("in.toml", SMALL.replace("context = 64", f"context = {[256 + i for i in range(points)]}"))
+        many = SMALL.replace("context = 64", f'fill = "synthetic"\ncontext = {[16384 + i for i in range(points)]}')
+        self.write("in.toml", many)
         run = subprocess.Popen([BINARY, "run", "in.toml"], cwd=self.folder, env=dict(os.environ, OMP_NUM_THREADS="1"),
                                stdout=subprocess.PIPE, text=True)
         resident = []
@@ -75,7 +77,8 @@ class ManyRuns(AppTest):
         self.assertEqual(run.wait(), 0)
         run.stdout.close()
         self.assertEqual(len(resident), points)
-        self.assertLess(resident[-1] - resident[points // 3], 2.0, resident)  # MB over forty points
+        # Read beside the running program: medians, since some readings fall into the next point.
+        self.assertLess(statistics.median(resident[-20:]) - statistics.median(resident[:20]), 20, resident)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ inline RunRecord sample_run() {
     run.system[r].mpi = "Open MPI 4.1.4";
     run.system[r].clock_mhz_before = 1980.0 + r;
     run.system[r].ecc_before = r;
+    run.system[r].environment = "OMP_NUM_THREADS=" + std::to_string(r + 1);
+    run.system[r].threads = r + 1;
+    run.system[r].cores = 8;
+    run.system[r].sharers = 2;
   }
   return run;
 }

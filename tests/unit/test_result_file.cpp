@@ -127,6 +127,8 @@ TEST_CASE("result file: every field comes back", "[result]") {
     for (const auto& entry : system_texts) CHECK(result.run.system[r].*entry.field == run.system[r].*entry.field);
     for (const auto& entry : system_clocks) CHECK(result.run.system[r].*entry.field == run.system[r].*entry.field);
     for (const auto& entry : system_counts) CHECK(result.run.system[r].*entry.field == run.system[r].*entry.field);
+    for (const auto& entry : system_texts_1_2) CHECK(result.run.system[r].*entry.field == run.system[r].*entry.field);
+    for (const auto& entry : system_counts_1_2) CHECK(result.run.system[r].*entry.field == run.system[r].*entry.field);
   }
 }
 

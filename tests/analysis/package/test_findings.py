@@ -1,0 +1,39 @@
+"""What the report warns of: each finding on a file changed so that only it applies."""
+
+import h5py
+import made_up
+import numpy as np
+import pytest
+from nsa_analysis.findings import warnings
+from nsa_analysis.reading import read
+
+
+def of_two_ranks(path, attributes=(), **columns):
+    made_up.write(path, [made_up.point(made_up.times(2, 11, 50e-6), 2, 1)])
+    with h5py.File(path, "r+") as file:
+        file.attrs.update(dict(attributes))
+        for name, values in columns.items():
+            if name in file["system"]:
+                del file["system"][name]
+            file["system"][name] = np.array(values)
+            file["system"][name].dims[0].attach_scale(file["system"]["rank"])
+    return "\n".join(warnings(read([path])))
+
+
+def test_nothing_to_say(tmp_path):
+    assert of_two_ranks(tmp_path / "a.h5", threads=[1, 1], sharers=[2, 2], cores=[2, 2]) == ""
+
+
+@pytest.mark.parametrize(
+    ("attributes", "columns", "said"),
+    [
+        ({"backend": "host"}, dict(threads=[1, 1], sharers=[4, 4], cores=[2, 2]), "(4 ranks x 1 threads on 2 cores)"),
+        ({"git_commit": "c0ffee-dirty"}, {}, "commit c0ffee-dirty"),
+        ({"status": "interrupted"}, {}, "status interrupted"),
+        ({"resumed": 2}, {}, "went on 2 times"),
+        ({}, dict(clock_mhz_before=[1980.0, 1980.0], clock_mhz_after=[1980.0, 1500.0]), "clocks changed by 24%"),
+        ({}, dict(ecc_after=[0, 3]), "uncorrected memory errors (ECC), up to 3"),
+    ],
+)
+def test_said(tmp_path, attributes, columns, said):
+    assert said in of_two_ranks(tmp_path / "a.h5", attributes, **columns)
