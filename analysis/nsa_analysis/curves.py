@@ -58,8 +58,8 @@ def weak_groups(points):
 
 
 def baseline(points):
-    """The fastest VALID point on the fewest ranks; None where there is no VALID point."""
-    timed = [p for p in points if p.valid and not math.isnan(measured(p, "step")[0])]
+    """The fastest point on the fewest ranks, of those that are VALID and had a core a thread; None where none did."""
+    timed = [p for p in points if p.valid and not p.run.crowded and not math.isnan(measured(p, "step")[0])]
     if not timed:
         return None
     fewest = min(p.ranks for p in timed)
@@ -82,7 +82,7 @@ def compared(point, base, stage, weak):
         "efficiency": NAN,
         "serial_fraction": NAN,
     }
-    if base is None or not point.valid:
+    if base is None or not point.valid or point.run.crowded:
         return row
     base_median, base_low, base_high = measured(base, stage)
     ratio = point.ranks / base.ranks
@@ -119,8 +119,8 @@ def scaling(points, kind="both", per_stage=True):
     Columns beyond those that say what a point is: curve; stage (`step` is the whole, mode `total`; others are of mode
     `branches`); time, its 95% interval time_low, time_high, and ideal_time, in s; speedup over the fastest layout on
     base_ranks ranks, between speedup_low and speedup_high (of both intervals' ends: at least 90%); efficiency;
-    serial_fraction (strong); comm_share of the stages' sum; max_over_median over ranks; best: the fastest VALID
-    layout on its rank count.
+    serial_fraction (strong); comm_share of the stages' sum; max_over_median over ranks; crowded: its ranks had more
+    threads than cores, so it is compared with nothing; best: the fastest VALID layout on its rank count.
 
     Raises AnalysisError when points of several devices, commits or inputs are given, and says which differ.
     """
@@ -155,6 +155,7 @@ def scaling(points, kind="both", per_stage=True):
                     | identity_row(p)
                     | row
                     | {
+                        "crowded": bool(p.run.crowded),
                         "comm_share": share_of(p, ("comm",)) if stage == "step" else NAN,
                         "max_over_median": ratio,
                         "slowest_rank": slowest,

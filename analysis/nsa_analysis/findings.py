@@ -70,12 +70,6 @@ def counted(files):
     return files[0] if len(files) == 1 else f"{len(files)} files ({files[0]}, …)"
 
 
-def oversubscribed(system):
-    columns = (system.get(name, []) for name in ("threads", "sharers", "cores"))
-    crowded = [f"{r:.0f} ranks x {t:.0f} threads on {c:.0f} cores" for t, r, c in zip(*columns) if t * r > c]
-    return [f"more threads than cores ({crowded[0]}): no scaling to so many ranks can be read off it"] if crowded else []
-
-
 def of_run(run):
     get, system = run.attributes.get, run.system
     lines = []
@@ -87,8 +81,12 @@ def of_run(run):
         lines.append(f"commit {get('git_commit')}: the program had changes that no commit holds")
     if " + " in run.device:
         lines.append(f"its ranks ran on different devices: {run.device}")
-    if get("backend") == "host":
-        lines += oversubscribed(system)
+    if run.crowded:
+        ranks, threads, cores = run.crowded
+        lines.append(
+            f"more threads than cores ({ranks:.0f} ranks of {threads:.0f} on {cores:.0f}): "
+            "they take turns, so its times count for no scaling"
+        )
     before, after = (np.array(system.get(f"clock_mhz_{when}", []), dtype=float) for when in ("before", "after"))
     if len(before) and len(before) == len(after) and (before > 0).all() and (after > 0).all():
         drift = np.abs(after / before - 1).max()

@@ -61,7 +61,7 @@ def time_panel(label, rows):
     factor, unit = time_unit(rows.time)
 
     def draw(ax):
-        valid = rows[rows.validity == "VALID"]
+        valid = rows[(rows.validity == "VALID") & ~rows.crowded]
         if valid.ideal_time.notna().any():
             ideal = valid.dropna(subset="ideal_time").drop_duplicates("ranks").sort_values("ranks")
             ax.plot(ideal.ranks, ideal.ideal_time * factor, "--", color=colour("muted"), linewidth=1.2, label="ideal")
@@ -78,6 +78,10 @@ def time_panel(label, rows):
             )
         bad = rows[rows.validity != "VALID"]
         draw_invalid(ax, bad.ranks, bad.time * factor)
+        crowded = rows[rows.crowded & (rows.validity == "VALID")]
+        if len(crowded):
+            look = dict(marker="o", facecolors="none", edgecolors=colour("muted"), label="shared cores")
+            ax.scatter(crowded.ranks, crowded.time * factor, **look)
         rank_axis(ax, rows.ranks)
         ax.set_yscale("log")
         log_values(ax.yaxis, [*(rows.time * factor), *(rows.ideal_time * factor)])

@@ -43,6 +43,17 @@ class Run:
         names = self.system.get("gpu" if self.attributes.get("backend") == "cuda" else "cpu", [])
         return " + ".join(sorted(set(filter(None, names)))) or "unknown device"
 
+    @property
+    def crowded(self):
+        """(ranks, threads, cores) of the first rank whose cores have more threads than cores; None if there is none.
+
+        Ranks then take turns: times are right and say nothing about so many cores. Files before schema 1.2 do not tell.
+        """
+        if self.attributes.get("backend") != "host":
+            return None
+        columns = (self.system.get(name, []) for name in ("sharers", "threads", "cores"))
+        return next(((r, t, c) for r, t, c in zip(*columns) if r * t > c), None)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModeTimes:

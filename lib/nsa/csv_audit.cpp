@@ -38,8 +38,13 @@ std::vector<CsvAuditRow> audit_rows(const Csv& csv) {
              sel_ms = column("ms_sel", 0), win_ms = column("ms_win", 0), actual = column("reads_actual", 0),
              expected = column("reads_expected", 0);
   std::vector<CsvAuditRow> rows;
-  for (std::size_t i = 0; i < context.size(); ++i)
+  for (std::size_t i = 0; i < context.size(); ++i) {
+    if (std::isnan(context[i]))
+      throw UserError(
+          fmt::format("cannot read {}:{} (column S is empty); give the row's context", csv.path, csv.rows[i].line),
+          ExitCode::file);
     rows.push_back({context[i], total[i], {cmp_ms[i], sel_ms[i], win_ms[i]}, actual[i], expected[i]});
+  }
   return rows;
 }
 
@@ -76,9 +81,13 @@ void find_additivity(CsvAudit& audit) {
 }
 
 void find_constant_reads(CsvAudit& audit) {
+  std::vector<CsvAuditRow> counted;
+  std::ranges::copy_if(audit.rows, std::back_inserter(counted), [](const CsvAuditRow& row) {
+    return std::isfinite(row.reads_actual) && std::isfinite(row.reads_expected);
+  });
+  if (counted.empty()) return;
   const auto spread = [&](double CsvAuditRow::*field) {
-    const auto less = [&](const CsvAuditRow& a, const CsvAuditRow& b) { return a.*field < b.*field; };
-    const auto [low, high] = std::minmax_element(audit.rows.begin(), audit.rows.end(), less);
+    const auto [low, high] = std::ranges::minmax_element(counted, {}, field);
     return std::pair((*low).*field, (*high).*field);
   };
   const auto [first, last] = spread(&CsvAuditRow::context);

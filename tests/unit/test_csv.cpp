@@ -70,6 +70,8 @@ TEST_CASE("csv: what cannot be read is said with file, line and column", "[csv]"
   CHECK(
       contains(refused(std::string(header) + "1,0,3,4,5,6,7\n"), "a.csv:2 (column ms_total holds 0); give a positive"));
   CHECK(contains(refused(std::string(header) + "1,2,3,4,5,-6,7\n"), "column reads_actual holds -6"));
+  CHECK(contains(refused(std::string(header) + "1,2,3,4,5,6,7\n,2,3,4,5,6,7\n"),
+                 "a.csv:3 (column S is empty); give the row's context"));
   CHECK(contains(refused("a,a\n1,2\n"), "column 'a' stands twice"));
   CHECK(contains(refused("a,b\n1,\"2\n"), "a.csv:2 (a quote is not closed)"));
   CHECK(contains(refused("a,b\n1,\"2\"x\n"), "a.csv:2 (text behind a closing quote)"));
@@ -122,6 +124,9 @@ TEST_CASE("audit: each finding alone", "[csv][gate]") {
   REQUIRE(constant.size() == 2);  // and so they differ
   CHECK(contains(constant[0], "900 at every S"));
   CHECK(constant[0].find("gives for a sequence") == std::string::npos);  // no length gives 900
+  const auto gap = findings("128,10,2,3,2,900,329\n512,10,2,3,2,,900\n1024,11,3,3,2,900,1569\n");
+  REQUIRE(gap.size() == 2);
+  CHECK(contains(gap[0], "900 at every S"));  // the row that was not counted hides nothing
   const auto mismatch = findings("128,10,2,3,2,329,329\n1024,11,3,3,2,1568,1569\n");
   REQUIRE(mismatch.size() == 1);
   CHECK(contains(mismatch[0], "in 1 of 2 rows (S = 1024: 1568, 1569)"));

@@ -1,5 +1,6 @@
 """Speedup, efficiency, Karp-Flatt, weak scaling and refusals on sweeps with known answers."""
 
+import h5py
 import made_up
 import nsa_analysis
 import pytest
@@ -87,6 +88,20 @@ def test_an_invalid_baseline_is_none(tmp_path):
     frame = steps(invalid_sweep(tmp_path, "h1"))
     assert frame.base_ranks.dropna().unique().tolist() == [2]
     assert frame.speedup.isna()["1x1"] and frame.speedup["2x1"] == 1
+
+
+def test_ranks_that_take_turns_on_a_core_are_compared_with_nothing(tmp_path):
+    paths = made_up.sweep(tmp_path, layouts=[(1, 1), (2, 1), (4, 1)])
+    for path in paths:
+        with h5py.File(path, "r+") as file:
+            ranks = len(file["system/rank"])
+            file.attrs["backend"] = "host"
+            for name, value in (("threads", 1), ("cores", 2), ("sharers", ranks)):
+                file[f"system/{name}"] = [value] * ranks
+                file[f"system/{name}"].dims[0].attach_scale(file["system/rank"])
+    frame = steps(paths)
+    assert frame.crowded.tolist() == [False, False, True] and frame.best.tolist() == [True, True, False]
+    assert frame.time.notna()["4x1"] and frame.speedup.isna()["4x1"] and frame.speedup.notna()["2x1"]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_nothing_to_say(tmp_path):
 @pytest.mark.parametrize(
     ("attributes", "columns", "said"),
     [
-        ({"backend": "host"}, dict(threads=[1, 1], sharers=[4, 4], cores=[2, 2]), "(4 ranks x 1 threads on 2 cores)"),
+        ({"backend": "host"}, dict(threads=[1, 1], sharers=[4, 4], cores=[2, 2]), "(4 ranks of 1 on 2)"),
         ({"git_commit": "c0ffee-dirty"}, {}, "commit c0ffee-dirty"),
         ({"status": "interrupted"}, {}, "status interrupted"),
         ({"resumed": 2}, {}, "went on 2 times"),
