@@ -23,10 +23,10 @@ class Error : public std::runtime_error {
 [[noreturn]] void user_error(const Error& error, const std::string& doing, const std::string& path,
                              const std::string& advice);
 
-/// Runs `read` in a forked process first, which may crash or spin in HDF5 without harm; then throws Error. What the
-/// child survives, the caller may do. Errors that `read` throws are for the caller to meet again. For metadata: it
-/// costs a fork and a second reading. The child has `cpu_seconds` of processor time; waiting for a disk does not count.
-void try_in_child(const std::function<void()>& read, int cpu_seconds = 10);
+/// What `answer` returns, called in a forked process: a damaged file may crash HDF5, keep it in a loop or make it write
+/// where it should not, and the caller's memory stays as it is. Throws Error: what `answer` threw, or how the child
+/// ended. The child has `cpu_seconds` of processor time; waiting for a disk does not count.
+std::string ask_child(const std::function<std::string()>& answer, int cpu_seconds = 10);
 
 /// An open file, group, dataset, type or space; closed when it goes.
 class Handle {

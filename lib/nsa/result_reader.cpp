@@ -9,6 +9,7 @@
 
 #include "kernels/error.hpp"
 #include "nsa/h5.hpp"
+#include "nsa/record_bytes.hpp"
 #include "nsa/result_file.hpp"
 #include "nsa/schema.hpp"
 
@@ -186,9 +187,7 @@ ResultFile read_result(const std::string& path) {
   if (!std::filesystem::exists(path, error))
     throw UserError("cannot read " + path + " (no such file); give the result file of a run", ExitCode::file);
   try {
-    const auto read = [&] { return read_file(h5::open_file(path)); };
-    h5::try_in_child(read);
-    return read();
+    return from_bytes(h5::ask_child([&] { return to_bytes(read_file(h5::open_file(path))); }));
   } catch (const h5::Error& wrong) {
     h5::user_error(wrong, "read", path, "give the result file of a run");
   }
