@@ -10,12 +10,15 @@
 #include "app/gate.hpp"
 #include "app/info.hpp"
 #include "app/run.hpp"
+#include "comm/watchdog.hpp"
+#include "nsa/config.hpp"
 #include "nsa/diff.hpp"
 #include "nsa/router.hpp"
 
 namespace {
 
 constexpr auto bug = static_cast<nsa::ExitCode>(1);
+const double default_deadline = nsa::RunConfig().deadline;  // until the input is read
 
 constexpr const char* examples = R"(Examples:
   nsa run inputs/prefill.toml                           one rank
@@ -53,6 +56,10 @@ void describe(CLI::App& app, CommandLine& line) {
   run->add_option("--csv", line.run.csv, "also write the columns of nsa-vibe's benchmark (output.csv)");
   run->add_option("--json", line.run.json, "also write the figures of the FOM lines as JSON, last of all");
   run->add_flag("--strict", line.run.strict, "an implementation that falls back to sdpa is an error (exit 3)");
+  run->add_option(
+         "--deadline", line.run.deadline,
+         "seconds that a rank may wait for others or for its device before the job ends; 0: any (run.deadline)")
+      ->check(CLI::Range(0.0, 86400.0));
   CLI::Option* dry = run->add_flag("--dry-run", line.dry_run, "print owners, bytes and exchanges; run nothing");
   run->add_option("--ranks", line.ranks, "ranks to plan for")->needs(dry)->check(CLI::Range(1, 1 << 20));
   run->add_flag("--resume", line.run.resume, "go on with the result file of an interrupted run: its points are kept");
@@ -99,24 +106,34 @@ int alone(Command&& command) {
 /// A command of all ranks. An AgreedError is thrown on every rank alike, and one of them says it. Anything else may
 /// have hit some ranks only, and the others may be waiting for them: there the launch ends.
 template <class Command>
-int together(int& argc, char**& argv, Command&& command) {
+int together(int& argc, char**& argv, double deadline, Command&& command) {
+  nsa::Watchdog watchdog(deadline);  // outlives MPI
   nsa::MpiSession session(argc, argv);
   const nsa::Control world = nsa::Control::world();
+  const auto abort = [&](nsa::ExitCode code) {
+    watchdog.aborting(code);
+    nsa::MpiSession::abort(code);
+  };
   try {
-    return static_cast<int>(command(world));
+    const std::string warning = watchdog.join(world);
+    if (!warning.empty()) std::cerr << "nsa: warning: " << warning << "\n";
+    return static_cast<int>(command(world, watchdog));
   } catch (const nsa::AgreedError& error) {
     if (world.rank() == 0) print_error(error, error.code());
     return static_cast<int>(error.code());
   } catch (const nsa::UserError& error) {
+    // What a library says of an exchange seldom names the rank at fault; the watchdogs compare what the ranks did.
+    if (error.code() == nsa::ExitCode::communication) watchdog.fail(error.what());
     print_error(error, error.code());
-    nsa::MpiSession::abort(error.code());
+    abort(error.code());
   } catch (const std::bad_alloc&) {
     std::cerr << "nsa: error: out of host memory (an allocation failed); use more ranks or a smaller context\n";
-    nsa::MpiSession::abort(nsa::ExitCode::device);
+    abort(nsa::ExitCode::device);
   } catch (const std::exception& error) {
     print_error(error, bug);
-    nsa::MpiSession::abort(bug);
+    abort(bug);
   }
+  return static_cast<int>(bug);  // not reached
 }
 
 std::string joined(int argc, char** argv) {
@@ -138,7 +155,7 @@ int main(int argc, char** argv) {
     return app.exit(done);
   } catch (const CLI::ParseError& error) {
     // Every rank of a launch reads the same command line, so they all come here, and one says it.
-    return together(argc, argv, [&](const nsa::Control&) -> nsa::ExitCode {
+    return together(argc, argv, default_deadline, [&](const nsa::Control&, nsa::Watchdog&) -> nsa::ExitCode {
       throw nsa::AgreedError(std::string(error.what()) + "; see nsa --help");
     });
   }
@@ -161,5 +178,7 @@ int main(int argc, char** argv) {
       nsa::dry_run(line.run, line.ranks);
       return nsa::ExitCode::ok;
     });
-  return together(argc, argv, [&](const nsa::Control& world) { return nsa::run(world, line.run); });
+  return together(
+      argc, argv, line.run.deadline.value_or(default_deadline),
+      [&](const nsa::Control& world, nsa::Watchdog& watchdog) { return nsa::run(world, watchdog, line.run); });
 }

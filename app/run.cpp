@@ -47,6 +47,7 @@ Config configure(const std::string& text, const RunOptions& options) {
   Config config = parse_config(text, options.input, options.overrides);
   if (!options.output.empty()) config.output.file = options.output;
   if (!options.csv.empty()) config.output.csv = options.csv;
+  if (options.deadline) config.run.deadline = *options.deadline;
   validate(config);
   return config;
 }
@@ -200,7 +201,7 @@ bool run_points(const Session& session, const Config& config, const std::vector<
 
 }  // namespace
 
-ExitCode run(const Control& world, const RunOptions& options) {
+ExitCode run(const Control& world, Watchdog& watchdog, const RunOptions& options) {
   const auto start = std::chrono::steady_clock::now();
   catch_stop_signals();
   const bool first = world.rank() == 0;
@@ -224,9 +225,12 @@ ExitCode run(const Control& world, const RunOptions& options) {
   });
   const Cores cores = cores_of_rank(world);
   choose_host_threads(cores);
+  watchdog.set(config.run.deadline, config.output.file);
 
   Session session = open_session(config, world, [=] { return asked_to_stop(start, max_time); });
   session.strict = options.strict;
+  if (const int index = session.backend.device->info().index; index >= 0)
+    watchdog.set_device("GPU " + std::to_string(index));
   RunRecord run = describe_run(session, config, text, options.argv);
   describe_threads(world, cores, run);
   run.git_commit = build::git_commit;

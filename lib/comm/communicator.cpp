@@ -10,6 +10,7 @@
 
 #include "comm/communicator_impl.hpp"
 #include "kernels/fault.hpp"
+#include "kernels/operations.hpp"
 
 namespace nsa {
 
@@ -52,7 +53,7 @@ void* open_mpi(const Control::Impl& group, CollectiveOps& ops) {
   MPI_Comm comm = MPI_COMM_NULL;
   check_mpi(MPI_Comm_dup(group.comm, &comm), "MPI_Comm_dup");
   ops = {gather_over_mpi, sum_over_mpi, close_mpi};
-  return new Control::Impl(comm);
+  return new Control::Impl(comm, group.group);
 }
 
 }  // namespace
@@ -67,33 +68,39 @@ Communicator::Communicator() : impl_(std::make_unique<Impl>()) {}
 Communicator::Communicator(const Backend& backend, const Control& group) : impl_(std::make_unique<Impl>()) {
   impl_->rank = group.rank();
   impl_->size = group.size();
+  impl_->group = group.impl().group;
   if (impl_->size == 1) return;
+  const Operation operation(OperationKind::control, "open communicator", 0, impl_->group);
   impl_->state =
       backend.kind == BackendKind::cuda ? open_nccl(group.impl(), impl_->ops) : open_mpi(group.impl(), impl_->ops);
 }
 
-Communicator::~Communicator() {
-  if (impl_ && impl_->state) impl_->ops.close(impl_->state);
+Communicator::Impl::~Impl() {
+  if (state) ops.close(state);
 }
 
+Communicator::~Communicator() = default;
 Communicator::Communicator(Communicator&&) noexcept = default;
+Communicator& Communicator::operator=(Communicator&&) noexcept = default;
 
 std::string Communicator::library_version() { return nccl_version(); }
 int Communicator::rank() const { return impl_->rank; }
 int Communicator::size() const { return impl_->size; }
 
-void Communicator::all_gather(const void* send, void* recv, std::size_t bytes, Stream* stream) const {
+void Communicator::all_gather(const char* what, const void* send, void* recv, std::size_t bytes, Stream* stream) const {
   const fault::Fault fault = fault::at("comm.all_gather");
-  if (fault.is(fault::Action::skip)) return;
+  if (impl_->size == 1 || fault.is(fault::Action::skip)) return;
   if (fault.is(fault::Action::shorten)) bytes /= 2;
-  if (impl_->size > 1 && bytes > 0) impl_->ops.all_gather(impl_->state, send, recv, bytes, stream);
+  const Operation operation(OperationKind::exchange, "all_gather", bytes, impl_->group, what);
+  if (bytes > 0) impl_->ops.all_gather(impl_->state, send, recv, bytes, stream);
 }
 
-void Communicator::all_reduce_sum(float* data, std::size_t count, Stream* stream) const {
+void Communicator::all_reduce_sum(const char* what, float* data, std::size_t count, Stream* stream) const {
   const fault::Fault fault = fault::at("comm.all_reduce");
-  if (fault.is(fault::Action::skip)) return;
+  if (impl_->size == 1 || fault.is(fault::Action::skip)) return;
   if (fault.is(fault::Action::shorten)) count /= 2;
-  if (impl_->size > 1 && count > 0) impl_->ops.all_reduce_sum(impl_->state, data, count, stream);
+  const Operation operation(OperationKind::exchange, "all_reduce", count * sizeof(float), impl_->group, what);
+  if (count > 0) impl_->ops.all_reduce_sum(impl_->state, data, count, stream);
 }
 
 }  // namespace nsa

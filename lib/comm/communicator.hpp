@@ -18,14 +18,16 @@ class Communicator {
   Communicator(const Backend& backend, const Control& group);
   ~Communicator();
   Communicator(Communicator&&) noexcept;
+  Communicator& operator=(Communicator&&) noexcept;
   /// Of NCCL; empty in a build without.
   static std::string library_version();
   int rank() const;
   int size() const;
-  /// recv [size][bytes] on every rank. send may be recv + rank * bytes.
-  void all_gather(const void* send, void* recv, std::size_t bytes, Stream* stream) const;
+  /// recv [size][bytes] on every rank. send may be recv + rank * bytes. `what` travels, a literal: for the log of
+  /// operations.
+  void all_gather(const char* what, const void* send, void* recv, std::size_t bytes, Stream* stream) const;
   /// data [count] = sum over ranks, by rising rank on the host, in place.
-  void all_reduce_sum(float* data, std::size_t count, Stream* stream) const;
+  void all_reduce_sum(const char* what, float* data, std::size_t count, Stream* stream) const;
 
  private:
   struct Impl;

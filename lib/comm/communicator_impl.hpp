@@ -4,6 +4,7 @@
 #include <mpi.h>
 
 #include <cstddef>
+#include <cstdint>
 
 #include "comm/communicator.hpp"
 
@@ -13,7 +14,9 @@ struct Control::Impl {
   MPI_Comm comm = MPI_COMM_NULL;
   MPI_Comm host = MPI_COMM_NULL;  ///< the ranks of `comm` on this host
   int rank = 0, size = 1, local_rank = 0, local_size = 1;
-  explicit Impl(MPI_Comm owned);
+  std::uint64_t group;               ///< equal on its ranks: names the group in the log of operations
+  mutable std::uint64_t splits = 0;  ///< made from it
+  Impl(MPI_Comm owned, std::uint64_t group);
   ~Impl();
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
@@ -27,11 +30,16 @@ struct CollectiveOps {
 
 struct Communicator::Impl {
   int rank = 0, size = 1;
+  std::uint64_t group = 0;
   void* state = nullptr;  ///< null for a group of one
   CollectiveOps ops{};
+  Impl() = default;
+  ~Impl();
+  Impl(const Impl&) = delete;
+  Impl& operator=(const Impl&) = delete;
 };
 
-/// Throws InternalError naming the call when MPI returns an error.
+/// Throws UserError(communication) naming the call when MPI returns an error.
 void check_mpi(int code, const char* call);
 
 /// Collective over `group`; returns the state of a blocking NCCL communicator, bootstrapped over MPI.

@@ -8,6 +8,7 @@
 
 #include "comm/communicator_impl.hpp"
 #include "kernels/fault.hpp"
+#include "kernels/operations.hpp"
 
 namespace nsa {
 
@@ -16,10 +17,13 @@ void check_mpi(int code, const char* call) {
   char text[MPI_MAX_ERROR_STRING];
   int length = 0;
   MPI_Error_string(code, text, &length);
-  throw InternalError(std::string(call) + " failed (" + std::string(text, length) + ")");
+  throw UserError(std::string(call) + " failed (" + std::string(text, length) +
+                      "); look at the other ranks, their hosts and the network",
+                  ExitCode::communication);
 }
 
 MpiSession::MpiSession(int& argc, char**& argv) {
+  const Operation operation(OperationKind::wait, "MPI_Init");
   int provided = 0;
   check_mpi(MPI_Init_thread(&argc, &argv, MPI_THREAD_MULTIPLE, &provided), "MPI_Init_thread");
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
@@ -31,7 +35,9 @@ MpiSession::MpiSession(int& argc, char**& argv) {
 }
 
 MpiSession::~MpiSession() {
-  if (std::uncaught_exceptions() == 0) MPI_Finalize();
+  if (std::uncaught_exceptions() > 0) return;
+  const Operation operation(OperationKind::control, "MPI_Finalize");
+  MPI_Finalize();
 }
 
 void MpiSession::abort(ExitCode code) {
@@ -47,7 +53,23 @@ std::string MpiSession::library_version() {
   return version.substr(0, version.find(','));
 }
 
-Control::Impl::Impl(MPI_Comm owned) : comm(owned) {
+namespace {
+
+// Equal on the ranks of a group, for all make the same splits in the same order, and on no others (but by chance).
+std::uint64_t group_of(std::uint64_t parent, std::uint64_t split, int color) {
+  return (parent * 0x9E3779B97F4A7C15u + split) * 0x9E3779B97F4A7C15u + static_cast<std::uint64_t>(color) + 1;
+}
+
+/// The rank is in a collective of the group while this lives.
+class InControl : public Operation {
+ public:
+  InControl(const Control::Impl& group, const char* name, std::size_t bytes = 0)
+      : Operation(OperationKind::control, name, bytes, group.group, "") {}
+};
+
+}  // namespace
+
+Control::Impl::Impl(MPI_Comm owned, std::uint64_t id) : comm(owned), group(id) {
   MPI_Comm_set_errhandler(comm, MPI_ERRORS_RETURN);
   MPI_Comm_rank(comm, &rank);
   MPI_Comm_size(comm, &size);
@@ -66,14 +88,16 @@ Control::Impl::~Impl() {
 
 Control Control::world() {
   MPI_Comm comm = MPI_COMM_NULL;
+  const Operation operation(OperationKind::control, "open world");
   check_mpi(MPI_Comm_dup(MPI_COMM_WORLD, &comm), "MPI_Comm_dup");
-  return Control(std::make_shared<const Impl>(comm));
+  return Control(std::make_shared<const Impl>(comm, 1));
 }
 
 Control Control::split(int color, int key) const {
   MPI_Comm comm = MPI_COMM_NULL;
+  const InControl operation(*impl_, "split");
   check_mpi(MPI_Comm_split(impl_->comm, color, key, &comm), "MPI_Comm_split");
-  return Control(std::make_shared<const Impl>(comm));
+  return Control(std::make_shared<const Impl>(comm, group_of(impl_->group, ++impl_->splits, color)));
 }
 
 int Control::rank() const { return impl_->rank; }
@@ -82,6 +106,7 @@ int Control::local_rank() const { return impl_->local_rank; }
 int Control::local_size() const { return impl_->local_size; }
 
 std::string Control::broadcast(const std::string& text, int root) const {
+  const InControl operation(*impl_, "broadcast", text.size());
   std::int64_t length = static_cast<std::int64_t>(text.size());
   check_mpi(MPI_Bcast(&length, 1, MPI_INT64_T, root, impl_->comm), "MPI_Bcast");
   std::string result = impl_->rank == root ? text : std::string(static_cast<std::size_t>(length), '\0');
@@ -90,6 +115,7 @@ std::string Control::broadcast(const std::string& text, int root) const {
 }
 
 std::vector<std::string> Control::gather(const std::string& text) const {
+  const InControl operation(*impl_, "gather", text.size());
   const int length = static_cast<int>(text.size());
   std::vector<int> lengths(impl_->size), offsets(impl_->size);
   check_mpi(MPI_Gather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, 0, impl_->comm), "MPI_Gather");
@@ -108,6 +134,7 @@ namespace {
 
 template <class T>
 std::vector<T> gather_equal(const Control::Impl& group, const std::vector<T>& values, MPI_Datatype type) {
+  const InControl operation(group, "gather", values.size() * sizeof(T));
   std::vector<T> all(group.rank == 0 ? values.size() * group.size : 0);
   check_mpi(MPI_Gather(values.data(), static_cast<int>(values.size()), type, all.data(),
                        static_cast<int>(values.size()), type, 0, group.comm),
@@ -117,6 +144,7 @@ std::vector<T> gather_equal(const Control::Impl& group, const std::vector<T>& va
 
 template <class T>
 T max_over(const Control::Impl& group, T value, MPI_Datatype type) {
+  const InControl operation(group, "max", sizeof(T));
   check_mpi(MPI_Allreduce(MPI_IN_PLACE, &value, 1, type, MPI_MAX, group.comm), "MPI_Allreduce");
   return value;
 }
@@ -132,6 +160,7 @@ std::vector<std::int64_t> Control::gather(const std::vector<std::int64_t>& value
 }
 
 void Control::sum(std::vector<float>& values) const {
+  const InControl operation(*impl_, "sum", values.size() * sizeof(float));
   constexpr std::size_t piece = std::size_t{1} << 28;  // MPI counts are int
   for (std::size_t at = 0; at < values.size(); at += piece) {
     const int count = static_cast<int>(std::min(piece, values.size() - at));
@@ -142,7 +171,10 @@ void Control::sum(std::vector<float>& values) const {
 
 double Control::max(double value) const { return max_over(*impl_, value, MPI_DOUBLE); }
 std::int64_t Control::max(std::int64_t value) const { return max_over(*impl_, value, MPI_INT64_T); }
-void Control::barrier() const { check_mpi(MPI_Barrier(impl_->comm), "MPI_Barrier"); }
+void Control::barrier() const {
+  const InControl operation(*impl_, "barrier");
+  check_mpi(MPI_Barrier(impl_->comm), "MPI_Barrier");
+}
 
 void Control::agree(ExitCode code, const std::string& message) const {
   const int worst = static_cast<int>(max(std::int64_t{static_cast<int>(code)}));

@@ -17,6 +17,7 @@ enum class BackendKind : std::int32_t { host, cuda };
 struct DeviceInfo {
   std::string name, uuid, driver, runtime;  ///< uuid, driver, runtime: empty on the host
   std::string architecture;                 ///< "sm_90", or the host's SIMD level
+  std::int32_t index = -1;  ///< of the device on its host; -1: the host itself
   std::int32_t units = 0;                   ///< SMs, or threads
   std::int64_t memory_total = 0, memory_free = 0;  ///< bytes
   double clock_mhz = 0, memory_clock_mhz = 0;

@@ -254,6 +254,16 @@ struct FillRowsArgs {
   float scale = 1.0f;
 };
 
+/// *sum += checksum_term of every element of the rows [first, last) that the view has; its place is
+/// (plane * last + row) * width + column.
+struct ChecksumArgs {
+  DType dtype = DType::f32;
+  KvView view;
+  std::int64_t planes = 0;
+  std::int64_t first = 0, last = 0;
+  std::uint64_t* sum = nullptr;  ///< the backend's memory
+};
+
 /// End of a decode step: logs the counters and moves on. All memory is the backend's.
 struct AdvanceArgs {
   std::int64_t* position = nullptr;   ///< += 1
@@ -302,6 +312,7 @@ struct KernelTable {
   /// Rows a prefill tile has at most, and bytes that its scores may take.
   std::int32_t tile_tokens;
   std::size_t tile_budget;
+  void (*checksum)(const ChecksumArgs&, Stream*);
   /// tokens = 1. Null where the backend has no such thing.
   void (*decode_enter)(const DecodeEnterArgs&, Stream*) = nullptr;
   /// The same as its stages one by one, same blocks chosen, in fewer launches; for what decode_step_accepts. Null where

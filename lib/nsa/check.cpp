@@ -59,6 +59,29 @@ double attention_error(const std::vector<double>& p, const Rows& v, std::int64_t
   return worst;
 }
 
+// |sum of gated branches - o| of one row and group, at most, for what combine left.
+double combine_error(const Work& w, std::int64_t row, std::int64_t group) {
+  Engine& e = w.engine;
+  const LayerShape& s = e.shape();
+  const std::int64_t count = std::int64_t{s.heads_per_group} * s.d_v;
+  const std::int64_t at = (row * s.heads() + group * s.heads_per_group) * s.d_v;
+  const auto* gates = w.buffers.gate.as<float>() + ((w.first_row + row) * s.groups + group) * branches;
+  const Rows gate = download(e, gates, branches, DType::f32);
+  const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
+  const Rows o = download(e, w.buffers.o.as<std::byte>() + at * size, count, s.dtype);
+  std::vector<double> wanted(static_cast<std::size_t>(count), 0.0);
+  for (int c = 0; c < branches; ++c) {
+    const Rows part = download(e, w.buffers.o_branch[c].as<float>() + at, count, DType::f32);
+    for (std::int64_t i = 0; i < count; ++i) wanted[i] += double{gate[c]} * part[i];
+  }
+  double worst = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const double error = std::abs(wanted[i] - o[i]);
+    if (!(error <= worst)) worst = std::isnan(error) ? std::numeric_limits<double>::infinity() : error;
+  }
+  return worst;
+}
+
 // The chosen blocks are the forced ones and the best of the rest, up to rounding of the scores.
 std::string selection_problem(const BlockRules& r, std::int64_t t, const std::vector<double>& s,
                               const std::vector<std::int32_t>& chosen) {
@@ -137,6 +160,8 @@ CheckResult check_row(const Work& w, std::int64_t plane, std::int64_t row, std::
   if (result.problem.empty() && !(result.max_abs_err <= error_bound(s.dtype)))
     result.problem = "error " + std::to_string(result.max_abs_err) + " against float64 exceeds " +
                      std::to_string(error_bound(s.dtype));
+  if (const double error = combine_error(w, row, group); result.problem.empty() && !(error <= error_bound(s.dtype)))
+    result.problem = "the combined output differs by " + std::to_string(error) + " from its gated branches";
   if (!result.problem.empty())
     result.problem = "position " + std::to_string(t) + ", sequence " + std::to_string(plane / s.groups) + ", group " +
                      std::to_string(e.partition.group_begin + group) + ": " + result.problem;

@@ -37,7 +37,8 @@ struct RunConfig {
   std::vector<Mode> modes = {Mode::branches, Mode::total};
   std::vector<std::int32_t> force_branch = {-1};  ///< swept; -1 none, else a Branch
   std::int64_t seed = 1;
-  double min_time = 0.0;  ///< seconds a mode is measured at least, by repeating its steps
+  double min_time = 0.0;    ///< seconds a mode is measured at least, by repeating its steps
+  double deadline = 300.0;  ///< seconds that an operation between ranks or a wait for a device may take; 0: any
   bool check = true;
   Scope scope = Scope::layer;
   CacheFill fill = CacheFill::prefill;

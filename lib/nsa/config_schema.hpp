@@ -98,6 +98,7 @@ void visit_keys(ConfigOrConst& c, Visitor&& visit) {
   visit("run.force_branch", c.run.force_branch, forced_branches);
   visit("run.seed", c.run.seed, Range{0, std::numeric_limits<std::int64_t>::max()});
   visit("run.min_time", c.run.min_time, RealRange{0.0, 86400.0});
+  visit("run.deadline", c.run.deadline, RealRange{0.0, 86400.0});
   visit("run.check", c.run.check, Any{});
   visit("run.scope", c.run.scope, scopes);
   visit("run.fill", c.run.fill, fills);

@@ -18,7 +18,7 @@ namespace {
 /// Parameters that say how a run was made and measured, not what it computes.
 bool decides_result(const std::string& key) {
   for (const char* prefix : {"input.", "parallel.", "route.", "runtime.", "output.", "run.backend", "run.modes",
-                             "run.warmup", "run.min_time", "run.check"}) {
+                             "run.warmup", "run.min_time", "run.deadline", "run.check"}) {
     if (key.starts_with(prefix)) return false;
   }
   return true;

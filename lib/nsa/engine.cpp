@@ -22,11 +22,14 @@ Engine::Engine(const Backend& opened, const Control& world, const Config& input,
       config(input),
       point(at),
       partition(make_partition(input, world.size(), world.rank())),
-      heads(opened, world.split(partition.kv_rank, partition.head_shard)),
-      kv(opened, world.split(partition.head_shard, partition.kv_rank)),
-      kv_control(world.split(partition.head_shard, partition.kv_rank)),
       streams(*opened.device) {
   allocate(&source);
+}
+
+void Engine::connect(const Control& world) {
+  heads = Communicator(backend, world.split(partition.kv_rank, partition.head_shard));
+  kv_control = world.split(partition.head_shard, partition.kv_rank);
+  kv = Communicator(backend, kv_control);
 }
 
 Engine::Engine(const Backend& dry, const Config& input, const Point& at, const Partition& planned)
@@ -38,6 +41,7 @@ void Engine::allocate(const TensorSource* source) {
   // What the input asks for and cannot have is said before anything is made; the phases choose again for their tiles.
   for (const Phase phase : {Phase::prefill, Phase::decode})
     choose_routes(phase, {0, static_cast<std::int32_t>(point.batch), 1, nullptr, total_positions(config, point)});
+  checksum = allocator()(MemoryKind::workspace, 8);
   for (std::int64_t layer = 0; layer < config.model.layers; ++layer) {
     if (config.run.scope == Scope::layer)
       weights.emplace_back(device(), streams.compute, account, config, partition, layer, source);

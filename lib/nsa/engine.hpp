@@ -27,17 +27,20 @@ struct Engine {
   const Config& config;
   const Point point;
   const Partition partition;
-  Communicator heads, kv;  ///< sum of outputs; exchange between the holders of a sequence
+  Communicator heads, kv;  ///< sum of outputs; exchange between the holders of a sequence; groups of one until connect
   Control kv_control;
   MemoryAccount account;
   Streams streams;
   std::vector<Weights> weights;     ///< by layer; none in scope = attention
   std::vector<LayerCaches> caches;  ///< by layer
   Routes routes;
+  Buffer checksum;  ///< uint64 [1], for cache_checksum
 
-  /// Collective over `world`. Throws UserError(device) when memory runs out.
+  /// Not collective: memory is had before anybody waits for a peer. Throws UserError(device) when it runs out.
   Engine(const Backend& backend, const Control& world, const Config& config, const Point& point,
          const TensorSource& source);
+  /// Opens the communicators. Collective over `world`, once all ranks have their memory.
+  void connect(const Control& world);
   /// A plan: on dry_device(), with no peers and no values.
   Engine(const Backend& dry, const Config& config, const Point& point, const Partition& partition);
   const KernelTable& kernels() const { return *backend.kernels; }

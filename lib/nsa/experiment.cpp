@@ -77,6 +77,21 @@ void check_room(const Session& session, const MemoryAccount& planned) {
   });
 }
 
+/// A GPU that failed or counts new memory errors may have given any numbers: the point is not kept. Asking also brings
+/// out an error that a kernel left behind.
+void check_device(const Session& session, std::int64_t errors_before) {
+  agreed(session.world, [&] {
+    session.backend.device->synchronize(nullptr);
+    const DeviceInfo info = session.backend.device->info();
+    const std::int64_t errors = info.ecc_errors - std::max<std::int64_t>(0, errors_before);
+    if (errors > 0)
+      throw UserError("rank " + std::to_string(session.world.rank()) + " (" + host_name() + ", " + info.name + " " +
+                          info.uuid + ") has " + std::to_string(errors) +
+                          " new uncorrected memory errors (ECC); take the device out of service and run again",
+                      ExitCode::device);
+  });
+}
+
 MemoryRecord gather_memory(const Session& session, const MemoryAccount& planned, const MemoryAccount& used,
                            std::int64_t process) {
   MemoryRecord record;
@@ -183,6 +198,7 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
   record.kv = partition.kv;
   record.fingerprint = fingerprint(session, config, point);
 
+  const std::int64_t errors_before = session.backend.device->info().ecc_errors;
   MemoryAccount planned;
   agreed(session.world, [&] { planned = planned_memory(*session.backend.kernels, config, partition, point); });
   check_room(session, planned);
@@ -200,6 +216,7 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
     used = config.kind == TaskKind::decode ? run_decode(session, config, point, *source, record, progress)
                                            : run_prefill(session, config, point, *source, record, progress);
   }
+  check_device(session, errors_before);
   record.memory = gather_memory(session, planned, used, status_bytes("VmHWM") - resident);
   if (session.strict && !record.fallbacks.empty()) record.fail("--strict and a fallback: " + record.fallbacks.front());
   const std::vector<std::int64_t> bytes = config.kind == TaskKind::kernels

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "kernels/buffer.hpp"
+#include "nsa/point.hpp"
 #include "nsa/reads.hpp"
 #include "nsa/statistics.hpp"
 
@@ -89,7 +90,11 @@ double copy_bandwidth(const Backend& backend, const Control& world) {
   constexpr std::size_t bytes = std::size_t{128} << 20;
   const DeviceOps& device = *backend.device;
   MemoryAccount account;
-  Buffer from(device, account, MemoryKind::workspace, bytes), to(device, account, MemoryKind::workspace, bytes);
+  Buffer from, to;
+  agreed(world, [&] {
+    from = Buffer(device, account, MemoryKind::workspace, bytes);
+    to = Buffer(device, account, MemoryKind::workspace, bytes);
+  });
   Stream* stream = device.create_stream();
   std::vector<double> seconds;
   {

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <optional>
 
+#include "kernels/operations.hpp"
 #include "nsa/decode.hpp"
 #include "nsa/inputs.hpp"
 #include "nsa/point.hpp"
@@ -99,6 +100,7 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
                           const Progress& progress) {
   const Config config = needle_config(input);
   const Point point = needle_point(at);
+  const DuringPhase phase("needles");
   const TensorSource source(config, "");
   std::optional<Engine> engine;
   std::optional<Prefill> held_prefill;
@@ -108,6 +110,7 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
     held_prefill.emplace(*engine, point.context, false);
     held_decode.emplace(*engine, &source, true);
   });
+  engine->connect(session.world);
   Engine& e = *engine;
   Prefill& prefill = *held_prefill;
   Decode& decode = *held_decode;

@@ -5,6 +5,12 @@
 
 namespace nsa {
 
+void fail_where(const Control& world, const std::string& problem, PointRecord& record) {
+  const std::vector<std::string> problems = world.gather(problem);
+  for (std::size_t r = 0; r < problems.size(); ++r)
+    if (!problems[r].empty()) record.fail("rank " + std::to_string(r) + ": " + problems[r]);
+}
+
 void keep_records(const Control& world, Engine& e, const TensorSource& source, const CheckResult& checked,
                   StepTensors* tensors, std::int64_t positions, PointRecord& record) {
   if (e.config.run.check) {

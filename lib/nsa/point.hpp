@@ -27,6 +27,9 @@ void agreed(const Control& world, Work&& work) {
   world.agree(code, message);
 }
 
+/// Any rank's problem ("" = none) makes the point INVALID. Collective.
+void fail_where(const Control& world, const std::string& problem, PointRecord& record);
+
 /// After the recorded pass: what the checks found, and where tensors are wanted those of all ranks. Collective.
 void keep_records(const Control& world, Engine& engine, const TensorSource& source, const CheckResult& checked,
                   StepTensors* tensors, std::int64_t positions, PointRecord& record);

@@ -3,9 +3,11 @@
 #include <optional>
 
 #include "kernels/fault.hpp"
+#include "kernels/operations.hpp"
 #include "nsa/check.hpp"
 #include "nsa/decode.hpp"
 #include "nsa/inputs.hpp"
+#include "nsa/integrity.hpp"
 #include "nsa/measure.hpp"
 #include "nsa/point.hpp"
 #include "nsa/prefill.hpp"
@@ -30,7 +32,11 @@ void fill_directly(Engine& e, const TensorSource& source) {
 }
 
 void fill_caches(const Session& session, Engine& e, const TensorSource& source, const Progress& progress) {
-  if (e.config.run.fill == CacheFill::synthetic) return fill_directly(e, source);
+  const DuringPhase phase("fill caches");
+  if (e.config.run.fill == CacheFill::synthetic) {
+    fill_directly(e, source);
+    return e.connect(session.world);
+  }
   std::optional<Prefill> prefill;
   Recorder untimed(e.device(), e.streams.compute);
   agreed(session.world, [&] {
@@ -40,6 +46,7 @@ void fill_caches(const Session& session, Engine& e, const TensorSource& source, 
     else
       prefill->load_rows(source);
   });
+  e.connect(session.world);
   prefill->watch([&](double done) { progress(done, 1, "filling caches"); });
   prefill->fill_caches(untimed);
   e.device().synchronize(e.streams.compute);
@@ -56,15 +63,21 @@ RankReads read_log(Engine& e, Decode& decode) {
   return reads;
 }
 
-// One pass outside the measurement: every step is recorded, sampled rows of the first and last are checked.
-void record_pass(const Session& session, Engine& e, Decode& decode, const TensorSource& source, const StepOptions& base,
-                 PointRecord& record) {
+// One pass outside the measurement: every step is recorded, sampled rows of the first and last are checked. Returns
+// what the last step gave, which every measured pass has to give too.
+StepOutput record_pass(const Session& session, Engine& e, Decode& decode, const TensorSource& source,
+                       const StepOptions& base, PointRecord& record) {
   StepOptions options = base;
   options.record = true;
+  const DuringPhase phase("check");
   Recorder untimed(e.device(), e.streams.compute);
   std::unique_ptr<StepTensors> tensors;
-  if (e.config.output.tensors) tensors = std::make_unique<StepTensors>(e, e.config.run.steps);
+  agreed(session.world, [&] {
+    if (e.config.output.tensors) tensors = std::make_unique<StepTensors>(e, e.config.run.steps);
+  });
   CheckResult checked;
+  StepOutput output;
+  std::string problem;
   decode.rewind();
   for (std::int64_t step = 0; step < e.config.run.steps; ++step) {
     if (session.stop->now_and_then()) throw Interrupted();
@@ -72,12 +85,16 @@ void record_pass(const Session& session, Engine& e, Decode& decode, const Tensor
     const Work work = decode.step(options, untimed);
     e.device().synchronize(e.streams.compute);
     if (tensors) tensors->take(work, step, true);
+    output = latest_output(e, decode.buffers(), e.point.batch, true);
+    if (problem.empty()) problem = output_problem(output, {}, e.shape().dtype);
     if (!e.config.run.check || (step != 0 && step + 1 != e.config.run.steps)) continue;
     const std::int64_t stride = std::max<std::int64_t>(1, e.planes() / 2);
     for (std::int64_t plane = 0; plane < e.planes(); plane += stride)
       checked.merge(check_row(work, plane, plane / e.shape().groups, e.point.context + step));
   }
   keep_records(session.world, e, source, checked, tensors.get(), total_positions(e.config, e.point), record);
+  fail_where(session.world, problem, record);
+  return output;
 }
 
 // A step as it would run: one graph where the backend has them.
@@ -126,6 +143,7 @@ class WholeStep {
 MemoryAccount run_decode(const Session& session, const Config& config, const Point& point, const TensorSource& source,
                          PointRecord& record, const Progress& progress) {
   const Control& world = session.world;
+  const DuringPhase phase("decode");
   std::optional<Engine> engine;
   agreed(world, [&] { engine.emplace(session.backend, world, config, point, source); });
   Engine& e = *engine;
@@ -138,7 +156,10 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   const std::vector<ModeRun> runs = mode_runs(config, point);
   StepOptions base;
   base.force_branch = point.force_branch;
-  if (config.run.check || config.output.tensors) record_pass(session, e, decode, source, base, record);
+  StepOutput expected;
+  if (config.run.check || config.output.tensors) expected = record_pass(session, e, decode, source, base, record);
+  decode.rewind();
+  const std::uint64_t caches = config.run.check ? cache_checksum(e, point.context, config.model.layers) : 0;
 
   Recorder recorder(e.device(), e.streams.compute);
   Samples samples;
@@ -156,6 +177,10 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
         if (session.stop->now_and_then()) return false;
         decode.load(step, run.options);
         e.device().synchronize(e.streams.compute);
+        fault::flip("cache.k", e.device(), e.caches[0].sel.k_memory.data(), e.caches[0].sel.k_memory.bytes(),
+                    e.streams.compute);
+        fault::flip("cache.v", e.device(), e.caches[0].sel.v_memory.data(), e.caches[0].sel.v_memory.bytes(),
+                    e.streams.compute);
         sink(recorder.step([&] { whole.run(); }));
         progress(std::min(passes += 1 / steps, all), all, run.name);
       }
@@ -164,9 +189,19 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
         record.reads = gather_reads(world, reads);
         if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(config, point)));
       }
+      const bool same_step = run.options.leave_out < 0 && run.options.force_branch == base.force_branch;
+      if (config.run.check && same_step)
+        fail_where(world,
+                   output_problem(latest_output(e, decode.buffers(), point.batch, true), expected, e.shape().dtype),
+                   record);
       return true;
     });
   } while (e.routes.agree(world));
+  if (config.run.check) {
+    decode.rewind();
+    const bool same = cache_checksum(e, point.context, config.model.layers) == caches;
+    fail_where(world, same ? "" : "the cached K or V changed while the steps ran", record);
+  }
   for (std::int64_t step = 0; step < config.run.steps; ++step)
     record.reads.nsa_vibe.push_back(nsa_vibe_reads(config.nsa, point.context + step));
   record.first_position = point.context;

@@ -2,8 +2,10 @@
 #include <memory>
 #include <optional>
 
+#include "kernels/operations.hpp"
 #include "nsa/check.hpp"
 #include "nsa/inputs.hpp"
+#include "nsa/integrity.hpp"
 #include "nsa/measure.hpp"
 #include "nsa/point.hpp"
 #include "nsa/prefill.hpp"
@@ -28,14 +30,41 @@ RankReads count_reads(Engine& e, Prefill& prefill) {
   return reads;
 }
 
+/// What every run of a point has to leave: the last tile's output, the read counters, and the caches of the first
+/// layer, which hang on nothing but x and the weights.
+struct Left {
+  StepOutput output;
+  std::vector<std::int64_t> reads;
+  std::uint64_t caches = 0;
+};
+
+constexpr std::int64_t compared_rows = 256;  // of a tile: it may have thousands
+
+Left left_by(Engine& e, Prefill& prefill) {
+  Left left;
+  left.output = latest_output(e, prefill.buffers(), std::min(compared_rows, prefill.last_tile_rows()), false);
+  left.reads = download_longs(e, prefill.buffers().reads.data(), branches * e.planes());
+  left.caches = cache_checksum(e, e.point.context, 1);
+  return left;
+}
+
+std::string problem_of(const Engine& e, const Left& left, const Left& expected) {
+  if (left.caches != expected.caches) return "K or V differs from that of the checked run";
+  if (left.reads != expected.reads) return "reads are counted otherwise than in the checked run";
+  return output_problem(left.output, expected.output, e.shape().dtype);
+}
+
 // One run outside the measurement: every tile is recorded; the last row of some tiles is checked.
-void record_run(const Session& session, Engine& e, Prefill& prefill, const TensorSource& source,
+Left record_run(const Session& session, Engine& e, Prefill& prefill, const TensorSource& source,
                 const StepOptions& base, PointRecord& record) {
   StepOptions options = base;
   options.record = true;
+  const DuringPhase phase("check");
   Recorder untimed(e.device(), e.streams.compute);
   std::unique_ptr<StepTensors> tensors;
-  if (e.config.output.tensors) tensors = std::make_unique<StepTensors>(e, e.point.context);
+  agreed(session.world, [&] {
+    if (e.config.output.tensors) tensors = std::make_unique<StepTensors>(e, e.point.context);
+  });
   CheckResult checked;
   std::int64_t seen = 0;
   const std::int64_t stride = std::max<std::int64_t>(1, prefill.tile_count() * e.point.batch / 8);
@@ -44,11 +73,16 @@ void record_run(const Session& session, Engine& e, Prefill& prefill, const Tenso
     e.device().synchronize(e.streams.compute);
     if (tensors) tensors->take(work, tile.first_position, false);
     if (!e.config.run.check || seen++ % stride != 0) return;
+    const StepOutput output = latest_output(e, work.buffers, std::min(compared_rows, work.tile.rows()), false);
+    if (checked.problem.empty()) checked.problem = output_problem(output, {}, e.shape().dtype);
     const std::int64_t row = tile.tokens - 1, group = seen / stride % e.shape().groups;
     checked.merge(check_row(work, std::int64_t{work.tile.batch_begin} * e.shape().groups + group, row,
                             tile.first_position + row));
   });
   keep_records(session.world, e, source, checked, tensors.get(), e.point.context, record);
+  const Left left = left_by(e, prefill);
+  fail_where(session.world, problem_of(e, left, left), record);
+  return left;
 }
 
 }  // namespace
@@ -56,6 +90,7 @@ void record_run(const Session& session, Engine& e, Prefill& prefill, const Tenso
 MemoryAccount run_prefill(const Session& session, const Config& config, const Point& point, const TensorSource& source,
                           PointRecord& record, const Progress& progress) {
   const Control& world = session.world;
+  const DuringPhase phase("prefill");
   std::optional<Engine> engine;
   agreed(world, [&] { engine.emplace(session.backend, world, config, point, source); });
   Engine& e = *engine;
@@ -64,13 +99,15 @@ MemoryAccount run_prefill(const Session& session, const Config& config, const Po
     held.emplace(e, point.context, config.run.check || config.output.tensors);
     load(e, *held, source);
   });
+  e.connect(world);
   Prefill& prefill = *held;
 
   const std::vector<ModeRun> runs = mode_runs(config, point);
   StepOptions base;
   base.force_branch = point.force_branch;
   prefill.watch([&](double done) { progress(done, 1, "checking"); });
-  if (config.run.check || config.output.tensors) record_run(session, e, prefill, source, base, record);
+  Left expected;
+  if (config.run.check || config.output.tensors) expected = record_run(session, e, prefill, source, base, record);
   prefill.watch(nullptr);  // nothing beside the timed work
 
   Recorder recorder(e.device(), e.streams.compute);
@@ -83,12 +120,16 @@ MemoryAccount run_prefill(const Session& session, const Config& config, const Po
     passes = 0;
     record.stop_reason = measure(world, runs, config.run.min_time, samples, [&](const ModeRun& run, auto&& sink) {
       recorder.time_stages(run.stages);
+      const bool same_step = run.options.leave_out < 0 && run.options.force_branch == base.force_branch;
+      std::string problem;
       for (std::int64_t rep = 0; rep < config.run.steps; ++rep) {
         if (session.stop->now_and_then()) return false;
         if (config.model.layers > 1) prefill.load_rows(source);  // the residual stream was written over
         sink(recorder.step([&] { prefill.run(recorder, run.options); }));
         progress(std::min(passes += 1 / steps, all), all, run.name);
+        if (config.run.check && same_step && problem.empty()) problem = problem_of(e, left_by(e, prefill), expected);
       }
+      fail_where(world, problem, record);
       if (run.options.leave_out < 0) {
         record.reads = gather_reads(world, count_reads(e, prefill));
         if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(config, point)));

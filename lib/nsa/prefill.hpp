@@ -40,6 +40,7 @@ class Prefill {
 
   StepBuffers& buffers() { return buffers_; }
   std::int64_t tile_count() const { return std::ssize(tiles_); }
+  std::int64_t last_tile_rows() const { return tiles_.empty() ? 0 : tiles_.back().tokens; }
   /// Where a token's K and V of a branch are kept on this rank; with shared_kv, [win] is [sel].
   KvPair& rows(Branch branch, std::int64_t layer = 0) {
     return branch == cmp ? raw_ : branch == win && !engine_.shape().shared_kv ? win_ : engine_.caches[layer].sel;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/backend.hpp"
+#include "kernels/operations.hpp"
 #include "nsa/records.hpp"
 
 namespace nsa {
@@ -25,6 +26,7 @@ class Recorder {
   /// Runs `work`, which queues on the stream; its time is added to the stage's.
   template <class Work>
   void time(Stage stage, Work&& work) {
+    set_stage(stage_names[static_cast<std::size_t>(stage)]);
     if (!stages_on_) return work();
     const Span span{stage, next_event(), next_event()};
     device_.record(span.from, stream_);

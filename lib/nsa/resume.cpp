@@ -48,7 +48,8 @@ void compare_machines(const RunRecord& before, const RunRecord& now, std::vector
 }  // namespace
 
 bool decides_point(const std::string& key) {
-  for (const char* name : {"input.file", "output.file", "output.csv", "run.backend", "parallel.heads", "parallel.kv"}) {
+  for (const char* name :
+       {"input.file", "output.file", "output.csv", "run.backend", "run.deadline", "parallel.heads", "parallel.kv"}) {
     if (key == name) return false;
   }
   return true;

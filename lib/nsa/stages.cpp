@@ -1,5 +1,7 @@
 #include "nsa/stages.hpp"
 
+#include "kernels/fault.hpp"
+
 namespace nsa {
 
 namespace {
@@ -20,6 +22,10 @@ std::int32_t* selected_of(const Work& w) {
 void* query_of(const Work& w) {
   const LayerShape& s = w.engine.shape();
   return at(w.buffers.q, w.first_row * s.heads() * s.d_k, size_of(s.dtype));
+}
+
+void flip(const char* site, const Work& w, const Buffer& buffer) {
+  fault::flip(site, w.engine.device(), buffer.data(), buffer.bytes(), w.engine.streams.compute);
 }
 
 float* gate_of(const Work& w) { return floats_at(w.buffers.gate, w.first_row * w.engine.shape().groups * 3); }
@@ -173,6 +179,8 @@ bool enter_at_once(Work& w) {
 
 void attend(Work& w, Branch branch) {
   w.engine.routes.of(w.phase, branch).run(branch, attend_args(w, branch), w.engine.streams.compute);
+  flip("kernel.attend", w, w.buffers.partials);
+  flip("kernel.reads", w, w.buffers.reads);
 }
 
 void rank_blocks(Work& w) { w.engine.kernels().rank(rank_args(w), w.engine.streams.compute); }
@@ -183,7 +191,10 @@ void select_blocks(Work& w) {
       w.engine.streams.compute);
 }
 
-void combine(Work& w) { w.engine.kernels().combine(combine_args(w), w.engine.streams.compute); }
+void combine(Work& w) {
+  w.engine.kernels().combine(combine_args(w), w.engine.streams.compute);
+  flip("kernel.combine", w, w.buffers.o);
+}
 
 bool attend_at_once(Work& w) {
   const KernelTable& kernels = w.engine.kernels();
@@ -218,25 +229,27 @@ void output(Work& w) {
   args.scratch = b.scratch.data();
   args.scratch_bytes = b.scratch.bytes();
   w.engine.kernels().output(args, w.engine.streams.compute);
+  flip("kernel.output", w, b.y);
 }
 
 void exchange_lse(Work& w, Stream* stream) {
-  w.engine.kv.all_gather(w.buffers.lse.data(), w.buffers.lse_all.data(), w.buffers.lse.bytes(), stream);
+  w.engine.kv.all_gather("lse", w.buffers.lse.data(), w.buffers.lse_all.data(), w.buffers.lse.bytes(), stream);
 }
 
 void exchange_candidates(Work& w, Stream* stream) {
-  w.engine.kv.all_gather(w.buffers.candidates.data(), w.buffers.candidates_all.data(), w.buffers.candidates.bytes(),
-                         stream);
+  w.engine.kv.all_gather("candidates", w.buffers.candidates.data(), w.buffers.candidates_all.data(),
+                         w.buffers.candidates.bytes(), stream);
 }
 
 void exchange_partials(Work& w, Stream* stream) {
-  w.engine.kv.all_gather(w.buffers.partials.data(), w.buffers.partials_all.data(), w.buffers.partials.bytes(), stream);
+  w.engine.kv.all_gather("partials", w.buffers.partials.data(), w.buffers.partials_all.data(),
+                         w.buffers.partials.bytes(), stream);
 }
 
 void sum_outputs(Work& w, std::int64_t rows) {
   const auto count = static_cast<std::size_t>(rows * w.engine.shape().dim);
   Stream* stream = w.engine.streams.compute;
-  w.engine.heads.all_reduce_sum(w.buffers.y.as<float>(), count, stream);
+  w.engine.heads.all_reduce_sum("outputs", w.buffers.y.as<float>(), count, stream);
   if (w.engine.config.model.layers > 1)
     w.engine.kernels().add(static_cast<std::int64_t>(count), w.buffers.x.as<float>(), w.buffers.y.as<float>(), stream);
 }

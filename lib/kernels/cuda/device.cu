@@ -11,6 +11,7 @@
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/cuda.hpp"
 #include "kernels/fault.hpp"
+#include "kernels/operations.hpp"
 
 namespace nsa {
 
@@ -36,6 +37,7 @@ cudaGraphExec_t cuda(Graph* graph) { return reinterpret_cast<cudaGraphExec_t>(gr
 using gpu::cuda;
 
 void* allocate(std::size_t bytes) {
+  const Operation operation(OperationKind::wait, "allocate", bytes);
   void* data = nullptr;
   const bool refused = fault::at("device.allocate").is(fault::Action::fail);
   const cudaError_t code = refused ? cudaErrorMemoryAllocation : cudaMalloc(&data, bytes == 0 ? 1 : bytes);
@@ -61,7 +63,10 @@ Stream* create_stream() {
   return reinterpret_cast<Stream*>(stream);
 }
 void destroy_stream(Stream* stream) noexcept { (void)cudaStreamDestroy(cuda(stream)); }
-void synchronize(Stream* stream) { check(cudaStreamSynchronize(cuda(stream)), "cudaStreamSynchronize"); }
+void synchronize(Stream* stream) {
+  const Operation operation(OperationKind::wait, "device wait");
+  check(cudaStreamSynchronize(cuda(stream)), "cudaStreamSynchronize");
+}
 
 void copy(void* to, const void* from, std::size_t bytes, Stream* stream) {
   if (bytes > 0) check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, cuda(stream)), "cudaMemcpyAsync");
@@ -82,6 +87,7 @@ void wait(Stream* stream, Event* event) {
 }
 
 double elapsed(Event* from, Event* to) {
+  const Operation operation(OperationKind::wait, "device wait");
   check(cudaEventSynchronize(cuda(to)), "cudaEventSynchronize");
   float milliseconds = 0;
   check(cudaEventElapsedTime(&milliseconds, cuda(from), cuda(to)), "cudaEventElapsedTime");
@@ -92,6 +98,7 @@ Graph* capture(Stream* stream, void (*body)(void*), void* context) {
   check(cudaStreamBeginCapture(cuda(stream), cudaStreamCaptureModeRelaxed), "cudaStreamBeginCapture");
   cudaGraph_t graph = nullptr;
   try {
+    const DuringCapture capturing;
     body(context);
   } catch (...) {
     (void)cudaStreamEndCapture(cuda(stream), &graph);
@@ -106,7 +113,11 @@ Graph* capture(Stream* stream, void (*body)(void*), void* context) {
   check(code, "cudaGraphInstantiate");
   return reinterpret_cast<Graph*>(executable);
 }
-void launch(Graph* graph, Stream* stream) { check(cudaGraphLaunch(cuda(graph), cuda(stream)), "cudaGraphLaunch"); }
+// A replay is one operation, of all ranks alike, whatever exchanges it holds.
+void launch(Graph* graph, Stream* stream) {
+  const Operation operation(OperationKind::control, "graph launch");
+  check(cudaGraphLaunch(cuda(graph), cuda(stream)), "cudaGraphLaunch");
+}
 void destroy_graph(Graph* graph) noexcept { (void)cudaGraphExecDestroy(cuda(graph)); }
 
 // The driver's management library, opened by name at run time: its header is not part of every toolkit, and a
@@ -181,6 +192,7 @@ DeviceInfo info() {
   const Nvml nvml;
   DeviceInfo out;
   out.name = p.name;
+  out.index = open_device.index;
   out.uuid = uuid_text(p.uuid);
   out.driver = nvml.driver().empty() ? "CUDA " + version_text(driver) : nvml.driver();
   out.runtime = version_text(runtime);
@@ -200,6 +212,7 @@ constexpr DeviceOps device_ops = {
 
 void open(int index) {
   if (open_device.index == index) return;
+  const Operation operation(OperationKind::wait, "open device");
   if (open_device.index >= 0)
     throw InternalError("GPU " + std::to_string(index) + " asked for while " + std::to_string(open_device.index) +
                         " is open (one GPU a process)");

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "kernels/checksum.hpp"
 #include "kernels/cuda/decode_rows.cuh"
 #include "kernels/cuda/stages.cuh"
 #include "kernels/random.hpp"
@@ -47,6 +48,21 @@ __global__ void copy_rows_kernel(CopyRowsArgs a, std::int64_t chunks, std::int64
     static_cast<T*>(a.dst.data)[offset_in_chunk(a.dst, p, c, i) + e] =
         static_cast<const T*>(a.src.data)[offset_of(a.src, p, i) + e];
   }
+}
+
+// Integer sums wrap and commute: the order of the threads does not matter.
+template <class Bits>
+__global__ void checksum_kernel(ChecksumArgs a) {
+  const int width = a.view.width;
+  const std::int64_t rows = a.last - a.first, items = a.planes * rows * width;
+  std::uint64_t sum = 0;
+  for (std::int64_t item = first_item(); item < items; item += item_step()) {
+    const std::int64_t e = item % width, i = a.first + item / width % rows, p = item / width / rows;
+    if (!has_row(a.view.map, i)) continue;
+    sum += checksum_term(static_cast<const Bits*>(a.view.data)[offset_of(a.view, p, i) + e],
+                         static_cast<std::uint64_t>((p * a.last + i) * width + e));
+  }
+  atomicAdd(reinterpret_cast<unsigned long long*>(a.sum), static_cast<unsigned long long>(sum));
 }
 
 template <class T>
@@ -124,6 +140,16 @@ void append(const AppendArgs& a, Stream* stream) {
   with_type(a.shape.dtype, [&](auto type) {
     launch_early(append_kernel<decltype(type)>, dim3(blocks_for(items)), threads, 0, stream, 1, a);
   });
+}
+
+void checksum(const ChecksumArgs& a, Stream* stream) {
+  const std::int64_t items = a.planes * (a.last - a.first) * a.view.width;
+  if (items <= 0) return;
+  if (a.dtype == DType::f32)
+    checksum_kernel<std::uint32_t><<<blocks_for(items), threads, 0, cuda(stream)>>>(a);
+  else
+    checksum_kernel<std::uint16_t><<<blocks_for(items), threads, 0, cuda(stream)>>>(a);
+  check_launch("checksum");
 }
 
 void copy_rows(const CopyRowsArgs& a, Stream* stream) {

@@ -15,6 +15,7 @@ void output(const OutputArgs&, Stream*);
 void rmsnorm(const LayerShape&, std::int64_t rows, const float* x, void* out, bool normalise, Stream*);
 void add(std::int64_t count, float* x, const float* y, Stream*);
 void copy_rows(const CopyRowsArgs&, Stream*);
+void checksum(const ChecksumArgs&, Stream*);
 void fill_rows(const FillRowsArgs&, Stream*);
 void advance(const AdvanceArgs&, Stream*);
 

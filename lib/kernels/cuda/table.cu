@@ -144,6 +144,7 @@ constexpr KernelTable table = {project,
                                scratch_bytes,
                                tile_tokens,
                                tile_budget,
+                               checksum,
                                decode_enter,
                                decode_step_accepts,
                                decode_step_with_scratch};

@@ -58,8 +58,9 @@ void* allocate(std::size_t bytes) {
   const bool fits = (available < 0 || bytes <= static_cast<std::size_t>(available)) &&
                     !fault::at("device.allocate").is(fault::Action::fail);
   if (!fits || posix_memalign(&data, bytes >= page ? page : 256, std::max<std::size_t>(bytes, 1)) != 0)
-    throw UserError("cannot allocate " + std::to_string(bytes) + " bytes of host memory (" + std::to_string(available) +
-                        " available); use a smaller context or batch, or more ranks",
+    throw UserError("out of host memory (" + std::to_string(bytes) + " bytes wanted, " +
+                        std::to_string(meminfo("MemAvailable")) +
+                        " free); use more hosts, a shorter context or a smaller batch",
                     ExitCode::device);
   auto* begin = static_cast<char*>(data);
   if (bytes >= page) madvise(data, bytes, MADV_HUGEPAGE);  // a wish: streaming walks many pages
@@ -83,6 +84,7 @@ DeviceInfo info() {
   result.name = cpu_name();
   result.architecture = simd_level();
   result.units = omp_get_max_threads();
+  if (fault::at("device.ecc").is(fault::Action::fail)) result.ecc_errors = 1;
   result.memory_total = std::max<std::int64_t>(0, meminfo("MemTotal"));
   result.memory_free = std::max<std::int64_t>(0, meminfo("MemAvailable"));
   return result;

@@ -67,6 +67,7 @@ const KernelTable& host_kernels() {
       .scratch_bytes = scratch_bytes,
       .tile_tokens = 256,
       .tile_budget = std::size_t{64} << 20,
+      .checksum = host::checksum,
   };
   return table;
 }

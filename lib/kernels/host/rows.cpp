@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/checksum.hpp"
 #include "kernels/host/arena.hpp"
 #include "kernels/host/micro.hpp"
 #include "kernels/host/stages.hpp"
@@ -100,6 +101,31 @@ void fill_rows(const FillRowsArgs& args, Stream*) {
       }
     }
   }
+}
+
+namespace {
+
+template <class Bits>
+std::uint64_t checksum_of(const ChecksumArgs& args) {
+  const KvView& view = args.view;
+  const auto* data = static_cast<const Bits*>(view.data);
+  std::uint64_t sum = 0;
+#pragma omp parallel for collapse(2) reduction(+ : sum)
+  for (std::int64_t plane = 0; plane < args.planes; ++plane) {
+    for (std::int64_t i = args.first; i < args.last; ++i) {
+      if (!has_row(view.map, i)) continue;
+      const Bits* row = data + offset_of(view, plane, i);
+      const std::int64_t place = (plane * args.last + i) * view.width;
+      for (std::int32_t e = 0; e < view.width; ++e) sum += checksum_term(row[e], static_cast<std::uint64_t>(place + e));
+    }
+  }
+  return sum;
+}
+
+}  // namespace
+
+void checksum(const ChecksumArgs& args, Stream*) {
+  *args.sum += size_of(args.dtype) == 2 ? checksum_of<std::uint16_t>(args) : checksum_of<std::uint32_t>(args);
 }
 
 void advance(const AdvanceArgs& args, Stream*) {

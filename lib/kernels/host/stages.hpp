@@ -25,6 +25,7 @@ void combine(const CombineArgs& args, Stream*);
 
 void append(const AppendArgs& args, Stream*);
 void copy_rows(const CopyRowsArgs& args, Stream*);
+void checksum(const ChecksumArgs& args, Stream*);
 void fill_rows(const FillRowsArgs& args, Stream*);
 void advance(const AdvanceArgs& args, Stream*);
 

@@ -1,0 +1,27 @@
+#pragma once
+// What must not change while a point is measured: the K and V that are in the caches, and what a step gives. The
+// sampled float64 check (check.hpp) sees the recorded pass; this ties the measured passes to it.
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "nsa/engine.hpp"
+
+namespace nsa {
+
+/// Of this rank's cached rows of the first `positions` positions, in the first `layers` layers: K and V of sel and cmp,
+/// and the rings as they stand. One bit more or less changes it.
+std::uint64_t cache_checksum(Engine& engine, std::int64_t positions, std::int64_t layers);
+
+/// What the last step or tile gave on this rank: o [rows, heads, d_v] and, in decode of whole layers, y [rows, dim].
+struct StepOutput {
+  std::vector<float> o, y;
+};
+StepOutput latest_output(Engine& engine, const StepBuffers& buffers, std::int64_t rows, bool with_y);
+
+/// "" or what is wrong: a value that is not finite; and, where `expected` is not empty, one that differs from it by
+/// more than rounding.
+std::string output_problem(const StepOutput& output, const StepOutput& expected, DType type);
+
+}  // namespace nsa
