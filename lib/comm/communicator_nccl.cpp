@@ -8,6 +8,7 @@
 #include <string>
 
 #include "comm/communicator_impl.hpp"
+#include "kernels/operations.hpp"
 
 namespace nsa {
 
@@ -35,6 +36,7 @@ void sum_over_nccl(void* state, float* data, std::size_t count, Stream* stream) 
 
 // While an exception unwinds the peers may never arrive: abort does not wait for them.
 void close_nccl(void* state) noexcept {
+  const Operation operation(OperationKind::wait, "close communicator");
   if (std::uncaught_exceptions() > 0)
     (void)ncclCommAbort(comm_of(state));
   else

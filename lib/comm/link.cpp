@@ -5,7 +5,6 @@
 #include <net/if.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -16,7 +15,6 @@ namespace nsa {
 
 namespace {
 
-constexpr std::uint32_t longest_message = 1 << 20;  // what announces more is not one of us
 constexpr int socket_flags = SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC;
 
 bool would_wait() { return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR; }
@@ -27,6 +25,8 @@ void Descriptor::reset() {
   if (fd_ >= 0) ::close(fd_);
   fd_ = -1;
 }
+
+pollfd Link::waiting() const { return {socket_.get(), static_cast<short>(POLLIN | (out_.empty() ? 0 : POLLOUT)), 0}; }
 
 void Link::send(const std::string& message) {
   if (!open()) return;
@@ -47,10 +47,11 @@ void Link::flush() {
   }
 }
 
+// No more than a message can hold: whoever sends without end neither fills memory nor keeps its reader from the others.
 void Link::pump() {
   flush();
   char piece[16384];
-  while (open()) {
+  while (open() && in_.size() < longest_ + sizeof(std::uint32_t)) {
     const ssize_t got = ::recv(socket_.get(), piece, sizeof piece, 0);
     if (got > 0)
       in_.append(piece, static_cast<std::size_t>(got));
@@ -65,7 +66,7 @@ std::optional<std::string> Link::next() {
   std::uint32_t length = 0;
   if (in_.size() < sizeof length) return {};
   std::memcpy(&length, in_.data(), sizeof length);
-  if (length > longest_message) {
+  if (length > longest_) {
     close();
     in_.clear();
     return {};
@@ -76,37 +77,40 @@ std::optional<std::string> Link::next() {
   return message;
 }
 
-Descriptor listen_anywhere(std::uint16_t& port) {
+Descriptor listen_on(Reach reach, std::uint16_t& port) {
   Descriptor listener(::socket(AF_INET, socket_flags, 0));
   sockaddr_in address{};
   address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_ANY);
+  address.sin_addr.s_addr = htonl(reach == Reach::network ? INADDR_ANY : INADDR_LOOPBACK);
   socklen_t size = sizeof address;
   auto* generic = reinterpret_cast<sockaddr*>(&address);
-  if (listener.get() < 0 || bind(listener.get(), generic, size) != 0 || listen(listener.get(), SOMAXCONN) != 0 ||
+  if (!listener.open() || bind(listener.get(), generic, size) != 0 || listen(listener.get(), SOMAXCONN) != 0 ||
       getsockname(listener.get(), generic, &size) != 0)
     return Descriptor();
   port = ntohs(address.sin_port);
   return listener;
 }
 
-Descriptor accept_from(const Descriptor& listener) {
-  return Descriptor(accept4(listener.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+Descriptor accept_from(const Descriptor& listener, bool& more) {
+  Descriptor socket(accept4(listener.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+  more = socket.open() || would_wait() || errno == ECONNABORTED;
+  return socket;
 }
 
-std::vector<std::string> own_addresses() {
-  std::vector<std::string> outer, loop;
+std::vector<std::string> own_addresses(Reach reach) {
+  std::vector<std::string> addresses;
   ifaddrs* list = nullptr;
   if (getifaddrs(&list) != 0) return {};
   for (const ifaddrs* entry = list; entry; entry = entry->ifa_next) {
+    const bool loopback = (entry->ifa_flags & IFF_LOOPBACK) != 0;
     if (!entry->ifa_addr || entry->ifa_addr->sa_family != AF_INET || !(entry->ifa_flags & IFF_UP)) continue;
+    if (loopback != (reach == Reach::this_machine)) continue;
     char text[INET_ADDRSTRLEN] = {};
     inet_ntop(AF_INET, &reinterpret_cast<const sockaddr_in*>(entry->ifa_addr)->sin_addr, text, sizeof text);
-    (entry->ifa_flags & IFF_LOOPBACK ? loop : outer).push_back(text);
+    addresses.push_back(text);
   }
   freeifaddrs(list);
-  outer.insert(outer.end(), loop.begin(), loop.end());
-  return outer;
+  return addresses;
 }
 
 Descriptor connect_to(const std::string& address, std::uint16_t port, double seconds) {
@@ -114,7 +118,7 @@ Descriptor connect_to(const std::string& address, std::uint16_t port, double sec
   sockaddr_in target{};
   target.sin_family = AF_INET;
   target.sin_port = htons(port);
-  if (socket.get() < 0 || inet_pton(AF_INET, address.c_str(), &target.sin_addr) != 1) return Descriptor();
+  if (!socket.open() || inet_pton(AF_INET, address.c_str(), &target.sin_addr) != 1) return Descriptor();
   if (connect(socket.get(), reinterpret_cast<const sockaddr*>(&target), sizeof target) != 0) {
     pollfd waiting{socket.get(), POLLOUT, 0};
     int error = errno;
@@ -128,9 +132,9 @@ Descriptor connect_to(const std::string& address, std::uint16_t port, double sec
   return socket;
 }
 
-bool wait_readable(int descriptor, double seconds) {
-  pollfd waiting{descriptor, POLLIN, 0};
-  return poll(&waiting, 1, static_cast<int>(seconds * 1e3)) == 1;
+bool wait_readable(const Link& link, double seconds) {
+  pollfd waiting = link.waiting();
+  return link.open() && poll(&waiting, 1, static_cast<int>(seconds * 1e3)) == 1;
 }
 
 }  // namespace nsa

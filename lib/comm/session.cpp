@@ -82,6 +82,7 @@ Control::Impl::~Impl() {
   int finalized = 0;
   MPI_Finalized(&finalized);
   if (finalized || std::uncaught_exceptions() > 0) return;  // freeing is collective
+  const Operation operation(OperationKind::wait, "close group");
   MPI_Comm_free(&host);
   MPI_Comm_free(&comm);
 }

@@ -223,19 +223,6 @@ class Court {
   const WatchTimes& times_;
 };
 
-std::string quoted(const std::string& text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\')
-      out += fmt::format("\\{}", c);
-    else if (static_cast<unsigned char>(c) < 0x20)
-      out += fmt::format("\\u{:04x}", static_cast<unsigned>(c));
-    else
-      out += c;
-  }
-  return out + '"';
-}
-
 }  // namespace
 
 void RankView::take(const std::vector<OperationRecord>& news) {
@@ -258,23 +245,6 @@ std::optional<Verdict> judge(const std::vector<RankView>& ranks, std::int64_t no
 std::string describe(const OperationRecord& operation) {
   return fmt::format("{} {}#{}{}", operation.name, operation.kind == OperationKind::wait ? "after " : "",
                      operation.number, in_place(operation.phase, operation.stage));
-}
-
-std::string operations_json(int rank, const RankView& view, std::int64_t now, const std::string& verdict) {
-  std::string text = fmt::format(
-      "{{\n  \"rank\": {},\n  \"host\": {},\n  \"device\": {},\n  \"verdict\": {},\n"
-      "  \"operations\": [",
-      rank, quoted(view.host), quoted(view.device), quoted(verdict));
-  for (const OperationRecord& o : view.operations) {
-    const double begun = static_cast<double>(now - o.begin) * second;
-    text += fmt::format(
-        "{}\n    {{\"number\": {}, \"collective\": {}, \"name\": {}, \"phase\": {}, \"stage\": {}, \"bytes\": {}, "
-        "\"seconds_ago\": {:.3f}, \"seconds\": {}}}",
-        &o == &view.operations.front() ? "" : ",", o.number, o.kind != OperationKind::wait, quoted(o.name),
-        quoted(o.phase), quoted(o.stage), o.bytes, begun,
-        o.end == 0 ? "null" : fmt::format("{:.3f}", static_cast<double>(o.end - o.begin) * second));
-  }
-  return text + "\n  ]\n}\n";
 }
 
 }  // namespace nsa

@@ -48,7 +48,4 @@ std::optional<Verdict> judge(const std::vector<RankView>& ranks, std::int64_t no
 /// "all_gather #217 [decode, lse]"; a wait: "device wait after #217 [decode, attend_sel]".
 std::string describe(const OperationRecord& operation);
 
-/// The operations of a rank as a JSON document; seconds are counted back from `now`, on the rank's clock.
-std::string operations_json(int rank, const RankView& view, std::int64_t now, const std::string& verdict);
-
 }  // namespace nsa

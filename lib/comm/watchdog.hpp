@@ -7,6 +7,8 @@
 // Promised: an operation older than the deadline ends all ranks with exit code 4 within the deadline plus 15 s, and
 // names the rank that is late. A rank that was stopped (SIGSTOP) is continued to end too, where a watchdog of its
 // host can; then killed. A rank that hears from no hub ends by itself.
+//
+// Waits for a device need no polling: the rank may sit in cudaStreamSynchronize, the watchdog ends its process.
 
 #include <memory>
 #include <string>
@@ -14,6 +16,8 @@
 #include "comm/session.hpp"
 
 namespace nsa {
+
+class WatchdogThread;
 
 class Watchdog {
  public:
@@ -39,8 +43,7 @@ class Watchdog {
   void aborting(ExitCode code);
 
  private:
-  struct Impl;
-  std::unique_ptr<Impl> impl_;
+  std::unique_ptr<WatchdogThread> thread_;
 };
 
 }  // namespace nsa

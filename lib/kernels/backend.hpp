@@ -15,13 +15,13 @@ struct Graph;  // opaque
 enum class BackendKind : std::int32_t { host, cuda };
 
 struct DeviceInfo {
-  std::string name, uuid, driver, runtime;  ///< uuid, driver, runtime: empty on the host
-  std::string architecture;                 ///< "sm_90", or the host's SIMD level
-  std::int32_t index = -1;  ///< of the device on its host; -1: the host itself
-  std::int32_t units = 0;                   ///< SMs, or threads
+  std::string name, uuid, driver, runtime;         ///< uuid, driver, runtime: empty on the host
+  std::string architecture;                        ///< "sm_90", or the host's SIMD level
+  std::int32_t index = -1;                         ///< of the device on its host; -1: the host itself
+  std::int32_t units = 0;                          ///< SMs, or threads
   std::int64_t memory_total = 0, memory_free = 0;  ///< bytes
   double clock_mhz = 0, memory_clock_mhz = 0;
-  std::int64_t ecc_errors = -1;             ///< uncorrected, volatile; -1: unknown
+  std::int64_t ecc_errors = -1;  ///< uncorrected, volatile; -1: unknown
 };
 
 /// Plain function pointers, all throwing UserError(ExitCode::device) with what the device said.
@@ -36,8 +36,8 @@ struct DeviceOps {
   Event* (*create_event)();
   void (*destroy_event)(Event*) noexcept;
   void (*record)(Event*, Stream*);
-  void (*wait)(Stream*, Event*);                 ///< the stream goes on when the event is reached
-  double (*elapsed)(Event* from, Event* to);     ///< seconds; both reached
+  void (*wait)(Stream*, Event*);              ///< the stream goes on when the event is reached
+  double (*elapsed)(Event* from, Event* to);  ///< seconds; both reached
   /// Captures what `body(context)` queues on the stream; null where the backend has no graphs.
   Graph* (*capture)(Stream*, void (*body)(void*), void* context);
   void (*launch)(Graph*, Stream*);

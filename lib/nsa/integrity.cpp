@@ -66,4 +66,14 @@ std::string output_problem(const StepOutput& output, const StepOutput& expected,
               : "a measured step gave another output (by " + std::to_string(std::max(o, y)) + ") than the checked one";
 }
 
+std::string pass_problem(const Control& world, const Engine& e, const StepOutput& output, const StepOutput& expected) {
+  const KernelTable& kernels = e.kernels();
+  const bool other_blocks = output.selected != expected.selected;
+  const bool other_arithmetic = kernels.decode_enter || kernels.decode_step || output.fallbacks != expected.fallbacks;
+  const bool alike = world.max(std::int64_t{other_blocks}) == 0,
+             same_way = world.max(std::int64_t{other_arithmetic}) == 0;
+  if (other_blocks && same_way) return "a measured pass chose other blocks than the checked one";
+  return output_problem(output, alike ? expected : StepOutput(), e.shape().dtype);
+}
+
 }  // namespace nsa

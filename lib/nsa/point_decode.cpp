@@ -63,8 +63,15 @@ RankReads read_log(Engine& e, Decode& decode) {
   return reads;
 }
 
+StepOutput left_by(Engine& e, Decode& decode) {
+  StepOutput left = latest_output(e, decode.buffers(), e.point.batch, true);
+  left.selected = download_ints(e, decode.selected_log().data(), e.config.run.steps * decode.selected_count());
+  left.fallbacks = e.routes.fallbacks(Phase::decode).size();
+  return left;
+}
+
 // One pass outside the measurement: every step is recorded, sampled rows of the first and last are checked. Returns
-// what the last step gave, which every measured pass has to give too.
+// what it left, which every measured pass has to leave too.
 StepOutput record_pass(const Session& session, Engine& e, Decode& decode, const TensorSource& source,
                        const StepOptions& base, PointRecord& record) {
   StepOptions options = base;
@@ -76,7 +83,6 @@ StepOutput record_pass(const Session& session, Engine& e, Decode& decode, const 
     if (e.config.output.tensors) tensors = std::make_unique<StepTensors>(e, e.config.run.steps);
   });
   CheckResult checked;
-  StepOutput output;
   std::string problem;
   decode.rewind();
   for (std::int64_t step = 0; step < e.config.run.steps; ++step) {
@@ -85,16 +91,17 @@ StepOutput record_pass(const Session& session, Engine& e, Decode& decode, const 
     const Work work = decode.step(options, untimed);
     e.device().synchronize(e.streams.compute);
     if (tensors) tensors->take(work, step, true);
-    output = latest_output(e, decode.buffers(), e.point.batch, true);
-    if (problem.empty()) problem = output_problem(output, {}, e.shape().dtype);
-    if (!e.config.run.check || (step != 0 && step + 1 != e.config.run.steps)) continue;
+    if (!e.config.run.check) continue;
+    if (problem.empty())
+      problem = output_problem(latest_output(e, decode.buffers(), e.point.batch, true), {}, e.shape().dtype);
+    if (step != 0 && step + 1 != e.config.run.steps) continue;
     const std::int64_t stride = std::max<std::int64_t>(1, e.planes() / 2);
     for (std::int64_t plane = 0; plane < e.planes(); plane += stride)
       checked.merge(check_row(work, plane, plane / e.shape().groups, e.point.context + step));
   }
   keep_records(session.world, e, source, checked, tensors.get(), total_positions(e.config, e.point), record);
   fail_where(session.world, problem, record);
-  return output;
+  return left_by(e, decode);
 }
 
 // A step as it would run: one graph where the backend has them.
@@ -191,9 +198,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
       }
       const bool same_step = run.options.leave_out < 0 && run.options.force_branch == base.force_branch;
       if (config.run.check && same_step)
-        fail_where(world,
-                   output_problem(latest_output(e, decode.buffers(), point.batch, true), expected, e.shape().dtype),
-                   record);
+        fail_where(world, pass_problem(world, e, left_by(e, decode), expected), record);
       return true;
     });
   } while (e.routes.agree(world));

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "kernels/error.hpp"
+#include "kernels/operations.hpp"
 #include "nsa/check.hpp"
 #include "nsa/kernel_bench.hpp"
 #include "nsa/point.hpp"
@@ -97,6 +98,7 @@ void check(const Session& session, const KernelBench& bench, const std::vector<K
 MemoryAccount run_kernels(const Session& session, const Config& config, const Point& point, PointRecord& record,
                           const Progress& progress) {
   const Control& world = session.world;
+  const DuringPhase phase("kernels");
   const DeviceOps& device = *session.backend.device;
   const std::vector<KernelChoice> choices = kernel_choices(*session.backend.kernels, config, point);
   MemoryAccount account;

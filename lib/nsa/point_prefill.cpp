@@ -31,7 +31,10 @@ RankReads count_reads(Engine& e, Prefill& prefill) {
 }
 
 /// What every run of a point has to leave: the last tile's output, the read counters, and the caches of the first
-/// layer, which hang on nothing but x and the weights.
+/// layer, which hang on nothing but x and the weights. On every backend the same kernels run in the same shapes each
+/// time, the matrix products on one stream with a workspace of their own: cuBLAS promises the same bits then, and so
+/// K and V may be held against theirs. Where a fallback has come between, scores are added up in another way, blocks
+/// may change places, and the output is only looked at for what is not finite.
 struct Left {
   StepOutput output;
   std::vector<std::int64_t> reads;
@@ -43,6 +46,7 @@ constexpr std::int64_t compared_rows = 256;  // of a tile: it may have thousands
 Left left_by(Engine& e, Prefill& prefill) {
   Left left;
   left.output = latest_output(e, prefill.buffers(), std::min(compared_rows, prefill.last_tile_rows()), false);
+  left.output.fallbacks = e.routes.fallbacks(Phase::prefill).size();
   left.reads = download_longs(e, prefill.buffers().reads.data(), branches * e.planes());
   left.caches = cache_checksum(e, e.point.context, 1);
   return left;
@@ -51,7 +55,8 @@ Left left_by(Engine& e, Prefill& prefill) {
 std::string problem_of(const Engine& e, const Left& left, const Left& expected) {
   if (left.caches != expected.caches) return "K or V differs from that of the checked run";
   if (left.reads != expected.reads) return "reads are counted otherwise than in the checked run";
-  return output_problem(left.output, expected.output, e.shape().dtype);
+  const bool same_way = left.output.fallbacks == expected.output.fallbacks;
+  return output_problem(left.output, same_way ? expected.output : StepOutput(), e.shape().dtype);
 }
 
 // One run outside the measurement: every tile is recorded; the last row of some tiles is checked.
@@ -81,7 +86,7 @@ Left record_run(const Session& session, Engine& e, Prefill& prefill, const Tenso
   });
   keep_records(session.world, e, source, checked, tensors.get(), e.point.context, record);
   const Left left = left_by(e, prefill);
-  fail_where(session.world, problem_of(e, left, left), record);
+  if (e.config.run.check) fail_where(session.world, problem_of(e, left, left), record);
   return left;
 }
 

@@ -19,6 +19,7 @@
 #include <set>
 
 #include "kernels/error.hpp"
+#include "kernels/fault.hpp"
 #include "nsa/h5.hpp"
 #include "nsa/result_file.hpp"
 #include "nsa/schema.hpp"
@@ -293,6 +294,7 @@ struct ResultWriter::Impl {
     edit(!sealed, change);
     if (sealed) check_ours();
     take(temporary);  // it keeps its identity under the other name
+    fault::at("result.publish");
     publish(temporary, path, sealed);
     sealed = described = true;
   }

@@ -183,7 +183,10 @@ void attend(Work& w, Branch branch) {
   flip("kernel.reads", w, w.buffers.reads);
 }
 
-void rank_blocks(Work& w) { w.engine.kernels().rank(rank_args(w), w.engine.streams.compute); }
+void rank_blocks(Work& w) {
+  w.engine.kernels().rank(rank_args(w), w.engine.streams.compute);
+  flip("kernel.rank", w, w.buffers.selected);
+}
 
 void select_blocks(Work& w) {
   w.engine.kernels().select(

@@ -92,6 +92,14 @@ class Flips(WithFaults):
                 self.invalid(f"{site}:rank=0:at=6:flip={32 * 5 + 30}", "a measured step gave another output|not finite",
                              LAYERS, ranks=1)
 
+    def test_in_the_choice_of_a_measured_pass(self):
+        # 3 checked steps, 3 steps of branches, 3 of total; which of 32 blocks stands first is turned.
+        text = LAYERS.replace("context = 64", "context = 2048") + "[nsa]\nn_sel = 4\n"
+        for call in (4, 5, 7):  # not in the last step of a pass, whose output is compared
+            with self.subTest(call=call):
+                self.invalid(f"kernel.rank:rank=0:at={call}:flip={32 + 2}", "a measured pass chose other blocks", text,
+                             ranks=1)
+
     def test_in_a_counter(self):
         for text in (LAYERS, PREFILL):
             for call in ((10, 12, 14) if text is LAYERS else (25, 26, 27)):

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "catch.hpp"
+#include "comm/operations_json.hpp"
 #include "comm/verdict.hpp"
 
 namespace {
@@ -188,7 +189,7 @@ TEST_CASE("a view keeps the last 64 operations, each once", "[verdict]") {
 
 TEST_CASE("the report of a rank is JSON", "[verdict]") {
   const RankView view = Rank(1).did(10, "lse").waits(11, "partials", 61);
-  const std::string text = operations_json(1, view, now, "it \"hung\"\n");
+  const std::string text = operations_json(view, now, "it \"hung\"\n");
   CHECK(says(text, R"("verdict": "it \"hung\"\u000a")"));
   CHECK(says(text, R"({"number": 10, "collective": true, "name": "all_gather", "phase": "decode", "stage": "lse", )"
                    R"("bytes": 128, "seconds_ago": 100.000, "seconds": 0.000},)"));

@@ -84,7 +84,7 @@ DeviceInfo info() {
   result.name = cpu_name();
   result.architecture = simd_level();
   result.units = omp_get_max_threads();
-  if (fault::at("device.ecc").is(fault::Action::fail)) result.ecc_errors = 1;
+  if constexpr (fault::built) result.ecc_errors = fault::at("device.ecc").is(fault::Action::fail);
   result.memory_total = std::max<std::int64_t>(0, meminfo("MemTotal"));
   result.memory_free = std::max<std::int64_t>(0, meminfo("MemAvailable"));
   return result;
