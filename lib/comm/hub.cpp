@@ -98,8 +98,8 @@ void Hub::add_waiting(std::vector<pollfd>& list) const {
 }
 
 std::string open_hub(const std::vector<Place>& places, Descriptor& listener) {
-  const bool one_machine = std::all_of(places.begin(), places.end(),
-                                       [&](const Place& place) { return place.machine == places[0].machine; });
+  const bool one_machine =
+      std::all_of(places.begin(), places.end(), [&](const Place& place) { return place.machine == places[0].machine; });
   std::uint16_t port = 0;
   listener = listen_on(one_machine ? Reach::this_machine : Reach::network, port);
   if (!listener.open()) return {};

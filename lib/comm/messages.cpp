@@ -82,7 +82,8 @@ bool read_beat(const std::string& message, std::int64_t now, RankView& view) {
   if (header.operations < 0 || header.operations > std::int64_t{kept_operations}) return false;
   std::vector<OperationRecord> news(static_cast<std::size_t>(header.operations));
   if (!get(message, at, news.data(), news.size())) return false;
-  for (OperationRecord& operation : news) end_text(operation.name), end_text(operation.phase), end_text(operation.stage);
+  for (OperationRecord& operation : news)
+    end_text(operation.name), end_text(operation.phase), end_text(operation.stage);
   end_text(header.device), end_text(header.place.phase), end_text(header.place.stage);
   view.take(news);
   view.told = header.told;

@@ -49,7 +49,7 @@ std::string Watchdog::join(const Control& world) {
 
 void Watchdog::set(double deadline, const std::string& result_path) {
   thread_->change([&](WatchSettings& settings, WatchJob&) {
-    settings.deadline = static_cast<std::int64_t>(deadline * s);
+    settings.deadline = static_cast<std::int64_t>(deadline * ns_a_second);
     settings.path = result_path;
   });
 }
@@ -64,7 +64,7 @@ void Watchdog::fail(const std::string& message) {
     settings.failure = message;
     on = settings.deadline > 0;
   });
-  if (on) std::this_thread::sleep_for(std::chrono::nanoseconds(lost_grace + alone_waits + 10 * s));
+  if (on) std::this_thread::sleep_for(std::chrono::nanoseconds(failure_ends_job_within));
 }
 
 void Watchdog::aborting(ExitCode code) {

@@ -17,13 +17,14 @@ namespace nsa {
 
 namespace {
 
-constexpr std::int64_t s = 1'000'000'000;   // ns
+constexpr std::int64_t s = ns_a_second;
 constexpr std::int64_t lost_grace = 3 * s;  // the launcher usually ends the job before
 constexpr std::int64_t second_hub_waits = 3 * s;
 constexpr std::int64_t alone_waits = 8 * s;  // a rank that no hub tells anything
 constexpr std::int64_t end_waits = 3 * s;    // for the others' reports
 constexpr std::int64_t abort_waits = 10 * s;
 constexpr std::int64_t pause = 5 * s;  // a thread that wakes so late was stopped with its process
+static_assert(lost_grace + alone_waits + s < failure_ends_job_within);
 
 }  // namespace
 
@@ -178,9 +179,8 @@ void WatchdogThread::end_job(const Verdict& verdict) {
 
 void WatchdogThread::obey(const Verdict& verdict, Link& judge) {
   signal_ranks(verdict.silent, SIGCONT);
-  run_beside([path = set_.path, rank = job_.rank, json = own_json(verdict.message)] {
-    save_operations(path, rank, json);
-  });
+  run_beside(
+      [path = set_.path, rank = job_.rank, json = own_json(verdict.message)] { save_operations(path, rank, json); });
   leave();
   // The one that judged goes first: the launcher may end all at the first that goes, and it has to say why.
   for (const std::int64_t until = coarse_now() + end_waits + s; judge.open() && coarse_now() < until;) {

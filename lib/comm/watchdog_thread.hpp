@@ -16,6 +16,10 @@
 
 namespace nsa {
 
+constexpr std::int64_t ns_a_second = 1'000'000'000;
+/// ns from a rank's failure until the watchdogs have ended the job, if they can.
+constexpr std::int64_t failure_ends_job_within = 21 * ns_a_second;
+
 /// What the rank has told its watchdog; times in ns.
 struct WatchSettings {
   std::int64_t deadline = 0;
