@@ -14,7 +14,7 @@ from .errors import AnalysisError
 from .reading import read
 from .report import make_report
 from .stages import branches, reads
-from .tables import kernels, points_table
+from .tables import KERNEL_COLUMNS, kernels, points_table
 
 EXAMPLES = """examples:
   nsa-analysis report results/ -o report.html           everything, on one page
@@ -70,21 +70,7 @@ BRIEF = {
     ],
     "ranks": ["context", "layout", "stage", "rank", "host", "time", "ratio", "straggler"],
     "roofline": ["context", "layout", "stage", "time", "bytes", "achieved", "fraction", "intensity", "validity"],
-    "kernels": [
-        "branch",
-        "context",
-        "rows",
-        "heads",
-        "head_size",
-        "blocks",
-        "spans",
-        "implementation",
-        "median",
-        "low",
-        "high",
-        "mean_abs_err",
-        "validity",
-    ],
+    "kernels": KERNEL_COLUMNS,
     "gate": ["device", "condition", "at", "value", "bound_low", "bound_high", "threshold", "outcome"],
 }
 

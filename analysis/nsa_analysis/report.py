@@ -11,7 +11,7 @@ from .curves import scaling
 from .errors import AnalysisError
 from .reading import find_files, read_file
 from .report_series import columns, series_section
-from .tables import kernels, points_table
+from .tables import KERNEL_COLUMNS, kernels, points_table
 
 
 def make_report(paths, program=None, title="nsa report", network=cost_model.Network()):
@@ -147,27 +147,7 @@ def kernels_section(points, paths):
     if frame.empty:
         return ""
     command = shlex.join(["nsa-analysis", "kernels", *series.shown_paths(paths), "--figure", "kernels.svg"])
-    shown = columns(
-        frame,
-        [
-            "device",
-            "branch",
-            "context",
-            "rows",
-            "heads",
-            "head_size",
-            "blocks",
-            "spans",
-            "implementation",
-            "median",
-            "low",
-            "high",
-            "n",
-            "mean_abs_err",
-            "max_abs_err",
-            "validity",
-        ],
-    )
+    shown = columns(frame, ["device", *KERNEL_COLUMNS])
     return (
         '<h2 id="kernels">Kernels</h2>'
         + "<p class=muted>Implementations of one branch on one shape, repetition beside "

@@ -138,6 +138,26 @@ def timed_ranks(point):
     return None if times is None else times.rank_median[: len(WORK) + 1]
 
 
+# What of `kernels` is shown first.
+KERNEL_COLUMNS = [
+    "branch",
+    "context",
+    "rows",
+    "heads",
+    "head_size",
+    "blocks",
+    "spans",
+    "implementation",
+    "median",
+    "low",
+    "high",
+    "n",
+    "mean_abs_err",
+    "max_abs_err",
+    "validity",
+]
+
+
 def kernels(points):
     """kind = "kernels": a row a (point, implementation): the shape, statistics of the slowest rank in s, errors against
     float64."""
