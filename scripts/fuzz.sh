@@ -18,7 +18,7 @@ export LSAN_OPTIONS=suppressions=$PWD/tests/fuzz/leaks.supp:print_suppressions=0
 export ASAN_OPTIONS=fast_unwind_on_malloc=0:suppressions=$PWD/tests/fuzz/asan.supp
 for target in "${targets[@]}"; do
   mkdir -p "build/fuzz/found/$target"
-  "build/fuzz/tests/fuzz/fuzz_$target" "-max_total_time=$seconds" -rss_limit_mb=2500 -timeout=60 \
+  "build/fuzz/tests/fuzz/fuzz_$target" "-max_total_time=$seconds" -rss_limit_mb=2500 -timeout=900 \
     "-artifact_prefix=build/fuzz/artifacts/$target-" -print_final_stats=1 \
     "build/fuzz/found/$target" "tests/fuzz/corpus/$target"
 done
