@@ -7,24 +7,12 @@ import tempfile
 import unittest
 from dataclasses import dataclass
 
+from small import SMALL  # noqa: F401, for the tests
+
 BINARY = os.environ["NSA_BINARY"]
 MPIEXEC = os.environ.get("NSA_MPIEXEC", "mpiexec")
 INPUTS = os.environ["NSA_INPUTS"]
 HANG = 120  # seconds after which a run counts as hung; the slowest takes a few on two busy cores
-
-SMALL = """[task]
-kind = "decode"
-[model]
-dim = 32
-d_k = 16
-d_v = 16
-precision = "fp32"
-[run]
-backend = "host"
-context = 64
-steps = 3
-warmup = 1
-"""
 
 
 @dataclass

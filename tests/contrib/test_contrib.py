@@ -15,19 +15,9 @@ import tempfile
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CONTRIB = ROOT / "contrib"
-TINY = """[task]
-kind = "decode"
-[model]
-dim = 32
-d_k = 16
-d_v = 16
-precision = "fp32"
-[run]
-backend = "host"
-context = 64
-steps = 3
-warmup = 1
-"""
+sys.path.append(str(ROOT / "tests" / "app"))
+
+from small import SMALL  # noqa: E402
 
 
 def skip(why):
@@ -130,7 +120,7 @@ def main():
     name, folder = sys.argv[1], pathlib.Path(sys.argv[2]).resolve()
     with tempfile.TemporaryDirectory(prefix="nsa-contrib-") as work:
         work = pathlib.Path(work)
-        (work / "tiny.toml").write_text(TINY)
+        (work / "tiny.toml").write_text(SMALL)
         {"reframe": test_reframe, "jube": test_jube, "module": test_module, "syntax": test_syntax}[name](folder, work)
     print("passed")
 

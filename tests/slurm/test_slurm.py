@@ -17,6 +17,10 @@ from private_slurm import PrivateSlurm
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+sys.path.append(str(ROOT / "tests" / "app"))
+
+from small import SMALL  # noqa: E402
+
 SCRIPTS = ROOT / "jobscripts" / "slurm"
 NSA = os.environ["NSA_BINARY"]
 LAUNCHERS = ("srun", "mpirun")
@@ -25,18 +29,7 @@ HERE_ONLY = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1")  # what th
 PACKAGES = None
 ALL_DONE = 400  # seconds until every job has ended; some 30 on two quiet cores
 
-TINY = """[task]
-kind = "decode"
-[model]
-dim = 32
-d_k = 16
-d_v = 16
-precision = "fp32"
-[run]
-context = [64, 128]
-steps = 3
-warmup = 1
-"""
+TINY = SMALL.replace("context = 64", "context = [64, 128]")
 LONG_POINTS = 4
 LONG = TINY.replace("context = [64, 128]", "context = [64, 72, 80, 88]") + """modes = ["total"]
 min_time = 0.5
