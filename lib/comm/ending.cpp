@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cstdio>
 #include <memory>
 #include <system_error>
 #include <thread>
@@ -43,6 +44,7 @@ void run_beside(std::function<void()> work) {
   try {
     std::thread([work = std::move(work), done] {
       work();
+      std::fflush(stdout);
       *done = true;
     }).detach();
   } catch (const std::system_error&) {

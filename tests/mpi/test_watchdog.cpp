@@ -64,7 +64,8 @@ TEST_CASE("a rank's own operations do not stop those that follow it", "[watchdog
   const Control world = Control::world();
   for (int round = 0; round < 3; ++round) {
     Watchdog watchdog(60);
-    REQUIRE(watchdog.join(world) == "");
+    // No REQUIRE here: a rank that leaves the test alone keeps the others waiting, and its reason untold.
+    CHECK(watchdog.join(world) == "");
     watchdog.set(50, "");
     watchdog.set_device("GPU 0");
     const DeviceOps& device = *open_backend(BackendKind::host, 0).device;
@@ -73,7 +74,7 @@ TEST_CASE("a rank's own operations do not stop those that follow it", "[watchdog
     for (int step = 0; step < 300; ++step) {
       double sum = 0;
       recorder.step([&] { recorder.time(Stage::comm, [&] { sum = world.max(static_cast<double>(world.rank())); }); });
-      REQUIRE(sum == world.size() - 1);
+      CHECK(sum == world.size() - 1);
       if (step % 100 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(400 * (1 + world.rank())));
     }
     world.barrier();
