@@ -35,12 +35,12 @@ class Watchdog(AppTest):
     quiet = {}
 
     def quiet_seconds(self, text, ranks):
-        """What the run takes on this machine when nothing happens; three times that, since others may load it by then."""
+        """What the run takes on this machine when nothing happens. Three times that may pass when others load it."""
         if (text, ranks) not in self.quiet:
             done, folder, seconds = self.job("", text, ranks, AMPLE)
             self.assert_ok(done)
             self.assertEqual(sorted(os.listdir(folder)), ["in.toml", "r.h5"])  # no report
-            self.quiet[text, ranks] = 3 * seconds
+            self.quiet[text, ranks] = seconds
         return self.quiet[text, ranks]
 
     def assert_reports(self, folder, ranks):
@@ -66,9 +66,9 @@ class Watchdog(AppTest):
     def end(self, faults, text=DECODE, ranks=3, deadline=None, reports=True):
         """Each fault ends its job with its message. They run at a time: most of it is waiting for the deadline. With a
         deadline given they are to end long before it."""
-        quiet = len(faults) * self.quiet_seconds(text, ranks)
-        limit = quiet + PROMISED + (0 if deadline else max(DEADLINE, quiet))
-        deadline = deadline or math.ceil(max(DEADLINE, quiet))
+        whole = len(faults) * self.quiet_seconds(text, ranks)
+        limit = 3 * whole + PROMISED + (0 if deadline else max(DEADLINE, whole))
+        deadline = deadline or math.ceil(max(DEADLINE, whole))
         with concurrent.futures.ThreadPoolExecutor() as pool:
             jobs = {fault: pool.submit(self.job, fault, text, ranks, deadline) for fault in faults}
         for fault, message in faults.items():
