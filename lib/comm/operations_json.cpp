@@ -2,24 +2,13 @@
 
 #include <fmt/format.h>
 
+#include "kernels/quoted.hpp"
+
 namespace nsa {
 
 namespace {
 
 constexpr double second = 1e-9;
-
-std::string quoted(const std::string& text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\')
-      out += fmt::format("\\{}", c);
-    else if (static_cast<unsigned char>(c) < 0x20)
-      out += fmt::format("\\u{:04x}", static_cast<unsigned>(c));
-    else
-      out += c;
-  }
-  return out + '"';
-}
 
 }  // namespace
 

@@ -4,6 +4,7 @@
 
 #include <fmt/format.h>
 
+#include "kernels/quoted.hpp"
 #include "nsa/config_schema.hpp"
 
 namespace nsa {
@@ -25,22 +26,6 @@ Value value_of(const T& value, const Choice<T> (&choices)[n]) {
 std::string text_of(double value) {
   const std::string text = fmt::format("{}", value);
   return text.find_first_of(".einf") == std::string::npos ? text + ".0" : text;
-}
-
-std::string quoted(const std::string& text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
-      out += '\\';
-      out += c;
-    } else if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) {
-      out += fmt::format("\\u{:04x}", c);
-    } else {
-      out += c;
-    }
-  }
-  out += '"';
-  return out;
 }
 
 std::string as_text(const Value& value) {

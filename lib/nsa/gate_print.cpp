@@ -6,6 +6,7 @@
 #include <cmath>
 #include <map>
 
+#include "kernels/quoted.hpp"
 #include "nsa/figures.hpp"
 #include "nsa/gate.hpp"
 
@@ -97,21 +98,6 @@ void print_accounts(std::ostream& out, const DeviceVerdict& device) {
 
 // JSON. Numbers that are not there are null.
 
-std::string text(const std::string& value) {
-  std::string out = "\"";
-  for (const char c : value) {
-    if (c == '"' || c == '\\') {
-      out += '\\';
-      out += c;
-    } else if (static_cast<unsigned char>(c) < 0x20) {
-      out += fmt::format("\\u{:04x}", c);
-    } else {
-      out += c;
-    }
-  }
-  return out + "\"";
-}
-
 std::string number(double value) { return std::isfinite(value) ? fmt::format("{}", value) : "null"; }
 
 std::string measured_json(const Measured& m) {
@@ -120,8 +106,8 @@ std::string measured_json(const Measured& m) {
 }
 
 std::string condition_json(const Condition& c) {
-  return fmt::format(R"({{"name": {}, "threshold": {}, "measured": {}, "outcome": {}, "why": {}}})", text(c.name),
-                     number(c.threshold), measured_json(c.measured), text(word_of(c.outcome)), text(c.why));
+  return fmt::format(R"({{"name": {}, "threshold": {}, "measured": {}, "outcome": {}, "why": {}}})", quoted(c.name),
+                     number(c.threshold), measured_json(c.measured), quoted(word_of(c.outcome)), quoted(c.why));
 }
 
 template <class List, class Each>
@@ -135,11 +121,11 @@ std::string context_json(const ContextVerdict& v) {
   return fmt::format(
       R"({{"context": {}, "batch": {}, "verdict": {}, "why": {}, "share": {}, "share_30": {}, "share_ablation": {}, )"
       R"("share_attention": {}, "one_hot": {}, "accounts": {}}})",
-      v.context, v.batch, text(word_of(v.verdict)), text(v.why), condition_json(v.share), condition_json(v.share_high),
-      measured_json(v.share_ablation), measured_json(v.share_attention), measured_json(v.one_hot),
-      list_json(v.accounts, [](const Account& a) {
-        return fmt::format(R"({{"name": {}, "stages": {}, "step": {}, "agree": {}, "why": {}}})", text(a.name),
-                           measured_json(a.stages), measured_json(a.step), a.agree, text(a.why));
+      v.context, v.batch, quoted(word_of(v.verdict)), quoted(v.why), condition_json(v.share),
+      condition_json(v.share_high), measured_json(v.share_ablation), measured_json(v.share_attention),
+      measured_json(v.one_hot), list_json(v.accounts, [](const Account& a) {
+        return fmt::format(R"({{"name": {}, "stages": {}, "step": {}, "agree": {}, "why": {}}})", quoted(a.name),
+                           measured_json(a.stages), measured_json(a.step), a.agree, quoted(a.why));
       }));
 }
 
@@ -147,21 +133,21 @@ std::string device_json(const DeviceVerdict& d) {
   return fmt::format(
       R"({{"device": {}, "backend": {}, "git_commit": {}, "precision": {}, "measured": {}, "files": {}, "verdict": {}, "why": {}, )"
       R"("speedup": {}, "speedup_packed": {}, "error": {}, "contexts": {}, "shapes": {}, "notes": {}}})",
-      text(d.device), text(d.backend), text(d.git_commit), text(d.precision), text(d.measured),
-      list_json(d.files, text), text(word_of(d.verdict)), text(d.why), condition_json(d.speedup),
+      quoted(d.device), quoted(d.backend), quoted(d.git_commit), quoted(d.precision), quoted(d.measured),
+      list_json(d.files, quoted), quoted(word_of(d.verdict)), quoted(d.why), condition_json(d.speedup),
       condition_json(d.speedup_packed), condition_json(d.error), list_json(d.contexts, context_json),
       list_json(d.shapes,
                 [](const ShapeResult& s) {
-                  return fmt::format(R"({{"name": {}, "with_gather": {}, "packed": {}, "error": {}}})", text(s.name),
+                  return fmt::format(R"({{"name": {}, "with_gather": {}, "packed": {}, "error": {}}})", quoted(s.name),
                                      measured_json(s.with_gather), measured_json(s.packed), measured_json(s.error));
                 }),
-      list_json(d.notes, text));
+      list_json(d.notes, quoted));
 }
 
 std::string audit_json(const CsvAudit& a) {
-  return fmt::format(R"({{"file": {}, "verdict": {}, "findings": {}, "notes": {}, "rows": {}}})", text(a.path),
-                     text(a.evidence() ? "CONSISTENT" : "NOT EVIDENCE"), list_json(a.findings, text),
-                     list_json(a.notes, text), list_json(a.rows, [](const CsvAuditRow& r) {
+  return fmt::format(R"({{"file": {}, "verdict": {}, "findings": {}, "notes": {}, "rows": {}}})", quoted(a.path),
+                     quoted(a.evidence() ? "CONSISTENT" : "NOT EVIDENCE"), list_json(a.findings, quoted),
+                     list_json(a.notes, quoted), list_json(a.rows, [](const CsvAuditRow& r) {
                        return fmt::format(
                            R"({{"context": {}, "total_ms": {}, "cmp_ms": {}, "sel_ms": {}, "win_ms": {}, )"
                            R"("reads_actual": {}, "reads_expected": {}}})",

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/quoted.hpp"
 #include "nsa/figures.hpp"
 
 namespace nsa {
@@ -85,20 +86,6 @@ Figures figures_of(const PointRecord& point) {
 std::string first_invalid(const std::vector<PointRecord>& points) {
   const auto bad = std::find_if(points.begin(), points.end(), [](const PointRecord& p) { return !p.valid; });
   return bad == points.end() ? "" : point_name(*bad) + ": " + bad->reason;
-}
-
-std::string json_string(const std::string& text) {
-  std::string quoted = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
-      quoted += {'\\', c};
-    } else if (static_cast<unsigned char>(c) < 0x20) {
-      quoted += fmt::format("\\u{:04x}", static_cast<int>(c));
-    } else {
-      quoted += c;
-    }
-  }
-  return quoted + '"';
 }
 
 std::string csv_time(double seconds) { return std::isnan(seconds) ? "" : fmt::format("{:.6f}", 1e3 * seconds); }
@@ -183,7 +170,7 @@ std::string to_json(const RunRecord& run, const std::string& file, const std::ve
   const std::string why = first_invalid(points);
   std::string json = "{\n";
   const auto text = [&](const char* key, const std::string& value) {
-    json += fmt::format("  \"{}\": {},\n", key, json_string(value));
+    json += fmt::format("  \"{}\": {},\n", key, quoted(value));
   };
   text("file", file);
   text("run_uuid", run.run_uuid);
@@ -198,8 +185,8 @@ std::string to_json(const RunRecord& run, const std::string& file, const std::ve
   const char* before = "\n";
   for (const PointRecord& point : points)
     for (const Figure& figure : figures_of(point)) {
-      json += fmt::format("{}    {}: {{\"value\": {}, \"unit\": {}}}", before, json_string(figure.name), figure.value,
-                          json_string(figure.unit));
+      json += fmt::format("{}    {}: {{\"value\": {}, \"unit\": {}}}", before, quoted(figure.name), figure.value,
+                          quoted(figure.unit));
       before = ",\n";
     }
   return json + "\n  }\n}\n";
