@@ -6,7 +6,7 @@ import sys
 
 import pandas as pd
 
-from . import __version__, cost_model, plots, series, style, verdict
+from . import __version__, cost_model, html, plots, series, style, verdict
 from .balance import ranks, stragglers
 from .bandwidth import roofline
 from .curves import scaling
@@ -189,8 +189,17 @@ def put(options, frame, panels=None, brief=None):
         style.save(panels, options.figure)
     if not (options.csv or options.json):
         names = [c for c in brief or BRIEF.get(options.name, list(frame)) if c in frame]
-        with pd.option_context("display.float_format", "{:.4g}".format):
-            print(frame[names].to_string(index=False) if len(frame) else "no rows")
+        print(aligned(frame, names) if len(frame) else "no rows")
+
+
+def aligned(frame, names):
+    """These columns as text, in the units and digits of the report."""
+    headings, rows, text = html.texts(frame, names)
+    columns = [[heading, *cells] for heading, cells in zip(headings.values(), zip(*rows))]
+    sides = [str.ljust if name in text else str.rjust for name in headings]
+    widths = [max(map(len, column)) for column in columns]
+    lines = zip(*([side(v, w) for v in column] for side, w, column in zip(sides, widths, columns)))
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def write(path, text):
@@ -218,17 +227,23 @@ def run_reads(options):
     put(options, frame, plots.reads_panels(frame))
 
 
+def chosen_to_draw(options, what):
+    """Points whose table may hold several series and whose figure may not."""
+    points = chosen(options)
+    return series.one_series(points, what) if options.figure else points
+
+
 def run_ranks(options):
-    frame = ranks(chosen(options))
-    put(options, frame, plots.rank_panels(frame))
+    frame = ranks(chosen_to_draw(options, "heat map of ranks"))
+    put(options, frame, plots.rank_panels(frame) if options.figure else None)
     slow = stragglers(frame)
     if not (options.csv or options.json):
-        print("\nstragglers: " + ("none" if slow.empty else "\n" + slow.to_string(index=False)))
+        print("\nstragglers: " + ("none" if slow.empty else "\n" + aligned(slow, list(slow))))
 
 
 def run_roofline(options):
-    frame = roofline(chosen(options))
-    put(options, frame, plots.roofline_panels(frame))
+    frame = roofline(chosen_to_draw(options, "bandwidth figure"))
+    put(options, frame, plots.roofline_panels(frame) if options.figure else None)
 
 
 def run_model(options):
@@ -255,20 +270,20 @@ def run_model(options):
         panels,
         ["context", "batch", "layout", "measured", "predicted", "error", "part"],
     )
-    print(f"\nfitted to {', '.join(map(str, model.fit_ranks))} ranks\n" + model.coefficients().to_string(index=False))
-    print(f"\nPREDICTED, not measured. Network between nodes: {network.text()}")
-    print(
-        carried[["context", "batch", "ranks", "layout", "time", "speedup", "efficiency", "time_comm"]].to_string(
-            index=False
-        )
-    )
+    found = model.coefficients()
+    print(f"\nfitted to {', '.join(map(str, model.fit_ranks))} ranks\n" + aligned(found, list(found)))
+    left_out = cost_model.left_out(points)
+    if len(left_out):
+        print("\neach rank count predicted by a fit to the others\n" + aligned(left_out, list(left_out)))
+    print(f"\nPREDICTED, not measured. {cost_model.trust(left_out, points)} Network between nodes: {network.text()}")
+    print(aligned(carried, ["context", "batch", "ranks", "layout", "time", "speedup", "efficiency", "time_comm"]))
 
 
 def run_kernels(options):
     frame = kernels(chosen(options))
     if frame.empty:
         raise AnalysisError('no point of these files is of kind = "kernels"; run inputs/m4_kernels.toml')
-    put(options, frame, plots.kernel_panels(frame[frame.validity == "VALID"]))
+    put(options, frame, plots.kernel_panels(frame))
 
 
 def run_gate(options):

@@ -125,7 +125,7 @@ class CostModel:
                 "fixed": self.comm[0],
                 "bytes_per_s": rate(self.comm[2]),
                 "flops_per_s": NAN,
-                "per_hop": self.comm[1],
+                "per_hop": self.comm[1] or NAN,
             }
         )
         return pd.DataFrame(rows)
@@ -225,6 +225,47 @@ def check(model, points):
                     }
                 )
     return pd.DataFrame(rows)
+
+
+def left_out(points):
+    """DataFrame, a row a rank count that a model fitted to the others predicts: `points` compared, the largest and the
+    median `error` of a step, and where it lies: "beyond" or "between" the rank counts that were fitted. Layouts whose
+    exchanges that model never saw are left out; so is the smallest rank count."""
+    points = usable(points)
+    counts = sorted({p.ranks for p in points})
+    rows = []
+    for count in counts[1:]:
+        model = fit(points, [c for c in counts if c != count])
+        seen = any(model.comm)
+        compared = [p for p in points if p.ranks == count and (seen or not work.exchanges(work.shape_of(p)))]
+        if not compared:
+            continue
+        error = check(model, compared).query("stage == 'step'").error.abs()
+        if len(error):
+            lies = "beyond" if count == counts[-1] else "between"
+            rows.append(
+                {"ranks": count, "lies": lies, "points": len(error), "error": error.max(), "median_error": error.median()}
+            )
+    return pd.DataFrame(rows, columns=["ranks", "lies", "points", "error", "median_error"])
+
+
+UNRELIABLE = 0.25  # an error of a step past which a prediction is said to be too far off
+
+
+def trust(errors, points):
+    """A sentence on how far to rely on predictions, from the table of `left_out`."""
+    beyond = errors[errors.lies == "beyond"]
+    points = usable(points)
+    narrow = len(exchange_widths(points, {p.ranks for p in points})) == 1
+    hops = " All exchanges were among equally many ranks: what a further rank adds to one is unknown and counts as nothing."
+    if beyond.empty:
+        said = "How far it is off beyond the ranks it was fitted to is unknown: no rank count could be held out."
+    else:
+        row = beyond.iloc[0]
+        said = f"Fitted without {row.ranks} ranks, the model is up to {row.error:.0%} off there" + (
+            ": too far to rely on." if row.error > UNRELIABLE else "."
+        )
+    return said + (hops if narrow else "")
 
 
 def carry(model, points, ranks=1024, network=Network()):

@@ -42,13 +42,20 @@ def warnings(points):
         lines += versions([r for r in runs if r.device == device])
     series = split([p for p in points if p.modes])
     if len(series) > 1:
-        names = list(differences(series).items())
-        lines.append(
-            f"{len(series)} series that share no curve: they differ in "
-            + ", ".join(f"{n} ({', '.join(dict.fromkeys(map(str, v)))})" for n, v in names[:8])
-            + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        )
+        lines.append(f"{len(series)} series that share no curve: they differ in {apart(differences(series))}")
     return list(dict.fromkeys(lines + latest([p for p in points if p.modes])[1]))
+
+
+def apart(names):
+    """Devices, backends and commits with their values; of the input the names."""
+    told = [
+        f"{name} ({', '.join(dict.fromkeys(map(str, names[name])))})"
+        for name in ("device", "backend", "git_commit")
+        if name in names
+    ]
+    inputs = [name for name in names if "." in name]
+    shown = ", ".join(inputs[:5]) + (f" and {len(inputs) - 5} more" if len(inputs) > 5 else "")
+    return ", ".join([*told, *([f"the input ({shown})"] if inputs else [])])
 
 
 def versions(runs):

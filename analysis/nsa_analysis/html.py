@@ -25,19 +25,17 @@ TIMES = {
     "fixed",
     "per_hop",
 }
-SHARES = {"efficiency", "comm_share", "share", "selection_share", "serial_fraction", "fraction", "cv", "error"}
+SHARES = {"efficiency", "comm_share", "share", "selection_share", "serial_fraction", "fraction", "cv", "error", "median_error"}
 # Headings of columns, where the name is not one already.
 HEADINGS = {
-    "time_low": "95% low",
-    "time_high": "95% high",
-    "low": "95% low",
-    "high": "95% high",
+    "time_low": "95% interval",
+    "low": "95% interval",
+    "bound_low": "interval",
     "max_over_median": "max/median",
     "comm_share": "comm",
     "serial_fraction": "Karp–Flatt",
     "base_ranks": "against ranks",
-    "speedup_low": "at least",
-    "speedup_high": "at most",
+    "speedup_low": "its bounds",
     "copy_bandwidth": "copy",
     "validity": "result",
     "peak_memory": "peak memory",
@@ -48,8 +46,7 @@ HEADINGS = {
     "fraction": "of copy",
     "ideal_time": "ideal",
     "nsa_vibe": "nsa-vibe",
-    "bound_low": "95% low",
-    "bound_high": "95% high",
+    "median_error": "median error",
 }
 
 
@@ -93,7 +90,7 @@ def heading(name, unit):
 
 def cell(value, factor, name):
     if isinstance(value, str):
-        return escape(times_sign(value) if name == "layout" else value)
+        return times_sign(value) if name == "layout" else value
     if value is None or pd.isna(value):
         return "–"
     if isinstance(value, (bool, np.bool_)):
@@ -104,22 +101,46 @@ def cell(value, factor, name):
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else significant(value)
 
 
+def interval(low, high, factor=1):
+    """Both ends as the program prints them."""
+    return "–" if pd.isna(low) or pd.isna(high) else f"[{significant(low * factor)}, {significant(high * factor)}]"
+
+
+def high_of(name):
+    """The column of the upper end, of one of the lower end of an interval; they are shown in one."""
+    return f"{name.removesuffix('low')}high" if name == "low" or name.endswith("_low") else None
+
+
 OPEN_ROWS = 14  # longer tables are folded on screen; printing unfolds them
+
+
+def texts(frame, columns):
+    """(headings, rows, names of columns of text): the cells as they are shown, the two ends of an interval in one."""
+    times = time_unit(frame[[c for c in columns if is_time(c)]].to_numpy(dtype=float))
+    ends = {c: high_of(c) for c in columns if high_of(c) in columns}
+    columns = [c for c in columns if c not in ends.values()]
+    units = {c: unit_of(c, times) for c in columns}
+
+    def shown(values, c):
+        if c in ends:
+            return interval(values[c], values[ends[c]], units[c][0])
+        return cell(values[c], units[c][0], c)
+
+    rows = [[shown(values, c) for c in columns] for values in frame[[*columns, *ends.values()]].to_dict("records")]
+    text = {c for c in columns if all(isinstance(v, str) for v in frame[c])}
+    return {c: heading(c, units[c][1]) for c in columns}, rows, text
 
 
 def table(frame, columns, caption, open_rows=OPEN_ROWS):
     """A table of these columns in a box of its own that scrolls sideways; INVALID rows stand out."""
-    times = time_unit(frame[[c for c in columns if is_time(c)]].to_numpy(dtype=float))
-    units = {c: unit_of(c, times) for c in columns}
-    text = {c for c in columns if all(isinstance(v, str) for v in frame[c])}
-    head = "".join(
-        f'<th scope="col"{"" if c in text else " class=n"}>{escape(heading(c, units[c][1]))}</th>' for c in columns
-    )
-    rows = []
-    for values in frame[columns + [c for c in ("validity",) if c in frame and c not in columns]].to_dict("records"):
-        bad = ' class="invalid"' if values.get("validity", "VALID") != "VALID" else ""
-        cells = "".join(f"<td{'' if c in text else ' class=n'}>{cell(values[c], units[c][0], c)}</td>" for c in columns)
-        rows.append(f"<tr{bad}>{cells}</tr>")
+    headings, cells, text = texts(frame, columns)
+    of = ["" if c in text else " class=n" for c in headings]
+    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in zip(of, headings.values()))
+    bad = (frame["validity"] != "VALID") if "validity" in frame else [False] * len(frame)
+    rows = [
+        ('<tr class="invalid">' if wrong else "<tr>") + "".join(f"<td{k}>{escape(v)}</td>" for k, v in zip(of, row)) + "</tr>"
+        for wrong, row in zip(bad, cells)
+    ]
     body = (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -169,11 +190,16 @@ figure { margin: .5rem 0; min-width: 0; max-width: 36rem; }
 figure svg { width: 100%%; height: auto; display: block; }
 figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif !important; }
 .predicted-part { border: 2px dashed var(--muted); border-radius: .5rem; padding: .25rem 1rem .75rem; margin: 1.5rem 0; }
-.scroll { overflow-x: auto; max-width: 100%%; margin: .25rem 0 .75rem; }
+.scroll { overflow-x: auto; max-width: 100%%; margin: .25rem 0 .75rem; /* a shadow where more is to the side */
+  background: linear-gradient(90deg, var(--paper) 40%%, transparent) local,
+    linear-gradient(270deg, var(--paper) 40%%, transparent) 100%% 0 local,
+    linear-gradient(90deg, var(--grid), transparent), linear-gradient(270deg, var(--grid), transparent) 100%% 0;
+  background-size: 3rem 100%%, 3rem 100%%, .5rem 100%%, .5rem 100%%; background-repeat: no-repeat; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; text-align: left; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 td.wide, .warnings li { white-space: normal; }
 th { color: var(--muted); font-weight: 600; } .n { text-align: right; }
+tr.group th { padding-top: .7rem; color: var(--ink); white-space: normal; } .glance { width: 100%%; max-width: 60rem; }
 tr.invalid td { color: var(--bad); font-weight: 600; }
 details { margin: .25rem 0 .75rem; } summary { cursor: pointer; color: var(--muted); font-size: .9rem; }
 pre.command { overflow-x: auto; max-width: 100%%; max-height: 9rem; padding: .45rem .7rem; margin: .4rem 0; font-size: .8rem;
@@ -182,7 +208,7 @@ pre.command { overflow-x: auto; max-width: 100%%; max-height: 9rem; padding: .45
   :root { %(light)s color-scheme: light; }
   body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
   figure, tr, .card { break-inside: avoid; } h2, h3 { break-after: avoid; } h2 { break-before: auto; }
-  .scroll { overflow: visible; } table { font-size: 7pt; } th, td { padding: .1rem .25rem; white-space: normal; }
+  .scroll { overflow: visible; background: none; } table { font-size: 7pt; } th, td { padding: .1rem .25rem; white-space: normal; }
   td:first-child { white-space: nowrap; } .figures { grid-template-columns: 1fr 1fr; } pre.command { max-height: none; }
 }
 """

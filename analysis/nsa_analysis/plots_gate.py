@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .axes import beside, context_axis, draw_intervals, log_values, percent, style_of, time_unit
+from .axes import beside, context_axis, draw_intervals, draw_invalid, log_values, percent, style_of, time_unit
 from .style import Panel, colour
 
 
@@ -97,14 +97,27 @@ def interval_panel(title, xlabel, rows, names):
     return Panel(title, draw, height=1.6 + 0.17 * len(shapes))
 
 
+# An implementation looks the same in every panel; those that are not here follow them.
+IMPLEMENTATIONS = ("fused", "sdpa", "flash", "sdpa_packed", "flash_packed", "masked")
+
+
+def look_of(name, frame):
+    known = [*IMPLEMENTATIONS, *sorted(set(frame.implementation) - set(IMPLEMENTATIONS))]
+    return known.index(name)
+
+
 def kernel_panels(frame):
-    """Implementations side by side: against context where that is swept, else shape by shape."""
+    """Implementations side by side: against context where that is swept, else shape by shape, a panel for each way that
+    the blocks lie. Devices, commits and inputs have panels of their own."""
     panels = []
-    for (device, branch), rows in frame.groupby(["device", "branch"], sort=False):
+    for (name, branch), rows in frame.groupby(["series", "branch"], sort=False):
         if rows.context.nunique() > 1:
-            panels.append(kernel_context_panel(f"{device}: {branch}", rows))
+            panels.append(kernel_context_panel(f"{name}: {branch}", rows))
         else:
-            panels.append(kernel_shape_panel(f"{device}: {branch}", rows))
+            panels += [
+                kernel_shape_panel(f"{name}: {branch}, blocks {spans}", of)
+                for spans, of in rows.groupby("spans", sort=False)
+            ]
     return panels
 
 
@@ -112,12 +125,14 @@ def kernel_context_panel(title, frame):
     """Of the first shape; the table has the others."""
     shape = ["rows", "heads", "head_size", "blocks", "spans"]
     first = frame[(frame[shape] == frame[shape].iloc[0]).all(axis=1)]
+    valid, bad = first[first.validity == "VALID"], first[first.validity != "VALID"]
     factor, unit = time_unit(first["median"])
 
     def draw(ax):
-        for i, (name, rows) in enumerate(first.groupby("implementation", sort=False)):
-            rows = rows.sort_values("context")
+        for name, rows in valid.groupby("implementation", sort=False):
+            rows, i = rows.sort_values("context"), look_of(name, frame)
             draw_intervals(ax, rows.context, rows["median"] * factor, rows.low * factor, rows.high * factor, i, name)
+        draw_invalid(ax, bad.context, bad["median"] * factor)
         context_axis(ax, first.context)
         ax.set_yscale("log")
         log_values(ax.yaxis, first["median"] * factor)
@@ -130,17 +145,18 @@ def kernel_context_panel(title, frame):
 def kernel_shape_panel(title, frame):
     factor, unit = time_unit(frame["median"])
     frame = frame.assign(
-        shape=[f"N={r.rows} H={r.heads} D={r.head_size} n={r.blocks} {r.spans}" for r in frame.itertuples()]
+        shape=[f"N={r.rows} H={r.heads} D={r.head_size} n={r.blocks}" for r in frame.itertuples()]
     )
     shapes = list(dict.fromkeys(frame["shape"]))
+    valid, bad = frame[frame.validity == "VALID"], frame[frame.validity != "VALID"]
 
     def draw(ax):
-        for i, (name, rows) in enumerate(frame.groupby("implementation", sort=False)):
+        for i, (name, rows) in enumerate(valid.groupby("implementation", sort=False)):
             at = [shapes.index(s) + beside(i, frame.implementation.nunique()) for s in rows["shape"]]
             bars = np.clip(np.nan_to_num([rows["median"] - rows.low, rows.high - rows["median"]]), 0, None) * factor
-            ax.errorbar(
-                rows["median"] * factor, at, xerr=bars, **style_of(i), markersize=3.5, linestyle="none", label=name
-            )
+            look = style_of(look_of(name, frame))
+            ax.errorbar(rows["median"] * factor, at, xerr=bars, **look, markersize=3.5, linestyle="none", label=name)
+        draw_invalid(ax, bad["median"] * factor, [shapes.index(s) for s in bad["shape"]])
         ax.set_yticks(range(len(shapes)), shapes, fontsize=7)
         ax.set_ylim(len(shapes) - 0.5, -0.5)
         ax.set_xscale("log")

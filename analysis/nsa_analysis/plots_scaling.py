@@ -1,8 +1,6 @@
 """Panels of `scaling`: strong and weak."""
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter
-
 from .axes import (
     PART_COLOURS,
     STAGE_MARKERS,
@@ -31,8 +29,8 @@ def scaling_panels(frame):
         panels += [time_panel(label, rows) for label, rows in spread(by_size(strong)) if rows.ranks.nunique() > 1]
         panels += [stage_time_panel(frame, strong)]
         panels += [
-            fraction_panel(strong, "comm_share", "Time in communication", "part of all stages' time"),
-            fraction_panel(strong, "serial_fraction", "Serial fraction (Karp–Flatt)", "serial fraction"),
+            comm_panel(strong),
+            serial_panel(strong),
             balance_panel(strong),
         ]
     if not weak.empty:
@@ -50,7 +48,7 @@ def speedup_panel(strong):
             draw_intervals(ax, best.ranks, best.speedup, best.speedup_low, best.speedup_high, i, label)
         rank_axis(ax, ranks)
         ax.set_yscale("log", base=2)
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        log_values(ax.yaxis, [*strong[strong.best].speedup, *(ends / ends[0])])
         ax.set_ylabel("speedup (times)")
 
     return Panel("Strong scaling, fastest layout, by context", draw)
@@ -122,21 +120,43 @@ def stage_time_panel(frame, strong):
     return Panel(f"Stages, fastest layout, context {label}", draw)
 
 
-def fraction_panel(strong, column, title, ylabel):
-    if strong[column].isna().all():
+def draw_shares(ax, strong, column, others=None):
+    """A line a size through its fastest layouts; hollow marks for the others, where they are asked for."""
+    for i, (label, rows) in enumerate(spread(by_size(strong), len(SERIES))):
+        best = rows[rows.best].dropna(subset=column).sort_values("ranks")
+        if len(best):
+            ax.plot(best.ranks, best[column], **style_of(i), label=label)
+        rest = rows[~rows.best & ~rows.crowded & (rows.validity == "VALID")]
+        if others and len(rest):
+            ax.plot(rest.ranks, rest[column], linestyle="none", **style_of(i), markerfacecolor="none")
+    if others:
+        ax.plot([], [], linestyle="none", marker="o", markerfacecolor="none", color=colour("muted"), label=others)
+    rank_axis(ax, strong.ranks)
+    ax.yaxis.set_major_formatter(percent())
+    ax.set_ylim(min(0, strong[column].min() * 1.1), max(ax.get_ylim()[1], 0.01))
+
+
+def comm_panel(strong):
+    """The fastest layout may be one that exchanges nothing, so the others are shown too."""
+    if not strong.comm_share.max() > 0:
         return None
 
     def draw(ax):
-        for i, (label, rows) in enumerate(spread(by_size(strong), len(SERIES))):
-            best = rows[rows.best].dropna(subset=column).sort_values("ranks")
-            if len(best):
-                ax.plot(best.ranks, best[column], **style_of(i), label=label)
-        rank_axis(ax, strong.ranks)
-        ax.yaxis.set_major_formatter(percent())
-        ax.set_ylim(min(0, strong[column].min() * 1.1), max(ax.get_ylim()[1], 0.01))
-        ax.set_ylabel(f"{ylabel} (%)")
+        draw_shares(ax, strong, "comm_share", "other layouts")
+        ax.set_ylabel("part of all stages' time (%)")
 
-    return Panel(f"{title}, fastest layout", draw)
+    return Panel("Time in communication; lines: fastest layout", draw, legend_columns=4)
+
+
+def serial_panel(strong):
+    if strong.serial_fraction.isna().all():
+        return None
+
+    def draw(ax):
+        draw_shares(ax, strong, "serial_fraction")
+        ax.set_ylabel("serial fraction (%)")
+
+    return Panel("Serial fraction (Karp–Flatt), fastest layout", draw)
 
 
 def balance_panel(strong):

@@ -1,7 +1,5 @@
 """The sections of a report that are about one series: points that may share a curve."""
 
-import pandas as pd
-
 from . import cost_model, html, plots, series
 from .axes import times_sign
 from .balance import ranks, stragglers
@@ -43,7 +41,9 @@ def series_section(i, members, groups, paths, network):
 def facts(members):
     get = members[0].get
     routes = sorted({",".join(map(str, p.get("routes", []))) for p in members})
+    sizes = {name: sorted({p.get(f"run.{name}") for p in members}) for name in ("context", "batch")}
     return (
+        f"context {', '.join(map(series.short, sizes['context']))}, batch {', '.join(map(str, sizes['batch']))}; "
         f"l={get('nsa.l')} d={get('nsa.d')} l'={get('nsa.l_sel')} n={get('nsa.n_sel')} w={get('nsa.w')}, "
         f"phi {get('nsa.phi')}, {get('model.layers')} layer(s), dim {get('model.dim')}, "
         f"fill {get('run.fill', 'prefill')}, "
@@ -57,6 +57,7 @@ def scaling_part(prefix, members, command):
     panels = plots.scaling_panels(frame)
     if not panels:
         return f"<p class=muted>Scaling: one rank count ({members[0].ranks}); run this input on others to see it.</p>"
+    frame = frame.assign(curve=frame.curve.str.replace("context ", ""))
     step = frame[frame.stage == "step"]
     text = (
         "Medians of the slowest rank, against the fastest layout on the fewest ranks. Speedup bounds come from both "
@@ -202,16 +203,10 @@ def model_part(prefix, members, command, network):
         + (
             f"held out: {', '.join(map(str, held))} ranks."
             if held
-            else "no rank count could be held out: its error is not known."
+            else "no rank count could be held out of it."
         )
     )
-    off = checked[(checked.stage == "step") & (checked.part == "held out")].error.abs().max()
-    trust = (
-        ""
-        if pd.isna(off)
-        else f" On the rank counts held out the model was within {off:.0%} of the measured step"
-        + (": too far to rely on." if off > 0.25 else ".")
-    )
+    errors = cost_model.left_out(members)
     step = checked[checked.stage == "step"]
     body = html.figures(plots.check_panels(checked), f"{prefix}m")
     body += html.table(
@@ -224,10 +219,13 @@ def model_part(prefix, members, command, network):
         ["stage", "fixed", "bytes_per_s", "flops_per_s", "per_hop"],
         "What the fit found (–: the term takes no part)",
     )
+    if len(errors):
+        body += html.table(errors, list(errors), "Each rank count predicted by a fit to the others, whole steps")
     predicted = (
         f'<div class="predicted-part"><h3>Predicted, not measured: up to {carried.ranks.max()} ranks</h3>'
         f"<p class=muted>The layout that the model finds fastest on each rank count. Network between nodes: "
-        f"{html.escape(network.text())}. Nothing in this box was run.{trust}</p>"
+        f"{html.escape(network.text())}. Nothing in this box was run. "
+        f"{html.escape(cost_model.trust(errors, members))}</p>"
         + html.figures(plots.carry_panels(carried), f"{prefix}p")
         + html.table(
             carried,

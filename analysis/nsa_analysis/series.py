@@ -21,6 +21,9 @@ NOT_COMPARED = (
 )
 
 
+MOST_TOLD = 5  # differences that a message gives the values of
+
+
 def identity(point):
     """Everything that two points of a curve must share, by name."""
     compared = {
@@ -60,12 +63,18 @@ def one_series(points, what):
     series = split(points)
     if len(series) <= 1:
         return points
-    lines = []
-    for name, values in differences(series).items():
+    lines, names = [], differences(series)
+    # What tells most comes first: a wall of parameters names nothing.
+    told = [n for n in ("device", "backend", "git_commit", "task.kind") if n in names]
+    told += [n for n in names if n not in told]
+    for name in told[:MOST_TOLD]:
+        values = names[name]
         by_value = {}
         for value, members in zip(values, series):
             by_value.setdefault(value, []).append(members[0].run.path)
         lines.append(f"{name} " + ", ".join(f"{v} ({paths[0]})" for v, paths in by_value.items()))
+    if len(told) > MOST_TOLD:
+        lines.append(f"and {len(told) - MOST_TOLD} more: {', '.join(told[MOST_TOLD:])}")
     raise AnalysisError(
         f"these files cannot share a {what} (they differ in {'; '.join(lines)}); "
         "give files of one kind, or choose with --where NAME=VALUE"

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from .reading import BRANCHES, STAGES, WORK
+from .series import split, titles
 from .statistics import summarise
 
 NAN = float("nan")
@@ -160,7 +161,10 @@ KERNEL_COLUMNS = [
 
 def kernels(points):
     """kind = "kernels": a row a (point, implementation): the shape, statistics of the slowest rank in s, errors against
-    float64."""
+    float64, and `series`: the device, and what sets it apart where one device has several commits or inputs."""
+    points = [p for p in points if p.kernels]
+    groups = split(points)
+    named = {id(p): name for g, name in zip(groups, titles(groups, lambda p: p.run.device)) for p in g}
     rows = []
     for point in points:
         for name, found in (point.kernels or {}).items():
@@ -171,6 +175,7 @@ def kernels(points):
             }
             rows.append(
                 identity_row(point)
+                | {"series": named[id(point)]}
                 | shape
                 | {"implementation": name}
                 | summarise(found["samples"])

@@ -112,3 +112,37 @@ def test_non_negative_fit():
     columns = np.array([[1.0, 2], [1, 4], [1, 8]])
     assert cost_model.non_negative_fit(columns, columns @ [3, 0.5]) == pytest.approx([3, 0.5])
     assert cost_model.non_negative_fit(columns, np.array([4.0, 2, 1]))[1] == 0  # falling times: no negative rate
+
+
+def test_each_rank_count_is_predicted_by_the_others(tmp_path):
+    points = nsa_analysis.read(linear_sweep(tmp_path))
+    errors = cost_model.left_out(points).set_index("ranks")
+    assert errors.lies.to_dict() == {2: "between", 4: "between", 8: "beyond"}
+    assert errors.points.to_dict() == {2: 4, 4: 6, 8: 2} and errors.error.max() < 0.01
+    assert "Fitted without 8 ranks, the model is up to 0% off there." in cost_model.trust(errors.reset_index(), points)
+
+
+def test_the_error_beyond_the_fit_is_that_of_a_step_nobody_fitted(tmp_path):
+    """On 4 ranks a step takes twice as long as the model of 1 and 2 ranks has it: it is 50% off there, and says so."""
+    layouts = ((1, 1), (2, 1), (4, 1))
+    paths = linear_sweep(tmp_path, layouts)
+    points = nsa_analysis.read(paths[:2])
+    model = nsa_analysis.fit(points, [1, 2])
+    slow = []
+    for context in (65536, 1048576):
+        shape = dataclasses.replace(work.shape_of(points[0]), heads=4, context=context, last=context + 31)
+        slow.append(made_up.point(made_up.times(4, 9, 2 * model.predict(shape)["step"], append=3e-6), 4, run_context=context))
+    points = nsa_analysis.read([*paths[:2], made_up.write(tmp_path / "h4k1.h5", slow)])
+    errors = cost_model.left_out(points).set_index("ranks")
+    assert errors.error[4] == pytest.approx(0.5, abs=1e-6) and errors.lies[4] == "beyond"
+    assert "50% off there: too far to rely on." in cost_model.trust(errors.reset_index(), points)
+
+
+def test_two_rank_counts_are_checked_where_nothing_is_exchanged(tmp_path):
+    points = nsa_analysis.read(linear_sweep(tmp_path, ((1, 1), (2, 1), (1, 2))))
+    assert nsa_analysis.fit(points).fit_ranks == (1, 2)
+    errors = cost_model.left_out(points)
+    assert errors[["ranks", "lies", "points"]].values.tolist() == [[2, "beyond", 2]]
+    assert "equally many ranks" in cost_model.trust(errors, points)
+    none = cost_model.left_out(nsa_analysis.read(linear_sweep(tmp_path, ((1, 1), (1, 2)))[:2]))
+    assert none.empty and "unknown" in cost_model.trust(none, points)

@@ -1,11 +1,18 @@
 """Speedup, efficiency, Karp-Flatt, weak scaling and refusals on sweeps with known answers."""
 
+import math
+import pathlib
+import random
+import statistics
+
 import h5py
 import made_up
 import nsa_analysis
 import pytest
 from nsa_analysis.cli import main
 from nsa_analysis.errors import AnalysisError
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 def steps(paths, kind="strong"):
@@ -144,3 +151,58 @@ def test_where_asks_for_points(tmp_path, capsys):
     assert "context 128K" in text and "context 64K" not in text and "1x4" not in text and "2x2" in text
     assert main(["scaling", *paths, "--where", "run.colour=red"]) == 2
     assert main(["scaling", *paths, "--where", "context=7"]) == 2
+
+
+def recomputed(files):
+    """{(context, batch): {file: (step samples, ranks)}} of mode `total`, the slowest rank's, from the raw datasets."""
+    found = {}
+    for path in files:
+        with h5py.File(path) as file:
+            for point in file["points"].values():
+                step = [list(point[d].asstr()).index(v) for d, v in (("mode", "total"), ("stage", "step"))]
+                raw = point["time"][step[0], step[1], :, int(point.attrs["warmup_reps"]) :].tolist()
+                size = int(point.attrs["run.context"]), int(point.attrs["run.batch"])
+                found.setdefault(size, {})[str(path)] = [max(column) for column in zip(*raw)], len(raw)
+    return found
+
+
+def noisy_sweep(folder):
+    rng = random.Random(11)
+    for heads, kv in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        rows = [[1e-4 / (heads * kv) ** 0.8 * (1 + rng.random() / 5) for _ in range(24)] for _ in range(heads * kv)]
+        made_up.write(folder / f"h{heads}k{kv}.h5", [made_up.point(made_up.times(heads * kv, 24, rows), heads, kv)])
+    return sorted(folder.glob("*.h5"))
+
+
+@pytest.mark.parametrize("which", ["noisy", "docs/results/h200"])
+def test_every_number_of_a_curve_from_the_raw_samples(tmp_path, which):
+    """Medians, intervals, speedup and its bounds, efficiency and serial fraction, by textbook formulas of their own."""
+    files = noisy_sweep(tmp_path) if which == "noisy" else sorted((ROOT / which).glob("h?k?.h5"))
+    frame = nsa_analysis.scaling(nsa_analysis.read(files), "strong")
+    frame = frame[frame.stage == "step"].set_index(["context", "batch", "file"])
+    raw = recomputed(files)
+    assert len(frame) == sum(map(len, raw.values())) >= 4
+    for size, runs in raw.items():
+        alone = next(samples for samples, ranks in runs.values() if ranks == 1)
+        for path, (samples, ranks) in runs.items():
+            row, median = frame.loc[(*size, path)], statistics.median(samples)
+            low, high = bounds_of_median(samples)
+            assert (row["time"], row["time_low"], row["time_high"]) == pytest.approx((median, low, high), rel=1e-12)
+            speedup = statistics.median(alone) / median
+            assert row["speedup"] == pytest.approx(speedup, rel=1e-12)
+            assert row["efficiency"] == pytest.approx(speedup / ranks, rel=1e-12)
+            if ranks == 1:
+                continue
+            one_low, one_high = bounds_of_median(alone)
+            assert (row["speedup_low"], row["speedup_high"]) == pytest.approx((one_low / high, one_high / low))
+            # T(p) = T(1) (s + (1 - s) / p), solved for s.
+            serial = (ranks * median / statistics.median(alone) - 1) / (ranks - 1)
+            assert row["serial_fraction"] == pytest.approx(serial, rel=1e-9)
+
+
+def bounds_of_median(samples):
+    """The narrowest symmetric pair of order statistics that covers the median with 95%, by counting subsets."""
+    n, ordered = len(samples), sorted(samples)
+    covered = lambda k: sum(math.comb(n, i) for i in range(k, n - k + 1)) / 2**n
+    k = max(k for k in range(1, n // 2 + 1) if covered(k) >= 0.95)
+    return ordered[k - 1], ordered[n - k]

@@ -1,0 +1,195 @@
+"""The top of a report: what the files answer in one look, what to know before believing it, and where it was run."""
+
+import datetime
+
+import pandas as pd
+
+from . import findings, html, series
+from .axes import by_size, spread, time_unit, times_sign
+from .curves import scaling
+from .errors import AnalysisError
+
+GLANCE = ("context", "fewest ranks", "time", "most ranks", "time", "speedup", "efficiency", "comm")
+
+
+def header(title, points, groups, decisions, regenerate):
+    runs = {p.run.path for p in points}
+    devices = {p.run.device for p in points}
+    cards = [
+        (f"{sum(p.valid for p in points)} of {len(points)}", "points VALID"),
+        (len(runs), f"runs, {max(p.ranks for p in points)} ranks at most"),
+    ]
+    if len(devices) == 1:
+        cards.append((devices.pop(), "device"))
+    said = [v for decision in decisions for v in decision.verdicts()]
+    for v in said:
+        alone = sum(other.device == v.device for other in said) == 1
+        cards.append((v.verdict, f"M4 gate, {v.device}" + ("" if alone else f", commit {v.commit[:12]}")))
+    links = "".join(f'<a href="#{at}">{html.escape(name)}</a>' for at, name in landmarks(points, groups))
+    made = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return (
+        f"<h1>{html.escape(title)}</h1><p class=muted>Made {made} by</p>{html.command_line(regenerate)}"
+        '<div class="cards">'
+        + "".join(
+            f'<div class="card"><b>{html.escape(v)}</b><span>{html.escape(what)}</span></div>' for v, what in cards
+        )
+        + f'</div><nav aria-label="sections">{links}</nav>{glance(groups)}'
+    )
+
+
+def landmarks(points, groups):
+    """(id, name) of what the page holds: the first section of each device, and what is of no series."""
+    first = {}
+    for i, members in enumerate(groups):
+        first.setdefault(members[0].run.device, f"s{i}")
+    kernels = [("kernels", "Kernels")] if any(p.kernels for p in points) else []
+    return [
+        ("runs", "Runs"),
+        *((at, device) for device, at in first.items()),
+        *kernels,
+        ("gate", "Gate"),
+        ("points", "All points"),
+    ]
+
+
+def in_order(groups):
+    """Series with several rank counts first, GPUs before hosts, then by device and task."""
+
+    def key(members):
+        first = members[0]
+        alone = len({p.ranks for p in members}) == 1
+        return alone, first.run.attributes.get("backend") != "cuda", first.run.device, first.kind
+
+    return sorted(groups, key=key)
+
+
+def glance(groups):
+    """The table of the first screen: of each series its smallest and largest sizes, on the fewest and the most ranks."""
+    bodies = []
+    for i, (members, name) in enumerate(zip(groups, series.titles(groups))):
+        try:
+            frame = scaling(members, "strong", per_stage=False)
+        except AnalysisError:
+            continue
+        rows = [glance_row(label, of) for label, of in spread(by_size(frame), 2 if len(groups) > 2 else 4)]
+        if frame.batch.nunique() == 1 and frame.batch.iloc[0] > 1:
+            name += f", batch {frame.batch.iloc[0]:g}"
+        bodies.append(
+            f'<tr class="group"><th colspan="{len(GLANCE)}" scope="rowgroup"><a href="#s{i}">{html.escape(name)}</a></th></tr>'
+            + "".join(rows)
+        )
+    if not bodies:
+        return ""
+    head = "".join(f'<th scope="col" class="{"n" if k else ""}">{name}</th>' for k, name in enumerate(GLANCE))
+    return (
+        '<h2 id="glance">At a glance</h2><p class=muted>Median time of a step (of a whole prefill) on the fewest ranks '
+        "and on the most, of the fastest layout there (heads × kv). In brackets: bounds of the speedup from both 95% "
+        "intervals. comm: part of the stages' time.</p>"
+        '<div class="scroll" tabindex="0" role="region" aria-label="At a glance"><table class="glance">'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(bodies)}</tbody></table></div>"
+    )
+
+
+def glance_row(label, rows):
+    """One size of a series; INVALID points are counted and take no part."""
+    best = rows[rows.best].sort_values("ranks")
+    wrong = int((rows.validity != "VALID").sum())
+    cells = [label + (f" ({wrong} of {len(rows)} INVALID)" if wrong else "")]
+    if len(best):
+        few, most = best.iloc[0], best.iloc[-1]
+        cells += [layout_text(few), time_text(few.time)]
+        if most.ranks > few.ranks:
+            cells += [
+                layout_text(most),
+                time_text(most.time),
+                speedup_text(most),
+                f"{most.efficiency:.0%}",
+                "–" if pd.isna(most.comm_share) else f"{most.comm_share:.0%}",
+            ]
+    cells += [""] * (len(GLANCE) - len(cells))
+    return (
+        f"<tr{' class=invalid' if wrong else ''}><td>{html.escape(cells[0])}</td>"
+        + "".join(f"<td class=n>{html.escape(c)}</td>" for c in cells[1:])
+        + "</tr>"
+    )
+
+
+def layout_text(row):
+    return f"{int(row.ranks)} ({times_sign(row.layout)})" if row.ranks > 1 else "1"
+
+
+def speedup_text(row):
+    bounds = "" if pd.isna(row.speedup_low) else f" {html.interval(row.speedup_low, row.speedup_high)}"
+    return html.significant(row.speedup) + bounds
+
+
+def time_text(seconds):
+    factor, unit = time_unit(seconds)
+    return f"{html.significant(seconds * factor)} {unit}"
+
+
+def warned(points):
+    parts = []
+    for kind, lines in (" bad", findings.serious(points)), ("", findings.warnings(points)):
+        if not lines:
+            continue
+        shown = "".join(f"<li>{html.escape(line)}</li>" for line in lines[:12])
+        rest = "".join(f"<li>{html.escape(line)}</li>" for line in lines[12:])
+        more = f"<details><summary>{len(lines) - 12} more</summary><ul>{rest}</ul></details>" if rest else ""
+        name = "Wrong results" if kind else "Before you read on"
+        parts.append(
+            f'<section class="warnings{kind}" aria-label="{name}"><b>{name}</b><ul>{shown}</ul>{more}</section>'
+        )
+    return "".join(parts)
+
+
+def joined(values):
+    return ", ".join(dict.fromkeys(str(v) for v in values if v not in ("", 0)))
+
+
+def run_row(run, points):
+    """System facts of a run, in the order in which they are shown."""
+    clock = [c for c in run.system.get("clock_mhz_after", []) if c > 0]
+    return {
+        "file": run.path,
+        "started": run.attributes.get("start", ""),
+        "status": run.attributes.get("status", ""),
+        "backend": run.attributes.get("backend", ""),
+        "device": run.device,
+        "ranks": max(p.ranks for p in points),
+        "nodes": len(set(run.system.get("host", []))),
+        "points": len(points),
+        "commit": str(run.attributes.get("git_commit", ""))[:12],
+        "compiler": run.attributes.get("compiler", ""),
+        **{name: joined(run.system.get(name, [])) for name in ("driver", "cuda", "nccl", "mpi")},
+        "clock": f"{min(clock):.0f} MHz" if clock else "",
+        "copy_bandwidth": min((p.get("copy_bandwidth", float("nan")) for p in points), default=float("nan")),
+        "schema": str(run.attributes.get("schema_version", "")),
+    }
+
+
+def machines(frame):
+    """The table of runs, a row a device and commit: what its runs share, or all that they have."""
+    rows = []
+    for (device, commit), of in frame.groupby(["device", "commit"], sort=False):
+        row = {"device": device, "commit": commit, "runs": len(of), "ranks": joined(sorted(of.ranks.unique()))}
+        for name in ("backend", "compiler", "driver", "cuda", "nccl", "mpi"):
+            row[name] = joined(of[name]) or "–"
+        clocks = sorted({int(c.split()[0]) for c in of.clock if c})
+        row["clock"] = "–" if not clocks else f"{joined(dict.fromkeys((clocks[0], clocks[-1])))} MHz"
+        row["copy_bandwidth"] = of.copy_bandwidth.median()
+        row["started"] = joined(dict.fromkeys(str(s)[:10] for s in (of.started.min(), of.started.max())))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def runs_section(points):
+    """System facts: a row a device and commit, and a row a run where there are several."""
+    runs = {p.run.path: p.run for p in points}
+    frame = pd.DataFrame([run_row(run, [p for p in points if p.run.path == path]) for path, run in runs.items()])
+    parts = ['<h2 id="runs">Runs</h2>']
+    if len(frame) > 1:
+        table = machines(frame)
+        parts.append(html.table(table, list(table), "System facts, a row a device and commit", open_rows=40))
+    varying = [c for c in frame if len(frame) == 1 or frame[c].nunique(dropna=False) > 1 or c == "file"]
+    return "".join(parts) + html.table(frame, varying, "System facts, a row a run", open_rows=4)
