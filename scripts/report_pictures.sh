@@ -6,21 +6,20 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${1:?give a Python that has analysis/ installed}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
+export NSA=${NSA:-build/host/nsa} # decides the gate
 "$python" -m nsa_analysis report docs/results -o "$folder/report.html"
-# The list of runs is as long as there are runs: the pictures go without it.
-"$python" -c "import re, sys
-text = open(sys.argv[1]).read()
-open(sys.argv[1], 'w').write(re.sub(r'<h2 id=\"runs\">.*?(?=<section><h2)', '', text, flags=re.S))" "$folder/report.html"
+# A window of chromium is never narrower than 500 pixels: the phone is a frame in one.
+echo "<body style='margin:0'><iframe src=report.html style='border:0;width:390px;height:5400px'></iframe>" >"$folder/phone.html"
 
-# picture NAME WIDTH FROM TO SCHEME: rows FROM to TO of the page; scheme 0 is dark, 1 light
+# picture NAME PAGE WIDTH FROM TO SCHEME: rows FROM to TO of the page; scheme 0 is dark, 1 light
 picture() {
   chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir="$folder/profile" \
-    --window-size="$2,$4" --blink-settings=preferredColorScheme="$5" --screenshot="$folder/$1.png" \
-    "file://$folder/report.html" 2>/dev/null
+    --window-size="$(($3 < 500 ? 500 : $3)),$5" --blink-settings=preferredColorScheme="$6" \
+    --screenshot="$folder/$1.png" "file://$folder/$2.html" 2>/dev/null
   "$python" -c "import sys; from PIL import Image
 picture = Image.open(sys.argv[1]).convert('RGB').crop(tuple(map(int, sys.argv[3:])))
-picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(sys.argv[2], optimize=True)" "$folder/$1.png" "docs/images/$1.png" 0 "$3" "$2" "$4"
+picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(sys.argv[2], optimize=True)" "$folder/$1.png" "docs/images/$1.png" 0 "$4" "$3" "$5"
 }
 mkdir -p docs/images
-picture report 1180 0 1720 1
-picture report_phone 390 690 2250 0
+picture report report 1180 0 2660 1
+picture report_phone phone 390 2590 5240 0

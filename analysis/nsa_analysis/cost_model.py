@@ -244,7 +244,8 @@ def left_out(points):
         if len(error):
             lies = "beyond" if count == counts[-1] else "between"
             rows.append(
-                {"ranks": count, "lies": lies, "points": len(error), "error": error.max(), "median_error": error.median()}
+                {"ranks": count, "lies": lies, "points": len(error)}
+                | {"error": error.max(), "median_error": error.median()}
             )
     return pd.DataFrame(rows, columns=["ranks", "lies", "points", "error", "median_error"])
 
@@ -257,7 +258,9 @@ def trust(errors, points):
     beyond = errors[errors.lies == "beyond"]
     points = usable(points)
     narrow = len(exchange_widths(points, {p.ranks for p in points})) == 1
-    hops = " All exchanges were among equally many ranks: what a further rank adds to one is unknown and counts as nothing."
+    hops = (
+        " All exchanges were among equally many ranks: what a further rank adds is unknown and counts as nothing."
+    )
     if beyond.empty:
         said = "How far it is off beyond the ranks it was fitted to is unknown: no rank count could be held out."
     else:

@@ -1,6 +1,7 @@
 """What a reader should know before believing a number: INVALID points, unfinished runs, machines that changed."""
 
 import math
+import os
 
 import numpy as np
 
@@ -43,7 +44,10 @@ def warnings(points):
     series = split([p for p in points if p.modes])
     if len(series) > 1:
         lines.append(f"{len(series)} series that share no curve: they differ in {apart(differences(series))}")
-    return list(dict.fromkeys(lines + latest([p for p in points if p.modes])[1]))
+    lines = list(dict.fromkeys(lines + latest([p for p in points if p.modes])[1]))
+    # Names within the folder that holds all of them.
+    folder = os.path.commonpath([os.path.dirname(r.path) for r in runs]) if len(runs) > 1 else ""
+    return [line.replace(folder + os.sep, "") if folder else line for line in lines]
 
 
 def apart(names):

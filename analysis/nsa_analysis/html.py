@@ -138,7 +138,7 @@ def table(frame, columns, caption, open_rows=OPEN_ROWS):
     head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in zip(of, headings.values()))
     bad = (frame["validity"] != "VALID") if "validity" in frame else [False] * len(frame)
     rows = [
-        ('<tr class="invalid">' if wrong else "<tr>") + "".join(f"<td{k}>{escape(v)}</td>" for k, v in zip(of, row)) + "</tr>"
+        f"<tr{' class=invalid' if wrong else ''}>{''.join(f'<td{k}>{escape(v)}</td>' for k, v in zip(of, row))}</tr>"
         for wrong, row in zip(bad, cells)
     ]
     body = (
@@ -182,7 +182,7 @@ nav { margin: .75rem 0; } nav a { margin-right: 1rem; display: inline-block; }
 a { color: var(--blue); }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
 .card { border: 1px solid var(--grid); border-radius: .4rem; padding: .6rem .8rem; min-width: 0; }
-.card b { display: block; font-size: 1.25rem; } .card span { color: var(--muted); font-size: .85rem; }
+.card b { display: block; font-size: 1.1rem; overflow-wrap: anywhere; } .card span { color: var(--muted); font-size: .85rem; }
 .warnings { border-left: .3rem solid var(--orange); padding: .1rem 0 .1rem 1rem; margin: 1rem 0; }
 .warnings.bad { border-color: var(--bad); }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%%, 25rem), 1fr)); gap: .75rem; }
@@ -197,9 +197,11 @@ figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "De
   background-size: 3rem 100%%, 3rem 100%%, .5rem 100%%, .5rem 100%%; background-repeat: no-repeat; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; text-align: left; border-bottom: 1px solid var(--grid); white-space: nowrap; }
-td.wide, .warnings li { white-space: normal; }
+.warnings li { white-space: normal; }
 th { color: var(--muted); font-weight: 600; } .n { text-align: right; }
-tr.group th { padding-top: .7rem; color: var(--ink); white-space: normal; } .glance { width: 100%%; max-width: 60rem; }
+tr.group th { padding-top: .7rem; white-space: normal; } .glance { width: 100%%; max-width: 60rem; }
+tr.group a { display: inline-block; max-width: calc(100vw - 3.5rem); }
+@media (max-width: 40rem) { .glance .wide { display: none; } .glance th, .glance td { padding: .2rem .3rem; } }
 tr.invalid td { color: var(--bad); font-weight: 600; }
 details { margin: .25rem 0 .75rem; } summary { cursor: pointer; color: var(--muted); font-size: .9rem; }
 pre.command { overflow-x: auto; max-width: 100%%; max-height: 9rem; padding: .45rem .7rem; margin: .4rem 0; font-size: .8rem;

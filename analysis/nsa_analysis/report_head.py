@@ -9,7 +9,8 @@ from .axes import by_size, spread, time_unit, times_sign
 from .curves import scaling
 from .errors import AnalysisError
 
-GLANCE = ("context", "fewest ranks", "time", "most ranks", "time", "speedup", "efficiency", "comm")
+GLANCE = ("context", "fewest ranks", "time", "ranks", "time", "speedup", "bounds", "efficiency", "comm")
+WIDE = ("fewest ranks", "bounds", "comm")  # what a phone has no room for
 
 
 def header(title, points, groups, decisions, regenerate):
@@ -24,7 +25,7 @@ def header(title, points, groups, decisions, regenerate):
     said = [v for decision in decisions for v in decision.verdicts()]
     for v in said:
         alone = sum(other.device == v.device for other in said) == 1
-        cards.append((v.verdict, f"M4 gate, {v.device}" + ("" if alone else f", commit {v.commit[:12]}")))
+        cards.append((v.verdict, f"ship a custom selection kernel? {v.device}" + ("" if alone else f", commit {v.commit[:12]}")))
     links = "".join(f'<a href="#{at}">{html.escape(name)}</a>' for at, name in landmarks(points, groups))
     made = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return (
@@ -53,14 +54,15 @@ def landmarks(points, groups):
 
 
 def in_order(groups):
-    """Series with several rank counts first, GPUs before hosts, then by device and task."""
+    """Series with several rank counts first, GPUs before hosts, then by device and task, the latest first."""
 
     def key(members):
         first = members[0]
         alone = len({p.ranks for p in members}) == 1
         return alone, first.run.attributes.get("backend") != "cuda", first.run.device, first.kind
 
-    return sorted(groups, key=key)
+    latest = sorted(groups, key=lambda g: max(str(p.run.attributes.get("start", "")) for p in g), reverse=True)
+    return sorted(latest, key=key)
 
 
 def glance(groups):
@@ -75,19 +77,23 @@ def glance(groups):
         if frame.batch.nunique() == 1 and frame.batch.iloc[0] > 1:
             name += f", batch {frame.batch.iloc[0]:g}"
         bodies.append(
-            f'<tr class="group"><th colspan="{len(GLANCE)}" scope="rowgroup"><a href="#s{i}">{html.escape(name)}</a></th></tr>'
-            + "".join(rows)
+            f'<tr class="group"><th colspan="{len(GLANCE)}" scope="rowgroup"><a href="#s{i}">{html.escape(name)}</a>'
+            f"</th></tr>{''.join(rows)}"
         )
     if not bodies:
         return ""
-    head = "".join(f'<th scope="col" class="{"n" if k else ""}">{name}</th>' for k, name in enumerate(GLANCE))
+    head = "".join(f'<th scope="col" class="{of}">{name}</th>' for name, of in zip(GLANCE, glance_classes()))
     return (
-        '<h2 id="glance">At a glance</h2><p class=muted>Median time of a step (of a whole prefill) on the fewest ranks '
-        "and on the most, of the fastest layout there (heads × kv). In brackets: bounds of the speedup from both 95% "
-        "intervals. comm: part of the stages' time.</p>"
+        '<h2 id="glance">At a glance</h2><p class=muted>Median time of a step (of a whole prefill) on the fewest and '
+        "on the most ranks, of the fastest layout there (heads × kv); bounds of the speedup from both 95% intervals; "
+        "comm: part of the stages' time.</p>"
         '<div class="scroll" tabindex="0" role="region" aria-label="At a glance"><table class="glance">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(bodies)}</tbody></table></div>"
     )
+
+
+def glance_classes():
+    return [f"{'n' if i else ''}{' wide' if name in WIDE else ''}" for i, name in enumerate(GLANCE)]
 
 
 def glance_row(label, rows):
@@ -102,25 +108,18 @@ def glance_row(label, rows):
             cells += [
                 layout_text(most),
                 time_text(most.time),
-                speedup_text(most),
+                html.significant(most.speedup),
+                html.interval(most.speedup_low, most.speedup_high),
                 f"{most.efficiency:.0%}",
                 "–" if pd.isna(most.comm_share) else f"{most.comm_share:.0%}",
             ]
     cells += [""] * (len(GLANCE) - len(cells))
-    return (
-        f"<tr{' class=invalid' if wrong else ''}><td>{html.escape(cells[0])}</td>"
-        + "".join(f"<td class=n>{html.escape(c)}</td>" for c in cells[1:])
-        + "</tr>"
-    )
+    shown = "".join(f'<td class="{of}">{html.escape(c)}</td>' for c, of in zip(cells, glance_classes()))
+    return f"<tr{' class=invalid' if wrong else ''}>{shown}</tr>"
 
 
 def layout_text(row):
     return f"{int(row.ranks)} ({times_sign(row.layout)})" if row.ranks > 1 else "1"
-
-
-def speedup_text(row):
-    bounds = "" if pd.isna(row.speedup_low) else f" {html.interval(row.speedup_low, row.speedup_high)}"
-    return html.significant(row.speedup) + bounds
 
 
 def time_text(seconds):

@@ -131,7 +131,8 @@ def test_the_error_beyond_the_fit_is_that_of_a_step_nobody_fitted(tmp_path):
     slow = []
     for context in (65536, 1048576):
         shape = dataclasses.replace(work.shape_of(points[0]), heads=4, context=context, last=context + 31)
-        slow.append(made_up.point(made_up.times(4, 9, 2 * model.predict(shape)["step"], append=3e-6), 4, run_context=context))
+        table = made_up.times(4, 9, 2 * model.predict(shape)["step"], append=3e-6)
+        slow.append(made_up.point(table, 4, run_context=context))
     points = nsa_analysis.read([*paths[:2], made_up.write(tmp_path / "h4k1.h5", slow)])
     errors = cost_model.left_out(points).set_index("ranks")
     assert errors.error[4] == pytest.approx(0.5, abs=1e-6) and errors.lies[4] == "beyond"

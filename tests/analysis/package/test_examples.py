@@ -1,15 +1,20 @@
-"""The examples of analysis/README.md run as they stand, and give what the tables give."""
+"""The examples of the documents run as they stand, and give what the tables give."""
 
+import glob
+import os
 import pathlib
 import re
+import shlex
 
 import made_up
 import nbclient
 import nbformat
 import pandas as pd
 import pytest
+from nsa_analysis import cli
 
-README = pathlib.Path(__file__).resolve().parents[3] / "analysis/README.md"
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+README = ROOT / "analysis/README.md"
 BLOCKS = re.findall(r"```(python|jupyter)\n(.*?)```", README.read_text(), flags=re.S)
 
 
@@ -50,3 +55,38 @@ def test_jupyter(results):
     ).execute()
     outputs = notebook.cells[0].outputs
     assert any("image/png" in o.get("data", {}) for o in outputs), outputs
+
+
+def test_the_python_of_the_first_page(results):
+    """README.md: medians of the quick start by stage and rank."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    (results / "results/h1k2.h5").rename(results / "quickstart.h5")
+    *lines, last = code.strip().splitlines()
+    names = {}
+    exec("\n".join(lines), names)
+    median = eval(last, names)
+    whole = 110e-6 * (0.25 + 0.75 / 2) + 1e-6
+    assert median.sel(stage="attend_sel").values.tolist() == pytest.approx([0.3 * whole] * 2)
+
+
+def shell_lines():
+    """Every nsa-analysis command line of the documents and of --help; the gate's has its own test."""
+    texts = [README.read_text(), (ROOT / "README.md").read_text(), (ROOT / "docs/results/README.md").read_text()]
+    blocks = [block for text in texts for block in re.findall(r"```sh\n(.*?)```", text, flags=re.S)]
+    lines = [line for block in [*blocks, cli.EXAMPLES] for line in block.splitlines()]
+    commands = [re.split(r" #|   +", line.strip())[0] for line in lines if line.strip().startswith("nsa-analysis ")]
+    return sorted({c for c in commands if " gate " not in c})
+
+
+def test_command_lines_are_found():
+    assert len(shell_lines()) >= 5
+
+
+@pytest.mark.parametrize("line", shell_lines())
+def test_command_lines(results, line):
+    os.symlink(ROOT / "docs", results / "docs")
+    words = [w for word in shlex.split(line)[1:] for w in (sorted(glob.glob(word)) if "*" in word else [word])]
+    assert cli.main(words) == 0
+    for option in "-o", "--figure", "--csv":
+        if option in words:
+            assert (results / words[words.index(option) + 1]).stat().st_size > 100

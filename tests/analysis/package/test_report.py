@@ -108,7 +108,7 @@ def test_every_figure_has_axes_with_units_and_a_legend(page):
 
 
 def test_invalid_and_predicted_stand_apart(page):
-    assert '<tr class="invalid">' in page
+    assert '<tr class=invalid>' in page
     assert page.count('class="predicted"') == 2 * page.count('class="predicted-part"') > 0
     measured = re.sub(r'<div class="predicted-part">.*?</table>', "", page, flags=re.S)
     assert "PREDICTED" not in measured

@@ -6,10 +6,11 @@ import re
 import stat
 import sys
 
+import h5py
 import made_up
 import nsa_analysis
 import pytest
-from nsa_analysis import plots, report_head, series
+from nsa_analysis import plots, report_gate, report_head, series
 from nsa_analysis.cli import main
 from nsa_analysis.report import make_report
 
@@ -22,9 +23,10 @@ def kernels(folder, name, seconds, device, commit, **parameters):
     return made_up.write(folder / name, [made_up.kernel_point(seconds, **parameters)], device=device, commit=commit)
 
 
-@pytest.fixture
-def results(tmp_path):
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
     """h200/ on up to 4 ranks, h100/ at a later commit on up to 2; kernels of one device at two commits."""
+    tmp_path = tmp_path_factory.mktemp("results")
     for name in "h200", "h100":
         (tmp_path / name).mkdir()
     made_up.sweep(tmp_path / "h200", contexts=(65536, 1048576), device=H200, commit="aaaa")
@@ -35,26 +37,31 @@ def results(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def gate(tmp_path):
-    """A program `nsa` that refuses files of two commits, as the real one does, and tells which files it was asked about."""
-    path = tmp_path / "nsa"
+@pytest.fixture(scope="module")
+def asked(results):
+    return results.parent / "asked"
+
+
+@pytest.fixture(scope="module")
+def page(results, asked):
+    """The report; its gate is decided by a program that refuses files of two commits, as the real one does, and writes
+    down what it was asked."""
+    path = results.parent / "nsa"
     path.write_text(f"""#!{sys.executable}
 import json, sys
 import h5py
 commits = {{h5py.File(f, "r").attrs["git_commit"] for f in sys.argv[3:]}}
 if len(commits) > 1:
     sys.exit("nsa: error: one verdict needs one program")
-open({str(tmp_path / "asked")!r}, "a").write(json.dumps(sys.argv[3:]) + "\\n")
+open({str(asked)!r}, "a").write(json.dumps(sys.argv[3:]) + "\\n")
 print(json.dumps({{"devices": [{{"device": "{H200}", "git_commit": commits.pop(), "precision": "bf16",
                                  "verdict": "STAY", "why": "slow", "contexts": [], "shapes": []}}]}}))
 """)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return str(path)
+    return make_report([results], str(path))
 
 
-def test_each_has_its_section_and_none_shares_a_figure(results):
-    page = make_report([results])
+def test_each_has_its_section_and_none_shares_a_figure(page):
     titles = re.findall(r'<h2 id="s\d+">(.*?)</h2>', page)
     assert len(titles) == 2 and H100 in titles[0] and H200 in titles[1]
     for title, other in (H100, H200), (H200, H100):
@@ -63,40 +70,39 @@ def test_each_has_its_section_and_none_shares_a_figure(results):
     assert "they differ in device (NVIDIA H100 80GB HBM3, NVIDIA H200), git_commit (bbbb, aaaa)" in page
 
 
-def test_the_first_screen_answers(results):
+def test_the_first_screen_answers(page):
     """Of each device: the time on one rank, that of the fastest layout on the most, speedup and efficiency."""
-    page = make_report([results])
     top = page[page.index('id="glance"') : page.index('id="runs"')]
     rows = [re.sub(r"<[^>]+>", "|", row) for row in re.findall(r"<tr.*?</tr>", top)]
     cells = [[c for c in row.split("|") if c] for row in rows]
     assert [row[0] for row in cells[1:]] == [cells[1][0], "64K", "1M", cells[4][0], "64K", "1M"]
     # 200 us on one rank, 100 on two; 11 samples, a tenth of a percent apart, bound the median 0.4% to each side.
-    assert cells[2][1:] == ["1", "200 µs", "2 (2×1)", "100 µs", "2.00 [1.98, 2.02]", "100%", "0%"]
+    assert cells[2][1:] == ["1", "200 µs", "2 (2×1)", "100 µs", "2.00", "[1.98, 2.02]", "100%", "0%"]
     # 110 us on one rank, 100/4 + 10 on four.
-    assert cells[5][1:] == ["1", "110 µs", "4 (4×1)", "35.0 µs", "3.14 [3.12, 3.17]", "79%", "0%"]
+    assert cells[5][1:] == ["1", "110 µs", "4 (4×1)", "35.0 µs", "3.14", "[3.12, 3.17]", "79%", "0%"]
 
 
-def test_invalid_points_count_for_nothing_at_a_glance(results):
+def test_invalid_points_count_for_nothing_at_a_glance(tmp_path):
+    made_up.sweep(tmp_path)
     wrong = made_up.point(made_up.times(4, 11, 1e-6), 4, 1, valid=False)
-    made_up.write(results / "h200" / "h4k1.h5", [wrong], device=H200, commit="aaaa")
-    groups = report_head.in_order(series.split([p for p in nsa_analysis.read(results) if p.modes]))
-    row = re.search(r"<tr[^>]*><td>64K \(.*?</tr>", report_head.glance(groups))[0]
+    made_up.write(tmp_path / "h4k1.h5", [wrong])
+    groups = report_head.in_order(series.split(nsa_analysis.read(tmp_path)))
+    row = re.search(r"<tr[^>]*><td[^>]*>64K \(.*?</tr>", report_head.glance(groups))[0]
     assert 'class=invalid' in row and "1 of 6 INVALID" in row and "1.00 µs" not in row and "4 (2×2)" in row
 
 
-def test_the_gate_is_asked_for_each_commit_by_itself(results, gate, tmp_path):
-    page = make_report([results], gate)
-    asked = [[os.path.basename(f) for f in json.loads(line)] for line in (tmp_path / "asked").read_text().splitlines()]
-    assert sorted(asked) == [["new.h5"], ["old.h5"]]
+def test_the_gate_is_asked_for_each_commit_by_itself(page, asked):
+    files = [[os.path.basename(f) for f in json.loads(line)] for line in asked.read_text().splitlines()]
+    assert sorted(files) == [["new.h5"], ["old.h5"]]
     assert "Not decided" not in page
     for commit in "aaaa", "cccc":
         assert f"<h3>{H200}, bf16, commit {commit}: STAY</h3>" in page
-        assert f"<b>STAY</b><span>M4 gate, {H200}, commit {commit}</span>" in page
+        assert f"<b>STAY</b><span>ship a custom selection kernel? {H200}, commit {commit}</span>" in page
 
 
 def test_what_the_gate_refuses_is_said_where_it_belongs(results):
-    page = make_report([results], "/nowhere/nsa")
-    assert page.count("Not decided: cannot find the program /nowhere/nsa") == 2
+    section = report_gate.gate_section(report_gate.decide(nsa_analysis.read(results), [], "/nowhere/nsa"))
+    assert section.count("Not decided: cannot find the program /nowhere/nsa") == 2
 
 
 def test_kernels_of_two_commits_share_no_panel_and_keep_their_colours(results):
@@ -113,13 +119,21 @@ def test_kernels_of_two_commits_share_no_panel_and_keep_their_colours(results):
 
 def test_an_invalid_kernel_is_a_cross(tmp_path):
     path = kernels(tmp_path, "k.h5", {"fused": 1e-6}, H200, "aaaa")
-    import h5py
-
     with h5py.File(path, "r+") as file:
         file["points/0000"].attrs["validity"] = "INVALID"
     (panel,) = plots.kernel_panels(nsa_analysis.kernels(nsa_analysis.read(path)))
     axes = nsa_analysis.style.render(panel).axes[0]
     assert not axes.containers and [line.get_label() for line in axes.lines] == ["INVALID"]
+
+
+def test_the_latest_commit_of_a_device_comes_first(tmp_path):
+    for commit, month in ("aaaa", 1), ("bbbb", 3), ("cccc", 2):
+        (tmp_path / commit).mkdir()
+        made_up.sweep(tmp_path / commit, layouts=[(1, 1), (2, 1)], commit=commit, start=f"2026-0{month}-01T00:00:00Z")
+    made_up.sweep(tmp_path, layouts=[(1, 1)], commit="dddd", start="2026-04-01T00:00:00Z")  # alone: after the curves
+    groups = report_head.in_order(series.split(nsa_analysis.read(tmp_path)))
+    assert [g[0].run.attributes["git_commit"] for g in groups] == ["bbbb", "cccc", "aaaa", "dddd"]
+    assert [t.rsplit(" ", 1)[1] for t in series.titles(groups)] == ["bbbb", "cccc", "aaaa", "dddd"]
 
 
 @pytest.mark.parametrize("command", ["scaling", "branches", "reads", "ranks", "roofline", "model"])
