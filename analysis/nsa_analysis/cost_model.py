@@ -80,6 +80,10 @@ class CostModel:
     saved: float  # s that a whole step saves for each stage
     fit_ranks: tuple
 
+    def knows(self, shape):
+        """Whether it was fitted to what this layout does: exchanges that nobody timed cost nothing in it."""
+        return any(self.comm) or not work.exchanges(shape)
+
     def own_stages(self, shape):
         moved, count = work.stage_bytes(shape), work.stage_flops(shape)
         return {s: float(np.dot(c, (shape.layers, moved[s], count[s]))) for s, c in self.stages.items()}
@@ -236,8 +240,7 @@ def left_out(points):
     rows = []
     for count in counts[1:]:
         model = fit(points, [c for c in counts if c != count])
-        seen = any(model.comm)
-        compared = [p for p in points if p.ranks == count and (seen or not work.exchanges(work.shape_of(p)))]
+        compared = [p for p in points if p.ranks == count and model.knows(work.shape_of(p))]
         if not compared:
             continue
         error = check(model, compared).query("stage == 'step'").error.abs()
@@ -257,10 +260,11 @@ def trust(errors, points):
     """A sentence on how far to rely on predictions, from the table of `left_out`."""
     beyond = errors[errors.lies == "beyond"]
     points = usable(points)
-    narrow = len(exchange_widths(points, {p.ranks for p in points})) == 1
-    hops = (
-        " All exchanges were among equally many ranks: what a further rank adds is unknown and counts as nothing."
-    )
+    widths = exchange_widths(points, {p.ranks for p in points})
+    exchanged = {
+        0: " No exchange was timed: only layouts without exchanges are predicted.",
+        1: " All exchanges were among equally many ranks: what a further rank adds is unknown and counts as nothing.",
+    }.get(len(widths), "")
     if beyond.empty:
         said = "How far it is off beyond the ranks it was fitted to is unknown: no rank count could be held out."
     else:
@@ -268,12 +272,12 @@ def trust(errors, points):
         said = f"Fitted without {row.ranks} ranks, the model is up to {row.error:.0%} off there" + (
             ": too far to rely on." if row.error > UNRELIABLE else "."
         )
-    return said + (hops if narrow else "")
+    return said + exchanged
 
 
 def carry(model, points, ranks=1024, network=Network()):
     """DataFrame of predictions alone, a row a (context, batch, rank count): powers of two up to `ranks`, the layout the
-    model finds fastest, seconds by stage, speedup and efficiency against the predicted single rank, and the network
+    model finds fastest of those that it knows, seconds by stage, speedup and efficiency against the predicted single rank, and the network
     (empty within one node)."""
     shapes = {tuple(p.get(k) for k in SWEPT): work.shape_of(p, 1, 1) for p in usable(points)}
     rows = []
@@ -285,6 +289,7 @@ def carry(model, points, ranks=1024, network=Network()):
                 for h in range(1, shape.groups_total + 1)
                 if shape.groups_total % h == 0 and count % h == 0 and count // h <= max(1, shape.context // shape.chunk)
             ]
+            layouts = [s for s in layouts if model.knows(s)]
             if not layouts:
                 continue
             times, layout = min(((model.predict(s, network), s) for s in layouts), key=lambda c: c[0]["step"])

@@ -139,6 +139,15 @@ def test_the_error_beyond_the_fit_is_that_of_a_step_nobody_fitted(tmp_path):
     assert "50% off there: too far to rely on." in cost_model.trust(errors.reset_index(), points)
 
 
+def test_layouts_whose_exchanges_nobody_timed_are_not_predicted(tmp_path):
+    """With heads shards alone nothing was exchanged: free exchanges would make kv shards look ideal."""
+    points = nsa_analysis.read(linear_sweep(tmp_path, ((1, 1), (2, 1))))
+    model = nsa_analysis.fit(points)
+    carried = nsa_analysis.carry(model, points, 1024, NETWORK)
+    assert carried[carried.context == 65536].layout.tolist() == ["1x1", "2x1", "4x1"]  # 4 groups
+    assert "only layouts without exchanges" in cost_model.trust(cost_model.left_out(points), points)
+
+
 def test_two_rank_counts_are_checked_where_nothing_is_exchanged(tmp_path):
     points = nsa_analysis.read(linear_sweep(tmp_path, ((1, 1), (2, 1), (1, 2))))
     assert nsa_analysis.fit(points).fit_ranks == (1, 2)
