@@ -45,9 +45,15 @@ def warnings(points):
     if len(series) > 1:
         lines.append(f"{len(series)} series that share no curve: they differ in {apart(differences(series))}")
     lines = list(dict.fromkeys(lines + latest([p for p in points if p.modes])[1]))
-    # Names within the folder that holds all of them.
-    folder = os.path.commonpath([os.path.dirname(r.path) for r in runs]) if len(runs) > 1 else ""
-    return [line.replace(folder + os.sep, "") if folder else line for line in lines]
+    folder = common_folder([r.path for r in runs])
+    return [line.replace(folder, "") for line in lines] if folder else lines
+
+
+def common_folder(paths):
+    """The folder, with its last separator, within which all of several files are named; empty where there is none."""
+    shared = os.path.commonprefix(paths) if len(paths) > 1 else ""  # by letters: paths may be absolute and relative
+    folder = shared[: shared.rfind(os.sep) + 1]
+    return "" if folder == os.sep else folder
 
 
 def apart(names):

@@ -4,7 +4,7 @@ import h5py
 import made_up
 import numpy as np
 import pytest
-from nsa_analysis.findings import warnings
+from nsa_analysis.findings import common_folder, warnings
 from nsa_analysis.reading import read
 
 
@@ -37,3 +37,24 @@ def test_nothing_to_say(tmp_path):
 )
 def test_said(tmp_path, attributes, columns, said):
     assert said in of_two_ranks(tmp_path / "a.h5", attributes, **columns)
+
+
+@pytest.mark.parametrize(
+    ("paths", "folder"),
+    [
+        (["r/h100/a.h5", "r/h200/a.h5"], "r/"),
+        (["/r/h100/a.h5", "/r/h200/a.h5"], "/r/"),
+        (["/r/a.h5", "r/a.h5"], ""),
+        (["/a.h5", "/b/a.h5"], ""),
+        (["a.h5", "a1.h5"], ""),
+        (["r/a.h5"], ""),
+    ],
+)
+def test_files_are_named_within_the_folder_that_holds_them(paths, folder):
+    assert common_folder(paths) == folder
+
+
+def test_warnings_name_files_within_their_folder(tmp_path):
+    paths = made_up.sweep(tmp_path, layouts=[(1, 1), (2, 1)], status="running")
+    (said,) = warnings(read(paths))
+    assert said == "2 times (h1k1.h5, …): status running: the run did not end; the points it sealed are here"

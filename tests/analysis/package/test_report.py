@@ -137,8 +137,10 @@ frame.onload = () => { const page = frame.contentDocument, root = page.documentE
   frame.contentWindow.dispatchEvent(new Event("beforeprint"));
   const wide = [...page.querySelectorAll("body *")].filter(e => !e.closest(".scroll, pre, svg") &&
     e.getBoundingClientRect().right > %d + 1).map(e => e.tagName + "." + e.className);
+  const spilt = [...page.querySelectorAll(".card *, h1, h2, h3, p, li")].filter(e =>
+    e.clientWidth && e.scrollWidth > e.clientWidth + 1).map(e => e.textContent);
   const small = [...page.querySelectorAll("svg")].filter(s => s.getBoundingClientRect().width < 250).length;
-  document.title = "probe " + JSON.stringify({scroll: root.scrollWidth, wide, small, errors,
+  document.title = "probe " + JSON.stringify({scroll: root.scrollWidth, wide, spilt, small, errors,
     figures: page.querySelectorAll("svg").length, folded: page.querySelectorAll("details:not([open])").length,
     background: frame.contentWindow.getComputedStyle(page.body).backgroundColor}); };
 frame.srcdoc = %s;
@@ -177,6 +179,6 @@ def test_in_a_browser(page, tmp_path, width, dark):
     assert found, done.stderr[-2000:]
     seen = json.loads(html.unescape(found.group(1)))
     assert seen["errors"] == [] and "CONSOLE" not in done.stderr, done.stderr[-2000:]
-    assert seen["wide"] == [] and seen["scroll"] <= width, seen
+    assert seen["wide"] == seen["spilt"] == [] and seen["scroll"] <= width, seen
     assert seen["small"] == 0 and seen["figures"] > 15 and seen["folded"] == 0, seen
     assert (sum(map(int, re.findall(r"\d+", seen["background"]))) < 200) == dark, seen
