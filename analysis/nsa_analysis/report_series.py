@@ -203,7 +203,7 @@ def model_part(prefix, members, command, network):
         + (
             f"held out: {', '.join(map(str, held))} ranks."
             if held
-            else "no rank count could be held out of it."
+            else "that is all there are."
         )
     )
     errors = cost_model.left_out(members)
