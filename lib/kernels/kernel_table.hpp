@@ -214,8 +214,9 @@ struct DecodeEnterArgs {
   CompressArgs compress;
 };
 
-/// A decode step's attention as a whole: attend of every branch, rank and combine with the arguments they would have
-/// one by one (partials and `out` aside, which need not be written). combine.leave_out holds for all of them.
+/// The attention of a decode step, or of a prefill tile, as a whole: attend of every branch, rank and combine with the
+/// arguments they would have one by one (partials and `out` aside, which may hold anything behind it).
+/// combine.leave_out holds for all of them.
 struct DecodeStepArgs {
   AttendArgs attend[branches];
   RankArgs rank;  ///< `selected` wanted, lse_ranks = 1
@@ -319,6 +320,9 @@ struct KernelTable {
   /// the backend has no such thing.
   bool (*decode_step_accepts)(const DecodeStepArgs&) = nullptr;
   void (*decode_step)(const DecodeStepArgs&, Stream*) = nullptr;
+  /// The same of a prefill tile: same blocks chosen, no partials kept.
+  bool (*prefill_step_accepts)(const DecodeStepArgs&) = nullptr;
+  void (*prefill_step)(const DecodeStepArgs&, Stream*) = nullptr;
 };
 
 }  // namespace nsa

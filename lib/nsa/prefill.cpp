@@ -244,16 +244,20 @@ void Prefill::fill_rings(Work& w) {
     }
 }
 
+void Prefill::attend_by_stages(Work& w, Recorder& recorder) {
+  recorder.time(Stage::attend_cmp, [&] { attend(w, cmp); });
+  if (!w.leaves_out(sel)) {
+    recorder.time(Stage::rank, [&] { rank_blocks(w); });
+    recorder.time(Stage::attend_sel, [&] { attend(w, sel); });
+  }
+  if (!w.leaves_out(win)) recorder.time(Stage::attend_win, [&] { attend(w, win); });
+  recorder.time(Stage::combine, [&] { combine(w); });
+}
+
 void Prefill::attend_rows(Work& w, Recorder& recorder, const OnTile& on_tile) {
   const bool last_layer = w.layer + 1 == engine_.config.model.layers;
   each_tile(w, [&](const PrefillTile& tile) {
-    recorder.time(Stage::attend_cmp, [&] { attend(w, cmp); });
-    if (!w.leaves_out(sel)) {
-      recorder.time(Stage::rank, [&] { rank_blocks(w); });
-      recorder.time(Stage::attend_sel, [&] { attend(w, sel); });
-    }
-    if (!w.leaves_out(win)) recorder.time(Stage::attend_win, [&] { attend(w, win); });
-    recorder.time(Stage::combine, [&] { combine(w); });
+    if (recorder.times_stages() || !attend_at_once(w)) attend_by_stages(w, recorder);
     if (w.whole_layer()) recorder.time(Stage::output, [&] { output(w); });
     if (on_tile && last_layer) on_tile(w, tile);
   });

@@ -54,6 +54,7 @@ class Prefill {
   void exchange_raw_halo();
   void gather(Work& work);
   void fill_rings(Work& work);
+  void attend_by_stages(Work& work, Recorder& recorder);
   void attend_rows(Work& work, Recorder& recorder, const OnTile& on_tile);
   template <class Body>
   void each_tile(Work& work, Body&& body);

@@ -71,7 +71,7 @@ struct Route {
 
 class Routes {
  public:
-  bool steps_at_once = true;  ///< KernelTable::decode_step has not failed here
+  bool steps_at_once[phase_names.size()] = {true, true};  ///< KernelTable's step of that phase has not failed here
   /// Throws UserError as `answer` does, and for a name that the backend does not have.
   void choose(const Backend& backend, const Config& config, Phase phase, const LayerShape& shape,
               const QueryTile& tile);

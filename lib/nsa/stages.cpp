@@ -201,7 +201,11 @@ void combine(Work& w) {
 
 bool attend_at_once(Work& w) {
   const KernelTable& kernels = w.engine.kernels();
-  if (!kernels.decode_step || w.exchange) return false;
+  const bool decodes = w.phase == Phase::decode;
+  const auto accepts = decodes ? kernels.decode_step_accepts : kernels.prefill_step_accepts;
+  const auto run = decodes ? kernels.decode_step : kernels.prefill_step;
+  bool& works = w.engine.routes.steps_at_once[static_cast<int>(w.phase)];
+  if (!run || w.exchange) return false;
   DecodeStepArgs args;
   for (const Branch b : {cmp, sel, win}) {
     if (w.engine.routes.of(w.phase, b).kernel != &kernels.attend[b].front())
@@ -210,11 +214,11 @@ bool attend_at_once(Work& w) {
   }
   args.rank = rank_args(w);
   args.combine = combine_args(w);
-  if (!w.engine.routes.steps_at_once || !kernels.decode_step_accepts(args)) return false;
+  if (!works || !accepts(args)) return false;
   try {
-    kernels.decode_step(args, w.engine.streams.compute);
+    run(args, w.engine.streams.compute);
   } catch (const LaunchError&) {
-    w.engine.routes.steps_at_once = false;  // the stages one by one do the same, and fall back where they must
+    works = false;  // the stages one by one do the same, and fall back where they must
     return false;
   }
   return true;

@@ -39,8 +39,8 @@ void select_blocks(Work& work);  ///< from the exchanged candidates
 void combine(Work& work);
 void output(Work& work);
 
-/// Decode: project, append and compress, or everything from attend to combine, in the backend's own few launches.
-/// False, and nothing queued, where it has none for this.
+/// Decode: project, append and compress, in the backend's own few launches; both phases: everything from attend to
+/// combine. False, and nothing queued, where it has none for this.
 bool enter_at_once(Work& work);
 bool attend_at_once(Work& work);
 

@@ -1,7 +1,8 @@
 // Prefill, attention only, batch 1: milliseconds by context and by stage, and the ratio to the floor.
 //
-// A run goes over all tiles as lib/nsa's prefill does on one GPU: cmp, rank, sel, win, combine, tile by tile. The whole
-// is timed with events around a run, the stages with events around each (in runs of their own); medians. The floor is
+// A run goes over all tiles as lib/nsa's prefill does on one GPU: at once, and stage by stage (cmp, rank, sel, win,
+// combine), tile by tile. Both are timed with events around a run, runs of the two taking turns; the stages with events
+// around each (in runs of their own); medians. The floor is
 // the FLOPs a prefill must do, the scores once more for rank, at 788 TFLOP/s (the H200's measured bf16 matrix product).
 // Neighbouring rows of the synthetic q agree in nothing, so their choices do not either: the worst case for the
 // selected branch. Usage: bench_prefill [tile tokens [context]]; 0: as lib/nsa would choose. NSA_ROWS=1: row by row.
@@ -58,7 +59,12 @@ double floor_seconds(const LayerShape& s, std::int64_t T) {
 struct Bench {
   Bench(const Backend& b, std::int64_t T, int tile_tokens, bool by_rows);
   void run(const std::vector<Event*>* events);
-  void attend(Branch branch, const QueryTile& tile, std::int64_t row);
+  void run_at_once();
+  AttendArgs attend_args(Branch branch, const QueryTile& tile, std::int64_t row) const;
+  RankArgs rank_args(const QueryTile& tile, std::int64_t row) const;
+  CombineArgs combine_args(const QueryTile& tile, std::int64_t row) const;
+  template <class Body>
+  void each_tile(Body&& body) const;
 
   const Backend& backend;
   Memory memory;
@@ -122,7 +128,7 @@ Bench::Bench(const Backend& b, std::int64_t context, int tile_tokens, bool by_ro
   stream = b.device->create_stream();
 }
 
-void Bench::attend(Branch branch, const QueryTile& tile, std::int64_t row) {
+AttendArgs Bench::attend_args(Branch branch, const QueryTile& tile, std::int64_t row) const {
   AttendArgs a;
   a.shape = s;
   a.tile = tile;
@@ -136,50 +142,77 @@ void Bench::attend(Branch branch, const QueryTile& tile, std::int64_t row) {
   a.scores = scores;
   a.scratch = scratch;
   a.scratch_bytes = scratch_bytes;
-  backend.kernels->attend[branch][0].run(a, stream);
+  return a;
 }
 
-// One prefill; with events, one is recorded before every stage of every tile and one at the end.
+RankArgs Bench::rank_args(const QueryTile& tile, std::int64_t row) const {
+  RankArgs r;
+  r.shape = s;
+  r.tile = tile;
+  r.scores = scores;
+  r.lse = lse;
+  r.cmp_map = k[cmp].map;
+  r.token_map = k[sel].map;
+  r.q = q + row * s.heads() * s.d_k * 2;
+  r.k_cmp = k[cmp];
+  r.cmp_ms = partials_at(partials, s, tile.rows(), cmp).ms;
+  r.selected = selected;
+  r.scratch = scratch;
+  r.scratch_bytes = scratch_bytes;
+  return r;
+}
+
+CombineArgs Bench::combine_args(const QueryTile& tile, std::int64_t row) const {
+  CombineArgs c;
+  c.shape = s;
+  c.tile = tile;
+  c.partials = partials;
+  c.gate = gate + row * s.groups * 3;
+  c.o = o;
+  return c;
+}
+
+template <class Body>
+void Bench::each_tile(Body&& body) const {
+  for (std::int64_t first = 0, i = 0; first < T; first += widest.tokens, ++i) {
+    QueryTile tile = widest;
+    tile.tokens = static_cast<std::int32_t>(std::min<std::int64_t>(widest.tokens, T - first));
+    tile.first_position = starts + i;
+    body(tile, first);
+  }
+}
+
+// One prefill, stage by stage; with events, one is recorded before every stage of every tile and one at the end.
 void Bench::run(const std::vector<Event*>* events) {
   std::size_t at = 0;
   const auto mark = [&] {
     if (events) backend.device->record((*events)[at++], stream);
   };
-  for (std::int64_t first = 0, i = 0; first < T; first += widest.tokens, ++i) {
-    QueryTile tile = widest;
-    tile.tokens = static_cast<std::int32_t>(std::min<std::int64_t>(widest.tokens, T - first));
-    tile.first_position = starts + i;
+  const auto attend = [&](Branch branch, const QueryTile& tile, std::int64_t first) {
     mark();
+    backend.kernels->attend[branch][0].run(attend_args(branch, tile, first), stream);
+  };
+  each_tile([&](const QueryTile& tile, std::int64_t first) {
     attend(cmp, tile, first);
     mark();
-    RankArgs r;
-    r.shape = s;
-    r.tile = tile;
-    r.scores = scores;
-    r.lse = lse;
-    r.cmp_map = k[cmp].map;
-    r.token_map = k[sel].map;
-    r.q = q + first * s.heads() * s.d_k * 2;
-    r.k_cmp = k[cmp];
-    r.cmp_ms = partials_at(partials, s, tile.rows(), cmp).ms;
-    r.selected = selected;
-    r.scratch = scratch;
-    r.scratch_bytes = scratch_bytes;
-    backend.kernels->rank(r, stream);
-    mark();
+    backend.kernels->rank(rank_args(tile, first), stream);
     attend(sel, tile, first);
-    mark();
     attend(win, tile, first);
     mark();
-    CombineArgs c;
-    c.shape = s;
-    c.tile = tile;
-    c.partials = partials;
-    c.gate = gate + first * s.groups * 3;
-    c.o = o;
-    backend.kernels->combine(c, stream);
-  }
+    backend.kernels->combine(combine_args(tile, first), stream);
+  });
   mark();
+}
+
+void Bench::run_at_once() {
+  each_tile([&](const QueryTile& tile, std::int64_t first) {
+    DecodeStepArgs a;
+    for (const Branch b : {cmp, sel, win}) a.attend[b] = attend_args(b, tile, first);
+    a.rank = rank_args(tile, first);
+    a.combine = combine_args(tile, first);
+    if (!backend.kernels->prefill_step_accepts(a)) throw InternalError("a row of the table is not taken at once");
+    backend.kernels->prefill_step(a, stream);
+  });
 }
 
 double median(std::vector<double> x) {
@@ -193,8 +226,8 @@ int main(int argc, char** argv) {
   const Backend backend = open_cuda(0);
   const DeviceOps& device = *backend.device;
   const bool by_rows = std::getenv("NSA_ROWS") != nullptr;
-  std::printf("64 heads, 4 groups, Dk = Dv = 128, bf16, batch 1: ms\n%8s %6s %8s %7s %7s %7s %7s %7s |", "context",
-              "tile", "ms", "floor", "ratio", "target", "peers", "dense");
+  std::printf("64 heads, 4 groups, Dk = Dv = 128, bf16, batch 1: ms\n%8s %6s %8s %8s %7s %7s %7s %7s %7s |", "context",
+              "tile", "ms", "staged", "floor", "ratio", "target", "peers", "dense");
   for (const char* name : stage_names) std::printf(" %8s", name);
   std::printf("\n");
   for (const Row& row : table) {
@@ -206,12 +239,16 @@ int main(int argc, char** argv) {
     for (Event*& e : events) e = device.create_event();
     bench.run(nullptr);
     device.synchronize(bench.stream);
-    std::vector<double> whole, stage[stages];
-    for (int i = 0; i < repeats; ++i) {
+    std::vector<double> whole, staged, stage[stages];
+    const auto time = [&](auto&& run) {
       device.record(events.front(), bench.stream);
-      bench.run(nullptr);
+      run();
       device.record(events.back(), bench.stream);
-      whole.push_back(device.elapsed(events.front(), events.back()) * 1e3);
+      return device.elapsed(events.front(), events.back()) * 1e3;
+    };
+    for (int i = 0; i < repeats; ++i) {
+      staged.push_back(time([&] { bench.run(nullptr); }));
+      whole.push_back(by_rows ? staged.back() : time([&] { bench.run_at_once(); }));
     }
     for (int i = 0; i < repeats; ++i) {
       bench.run(&events);
@@ -222,8 +259,8 @@ int main(int argc, char** argv) {
       for (int c = 0; c < stages; ++c) stage[c].push_back(sum[c]);
     }
     const double ms = median(whole), floor_ms = floor_seconds(bench.s, row.context) * 1e3;
-    std::printf("%7lldK %6d %8.2f %7.2f %6.2fx %7.1f %7.1f %7.1f |", static_cast<long long>(row.context / 1024),
-                bench.widest.tokens, ms, floor_ms, ms / floor_ms, row.target_ms, row.peers_ms, row.dense_ms);
+    std::printf("%7lldK %6d %8.2f %8.2f %7.2f %6.2fx %7.1f %7.1f %7.1f |", static_cast<long long>(row.context / 1024),
+                bench.widest.tokens, ms, median(staged), floor_ms, ms / floor_ms, row.target_ms, row.peers_ms, row.dense_ms);
     for (const auto& x : stage) std::printf(" %8.2f", median(x));
     std::printf("\n");
     std::fflush(stdout);

@@ -232,7 +232,8 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
     b->kernels->combine(a, nullptr);
   }
   gpu().device->synchronize(nullptr);
-  if (kernel > 0 || ranks > 1 || c.gathered) return;
+  const bool prefill = c.tokens > 1;
+  if (kernel > 0 || ranks > 1 || (c.gathered && !prefill)) return;
 
   once_selected = std::make_unique<Twin>(selected->bytes());
   once_o = std::make_unique<Twin>(o->bytes());
@@ -258,7 +259,7 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
     of.reads = once_reads->on<std::int64_t>(b) + branch * planes;
     of.scratch = scratch[0]->on<void>(b);
     of.scratch_bytes = scratch[0]->bytes();
-    a.combine.o_branch[branch] = once_o_branch->on<float>(b) + branch * rows * s.heads() * s.d_v;
+    if (!prefill) a.combine.o_branch[branch] = once_o_branch->on<float>(b) + branch * rows * s.heads() * s.d_v;
   }
   a.attend[cmp].lse = once_lse.on<float>(b);
   a.attend[cmp].scores = once_scores.on<void>(b);
@@ -268,6 +269,9 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   a.rank.lse = once_lse.on<float>(b);
   a.rank.cmp_map = k_cmp[0]->view.map;
   a.rank.token_map = k_sel[0]->view.map;
+  a.rank.q = q.memory.on<void>(b);
+  a.rank.k_cmp = k_cmp[0]->on(b);
+  a.rank.cmp_ms = a.attend[cmp].out.ms;
   a.attend[sel].selected = a.rank.selected = once_selected->on<std::int32_t>(b);
   a.rank.p_slc = once_p_slc->on<float>(b);
   a.rank.p_slc_blocks = blocks;
@@ -278,8 +282,8 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   a.combine.partials = once_partials.on<float>(b);
   a.combine.gate = gate->on<float>(b);
   a.combine.o = once_o->on<void>(b);
-  at_once = b.kernels->decode_step_accepts(a);
-  if (at_once) b.kernels->decode_step(a, nullptr);
+  at_once = prefill ? b.kernels->prefill_step_accepts(a) : b.kernels->decode_step_accepts(a);
+  if (at_once) (prefill ? b.kernels->prefill_step : b.kernels->decode_step)(a, nullptr);
   b.device->synchronize(nullptr);
 }
 
@@ -336,7 +340,7 @@ void check(const Run& run) {
   CHECK(run.once_p_slc->from_gpu<float>() == run.p_slc[0]->from_gpu<float>());
   CHECK(run.once_reads->from_gpu<std::int64_t>() == run.reads[0]->from_gpu<std::int64_t>());
   const auto once = run.once_o_branch->from_gpu<float>();
-  for (int b = 0; b < branches; ++b) {
+  for (int b = 0; c.tokens == 1 && b < branches; ++b) {  // a prefill tile at once leaves no branch's own output
     INFO("branch " << branch_names[b] << " at once");
     const std::vector<float> ours(once.begin() + b * branch_floats, once.begin() + (b + 1) * branch_floats);
     const std::vector<float> theirs(host.begin() + b * branch_floats, host.begin() + (b + 1) * branch_floats);
@@ -485,6 +489,34 @@ TEST_CASE("cuda prefill chooses the same blocks on every layout and tile", "[pre
         CHECK(many.p_slc[0]->from_gpu<float>() == scores);
       }
     }
+}
+
+// A prefill tile at once, which takes tiles of enough rows to fill the GPU: beginnings before the first compressed
+// token, ends that divide nothing, few heads, chunks gathered from several ranks.
+TEST_CASE("cuda prefill at once equals the host's and chooses what the stages choose", "[prefill][once]") {
+  const auto run_at_once = [](const Case& c) {
+    const Run run(c);
+    check(run);
+    CHECK(run.at_once);
+  };
+  Case early{shape_of(DType::bf16, 12, 1, 64, 64), 2, 30, 0};
+  run_at_once(early);
+  for (const DType type : {DType::bf16, DType::f16})
+    for (const auto& [d, h, first, tokens] :
+         {std::tuple{128, 16, 0, 203}, {128, 5, 1020, 199}, {128, 1, 4990, 194}, {64, 16, 2045, 200}, {64, 7, 0, 1000}}) {
+      Case c{shape_of(type, 4, h, d, d), 1, tokens, first};
+      run_at_once(c);
+    }
+  Case c{shape_of(DType::bf16, 2, 16, 128, 128), 2, 205, 1500};
+  run_at_once(c);
+  c.chunk_blocks = 4;
+  c.gathered = true;
+  for (const int kv : {2, 3}) {
+    c.kv = kv;
+    run_at_once(c);
+  }
+  c = {shape_of(DType::bf16, 2, 16, 128, 128), 1, 20, 1500};
+  CHECK_FALSE(Run(c).at_once);
 }
 
 // Small enough for compute-sanitizer's slower tools: gpu_tests "[small]".

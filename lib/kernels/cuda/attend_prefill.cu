@@ -18,10 +18,16 @@ namespace {
 
 constexpr int slots = 6;
 
+// What a kernel does: a branch to partials, cmp's (m, sum) alone, or win and then cmp of each item, normalised, weighed
+// with the gates and added up.
+enum class Job { cmp, win, cmp_ms, gated };
+
 struct Params {
   DenseParams d;
-  Partials out;
-  std::int64_t* reads;
+  DenseSource source[branches];
+  std::int64_t* reads[branches];
+  Partials out;       // gated: `o` is the sum over both, `ms` cmp's
+  const float* gate;  // gated
 };
 
 // Tokens [begin, end) that position t attends.
@@ -42,29 +48,52 @@ __device__ __forceinline__ Span tiles_of(const BlockRules& r, const DenseItem& i
 }
 
 template <int DK, int DV, Branch B, bool Weigh>
+__device__ __forceinline__ void stream(const Params& p, const DenseShared<DK, DV, slots>& shared, Turn<slots>& turn,
+                                       const DenseItem& item) {
+  const DenseSource& from = p.source[B];
+  const Span tiles = tiles_of<B>(p.d.shape.rules, item);
+  for (std::int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+    shared.template stream_tile<DK>(from, from.k, turn, item.plane, tile * dense_tokens);
+    turn.next();
+    if (tile == tiles.begin || !Weigh) continue;
+    shared.template stream_tile<DV>(from, from.v, turn, item.plane, (tile - 1) * dense_tokens);
+    turn.next();
+  }
+  if (tiles.end <= tiles.begin || !Weigh) return;
+  shared.template stream_tile<DV>(from, from.v, turn, item.plane, (tiles.end - 1) * dense_tokens);
+  turn.next();
+}
+
+template <int DK, int DV, Job J>
 __device__ __forceinline__ void stream(const Params& p, const DenseShared<DK, DV, slots>& shared,
                                        std::int64_t first_position) {
   Turn<slots> turn;
   int phase = 0;
   for (int index = blockIdx.x; index < p.d.items; index += gridDim.x, phase ^= 1) {
     const DenseItem item(p.d, index, first_position);
-    const Span tiles = tiles_of<B>(p.d.shape.rules, item);
     shared.stream_queries(p.d, item, phase);
-    for (std::int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-      shared.template stream_tile<DK>(p.d, p.d.k, turn, item.plane, tile * dense_tokens);
-      turn.next();
-      if (tile == tiles.begin || !Weigh) continue;
-      shared.template stream_tile<DV>(p.d, p.d.v, turn, item.plane, (tile - 1) * dense_tokens);
-      turn.next();
-    }
-    if (tiles.end <= tiles.begin || !Weigh) continue;
-    shared.template stream_tile<DV>(p.d, p.d.v, turn, item.plane, (tiles.end - 1) * dense_tokens);
-    turn.next();
+    if constexpr (J == Job::win || J == Job::gated) stream<DK, DV, win, true>(p, shared, turn, item);
+    if constexpr (J != Job::win) stream<DK, DV, cmp, J != Job::cmp_ms>(p, shared, turn, item);
   }
 }
 
-// One warpgroup's state over an item.
-template <class T, int DK, int DV, Branch B, bool Weigh>
+// Where a lane's two rows of a product, heads lane / 4 and that plus 8 of the warp's query, lie in memory.
+struct DenseRow {
+  std::int64_t list;  // (row, group)
+  int heads;
+  bool is_row;
+  __device__ __forceinline__ DenseRow(const DenseParams& p, const DenseItem& item, int query)
+      : list((std::int64_t{item.sequence} * p.tile.tokens + item.first + query) * p.shape.groups + item.group),
+        heads(p.shape.heads_per_group),
+        is_row(item.first + query < p.tile.tokens) {}
+  __device__ __forceinline__ int in_group(int half) const { return threadIdx.x % 32 / 4 + half * 8; }
+  __device__ __forceinline__ bool exists(int half) const { return is_row && in_group(half) < heads; }
+  __device__ __forceinline__ std::int64_t head(int half) const { return list * heads + in_group(half); }
+  __device__ __forceinline__ int column() const { return threadIdx.x % 4 * 2; }
+};
+
+// One warpgroup's state over an item's tokens of one branch.
+template <class T, int DK, int DV>
 struct Rows {
   const Params& p;
   const DenseShared<DK, DV, slots>& shared;
@@ -91,15 +120,28 @@ struct Rows {
   template <bool Cut>
   __device__ __forceinline__ void soften(std::int64_t begin);
   __device__ __forceinline__ void queue_values(int slot);
-  __device__ __forceinline__ void clear_behind(int slot, std::int64_t begin);
+  __device__ __forceinline__ void clear_behind(int slot, std::int64_t begin, std::int64_t rows);
+  /// `Last`: the queries are not needed again.
+  template <Branch B, bool Weigh, bool Last>
   __device__ __forceinline__ void run(const DenseItem& item, int phase);
-  __device__ __forceinline__ void put_out(const DenseItem& item);
+  __device__ __forceinline__ int query() const { return group * group_queries + threadIdx.x % 128 / 32; }
+  template <Branch B>
+  __device__ __forceinline__ void count_reads(const DenseItem& item) const;
+  __device__ __forceinline__ void put_ms(std::int64_t head, float top, float total) const {
+    if (threadIdx.x % 4 == 0)
+      reinterpret_cast<float2*>(p.out.ms)[head] =
+          make_float2(total > 0.0f ? top * 0.6931471805599453f : -INFINITY, total);
+  }
+  template <bool Weigh>
+  __device__ __forceinline__ void put_partials(const DenseItem& item) const;
+  template <Branch B>
+  __device__ __forceinline__ void put_gated(const DenseItem& item);
 };
 
 // Scores of the tile from `begin` to weights relative to the new maximum; `old` is what o has to be scaled by.
-template <class T, int DK, int DV, Branch B, bool Weigh>
+template <class T, int DK, int DV>
 template <bool Cut>
-__device__ __forceinline__ void Rows<T, DK, DV, B, Weigh>::soften(std::int64_t begin) {
+__device__ __forceinline__ void Rows<T, DK, DV>::soften(std::int64_t begin) {
   const float scale = log2_e / sqrtf(static_cast<float>(DK));
   if constexpr (Cut) {
     const int from = static_cast<int>(span.begin - begin), to = static_cast<int>(span.end - begin);
@@ -135,8 +177,8 @@ __device__ __forceinline__ void Rows<T, DK, DV, B, Weigh>::soften(std::int64_t b
 }
 
 // o += weights v, queued.
-template <class T, int DK, int DV, Branch B, bool Weigh>
-__device__ __forceinline__ void Rows<T, DK, DV, B, Weigh>::queue_values(int slot) {
+template <class T, int DK, int DV>
+__device__ __forceinline__ void Rows<T, DK, DV>::queue_values(int slot) {
   using Layout = DenseLayout<DK, DV, slots>;
 #pragma unroll
   for (int step = 0; step < dense_tokens / 16; ++step)
@@ -145,11 +187,11 @@ __device__ __forceinline__ void Rows<T, DK, DV, B, Weigh>::queue_values(int slot
 }
 
 // Rows that were never written may hold NaN, which a weight of zero would not undo: they become zero.
-template <class T, int DK, int DV, Branch B, bool Weigh>
-__device__ __forceinline__ void Rows<T, DK, DV, B, Weigh>::clear_behind(int slot, std::int64_t begin) {
+template <class T, int DK, int DV>
+__device__ __forceinline__ void Rows<T, DK, DV>::clear_behind(int slot, std::int64_t begin, std::int64_t rows) {
   using Layout = DenseLayout<DK, DV, slots>;
-  if (begin + dense_tokens <= p.d.rows) return;
-  const int written = static_cast<int>(p.d.rows - begin) * 8;  // pieces of 16 bytes
+  if (begin + dense_tokens <= rows) return;
+  const int written = static_cast<int>(rows - begin) * 8;  // pieces of 16 bytes
   for (int box = 0; box < DV / box_columns; ++box)
     for (int i = written + group * 128 + threadIdx.x % 128; i < dense_tokens * 8; i += dense_groups * 128)
       asm volatile(
@@ -159,10 +201,10 @@ __device__ __forceinline__ void Rows<T, DK, DV, B, Weigh>::clear_behind(int slot
   meet(1, dense_groups * 128);
 }
 
-template <class T, int DK, int DV, Branch B, bool Weigh>
-__device__ __forceinline__ void Rows<T, DK, DV, B, Weigh>::run(const DenseItem& item, int phase) {
-  const std::int64_t t = item.t + group * group_queries + threadIdx.x % 128 / 32;
-  span = span_of<B>(p.d.shape.rules, t);
+template <class T, int DK, int DV>
+template <Branch B, bool Weigh, bool Last>
+__device__ __forceinline__ void Rows<T, DK, DV>::run(const DenseItem& item, int phase) {
+  span = span_of<B>(p.d.shape.rules, item.t + query());
   m[0] = m[1] = nothing;
   sum[0] = sum[1] = 0.0f;
   count = 0;
@@ -210,10 +252,10 @@ __device__ __forceinline__ void Rows<T, DK, DV, B, Weigh>::run(const DenseItem& 
     }
     pack_weights();
   }
-  if (threadIdx.x % 32 == 0) arrive(shared.queries_empty());
+  if (Last && threadIdx.x % 32 == 0) arrive(shared.queries_empty());
   if (!Weigh || tiles.end <= tiles.begin) return;
   take();
-  clear_behind(taken, (tiles.end - 1) * dense_tokens);
+  clear_behind(taken, (tiles.end - 1) * dense_tokens, p.source[B].rows);
   products_begin();
   queue_values(taken);
   products_wait<0>();
@@ -221,33 +263,65 @@ __device__ __forceinline__ void Rows<T, DK, DV, B, Weigh>::run(const DenseItem& 
   release(taken);
 }
 
-template <class T, int DK, int DV, Branch B, bool Weigh>
-__device__ __forceinline__ void Rows<T, DK, DV, B, Weigh>::put_out(const DenseItem& item) {
-  const LayerShape& shape = p.d.shape;
-  const int lane = threadIdx.x % 32, query = item.first + group * group_queries + threadIdx.x % 128 / 32;
-  if (query >= p.d.tile.tokens) return;
-  const std::int64_t row = std::int64_t{item.sequence} * p.d.tile.tokens + query;
+template <class T, int DK, int DV>
+template <Branch B>
+__device__ __forceinline__ void Rows<T, DK, DV>::count_reads(const DenseItem& item) const {
+  if (threadIdx.x % 32 == 0 && count > 0 && item.first + query() < p.d.tile.tokens)
+    atomicAdd(reinterpret_cast<unsigned long long*>(p.reads[B]) + item.sequence * p.d.shape.groups + item.group,
+              static_cast<unsigned long long>(count));
+}
+
+template <class T, int DK, int DV>
+template <bool Weigh>
+__device__ __forceinline__ void Rows<T, DK, DV>::put_partials(const DenseItem& item) const {
+  const DenseRow at(p.d, item, query());
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int head = lane / 4 + half * 8;
     const float total = quad_sum(sum[half]);
-    if (head >= shape.heads_per_group) continue;
-    const std::int64_t at = row * shape.heads() + item.group * shape.heads_per_group + head;
-    if (lane % 4 == 0)
-      reinterpret_cast<float2*>(p.out.ms)[at] =
-          make_float2(total > 0.0f ? m[half] * 0.6931471805599453f : -INFINITY, total);
+    if (!at.exists(half)) continue;
+    put_ms(at.head(half), m[half], total);
     if (!Weigh) continue;
-    float* to = p.out.o + at * DV + lane % 4 * 2;
+    float* to = p.out.o + at.head(half) * DV + at.column();
 #pragma unroll
     for (int j = 0; j < DV / 8; ++j)
       *reinterpret_cast<float2*>(to + 8 * j) = make_float2(o[4 * j + 2 * half], o[4 * j + 2 * half + 1]);
   }
-  if (lane == 0 && count > 0)
-    atomicAdd(reinterpret_cast<unsigned long long*>(p.reads) + item.sequence * shape.groups + item.group,
-              static_cast<unsigned long long>(count));
 }
 
-template <class T, int DK, int DV, Branch B, bool Weigh>
+// win, the first, leaves its share of o; cmp adds its own to what the same threads left.
+template <class T, int DK, int DV>
+template <Branch B>
+__device__ __forceinline__ void Rows<T, DK, DV>::put_gated(const DenseItem& item) {
+  const DenseRow at(p.d, item, query());
+  float weight[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float total = quad_sum(sum[half]);
+    weight[half] = 0.0f;
+    if (!at.exists(half)) continue;
+    if (B == cmp) put_ms(at.head(half), m[half], total);
+    if (total > 0.0f) weight[half] = p.gate[at.list * branches + B] / total;
+    const float* from = p.out.o + at.head(half) * DV + at.column();
+#pragma unroll
+    for (int j = 0; B == cmp && j < DV / 8; ++j) {
+      const float2 before = *reinterpret_cast<const float2*>(from + 8 * j);
+      s[j + 32 * half] = before.x, s[j + 16 + 32 * half] = before.y;
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (!at.exists(half)) continue;
+    float* to = p.out.o + at.head(half) * DV + at.column();
+#pragma unroll
+    for (int j = 0; j < DV / 8; ++j) {
+      float2 x = make_float2(o[4 * j + 2 * half] * weight[half], o[4 * j + 2 * half + 1] * weight[half]);
+      if (B == cmp) x.x += s[j + 32 * half], x.y += s[j + 16 + 32 * half];
+      *reinterpret_cast<float2*>(to + 8 * j) = x;
+    }
+  }
+}
+
+template <class T, int DK, int DV, Job J>
 __global__ void __launch_bounds__(dense_threads, 1) dense_kernel(const __grid_constant__ Params p) {
 #ifdef NSA_WGMMA
   extern __shared__ char memory[];
@@ -259,38 +333,63 @@ __global__ void __launch_bounds__(dense_threads, 1) dense_kernel(const __grid_co
   const int group = threadIdx.x / 128;
   if (group == dense_groups) {
     give_registers<24>();
-    if (threadIdx.x % 128 == 0) stream<DK, DV, B, Weigh>(p, shared, first_position);
+    if (threadIdx.x % 128 == 0) stream<DK, DV, J>(p, shared, first_position);
   } else {
     take_registers<240>();
-    Rows<T, DK, DV, B, Weigh> rows{p, shared, group};
+    Rows<T, DK, DV> rows{p, shared, group};
     int phase = 0;
     for (int index = blockIdx.x; index < p.d.items; index += gridDim.x, phase ^= 1) {
       const DenseItem item(p.d, index, first_position);
-      rows.run(item, phase);
-      rows.put_out(item);
+      if constexpr (J == Job::win || J == Job::gated) {
+        rows.template run<win, true, J == Job::win>(item, phase);
+        rows.template count_reads<win>(item);
+      }
+      if constexpr (J == Job::win) rows.template put_partials<true>(item);
+      if constexpr (J == Job::gated) rows.template put_gated<win>(item);
+      if constexpr (J == Job::win) continue;
+      rows.template run<cmp, J != Job::cmp_ms, true>(item, phase);
+      rows.template count_reads<cmp>(item);
+      if constexpr (J == Job::gated)
+        rows.template put_gated<cmp>(item);
+      else
+        rows.template put_partials<J != Job::cmp_ms>(item);
     }
   }
 #endif
 }
 
-template <class T, int DK, int DV, Branch B>
-void launch(const AttendArgs& a, Stream* stream) {
-  const std::int64_t end = a.tile.max_positions;
-  Params p{dense_params(a.shape, a.tile, a.q, a.k.map, B == cmp ? compressed_tokens(a.shape.rules, end - 1) : end),
-           a.out, a.reads};
-  const std::int64_t planes = std::int64_t{a.tile.batch_begin + a.tile.batches} * a.shape.groups;
-  p.d.k = rows_map(a.k, a.shape.dtype, planes, p.d.box_rows);
-  p.d.v = rows_map(a.v, a.shape.dtype, planes, p.d.box_rows);
-  auto* kernel = B == cmp && a.scores_only ? dense_kernel<T, DK, DV, B, B != cmp> : dense_kernel<T, DK, DV, B, true>;
-  launch_early(kernel, dim3(dense_ctas(p.d)), dense_threads, DenseLayout<DK, DV, slots>::bytes, stream, 1, p);
+template <class T, int DK, int DV, Job J>
+void launch(const AttendArgs* of[branches], const float* gate, Stream* stream) {
+  const AttendArgs& a = *of[J == Job::win ? win : cmp];
+  Params p{};
+  p.d = dense_params(a.shape, a.tile, a.q);
+  p.out = a.out;
+  p.gate = gate;
+  for (const Branch b : {cmp, win}) {
+    if (!of[b]) continue;
+    const std::int64_t end = a.tile.max_positions;
+    p.source[b] = dense_source(a.shape, a.tile, of[b]->k, &of[b]->v,
+                               b == cmp ? compressed_tokens(a.shape.rules, end - 1) : end);
+    p.reads[b] = of[b]->reads;
+  }
+  launch_early(dense_kernel<T, DK, DV, J>, dim3(dense_ctas(p.d)), dense_threads, DenseLayout<DK, DV, slots>::bytes,
+               stream, 1, p);
 }
 
-template <class T, Branch B>
-void launch_sized(const AttendArgs& a, Stream* stream) {
-  if (a.shape.d_k == 64)
-    launch<T, 64, 64, B>(a, stream);
+template <Job J>
+void launch(const AttendArgs* of[branches], const float* gate, Stream* stream) {
+  const LayerShape& s = of[J == Job::win ? win : cmp]->shape;
+  const auto sized = [&](auto type) {
+    using T = decltype(type);
+    if (s.d_k == 64)
+      launch<T, 64, 64, J>(of, gate, stream);
+    else
+      launch<T, 128, 128, J>(of, gate, stream);
+  };
+  if (s.dtype == DType::bf16)
+    sized(__nv_bfloat16{});
   else
-    launch<T, 128, 128, B>(a, stream);
+    sized(__half{});
 }
 
 }  // namespace
@@ -308,18 +407,26 @@ bool tiles_shape(const LayerShape& s) {
 #endif
 }
 
-DenseParams dense_params(const LayerShape& s, const QueryTile& tile, const void* q, const RowMap& map,
-                         std::int64_t rows) {
+DenseParams dense_params(const LayerShape& s, const QueryTile& tile, const void* q) {
   DenseParams p{};
   p.q = query_map(q, s.dtype, tile.rows(), s.heads(), s.d_k, heads_per_tile, group_queries);
   p.shape = s;
   p.tile = tile;
-  p.map = map;
-  p.box_rows = box_rows_of(map, dense_tokens);
   p.query_tiles = (tile.tokens + dense_queries - 1) / dense_queries;
   p.items = tile.batches * s.groups * p.query_tiles;
-  p.rows = rows;
   return p;
+}
+
+DenseSource dense_source(const LayerShape& s, const QueryTile& tile, const KvView& k, const KvView* v,
+                         std::int64_t rows) {
+  DenseSource from{};
+  const std::int64_t planes = std::int64_t{tile.batch_begin + tile.batches} * s.groups;
+  from.map = k.map;
+  from.box_rows = box_rows_of(k.map, dense_tokens);
+  from.k = rows_map(k, s.dtype, planes, from.box_rows);
+  if (v) from.v = rows_map(*v, s.dtype, planes, from.box_rows);
+  from.rows = rows;
+  return from;
 }
 
 bool prefill_accepts(Branch branch, const LayerShape& s, const RowMap& map) {
@@ -329,17 +436,22 @@ bool prefill_accepts(Branch branch, const LayerShape& s, const RowMap& map) {
 
 void attend_prefill(Branch branch, const AttendArgs& a, Stream* stream) {
   if (a.tile.rows() == 0) return;
-  const auto run = [&](auto type) {
-    using T = decltype(type);
-    if (branch == cmp)
-      launch_sized<T, cmp>(a, stream);
-    else
-      launch_sized<T, win>(a, stream);
-  };
-  if (a.shape.dtype == DType::bf16)
-    run(__nv_bfloat16{});
+  const AttendArgs* of[branches] = {};
+  of[branch] = &a;
+  if (branch == win)
+    launch<Job::win>(of, nullptr, stream);
+  else if (a.scores_only)
+    launch<Job::cmp_ms>(of, nullptr, stream);
   else
-    run(__half{});
+    launch<Job::cmp>(of, nullptr, stream);
+}
+
+void attend_prefill_gated(const AttendArgs& of_cmp, const AttendArgs& of_win, const float* gate, Stream* stream) {
+  if (of_cmp.tile.rows() == 0) return;
+  const AttendArgs* of[branches] = {};
+  of[cmp] = &of_cmp;
+  of[win] = &of_win;
+  launch<Job::gated>(of, gate, stream);
 }
 
 }  // namespace nsa::gpu

@@ -32,6 +32,9 @@ struct Params {
   AttendArgs a;
   int box_rows, query_tiles, items;
   std::int64_t rows;  // of k and v that were written; what follows may be anything
+  // Null: partials are wanted. Else `o` of all branches: this one's, normalised and weighed, added to a.out.o.
+  const float* gate;
+  void* o;
 };
 
 struct Item {
@@ -181,6 +184,8 @@ struct Rows {
   __device__ __forceinline__ void soften(int tokens);
   __device__ __forceinline__ void clear_behind(int slot, std::int64_t begin) const;
   __device__ __forceinline__ void put_out(const Item& item) const;
+  __device__ __forceinline__ void put_partial(std::int64_t at, int half, float total) const;
+  __device__ __forceinline__ void put_gated(std::int64_t at, int half, float weight) const;
 };
 
 // Rows that were never written may hold NaN, which a weight of zero would not undo: they become zero. Every warpgroup
@@ -276,18 +281,39 @@ __device__ __forceinline__ void Rows<T, DK, DV>::put_out(const Item& item) const
     const int head = lane / 4 + half * 8;
     const float total = quad_sum(sum[half]);
     if (head >= shape.heads_per_group) continue;
-    const std::int64_t at = row * shape.heads() + item.group * shape.heads_per_group + head;
-    if (lane % 4 == 0)
-      reinterpret_cast<float2*>(p.a.out.ms)[at] =
-          make_float2(total > 0.0f ? m[half] * 0.6931471805599453f : -INFINITY, total);
-    float* to = p.a.out.o + at * DV + lane % 4 * 2;
-#pragma unroll
-    for (int j = 0; j < DV / 8; ++j)
-      *reinterpret_cast<float2*>(to + 8 * j) = make_float2(o[4 * j + 2 * half], o[4 * j + 2 * half + 1]);
+    const std::int64_t list = row * shape.groups + item.group, at = list * shape.heads_per_group + head;
+    if (!p.gate)
+      put_partial(at, half, total);
+    else
+      put_gated(at, half, total > 0.0f ? p.gate[list * branches + sel] / total : 0.0f);
   }
   if (lane == 0)
     atomicAdd(reinterpret_cast<unsigned long long*>(p.a.reads) + item.sequence * shape.groups + item.group,
               static_cast<unsigned long long>(count));
+}
+
+template <class T, int DK, int DV>
+__device__ __forceinline__ void Rows<T, DK, DV>::put_partial(std::int64_t at, int half, float total) const {
+  if (threadIdx.x % 4 == 0)
+    reinterpret_cast<float2*>(p.a.out.ms)[at] =
+        make_float2(total > 0.0f ? m[half] * 0.6931471805599453f : -INFINITY, total);
+  float* to = p.a.out.o + at * DV + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < DV / 8; ++j)
+    *reinterpret_cast<float2*>(to + 8 * j) = make_float2(o[4 * j + 2 * half], o[4 * j + 2 * half + 1]);
+}
+
+template <class T, int DK, int DV>
+__device__ __forceinline__ void Rows<T, DK, DV>::put_gated(std::int64_t at, int half, float weight) const {
+  const float* from = p.a.out.o + at * DV + threadIdx.x % 4 * 2;
+  T* to = static_cast<T*>(p.o) + at * DV + threadIdx.x % 4 * 2;
+  float2 others[DV / 8];
+#pragma unroll
+  for (int j = 0; j < DV / 8; ++j) others[j] = __ldcs(reinterpret_cast<const float2*>(from + 8 * j));
+#pragma unroll
+  for (int j = 0; j < DV / 8; ++j)
+    *reinterpret_cast<std::uint32_t*>(to + 8 * j) = pack(fmaf(o[4 * j + 2 * half], weight, others[j].x),
+                                                         fmaf(o[4 * j + 2 * half + 1], weight, others[j].y), T{});
 }
 
 template <class T, int DK, int DV>
@@ -334,28 +360,40 @@ __global__ void __launch_bounds__(threads, 1) sel_kernel(const __grid_constant__
 #endif
 }
 
+int query_tiles_of(const QueryTile& tile) { return (tile.tokens + item_queries - 1) / item_queries; }
+int items_of(const LayerShape& s, const QueryTile& tile) { return tile.batches * s.groups * query_tiles_of(tile); }
+
 template <class T, int DK, int DV>
-void launch(const AttendArgs& a, Stream* stream) {
+void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
   Params p{};
   p.a = a;
+  p.gate = gate;
+  p.o = o;
   p.box_rows = box_rows_of(a.k.map, block_tokens);
   const std::int64_t planes = std::int64_t{a.tile.batch_begin + a.tile.batches} * a.shape.groups;
   p.k = rows_map(a.k, a.shape.dtype, planes, p.box_rows);
   p.v = rows_map(a.v, a.shape.dtype, planes, p.box_rows);
   p.q = query_map(a.q, a.shape.dtype, a.tile.rows(), a.shape.heads(), DK, heads_per_tile, group_queries);
   p.rows = a.tile.max_positions;
-  p.query_tiles = (a.tile.tokens + item_queries - 1) / item_queries;
-  p.items = a.tile.batches * a.shape.groups * p.query_tiles;
+  p.query_tiles = query_tiles_of(a.tile);
+  p.items = items_of(a.shape, a.tile);
   launch_early(sel_kernel<T, DK, DV>, dim3(std::min(p.items, limits().units)), threads, Layout<DK, DV>::bytes, stream,
                1, p);
 }
 
-template <class T>
-void launch_sized(const AttendArgs& a, Stream* stream) {
-  if (a.shape.d_k == 64)
-    launch<T, 64, 64>(a, stream);
+void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
+  if (a.tile.rows() == 0) return;
+  const auto sized = [&](auto type) {
+    using T = decltype(type);
+    if (a.shape.d_k == 64)
+      launch<T, 64, 64>(a, gate, o, stream);
+    else
+      launch<T, 128, 128>(a, gate, o, stream);
+  };
+  if (a.shape.dtype == DType::bf16)
+    sized(__nv_bfloat16{});
   else
-    launch<T, 128, 128>(a, stream);
+    sized(__half{});
 }
 
 }  // namespace
@@ -364,12 +402,14 @@ bool prefill_sel_accepts(const LayerShape& s, const RowMap& map) {
   return tiles_shape(s) && s.rules.l_sel == block_tokens && s.rules.n_sel <= most_chosen && map_is_whole(map);
 }
 
-void attend_prefill_sel(const AttendArgs& a, Stream* stream) {
-  if (a.tile.rows() == 0) return;
-  if (a.shape.dtype == DType::bf16)
-    launch_sized<__nv_bfloat16>(a, stream);
-  else
-    launch_sized<__half>(a, stream);
+bool prefill_sel_pays(const LayerShape& s, const QueryTile& tile) {
+  return std::int64_t{2} * items_of(s, tile) > limits().units;
+}
+
+void attend_prefill_sel(const AttendArgs& a, Stream* stream) { launch(a, nullptr, nullptr, stream); }
+
+void attend_prefill_sel_gated(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
+  launch(a, gate, o, stream);
 }
 
 }  // namespace nsa::gpu

@@ -24,18 +24,23 @@ constexpr int most_lead = 64;      ///< compressed tokens of the block before th
 constexpr float nothing = -1e30f;  ///< a maximum of nothing: finite, so that differences are no NaN
 
 struct DenseParams {
-  CUtensorMap q, k, v;
+  CUtensorMap q;
   LayerShape shape;
   QueryTile tile;
-  RowMap map;         // of k and v
-  int box_rows;       // of k and v
-  int query_tiles;    // of a (sequence, group)
-  int items;          // sequences * groups * query tiles
-  std::int64_t rows;  // of k and v that were written; what follows may be anything
+  int query_tiles;  // of a (sequence, group)
+  int items;        // sequences * groups * query tiles
 };
+DenseParams dense_params(const LayerShape&, const QueryTile&, const void* q);
 
-/// Everything but the maps of k and v's data.
-DenseParams dense_params(const LayerShape&, const QueryTile&, const void* q, const RowMap& map, std::int64_t rows);
+/// K and V of a branch.
+struct DenseSource {
+  CUtensorMap k, v;
+  RowMap map;
+  int box_rows;
+  std::int64_t rows;  // that were written; what follows may be anything
+};
+/// `v` may be null: only K is read.
+DenseSource dense_source(const LayerShape&, const QueryTile&, const KvView& k, const KvView* v, std::int64_t rows);
 inline int dense_ctas(const DenseParams& p) { return p.items < limits().units ? p.items : limits().units; }
 
 /// One item: 8 queries of a sequence and a group. Late queries, which have most to read, come first.
@@ -101,7 +106,7 @@ struct DenseShared {
   }
   /// The streaming thread: 128 rows from `begin`, a multiple of 128, of one tensor.
   template <int Width>
-  __device__ __forceinline__ void stream_tile(const DenseParams& p, const CUtensorMap& map, const Turn<Slots>& turn,
+  __device__ __forceinline__ void stream_tile(const DenseSource& p, const CUtensorMap& map, const Turn<Slots>& turn,
                                               int plane, std::int64_t begin) const {
     wait_for(empty(turn.slot), turn.phase ^ 1);
     arrive_expecting(full(turn.slot), Width / box_columns * Layout::tile_box);

@@ -24,6 +24,7 @@ constexpr int choose_warps = 8;
 
 struct ScoreParams {
   DenseParams d;
+  DenseSource source;
   const float* ms;  // [rows][H][2]
   float* scores;    // [rows][groups][pitch]
   std::int64_t pitch;
@@ -44,7 +45,7 @@ __device__ __forceinline__ void stream(const ScoreParams& p, const DenseShared<D
     shared.stream_queries(p.d, item, phase);
     const std::int64_t tiles = tiles_of(compressed_tokens(p.d.shape.rules, item.last));
     for (std::int64_t tile = 0; tile < tiles; ++tile, turn.next())
-      shared.template stream_tile<DK>(p.d, p.d.k, turn, item.plane, tile * dense_tokens);
+      shared.template stream_tile<DK>(p.source, p.source.k, turn, item.plane, tile * dense_tokens);
   }
 }
 
@@ -358,9 +359,10 @@ std::int64_t score_pitch_of(const BlockRules& r, std::int64_t positions) {
 template <class T, int DK>
 void launch_scores(const RankArgs& a, Stream* stream) {
   const LayerShape& s = a.shape;
-  ScoreParams p{dense_params(s, a.tile, a.q, a.k_cmp.map, compressed_tokens(s.rules, a.tile.max_positions - 1)),
-                a.cmp_ms, static_cast<float*>(a.scratch), score_pitch_of(s.rules, a.tile.max_positions)};
-  p.d.k = rows_map(a.k_cmp, s.dtype, std::int64_t{a.tile.batch_begin + a.tile.batches} * s.groups, p.d.box_rows);
+  const ScoreParams p{
+      dense_params(s, a.tile, a.q),
+      dense_source(s, a.tile, a.k_cmp, nullptr, compressed_tokens(s.rules, a.tile.max_positions - 1)), a.cmp_ms,
+      static_cast<float*>(a.scratch), score_pitch_of(s.rules, a.tile.max_positions)};
   launch_early(score_kernel<T, DK>, dim3(dense_ctas(p.d)), dense_threads, DenseLayout<DK, DK, slots>::bytes, stream, 1,
                p);
 }

@@ -103,6 +103,14 @@ void decode_step_with_scratch(const DecodeStepArgs& a, Stream* stream) {
   decode_step(with, stream);
 }
 
+void prefill_step_with_scratch(const DecodeStepArgs& a, Stream* stream) {
+  const LayerShape& s = a.combine.shape;
+  const QueryTile& tile = a.combine.tile;
+  DecodeStepArgs with = a;
+  with.rank = with_part(a.rank, branches * branch_part(s, tile), rank_prefill_scratch(s, tile));
+  prefill_step(with, stream);
+}
+
 std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t cmp_rows) {
   if (tile.rescores) return 0;
   return static_cast<std::size_t>(tile.rows() * s.heads() * padded_columns(cmp_rows)) * sizeof(float);
@@ -147,7 +155,9 @@ constexpr KernelTable table = {project,
                                checksum,
                                decode_enter,
                                decode_step_accepts,
-                               decode_step_with_scratch};
+                               decode_step_with_scratch,
+                               prefill_step_accepts,
+                               prefill_step_with_scratch};
 
 }  // namespace
 
