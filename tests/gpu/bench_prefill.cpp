@@ -16,6 +16,7 @@
 #include "kernels/backend.hpp"
 #include "kernels/buffer.hpp"
 #include "kernels/cuda/cuda.hpp"
+#include "kernels/error.hpp"
 #include "kernels/random.hpp"
 
 using namespace nsa;

@@ -244,6 +244,7 @@ __device__ __forceinline__ void Rows<T, DK, DV>::run(const DenseItem& item, int 
     else
       soften<false>(tile * dense_tokens);
     if constexpr (Weigh) {
+      computed(sum[0] + sum[1], shared.base);
       products_wait<0>();
       settled(o);
       release(taken);
@@ -332,10 +333,10 @@ __global__ void __launch_bounds__(dense_threads, 1) dense_kernel(const __grid_co
   const std::int64_t first_position = *p.d.tile.first_position;
   const int group = threadIdx.x / 128;
   if (group == dense_groups) {
-    give_registers<24>();
+    give_registers<40>();
     if (threadIdx.x % 128 == 0) stream<DK, DV, J>(p, shared, first_position);
   } else {
-    take_registers<240>();
+    take_registers<232>();
     Rows<T, DK, DV> rows{p, shared, group};
     int phase = 0;
     for (int index = blockIdx.x; index < p.d.items; index += gridDim.x, phase ^= 1) {

@@ -2,15 +2,14 @@
 //
 // A CTA takes a group and 12 consecutive queries, 4 a warpgroup and one a warp: M = 4 queries x 16 heads, N = a block
 // of 64 tokens. One more warp walks the union of the queries' blocks, which are sorted, and streams each block's K and
-// V once through a ring of slots (tensor copies, 128-byte swizzle); with it goes the set of queries that chose it. A
-// warpgroup multiplies the blocks that any of its four queries chose; the rows of those that did not get no weight.
+// V once (tensor copies, 128-byte swizzle) through a ring each: K is given back as soon as the scores are formed. With
+// K goes the set of queries that chose the block, and of those that chose the next. A warpgroup multiplies the blocks
+// that any of its four queries chose; the rows of those that did not get no weight. Where it wants the next block too,
+// the weighted sum of this one is formed beside the next one's scores and exponentials.
 // CTAs stay and take every gridDim-th item; the items of a group follow one another, so that its K and V stay in the
 // L2. FLOPs: 2 (Dk + Dv) a (head, token of the union of 4 queries): up to 4 times what was chosen, where neighbours
-// agree in nothing. Bytes: from L2, a block's K and V once per 12 queries that share it. Bound: the copies
-// under way in the ring; then the L2 and the tensor cores.
-//
-// A warp a query on mma.sync wastes no product, and took as long: a block's way through one warp takes 1800 cycles, the
-// copy before it as much, and five slots of 32 KB are too few to have enough of them under way (docs/kernels.md).
+// agree in nothing. Bytes: from L2, a block's K and V once per 12 queries that share it. Bound: the L2 where little is
+// shared, else the tensor cores.
 
 #include "kernels/cuda/prefill.cuh"
 #include "kernels/cuda/stages.cuh"
@@ -49,19 +48,24 @@ struct Item {
   }
 };
 
-// What the streaming warp says of a filled slot: the block (-1: the item is over) and who chose it.
+// What the streaming warp says of a filled slot of K: the block (-1: the item is over), who chose it (bits 0..15) and
+// who the next one (bits 16..31).
 struct Told {
   int block;
   unsigned queries;
 };
 
+// Shared memory: slots of K, slots of V, queries, barriers, what is told, the queries' lists.
 template <int DK, int DV>
 struct Layout {
   static constexpr int query_box = 64 * 128, query_group = DK / box_columns * query_box;
-  static constexpr int box = block_tokens * 128, keys = DK / box_columns * box, slot = keys + DV / box_columns * box;
-  static constexpr int slots = std::min(8, (224 * 1024 - groups * query_group) / slot);
-  static constexpr int queries = slots * slot, barriers = queries + groups * query_group;
-  static constexpr int told = barriers + 8 * (2 * slots + 2), lists = told + 8 * slots;
+  static constexpr int box = block_tokens * 128, key = DK / box_columns * box, value = DV / box_columns * box;
+  static constexpr int key_slots = std::min(8, (224 * 1024 - groups * query_group) / (key + value));
+  static constexpr int value_slots =
+      std::min(8, (224 * 1024 - groups * query_group - key_slots * key) / value);  // V is kept longer
+  static constexpr int values = key_slots * key, queries = values + value_slots * value;
+  static constexpr int barriers = queries + groups * query_group;
+  static constexpr int told = barriers + 8 * (2 * (key_slots + value_slots) + 2), lists = told + 8 * key_slots;
   static constexpr int bytes = lists + item_queries * most_chosen * 4;
   static_assert(bytes <= 227 * 1024);
 };
@@ -72,18 +76,30 @@ struct Shared {
   char* memory;
   unsigned base;
   __device__ __forceinline__ explicit Shared(char* given) : memory(given), base(shared_address(given)) {}
-  __device__ __forceinline__ unsigned slot(int i) const { return base + i * At::slot; }
+  __device__ __forceinline__ unsigned key(int i) const { return base + i * At::key; }
+  __device__ __forceinline__ unsigned value(int i) const { return base + At::values + i * At::value; }
   __device__ __forceinline__ unsigned queries(int group) const { return base + At::queries + group * At::query_group; }
-  __device__ __forceinline__ unsigned full(int i) const { return base + At::barriers + 8 * i; }
-  __device__ __forceinline__ unsigned empty(int i) const { return full(At::slots + i); }
-  __device__ __forceinline__ unsigned queries_full() const { return full(2 * At::slots); }
-  __device__ __forceinline__ unsigned queries_empty() const { return full(2 * At::slots + 1); }
+  __device__ __forceinline__ unsigned barrier(int i) const { return base + At::barriers + 8 * i; }
+  __device__ __forceinline__ unsigned key_full(int i) const { return barrier(i); }
+  __device__ __forceinline__ unsigned key_empty(int i) const { return barrier(At::key_slots + i); }
+  __device__ __forceinline__ unsigned value_full(int i) const { return barrier(2 * At::key_slots + i); }
+  __device__ __forceinline__ unsigned value_empty(int i) const {
+    return barrier(2 * At::key_slots + At::value_slots + i);
+  }
+  __device__ __forceinline__ unsigned queries_full() const { return barrier(2 * (At::key_slots + At::value_slots)); }
+  __device__ __forceinline__ unsigned queries_empty() const {
+    return barrier(2 * (At::key_slots + At::value_slots) + 1);
+  }
   __device__ __forceinline__ Told& told(int i) const { return reinterpret_cast<Told*>(memory + At::told)[i]; }
   __device__ __forceinline__ int* lists() const { return reinterpret_cast<int*>(memory + At::lists); }
   __device__ __forceinline__ void open() const {
-    for (int i = 0; i < At::slots; ++i) {
-      open_barrier(full(i), 1);
-      open_barrier(empty(i), warps);
+    for (int i = 0; i < At::key_slots; ++i) {
+      open_barrier(key_full(i), 1);
+      open_barrier(key_empty(i), warps);
+    }
+    for (int i = 0; i < At::value_slots; ++i) {
+      open_barrier(value_full(i), 1);
+      open_barrier(value_empty(i), warps);
     }
     open_barrier(queries_full(), 1);
     open_barrier(queries_empty(), warps);
@@ -99,12 +115,9 @@ __device__ __forceinline__ void stream(const Params& p, const Shared<DK, DV>& sh
   const int lane = threadIdx.x % 32, n = s.rules.n_sel;
   const RowMap& map = p.a.k.map;
   int* lists = shared.lists();
-  Turn<At::slots> turn;
-  const auto fill = [&](const Item& item, int block, unsigned queries) {
-    wait_for(shared.empty(turn.slot), turn.phase ^ 1);
-    shared.told(turn.slot) = {block, queries};
-    if (block < 0) return arrive(shared.full(turn.slot));
-    arrive_expecting(shared.full(turn.slot), At::slot);
+  Turn<At::key_slots> key;
+  Turn<At::value_slots> value;
+  const auto copy = [&](const CUtensorMap& from, unsigned to, unsigned barrier, int width, int block, int plane) {
     const std::int64_t begin = std::int64_t{block} * block_tokens;
     for (int at = 0; at < block_tokens; at += p.box_rows) {
       std::int64_t row = begin + at;
@@ -114,14 +127,21 @@ __device__ __forceinline__ void stream(const Params& p, const Shared<DK, DV>& sh
         row = row_in_chunk(map, c, row);
         rank = owner_of_chunk(map, c);
       }
-      const unsigned to = shared.slot(turn.slot) + at * 128;
-      for (int box = 0; box < DK / box_columns; ++box)
-        copy_box(to + box * At::box, &p.k, shared.full(turn.slot), box * box_columns, static_cast<int>(row), item.plane,
-                 rank);
-      for (int box = 0; box < DV / box_columns; ++box)
-        copy_box(to + At::keys + box * At::box, &p.v, shared.full(turn.slot), box * box_columns, static_cast<int>(row),
-                 item.plane, rank);
+      for (int box = 0; box < width / box_columns; ++box)
+        copy_box(to + at * 128 + box * At::box, &from, barrier, box * box_columns, static_cast<int>(row), plane, rank);
     }
+  };
+  // One lane.
+  const auto fill = [&](const Item& item, int block, unsigned queries) {
+    const unsigned key_full = shared.key_full(key.slot), value_full = shared.value_full(value.slot);
+    wait_for(shared.key_empty(key.slot), key.phase ^ 1);
+    shared.told(key.slot) = {block, queries};
+    if (block < 0) return arrive(key_full);
+    arrive_expecting(key_full, At::key);
+    copy(p.k, shared.key(key.slot), key_full, DK, block, item.plane);
+    wait_for(shared.value_empty(value.slot), value.phase ^ 1);
+    arrive_expecting(value_full, At::value);
+    copy(p.v, shared.value(value.slot), value_full, DV, block, item.plane);
   };
   const auto fill_queries = [&](const Item& item, int phase) {
     wait_for(shared.queries_empty(), phase ^ 1);
@@ -148,15 +168,20 @@ __device__ __forceinline__ void stream(const Params& p, const Shared<DK, DV>& sh
       ++at;
       return block < 0 ? none : block;
     };
-    int filled = 0;
-    for (int mine = next();; ++filled) {
-      const int block = __reduce_min_sync(0xffffffffu, mine);
-      const unsigned queries = __ballot_sync(0xffffffffu, mine == block);
-      if (lane == 0 && (filled == early_blocks || (block == none && filled < early_blocks))) fill_queries(item, phase);
-      if (lane == 0) fill(item, block == none ? -1 : block, queries);
-      turn.next();
-      if (block == none) break;
-      if (mine == block) mine = next();
+    int mine = next(), block = __reduce_min_sync(0xffffffffu, mine);
+    unsigned queries = __ballot_sync(0xffffffffu, mine == block);
+    for (int filled = 0;; ++filled) {
+      const bool over = block == none;
+      if (mine == block && !over) mine = next();
+      const int following = __reduce_min_sync(0xffffffffu, mine);
+      const unsigned by = __ballot_sync(0xffffffffu, mine == following && following != none);
+      if (lane == 0 && (filled == early_blocks || (over && filled < early_blocks))) fill_queries(item, phase);
+      if (lane == 0) fill(item, over ? -1 : block, queries | by << 16);
+      key.next();
+      if (over) break;
+      value.next();
+      block = following;
+      queries = by;
     }
   }
 }
@@ -168,9 +193,12 @@ struct Rows {
   const Params& p;
   const Shared<DK, DV>& shared;
   int group;  // warpgroup
+  Turn<At::key_slots> key;
+  Turn<At::value_slots> value;  // of the block whose weights are there, else of the next one
   float o[DV / 2], s[32];
   std::uint32_t weights[16];
-  float m[2], sum[2];  // of rows g and g + 8; m in powers of two
+  float m[2], sum[2], old[2];  // of rows g and g + 8; m in powers of two
+  std::int64_t weighed;        // first token of the block whose weights are there
   int count;
 
   __device__ __forceinline__ void begin() {
@@ -180,9 +208,17 @@ struct Rows {
     sum[0] = sum[1] = 0.0f;
     count = 0;
   }
-  __device__ __forceinline__ void add(int slot, int block, std::int64_t t, bool is_mine);
+  /// Gives a slot back, by one lane.
+  __device__ __forceinline__ void release(unsigned barrier) const { arrive_if(barrier, threadIdx.x % 32 == 0); }
+  __device__ __forceinline__ void skip();
+  template <bool Pending>
+  __device__ __forceinline__ void add(std::int64_t begin, int tokens);
+  __device__ __forceinline__ void finish();
   __device__ __forceinline__ void soften(int tokens);
-  __device__ __forceinline__ void clear_behind(int slot, std::int64_t begin) const;
+  __device__ __forceinline__ void queue_scores();
+  __device__ __forceinline__ void value_is_there() const;
+  __device__ __forceinline__ void queue_values();
+  __device__ __forceinline__ void clear_behind() const;
   __device__ __forceinline__ void put_out(const Item& item) const;
   __device__ __forceinline__ void put_partial(std::int64_t at, int half, float total) const;
   __device__ __forceinline__ void put_gated(std::int64_t at, int half, float weight) const;
@@ -191,29 +227,48 @@ struct Rows {
 // Rows that were never written may hold NaN, which a weight of zero would not undo: they become zero. Every warpgroup
 // that multiplies the block writes the same zeros.
 template <class T, int DK, int DV>
-__device__ __forceinline__ void Rows<T, DK, DV>::clear_behind(int slot, std::int64_t begin) const {
-  const int written = static_cast<int>(p.rows - begin) * 8;  // pieces of 16 bytes
+__device__ __forceinline__ void Rows<T, DK, DV>::clear_behind() const {
+  const int written = static_cast<int>(p.rows - weighed) * 8;  // pieces of 16 bytes
   for (int box = 0; box < DV / box_columns; ++box)
     for (int i = written + threadIdx.x % 128; i < block_tokens * 8; i += 128)
-      asm volatile(
-          "st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(shared.slot(slot) + At::keys + box * At::box + i * 16),
-          "r"(0)
-          : "memory");
+      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(shared.value(value.slot) + box * At::box + i * 16),
+                   "r"(0)
+                   : "memory");
   copies_see_stores();
   meet(1 + group, 128);
 }
 
-// Scores to weights relative to the new maximum, o along with it; the query sees the block's first `tokens`.
+template <class T, int DK, int DV>
+__device__ __forceinline__ void Rows<T, DK, DV>::queue_scores() {
+#pragma unroll
+  for (int step = 0; step < DK / 16; ++step)
+    product(s, operand_at(shared.queries(group) + step / 4 * At::query_box + step % 4 * 32),
+            operand_at(shared.key(key.slot) + step / 4 * At::box + step % 4 * 32), step > 0, T{});
+  products_queued();
+}
+
+template <class T, int DK, int DV>
+__device__ __forceinline__ void Rows<T, DK, DV>::value_is_there() const {
+  wait_for(shared.value_full(value.slot), value.phase);
+  if (weighed + block_tokens > p.rows) clear_behind();
+}
+
+template <class T, int DK, int DV>
+__device__ __forceinline__ void Rows<T, DK, DV>::queue_values() {
+#pragma unroll
+  for (int step = 0; step < block_tokens / 16; ++step)
+    add_product(o, weights + 4 * step, operand_at(shared.value(value.slot) + step * 16 * 128, At::box), T{});
+  products_queued();
+}
+
+// Scores to weights relative to the new maximum, of the block's first `tokens`; `old` is what o has to be scaled by.
+// No branch: products may be under way. A query that did not choose the block has no tokens there: nothing changes.
 template <class T, int DK, int DV>
 __device__ __forceinline__ void Rows<T, DK, DV>::soften(int tokens) {
   const float scale = log2_e / sqrtf(static_cast<float>(DK));
-  const int quad = threadIdx.x % 4;
-  if (tokens < block_tokens) {
+  const int end = tokens - threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < 32; ++i)
-      if (i / 4 * 8 + quad * 2 + i % 2 >= tokens) s[i] = -INFINITY;
-  }
-  float old[2];
+  for (int i = 0; i < 32; ++i) s[i] = i / 4 * 8 + i % 2 < end ? s[i] : -INFINITY;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float top = s[2 * half];
@@ -233,41 +288,61 @@ __device__ __forceinline__ void Rows<T, DK, DV>::soften(int tokens) {
     }
     sum[half] = sum[half] * old[half] + added;
   }
+}
+
+// The block in the slot of K whose turn it is, from token `begin` on, of which this warp's query has `tokens`.
+// `Pending`: beside the weighted sum of the block before.
+template <class T, int DK, int DV>
+template <bool Pending>
+__device__ __forceinline__ void Rows<T, DK, DV>::add(std::int64_t begin, int tokens) {
+  if constexpr (Pending) value_is_there();
+  products_begin();
+  queue_scores();
+  if constexpr (Pending) {
+    queue_values();
+    products_wait<1>();
+  } else {
+    products_wait<0>();
+  }
+  settled(s);
+  release(shared.key_empty(key.slot));
+  soften(tokens);
+  if constexpr (Pending) {
+    computed(sum[0] + sum[1], shared.base);
+    products_wait<0>();
+    settled(o);
+    release(shared.value_empty(value.slot));
+    value.next();
+  }
   if (__any_sync(0xffffffffu, old[0] != 1.0f || old[1] != 1.0f)) {
 #pragma unroll
     for (int i = 0; i < DV / 2; ++i) o[i] *= old[i / 2 % 2];
   }
 #pragma unroll
   for (int i = 0; i < 16; ++i) weights[i] = pack(s[2 * i], s[2 * i + 1], T{});
+  weighed = begin;
+  count += tokens;
 }
 
 template <class T, int DK, int DV>
-__device__ __forceinline__ void Rows<T, DK, DV>::add(int slot, int block, std::int64_t t, bool is_mine) {
-  const std::int64_t begin = std::int64_t{block} * block_tokens;
+__device__ __forceinline__ void Rows<T, DK, DV>::finish() {
+  value_is_there();
   products_begin();
-#pragma unroll
-  for (int step = 0; step < DK / 16; ++step)
-    product(s, operand_at(shared.queries(group) + step / 4 * At::query_box + step % 4 * 32),
-            operand_at(shared.slot(slot) + step / 4 * At::box + step % 4 * 32), step > 0, T{});
-  products_queued();
-  products_wait<0>();
-  settled(s);
-  if (is_mine) {
-    const int tokens = t + 1 - begin < block_tokens ? static_cast<int>(t + 1 - begin) : block_tokens;
-    soften(tokens);
-    count += tokens;
-  } else {
-#pragma unroll
-    for (std::uint32_t& w : weights) w = 0;
-  }
-  if (begin + block_tokens > p.rows) clear_behind(slot, begin);
-  products_begin();
-#pragma unroll
-  for (int step = 0; step < block_tokens / 16; ++step)
-    add_product(o, weights + 4 * step, operand_at(shared.slot(slot) + At::keys + step * 16 * 128, At::box), T{});
-  products_queued();
+  queue_values();
   products_wait<0>();
   settled(o);
+  release(shared.value_empty(value.slot));
+  value.next();
+}
+
+// A block that none of the four queries chose. V's slot is given back only when it was filled: before, the arrival
+// would count for the block that was in it.
+template <class T, int DK, int DV>
+__device__ __forceinline__ void Rows<T, DK, DV>::skip() {
+  release(shared.key_empty(key.slot));
+  wait_for(shared.value_full(value.slot), value.phase);
+  release(shared.value_empty(value.slot));
+  value.next();
 }
 
 template <class T, int DK, int DV>
@@ -327,32 +402,45 @@ __global__ void __launch_bounds__(threads, 1) sel_kernel(const __grid_constant__
   wait_for_previous();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (warp >= warps) {
-    give_registers<32>();
+    give_registers<56>();
     if (warp == warps) stream(p, shared);
     return;
   }
-  take_registers<160>();
+  take_registers<152>();
   const std::int64_t first_position = *p.a.tile.first_position;
   Rows<T, DK, DV> rows{p, shared, warp / 4};
-  Turn<At::slots> turn;
   int phase = 0;
   for (int index = blockIdx.x; index < p.items; index += gridDim.x, phase ^= 1) {
     const Item item(p, index);
+    const std::int64_t t = first_position + item.first + warp;
     rows.begin();
     wait_for(shared.queries_full(), phase);
-    for (bool over = false; !over; turn.next()) {
-      wait_for(shared.full(turn.slot), turn.phase);
+    for (bool over = false, pending = false; !over; rows.key.next()) {
+      wait_for(shared.key_full(rows.key.slot), rows.key.phase);
       // One lane reads, and is the one that gives the slot back. The same for all lanes, and told so to the compiler:
       // products under a branch that may part a warp are slow.
       Told told{};
-      if (lane == 0) told = shared.told(turn.slot);
+      if (lane == 0) told = shared.told(rows.key.slot);
       const int block = __shfl_sync(0xffffffffu, told.block, 0);
-      const unsigned chosen = __shfl_sync(0xffffffffu, told.queries, 0);
+      const unsigned queries = __shfl_sync(0xffffffffu, told.queries, 0);
+      const bool wanted = (queries >> rows.group * group_queries & 15u) != 0,
+                 next_wanted = (queries >> (16 + rows.group * group_queries) & 15u) != 0;
       over = block < 0;
-      if (!over && (chosen >> rows.group * group_queries & 15u) != 0)
-        rows.add(turn.slot, block, first_position + item.first + warp, chosen >> warp & 1u);
-      __syncwarp();
-      if (lane == 0) arrive(shared.empty(turn.slot));
+      if (over) {
+        rows.release(shared.key_empty(rows.key.slot));
+      } else if (!wanted) {
+        rows.skip();
+      } else {
+        const std::int64_t begin = std::int64_t{block} * block_tokens;
+        const int behind = t + 1 - begin < block_tokens ? static_cast<int>(t + 1 - begin) : block_tokens;
+        const int tokens = queries >> warp & 1u ? behind : 0;
+        if (pending)
+          rows.template add<true>(begin, tokens);
+        else
+          rows.template add<false>(begin, tokens);
+        pending = next_wanted;
+        if (!pending) rows.finish();
+      }
     }
     if (lane == 0) arrive(shared.queries_empty());
     rows.put_out(item);

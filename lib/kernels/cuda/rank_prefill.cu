@@ -63,7 +63,7 @@ struct Rows {
   int eligible;
   float carried;  // sum over heads of the last token so far, where lead is 1
   float* to;      // the query's block scores; null: no such query
-  int ratio, lead;
+  int ratio, lead, blocks;  // blocks: that end in a tile
 
   __device__ __forceinline__ void queue(float (&s)[64]) const {
     wait_for(shared.full(turn.slot), turn.phase);
@@ -102,39 +102,50 @@ __device__ __forceinline__ void Rows<T, DK>::begin(const DenseItem& item) {
   carried = 0.0f;
 }
 
+// exp2_fast, and the compiler leaves it where it stands.
+__device__ __forceinline__ float exp2_in_place(float x) {
+  float y;
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Lanes `Half` apart share 2 * Half values: each keeps half of them, the upper lane the upper half, and adds the
 // other's.
 template <int Half>
-__device__ __forceinline__ void hand_over(float (&x)[32]) {
+__device__ __forceinline__ void hand_over(float (&x)[32], int i) {
   const bool upper = threadIdx.x & Half;
-#pragma unroll
-  for (int i = 0; i < Half; ++i) {
-    const float kept = upper ? x[i + Half] : x[i], given = upper ? x[i] : x[i + Half];
-    x[i] = kept + __shfl_xor_sync(0xffffffffu, given, Half);
-  }
+  const float kept = upper ? x[i + Half] : x[i], given = upper ? x[i] : x[i + Half];
+  x[i] = kept + __shfl_xor_sync(0xffffffffu, given, Half);
 }
 
 // Probabilities of the tile from `begin`, summed over the query's heads, to `terms`. The tree: rows g and g + 8,
-// then lanes 16, 8 and 4 apart, each time handing half of the columns over.
+// then lanes 16, 8 and 4 apart, each time handing half of the columns over. No branch behind the first exponential, and
+// four columns at a time go down the tree: handing over runs beside the exponentials.
 template <class T, int DK>
 __device__ __forceinline__ void Rows<T, DK>::sum_heads(float (&s)[64], std::int64_t begin) const {
   const float scale = log2_e / sqrtf(static_cast<float>(DK));
   const int lane = threadIdx.x % 32, quad = lane % 4;
-  float x[32];
-#pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const int at = i / 2 * 4 + i % 2;
-    x[i] = exp2_fast(fmaf(s[at], scale, -offset[0])) + exp2_fast(fmaf(s[at + 2], scale, -offset[1]));
-  }
   if (begin + dense_tokens > n) {
     const int end = static_cast<int>(n - begin);
 #pragma unroll
-    for (int i = 0; i < 32; ++i)
-      if (i / 2 * 8 + quad * 2 + i % 2 >= end) x[i] = 0.0f;
+    for (int i = 0; i < 64; ++i)
+      if (i / 4 * 8 + quad * 2 + i % 2 >= end) s[i] = -INFINITY;
   }
-  hand_over<16>(x);
-  hand_over<8>(x);
-  hand_over<4>(x);
+  const auto both = [&](int i) {
+    const int at = i / 2 * 4 + i % 2;
+    return exp2_in_place(fmaf(s[at], scale, -offset[0])) + exp2_in_place(fmaf(s[at + 2], scale, -offset[1]));
+  };
+  float x[32];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = i; j < 16; j += 4) {
+      x[j] = both(j), x[j + 16] = both(j + 16);
+      hand_over<16>(x, j);
+    }
+    hand_over<8>(x, i), hand_over<8>(x, i + 4);
+    hand_over<4>(x, i);
+  }
   const int first = (lane & 16 ? 64 : 0) + (lane & 8 ? 32 : 0) + (lane & 4 ? 16 : 0) + quad * 2;
   *reinterpret_cast<float2*>(terms + first) = make_float2(x[0], x[1]);
   *reinterpret_cast<float2*>(terms + first + 8) = make_float2(x[2], x[3]);
@@ -153,7 +164,7 @@ __device__ __forceinline__ void Rows<T, DK>::fold(int first_block) {
     __syncwarp();
     return;
   }
-  for (int b = lane; b < dense_tokens / ratio; b += 32) {
+  for (int b = lane; b < blocks; b += 32) {
     float sum = 0.0f;
     for (int k = 0; k < ratio + lead; ++k) sum += terms[b * ratio + k - lead] * overlaps[k];
     if (to && first_block + b < eligible) to[first_block + b] = sum;
@@ -178,7 +189,7 @@ __device__ __forceinline__ void Rows<T, DK>::use(float (&mine)[64], int slot, in
   settled(mine);
   arrive_if(shared.empty(slot), threadIdx.x % 32 == 0);
   sum_heads(mine, std::int64_t{tile} * dense_tokens);
-  fold(tile * (dense_tokens / ratio));
+  fold(tile * blocks);
 }
 
 template <class T, int DK>
@@ -210,9 +221,9 @@ __device__ __forceinline__ void Rows<T, DK>::run(const DenseItem& item, int phas
   }
   if (threadIdx.x % 32 == 0) arrive(shared.queries_empty());
   // An eligible block may begin behind the last tile.
-  for (int tile = tiles; tile * (dense_tokens / ratio) < eligible; ++tile) {
+  for (int tile = tiles; tile * blocks < eligible; ++tile) {
     for (int i = threadIdx.x % 32; i < dense_tokens; i += 32) terms[i] = 0.0f;
-    fold(tile * (dense_tokens / ratio));
+    fold(tile * blocks);
   }
 }
 
@@ -240,6 +251,7 @@ __global__ void __launch_bounds__(dense_threads, 1) score_kernel(const __grid_co
     Rows<T, DK> rows{p, shared, group, terms[threadIdx.x / 32] + most_lead, overlaps};
     rows.ratio = ratio;
     rows.lead = lead;
+    rows.blocks = dense_tokens / ratio;
     int phase = 0;
     for (int index = blockIdx.x; index < p.d.items; index += gridDim.x, phase ^= 1)
       rows.run(DenseItem(p.d, index, first_position), phase);

@@ -43,6 +43,12 @@ __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 #endif
 }
+/// What x hangs on is computed before what follows: ptxas moves arithmetic behind a wait for products that it could
+/// run beside. x is never negative, so nothing is stored.
+__device__ __forceinline__ void computed(float x, unsigned shared) {
+  asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}" ::"f"(x), "r"(shared)
+               : "memory");
+}
 /// After products_wait: keeps the compiler from reading the accumulator earlier.
 template <int N>
 __device__ __forceinline__ void settled(float (&d)[N]) {
