@@ -6,8 +6,9 @@
 // FLOPs: 2 (Dk + Dv) a (head, token). Bytes: a tile's K and V once per 8 queries from L2. Bound: the tensor cores, with
 // the exponentials (16 a cycle and SM) at half their time.
 //
-// Tiles begin at multiples of 128 and go up, and a tile that a row does not see changes nothing, not even by rounding:
-// (m, sum) do not depend on how queries are tiled or K is laid out.
+// cmp's tiles begin at multiples of 128 and go up, and a tile that a row does not see changes nothing, not even by
+// rounding: (m, sum) do not depend on how queries are tiled or K is laid out. A window's tiles begin where the item's
+// first query sees its first token, where K is not cut: 8 queries see w + 7 tokens, so that 16 are left for a last one.
 
 #include "kernels/cuda/prefill.cuh"
 #include "kernels/cuda/stages.cuh"
@@ -40,28 +41,42 @@ __device__ __forceinline__ Span span_of(const BlockRules& r, std::int64_t t) {
   return {window_begin(r, t), t + 1};
 }
 
-// Tiles of an item.
+// An item's tiles: `tiles` of 128 tokens from `begin`, then one of 16 where that will do (`narrow`).
+struct Walk {
+  std::int64_t begin;
+  int tiles;
+  bool narrow;
+  __device__ __forceinline__ int count() const { return tiles + narrow; }
+  __device__ __forceinline__ std::int64_t at(int tile) const { return begin + std::int64_t{tile} * dense_tokens; }
+};
 template <Branch B>
-__device__ __forceinline__ Span tiles_of(const BlockRules& r, const DenseItem& item) {
-  const std::int64_t end = span_of<B>(r, item.last).end;
-  return {span_of<B>(r, item.t).begin / dense_tokens, (end + dense_tokens - 1) / dense_tokens};
+__device__ __forceinline__ Walk walk_of(const Params& p, const DenseItem& item) {
+  const BlockRules& r = p.d.shape.rules;
+  const std::int64_t first = span_of<B>(r, item.t).begin, end = span_of<B>(r, item.last).end;
+  const bool anywhere = B == win && p.source[B].map.chunk == INT64_MAX;
+  const std::int64_t begin = anywhere ? first : first / dense_tokens * dense_tokens;
+  const int tokens = static_cast<int>(end - begin), rest = tokens % dense_tokens;
+  const bool narrow = anywhere && tokens > dense_tokens && rest > 0 && rest <= narrow_tokens;
+  return {begin, tokens / dense_tokens + (rest > 0 && !narrow), narrow};
 }
 
 template <int DK, int DV, Branch B, bool Weigh>
 __device__ __forceinline__ void stream(const Params& p, const DenseShared<DK, DV, slots>& shared, Turn<slots>& turn,
                                        const DenseItem& item) {
   const DenseSource& from = p.source[B];
-  const Span tiles = tiles_of<B>(p.d.shape.rules, item);
-  for (std::int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-    shared.template stream_tile<DK>(from, from.k, turn, item.plane, tile * dense_tokens);
+  const Walk walk = walk_of<B>(p, item);
+  const auto copy = [&]<int Width>(const CUtensorMap& map, const CUtensorMap& narrow, int tile) {
+    if (tile < walk.tiles)
+      shared.template stream_tile<Width>(from, map, turn, item.plane, walk.at(tile));
+    else
+      shared.template stream_narrow<Width>(narrow, turn, item.plane, walk.at(tile));
     turn.next();
-    if (tile == tiles.begin || !Weigh) continue;
-    shared.template stream_tile<DV>(from, from.v, turn, item.plane, (tile - 1) * dense_tokens);
-    turn.next();
+  };
+  for (int tile = 0; tile < walk.count(); ++tile) {
+    copy.template operator()<DK>(from.k, from.narrow_k, tile);
+    if (Weigh && tile > 0) copy.template operator()<DV>(from.v, from.narrow_v, tile - 1);
   }
-  if (tiles.end <= tiles.begin || !Weigh) return;
-  shared.template stream_tile<DV>(from, from.v, turn, item.plane, (tiles.end - 1) * dense_tokens);
-  turn.next();
+  if (Weigh && walk.count() > 0) copy.template operator()<DV>(from.v, from.narrow_v, walk.count() - 1);
 }
 
 template <int DK, int DV, Job J>
@@ -113,14 +128,21 @@ struct Rows {
     taken = turn.slot;
     turn.next();
   }
-  __device__ __forceinline__ void pack_weights() {
+  template <int N>
+  __device__ __forceinline__ void pack_weights(const float (&scores)[N]) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) weights[i] = pack(s[2 * i], s[2 * i + 1], T{});
+    for (int i = 0; i < N / 2; ++i) weights[i] = pack(scores[2 * i], scores[2 * i + 1], T{});
   }
-  template <bool Cut>
-  __device__ __forceinline__ void soften(std::int64_t begin);
+  template <bool Cut, int N>
+  __device__ __forceinline__ void soften(float (&scores)[N], std::int64_t begin);
+  template <int Tokens>
   __device__ __forceinline__ void queue_values(int slot);
+  template <int Tokens>
   __device__ __forceinline__ void clear_behind(int slot, std::int64_t begin, std::int64_t rows);
+  template <bool Weigh, int N>
+  __device__ __forceinline__ void step(float (&scores)[N], std::int64_t begin, bool cut);
+  template <int Tokens>
+  __device__ __forceinline__ void last_values(std::int64_t begin, std::int64_t rows);
   /// `Last`: the queries are not needed again.
   template <Branch B, bool Weigh, bool Last>
   __device__ __forceinline__ void run(const DenseItem& item, int phase);
@@ -138,36 +160,36 @@ struct Rows {
   __device__ __forceinline__ void put_gated(const DenseItem& item);
 };
 
-// Scores of the tile from `begin` to weights relative to the new maximum; `old` is what o has to be scaled by.
+// Scores [N * 2 tokens] from token `begin` to weights relative to the new maximum; `old` is what o has to be scaled by.
 template <class T, int DK, int DV>
-template <bool Cut>
-__device__ __forceinline__ void Rows<T, DK, DV>::soften(std::int64_t begin) {
+template <bool Cut, int N>
+__device__ __forceinline__ void Rows<T, DK, DV>::soften(float (&scores)[N], std::int64_t begin) {
   const float scale = log2_e / sqrtf(static_cast<float>(DK));
   if constexpr (Cut) {
     const int from = static_cast<int>(span.begin - begin), to = static_cast<int>(span.end - begin);
     const int quad = threadIdx.x % 4;
 #pragma unroll
-    for (int i = 0; i < 64; ++i) {
+    for (int i = 0; i < N; ++i) {
       const int column = i / 4 * 8 + quad * 2 + i % 2;
-      if (column < from || column >= to) s[i] = -INFINITY;
+      if (column < from || column >= to) scores[i] = -INFINITY;
     }
-    count += max(0, min(to, dense_tokens) - max(from, 0));
+    count += max(0, min(to, 2 * N) - max(from, 0));
   } else {
-    count += dense_tokens;
+    count += 2 * N;
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float top = s[2 * half];
+    float top = scores[2 * half];
 #pragma unroll
-    for (int j = 0; j < 16; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * half], s[4 * j + 2 * half + 1]));
+    for (int j = 0; j < N / 4; ++j) top = fmaxf(top, fmaxf(scores[4 * j + 2 * half], scores[4 * j + 2 * half + 1]));
     top = fmaxf(m[half], quad_max(top) * scale);
     old[half] = exp2_fast(m[half] - top);
     m[half] = top;
     float added = 0.0f;
 #pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      float& a = s[4 * j + 2 * half];
-      float& b = s[4 * j + 2 * half + 1];
+    for (int j = 0; j < N / 4; ++j) {
+      float& a = scores[4 * j + 2 * half];
+      float& b = scores[4 * j + 2 * half + 1];
       a = exp2_fast(fmaf(a, scale, -top));
       b = exp2_fast(fmaf(b, scale, -top));
       added += a + b;
@@ -178,27 +200,75 @@ __device__ __forceinline__ void Rows<T, DK, DV>::soften(std::int64_t begin) {
 
 // o += weights v, queued.
 template <class T, int DK, int DV>
+template <int Tokens>
 __device__ __forceinline__ void Rows<T, DK, DV>::queue_values(int slot) {
   using Layout = DenseLayout<DK, DV, slots>;
 #pragma unroll
-  for (int step = 0; step < dense_tokens / 16; ++step)
+  for (int step = 0; step < Tokens / 16; ++step)
     add_product(o, weights + 4 * step, operand_at(shared.slot(slot) + step * 16 * 128, Layout::tile_box), T{});
   products_queued();
 }
 
 // Rows that were never written may hold NaN, which a weight of zero would not undo: they become zero.
 template <class T, int DK, int DV>
+template <int Tokens>
 __device__ __forceinline__ void Rows<T, DK, DV>::clear_behind(int slot, std::int64_t begin, std::int64_t rows) {
   using Layout = DenseLayout<DK, DV, slots>;
-  if (begin + dense_tokens <= rows) return;
+  if (begin + Tokens <= rows) return;
   const int written = static_cast<int>(rows - begin) * 8;  // pieces of 16 bytes
   for (int box = 0; box < DV / box_columns; ++box)
-    for (int i = written + group * 128 + threadIdx.x % 128; i < dense_tokens * 8; i += dense_groups * 128)
+    for (int i = written + group * 128 + threadIdx.x % 128; i < Tokens * 8; i += dense_groups * 128)
       asm volatile(
           "st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(shared.slot(slot) + box * Layout::tile_box + i * 16), "r"(0)
           : "memory");
   copies_see_stores();
   meet(1, dense_groups * 128);
+}
+
+// A tile behind the first one: its scores, beside the weighted sum of the one before.
+template <class T, int DK, int DV>
+template <bool Weigh, int N>
+__device__ __forceinline__ void Rows<T, DK, DV>::step(float (&scores)[N], std::int64_t begin, bool cut) {
+  take();
+  products_begin();
+  queue_scores<T>(scores, shared, group, taken);
+  const int k_slot = taken;
+  if constexpr (Weigh) {
+    take();
+    products_begin();
+    queue_values<dense_tokens>(taken);
+    products_wait<1>();
+  } else {
+    products_wait<0>();
+  }
+  settled(scores);
+  release(k_slot);
+  // The same for all warps: a branch that they take apart would make the products wait.
+  if (cut)
+    soften<true>(scores, begin);
+  else
+    soften<false>(scores, begin);
+  if constexpr (Weigh) {
+    computed(sum[0] + sum[1], shared.base);
+    products_wait<0>();
+    settled(o);
+    release(taken);
+#pragma unroll
+    for (int i = 0; i < DV / 2; ++i) o[i] *= old[i / 2 % 2];
+  }
+  pack_weights(scores);
+}
+
+template <class T, int DK, int DV>
+template <int Tokens>
+__device__ __forceinline__ void Rows<T, DK, DV>::last_values(std::int64_t begin, std::int64_t rows) {
+  take();
+  clear_behind<Tokens>(taken, begin, rows);
+  products_begin();
+  queue_values<Tokens>(taken);
+  products_wait<0>();
+  settled(o);
+  release(taken);
 }
 
 template <class T, int DK, int DV>
@@ -210,58 +280,33 @@ __device__ __forceinline__ void Rows<T, DK, DV>::run(const DenseItem& item, int 
   count = 0;
 #pragma unroll
   for (float& x : o) x = 0.0f;
-  const Span tiles = tiles_of<B>(p.d.shape.rules, item), earliest = span_of<B>(p.d.shape.rules, item.t),
-             latest = span_of<B>(p.d.shape.rules, item.t + dense_queries - 1);
+  const Walk walk = walk_of<B>(p, item);
+  const std::int64_t all_from = span_of<B>(p.d.shape.rules, item.t + dense_queries - 1).begin,
+                     all_to = span_of<B>(p.d.shape.rules, item.t).end;  // tokens that every query sees
   wait_for(shared.queries_full(), phase);
-  if (tiles.begin < tiles.end) {
+  if (walk.tiles > 0) {
     take();
     products_begin();
     queue_scores<T>(s, shared, group, taken);
     products_wait<0>();
     settled(s);
     release(taken);
-    soften<true>(tiles.begin * dense_tokens);
-    pack_weights();
+    soften<true>(s, walk.begin);
+    pack_weights(s);
   }
-  for (std::int64_t tile = tiles.begin + 1; tile < tiles.end; ++tile) {
-    take();
-    products_begin();
-    queue_scores<T>(s, shared, group, taken);
-    const int k_slot = taken;
-    if constexpr (Weigh) {
-      take();
-      products_begin();
-      queue_values(taken);
-      products_wait<1>();
-    } else {
-      products_wait<0>();
-    }
-    settled(s);
-    release(k_slot);
-    // The same for all warps: a branch that they take apart would make the products wait.
-    if (tile * dense_tokens < latest.begin || (tile + 1) * dense_tokens > earliest.end)
-      soften<true>(tile * dense_tokens);
-    else
-      soften<false>(tile * dense_tokens);
-    if constexpr (Weigh) {
-      computed(sum[0] + sum[1], shared.base);
-      products_wait<0>();
-      settled(o);
-      release(taken);
-#pragma unroll
-      for (int i = 0; i < DV / 2; ++i) o[i] *= old[i / 2 % 2];
-    }
-    pack_weights();
+  for (int tile = 1; tile < walk.tiles; ++tile) {
+    const std::int64_t begin = walk.at(tile);
+    step<Weigh>(s, begin, begin < all_from || begin + dense_tokens > all_to);
   }
+  const std::int64_t last = walk.at(walk.count() - 1), rows = p.source[B].rows;
+  float few[narrow_tokens / 2];
+  if (B == win && walk.narrow) step<Weigh>(few, last, true);
   if (Last && threadIdx.x % 32 == 0) arrive(shared.queries_empty());
-  if (!Weigh || tiles.end <= tiles.begin) return;
-  take();
-  clear_behind(taken, (tiles.end - 1) * dense_tokens, p.source[B].rows);
-  products_begin();
-  queue_values(taken);
-  products_wait<0>();
-  settled(o);
-  release(taken);
+  if (!Weigh || walk.tiles == 0) return;
+  if (B == win && walk.narrow)
+    last_values<narrow_tokens>(last, rows);
+  else
+    last_values<dense_tokens>(last, rows);
 }
 
 template <class T, int DK, int DV>
@@ -426,6 +471,10 @@ DenseSource dense_source(const LayerShape& s, const QueryTile& tile, const KvVie
   from.box_rows = box_rows_of(k.map, dense_tokens);
   from.k = rows_map(k, s.dtype, planes, from.box_rows);
   if (v) from.v = rows_map(*v, s.dtype, planes, from.box_rows);
+  if (v && k.map.chunk == INT64_MAX) {
+    from.narrow_k = rows_map(k, s.dtype, planes, narrow_tokens);
+    from.narrow_v = rows_map(*v, s.dtype, planes, narrow_tokens);
+  }
   from.rows = rows;
   return from;
 }

@@ -20,6 +20,7 @@ constexpr int dense_warps = 4 * dense_groups;
 constexpr int group_queries = 4;
 constexpr int dense_queries = dense_groups * group_queries;
 constexpr int dense_tokens = 128;  ///< of a K or V tile
+constexpr int narrow_tokens = 16;  ///< of the last tile of a window that needs no more
 constexpr int most_lead = 64;      ///< compressed tokens of the block before that reach into a block
 constexpr float nothing = -1e30f;  ///< a maximum of nothing: finite, so that differences are no NaN
 
@@ -35,6 +36,7 @@ DenseParams dense_params(const LayerShape&, const QueryTile&, const void* q);
 /// K and V of a branch.
 struct DenseSource {
   CUtensorMap k, v;
+  CUtensorMap narrow_k, narrow_v;  // boxes of 16 rows, where the map is not cut
   RowMap map;
   int box_rows;
   std::int64_t rows;  // that were written; what follows may be anything
@@ -104,7 +106,7 @@ struct DenseShared {
                  item.group * p.shape.heads_per_group,
                  item.sequence * p.tile.tokens + item.first + group * group_queries);
   }
-  /// The streaming thread: 128 rows from `begin`, a multiple of 128, of one tensor.
+  /// The streaming thread: 128 rows from `begin` of one tensor; where its map is cut, `begin` is a multiple of 128.
   template <int Width>
   __device__ __forceinline__ void stream_tile(const DenseSource& p, const CUtensorMap& map, const Turn<Slots>& turn,
                                               int plane, std::int64_t begin) const {
@@ -123,11 +125,21 @@ struct DenseShared {
                  static_cast<int>(row), plane, rank);
     }
   }
+  /// 16 rows from `begin` of a tensor that is not cut.
+  template <int Width>
+  __device__ __forceinline__ void stream_narrow(const CUtensorMap& map, const Turn<Slots>& turn, int plane,
+                                                std::int64_t begin) const {
+    wait_for(empty(turn.slot), turn.phase ^ 1);
+    arrive_expecting(full(turn.slot), Width / box_columns * narrow_tokens * 128);
+    for (int box = 0; box < Width / box_columns; ++box)
+      copy_box(slot(turn.slot) + box * Layout::tile_box, &map, full(turn.slot), box * box_columns,
+               static_cast<int>(begin), plane, 0);
+  }
 };
 
-/// s = q k^T of a warpgroup's 64 rows and a tile's 128 tokens, queued.
-template <class T, int DK, int DV, int Slots>
-__device__ __forceinline__ void queue_scores(float (&s)[64], const DenseShared<DK, DV, Slots>& shared, int group,
+/// s = q k^T of a warpgroup's 64 rows and a tile's 128 (s[64]) or 16 (s[8]) tokens, queued.
+template <class T, int N, int DK, int DV, int Slots>
+__device__ __forceinline__ void queue_scores(float (&s)[N], const DenseShared<DK, DV, Slots>& shared, int group,
                                              int slot) {
   using Layout = DenseLayout<DK, DV, Slots>;
 #pragma unroll

@@ -59,6 +59,7 @@ __device__ __forceinline__ void settled(float (&d)[N]) {
 // clang-format off
 #define NSA_D8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define NSA_D32(d, i) NSA_D8(d, i), NSA_D8(d, i + 8), NSA_D8(d, i + 16), NSA_D8(d, i + 24)
+#define NSA_REGISTERS_8 "{%0,%1,%2,%3,%4,%5,%6,%7}"
 #define NSA_REGISTERS_32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
 #define NSA_REGISTERS_64 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
 // D = A B (or += when `add`): A [64][16] and B [N][16], both with the 16 contiguous.
@@ -100,6 +101,21 @@ __device__ __forceinline__ void product(float (&d)[32], std::uint64_t a, std::ui
 #endif
 }
 
+/// d [64 x 16] = (add ? d : 0) + a b.
+template <class T>
+__device__ __forceinline__ void product(float (&d)[8], std::uint64_t a, std::uint64_t b, int add, T) {
+#ifdef NSA_WGMMA
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    asm volatile(NSA_SHARED_PRODUCT("16", NSA_REGISTERS_8, "bf16", "%8", "%9", "%10")
+                 : NSA_D8(d, 0)
+                 : "l"(a), "l"(b), "r"(add));
+  else
+    asm volatile(NSA_SHARED_PRODUCT("16", NSA_REGISTERS_8, "f16", "%8", "%9", "%10")
+                 : NSA_D8(d, 0)
+                 : "l"(a), "l"(b), "r"(add));
+#endif
+}
+
 /// d [64 x 128] += a b, a in registers.
 template <class T>
 __device__ __forceinline__ void add_product(float (&d)[64], const std::uint32_t* a, std::uint64_t b, T) {
@@ -132,6 +148,7 @@ __device__ __forceinline__ void add_product(float (&d)[32], const std::uint32_t*
 
 #undef NSA_D8
 #undef NSA_D32
+#undef NSA_REGISTERS_8
 #undef NSA_REGISTERS_32
 #undef NSA_REGISTERS_64
 #undef NSA_SHARED_PRODUCT
