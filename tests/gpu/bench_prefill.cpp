@@ -261,7 +261,8 @@ int main(int argc, char** argv) {
     }
     const double ms = median(whole), floor_ms = floor_seconds(bench.s, row.context) * 1e3;
     std::printf("%7lldK %6d %8.2f %8.2f %7.2f %6.2fx %7.1f %7.1f %7.1f |", static_cast<long long>(row.context / 1024),
-                bench.widest.tokens, ms, median(staged), floor_ms, ms / floor_ms, row.target_ms, row.peers_ms, row.dense_ms);
+                bench.widest.tokens, ms, median(staged), floor_ms, ms / floor_ms, row.target_ms, row.peers_ms,
+                row.dense_ms);
     for (const auto& x : stage) std::printf(" %8.2f", median(x));
     std::printf("\n");
     std::fflush(stdout);

@@ -502,8 +502,11 @@ TEST_CASE("cuda prefill at once equals the host's and chooses what the stages ch
   Case early{shape_of(DType::bf16, 12, 1, 64, 64), 2, 30, 0};
   run_at_once(early);
   for (const DType type : {DType::bf16, DType::f16})
-    for (const auto& [d, h, first, tokens] :
-         {std::tuple{128, 16, 0, 203}, {128, 5, 1020, 199}, {128, 1, 4990, 194}, {64, 16, 2045, 200}, {64, 7, 0, 1000}}) {
+    for (const auto& [d, h, first, tokens] : {std::tuple{128, 16, 0, 203},
+                                              {128, 5, 1020, 199},
+                                              {128, 1, 4990, 194},
+                                              {64, 16, 2045, 200},
+                                              {64, 7, 0, 1000}}) {
       Case c{shape_of(type, 4, h, d, d), 1, tokens, first};
       run_at_once(c);
     }

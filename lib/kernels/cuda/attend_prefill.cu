@@ -18,6 +18,13 @@ namespace nsa::gpu {
 namespace {
 
 constexpr int slots = 6;
+constexpr int groups = 2;  // warpgroups that multiply
+constexpr int queries = groups * group_queries, threads = 128 * (groups + 1);
+
+template <int DK, int DV>
+using Layout = DenseLayout<DK, DV, slots, groups>;
+template <int DK, int DV>
+using Shared = DenseShared<DK, DV, slots, groups>;
 
 // What a kernel does: a branch to partials, cmp's (m, sum) alone, or win and then cmp of each item, normalised, weighed
 // with the gates and added up.
@@ -61,7 +68,7 @@ __device__ __forceinline__ Walk walk_of(const Params& p, const DenseItem& item) 
 }
 
 template <int DK, int DV, Branch B, bool Weigh>
-__device__ __forceinline__ void stream(const Params& p, const DenseShared<DK, DV, slots>& shared, Turn<slots>& turn,
+__device__ __forceinline__ void stream(const Params& p, const Shared<DK, DV>& shared, Turn<slots>& turn,
                                        const DenseItem& item) {
   const DenseSource& from = p.source[B];
   const Walk walk = walk_of<B>(p, item);
@@ -80,8 +87,7 @@ __device__ __forceinline__ void stream(const Params& p, const DenseShared<DK, DV
 }
 
 template <int DK, int DV, Job J>
-__device__ __forceinline__ void stream(const Params& p, const DenseShared<DK, DV, slots>& shared,
-                                       std::int64_t first_position) {
+__device__ __forceinline__ void stream(const Params& p, const Shared<DK, DV>& shared, std::int64_t first_position) {
   Turn<slots> turn;
   int phase = 0;
   for (int index = blockIdx.x; index < p.d.items; index += gridDim.x, phase ^= 1) {
@@ -111,7 +117,7 @@ struct DenseRow {
 template <class T, int DK, int DV>
 struct Rows {
   const Params& p;
-  const DenseShared<DK, DV, slots>& shared;
+  const Shared<DK, DV>& shared;
   int group;  // warpgroup
   Turn<slots> turn;
   int taken;  // the slot taken last
@@ -202,10 +208,9 @@ __device__ __forceinline__ void Rows<T, DK, DV>::soften(float (&scores)[N], std:
 template <class T, int DK, int DV>
 template <int Tokens>
 __device__ __forceinline__ void Rows<T, DK, DV>::queue_values(int slot) {
-  using Layout = DenseLayout<DK, DV, slots>;
+  const std::uint64_t v = operand_at(shared.slot(slot), Layout<DK, DV>::tile_box);
 #pragma unroll
-  for (int step = 0; step < Tokens / 16; ++step)
-    add_product(o, weights + 4 * step, operand_at(shared.slot(slot) + step * 16 * 128, Layout::tile_box), T{});
+  for (int step = 0; step < Tokens / 16; ++step) add_product(o, weights + 4 * step, further(v, step * 16 * 128), T{});
   products_queued();
 }
 
@@ -213,16 +218,16 @@ __device__ __forceinline__ void Rows<T, DK, DV>::queue_values(int slot) {
 template <class T, int DK, int DV>
 template <int Tokens>
 __device__ __forceinline__ void Rows<T, DK, DV>::clear_behind(int slot, std::int64_t begin, std::int64_t rows) {
-  using Layout = DenseLayout<DK, DV, slots>;
   if (begin + Tokens <= rows) return;
   const int written = static_cast<int>(rows - begin) * 8;  // pieces of 16 bytes
   for (int box = 0; box < DV / box_columns; ++box)
-    for (int i = written + group * 128 + threadIdx.x % 128; i < Tokens * 8; i += dense_groups * 128)
+    for (int i = written + group * 128 + threadIdx.x % 128; i < Tokens * 8; i += groups * 128)
       asm volatile(
-          "st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(shared.slot(slot) + box * Layout::tile_box + i * 16), "r"(0)
+          "st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(shared.slot(slot) + box * Layout<DK, DV>::tile_box + i * 16),
+          "r"(0)
           : "memory");
   copies_see_stores();
-  meet(1, dense_groups * 128);
+  meet(1, groups * 128);
 }
 
 // A tile behind the first one: its scores, beside the weighted sum of the one before.
@@ -281,7 +286,7 @@ __device__ __forceinline__ void Rows<T, DK, DV>::run(const DenseItem& item, int 
 #pragma unroll
   for (float& x : o) x = 0.0f;
   const Walk walk = walk_of<B>(p, item);
-  const std::int64_t all_from = span_of<B>(p.d.shape.rules, item.t + dense_queries - 1).begin,
+  const std::int64_t all_from = span_of<B>(p.d.shape.rules, item.t + queries - 1).begin,
                      all_to = span_of<B>(p.d.shape.rules, item.t).end;  // tokens that every query sees
   wait_for(shared.queries_full(), phase);
   if (walk.tiles > 0) {
@@ -368,16 +373,16 @@ __device__ __forceinline__ void Rows<T, DK, DV>::put_gated(const DenseItem& item
 }
 
 template <class T, int DK, int DV, Job J>
-__global__ void __launch_bounds__(dense_threads, 1) dense_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(threads, 1) dense_kernel(const __grid_constant__ Params p) {
 #ifdef NSA_WGMMA
   extern __shared__ char memory[];
-  const DenseShared<DK, DV, slots> shared(memory);
+  const Shared<DK, DV> shared(memory);
   if (threadIdx.x == 0) shared.open();
   __syncthreads();
   wait_for_previous();
   const std::int64_t first_position = *p.d.tile.first_position;
   const int group = threadIdx.x / 128;
-  if (group == dense_groups) {
+  if (group == groups) {
     give_registers<40>();
     if (threadIdx.x % 128 == 0) stream<DK, DV, J>(p, shared, first_position);
   } else {
@@ -408,18 +413,17 @@ template <class T, int DK, int DV, Job J>
 void launch(const AttendArgs* of[branches], const float* gate, Stream* stream) {
   const AttendArgs& a = *of[J == Job::win ? win : cmp];
   Params p{};
-  p.d = dense_params(a.shape, a.tile, a.q);
+  p.d = dense_params(a.shape, a.tile, a.q, queries);
   p.out = a.out;
   p.gate = gate;
   for (const Branch b : {cmp, win}) {
     if (!of[b]) continue;
     const std::int64_t end = a.tile.max_positions;
-    p.source[b] = dense_source(a.shape, a.tile, of[b]->k, &of[b]->v,
-                               b == cmp ? compressed_tokens(a.shape.rules, end - 1) : end);
+    p.source[b] =
+        dense_source(a.shape, a.tile, of[b]->k, &of[b]->v, b == cmp ? compressed_tokens(a.shape.rules, end - 1) : end);
     p.reads[b] = of[b]->reads;
   }
-  launch_early(dense_kernel<T, DK, DV, J>, dim3(dense_ctas(p.d)), dense_threads, DenseLayout<DK, DV, slots>::bytes,
-               stream, 1, p);
+  launch_early(dense_kernel<T, DK, DV, J>, dim3(dense_ctas(p.d)), threads, Layout<DK, DV>::bytes, stream, 1, p);
 }
 
 template <Job J>
@@ -453,12 +457,13 @@ bool tiles_shape(const LayerShape& s) {
 #endif
 }
 
-DenseParams dense_params(const LayerShape& s, const QueryTile& tile, const void* q) {
+DenseParams dense_params(const LayerShape& s, const QueryTile& tile, const void* q, int queries) {
   DenseParams p{};
   p.q = query_map(q, s.dtype, tile.rows(), s.heads(), s.d_k, heads_per_tile, group_queries);
   p.shape = s;
   p.tile = tile;
-  p.query_tiles = (tile.tokens + dense_queries - 1) / dense_queries;
+  p.queries = queries;
+  p.query_tiles = (tile.tokens + queries - 1) / queries;
   p.items = tile.batches * s.groups * p.query_tiles;
   return p;
 }

@@ -240,10 +240,11 @@ __device__ __forceinline__ void Rows<T, DK, DV>::clear_behind() const {
 
 template <class T, int DK, int DV>
 __device__ __forceinline__ void Rows<T, DK, DV>::queue_scores() {
+  const std::uint64_t q = operand_at(shared.queries(group)), k = operand_at(shared.key(key.slot));
 #pragma unroll
   for (int step = 0; step < DK / 16; ++step)
-    product(s, operand_at(shared.queries(group) + step / 4 * At::query_box + step % 4 * 32),
-            operand_at(shared.key(key.slot) + step / 4 * At::box + step % 4 * 32), step > 0, T{});
+    product(s, further(q, step / 4 * At::query_box + step % 4 * 32), further(k, step / 4 * At::box + step % 4 * 32),
+            step > 0, T{});
   products_queued();
 }
 
@@ -255,20 +256,23 @@ __device__ __forceinline__ void Rows<T, DK, DV>::value_is_there() const {
 
 template <class T, int DK, int DV>
 __device__ __forceinline__ void Rows<T, DK, DV>::queue_values() {
+  const std::uint64_t v = operand_at(shared.value(value.slot), At::box);
 #pragma unroll
   for (int step = 0; step < block_tokens / 16; ++step)
-    add_product(o, weights + 4 * step, operand_at(shared.value(value.slot) + step * 16 * 128, At::box), T{});
+    add_product(o, weights + 4 * step, further(v, step * 16 * 128), T{});
   products_queued();
 }
 
 // Scores to weights relative to the new maximum, of the block's first `tokens`; `old` is what o has to be scaled by.
-// No branch: products may be under way. A query that did not choose the block has no tokens there: nothing changes.
 template <class T, int DK, int DV>
 __device__ __forceinline__ void Rows<T, DK, DV>::soften(int tokens) {
   const float scale = log2_e / sqrtf(static_cast<float>(DK));
-  const int end = tokens - threadIdx.x % 4 * 2;
+  if (tokens < block_tokens) {
+    const int end = tokens - threadIdx.x % 4 * 2;
 #pragma unroll
-  for (int i = 0; i < 32; ++i) s[i] = i / 4 * 8 + i % 2 < end ? s[i] : -INFINITY;
+    for (int i = 0; i < 32; ++i)
+      if (i / 4 * 8 + i % 2 >= end) s[i] = -INFINITY;
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float top = s[2 * half];
@@ -306,20 +310,27 @@ __device__ __forceinline__ void Rows<T, DK, DV>::add(std::int64_t begin, int tok
   }
   settled(s);
   release(shared.key_empty(key.slot));
-  soften(tokens);
-  if constexpr (Pending) {
+  if (tokens > 0) {
+    soften(tokens);
     computed(sum[0] + sum[1], shared.base);
+  }
+  if constexpr (Pending) {
     products_wait<0>();
     settled(o);
     release(shared.value_empty(value.slot));
     value.next();
   }
-  if (__any_sync(0xffffffffu, old[0] != 1.0f || old[1] != 1.0f)) {
+  if (tokens > 0) {
+    if (__any_sync(0xffffffffu, old[0] != 1.0f || old[1] != 1.0f)) {
 #pragma unroll
-    for (int i = 0; i < DV / 2; ++i) o[i] *= old[i / 2 % 2];
+      for (int i = 0; i < DV / 2; ++i) o[i] *= old[i / 2 % 2];
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) weights[i] = pack(s[2 * i], s[2 * i + 1], T{});
+  } else {
+#pragma unroll
+    for (std::uint32_t& w : weights) w = 0;
   }
-#pragma unroll
-  for (int i = 0; i < 16; ++i) weights[i] = pack(s[2 * i], s[2 * i + 1], T{});
   weighed = begin;
   count += tokens;
 }
@@ -387,8 +398,8 @@ __device__ __forceinline__ void Rows<T, DK, DV>::put_gated(std::int64_t at, int 
   for (int j = 0; j < DV / 8; ++j) others[j] = __ldcs(reinterpret_cast<const float2*>(from + 8 * j));
 #pragma unroll
   for (int j = 0; j < DV / 8; ++j)
-    *reinterpret_cast<std::uint32_t*>(to + 8 * j) = pack(fmaf(o[4 * j + 2 * half], weight, others[j].x),
-                                                         fmaf(o[4 * j + 2 * half + 1], weight, others[j].y), T{});
+    *reinterpret_cast<std::uint32_t*>(to + 8 * j) =
+        pack(fmaf(o[4 * j + 2 * half], weight, others[j].x), fmaf(o[4 * j + 2 * half + 1], weight, others[j].y), T{});
 }
 
 template <class T, int DK, int DV>

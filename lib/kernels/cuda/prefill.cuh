@@ -2,7 +2,7 @@
 // What the tiled prefill kernels share (capability 9.0): which shapes they take, and how dense tiles are walked.
 //
 // A warp has one query: its (up to 16) heads are the 16 rows of its part of a product. A CTA of the dense kernels has
-// two warpgroups of 4 queries that read the same K (and V) tiles of 128 tokens, and one more that streams them in
+// some warpgroups of 4 queries that read the same K (and V) tiles of 128 tokens, and one more that streams them in
 // through a ring. CTAs stay: each takes every gridDim-th item, so that the next item's first tiles are on their way
 // while this one's results are written.
 
@@ -14,11 +14,7 @@
 
 namespace nsa::gpu {
 
-constexpr int dense_groups = 2;                          ///< warpgroups that multiply
-constexpr int dense_threads = 128 * (dense_groups + 1);  ///< and one that streams
-constexpr int dense_warps = 4 * dense_groups;
-constexpr int group_queries = 4;
-constexpr int dense_queries = dense_groups * group_queries;
+constexpr int group_queries = 4;   ///< of a warpgroup
 constexpr int dense_tokens = 128;  ///< of a K or V tile
 constexpr int narrow_tokens = 16;  ///< of the last tile of a window that needs no more
 constexpr int most_lead = 64;      ///< compressed tokens of the block before that reach into a block
@@ -28,10 +24,11 @@ struct DenseParams {
   CUtensorMap q;
   LayerShape shape;
   QueryTile tile;
+  int queries;      // of an item
   int query_tiles;  // of a (sequence, group)
   int items;        // sequences * groups * query tiles
 };
-DenseParams dense_params(const LayerShape&, const QueryTile&, const void* q);
+DenseParams dense_params(const LayerShape&, const QueryTile&, const void* q, int queries);
 
 /// K and V of a branch.
 struct DenseSource {
@@ -45,7 +42,7 @@ struct DenseSource {
 DenseSource dense_source(const LayerShape&, const QueryTile&, const KvView& k, const KvView* v, std::int64_t rows);
 inline int dense_ctas(const DenseParams& p) { return p.items < limits().units ? p.items : limits().units; }
 
-/// One item: 8 queries of a sequence and a group. Late queries, which have most to read, come first.
+/// One item: some queries of a sequence and a group. Late queries, which have most to read, come first.
 struct DenseItem {
   int sequence, group, first;  // first query, among the sequence's rows of the tile
   std::int64_t t;              // its position
@@ -55,28 +52,29 @@ struct DenseItem {
     const int lists = p.tile.batches * p.shape.groups, list = index % lists;
     sequence = list / p.shape.groups;
     group = list % p.shape.groups;
-    first = (p.query_tiles - 1 - index / lists) * dense_queries;
+    first = (p.query_tiles - 1 - index / lists) * p.queries;
     t = first_position + first;
     const std::int64_t end = first_position + p.tile.tokens;
-    last = (t + dense_queries < end ? t + dense_queries : end) - 1;
+    last = (t + p.queries < end ? t + p.queries : end) - 1;
     plane = (p.tile.batch_begin + sequence) * p.shape.groups + group;
   }
 };
 
 /// Shared memory: queries [warpgroup][column box][64 rows], then the slots of the ring, then barriers. 128-byte rows.
-template <int DK, int DV, int Slots>
+/// `Groups`: warpgroups that multiply.
+template <int DK, int DV, int Slots, int Groups>
 struct DenseLayout {
   static constexpr int width = DK > DV ? DK : DV;
   static constexpr int query_box = 64 * 128, query_group = DK / box_columns * query_box;
   static constexpr int tile_box = dense_tokens * 128, slot = width / box_columns * tile_box;
-  static constexpr int slots = query_group * dense_groups, barriers = slots + Slots * slot;
+  static constexpr int slots = query_group * Groups, barriers = slots + Slots * slot;
   static constexpr int bytes = barriers + 8 * (2 * Slots + 2) + 1024;  // and room to begin at a multiple of 1024
 };
 
 /// The addresses of a CTA's shared memory and how its two sides meet.
-template <int DK, int DV, int Slots>
+template <int DK, int DV, int Slots, int Groups>
 struct DenseShared {
-  using Layout = DenseLayout<DK, DV, Slots>;
+  using Layout = DenseLayout<DK, DV, Slots, Groups>;
   unsigned base;
   __device__ __forceinline__ explicit DenseShared(const char* memory)
       : base((shared_address(memory) + 1023) & ~1023u) {}
@@ -90,17 +88,17 @@ struct DenseShared {
   __device__ __forceinline__ void open() const {
     for (int i = 0; i < Slots; ++i) {
       open_barrier(full(i), 1);
-      open_barrier(empty(i), dense_warps);
+      open_barrier(empty(i), 4 * Groups);
     }
     open_barrier(queries_full(), 1);
-    open_barrier(queries_empty(), dense_warps);
+    open_barrier(queries_empty(), 4 * Groups);
     barriers_opened();
   }
   /// The streaming thread: the item's queries, once those before are no longer read.
   __device__ __forceinline__ void stream_queries(const DenseParams& p, const DenseItem& item, int phase) const {
     wait_for(queries_empty(), phase ^ 1);
-    arrive_expecting(queries_full(), Layout::query_group * dense_groups);
-    for (int group = 0; group < dense_groups; ++group)
+    arrive_expecting(queries_full(), Layout::query_group * Groups);
+    for (int group = 0; group < Groups; ++group)
       for (int box = 0; box < DK / box_columns; ++box)
         copy_box(queries(group) + box * Layout::query_box, &p.q, queries_full(), box * box_columns,
                  item.group * p.shape.heads_per_group,
@@ -138,20 +136,20 @@ struct DenseShared {
 };
 
 /// s = q k^T of a warpgroup's 64 rows and a tile's 128 (s[64]) or 16 (s[8]) tokens, queued.
-template <class T, int N, int DK, int DV, int Slots>
-__device__ __forceinline__ void queue_scores(float (&s)[N], const DenseShared<DK, DV, Slots>& shared, int group,
+template <class T, int N, int DK, int DV, int Slots, int Groups>
+__device__ __forceinline__ void queue_scores(float (&s)[N], const DenseShared<DK, DV, Slots, Groups>& shared, int group,
                                              int slot) {
-  using Layout = DenseLayout<DK, DV, Slots>;
+  using Layout = DenseLayout<DK, DV, Slots, Groups>;
+  const std::uint64_t q = operand_at(shared.queries(group)), k = operand_at(shared.slot(slot));
 #pragma unroll
   for (int step = 0; step < DK / 16; ++step) {
     const int box = step / 4, at = step % 4 * 32;
-    product(s, operand_at(shared.queries(group) + box * Layout::query_box + at),
-            operand_at(shared.slot(slot) + box * Layout::tile_box + at), step > 0, T{});
+    product(s, further(q, box * Layout::query_box + at), further(k, box * Layout::tile_box + at), step > 0, T{});
   }
   products_queued();
 }
 
-/// Threads of the multiplying side hand registers to and fro: 240 for those that multiply, 24 for those that stream.
+/// The two sides hand registers to and fro: more for those that multiply, few for those that stream.
 template <int Registers>
 __device__ __forceinline__ void take_registers() {
 #ifdef NSA_WGMMA

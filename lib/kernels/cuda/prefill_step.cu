@@ -1,6 +1,6 @@
-// A prefill tile's attention as a whole, on a rank that has all K and V at hand: win and cmp of each item in one kernel,
-// rank's two, and sel. Every branch's result is final where it is formed, so nothing is kept to be merged: the sum of
-// what is normalised and weighed so far is written once, read once, and o in storage type is written by sel.
+// A prefill tile's attention as a whole, on a rank that has all K and V at hand: win and cmp of each item in one
+// kernel, rank's two, and sel. Every branch's result is final where it is formed, so nothing is kept to be merged: the
+// sum of what is normalised and weighed so far is written once, read once, and o in storage type is written by sel.
 //
 // Bytes an element of o: 4 written and read, 2 written, where three partials and combine take 12, 12 and 2.
 

@@ -1,12 +1,12 @@
 // Prefill's rank: importance of the selection blocks formed once more from q and k_cmp, and the best n of them.
 //
-// score_kernel walks K_cmp in the dense tiles of prefill.cuh: 64 x 128 scores in registers, each at once turned into a
-// probability with the row's (m, sum) that attend_cmp left, summed over the 16 heads of the query (16 rows of one warp,
-// in a fixed tree) and folded into block scores, which alone go to memory: 1/64 of what the raw scores would take.
-// FLOPs: 2 Dk a (head, token), the exponentials as much time again. Bound: either, half of attend_cmp's time.
-// choose_kernel takes a warp a (row, group): the n-th best of 32 lanes' maxima is a bound below which nothing is
-// chosen; what passes it, some 25 blocks of a thousand, is sorted. Bound: reading the block scores, 4 bytes each,
-// twice.
+// score_kernel walks K_cmp in the dense tiles of prefill.cuh, 4 warpgroups to a CTA: 64 x 128 scores in registers, each
+// at once turned into a probability with the row's (m, sum) that attend_cmp left, summed over the 16 heads of the query
+// (16 rows of one warp, in a fixed tree) and folded into block scores, which alone go to memory: 1/64 of what the raw
+// scores would take. FLOPs: 2 Dk a (head, token), the exponentials as much time again. Bound: either, half of
+// attend_cmp's time. choose_kernel takes a warp a (row, group): the n-th best of 32 lanes' maxima is a bound below
+// which nothing is chosen; what passes it, some 25 blocks of a thousand, is sorted. Bound: reading the block scores, 4
+// bytes each, twice.
 //
 // Tokens add up by rising index within blocks, tiles begin at multiples of 128: no layout changes a bit.
 
@@ -19,7 +19,9 @@ namespace nsa::gpu {
 
 namespace {
 
-constexpr int slots = 5;
+constexpr int slots = 4;
+constexpr int groups = 4;  // warpgroups that multiply: one's products run beside the others' exponentials
+constexpr int queries = groups * group_queries, threads = 128 * (groups + 1);
 constexpr int choose_warps = 8;
 
 struct ScoreParams {
@@ -36,7 +38,7 @@ __device__ __forceinline__ std::int64_t tiles_of(std::int64_t tokens) {
 }
 
 template <int DK>
-__device__ __forceinline__ void stream(const ScoreParams& p, const DenseShared<DK, DK, slots>& shared,
+__device__ __forceinline__ void stream(const ScoreParams& p, const DenseShared<DK, DK, slots, groups>& shared,
                                        std::int64_t first_position) {
   Turn<slots> turn;
   int phase = 0;
@@ -53,7 +55,7 @@ __device__ __forceinline__ void stream(const ScoreParams& p, const DenseShared<D
 template <class T, int DK>
 struct Rows {
   const ScoreParams& p;
-  const DenseShared<DK, DK, slots>& shared;
+  const DenseShared<DK, DK, slots, groups>& shared;
   int group;
   float* terms;
   const float* overlaps;  // of the lead + ratio tokens that reach into a block
@@ -61,21 +63,14 @@ struct Rows {
   float offset[2];  // of rows g and g + 8: log2 of the row's sum, in powers of two
   std::int64_t n;
   int eligible;
-  float carried;  // sum over heads of the last token so far, where lead is 1
-  float* to;      // the query's block scores; null: no such query
+  float carried;            // sum over heads of the last token so far, where lead is 1
+  float* to;                // the query's block scores; null: no such query
   int ratio, lead, blocks;  // blocks: that end in a tile
 
-  __device__ __forceinline__ void queue(float (&s)[64]) const {
-    wait_for(shared.full(turn.slot), turn.phase);
-    products_begin();
-    queue_scores<T>(s, shared, group, turn.slot);
-  }
   __device__ __forceinline__ void begin(const DenseItem& item);
   __device__ __forceinline__ void sum_heads(float (&s)[64], std::int64_t begin) const;
   __device__ __forceinline__ void fold(int first_block);
-  __device__ __forceinline__ void step(float (&mine)[64], float (&next)[64], int tile);
-  __device__ __forceinline__ void use(float (&mine)[64], int slot, int tile);
-  __device__ __forceinline__ void finish(float (&mine)[64], int tile);
+  __device__ __forceinline__ void add(int tile);
   __device__ __forceinline__ void run(const DenseItem& item, int phase);
 };
 
@@ -174,29 +169,18 @@ __device__ __forceinline__ void Rows<T, DK>::fold(int first_block) {
   __syncwarp();
 }
 
-// One tile's scores are used while the next one's are under way.
 template <class T, int DK>
-__device__ __forceinline__ void Rows<T, DK>::step(float (&mine)[64], float (&next)[64], int tile) {
-  const int slot = turn.slot;
-  turn.next();
-  queue(next);
-  products_wait<1>();
-  use(mine, slot, tile);
-}
-
-template <class T, int DK>
-__device__ __forceinline__ void Rows<T, DK>::use(float (&mine)[64], int slot, int tile) {
-  settled(mine);
-  arrive_if(shared.empty(slot), threadIdx.x % 32 == 0);
-  sum_heads(mine, std::int64_t{tile} * dense_tokens);
-  fold(tile * blocks);
-}
-
-template <class T, int DK>
-__device__ __forceinline__ void Rows<T, DK>::finish(float (&mine)[64], int tile) {
+__device__ __forceinline__ void Rows<T, DK>::add(int tile) {
+  float s[64];
+  wait_for(shared.full(turn.slot), turn.phase);
+  products_begin();
+  queue_scores<T>(s, shared, group, turn.slot);
   products_wait<0>();
-  use(mine, turn.slot, tile);
+  settled(s);
+  arrive_if(shared.empty(turn.slot), threadIdx.x % 32 == 0);
   turn.next();
+  sum_heads(s, std::int64_t{tile} * dense_tokens);
+  fold(tile * blocks);
 }
 
 template <class T, int DK>
@@ -204,21 +188,7 @@ __device__ __forceinline__ void Rows<T, DK>::run(const DenseItem& item, int phas
   begin(item);
   const int tiles = static_cast<int>(tiles_of(compressed_tokens(p.d.shape.rules, item.last)));
   wait_for(shared.queries_full(), phase);
-  if (tiles > 0) {
-    float even[64], odd[64];
-    queue(even);
-    int tile = 0;
-    for (; tile + 2 < tiles; tile += 2) {
-      step(even, odd, tile);
-      step(odd, even, tile + 1);
-    }
-    if (tile + 1 < tiles) {
-      step(even, odd, tile);
-      finish(odd, tile + 1);
-    } else {
-      finish(even, tile);
-    }
-  }
+  for (int tile = 0; tile < tiles; ++tile) add(tile);
   if (threadIdx.x % 32 == 0) arrive(shared.queries_empty());
   // An eligible block may begin behind the last tile.
   for (int tile = tiles; tile * blocks < eligible; ++tile) {
@@ -228,26 +198,26 @@ __device__ __forceinline__ void Rows<T, DK>::run(const DenseItem& item, int phas
 }
 
 template <class T, int DK>
-__global__ void __launch_bounds__(dense_threads, 1) score_kernel(const __grid_constant__ ScoreParams p) {
+__global__ void __launch_bounds__(threads, 1) score_kernel(const __grid_constant__ ScoreParams p) {
 #ifdef NSA_WGMMA
   extern __shared__ char memory[];
-  __shared__ __align__(16) float terms[dense_warps][most_lead + dense_tokens];
+  __shared__ __align__(16) float terms[4 * groups][most_lead + dense_tokens];
   __shared__ float overlaps[most_lead + dense_tokens];
   const BlockRules& r = p.d.shape.rules;
   const int ratio = r.l_sel / r.d, lead = (r.l - 1) / r.d;
-  for (int k = threadIdx.x; k < ratio + lead; k += dense_threads)
+  for (int k = threadIdx.x; k < ratio + lead; k += threads)
     overlaps[k] = overlap(r, std::int64_t{r.l} * ratio - lead + k, r.l);  // of a block far from the start
-  const DenseShared<DK, DK, slots> shared(memory);
+  const DenseShared<DK, DK, slots, groups> shared(memory);
   if (threadIdx.x == 0) shared.open();
   __syncthreads();
   wait_for_previous();
   const std::int64_t first_position = *p.d.tile.first_position;
   const int group = threadIdx.x / 128;
-  if (group == dense_groups) {
+  if (group == groups) {
     give_registers<24>();
     if (threadIdx.x % 128 == 0) stream(p, shared, first_position);
   } else {
-    take_registers<240>();
+    take_registers<112>();
     Rows<T, DK> rows{p, shared, group, terms[threadIdx.x / 32] + most_lead, overlaps};
     rows.ratio = ratio;
     rows.lead = lead;
@@ -371,12 +341,11 @@ std::int64_t score_pitch_of(const BlockRules& r, std::int64_t positions) {
 template <class T, int DK>
 void launch_scores(const RankArgs& a, Stream* stream) {
   const LayerShape& s = a.shape;
-  const ScoreParams p{
-      dense_params(s, a.tile, a.q),
-      dense_source(s, a.tile, a.k_cmp, nullptr, compressed_tokens(s.rules, a.tile.max_positions - 1)), a.cmp_ms,
-      static_cast<float*>(a.scratch), score_pitch_of(s.rules, a.tile.max_positions)};
-  launch_early(score_kernel<T, DK>, dim3(dense_ctas(p.d)), dense_threads, DenseLayout<DK, DK, slots>::bytes, stream, 1,
-               p);
+  const ScoreParams p{dense_params(s, a.tile, a.q, queries),
+                      dense_source(s, a.tile, a.k_cmp, nullptr, compressed_tokens(s.rules, a.tile.max_positions - 1)),
+                      a.cmp_ms, static_cast<float*>(a.scratch), score_pitch_of(s.rules, a.tile.max_positions)};
+  launch_early(score_kernel<T, DK>, dim3(dense_ctas(p.d)), threads, DenseLayout<DK, DK, slots, groups>::bytes, stream,
+               1, p);
 }
 
 template <class T>
