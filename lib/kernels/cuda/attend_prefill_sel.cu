@@ -278,7 +278,7 @@ __device__ __forceinline__ void Rows<T, DK, DV>::soften(int tokens) {
     float top = s[2 * half];
 #pragma unroll
     for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * half], s[4 * j + 2 * half + 1]));
-    top = fmaxf(m[half], quad_max(top) * scale);
+    top = reference(m[half], quad_max(top) * scale);
     old[half] = exp2_fast(m[half] - top);
     m[half] = top;
     float added = 0.0f;
@@ -398,8 +398,8 @@ __device__ __forceinline__ void Rows<T, DK, DV>::put_gated(std::int64_t at, int 
   for (int j = 0; j < DV / 8; ++j) others[j] = __ldcs(reinterpret_cast<const float2*>(from + 8 * j));
 #pragma unroll
   for (int j = 0; j < DV / 8; ++j)
-    *reinterpret_cast<std::uint32_t*>(to + 8 * j) =
-        pack(fmaf(o[4 * j + 2 * half], weight, others[j].x), fmaf(o[4 * j + 2 * half + 1], weight, others[j].y), T{});
+    __stcs(reinterpret_cast<std::uint32_t*>(to + 8 * j), pack(fmaf(o[4 * j + 2 * half], weight, others[j].x),
+                                                              fmaf(o[4 * j + 2 * half + 1], weight, others[j].y), T{}));
 }
 
 template <class T, int DK, int DV>

@@ -163,6 +163,10 @@ __device__ __forceinline__ void give_registers() {
 #endif
 }
 
+/// What a row's weights are relative to, in powers of two, behind a tile whose maximum is `top`: the running maximum,
+/// or what it was, while it has grown by no more than 2^8 since. So o hardly ever has to be scaled.
+__device__ __forceinline__ float reference(float before, float top) { return top > before + 8.0f ? top : before; }
+
 /// What this thread stored to shared memory is there for the copy engine and the tensor cores, too.
 __device__ __forceinline__ void copies_see_stores() {
 #ifdef NSA_WGMMA
@@ -173,6 +177,10 @@ __device__ __forceinline__ void copies_see_stores() {
 /// The `threads` threads that meet under that number (1 .. 15).
 __device__ __forceinline__ void meet(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+/// Counts for those that meet there without waiting for them.
+__device__ __forceinline__ void arrive_to_meet(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 }  // namespace nsa::gpu
