@@ -1,15 +1,17 @@
 // Prefill's selected branch, 16-bit storage: neighbouring queries share the blocks they have loaded.
 //
-// A CTA takes a group and 12 consecutive queries, 4 a warpgroup and one a warp: M = 4 queries x 16 heads, N = a block
-// of 64 tokens. One more warp walks the union of the queries' blocks, which are sorted, and streams each block's K and
-// V once (tensor copies, 128-byte swizzle) through a ring each: K is given back as soon as the scores are formed. With
-// K goes the set of queries that chose the block, and of those that chose the next. A warpgroup multiplies the blocks
-// that any of its four queries chose; the rows of those that did not get no weight. Where it wants the next block too,
-// the weighted sum of this one is formed beside the next one's scores and exponentials.
+// A CTA takes a group and 12 consecutive queries, a warp each: a query's (up to 16) heads are the M of m16n8k16, its q
+// stays in registers. One more warp walks the union of the queries' blocks, which are sorted, and streams each block's
+// K and V once through a ring each (tensor copies, 128-byte swizzle); K is given back as soon as the scores are formed.
+// It tells every query that chose the block where it lies, and a slot is free again when those have given it back: a
+// warp waits for its own blocks alone and is not held up by what others do. No product is wasted however little the
+// choices agree.
 // CTAs stay and take every gridDim-th item; the items of a group follow one another, so that its K and V stay in the
-// L2. FLOPs: 2 (Dk + Dv) a (head, token of the union of 4 queries): up to 4 times what was chosen, where neighbours
-// agree in nothing. Bytes: from L2, a block's K and V once per 12 queries that share it. Bound: the L2 where little is
-// shared, else the tensor cores.
+// L2. FLOPs: 2 (Dk + Dv) a (head, chosen token). Bytes: from L2, a block's K and V once per 12 queries that share it;
+// from shared memory, once per query that chose it (32 KB at Dk = Dv = 128: 256 cycles). Bound: the L2 where little is
+// shared, else shared memory and tensor cores alike.
+
+#include <algorithm>
 
 #include "kernels/cuda/prefill.cuh"
 #include "kernels/cuda/stages.cuh"
@@ -18,19 +20,16 @@ namespace nsa::gpu {
 
 namespace {
 
-constexpr int groups = 3;  // warpgroups that multiply
-constexpr int warps = 4 * groups;
-constexpr int item_queries = groups * group_queries;
-constexpr int threads = 128 * (groups + 1);
-constexpr int early_blocks = 2;  // of an item that are on their way before its queries
+constexpr int queries = 12;                  // of an item: warps that multiply
+constexpr int threads = 32 * (queries + 4);  // registers change hands between whole warpgroups
 constexpr int block_tokens = 64;
 constexpr int most_chosen = 32;
+constexpr int letters = 8;  // a query's blocks that it has been told of: more than there are slots of K
 
 struct Params {
-  CUtensorMap q, k, v;
+  CUtensorMap k, v;
   AttendArgs a;
   int box_rows, query_tiles, items;
-  std::int64_t rows;  // of k and v that were written; what follows may be anything
   // Null: partials are wanted. Else `o` of all branches: this one's, normalised and weighed, added to a.out.o.
   const float* gate;
   void* o;
@@ -40,33 +39,39 @@ struct Item {
   int sequence, group, first, plane;
   __device__ __forceinline__ Item(const Params& p, int index) {
     const LayerShape& s = p.a.shape;
-    first = index % p.query_tiles * item_queries;
+    first = index % p.query_tiles * queries;
     const int list = index / p.query_tiles;
     sequence = list / s.groups;
     group = list % s.groups;
     plane = (p.a.tile.batch_begin + sequence) * s.groups + group;
   }
+  /// Of a query of the item, among the tile's.
+  __device__ __forceinline__ std::int64_t row(const Params& p, int query) const {
+    return std::int64_t{sequence} * p.a.tile.tokens + first + query;
+  }
 };
 
-// What the streaming warp says of a filled slot of K: the block (-1: the item is over), who chose it (bits 0..15) and
-// who the next one (bits 16..31).
-struct Told {
-  int block;
-  unsigned queries;
+// What the streaming warp tells a query: a block of its own, below 2^25, and the slots and their round where its K and
+// V come.
+struct Letter {
+  std::uint32_t word;
+  __device__ __forceinline__ static Letter of(int block, int slot, int phase) {
+    return {static_cast<std::uint32_t>(block << 4 | slot << 1 | phase)};
+  }
+  __device__ __forceinline__ int block() const { return static_cast<int>(word >> 4); }
+  __device__ __forceinline__ int slot() const { return word >> 1 & 7; }
+  __device__ __forceinline__ int phase() const { return word & 1; }
 };
 
-// Shared memory: slots of K, slots of V, queries, barriers, what is told, the queries' lists.
+// Shared memory: slots of K, slots of V, barriers, letters, the queries' lists.
 template <int DK, int DV>
 struct Layout {
-  static constexpr int query_box = 64 * 128, query_group = DK / box_columns * query_box;
   static constexpr int box = block_tokens * 128, key = DK / box_columns * box, value = DV / box_columns * box;
-  static constexpr int key_slots = std::min(8, (224 * 1024 - groups * query_group) / (key + value));
-  static constexpr int value_slots =
-      std::min(8, (224 * 1024 - groups * query_group - key_slots * key) / value);  // V is kept longer
-  static constexpr int values = key_slots * key, queries = values + value_slots * value;
-  static constexpr int barriers = queries + groups * query_group;
-  static constexpr int told = barriers + 8 * (2 * (key_slots + value_slots) + 2), lists = told + 8 * key_slots;
-  static constexpr int bytes = lists + item_queries * most_chosen * 4;
+  static constexpr int slots = std::min(7, 224 * 1024 / (key + value));  // of each
+  static_assert(slots < letters);
+  static constexpr int values = slots * key, barriers = values + slots * value;
+  static constexpr int mail = barriers + 8 * (4 * slots + queries * letters), lists = mail + 4 * queries * letters;
+  static constexpr int bytes = lists + queries * most_chosen * 4;
   static_assert(bytes <= 227 * 1024);
 };
 
@@ -78,49 +83,44 @@ struct Shared {
   __device__ __forceinline__ explicit Shared(char* given) : memory(given), base(shared_address(given)) {}
   __device__ __forceinline__ unsigned key(int i) const { return base + i * At::key; }
   __device__ __forceinline__ unsigned value(int i) const { return base + At::values + i * At::value; }
-  __device__ __forceinline__ unsigned queries(int group) const { return base + At::queries + group * At::query_group; }
   __device__ __forceinline__ unsigned barrier(int i) const { return base + At::barriers + 8 * i; }
   __device__ __forceinline__ unsigned key_full(int i) const { return barrier(i); }
-  __device__ __forceinline__ unsigned key_empty(int i) const { return barrier(At::key_slots + i); }
-  __device__ __forceinline__ unsigned value_full(int i) const { return barrier(2 * At::key_slots + i); }
-  __device__ __forceinline__ unsigned value_empty(int i) const {
-    return barrier(2 * At::key_slots + At::value_slots + i);
+  __device__ __forceinline__ unsigned key_empty(int i) const { return barrier(At::slots + i); }
+  __device__ __forceinline__ unsigned value_full(int i) const { return barrier(2 * At::slots + i); }
+  __device__ __forceinline__ unsigned value_empty(int i) const { return barrier(3 * At::slots + i); }
+  __device__ __forceinline__ unsigned told(int query, int i) const {
+    return barrier(4 * At::slots + query * letters + i);
   }
-  __device__ __forceinline__ unsigned queries_full() const { return barrier(2 * (At::key_slots + At::value_slots)); }
-  __device__ __forceinline__ unsigned queries_empty() const {
-    return barrier(2 * (At::key_slots + At::value_slots) + 1);
+  __device__ __forceinline__ Letter& letter(int query, int i) const {
+    return reinterpret_cast<Letter*>(memory + At::mail)[query * letters + i];
   }
-  __device__ __forceinline__ Told& told(int i) const { return reinterpret_cast<Told*>(memory + At::told)[i]; }
   __device__ __forceinline__ int* lists() const { return reinterpret_cast<int*>(memory + At::lists); }
   __device__ __forceinline__ void open() const {
-    for (int i = 0; i < At::key_slots; ++i) {
+    for (int i = 0; i < At::slots; ++i) {
       open_barrier(key_full(i), 1);
-      open_barrier(key_empty(i), warps);
-    }
-    for (int i = 0; i < At::value_slots; ++i) {
+      open_barrier(key_empty(i), queries);
       open_barrier(value_full(i), 1);
-      open_barrier(value_empty(i), warps);
+      open_barrier(value_empty(i), queries);
     }
-    open_barrier(queries_full(), 1);
-    open_barrier(queries_empty(), warps);
+    for (int i = 0; i < queries * letters; ++i) open_barrier(told(0, i), 1);
     barriers_opened();
   }
 };
 
 // The streaming warp: lane q has query q's next block; the least of them is the next of the union.
 template <int DK, int DV>
-__device__ __forceinline__ void stream(const Params& p, const Shared<DK, DV>& shared) {
+struct Streamer {
   using At = Layout<DK, DV>;
-  const LayerShape& s = p.a.shape;
-  const int lane = threadIdx.x % 32, n = s.rules.n_sel;
-  const RowMap& map = p.a.k.map;
-  int* lists = shared.lists();
-  Turn<At::key_slots> key;
-  Turn<At::value_slots> value;
-  const auto copy = [&](const CUtensorMap& from, unsigned to, unsigned barrier, int width, int block, int plane) {
-    const std::int64_t begin = std::int64_t{block} * block_tokens;
+  const Params& p;
+  const Shared<DK, DV>& shared;
+  Turn<At::slots> turn;     // of K's and V's slots
+  Turn<letters> mail = {};  // the lane's query's
+
+  __device__ __forceinline__ void copy(const CUtensorMap& from, unsigned to, unsigned barrier, int width, int block,
+                                       int plane) const {
+    const RowMap& map = p.a.k.map;
     for (int at = 0; at < block_tokens; at += p.box_rows) {
-      std::int64_t row = begin + at;
+      std::int64_t row = std::int64_t{block} * block_tokens + at;
       int rank = 0;
       if (map.chunk != INT64_MAX) {
         const std::int64_t c = chunk_of(map, row);
@@ -130,244 +130,250 @@ __device__ __forceinline__ void stream(const Params& p, const Shared<DK, DV>& sh
       for (int box = 0; box < width / box_columns; ++box)
         copy_box(to + at * 128 + box * At::box, &from, barrier, box * box_columns, static_cast<int>(row), plane, rank);
     }
+  }
+  // One lane. Who did not choose the block has given its slots back from the start.
+  __device__ __forceinline__ void fill(int block, int plane, int others) const {
+    const int slot = turn.slot;
+    wait_for(shared.key_empty(slot), turn.phase ^ 1);
+    arrive_expecting(shared.key_full(slot), At::key);
+    copy(p.k, shared.key(slot), shared.key_full(slot), DK, block, plane);
+    if (others > 0) arrive_for(shared.key_empty(slot), others);
+    wait_for(shared.value_empty(slot), turn.phase ^ 1);
+    arrive_expecting(shared.value_full(slot), At::value);
+    copy(p.v, shared.value(slot), shared.value_full(slot), DV, block, plane);
+    if (others > 0) arrive_for(shared.value_empty(slot), others);
+  }
+  __device__ __forceinline__ void stream(const Item& item);
+};
+
+template <int DK, int DV>
+__device__ __forceinline__ void Streamer<DK, DV>::stream(const Item& item) {
+  const LayerShape& s = p.a.shape;
+  const int lane = threadIdx.x % 32, n = s.rules.n_sel;
+  int* lists = shared.lists();
+  __syncwarp();
+  for (int i = lane; i < queries * n; i += 32) {
+    const int query = i / n;
+    lists[i] = item.first + query < p.a.tile.tokens
+                   ? p.a.selected[(item.row(p, query) * s.groups + item.group) * n + i % n]
+                   : -1;
+  }
+  __syncwarp();
+  constexpr int none = INT32_MAX;
+  int at = 0;
+  const auto next = [&] {
+    const int block = lane < queries && at < n ? lists[lane * n + at] : none;
+    ++at;
+    return block < 0 ? none : block;
   };
-  // One lane.
-  const auto fill = [&](const Item& item, int block, unsigned queries) {
-    const unsigned key_full = shared.key_full(key.slot), value_full = shared.value_full(value.slot);
-    wait_for(shared.key_empty(key.slot), key.phase ^ 1);
-    shared.told(key.slot) = {block, queries};
-    if (block < 0) return arrive(key_full);
-    arrive_expecting(key_full, At::key);
-    copy(p.k, shared.key(key.slot), key_full, DK, block, item.plane);
-    wait_for(shared.value_empty(value.slot), value.phase ^ 1);
-    arrive_expecting(value_full, At::value);
-    copy(p.v, shared.value(value.slot), value_full, DV, block, item.plane);
-  };
-  const auto fill_queries = [&](const Item& item, int phase) {
-    wait_for(shared.queries_empty(), phase ^ 1);
-    arrive_expecting(shared.queries_full(), groups * At::query_group);
-    for (int group = 0; group < groups; ++group)
-      for (int box = 0; box < DK / box_columns; ++box)
-        copy_box(shared.queries(group) + box * At::query_box, &p.q, shared.queries_full(), box * box_columns,
-                 item.group * s.heads_per_group, item.sequence * p.a.tile.tokens + item.first + group * group_queries);
-  };
-  int phase = 0;
-  for (int index = blockIdx.x; index < p.items; index += gridDim.x, phase ^= 1) {
-    const Item item(p, index);
-    __syncwarp();
-    for (int i = lane; i < item_queries * n; i += 32) {
-      const int query = item.first + i / n;
-      const std::int64_t row = std::int64_t{item.sequence} * p.a.tile.tokens + query;
-      lists[i] = query < p.a.tile.tokens ? p.a.selected[(row * s.groups + item.group) * n + i % n] : -1;
+  for (int mine = next();;) {
+    const int block = __reduce_min_sync(0xffffffffu, mine);
+    if (block == none) break;
+    const bool is_mine = mine == block;
+    const unsigned by = __ballot_sync(0xffffffffu, is_mine);
+    if (lane == 0) fill(block, item.plane, queries - __popc(by));
+    __syncwarp();  // both are on their way: their barriers' phases are those that the letter names, or the next
+    if (is_mine) {
+      shared.letter(lane, mail.slot) = Letter::of(block, turn.slot, turn.phase);
+      arrive(shared.told(lane, mail.slot));
+      mail.next();
+      mine = next();
     }
-    __syncwarp();
-    constexpr int none = INT32_MAX;
-    int at = 0;
-    const auto next = [&] {
-      const int block = lane < item_queries && at < n ? lists[lane * n + at] : none;
-      ++at;
-      return block < 0 ? none : block;
-    };
-    int mine = next(), block = __reduce_min_sync(0xffffffffu, mine);
-    unsigned queries = __ballot_sync(0xffffffffu, mine == block);
-    for (int filled = 0;; ++filled) {
-      const bool over = block == none;
-      if (mine == block && !over) mine = next();
-      const int following = __reduce_min_sync(0xffffffffu, mine);
-      const unsigned by = __ballot_sync(0xffffffffu, mine == following && following != none);
-      if (lane == 0 && (filled == early_blocks || (over && filled < early_blocks))) fill_queries(item, phase);
-      if (lane == 0) fill(item, over ? -1 : block, queries | by << 16);
-      key.next();
-      if (over) break;
-      value.next();
-      block = following;
-      queries = by;
-    }
+    turn.next();
   }
 }
 
-// One warpgroup's state over an item; its warp w has query w.
+__device__ __forceinline__ uint4 load_matrices(unsigned at) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(at)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ uint4 load_transposed(unsigned at) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(at)
+               : "memory");
+  return v;
+}
+
+// One warp: its query.
 template <class T, int DK, int DV>
-struct Rows {
+struct Row {
   using At = Layout<DK, DV>;
   const Params& p;
   const Shared<DK, DV>& shared;
-  int group;  // warpgroup
-  Turn<At::key_slots> key;
-  Turn<At::value_slots> value;  // of the block whose weights are there, else of the next one
-  float o[DV / 2], s[32];
-  std::uint32_t weights[16];
-  float m[2], sum[2], old[2];  // of rows g and g + 8; m in powers of two
-  std::int64_t weighed;        // first token of the block whose weights are there
+  unsigned k_row, v_row;        // the lane's row within 16 tokens, in bytes
+  unsigned k_column, v_column;  // its 16 bytes within the row's first 32, swizzled
+  Turn<letters> mail = {};
+  std::uint32_t q[DK / 16][4];
+  float o[DV / 8][4], s[8][4];
+  float m[2], sum[2];
   int count;
 
-  __device__ __forceinline__ void begin() {
-#pragma unroll
-    for (float& x : o) x = 0.0f;
-    m[0] = m[1] = nothing;
-    sum[0] = sum[1] = 0.0f;
-    count = 0;
+  __device__ __forceinline__ Row(const Params& params, const Shared<DK, DV>& at) : p(params), shared(at) {
+    const unsigned lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
+    k_row = (matrix / 2 * 8 + r) * 128;
+    k_column = (matrix % 2 ^ r) * 16;
+    v_row = (matrix % 2 * 8 + r) * 128;
+    v_column = (matrix / 2 ^ r) * 16;
   }
-  /// Gives a slot back, by one lane.
-  __device__ __forceinline__ void release(unsigned barrier) const { arrive_if(barrier, threadIdx.x % 32 == 0); }
-  __device__ __forceinline__ void skip();
-  template <bool Pending>
-  __device__ __forceinline__ void add(std::int64_t begin, int tokens);
-  __device__ __forceinline__ void finish();
+  __device__ __forceinline__ void begin(const T* from, int heads);
+  __device__ __forceinline__ void scores(unsigned keys);
   __device__ __forceinline__ void soften(int tokens);
-  __device__ __forceinline__ void queue_scores();
-  __device__ __forceinline__ void value_is_there() const;
-  __device__ __forceinline__ void queue_values();
-  __device__ __forceinline__ void clear_behind() const;
-  __device__ __forceinline__ void put_out(const Item& item) const;
+  template <bool Whole>
+  __device__ __forceinline__ void add_values(unsigned values, int tokens);
+  __device__ __forceinline__ void add(Letter letter, int t);
+  __device__ __forceinline__ void run(const Item& item, int query, int t);
+  __device__ __forceinline__ void put_out(const Item& item, int query) const;
   __device__ __forceinline__ void put_partial(std::int64_t at, int half, float total) const;
   __device__ __forceinline__ void put_gated(std::int64_t at, int half, float weight) const;
 };
 
-// Rows that were never written may hold NaN, which a weight of zero would not undo: they become zero. Every warpgroup
-// that multiplies the block writes the same zeros.
+// Row r of `from` is head r; those past `heads` are zero.
 template <class T, int DK, int DV>
-__device__ __forceinline__ void Rows<T, DK, DV>::clear_behind() const {
-  const int written = static_cast<int>(p.rows - weighed) * 8;  // pieces of 16 bytes
-  for (int box = 0; box < DV / box_columns; ++box)
-    for (int i = written + threadIdx.x % 128; i < block_tokens * 8; i += 128)
-      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(shared.value(value.slot) + box * At::box + i * 16),
-                   "r"(0)
-                   : "memory");
-  copies_see_stores();
-  meet(1 + group, 128);
-}
-
-template <class T, int DK, int DV>
-__device__ __forceinline__ void Rows<T, DK, DV>::queue_scores() {
-  const std::uint64_t q = operand_at(shared.queries(group)), k = operand_at(shared.key(key.slot));
+__device__ __forceinline__ void Row<T, DK, DV>::begin(const T* from, int heads) {
+  const int lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4;
 #pragma unroll
-  for (int step = 0; step < DK / 16; ++step)
-    product(s, further(q, step / 4 * At::query_box + step % 4 * 32), further(k, step / 4 * At::box + step % 4 * 32),
-            step > 0, T{});
-  products_queued();
-}
-
-template <class T, int DK, int DV>
-__device__ __forceinline__ void Rows<T, DK, DV>::value_is_there() const {
-  wait_for(shared.value_full(value.slot), value.phase);
-  if (weighed + block_tokens > p.rows) clear_behind();
-}
-
-template <class T, int DK, int DV>
-__device__ __forceinline__ void Rows<T, DK, DV>::queue_values() {
-  const std::uint64_t v = operand_at(shared.value(value.slot), At::box);
-#pragma unroll
-  for (int step = 0; step < block_tokens / 16; ++step)
-    add_product(o, weights + 4 * step, further(v, step * 16 * 128), T{});
-  products_queued();
-}
-
-// Scores to weights relative to the new maximum, of the block's first `tokens`; `old` is what o has to be scaled by.
-template <class T, int DK, int DV>
-__device__ __forceinline__ void Rows<T, DK, DV>::soften(int tokens) {
-  const float scale = log2_e / sqrtf(static_cast<float>(DK));
-  if (tokens < block_tokens) {
-    const int end = tokens - threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 32; ++i)
-      if (i / 4 * 8 + i % 2 >= end) s[i] = -INFINITY;
+  for (int step = 0; step < DK / 16; ++step) {
+    const auto* low = reinterpret_cast<const std::uint32_t*>(from + g * DK + step * 16 + quad * 2);
+    const auto* high = reinterpret_cast<const std::uint32_t*>(from + (g + 8) * DK + step * 16 + quad * 2);
+    q[step][0] = g < heads ? low[0] : 0u;
+    q[step][1] = g + 8 < heads ? high[0] : 0u;
+    q[step][2] = g < heads ? low[4] : 0u;
+    q[step][3] = g + 8 < heads ? high[4] : 0u;
   }
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float top = s[2 * half];
+  for (auto& x : o) x[0] = x[1] = x[2] = x[3] = 0.0f;
+  m[0] = m[1] = nothing;
+  sum[0] = sum[1] = 0.0f;
+  count = 0;
+}
+
+template <class T, int DK, int DV>
+__device__ __forceinline__ void Row<T, DK, DV>::scores(unsigned keys) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * half], s[4 * j + 2 * half + 1]));
+  for (auto& x : s) x[0] = x[1] = x[2] = x[3] = 0.0f;
+#pragma unroll
+  for (int step = 0; step < DK / 16; ++step)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint4 k = load_matrices(keys + step / 4 * At::box + j * 2048 + k_row + (k_column ^ step % 4 * 32));
+      mma(s[2 * j], q[step][0], q[step][1], q[step][2], q[step][3], k.x, k.y, T{});
+      mma(s[2 * j + 1], q[step][0], q[step][1], q[step][2], q[step][3], k.z, k.w, T{});
+    }
+}
+
+// Scores to weights relative to `m`, o along with it; the query sees the block's first `tokens`.
+template <class T, int DK, int DV>
+__device__ __forceinline__ void Row<T, DK, DV>::soften(int tokens) {
+  const float scale = log2_e / sqrtf(static_cast<float>(DK));
+  const int quad = threadIdx.x % 4;
+  if (tokens < block_tokens) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (j * 8 + quad * 2 + i % 2 >= tokens) s[j][i] = -INFINITY;
+  }
+  float old[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float top = s[0][2 * half];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
     top = reference(m[half], quad_max(top) * scale);
     old[half] = exp2_fast(m[half] - top);
     m[half] = top;
     float added = 0.0f;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      float& a = s[4 * j + 2 * half];
-      float& b = s[4 * j + 2 * half + 1];
-      a = exp2_fast(fmaf(a, scale, -top));
-      b = exp2_fast(fmaf(b, scale, -top));
-      added += a + b;
+      s[j][2 * half] = exp2_fast(fmaf(s[j][2 * half], scale, -top));
+      s[j][2 * half + 1] = exp2_fast(fmaf(s[j][2 * half + 1], scale, -top));
+      added += s[j][2 * half] + s[j][2 * half + 1];
     }
     sum[half] = sum[half] * old[half] + added;
   }
+  if (__any_sync(0xffffffffu, old[0] != 1.0f || old[1] != 1.0f)) {
+#pragma unroll
+    for (auto& x : o) x[0] *= old[0], x[1] *= old[0], x[2] *= old[1], x[3] *= old[1];
+  }
 }
 
-// The block in the slot of K whose turn it is, from token `begin` on, of which this warp's query has `tokens`.
-// `Pending`: beside the weighted sum of the block before.
+// Tokens that were never written may hold NaN, which a weight of zero would not undo: they become zero.
 template <class T, int DK, int DV>
-template <bool Pending>
-__device__ __forceinline__ void Rows<T, DK, DV>::add(std::int64_t begin, int tokens) {
-  if constexpr (Pending) value_is_there();
-  products_begin();
-  queue_scores();
-  if constexpr (Pending) {
-    queue_values();
-    products_wait<1>();
-  } else {
-    products_wait<0>();
-  }
-  settled(s);
-  release(shared.key_empty(key.slot));
-  if (tokens > 0) {
-    soften(tokens);
-    computed(sum[0] + sum[1], shared.base);
-  }
-  if constexpr (Pending) {
-    products_wait<0>();
-    settled(o);
-    release(shared.value_empty(value.slot));
-    value.next();
-  }
-  if (tokens > 0) {
-    if (__any_sync(0xffffffffu, old[0] != 1.0f || old[1] != 1.0f)) {
+template <bool Whole>
+__device__ __forceinline__ void Row<T, DK, DV>::add_values(unsigned values, int tokens) {
+  const int quad = threadIdx.x % 4;
 #pragma unroll
-      for (int i = 0; i < DV / 2; ++i) o[i] *= old[i / 2 % 2];
+  for (int j = 0; j < 4; ++j) {
+    const std::uint32_t a0 = pack(s[2 * j][0], s[2 * j][1], T{}), a1 = pack(s[2 * j][2], s[2 * j][3], T{}),
+                        a2 = pack(s[2 * j + 1][0], s[2 * j + 1][1], T{}),
+                        a3 = pack(s[2 * j + 1][2], s[2 * j + 1][3], T{});
+    const auto seen = [&](int token) {
+      return (token < tokens ? 0xFFFFu : 0u) | (token + 1 < tokens ? 0xFFFF0000u : 0u);
+    };
+    const unsigned low = Whole ? ~0u : seen(j * 16 + quad * 2), high = Whole ? ~0u : seen(j * 16 + quad * 2 + 8);
+#pragma unroll
+    for (int pair = 0; pair < DV / 16; ++pair) {
+      uint4 v = load_transposed(values + pair / 4 * At::box + j * 2048 + v_row + (v_column ^ pair % 4 * 32));
+      if constexpr (!Whole) v = {v.x & low, v.y & high, v.z & low, v.w & high};
+      mma(o[2 * pair], a0, a1, a2, a3, v.x, v.y, T{});
+      mma(o[2 * pair + 1], a0, a1, a2, a3, v.z, v.w, T{});
     }
-#pragma unroll
-    for (int i = 0; i < 16; ++i) weights[i] = pack(s[2 * i], s[2 * i + 1], T{});
-  } else {
-#pragma unroll
-    for (std::uint32_t& w : weights) w = 0;
   }
-  weighed = begin;
+}
+
+template <class T, int DK, int DV>
+__device__ __forceinline__ void Row<T, DK, DV>::add(Letter letter, int t) {
+  const bool first_lane = threadIdx.x % 32 == 0;
+  const int tokens = min(t + 1 - letter.block() * block_tokens, block_tokens);
+  const int slot = letter.slot();
+  wait_for(shared.key_full(slot), letter.phase());
+  scores(shared.key(slot));
+  __syncwarp();
+  arrive_if(shared.key_empty(slot), first_lane);
+  soften(tokens);
+  wait_for(shared.value_full(slot), letter.phase());
+  if (tokens == block_tokens)
+    add_values<true>(shared.value(slot), tokens);
+  else
+    add_values<false>(shared.value(slot), tokens);
+  __syncwarp();
+  arrive_if(shared.value_empty(slot), first_lane);
   count += tokens;
 }
 
 template <class T, int DK, int DV>
-__device__ __forceinline__ void Rows<T, DK, DV>::finish() {
-  value_is_there();
-  products_begin();
-  queue_values();
-  products_wait<0>();
-  settled(o);
-  release(shared.value_empty(value.slot));
-  value.next();
-}
-
-// A block that none of the four queries chose. V's slot is given back only when it was filled: before, the arrival
-// would count for the block that was in it.
-template <class T, int DK, int DV>
-__device__ __forceinline__ void Rows<T, DK, DV>::skip() {
-  release(shared.key_empty(key.slot));
-  wait_for(shared.value_full(value.slot), value.phase);
-  release(shared.value_empty(value.slot));
-  value.next();
-}
-
-template <class T, int DK, int DV>
-__device__ __forceinline__ void Rows<T, DK, DV>::put_out(const Item& item) const {
+__device__ __forceinline__ void Row<T, DK, DV>::run(const Item& item, int query, int t) {
   const LayerShape& shape = p.a.shape;
-  const int lane = threadIdx.x % 32, query = item.first + threadIdx.x / 32;
-  if (query >= p.a.tile.tokens) return;
-  const std::int64_t row = std::int64_t{item.sequence} * p.a.tile.tokens + query;
+  const int lane = threadIdx.x % 32, n = shape.rules.n_sel;
+  if (item.first + query >= p.a.tile.tokens) return;
+  const std::int64_t list = item.row(p, query) * shape.groups + item.group;
+  const int chosen = __popc(__ballot_sync(0xffffffffu, lane < n && p.a.selected[list * n + lane] >= 0));
+  begin(static_cast<const T*>(p.a.q) + list * shape.heads_per_group * DK, shape.heads_per_group);
+  for (int i = 0; i < chosen; ++i, mail.next()) {
+    wait_for(shared.told(query, mail.slot), mail.phase);
+    const Letter letter = shared.letter(query, mail.slot);
+    add(letter, t);
+  }
+  put_out(item, query);
+}
+
+template <class T, int DK, int DV>
+__device__ __forceinline__ void Row<T, DK, DV>::put_out(const Item& item, int query) const {
+  const LayerShape& shape = p.a.shape;
+  const int lane = threadIdx.x % 32;
+  const std::int64_t list = item.row(p, query) * shape.groups + item.group;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int head = lane / 4 + half * 8;
     const float total = quad_sum(sum[half]);
     if (head >= shape.heads_per_group) continue;
-    const std::int64_t list = row * shape.groups + item.group, at = list * shape.heads_per_group + head;
+    const std::int64_t at = list * shape.heads_per_group + head;
     if (!p.gate)
       put_partial(at, half, total);
     else
@@ -379,18 +385,18 @@ __device__ __forceinline__ void Rows<T, DK, DV>::put_out(const Item& item) const
 }
 
 template <class T, int DK, int DV>
-__device__ __forceinline__ void Rows<T, DK, DV>::put_partial(std::int64_t at, int half, float total) const {
+__device__ __forceinline__ void Row<T, DK, DV>::put_partial(std::int64_t at, int half, float total) const {
   if (threadIdx.x % 4 == 0)
     reinterpret_cast<float2*>(p.a.out.ms)[at] =
         make_float2(total > 0.0f ? m[half] * 0.6931471805599453f : -INFINITY, total);
   float* to = p.a.out.o + at * DV + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int j = 0; j < DV / 8; ++j)
-    *reinterpret_cast<float2*>(to + 8 * j) = make_float2(o[4 * j + 2 * half], o[4 * j + 2 * half + 1]);
+    *reinterpret_cast<float2*>(to + 8 * j) = make_float2(o[j][2 * half], o[j][2 * half + 1]);
 }
 
 template <class T, int DK, int DV>
-__device__ __forceinline__ void Rows<T, DK, DV>::put_gated(std::int64_t at, int half, float weight) const {
+__device__ __forceinline__ void Row<T, DK, DV>::put_gated(std::int64_t at, int half, float weight) const {
   const float* from = p.a.out.o + at * DV + threadIdx.x % 4 * 2;
   T* to = static_cast<T*>(p.o) + at * DV + threadIdx.x % 4 * 2;
   float2 others[DV / 8];
@@ -398,68 +404,37 @@ __device__ __forceinline__ void Rows<T, DK, DV>::put_gated(std::int64_t at, int 
   for (int j = 0; j < DV / 8; ++j) others[j] = __ldcs(reinterpret_cast<const float2*>(from + 8 * j));
 #pragma unroll
   for (int j = 0; j < DV / 8; ++j)
-    __stcs(reinterpret_cast<std::uint32_t*>(to + 8 * j), pack(fmaf(o[4 * j + 2 * half], weight, others[j].x),
-                                                              fmaf(o[4 * j + 2 * half + 1], weight, others[j].y), T{}));
+    __stcs(reinterpret_cast<std::uint32_t*>(to + 8 * j),
+           pack(fmaf(o[j][2 * half], weight, others[j].x), fmaf(o[j][2 * half + 1], weight, others[j].y), T{}));
 }
 
 template <class T, int DK, int DV>
 __global__ void __launch_bounds__(threads, 1) sel_kernel(const __grid_constant__ Params p) {
 #ifdef NSA_WGMMA
-  using At = Layout<DK, DV>;
   extern __shared__ __align__(1024) char memory[];
   const Shared<DK, DV> shared(memory);
   if (threadIdx.x == 0) shared.open();
   __syncthreads();
   wait_for_previous();
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  if (warp >= warps) {
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  if (warp >= queries) {
     give_registers<56>();
-    if (warp == warps) stream(p, shared);
-    return;
-  }
-  take_registers<152>();
-  const std::int64_t first_position = *p.a.tile.first_position;
-  Rows<T, DK, DV> rows{p, shared, warp / 4};
-  int phase = 0;
-  for (int index = blockIdx.x; index < p.items; index += gridDim.x, phase ^= 1) {
-    const Item item(p, index);
-    const std::int64_t t = first_position + item.first + warp;
-    rows.begin();
-    wait_for(shared.queries_full(), phase);
-    for (bool over = false, pending = false; !over; rows.key.next()) {
-      wait_for(shared.key_full(rows.key.slot), rows.key.phase);
-      // One lane reads, and is the one that gives the slot back. The same for all lanes, and told so to the compiler:
-      // products under a branch that may part a warp are slow.
-      Told told{};
-      if (lane == 0) told = shared.told(rows.key.slot);
-      const int block = __shfl_sync(0xffffffffu, told.block, 0);
-      const unsigned queries = __shfl_sync(0xffffffffu, told.queries, 0);
-      const bool wanted = (queries >> rows.group * group_queries & 15u) != 0,
-                 next_wanted = (queries >> (16 + rows.group * group_queries) & 15u) != 0;
-      over = block < 0;
-      if (over) {
-        rows.release(shared.key_empty(rows.key.slot));
-      } else if (!wanted) {
-        rows.skip();
-      } else {
-        const std::int64_t begin = std::int64_t{block} * block_tokens;
-        const int behind = t + 1 - begin < block_tokens ? static_cast<int>(t + 1 - begin) : block_tokens;
-        const int tokens = queries >> warp & 1u ? behind : 0;
-        if (pending)
-          rows.template add<true>(begin, tokens);
-        else
-          rows.template add<false>(begin, tokens);
-        pending = next_wanted;
-        if (!pending) rows.finish();
-      }
+    if (warp > queries) return;
+    Streamer<DK, DV> streamer{p, shared};
+    for (int index = blockIdx.x; index < p.items; index += gridDim.x) streamer.stream(Item(p, index));
+  } else {
+    take_registers<152>();
+    const std::int64_t first_position = *p.a.tile.first_position;
+    Row<T, DK, DV> row(p, shared);
+    for (int index = blockIdx.x; index < p.items; index += gridDim.x) {
+      const Item item(p, index);
+      row.run(item, warp, static_cast<int>(first_position) + item.first + warp);
     }
-    if (lane == 0) arrive(shared.queries_empty());
-    rows.put_out(item);
   }
 #endif
 }
 
-int query_tiles_of(const QueryTile& tile) { return (tile.tokens + item_queries - 1) / item_queries; }
+int query_tiles_of(const QueryTile& tile) { return (tile.tokens + queries - 1) / queries; }
 int items_of(const LayerShape& s, const QueryTile& tile) { return tile.batches * s.groups * query_tiles_of(tile); }
 
 template <class T, int DK, int DV>
@@ -472,8 +447,6 @@ void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
   const std::int64_t planes = std::int64_t{a.tile.batch_begin + a.tile.batches} * a.shape.groups;
   p.k = rows_map(a.k, a.shape.dtype, planes, p.box_rows);
   p.v = rows_map(a.v, a.shape.dtype, planes, p.box_rows);
-  p.q = query_map(a.q, a.shape.dtype, a.tile.rows(), a.shape.heads(), DK, heads_per_tile, group_queries);
-  p.rows = a.tile.max_positions;
   p.query_tiles = query_tiles_of(a.tile);
   p.items = items_of(a.shape, a.tile);
   launch_early(sel_kernel<T, DK, DV>, dim3(std::min(p.items, limits().units)), threads, Layout<DK, DV>::bytes, stream,

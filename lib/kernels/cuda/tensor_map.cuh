@@ -59,6 +59,12 @@ __device__ __forceinline__ void arrive(unsigned barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 #endif
 }
+/// So many arrivals.
+__device__ __forceinline__ void arrive_for(unsigned barrier, int arrivals) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+#endif
+}
 /// Without a branch, where products are under way.
 __device__ __forceinline__ void arrive_if(unsigned barrier, bool does) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
