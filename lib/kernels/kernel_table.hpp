@@ -9,7 +9,8 @@
 // - A stage is queued on its stream and returns. Nothing a stage does depends on host memory at run time: the
 //   position is read from memory, so that one captured graph serves every step.
 // - Partial results of an attention (one branch, one row, one head) are o = sum exp(s - m) v, unnormalised,
-//   with m the running maximum and s = sum exp(s - m). Nothing attended: m = -inf, s = 0, o = 0.
+//   with m the running maximum, or at most 8 ln 2 below it, and s = sum exp(s - m). Nothing attended: m = -inf, s = 0,
+//   o = 0.
 
 #include <cstddef>
 #include <cstdint>

@@ -2,7 +2,7 @@
 //
 // Tiling: prefill.cuh. M = 4 queries x 16 heads a warpgroup, N = 128 tokens, all of Dk and Dv at once: 64 x 128 scores
 // and 64 x Dv results in registers. The scores of tile j are under way together with tile j-1's weighted sum, and the
-// two warpgroups take turns to queue them: one's exponentials run beside the other's products.
+// two warpgroups take turns by themselves: one's exponentials run beside the other's products.
 // FLOPs: 2 (Dk + Dv) a (head, token). Bytes: a tile's K and V once per 8 queries from L2. Bound: the tensor cores, with
 // the exponentials (16 a cycle and SM) at half their time.
 //
@@ -148,7 +148,7 @@ __device__ __forceinline__ void Rows<T, DK, DV>::clear_behind(int slot, std::int
           "r"(0)
           : "memory");
   copies_see_stores();
-  meet(clearing, groups * 128);
+  meet(1, groups * 128);
 }
 
 // A tile behind the first one: its scores, beside the weighted sum of the one before.
@@ -156,7 +156,6 @@ template <class T, int DK, int DV>
 template <bool Weigh, int N>
 __device__ __forceinline__ void Rows<T, DK, DV>::step(float (&scores)[N], std::int64_t begin, bool cut) {
   take();
-  if constexpr (Weigh) meet(my_turn + group, 2 * 128);
   products_begin();
   queue_scores<T>(scores, shared, group, taken);
   const int k_slot = taken;
@@ -164,7 +163,6 @@ __device__ __forceinline__ void Rows<T, DK, DV>::step(float (&scores)[N], std::i
     take();
     products_begin();
     queue_values<dense_tokens>(taken);
-    arrive_to_meet(my_turn + (group ^ 1), 2 * 128);
     products_wait<1>();
   } else {
     products_wait<0>();
@@ -313,7 +311,6 @@ __global__ void __launch_bounds__(threads, 1) dense_kernel(const __grid_constant
   } else {
     take_registers<232>();
     Rows<T, DK, DV> rows{p, shared, group};
-    if (J != Job::cmp_ms && group == 1) arrive_to_meet(my_turn, 2 * 128);  // the first turn is warpgroup 0's
     int phase = 0;
     for (int index = blockIdx.x; index < p.d.items; index += gridDim.x, phase ^= 1) {
       const DenseItem item(p.d, index, first_position);

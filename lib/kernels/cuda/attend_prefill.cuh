@@ -9,9 +9,6 @@ namespace nsa::gpu::dense {
 constexpr int slots = 6;
 constexpr int groups = 2;  // warpgroups that multiply
 constexpr int queries = groups * group_queries, threads = 128 * (groups + 1);
-static_assert(groups == 2, "two take turns");
-// Where threads meet: all that multiply; warpgroup g, at my_turn + g, to queue its products.
-constexpr int clearing = 1, my_turn = 2;
 
 template <int DK, int DV>
 using Layout = DenseLayout<DK, DV, slots, groups>;

@@ -178,9 +178,5 @@ __device__ __forceinline__ void copies_see_stores() {
 __device__ __forceinline__ void meet(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
-/// Counts for those that meet there without waiting for them.
-__device__ __forceinline__ void arrive_to_meet(int number, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
 
 }  // namespace nsa::gpu
