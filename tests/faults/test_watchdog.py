@@ -22,11 +22,15 @@ STRAYED = "did not do the same as the others"
 
 
 class Watchdog(AppTest):
-    def job(self, fault, text, ranks, deadline):
-        """Runs in a folder of its own: several may run at a time. Returns how it ended, where, and after how long."""
+    def job_folder(self, text):
         folder = tempfile.mkdtemp(dir=self.folder)
         with open(os.path.join(folder, "in.toml"), "w") as file:
             file.write(text)
+        return folder
+
+    def job(self, fault, text, ranks, deadline, folder=None):
+        """Runs in a folder of its own: several may run at a time. Returns how it ended, where, and after how long."""
+        folder = folder or self.job_folder(text)
         start = time.monotonic()
         done = nsa("run", "in.toml", "--deadline", str(deadline), "--output", "r.h5", ranks=ranks, cwd=folder,
                    environment={"NSA_FAULT": fault})
@@ -90,6 +94,37 @@ class Watchdog(AppTest):
 
     def test_a_rank_that_lives_and_comes_to_nothing(self):
         self.end({"decode.step:rank=1:at=20:hang": r"rank 1 \(\S+\) is late: \d+ s at work \[decode"})
+
+    def test_a_report_that_cannot_be_written_keeps_nobody(self):
+        """A file system that hangs, made of pipes that nobody reads: to open them waits for ever."""
+        quiet = self.quiet_seconds(DECODE, 3)
+        deadline = math.ceil(max(DEADLINE, quiet))
+        folder = self.job_folder(DECODE)
+        for rank in range(3):
+            os.mkfifo(os.path.join(folder, f"r.h5.rank{rank}.ops.json"))
+        job = self.job("decode.step:rank=1:at=20:hang", DECODE, 3, deadline, folder)
+        self.assert_ended(job, 3 * quiet + deadline + PROMISED, r"rank 1 \(\S+\) is late", 3, reports=False)
+
+    def test_a_killed_rank_that_the_launcher_lets_go(self):
+        """srun --kill-on-bad-exit=0, here mpirun --enable-recovery: the ranks that are left end by themselves."""
+        quiet = self.quiet_seconds(DECODE, 3)
+        for rank in range(3):  # both hubs, and a rank that is none
+            with self.subTest(rank=rank):
+                folder = self.job_folder(DECODE)
+                save_code = '"$@"; echo $? > code.$OMPI_COMM_WORLD_RANK'
+                start = time.monotonic()
+                done = subprocess.run(
+                    [MPIEXEC, "--enable-recovery", "-n", "3", "--oversubscribe", "--allow-run-as-root", "sh", "-c", save_code,
+                     "sh", BINARY, "run", "in.toml", "--deadline", str(AMPLE), "--output", "r.h5"], cwd=folder,
+                    env=dict(os.environ, NSA_FAULT=f"decode.step:rank={rank}:at=20:kill", OMP_NUM_THREADS="1"),
+                    capture_output=True, text=True, timeout=AMPLE)
+                self.assertLess(time.monotonic() - start, 3 * quiet + PROMISED)
+                self.assertRegex(done.stderr, rf"nsa: error: rank {rank} \(\S+\) has ended without a word")
+                codes = []
+                for other in range(3):
+                    with open(os.path.join(folder, f"code.{other}")) as file:
+                        codes.append(int(file.read()))
+                self.assertEqual(codes, [137 if other == rank else 4 for other in range(3)], done.stderr)
 
     def test_a_skipped_collective(self):
         self.end({f"comm.all_gather:rank={rank}:at={at}:skip": rf"rank {rank} \(\S+\) {STRAYED} at operation #\d+ "
