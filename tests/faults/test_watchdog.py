@@ -105,26 +105,43 @@ class Watchdog(AppTest):
         job = self.job("decode.step:rank=1:at=20:hang", DECODE, 3, deadline, folder)
         self.assert_ended(job, 3 * quiet + deadline + PROMISED, r"rank 1 \(\S+\) is late", 3, reports=False)
 
-    def test_a_killed_rank_that_the_launcher_lets_go(self):
-        """srun --kill-on-bad-exit=0, here mpirun --enable-recovery: the ranks that are left end by themselves."""
-        quiet = self.quiet_seconds(DECODE, 3)
-        for rank in range(3):  # both hubs, and a rank that is none
+    def let_go(self, fault, deadline):
+        """Where the launcher ends nobody (srun --kill-on-bad-exit=0; here mpirun --enable-recovery) and waits for all:
+        what was said, every rank's exit code, seconds."""
+        folder = self.job_folder(DECODE)
+        save_code = '"$@"; echo $? > code.$OMPI_COMM_WORLD_RANK'
+        start = time.monotonic()
+        done = subprocess.run([MPIEXEC, "--enable-recovery", "-n", "3", "--oversubscribe", "--allow-run-as-root", "sh", "-c",
+                               save_code, "sh", BINARY, "run", "in.toml", "--deadline", str(deadline), "--output", "r.h5"],
+                              cwd=folder, env=dict(os.environ, NSA_FAULT=fault, OMP_NUM_THREADS="1"), capture_output=True,
+                              text=True, timeout=AMPLE)
+        codes = []
+        for rank in range(3):
+            with open(os.path.join(folder, f"code.{rank}")) as file:
+                codes.append(int(file.read()))
+        return done.stderr, codes, time.monotonic() - start
+
+    def each_let_go(self, action, message, code, deadline=None):
+        """The same happens to both hubs and to a rank that is none, at a time."""
+        whole = 3 * self.quiet_seconds(DECODE, 3)
+        limit = 3 * whole + PROMISED + (0 if deadline else max(DEADLINE, whole))
+        deadline = deadline or math.ceil(max(DEADLINE, whole))
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            jobs = [pool.submit(self.let_go, f"decode.step:rank={rank}:at=20:{action}", deadline) for rank in range(3)]
+        for rank, job in enumerate(jobs):
             with self.subTest(rank=rank):
-                folder = self.job_folder(DECODE)
-                save_code = '"$@"; echo $? > code.$OMPI_COMM_WORLD_RANK'
-                start = time.monotonic()
-                done = subprocess.run(
-                    [MPIEXEC, "--enable-recovery", "-n", "3", "--oversubscribe", "--allow-run-as-root", "sh", "-c", save_code,
-                     "sh", BINARY, "run", "in.toml", "--deadline", str(AMPLE), "--output", "r.h5"], cwd=folder,
-                    env=dict(os.environ, NSA_FAULT=f"decode.step:rank={rank}:at=20:kill", OMP_NUM_THREADS="1"),
-                    capture_output=True, text=True, timeout=AMPLE)
-                self.assertLess(time.monotonic() - start, 3 * quiet + PROMISED)
-                self.assertRegex(done.stderr, rf"nsa: error: rank {rank} \(\S+\) has ended without a word")
-                codes = []
-                for other in range(3):
-                    with open(os.path.join(folder, f"code.{other}")) as file:
-                        codes.append(int(file.read()))
-                self.assertEqual(codes, [137 if other == rank else 4 for other in range(3)], done.stderr)
+                said, codes, seconds = job.result()
+                self.assertRegex(said, rf"nsa: error: rank {rank} \(\S+\) {message}")
+                self.assertIn(codes.pop(rank), code, said)
+                self.assertEqual(codes, [4, 4], said)
+                self.assertLess(seconds, limit)
+
+    def test_a_killed_rank_that_the_launcher_lets_go(self):
+        self.each_let_go("kill", "has ended without a word", (137,), AMPLE)
+
+    def test_a_stopped_rank_that_the_launcher_lets_go(self):
+        """Its neighbours continue and end it: stopped, it would stay for ever."""
+        self.each_let_go("stop", "is late: no answer", (4, 137))
 
     def test_a_skipped_collective(self):
         self.end({f"comm.all_gather:rank={rank}:at={at}:skip": rf"rank {rank} \(\S+\) {STRAYED} at operation #\d+ "
