@@ -6,6 +6,7 @@
 #include <charconv>
 #include <cstring>
 #include <filesystem>
+#include <map>
 
 #include "kernels/error.hpp"
 #include "nsa/h5.hpp"
@@ -148,15 +149,21 @@ KernelRecord read_kernels(const h5::Handle& group) {
   return k;
 }
 
+std::map<std::string, std::vector<double>> read_needle(const h5::Handle& group) {
+  std::map<std::string, std::vector<double>> columns{{"depth", {}}};
+  for (const std::string& name : h5::names(group)) columns[name] = h5::read<double>(group, name);
+  for (const auto& [name, values] : columns)
+    if (values.size() != columns.at("depth").size())
+      throw h5::Error(fmt::format("dataset 'needle/{}' is not one value a depth", name));
+  return columns;
+}
+
 PointRecord read_point(const h5::Handle& group, std::int64_t index) {
   PointRecord p;
   p.index = index;
   read_point_attributes(group, p);
   read_columns(group, p);
-  if (h5::has(group, "needle")) {
-    const h5::Handle needle = h5::open_group(group, "needle");
-    for (const std::string& name : h5::names(needle)) p.needle[name] = h5::read<double>(needle, name);
-  }
+  if (h5::has(group, "needle")) p.needle = read_needle(h5::open_group(group, "needle"));
   if (h5::has(group, "kernels")) p.kernels = read_kernels(h5::open_group(group, "kernels"));
   return p;
 }

@@ -365,6 +365,21 @@ TEST_CASE("result file: kernels without a column, or with one of another length,
   CHECK(contains(file_error([&] { read_result(path); }), "'mean_abs_err' has shape (3), its dimensions (2)"));
 }
 
+TEST_CASE("result file: a needle's column of another length than the depths is refused by name", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("r.h5");
+  write_sample(path);
+  {
+    h5::Handle file = h5::open_file(path, true);
+    const h5::Handle needle = h5::open_group(file, "points/0000/needle");
+    h5::remove(needle, "found");
+    h5::write_scale(needle, "one", counting<std::int64_t>(1, 0), {"1", ""});
+    h5::write(needle, "found", std::vector<double>{1}, {"one"}, {"1", ""});
+    h5::flush_and_close(std::move(file));
+  }
+  CHECK(contains(file_error([&] { read_result(path); }), "point 0000: dataset 'needle/found' is not one value a depth"));
+}
+
 TEST_CASE("result file: cut anywhere it is refused, or what is left is read", "[result]") {
   const Folder folder;
   const std::string path = folder.file("r.h5");
