@@ -101,6 +101,8 @@ void read_columns(const h5::Handle& group, PointRecord& p) {
   p.reads.counted = column<std::int64_t>(group, "reads", {branches, ranks, steps});
   p.reads.expected = column<std::int64_t>(group, "reads_expected", {branches, ranks, steps});
   p.reads.nsa_vibe = column<std::int64_t>(group, "reads_nsa_vibe", {steps});
+  if (p.reads.counted.empty() != p.reads.expected.empty())
+    throw h5::Error("of 'reads' and 'reads_expected' it has only one");
   if (!p.reads.counted.empty()) p.reads.ranks = ranks, p.reads.steps = steps;
   p.bytes = column<std::int64_t>(group, "bytes", {stage_count, ranks});
   p.memory.planned = column<std::int64_t>(group, "memory_planned", {kinds, ranks});
@@ -126,6 +128,7 @@ void read_point_attributes(const h5::Handle& group, PointRecord& p) {
   read_attributes(group, p, point_texts);
   read_attributes(group, p, point_integers);
   read_attributes(group, p, point_reals);
+  if (p.warmup_reps < 0) throw h5::Error(fmt::format("attribute 'warmup_reps' is {}", p.warmup_reps));
   const std::vector<std::string> routes = h5::string_attributes(group, "routes");
   if (routes.size() != p.routes.size()) throw h5::Error("attribute 'routes' is not one name a branch");
   std::copy(routes.begin(), routes.end(), p.routes.begin());
