@@ -2,6 +2,7 @@
 // not ours are refused by name and reason.
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -440,6 +441,18 @@ TEST_CASE("tensor file: another program's file, in double, under the root", "[re
   CHECK(contains(refused([&] { tensors.read("x", {3, 4}, {0, 0}, {1, 1}); }), "shape [3, 2], this input needs [3, 4]"));
   CHECK(contains(refused([&] { tensors.shape("weights/w_q"); }), "no tensor 'weights/w_q'"));
   CHECK(contains(refused([&] { tensors.shape("row"); }), "'row' is not floating point"));
+}
+
+TEST_CASE("files of others are opened by a child first", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("r.h5");
+  write_sample(path);
+  static int forks = 0;
+  pthread_atfork(nullptr, [] { ++forks; }, nullptr);
+  read_result(path);
+  CHECK(forks == 1);
+  const TensorFile tensors(path);
+  CHECK(forks == 2);
 }
 
 TEST_CASE("a file that crashes HDF5, or keeps it busy for ever, is refused", "[result]") {
