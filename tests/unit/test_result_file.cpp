@@ -378,7 +378,8 @@ TEST_CASE("result file: a needle's column of another length than the depths is r
     h5::write(needle, "found", std::vector<double>{1}, {"one"}, {"1", ""});
     h5::flush_and_close(std::move(file));
   }
-  CHECK(contains(file_error([&] { read_result(path); }), "point 0000: dataset 'needle/found' is not one value a depth"));
+  CHECK(
+      contains(file_error([&] { read_result(path); }), "point 0000: dataset 'needle/found' is not one value a depth"));
 }
 
 TEST_CASE("result file: cut anywhere it is refused, or what is left is read", "[result]") {
@@ -448,7 +449,8 @@ TEST_CASE("files of others are opened by a child first", "[result]") {
   const std::string path = folder.file("r.h5");
   write_sample(path);
   static int forks = 0;
-  pthread_atfork(nullptr, [] { ++forks; }, nullptr);
+  pthread_atfork(
+      nullptr, [] { ++forks; }, nullptr);
   read_result(path);
   CHECK(forks == 1);
   const TensorFile tensors(path);
