@@ -22,6 +22,9 @@ struct Options {
   double rope_base = 10000;
   int force_branch = -1;  ///< a Branch: one-hot gates
   Storage storage = Storage::exact;
+  /// By branch: softmax weights, relative to the largest, are stored before they meet V; their sum is not of the
+  /// stored.
+  bool stores_weights[3] = {};
 };
 
 struct PhiWeights {

@@ -21,9 +21,19 @@ Phase run_phase(const Shape& shape, nsa::TaskKind kind) {
   return {config, run(config, nsa::Control::world())};
 }
 
+/// The oracle does as the program: by matrix products on a GPU (sdpa, masked) softmax weights are stored, as frameworks
+/// without custom kernels have them.
+Options options_of(const Phase& phase) {
+  Options options = parity::options_of(phase.config);
+  if (phase.config.run.backend != nsa::BackendChoice::cuda) return options;
+  for (const int c : {oracle::cmp, oracle::sel, oracle::win})
+    options.stores_weights[c] = phase.record.routes[c] == "sdpa" || phase.record.routes[c] == "masked";
+  return options;
+}
+
 /// The oracle's last layer from the phase's own x and weights, or from its given q, k, v, gates.
 oracle::Layer expect(const Phase& phase, const std::optional<oracle::Chosen>& chosen = {}) {
-  const Options options = options_of(phase.config);
+  const Options options = options_of(phase);
   if (phase.config.run.scope == nsa::Scope::layer)
     return oracle::run(options, weights_of(phase.config, phase.record), reals(phase.record, "x"), chosen).layers.back();
   oracle::Layer layer;
@@ -34,11 +44,11 @@ oracle::Layer expect(const Phase& phase, const std::optional<oracle::Chosen>& ch
 
 Reals recorded_rows(const Phase& phase, const Reals& all) {
   const std::int64_t first = phase.record.first_position;
-  return rows_of(all, first, options_of(phase.config).tokens - first);
+  return rows_of(all, first, options_of(phase).tokens - first);
 }
 
 void check_reads(const Phase& phase, const oracle::Attended& expected) {
-  const Options o = options_of(phase.config);
+  const Options o = options_of(phase);
   const bool decode = phase.config.kind == nsa::TaskKind::decode;
   CHECK(reads_as_expected(phase.record));
   for (const int c : {oracle::cmp, oracle::sel, oracle::win})
@@ -54,7 +64,7 @@ void check_reads(const Phase& phase, const oracle::Attended& expected) {
 
 /// Every recorded tensor of a phase against the oracle.
 void check_phase(const Phase& phase) {
-  const Options options = options_of(phase.config);
+  const Options options = options_of(phase);
   const std::int64_t first = phase.record.first_position;
   CHECK(phase.record.valid);
   CHECK(phase.record.fallbacks.empty());
@@ -93,7 +103,7 @@ void check_phase(const Phase& phase) {
 
 /// The rows of `decode` against the same rows of `prefill`. Both stand within the bound of the oracle.
 void check_continuation(const Phase& prefill, const Phase& decode) {
-  const Options options = options_of(prefill.config);
+  const Options options = options_of(prefill);
   const std::int64_t first = decode.record.first_position, rows = options.tokens - first;
   const oracle::Integers selected = integers(decode.record, "selected");
   const SelectionDifference difference =
@@ -154,6 +164,9 @@ TEST_CASE("every route agrees with the oracle, prefill and decode", "[parity][ro
        5,
        {paper, "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=8", "nsa.w=512", "model.n_heads=2", "model.d_k=64",
         "model.d_v=64", "model.precision=\"bf16\""}},
+      {"bf16, L = 2", 143, 7, {"model.precision=\"bf16\"", "model.layers=2"}},
+      {"bf16, h = 5, Dk < Dv", 117, 5, {"model.precision=\"bf16\"", "model.n_heads=10", "model.d_v=24"}},
+      {"fp16, L = 2, w = 37", 117, 5, {"model.precision=\"fp16\"", "model.layers=2", "nsa.w=37"}},
   };
   const char* routes[][nsa::branches] = {{"sdpa", "sdpa", "sdpa"}, {"fused", "masked", "masked"}};
   for (const auto& names : routes)
