@@ -135,6 +135,14 @@ TEST_CASE("oracle stores the softmax weights of a branch and sums them before", 
   CHECK(at_2() == Approx((1 + 2 * stored + 3) / sum).epsilon(1e-14));
 }
 
+TEST_CASE("oracle tells how far rounded weights move an output", "[oracle]") {
+  Options o = tiny(3);
+  o.storage = Storage::bf16;
+  const auto moves = attend(o, uniform(o)).rounding[oracle::win];  // a third each of 1, 2, 3 at t = 2
+  CHECK(moves(0, 2, 0, 0) == Approx(std::ldexp(1, -8) / std::sqrt(3) * std::sqrt(14) / 3).epsilon(1e-14));
+  CHECK(moves(0, 0, 0, 0) == Approx(std::ldexp(1, -8) / std::sqrt(3)).epsilon(1e-14));
+}
+
 TEST_CASE("oracle importance follows the scores and sums over heads", "[oracle]") {
   Options o = tiny(4);
   o.heads = 2;
