@@ -119,7 +119,7 @@ Account account(const std::string& name, const Samples& stages, const Samples& s
     a.why = "stages timed one by one neither overlap nor share a launch";
   else
     a.why = name == "step" ? "what lies between two stages is in none of them"
-                           : "left out, it also leaves more of the caches and no wait to the rest of the step";
+                           : "leaving it out also leaves more of the caches to the rest of the step";
   return a;
 }
 

@@ -74,10 +74,24 @@ std::string account_cell(const Account& a) {
   return fmt::format("{}, {}{}", time_text(a.stages.value), time_text(a.step.value), a.agree ? "" : " *");
 }
 
-std::string difference_text(const Account& a) {
-  const double more = a.stages.value - a.step.value;
-  return fmt::format("{}{}", more < 0 ? "-" : "+", time_text(std::abs(more)));
-}
+std::string signed_time(double seconds) { return (seconds < 0 ? "-" : "+") + time_text(std::abs(seconds)); }
+
+/// Where the two accounts of something lie apart for one reason, and by how much.
+struct Apart {
+  double least = INFINITY, most = -INFINITY;
+  std::vector<std::string> contexts;
+
+  void add(const Account& a, std::int64_t context) {
+    const double more = a.stages.value - a.step.value;
+    least = std::min(least, more), most = std::max(most, more);
+    contexts.push_back(std::to_string(context));
+  }
+  std::string text(std::size_t all) const {
+    const std::string by = signed_time(least), to = signed_time(most);
+    return fmt::format("{}{} at {}", by, by == to ? "" : " to " + to,
+                       contexts.size() == all && all > 1 ? "every context" : joined(contexts));
+  }
+};
 
 /// How far the two shares of selection lie apart, and whether that matters for the first condition.
 void print_share_accounts(std::ostream& out, const std::vector<ContextVerdict>& contexts) {
@@ -107,18 +121,18 @@ void print_accounts(std::ostream& out, const DeviceVerdict& device) {
   fmt::print(out, "{:>9} {:>5}", "context", "batch");
   for (const Account& a : device.contexts[0].accounts) fmt::print(out, "  {:<21}", a.name);
   fmt::print(out, "\n");
-  std::map<std::string, std::string> reasons;  // name and why -> contexts, by how much
+  std::map<std::string, Apart> reasons;  // by name and why
   for (const ContextVerdict& v : device.contexts) {
     fmt::print(out, "{:>9} {:>5}", v.context, v.batch);
     for (const Account& a : v.accounts) {
       fmt::print(out, "  {:<21}", account_cell(a));
       if (a.agree) continue;
-      std::string& list = reasons[fmt::format("{} ({})", a.name, a.why)];
-      list += fmt::format("{}{} at {}", list.empty() ? "" : ", ", difference_text(a), v.context);
+      reasons[fmt::format("{} ({})", a.name, a.why)].add(a, v.context);
     }
     fmt::print(out, "\n");
   }
-  for (const auto& [what, by] : reasons) fmt::print(out, "   * {}: first minus second {}\n", what, by);
+  for (const auto& [what, apart] : reasons)
+    fmt::print(out, "   * {}: first minus second {}\n", what, apart.text(device.contexts.size()));
   print_share_accounts(out, device.contexts);
 }
 

@@ -72,7 +72,7 @@ class Files(AppTest):
         self.small_run("a.h5")
         with open(os.path.join(self.folder, "a.h5"), "rb") as file:
             whole = file.read()
-        for name, text, other, part in (("foreign.h5", b"schema_version", b"another_thing!", "schema_version"),
+        for name, text, other, part in (("damaged.h5", b"schema_version", b"another_thing!", "checksum"),
                                         ("newer.h5", SCHEMA, b"9.0\0", "its schema is '9.0'"),
                                         ("stages.h5", b"attend_sel", b"attend_all", "its stages are")):
             with self.subTest(file=name):
