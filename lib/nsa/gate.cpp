@@ -116,7 +116,7 @@ Account account(const std::string& name, const Samples& stages, const Samples& s
   if (name == "cmp" && more)
     a.why = "left out, its scores are still formed, because selection needs them";
   else if (more)
-    a.why = "stages timed one by one neither overlap nor share a launch";
+    a.why = "stages timed one by one neither overlap nor share a launch, and may wait for theirs";
   else
     a.why = name == "step" ? "what lies between two stages is in none of them"
                            : "leaving it out also leaves more of the caches to the rest of the step";

@@ -207,9 +207,9 @@ TEST_CASE("gate: what the two accounts of a step differ by, and why", "[gate]") 
   CHECK(a[3].agree);
   std::ostringstream page;
   print_gate(page, v);
-  CHECK(contains(
-      page.str(),
-      "* step (stages timed one by one neither overlap nor share a launch): first minus second +20.0 us at 1024"));
+  CHECK(contains(page.str(),
+                 "* step (stages timed one by one neither overlap nor share a launch, and may wait for theirs): first "
+                 "minus second +20.0 us at 1024"));
   CHECK(contains(page.str(),
                  "selection's share by one account and by the other: 10.0 to 10.0 points apart, on one side "
                  "of 25% at 1 of 1 contexts"));
