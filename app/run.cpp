@@ -100,8 +100,9 @@ Earlier take_up(const Config& config, const Session& session, const std::vector<
   std::vector<std::string> fingerprints;
   for (const Point& point : points) fingerprints.push_back(fingerprint(session, config, point));
   run = continued(before.run, std::move(run));
-  const bool complete = before.run.status == "complete";
-  return {true, complete, finished_points(path, std::move(before), fingerprints)};
+  const bool ended = before.run.status == "complete";
+  std::vector<PointRecord> finished = finished_points(path, std::move(before), fingerprints);
+  return {true, ended && finished.size() == points.size(), std::move(finished)};
 }
 
 /// What rank 0 shows and writes while the points run, and at the end.

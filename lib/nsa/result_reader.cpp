@@ -6,6 +6,7 @@
 #include <charconv>
 #include <cstring>
 #include <filesystem>
+#include <map>
 
 #include "kernels/error.hpp"
 #include "nsa/h5.hpp"
@@ -100,6 +101,8 @@ void read_columns(const h5::Handle& group, PointRecord& p) {
   p.reads.counted = column<std::int64_t>(group, "reads", {branches, ranks, steps});
   p.reads.expected = column<std::int64_t>(group, "reads_expected", {branches, ranks, steps});
   p.reads.nsa_vibe = column<std::int64_t>(group, "reads_nsa_vibe", {steps});
+  if (p.reads.counted.empty() != p.reads.expected.empty())
+    throw h5::Error("of 'reads' and 'reads_expected' it has only one");
   if (!p.reads.counted.empty()) p.reads.ranks = ranks, p.reads.steps = steps;
   p.bytes = column<std::int64_t>(group, "bytes", {stage_count, ranks});
   p.memory.planned = column<std::int64_t>(group, "memory_planned", {kinds, ranks});
@@ -132,6 +135,7 @@ void read_point_attributes(const h5::Handle& group, PointRecord& p) {
   read_attributes(group, p, point_texts);
   read_attributes(group, p, point_integers);
   read_attributes(group, p, point_reals);
+  if (p.warmup_reps < 0) throw h5::Error(fmt::format("attribute 'warmup_reps' is {}", p.warmup_reps));
   read_by_branch(group, "routes", p.routes);
   if (std::count(names.begin(), names.end(), "route_kernels") > 0)  // since 1.3
     read_by_branch(group, "route_kernels", p.route_kernels);
@@ -156,15 +160,21 @@ KernelRecord read_kernels(const h5::Handle& group) {
   return k;
 }
 
+std::map<std::string, std::vector<double>> read_needle(const h5::Handle& group) {
+  std::map<std::string, std::vector<double>> columns{{"depth", {}}};
+  for (const std::string& name : h5::names(group)) columns[name] = h5::read<double>(group, name);
+  for (const auto& [name, values] : columns)
+    if (values.size() != columns.at("depth").size())
+      throw h5::Error(fmt::format("dataset 'needle/{}' is not one value a depth", name));
+  return columns;
+}
+
 PointRecord read_point(const h5::Handle& group, std::int64_t index) {
   PointRecord p;
   p.index = index;
   read_point_attributes(group, p);
   read_columns(group, p);
-  if (h5::has(group, "needle")) {
-    const h5::Handle needle = h5::open_group(group, "needle");
-    for (const std::string& name : h5::names(needle)) p.needle[name] = h5::read<double>(needle, name);
-  }
+  if (h5::has(group, "needle")) p.needle = read_needle(h5::open_group(group, "needle"));
   if (h5::has(group, "kernels")) p.kernels = read_kernels(h5::open_group(group, "kernels"));
   return p;
 }

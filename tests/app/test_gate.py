@@ -126,6 +126,10 @@ class Kernels(AppTest):
         self.write("k.toml", KERNELS)
         done = self.assert_ok(self.nsa("run", "k.toml", "--output", "k.h5", "--set", 'kernels.spans=["mixed", "scattered"]'))
         name = "sel_N32_H2_D16_n4_mixed_context_512"
+        same = self.assert_ok(self.nsa("diff", "k.h5", "k.h5"))  # paired by shape
+        self.assertIn("DIFF: SAME (2 points compared)", same.out)
+        self.assertRegex(same.out, r"\nkernels, sel_\S+_mixed_context_512, batch 1: the same result\n")
+        self.assertRegex(same.out, r"  kernels +fused .* 1\.000  no difference shown\n")
         for figure in ("kernels_fused_time", "kernels_sdpa_time", "kernels_sdpa_packed_time", "kernels_speedup",
                        "kernels_speedup_packed", "kernels_mean_abs_err", "kernels_max_abs_err"):
             self.assertIn(f"FOM {figure}_{name} = ", done.out)
