@@ -120,8 +120,15 @@ std::vector<std::string> lines(const std::string& text) {
   return result;
 }
 
+void read_by_branch(const h5::Handle& group, const char* name, std::array<std::string, branches>& field) {
+  const std::vector<std::string> texts = h5::string_attributes(group, name);
+  if (texts.size() != field.size()) throw h5::Error(fmt::format("attribute '{}' is not one name a branch", name));
+  std::copy(texts.begin(), texts.end(), field.begin());
+}
+
 void read_point_attributes(const h5::Handle& group, PointRecord& p) {
-  for (const std::string& name : h5::attribute_names(group)) {  // parameters are "section.key"
+  const std::vector<std::string> names = h5::attribute_names(group);
+  for (const std::string& name : names) {  // parameters are "section.key"
     if (name.find('.') != std::string::npos) p.parameters.emplace_back(name, h5::attribute(group, name));
   }
   p.valid = h5::attribute_as<std::string>(group, "validity") == "VALID";
@@ -129,9 +136,9 @@ void read_point_attributes(const h5::Handle& group, PointRecord& p) {
   read_attributes(group, p, point_integers);
   read_attributes(group, p, point_reals);
   if (p.warmup_reps < 0) throw h5::Error(fmt::format("attribute 'warmup_reps' is {}", p.warmup_reps));
-  const std::vector<std::string> routes = h5::string_attributes(group, "routes");
-  if (routes.size() != p.routes.size()) throw h5::Error("attribute 'routes' is not one name a branch");
-  std::copy(routes.begin(), routes.end(), p.routes.begin());
+  read_by_branch(group, "routes", p.routes);
+  if (std::count(names.begin(), names.end(), "route_kernels") > 0)  // since 1.3
+    read_by_branch(group, "route_kernels", p.route_kernels);
   p.fallbacks = lines(h5::attribute_as<std::string>(group, "fallbacks"));
 }
 
@@ -149,6 +156,7 @@ KernelRecord read_kernels(const h5::Handle& group) {
   k.mean_abs_err = whole("mean_abs_err", {count});
   k.mean_abs_err_se = whole("mean_abs_err_se", {count});
   k.max_abs_err = whole("max_abs_err", {count});
+  k.variants = column<std::string>(group, "variant", {count});
   return k;
 }
 

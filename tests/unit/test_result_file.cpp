@@ -84,6 +84,7 @@ void check_same(const PointRecord& a, const PointRecord& b) {
   for (const auto& entry : point_integers) CHECK(a.*entry.field == b.*entry.field);
   for (const auto& entry : point_reals) CHECK(a.*entry.field == b.*entry.field);
   CHECK(a.routes == b.routes);
+  CHECK(a.route_kernels == b.route_kernels);
   CHECK(a.fallbacks == b.fallbacks);
   CHECK(a.time.modes == b.time.modes);
   CHECK(a.time.ranks == b.time.ranks);
@@ -107,6 +108,7 @@ void check_same(const PointRecord& a, const PointRecord& b) {
   CHECK(a.kernels.mean_abs_err == b.kernels.mean_abs_err);
   CHECK(a.kernels.max_abs_err == b.kernels.max_abs_err);
   CHECK(a.kernels.mean_abs_err_se == b.kernels.mean_abs_err_se);
+  CHECK(a.kernels.variants == b.kernels.variants);
 }
 
 }  // namespace
