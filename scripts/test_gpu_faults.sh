@@ -7,8 +7,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 gpus=$(nvidia-smi -L | wc -l)
 ranks=${1:-$((gpus > 8 ? 8 : gpus))}
-cmake --preset cuda -B build/cuda-faults -DNSA_FAULTS=ON -DNSA_TESTS=OFF >/dev/null
-cmake --build build/cuda-faults
+cmake --preset cuda-faults >/dev/null
+cmake --build --preset cuda-faults
+failed=0
+ctest --preset cuda-faults || failed=1
 nsa=$PWD/build/cuda-faults/nsa
 deadline=15 promised=15
 folder=$(mktemp -d)
@@ -41,7 +43,6 @@ input decode 65536 200 '["total", "branches"]' 600.0 >long.toml
 input decode 16384 50 '["branches", "total"]' 0.0 >decode.toml
 input prefill 16384 20 '["branches", "total"]' 0.0 >prefill.toml
 
-failed=0
 wrong() { echo "NOT as promised: $*" && cat err && failed=1; }
 
 # ends CODE SECONDS PATTERN TITLE FAULT INPUT: a run with the fault ends with the code, in time, and says so.

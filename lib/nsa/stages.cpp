@@ -216,11 +216,13 @@ bool attend_at_once(Work& w) {
   args.combine = combine_args(w);
   if (!works || !accepts(args)) return false;
   try {
+    fault::refuse_launch("attend.step", w.engine.device(), w.engine.streams.compute);
     run(args, w.engine.streams.compute);
   } catch (const LaunchError&) {
     works = false;  // the stages one by one do the same, and fall back where they must
     return false;
   }
+  for (const Branch b : {cmp, sel, win}) w.engine.routes.of(w.phase, b).note("step");
   return true;
 }
 

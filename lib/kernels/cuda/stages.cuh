@@ -26,6 +26,7 @@ void attend_general(Branch branch, const AttendArgs&, Stream*);
 /// decode.cu
 void attend_decode(Branch branch, const AttendArgs&, Stream*);
 bool decode_accepts(const LayerShape&, const QueryTile&);
+bool decode_reads_map(Branch branch, const LayerShape&, const RowMap&);
 
 /// By matrix products (dense.cu): any shape, and masked where one row's scores of all tokens fit the scratch.
 void attend_sdpa(Branch branch, const AttendArgs&, Stream*);
@@ -61,6 +62,7 @@ void decode_step(const DecodeStepArgs&, Stream*);
 /// Row by row, 16-bit storage, tensor cores. attend_decode.cu
 void attend_rows(Branch branch, const AttendArgs&, Stream*);
 bool rows_accept(const LayerShape&, const QueryTile&);
+bool rows_read_map(Branch branch, const LayerShape&, const RowMap&);
 
 /// Bytes a stage asks of the scratch; the three branches may run side by side, each in its own part.
 std::size_t project_scratch(const LayerShape&, const QueryTile&);
