@@ -223,6 +223,7 @@ bool attend_at_once(Work& w) {
     return false;
   }
   for (const Branch b : {cmp, sel, win}) w.engine.routes.of(w.phase, b).note("step");
+  flip("kernel.combine", w, w.buffers.o);
   return true;
 }
 
