@@ -1,14 +1,15 @@
 // Prefill's selected branch, 16-bit storage: neighbouring queries share the blocks they have loaded.
 //
 // A CTA takes a group and 12 consecutive queries, a warp each: a query's (up to 16) heads are the M of m16n8k16, its q
-// stays in registers. One more warp streams the union of the queries' blocks, each block's K and V once, through a ring
-// each (tensor copies, 128-byte swizzle); K is given back as soon as the scores are formed. It tells every query that
-// chose the block where it lies, and a slot is free again when those have given it back: a warp waits for its own
-// blocks alone. Blocks come in an order that gives every query as many of any stretch of the ring. No product is wasted
-// however little the choices agree. CTAs stay and take every gridDim-th item; the items of a group follow one another,
-// so that its K and V stay in the L2. FLOPs: 2 (Dk + Dv) a (head, chosen token). Bytes: from L2, a block's K and V once
-// per 12 queries that share it; from shared memory, once per query that chose it (32 KB at Dk = Dv = 128: 256 cycles).
-// Bound: the L2 where little is shared, else shared memory and tensor cores alike.
+// stays in registers. One more warp walks the union of the queries' blocks, which are sorted, and streams each block's
+// K and V once through a ring each (tensor copies, 128-byte swizzle); K is given back as soon as the scores are formed.
+// It tells every query that chose the block where it lies, and a slot is free again when those have given it back: a
+// warp waits for its own blocks alone and is not held up by what others do. No product is wasted however little the
+// choices agree.
+// CTAs stay and take every gridDim-th item; the items of a group follow one another, so that its K and V stay in the
+// L2. FLOPs: 2 (Dk + Dv) a (head, chosen token). Bytes: from L2, a block's K and V once per 12 queries that share it;
+// from shared memory, once per query that chose it (32 KB at Dk = Dv = 128: 256 cycles). Bound: the L2 where little is
+// shared, else shared memory and tensor cores alike.
 
 #include "kernels/cuda/attend_prefill_sel.cuh"
 #include "kernels/cuda/stages.cuh"

@@ -1,9 +1,9 @@
 #pragma once
 // Prefill's selected branch (attend_prefill_sel.cu): what its two sides share, and the side that streams.
 //
-// The streaming warp takes the blocks of 12 queries in turn and copies each block's K and V once. It tells every query
-// that chose the block where it lies, by a letter and a barrier of that query's own: a barrier of the slot alone would
-// not do, since a warp that waits for its next block may be more than a round of the ring ahead.
+// The streaming warp walks the union of 12 queries' blocks, which are sorted, and copies each block's K and V once. It
+// tells every query that chose the block where it lies, by a letter and a barrier of that query's own: a barrier of the
+// slot alone would not do, since a warp that waits for its next block may be more than a round of the ring ahead.
 
 #include <algorithm>
 
@@ -98,7 +98,7 @@ struct Shared {
   }
 };
 
-// The streaming warp: lane q has query q's list.
+// The streaming warp: lane q has query q's next block; the least of them is the next of the union.
 template <int DK, int DV>
 struct Streamer {
   using At = Layout<DK, DV>;
@@ -150,30 +150,25 @@ __device__ __forceinline__ void Streamer<DK, DV>::stream(const Item& item) {
                    : -1;
   }
   __syncwarp();
-  const int* mine = lists + lane * n;
-  int count = 0;  // the lane's query's blocks
-  for (int i = 0; lane < queries && i < n; ++i) count += mine[i] >= 0;
-  unsigned done = 0;  // those that it was told of
-  for (;;) {
-    // The block that comes next is wanted by the query that was told of the fewest: so a stretch of the ring has as
-    // many for each, and none holds up the others with several in a row.
-    const int told = __popc(done);
-    const int turn_of = __reduce_min_sync(0xffffffffu, told < count ? told << 5 | lane : INT32_MAX);
-    if (turn_of == INT32_MAX) break;
-    const int first_left = told < count ? mine[__ffs(~done) - 1] : -1;
-    const int block = __shfl_sync(0xffffffffu, first_left, turn_of & 31);
-    int at = 0;  // of its blocks below this one
-    for (int step = most_chosen; step > 0; step /= 2)
-      if (at + step <= count && mine[at + step - 1] < block) at += step;
-    const bool is_mine = at < count && mine[at] == block;
+  constexpr int none = INT32_MAX;
+  int at = 0;
+  const auto next = [&] {
+    const int block = lane < queries && at < n ? lists[lane * n + at] : none;
+    ++at;
+    return block < 0 ? none : block;
+  };
+  for (int mine = next();;) {
+    const int block = __reduce_min_sync(0xffffffffu, mine);
+    if (block == none) break;
+    const bool is_mine = mine == block;
     const unsigned by = __ballot_sync(0xffffffffu, is_mine);
     if (lane == 0) fill(block, item.plane, queries - __popc(by));
     __syncwarp();  // both are on their way: their barriers' phases are those that the letter names, or the next
     if (is_mine) {
-      done |= 1u << at;
       shared.letter(lane, mail.slot) = Letter::of(block, turn.slot, turn.phase);
       arrive(shared.told(lane, mail.slot));
       mail.next();
+      mine = next();
     }
     turn.next();
   }
