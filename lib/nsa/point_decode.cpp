@@ -35,7 +35,7 @@ void fill_caches(const Session& session, Engine& e, const TensorSource& source, 
   const DuringPhase phase("fill caches");
   if (e.config.run.fill == CacheFill::synthetic) {
     fill_directly(e, source);
-    return e.connect(session.world);
+    return e.connect(*session.layouts);
   }
   std::optional<Prefill> prefill;
   Recorder untimed(e.device(), e.streams.compute);
@@ -46,7 +46,7 @@ void fill_caches(const Session& session, Engine& e, const TensorSource& source, 
     else
       prefill->load_rows(source);
   });
-  e.connect(session.world);
+  e.connect(*session.layouts);
   prefill->watch([&](double done) { progress(done, 1, "filling caches"); });
   prefill->fill_caches(untimed);
   e.device().synchronize(e.streams.compute);

@@ -236,23 +236,23 @@ void output(Work& w) {
 }
 
 void exchange_lse(Work& w, Stream* stream) {
-  w.engine.kv.all_gather("lse", w.buffers.lse.data(), w.buffers.lse_all.data(), w.buffers.lse.bytes(), stream);
+  w.engine.peers->kv.all_gather("lse", w.buffers.lse.data(), w.buffers.lse_all.data(), w.buffers.lse.bytes(), stream);
 }
 
 void exchange_candidates(Work& w, Stream* stream) {
-  w.engine.kv.all_gather("candidates", w.buffers.candidates.data(), w.buffers.candidates_all.data(),
-                         w.buffers.candidates.bytes(), stream);
+  w.engine.peers->kv.all_gather("candidates", w.buffers.candidates.data(), w.buffers.candidates_all.data(),
+                                w.buffers.candidates.bytes(), stream);
 }
 
 void exchange_partials(Work& w, Stream* stream) {
-  w.engine.kv.all_gather("partials", w.buffers.partials.data(), w.buffers.partials_all.data(),
-                         w.buffers.partials.bytes(), stream);
+  w.engine.peers->kv.all_gather("partials", w.buffers.partials.data(), w.buffers.partials_all.data(),
+                                w.buffers.partials.bytes(), stream);
 }
 
 void sum_outputs(Work& w, std::int64_t rows) {
   const auto count = static_cast<std::size_t>(rows * w.engine.shape().dim);
   Stream* stream = w.engine.streams.compute;
-  w.engine.heads.all_reduce_sum("outputs", w.buffers.y.as<float>(), count, stream);
+  w.engine.peers->heads.all_reduce_sum("outputs", w.buffers.y.as<float>(), count, stream);
   if (w.engine.config.model.layers > 1)
     w.engine.kernels().add(static_cast<std::int64_t>(count), w.buffers.x.as<float>(), w.buffers.y.as<float>(), stream);
 }

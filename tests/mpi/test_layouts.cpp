@@ -1,7 +1,11 @@
 // Every heads x kv layout of the world gives what one rank gives. Rank 0 alone computes that answer, then all
 // ranks together theirs; rank 0 compares.
 
+#include <memory>
+#include <optional>
+
 #include "catch.hpp"
+#include "mpi/at_end.hpp"
 #include "parity/compare.hpp"
 #include "parity/product.hpp"
 
@@ -11,32 +15,47 @@ using namespace parity;
 using oracle::Options;
 using oracle::Reals;
 
+/// All ranks together and rank 0 alone, with their communicators: opening NCCL's takes longer than all that is run.
+struct Ranks {
+  const nsa::Control world = nsa::Control::world(), alone = world.split(world.rank() == 0 ? 0 : 1, world.rank());
+  const nsa::Session together = open(world);
+  const std::optional<nsa::Session> rank_0 = world.rank() == 0 ? std::optional(open(alone)) : std::nullopt;
+  static nsa::Session open(const nsa::Control& group) {
+    return nsa::open_session(config_of({"any", 1, 1, {}}, nsa::TaskKind::decode), group);
+  }
+};
+
+const Ranks& ranks() {
+  static std::unique_ptr<Ranks> open;
+  if (!open) {
+    open = std::make_unique<Ranks>();
+    at_end([] { open.reset(); });
+  }
+  return *open;
+}
+
 struct Answers {
   nsa::Config config;
   nsa::PointRecord one, all;  ///< complete on rank 0
 };
 
-Answers run_both(Shape shape, nsa::TaskKind kind, int heads) {
-  const nsa::Control world = nsa::Control::world();
-  const nsa::Control alone = world.split(world.rank() == 0 ? 0 : 1, world.rank());
-  // As many groups as every number of head shards divides.
-  const int groups = world.size() % 3 == 0 ? 6 : 8;
-  shape.overrides.push_back("model.n_kv_groups=" + std::to_string(groups));
-  shape.overrides.push_back("model.n_heads=" + std::to_string(2 * groups));
-  Answers answers;
+nsa::PointRecord run_on_rank_0(const nsa::Config& config) {
+  nsa::PointRecord record;
   std::string failure;
   try {
-    if (world.rank() == 0) answers.one = run(config_of(shape, kind), alone);
+    if (ranks().rank_0) record = run(config, *ranks().rank_0);
   } catch (const std::exception& e) {
     failure = e.what();
   }
   // The others must not go on to wait for a rank that has left.
-  world.agree(failure.empty() ? nsa::ExitCode::ok : nsa::ExitCode::invalid_result, failure);
+  ranks().world.agree(failure.empty() ? nsa::ExitCode::ok : nsa::ExitCode::invalid_result, failure);
+  return record;
+}
+
+nsa::Config sharded(Shape shape, nsa::TaskKind kind, int heads) {
   shape.overrides.push_back("parallel.heads=" + std::to_string(heads));
-  shape.overrides.push_back("parallel.kv=" + std::to_string(world.size() / heads));
-  answers.config = config_of(shape, kind);
-  answers.all = run(answers.config, world);
-  return answers;
+  shape.overrides.push_back("parallel.kv=" + std::to_string(ranks().world.size() / heads));
+  return config_of(shape, kind);
 }
 
 void check_reads(const Answers& a) {
@@ -72,15 +91,22 @@ void check_same(const Answers& a) {
   check_reads(a);
 }
 
-void check_layouts(const Shape& shape) {
-  const nsa::Control world = nsa::Control::world();
-  for (int heads = 1; heads <= world.size(); ++heads) {
-    if (world.size() % heads != 0) continue;
-    for (const nsa::TaskKind kind : {nsa::TaskKind::prefill, nsa::TaskKind::decode}) {
-      INFO("heads " << heads << ", kv " << world.size() / heads);
-      INFO((kind == nsa::TaskKind::prefill ? "prefill" : "decode"));
-      const Answers answers = run_both(shape, kind, heads);
-      if (world.rank() == 0) CHECK_NOTHROW(check_same(answers));  // a rank that leaves lets the others wait
+void check_layouts(Shape shape) {
+  const int size = ranks().world.size();
+  // As many groups as every number of head shards divides.
+  const int groups = size % 3 == 0 ? 6 : 8;
+  shape.overrides.push_back("model.n_kv_groups=" + std::to_string(groups));
+  shape.overrides.push_back("model.n_heads=" + std::to_string(2 * groups));
+  for (const nsa::TaskKind kind : {nsa::TaskKind::prefill, nsa::TaskKind::decode}) {
+    INFO((kind == nsa::TaskKind::prefill ? "prefill" : "decode"));
+    Answers answers;
+    answers.one = run_on_rank_0(config_of(shape, kind));
+    for (int heads = 1; heads <= size; ++heads) {
+      if (size % heads != 0) continue;
+      INFO("heads " << heads << ", kv " << size / heads);
+      answers.config = sharded(shape, kind, heads);
+      answers.all = run(answers.config, ranks().together);
+      if (ranks().world.rank() == 0) CHECK_NOTHROW(check_same(answers));  // a rank that leaves lets the others wait
     }
   }
 }
