@@ -34,6 +34,7 @@ class Decode {
 
  private:
   void load_inputs(const TensorSource& source);
+  void make_inputs(const TensorSource& source);
   void append_and_compress(Work& work, Recorder& recorder);
   void view_caches(Work& work);
   void attend_by_stages(Work& work, Recorder& recorder);

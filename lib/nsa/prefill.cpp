@@ -89,6 +89,22 @@ Prefill::Prefill(Engine& e, std::int64_t positions, bool record)
 
 void Prefill::load_rows(const TensorSource& source) {
   Engine& e = engine_;
+  const bool layer = e.config.run.scope == Scope::layer, residual = e.config.model.layers > 1;
+  if (!source.from_file()) {
+    const auto make = [&](const std::string& name, const Columns& columns, DType type, const Buffer& buffer) {
+      KvView rows;
+      rows.data = buffer.data();
+      rows.map = e.partition.tokens(false);
+      rows.width = static_cast<std::int32_t>(elements_of(columns.count));
+      rows.plane_stride = local_rows_ * rows.width;
+      make_rows(e, source, name, columns, type, rows, 0, positions_);
+    };
+    if (layer)
+      return make("x", x_columns(e.config, e.point), residual ? DType::f32 : e.shape().dtype,
+                  residual ? buffers_.x : buffers_.x_in);
+    make("given/q", q_columns(e.config, e.point, e.partition), e.shape().dtype, buffers_.q);
+    return make("given/gate", gate_columns(e.config, e.point, e.partition), DType::f32, buffers_.gate);
+  }
   const auto each_own_tile = [&](const std::string& name, const Columns& columns, auto&& store) {
     const std::int64_t width = elements_of(columns.count);
     for (const PrefillTile& tile : tiles_) {
@@ -111,8 +127,8 @@ void Prefill::load_rows(const TensorSource& source) {
       e.device().synchronize(e.streams.compute);
     };
   };
-  if (e.config.run.scope == Scope::layer) {
-    if (e.config.model.layers > 1)
+  if (layer) {
+    if (residual)
       each_own_tile("x", x_columns(e.config, e.point), into_floats(buffers_.x));
     else
       each_own_tile("x", x_columns(e.config, e.point), into_storage(buffers_.x_in));

@@ -1,6 +1,7 @@
 // Every heads x kv layout of the world gives what one rank gives. Rank 0 alone computes that answer, then all
 // ranks together theirs; rank 0 compares.
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 
@@ -66,6 +67,18 @@ void check_reads(const Answers& a) {
       CHECK(counted_reads(a.all, c, step) == counted_reads(a.one, c, step));
 }
 
+/// The rows that were attended, wherever they were made, are those of the tensor that was given.
+void check_given(const Answers& a, const char* attended, const char* given) {
+  const oracle::Reals rows = reals(a.all, attended), all = reals(a.all, given);
+  const std::int64_t batch = rows.shape[0], count = rows.shape[1], width = rows.shape[2] * rows.shape[3];
+  bool same = true;
+  for (std::int64_t b = 0; b < batch; ++b)
+    same &= std::equal(rows.values.begin() + b * count * width, rows.values.begin() + (b + 1) * count * width,
+                       all.values.begin() + (b * all.shape[1] + a.all.first_position) * width);
+  INFO(given);
+  CHECK(same);
+}
+
 /// On rank 0.
 void check_same(const Answers& a) {
   const bool layer = a.config.run.scope == nsa::Scope::layer;
@@ -77,6 +90,8 @@ void check_same(const Answers& a) {
   if (layer) {  // a GEMM of another shape may round q otherwise, and scores with it
     difference = check_selection(options, selected, expected, reals(a.one, "p_slc"), a.one.first_position);
   } else {
+    check_given(a, "q", "given/q");
+    check_given(a, "gate", "given/gate");
     CHECK(selected.values == expected.values);
     CHECK(reals(a.all, "p_slc").values == reals(a.one, "p_slc").values);  // scores are reduced in one order
   }
