@@ -206,16 +206,60 @@ void Decode::attend_by_stages(Work& w, Recorder& recorder) {
   recorder.time(Stage::combine, [&] { combine(w); });
 }
 
+// Between the exchanges in the backend's own launches; a record wants the branches apart to the end.
+void Decode::attend_sharded(Work& w, Recorder& recorder) {
+  w.weighted = !w.options.record;
+  open_shard(w);
+  exchange(w, recorder, exchange_lse);
+  if (w.leaves_out(sel)) {
+    if (w.weighted) weigh_shard(w);
+  } else {
+    rank_blocks(w);
+    fork_exchange(w, recorder, exchange_candidates);
+    if (w.weighted) weigh_shard(w);
+    join_exchange(w, recorder);
+    select_blocks(w);
+    attend(w, sel);
+  }
+  exchange(w, recorder, exchange_partials);
+  combine(w);
+}
+
+bool Decode::try_sharded() {
+  Work w = start({});
+  view_caches(w);
+  if (!shards_at_once(w)) return false;
+  rewind();
+  w.weighted = true;
+  try {
+    open_shard(w);
+    weigh_shard(w);
+    combine(w);
+    engine_.device().synchronize(engine_.streams.compute);
+  } catch (const LaunchError&) {
+    return false;
+  }
+  rewind();
+  return true;
+}
+
+Work Decode::start(const StepOptions& options) {
+  return {engine_, buffers_, options, engine_.partition.kv > 1, decode_tile(engine_, position_.as<std::int64_t>()), 0,
+          0,       {},       {}};
+}
+
 Work Decode::step(const StepOptions& options, Recorder& recorder) {
-  Work w{engine_, buffers_, options, engine_.partition.kv > 1, decode_tile(engine_, position_.as<std::int64_t>()), 0,
-         0,       {},       {}};
+  Work w = start(options);
   for (w.layer = 0; w.layer < engine_.config.model.layers; ++w.layer) {
     view_caches(w);
     if (recorder.times_stages() || !enter_at_once(w)) {
       if (w.whole_layer()) recorder.time(Stage::project, [&] { project(w); });
       append_and_compress(w, recorder);
     }
-    if (recorder.times_stages() || !attend_at_once(w)) attend_by_stages(w, recorder);
+    if (!recorder.times_stages() && sharded_)
+      attend_sharded(w, recorder);
+    else if (recorder.times_stages() || !attend_at_once(w))
+      attend_by_stages(w, recorder);
     if (w.whole_layer()) {
       recorder.time(Stage::output, [&] { output(w); });
       recorder.time(Stage::comm, [&] { sum_outputs(w, engine_.point.batch); });

@@ -104,6 +104,12 @@ StepOutput record_pass(const Session& session, Engine& e, Decode& decode, const 
   return left_by(e, decode);
 }
 
+void choose_launches(const Control& world, Decode& decode) {
+  bool can = false;
+  agreed(world, [&] { can = decode.try_sharded(); });
+  decode.run_sharded(world.max(std::int64_t{!can}) == 0);
+}
+
 // A step as it would run: one graph where the backend has them.
 class WholeStep {
  public:
@@ -163,6 +169,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   const std::vector<ModeRun> runs = mode_runs(config, point);
   StepOptions base;
   base.force_branch = point.force_branch;
+  choose_launches(world, decode);
   StepOutput expected;
   if (config.run.check || config.output.tensors) expected = record_pass(session, e, decode, source, base, record);
   decode.rewind();
@@ -176,6 +183,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   do {
     samples = {};
     passes = 0;
+    choose_launches(world, decode);
     record.stop_reason = measure(world, runs, config.run.min_time, samples, [&](const ModeRun& run, auto&& sink) {
       recorder.time_stages(run.stages);
       WholeStep whole(e, decode, recorder, run);

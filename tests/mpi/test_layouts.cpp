@@ -129,6 +129,10 @@ void check_layouts(Shape shape) {
 const char* attention = "run.scope=\"attention\"";
 const char* synthetic = "run.fill=\"synthetic\"";  // only decode has a cache to fill
 const char* small = "parallel.kv_chunk_blocks=1";
+// Head sizes that a GPU's own kernels take, so that its sharded step runs at once: recorded, and in the measured pass,
+// which exchanges less and is held against the recorded one.
+const char *d_k = "model.d_k=64", *d_v = "model.d_v=64", *checked = "run.check=true",
+           *bf16 = "model.precision=\"bf16\"";
 
 }  // namespace
 
@@ -146,6 +150,7 @@ TEST_CASE("every layout gives the one-rank answer", "[mpi][layer]") {
       {"L = 2", 85, 5, {small, "model.layers=2"}},
       {"bf16", 117, 5, {small, "model.precision=\"bf16\""}},
       {"caches filled directly", 117, 5, {small, synthetic}},
+      {"L = 2, measured passes checked", 117, 5, {small, d_k, d_v, checked, "model.layers=2"}},
   };
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
       check_layouts(shape);
@@ -175,6 +180,8 @@ TEST_CASE("for the same q and k every layout chooses the same blocks, bit for bi
       {"ranks that own nothing", 37, 13, {attention, "parallel.kv_chunk_blocks=2"}},
       {"T = 1", 1, 18, {attention, small}},
       {"caches filled directly", 271, 7, {attention, small, synthetic}},
+      {"measured passes checked", 271, 7, {attention, small, d_k, d_v, checked}},
+      {"measured passes checked, bf16, B = 2", 271, 7, {attention, small, d_k, d_v, checked, bf16, "run.batch=2"}},
       {"shared_kv, bf16", 149, 5, {attention, small, "model.shared_kv=true", "model.precision=\"bf16\""}},
   };
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {

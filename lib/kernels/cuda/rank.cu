@@ -79,12 +79,12 @@ struct Shared {
 __device__ void load_normalisers(const Params& p, std::int64_t row, std::int64_t g, float2* normaliser) {
   const LayerShape& s = p.a.shape;
   const std::int64_t rows = p.a.tile.rows();
-  const int ranks = p.a.lse_ranks, present = s.lanes / ranks;
+  const int ranks = p.a.lse_ranks, slots = lse_slots(s, ranks);
   const float2* lse = reinterpret_cast<const float2*>(p.a.lse) + row * s.heads() + g * s.heads_per_group;
   for (int h = threadIdx.x / 32; h < s.heads_per_group; h += blockDim.x / 32) {
     MaxSum total;
     for (int x = threadIdx.x % 32; x < s.lanes; x += 32) {
-      const float2 ms = lse[std::int64_t{x % ranks * present + x / ranks} * rows * s.heads() + h];
+      const float2 ms = lse[std::int64_t{x % ranks * slots + x / ranks} * rows * s.heads() + h];
       total = merge(total, {ms.x, ms.y});
     }
     const float m = warp_max(total.m), sum = warp_sum(total.s * exp_above(total.m, m));

@@ -129,9 +129,10 @@ constexpr float lowest = -1e30f;
 struct Sum2 {
   float m = lowest, s = 0.0f;
 };
+// Roundings spelled out, here and where scores are scaled: different kernels have to leave the same bits.
 __device__ __forceinline__ Sum2 merge2(Sum2 a, Sum2 b) {
   const float m = fmaxf(a.m, b.m);
-  return {m, a.s * exp2_fast(a.m - m) + b.s * exp2_fast(b.m - m)};
+  return {m, __fmaf_rn(a.s, exp2_fast(a.m - m), __fmul_rn(b.s, exp2_fast(b.m - m)))};
 }
 /// As the interface has it: natural, -inf for nothing.
 __device__ __forceinline__ float2 natural(Sum2 x) {
