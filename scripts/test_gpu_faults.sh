@@ -49,7 +49,7 @@ TOML
 input decode '[65536, 16384, 4096]' 50 0.2 >repeated_decode.toml
 input prefill '[16384, 8192, 4096]' 10 0.2 >repeated_prefill.toml
 input decode 16384 50 0.0 >decode.toml
-input prefill 16384 5 0.0 >prefill.toml
+input prefill 16384 10 0.0 >prefill.toml
 input decode 65536 200 600.0 >long.toml
 
 failed=0

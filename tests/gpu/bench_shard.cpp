@@ -1,5 +1,6 @@
 // One rank's share of a sharded decode step, attention only, without the exchanges: microseconds by layout, stage by
-// stage and in the launches of ShardedStep, and attend_cmp alone beside the floor of its bytes at 4.3 TB/s.
+// stage and in the launches of ShardedStep (one rank: at once), attend_cmp and attend_sel alone, the floor of
+// attend_cmp's bytes at 4.3 TB/s.
 //
 // What the other ranks would send is there once (this rank's own, copied to every place), so the launches do all their
 // work on numbers of the right kind. Graphs of 16 steps over so many sets of caches that each has left the L2 before it
@@ -32,7 +33,8 @@ struct Row {
   int heads, kv;
 };
 constexpr Row table[] = {{8, 1048576, 1, 1}, {8, 1048576, 4, 1}, {8, 1048576, 1, 2}, {8, 1048576, 2, 2},
-                         {8, 1048576, 4, 2}, {8, 65536, 1, 2},   {8, 65536, 2, 2},   {8, 65536, 4, 2}};
+                         {8, 1048576, 4, 2}, {8, 65536, 1, 1},   {8, 65536, 1, 2},   {8, 65536, 2, 2},
+                         {8, 65536, 4, 2},   {1, 65536, 1, 1},   {1, 65536, 1, 2},   {32, 65536, 1, 2}};
 
 struct Caches {
   KvView k[branches], v[branches];
@@ -43,7 +45,7 @@ class Share {
   Share(const Backend& backend, const Row& row);
   void stages(const Caches& c);
   void at_once(const Caches& c);
-  void cmp_alone(const Caches& c) { attend(cmp, c); }
+  void alone(Branch branch, const Caches& c) { attend(branch, c); }
   double measure(const std::function<void(Share&, const Caches&)>& step);
   double cmp_bytes = 0;
 
@@ -269,18 +271,20 @@ double Share::measure(const std::function<void(Share&, const Caches&)>& step) {
 
 int main(int argc, char** argv) {
   const Backend backend = open_cuda(0);
-  std::printf("64 heads, 4 groups, D = 128, bf16; us of one rank, without exchanges\n%14s %10s %10s %8s %8s %8s\n",
-              "batch x ctx", "heads x kv", "by stages", "at once", "cmp", "floor");
+  std::printf("64 heads, 4 groups, D = 128, bf16; us of one rank, without exchanges\n%14s %10s %10s %8s %8s %8s %8s\n",
+              "batch x ctx", "heads x kv", "by stages", "at once", "cmp", "sel", "floor");
   for (const Row& row : table) {
     if (argc == 5 && (row.batch != std::atoi(argv[1]) || row.context != std::atoll(argv[2]) ||
                       row.heads != std::atoi(argv[3]) || row.kv != std::atoi(argv[4])))
       continue;
     Share share(backend, row);
-    const double stages = share.measure([](Share&x, const Caches&c) { x.stages(c); }),
-                 once = share.measure([](Share&x, const Caches&c) { x.at_once(c); }),
-                 cmp_alone = share.measure([](Share&x, const Caches&c) { x.cmp_alone(c); });
-    std::printf("%5d x %5lldK %6d x %d %10.1f %8.1f %8.1f %8.1f\n", row.batch,
-                static_cast<long long>(row.context / 1024), row.heads, row.kv, stages, once, cmp_alone,
+    using Step = std::function<void(Share&, const Caches&)>;
+    const Step by_stages = [](auto&x, auto&c) { x.stages(c); }, joined = [](auto&x, auto&c) { x.at_once(c); },
+               of_cmp = [](auto&x, auto&c) { x.alone(cmp, c); }, of_sel = [](auto&x, auto&c) { x.alone(sel, c); };
+    const double stages = share.measure(by_stages), once = share.measure(joined), cmp_alone = share.measure(of_cmp),
+                 sel_alone = share.measure(of_sel);
+    std::printf("%5d x %5lldK %6d x %d %10.1f %8.1f %8.1f %8.1f %8.1f\n", row.batch,
+                static_cast<long long>(row.context / 1024), row.heads, row.kv, stages, once, cmp_alone, sel_alone,
                 share.cmp_bytes / floor_rate * 1e6);
     std::fflush(stdout);
   }

@@ -1,5 +1,5 @@
-// Decode attention as stages: one branch a launch; the parts of a list are merged by its last CTA, or, where they are
-// many, in a launch behind it.
+// Decode attention as stages: one branch a launch, and one behind it where lists are split or long, in which their
+// parts meet.
 
 #include <algorithm>
 #include <iterator>

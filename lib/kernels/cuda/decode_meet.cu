@@ -17,8 +17,7 @@ namespace nsa::gpu {
 namespace {
 
 constexpr int threads = 128, warps = threads / 32;
-constexpr int most_merged = 8;            // parts that a list's last CTA merges faster than a launch would
-constexpr std::int64_t most_tiles = 512;  // whose (m, sum) it merges faster: they fit its shared memory
+constexpr std::int64_t most_tiles = 512;  // whose lanes a list's only CTA forms: (m, sum) fit its shared memory
 
 // A head of a list, lists rising, heads of a tile side by side.
 struct ListHead {
@@ -238,7 +237,7 @@ int ctas_for(std::int64_t items) { return static_cast<int>((items + threads - 1)
 }  // namespace
 
 bool meets_apart(Branch branch, int splits, std::int64_t tiles) {
-  return splits > most_merged || (branch == cmp && tiles > most_tiles);
+  return splits > 1 || (branch == cmp && tiles > most_tiles);
 }
 
 void launch_meeting(const DecodeMeeting& m, Stream* stream) {

@@ -15,7 +15,8 @@ struct DecodeMeeting {
 };
 void launch_meeting(const DecodeMeeting& meeting, Stream* stream);
 
-/// Whether the last CTA of a list would be long over it, so that a launch of its own is cheaper.
+/// Whether that pays: always where there are parts to merge (docs/kernels.md), else where a CTA would be long over
+/// lanes.
 bool meets_apart(Branch branch, int splits, std::int64_t tiles);
 
 /// Of DecodeShardArgs::weighted what cmp and win give, each normalised by what all ranks have told.

@@ -101,7 +101,15 @@ struct Tiles {
   }
   __device__ __forceinline__ Unit operator()(int i) const {
     const int u = per_unit == 2 ? i / 2 : i / per_unit, at = (i - u * per_unit) * tile_rows;
-    if (!whole) return cut(s, map, t, n, selected, u, at);
+    if (!whole) {
+      if constexpr (B == cmp)
+        if (map.rank != all_ranks && map.chunk == s.leaf) {  // a leaf is a chunk, and this is the u-th here
+          const int row = u * static_cast<int>(map.stride) + map.before,
+                    left = n - (u * map.kv + map.rank) * static_cast<int>(s.leaf);
+          return {row + at, min(tile_rows, min(static_cast<int>(s.leaf), left) - at), 0, row + at};
+        }
+      return cut(s, map, t, n, selected, u, at);
+    }
     int begin, end;
     if constexpr (B == cmp) {
       begin = u * static_cast<int>(s.leaf), end = min(begin + static_cast<int>(s.leaf), n);
