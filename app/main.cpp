@@ -5,10 +5,12 @@
 #include <iostream>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "app/build_info.hpp"
 #include "app/gate.hpp"
 #include "app/info.hpp"
+#include "app/report.hpp"
 #include "app/run.hpp"
 #include "comm/watchdog.hpp"
 #include "nsa/config.hpp"
@@ -27,6 +29,7 @@ constexpr const char* examples = R"(Examples:
   nsa run in.toml --set run.context=[4096,8192] --set run.backend=host --output a.h5
   nsa run inputs/rtx4090_v2.toml --csv decode.csv       the columns of nsa-vibe's benchmark
   nsa run big.toml --max-time 50m --resume              as much as fits; again: the rest
+  nsa report a.h5                                       what the run that wrote it printed
   nsa diff a.h5 b.h5                                    the same result? what got slower?
   nsa gate m4_decode.h5 m4_kernels.h5                   is a custom selection kernel worth it on that device?
 
@@ -39,6 +42,7 @@ struct CommandLine {
   bool routes = false;
   int ranks = 0;
   nsa::GateOptions gate;
+  std::vector<std::string> reported;
   std::string diff_a, diff_b;
 };
 
@@ -73,6 +77,10 @@ void describe(CLI::App& app, CommandLine& line) {
   gate->add_flag("--json", line.gate.json, "print JSON");
   gate->add_flag("--exit-verdict", line.gate.exit_verdict,
                  "exit code 0 PROCEED, 10 STAY, 11 INCONCLUSIVE, 12 NOT EVIDENCE; the largest of several");
+
+  CLI::App* report =
+      app.add_subcommand("report", "Print result files as `run` printed them. Needs no GPU and no launch");
+  report->add_option("FILES", line.reported, "result files")->required();
 
   CLI::App* diff = app.add_subcommand("diff", "Compare two result files: the same result? which stage got slower?");
   diff->add_option("A", line.diff_a, "result file")->required();
@@ -160,6 +168,7 @@ int main(int argc, char** argv) {
     });
   }
   if (app.got_subcommand("gate")) return alone([&] { return nsa::gate(line.gate); });
+  if (app.got_subcommand("report")) return alone([&] { return nsa::report_results(std::cout, line.reported); });
   if (app.got_subcommand("diff"))
     return alone([&] {
       const bool same = nsa::diff_results(std::cout, line.diff_a, line.diff_b);

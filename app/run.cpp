@@ -100,8 +100,9 @@ Earlier take_up(const Config& config, const Session& session, const std::vector<
   std::vector<std::string> fingerprints;
   for (const Point& point : points) fingerprints.push_back(fingerprint(session, config, point));
   run = continued(before.run, std::move(run));
-  const bool complete = before.run.status == "complete";
-  return {true, complete, finished_points(path, std::move(before), fingerprints)};
+  const bool ended = before.run.status == "complete";
+  std::vector<PointRecord> finished = finished_points(path, std::move(before), fingerprints);
+  return {true, ended && finished.size() == points.size(), std::move(finished)};
 }
 
 /// What rank 0 shows and writes while the points run, and at the end.
@@ -134,13 +135,7 @@ class Output {
 
   void finish(const RunRecord& run, const std::string& interrupted) {
     if (writer_) writer_->finish(run);
-    const bool kernels = config_.kind == TaskKind::kernels;
-    if (kernels && !points_.empty()) print_kernels_notes(std::cout, points_);
-    if (config_.kind != TaskKind::needle && !kernels && !points_.empty()) {
-      print_table_notes(std::cout);
-      print_slowest(std::cout, points_);
-    }
-    print_fallbacks(std::cout, points_);
+    print_notes(std::cout, points_);
     write_side_file(config_.output.csv, "--csv", to_csv(points_));
     const bool json = !json_.empty() && interrupted.empty();
     if (json) write_side_file(json_, "--json", to_json(run, config_.output.file, points_));
@@ -154,15 +149,7 @@ class Output {
  private:
   void show(PointRecord record) {
     progress_.clear();
-    if (config_.kind == TaskKind::needle) {
-      print_needles(std::cout, {record});
-    } else if (config_.kind == TaskKind::kernels) {
-      if (points_.empty()) print_kernels_header(std::cout);
-      print_kernels_row(std::cout, record);
-    } else {
-      if (points_.empty()) print_table_header(std::cout, columns_);
-      print_table_row(std::cout, columns_, record);
-    }
+    print_point(std::cout, columns_, record, points_.empty());
     std::cout.flush();
     points_.push_back(std::move(record));
   }

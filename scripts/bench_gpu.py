@@ -6,7 +6,8 @@ backend it has; with --selection also the M4 shapes: torch's SDPA over packed K 
 packs them. Both sides are CUDA graphs timed with events, the median of the replays; in decode both rotate over sets
 of K and V so that none is in the L2 when it is read. Prints the ratio for each row. Needs torch with CUDA.
 
-usage: bench_gpu.py BUILD_DIR [--selection] [--json FILE]     e.g. scripts/bench_gpu.py build/cuda
+usage: bench_gpu.py [BUILD_DIR] [--selection] [--json FILE]   e.g. scripts/bench_gpu.py build/cuda
+Without BUILD_DIR only what --selection adds.
 """
 
 import argparse
@@ -136,7 +137,7 @@ def compare(what, row, seconds, backend, results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("build", type=pathlib.Path, help="a build folder of the cuda preset")
+    parser.add_argument("build", type=pathlib.Path, nargs="?", help="a build folder of the cuda preset")
     parser.add_argument("--selection", action="store_true", help="also torch's packed selection, the M4 shapes")
     parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
     args = parser.parse_args()
@@ -145,9 +146,9 @@ def main():
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, {HEADS} heads, {GROUPS} groups, D = {D}")
     results = []
-    for row in decode_rows(args.build):
+    for row in decode_rows(args.build) if args.build else ():
         compare("decode", row, *dense_decode(row["batch"], row["context"]), results)
-    for row in prefill_rows(args.build):
+    for row in prefill_rows(args.build) if args.build else ():
         compare("prefill", row, *dense_prefill(row["context"]), results)
     if args.selection:
         for shape in SELECTION:

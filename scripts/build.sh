@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Configures and builds one preset (host, host-faults, host-asan, host-tsan, cuda, cuda-debug; default host) after seeing to the packages.
+# Configures and builds one preset (host, host-faults, host-asan, host-tsan, cuda, cuda-faults,
+# cuda-debug; default host) after seeing to the packages.
 #   scripts/build.sh [PRESET] [-DNAME=VALUE ...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -8,11 +8,13 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 gpus=$(nvidia-smi -L | wc -l)
 ranks=${1:-$((gpus > 8 ? 8 : gpus))}
+failed=0
 if [[ -n ${NSA_FAULTS_BINARY:-} ]]; then
   nsa=$(realpath "$NSA_FAULTS_BINARY")
 else
-  cmake --preset cuda -B build/cuda-faults -DNSA_FAULTS=ON -DNSA_TESTS=OFF >/dev/null
-  cmake --build build/cuda-faults
+  cmake --preset cuda-faults >/dev/null
+  cmake --build --preset cuda-faults
+  ctest --preset cuda-faults || failed=1
   nsa=$PWD/build/cuda-faults/nsa
 fi
 # Seconds: the deadline of an operation, longer than CUDA and NCCL take to start; what the watchdog adds at most; and
@@ -52,7 +54,6 @@ input decode 16384 50 0.0 >decode.toml
 input prefill 16384 10 0.0 >prefill.toml
 input decode 65536 200 600.0 >long.toml
 
-failed=0
 wrong() {
   echo "NOT as promised: $*"
   cat out err
@@ -130,6 +131,7 @@ last=$((ranks - 1))
 ends 0 300 '^RESULT: VALID' "undisturbed decode" "" repeated_decode.toml
 ends 0 300 '^RESULT: VALID' "undisturbed prefill" "" repeated_prefill.toml
 if [[ $ranks -gt 1 ]]; then
+  ends 0 300 '^RESULT: VALID' "a launch that one rank is refused" "attend.shard:rank=$last:fail" decode.toml
   stopped $last # one rank alone that is stopped has nobody to miss it
   stopped 0
   ends 4 $((around + deadline + promised)) "rank $last .* is late" "a rank that comes to nothing" \

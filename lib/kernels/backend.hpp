@@ -43,6 +43,8 @@ struct DeviceOps {
   void (*launch)(Graph*, Stream*);
   void (*destroy_graph)(Graph*) noexcept;
   DeviceInfo (*info)();
+  /// In a build with faults: queues a kernel that the device refuses, throws the LaunchError. Null elsewhere.
+  void (*refused_launch)(Stream*) = nullptr;
 };
 
 struct Backend {

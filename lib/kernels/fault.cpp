@@ -135,4 +135,10 @@ void flip(const char* site, const DeviceOps& device, void* data, std::size_t byt
   device.synchronize(stream);
 }
 
+void refuse_launch(const char* site, const DeviceOps& device, Stream* stream) {
+  if (!at(site).is(Action::fail)) return;
+  if (device.refused_launch) device.refused_launch(stream);
+  throw LaunchError("launch refused (by NSA_FAULT)");
+}
+
 }  // namespace nsa::fault

@@ -37,6 +37,9 @@ void set_rank(int rank);
 Fault at(const char* site);
 /// A site that can flip: turns bit `value` (modulo the size) of backend memory; waits for the stream before and after.
 void flip(const char* site, const DeviceOps& device, void* data, std::size_t bytes, Stream* stream);
+/// A site that launches: where it is to fail, throws LaunchError after a launch that the device really refused, on a
+/// device that has launches.
+void refuse_launch(const char* site, const DeviceOps& device, Stream* stream);
 
 #else
 
@@ -44,6 +47,7 @@ constexpr bool built = false;
 constexpr void set_rank(int) {}
 constexpr Fault at(const char*) { return {}; }
 constexpr void flip(const char*, const DeviceOps&, void*, std::size_t, Stream*) {}
+constexpr void refuse_launch(const char*, const DeviceOps&, Stream*) {}
 
 #endif
 

@@ -321,6 +321,9 @@ struct AttendKernel {
   bool (*rescores)(const LayerShape&) = nullptr;
   /// Bytes of scratch it wants when they are more than KernelTable::scratch_bytes; null: never.
   std::size_t (*scratch)(const LayerShape&, const QueryTile&) = nullptr;
+  /// Where it is several kernels: the name of the one that `run` takes for these arguments. Null: it is one.
+  const char* (*variant)(const AttendArgs&) = nullptr;
+  const char* variant_name(const AttendArgs& a) const { return variant ? variant(a) : name; }
 };
 
 struct KernelTable {

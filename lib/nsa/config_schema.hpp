@@ -48,9 +48,14 @@ inline constexpr Choice<CacheFill> fills[] = {{"prefill", CacheFill::prefill}, {
 inline constexpr Choice<std::int32_t> branch_choices[] = {{"cmp", cmp}, {"sel", sel}, {"win", win}};
 inline constexpr Choice<Spans> span_choices[] = {
     {"contiguous", Spans::contiguous}, {"mixed", Spans::mixed}, {"scattered", Spans::scattered}};
-inline const Choice<std::string> implementation_choices[] = {
-    {"fused", "fused"},   {"sdpa", "sdpa"},  {"sdpa_packed", "sdpa_packed"}, {"flash_packed", "flash_packed"},
-    {"masked", "masked"}, {"flash", "flash"}};
+inline const Choice<std::string> implementation_choices[] = {{"fused", "fused"},
+                                                             {"sdpa", "sdpa"},
+                                                             {"sdpa_packed", "sdpa_packed"},
+                                                             {"flash_packed", "flash_packed"},
+                                                             {"masked", "masked"},
+                                                             {"flash", "flash"},
+                                                             {"tiled", "tiled"},
+                                                             {"rows", "rows"}};
 inline const Choice<std::string> sel_routes[] = {
     {"auto", "auto"}, {"sdpa", "sdpa"}, {"masked", "masked"}, {"fused", "fused"}};
 inline const Choice<std::string> win_routes[] = {

@@ -10,6 +10,7 @@
 #include "kernels/error.hpp"
 #include "nsa/check.hpp"
 #include "nsa/figures.hpp"
+#include "nsa/report.hpp"
 #include "nsa/result_file.hpp"
 
 namespace nsa {
@@ -23,6 +24,8 @@ bool decides_result(const std::string& key) {
   }
   return true;
 }
+
+bool is_kernels(const PointRecord& p) { return text_parameter(p, "task.kind") == "kernels"; }
 
 std::string text_of(const decltype(Parameter::second)& value) {
   return std::visit([](const auto& v) { return fmt::format("{}", v); }, value);
@@ -104,21 +107,30 @@ const char* verdict(const Summary& a, const Summary& b) {
   return b.low > a.high ? "slower" : b.high < a.low ? "faster" : "no difference shown";
 }
 
-void print_stage(std::ostream& out, const char* mode, Stage stage, const PointRecord& a, const PointRecord& b) {
-  const Summary of_a = stage_time(a, mode, stage), of_b = stage_time(b, mode, stage);
-  if (of_a.n == 0 || of_b.n == 0) return;
-  fmt::print(out, "  {:<9} {:<10} {:>32} {:>32} {:>7.3f}  {}\n", mode, stage_names[static_cast<std::size_t>(stage)],
-             interval_text(of_a), interval_text(of_b), of_b.median / of_a.median, verdict(of_a, of_b));
+void print_time(std::ostream& out, const char* mode, std::string_view what, const Summary& a, const Summary& b) {
+  if (a.n == 0 || b.n == 0) return;
+  fmt::print(out, "  {:<9} {:<12} {:>32} {:>32} {:>7.3f}  {}\n", mode, what, interval_text(a), interval_text(b),
+             b.median / a.median, verdict(a, b));
 }
 
 void print_times(std::ostream& out, const PointRecord& a, const PointRecord& b) {
-  fmt::print(out, "  {:<9} {:<10} {:>32} {:>32} {:>7}\n", "mode", "stage", "A median [95%]", "B median [95%]", "B/A");
-  print_stage(out, "total", Stage::step, a, b);
-  for (int stage = 0; stage < stage_count; ++stage) print_stage(out, "branches", static_cast<Stage>(stage), a, b);
+  const bool kernels = is_kernels(a);
+  fmt::print(out, "  {:<9} {:<12} {:>32} {:>32} {:>7}\n", "mode", kernels ? "by" : "stage", "A median [95%]",
+             "B median [95%]", "B/A");
+  const auto print_stage = [&](const char* mode, Stage stage) {
+    print_time(out, mode, stage_names[static_cast<std::size_t>(stage)], stage_time(a, mode, stage),
+               stage_time(b, mode, stage));
+  };
+  print_stage("total", Stage::step);
+  for (int stage = 0; stage < stage_count; ++stage) print_stage("branches", static_cast<Stage>(stage));
+  for (const std::string& name : a.kernels.implementations)
+    print_time(out, "kernels", name, summarise(kernel_samples(a, name)), summarise(kernel_samples(b, name)));
 }
 
 /// What pairs points of two files.
 std::string sweep_key(const PointRecord& p) {
+  if (is_kernels(p))
+    return fmt::format("kernels, {}, batch {}", kernel_point_name(p), integer_parameter(p, "run.batch", 1));
   return fmt::format("{}, context {}, batch {}, forced branch {}", text_parameter(p, "task.kind"),
                      integer_parameter(p, "run.context", 0), integer_parameter(p, "run.batch", 1),
                      text_parameter(p, "run.force_branch", "none"));
@@ -158,7 +170,7 @@ bool diff_results(std::ostream& out, const std::string& path_a, const std::strin
   }
   if (paired == 0)
     throw UserError(
-        fmt::format("{} and {} have no point in common (task, context, batch and forced branch pair them); "
+        fmt::format("{} and {} have no point in common (task, context, batch and forced branch, or shape, pair them); "
                     "compare runs of the same sweep",
                     path_a, path_b));
   fmt::print(out, "\nDIFF: {} ({} points compared)\n", same ? "SAME" : "DIFFERENT", paired);

@@ -80,6 +80,13 @@ Summary kernel_ratio(const PointRecord& point, std::string_view of, std::string_
   return summarise(std::move(ratio), miss);
 }
 
+std::string kernel_variant(const PointRecord& point, std::string_view implementation) {
+  const KernelRecord& k = point.kernels;
+  const auto at = std::find(k.implementations.begin(), k.implementations.end(), implementation);
+  const std::size_t i = static_cast<std::size_t>(at - k.implementations.begin());
+  return i < k.variants.size() ? k.variants[i] : "";
+}
+
 const char* fastest_packed(const PointRecord& point) {
   const double sdpa = summarise(kernel_samples(point, "sdpa_packed")).median;
   const double flash = summarise(kernel_samples(point, "flash_packed")).median;

@@ -22,6 +22,9 @@ std::vector<double> kernel_samples(const PointRecord& point, std::string_view im
 /// probability `miss`. NaN where one was not measured.
 Summary kernel_ratio(const PointRecord& point, std::string_view of, std::string_view to, double miss = 0.05);
 
+/// The backend's kernel that the implementation ran as; "" where the file does not say (before schema 1.3) or lacks it.
+std::string kernel_variant(const PointRecord& point, std::string_view implementation);
+
 /// "sdpa_packed" or "flash_packed": whichever attended packed K and V faster, by the median.
 const char* fastest_packed(const PointRecord& point);
 

@@ -114,12 +114,12 @@ Account account(const std::string& name, const Samples& stages, const Samples& s
   if (a.agree) return a;
   const bool more = a.stages.value > a.step.value;
   if (name == "cmp" && more)
-    a.why = "the scores stay when cmp is left out: selection needs them";
+    a.why = "left out, its scores are still formed, because selection needs them";
   else if (more)
-    a.why = "stages apart neither overlap nor share a launch";
+    a.why = "stages timed one by one neither overlap nor share a launch, and may wait for theirs";
   else
-    a.why = name == "step" ? "waits between stages are in no stage"
-                           : "the step also warms caches and fills gaps for the rest";
+    a.why = name == "step" ? "what lies between two stages is in none of them"
+                           : "leaving it out also leaves more of the caches to the rest of the step";
   return a;
 }
 
@@ -161,7 +161,7 @@ std::vector<ShapeResult> shape_results(const DevicePoints& points) {
   const double missing = miss / static_cast<double>(std::max<std::size_t>(1, points.kernels.size()));
   std::vector<ShapeResult> shapes;
   for (const PointRecord* p : points.kernels)
-    shapes.push_back({shape_name(*p), ratio(*p, "sdpa", "fused", missing),
+    shapes.push_back({shape_name(*p), kernel_variant(*p, "fused"), ratio(*p, "sdpa", "fused", missing),
                       ratio(*p, fastest_packed(*p), "fused", missing), mean_error(p->kernels, missing)});
   return shapes;
 }

@@ -54,7 +54,8 @@ struct ContextVerdict {
 };
 
 struct ShapeResult {
-  std::string name;  ///< "N=256 H=4 D=64 n=8 scattered"
+  std::string name;    ///< "N=256 H=4 D=64 n=8 scattered"
+  std::string kernel;  ///< that `fused` ran as; "" where the file does not say
   Measured with_gather, packed, error;
 };
 

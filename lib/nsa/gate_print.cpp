@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <fmt/ostream.h>
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 
@@ -73,27 +74,66 @@ std::string account_cell(const Account& a) {
   return fmt::format("{}, {}{}", time_text(a.stages.value), time_text(a.step.value), a.agree ? "" : " *");
 }
 
+std::string signed_time(double seconds) { return (seconds < 0 ? "-" : "+") + time_text(std::abs(seconds)); }
+
+/// Where the two accounts of something lie apart for one reason, and by how much.
+struct Apart {
+  double least = INFINITY, most = -INFINITY;
+  std::vector<std::string> contexts;
+
+  void add(const Account& a, std::int64_t context) {
+    const double more = a.stages.value - a.step.value;
+    least = std::min(least, more), most = std::max(most, more);
+    contexts.push_back(std::to_string(context));
+  }
+  std::string text(std::size_t all) const {
+    const std::string by = signed_time(least), to = signed_time(most);
+    return fmt::format("{}{} at {}", by, by == to ? "" : " to " + to,
+                       contexts.size() == all && all > 1 ? "every context" : joined(contexts));
+  }
+};
+
+/// How far the two shares of selection lie apart, and whether that matters for the first condition.
+void print_share_accounts(std::ostream& out, const std::vector<ContextVerdict>& contexts) {
+  double least = INFINITY, most = 0;
+  int counted = 0, same_side = 0;
+  for (const ContextVerdict& v : contexts) {
+    const double stages = v.share.measured.value, ablation = v.share_ablation.value;
+    if (std::isnan(stages) || std::isnan(ablation)) continue;
+    least = std::min(least, std::abs(stages - ablation)), most = std::max(most, std::abs(stages - ablation));
+    ++counted;
+    same_side += (stages >= gate_share) == (ablation >= gate_share);
+  }
+  if (counted > 0)
+    fmt::print(out,
+               "   selection's share by one account and by the other: {:.1f} to {:.1f} points apart, on one side of "
+               "{:.0f}% at {} of {} contexts\n",
+               100 * least, 100 * most, 100 * gate_share, same_side, counted);
+}
+
 void print_accounts(std::ostream& out, const DeviceVerdict& device) {
   if (device.contexts.empty()) return;
-  fmt::print(out,
-             "Two accounts of a step: its stages apart, and the whole (of a branch: what leaving it out saves). "
-             "* intervals apart\n");
+  fmt::print(
+      out,
+      "Do the parts add up? step: the sum of its stages, each timed by itself, and the step as it runs. cmp, sel, "
+      "win: the\nbranch's stages, and what the step saves when the branch is left out. *: the intervals of the "
+      "two do not meet.\n");
   fmt::print(out, "{:>9} {:>5}", "context", "batch");
   for (const Account& a : device.contexts[0].accounts) fmt::print(out, "  {:<21}", a.name);
   fmt::print(out, "\n");
-  std::map<std::string, std::string> reasons;  // name and why -> contexts, by how much
+  std::map<std::string, Apart> reasons;  // by name and why
   for (const ContextVerdict& v : device.contexts) {
     fmt::print(out, "{:>9} {:>5}", v.context, v.batch);
     for (const Account& a : v.accounts) {
       fmt::print(out, "  {:<21}", account_cell(a));
       if (a.agree) continue;
-      std::string& list = reasons[a.name + " (" + a.why + ")"];
-      list += fmt::format("{}{}{} at {}", list.empty() ? "" : ", ", a.stages.value > a.step.value ? "+" : "-",
-                          time_text(std::abs(a.stages.value - a.step.value)), v.context);
+      reasons[fmt::format("{} ({})", a.name, a.why)].add(a, v.context);
     }
     fmt::print(out, "\n");
   }
-  for (const auto& [what, by] : reasons) fmt::print(out, "   * {}: stages less the whole: {}\n", what, by);
+  for (const auto& [what, apart] : reasons)
+    fmt::print(out, "   * {}: first minus second {}\n", what, apart.text(device.contexts.size()));
+  print_share_accounts(out, device.contexts);
 }
 
 // JSON. Numbers that are not there are null.
@@ -138,8 +178,9 @@ std::string device_json(const DeviceVerdict& d) {
       condition_json(d.speedup_packed), condition_json(d.error), list_json(d.contexts, context_json),
       list_json(d.shapes,
                 [](const ShapeResult& s) {
-                  return fmt::format(R"({{"name": {}, "with_gather": {}, "packed": {}, "error": {}}})", quoted(s.name),
-                                     measured_json(s.with_gather), measured_json(s.packed), measured_json(s.error));
+                  return fmt::format(R"({{"name": {}, "kernel": {}, "with_gather": {}, "packed": {}, "error": {}}})",
+                                     quoted(s.name), quoted(s.kernel), measured_json(s.with_gather),
+                                     measured_json(s.packed), measured_json(s.error));
                 }),
       list_json(d.notes, quoted));
 }
@@ -184,10 +225,10 @@ void print_adr(std::ostream& out, const DeviceVerdict& device) {
       "(`sdpa`)?\n\n## Decision\n\n**{}**: {}.\n\n## Evidence\n\n```\n",
       word_of(device.verdict), device.why);
   print_gate(out, device);
-  fmt::print(out, "```\n\n| shape | sdpa / fused | sdpa_packed / fused | mean error |\n|---|---|---|---|\n");
+  fmt::print(out, "```\n\n| shape | ran as | sdpa / fused | packed / fused | mean error |\n|---|---|---|---|---|\n");
   for (const ShapeResult& s : device.shapes)
-    fmt::print(out, "| {} | {} | {} | {} |\n", s.name, with_interval(s.with_gather, 1, 2, "x"),
-               with_interval(s.packed, 1, 2, "x"), error_text(s.error));
+    fmt::print(out, "| {} | {} | {} | {} | {} |\n", s.name, s.kernel.empty() ? "-" : s.kernel,
+               with_interval(s.with_gather, 1, 2, "x"), with_interval(s.packed, 1, 2, "x"), error_text(s.error));
   fmt::print(out,
              "\n## What would change it\n\nAnother device, driver or build: run the commands above there and `nsa "
              "gate` on the "

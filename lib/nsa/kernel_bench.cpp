@@ -219,7 +219,7 @@ void KernelBench::fill(Stream* stream) {
   device_.synchronize(stream);  // before what was copied from goes
 }
 
-void KernelBench::run(const KernelChoice& choice, std::int64_t at, Stream* stream) const {
+AttendArgs KernelBench::args_of(const KernelChoice& choice, std::int64_t at) const {
   AttendArgs args;
   args.shape = choice.packed ? packed_shape_ : shape_;
   args.tile = choice.packed ? packed_tile_ : tile_;
@@ -238,7 +238,15 @@ void KernelBench::run(const KernelChoice& choice, std::int64_t at, Stream* strea
   }
   args.scratch = scratch_.data();
   args.scratch_bytes = scratch_.bytes();
-  choice.kernel->run(args, stream);
+  return args;
+}
+
+void KernelBench::run(const KernelChoice& choice, std::int64_t at, Stream* stream) const {
+  choice.kernel->run(args_of(choice, at), stream);
+}
+
+std::string KernelBench::variant(const KernelChoice& choice) const {
+  return choice.kernel->variant_name(args_of(choice, 0));
 }
 
 void KernelBench::clear(Stream* stream) const {

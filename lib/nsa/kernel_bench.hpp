@@ -43,6 +43,8 @@ class KernelBench {
   void fill(Stream* stream);
   /// Queues one execution on copy `at` (modulo how many there are).
   void run(const KernelChoice& choice, std::int64_t at, Stream* stream) const;
+  /// The backend's kernel that it runs as.
+  std::string variant(const KernelChoice& choice) const;
 
   std::int64_t rows() const { return rows_; }
   std::int64_t copies() const { return static_cast<std::int64_t>(kv_.size()); }
@@ -58,6 +60,7 @@ class KernelBench {
   std::vector<double> oracle(Stream* stream, int threads) const;
 
  private:
+  AttendArgs args_of(const KernelChoice& choice, std::int64_t at) const;
   std::vector<std::int64_t> tokens_of(std::int64_t row) const;
   std::vector<float> download(const void* from, std::int64_t count, Stream* stream) const;
 

@@ -1,5 +1,7 @@
 #include "nsa/point.hpp"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -35,6 +37,7 @@ void finish_point(const Control& world, Engine& e, const Samples& samples, Point
   for (const Branch c : kv_column_order) {
     record.routes[c] = e.routes.of(phase, c).kernel->name;
     record.route_reasons[c] = e.routes.of(phase, c).reason;
+    record.route_kernels[c] = fmt::format("{}", fmt::join(e.routes.of(phase, c).ran, ", "));
   }
   record.fallbacks = e.routes.fallbacks(phase);
 }

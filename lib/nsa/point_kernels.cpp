@@ -111,7 +111,10 @@ MemoryAccount run_kernels(const Session& session, const Config& config, const Po
     bench->fill(own.stream);
   });
   KernelRecord& k = record.kernels;
-  for (const KernelChoice& choice : choices) k.implementations.push_back(choice.label);
+  for (const KernelChoice& choice : choices) {
+    k.implementations.push_back(choice.label);
+    k.variants.push_back(bench->variant(choice));
+  }
   if (config.run.check)
     check(session, *bench, choices, config.model.precision, own.stream, record);
   else

@@ -57,18 +57,18 @@ auto members(R& r) {
 
 template <Is<KernelRecord> R>
 auto members(R& r) {
-  auto& [implementations, ranks, reps, seconds, mean, max, se] = r;
-  return std::tie(implementations, ranks, reps, seconds, mean, max, se);
+  auto& [implementations, ranks, reps, seconds, mean, max, se, variants] = r;
+  return std::tie(implementations, ranks, reps, seconds, mean, max, se, variants);
 }
 
 template <Is<PointRecord> R>
 auto members(R& r) {
   auto& [index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps, time,
-         reads, bytes, copy_bandwidth, memory, routes, route_reasons, fallbacks, max_abs_err, tensors, needle,
-         kernels] = r;
+         reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, fallbacks, max_abs_err, tensors,
+         needle, kernels] = r;
   return std::tie(index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps,
-                  time, reads, bytes, copy_bandwidth, memory, routes, route_reasons, fallbacks, max_abs_err, tensors,
-                  needle, kernels);
+                  time, reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, fallbacks,
+                  max_abs_err, tensors, needle, kernels);
 }
 
 template <Is<ResultFile> R>

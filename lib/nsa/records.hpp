@@ -70,6 +70,7 @@ struct KernelRecord {
   std::vector<double> seconds;                    ///< [implementation][rank][rep], of one execution
   std::vector<double> mean_abs_err, max_abs_err;  ///< [implementation]
   std::vector<double> mean_abs_err_se;            ///< [implementation], standard error of the mean over query rows
+  std::vector<std::string> variants;              ///< [implementation], the backend's kernel; empty in files before 1.3
 };
 
 struct PointRecord {
@@ -86,6 +87,7 @@ struct PointRecord {
   double copy_bandwidth = 0;        ///< bytes/s read + written, measured on the slowest rank
   MemoryRecord memory;
   std::array<std::string, branches> routes, route_reasons;  ///< what ran, and why it was chosen
+  std::array<std::string, branches> route_kernels;          ///< as which kernels of the backend: "tiled, rows"
   std::vector<std::string>
       fallbacks;            ///< "sel: fused -> sdpa: reason (12 calls)", "prefill sel: ..." in a decode point
   double max_abs_err = -1;  ///< against float64 at sampled rows; < 0: not checked

@@ -102,6 +102,8 @@ TableColumns table_columns(const std::vector<PointRecord>& points) {
   return columns;
 }
 
+namespace {
+
 void print_table_header(std::ostream& out, const TableColumns& columns) {
   fmt::print(out, "{:>8}", "context");
   if (columns.batch) fmt::print(out, " {:>6}", "batch");
@@ -131,13 +133,6 @@ void print_table_notes(std::ostream& out) {
              "group; nsa-vibe: what the formula cmp + n*l' + min(w,S) gives.\n");
 }
 
-void print_table(std::ostream& out, const std::vector<PointRecord>& points) {
-  const TableColumns columns = table_columns(points);
-  print_table_header(out, columns);
-  for (const PointRecord& point : points) print_table_row(out, columns, point);
-  print_table_notes(out);
-}
-
 void print_fallbacks(std::ostream& out, const std::vector<PointRecord>& points) {
   for (const PointRecord& point : points)
     for (const std::string& line : point.fallbacks) fmt::print(out, "fallback at {}: {}\n", point_name(point), line);
@@ -152,6 +147,42 @@ void print_slowest(std::ostream& out, const std::vector<PointRecord>& points) {
                point_name(point), slowest - work.begin(), work.size(), point.heads, point.kv, time_text(*slowest),
                *slowest / summarise(work).median);
   }
+}
+
+std::string kind_of(const PointRecord& point) { return text_parameter(point, "task.kind", ""); }
+
+}  // namespace
+
+void print_point(std::ostream& out, const TableColumns& columns, const PointRecord& point, bool first) {
+  const std::string kind = kind_of(point);
+  if (kind == "needle") {
+    print_needles(out, {point});
+  } else if (kind == "kernels") {
+    if (first) print_kernels_header(out);
+    print_kernels_row(out, point);
+  } else {
+    if (first) print_table_header(out, columns);
+    print_table_row(out, columns, point);
+  }
+}
+
+void print_notes(std::ostream& out, const std::vector<PointRecord>& points) {
+  if (points.empty()) return;
+  const std::string kind = kind_of(points.front());
+  if (kind == "kernels") {
+    print_kernels_notes(out, points);
+  } else if (kind != "needle") {
+    print_table_notes(out);
+    print_slowest(out, points);
+  }
+  print_fallbacks(out, points);
+}
+
+void print_points(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted) {
+  const TableColumns columns = table_columns(points);
+  for (const PointRecord& point : points) print_point(out, columns, point, &point == &points.front());
+  print_notes(out, points);
+  print_figures(out, points, interrupted);
 }
 
 void print_figures(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted) {

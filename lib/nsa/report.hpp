@@ -15,18 +15,17 @@ struct TableColumns {
 };
 TableColumns table_columns(const std::vector<PointRecord>& points);
 
-/// One line a point: context, total, cmp, rank, sel, win, comm, other stages, share of selection, reads
-/// counted/expected, nsa-vibe's formula. Header and rows apart, so that a row can be printed as its point finishes.
-void print_table_header(std::ostream& out, const TableColumns& columns);
-void print_table_row(std::ostream& out, const TableColumns& columns, const PointRecord& point);
-void print_table_notes(std::ostream& out);  ///< what the columns are
-void print_table(std::ostream& out, const std::vector<PointRecord>& points);
+/// A point as it finishes, under a header before the first. A table with one line a point: context, total, cmp, rank,
+/// sel, win, comm, other stages, share of selection, reads counted/expected, nsa-vibe's formula; kind = "needle" and
+/// "kernels" have tables of their own.
+void print_point(std::ostream& out, const TableColumns& columns, const PointRecord& point, bool first);
 
-/// The slowest rank of each point and by how much (max / median over ranks of their own work). One rank: nothing.
-void print_slowest(std::ostream& out, const std::vector<PointRecord>& points);
+/// What stands below the points: what the columns are; the slowest rank of each point and by how much (max / median
+/// over ranks of their own work), where there are several; a line for each fallback: where, from what, why, how often.
+void print_notes(std::ostream& out, const std::vector<PointRecord>& points);
 
-/// A line for each fallback: where, from what, why, how often. None: nothing.
-void print_fallbacks(std::ostream& out, const std::vector<PointRecord>& points);
+/// All of it as `nsa run` prints it, the figures included.
+void print_points(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted = "");
 
 /// A FOM line.
 struct Figure {

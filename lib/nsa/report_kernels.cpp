@@ -15,7 +15,8 @@ namespace {
 
 constexpr double guard_speedup = 1.2;   ///< nsa-vibe's production threshold for FA-2 too
 constexpr std::int64_t never = 999999;  ///< its word for "not at any length"
-constexpr const char* names[] = {"fused", "sdpa", "sdpa_packed", "flash_packed", "masked", "flash"};
+constexpr const char* columns[] = {"fused", "sdpa", "sdpa_packed", "flash_packed", "masked", "flash"};
+constexpr const char* variants[] = {"tiled", "rows"};  ///< of fused, where they were asked for by name
 
 std::string branch_of(const PointRecord& p) { return text_parameter(p, "kernels.branch", "sel"); }
 
@@ -69,9 +70,12 @@ std::vector<Figure> kernel_figures(const PointRecord& p) {
   const auto add = [&](const std::string& what, double value, int decimals, const char* unit) {
     if (!std::isnan(value)) figures.push_back({what + "_" + name, fmt::format("{:.{}f}", value, decimals), unit});
   };
-  for (const char* implementation : names)
+  const auto add_time = [&](const char* implementation) {
     add(fmt::format("kernels_{}_time", implementation), 1e6 * summarise(kernel_samples(p, implementation)).median, 3,
         "us");
+  };
+  std::for_each(std::begin(columns), std::end(columns), add_time);
+  std::for_each(std::begin(variants), std::end(variants), add_time);
   add("kernels_speedup", kernel_ratio(p, "sdpa", custom).median, 3, "1");
   add("kernels_speedup_packed", kernel_ratio(p, fastest_packed(p), custom).median, 3, "1");
   if (const std::string error = error_text(p, &KernelRecord::mean_abs_err); error != "-")
@@ -81,8 +85,9 @@ std::vector<Figure> kernel_figures(const PointRecord& p) {
 
 void print_kernels_header(std::ostream& out) {
   fmt::print(out, "{:<3} {:>7} {:>6} {:>3} {:>4} {:>3} {:<10}", "", "context", "N", "H", "D", "n", "spans");
-  for (const char* name : names) fmt::print(out, " {:>11}", name);
-  fmt::print(out, " {:<22} {:<22} {:>8} {:>8}\n", "  sdpa/custom", "  packed/custom", "mean err", "max err");
+  for (const char* name : columns) fmt::print(out, " {:>11}", name);
+  fmt::print(out, " {:<22} {:<22} {:>8} {:>8}  {}\n", "  sdpa/custom", "  packed/custom", "mean err", "max err",
+             "ran as");
 }
 
 void print_kernels_row(std::ostream& out, const PointRecord& p) {
@@ -92,10 +97,14 @@ void print_kernels_row(std::ostream& out, const PointRecord& p) {
              integer_parameter(p, "kernels.heads", 0), integer_parameter(p, "kernels.head_size", 0),
              selects ? fmt::format("{}", integer_parameter(p, "kernels.blocks", 0)) : "",
              selects ? text_parameter(p, "kernels.spans") : "");
-  for (const char* name : names) fmt::print(out, " {:>11}", time_text(summarise(kernel_samples(p, name)).median));
-  fmt::print(out, "   {:<20}   {:<20} {:>8} {:>8}{}\n", ratio_text(kernel_ratio(p, "sdpa", custom_of(p))),
+  for (const char* name : columns) fmt::print(out, " {:>11}", time_text(summarise(kernel_samples(p, name)).median));
+  std::string ran = kernel_variant(p, custom_of(p));
+  for (const char* name : variants)
+    if (const double time = summarise(kernel_samples(p, name)).median; !std::isnan(time))
+      ran += fmt::format(", {} {}", name, time_text(time));
+  fmt::print(out, "   {:<20}   {:<20} {:>8} {:>8}  {}{}\n", ratio_text(kernel_ratio(p, "sdpa", custom_of(p))),
              ratio_text(kernel_ratio(p, fastest_packed(p), custom_of(p))), error_text(p, &KernelRecord::mean_abs_err),
-             error_text(p, &KernelRecord::max_abs_err), p.valid ? "" : "  INVALID");
+             error_text(p, &KernelRecord::max_abs_err), ran, p.valid ? "" : "  INVALID");
 }
 
 void print_kernels_notes(std::ostream& out, const std::vector<PointRecord>& points) {
@@ -103,7 +112,7 @@ void print_kernels_notes(std::ostream& out, const std::vector<PointRecord>& poin
              "N rows whose H heads share one K and V; medians of the slowest rank. sdpa: gather and packed SDPA;\n"
              "sdpa_packed, flash_packed: packed before; the faster one counts. custom: fused for sel, else flash "
              "(fused where\n"
-             "there is no flash); its errors are against float64.\n");
+             "there is no flash); its errors are against float64, and it ran as that kernel of the backend.\n");
   std::vector<const PointRecord*> all;
   for (const PointRecord& point : points) all.push_back(&point);
   print_guards(out, all);

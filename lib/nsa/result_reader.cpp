@@ -6,6 +6,7 @@
 #include <charconv>
 #include <cstring>
 #include <filesystem>
+#include <map>
 
 #include "kernels/error.hpp"
 #include "nsa/h5.hpp"
@@ -100,6 +101,8 @@ void read_columns(const h5::Handle& group, PointRecord& p) {
   p.reads.counted = column<std::int64_t>(group, "reads", {branches, ranks, steps});
   p.reads.expected = column<std::int64_t>(group, "reads_expected", {branches, ranks, steps});
   p.reads.nsa_vibe = column<std::int64_t>(group, "reads_nsa_vibe", {steps});
+  if (p.reads.counted.empty() != p.reads.expected.empty())
+    throw h5::Error("of 'reads' and 'reads_expected' it has only one");
   if (!p.reads.counted.empty()) p.reads.ranks = ranks, p.reads.steps = steps;
   p.bytes = column<std::int64_t>(group, "bytes", {stage_count, ranks});
   p.memory.planned = column<std::int64_t>(group, "memory_planned", {kinds, ranks});
@@ -117,17 +120,25 @@ std::vector<std::string> lines(const std::string& text) {
   return result;
 }
 
+void read_by_branch(const h5::Handle& group, const char* name, std::array<std::string, branches>& field) {
+  const std::vector<std::string> texts = h5::string_attributes(group, name);
+  if (texts.size() != field.size()) throw h5::Error(fmt::format("attribute '{}' is not one name a branch", name));
+  std::copy(texts.begin(), texts.end(), field.begin());
+}
+
 void read_point_attributes(const h5::Handle& group, PointRecord& p) {
-  for (const std::string& name : h5::attribute_names(group)) {  // parameters are "section.key"
+  const std::vector<std::string> names = h5::attribute_names(group);
+  for (const std::string& name : names) {  // parameters are "section.key"
     if (name.find('.') != std::string::npos) p.parameters.emplace_back(name, h5::attribute(group, name));
   }
   p.valid = h5::attribute_as<std::string>(group, "validity") == "VALID";
   read_attributes(group, p, point_texts);
   read_attributes(group, p, point_integers);
   read_attributes(group, p, point_reals);
-  const std::vector<std::string> routes = h5::string_attributes(group, "routes");
-  if (routes.size() != p.routes.size()) throw h5::Error("attribute 'routes' is not one name a branch");
-  std::copy(routes.begin(), routes.end(), p.routes.begin());
+  if (p.warmup_reps < 0) throw h5::Error(fmt::format("attribute 'warmup_reps' is {}", p.warmup_reps));
+  read_by_branch(group, "routes", p.routes);
+  if (std::count(names.begin(), names.end(), "route_kernels") > 0)  // since 1.3
+    read_by_branch(group, "route_kernels", p.route_kernels);
   p.fallbacks = lines(h5::attribute_as<std::string>(group, "fallbacks"));
 }
 
@@ -145,7 +156,17 @@ KernelRecord read_kernels(const h5::Handle& group) {
   k.mean_abs_err = whole("mean_abs_err", {count});
   k.mean_abs_err_se = whole("mean_abs_err_se", {count});
   k.max_abs_err = whole("max_abs_err", {count});
+  k.variants = column<std::string>(group, "variant", {count});
   return k;
+}
+
+std::map<std::string, std::vector<double>> read_needle(const h5::Handle& group) {
+  std::map<std::string, std::vector<double>> columns{{"depth", {}}};
+  for (const std::string& name : h5::names(group)) columns[name] = h5::read<double>(group, name);
+  for (const auto& [name, values] : columns)
+    if (values.size() != columns.at("depth").size())
+      throw h5::Error(fmt::format("dataset 'needle/{}' is not one value a depth", name));
+  return columns;
 }
 
 PointRecord read_point(const h5::Handle& group, std::int64_t index) {
@@ -153,10 +174,7 @@ PointRecord read_point(const h5::Handle& group, std::int64_t index) {
   p.index = index;
   read_point_attributes(group, p);
   read_columns(group, p);
-  if (h5::has(group, "needle")) {
-    const h5::Handle needle = h5::open_group(group, "needle");
-    for (const std::string& name : h5::names(needle)) p.needle[name] = h5::read<double>(needle, name);
-  }
+  if (h5::has(group, "needle")) p.needle = read_needle(h5::open_group(group, "needle"));
   if (h5::has(group, "kernels")) p.kernels = read_kernels(h5::open_group(group, "kernels"));
   return p;
 }

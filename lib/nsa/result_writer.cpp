@@ -172,6 +172,7 @@ void write_point_attributes(const h5::Handle& group, const PointRecord& p) {
   write_attributes(group, p, point_reals);
   h5::write_attribute(group, "routes", std::vector<std::string>(p.routes.begin(), p.routes.end()));
   h5::write_attribute(group, "route_reasons", std::vector<std::string>(p.route_reasons.begin(), p.route_reasons.end()));
+  h5::write_attribute(group, "route_kernels", std::vector<std::string>(p.route_kernels.begin(), p.route_kernels.end()));
   h5::write_attribute(group, "fallbacks", fmt::format("{}", fmt::join(p.fallbacks, "\n")));
 }
 
@@ -195,6 +196,7 @@ void write_kernels(const h5::Handle& point_group, const KernelRecord& k) {
   h5::write(group, "mean_abs_err_se", k.mean_abs_err_se, {"implementation"},
             {"1", "standard error of mean_abs_err over query rows"});
   h5::write(group, "max_abs_err", k.max_abs_err, {"implementation"}, {"1", "largest absolute error against float64"});
+  h5::write(group, "variant", k.variants, {"implementation"}, {"1", "kernel of the backend that ran"});
 }
 
 /// The group that a tensor's name leads to, made where missing.

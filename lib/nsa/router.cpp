@@ -16,11 +16,13 @@ namespace {
 
 constexpr const char* variables[branches] = {"NSA_ROUTE_CMP", "NSA_ROUTE_SEL", "NSA_ROUTE_WIN"};
 
-bool launch_fails(Branch branch) {
-  const fault::Fault fault = branch == cmp   ? fault::at("attend.cmp")
-                             : branch == sel ? fault::at("attend.sel")
-                                             : fault::at("attend.win");
-  return fault.is(fault::Action::fail);
+void may_be_refused(Branch branch, const DeviceOps& device, Stream* stream) {
+  if (branch == cmp)
+    fault::refuse_launch("attend.cmp", device, stream);
+  else if (branch == sel)
+    fault::refuse_launch("attend.sel", device, stream);
+  else
+    fault::refuse_launch("attend.win", device, stream);
 }
 
 bool accepts(const AttendKernel& kernel, Branch branch, const LayerShape& shape, const QueryTile& tile) {
@@ -129,18 +131,25 @@ std::int64_t attended_rows(const BlockRules& rules, Branch branch, std::int64_t 
   return std::min<std::int64_t>(positions, branch == win ? rules.w : std::int64_t{rules.n_sel} * rules.l_sel);
 }
 
+void Route::note(const char* name) {
+  if (std::find(ran.begin(), ran.end(), name) == ran.end()) ran.push_back(name);
+}
+
 void Route::run(Branch branch, const AttendArgs& args, Stream* stream) {
   if (!fallback.empty()) ++fallbacks;
-  if (kernel == sdpa) return kernel->run(args, stream);
-  try {
-    if (launch_fails(branch)) throw LaunchError("launch refused (by NSA_FAULT)");
-    kernel->run(args, stream);
-  } catch (const LaunchError& error) {
-    fallback = error.what();
-    ++fallbacks;
-    kernel = sdpa;
-    kernel->run(args, stream);
+  if (kernel != sdpa) {
+    try {
+      if constexpr (fault::built) may_be_refused(branch, *device, stream);
+      kernel->run(args, stream);
+      return note(kernel->variant_name(args));
+    } catch (const LaunchError& error) {
+      fallback = error.what();
+      ++fallbacks;
+      kernel = sdpa;
+    }
   }
+  kernel->run(args, stream);
+  note(kernel->name);
 }
 
 void Routes::choose(const Backend& backend, const Config& config, Phase phase, const LayerShape& shape,
@@ -151,7 +160,7 @@ void Routes::choose(const Backend& backend, const Config& config, Phase phase, c
     const auto list = backend.kernels->attend[branch];
     const RouteAnswer wanted =
         answer(question_of(backend, shape, phase, branch, tile.max_positions), config, environment);
-    route = {find(list, wanted.name), find(list, "sdpa"), wanted.name, wanted.reason, "", 0};
+    route = {find(list, wanted.name), find(list, "sdpa"), wanted.name, wanted.reason, "", 0, backend.device};
     agreed_[static_cast<int>(phase)][branch] = false;
     if (!route.kernel && wanted.asked) {
       std::vector<std::string> names;

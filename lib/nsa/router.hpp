@@ -64,9 +64,13 @@ struct Route {
   std::string chosen, reason;  ///< what was to run, and why
   std::string fallback;        ///< why `sdpa` runs in its place; "": it does not
   std::int64_t fallbacks = 0;  ///< calls of this rank that sdpa served in its place; a captured one once
+  const DeviceOps* device = nullptr;
+  std::vector<std::string> ran = {};  ///< the kernels behind the name that this rank has run, each once, in order
 
   /// Runs the branch. A LaunchError makes sdpa run instead, now and from now on.
   void run(Branch branch, const AttendArgs& args, Stream* stream);
+  /// Adds to `ran`.
+  void note(const char* name);
 };
 
 class Routes {

@@ -229,11 +229,13 @@ bool attend_at_once(Work& w) {
   args.combine = combine_args(w);
   if (!w.engine.routes.steps_at_once || !kernels.decode_step_accepts(args)) return false;
   try {
+    fault::refuse_launch("attend.step", w.engine.device(), w.engine.streams.compute);
     kernels.decode_step(args, w.engine.streams.compute);
   } catch (const LaunchError&) {
     w.engine.routes.steps_at_once = false;  // the stages one by one do the same, and fall back where they must
     return false;
   }
+  for (const Branch b : {cmp, sel, win}) w.engine.routes.of(w.phase, b).note("step");
   return true;
 }
 
@@ -245,7 +247,11 @@ bool shards_at_once(Work& w) {
   return kernels.sharded->accepts(shard_args(w));
 }
 
-void open_shard(Work& w) { w.engine.kernels().sharded->open(shard_args(w), w.engine.streams.compute); }
+void open_shard(Work& w) {
+  fault::refuse_launch("attend.shard", w.engine.device(), w.engine.streams.compute);
+  w.engine.kernels().sharded->open(shard_args(w), w.engine.streams.compute);
+  for (const Branch b : {cmp, win}) w.engine.routes.of(w.phase, b).note("shard");
+}
 void weigh_shard(Work& w) { w.engine.kernels().sharded->weigh(shard_args(w), w.engine.streams.compute); }
 
 void output(Work& w) {

@@ -223,6 +223,16 @@ class Malformed(unittest.TestCase):
             self.replace("points/0000/rep", shape=shape, dtype="i8", chunks=layout)
             self.refused("larger than its file")
 
+    def test_numbers_that_would_lead_out_of_a_table(self):
+        with h5py.File(self.path, "r+") as file:
+            file["points/0000"].attrs["warmup_reps"] = -(10**9)
+        self.refused("attribute 'warmup_reps' is -1000000000")
+
+    def test_one_table_of_two(self):
+        with h5py.File(self.path, "r+") as file:
+            del file["points/0000/reads_expected"]
+        self.refused("of 'reads' and 'reads_expected' it has only one")
+
     def test_other_types(self):
         self.replace("points/0000/mode", data=np.zeros(2))
         self.refused("no string")

@@ -11,7 +11,7 @@ def sites():
     found = set()
     for top in ("lib", "app"):
         for file in (ROOT / top).rglob("*.[chu]*"):
-            found.update(re.findall(r'(?:fault::at|flip)\(\s*"([^"]+)"', file.read_text()))
+            found.update(re.findall(r'(?:fault::at|flip|refuse_launch)\(\s*"([^"]+)"', file.read_text()))
     return sorted(found)
 
 

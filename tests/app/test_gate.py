@@ -8,6 +8,7 @@ from harness import SMALL, AppTest
 
 USAGE, FILE = 2, 6
 STAY, INCONCLUSIVE, NOT_EVIDENCE = 10, 11, 12
+SCHEMA = b"1.3\0"  # as it lies in a file
 HEADER = "S,ms_total,ms_cmp,ms_sel,ms_win,reads_actual,reads_expected\n"
 SEEDS = HEADER + """128,5.862,5.944,6.003,6.001,1159,1193
 256,5.932,5.952,5.965,6.024,1159,1329
@@ -69,6 +70,16 @@ class Files(AppTest):
         self.write("text.h5", "not HDF5\n" * 100)
         self.refuses(FILE, ["text.h5"], "text.h5")
         self.small_run("a.h5")
+        with open(os.path.join(self.folder, "a.h5"), "rb") as file:
+            whole = file.read()
+        for name, text, other, part in (("damaged.h5", b"schema_version", b"another_thing!", "checksum"),
+                                        ("newer.h5", SCHEMA, b"9.0\0", "its schema is '9.0'"),
+                                        ("stages.h5", b"attend_sel", b"attend_all", "its stages are")):
+            with self.subTest(file=name):
+                self.assertIn(text, whole)
+                with open(os.path.join(self.folder, name), "wb") as file:
+                    file.write(whole.replace(text, other))
+                self.refuses(FILE, [name, part], name)
         os.truncate(os.path.join(self.folder, "a.h5"), 3000)
         self.refuses(FILE, ["a.h5"], "a.h5")
 
@@ -115,6 +126,10 @@ class Kernels(AppTest):
         self.write("k.toml", KERNELS)
         done = self.assert_ok(self.nsa("run", "k.toml", "--output", "k.h5", "--set", 'kernels.spans=["mixed", "scattered"]'))
         name = "sel_N32_H2_D16_n4_mixed_context_512"
+        same = self.assert_ok(self.nsa("diff", "k.h5", "k.h5"))  # paired by shape
+        self.assertIn("DIFF: SAME (2 points compared)", same.out)
+        self.assertRegex(same.out, r"\nkernels, sel_\S+_mixed_context_512, batch 1: the same result\n")
+        self.assertRegex(same.out, r"  kernels +fused .* 1\.000  no difference shown\n")
         for figure in ("kernels_fused_time", "kernels_sdpa_time", "kernels_sdpa_packed_time", "kernels_speedup",
                        "kernels_speedup_packed", "kernels_mean_abs_err", "kernels_max_abs_err"):
             self.assertIn(f"FOM {figure}_{name} = ", done.out)
@@ -150,6 +165,7 @@ class Kernels(AppTest):
                                (["kernels.rows=300"], "kernels.blocks = 4 needs as many blocks of 64 tokens"),
                                (["kernels.rows=0"], "kernels.blocks = 4 needs as many blocks"),
                                (["kernels.spans=[]"], "kernels.spans is empty"),
+                               (["run.context=[]"], "run.context is empty"),
                                (["kernels.spans=diagonal"], '"contiguous", "mixed", "scattered"'),
                                (["run.batch=2"], "has one sequence and no gates"),
                                (["output.tensors=true"], "has no CSV and no tensors")):

@@ -183,6 +183,13 @@ class Resuming(ResumeTest):
             del file["points/0001"]
             file.attrs["status"] = "running"
 
+    def test_a_file_that_says_it_is_complete_and_is_not_is_completed(self):
+        self.interrupted_file()
+        self.edit(lambda file: file.attrs.__setitem__("status", "complete"))
+        done = self.assert_ok(self.nsa("run", "in.toml", "--resume"))
+        self.assertIn("going on after 1 points", done.out)
+        self.assertEqual(len(self.attributes("result.h5")[1]), 2)
+
     def refuses(self, parts, *arguments, code=USAGE, ranks=0):
         with open(self.path("result.h5"), "rb") as file:
             before = file.read()

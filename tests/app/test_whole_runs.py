@@ -34,6 +34,15 @@ class WholeRuns(AppTest):
         self.assertEqual(done.err, "")
         self.assertEqual(os.listdir(self.folder), ["quickstart.h5"])
 
+    def test_report_prints_a_file_as_its_run_did(self):
+        for name, ranks in (("quickstart.toml", 4), ("needle_64k.toml", 0)):
+            printed = self.run_input(name, "--output", "a.h5", ranks=ranks).out
+            done = self.assert_ok(self.nsa("report", "a.h5"))
+            head, rest = done.out.split("\n", 1)
+            self.assertRegex(head, rf"^a.h5: .+, host backend, {max(1, ranks)} ranks?, commit \S+, \d{{4}}-")
+            self.assertEqual(rest, printed.replace("result: a.h5\n", ""))
+            os.remove(os.path.join(self.folder, "a.h5"))
+
     def test_the_seeds_run_and_its_csv(self):
         self.assert_complete(self.run_input("rtx4090_v2.toml", "--csv", "decode.csv").out)
         with open(os.path.join(self.folder, "decode.csv"), newline="") as file:

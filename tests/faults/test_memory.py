@@ -7,7 +7,7 @@ from faulty import DECODE, NEEDLE, PREFILL, FaultTest
 
 
 class Memory(FaultTest):
-    def test_every_allocation_may_fail_on_one_rank(self):
+    def test_an_allocation_fails_on_one_rank(self):
         for kind, text in (("decode", DECODE), ("prefill", PREFILL), ("needle", NEEDLE)):
             failed = 0
             for call in (1, 2, 3, 5, 9, 16, 40, 80, 120, 200):
@@ -23,6 +23,17 @@ class Memory(FaultTest):
                     self.assertNotIn("MPI_ABORT", done.err)  # all ranks ended in order
                     self.assertEqual(os.listdir(self.folder), ["in.toml"])
             self.assertGreater(failed, 5)
+
+    def test_a_device_that_fails_ends_the_run(self):
+        """As a GPU does whose kernel faulted: one rank's wait for it fails."""
+        for text in (DECODE, PREFILL):
+            for call in (1, 3, 12, 30):
+                with self.subTest(text=text[:25], call=call):
+                    done = self.run_with(f"device.synchronize:rank=1:at={call}:fail", text)
+                    self.assertEqual(done.code, 5, done.err)
+                    said = [line for line in done.err.splitlines() if line.startswith("nsa: ")]
+                    self.assertEqual(said, ["nsa: error: the host failed (by NSA_FAULT)"], done.err)
+                    self.assertEqual([name for name in os.listdir(self.folder) if not name.endswith(".json")], ["in.toml"])
 
     def test_a_device_with_new_memory_errors_ends_the_run(self):
         for text in (DECODE, PREFILL):

@@ -22,11 +22,15 @@ STRAYED = "did not do the same as the others"
 
 
 class Watchdog(AppTest):
-    def job(self, fault, text, ranks, deadline):
-        """Runs in a folder of its own: several may run at a time. Returns how it ended, where, and after how long."""
+    def job_folder(self, text):
         folder = tempfile.mkdtemp(dir=self.folder)
         with open(os.path.join(folder, "in.toml"), "w") as file:
             file.write(text)
+        return folder
+
+    def job(self, fault, text, ranks, deadline, folder=None):
+        """Runs in a folder of its own: several may run at a time. Returns how it ended, where, and after how long."""
+        folder = folder or self.job_folder(text)
         start = time.monotonic()
         done = nsa("run", "in.toml", "--deadline", str(deadline), "--output", "r.h5", ranks=ranks, cwd=folder,
                    environment={"NSA_FAULT": fault})
@@ -90,6 +94,54 @@ class Watchdog(AppTest):
 
     def test_a_rank_that_lives_and_comes_to_nothing(self):
         self.end({"decode.step:rank=1:at=20:hang": r"rank 1 \(\S+\) is late: \d+ s at work \[decode"})
+
+    def test_a_report_that_cannot_be_written_keeps_nobody(self):
+        """A file system that hangs, made of pipes that nobody reads: to open them waits for ever."""
+        quiet = self.quiet_seconds(DECODE, 3)
+        deadline = math.ceil(max(DEADLINE, quiet))
+        folder = self.job_folder(DECODE)
+        for rank in range(3):
+            os.mkfifo(os.path.join(folder, f"r.h5.rank{rank}.ops.json"))
+        job = self.job("decode.step:rank=1:at=20:hang", DECODE, 3, deadline, folder)
+        self.assert_ended(job, 3 * quiet + deadline + PROMISED, r"rank 1 \(\S+\) is late", 3, reports=False)
+
+    def let_go(self, fault, deadline):
+        """Where the launcher ends nobody (srun --kill-on-bad-exit=0; here mpirun --enable-recovery) and waits for all:
+        what was said, every rank's exit code, seconds."""
+        folder = self.job_folder(DECODE)
+        save_code = '"$@"; echo $? > code.$OMPI_COMM_WORLD_RANK'
+        start = time.monotonic()
+        done = subprocess.run([MPIEXEC, "--enable-recovery", "-n", "3", "--oversubscribe", "--allow-run-as-root", "sh", "-c",
+                               save_code, "sh", BINARY, "run", "in.toml", "--deadline", str(deadline), "--output", "r.h5"],
+                              cwd=folder, env=dict(os.environ, NSA_FAULT=fault, OMP_NUM_THREADS="1"), capture_output=True,
+                              text=True, timeout=AMPLE)
+        codes = []
+        for rank in range(3):
+            with open(os.path.join(folder, f"code.{rank}")) as file:
+                codes.append(int(file.read()))
+        return done.stderr, codes, time.monotonic() - start
+
+    def each_let_go(self, action, message, code, deadline=None):
+        """The same happens to both hubs and to a rank that is none, at a time."""
+        whole = 3 * self.quiet_seconds(DECODE, 3)
+        limit = 3 * whole + PROMISED + (0 if deadline else max(DEADLINE, whole))
+        deadline = deadline or math.ceil(max(DEADLINE, whole))
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            jobs = [pool.submit(self.let_go, f"decode.step:rank={rank}:at=20:{action}", deadline) for rank in range(3)]
+        for rank, job in enumerate(jobs):
+            with self.subTest(rank=rank):
+                said, codes, seconds = job.result()
+                self.assertRegex(said, rf"nsa: error: rank {rank} \(\S+\) {message}")
+                self.assertIn(codes.pop(rank), code, said)
+                self.assertEqual(codes, [4, 4], said)
+                self.assertLess(seconds, limit)
+
+    def test_a_killed_rank_that_the_launcher_lets_go(self):
+        self.each_let_go("kill", "has ended without a word", (137,), AMPLE)
+
+    def test_a_stopped_rank_that_the_launcher_lets_go(self):
+        """Its neighbours continue and end it: stopped, it would stay for ever."""
+        self.each_let_go("stop", "is late: no answer", (4, 137))
 
     def test_a_skipped_collective(self):
         self.end({f"comm.all_gather:rank={rank}:at={at}:skip": rf"rank {rank} \(\S+\) {STRAYED} at operation #\d+ "

@@ -487,6 +487,30 @@ TEST_CASE("cuda prefill chooses the same blocks on every layout and tile", "[pre
     }
 }
 
+// `fused` gives sel to the tiled kernel only where the rows of all groups and sequences fill it; both sides of that.
+TEST_CASE("cuda selected attention goes row by row where rows are few", "[prefill][variant]") {
+  const AttendKernel& fused = gpu().kernels->attend[sel][0];
+  for (const auto& [groups, batch] : {std::pair{1, 1}, {4, 1}, {1, 3}}) {
+    Case c{shape_of(DType::bf16, groups, 4, 64, 64), batch, 1, 4000};
+    const auto name = [&](std::int32_t tokens) {
+      AttendArgs a;
+      a.shape = c.shape;
+      a.tile = {0, c.batch, tokens, nullptr, c.first + tokens};
+      return std::string(fused.variant_name(a));
+    };
+    c.tokens = 2;
+    while (c.tokens < 8192 && name(c.tokens + 1) == "rows") ++c.tokens;
+    INFO("groups=" << groups << " batch=" << batch << " few rows are up to " << c.tokens << " tokens");
+    CHECK(name(1) == "decode");
+    CHECK(name(2) == "rows");
+    if (gpu().capability == 90) CHECK(name(c.tokens + 1) == "tiled");
+    CHECK(name(8192) == (gpu().capability == 90 ? "tiled" : "rows"));
+    check(Run(c));
+    ++c.tokens;
+    check(Run(c));
+  }
+}
+
 // Small enough for compute-sanitizer's slower tools: gpu_tests "[small]".
 TEST_CASE("cuda attention of a few shapes", "[small]") {
   for (const DType type : {DType::f32, DType::bf16}) {

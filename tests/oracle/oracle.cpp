@@ -21,12 +21,13 @@ Vector times(const Vector& in, const Reals& matrix) {
   return out;
 }
 
-Vector softmax(const Vector& scores) {
+/// `stored`: what the weights are rounded to, relative to the largest, once their sum is taken.
+Vector softmax(const Vector& scores, Storage stored = Storage::exact) {
   const double top = *std::max_element(scores.begin(), scores.end());
   Vector p;
   double sum = 0;
   for (const double s : scores) sum += p.emplace_back(std::exp(s - top));
-  for (double& value : p) value /= sum;
+  for (double& value : p) value = round_to(stored, value) / sum;
   return p;
 }
 
@@ -108,24 +109,33 @@ Reals compress(const Options& o, const PhiWeights& phi, const Reals& raw) {
 }
 
 /// Probabilities of one query over the listed rows of group g. Scale 1/sqrt(Dk).
-Vector probabilities(const Vector& q, const Reals& k, Index b, Index g, const std::vector<Index>& rows) {
+Vector probabilities(const Vector& q, const Reals& k, Index b, Index g, const std::vector<Index>& rows,
+                     Storage stored = Storage::exact) {
   Vector scores;
   for (const Index row : rows) {
     double dot = 0;
     for (std::size_t e = 0; e < q.size(); ++e) dot += q[e] * k(b, row, g, e);
     scores.push_back(dot / std::sqrt(static_cast<double>(q.size())));
   }
-  return rows.empty() ? Vector{} : softmax(scores);
+  return rows.empty() ? Vector{} : softmax(scores, stored);
 }
 
 /// Attention of group g's heads at (b, t) over the listed rows; no rows: zero.
-void attend_rows(const Options& o, const Reals& q, const Reals& k, const Reals& v, Index b, Index t, Index g,
-                 const std::vector<Index>& rows, Reals& out) {
+void attend_rows(const Options& o, Branch c, const Reals& q, const Reals& k, const Reals& v, Index b, Index t, Index g,
+                 const std::vector<Index>& rows, Reals& out, Reals& rounding) {
+  const Storage stored = o.stores_weights[c] ? o.storage : Storage::exact;
   const Index h = o.heads / o.groups;
   for (Index head = g * h; head < (g + 1) * h; ++head) {
-    const Vector p = probabilities(vector_at(q, b, t, head), k, b, g, rows);
-    for (std::size_t r = 0; r < rows.size(); ++r)
-      for (Index e = 0; e < o.d_v; ++e) out(b, t, head, e) += p[r] * v(b, rows[r], g, e);
+    const Vector p = probabilities(vector_at(q, b, t, head), k, b, g, rows, stored);
+    for (Index e = 0; e < o.d_v; ++e) {
+      double squares = 0;
+      for (std::size_t r = 0; r < rows.size(); ++r) {
+        const double term = p[r] * v(b, rows[r], g, e);
+        out(b, t, head, e) += term;
+        squares += term * term;
+      }
+      rounding(b, t, head, e) = unit_roundoff(o.storage) * std::sqrt(squares / 3);
+    }
   }
 }
 
@@ -252,7 +262,8 @@ Attended attend(const Options& o, const PhiWeights& phi_k, const PhiWeights& phi
   out.p_slc = Reals({o.batch, o.tokens, o.groups, blocks});
   out.selected = Integers({o.batch, o.tokens, o.groups, o.n_sel}, -1);
   out.reads = Integers({o.batch, o.tokens, o.groups, 3});
-  for (Reals& branch : out.o_branch) branch = Reals({o.batch, o.tokens, o.heads, o.d_v});
+  for (Reals* of_branch : {out.o_branch, out.rounding})
+    std::fill_n(of_branch, 3, Reals({o.batch, o.tokens, o.heads, o.d_v}));
   for (Index b = 0; b < o.batch; ++b)
     for (Index t = 0; t < o.tokens; ++t)
       for (Index g = 0; g < o.groups; ++g) {
@@ -265,8 +276,8 @@ Attended attend(const Options& o, const PhiWeights& phi_k, const PhiWeights& phi
         const std::vector<Index> rows[3] = {valid_tokens(o, t), positions_of(o, chosen, t), window(o, t)};
         const Reals* keys[3] = {&out.k_cmp_tokens, &in.k[sel], &in.k[win]};
         const Reals* values[3] = {&out.v_cmp_tokens, &in.v[sel], &in.v[win]};
-        for (const int c : {cmp, sel, win}) {
-          attend_rows(o, in.q, *keys[c], *values[c], b, t, g, rows[c], out.o_branch[c]);
+        for (const Branch c : {cmp, sel, win}) {
+          attend_rows(o, c, in.q, *keys[c], *values[c], b, t, g, rows[c], out.o_branch[c], out.rounding[c]);
           out.reads(b, t, g, c) = static_cast<Index>(rows[c].size());
         }
       }

@@ -22,6 +22,9 @@ struct Options {
   double rope_base = 10000;
   int force_branch = -1;  ///< a Branch: one-hot gates
   Storage storage = Storage::exact;
+  /// By branch: softmax weights, relative to the largest, are stored before they meet V; their sum is not of the
+  /// stored.
+  bool stores_weights[3] = {};
 };
 
 struct PhiWeights {
@@ -57,8 +60,12 @@ struct Attended {
   Reals p_slc;         ///< [B, T, G, blocks]: importance
   Integers selected;   ///< [B, T, G, n], ascending, -1 padded
   Reals o_branch[3];   ///< [B, T, H, Dv]
-  Reals o;             ///< [B, T, H, Dv], weighed with the gates
-  Integers reads;      ///< [B, T, G, 3]: rows attended
+  /// [B, T, H, Dv]: how far o_branch moves, as a standard deviation, when every softmax weight is rounded to storage
+  /// once, whatever it is relative to. Each is off by at most a unit roundoff u of itself, evenly: u / sqrt(3); the sum
+  /// of such p v has the root of the sum of squares.
+  Reals rounding[3];
+  Reals o;         ///< [B, T, H, Dv], weighed with the gates
+  Integers reads;  ///< [B, T, G, 3]: rows attended
 };
 
 struct Layer {

@@ -60,6 +60,13 @@ Bound bound_of(const Options& o) {
   return {2 * ulps + fp32, (o.layers > 1 ? ulps / 20 : ulps / 50) + fp32};
 }
 
+Bound moved(const Bound& bound, const Reals& values, const Reals& moves) {
+  double scale = 0, mean = 0;
+  for (const double value : values.values) scale = std::max(scale, std::abs(value));
+  for (const double value : moves.values) mean += value / static_cast<double>(moves.values.size());
+  return {bound.largest, bound.mean + (scale > 0 ? mean / scale : 0)};
+}
+
 template <class T>
 oracle::Array<T> rows_of(const oracle::Array<T>& array, std::int64_t first, std::int64_t rows) {
   std::vector<std::int64_t> shape = array.shape;

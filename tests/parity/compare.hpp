@@ -27,6 +27,10 @@ Deviation deviation(const oracle::Reals& a, const oracle::Reals& b);
 struct Bound {
   double largest = 0, mean = 0;
 };
+
+/// The bound of `values` where each moves by a random amount besides, `moves` its standard deviation: the mean of |x|
+/// is at most that. The largest difference has room for it: it is a sum of many such, each below an ulp.
+Bound moved(const Bound& bound, const oracle::Reals& values, const oracle::Reals& moves);
 /// For any tensor of a model with these options.
 Bound bound_of(const oracle::Options& options);
 

@@ -70,6 +70,7 @@ inline PointRecord sample_point(std::int64_t index) {
   p.memory.measured_peak = counting<std::int64_t>(10, 2000);
   p.memory.process_peak = {3000, 3001};
   p.routes = {"sdpa", "fused", "flash"};
+  p.route_kernels = {"sdpa", "tiled, rows", ""};
   p.fallbacks = {"sel: fused -> sdpa: refused (3)", "win: flash -> sdpa: failed (1)"};
   p.max_abs_err = 1e-6;
   // "selected" is a tensor and, elsewhere, a dimension; "row" has two lengths; "block" has none at all.
@@ -79,7 +80,8 @@ inline PointRecord sample_point(std::int64_t index) {
                {"selected", {1, 2, 2}, {"batch", "row", "selected"}, {}, {0, 3, 0, -1}},
                {"k_cmp_tokens", {1, 0, 4}, {"batch", "block", "dim"}, {}, {}},
                {"y", {1, 2, 4}, {"batch", "row", "dim"}, counting(8, 3.0f), {}}};
-  p.kernels = {{"fused", "sdpa"}, 2, 3, counting(2 * 2 * 3, 1e-5), {1e-4, 2e-4}, {1e-2, 2e-2}, {1e-6, 2e-6}};
+  p.kernels = {{"fused", "sdpa"}, 2, 3, counting(2 * 2 * 3, 1e-5), {1e-4, 2e-4}, {1e-2, 2e-2}, {1e-6, 2e-6},
+               {"tiled", "sdpa"}};
   p.needle = {{"depth", {0.0, 0.5, 1.0}}, {"position", {0, 64, 127}}, {"found", {1, 1, 0}}};
   return p;
 }

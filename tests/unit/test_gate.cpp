@@ -76,6 +76,7 @@ PointRecord kernels_point(std::int64_t n, const Speeds& speeds = {}) {
   k.reps = reps;
   for (const double middle : {speeds.fused, speeds.sdpa, speeds.packed})
     for (const double us : around(middle, middle == speeds.fused ? 0 : speeds.spread)) k.seconds.push_back(us * 1e-6);
+  k.variants = {"rows", "sdpa", "sdpa"};
   k.mean_abs_err = {speeds.error, 1e-4, 1e-4};
   k.mean_abs_err_se = {speeds.error_se, 1e-6, 1e-6};
   k.max_abs_err = {3e-3, 2e-3, 2e-3};
@@ -130,6 +131,18 @@ TEST_CASE("gate: three conditions met", "[gate]") {
   CHECK(v.speedup_packed.outcome == Outcome::not_met);  // printed; the one with the gather decides
   CHECK(v.error.measured.value == Approx(2e-4));
   CHECK(contains(v.why, "ship the kernel at contexts 1024"));
+}
+
+TEST_CASE("gate: a record says as which kernel each shape ran, where the file does", "[gate]") {
+  PointRecord old = kernels_point(16);
+  old.kernels.variants.clear();  // before schema 1.3
+  const DeviceVerdict v = judge({file("d.h5", {decode_point(1024)}), file("k.h5", {kernels_point(8), old})}).at(0);
+  std::ostringstream record, json;
+  print_adr(record, v);
+  CHECK(contains(record.str(), "| N=256 H=4 D=64 n=8 scattered | rows | 3.00x ["));
+  CHECK(contains(record.str(), "| N=256 H=4 D=64 n=16 scattered | - | 3.00x ["));
+  print_gate_json(json, {v}, {});
+  CHECK(contains(json.str(), R"({"name": "N=256 H=4 D=64 n=8 scattered", "kernel": "rows", )"));
 }
 
 TEST_CASE("gate: without the gather the faster packed attention counts", "[gate]") {
@@ -207,7 +220,12 @@ TEST_CASE("gate: what the two accounts of a step differ by, and why", "[gate]") 
   CHECK(a[3].agree);
   std::ostringstream page;
   print_gate(page, v);
-  CHECK(contains(page.str(), "stages less the whole: +20.0 us at 1024"));
+  CHECK(contains(page.str(),
+                 "* step (stages timed one by one neither overlap nor share a launch, and may wait for theirs): first "
+                 "minus second +20.0 us at 1024"));
+  CHECK(contains(page.str(),
+                 "selection's share by one account and by the other: 10.0 to 10.0 points apart, on one side "
+                 "of 25% at 1 of 1 contexts"));
   CHECK(page.str().find("nsa-vibe's way") == std::string::npos);
 }
 

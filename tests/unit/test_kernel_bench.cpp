@@ -84,6 +84,15 @@ TEST_CASE("kernels: blocks are drawn as the spans say, the same each time", "[ke
   CHECK(choose_blocks(Spans::scattered, 1, 4, 4, 1) == std::vector<std::int32_t>{0, 1, 2, 3});
 }
 
+TEST_CASE("kernels: the variant is the one that these arguments get", "[kernels]") {
+  const AttendKernel by_rows{
+      "fused", nullptr, nullptr,
+      nullptr, nullptr, [](const AttendArgs& a) { return a.tile.rows() > 39 && a.selected && a.q ? "tiled" : "rows"; }};
+  Bench few(small_config(), {640, 1, -1, {sel, 39, 4, 16, 4, Spans::mixed}}), many(small_config(), small_point(sel));
+  CHECK(few.bench.variant({"fused", &by_rows, false}) == "rows");
+  CHECK(many.bench.variant({"fused", &by_rows, false}) == "tiled");
+}
+
 TEST_CASE("kernels: every implementation is right on every branch, and reads what it should", "[kernels]") {
   for (const DType precision : {DType::f32, DType::bf16})
     for (const Branch branch : {cmp, sel, win}) {
@@ -99,6 +108,7 @@ TEST_CASE("kernels: every implementation is right on every branch, and reads wha
         CHECK(error.largest < 1e-5);  // fp32 accumulation over 256 values of order one
         CHECK(error.mean < error.largest);
         CHECK(b.bench.reads(b.stream) == b.bench.expected_reads_total());
+        CHECK(b.bench.variant(choice) == choice.kernel->name);  // on the host each is one kernel
       }
     }
   Bench b(small_config(), small_point(sel));

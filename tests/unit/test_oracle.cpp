@@ -119,6 +119,30 @@ TEST_CASE("oracle averages when every score is equal", "[oracle]") {
   CHECK(a.p_slc(0, 1, 0, 0) == Approx(2));
 }
 
+TEST_CASE("oracle stores the softmax weights of a branch and sums them before", "[oracle]") {
+  Options o = tiny(3);
+  o.storage = Storage::bf16;
+  oracle::Projected p = uniform(o);
+  p.q(0, 2, 0, 0) = std::sqrt(2.0);
+  p.k[oracle::win](0, 1, 0, 0) = -1;  // scores at t = 2: 0, -1, 0
+  const double weight = std::exp(-1.0), sum = 2 + weight, stored = oracle::round_to(Storage::bf16, weight);
+  REQUIRE(stored != weight);
+  const auto at_2 = [&] { return attend(o, p).o_branch[oracle::win](0, 2, 0, 0); };
+  CHECK(at_2() == Approx((1 + 2 * weight + 3) / sum).epsilon(1e-14));
+  o.stores_weights[oracle::sel] = true;
+  CHECK(at_2() == Approx((1 + 2 * weight + 3) / sum).epsilon(1e-14));
+  o.stores_weights[oracle::win] = true;
+  CHECK(at_2() == Approx((1 + 2 * stored + 3) / sum).epsilon(1e-14));
+}
+
+TEST_CASE("oracle tells how far rounded weights move an output", "[oracle]") {
+  Options o = tiny(3);
+  o.storage = Storage::bf16;
+  const auto moves = attend(o, uniform(o)).rounding[oracle::win];  // a third each of 1, 2, 3 at t = 2
+  CHECK(moves(0, 2, 0, 0) == Approx(std::ldexp(1, -8) / std::sqrt(3) * std::sqrt(14) / 3).epsilon(1e-14));
+  CHECK(moves(0, 0, 0, 0) == Approx(std::ldexp(1, -8) / std::sqrt(3)).epsilon(1e-14));
+}
+
 TEST_CASE("oracle importance follows the scores and sums over heads", "[oracle]") {
   Options o = tiny(4);
   o.heads = 2;

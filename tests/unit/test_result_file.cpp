@@ -2,6 +2,7 @@
 // not ours are refused by name and reason.
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -83,6 +84,7 @@ void check_same(const PointRecord& a, const PointRecord& b) {
   for (const auto& entry : point_integers) CHECK(a.*entry.field == b.*entry.field);
   for (const auto& entry : point_reals) CHECK(a.*entry.field == b.*entry.field);
   CHECK(a.routes == b.routes);
+  CHECK(a.route_kernels == b.route_kernels);
   CHECK(a.fallbacks == b.fallbacks);
   CHECK(a.time.modes == b.time.modes);
   CHECK(a.time.ranks == b.time.ranks);
@@ -106,6 +108,7 @@ void check_same(const PointRecord& a, const PointRecord& b) {
   CHECK(a.kernels.mean_abs_err == b.kernels.mean_abs_err);
   CHECK(a.kernels.max_abs_err == b.kernels.max_abs_err);
   CHECK(a.kernels.mean_abs_err_se == b.kernels.mean_abs_err_se);
+  CHECK(a.kernels.variants == b.kernels.variants);
 }
 
 }  // namespace
@@ -365,6 +368,22 @@ TEST_CASE("result file: kernels without a column, or with one of another length,
   CHECK(contains(file_error([&] { read_result(path); }), "'mean_abs_err' has shape (3), its dimensions (2)"));
 }
 
+TEST_CASE("result file: a needle's column of another length than the depths is refused by name", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("r.h5");
+  write_sample(path);
+  {
+    h5::Handle file = h5::open_file(path, true);
+    const h5::Handle needle = h5::open_group(file, "points/0000/needle");
+    h5::remove(needle, "found");
+    h5::write_scale(needle, "one", counting<std::int64_t>(1, 0), {"1", ""});
+    h5::write(needle, "found", std::vector<double>{1}, {"one"}, {"1", ""});
+    h5::flush_and_close(std::move(file));
+  }
+  CHECK(
+      contains(file_error([&] { read_result(path); }), "point 0000: dataset 'needle/found' is not one value a depth"));
+}
+
 TEST_CASE("result file: cut anywhere it is refused, or what is left is read", "[result]") {
   const Folder folder;
   const std::string path = folder.file("r.h5");
@@ -425,6 +444,19 @@ TEST_CASE("tensor file: another program's file, in double, under the root", "[re
   CHECK(contains(refused([&] { tensors.read("x", {3, 4}, {0, 0}, {1, 1}); }), "shape [3, 2], this input needs [3, 4]"));
   CHECK(contains(refused([&] { tensors.shape("weights/w_q"); }), "no tensor 'weights/w_q'"));
   CHECK(contains(refused([&] { tensors.shape("row"); }), "'row' is not floating point"));
+}
+
+TEST_CASE("files of others are opened by a child first", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("r.h5");
+  write_sample(path);
+  static int forks = 0;
+  pthread_atfork(
+      nullptr, [] { ++forks; }, nullptr);
+  read_result(path);
+  CHECK(forks == 1);
+  const TensorFile tensors(path);
+  CHECK(forks == 2);
 }
 
 TEST_CASE("a file that crashes HDF5, or keeps it busy for ever, is refused", "[result]") {

@@ -169,6 +169,7 @@ TEST_CASE("a launch that fails is served by sdpa, from then on too; another erro
   CHECK(ran == "fss");
   CHECK(routes.fallbacks(Phase::decode) == std::vector<std::string>{"sel: fused -> sdpa: no room (2 calls)"});
   CHECK(routes.fallbacks(Phase::prefill) == std::vector<std::string>{"decode sel: fused -> sdpa: no room (2 calls)"});
+  CHECK(route.ran == std::vector<std::string>{"fused", "sdpa"});
   const AttendKernel broken{"fused", any,
                             [](const AttendArgs&, Stream*) { throw UserError("lost", ExitCode::device); }};
   Route other{&broken, &willing[1], "fused", "", "", 0};

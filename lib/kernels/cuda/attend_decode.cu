@@ -498,14 +498,6 @@ void divide(Params& p, std::int64_t lists, std::int64_t units) {
   p.cluster = p.splits == 1 || (limits().capability >= 90 && lists * p.splits <= limits().units);
 }
 
-// The maps the kernels read: whole sequences; a rank's own chunks; gathered chunks; and for the window the ring it
-// fills exactly. A chunk holds whole window units.
-bool reads_map(Branch branch, const LayerShape& s, const RowMap& map) {
-  if (map.ring > 0) return branch == win && map.ring == s.rules.w;
-  if (map.chunk == INT64_MAX) return map.before == 0;
-  return map.kv > 1 && (branch != win || (map.rank == all_ranks && map.chunk % window_unit == 0));
-}
-
 template <class T, int DK, int DV, Branch B>
 void launch(const Params& p, Stream* stream) {
   const dim3 grid(static_cast<unsigned>(p.a.tile.rows() * p.a.shape.groups * p.splits), head_tiles(p.a.shape));
@@ -538,6 +530,8 @@ bool rows_accept(const LayerShape& s, const QueryTile&) {
   return sized && s.dtype != DType::f32;
 }
 
+bool rows_read_map(Branch branch, const LayerShape& s, const RowMap& map) { return decode_reads_map(branch, s, map); }
+
 std::size_t rows_scratch(const LayerShape& s, const QueryTile& tile) {
   if (!rows_accept(s, tile)) return 0;
   const std::int64_t lists = lists_of(s, tile),
@@ -549,7 +543,7 @@ std::size_t rows_scratch(const LayerShape& s, const QueryTile& tile) {
 
 void attend_rows(Branch branch, const AttendArgs& a, Stream* stream) {
   if (a.tile.rows() == 0) return;
-  if (!reads_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
+  if (!rows_read_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
   Params p{a,       0,      most_units(branch, a.shape, a.k.map, a.tile.max_positions),
            1,       false,  arrival_counters(branch),
            nullptr, nullptr};

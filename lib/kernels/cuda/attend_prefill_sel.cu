@@ -334,6 +334,9 @@ __global__ void __launch_bounds__(threads, 1) sel_kernel(const __grid_constant__
 #endif
 }
 
+int query_tiles_of(const QueryTile& tile) { return (tile.tokens + item_queries - 1) / item_queries; }
+int items_of(const LayerShape& s, const QueryTile& tile) { return tile.batches * s.groups * query_tiles_of(tile); }
+
 template <class T, int DK, int DV>
 void launch(const AttendArgs& a, Stream* stream) {
   Params p{};
@@ -344,8 +347,8 @@ void launch(const AttendArgs& a, Stream* stream) {
   p.v = rows_map(a.v, a.shape.dtype, planes, p.box_rows);
   p.q = query_map(a.q, a.shape.dtype, a.tile.rows(), a.shape.heads(), DK, heads_per_tile, group_queries);
   p.rows = a.tile.max_positions;
-  p.query_tiles = (a.tile.tokens + item_queries - 1) / item_queries;
-  p.items = a.tile.batches * a.shape.groups * p.query_tiles;
+  p.query_tiles = query_tiles_of(a.tile);
+  p.items = items_of(a.shape, a.tile);
   launch_early(sel_kernel<T, DK, DV>, dim3(std::min(p.items, limits().units)), threads, Layout<DK, DV>::bytes, stream,
                1, p);
 }
@@ -362,6 +365,10 @@ void launch_sized(const AttendArgs& a, Stream* stream) {
 
 bool prefill_sel_accepts(const LayerShape& s, const RowMap& map) {
   return tiles_shape(s) && s.rules.l_sel == block_tokens && s.rules.n_sel <= most_chosen && map_is_whole(map);
+}
+
+bool prefill_sel_pays(const LayerShape& s, const QueryTile& tile) {
+  return std::int64_t{2} * items_of(s, tile) > limits().units;
 }
 
 void attend_prefill_sel(const AttendArgs& a, Stream* stream) {

@@ -206,9 +206,21 @@ DeviceInfo info() {
   return out;
 }
 
-constexpr DeviceOps device_ops = {
-    allocate,      release, create_stream, destroy_stream, synchronize, copy,   fill,          create_event,
-    destroy_event, record,  wait,          elapsed,        capture,     launch, destroy_graph, info};
+#if NSA_FAULTS
+__global__ void never_started() {}
+
+// A kernel that asks for more shared memory than a block may have; in a capture the device refuses it just so.
+void refused_launch(Stream* stream) {
+  never_started<<<1, 32, open_device.limits.shared_bytes + 1024, cuda(stream)>>>();
+  check_launch("a kernel with too much shared memory (by NSA_FAULT)");
+}
+#else
+constexpr void (*refused_launch)(Stream*) = nullptr;
+#endif
+
+constexpr DeviceOps device_ops = {allocate, release,      create_stream, destroy_stream, synchronize,   copy,
+                                  fill,     create_event, destroy_event, record,         wait,          elapsed,
+                                  capture,  launch,       destroy_graph, info,           refused_launch};
 
 void open(int index) {
   if (open_device.index == index) return;

@@ -26,6 +26,7 @@ void attend_general(Branch branch, const AttendArgs&, Stream*);
 /// decode.cu
 void attend_decode(Branch branch, const AttendArgs&, Stream*);
 bool decode_accepts(const LayerShape&, const QueryTile&);
+bool decode_reads_map(Branch branch, const LayerShape&, const RowMap&);
 
 /// By matrix products (dense.cu): any shape, and masked where one row's scores of all tokens fit the scratch.
 void attend_sdpa(Branch branch, const AttendArgs&, Stream*);
@@ -38,6 +39,8 @@ bool prefill_accepts(Branch branch, const LayerShape&, const RowMap&);
 void attend_prefill(Branch branch, const AttendArgs&, Stream*);
 bool prefill_sel_accepts(const LayerShape&, const RowMap&);
 void attend_prefill_sel(const AttendArgs&, Stream*);
+/// Whether the tile's items, 12 queries a CTA, keep enough SMs busy. Fewer rows are done sooner one by one.
+bool prefill_sel_pays(const LayerShape&, const QueryTile&);
 bool tiles_shape(const LayerShape&);  ///< what the two need of a shape; rank takes no others
 void rank_prefill(const RankArgs&, Stream*);
 std::size_t rank_prefill_scratch(const LayerShape&, const QueryTile&);
@@ -57,6 +60,7 @@ void decode_combine(const DecodeShardArgs&, Stream*);
 /// Row by row, 16-bit storage, tensor cores. attend_decode.cu
 void attend_rows(Branch branch, const AttendArgs&, Stream*);
 bool rows_accept(const LayerShape&, const QueryTile&);
+bool rows_read_map(Branch branch, const LayerShape&, const RowMap&);
 
 /// Bytes a stage asks of the scratch; the three branches may run side by side, each in its own part.
 std::size_t project_scratch(const LayerShape&, const QueryTile&);

@@ -43,25 +43,56 @@ bool accepts_any(const LayerShape&, const QueryTile&) { return true; }
 template <Branch B>
 constexpr AttendKernel general = {"scalar", accepts_any, attend<B, attend_general>};
 
-// The best kernel for the shape under the names a route knows.
+// The kernel that `fused` is for these arguments, under the name the result file has for it.
+struct Variant {
+  const char* name;
+  void (*run)(const AttendArgs&, Stream*);
+};
+
 template <Branch B>
-void attend_best(const AttendArgs& a, Stream* stream) {
-  if (B != sel && (a.tile.rescores || (B == win && a.tile.tokens > 1)) && prefill_accepts(B, a.shape, a.k.map))
-    attend_prefill(B, a, stream);
-  else if (B == sel && a.tile.tokens > 1 && prefill_sel_accepts(a.shape, a.k.map))
+void attend_tiled(const AttendArgs& a, Stream* stream) {
+  if constexpr (B == sel)
     attend_prefill_sel(a, stream);
-  else if (B == cmp && a.tile.rescores)
-    throw InternalError("attend_cmp is to leave no scores and its cache is cut");
-  else if (decode_accepts(a.shape, a.tile))
-    attend<B, attend_decode>(a, stream);
-  else if (rows_accept(a.shape, a.tile))
-    attend<B, attend_rows>(a, stream);
   else
-    attend<B, attend_general>(a, stream);
+    attend_prefill(B, a, stream);
 }
 
 template <Branch B>
-constexpr AttendKernel best = {"fused", accepts_any, attend_best<B>, B == cmp ? tiles_shape : nullptr};
+Variant best_for(const AttendArgs& a) {
+  const LayerShape& s = a.shape;
+  const RowMap& map = a.k.map;
+  constexpr Variant tiled = {"tiled", attend_tiled<B>};
+  if (B != sel && (a.tile.rescores || (B == win && a.tile.tokens > 1)) && prefill_accepts(B, s, map)) return tiled;
+  if (B == sel && a.tile.tokens > 1 && prefill_sel_accepts(s, map) && prefill_sel_pays(s, a.tile)) return tiled;
+  if (B == cmp && a.tile.rescores) throw InternalError("attend_cmp is to leave no scores and its cache is cut");
+  if (decode_accepts(s, a.tile) && decode_reads_map(B, s, map)) return {"decode", attend<B, attend_decode>};
+  if (rows_accept(s, a.tile) && rows_read_map(B, s, map)) return {"rows", attend<B, attend_rows>};
+  return {"scalar", attend<B, attend_general>};
+}
+
+template <Branch B>
+void attend_best(const AttendArgs& a, Stream* stream) {
+  best_for<B>(a).run(a, stream);
+}
+template <Branch B>
+const char* best_name(const AttendArgs& a) {
+  return best_for<B>(a).name;
+}
+
+template <Branch B>
+constexpr AttendKernel best = {"fused", accepts_any, attend_best<B>, B == cmp ? tiles_shape : nullptr,
+                               nullptr, best_name<B>};
+
+// Two of what `fused` is for sel, by their own names: a kernels input may list them, no route does.
+bool tiled_accepts(const LayerShape& s, const QueryTile& tile) {
+  return tile.tokens > 1 && prefill_sel_accepts(s, RowMap{});
+}
+void attend_tiled_sel(const AttendArgs& a, Stream* stream) {
+  if (!prefill_sel_accepts(a.shape, a.k.map)) throw LaunchError("tiled does not read a cache that is cut like this");
+  attend_prefill_sel(a, stream);
+}
+constexpr AttendKernel tiled_sel = {"tiled", tiled_accepts, attend_tiled_sel};
+constexpr AttendKernel rows_sel = {"rows", rows_accept, attend<sel, attend_rows>};
 
 template <Branch B>
 constexpr AttendKernel sdpa = {"sdpa", accepts_any, attend<B, attend_sdpa>};
@@ -83,7 +114,7 @@ void attend_flash(const AttendArgs& a, Stream* stream) {
 }
 
 constexpr AttendKernel cmp_kernels[] = {best<cmp>, sdpa<cmp>, general<cmp>};
-constexpr AttendKernel sel_kernels[] = {best<sel>, sdpa<sel>, masked<sel>, general<sel>};
+constexpr AttendKernel sel_kernels[] = {best<sel>, sdpa<sel>, masked<sel>, general<sel>, tiled_sel, rows_sel};
 constexpr AttendKernel win_kernels[] = {
     best<win>, sdpa<win>, masked<win>, general<win>, {"flash", flash_accepts, attend_flash}};
 

@@ -77,6 +77,11 @@ void fill(void* to, int byte, std::size_t bytes, Stream*) {
   if (bytes > 0) std::memset(to, byte, bytes);
 }
 
+void synchronize(Stream*) {
+  if (fault::at("device.synchronize").is(fault::Action::fail))
+    throw UserError("the host failed (by NSA_FAULT)", ExitCode::device);
+}
+
 double elapsed(Event* from, Event* to) { return std::chrono::duration<double>(stamp(to) - stamp(from)).count(); }
 
 DeviceInfo info() {
@@ -98,7 +103,7 @@ const DeviceOps& host_device() {
       .release = [](void* data) noexcept { std::free(data); },
       .create_stream = []() -> Stream* { return nullptr; },
       .destroy_stream = [](Stream*) noexcept {},
-      .synchronize = [](Stream*) {},
+      .synchronize = synchronize,
       .copy = copy,
       .fill = fill,
       .create_event = [] { return reinterpret_cast<Event*>(new Stamp); },
