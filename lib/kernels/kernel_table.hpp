@@ -135,6 +135,10 @@ inline Partials partials_at(float* base, const LayerShape& s, std::int64_t rows,
   return {base + b * rows * s.heads() * s.d_v, ms + b * rows * s.heads() * 2};
 }
 
+/// (m, s) a rank keeps of the compressed scores: its lanes. Where ranks exchange them there is room for one more, which
+/// carries the window's where those are known by then (ShardedStep).
+constexpr std::int32_t lse_slots(const LayerShape& s, std::int32_t ranks) { return s.lanes / ranks + (ranks > 1); }
+
 /// Attention of one branch over the K/V rows this rank holds.
 /// - cmp: the valid compressed tokens. Also leaves raw scores for `rank` and (m, s) by lane: leaf =
 ///   shape.leaf compressed tokens, reduced left to right; lane = leaves c with c % lanes equal, reduced by
@@ -170,7 +174,7 @@ struct RankArgs {
   LayerShape shape;
   QueryTile tile;
   const void* scores = nullptr;
-  const float* lse = nullptr;  ///< gathered: [ranks][lanes / ranks][rows][H][2]
+  const float* lse = nullptr;  ///< gathered: [ranks][lse_slots][rows][H][2], of which lanes / ranks are lanes
   std::int32_t lse_ranks = 1;  ///< kv when the lanes were exchanged, else 1
   RowMap cmp_map;              ///< of the compressed tokens that were scored
   RowMap token_map;            ///< of the selection K/V: whose block is whose
@@ -222,6 +226,36 @@ struct DecodeStepArgs {
   AttendArgs attend[branches];
   RankArgs rank;  ///< `selected` wanted, lse_ranks = 1
   CombineArgs combine;
+};
+
+/// What the ranks of a sharded decode step tell each other at its end where the normalisers of cmp and win are known by
+/// then: [rows][H][Dv] of the two together, normalised over all ranks, times the gates; then of sel the partial o
+/// [rows][H][Dv] and (m, s) [rows][H][2]. Whole 16-byte vectors.
+constexpr std::int64_t weighted_floats(const LayerShape& s, std::int64_t rows) {
+  return (2 * rows * s.heads() * (s.d_v + 1) + 3) / 4 * 4;
+}
+inline Partials weighted_sel(float* base, const LayerShape& s, std::int64_t rows) {
+  const std::int64_t values = rows * s.heads() * s.d_v;
+  return {base + values, base + 2 * values};
+}
+
+/// A decode step's attention on one of the ranks that share its sequences.
+struct DecodeShardArgs {
+  AttendArgs attend[branches];      ///< of cmp and win; cmp's lse has room for the window's (m, s)
+  const float* lse_all = nullptr;   ///< [ranks][lse_slots][rows][H][2]
+  float* weighted = nullptr;        ///< [weighted_floats]; null: open() leaves ordinary partials of cmp and win instead
+  const float* gathered = nullptr;  ///< [ranks][weighted_floats]
+  CombineArgs combine;              ///< ranks, gate, leave_out and o; the rest is not looked at
+};
+
+/// The launches between the exchanges of such a step: open, exchange lse; rank; weigh, which needs lse_all alone,
+/// beside the exchange of candidates; select, attend sel into weighted_sel(); exchange `weighted`; combine. The same
+/// blocks are chosen as stage by stage.
+struct ShardedStep {
+  bool (*accepts)(const DecodeShardArgs&);
+  void (*open)(const DecodeShardArgs&, Stream*);   ///< cmp with win: raw scores, lse, window's (m, s) behind the lanes
+  void (*weigh)(const DecodeShardArgs&, Stream*);  ///< writes the cmp and win part of `weighted`
+  void (*combine)(const DecodeShardArgs&, Stream*);  ///< o of the gathered ones
 };
 
 /// y = o W_O over the local heads; the sum over head shards is the caller's.
@@ -327,6 +361,7 @@ struct KernelTable {
   /// The same of a prefill tile: same blocks chosen, no partials kept.
   bool (*prefill_step_accepts)(const DecodeStepArgs&) = nullptr;
   void (*prefill_step)(const DecodeStepArgs&, Stream*) = nullptr;
+  const ShardedStep* sharded = nullptr;  ///< null where the backend has no such thing
 };
 
 }  // namespace nsa

@@ -25,7 +25,7 @@ Rows fetch(const Work& w, const KvView& view, std::int64_t plane, const std::vec
                       static_cast<std::size_t>(view.width * size), e.streams.compute);
   e.device().synchronize(e.streams.compute);
   Rows values = from_storage(stored.data(), rows.size() * view.width, e.shape().dtype);
-  if (w.exchange) e.kv_control.sum(values);
+  if (w.exchange) e.peers->kv_control.sum(values);
   return values;
 }
 

@@ -59,6 +59,7 @@ Decode::Decode(Engine& e, const TensorSource* source, bool record)
 
 void Decode::load_inputs(const TensorSource& source) {
   Engine& e = engine_;
+  if (!source.from_file()) return make_inputs(source);
   const std::int64_t steps = e.config.run.steps, batch = e.point.batch;
   const auto rows = [&](const std::string& name, const Columns& columns) {
     return by_step(given_rows(source, name, columns, e.point.context, steps), batch, steps);
@@ -78,6 +79,31 @@ void Decode::load_inputs(const TensorSource& source) {
     upload(e, rows(kv_name(e.shape(), c, false), kv_columns(e.config, e.point, e.partition, false)),
            k_steps_[c].data());
     upload(e, rows(kv_name(e.shape(), c, true), kv_columns(e.config, e.point, e.partition, true)), v_steps_[c].data());
+  }
+}
+
+void Decode::make_inputs(const TensorSource& source) {
+  Engine& e = engine_;
+  const DType storage = e.shape().dtype;
+  const auto make = [&](const std::string& name, const Columns& columns, DType type, const Buffer& steps) {
+    KvView rows;  // of one step: position i, wherever it is, is the only row
+    rows.map.ring = 1;
+    rows.width = static_cast<std::int32_t>(elements_of(columns.count));
+    rows.plane_stride = rows.width;
+    const std::int64_t bytes = e.point.batch * rows.width * static_cast<std::int64_t>(size_of(type));
+    for (std::int64_t step = 0; step < e.config.run.steps; ++step) {
+      rows.data = steps.as<std::byte>() + step * bytes;
+      make_rows(e, source, name, columns, type, rows, e.point.context + step, e.point.context + step + 1);
+    }
+  };
+  if (e.config.run.scope == Scope::layer)
+    return make("x", x_columns(e.config, e.point), e.config.model.layers > 1 ? DType::f32 : storage, x_steps_);
+  make("given/q", q_columns(e.config, e.point, e.partition), storage, q_steps_);
+  make("given/gate", gate_columns(e.config, e.point, e.partition), DType::f32, gate_steps_);
+  for (const Branch c : kv_column_order) {
+    if (e.shape().shared_kv && c != sel) continue;
+    make(kv_name(e.shape(), c, false), kv_columns(e.config, e.point, e.partition, false), storage, k_steps_[c]);
+    make(kv_name(e.shape(), c, true), kv_columns(e.config, e.point, e.partition, true), storage, v_steps_[c]);
   }
 }
 
@@ -180,16 +206,60 @@ void Decode::attend_by_stages(Work& w, Recorder& recorder) {
   recorder.time(Stage::combine, [&] { combine(w); });
 }
 
+// Between the exchanges in the backend's own launches; a record wants the branches apart to the end.
+void Decode::attend_sharded(Work& w, Recorder& recorder) {
+  w.weighted = !w.options.record;
+  open_shard(w);
+  exchange(w, recorder, exchange_lse);
+  if (w.leaves_out(sel)) {
+    if (w.weighted) weigh_shard(w);
+  } else {
+    rank_blocks(w);
+    fork_exchange(w, recorder, exchange_candidates);
+    if (w.weighted) weigh_shard(w);
+    join_exchange(w, recorder);
+    select_blocks(w);
+    attend(w, sel);
+  }
+  exchange(w, recorder, exchange_partials);
+  combine(w);
+}
+
+bool Decode::try_sharded() {
+  Work w = start({});
+  view_caches(w);
+  if (!shards_at_once(w)) return false;
+  rewind();
+  w.weighted = true;
+  try {
+    open_shard(w);
+    weigh_shard(w);
+    combine(w);
+    engine_.device().synchronize(engine_.streams.compute);
+  } catch (const LaunchError&) {
+    return false;
+  }
+  rewind();
+  return true;
+}
+
+Work Decode::start(const StepOptions& options) {
+  return {engine_, buffers_, options, engine_.partition.kv > 1, decode_tile(engine_, position_.as<std::int64_t>()), 0,
+          0,       {},       {}};
+}
+
 Work Decode::step(const StepOptions& options, Recorder& recorder) {
-  Work w{engine_, buffers_, options, engine_.partition.kv > 1, decode_tile(engine_, position_.as<std::int64_t>()), 0,
-         0,       {},       {}};
+  Work w = start(options);
   for (w.layer = 0; w.layer < engine_.config.model.layers; ++w.layer) {
     view_caches(w);
     if (recorder.times_stages() || !enter_at_once(w)) {
       if (w.whole_layer()) recorder.time(Stage::project, [&] { project(w); });
       append_and_compress(w, recorder);
     }
-    if (recorder.times_stages() || !attend_at_once(w)) attend_by_stages(w, recorder);
+    if (!recorder.times_stages() && sharded_)
+      attend_sharded(w, recorder);
+    else if (recorder.times_stages() || !attend_at_once(w))
+      attend_by_stages(w, recorder);
     if (w.whole_layer()) {
       recorder.time(Stage::output, [&] { output(w); });
       recorder.time(Stage::comm, [&] { sum_outputs(w, engine_.point.batch); });

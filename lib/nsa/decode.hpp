@@ -26,6 +26,12 @@ class Decode {
   /// Returns what its last layer worked on.
   Work step(const StepOptions& options, Recorder& recorder);
 
+  /// Where ranks share the sequences: whether this rank can run the backend's own few launches, tried once here so that
+  /// a launch that is refused is found out before it is measured; and whether it does. All ranks or none, because what
+  /// they exchange is not the same.
+  bool try_sharded();
+  void run_sharded(bool all_can) { sharded_ = all_can; }
+
   StepBuffers& buffers() { return buffers_; }
   /// Logs of the steps since rewind: reads [steps][3][batch, groups]; selected [steps][layers][batch, groups, n].
   const Buffer& reads_log() const { return reads_log_; }
@@ -34,9 +40,12 @@ class Decode {
 
  private:
   void load_inputs(const TensorSource& source);
+  void make_inputs(const TensorSource& source);
   void append_and_compress(Work& work, Recorder& recorder);
   void view_caches(Work& work);
+  Work start(const StepOptions& options);
   void attend_by_stages(Work& work, Recorder& recorder);
+  void attend_sharded(Work& work, Recorder& recorder);
   void exchange(Work& work, Recorder& recorder, void (*what)(Work&, Stream*));
   void fork_exchange(Work& work, Recorder& recorder, void (*what)(Work&, Stream*));
   void join_exchange(Work& work, const Recorder& recorder);
@@ -50,6 +59,7 @@ class Decode {
   Buffer q_steps_, gate_steps_;  ///< scope = attention: [steps][batch, H, Dk], [steps][batch, groups, 3]
   Buffer k_steps_[branches], v_steps_[branches];
   std::vector<Buffer> marked_;  ///< rings of every layer
+  bool sharded_ = false;
 };
 
 }  // namespace nsa

@@ -26,12 +26,6 @@ Engine::Engine(const Backend& opened, const Control& world, const Config& input,
   allocate(&source);
 }
 
-void Engine::connect(const Control& world) {
-  heads = Communicator(backend, world.split(partition.kv_rank, partition.head_shard));
-  kv_control = world.split(partition.head_shard, partition.kv_rank);
-  kv = Communicator(backend, kv_control);
-}
-
 Engine::Engine(const Backend& dry, const Config& input, const Point& at, const Partition& planned)
     : backend(dry), config(input), point(at), partition(planned), streams(*dry.device) {
   allocate(nullptr);

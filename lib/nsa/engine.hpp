@@ -4,7 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "comm/communicator.hpp"
+#include "comm/peers.hpp"
 #include "nsa/router.hpp"
 #include "nsa/state.hpp"
 #include "nsa/weights.hpp"
@@ -27,8 +27,7 @@ struct Engine {
   const Config& config;
   const Point point;
   const Partition partition;
-  Communicator heads, kv;  ///< sum of outputs; exchange between the holders of a sequence; groups of one until connect
-  Control kv_control;
+  std::shared_ptr<const Peers> peers = std::make_shared<Peers>();  ///< groups of one until connect
   MemoryAccount account;
   Streams streams;
   std::vector<Weights> weights;     ///< by layer; none in scope = attention
@@ -39,8 +38,8 @@ struct Engine {
   /// Not collective: memory is had before anybody waits for a peer. Throws UserError(device) when it runs out.
   Engine(const Backend& backend, const Control& world, const Config& config, const Point& point,
          const TensorSource& source);
-  /// Opens the communicators. Collective over `world`, once all ranks have their memory.
-  void connect(const Control& world);
+  /// Finds the peers, and opens what is not open yet. Collective, once all ranks have their memory.
+  void connect(Layouts& layouts) { peers = layouts.peers(partition.kv); }
   /// A plan: on dry_device(), with no peers and no values.
   Engine(const Backend& dry, const Config& config, const Point& point, const Partition& partition);
   const KernelTable& kernels() const { return *backend.kernels; }

@@ -132,8 +132,8 @@ Session open_session(const Config& config, const Control& world, std::function<b
   Backend backend{};
   agreed(world, [&] { backend = open_backend(kind, world.local_rank()); });
   backend.capability = static_cast<int>(-world.max(-std::int64_t{backend.capability}));  // all take the same routes
-  return {world, backend, std::make_shared<StopPoll>(world, std::move(asked_to_stop)),
-          hash_of(config.input_file, world)};
+  return {world, backend, std::make_shared<Layouts>(backend, world),
+          std::make_shared<StopPoll>(world, std::move(asked_to_stop)), hash_of(config.input_file, world)};
 }
 
 std::string fingerprint(const Session& session, const Config& config, const Point& point) {

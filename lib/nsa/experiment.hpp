@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 
-#include "comm/session.hpp"
+#include "comm/peers.hpp"
 #include "kernels/buffer.hpp"
 #include "nsa/config.hpp"
 #include "nsa/partition.hpp"
@@ -18,6 +18,7 @@ namespace nsa {
 struct Session {
   Control world;
   Backend backend;
+  std::shared_ptr<Layouts> layouts;  ///< kept from point to point
   std::shared_ptr<StopPoll> stop;  ///< asked between steps and points
   std::string input_hash;          ///< SHA-256 of [input] file, on rank 0; empty without one
   bool strict = false;             ///< a fallback makes the point INVALID

@@ -90,6 +90,21 @@ void fill_kv(Engine& e, const TensorSource& source, Branch branch, KvPair& pair,
   }
 }
 
+void make_rows(Engine& e, const TensorSource& source, const std::string& name, const Columns& columns, DType type,
+               const KvView& to, std::int64_t first, std::int64_t last) {
+  std::int64_t column = 0;  // the first, of all that a position has
+  for (std::size_t i = 0; i < columns.begin.size(); ++i) column = column * columns.shape[i + 2] + columns.begin[i];
+  FillRowsArgs args;
+  args.dtype = type;
+  args.dst = to;
+  args.batch = static_cast<std::int32_t>(e.point.batch);
+  args.group_begin = static_cast<std::int32_t>(column / to.width);  // every shard has as many columns
+  args.first = first;
+  args.last = last;
+  args.key = source.key(name);
+  e.kernels().fill_rows(args, e.streams.compute);
+}
+
 void upload(Engine& e, const std::vector<float>& values, void* to) {
   const std::vector<std::byte> stored = to_storage(values, e.shape().dtype);
   e.device().copy(to, stored.data(), stored.size(), e.streams.compute);

@@ -22,6 +22,11 @@ Columns gate_columns(const Config& config, const Point& point, const Partition& 
 std::vector<float> given_rows(const TensorSource& source, const std::string& name, const Columns& columns,
                               std::int64_t first, std::int64_t rows);
 
+/// The same of a synthetic source, bit for bit, made in the backend's memory: rows [first, last) that `to` holds, of
+/// storage or fp32, [batch][rows][columns] under its map. Every head shard has as many columns.
+void make_rows(Engine& engine, const TensorSource& source, const std::string& name, const Columns& columns, DType type,
+               const KvView& to, std::int64_t first, std::int64_t last);
+
 /// "given/k_sel", "given/v_win", ...: the given tensor that serves `branch`.
 std::string kv_name(const LayerShape& shape, Branch branch, bool value);
 

@@ -110,7 +110,7 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
     held_prefill.emplace(*engine, point.context, false);
     held_decode.emplace(*engine, &source, true);
   });
-  engine->connect(session.world);
+  engine->connect(*session.layouts);
   Engine& e = *engine;
   Prefill& prefill = *held_prefill;
   Decode& decode = *held_decode;

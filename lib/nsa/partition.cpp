@@ -124,7 +124,7 @@ std::vector<Exchange> exchanges(const Config& config, const Partition& p, const 
     if (!s.shared_kv) gather("k_win, v_win", planes * tokens * width);
     gather("raw ring", planes * s.rules.l * width);
   } else {
-    gather("lse", s.lanes / p.kv * rows * s.heads() * 2 * 4);
+    gather("lse", lse_slots(s, p.kv) * rows * s.heads() * 2 * 4);
     gather("candidates", rows * s.groups * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate)));
     gather("partials", partial_floats(s, rows) * 4);
   }

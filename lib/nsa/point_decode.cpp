@@ -35,7 +35,7 @@ void fill_caches(const Session& session, Engine& e, const TensorSource& source, 
   const DuringPhase phase("fill caches");
   if (e.config.run.fill == CacheFill::synthetic) {
     fill_directly(e, source);
-    return e.connect(session.world);
+    return e.connect(*session.layouts);
   }
   std::optional<Prefill> prefill;
   Recorder untimed(e.device(), e.streams.compute);
@@ -46,7 +46,7 @@ void fill_caches(const Session& session, Engine& e, const TensorSource& source, 
     else
       prefill->load_rows(source);
   });
-  e.connect(session.world);
+  e.connect(*session.layouts);
   prefill->watch([&](double done) { progress(done, 1, "filling caches"); });
   prefill->fill_caches(untimed);
   e.device().synchronize(e.streams.compute);
@@ -102,6 +102,12 @@ StepOutput record_pass(const Session& session, Engine& e, Decode& decode, const 
   keep_records(session.world, e, source, checked, tensors.get(), total_positions(e.config, e.point), record);
   fail_where(session.world, problem, record);
   return left_by(e, decode);
+}
+
+void choose_launches(const Control& world, Decode& decode) {
+  bool can = false;
+  agreed(world, [&] { can = decode.try_sharded(); });
+  decode.run_sharded(world.max(std::int64_t{!can}) == 0);
 }
 
 // A step as it would run: one graph where the backend has them.
@@ -163,6 +169,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   const std::vector<ModeRun> runs = mode_runs(config, point);
   StepOptions base;
   base.force_branch = point.force_branch;
+  choose_launches(world, decode);
   StepOutput expected;
   if (config.run.check || config.output.tensors) expected = record_pass(session, e, decode, source, base, record);
   decode.rewind();
@@ -176,6 +183,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   do {
     samples = {};
     passes = 0;
+    choose_launches(world, decode);
     record.stop_reason = measure(world, runs, config.run.min_time, samples, [&](const ModeRun& run, auto&& sink) {
       recorder.time_stages(run.stages);
       WholeStep whole(e, decode, recorder, run);

@@ -104,7 +104,7 @@ MemoryAccount run_prefill(const Session& session, const Config& config, const Po
     held.emplace(e, point.context, config.run.check || config.output.tensors);
     load(e, *held, source);
   });
-  e.connect(world);
+  e.connect(*session.layouts);
   Prefill& prefill = *held;
 
   const std::vector<ModeRun> runs = mode_runs(config, point);

@@ -89,6 +89,22 @@ Prefill::Prefill(Engine& e, std::int64_t positions, bool record)
 
 void Prefill::load_rows(const TensorSource& source) {
   Engine& e = engine_;
+  const bool layer = e.config.run.scope == Scope::layer, residual = e.config.model.layers > 1;
+  if (!source.from_file()) {
+    const auto make = [&](const std::string& name, const Columns& columns, DType type, const Buffer& buffer) {
+      KvView rows;
+      rows.data = buffer.data();
+      rows.map = e.partition.tokens(false);
+      rows.width = static_cast<std::int32_t>(elements_of(columns.count));
+      rows.plane_stride = local_rows_ * rows.width;
+      make_rows(e, source, name, columns, type, rows, 0, positions_);
+    };
+    if (layer)
+      return make("x", x_columns(e.config, e.point), residual ? DType::f32 : e.shape().dtype,
+                  residual ? buffers_.x : buffers_.x_in);
+    make("given/q", q_columns(e.config, e.point, e.partition), e.shape().dtype, buffers_.q);
+    return make("given/gate", gate_columns(e.config, e.point, e.partition), DType::f32, buffers_.gate);
+  }
   const auto each_own_tile = [&](const std::string& name, const Columns& columns, auto&& store) {
     const std::int64_t width = elements_of(columns.count);
     for (const PrefillTile& tile : tiles_) {
@@ -111,8 +127,8 @@ void Prefill::load_rows(const TensorSource& source) {
       e.device().synchronize(e.streams.compute);
     };
   };
-  if (e.config.run.scope == Scope::layer) {
-    if (e.config.model.layers > 1)
+  if (layer) {
+    if (residual)
       each_own_tile("x", x_columns(e.config, e.point), into_floats(buffers_.x));
     else
       each_own_tile("x", x_columns(e.config, e.point), into_storage(buffers_.x_in));
@@ -168,7 +184,7 @@ void Prefill::exchange_raw_halo() {
   if (p.kv == 1 || halo == 0) return;
   copy_rows(raw_.k, heads_.k, 0, 0, halo);
   copy_rows(raw_.v, heads_.v, 0, 0, halo);
-  gather_pair("raw halo", engine_.kv, heads_, heads_all_, engine_.streams.compute);
+  gather_pair("raw halo", engine_.peers->kv, heads_, heads_all_, engine_.streams.compute);
   copy_rows(heads_all_.k, raw_.k, 0, p.chunk_tokens, p.chunk_tokens + halo);
   copy_rows(heads_all_.v, raw_.v, 0, p.chunk_tokens, p.chunk_tokens + halo);
 }
@@ -204,9 +220,9 @@ void Prefill::gather(Work& w) {
     return read(win, rows(win, w.layer));
   }
   Stream* stream = engine_.streams.compute;
-  gather_pair("k_cmp, v_cmp", engine_.kv, cache.cmp, cmp_all_, stream);
-  gather_pair("k_sel, v_sel", engine_.kv, cache.sel, sel_all_, stream);
-  if (!shared) gather_pair("k_win, v_win", engine_.kv, win_, win_all_, stream);
+  gather_pair("k_cmp, v_cmp", engine_.peers->kv, cache.cmp, cmp_all_, stream);
+  gather_pair("k_sel, v_sel", engine_.peers->kv, cache.sel, sel_all_, stream);
+  if (!shared) gather_pair("k_win, v_win", engine_.peers->kv, win_, win_all_, stream);
   read(sel, sel_all_);
   read(cmp, cmp_all_);
   read(win, shared ? sel_all_ : win_all_);
@@ -231,7 +247,7 @@ void Prefill::fill_rings(Work& w) {
   copy_rows(raw_.v, cache.raw.v, raw_first, 0, positions_);
   const Partition& p = engine_.partition;
   if (p.kv == 1) return;
-  gather_pair("raw ring", engine_.kv, cache.raw, ring_all_, engine_.streams.compute);
+  gather_pair("raw ring", engine_.peers->kv, cache.raw, ring_all_, engine_.streams.compute);
   const std::int64_t size = static_cast<std::int64_t>(size_of(p.shape.dtype));
   for (std::int64_t c = raw_first / p.chunk_tokens; c * p.chunk_tokens < positions_; ++c)
     for (const bool value : {false, true}) {

@@ -77,7 +77,10 @@ AttendArgs attend_args(const Work& w, Branch branch) {
   args.reads = b.reads.as<std::int64_t>() + branch * w.engine.planes() + std::int64_t{w.tile.batch_begin} * s.groups;
   args.scratch = b.scratch.data();
   args.scratch_bytes = b.scratch.bytes();
-  if (branch == sel) args.selected = selected_of(w);
+  if (branch == sel) {
+    args.selected = selected_of(w);
+    if (w.weighted) args.out = weighted_sel(b.partials.as<float>(), s, w.tile.rows());
+  }
   if (branch == cmp) {
     args.lse = b.lse.as<float>();
     args.scores = b.scores.data();
@@ -147,6 +150,17 @@ CombineArgs combine_args(const Work& w) {
   return args;
 }
 
+DecodeShardArgs shard_args(const Work& w) {
+  const StepBuffers& b = w.buffers;
+  DecodeShardArgs args;
+  for (const Branch branch : {cmp, win}) args.attend[branch] = attend_args(w, branch);
+  args.lse_all = b.lse_all.as<float>();
+  if (w.weighted) args.weighted = b.partials.as<float>();
+  args.gathered = b.partials_all.as<float>();
+  args.combine = combine_args(w);
+  return args;
+}
+
 }  // namespace
 
 void project(Work& w) {
@@ -195,7 +209,10 @@ void select_blocks(Work& w) {
 }
 
 void combine(Work& w) {
-  w.engine.kernels().combine(combine_args(w), w.engine.streams.compute);
+  if (w.weighted)
+    w.engine.kernels().sharded->combine(shard_args(w), w.engine.streams.compute);
+  else
+    w.engine.kernels().combine(combine_args(w), w.engine.streams.compute);
   flip("kernel.combine", w, w.buffers.o);
 }
 
@@ -227,6 +244,21 @@ bool attend_at_once(Work& w) {
   return true;
 }
 
+bool shards_at_once(Work& w) {
+  const KernelTable& kernels = w.engine.kernels();
+  if (!w.exchange || !kernels.sharded) return false;
+  for (const Branch b : {cmp, win})
+    if (w.engine.routes.of(w.phase, b).kernel != &kernels.attend[b].front()) return false;
+  return kernels.sharded->accepts(shard_args(w));
+}
+
+void open_shard(Work& w) {
+  fault::refuse_launch("attend.shard", w.engine.device(), w.engine.streams.compute);
+  w.engine.kernels().sharded->open(shard_args(w), w.engine.streams.compute);
+  for (const Branch b : {cmp, win}) w.engine.routes.of(w.phase, b).note("shard");
+}
+void weigh_shard(Work& w) { w.engine.kernels().sharded->weigh(shard_args(w), w.engine.streams.compute); }
+
 void output(Work& w) {
   const LayerShape& s = w.engine.shape();
   const StepBuffers& b = w.buffers;
@@ -243,23 +275,25 @@ void output(Work& w) {
 }
 
 void exchange_lse(Work& w, Stream* stream) {
-  w.engine.kv.all_gather("lse", w.buffers.lse.data(), w.buffers.lse_all.data(), w.buffers.lse.bytes(), stream);
+  w.engine.peers->kv.all_gather("lse", w.buffers.lse.data(), w.buffers.lse_all.data(), w.buffers.lse.bytes(), stream);
 }
 
 void exchange_candidates(Work& w, Stream* stream) {
-  w.engine.kv.all_gather("candidates", w.buffers.candidates.data(), w.buffers.candidates_all.data(),
-                         w.buffers.candidates.bytes(), stream);
+  w.engine.peers->kv.all_gather("candidates", w.buffers.candidates.data(), w.buffers.candidates_all.data(),
+                                w.buffers.candidates.bytes(), stream);
 }
 
 void exchange_partials(Work& w, Stream* stream) {
-  w.engine.kv.all_gather("partials", w.buffers.partials.data(), w.buffers.partials_all.data(),
-                         w.buffers.partials.bytes(), stream);
+  const std::int64_t floats = weighted_floats(w.engine.shape(), w.tile.rows());
+  w.engine.peers->kv.all_gather(w.weighted ? "weighted partials" : "partials", w.buffers.partials.data(),
+                                w.buffers.partials_all.data(),
+                                w.weighted ? static_cast<std::size_t>(floats) * 4 : w.buffers.partials.bytes(), stream);
 }
 
 void sum_outputs(Work& w, std::int64_t rows) {
   const auto count = static_cast<std::size_t>(rows * w.engine.shape().dim);
   Stream* stream = w.engine.streams.compute;
-  w.engine.heads.all_reduce_sum("outputs", w.buffers.y.as<float>(), count, stream);
+  w.engine.peers->heads.all_reduce_sum("outputs", w.buffers.y.as<float>(), count, stream);
   if (w.engine.config.model.layers > 1)
     w.engine.kernels().add(static_cast<std::int64_t>(count), w.buffers.x.as<float>(), w.buffers.y.as<float>(), stream);
 }

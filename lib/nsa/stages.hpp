@@ -25,6 +25,7 @@ struct Work {
   std::int64_t layer = 0;
   KvView k[branches], v[branches];  ///< what attention reads: [cmp], [sel], [win]
   Phase phase = Phase::decode;
+  bool weighted = false;  ///< sharded decode: cmp and win travel as one weighted vector (ShardedStep)
 
   bool leaves_out(Branch branch) const { return options.leave_out == branch; }
   bool whole_layer() const { return engine.config.run.scope == Scope::layer; }
@@ -43,6 +44,12 @@ void output(Work& work);
 /// combine. False, and nothing queued, where it has none for this.
 bool enter_at_once(Work& work);
 bool attend_at_once(Work& work);
+
+/// Decode where ranks share the sequences, in the backend's own few launches: cmp with win before the exchange of lse,
+/// and what they give to each head, once that is there. combine() follows `weighted`.
+bool shards_at_once(Work& work);  ///< whether the backend has that for this work, as it is routed
+void open_shard(Work& work);
+void weigh_shard(Work& work);
 
 void exchange_lse(Work& work, Stream* stream);
 void exchange_candidates(Work& work, Stream* stream);

@@ -74,7 +74,7 @@ StepBuffers::StepBuffers(const Allocator& allocate, const KernelTable& kernels, 
   }
   scores = allocate(MemoryKind::workspace, static_cast<std::int64_t>(kernels.score_bytes(s, tile, cmp_rows)));
   scratch = allocate(MemoryKind::workspace, static_cast<std::int64_t>(scratch_bytes));
-  const std::int64_t lse_bytes = tile.rescores ? 0 : s.lanes / ranks * t * heads * 2 * 4;
+  const std::int64_t lse_bytes = tile.rescores ? 0 : lse_slots(s, static_cast<std::int32_t>(ranks)) * t * heads * 2 * 4;
   const std::int64_t candidate_bytes = t * s.groups * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate));
   const std::int64_t partial_bytes = partial_floats(s, t) * 4;
   lse = make(lse_bytes);

@@ -45,7 +45,7 @@ struct StepBuffers {
   Buffer q, gate;                   ///< [rows, H, Dk], [rows, groups, 3]
   Buffer k[branches], v[branches];  ///< [tile rows, groups, D]; shared_kv: only [sel]
   Buffer scores, scratch;
-  Buffer lse, lse_all;  ///< own lanes; [kv] gathered (empty when kv = 1)
+  Buffer lse, lse_all;  ///< [lse_slots] of this rank; [kv] gathered (empty when kv = 1)
   Buffer candidates, candidates_all;
   Buffer selected;  ///< [layers][tile rows, groups, n_sel]
   Buffer partials, partials_all;

@@ -118,7 +118,7 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   for (std::int64_t i = 0; i < lists * 3; ++i) gate->host<float>()[i] = 0.1f + 0.2f * static_cast<float>(i % 4);
   gate->to_gpu();
   selected = std::make_unique<Twin>(lists * r.n_sel * 4);
-  const std::int64_t lanes_here = s.lanes / ranks, lse_floats = lanes_here * rows * s.heads() * 2;
+  const std::int64_t lse_floats = lse_slots(s, ranks) * rows * s.heads() * 2;
   Twin lse_all(ranks * lse_floats * 4), partials_all(ranks * partial_floats(s, rows) * 4),
       candidates_all(ranks * lists * r.n_sel * 8);
   std::vector<std::unique_ptr<Twin>> scores, scratch;

@@ -4,9 +4,12 @@
 #include <cstdlib>
 #include <iostream>
 #include <sstream>
+#include <utility>
+#include <vector>
 
 #include "comm/session.hpp"
 #include "kernels/backend.hpp"
+#include "mpi/at_end.hpp"
 #if __has_include(<catch2/catch_session.hpp>)
 #include <catch2/catch_session.hpp>
 #else
@@ -16,6 +19,8 @@
 #endif
 
 namespace {
+
+std::vector<std::function<void()>> closings;
 
 bool every_rank_has_a_gpu(const nsa::Control& world) {
   bool here = true;
@@ -29,6 +34,8 @@ bool every_rank_has_a_gpu(const nsa::Control& world) {
 
 }  // namespace
 
+void at_end(std::function<void()> close) { closings.push_back(std::move(close)); }
+
 int main(int argc, char* argv[]) {
   nsa::MpiSession mpi(argc, argv);
   const nsa::Control world = nsa::Control::world();
@@ -40,6 +47,7 @@ int main(int argc, char* argv[]) {
   std::streambuf* const terminal = std::cout.rdbuf();
   if (world.rank() != 0) std::cout.rdbuf(quiet.rdbuf());
   const int failed = Catch::Session().run(argc, argv);
+  for (const auto& close : closings) close();
   std::cout.rdbuf(terminal);
   if (world.rank() != 0 && failed != 0) std::cout << "rank " << world.rank() << ":\n" << quiet.str() << std::flush;
   return static_cast<int>(world.max(std::int64_t{failed})) == 0 ? 0 : 1;

@@ -4,8 +4,6 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "nsa/experiment.hpp"
-
 namespace parity {
 namespace {
 
@@ -71,9 +69,12 @@ nsa::Config config_of(const Shape& shape, nsa::TaskKind kind) {
   return config;
 }
 
-nsa::PointRecord run(const nsa::Config& config, const nsa::Control& group) {
-  const nsa::Session session = nsa::open_session(config, group);
+nsa::PointRecord run(const nsa::Config& config, const nsa::Session& session) {
   return nsa::run_point(session, config, nsa::sweep(config).at(0), 0, [](double, double, const std::string&) {});
+}
+
+nsa::PointRecord run(const nsa::Config& config, const nsa::Control& group) {
+  return run(config, nsa::open_session(config, group));
 }
 
 bool has(const nsa::PointRecord& record, const std::string& name) { return find(record, name) != nullptr; }

@@ -7,6 +7,7 @@
 
 #include "comm/session.hpp"
 #include "nsa/config.hpp"
+#include "nsa/experiment.hpp"
 #include "nsa/records.hpp"
 #include "oracle/oracle.hpp"
 
@@ -22,7 +23,9 @@ struct Shape {
 /// Decode of the shape's steps, or prefill of context + steps tokens: the same tokens either way.
 nsa::Config config_of(const Shape& shape, nsa::TaskKind kind);
 
-/// Runs the one point of a config over the ranks of `group`. The record is complete on its rank 0.
+/// Runs the one point of a config over the session's ranks. The record is complete on its rank 0.
+nsa::PointRecord run(const nsa::Config& config, const nsa::Session& session);
+/// The same in a session of its own over the ranks of `group`.
 nsa::PointRecord run(const nsa::Config& config, const nsa::Control& group);
 
 bool has(const nsa::PointRecord& record, const std::string& name);

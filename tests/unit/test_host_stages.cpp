@@ -155,7 +155,7 @@ Ranks play(const Layout& base, const QueryTile& tile, const void* q, const std::
     const Layout layout = layout_of(r);
     Step& step = all.steps[r];
     step.partials.assign(partial_floats(s, rows), unset);
-    step.lse.assign(s.lanes / kv * rows * s.heads() * 2, unset);
+    step.lse.assign(lse_slots(s, kv) * rows * s.heads() * 2, unset);
     step.reads.assign(branches * tile.batches * s.groups, 0);
     step.selected.assign(rows * s.groups * s.rules.n_sel, -7);
     const Cache k = layout.cache("k_cmp", layout.compressed(), n, s.d_k);

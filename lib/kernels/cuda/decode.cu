@@ -1,17 +1,16 @@
-// Decode attention as stages: one branch a launch, its lists merged by their last CTA.
+// Decode attention as stages: one branch a launch, and one behind it where lists are split or long, in which their
+// parts meet.
 
 #include <algorithm>
 #include <iterator>
 
-#include "kernels/cuda/decode.cuh"
+#include "kernels/cuda/decode_meet.cuh"
 #include "kernels/cuda/stages.cuh"
 #include "kernels/cuda/units.cuh"
 
 namespace nsa::gpu {
 
 namespace {
-
-constexpr int most_merged = 8;  // parts of a list that its last CTA merges alone
 
 constexpr struct { int d_k, d_v; } sizes_16[] = {{64, 64}, {128, 128}, {192, 128}}, sizes_32[] = {{64, 64}, {128, 128}};
 
@@ -79,14 +78,16 @@ void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
   p.tile = a.tile;
   p.q = a.q;
   p.head_tiles = decode_head_tiles(a.shape);
-  p.end = DecodeEnd::merge;
   p.arrivals = arrival_counters(branch);
   p.selected = a.selected;
   p.out = a.out;
   p.leaves = static_cast<float2*>(a.scratch);
   const std::int64_t tiles = decode_tiles(branch, a.shape, a.k.map, a.tile.max_positions);
+  const int splits = decode_splits(lists, tiles);
+  const bool apart = meets_apart(branch, splits, tiles);
+  p.end = apart ? DecodeEnd::parts : DecodeEnd::merge;
   p.jobs[0] = {branch,
-               std::min(decode_splits(lists, tiles), most_merged),
+               splits,
                0,
                a.k,
                a.v,
@@ -101,6 +102,11 @@ void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
     p.lse = a.lse;
   }
   launch_decode(p, stream);
+  if (!apart) return;
+  DecodeMeeting meeting{p};
+  if (!p.scores_only) meeting.out[0] = a.out;
+  meeting.lanes = branch == cmp;
+  launch_meeting(meeting, stream);
 }
 
 }  // namespace nsa::gpu

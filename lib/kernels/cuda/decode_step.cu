@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/decode.cuh"
+#include "kernels/cuda/decode_meet.cuh"
 #include "kernels/cuda/stages.cuh"
 #include "kernels/cuda/units.cuh"
 
@@ -107,7 +107,9 @@ void decode_step(const DecodeStepArgs& a, Stream* stream) {
   p.tile = tile;
   p.q = of_cmp.q;
   p.head_tiles = decode_head_tiles(s);
-  p.end = leave_out[sel] ? DecodeEnd::parts : DecodeEnd::lanes;
+  const bool lanes_apart =
+      !leave_out[sel] && meets_apart(cmp, 1, decode_tiles(cmp, s, of_cmp.k.map, tile.max_positions));
+  p.end = leave_out[sel] || lanes_apart ? DecodeEnd::parts : DecodeEnd::lanes;
   p.arrivals = arrival_counters(cmp);
   p.scores = static_cast<float*>(of_cmp.scores);
   p.pitch = score_pitch(of_cmp.k.map, compressed_tokens(s.rules, tile.max_positions - 1));
@@ -125,6 +127,7 @@ void decode_step(const DecodeStepArgs& a, Stream* stream) {
   if (!leave_out[win]) p.jobs[p.job_count++] = win_job;
   p.jobs[p.job_count++] = cmp_job;
   launch_decode(p, stream);
+  if (lanes_apart) launch_meeting({.walk = p, .lanes = true}, stream);
 
   const DecodeJob sel_job = job_of(sel, a.attend[sel], splits_for(sel, a.attend[sel]), parts);
   if (!leave_out[sel]) {

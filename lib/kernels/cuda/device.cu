@@ -189,7 +189,7 @@ DeviceInfo info() {
   check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
   std::size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
-  const Nvml nvml;
+  static const Nvml nvml;  // opening it takes tens of milliseconds, and a point asks three times
   DeviceInfo out;
   out.name = p.name;
   out.index = open_device.index;

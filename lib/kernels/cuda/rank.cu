@@ -19,7 +19,9 @@ namespace {
 
 constexpr int most_threads = 512;
 constexpr int most_cluster = 8;
-constexpr int most_counted = 512;  // keys a CTA compares all with all
+// Keys of a slice of which a CTA finds the best n itself: all compared with all, once thinned out. Where lists are few
+// that is faster than one CTA's sorting the keys of all slices.
+constexpr int most_counted(int n, int cluster) { return n <= 16 && cluster > 1 ? 4096 : 512; }
 
 // Compressed tokens that overlap a block, at most.
 __host__ __device__ int tokens_per_block(const BlockRules& r) { return r.l_sel / r.d + (r.l - 1) / r.d; }
@@ -79,12 +81,12 @@ struct Shared {
 __device__ void load_normalisers(const Params& p, std::int64_t row, std::int64_t g, float2* normaliser) {
   const LayerShape& s = p.a.shape;
   const std::int64_t rows = p.a.tile.rows();
-  const int ranks = p.a.lse_ranks, present = s.lanes / ranks;
+  const int ranks = p.a.lse_ranks, slots = lse_slots(s, ranks);
   const float2* lse = reinterpret_cast<const float2*>(p.a.lse) + row * s.heads() + g * s.heads_per_group;
   for (int h = threadIdx.x / 32; h < s.heads_per_group; h += blockDim.x / 32) {
     MaxSum total;
     for (int x = threadIdx.x % 32; x < s.lanes; x += 32) {
-      const float2 ms = lse[std::int64_t{x % ranks * present + x / ranks} * rows * s.heads() + h];
+      const float2 ms = lse[std::int64_t{x % ranks * slots + x / ranks} * rows * s.heads() + h];
       total = merge(total, {ms.x, ms.y});
     }
     const float m = warp_max(total.m), sum = warp_sum(total.s * exp_above(total.m, m));
@@ -365,7 +367,8 @@ __device__ void choose_counted(const Params& p, const Shared& at, int slice, int
   Entry* mine = in_cta(at.gathered, 0) + slice * n;
   for (int c = size + threadIdx.x; c < n; c += blockDim.x) mine[c] = 0;
   Entry* entries = static_cast<Entry*>(at.keys);
-  const int count = n <= 16 && size > 64 ? thin_out(entries, size, n) : size;
+  int count = n <= 16 && size > 64 ? thin_out(entries, size, n) : size;
+  while (n <= 16 && count > 256) count = thin_out(entries, count, n);
   best_of(entries, count, n, mine);
   if (p.cluster > 1)
     cluster_barrier();
@@ -502,7 +505,7 @@ void rank(const RankArgs& a, Stream* stream) {
   p.piece = static_cast<int>(std::min<std::int64_t>({cut ? p.per_chunk : INT64_MAX, slice, (p.terms - lead) / ratio}));
   if (cut && p.piece < p.per_chunk)  // pieces must divide a chunk
     while (p.per_chunk % p.piece != 0) --p.piece;
-  p.counted = slice <= most_counted;
+  p.counted = slice <= most_counted(r.n_sel, p.cluster);
   p.key_words = static_cast<int>(p.counted ? slice : (p.most_blocks + 1) / 2);
   p.in_scratch = Shared::bytes(p) > limits().shared_bytes - 1024;
   if (p.in_scratch) {

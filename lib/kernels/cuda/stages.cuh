@@ -59,6 +59,12 @@ void decode_enter(const DecodeEnterArgs&, Stream*);
 bool decode_step_accepts(const DecodeStepArgs&);
 void decode_step(const DecodeStepArgs&, Stream*);
 
+/// The launches of a step between its exchanges, where ranks share the sequences. decode_shard.cu
+bool decode_shard_accepts(const DecodeShardArgs&);
+void decode_open(const DecodeShardArgs&, Stream*);
+void decode_weigh(const DecodeShardArgs&, Stream*);
+void decode_combine(const DecodeShardArgs&, Stream*);
+
 /// Row by row, 16-bit storage, tensor cores. attend_decode.cu
 void attend_rows(Branch branch, const AttendArgs&, Stream*);
 bool rows_accept(const LayerShape&, const QueryTile&);

@@ -142,6 +142,17 @@ void prefill_step_with_scratch(const DecodeStepArgs& a, Stream* stream) {
   prefill_step(with, stream);
 }
 
+// open() and weigh() find the parts of a branch in that branch's part of the scratch: sel and rank have their own.
+template <void (*Run)(const DecodeShardArgs&, Stream*)>
+void with_shard_scratch(const DecodeShardArgs& a, Stream* stream) {
+  DecodeShardArgs with = a;
+  const std::size_t part = branch_part(a.combine.shape, a.combine.tile);
+  for (const Branch b : {cmp, win}) with.attend[b] = with_part(a.attend[b], b * part, part);
+  Run(with, stream);
+}
+constexpr ShardedStep sharded_step = {decode_shard_accepts, with_shard_scratch<decode_open>,
+                                      with_shard_scratch<decode_weigh>, decode_combine};
+
 std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t cmp_rows) {
   if (tile.rescores) return 0;
   return static_cast<std::size_t>(tile.rows() * s.heads() * padded_columns(cmp_rows)) * sizeof(float);
@@ -188,7 +199,8 @@ constexpr KernelTable table = {project,
                                decode_step_accepts,
                                decode_step_with_scratch,
                                prefill_step_accepts,
-                               prefill_step_with_scratch};
+                               prefill_step_with_scratch,
+                               &sharded_step};
 
 }  // namespace
 

@@ -101,7 +101,15 @@ struct Tiles {
   }
   __device__ __forceinline__ Unit operator()(int i) const {
     const int u = per_unit == 2 ? i / 2 : i / per_unit, at = (i - u * per_unit) * tile_rows;
-    if (!whole) return cut(s, map, t, n, selected, u, at);
+    if (!whole) {
+      if constexpr (B == cmp)
+        if (map.rank != all_ranks && map.chunk == s.leaf) {  // a leaf is a chunk, and this is the u-th here
+          const int row = u * static_cast<int>(map.stride) + map.before,
+                    left = n - (u * map.kv + map.rank) * static_cast<int>(s.leaf);
+          return {row + at, min(tile_rows, min(static_cast<int>(s.leaf), left) - at), 0, row + at};
+        }
+      return cut(s, map, t, n, selected, u, at);
+    }
     int begin, end;
     if constexpr (B == cmp) {
       begin = u * static_cast<int>(s.leaf), end = min(begin + static_cast<int>(s.leaf), n);
@@ -129,9 +137,10 @@ constexpr float lowest = -1e30f;
 struct Sum2 {
   float m = lowest, s = 0.0f;
 };
+// Roundings spelled out, here and where scores are scaled: different kernels have to leave the same bits.
 __device__ __forceinline__ Sum2 merge2(Sum2 a, Sum2 b) {
   const float m = fmaxf(a.m, b.m);
-  return {m, a.s * exp2_fast(a.m - m) + b.s * exp2_fast(b.m - m)};
+  return {m, __fmaf_rn(a.s, exp2_fast(a.m - m), __fmul_rn(b.s, exp2_fast(b.m - m)))};
 }
 /// As the interface has it: natural, -inf for nothing.
 __device__ __forceinline__ float2 natural(Sum2 x) {

@@ -25,7 +25,7 @@ struct Normaliser {
 /// All lanes merged by rising lane, so that every rank of every kv layout gets the same bits.
 Normaliser merge_lanes(const RankArgs& args, std::int64_t row_head) {
   const std::int64_t row_heads = args.tile.rows() * args.shape.heads();
-  const std::int64_t slots = args.shape.lanes / args.lse_ranks;
+  const std::int64_t slots = lse_slots(args.shape, args.lse_ranks);
   Normaliser total;
   for (std::int64_t x = 0; x < args.shape.lanes; ++x) {
     const std::int64_t slot = x % args.lse_ranks * slots + x / args.lse_ranks;

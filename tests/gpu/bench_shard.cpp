@@ -1,0 +1,291 @@
+// One rank's share of a sharded decode step, attention only, without the exchanges: microseconds by layout, stage by
+// stage and in the launches of ShardedStep (one rank: at once), attend_cmp and attend_sel alone, the floor of
+// attend_cmp's bytes at 4.3 TB/s.
+//
+// What the other ranks would send is there once (this rank's own, copied to every place), so the launches do all their
+// work on numbers of the right kind. Graphs of 16 steps over so many sets of caches that each has left the L2 before it
+// comes round again; medians of replays.
+// Usage: bench_shard [batch context heads kv]   one row alone
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/backend.hpp"
+#include "kernels/buffer.hpp"
+#include "kernels/cuda/cuda.hpp"
+#include "kernels/random.hpp"
+
+using namespace nsa;
+
+namespace {
+
+constexpr double floor_rate = 4.3e12, cold_bytes = 200e6;
+constexpr int replays = 15;
+
+struct Row {
+  int batch;
+  std::int64_t context;
+  int heads, kv;
+};
+constexpr Row table[] = {{8, 1048576, 1, 1}, {8, 1048576, 4, 1}, {8, 1048576, 1, 2}, {8, 1048576, 2, 2},
+                         {8, 1048576, 4, 2}, {8, 65536, 1, 1},   {8, 65536, 1, 2},   {8, 65536, 2, 2},
+                         {8, 65536, 4, 2},   {1, 65536, 1, 1},   {1, 65536, 1, 2},   {32, 65536, 1, 2}};
+
+struct Caches {
+  KvView k[branches], v[branches];
+};
+
+class Share {
+ public:
+  Share(const Backend& backend, const Row& row);
+  void stages(const Caches& c);
+  void at_once(const Caches& c);
+  void alone(Branch branch, const Caches& c) { attend(branch, c); }
+  double measure(const std::function<void(Share&, const Caches&)>& step);
+  double cmp_bytes = 0;
+
+ private:
+  template <class T = void>
+  T* make(std::int64_t bytes) {
+    buffers_.emplace_back(*b.device, account_, MemoryKind::workspace, static_cast<std::size_t>(bytes));
+    return static_cast<T*>(buffers_.back().data());
+  }
+  RowMap map(std::int64_t chunk, int before) const;
+  Caches make_caches(int number);
+  AttendArgs attend_args(Branch branch, const Caches& c) const;
+  void attend(Branch branch, const Caches& c) const {
+    b.kernels->attend[branch][0].run(attend_args(branch, c), stream);
+  }
+  RankArgs rank_args(const Caches& c) const;
+  CombineArgs combine_args() const;
+  void select() const {
+    if (kv > 1) b.kernels->select({s, tile, candidates, kv, selected}, stream);
+  }
+
+  const Backend& b;
+  MemoryAccount account_;
+  std::vector<Buffer> buffers_;
+  LayerShape s;
+  QueryTile tile;
+  int kv;
+  std::int64_t tokens, compressed;
+  std::vector<Caches> sets;
+  void *q, *scores, *scratch, *o;
+  float *gate, *lse, *partials;
+  Candidate* candidates;
+  std::int32_t* selected;
+  std::int64_t* reads;
+  std::size_t scratch_bytes;
+  Stream* stream;
+};
+
+RowMap Share::map(std::int64_t chunk, int before) const {
+  RowMap m;
+  if (kv == 1) return m;
+  m.chunk = chunk, m.stride = chunk + before, m.before = before, m.kv = kv, m.rank = 0;
+  return m;
+}
+
+Caches Share::make_caches(int number) {
+  Caches c;
+  const int planes = tile.batches * s.groups;
+  const std::int64_t chunk = 16 * s.rules.l_sel;
+  RowMap window;
+  window.ring = s.rules.w, window.slot_end = s.rules.w / kv;
+  const RowMap maps[branches] = {map(s.leaf, s.rules.l / s.rules.d - 1), map(chunk, 0), window};
+  const std::int64_t counts[branches] = {compressed, tokens, tokens};
+  for (int branch = 0; branch < branches; ++branch)
+    for (KvView* view : {&c.k[branch], &c.v[branch]}) {
+      const RowMap& m = maps[branch];
+      const std::int64_t rows = m.ring > 0 ? m.ring
+                                : kv == 1  ? counts[branch]
+                                           : owned_chunks(m, counts[branch] + m.before, 0) * m.stride;
+      view->map = m;
+      view->width = s.d_k;
+      view->plane_stride = rows * view->width;
+      view->data = make(planes * view->plane_stride * 2);
+      b.device->fill(view->data, 0, static_cast<std::size_t>(planes * view->plane_stride * 2), stream);
+      const std::string name = std::to_string(number) + branch_names[branch] + (view == &c.k[branch] ? "k" : "v");
+      b.kernels->fill_rows({s.dtype, *view, tile.batches, s.groups, 0, 0, counts[branch], tensor_key(1, name.c_str())},
+                           stream);
+    }
+  return c;
+}
+
+Share::Share(const Backend& backend, const Row& row) : b(backend), kv(row.kv), tokens(row.context) {
+  buffers_.reserve(4096);
+  stream = b.device->create_stream();
+  s.groups = 4 / row.heads;
+  s.heads_per_group = 16;
+  s.d_k = s.d_v = 128;
+  s.dtype = DType::bf16;
+  s.leaf = 16 * s.rules.l_sel / s.rules.d;
+  const std::int64_t t = tokens - 1, rows = row.batch, planes = rows * s.groups;
+  compressed = compressed_tokens(s.rules, t);
+  auto* position = make<std::int64_t>(8);
+  b.device->copy(position, &t, 8, stream);
+  b.device->synchronize(stream);
+  tile = {0, row.batch, 1, position, tokens};
+  cmp_bytes = static_cast<double>(planes) * compressed / kv * 512;
+  const int count = std::clamp(static_cast<int>(cold_bytes / cmp_bytes) + 1, 1, 16);
+  for (int i = 0; i < count; ++i) sets.push_back(make_caches(i));
+  const auto floats = [&](std::int64_t n) {
+    auto* to = make<float>(n * 4);
+    b.device->fill(to, 0, static_cast<std::size_t>(n * 4), stream);
+    return to;
+  };
+  KvView queries;
+  queries.width = s.heads() * s.d_k;
+  queries.data = q = make(rows * queries.width * 2);
+  b.kernels->fill_rows({s.dtype, queries, 1, 1, 0, 0, rows, tensor_key(1, "q"), 2.0f}, stream);
+  gate = floats(planes * 3);
+  b.device->fill(gate, 0x3E, planes * 3 * 4, stream);
+  lse = floats((s.lanes + kv) * rows * s.heads() * 2);
+  partials = floats(kv * partial_floats(s, rows));
+  candidates = make<Candidate>(kv * planes * s.rules.n_sel * 8);
+  b.device->fill(candidates, 0xFF, kv * planes * s.rules.n_sel * 8, stream);
+  selected = make<std::int32_t>(planes * s.rules.n_sel * 4);
+  b.device->fill(selected, 0, planes * s.rules.n_sel * 4, stream);
+  reads = make<std::int64_t>(branches * planes * 8);
+  o = make(rows * s.heads() * s.d_v * 2);
+  scores = make(
+      static_cast<std::int64_t>(b.kernels->score_bytes(s, tile, sets[0].k[cmp].plane_stride / sets[0].k[cmp].width)));
+  scratch_bytes = b.kernels->scratch_bytes(s, tile);
+  scratch = make(static_cast<std::int64_t>(scratch_bytes));
+  b.device->synchronize(stream);
+}
+
+AttendArgs Share::attend_args(Branch branch, const Caches& c) const {
+  AttendArgs a;
+  a.shape = s;
+  a.tile = tile;
+  a.q = q;
+  a.k = c.k[branch];
+  a.v = c.v[branch];
+  a.out = partials_at(partials, s, tile.rows(), branch);
+  a.reads = reads + branch * tile.rows() * s.groups;
+  a.selected = selected;
+  a.lse = lse;
+  a.scores = scores;
+  a.scratch = scratch;
+  a.scratch_bytes = scratch_bytes;
+  return a;
+}
+
+RankArgs Share::rank_args(const Caches& c) const {
+  RankArgs a;
+  a.shape = s;
+  a.tile = tile;
+  a.scores = scores;
+  a.lse = lse;
+  a.lse_ranks = kv;
+  a.cmp_map = c.k[cmp].map;
+  a.token_map = c.k[sel].map;
+  if (kv > 1)
+    a.candidates = candidates;
+  else
+    a.selected = selected;
+  a.scratch = scratch;
+  a.scratch_bytes = scratch_bytes;
+  return a;
+}
+
+CombineArgs Share::combine_args() const {
+  CombineArgs a;
+  a.shape = s;
+  a.tile = tile;
+  a.partials = partials;
+  a.ranks = kv;
+  a.gate = gate;
+  a.o = o;
+  return a;
+}
+
+void Share::stages(const Caches& c) {
+  attend(cmp, c);
+  attend(win, c);
+  b.kernels->rank(rank_args(c), stream);
+  select();
+  attend(sel, c);
+  b.kernels->combine(combine_args(), stream);
+}
+
+void Share::at_once(const Caches& c) {
+  if (kv == 1)
+    return b.kernels->decode_step(
+        {{attend_args(cmp, c), attend_args(sel, c), attend_args(win, c)}, rank_args(c), combine_args()}, stream);
+  DecodeShardArgs a;
+  for (const Branch branch : {cmp, win}) a.attend[branch] = attend_args(branch, c);
+  a.lse_all = lse;
+  a.weighted = partials;
+  a.gathered = partials;
+  a.combine = combine_args();
+  b.kernels->sharded->open(a, stream);
+  b.kernels->rank(rank_args(c), stream);
+  b.kernels->sharded->weigh(a, stream);
+  select();
+  AttendArgs chosen = attend_args(sel, c);
+  chosen.out = weighted_sel(partials, s, tile.rows());
+  b.kernels->attend[sel][0].run(chosen, stream);
+  b.kernels->sharded->combine(a, stream);
+}
+
+double Share::measure(const std::function<void(Share&, const Caches&)>& step) {
+  struct Context {
+    Share* share;
+    const std::function<void(Share&, const Caches&)>* step;
+    int rounds;
+  } context{this, &step, std::max(1, 16 / static_cast<int>(sets.size()))};
+  step(*this, sets[0]);
+  b.device->synchronize(stream);
+  Graph* graph = b.device->capture(
+      stream,
+      [](void* c) {
+        const auto* at = static_cast<const Context*>(c);
+        for (int round = 0; round < at->rounds; ++round)
+          for (const Caches& set : at->share->sets) (*at->step)(*at->share, set);
+      },
+      &context);
+  Event *from = b.device->create_event(), *to = b.device->create_event();
+  std::vector<double> seconds;
+  for (int replay = 0; replay < replays + 2; ++replay) {
+    b.device->record(from, stream);
+    b.device->launch(graph, stream);
+    b.device->record(to, stream);
+    b.device->synchronize(stream);
+    if (replay >= 2) seconds.push_back(b.device->elapsed(from, to) / context.rounds / static_cast<double>(sets.size()));
+  }
+  b.device->destroy_event(from);
+  b.device->destroy_event(to);
+  b.device->destroy_graph(graph);
+  std::nth_element(seconds.begin(), seconds.begin() + replays / 2, seconds.end());
+  return 1e6 * seconds[replays / 2];
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Backend backend = open_cuda(0);
+  std::printf("64 heads, 4 groups, D = 128, bf16; us of one rank, without exchanges\n%14s %10s %10s %8s %8s %8s %8s\n",
+              "batch x ctx", "heads x kv", "by stages", "at once", "cmp", "sel", "floor");
+  for (const Row& row : table) {
+    if (argc == 5 && (row.batch != std::atoi(argv[1]) || row.context != std::atoll(argv[2]) ||
+                      row.heads != std::atoi(argv[3]) || row.kv != std::atoi(argv[4])))
+      continue;
+    Share share(backend, row);
+    using Step = std::function<void(Share&, const Caches&)>;
+    const Step by_stages = [](auto&x, auto&c) { x.stages(c); }, joined = [](auto&x, auto&c) { x.at_once(c); },
+               of_cmp = [](auto&x, auto&c) { x.alone(cmp, c); }, of_sel = [](auto&x, auto&c) { x.alone(sel, c); };
+    const double stages = share.measure(by_stages), once = share.measure(joined), cmp_alone = share.measure(of_cmp),
+                 sel_alone = share.measure(of_sel);
+    std::printf("%5d x %5lldK %6d x %d %10.1f %8.1f %8.1f %8.1f %8.1f\n", row.batch,
+                static_cast<long long>(row.context / 1024), row.heads, row.kv, stages, once, cmp_alone, sel_alone,
+                share.cmp_bytes / floor_rate * 1e6);
+    std::fflush(stdout);
+  }
+}

@@ -1,0 +1,361 @@
+// A decode step's attention where ranks share the sequences, all of them on one GPU, exchanges made by copies: the
+// launches of ShardedStep against the stages one by one, which test_attention.cpp holds against the host.
+
+#include <algorithm>
+#include <memory>
+#include <string>
+
+#include "catch.hpp"
+#include "gpu/twin.hpp"
+
+using namespace nsa;
+using namespace nsa::test;
+
+namespace {
+
+struct Case {
+  DType type = DType::bf16;
+  int groups = 1, h = 16, d_k = 128, d_v = 128;
+  std::int32_t batch = 1;
+  std::int64_t position = 0;
+  int chunk_blocks = 2;
+};
+
+LayerShape shape_of(const Case& c) {
+  LayerShape s;
+  s.groups = c.groups;
+  s.heads_per_group = c.h;
+  s.d_k = c.d_k;
+  s.d_v = c.d_v;
+  s.dtype = c.type;
+  s.leaf = c.chunk_blocks * s.rules.l_sel / s.rules.d;
+  return s;
+}
+
+// What one rank holds, and what a way of running the step leaves on it.
+struct Rank {
+  std::unique_ptr<TwinKv> k[branches], v[branches];
+};
+struct Left {
+  std::unique_ptr<Twin> scores, scratch, lse, candidates, selected, partials, reads;
+};
+
+class Shards {
+ public:
+  Shards(const Case& c, int kv);
+  /// Both fill what the ranks leave, and o.
+  void by_stages(int leave_out = -1);
+  void at_once(bool weighted, int leave_out = -1);
+
+  const LayerShape s;
+  const int kv;
+  std::vector<Left> left;
+  std::unique_ptr<Twin> lse_all, candidates_all, partials_all, o;
+
+ private:
+  RowMap map(std::int64_t chunk, int before, int rank) const;
+  void start();
+  AttendArgs attend_args(Branch branch, int rank, int leave_out) const;
+  void attend(Branch branch, int rank, int leave_out) const;
+  void rank_and_select(int rank) const;
+  void select(int rank) const;
+  CombineArgs combine_args(int leave_out) const;
+  void gather(std::unique_ptr<Twin> Left::*from, const Twin& to, std::int64_t bytes) const;
+
+  const Backend& b = gpu();
+  const Case c_;
+  QueryTile tile_;
+  std::int64_t rows_, cmp_rows_ = 0;
+  Twin position_, gate_;
+  TwinKv q_;
+  std::vector<Rank> ranks_;
+};
+
+Shards::Shards(const Case& c, int ranks)
+    : s(shape_of(c)),
+      kv(ranks),
+      c_(c),
+      rows_(c.batch),
+      position_(8),
+      gate_(rows_ * s.groups * 3 * 4),
+      q_(c.type, RowMap{}, 1, c.batch, s.heads() * s.d_k) {
+  *position_.host<std::int64_t>() = c.position;
+  position_.to_gpu();
+  tile_ = {0, c.batch, 1, position_.on<std::int64_t>(b), c.position + 1};
+  for (std::int64_t i = 0; i < rows_ * s.groups * 3; ++i) gate_.host<float>()[i] = 0.1f + 0.2f * (i % 4);
+  gate_.to_gpu();
+  q_.fill(1, 1, c.batch, "q", 2.0f);
+  const BlockRules& r = s.rules;
+  const std::int64_t n = compressed_tokens(r, c.position);
+  for (int rank = 0; rank < kv; ++rank) {
+    RowMap window;
+    window.ring = r.w;
+    window.slot_begin = std::int64_t{rank} * r.w / kv;
+    window.slot_end = std::int64_t{rank + 1} * r.w / kv;
+    const RowMap maps[branches] = {map(s.leaf, r.l / r.d - 1, rank), map(c.chunk_blocks * r.l_sel, 0, rank), window};
+    const std::int64_t counts[branches] = {n, c.position + 1, c.position + 1};
+    Rank& held = ranks_.emplace_back();
+    for (int branch = 0; branch < branches; ++branch)
+      for (const bool value : {false, true}) {
+        auto& cache = value ? held.v[branch] : held.k[branch];
+        cache = std::make_unique<TwinKv>(c.type, maps[branch], std::int64_t{c.batch} * s.groups,
+                                         std::max<std::int64_t>(counts[branch], 1), value ? s.d_v : s.d_k);
+        if (value) cache->memory.clear();
+        const std::string name = (value ? "v_" : "k_") + std::string(branch_names[branch]);
+        if (counts[branch] > 0) cache->fill(c.batch, s.groups, counts[branch], name.c_str());
+      }
+    cmp_rows_ = std::max(cmp_rows_, kv == 1 ? n : TwinKv::capacity(maps[cmp], std::max<std::int64_t>(n, 1)));
+  }
+}
+
+RowMap Shards::map(std::int64_t chunk, int before, int rank) const {
+  RowMap m;
+  if (kv == 1) return m;
+  m.chunk = chunk;
+  m.stride = chunk + before;
+  m.before = before;
+  m.kv = kv;
+  m.rank = rank;
+  return m;
+}
+
+// Fresh memory, poisoned.
+void Shards::start() {
+  const std::int64_t planes = std::int64_t{c_.batch} * s.groups;
+  const auto make = [](std::size_t bytes) { return std::make_unique<Twin>(std::max<std::int64_t>(bytes, 16)); };
+  const std::int64_t lse_bytes = lse_slots(s, kv) * rows_ * s.heads() * 8,
+                     candidate_bytes = planes * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate));
+  left.clear();
+  for (int rank = 0; rank < kv; ++rank) {
+    left.push_back({make(b.kernels->score_bytes(s, tile_, cmp_rows_)), make(b.kernels->scratch_bytes(s, tile_)),
+                    make(lse_bytes), make(candidate_bytes), make(planes * s.rules.n_sel * 4),
+                    make(partial_floats(s, rows_) * 4), make(branches * planes * 8)});
+    left.back().reads->clear();
+  }
+  lse_all = make(kv * lse_bytes);
+  candidates_all = make(kv * candidate_bytes);
+  partials_all = make(kv * partial_floats(s, rows_) * 4);
+  o = make(rows_ * s.heads() * s.d_v * static_cast<std::int64_t>(size_of(s.dtype)));
+}
+
+AttendArgs Shards::attend_args(Branch branch, int rank, int leave_out) const {
+  const Left& to = left[rank];
+  AttendArgs a;
+  a.shape = s;
+  a.tile = tile_;
+  a.q = q_.memory.on<void>(b);
+  a.k = ranks_[rank].k[branch]->on(b);
+  a.v = ranks_[rank].v[branch]->on(b);
+  a.out = partials_at(to.partials->on<float>(b), s, rows_, branch);
+  a.reads = to.reads->on<std::int64_t>(b) + branch * c_.batch * s.groups;
+  a.selected = to.selected->on<std::int32_t>(b);
+  a.lse = to.lse->on<float>(b);
+  a.scores = to.scores->on<void>(b);
+  a.scores_only = leave_out == cmp;
+  a.scratch = to.scratch->on<void>(b);
+  a.scratch_bytes = to.scratch->bytes();
+  return a;
+}
+
+void Shards::attend(Branch branch, int rank, int leave_out) const {
+  b.kernels->attend[branch][0].run(attend_args(branch, rank, leave_out), nullptr);
+}
+
+void Shards::rank_and_select(int rank) const {
+  RankArgs a;
+  a.shape = s;
+  a.tile = tile_;
+  a.scores = left[rank].scores->on<void>(b);
+  a.lse = lse_all->on<float>(b);
+  a.lse_ranks = kv;
+  a.cmp_map = ranks_[rank].k[cmp]->view.map;
+  a.token_map = ranks_[rank].k[sel]->view.map;
+  if (kv == 1)
+    a.selected = left[rank].selected->on<std::int32_t>(b);
+  else
+    a.candidates = left[rank].candidates->on<Candidate>(b);
+  a.scratch = left[rank].scratch->on<void>(b);
+  a.scratch_bytes = left[rank].scratch->bytes();
+  b.kernels->rank(a, nullptr);
+}
+
+void Shards::select(int rank) const {
+  if (kv > 1)
+    b.kernels->select({s, tile_, candidates_all->on<Candidate>(b), kv, left[rank].selected->on<std::int32_t>(b)},
+                      nullptr);
+}
+
+CombineArgs Shards::combine_args(int leave_out) const {
+  CombineArgs a;
+  a.shape = s;
+  a.tile = tile_;
+  a.partials = partials_all->on<float>(b);
+  a.ranks = kv;
+  a.gate = gate_.on<float>(b);
+  if (leave_out >= 0) a.leave_out[leave_out] = true;
+  a.o = o->on<void>(b);
+  return a;
+}
+
+void Shards::gather(std::unique_ptr<Twin> Left::*from, const Twin& to, std::int64_t bytes) const {
+  for (int rank = 0; rank < kv; ++rank)
+    b.device->copy(to.on<char>(b) + rank * bytes, (left[rank].*from)->on<void>(b), static_cast<std::size_t>(bytes),
+                   nullptr);
+}
+
+void Shards::by_stages(int leave_out) {
+  start();
+  for (int rank = 0; rank < kv; ++rank) {
+    attend(cmp, rank, leave_out);
+    if (leave_out != win) attend(win, rank, leave_out);
+  }
+  gather(&Left::lse, *lse_all, left[0].lse->bytes());
+  if (leave_out != sel) {
+    for (int rank = 0; rank < kv; ++rank) rank_and_select(rank);
+    gather(&Left::candidates, *candidates_all, left[0].candidates->bytes());
+    for (int rank = 0; rank < kv; ++rank) select(rank), attend(sel, rank, leave_out);
+  }
+  gather(&Left::partials, *partials_all, left[0].partials->bytes());
+  b.kernels->combine(combine_args(leave_out), nullptr);
+  b.device->synchronize(nullptr);
+}
+
+void Shards::at_once(bool weighted, int leave_out) {
+  start();
+  const ShardedStep& step = *b.kernels->sharded;
+  std::vector<DecodeShardArgs> args;
+  for (int rank = 0; rank < kv; ++rank) {
+    DecodeShardArgs& a = args.emplace_back();
+    for (const Branch branch : {cmp, win}) a.attend[branch] = attend_args(branch, rank, leave_out);
+    a.lse_all = lse_all->on<float>(b);
+    if (weighted) a.weighted = left[rank].partials->on<float>(b);
+    a.gathered = partials_all->on<float>(b);
+    a.combine = combine_args(leave_out);
+    REQUIRE(step.accepts(a));
+    step.open(a, nullptr);
+  }
+  gather(&Left::lse, *lse_all, left[0].lse->bytes());
+  if (leave_out != sel) {
+    for (int rank = 0; rank < kv; ++rank) rank_and_select(rank);
+    gather(&Left::candidates, *candidates_all, left[0].candidates->bytes());
+  }
+  for (int rank = 0; rank < kv; ++rank) {
+    if (weighted) step.weigh(args[rank], nullptr);
+    if (leave_out == sel) continue;
+    select(rank);
+    AttendArgs a = attend_args(sel, rank, leave_out);
+    if (weighted) a.out = weighted_sel(args[rank].weighted, s, rows_);
+    b.kernels->attend[sel][0].run(a, nullptr);
+  }
+  gather(&Left::partials, *partials_all, (weighted ? weighted_floats(s, rows_) : partial_floats(s, rows_)) * 4);
+  if (weighted)
+    step.combine(args[0], nullptr);
+  else
+    b.kernels->combine(combine_args(leave_out), nullptr);
+  b.device->synchronize(nullptr);
+}
+
+// 16-bit: parts are summed in another order, o is rounded to storage on both sides.
+double tolerance(DType type) { return type == DType::f32 ? 2e-5 : type == DType::bf16 ? 8e-3 : 1.2e-3; }
+
+std::vector<float> values(const Shards& shards) {
+  const auto bytes = shards.o->from_gpu<unsigned char>();
+  std::vector<float> out;
+  for (std::size_t i = 0; i < bytes.size() / size_of(shards.s.dtype); ++i)
+    out.push_back(value_at(shards.s.dtype, bytes.data(), static_cast<std::int64_t>(i)));
+  return out;
+}
+
+// The lanes of all ranks in the order of one that holds everything.
+std::vector<float> lanes(const Shards& shards) {
+  const auto all = shards.lse_all->from_gpu<float>();
+  const std::int64_t slots = lse_slots(shards.s, shards.kv), lane = std::ssize(all) / (slots * shards.kv);
+  std::vector<float> out;
+  for (std::int64_t x = 0; x < shards.s.lanes; ++x) {
+    const auto from = all.begin() + (x % shards.kv * slots + x / shards.kv) * lane;
+    out.insert(out.end(), from, from + lane);
+  }
+  return out;
+}
+
+template <class T>
+std::vector<T> of_ranks(const Shards& shards, std::unique_ptr<Twin> Left::*what) {
+  std::vector<T> out;
+  for (const Left& left : shards.left) {
+    const auto values = (left.*what)->from_gpu<T>();
+    out.insert(out.end(), values.begin(), values.end());
+  }
+  return out;
+}
+
+struct Answer {
+  std::vector<float> lanes, o;
+  std::vector<std::int32_t> selected;
+  std::vector<std::int64_t> reads, candidates;
+};
+Answer answer(const Shards& s) {
+  return {lanes(s), values(s), of_ranks<std::int32_t>(s, &Left::selected), of_ranks<std::int64_t>(s, &Left::reads),
+          of_ranks<std::int64_t>(s, &Left::candidates)};
+}
+
+void compare(const Answer& got, const Answer& want, DType type, int leave_out) {
+  CHECK(got.lanes == want.lanes);
+  CHECK(got.reads == want.reads);
+  if (leave_out != sel) {
+    CHECK(got.candidates == want.candidates);
+    CHECK(got.selected == want.selected);
+  }
+  CHECK(relative_error(got.o, want.o) < tolerance(type));
+}
+
+void check(const Case& c, std::initializer_list<int> layouts, std::initializer_list<int> leave_outs = {-1}) {
+  INFO(name_of(c.type) << " groups=" << c.groups << " h=" << c.h << " Dk=" << c.d_k << " Dv=" << c.d_v
+                       << " batch=" << c.batch << " position=" << c.position);
+  Shards whole(c, 1);
+  whole.by_stages();
+  const Answer one = answer(whole);
+  for (const int kv : layouts)
+    for (const int leave_out : leave_outs) {
+      INFO("kv=" << kv << ", without branch " << leave_out);
+      Shards shards(c, kv);
+      shards.by_stages(leave_out);
+      const Answer staged = answer(shards);
+      CHECK(staged.lanes == one.lanes);
+      if (leave_out < 0) CHECK(relative_error(staged.o, one.o) < tolerance(c.type));
+      for (const bool weighted : {true, false}) {
+        INFO((weighted ? "weighted" : "ordinary partials"));
+        shards.at_once(weighted, leave_out);
+        compare(answer(shards), staged, c.type, leave_out);
+      }
+    }
+}
+
+}  // namespace
+
+TEST_CASE("a sharded step in few launches is its stages one by one", "[shards]") {
+  for (const DType type : {DType::bf16, DType::f32})
+    for (const std::int64_t position : {0, 20, 130, 1023, 1040, 5000})
+      check({type, 1, 16, 128, 128, 2, position}, {2, 3, 8});
+}
+
+TEST_CASE("a sharded step of other head counts and sizes, and without a branch", "[shards]") {
+  for (const auto& [type, h, d_k, d_v] : {std::tuple{DType::bf16, 5, 64, 64},
+                                          {DType::f32, 5, 64, 64},
+                                          {DType::f16, 20, 128, 128},
+                                          {DType::f16, 16, 192, 128},
+                                          {DType::f32, 1, 128, 128}})
+    check({type, 2, h, d_k, d_v, 3, 2333}, {2, 4}, {-1, cmp, sel, win});
+}
+
+// Many splits a list, and lists of more tiles than a last CTA merges: the parts meet in a launch of their own, the
+// lanes of a layout whose lists are short are formed by their last CTA.
+TEST_CASE("long lists are cut into many pieces and choose the same blocks", "[shards]") {
+  check({DType::bf16, 1, 4, 64, 64, 1, 40000, 16}, {2, 4});
+  check({DType::bf16, 2, 16, 64, 64, 1, 300000, 16}, {2, 8});
+  check({DType::f32, 1, 4, 64, 64, 1, 300000, 4}, {2, 3});
+}
+
+TEST_CASE("a small sharded step", "[shards][small]") {
+  check({DType::bf16, 1, 4, 64, 64, 1, 700}, {2});
+  check({DType::bf16, 1, 4, 64, 64, 1, 20000, 4}, {2});
+}
