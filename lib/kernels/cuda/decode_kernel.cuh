@@ -125,7 +125,8 @@ struct Walk {
         continue;
       }
       take([&](unsigned from) { e.scores(from); });
-      e.template scale<B>(now.count, present, scores_at(now.column));
+      e.scale();
+      if constexpr (B == cmp) e.put_scores(scores_at(now.column), now.count, present);
       e.soften(now.count);
       if constexpr (B == cmp) e.put_tile(sums);
       if (weighs) take([&](unsigned from) { e.add(from); });
@@ -148,7 +149,8 @@ struct Walk {
         commit_copies();
         wait_copies<0>();
         e.scores(ring);
-        e.template scale<cmp>(here, present, scores_at(from + at));
+        e.scale();
+        e.put_scores(scores_at(from + at), here, present);
       }
     }
   }
@@ -266,7 +268,7 @@ __device__ __forceinline__ void run(const DecodeParams& p, const DecodeJob& job,
   if (first)  // the jobs of a CTA have their queries in common
     E::fill_queries(shared + Layout::queries,
                     static_cast<const typename E::Type*>(p.q) + std::int64_t{walk.head0} * E::d_k, walk.present,
-                    threadIdx.x);
+                    threadIdx.x, decode_threads);
   walk.start();
   __syncthreads();
   E engine(shared + Layout::queries, shared + Layout::weights + walk.warp * E::weight_bytes);

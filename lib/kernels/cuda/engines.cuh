@@ -4,8 +4,10 @@
 // warps meet.
 //
 // scores(slot) multiplies q with the rows of a slot; scale() and soften() turn the scores into weights relative to the
-// running maximum; add(slot) adds the weighted values. The (m, sum) of a tile is formed by one warp in one order,
-// before the running maximum takes part, so a leaf's does not depend on who reads it after what.
+// running maximum; put_scores() leaves scaled scores behind; add(slot) adds the weighted values. The (m, sum) of a tile
+// is formed by one warp in one order, before the running maximum takes part, so a leaf's does not depend on who reads
+// it after what. Roundings that the choice of blocks hangs on are spelled out, so that every kernel leaves the same
+// bits.
 
 #include <algorithm>
 
@@ -36,7 +38,16 @@ struct DecodeLayout {
 struct ScoreRows {
   float* first = nullptr;
   std::int64_t pitch = 0;
+  bool keep = false;  ///< in the L2, with `policy`
+  std::uint64_t policy = 0;
 };
+__device__ __forceinline__ void put_pair(const ScoreRows& rows, float* to, float x, float y) {
+  if (rows.keep)
+    asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to), "f"(x), "f"(y), "l"(rows.policy)
+                 : "memory");
+  else
+    *reinterpret_cast<float2*>(to) = make_float2(x, y);
+}
 
 __device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -64,14 +75,27 @@ struct TensorCores {
   float o[DV / 8][4] = {};
   Sum2 total[2], tile[2];
 
-  static __device__ __forceinline__ void fill_queries(char* to, const T* from, int present, int thread) {
-    for (int item = thread; item < DK / 16 * 32; item += decode_threads) {
+  static __device__ __forceinline__ void fill_queries(char* to, const T* from, int present, int thread, int threads) {
+    for (int item = thread; item < DK / 16 * 32; item += threads) {
       const int lane = item % 32, g = lane / 4, column = item / 32 * 16 + lane % 4 * 2;
       const auto word = [&](int head, int e) {
         return head < present ? *reinterpret_cast<const std::uint32_t*>(from + head * DK + e) : 0u;
       };
       reinterpret_cast<uint4*>(to)[item] = {word(g, column), word(g + 8, column), word(g, column + 8),
                                             word(g + 8, column + 8)};
+    }
+  }
+  /// The same as copies (warp_ring.cuh) that the caller waits for.
+  static __device__ __forceinline__ void copy_queries(unsigned to, const T* from, int present, int thread,
+                                                      int threads) {
+    for (int item = thread; item < DK / 16 * 32; item += threads) {
+      const int lane = item % 32, g = lane / 4, column = item / 32 * 16 + lane % 4 * 2;
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        const int head = g + word % 2 * 8;
+        copy_word(to + item * 16 + word * 4, from + (head < present ? head : 0) * DK + column + word / 2 * 8,
+                  head < present);
+      }
     }
   }
   __device__ __forceinline__ TensorCores(char* queries, char*) : q(reinterpret_cast<const uint4*>(queries)) {}
@@ -96,15 +120,32 @@ struct TensorCores {
     }
   }
 
-  /// Scales the scores; cmp leaves them at `to`. `rows`: tokens the tile has, `present`: heads.
-  template <Branch B>
-  __device__ __forceinline__ void scale(int rows, int present, ScoreRows to) {
+  __device__ __forceinline__ void scale() {
     const float factor = log2_e / sqrtf(static_cast<float>(DK));
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) c[j][i] *= factor;
-    if constexpr (B == cmp) put_scores(to, rows, present);
+      for (int i = 0; i < 4; ++i) c[j][i] = __fmul_rn(c[j][i], factor);
+  }
+  /// Scaled scores of `rows` tokens and `present` heads.
+  __device__ __forceinline__ void put_scores(ScoreRows to, int rows, int present) const {
+    const int g = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+    const bool pairs = rows == tile_rows && reinterpret_cast<std::uintptr_t>(to.first) % 8 == 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (g + half * 8 >= present) break;
+      float* row = to.first + (g + half * 8) * to.pitch + quad * 2;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (pairs) {
+          put_pair(to, row + j * 8, c[j][half * 2], c[j][half * 2 + 1]);
+        } else {
+          const int token = j * 8 + quad * 2;
+          if (token < rows) row[j * 8] = c[j][half * 2];
+          if (token + 1 < rows) row[j * 8 + 1] = c[j][half * 2 + 1];
+        }
+      }
+    }
   }
   /// Scaled scores to weights; those past the tile's tokens are 0.
   __device__ __forceinline__ void soften(int rows) {
@@ -186,25 +227,6 @@ struct TensorCores {
     to[lane / 4] = make_float2(sums[0].m, sums[0].s);
     to[lane / 4 + 8] = make_float2(sums[1].m, sums[1].s);
   }
-  __device__ __forceinline__ void put_scores(ScoreRows to, int rows, int present) const {
-    const int g = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
-    const bool pairs = rows == tile_rows && reinterpret_cast<std::uintptr_t>(to.first) % 8 == 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (g + half * 8 >= present) break;
-      float* row = to.first + (g + half * 8) * to.pitch + quad * 2;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (pairs) {
-          *reinterpret_cast<float2*>(row + j * 8) = make_float2(c[j][half * 2], c[j][half * 2 + 1]);
-        } else {
-          const int token = j * 8 + quad * 2;
-          if (token < rows) row[j * 8] = c[j][half * 2];
-          if (token + 1 < rows) row[j * 8 + 1] = c[j][half * 2 + 1];
-        }
-      }
-    }
-  }
 };
 
 /// fp32: a lane a token in scores(), a lane Dv / 32 columns in add().
@@ -222,9 +244,15 @@ struct Scalars {
   float o[heads][columns] = {};
   Sum2 total[heads], tile[heads];
 
-  static __device__ __forceinline__ void fill_queries(char* to, const float* from, int present, int thread) {
-    for (int item = thread; item < heads * DK; item += decode_threads)
+  static __device__ __forceinline__ void fill_queries(char* to, const float* from, int present, int thread,
+                                                      int threads) {
+    for (int item = thread; item < heads * DK; item += threads)
       reinterpret_cast<float*>(to)[item] = item < present * DK ? from[item] : 0.0f;
+  }
+  static __device__ __forceinline__ void copy_queries(unsigned to, const float* from, int present, int thread,
+                                                      int threads) {
+    for (int item = thread; item < heads * DK; item += threads)
+      copy_word(to + item * 4, from + (item < present * DK ? item : 0), item < present * DK);
   }
   __device__ __forceinline__ Scalars(char* queries, char* warp_weights)
       : q(reinterpret_cast<const float4*>(queries)), weights(reinterpret_cast<float4*>(warp_weights)) {}
@@ -238,22 +266,23 @@ struct Scalars {
 #pragma unroll
       for (int h = 0; h < heads; ++h) {
         const float4 x = q[h * (DK / 4) + piece];
-        sum[h] += x.x * k.x + x.y * k.y + x.z * k.z + x.w * k.w;
+        sum[h] = __fmaf_rn(x.w, k.w, __fmaf_rn(x.z, k.z, __fmaf_rn(x.y, k.y, __fmaf_rn(x.x, k.x, sum[h]))));
       }
     }
 #pragma unroll
     for (int h = 0; h < heads; ++h) c[h] = sum[h];
   }
 
-  template <Branch B>
-  __device__ __forceinline__ void scale(int rows, int present, ScoreRows to) {
+  __device__ __forceinline__ void scale() {
     const float factor = log2_e / sqrtf(static_cast<float>(DK));
+#pragma unroll
+    for (int h = 0; h < heads; ++h) c[h] = __fmul_rn(c[h], factor);
+  }
+  __device__ __forceinline__ void put_scores(ScoreRows to, int rows, int present) const {
     const int token = threadIdx.x % 32;
 #pragma unroll
-    for (int h = 0; h < heads; ++h) {
-      c[h] *= factor;
-      if (B == cmp && token < rows && h < present) to.first[h * to.pitch + token] = c[h];
-    }
+    for (int h = 0; h < heads; ++h)
+      if (token < rows && h < present) to.first[h * to.pitch + token] = c[h];
   }
   __device__ __forceinline__ void soften(int rows) {
     const int lane = threadIdx.x % 32;

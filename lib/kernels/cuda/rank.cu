@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/attend.cuh"
+#include "kernels/cuda/scoring.cuh"
 #include "kernels/cuda/stages.cuh"
 
 namespace nsa::gpu {
@@ -47,8 +48,6 @@ __device__ std::int64_t block_at(const Params& p, std::int64_t u) {
   return (u / p.per_chunk * m.kv + m.rank) * p.per_chunk + u % p.per_chunk;
 }
 
-using Entry = std::uint64_t;
-
 // Shared memory: normalisers [h], best [n], the slices' best [cluster * n], keys (entries of the slice where they are
 // counted), terms, overlaps, histogram [256], chosen [n].
 struct Shared {
@@ -84,13 +83,11 @@ __device__ void load_normalisers(const Params& p, std::int64_t row, std::int64_t
   const int ranks = p.a.lse_ranks, slots = lse_slots(s, ranks);
   const float2* lse = reinterpret_cast<const float2*>(p.a.lse) + row * s.heads() + g * s.heads_per_group;
   for (int h = threadIdx.x / 32; h < s.heads_per_group; h += blockDim.x / 32) {
-    MaxSum total;
-    for (int x = threadIdx.x % 32; x < s.lanes; x += 32) {
-      const float2 ms = lse[std::int64_t{x % ranks * slots + x / ranks} * rows * s.heads() + h];
-      total = merge(total, {ms.x, ms.y});
-    }
-    const float m = warp_max(total.m), sum = warp_sum(total.s * exp_above(total.m, m));
-    if (threadIdx.x % 32 == 0) normaliser[h] = make_float2(m * log2_e, sum > 0.0f ? 1.0f / sum : 0.0f);
+    float2 by[1];
+    normalisers_of(
+        s.lanes, [&](int x, int) { return lse[std::int64_t{x % ranks * slots + x / ranks} * rows * s.heads() + h]; },
+        by);
+    if (threadIdx.x % 32 == 0) normaliser[h] = by[0];
   }
 }
 
@@ -99,7 +96,7 @@ __device__ float token_probability(const Params& p, const float* scores, const f
   float sum = 0.0f;
 #pragma unroll 16
   for (int h = 0; h < p.a.shape.heads_per_group; ++h)
-    sum += exp2_fast(scores[h * p.pitch] - normaliser[h].x) * normaliser[h].y;
+    sum = __fmaf_rn(exp2_fast(scores[h * p.pitch] - normaliser[h].x), normaliser[h].y, sum);
   return sum;
 }
 
@@ -107,14 +104,8 @@ __device__ float token_probability(const Params& p, const float* scores, const f
 __device__ float4 four_probabilities(const Params& p, const float* scores, const float2* normaliser) {
   float4 sum = {};
 #pragma unroll 8
-  for (int h = 0; h < p.a.shape.heads_per_group; ++h) {
-    const float4 x = *reinterpret_cast<const float4*>(scores + h * p.pitch);
-    const float2 by = normaliser[h];
-    sum.x += exp2_fast(x.x - by.x) * by.y;
-    sum.y += exp2_fast(x.y - by.x) * by.y;
-    sum.z += exp2_fast(x.z - by.x) * by.y;
-    sum.w += exp2_fast(x.w - by.x) * by.y;
-  }
+  for (int h = 0; h < p.a.shape.heads_per_group; ++h)
+    add_probabilities(sum, *reinterpret_cast<const float4*>(scores + h * p.pitch), normaliser[h]);
   return sum;
 }
 
@@ -134,11 +125,6 @@ __device__ void score_run(const Params& p, const float* scores, const float2* no
       if (k >= 0 && k < count) terms[k] = i + e < n ? four[e] : 0.0f;
     }
   }
-}
-
-// Order of choice as an integer: forced blocks first, then by score (never negative, so its bits are ordered).
-__device__ unsigned key_of(const BlockRules& r, std::int64_t j, std::int64_t t, float score) {
-  return is_forced(r, j, t) ? 0x7F800000u : __float_as_uint(score);
 }
 
 // Keys of the blocks [begin, end) among those held. A piece is a run of blocks whose tokens have consecutive columns (a
@@ -171,10 +157,9 @@ __device__ void score_blocks(const Params& p, std::int64_t row, std::int64_t g, 
     __syncthreads();
     for (int b = threadIdx.x; b < together * piece && u0 + b < end; b += blockDim.x) {
       const float* terms = at.terms + b / piece * tokens + b % piece * ratio;
-      float sum = 0.0f;
-      for (int k = 0; k < ratio + lead; ++k) sum += terms[k] * at.overlaps[k];
+      const float sum = block_score(terms, at.overlaps, ratio + lead);
       const std::int64_t j = block_at(p, u0 + b);
-      keep(u0 + b, key_of(r, j, t, sum));
+      keep(u0 + b, key_of(is_forced(r, j, t), sum));
       if (p_slc && j < p.a.p_slc_blocks) p_slc[j] = sum;
     }
     __syncthreads();
@@ -295,26 +280,6 @@ __device__ void clear_scores(const Params& p, std::int64_t list, std::int64_t el
   for (std::int64_t j = threadIdx.x; j < p.a.p_slc_blocks; j += blockDim.x)
     if (j >= eligible || !(all || has_chunk(p.a.token_map, j / p.per_chunk)))
       p.a.p_slc[list * p.a.p_slc_blocks + j] = 0.0f;
-}
-
-// A key and, below it, the block among those held it belongs to, turned round: the larger the better. 0: none.
-__device__ __forceinline__ Entry entry_of(unsigned key, int block) {
-  return static_cast<Entry>(key) << 32 | static_cast<unsigned>(~block);
-}
-__device__ __forceinline__ int block_of(Entry entry) { return static_cast<int>(~static_cast<unsigned>(entry)); }
-
-// A warp's 32 entries from the best down (bitonic).
-__device__ Entry warp_sorted(Entry mine) {
-  const unsigned lane = threadIdx.x % 32;
-#pragma unroll
-  for (unsigned size = 2; size <= 32; size *= 2)
-#pragma unroll
-    for (unsigned step = size / 2; step > 0; step /= 2) {
-      const Entry other = __shfl_xor_sync(0xffffffffu, mine, step);
-      const bool keeps_larger = ((lane & step) == 0) == ((lane & size) == 0 || size == 32);
-      mine = (other > mine) == keeps_larger ? other : mine;
-    }
-  return mine;
 }
 
 // In place: of every 32 entries only the best n stay, side by side. Returns how many there are. All threads.

@@ -15,9 +15,23 @@ __device__ __forceinline__ unsigned shared_address(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
-/// Queues 32 rows of RowBytes (a multiple of 128), of which `rows` exist. All lanes.
-template <int RowBytes>
-__device__ __forceinline__ void copy_slot(unsigned slot, const char* from, int rows) {
+/// How the L2 keeps lines: as usual, or such that they go first (read once) or last (read again soon).
+enum class Keep { usual, least, most };
+__device__ __forceinline__ std::uint64_t cache_policy(Keep keep) {
+  std::uint64_t policy;
+  if (keep == Keep::least)
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  else if (keep == Keep::most)
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  else
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+/// Calls copy(slot address, source address, bytes that exist of 16) for 32 rows of RowBytes (a multiple of 128), of
+/// which `rows` exist. All lanes.
+template <int RowBytes, class Copy>
+__device__ __forceinline__ void for_pieces(unsigned slot, const char* from, int rows, Copy copy) {
   const int lane = threadIdx.x % 32, row0 = lane / 8, piece = lane % 8;
   const char* source = from + row0 * RowBytes + piece * 16;
   const unsigned even = slot + row0 * RowBytes + ((piece ^ row0) << 4), odd = even ^ 64;
@@ -26,11 +40,31 @@ __device__ __forceinline__ void copy_slot(unsigned slot, const char* from, int r
     const int bytes = row0 + 4 * i < rows ? 16 : 0;  // 0: nothing is read, 16 zeros are written
     const unsigned to = (i & 1 ? odd : even) + i * 4 * RowBytes;
 #pragma unroll
-    for (int c = 0; c < RowBytes / 128; ++c)
-      asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to + c * 128),
-                   "l"(source + i * 4 * RowBytes + c * 128), "r"(bytes)
-                   : "memory");
+    for (int c = 0; c < RowBytes / 128; ++c) copy(to + c * 128, source + i * 4 * RowBytes + c * 128, bytes);
   }
+}
+
+/// Queues 32 rows, of which `rows` exist.
+template <int RowBytes>
+__device__ __forceinline__ void copy_slot(unsigned slot, const char* from, int rows) {
+  for_pieces<RowBytes>(slot, from, rows, [](unsigned to, const char* source, int bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(source), "r"(bytes)
+                 : "memory");
+  });
+}
+/// The same under a cache policy.
+template <int RowBytes>
+__device__ __forceinline__ void copy_slot(unsigned slot, const char* from, int rows, std::uint64_t policy) {
+  for_pieces<RowBytes>(slot, from, rows, [&](unsigned to, const char* source, int bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(source),
+                 "r"(bytes), "l"(policy)
+                 : "memory");
+  });
+}
+
+/// Queues 4 bytes, or 4 bytes of zero.
+__device__ __forceinline__ void copy_word(unsigned to, const void* from, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(exists ? 4 : 0) : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

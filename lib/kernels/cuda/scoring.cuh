@@ -1,0 +1,70 @@
+#pragma once
+// How blocks are scored and put into order, for rank as a stage and for the decode step in one kernel. Both take these
+// sums in the same order with the same roundings, so that they choose the same blocks bit for bit.
+
+#include "kernels/cuda/common.cuh"
+
+namespace nsa::gpu {
+
+/// (m in powers of two, 1 / s) of N heads from their `lanes` (m, s), m natural: by a whole warp, in a fixed tree.
+/// load(x, i): of lane x of the i-th of them.
+template <int N, class Load>
+__device__ __forceinline__ void normalisers_of(int lanes, Load load, float2 (&by)[N]) {
+  MaxSum total[N];
+  for (int x = threadIdx.x % 32; x < lanes; x += 32)
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float2 ms = load(x, i);
+      const float both = fmaxf(total[i].m, ms.x);
+      total[i].s = __fmaf_rn(total[i].s, exp_above(total[i].m, both), __fmul_rn(ms.y, exp_above(ms.x, both)));
+      total[i].m = both;
+    }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float m = warp_max(total[i].m), sum = warp_sum(__fmul_rn(total[i].s, exp_above(total[i].m, m)));
+    by[i] = make_float2(m * log2_e, sum > 0.0f ? 1.0f / sum : 0.0f);
+  }
+}
+
+/// Adds p of one head to four tokens' sums; heads come by rising index.
+__device__ __forceinline__ void add_probabilities(float4& sum, float4 scores, float2 normaliser) {
+  sum.x = __fmaf_rn(exp2_fast(scores.x - normaliser.x), normaliser.y, sum.x);
+  sum.y = __fmaf_rn(exp2_fast(scores.y - normaliser.x), normaliser.y, sum.y);
+  sum.z = __fmaf_rn(exp2_fast(scores.z - normaliser.x), normaliser.y, sum.z);
+  sum.w = __fmaf_rn(exp2_fast(scores.w - normaliser.x), normaliser.y, sum.w);
+}
+
+/// The tokens' probabilities a block overlaps, each weighed with its overlap, added up by rising token.
+__device__ __forceinline__ float block_score(const float* terms, const float* overlaps, int tokens) {
+  float sum = 0.0f;
+  for (int k = 0; k < tokens; ++k) sum = __fmaf_rn(terms[k], overlaps[k], sum);
+  return sum;
+}
+
+/// Order of choice as an integer: forced blocks first, then by score (never negative, so its bits are ordered).
+__device__ __forceinline__ unsigned key_of(bool forced, float score) {
+  return forced ? 0x7F800000u : __float_as_uint(score);
+}
+
+/// A key and, below it, the block it belongs to, turned round: the larger the better. 0: none.
+using Entry = std::uint64_t;
+__device__ __forceinline__ Entry entry_of(unsigned key, int block) {
+  return static_cast<Entry>(key) << 32 | static_cast<unsigned>(~block);
+}
+__device__ __forceinline__ int block_of(Entry entry) { return static_cast<int>(~static_cast<unsigned>(entry)); }
+
+/// A warp's 32 entries from the best down (bitonic).
+__device__ __forceinline__ Entry warp_sorted(Entry mine) {
+  const unsigned lane = threadIdx.x % 32;
+#pragma unroll
+  for (unsigned size = 2; size <= 32; size *= 2)
+#pragma unroll
+    for (unsigned step = size / 2; step > 0; step /= 2) {
+      const Entry other = __shfl_xor_sync(0xffffffffu, mine, step);
+      const bool keeps_larger = ((lane & step) == 0) == ((lane & size) == 0 || size == 32);
+      mine = (other > mine) == keeps_larger ? other : mine;
+    }
+  return mine;
+}
+
+}  // namespace nsa::gpu
