@@ -220,7 +220,7 @@ struct DecodeEnterArgs {
 };
 
 /// The attention of a decode step, or of a prefill tile, as a whole: attend of every branch, rank and combine with the
-/// arguments they would have one by one (partials and `out` aside, which may hold anything behind it).
+/// arguments they would have one by one (partials, `out` and `lse` aside, which may hold anything behind it).
 /// combine.leave_out holds for all of them.
 struct DecodeStepArgs {
   AttendArgs attend[branches];

@@ -23,6 +23,7 @@ struct Case {
   bool gathered = false;  // prefill: K/V of all ranks in one buffer
   bool ring = false;      // decode: the window in a ring
   bool scored = false;    // prefill: cmp leaves raw scores, even where rank could form them itself
+  int left_out = -1;      // the branch that the step at once leaves out; its stages still do all three
   std::int64_t positions() const { return first + tokens; }
 };
 
@@ -282,6 +283,10 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   a.combine.partials = once_partials.on<float>(b);
   a.combine.gate = gate->on<float>(b);
   a.combine.o = once_o->on<void>(b);
+  if (c.left_out >= 0) {
+    a.combine.leave_out[c.left_out] = true;
+    a.attend[cmp].scores_only = c.left_out == cmp;
+  }
   at_once = prefill ? b.kernels->prefill_step_accepts(a) : b.kernels->decode_step_accepts(a);
   if (at_once) (prefill ? b.kernels->prefill_step : b.kernels->decode_step)(a, nullptr);
   b.device->synchronize(nullptr);
@@ -299,6 +304,44 @@ std::vector<std::int32_t> best_blocks(const BlockRules& r, std::int64_t t, const
   std::sort(order.begin(), order.end());
   order.resize(r.n_sel, -1);
   return order;
+}
+
+template <class T>
+void check_same(const std::vector<T>& ours, const std::vector<T>& theirs) {
+  std::size_t different = 0, first = 0;
+  for (std::size_t i = ours.size(); i-- > 0;)
+    if (!(ours[i] == theirs[i])) ++different, first = i;
+  INFO(different << " of " << ours.size() << " differ, the first at " << first << ": " << ours[first] << " is to be "
+                 << theirs[first]);
+  CHECK(different == 0);
+}
+
+// The step at once: the very blocks and scores of its stages, outputs near the host's (o_branch: `host`).
+void check_once(const Run& run, const std::vector<float>& host) {
+  const Case& c = run.c;
+  const LayerShape& s = run.s;
+  INFO("at once, left out: " << c.left_out);
+  if (c.left_out != sel) {
+    check_same(run.once_selected->from_gpu<std::int32_t>(), run.gpu_selected);
+    check_same(run.once_p_slc->from_gpu<float>(), run.p_slc[0]->from_gpu<float>());
+  }
+  const std::int64_t planes = std::int64_t{c.batch} * s.groups, branch_floats = run.rows * s.heads() * s.d_v;
+  const auto once = run.once_o_branch->from_gpu<float>();
+  const auto gate = run.gate->from_gpu<float>();
+  std::vector<float> sum(branch_floats, 0.0f);
+  for (int b = 0; b < branches; ++b) {
+    INFO("branch " << branch_names[b]);
+    const auto reads = run.once_reads->from_gpu<std::int64_t>(), expected = run.reads[0]->from_gpu<std::int64_t>();
+    const bool is_read = b != c.left_out || b == cmp;  // of cmp the scores remain
+    for (std::int64_t i = b * planes; i < (b + 1) * planes; ++i) CHECK(reads[i] == (is_read ? expected[i] : 0));
+    if (b == c.left_out) continue;
+    const std::vector<float> ours(once.begin() + b * branch_floats, once.begin() + (b + 1) * branch_floats);
+    const std::vector<float> theirs(host.begin() + b * branch_floats, host.begin() + (b + 1) * branch_floats);
+    if (c.tokens == 1) CHECK(relative_error(ours, theirs) < tolerance(s.dtype));  // a prefill tile leaves o alone
+    for (std::int64_t i = 0; i < branch_floats; ++i)
+      sum[i] += gate[i / s.d_v / s.heads_per_group * branches + b] * theirs[i];
+  }
+  CHECK(relative_error(values_of(*run.once_o, s.dtype, branch_floats).first, sum) < 2 * tolerance(s.dtype));
 }
 
 void check(const Run& run) {
@@ -335,20 +378,7 @@ void check(const Run& run) {
     chosen_by_rule &= std::equal(expected.begin(), expected.end(), run.gpu_selected.begin() + list * s.rules.n_sel);
   }
   CHECK(chosen_by_rule);
-  if (!run.at_once) return;
-  CHECK(run.once_selected->from_gpu<std::int32_t>() == run.gpu_selected);
-  CHECK(run.once_p_slc->from_gpu<float>() == run.p_slc[0]->from_gpu<float>());
-  CHECK(run.once_reads->from_gpu<std::int64_t>() == run.reads[0]->from_gpu<std::int64_t>());
-  const auto once = run.once_o_branch->from_gpu<float>();
-  for (int b = 0; c.tokens == 1 && b < branches; ++b) {  // a prefill tile at once leaves no branch's own output
-    INFO("branch " << branch_names[b] << " at once");
-    const std::vector<float> ours(once.begin() + b * branch_floats, once.begin() + (b + 1) * branch_floats);
-    const std::vector<float> theirs(host.begin() + b * branch_floats, host.begin() + (b + 1) * branch_floats);
-    CHECK(relative_error(ours, theirs) < tolerance(s.dtype));
-  }
-  const std::int64_t n = run.rows * s.heads() * s.d_v;
-  CHECK(relative_error(values_of(*run.once_o, s.dtype, n).first, values_of(*run.o, s.dtype, n).second) <
-        2 * tolerance(s.dtype));
+  if (run.at_once) check_once(run, host);
 }
 
 void run_and_check(const Case& c) {
@@ -520,6 +550,45 @@ TEST_CASE("cuda prefill at once equals the host's and chooses what the stages ch
   }
   c = {shape_of(DType::bf16, 2, 16, 128, 128), 1, 20, 1500};
   CHECK_FALSE(Run(c).at_once);
+}
+
+// A step at once by clusters of every size: lists enough for each, and so many tiles that warps have several of them;
+// every count of blocks around those that a warp scores together; a branch left out.
+TEST_CASE("a decode step at once equals its stages", "[step]") {
+  for (const DType type : {DType::bf16, DType::f16, DType::f32})
+    for (const auto& [batch, first] : {std::pair{1, 33},
+                                       {1, 2333},
+                                       {1, 40000},
+                                       {2, 9000},
+                                       {5, 6000},
+                                       {9, 5000},
+                                       {13, 5000},
+                                       {20, 4000},
+                                       {40, 3000},
+                                       {90, 1999},
+                                       {150, 1111}}) {
+      if (type != DType::bf16 && batch > 20) continue;
+      const int h = batch > 2 && type != DType::f32 ? 16 : 3;
+      Case c{shape_of(type, batch == 1 ? 1 : 2, h, 64, 64), batch, 1, first};
+      const Run run(c);
+      CHECK(run.at_once);
+      check(run);
+      c.ring = true;
+      check(Run(c));
+    }
+  for (const int blocks : {16, 17, 18, 31, 32, 33, 61, 62, 63, 64, 93, 94, 125, 126, 256, 249, 1000})
+    for (const int within : {0, 14, 15, 30, 31, 63}) {
+      Case c{shape_of(DType::bf16, 1, 16, 128, 128), 1, 1, blocks * 64 + within};
+      check(Run(c));
+    }
+  for (const int left_out : {cmp, sel, win})
+    for (const auto& [batch, first] : {std::pair{1, 700}, {1, 20000}, {40, 3000}, {80, 1500}}) {
+      Case c{shape_of(DType::bf16, 2, 16, 128, 128), batch, 1, first};
+      c.left_out = left_out;
+      check(Run(c));
+      c.shape = shape_of(DType::f32, 2, 2, 64, 64);
+      check(Run(c));
+    }
 }
 
 // `fused` gives sel to the tiled kernel only where the rows of all groups and sequences fill it; both sides of that.

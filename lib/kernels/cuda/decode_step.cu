@@ -1,6 +1,6 @@
-// A decode step's attention on a rank that holds all K and V: cmp with win beside it, rank, sel, and one kernel that
-// merges the parts of all three, normalises and weighs with the gates. No attention kernel waits for its splits to
-// meet.
+// A decode step's attention on a rank that holds all K and V. In one kernel where that takes it (step.cu); else cmp
+// with win beside it, rank, sel, and one kernel that merges the parts of all three, normalises and weighs with the
+// gates. No attention kernel waits for its splits to meet.
 //
 // Where cmp alone fills the GPU, every CTA takes a share of win and then one of cmp, so that all end together; where it
 // does not, win has CTAs of its own.
@@ -9,6 +9,7 @@
 
 #include "kernels/cuda/decode_meet.cuh"
 #include "kernels/cuda/stages.cuh"
+#include "kernels/cuda/step.cuh"
 #include "kernels/cuda/units.cuh"
 
 namespace nsa::gpu {
@@ -99,6 +100,7 @@ void decode_step(const DecodeStepArgs& a, Stream* stream) {
   const LayerShape& s = a.combine.shape;
   const QueryTile& tile = a.combine.tile;
   if (tile.rows() == 0) return;
+  if (step_in_one(a, stream)) return;
   const AttendArgs& of_cmp = a.attend[cmp];
   const int row_groups = static_cast<int>(tile.rows()) * s.groups;
   const bool* leave_out = a.combine.leave_out;

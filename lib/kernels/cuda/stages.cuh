@@ -55,7 +55,7 @@ void prefill_step(const DecodeStepArgs&, Stream*);
 
 /// project, append and compress of a decode step in two launches. project.cu
 void decode_enter(const DecodeEnterArgs&, Stream*);
-/// From cmp to combine in four launches. decode_step.cu
+/// From cmp to combine in one launch or four. step.cu, decode_step.cu
 bool decode_step_accepts(const DecodeStepArgs&);
 void decode_step(const DecodeStepArgs&, Stream*);
 
