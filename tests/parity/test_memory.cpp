@@ -8,6 +8,12 @@ using namespace nsa;
 
 namespace {
 
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool keeps_freed_memory = true;  // AddressSanitizer, to find uses of it
+#else
+constexpr bool keeps_freed_memory = false;
+#endif
+
 Config config_of(const char* kind, const std::vector<std::string>& more = {}) {
   std::vector<std::string> overrides = {"run.steps=2", "run.warmup=1", "model.n_heads=8", "run.backend=host"};
   overrides.insert(overrides.end(), more.begin(), more.end());
@@ -51,7 +57,7 @@ TEST_CASE("64K tokens take the memory that was planned, under 4 GiB") {
       const double planned = static_cast<double>(record.memory.planned.at(total));
       const double resident = static_cast<double>(record.memory.process_peak.at(static_cast<std::size_t>(rank)));
       CAPTURE(rank);
-      CHECK(resident == Approx(planned).epsilon(0.10));
+      if (!keeps_freed_memory) CHECK(resident == Approx(planned).epsilon(0.10));
       CHECK(resident < 4.0 * (std::int64_t{1} << 30));
     }
   }
