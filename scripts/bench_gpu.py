@@ -121,7 +121,8 @@ def decode_rows(build):
 def prefill_rows(build):
     """The rows of bench_prefill's table, in us."""
     text = subprocess.run([build / "tests/gpu/bench_prefill"], check=True, capture_output=True, text=True).stdout
-    for context, ms, floor in re.findall(r"^ *(\d+)K +\d+ +([\d.]+) +([\d.]+) ", text, re.M):
+    # context, tile, ms at once, ms by stages, floor
+    for context, ms, floor in re.findall(r"^ *(\d+)K +\d+ +([\d.]+) +[\d.]+ +([\d.]+) ", text, re.M):
         yield {"batch": 1, "context": int(context) * 1024, "us": float(ms) * 1e3, "floor_us": float(floor) * 1e3}
 
 
