@@ -1,15 +1,15 @@
 // Prefill's selected branch, 16-bit storage: neighbouring queries share the blocks they have loaded.
 //
 // A CTA takes a group and 12 consecutive queries, a warp each: a query's (up to 16) heads are the M of m16n8k16, its q
-// stays in registers. One more warp walks the union of the queries' blocks, which are sorted, and streams each block's
-// K and V once through a ring each (tensor copies, 128-byte swizzle); K is given back as soon as the scores are formed.
-// It tells every query that chose the block where it lies, and a slot is free again when those have given it back: a
+// stays in registers. Two more warps walk the union of the queries' blocks, which are sorted, and stream each block's K
+// and V once through a ring each (tensor copies, 128-byte swizzle); K is given back as soon as the scores are formed.
+// Every query that chose the block is told where it lies, and a slot is free again when those have given it back: a
 // warp waits for its own blocks alone and is not held up by what others do. No product is wasted however little the
 // choices agree.
-// CTAs stay and take every gridDim-th item; the items of a group follow one another, so that its K and V stay in the
-// L2. FLOPs: 2 (Dk + Dv) a (head, chosen token). Bytes: from L2, a block's K and V once per 12 queries that share it;
-// from shared memory, once per query that chose it (32 KB at Dk = Dv = 128: 256 cycles). Bound: the L2 where little is
-// shared, else shared memory and tensor cores alike.
+// CTAs stay and take one of every gridDim.x items: late queries, whose blocks are more, first, where the L2 holds K and
+// V of all groups; else the items of a group follow one another. FLOPs: 2 (Dk + Dv) a (head, chosen token). Bytes: from
+// L2, a block's K and V once per 12 queries that share it; from shared memory, once per query that chose it (32 KB at
+// Dk = Dv = 128: 256 cycles). Bound: the L2 where little is shared, else shared memory and tensor cores alike.
 
 #include "kernels/cuda/attend_prefill_sel.cuh"
 #include "kernels/cuda/stages.cuh"
@@ -48,6 +48,7 @@ struct Row {
   Turn<letters> mail = {};
   std::uint32_t q[DK / 16][4];
   float o[DV / 8][4], s[8][4];
+  std::uint32_t weights[4][4];  // s behind soften, as operands: 16 tokens each
   float m[2], sum[2];
   int count;
 
@@ -67,7 +68,8 @@ struct Row {
   __device__ __forceinline__ void run(const Item& item, int query, int t);
   __device__ __forceinline__ void put_out(const Item& item, int query) const;
   __device__ __forceinline__ void put_partial(std::int64_t at, int half, float total) const;
-  __device__ __forceinline__ void put_gated(std::int64_t at, int half, float weight) const;
+  __device__ __forceinline__ void put_gated(const std::int64_t (&at)[2], int heads, float gate,
+                                            const float (&total)[2]) const;
 };
 
 // Row r of `from` is head r; those past `heads` are zero.
@@ -134,6 +136,14 @@ __device__ __forceinline__ void Row<T, DK, DV>::soften(int tokens) {
     }
     sum[half] = sum[half] * old[half] + added;
   }
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* pair = &s[2 * j + i / 2][i % 2 * 2];
+      weights[j][i] = pack(pair[0], pair[1], T{});
+      asm volatile("" : "+r"(weights[j][i]));
+    }
   if (__any_sync(0xffffffffu, old[0] != 1.0f || old[1] != 1.0f)) {
 #pragma unroll
     for (auto& x : o) x[0] *= old[0], x[1] *= old[0], x[2] *= old[1], x[3] *= old[1];
@@ -147,9 +157,7 @@ __device__ __forceinline__ void Row<T, DK, DV>::add_values(unsigned values, int 
   const int quad = threadIdx.x % 4;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const std::uint32_t a0 = pack(s[2 * j][0], s[2 * j][1], T{}), a1 = pack(s[2 * j][2], s[2 * j][3], T{}),
-                        a2 = pack(s[2 * j + 1][0], s[2 * j + 1][1], T{}),
-                        a3 = pack(s[2 * j + 1][2], s[2 * j + 1][3], T{});
+    const auto& a = weights[j];
     const auto seen = [&](int token) {
       return (token < tokens ? 0xFFFFu : 0u) | (token + 1 < tokens ? 0xFFFF0000u : 0u);
     };
@@ -158,8 +166,8 @@ __device__ __forceinline__ void Row<T, DK, DV>::add_values(unsigned values, int 
     for (int pair = 0; pair < DV / 16; ++pair) {
       uint4 v = load_transposed(values + pair / 4 * At::box + j * 2048 + v_row + (v_column ^ pair % 4 * 32));
       if constexpr (!Whole) v = {v.x & low, v.y & high, v.z & low, v.w & high};
-      mma(o[2 * pair], a0, a1, a2, a3, v.x, v.y, T{});
-      mma(o[2 * pair + 1], a0, a1, a2, a3, v.z, v.w, T{});
+      mma(o[2 * pair], a[0], a[1], a[2], a[3], v.x, v.y, T{});
+      mma(o[2 * pair + 1], a[0], a[1], a[2], a[3], v.z, v.w, T{});
     }
   }
 }
@@ -190,8 +198,9 @@ __device__ __forceinline__ void Row<T, DK, DV>::run(const Item& item, int query,
   const int lane = threadIdx.x % 32, n = shape.rules.n_sel;
   if (item.first + query >= p.a.tile.tokens) return;
   const std::int64_t list = item.row(p, query) * shape.groups + item.group;
-  const int chosen = __popc(__ballot_sync(0xffffffffu, lane < n && p.a.selected[list * n + lane] >= 0));
+  const bool chooses = lane < n && p.a.selected[list * n + lane] >= 0;
   begin(static_cast<const T*>(p.a.q) + list * shape.heads_per_group * DK, shape.heads_per_group);
+  const int chosen = __popc(__ballot_sync(0xffffffffu, chooses));
   for (int i = 0; i < chosen; ++i, mail.next()) {
     wait_for(shared.told(query, mail.slot), mail.phase);
     const Letter letter = shared.letter(query, mail.slot);
@@ -205,17 +214,20 @@ __device__ __forceinline__ void Row<T, DK, DV>::put_out(const Item& item, int qu
   const LayerShape& shape = p.a.shape;
   const int lane = threadIdx.x % 32;
   const std::int64_t list = item.row(p, query) * shape.groups + item.group;
+  float total[2];
+  std::int64_t at[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int head = lane / 4 + half * 8;
-    const float total = quad_sum(sum[half]);
-    if (head >= shape.heads_per_group) continue;
-    const std::int64_t at = list * shape.heads_per_group + head;
-    if (!p.gate)
-      put_partial(at, half, total);
-    else
-      put_gated(at, half, total > 0.0f ? p.gate[list * branches + sel] / total : 0.0f);
+    total[half] = quad_sum(sum[half]);
+    at[half] = list * shape.heads_per_group + min(lane / 4 + half * 8, shape.heads_per_group - 1);
   }
+  const int heads = shape.heads_per_group - lane / 4;  // of the lane's two, those that are there: more than 0, 8
+  if (p.gate)
+    put_gated(at, heads, p.gate[list * branches + sel], total);
+  else
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (heads > half * 8) put_partial(at[half], half, total[half]);
   if (lane == 0)
     atomicAdd(reinterpret_cast<unsigned long long*>(p.a.reads) + item.sequence * shape.groups + item.group,
               static_cast<unsigned long long>(count));
@@ -232,17 +244,28 @@ __device__ __forceinline__ void Row<T, DK, DV>::put_partial(std::int64_t at, int
     *reinterpret_cast<float2*>(to + 8 * j) = make_float2(o[j][2 * half], o[j][2 * half + 1]);
 }
 
+// Both heads' loads are under way before the first is used.
 template <class T, int DK, int DV>
-__device__ __forceinline__ void Row<T, DK, DV>::put_gated(std::int64_t at, int half, float weight) const {
-  const float* from = p.a.out.o + at * DV + threadIdx.x % 4 * 2;
-  T* to = static_cast<T*>(p.o) + at * DV + threadIdx.x % 4 * 2;
-  float2 others[DV / 8];
+__device__ __forceinline__ void Row<T, DK, DV>::put_gated(const std::int64_t (&at)[2], int heads, float gate,
+                                                          const float (&total)[2]) const {
+  const int column = threadIdx.x % 4 * 2;
+  float2 others[2][DV / 8];
 #pragma unroll
-  for (int j = 0; j < DV / 8; ++j) others[j] = __ldcs(reinterpret_cast<const float2*>(from + 8 * j));
+  for (int half = 0; half < 2; ++half)
 #pragma unroll
-  for (int j = 0; j < DV / 8; ++j)
-    __stcs(reinterpret_cast<std::uint32_t*>(to + 8 * j),
-           pack(fmaf(o[j][2 * half], weight, others[j].x), fmaf(o[j][2 * half + 1], weight, others[j].y), T{}));
+    for (int j = 0; j < DV / 8; ++j)
+      others[half][j] = __ldcs(reinterpret_cast<const float2*>(p.a.out.o + at[half] * DV + column + 8 * j));
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (heads <= half * 8) continue;
+    const float weight = total[half] > 0.0f ? gate / total[half] : 0.0f;
+    T* to = static_cast<T*>(p.o) + at[half] * DV + column;
+#pragma unroll
+    for (int j = 0; j < DV / 8; ++j)
+      __stcs(reinterpret_cast<std::uint32_t*>(to + 8 * j),
+             pack(fmaf(o[j][2 * half], weight, others[half][j].x), fmaf(o[j][2 * half + 1], weight, others[half][j].y),
+                  T{}));
+  }
 }
 
 template <class T, int DK, int DV>
@@ -256,20 +279,26 @@ __global__ void __launch_bounds__(threads, 1) sel_kernel(const __grid_constant__
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp >= queries) {
     give_registers<56>();
-    if (warp > queries) return;
     Streamer<DK, DV> streamer{p, shared};
-    for (int index = blockIdx.x; index < p.items; index += gridDim.x) streamer.stream(Item(p, index));
+    if (warp == queries) {
+      for (Items items(p); items.more(); items.next()) streamer.stream(Item(p, items.index()));
+      streamer.end();
+    } else if (threadIdx.x == 32 * (queries + 1)) {
+      streamer.stream_values();
+    }
   } else {
     take_registers<152>();
     const std::int64_t first_position = *p.a.tile.first_position;
     Row<T, DK, DV> row(p, shared);
-    for (int index = blockIdx.x; index < p.items; index += gridDim.x) {
-      const Item item(p, index);
+    for (Items items(p); items.more(); items.next()) {
+      const Item item(p, items.index());
       row.run(item, warp, static_cast<int>(first_position) + item.first + warp);
     }
   }
 #endif
 }
+
+constexpr std::int64_t most_side_by_side = 24 << 20;  // bytes of K and V: half of the L2
 
 int query_tiles_of(const QueryTile& tile) { return (tile.tokens + queries - 1) / queries; }
 int items_of(const LayerShape& s, const QueryTile& tile) { return tile.batches * s.groups * query_tiles_of(tile); }
@@ -286,6 +315,7 @@ void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
   p.v = rows_map(a.v, a.shape.dtype, planes, p.box_rows);
   p.query_tiles = query_tiles_of(a.tile);
   p.items = items_of(a.shape, a.tile);
+  p.side_by_side = planes * a.tile.max_positions * (DK + DV) * std::int64_t{sizeof(T)} <= most_side_by_side;
   launch_early(sel_kernel<T, DK, DV>, dim3(std::min(p.items, limits().units)), threads, Layout<DK, DV>::bytes, stream,
                1, p);
 }
