@@ -150,17 +150,10 @@ struct Streamer {
 
   __device__ __forceinline__ void copy(const CUtensorMap& from, unsigned to, unsigned barrier, int width, int block,
                                        int plane) const {
-    const RowMap& map = p.a.k.map;
     for (int at = 0; at < block_tokens; at += p.box_rows) {
-      std::int64_t row = std::int64_t{block} * block_tokens + at;
-      int rank = 0;
-      if (map.chunk != INT64_MAX) {
-        const std::int64_t c = chunk_of(map, row);
-        row = row_in_chunk(map, c, row);
-        rank = owner_of_chunk(map, c);
-      }
+      const Place place = place_of(p.a.k.map, block * block_tokens + at);
       for (int box = 0; box < width / box_columns; ++box)
-        copy_box(to + at * 128 + box * At::box, &from, barrier, box * box_columns, static_cast<int>(row), plane, rank);
+        copy_box(to + at * 128 + box * At::box, &from, barrier, box * box_columns, place.row, plane, place.rank);
     }
   }
   // One lane. Who did not choose the block has given its slots back from the start. A block's V is told of once that

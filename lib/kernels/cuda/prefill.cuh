@@ -111,16 +111,10 @@ struct DenseShared {
     wait_for(empty(turn.slot), turn.phase ^ 1);
     arrive_expecting(full(turn.slot), Width / box_columns * Layout::tile_box);
     for (int at = 0; at < dense_tokens; at += p.box_rows) {
-      std::int64_t row = begin + at;
-      int rank = 0;
-      if (p.map.chunk != INT64_MAX) {
-        const std::int64_t c = chunk_of(p.map, row);
-        row = row_in_chunk(p.map, c, row);
-        rank = owner_of_chunk(p.map, c);
-      }
+      const Place place = place_of(p.map, static_cast<int>(begin) + at);
       for (int box = 0; box < Width / box_columns; ++box)
         copy_box(slot(turn.slot) + box * Layout::tile_box + at * 128, &map, full(turn.slot), box * box_columns,
-                 static_cast<int>(row), plane, rank);
+                 place.row, plane, place.rank);
     }
   }
   /// 16 rows from `begin` of a tensor that is not cut.

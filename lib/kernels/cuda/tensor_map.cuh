@@ -25,6 +25,18 @@ inline bool map_is_whole(const RowMap& m) {
   return m.ring == 0 && (m.chunk == INT64_MAX ? m.before == 0 : m.rank == all_ranks && m.kv > 1);
 }
 
+/// Where row i of such a map lies: its row in memory, and whose. One thread feeds many with it, so the divisions have
+/// 32 bits; positions are below 2^31.
+struct Place {
+  int row, rank;
+};
+__device__ __forceinline__ Place place_of(const RowMap& m, int i) {
+  if (m.chunk == INT64_MAX) return {i, 0};
+  const int c = static_cast<int>(static_cast<unsigned>(i) / static_cast<unsigned>(m.chunk));
+  const int turn = static_cast<int>(static_cast<unsigned>(c) / static_cast<unsigned>(m.kv));
+  return {turn * static_cast<int>(m.stride) + m.before + i - c * static_cast<int>(m.chunk), c - turn * m.kv};
+}
+
 /// Rows of the largest box that divides both `tile` rows and the map's chunks.
 inline int box_rows_of(const RowMap& m, int tile) {
   int rows = tile;
