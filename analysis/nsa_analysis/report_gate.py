@@ -38,13 +38,32 @@ def decide(points, csvs, program):
         run = p.run
         key = run.device, run.attributes.get("backend"), run.attributes.get("git_commit")
         groups.setdefault(key, {})[run.path] = None
-    decisions = []
-    for files in [*map(list, groups.values()), *([csvs] if csvs else [])]:
-        try:
-            decisions.append(Decision(files, verdict.call_gate(files, program)))
-        except AnalysisError as reason:
-            decisions.append(Decision(files, None, str(reason)))
-    return decisions
+    decisions = [d for files in groups.values() for d in judged(list(files), program)]
+    return decisions + ([ask(csvs, program)] if csvs else [])
+
+
+def ask(files, program):
+    try:
+        return Decision(files, verdict.call_gate(files, program))
+    except AnalysisError as reason:
+        return Decision(files, None, str(reason))
+
+
+def judged(files, program):
+    """One Decision where the gate takes the files together; else each joins the first others that it is taken with."""
+    together = ask(files, program)
+    if together.answer is not None or len(files) == 1:
+        return [together]
+    apart = []
+    for file in files:
+        for i, decision in enumerate(apart):
+            joined = ask([*decision.files, file], program)
+            if joined.answer is not None:
+                apart[i] = joined
+                break
+        else:
+            apart.append(ask([file], program))
+    return apart
 
 
 def gate_section(decisions):
@@ -55,7 +74,8 @@ def gate_section(decisions):
             "with its ablations (inputs/m4_decode.toml).</p>"
         )
     text = (
-        "Decided by <code>nsa gate --json</code>, for each device and commit by itself; this page draws its answers "
+        "Decided by <code>nsa gate --json</code>, for each device and commit by itself, and where their "
+        "inputs differ for each input; this page draws its answers "
         "and holds no rule of its own."
     )
     parts = [decision_part(decision, f"g{i}x") for i, decision in enumerate(decisions)]

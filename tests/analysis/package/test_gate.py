@@ -8,7 +8,7 @@ import sys
 import made_up
 import nsa_analysis
 import pytest
-from nsa_analysis import plots, verdict
+from nsa_analysis import plots, report_gate, verdict
 from nsa_analysis.cli import main
 from nsa_analysis.errors import AnalysisError
 
@@ -153,3 +153,21 @@ def test_the_real_program_answers(tmp_path):
     (tmp_path / "bad.h5").write_bytes(b"")
     with pytest.raises(AnalysisError, match="bad.h5"):
         verdict.call_gate([tmp_path / "bad.h5"])
+
+
+def test_files_that_the_gate_does_not_take_together_are_judged_apart(monkeypatch):
+    """Decode of two shapes beside one file of kernels: the kernels go with the first, the other shape by itself."""
+
+    def gate(files, program):
+        if {"decode_a", "decode_b"} <= set(files) or "broken" in files:
+            raise AnalysisError("nsa gate: these differ")
+        return {"devices": [], "files": files}
+
+    monkeypatch.setattr(report_gate.verdict, "call_gate", gate)
+    judged = report_gate.judged(["decode_a", "decode_b", "broken", "kernels"], None)
+    assert [(d.files, d.reason) for d in judged] == [
+        (["decode_a", "kernels"], ""),
+        (["decode_b"], ""),
+        (["broken"], "nsa gate: these differ"),
+    ]
+    assert [d.files for d in report_gate.judged(["decode_a", "kernels"], None)] == [["decode_a", "kernels"]]
