@@ -20,23 +20,6 @@ using namespace selected;
 
 namespace {
 
-__device__ __forceinline__ uint4 load_matrices(unsigned at) {
-  uint4 v;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(at)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ uint4 load_transposed(unsigned at) {
-  uint4 v;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(at)
-               : "memory");
-  return v;
-}
-
 // One warp: its query.
 template <class T, int DK, int DV>
 struct Row {
@@ -100,9 +83,10 @@ __device__ __forceinline__ void Row<T, DK, DV>::scores(unsigned keys) {
   for (int step = 0; step < DK / 16; ++step)
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const uint4 k = load_matrices(keys + step / 4 * At::box + j * 2048 + k_row + (k_column ^ step % 4 * 32));
-      mma(s[2 * j], q[step][0], q[step][1], q[step][2], q[step][3], k.x, k.y, T{});
-      mma(s[2 * j + 1], q[step][0], q[step][1], q[step][2], q[step][3], k.z, k.w, T{});
+      std::uint32_t k[4];
+      load_matrices(k, keys + step / 4 * At::box + j * 2048 + k_row + (k_column ^ step % 4 * 32));
+      mma(s[2 * j], q[step][0], q[step][1], q[step][2], q[step][3], k[0], k[1], T{});
+      mma(s[2 * j + 1], q[step][0], q[step][1], q[step][2], q[step][3], k[2], k[3], T{});
     }
 }
 
@@ -164,10 +148,11 @@ __device__ __forceinline__ void Row<T, DK, DV>::add_values(unsigned values, int 
     const unsigned low = Whole ? ~0u : seen(j * 16 + quad * 2), high = Whole ? ~0u : seen(j * 16 + quad * 2 + 8);
 #pragma unroll
     for (int pair = 0; pair < DV / 16; ++pair) {
-      uint4 v = load_transposed(values + pair / 4 * At::box + j * 2048 + v_row + (v_column ^ pair % 4 * 32));
-      if constexpr (!Whole) v = {v.x & low, v.y & high, v.z & low, v.w & high};
-      mma(o[2 * pair], a[0], a[1], a[2], a[3], v.x, v.y, T{});
-      mma(o[2 * pair + 1], a[0], a[1], a[2], a[3], v.z, v.w, T{});
+      std::uint32_t v[4];
+      load_transposed(v, values + pair / 4 * At::box + j * 2048 + v_row + (v_column ^ pair % 4 * 32));
+      if constexpr (!Whole) v[0] &= low, v[1] &= high, v[2] &= low, v[3] &= high;
+      mma(o[2 * pair], a[0], a[1], a[2], a[3], v[0], v[1], T{});
+      mma(o[2 * pair + 1], a[0], a[1], a[2], a[3], v[2], v[3], T{});
     }
   }
 }

@@ -49,19 +49,6 @@ __device__ __forceinline__ void put_pair(const ScoreRows& rows, float* to, float
     *reinterpret_cast<float2*>(to) = make_float2(x, y);
 }
 
-__device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], unsigned address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void load_transposed(std::uint32_t (&r)[4], unsigned address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
 /// m16n8k16: the heads are M. Lane = 4 * g + quad holds heads g and g + 8.
 template <class T, int DK, int DV>
 struct TensorCores {
