@@ -147,7 +147,7 @@ __device__ __forceinline__ void Rows<T, DK, DV>::clear_behind(int slot, std::int
           "st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(shared.slot(slot) + box * Layout<DK, DV>::tile_box + i * 16),
           "r"(0)
           : "memory");
-  copies_see_stores();
+  before_copies();
   meet(1, groups * 128);
 }
 

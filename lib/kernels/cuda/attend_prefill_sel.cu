@@ -164,6 +164,7 @@ __device__ __forceinline__ void Row<T, DK, DV>::add(Letter letter, int t) {
   const int slot = letter.slot();
   wait_for(shared.key_full(slot), letter.phase());
   scores(shared.key(slot));
+  before_copies();
   __syncwarp();
   arrive_if(shared.key_empty(slot), first_lane);
   soften(tokens);
@@ -172,6 +173,7 @@ __device__ __forceinline__ void Row<T, DK, DV>::add(Letter letter, int t) {
     add_values<true>(shared.value(slot), tokens);
   else
     add_values<false>(shared.value(slot), tokens);
+  before_copies();
   __syncwarp();
   arrive_if(shared.value_empty(slot), first_lane);
   count += tokens;

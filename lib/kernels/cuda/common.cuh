@@ -96,6 +96,15 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+/// What this thread has read of shared memory, or stored there, comes before what the copy engine and the tensor cores
+/// do there once they are told. Not least before a slot is given back: an arrival at an mbarrier does not wait for an
+/// ldmatrix that is still under way, and the next copy into the slot may overtake it.
+__device__ __forceinline__ void before_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 /// Calls f with a value of the storage type.
 template <class F>
 void with_type(DType type, F&& f) {

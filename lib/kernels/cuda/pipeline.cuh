@@ -59,6 +59,7 @@ struct SlotRing {
   }
   __device__ __forceinline__ void release() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    before_copies();
     __syncwarp();
     if (threadIdx.x % 32 == 0) asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at(empty + slot)) : "memory");
     next();

@@ -161,13 +161,6 @@ __device__ __forceinline__ void give_registers() {
 /// or what it was, while it has grown by no more than 2^8 since. So o hardly ever has to be scaled.
 __device__ __forceinline__ float reference(float before, float top) { return top > before + 8.0f ? top : before; }
 
-/// What this thread stored to shared memory is there for the copy engine and the tensor cores, too.
-__device__ __forceinline__ void copies_see_stores() {
-#ifdef NSA_WGMMA
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 /// The `threads` threads that meet under that number (1 .. 15).
 __device__ __forceinline__ void meet(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");

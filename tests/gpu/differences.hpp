@@ -1,0 +1,19 @@
+#pragma once
+// Two buffers of the GPU compared there: hundreds of MB, thousands of times.
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/kernel_table.hpp"
+
+namespace nsa::test {
+
+struct Differences {
+  std::uint64_t count;  ///< 32-bit words that differ
+  std::uint64_t first;  ///< the first such word
+};
+
+/// Of `bytes` (a multiple of 4), behind what `stream` has queued; waits for it.
+Differences differences(const void* a, const void* b, std::size_t bytes, Stream* stream);
+
+}  // namespace nsa::test

@@ -1,0 +1,186 @@
+#pragma once
+// A whole prefill of one GPU, batch 1, on synthetic inputs: what the bench times and what the test of repetitions runs.
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "kernels/backend.hpp"
+#include "kernels/buffer.hpp"
+#include "kernels/error.hpp"
+#include "kernels/random.hpp"
+
+namespace nsa::test {
+
+struct WorkMemory {
+  const Backend& backend;
+  MemoryAccount account;
+  std::vector<Buffer> buffers;
+  template <class T = void>
+  T* make(std::int64_t bytes) {
+    buffers.emplace_back(*backend.device, account, MemoryKind::workspace, static_cast<std::size_t>(bytes));
+    return static_cast<T*>(buffers.back().data());
+  }
+};
+
+struct WholePrefill {
+  /// `tile_tokens` 0: as lib/nsa would choose; `by_rows`: rank reads raw scores.
+  WholePrefill(const Backend& b, const LayerShape& shape, std::int64_t T, int tile_tokens, bool by_rows);
+  ~WholePrefill() { backend.device->destroy_stream(stream); }
+  WholePrefill(const WholePrefill&) = delete;
+  WholePrefill& operator=(const WholePrefill&) = delete;
+  void run(const std::vector<Event*>* events);
+  void run_at_once();
+  AttendArgs attend_args(Branch branch, const QueryTile& tile, std::int64_t row) const;
+  RankArgs rank_args(const QueryTile& tile, std::int64_t row) const;
+  CombineArgs combine_args(const QueryTile& tile, std::int64_t row) const;
+  template <class Body>
+  void each_tile(Body&& body) const;
+
+  const Backend& backend;
+  WorkMemory memory;
+  LayerShape s;
+  std::int64_t T;
+  QueryTile widest;
+  KvView k[branches], v[branches];
+  char *q, *o;
+  float *partials, *lse, *gate;
+  void *scores, *scratch;
+  std::size_t scratch_bytes;
+  std::int64_t *reads, *starts;
+  std::int32_t* selected;
+  Stream* stream;
+};
+
+inline WholePrefill::WholePrefill(const Backend& b, const LayerShape& shape, std::int64_t context, int tile_tokens,
+                                  bool by_rows)
+    : backend(b), memory{b, {}, {}}, s(shape), T(context) {
+  memory.buffers.reserve(64);
+  const std::int64_t n = compressed_tokens(s.rules, T - 1);
+  const auto fill = [&](std::int64_t rows, std::int64_t planes, int width, const char* name, float scale) {
+    KvView view;
+    view.width = width;
+    view.plane_stride = rows * width;
+    view.data = memory.make(planes * rows * width * 2);
+    b.kernels->fill_rows({s.dtype, view, 1, static_cast<std::int32_t>(planes), 0, 0, rows, tensor_key(1, name), scale},
+                         nullptr);
+    return view;
+  };
+  const char* names[branches][2] = {{"k_cmp", "v_cmp"}, {"k_sel", "v_sel"}, {"k_win", "v_win"}};
+  for (int c = 0; c < branches; ++c) {
+    k[c] = fill(c == cmp ? n : T, s.groups, s.d_k, names[c][0], 1.0f);
+    v[c] = fill(c == cmp ? n : T, s.groups, s.d_v, names[c][1], 1.0f);
+  }
+  q = static_cast<char*>(fill(T, 1, s.heads() * s.d_k, "q", 2.0f).data);
+  widest.max_positions = T;
+  widest.rescores = !by_rows && b.kernels->attend[cmp][0].rescores && b.kernels->attend[cmp][0].rescores(s);
+  widest.tokens =
+      static_cast<std::int32_t>(std::min<std::int64_t>(tile_tokens > 0 ? tile_tokens : b.kernels->tile_tokens, T));
+  while (tile_tokens == 0 && b.kernels->score_bytes(s, widest, n) > b.kernels->tile_budget) widest.tokens /= 2;
+  const std::int64_t tokens = widest.tokens;
+  partials = memory.make<float>(partial_floats(s, tokens) * 4);
+  lse = memory.make<float>(s.lanes * tokens * s.heads() * 8);
+  gate = memory.make<float>(T * s.groups * 3 * 4);
+  b.device->fill(gate, 0x3E, static_cast<std::size_t>(T * s.groups * 3 * 4), nullptr);
+  scores = memory.make(static_cast<std::int64_t>(b.kernels->score_bytes(s, widest, n)));
+  scratch_bytes = b.kernels->scratch_bytes(s, widest);
+  scratch = memory.make(static_cast<std::int64_t>(scratch_bytes));
+  o = memory.make<char>(tokens * s.heads() * s.d_v * 2);
+  reads = memory.make<std::int64_t>(branches * s.groups * 8);
+  selected = memory.make<std::int32_t>(tokens * s.groups * s.rules.n_sel * 4);
+  std::vector<std::int64_t> first;
+  for (std::int64_t t = 0; t < T; t += tokens) first.push_back(t);
+  starts = memory.make<std::int64_t>(static_cast<std::int64_t>(first.size()) * 8);
+  b.device->copy(starts, first.data(), first.size() * 8, nullptr);
+  b.device->synchronize(nullptr);
+  stream = b.device->create_stream();
+}
+
+inline AttendArgs WholePrefill::attend_args(Branch branch, const QueryTile& tile, std::int64_t row) const {
+  AttendArgs a;
+  a.shape = s;
+  a.tile = tile;
+  a.q = q + row * s.heads() * s.d_k * 2;
+  a.k = k[branch];
+  a.v = v[branch];
+  a.out = partials_at(partials, s, tile.rows(), branch);
+  a.reads = reads + branch * s.groups;
+  a.selected = selected;
+  a.lse = lse;
+  a.scores = scores;
+  a.scratch = scratch;
+  a.scratch_bytes = scratch_bytes;
+  return a;
+}
+
+inline RankArgs WholePrefill::rank_args(const QueryTile& tile, std::int64_t row) const {
+  RankArgs r;
+  r.shape = s;
+  r.tile = tile;
+  r.scores = scores;
+  r.lse = lse;
+  r.cmp_map = k[cmp].map;
+  r.token_map = k[sel].map;
+  r.q = q + row * s.heads() * s.d_k * 2;
+  r.k_cmp = k[cmp];
+  r.cmp_ms = partials_at(partials, s, tile.rows(), cmp).ms;
+  r.selected = selected;
+  r.scratch = scratch;
+  r.scratch_bytes = scratch_bytes;
+  return r;
+}
+
+inline CombineArgs WholePrefill::combine_args(const QueryTile& tile, std::int64_t row) const {
+  CombineArgs c;
+  c.shape = s;
+  c.tile = tile;
+  c.partials = partials;
+  c.gate = gate + row * s.groups * 3;
+  c.o = o;
+  return c;
+}
+
+template <class Body>
+inline void WholePrefill::each_tile(Body&& body) const {
+  for (std::int64_t first = 0, i = 0; first < T; first += widest.tokens, ++i) {
+    QueryTile tile = widest;
+    tile.tokens = static_cast<std::int32_t>(std::min<std::int64_t>(widest.tokens, T - first));
+    tile.first_position = starts + i;
+    body(tile, first);
+  }
+}
+
+// One prefill, stage by stage; with events, one is recorded before every stage of every tile and one at the end.
+inline void WholePrefill::run(const std::vector<Event*>* events) {
+  std::size_t at = 0;
+  const auto mark = [&] {
+    if (events) backend.device->record((*events)[at++], stream);
+  };
+  const auto attend = [&](Branch branch, const QueryTile& tile, std::int64_t first) {
+    mark();
+    backend.kernels->attend[branch][0].run(attend_args(branch, tile, first), stream);
+  };
+  each_tile([&](const QueryTile& tile, std::int64_t first) {
+    attend(cmp, tile, first);
+    mark();
+    backend.kernels->rank(rank_args(tile, first), stream);
+    attend(sel, tile, first);
+    attend(win, tile, first);
+    mark();
+    backend.kernels->combine(combine_args(tile, first), stream);
+  });
+  mark();
+}
+
+inline void WholePrefill::run_at_once() {
+  each_tile([&](const QueryTile& tile, std::int64_t first) {
+    DecodeStepArgs a;
+    for (const Branch b : {cmp, sel, win}) a.attend[b] = attend_args(b, tile, first);
+    a.rank = rank_args(tile, first);
+    a.combine = combine_args(tile, first);
+    if (!backend.kernels->prefill_step_accepts(a)) throw InternalError("a row of the table is not taken at once");
+    backend.kernels->prefill_step(a, stream);
+  });
+}
+
+}  // namespace nsa::test
