@@ -190,8 +190,7 @@ __device__ __forceinline__ void Row<T, DK, DV>::run(const Item& item, int query,
   const int chosen = __popc(__ballot_sync(0xffffffffu, chooses));
   for (int i = 0; i < chosen; ++i, mail.next()) {
     wait_for(shared.told(query, mail.slot), mail.phase);
-    const Letter letter = shared.letter(query, mail.slot);
-    add(letter, t);
+    add(shared.read_letter(query, mail.slot), t);
   }
   put_out(item, query);
 }

@@ -117,6 +117,12 @@ struct Shared {
   __device__ __forceinline__ Letter& letter(int query, int i) const {
     return reinterpret_cast<Letter*>(memory + At::mail)[query * letters + i];
   }
+  // A warp; one lane reads, that which gives the letter's slots back: so the next letter's writer has waited for it.
+  __device__ __forceinline__ Letter read_letter(int query, int i) const {
+    std::uint32_t word = 0;
+    if (threadIdx.x % 32 == 0) word = letter(query, i).word;
+    return {__shfl_sync(0xffffffffu, word, 0)};
+  }
   // The query's list begins at another bank than its neighbours'.
   __device__ __forceinline__ int& chosen(int query, int i) const {
     return reinterpret_cast<int*>(memory + At::lists)[query * most_chosen + (i + query) % most_chosen];
@@ -156,11 +162,11 @@ struct Streamer {
         copy_box(to + at * 128 + box * At::box, &from, barrier, box * box_columns, place.row, plane, place.rank);
     }
   }
-  // One lane. Who did not choose the block has given its slots back from the start. A block's V is told of once that
-  // of the block a round before has come: so a barrier of V's is never more than a phase behind a letter.
+  // One lane, of an empty slot. Who did not choose the block has given its slots back from the start. A block's V is
+  // told of once that of the block a round before has come: so a barrier of V's is never more than a phase behind a
+  // letter.
   __device__ __forceinline__ void fill_keys(int block, int plane, int others) {
     const int slot = turn.slot;
-    wait_for(shared.key_empty(slot), turn.phase ^ 1);
     arrive_expecting(shared.key_full(slot), At::key);
     copy(p.k, shared.key(slot), shared.key_full(slot), DK, block, plane);
     if (others > 0) arrive_for(shared.key_empty(slot), others);
@@ -218,6 +224,7 @@ __device__ __forceinline__ void Streamer<DK, DV>::stream(const Item& item) {
     if (block == none) break;
     const bool is_mine = mine == block;
     const unsigned by = __ballot_sync(0xffffffffu, is_mine);
+    wait_for(shared.key_empty(turn.slot), turn.phase ^ 1);  // every lane: letters of that round have been read
     if (lane == 0) fill_keys(block, item.plane, queries - __popc(by));
     __syncwarp();  // K is on its way: its barrier's phase is the one that the letter names, or the next
     if (is_mine) {
