@@ -90,6 +90,15 @@ void describe(CLI::App& app, CommandLine& line) {
   info->add_flag("--routes", line.routes, "which implementations would run here instead, and why; needs no GPU");
 }
 
+// What is wrong with the command line. CLI11 says of a misspelt command that one is required.
+std::string usage_error(const CLI::App& app, const CLI::ParseError& error, int argc, char** argv) {
+  const std::string first = argc > 1 ? argv[1] : "-";
+  if (first[0] == '-' || app.get_subcommand_no_throw(first)) return error.what();
+  std::string names;
+  for (const CLI::App* command : app.get_subcommands({})) names += (names.empty() ? "" : ", ") + command->get_name();
+  return "unknown command " + first + "; commands: " + names;
+}
+
 int print_error(const std::exception& error, nsa::ExitCode code) {
   if (code == bug) {
     std::cerr << "nsa: internal error: " << error.what() << "; please report it\n";
@@ -164,7 +173,7 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     // Every rank of a launch reads the same command line, so they all come here, and one says it.
     return together(argc, argv, default_deadline, [&](const nsa::Control&, nsa::Watchdog&) -> nsa::ExitCode {
-      throw nsa::AgreedError(std::string(error.what()) + "; see nsa --help");
+      throw nsa::AgreedError(usage_error(app, error, argc, argv) + "; see nsa --help");
     });
   }
   if (app.got_subcommand("gate")) return alone([&] { return nsa::gate(line.gate); });

@@ -11,12 +11,12 @@ USAGE, FILE = 2, 6
 
 
 class BadInput(AppTest):
-    def refuses(self, code, parts, *arguments, ranks=(0, 2)):
+    def refuses(self, code, parts, *arguments, ranks=(0, 2), command="run"):
         """Exactly one message on stderr, holding all `parts`; the folder stays as it was."""
         before = self.contents()
         for count in ranks:
             with self.subTest(arguments=arguments, ranks=count):
-                done = self.nsa("run", *arguments, ranks=count)
+                done = self.nsa(command, *arguments, ranks=count)
                 self.assertEqual(done.code, code, done.out + done.err)
                 self.assertEqual(done.err.count("nsa: "), 1, done.err)
                 self.assertEqual(done.err.count("nsa: error: "), 1, done.err)
@@ -40,6 +40,7 @@ class BadInput(AppTest):
         self.write("in.toml", SMALL)
         self.refuses(USAGE, ["--no-such-option"], "in.toml", "--no-such-option")
         self.refuses(USAGE, ["--dry-run"], "in.toml", "--ranks", "4")
+        self.refuses(USAGE, ["unknown command runn", "run, gate, report, diff, info"], "in.toml", command="runn")
 
     def test_no_such_input(self):
         self.refuses(USAGE, ["cannot read none.toml (No such file or directory)"], "none.toml")
