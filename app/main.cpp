@@ -93,9 +93,12 @@ void describe(CLI::App& app, CommandLine& line) {
 // What is wrong with the command line. CLI11 says of a misspelt command that one is required.
 std::string usage_error(const CLI::App& app, const CLI::ParseError& error, int argc, char** argv) {
   const std::string first = argc > 1 ? argv[1] : "-";
-  if (first[0] == '-' || app.get_subcommand_no_throw(first)) return error.what();
   std::string names;
-  for (const CLI::App* command : app.get_subcommands({})) names += (names.empty() ? "" : ", ") + command->get_name();
+  for (const CLI::App* command : app.get_subcommands({})) {
+    if (command->get_name() == first) return error.what();
+    names += (names.empty() ? "" : ", ") + command->get_name();
+  }
+  if (first[0] == '-') return error.what();
   return "unknown command " + first + "; commands: " + names;
 }
 
