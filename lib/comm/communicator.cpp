@@ -60,6 +60,7 @@ void* open_mpi(const Control::Impl& group, CollectiveOps& ops) {
 
 #if !NSA_CUDA
 void* open_nccl(const Control::Impl&, CollectiveOps&) { throw InternalError("NCCL in a build without CUDA"); }
+void join_peers(const DeviceOps&, const Control::Impl&, void*&, CollectiveOps&) {}
 std::string nccl_version() { return {}; }
 #endif
 
@@ -71,8 +72,12 @@ Communicator::Communicator(const Backend& backend, const Control& group) : impl_
   impl_->group = group.impl().group;
   if (impl_->size == 1) return;
   const Operation operation(OperationKind::control, "open communicator", 0, impl_->group);
-  impl_->state =
-      backend.kind == BackendKind::cuda ? open_nccl(group.impl(), impl_->ops) : open_mpi(group.impl(), impl_->ops);
+  if (backend.kind == BackendKind::host) {
+    impl_->state = open_mpi(group.impl(), impl_->ops);
+  } else {
+    impl_->state = open_nccl(group.impl(), impl_->ops);
+    join_peers(*backend.device, group.impl(), impl_->state, impl_->ops);
+  }
 }
 
 Communicator::Impl::~Impl() {
@@ -86,6 +91,8 @@ Communicator& Communicator::operator=(Communicator&&) noexcept = default;
 std::string Communicator::library_version() { return nccl_version(); }
 int Communicator::rank() const { return impl_->rank; }
 int Communicator::size() const { return impl_->size; }
+std::string Communicator::gathers_by() const { return impl_->state ? impl_->ops.by : ""; }
+std::size_t Communicator::memory_bytes() const { return impl_->ops.memory_bytes; }
 
 void Communicator::all_gather(const char* what, const void* send, void* recv, std::size_t bytes, Stream* stream) const {
   const fault::Fault fault = fault::at("comm.all_gather");

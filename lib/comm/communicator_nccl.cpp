@@ -64,7 +64,7 @@ void* open_nccl(const Control::Impl& group, CollectiveOps& ops) {
   const ncclUniqueId id = shared_id(group);
   ncclComm_t comm = nullptr;
   check_nccl(ncclCommInitRank(&comm, group.size, id, group.rank), "ncclCommInitRank");
-  ops = {gather_over_nccl, sum_over_nccl, close_nccl};
+  ops = {gather_over_nccl, sum_over_nccl, close_nccl, "NCCL"};
   return comm;
 }
 

@@ -362,6 +362,7 @@ struct KernelTable {
   bool (*prefill_step_accepts)(const DecodeStepArgs&) = nullptr;
   void (*prefill_step)(const DecodeStepArgs&, Stream*) = nullptr;
   const ShardedStep* sharded = nullptr;  ///< null where the backend has no such thing
+  std::size_t exchange_bytes = 0;        ///< of the device, that a group of ranks takes at most to exchange through
 };
 
 }  // namespace nsa

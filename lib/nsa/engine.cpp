@@ -43,6 +43,12 @@ void Engine::allocate(const TensorSource* source) {
   }
 }
 
+// The communicators outlive the engine, but while it lives their memory is a part of what the point takes.
+void Engine::connect(Layouts& layouts) {
+  peers = layouts.peers(partition.kv);
+  account.add(MemoryKind::workspace, peers->heads.memory_bytes() + peers->kv.memory_bytes());
+}
+
 std::size_t Engine::choose_routes(Phase phase, const QueryTile& tile) {
   routes.choose(backend, config, phase, shape(), tile);
   return routes.scratch_bytes(kernels(), phase, shape(), tile);

@@ -39,7 +39,7 @@ struct Engine {
   Engine(const Backend& backend, const Control& world, const Config& config, const Point& point,
          const TensorSource& source);
   /// Finds the peers, and opens what is not open yet. Collective, once all ranks have their memory.
-  void connect(Layouts& layouts) { peers = layouts.peers(partition.kv); }
+  void connect(Layouts& layouts);
   /// A plan: on dry_device(), with no peers and no values.
   Engine(const Backend& dry, const Config& config, const Point& point, const Partition& partition);
   const KernelTable& kernels() const { return *backend.kernels; }

@@ -174,6 +174,8 @@ MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, c
   const Point at = needle ? needle_point(point) : point;
   const bool record = needle || planned.run.check || planned.output.tensors;
   Engine e(Backend{BackendKind::host, &kernels, &dry_device()}, planned, at, partition);
+  for (const int group : {partition.heads, partition.kv})
+    if (group > 1) e.account.add(MemoryKind::workspace, kernels.exchange_bytes);
   if (planned.kind == TaskKind::prefill) {
     Prefill prefill(e, at.context, record);
   } else if (needle) {

@@ -64,11 +64,11 @@ auto members(R& r) {
 template <Is<PointRecord> R>
 auto members(R& r) {
   auto& [index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps, time,
-         reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, fallbacks, max_abs_err, tensors,
-         needle, kernels] = r;
+         reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange, fallbacks, max_abs_err,
+         tensors, needle, kernels] = r;
   return std::tie(index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps,
-                  time, reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, fallbacks,
-                  max_abs_err, tensors, needle, kernels);
+                  time, reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange,
+                  fallbacks, max_abs_err, tensors, needle, kernels);
 }
 
 template <Is<ResultFile> R>

@@ -138,6 +138,12 @@ void print_fallbacks(std::ostream& out, const std::vector<PointRecord>& points) 
     for (const std::string& line : point.fallbacks) fmt::print(out, "fallback at {}: {}\n", point_name(point), line);
 }
 
+// One line: the points of a run share their communicators.
+void print_exchange(std::ostream& out, const PointRecord& point) {
+  if (!point.exchange.empty() && point.exchange != "MPI")
+    fmt::print(out, "small gathers among kv shards went through {}\n", point.exchange);
+}
+
 void print_slowest(std::ostream& out, const std::vector<PointRecord>& points) {
   for (const PointRecord& point : points) {
     const std::vector<double> work = rank_work(point);
@@ -174,6 +180,7 @@ void print_notes(std::ostream& out, const std::vector<PointRecord>& points) {
   } else if (kind != "needle") {
     print_table_notes(out);
     print_slowest(out, points);
+    print_exchange(out, points.front());
   }
   print_fallbacks(out, points);
 }

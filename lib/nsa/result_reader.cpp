@@ -139,6 +139,8 @@ void read_point_attributes(const h5::Handle& group, PointRecord& p) {
   read_by_branch(group, "routes", p.routes);
   if (std::count(names.begin(), names.end(), "route_kernels") > 0)  // since 1.3
     read_by_branch(group, "route_kernels", p.route_kernels);
+  if (std::count(names.begin(), names.end(), "exchange") > 0)  // since 1.4
+    p.exchange = h5::attribute_as<std::string>(group, "exchange");
   p.fallbacks = lines(h5::attribute_as<std::string>(group, "fallbacks"));
 }
 

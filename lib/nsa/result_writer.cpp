@@ -173,6 +173,7 @@ void write_point_attributes(const h5::Handle& group, const PointRecord& p) {
   h5::write_attribute(group, "routes", std::vector<std::string>(p.routes.begin(), p.routes.end()));
   h5::write_attribute(group, "route_reasons", std::vector<std::string>(p.route_reasons.begin(), p.route_reasons.end()));
   h5::write_attribute(group, "route_kernels", std::vector<std::string>(p.route_kernels.begin(), p.route_kernels.end()));
+  h5::write_attribute(group, "exchange", p.exchange);
   h5::write_attribute(group, "fallbacks", fmt::format("{}", fmt::join(p.fallbacks, "\n")));
 }
 

@@ -10,7 +10,7 @@ namespace nsa {
 
 /// Major: a reader of another major refuses. Minor: something was added.
 constexpr int schema_major = 1;
-constexpr const char* schema_version = "1.3";
+constexpr const char* schema_version = "1.4";
 
 /// A field of a record under its name in the file.
 template <class Record, class T>

@@ -71,6 +71,7 @@ inline PointRecord sample_point(std::int64_t index) {
   p.memory.process_peak = {3000, 3001};
   p.routes = {"sdpa", "fused", "flash"};
   p.route_kernels = {"sdpa", "tiled, rows", ""};
+  p.exchange = "peer memory";
   p.fallbacks = {"sel: fused -> sdpa: refused (3)", "win: flash -> sdpa: failed (1)"};
   p.max_abs_err = 1e-6;
   // "selected" is a tensor and, elsewhere, a dimension; "row" has two lengths; "block" has none at all.

@@ -85,6 +85,7 @@ void check_same(const PointRecord& a, const PointRecord& b) {
   for (const auto& entry : point_reals) CHECK(a.*entry.field == b.*entry.field);
   CHECK(a.routes == b.routes);
   CHECK(a.route_kernels == b.route_kernels);
+  CHECK(a.exchange == b.exchange);
   CHECK(a.fallbacks == b.fallbacks);
   CHECK(a.time.modes == b.time.modes);
   CHECK(a.time.ranks == b.time.ranks);

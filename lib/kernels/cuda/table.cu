@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/peer_gather.hpp"
 #include "kernels/cuda/stages.cuh"
 
 namespace nsa::gpu {
@@ -200,7 +201,8 @@ constexpr KernelTable table = {project,
                                decode_step_with_scratch,
                                prefill_step_accepts,
                                prefill_step_with_scratch,
-                               &sharded_step};
+                               &sharded_step,
+                               peer_memory_bytes};
 
 }  // namespace
 

@@ -1,0 +1,93 @@
+// Microseconds of an all-gather of all ranks in a graph, by bytes a rank: NCCL's against the one through peers' memory.
+//
+// row: gathers one behind the other. between kernels: what a gather adds to a chain of small kernels, of which each
+// reads what was gathered, as in a decode step. Medians of replays, the slowest rank's.
+// Usage: mpirun -np N bench_exchange
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <vector>
+
+#include "comm/communicator.hpp"
+#include "kernels/buffer.hpp"
+
+using namespace nsa;
+
+namespace {
+
+constexpr int in_graph = 50, replays = 25;
+
+struct Bench {
+  const Control& world;
+  const Backend& backend;
+  Stream* stream;
+
+  /// us of each of the steps of a graph.
+  double measure(const std::function<void()>& step) const {
+    const DeviceOps& device = *backend.device;
+    const auto body = [](void* context) {
+      for (int i = 0; i < in_graph; ++i) (*static_cast<const std::function<void()>*>(context))();
+    };
+    Graph* graph = device.capture(stream, body, const_cast<std::function<void()>*>(&step));
+    Event *from = device.create_event(), *to = device.create_event();
+    std::vector<double> seconds;
+    for (int replay = -3; replay < replays; ++replay) {
+      world.barrier();
+      device.record(from, stream);
+      device.launch(graph, stream);
+      device.record(to, stream);
+      device.synchronize(stream);
+      if (replay >= 0) seconds.push_back(device.elapsed(from, to) / in_graph);
+    }
+    device.destroy_event(from);
+    device.destroy_event(to);
+    device.destroy_graph(graph);
+    std::nth_element(seconds.begin(), seconds.begin() + replays / 2, seconds.end());
+    return 1e6 * world.max(seconds[replays / 2]);
+  }
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  MpiSession mpi(argc, argv);
+  const Control world = Control::world();
+  const Backend backend = open_backend(BackendKind::cuda, world.local_rank());
+  const bool speaks = world.rank() == 0;
+  {
+    const Communicator through(backend, world);
+    setenv("NSA_EXCHANGE", "nccl", 1);
+    const Communicator nccl(backend, world);
+    const Bench bench{world, backend, backend.device->create_stream()};
+    constexpr std::size_t most = std::size_t{4} << 20;
+    MemoryAccount account;
+    const Buffer send(*backend.device, account, MemoryKind::workspace, most),
+        recv(*backend.device, account, MemoryKind::workspace, most * static_cast<std::size_t>(world.size())),
+        sum(*backend.device, account, MemoryKind::workspace, most);
+    backend.device->fill(sum.data(), 0, most, bench.stream);
+    const auto kernel = [&] { backend.kernels->add(1024, sum.as<float>(), recv.as<float>(), bench.stream); };
+    const double alone = bench.measure(kernel);
+    if (speaks)
+      std::printf(
+          "%d ranks on %s, %s against NCCL %s, us; a small kernel alone %.2f\n%9s %9s %9s   between kernels: %9s %9s\n",
+          world.size(), backend.device->info().name.c_str(), through.gathers_by().c_str(),
+          Communicator::library_version().c_str(), alone, "bytes", "NCCL", "peers", "NCCL", "peers");
+    for (std::size_t bytes = 1024; bytes <= most; bytes *= 2) {
+      double us[4];
+      int column = 0;
+      for (const bool between : {false, true})
+        for (const Communicator* by : {&nccl, &through}) {
+          const double one = bench.measure([&] {
+            by->all_gather("bench", send.data(), recv.data(), bytes, bench.stream);
+            if (between) kernel();
+          });
+          us[column++] = between ? one - alone : one;
+        }
+      if (speaks) std::printf("%9zu %9.2f %9.2f   %16s %9.2f %9.2f\n", bytes, us[0], us[1], "", us[2], us[3]);
+      std::fflush(stdout);
+    }
+    backend.device->destroy_stream(bench.stream);
+  }
+}

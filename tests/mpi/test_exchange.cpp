@@ -1,0 +1,232 @@
+// All-gathers of the ranks of the world on the backend that the environment asks for: every byte of every size, through
+// several communicators, thousands in a row with other data each, and out of replayed graphs. No other data will do:
+// a message that is taken from an exchange before shows.
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "catch.hpp"
+#include "comm/communicator.hpp"
+#include "kernels/buffer.hpp"
+#include "kernels/cuda/peer_gather.hpp"
+#include "mpi/at_end.hpp"
+
+namespace {
+
+using namespace nsa;
+
+using Bytes = std::vector<unsigned char>;
+
+struct Ranks {
+  const Control world = Control::world();
+  const Backend backend =
+      open_backend(std::getenv("NSA_TEST_BACKEND") ? BackendKind::cuda : BackendKind::host, world.local_rank());
+  const DeviceOps& device = *backend.device;
+  const int rank = world.rank(), size = world.size();
+  const Communicator one{backend, world}, other{backend, world};
+  Stream *const stream = device.create_stream(), *const beside = device.create_stream();
+  Event *const forked = device.create_event(), *const joined = device.create_event();
+  MemoryAccount account;
+
+  ~Ranks() {
+    device.destroy_event(joined);
+    device.destroy_event(forked);
+    device.destroy_stream(beside);
+    device.destroy_stream(stream);
+  }
+  Buffer make(std::size_t bytes) { return {device, account, MemoryKind::workspace, bytes}; }
+  template <class T>
+  void upload(const std::vector<T>& from, void* to) {
+    device.copy(to, from.data(), from.size() * sizeof(T), stream);
+    device.synchronize(stream);
+  }
+  template <class T>
+  std::vector<T> download(const void* from, std::size_t count) {
+    std::vector<T> to(count);
+    device.copy(to.data(), from, count * sizeof(T), stream);
+    device.synchronize(stream);
+    return to;
+  }
+};
+
+Ranks& ranks() {
+  static std::unique_ptr<Ranks> open;
+  if (!open) {
+    open = std::make_unique<Ranks>();
+    at_end([] { open.reset(); });
+  }
+  return *open;
+}
+
+/// What rank `rank` sends in message `number`.
+void append_message(Bytes& to, std::uint64_t number, int rank, std::size_t bytes) {
+  std::uint64_t state = (number * 64 + static_cast<std::uint64_t>(rank) + 1) * 0x9E3779B97F4A7C15u;
+  for (std::size_t i = 0; i < bytes; ++i) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    to.push_back(static_cast<unsigned char>(state >> 56));
+  }
+}
+void append_gathered(Bytes& to, std::uint64_t number, int size, std::size_t bytes) {
+  for (int rank = 0; rank < size; ++rank) append_message(to, number, rank, bytes);
+}
+
+/// Where two of the same length first differ; -1: nowhere.
+std::ptrdiff_t first_difference(const Bytes& got, const Bytes& want) {
+  const auto at = std::mismatch(got.begin(), got.end(), want.begin()).first;
+  return at == got.end() ? -1 : at - got.begin();
+}
+
+/// Sizes on both sides of all that a gather through peers' memory treats in another way.
+std::vector<std::size_t> sizes_of_interest(int ranks) {
+  std::vector<std::size_t> sizes = {1, 8, 13, 100, 4104, 66000, 540672};
+  for (const std::size_t edge : {gpu::line_data, 32 * gpu::line_data, gpu::cta_data, gpu::most_gathered(ranks)})
+    for (const std::size_t bytes : {edge - 1, edge, edge + 1, edge + gpu::line_data}) sizes.push_back(bytes);
+  return sizes;
+}
+
+}  // namespace
+
+TEST_CASE("a gather carries every byte, and no other, whatever its size and place", "[mpi][exchange]") {
+  Ranks& r = ranks();
+  if (r.size == 1) return;
+  constexpr std::size_t guard = 64;
+  const std::size_t most = gpu::most_gathered(r.size) + gpu::line_data;
+  const Buffer send = r.make(most + guard), recv = r.make(static_cast<std::size_t>(r.size) * most + 2 * guard);
+  std::uint64_t number = 0;
+  for (const std::size_t bytes : sizes_of_interest(r.size))
+    for (const std::size_t off : {std::size_t{0}, std::size_t{3}})
+      for (const bool in_place : {false, true}) {
+        CAPTURE(bytes, off, in_place);
+        Bytes own, want(off, 0xFF);
+        append_message(own, ++number, r.rank, bytes);
+        append_gathered(want, number, r.size, bytes);
+        want.insert(want.end(), guard, 0xFF);
+        r.device.fill(recv.data(), 0xFF, recv.bytes(), r.stream);
+        unsigned char* to = recv.as<unsigned char>() + off;
+        unsigned char* from = in_place ? to + static_cast<std::size_t>(r.rank) * bytes : send.as<unsigned char>() + off;
+        r.upload(own, from);
+        r.one.all_gather("test", from, to, bytes, r.stream);
+        CHECK(first_difference(r.download<unsigned char>(recv.data(), want.size()), want) == -1);
+        CHECK(first_difference(r.download<unsigned char>(from, bytes), own) == -1);
+      }
+}
+
+TEST_CASE("thousands of gathers in a row, ranks in and out of step", "[mpi][exchange]") {
+  Ranks& r = ranks();
+  if (r.size == 1) return;
+  constexpr std::size_t sizes[] = {24, 4096, 20000, 64, 12288, 8, 4112};
+  const bool late = GENERATE(false, true);
+  CAPTURE(late);
+  const std::uint64_t messages = late ? 1000 : 4000;
+  Bytes own, want;
+  for (std::uint64_t i = 0; i < messages; ++i) {
+    append_message(own, i, r.rank, sizes[i % 7]);
+    append_gathered(want, i, r.size, sizes[i % 7]);
+  }
+  const Buffer send = r.make(own.size()), recv = r.make(want.size());
+  r.upload(own, send.data());
+  std::size_t at = 0;
+  for (std::uint64_t i = 0; i < messages; ++i) {
+    if (late && i % 50 == 25 && static_cast<int>(i / 50) % r.size == r.rank) {
+      r.device.synchronize(r.stream);
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    }
+    r.one.all_gather("test", send.as<char>() + at, recv.as<char>() + at * static_cast<std::size_t>(r.size),
+                     sizes[i % 7], r.stream);
+    at += sizes[i % 7];
+  }
+  CHECK(first_difference(r.download<unsigned char>(recv.data(), want.size()), want) == -1);
+}
+
+namespace {
+
+constexpr std::int64_t count = 1500;  // floats: 6000 bytes, two CTAs
+constexpr int steps_a_graph = 4;
+
+/// a [count] += what the next rank holds, step after step, by turns through two communicators and on two streams.
+struct Sums {
+  Ranks& r;
+  Buffer a = r.make(count * 4), all = r.make(static_cast<std::size_t>(r.size) * count * 4);
+  void queue() const {
+    for (int step = 0; step < steps_a_graph; ++step) {
+      const bool aside = step % 2 == 1;
+      if (aside) r.device.record(r.forked, r.stream), r.device.wait(r.beside, r.forked);
+      (step % 4 < 2 ? r.one : r.other).all_gather("test", a.data(), all.data(), count * 4, aside ? r.beside : r.stream);
+      if (aside) r.device.record(r.joined, r.beside), r.device.wait(r.stream, r.joined);
+      r.backend.kernels->add(count, a.as<float>(), all.as<float>() + (r.rank + 1) % r.size * count, r.stream);
+    }
+  }
+};
+
+float first_value(int round, int rank, std::int64_t i) {
+  return static_cast<float>((i * 31 + rank * 17 + round * 7) % 101 - 50);
+}
+
+std::vector<std::vector<float>> summed(int round, int ranks, int steps) {
+  std::vector<std::vector<float>> values(static_cast<std::size_t>(ranks), std::vector<float>(count));
+  for (int rank = 0; rank < ranks; ++rank)
+    for (std::int64_t i = 0; i < count; ++i) values[rank][i] = first_value(round, rank, i);
+  for (int step = 0; step < steps; ++step) {
+    const auto before = values;
+    for (int rank = 0; rank < ranks; ++rank)
+      for (std::int64_t i = 0; i < count; ++i) values[rank][i] += before[(rank + 1) % ranks][i];
+  }
+  return values;
+}
+
+}  // namespace
+
+TEST_CASE("gathers in a graph carry what is new at every replay", "[mpi][exchange]") {
+  Ranks& r = ranks();
+  if (r.size == 1) return;
+  Sums sums{r};
+  Graph* graph = nullptr;
+  if (r.device.capture)
+    graph = r.device.capture(
+        r.stream, [](void* self) { static_cast<const Sums*>(self)->queue(); }, &sums);
+  constexpr int replays = 25;
+  for (int round = 0; round < 40; ++round) {
+    std::vector<float> first(count);
+    for (std::int64_t i = 0; i < count; ++i) first[i] = first_value(round, r.rank, i);
+    r.upload(first, sums.a.data());
+    for (int replay = 0; replay < replays; ++replay) {
+      if (graph)
+        r.device.launch(graph, r.stream);
+      else
+        sums.queue();
+    }
+    CAPTURE(round);
+    CHECK(r.download<float>(sums.a.data(), count) == summed(round, r.size, replays * steps_a_graph)[r.rank]);
+  }
+  if (graph) r.device.destroy_graph(graph);
+}
+
+TEST_CASE("what gathers go through is settled for all ranks alike", "[mpi][exchange]") {
+  Ranks& r = ranks();
+  if (r.size == 1) return;
+  const auto alike = [&](const std::string& by) { return r.world.broadcast(by) == by; };
+  CHECK(alike(r.one.gathers_by()));
+  if (r.backend.kind == BackendKind::host) {
+    CHECK(r.one.gathers_by() == "MPI");
+    CHECK(r.one.memory_bytes() == 0);
+    return;
+  }
+  const bool disabled = std::getenv("NCCL_P2P_DISABLE") != nullptr;
+  if (r.rank == 0) WARN("gathers by " << r.one.gathers_by());
+  if (disabled) CHECK(r.one.gathers_by() == "NCCL");
+  if (r.rank == r.size - 1) setenv("NSA_EXCHANGE", "nccl", 1);  // one rank is enough
+  {
+    const Communicator refused(r.backend, r.world);
+    CHECK(refused.gathers_by() == "NCCL");
+    CHECK(refused.memory_bytes() == 0);
+  }
+  unsetenv("NSA_EXCHANGE");
+  const Communicator again(r.backend, r.world);  // after another was closed
+  CHECK(again.gathers_by() == r.one.gathers_by());
+  CHECK((again.memory_bytes() > 0) == (again.gathers_by() == "peer memory"));
+}
