@@ -176,26 +176,23 @@ void Decode::exchange(Work& w, Recorder& recorder, void (*what)(Work&, Stream*))
   if (w.exchange) recorder.time(Stage::comm, [&] { what(w, engine_.streams.compute); });
 }
 
-// The exchange runs on its own stream beside what is queued on the compute stream until join_exchange; where
-// the stages are timed apart it takes its turn instead.
-void Decode::fork_exchange(Work& w, Recorder& recorder, void (*what)(Work&, Stream*)) {
-  if (!w.exchange || recorder.times_stages()) return exchange(w, recorder, what);
+// Runs on the other stream beside what is queued on the compute stream until join.
+void Decode::fork(Work& w, void (*what)(Work&, Stream*)) {
   const Streams& s = engine_.streams;
   s.device.record(s.forked, s.compute);
-  s.device.wait(s.exchange, s.forked);
-  what(w, s.exchange);
-  s.device.record(s.joined, s.exchange);
+  s.device.wait(s.beside, s.forked);
+  what(w, s.beside);
+  s.device.record(s.joined, s.beside);
 }
 
-void Decode::join_exchange(Work& w, const Recorder& recorder) {
-  if (w.exchange && !recorder.times_stages()) engine_.device().wait(engine_.streams.compute, engine_.streams.joined);
-}
+void Decode::join() { engine_.device().wait(engine_.streams.compute, engine_.streams.joined); }
 
 void Decode::attend_by_stages(Work& w, Recorder& recorder) {
   recorder.time(Stage::attend_cmp, [&] { attend(w, cmp); });
-  fork_exchange(w, recorder, exchange_lse);
+  const bool beside = w.exchange && !recorder.times_stages();  // timed apart it takes its turn
+  beside ? fork(w, exchange_lse) : exchange(w, recorder, exchange_lse);
   if (!w.leaves_out(win)) recorder.time(Stage::attend_win, [&] { attend(w, win); });
-  join_exchange(w, recorder);
+  if (beside) join();
   if (!w.leaves_out(sel)) {
     recorder.time(Stage::rank, [&] { rank_blocks(w); });
     exchange(w, recorder, exchange_candidates);
@@ -212,14 +209,14 @@ void Decode::attend_sharded(Work& w, Recorder& recorder) {
   open_shard(w);
   exchange(w, recorder, exchange_lse);
   if (w.leaves_out(sel)) {
-    if (w.weighted) weigh_shard(w);
+    if (w.weighted) weigh_shard(w, engine_.streams.compute);
   } else {
     rank_blocks(w);
-    fork_exchange(w, recorder, exchange_candidates);
-    if (w.weighted) weigh_shard(w);
-    join_exchange(w, recorder);
+    if (w.weighted) fork(w, weigh_shard);  // wanted by the last exchange only
+    exchange(w, recorder, exchange_candidates);
     select_blocks(w);
     attend(w, sel);
+    if (w.weighted) join();
   }
   exchange(w, recorder, exchange_partials);
   combine(w);
@@ -233,7 +230,7 @@ bool Decode::try_sharded() {
   w.weighted = true;
   try {
     open_shard(w);
-    weigh_shard(w);
+    weigh_shard(w, engine_.streams.compute);
     combine(w);
     engine_.device().synchronize(engine_.streams.compute);
   } catch (const LaunchError&) {

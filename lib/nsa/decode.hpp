@@ -47,8 +47,8 @@ class Decode {
   void attend_by_stages(Work& work, Recorder& recorder);
   void attend_sharded(Work& work, Recorder& recorder);
   void exchange(Work& work, Recorder& recorder, void (*what)(Work&, Stream*));
-  void fork_exchange(Work& work, Recorder& recorder, void (*what)(Work&, Stream*));
-  void join_exchange(Work& work, const Recorder& recorder);
+  void fork(Work& work, void (*what)(Work&, Stream*));
+  void join();
 
   Engine& engine_;
   StepBuffers buffers_;

@@ -5,14 +5,14 @@ namespace nsa {
 Streams::Streams(const DeviceOps& ops)
     : device(ops),
       compute(ops.create_stream()),
-      exchange(ops.create_stream()),
+      beside(ops.create_stream()),
       forked(ops.create_event()),
       joined(ops.create_event()) {}
 
 Streams::~Streams() {
   device.destroy_event(joined);
   device.destroy_event(forked);
-  device.destroy_stream(exchange);
+  device.destroy_stream(beside);
   device.destroy_stream(compute);
 }
 

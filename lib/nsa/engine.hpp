@@ -11,14 +11,14 @@
 
 namespace nsa {
 
-/// Two streams and the events that order them; the exchange stream runs beside the compute stream.
+/// Two streams and the events that order them; what runs on `beside` runs beside what is on `compute`.
 struct Streams {
   explicit Streams(const DeviceOps& device);
   ~Streams();
   Streams(const Streams&) = delete;
   Streams& operator=(const Streams&) = delete;
   const DeviceOps& device;
-  Stream *compute, *exchange;
+  Stream *compute, *beside;
   Event *forked, *joined;
 };
 

@@ -257,7 +257,7 @@ void open_shard(Work& w) {
   w.engine.kernels().sharded->open(shard_args(w), w.engine.streams.compute);
   for (const Branch b : {cmp, win}) w.engine.routes.of(w.phase, b).note("shard");
 }
-void weigh_shard(Work& w) { w.engine.kernels().sharded->weigh(shard_args(w), w.engine.streams.compute); }
+void weigh_shard(Work& w, Stream* stream) { w.engine.kernels().sharded->weigh(shard_args(w), stream); }
 
 void output(Work& w) {
   const LayerShape& s = w.engine.shape();

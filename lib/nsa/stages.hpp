@@ -49,7 +49,7 @@ bool attend_at_once(Work& work);
 /// and what they give to each head, once that is there. combine() follows `weighted`.
 bool shards_at_once(Work& work);  ///< whether the backend has that for this work, as it is routed
 void open_shard(Work& work);
-void weigh_shard(Work& work);
+void weigh_shard(Work& work, Stream* stream);
 
 void exchange_lse(Work& work, Stream* stream);
 void exchange_candidates(Work& work, Stream* stream);
