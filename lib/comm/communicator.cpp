@@ -71,13 +71,12 @@ Communicator::Communicator(const Backend& backend, const Control& group) : impl_
   impl_->size = group.size();
   impl_->group = group.impl().group;
   if (impl_->size == 1) return;
-  const Operation operation(OperationKind::control, "open communicator", 0, impl_->group);
-  if (backend.kind == BackendKind::host) {
-    impl_->state = open_mpi(group.impl(), impl_->ops);
-  } else {
-    impl_->state = open_nccl(group.impl(), impl_->ops);
-    join_peers(*backend.device, group.impl(), impl_->state, impl_->ops);
+  const bool host = backend.kind == BackendKind::host;
+  {
+    const Operation operation(OperationKind::control, "open communicator", 0, impl_->group);
+    impl_->state = host ? open_mpi(group.impl(), impl_->ops) : open_nccl(group.impl(), impl_->ops);
   }
+  if (!host) join_peers(*backend.device, group.impl(), impl_->state, impl_->ops);
 }
 
 Communicator::Impl::~Impl() {

@@ -37,6 +37,7 @@ struct PeerState {
   PeerState(const PeerState&) = delete;
   PeerState& operator=(const PeerState&) = delete;
   ~PeerState() {
+    const Operation operation(OperationKind::wait, "close communicator");
     for (int rank = 0; rank < group.size; ++rank)
       if (rank != group.rank && group.memory[rank]) gpu::close_memory(group.memory[rank]);
     gpu::free_host_flag(given_up);
@@ -69,9 +70,9 @@ Offer offer(const DeviceOps& device, PeerState& peers) {
 }
 
 // Whether all ranks have opened all memory.
-bool meet(const DeviceOps& device, PeerState& peers) {
+bool meet(PeerState& peers, const Offer& own) {
+  const Operation operation(OperationKind::control, "meet peers", 0, peers.control.group);
   gpu::PeerGroup& group = peers.group;
-  const Offer own = offer(device, peers);
   std::vector<Offer> all(static_cast<std::size_t>(group.size));
   check_mpi(MPI_Allgather(&own, sizeof own, MPI_BYTE, all.data(), sizeof own, MPI_BYTE, peers.control.comm),
             "MPI_Allgather");
@@ -105,7 +106,6 @@ void close_peers(void* state) noexcept {
   const bool unwinding = std::uncaught_exceptions() > 0;
   if (unwinding) *static_cast<volatile int*>(peers->given_up) = 1;
   peers->by_nccl.close(peers->nccl);
-  const Operation operation(OperationKind::wait, "close communicator");
   if (unwinding) (void)peers.release();
 }
 
@@ -113,10 +113,14 @@ void close_peers(void* state) noexcept {
 
 void join_peers(const DeviceOps& device, const Control::Impl& group, void*& state, CollectiveOps& ops) {
   if (group.local_size < group.size || group.size > gpu::most_peers) return;  // alike on all ranks
-  MPI_Comm comm = MPI_COMM_NULL;
-  check_mpi(MPI_Comm_dup(group.comm, &comm), "MPI_Comm_dup");
-  auto peers = std::make_unique<PeerState>(comm, group);
-  if (!meet(device, *peers)) return;
+  std::unique_ptr<PeerState> peers;
+  {
+    const Operation operation(OperationKind::control, "find peers", 0, group.group);
+    MPI_Comm comm = MPI_COMM_NULL;
+    check_mpi(MPI_Comm_dup(group.comm, &comm), "MPI_Comm_dup");
+    peers = std::make_unique<PeerState>(comm, group);
+  }
+  if (!meet(*peers, offer(device, *peers))) return;
   peers->nccl = state;
   peers->by_nccl = ops;
   ops = {gather_over_peers, sum_beside_peers, close_peers, "peer memory", gpu::peer_memory_bytes};

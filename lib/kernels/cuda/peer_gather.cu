@@ -6,8 +6,8 @@
 // carries 16 bytes as two pairs of pairs (4 bytes, count): a 64-bit word is read as it was written, so data that stand
 // beside the count that is waited for are those of this exchange. No fence, no flag behind the data, no CTA waits for
 // another of its own GPU.
-// Bytes: twice the message over the link, and once more from L2. Bound: a store's way to the peer and a load from L2, 2
-// us with the launch; from some 100 KB on the link (450 GB/s a direction on NVLink 4).
+// Bytes: twice the message over the link, and once more from L2. Bound: a store's way to the peer and a load from L2,
+// some 2 us with the launch; from some 100 KB on the link (450 GB/s a direction on NVLink 4).
 //
 // Counts: a CTA counts the exchanges that it took part in, in device memory, so that a replayed graph goes on counting;
 // the peer's CTA has counted the same ones. Two slots, by the count's last bit, are enough: who pushes exchange n + 1
