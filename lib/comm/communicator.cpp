@@ -90,7 +90,7 @@ Communicator& Communicator::operator=(Communicator&&) noexcept = default;
 std::string Communicator::library_version() { return nccl_version(); }
 int Communicator::rank() const { return impl_->rank; }
 int Communicator::size() const { return impl_->size; }
-std::string Communicator::gathers_by() const { return impl_->state ? impl_->ops.by : ""; }
+std::string Communicator::transport() const { return impl_->state ? impl_->ops.by : ""; }
 std::size_t Communicator::memory_bytes() const { return impl_->ops.memory_bytes; }
 
 void Communicator::all_gather(const char* what, const void* send, void* recv, std::size_t bytes, Stream* stream) const {

@@ -1,7 +1,7 @@
 #pragma once
-// Collectives on backend memory, queued on a stream: MPI on the host, NCCL on CUDA, and there small gathers straight
-// through the GPUs' memory where a group's ranks reach it: settled for all ranks alike when the communicator is opened.
-// A group of one rank copies nothing and calls no library.
+// Collectives on backend memory, queued on a stream: MPI on the host, NCCL on CUDA, and there what is small straight
+// through the GPUs' memory, where a group's ranks reach it: settled for all of them alike when the communicator is
+// opened. A group of one rank copies nothing and calls no library.
 
 #include <cstddef>
 #include <memory>
@@ -25,13 +25,13 @@ class Communicator {
   int rank() const;
   int size() const;
   /// "MPI", "NCCL", or "peer memory": then NCCL does what is long. Empty for a group of one.
-  std::string gathers_by() const;
+  std::string transport() const;
   /// Of the device, held as long as this.
   std::size_t memory_bytes() const;
   /// recv [size][bytes] on every rank. send may be recv + rank * bytes. `what` travels, a literal: for the log of
   /// operations.
   void all_gather(const char* what, const void* send, void* recv, std::size_t bytes, Stream* stream) const;
-  /// data [count] = sum over ranks, by rising rank on the host, in place.
+  /// data [count] = sum over ranks, in place; by rising rank, but by NCCL in an order of its own.
   void all_reduce_sum(const char* what, float* data, std::size_t count, Stream* stream) const;
 
  private:

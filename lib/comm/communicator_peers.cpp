@@ -1,5 +1,5 @@
-// All-gathers through the memory of the GPUs of one host, where every rank reaches every other's and NCCL is not told
-// to leave it alone; sums, and what is long, stay NCCL's.
+// Small exchanges through the memory of the GPUs of one host, where every rank reaches every other's and NCCL is not
+// told to leave it alone; what is long stays NCCL's.
 
 #include <mpi.h>
 
@@ -12,7 +12,7 @@
 
 #include "comm/communicator_impl.hpp"
 #include "kernels/buffer.hpp"
-#include "kernels/cuda/peer_gather.hpp"
+#include "kernels/cuda/peer_exchange.hpp"
 #include "kernels/operations.hpp"
 
 namespace nsa {
@@ -88,15 +88,18 @@ bool meet(PeerState& peers, const Offer& own) {
 
 void gather_over_peers(void* state, const void* send, void* recv, std::size_t bytes, Stream* stream) {
   const auto* peers = static_cast<const PeerState*>(state);
-  if (bytes <= gpu::most_gathered(peers->group.size))
+  if (bytes <= gpu::most_exchanged(peers->group.size))
     gpu::peer_gather(peers->group, send, recv, bytes, stream);
   else
     peers->by_nccl.all_gather(peers->nccl, send, recv, bytes, stream);
 }
 
-void sum_beside_peers(void* state, float* data, std::size_t count, Stream* stream) {
+void sum_over_peers(void* state, float* data, std::size_t count, Stream* stream) {
   const auto* peers = static_cast<const PeerState*>(state);
-  peers->by_nccl.all_reduce_sum(peers->nccl, data, count, stream);
+  if (count * sizeof(float) <= gpu::most_exchanged(peers->group.size))
+    gpu::peer_sum(peers->group, data, count, stream);
+  else
+    peers->by_nccl.all_reduce_sum(peers->nccl, data, count, stream);
 }
 
 // While an exception unwinds the peers may never arrive: a kernel that waits for them is let go, and the memory stays
@@ -123,7 +126,7 @@ void join_peers(const DeviceOps& device, const Control::Impl& group, void*& stat
   if (!meet(*peers, offer(device, *peers))) return;
   peers->nccl = state;
   peers->by_nccl = ops;
-  ops = {gather_over_peers, sum_beside_peers, close_peers, "peer memory", gpu::peer_memory_bytes};
+  ops = {gather_over_peers, sum_over_peers, close_peers, "peer memory", gpu::peer_memory_bytes};
   state = peers.release();
 }
 

@@ -39,7 +39,7 @@ void finish_point(const Control& world, Engine& e, const Samples& samples, Point
     record.route_reasons[c] = e.routes.of(phase, c).reason;
     record.route_kernels[c] = fmt::format("{}", fmt::join(e.routes.of(phase, c).ran, ", "));
   }
-  record.exchange = e.peers->kv.gathers_by();
+  record.exchange = (e.partition.kv > 1 ? e.peers->kv : e.peers->heads).transport();
   record.fallbacks = e.routes.fallbacks(phase);
 }
 

@@ -88,7 +88,7 @@ struct PointRecord {
   MemoryRecord memory;
   std::array<std::string, branches> routes, route_reasons;  ///< what ran, and why it was chosen
   std::array<std::string, branches> route_kernels;          ///< as which kernels of the backend: "tiled, rows"
-  std::string exchange;  ///< what gathers among kv shards went through: "MPI", "NCCL", "peer memory"; "": one shard
+  std::string exchange;  ///< what small exchanges went through: "MPI", "NCCL", "peer memory"; "": one rank
   std::vector<std::string>
       fallbacks;            ///< "sel: fused -> sdpa: reason (12 calls)", "prefill sel: ..." in a decode point
   double max_abs_err = -1;  ///< against float64 at sampled rows; < 0: not checked

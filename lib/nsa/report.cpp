@@ -141,7 +141,7 @@ void print_fallbacks(std::ostream& out, const std::vector<PointRecord>& points) 
 // One line: the points of a run share their communicators.
 void print_exchange(std::ostream& out, const PointRecord& point) {
   if (!point.exchange.empty() && point.exchange != "MPI")
-    fmt::print(out, "small gathers among kv shards went through {}\n", point.exchange);
+    fmt::print(out, "small exchanges went through {}\n", point.exchange);
 }
 
 void print_slowest(std::ostream& out, const std::vector<PointRecord>& points) {

@@ -1,5 +1,5 @@
-// The gather through peers' memory, all ranks on one GPU, a stream each: more ranks than a machine may have GPUs. What
-// processes have to do with it is in tests/mpi/test_exchange.cpp.
+// Gathers and sums through peers' memory, all ranks on one GPU, a stream each: more ranks than a machine may have GPUs.
+// What processes have to do with it is in tests/mpi/test_exchange.cpp.
 
 #include <chrono>
 #include <condition_variable>
@@ -11,7 +11,8 @@
 #include "catch.hpp"
 #include "kernels/buffer.hpp"
 #include "kernels/cuda/cuda.hpp"
-#include "kernels/cuda/peer_gather.hpp"
+#include "kernels/cuda/peer_exchange.hpp"
+#include "kernels/random.hpp"
 
 namespace {
 
@@ -38,10 +39,16 @@ class Group {
   Group& operator=(const Group&) = delete;
 
   Buffer make(std::size_t bytes) { return {device, account, MemoryKind::workspace, bytes}; }
-  void gather(int rank, const void* send, void* recv, std::size_t bytes) const {
+  gpu::PeerGroup seen_by(int rank) const {
     gpu::PeerGroup group{rank, size, {}, given_up};
     for (int r = 0; r < size; ++r) group.memory[r] = memory[static_cast<std::size_t>(r)].as<std::byte>();
-    gpu::peer_gather(group, send, recv, bytes, streams[static_cast<std::size_t>(rank)]);
+    return group;
+  }
+  void gather(int rank, const void* send, void* recv, std::size_t bytes) const {
+    gpu::peer_gather(seen_by(rank), send, recv, bytes, streams[static_cast<std::size_t>(rank)]);
+  }
+  void sum(int rank, float* data, std::size_t count) const {
+    gpu::peer_sum(seen_by(rank), data, count, streams[static_cast<std::size_t>(rank)]);
   }
   void synchronize() const {
     for (Stream* stream : streams) device.synchronize(stream);
@@ -122,6 +129,48 @@ TEST_CASE("ranks gather through each other's memory, many at a time and again an
     g.device.copy(got.data(), buffer.data(), got.size(), nullptr);
     g.device.synchronize(nullptr);
     CHECK((got == want));
+  }
+}
+
+TEST_CASE("sums are added by rising rank, between gathers of the same ranks", "[gpu][peers]") {
+  const int ranks = GENERATE(2, 3, 4, 5, 6);
+  CAPTURE(ranks);
+  constexpr std::size_t count = 2501, rounds = 200;  // three CTAs
+  Group g(ranks);
+  const Alarm alarm(std::chrono::seconds(20), g.given_up);
+  std::vector<std::vector<float>> own(static_cast<std::size_t>(ranks));
+  for (int rank = 0; rank < ranks; ++rank)
+    for (std::size_t i = 0; i < rounds * count; ++i)
+      own[static_cast<std::size_t>(rank)].push_back(
+          synthetic_value(tensor_key(1, "sum"), static_cast<std::uint32_t>(rank), i, 0));
+  std::vector<float> want = own[0];
+  for (std::size_t rank = 1; rank < own.size(); ++rank)
+    for (std::size_t i = 0; i < want.size(); ++i) want[i] += own[rank][i];
+  std::vector<Buffer> data, all;
+  for (const std::vector<float>& values : own) {
+    data.push_back(g.make(values.size() * 4));
+    all.push_back(g.make(values.size() * 4 * static_cast<std::size_t>(ranks)));
+    g.device.copy(data.back().data(), values.data(), values.size() * 4, nullptr);
+  }
+  g.device.synchronize(nullptr);
+  const auto part = [&](const std::vector<Buffer>& of, int rank, std::size_t at) {
+    return of[static_cast<std::size_t>(rank)].as<float>() + at;
+  };
+  for (std::size_t at = 0; at < rounds * count; at += count)
+    for (int rank = 0; rank < ranks; ++rank) {
+      g.sum(rank, part(data, rank, at), count);
+      g.gather(rank, part(data, rank, at), part(all, rank, at * static_cast<std::size_t>(ranks)), count * 4);
+    }
+  g.synchronize();
+  REQUIRE(*g.given_up == 0);
+  std::vector<float> gathered;
+  for (std::size_t at = 0; at < want.size(); at += count)
+    for (int rank = 0; rank < ranks; ++rank) gathered.insert(gathered.end(), &want[at], &want[at] + count);
+  for (int rank = 0; rank < ranks; ++rank) {
+    std::vector<float> got(gathered.size());
+    g.device.copy(got.data(), part(all, rank, 0), got.size() * 4, nullptr);
+    g.device.synchronize(nullptr);
+    CHECK((got == gathered));
   }
 }
 

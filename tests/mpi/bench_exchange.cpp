@@ -1,6 +1,7 @@
-// Microseconds of an all-gather of all ranks in a graph, by bytes a rank: NCCL's against the one through peers' memory.
+// Microseconds of an all-gather and of a sum over all ranks in a graph, by bytes a rank: NCCL's against those through
+// peers' memory.
 //
-// row: gathers one behind the other. between kernels: what a gather adds to a chain of small kernels, of which each
+// First two columns: gathers one behind the other. between kernels: what a gather adds to a chain of small kernels, of which each
 // reads what was gathered, as in a decode step. Medians of replays, the slowest rank's.
 // Usage: mpirun -np N bench_exchange
 
@@ -71,11 +72,12 @@ int main(int argc, char** argv) {
     const double alone = bench.measure(kernel);
     if (speaks)
       std::printf(
-          "%d ranks on %s, %s against NCCL %s, us; a small kernel alone %.2f\n%9s %9s %9s   between kernels: %9s %9s\n",
-          world.size(), backend.device->info().name.c_str(), through.gathers_by().c_str(),
-          Communicator::library_version().c_str(), alone, "bytes", "NCCL", "peers", "NCCL", "peers");
+          "%d ranks on %s, %s against NCCL %s, us; a small kernel alone %.2f\n%9s %9s %9s   between kernels: %9s %9s   "
+          "sum: %9s %9s\n",
+          world.size(), backend.device->info().name.c_str(), through.transport().c_str(),
+          Communicator::library_version().c_str(), alone, "bytes", "NCCL", "peers", "NCCL", "peers", "NCCL", "peers");
     for (std::size_t bytes = 1024; bytes <= most; bytes *= 2) {
-      double us[4];
+      double us[6];
       int column = 0;
       for (const bool between : {false, true})
         for (const Communicator* by : {&nccl, &through}) {
@@ -85,7 +87,11 @@ int main(int argc, char** argv) {
           });
           us[column++] = between ? one - alone : one;
         }
-      if (speaks) std::printf("%9zu %9.2f %9.2f   %16s %9.2f %9.2f\n", bytes, us[0], us[1], "", us[2], us[3]);
+      for (const Communicator* by : {&nccl, &through})
+        us[column++] = bench.measure([&] { by->all_reduce_sum("bench", sum.as<float>(), bytes / 4, bench.stream); });
+      if (speaks)
+        std::printf("%9zu %9.2f %9.2f   %16s %9.2f %9.2f   %4s %9.2f %9.2f\n", bytes, us[0], us[1], "", us[2], us[3],
+                    "", us[4], us[5]);
       std::fflush(stdout);
     }
     backend.device->destroy_stream(bench.stream);

@@ -108,15 +108,15 @@ TEST_CASE("the slowest rank is that of the most work of its own", "[report]") {
       "\nslowest rank at context_128: 1 of 2 (heads=2 x kv=1), 90.0 us of its own work, 1.33 x the median rank\n");
 }
 
-TEST_CASE("what gathers went through is said where it might have been something else", "[report]") {
+TEST_CASE("what exchanges went through is said where it might have been something else", "[report]") {
   const auto notes = [](const char* exchange) {
     PointRecord p = a_point();
     p.exchange = exchange;
     return printed([&](std::ostream& out) { print_notes(out, {p}); });
   };
-  has(notes("peer memory"), "\nsmall gathers among kv shards went through peer memory\n");
-  has(notes("NCCL"), "\nsmall gathers among kv shards went through NCCL\n");
-  for (const char* exchange : {"", "MPI"}) CHECK(notes(exchange).find("gathers") == std::string::npos);
+  has(notes("peer memory"), "\nsmall exchanges went through peer memory\n");
+  has(notes("NCCL"), "\nsmall exchanges went through NCCL\n");
+  for (const char* exchange : {"", "MPI"}) CHECK(notes(exchange).find("exchanges") == std::string::npos);
 }
 
 TEST_CASE("the share of the copy rate takes the busiest rank, without what peers sent", "[report]") {

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/peer_gather.hpp"
+#include "kernels/cuda/peer_exchange.hpp"
 #include "kernels/cuda/stages.cuh"
 
 namespace nsa::gpu {

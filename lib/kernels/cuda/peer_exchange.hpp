@@ -1,5 +1,5 @@
 #pragma once
-// An all-gather through the memory of the GPUs of one host (peer_gather.cu), seen from host code.
+// Small exchanges through the memory of the GPUs of one host (peer_exchange.cu), seen from host code.
 
 #include <array>
 #include <cstddef>
@@ -9,17 +9,17 @@
 
 namespace nsa::gpu {
 
-constexpr int most_peers = 16;                               ///< ranks of a group
-constexpr std::size_t gather_threads = 256, line_data = 16;  ///< of a CTA; bytes that a thread carries
-constexpr std::size_t cta_data = gather_threads * line_data;
+constexpr int most_peers = 16;                                 ///< ranks of a group
+constexpr std::size_t exchange_threads = 256, line_data = 16;  ///< of a CTA; bytes that a thread carries
+constexpr std::size_t cta_data = exchange_threads * line_data;
 
-/// Bytes that are gathered at most, of all ranks together. NCCL is slower up to there and beyond (docs/kernels.md), but
-/// it has its memory anyway, and the longer a message is the less there is to gain.
+/// Bytes that are exchanged at most, of all ranks together. NCCL is slower up to there and beyond (docs/kernels.md),
+/// but it has its memory anyway, and the longer a message is the less there is to gain.
 constexpr std::size_t most_in_all = std::size_t{4} << 20;
 /// From each of so many ranks: whole CTAs.
-constexpr std::size_t most_gathered(int ranks) { return most_in_all / ranks / cta_data * cta_data; }
+constexpr std::size_t most_exchanged(int ranks) { return most_in_all / ranks / cta_data * cta_data; }
 
-/// What a rank has for its peers to write to, [2][ranks] slots of 2 * most_gathered bytes, and behind it its counts,
+/// What a rank has for its peers to write to, [2][ranks] slots of 2 * most_exchanged bytes, and behind it its counts,
 /// uint32 [ranks][CTAs]. All zero at first.
 constexpr std::size_t counts_at = 4 * most_in_all;
 constexpr std::size_t peer_memory_bytes = counts_at + most_in_all / cta_data * sizeof(std::uint32_t);
@@ -30,8 +30,12 @@ struct PeerGroup {
   const int* given_up = nullptr;       ///< on the host: not 0 when nobody wants the data any more
 };
 
-/// recv [size][bytes] on every rank, send may be recv + rank * bytes; bytes <= most_gathered(size), alike on all ranks.
+/// recv [size][bytes] on every rank, send may be recv + rank * bytes; bytes <= most_exchanged(size), alike on all
+/// ranks.
 void peer_gather(const PeerGroup& group, const void* send, void* recv, std::size_t bytes, Stream* stream);
+/// data [count] = sum over ranks, by rising rank, in place; 4 * count <= most_exchanged(size), alike on all ranks.
+/// Between the same ranks both are queued in the same order, on one stream or ordered by events.
+void peer_sum(const PeerGroup& group, float* data, std::size_t count, Stream* stream);
 
 /// A GPU's memory as another process of the host may open it.
 using MemoryHandle = std::array<char, 64>;
