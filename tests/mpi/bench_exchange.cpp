@@ -1,8 +1,8 @@
 // Microseconds of an all-gather and of a sum over all ranks in a graph, by bytes a rank: NCCL's against those through
 // peers' memory.
 //
-// First two columns: gathers one behind the other. between kernels: what a gather adds to a chain of small kernels, of which each
-// reads what was gathered, as in a decode step. Medians of replays, the slowest rank's.
+// First two columns: gathers one behind the other. between kernels: what a gather adds to a chain of small kernels, of
+// which each reads what was gathered, as in a decode step. Medians of replays, the slowest rank's.
 // Usage: mpirun -np N bench_exchange
 
 #include <algorithm>
