@@ -5,7 +5,7 @@
 #include "catch.hpp"
 #include "gpu/differences.hpp"
 #include "gpu/twin.hpp"
-#include "gpu/whole_prefill.hpp"
+#include "gpu/whole_decode.hpp"
 
 using namespace nsa;
 using namespace nsa::test;
@@ -22,8 +22,8 @@ LayerShape shape_of(DType type, int d) {
 }
 
 // Runs that left `out` other than the first run did, of `times`. `out` is poisoned before each.
-template <class Queue>
-int runs_that_differ(WholePrefill& whole, void* out, std::int64_t bytes, int times, Queue queue) {
+template <class Whole, class Queue>
+int runs_that_differ(Whole& whole, void* out, std::int64_t bytes, int times, Queue queue) {
   const auto size = static_cast<std::size_t>(bytes);
   void* first = whole.memory.make(bytes);
   int differ = 0;
@@ -67,4 +67,33 @@ TEST_CASE("selected attention row by row gives the same bits every time", "[pref
     CHECK(runs_that_differ(whole, a.out.o, last.rows() * whole.s.heads() * d * 4, 2000,
                            [&] { fused.run(a, whole.stream); }) == 0);
   }
+}
+
+// A decode step in one kernel, by clusters of 16 CTAs a list to one, and by CTAs of 4 warps, two an SM; so many tiles
+// that warps have several, and fewer than warps. What CTAs hand each other through the L2 is poisoned, too.
+TEST_CASE("a decode step at once gives the same bits every time", "[step][repeats]") {
+  for (const DType type : {DType::bf16, DType::f16})
+    for (const auto& [batch, context, d, times] : {std::tuple{1, 1024, 128, 2000},
+                                                   {1, 8192, 64, 2000},
+                                                   {1, 65536, 128, 3000},
+                                                   {2, 131072, 128, 1000},
+                                                   {4, 65536, 64, 2000},
+                                                   {16, 65536, 128, 1000},
+                                                   {32, 16384, 128, 1000},
+                                                   {64, 8192, 128, 1000}}) {
+      if (type == DType::f16 && batch > 1) continue;
+      WholeDecode whole(gpu(), shape_of(type, d), batch, context, 1);
+      INFO(batch << " x " << context << " d=" << d << " type=" << static_cast<int>(type));
+      const auto poison = [&](void* what, auto bytes) {
+        gpu().device->fill(what, 0xFF, static_cast<std::size_t>(bytes), whole.stream);
+      };
+      const auto run = [&] {
+        poison(whole.scores, whole.score_bytes);
+        poison(whole.scratch, whole.scratch_bytes);
+        poison(whole.selected, whole.selected_bytes());
+        whole.run_at_once(whole.sets[0]);
+      };
+      CHECK(runs_that_differ(whole, whole.o, whole.o_bytes(), times, run) == 0);
+      CHECK(runs_that_differ(whole, whole.selected, whole.selected_bytes(), times / 10, run) == 0);
+    }
 }

@@ -1,0 +1,161 @@
+#pragma once
+// A decode step's attention on one GPU, on synthetic inputs: what the bench times and what the test of repetitions
+// runs.
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "whole_prefill.hpp"
+
+namespace nsa::test {
+
+/// `batch` sequences of `context` positions; the step is the last one's. Several sets of q and caches, so that what a
+/// step reads may have left the L2 before its set comes round again.
+struct WholeDecode {
+  struct Set {
+    KvView k[branches], v[branches];
+    void* q;
+  };
+  WholeDecode(const Backend& b, const LayerShape& shape, int batch, std::int64_t context, int set_count);
+  ~WholeDecode() { backend.device->destroy_stream(stream); }
+  WholeDecode(const WholeDecode&) = delete;
+  WholeDecode& operator=(const WholeDecode&) = delete;
+  /// K and V bytes a step must read.
+  static std::int64_t bytes(const LayerShape& s, int batch, std::int64_t context);
+  AttendArgs attend_args(const Set& set, Branch branch) const;
+  RankArgs rank_args(const Set& set) const;
+  CombineArgs combine_args() const;
+  std::int64_t o_bytes() const { return tile.rows() * s.heads() * s.d_v * static_cast<std::int64_t>(size_of(s.dtype)); }
+  std::int64_t selected_bytes() const { return tile.rows() * s.groups * s.rules.n_sel * 4; }
+  void run_at_once(const Set& set) const;
+  void run_stage(const Set& set, const std::string& name) const;
+
+  const Backend& backend;
+  WorkMemory memory;
+  LayerShape s;
+  QueryTile tile;
+  std::vector<Set> sets;
+  float *partials, *lse, *gate;
+  void *scores, *scratch, *o;
+  std::size_t score_bytes, scratch_bytes;
+  std::int64_t* reads;
+  std::int32_t* selected;
+  Stream* stream;
+
+ private:
+  KvView make_rows(std::int64_t planes, std::int64_t rows, int width, const std::string& name, float scale);
+};
+
+inline std::int64_t WholeDecode::bytes(const LayerShape& s, int batch, std::int64_t context) {
+  const std::int64_t chosen = std::min<std::int64_t>(context, std::int64_t{s.rules.n_sel} * s.rules.l_sel),
+                     tokens =
+                         compressed_tokens(s.rules, context - 1) + chosen + std::min<std::int64_t>(context, s.rules.w);
+  return std::int64_t{batch} * s.groups * tokens * (s.d_k + s.d_v) * static_cast<std::int64_t>(size_of(s.dtype));
+}
+
+inline KvView WholeDecode::make_rows(std::int64_t planes, std::int64_t rows, int width, const std::string& name,
+                                     float scale) {
+  KvView v;
+  v.width = width;
+  v.plane_stride = rows * width;
+  v.data = memory.make(planes * v.plane_stride * static_cast<std::int64_t>(size_of(s.dtype)));
+  backend.kernels->fill_rows(
+      {s.dtype, v, static_cast<std::int32_t>(planes), 1, 0, 0, rows, tensor_key(1, name.c_str()), scale}, nullptr);
+  return v;
+}
+
+inline WholeDecode::WholeDecode(const Backend& b, const LayerShape& shape, int batch, std::int64_t context,
+                                int set_count)
+    : backend(b), memory{b, {}, {}}, s(shape) {
+  const std::int64_t t = context - 1, n = compressed_tokens(s.rules, t), planes = std::int64_t{batch} * s.groups;
+  memory.buffers.reserve(4096);
+  auto* position = memory.make<std::int64_t>(8);
+  b.device->copy(position, &t, 8, nullptr);
+  b.device->synchronize(nullptr);
+  tile = {0, batch, 1, position, context};
+  const std::int64_t rows[branches] = {n, context, s.rules.w};
+  for (int i = 0; i < set_count; ++i) {
+    Set set;
+    const std::string name = "set" + std::to_string(i);
+    for (int c = 0; c < branches; ++c) {
+      set.k[c] = make_rows(planes, rows[c], s.d_k, name + "k" + branch_names[c], 1.0f);
+      set.v[c] = make_rows(planes, rows[c], s.d_v, name + "v" + branch_names[c], 1.0f);
+      if (c == win) set.k[c].map.ring = set.v[c].map.ring = rows[c];
+    }
+    set.q = make_rows(1, batch, s.heads() * s.d_k, name + "q", 2.0f).data;
+    sets.push_back(set);
+  }
+  partials = memory.make<float>(partial_floats(s, batch) * 4);
+  lse = memory.make<float>(std::int64_t{s.lanes} * batch * s.heads() * 8);
+  gate = memory.make<float>(planes * 3 * 4);
+  b.device->fill(gate, 0x3E, static_cast<std::size_t>(planes * 3 * 4), nullptr);
+  score_bytes = b.kernels->score_bytes(s, tile, n);
+  scores = memory.make(static_cast<std::int64_t>(score_bytes));
+  scratch_bytes = b.kernels->scratch_bytes(s, tile);
+  scratch = memory.make(static_cast<std::int64_t>(scratch_bytes));
+  o = memory.make(o_bytes());
+  reads = memory.make<std::int64_t>(branches * planes * 8);
+  selected = memory.make<std::int32_t>(selected_bytes());
+  stream = b.device->create_stream();
+  b.device->synchronize(nullptr);
+}
+
+inline AttendArgs WholeDecode::attend_args(const Set& set, Branch branch) const {
+  AttendArgs a;
+  a.shape = s;
+  a.tile = tile;
+  a.q = set.q;
+  a.k = set.k[branch];
+  a.v = set.v[branch];
+  a.out = partials_at(partials, s, tile.rows(), branch);
+  a.reads = reads + branch * tile.rows() * s.groups;
+  a.selected = selected;
+  a.lse = lse;
+  a.scores = scores;
+  a.scratch = scratch;
+  a.scratch_bytes = scratch_bytes;
+  return a;
+}
+
+inline RankArgs WholeDecode::rank_args(const Set& set) const {
+  RankArgs r;
+  r.shape = s;
+  r.tile = tile;
+  r.scores = scores;
+  r.lse = lse;
+  r.cmp_map = set.k[cmp].map;
+  r.token_map = set.k[sel].map;
+  r.selected = selected;
+  r.scratch = scratch;
+  r.scratch_bytes = scratch_bytes;
+  return r;
+}
+
+inline CombineArgs WholeDecode::combine_args() const {
+  CombineArgs c;
+  c.shape = s;
+  c.tile = tile;
+  c.partials = partials;
+  c.gate = gate;
+  c.o = o;
+  return c;
+}
+
+inline void WholeDecode::run_at_once(const Set& set) const {
+  const DecodeStepArgs a{
+      {attend_args(set, cmp), attend_args(set, sel), attend_args(set, win)}, rank_args(set), combine_args()};
+  if (!backend.kernels->decode_step_accepts(a)) throw InternalError("the step is not taken at once");
+  backend.kernels->decode_step(a, stream);
+}
+
+/// One of cmp, sel, win, rank, combine.
+inline void WholeDecode::run_stage(const Set& set, const std::string& name) const {
+  if (name == "rank") return backend.kernels->rank(rank_args(set), stream);
+  if (name == "combine") return backend.kernels->combine(combine_args(), stream);
+  for (const Branch b : {cmp, sel, win})
+    if (name == branch_names[b]) backend.kernels->attend[b][0].run(attend_args(set, b), stream);
+}
+
+}  // namespace nsa::test
