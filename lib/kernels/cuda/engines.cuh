@@ -57,35 +57,32 @@ struct TensorCores {
   static constexpr int query_bytes = DK / 16 * 32 * 16, weight_bytes = 0;
   static constexpr int ctas = DK > 128 ? 1 : 2;  // an SM
 
-  const uint4* q;      // shared, operand A: [Dk / 16][lane]
+  unsigned q;          // shared: rows of Dk, a head each, their pieces of 16 bytes where a slot's are
   float c[4][4] = {};  // tokens 8j + 2 quad, + 1 of heads g (two), g + 8 (two)
   float o[DV / 8][4] = {};
   Sum2 total[2], tile[2];
 
+  // Where piece `item` of all heads' lies.
+  static __device__ __forceinline__ unsigned query_at(unsigned item) {
+    constexpr unsigned pieces = DK / 8;
+    const unsigned head = item / pieces, piece = item % pieces;
+    return head * k_bytes + piece / 8 * 128 + ((piece ^ head) % 8) * 16;
+  }
   static __device__ __forceinline__ void fill_queries(char* to, const T* from, int present, int thread, int threads) {
-    for (int item = thread; item < DK / 16 * 32; item += threads) {
-      const int lane = item % 32, g = lane / 4, column = item / 32 * 16 + lane % 4 * 2;
-      const auto word = [&](int head, int e) {
-        return head < present ? *reinterpret_cast<const std::uint32_t*>(from + head * DK + e) : 0u;
-      };
-      reinterpret_cast<uint4*>(to)[item] = {word(g, column), word(g + 8, column), word(g, column + 8),
-                                            word(g + 8, column + 8)};
-    }
+    for (int item = thread; item < heads * DK / 8; item += threads)
+      *reinterpret_cast<uint4*>(to + query_at(item)) =
+          item < present * DK / 8 ? reinterpret_cast<const uint4*>(from)[item] : uint4{};
   }
   /// The same as copies (warp_ring.cuh) that the caller waits for.
   static __device__ __forceinline__ void copy_queries(unsigned to, const T* from, int present, int thread,
                                                       int threads) {
-    for (int item = thread; item < DK / 16 * 32; item += threads) {
-      const int lane = item % 32, g = lane / 4, column = item / 32 * 16 + lane % 4 * 2;
-#pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        const int head = g + word % 2 * 8;
-        copy_word(to + item * 16 + word * 4, from + (head < present ? head : 0) * DK + column + word / 2 * 8,
-                  head < present);
-      }
+#pragma unroll 1
+    for (int item = thread; item < heads * DK / 8; item += threads) {
+      const bool exists = item < present * DK / 8;
+      copy_piece(to + query_at(item), from + (exists ? item : 0) * 8, exists);
     }
   }
-  __device__ __forceinline__ TensorCores(char* queries, char*) : q(reinterpret_cast<const uint4*>(queries)) {}
+  __device__ __forceinline__ TensorCores(char* queries, char*) : q(shared_address(queries)) {}
 
   __device__ __forceinline__ void scores(unsigned slot) {
     const int lane = threadIdx.x % 32, row = lane % 8, piece = lane / 8;
@@ -95,14 +92,17 @@ struct TensorCores {
       for (int i = 0; i < 4; ++i) c[j][i] = 0.0f;
 #pragma unroll
     for (int k = 0; k < DK / 32; ++k) {
-      const uint4 even = q[2 * k * 32 + lane], odd = q[(2 * k + 1) * 32 + lane];
+      const unsigned heads_at = q + lane % 16 * k_bytes + k / 2 * 128;
+      std::uint32_t even[4], odd[4];
+      load_matrices(even, heads_at + ((k % 2 * 4 + lane / 16) ^ row) * 16);
+      load_matrices(odd, heads_at + ((k % 2 * 4 + 2 + lane / 16) ^ row) * 16);
       const unsigned at = slot + row * k_bytes + k / 2 * 128 + ((k % 2 * 4 + piece) ^ row) * 16;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         std::uint32_t b[4];
         load_matrices(b, at + j * 8 * k_bytes);
-        mma(c[j], even.x, even.y, even.z, even.w, b[0], b[1], T{});
-        mma(c[j], odd.x, odd.y, odd.z, odd.w, b[2], b[3], T{});
+        mma(c[j], even[0], even[1], even[2], even[3], b[0], b[1], T{});
+        mma(c[j], odd[0], odd[1], odd[2], odd[3], b[2], b[3], T{});
       }
     }
   }
@@ -145,6 +145,7 @@ struct TensorCores {
           if (8 * j + quad * 2 + i >= rows) c[j][i] = c[j][i + 2] = -INFINITY;
     }
     float old[2];
+    const bool first = total[0].m == lowest;  // o is zero; all heads see the same tiles
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       Sum2 now;
@@ -165,7 +166,7 @@ struct TensorCores {
 #pragma unroll
       for (int j = 0; j < 4; ++j) c[j][half * 2] *= factor, c[j][half * 2 + 1] *= factor;
     }
-    if (!__any_sync(0xffffffffu, old[0] != 1.0f || old[1] != 1.0f)) return;
+    if (!__any_sync(0xffffffffu, !first && (old[0] != 1.0f || old[1] != 1.0f))) return;
 #pragma unroll
     for (int j = 0; j < DV / 8; ++j) {
       o[j][0] *= old[0], o[j][1] *= old[0];
@@ -238,8 +239,10 @@ struct Scalars {
   }
   static __device__ __forceinline__ void copy_queries(unsigned to, const float* from, int present, int thread,
                                                       int threads) {
-    for (int item = thread; item < heads * DK; item += threads)
-      copy_word(to + item * 4, from + (item < present * DK ? item : 0), item < present * DK);
+    for (int item = thread; item < heads * DK / 4; item += threads) {
+      const bool exists = item < present * DK / 4;
+      copy_piece(to + item * 16, from + (exists ? item : 0) * 4, exists);
+    }
   }
   __device__ __forceinline__ Scalars(char* queries, char* warp_weights)
       : q(reinterpret_cast<const float4*>(queries)), weights(reinterpret_cast<float4*>(warp_weights)) {}

@@ -6,6 +6,13 @@
 
 namespace nsa::gpu {
 
+/// Adds a lane's (m, s) to a sum of lanes.
+__device__ __forceinline__ void add_lane(MaxSum& total, float2 ms) {
+  const float both = fmaxf(total.m, ms.x);
+  total.s = __fmaf_rn(total.s, exp_above(total.m, both), __fmul_rn(ms.y, exp_above(ms.x, both)));
+  total.m = both;
+}
+
 /// (m in powers of two, 1 / s) of N heads from their `lanes` (m, s), m natural: by a whole warp, in a fixed tree.
 /// load(x, i): of lane x of the i-th of them.
 template <int N, class Load>
@@ -13,12 +20,7 @@ __device__ __forceinline__ void normalisers_of(int lanes, Load load, float2 (&by
   MaxSum total[N];
   for (int x = threadIdx.x % 32; x < lanes; x += 32)
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float2 ms = load(x, i);
-      const float both = fmaxf(total[i].m, ms.x);
-      total[i].s = __fmaf_rn(total[i].s, exp_above(total[i].m, both), __fmul_rn(ms.y, exp_above(ms.x, both)));
-      total[i].m = both;
-    }
+    for (int i = 0; i < N; ++i) add_lane(total[i], load(x, i));
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const float m = warp_max(total[i].m), sum = warp_sum(__fmul_rn(total[i].s, exp_above(total[i].m, m)));

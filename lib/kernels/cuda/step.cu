@@ -56,6 +56,12 @@ int piece_of(const BlockRules& r) {
   return piece > 4 ? piece - piece % 4 : piece;
 }
 
+// The same where each has one such piece at most, two tokens a lane; 0: they would not begin at multiples of 2 tokens.
+int few_of(const BlockRules& r) {
+  const int few = std::min(most_chosen, scored_tokens / 2 * r.d / r.l_sel);
+  return few * (r.l_sel / r.d) % 2 == 0 ? few : 0;
+}
+
 bool accepts(const DecodeStepArgs& a) {
   const LayerShape& s = a.combine.shape;
   const BlockRules& r = s.rules;
@@ -80,6 +86,7 @@ StepParams memory_of(const DecodeStepArgs& a) {
   }
   p.scores = static_cast<float*>(a.attend[cmp].scores);
   p.pitch = score_pitch(p.k[cmp].map, compressed_tokens(p.shape.rules, p.tile.max_positions - 1));
+  p.most_tokens = static_cast<int>(compressed_tokens(p.shape.rules, p.tile.max_positions - 1));
   p.scores_only = a.attend[cmp].scores_only;
   // Scores that the L2 can hold until blocks are scored are not to be driven out by K and V.
   constexpr double kept_bytes = 40e6;  // of the 50 MB of H100 and H200
@@ -108,11 +115,16 @@ void divide(StepParams& p) {
   p.share_heads = p.share % quads == 0 ? p.share / quads : quads % p.share == 0 ? 1 : p.share / quads + 2;
   p.piece = piece_of(r);
   p.by_cluster = Divisor(p.cluster), p.by_share = Divisor(p.share);
-  p.by_piece = Divisor(p.piece), p.by_warps = Divisor(warps);
+  p.by_piece = Divisor(p.piece);
   p.groups = Divisor(s.groups), p.stride = Divisor(r.d), p.block = Divisor(r.l_sel), p.leaf = Divisor(s.leaf);
-  if (of_win > 0)  // by tiles, and a window that begins anywhere has two more
-    p.win_warps =
-        of_sel == 0 ? warps : std::clamp((warps * of_win + second / 2) / second, 1, std::min(of_win + 2, warps - 1));
+  if (of_win > 0)  // by tiles, and a window that begins anywhere has two more; every CTA keeps a warp that scores
+    p.win_warps = of_sel == 0
+                      ? warps
+                      : std::clamp((warps * of_win + second / 2) / second, 1, std::min(of_win + 2, warps - p.cluster));
+  p.few = p.cluster > 1 ? few_of(r) : 0;
+  p.by_few = Divisor(std::max(1, p.few));
+  p.ratio = r.l_sel / r.d, p.lead = (r.l - 1) / r.d;
+  p.by_scorers = Divisor(p.win_warps < warps ? warps - p.win_warps : warps);
 }
 
 void launch_step(const StepParams& p, Stream* stream) {

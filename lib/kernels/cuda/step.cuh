@@ -13,19 +13,17 @@ constexpr int most_step_cluster = 16;  ///< CTAs of a list; past 8 the size is n
 constexpr int scored_tokens = 128;     ///< a warp scores at a time
 constexpr int most_lead = 32;          ///< tokens in front of a block that reach into it
 
-/// Division of 0 <= x < 2^31 by a number known at launch.
+/// Division of 0 <= x < 2^31 by a number known at launch: x * magic / 2^(31 + shift).
 struct Divisor {
   unsigned magic = 0, shift = 0;
   Divisor() = default;
   explicit Divisor(std::int64_t by) {
-    unsigned bits = 0;
-    while ((std::int64_t{1} << bits) < by) ++bits;
-    shift = 31 + bits;
-    magic = static_cast<unsigned>(((std::uint64_t{1} << shift) + static_cast<std::uint64_t>(by) - 1) /
+    while ((std::int64_t{1} << shift) < by) ++shift;
+    magic = static_cast<unsigned>(((std::uint64_t{1} << (31 + shift)) + static_cast<std::uint64_t>(by) - 1) /
                                   static_cast<std::uint64_t>(by));
   }
   __device__ __forceinline__ int operator()(int x) const {
-    return static_cast<int>(static_cast<std::uint64_t>(static_cast<unsigned>(x)) * magic >> shift);
+    return static_cast<int>(__umulhi(2u * static_cast<unsigned>(x), magic) >> shift);
   }
 };
 
@@ -41,6 +39,7 @@ struct StepParams {
   bool keeps_scores;  ///< in the L2, where K and V are not to drive them out
   float2* leaves;     ///< (m, sum) by tile of 32 tokens: [list][most_tiles][heads of the engine]
   std::int64_t most_tiles;
+  int most_tokens;  ///< compressed ones, whatever the position
   std::int32_t* selected;
   float* p_slc;
   std::int64_t p_slc_blocks;
@@ -48,16 +47,18 @@ struct StepParams {
   bool leave_out[branches];
   void* o;
   float* o_branch[branches];
-  Divisor groups, stride, block, leaf;  ///< by shape.groups, rules.d, rules.l_sel, shape.leaf
-  int warps;                            ///< of a CTA
-  int cluster;                          ///< CTAs of a list
-  Divisor by_cluster;                   ///< by cluster
-  int share;                            ///< columns of o, by 4, that a CTA of the cluster merges
-  Divisor by_share;                     ///< by share
-  int share_heads;                      ///< heads they belong to, at most
-  int win_warps;                        ///< of the list's, the last ones: win behind cmp; the others sel
-  int piece;                            ///< blocks a warp scores at a time
-  Divisor by_piece, by_warps;           ///< by piece, by warps of the cluster
+  Divisor groups, stride, block, leaf;   ///< by shape.groups, rules.d, rules.l_sel, shape.leaf
+  int warps;                             ///< of a CTA
+  int cluster;                           ///< CTAs of a list
+  Divisor by_cluster;                    ///< by cluster
+  int share;                             ///< columns of o, by 4, that a CTA of the cluster merges
+  Divisor by_share;                      ///< by share
+  int share_heads;                       ///< heads they belong to, at most
+  int win_warps;                         ///< of the list's, the last ones: win behind cmp; the others sel
+  int piece;                             ///< blocks a warp scores at a time
+  int few;                               ///< blocks a warp scores where no warp has more to do than those; 0: never
+  Divisor by_piece, by_few, by_scorers;  ///< by piece, by few, by warps that score: all but the window's
+  int ratio, lead;                       ///< compressed tokens that begin in a block, and those before it that reach in
 };
 
 /// A decode step in one kernel; false: it does not take the shape, and nothing was launched. step.cu

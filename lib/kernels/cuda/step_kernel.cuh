@@ -24,6 +24,7 @@ struct Step {
   StepPlace at;
   StepWalk<E, W> walk;
   int win_tiles, sel_tiles;
+  bool joined = false;  // a meeting of the cluster that is still to be left
   std::uint64_t scores_policy;
 
   // What the launch alone says; then, when the predecessor is done, what the position says.
@@ -37,11 +38,14 @@ struct Step {
     at.warp = threadIdx.x / 32;
     at.among = at.warp * p.cluster + at.cta;
     at.warps = W * p.cluster;
+    at.scorers = at.warps - p.win_warps;
+    at.rankers = min(W, p.by_cluster(max(0, at.scorers - at.cta + p.cluster - 1)));
     StepRank<E, W>{p, at, shared}.prepare();
     walk.scores_only = p.scores_only;
     walk.ring = shared_address(shared) + at.warp * Layout::ring_bytes;
     walk.policy = cache_policy(p.keeps_scores ? Keep::least : Keep::usual);
     scores_policy = cache_policy(Keep::most);
+    deal();
   }
   __device__ __forceinline__ void start() {
     const std::int64_t t = *p.tile.first_position;
@@ -60,57 +64,61 @@ struct Step {
     __syncthreads();
   }
 
-  // This warp's tiles, and what of them is known before blocks are chosen.
-  __device__ __forceinline__ void plan() {
+  __device__ __forceinline__ Course* courses() const {
+    return reinterpret_cast<Course*>(shared + Layout::courses) + at.warp * 2;
+  }
+  // Which tiles this warp takes; how many there are hangs on the position. The last warps take the window.
+  __device__ __forceinline__ void deal() {
+    const int from_last = at.warps - 1 - at.among, per_leaf = tiles_per_unit(cmp, p.shape);
+    walk.chooses = from_last >= p.win_warps;
+    walk.courses = courses();
+    if (threadIdx.x % 32 == 0) put_courses(from_last, per_leaf);
+    __syncwarp();
+    // The first tile comes to the L2 while the predecessor works.
+    const Piece first = walk.piece(0, at.among);
+    if (threadIdx.x % 32 != 0 || first.count <= 0) return;
+    fetch_ahead(courses()[0].k + std::int64_t{first.row} * E::k_bytes, first.count * E::k_bytes);
+    if (!p.scores_only) fetch_ahead(courses()[0].v + std::int64_t{first.row} * E::v_bytes, first.count * E::v_bytes);
+  }
+  __device__ __forceinline__ void put_courses(int from_last, int per_leaf) const {
     const LayerShape& s = p.shape;
-    const BlockRules& r = s.rules;
-    const WindowRows rows = window_rows(r, p.k[win].map, at.t);
-    const int first_unit = static_cast<int>(rows.begin) / window_unit;
-    win_tiles = p.leave_out[win] || rows.end <= rows.begin
-                    ? 0
-                    : ((static_cast<int>(rows.end) - 1) / window_unit - first_unit + 1) * tiles_per_unit(win, s);
-    sel_tiles = p.leave_out[sel] ? 0 : r.n_sel * tiles_per_unit(sel, s);
-    const int from_last = at.warps - 1 - at.among;
-    const bool windows = from_last < p.win_warps;
     const std::int64_t plane = (p.tile.batch_begin + at.row) * s.groups + at.group;
     const auto rows_of = [&](const KvView& view) {
       return static_cast<const char*>(view.data) + plane * view.plane_stride * static_cast<int>(sizeof(T));
     };
-    auto* courses = reinterpret_cast<Course*>(shared + Layout::courses) + at.warp * 2;
+    const Branch second = walk.chooses ? sel : win;
+    const int unit = walk.chooses ? s.rules.l_sel : window_unit;
+    courses()[0] = {rows_of(p.k[cmp]),        rows_of(p.v[cmp]), at.among, at.warps, 0,
+                    static_cast<int>(s.leaf), per_leaf,          0,        0,        p.most_tokens};
+    courses()[1] = {rows_of(p.k[second]),
+                    rows_of(p.v[second]),
+                    walk.chooses ? from_last - p.win_warps : from_last,
+                    walk.chooses ? at.scorers : p.win_warps,
+                    0,
+                    unit,
+                    (unit + tile_rows - 1) / tile_rows,
+                    0,
+                    0,
+                    0};
+  }
+
+  // How many there are, and what of them is known before blocks are chosen.
+  __device__ __forceinline__ void plan() {
+    const LayerShape& s = p.shape;
+    const BlockRules& r = s.rules;
+    const WindowRows rows = window_rows(r, p.k[win].map, at.t);
+    const int begin = static_cast<int>(rows.begin), end = static_cast<int>(rows.end), first_unit = begin / window_unit;
+    win_tiles =
+        p.leave_out[win] || end <= begin ? 0 : ((end - 1) / window_unit - first_unit + 1) * tiles_per_unit(win, s);
+    sel_tiles = p.leave_out[sel] ? 0 : r.n_sel * tiles_per_unit(sel, s);
     if (threadIdx.x % 32 == 0) {
-      const int leaf = static_cast<int>(s.leaf), per_leaf = tiles_per_unit(cmp, s);
-      courses[0] = {rows_of(p.k[cmp]),
-                    rows_of(p.v[cmp]),
-                    at.among,
-                    at.warps,
-                    p.leaf(at.n + leaf - 1) * per_leaf,
-                    leaf,
-                    per_leaf,
-                    0,
-                    0,
-                    at.n};
-      if (windows)
-        courses[1] = {rows_of(p.k[win]),
-                      rows_of(p.v[win]),
-                      from_last,
-                      p.win_warps,
-                      win_tiles,
-                      window_unit,
-                      2,
-                      first_unit,
-                      static_cast<int>(rows.begin),
-                      static_cast<int>(rows.end)};
-      else
-        courses[1] = {rows_of(p.k[sel]),
-                      rows_of(p.v[sel]),
-                      from_last - p.win_warps,
-                      at.warps - p.win_warps,
-                      sel_tiles,
-                      r.l_sel,
-                      tiles_per_unit(sel, s),
-                      0,
-                      0,
-                      at.t + 1};
+      const int leaf = static_cast<int>(s.leaf);
+      Course &first = courses()[0], &second = courses()[1];
+      first.count = p.leaf(at.n + leaf - 1) * tiles_per_unit(cmp, s);
+      first.unit0 = first.low = 0, first.high = at.n;
+      second.count = walk.chooses ? sel_tiles : win_tiles;
+      second.unit0 = walk.chooses ? 0 : first_unit;
+      second.low = walk.chooses ? 0 : begin, second.high = walk.chooses ? at.t + 1 : end;
     }
     __syncwarp();
     const int lane = threadIdx.x % 32;
@@ -118,10 +126,8 @@ struct Step {
     const int sure = all ? r.n_sel : r.n_init + r.n_local;
     int block = lane < r.n_init ? lane : at.eligible - r.n_local + (lane - r.n_init);
     if (all) block = lane < at.eligible ? lane : -1;
-    walk.courses = courses;
-    walk.chooses = !windows;
     walk.chosen = lane < sure ? block : -1;
-    walk.start(windows ? win_tiles : sel_tiles == 0 ? 0 : sure * tiles_per_unit(sel, s));
+    walk.start(!walk.chooses ? win_tiles : sel_tiles == 0 ? 0 : sure * tiles_per_unit(sel, s));
   }
 
   __device__ __forceinline__ void attend(E& e, int course) {
@@ -153,20 +159,27 @@ struct Step {
     }
   }
 
-  // Between the two courses.
+  // Between the two courses. The window's warps do not wait for the choice; they join the meeting in it before that
+  // begins, and leave it when they have their window.
   __device__ __forceinline__ void choose() {
     const BlockRules& r = p.shape.rules;
-    const bool all = at.eligible <= r.n_sel;
-    const int lane = threadIdx.x % 32;
-    if (p.leave_out[sel] || (all && !p.p_slc)) {
-      meet(p);  // the others have started, before anything is written to their memory
-    } else {
-      const int best = StepRank<E, W>{p, at, shared}.choose(walk.courses[0].count, walk.courses[0].tiles_per_unit);
-      if (!all && lane >= r.n_init + r.n_local) walk.chosen = best;
-    }
+    if (p.cluster > 1)  // the tiles' sums are there, and the others have started: their memory may be written to
+      cluster_barrier();
+    else
+      __syncthreads();
     if (p.leave_out[sel]) return;
-    if (walk.chooses) walk.release();
-    if (at.cta == 0 && at.warp == W - 1) put_chosen();
+    const bool all = at.eligible <= r.n_sel, scores = !all || p.p_slc;
+    if (!walk.chooses) {
+      joined = scores && p.cluster > 1;
+      if (joined) join_cluster();
+      return;
+    }
+    if (scores) {
+      const int best = StepRank<E, W>{p, at, shared}.choose(walk.courses[0].count, walk.courses[0].tiles_per_unit);
+      if (!all && threadIdx.x % 32 >= r.n_init + r.n_local) walk.chosen = best;
+    }
+    walk.release();
+    if (at.among == 0) put_chosen();
   }
   __device__ __forceinline__ StepMerge<E, W> merge() const {
     return {p, at, shared, walk.courses[0].count, sel_tiles, win_tiles};
@@ -175,6 +188,7 @@ struct Step {
   __device__ __forceinline__ void put_chosen() const {
     const int lane = threadIdx.x % 32, n = p.shape.rules.n_sel, mine = walk.chosen;
     int place = 0;
+#pragma unroll 1
     for (int other = 0; other < n; ++other) {
       const int block = __shfl_sync(0xffffffffu, mine, other);
       place += block >= 0 && block < mine;
@@ -202,10 +216,11 @@ __global__ void __launch_bounds__(32 * W, step_warps / W) step_kernel(const __gr
     e = engine();
     step.choose();
   }
+  if (step.joined) wait_for_cluster();
   const auto merge = step.merge();
-  merge.send(of_cmp, e);
+  merge.send(of_cmp, e, step.walk.chooses);
   if (W < step_warps || p.cluster == 1) return;
-  meet(p);
+  cluster_barrier();
   merge.merge();
 }
 

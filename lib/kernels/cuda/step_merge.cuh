@@ -68,69 +68,91 @@ struct StepMerge {
   __device__ __forceinline__ float2* warp_sums() const { return reinterpret_cast<float2*>(shared + Layout::sums); }
   __device__ __forceinline__ float2* cta_sums() const { return reinterpret_cast<float2*>(shared + Layout::sums_end); }
 
-  // (m, sum) of the CTA by branch and head; of every warp the weight of its o in place of its maximum.
+  // (m, sum) of the CTA by branch and head; of every warp the weight of its o in place of its maximum. A thread a warp,
+  // neighbours a head's.
   __device__ __forceinline__ void weigh_warps() const {
-    if (static_cast<int>(threadIdx.x) >= branches * E::heads) return;
-    const int b = threadIdx.x / E::heads, head = threadIdx.x % E::heads;
-    const Range warps = warps_of(b);
-    float2* sums = warp_sums() + (b != cmp) * E::heads + head;
-    Sum2 total;
 #pragma unroll 1
-    for (int w = warps.from; w < warps.to; ++w) total.m = fmaxf(total.m, sums[w * 2 * E::heads].x);
-#pragma unroll 1
-    for (int w = warps.from; w < warps.to; ++w) {
-      float2& of = sums[w * 2 * E::heads];
-      const float weight = exp2_fast(of.x - total.m);
-      total.s += weight * of.y;
-      of.x = weight;
+    for (int item0 = at.warp * 32; item0 < branches * E::heads * W; item0 += threads) {
+      const int item = item0 + threadIdx.x % 32, w = item % W, to = item / W, b = to / E::heads;
+      const Range warps = warps_of(b);
+      const bool has = b < branches && w >= warps.from && w < warps.to;
+      float2* of = warp_sums() + (w * 2 + (b != cmp)) * E::heads + to % E::heads;
+      const Sum2 mine = has ? Sum2{of->x, of->y} : Sum2{};
+      float m = mine.m;
+#pragma unroll
+      for (int step = W / 2; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
+      const float weight = exp2_fast(mine.m - m);
+      float sum = weight * mine.s;
+#pragma unroll
+      for (int step = W / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      if (has) of->x = weight;
+      if (w == 0 && b < branches) cta_sums()[to] = make_float2(m, sum);
     }
-    cta_sums()[threadIdx.x] = make_float2(total.m, total.s);
   }
 
   // The CTA's warps added up. One CTA alone has o; else what it has is sent to where the list's parts meet.
-  __device__ __forceinline__ void send(const E& of_cmp, const E& second) const {
+  __device__ __forceinline__ void send(const E& of_cmp, const E& second, bool chooses) const {
     constexpr int quads = E::d_v / 4;
     __syncthreads();  // the rings are empty
-    put_warp(of_cmp, 0);
-    put_warp(second, 1);
+    const Range ranges[branches] = {warps_of(cmp), warps_of(sel), warps_of(win)};
+    const Range behind = chooses ? ranges[sel] : ranges[win];
+    if (at.warp < ranges[cmp].to) put_warp(of_cmp, 0);
+    if (at.warp >= behind.from && at.warp < behind.to) put_warp(second, 1);
     __syncthreads();
     weigh_warps();
     __syncthreads();
-    const Range ranges[branches] = {warps_of(cmp), warps_of(sel), warps_of(win)};
 #pragma unroll 1
     for (int item = threadIdx.x; item < at.present * quads; item += threads) {
-      const int head = item / quads;
-      const auto* o = reinterpret_cast<const float*>(shared) + head * Layout::pitch + item % quads * 4;
-      float4 parts[branches];
-#pragma unroll
-      for (int b = 0; b < branches; ++b) {
-        float4 sum = {};
-#pragma unroll 2
-        for (int w = ranges[b].from; w < ranges[b].to; ++w) {
-          const int slot = w * 2 + (b != cmp);
-          const float weight = warp_sums()[slot * E::heads + head].x;
-          const float4 x = *reinterpret_cast<const float4*>(o + slot * Layout::warp_floats);
-          sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;
-        }
-        parts[b] = sum;
-      }
-      if (p.cluster == 1)
-        put_item(item, parts);
-      else
+      const float4 parts[branches] = {sum_of_warps(cmp, ranges[cmp], item), sum_of_warps(sel, ranges[sel], item),
+                                      sum_of_warps(win, ranges[win], item)};
+      if (p.cluster > 1)
         send_item(item, parts);
+      else
+        put_item(item, parts);
     }
+  }
+  // Of branch b, 4 columns of a head; so many warps' at once as there mostly are.
+  __device__ __forceinline__ float4 sum_of_warps(int b, Range warps, int item) const {
+    constexpr int quads = E::d_v / 4;
+    const int head = item / quads, slot = warps.from * 2 + (b != cmp);
+    const float2* sums = warp_sums() + slot * E::heads + head;
+    const float* o =
+        reinterpret_cast<const float*>(shared) + slot * Layout::warp_floats + head * Layout::pitch + item % quads * 4;
+    float4 sum = {};
+    const auto add = [&](auto most) {
+      float weight[most];
+      float4 x[most];
+#pragma unroll
+      for (int i = 0; i < most; ++i)
+        weight[i] = sums[i * 2 * E::heads].x, x[i] = *reinterpret_cast<const float4*>(o + i * 2 * Layout::warp_floats);
+#pragma unroll
+      for (int i = 0; i < most; ++i) {
+        sum.x += weight[i] * x[i].x, sum.y += weight[i] * x[i].y;
+        sum.z += weight[i] * x[i].z, sum.w += weight[i] * x[i].w;
+      }
+      sums += most * 2 * E::heads, o += most * 2 * Layout::warp_floats;
+    };
+    int left = warps.to - warps.from;
+    if (b == cmp && left == W) {
+      add(std::integral_constant<int, W>{});
+      return sum;
+    }
+#pragma unroll 1
+    for (; left >= 2; left -= 2) add(std::integral_constant<int, 2>{});
+    if (left > 0) add(std::integral_constant<int, 1>{});
+    return sum;
   }
   // To the CTA that merges the item.
   __device__ __forceinline__ void send_item(int item, const float4 (&parts)[branches]) const {
     constexpr int quads = E::d_v / 4;
     const int head = item / quads, owner = p.by_share(item), first = owner * p.share, local = item - first;
     float4* to_o = in_cta(parts_o(), owner) + at.cta * p.share + local;
+#pragma unroll
+    for (int b = 0; b < branches; ++b) to_o[b * p.cluster * p.share] = parts[b];
+    if (local != 0 && item % quads != 0) return;
     float2* to_ms = in_cta(parts_ms(), owner) + at.cta * p.share_heads + head - first / quads;
 #pragma unroll
-    for (int b = 0; b < branches; ++b) {
-      to_o[b * p.cluster * p.share] = parts[b];
-      if (local == 0 || item % quads == 0) to_ms[b * p.cluster * p.share_heads] = cta_sums()[b * E::heads + head];
-    }
+    for (int b = 0; b < branches; ++b) to_ms[b * p.cluster * p.share_heads] = cta_sums()[b * E::heads + head];
   }
   __device__ __forceinline__ void put_item(int item, const float4 (&parts)[branches]) const {
     constexpr int quads = E::d_v / 4;

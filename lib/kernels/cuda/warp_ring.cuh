@@ -62,9 +62,22 @@ __device__ __forceinline__ void copy_slot(unsigned slot, const char* from, int r
   });
 }
 
+/// Asks for `bytes`, a multiple of 16, to be brought into the L2 (capability 9.0). Whoever reads them there sees what
+/// was written since, so this may come before wait_for_previous().
+__device__ __forceinline__ void fetch_ahead(const void* from, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 /// Queues 4 bytes, or 4 bytes of zero.
 __device__ __forceinline__ void copy_word(unsigned to, const void* from, bool exists) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(exists ? 4 : 0) : "memory");
+}
+
+/// Queues 16 bytes, or 16 bytes of zero.
+__device__ __forceinline__ void copy_piece(unsigned to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
