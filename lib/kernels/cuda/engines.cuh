@@ -41,12 +41,8 @@ struct ScoreRows {
   bool keep = false;  ///< in the L2, with `policy`
   std::uint64_t policy = 0;
 };
-__device__ __forceinline__ void put_pair(const ScoreRows& rows, float* to, float x, float y) {
-  if (rows.keep)
-    asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to), "f"(x), "f"(y), "l"(rows.policy)
-                 : "memory");
-  else
-    *reinterpret_cast<float2*>(to) = make_float2(x, y);
+__device__ __forceinline__ void keep_pair(float* to, float x, float y, std::uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to), "f"(x), "f"(y), "l"(policy) : "memory");
 }
 
 /// m16n8k16: the heads are M. Lane = 4 * g + quad holds heads g and g + 8.
@@ -118,21 +114,25 @@ struct TensorCores {
   __device__ __forceinline__ void put_scores(ScoreRows to, int rows, int present) const {
     const int g = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
     const bool pairs = rows == tile_rows && reinterpret_cast<std::uintptr_t>(to.first) % 8 == 0;
+    float* row = to.first + g * to.pitch + quad * 2;
+    const auto put = [&](auto put_two) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (g + half * 8 >= present) break;
-      float* row = to.first + (g + half * 8) * to.pitch + quad * 2;
+      for (int half = 0; half < 2; ++half) {
+        if (g + half * 8 >= present) break;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (pairs) {
-          put_pair(to, row + j * 8, c[j][half * 2], c[j][half * 2 + 1]);
-        } else {
-          const int token = j * 8 + quad * 2;
-          if (token < rows) row[j * 8] = c[j][half * 2];
-          if (token + 1 < rows) row[j * 8 + 1] = c[j][half * 2 + 1];
-        }
+        for (int j = 0; j < 4; ++j)
+          put_two(row + half * 8 * to.pitch + j * 8, j * 8 + quad * 2, c[j][half * 2], c[j][half * 2 + 1]);
       }
-    }
+    };
+    if (pairs && to.keep)
+      put([&](float* at, int, float x, float y) { keep_pair(at, x, y, to.policy); });
+    else if (pairs)
+      put([](float* at, int, float x, float y) { *reinterpret_cast<float2*>(at) = make_float2(x, y); });
+    else
+      put([&](float* at, int token, float x, float y) {
+        if (token < rows) at[0] = x;
+        if (token + 1 < rows) at[1] = y;
+      });
   }
   /// Scaled scores to weights; those past the tile's tokens are 0.
   __device__ __forceinline__ void soften(int rows) {

@@ -117,10 +117,14 @@ void divide(StepParams& p) {
   p.by_cluster = Divisor(p.cluster), p.by_share = Divisor(p.share);
   p.by_piece = Divisor(p.piece);
   p.groups = Divisor(s.groups), p.stride = Divisor(r.d), p.block = Divisor(r.l_sel), p.leaf = Divisor(s.leaf);
-  if (of_win > 0)  // by tiles, and a window that begins anywhere has two more; every CTA keeps a warp that scores
+  if (of_win > 0) {
+    // By tiles, and a window that begins anywhere has two more. Where warps have several tiles of cmp the window's gain
+    // the time of the choice, so half as many will do. Every CTA keeps a warp that scores.
+    const int weight = p.most_tiles > warps ? of_win / 2 : of_win;
     p.win_warps = of_sel == 0
                       ? warps
-                      : std::clamp((warps * of_win + second / 2) / second, 1, std::min(of_win + 2, warps - p.cluster));
+                      : std::clamp((warps * weight + second / 2) / second, 1, std::min(of_win + 2, warps - p.cluster));
+  }
   p.few = p.cluster > 1 ? few_of(r) : 0;
   p.by_few = Divisor(std::max(1, p.few));
   p.ratio = r.l_sel / r.d, p.lead = (r.l - 1) / r.d;

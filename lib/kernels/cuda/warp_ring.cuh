@@ -34,6 +34,7 @@ template <int RowBytes, class Copy>
 __device__ __forceinline__ void for_pieces(unsigned slot, const char* from, int rows, Copy copy) {
   const int lane = threadIdx.x % 32, row0 = lane / 8, piece = lane % 8;
   const char* source = from + row0 * RowBytes + piece * 16;
+  asm("" : "+l"(source));  // one address and offsets from it, not an address a row
   const unsigned even = slot + row0 * RowBytes + ((piece ^ row0) << 4), odd = even ^ 64;
 #pragma unroll
   for (int i = 0; i < slot_rows / 4; ++i) {
