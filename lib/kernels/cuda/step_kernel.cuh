@@ -2,13 +2,14 @@
 // A decode step's attention in one launch: a cluster of 1 to 16 CTAs a (row, group), one CTA of 8 warps an SM.
 //
 // Tiling: cmp's tiles of 32 tokens are dealt to all warps of the cluster; then some warps take the window and the rest
-// the chosen blocks (step_walk.cuh). In between, the tiles' (m, sum) and raw scores meet in the L2, blocks are scored
-// and chosen (step_rank.cuh). At the end a CTA adds up its warps' o by branch and sends every CTA of the cluster the
-// columns that one merges, normalises and weighs with the gates.
+// the chosen blocks (step_walk.cuh). In between, the tiles' (m, sum) and raw scores meet in the L2, and those who take
+// the chosen blocks score and choose them (step_rank.cuh), while the window's warps go on. At the end a CTA adds up its
+// warps' o by branch and sends every CTA of the cluster the columns that one merges, normalises and weighs with the
+// gates.
 //
 // Bytes: K and V once, and 4 * heads / (2 * Dk + 2 * Dv) of those of cmp written and read again as scores. Bound:
-// memory bandwidth from some 16 lists of 64K on; with few lists the chain launch, cmp, choice, sel, merge of latencies,
-// three meetings of the cluster in it.
+// memory bandwidth from some 16 lists of 64K on; with few lists the chain launch, cmp, choice, sel, merge, three
+// meetings of the cluster in it: what counts there are instructions on the way, at 4 to 5 cycles each.
 
 #include "kernels/cuda/step_merge.cuh"
 

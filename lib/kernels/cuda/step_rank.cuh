@@ -1,7 +1,7 @@
 #pragma once
 // Blocks scored and chosen by the cluster of a list: the sums of tiles to lanes to normalisers by every CTA for itself,
-// then a warp takes 128 tokens at a time, adds its blocks' scores up and keeps the best 16 in order in its lanes. The
-// warps' best meet in the CTA, the CTAs' in every CTA.
+// then a warp takes 128 tokens at a time, adds its blocks' scores up and keeps the best 16 in order in its lanes; or,
+// where warps are many, 64 tokens once. The warps' best meet in the CTA, the CTAs' in every CTA.
 
 #include "kernels/cuda/scoring.cuh"
 #include "kernels/cuda/step_walk.cuh"
