@@ -44,6 +44,31 @@ struct ScoreRows {
 __device__ __forceinline__ void keep_pair(float* to, float x, float y, std::uint64_t policy) {
   asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to), "f"(x), "f"(y), "l"(policy) : "memory");
 }
+__device__ __forceinline__ void put_pair(const ScoreRows& rows, float* to, float x, float y) {
+  if (rows.keep)
+    keep_pair(to, x, y, rows.policy);
+  else
+    *reinterpret_cast<float2*>(to) = make_float2(x, y);
+}
+
+/// 16 heads' queries in shared memory: a row a head, its pieces of 16 bytes where a slot's are (warp_ring.cuh). All
+/// lanes read operand A of 16 columns at once: [RowBytes / 32][lane].
+template <int RowBytes>
+struct QueryRows {
+  unsigned at;
+  /// Of the item-th piece of all heads'.
+  static __device__ __forceinline__ unsigned place(unsigned item) {
+    constexpr unsigned pieces = RowBytes / 16;
+    const unsigned head = item / pieces, piece = item % pieces;
+    return head * RowBytes + piece / 8 * 128 + ((piece ^ head) % 8) * 16;
+  }
+  __device__ __forceinline__ uint4 operator[](unsigned item) const {
+    const unsigned lane = item % 32, piece = item / 32 * 2 + lane / 16;
+    std::uint32_t r[4];
+    load_matrices(r, at + lane % 16 * RowBytes + piece / 8 * 128 + ((piece ^ lane) % 8) * 16);
+    return {r[0], r[1], r[2], r[3]};
+  }
+};
 
 /// m16n8k16: the heads are M. Lane = 4 * g + quad holds heads g and g + 8.
 template <class T, int DK, int DV>
@@ -53,20 +78,14 @@ struct TensorCores {
   static constexpr int query_bytes = DK / 16 * 32 * 16, weight_bytes = 0;
   static constexpr int ctas = DK > 128 ? 1 : 2;  // an SM
 
-  unsigned q;          // shared: rows of Dk, a head each, their pieces of 16 bytes where a slot's are
-  float c[4][4] = {};  // tokens 8j + 2 quad, + 1 of heads g (two), g + 8 (two)
+  QueryRows<DK * 2> q;  // shared, as operand A: [Dk / 16][lane]
+  float c[4][4] = {};   // tokens 8j + 2 quad, + 1 of heads g (two), g + 8 (two)
   float o[DV / 8][4] = {};
   Sum2 total[2], tile[2];
 
-  // Where piece `item` of all heads' lies.
-  static __device__ __forceinline__ unsigned query_at(unsigned item) {
-    constexpr unsigned pieces = DK / 8;
-    const unsigned head = item / pieces, piece = item % pieces;
-    return head * k_bytes + piece / 8 * 128 + ((piece ^ head) % 8) * 16;
-  }
   static __device__ __forceinline__ void fill_queries(char* to, const T* from, int present, int thread, int threads) {
     for (int item = thread; item < heads * DK / 8; item += threads)
-      *reinterpret_cast<uint4*>(to + query_at(item)) =
+      *reinterpret_cast<uint4*>(to + QueryRows<DK * 2>::place(item)) =
           item < present * DK / 8 ? reinterpret_cast<const uint4*>(from)[item] : uint4{};
   }
   /// The same as copies (warp_ring.cuh) that the caller waits for.
@@ -75,10 +94,10 @@ struct TensorCores {
 #pragma unroll 1
     for (int item = thread; item < heads * DK / 8; item += threads) {
       const bool exists = item < present * DK / 8;
-      copy_piece(to + query_at(item), from + (exists ? item : 0) * 8, exists);
+      copy_piece(to + QueryRows<DK * 2>::place(item), from + (exists ? item : 0) * 8, exists);
     }
   }
-  __device__ __forceinline__ TensorCores(char* queries, char*) : q(shared_address(queries)) {}
+  __device__ __forceinline__ TensorCores(char* queries, char*) : q{shared_address(queries)} {}
 
   __device__ __forceinline__ void scores(unsigned slot) {
     const int lane = threadIdx.x % 32, row = lane % 8, piece = lane / 8;
@@ -88,17 +107,14 @@ struct TensorCores {
       for (int i = 0; i < 4; ++i) c[j][i] = 0.0f;
 #pragma unroll
     for (int k = 0; k < DK / 32; ++k) {
-      const unsigned heads_at = q + lane % 16 * k_bytes + k / 2 * 128;
-      std::uint32_t even[4], odd[4];
-      load_matrices(even, heads_at + ((k % 2 * 4 + lane / 16) ^ row) * 16);
-      load_matrices(odd, heads_at + ((k % 2 * 4 + 2 + lane / 16) ^ row) * 16);
+      const uint4 even = q[2 * k * 32 + lane], odd = q[(2 * k + 1) * 32 + lane];
       const unsigned at = slot + row * k_bytes + k / 2 * 128 + ((k % 2 * 4 + piece) ^ row) * 16;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         std::uint32_t b[4];
         load_matrices(b, at + j * 8 * k_bytes);
-        mma(c[j], even[0], even[1], even[2], even[3], b[0], b[1], T{});
-        mma(c[j], odd[0], odd[1], odd[2], odd[3], b[2], b[3], T{});
+        mma(c[j], even.x, even.y, even.z, even.w, b[0], b[1], T{});
+        mma(c[j], odd.x, odd.y, odd.z, odd.w, b[2], b[3], T{});
       }
     }
   }
