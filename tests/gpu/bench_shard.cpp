@@ -1,11 +1,11 @@
 // One rank's share of a sharded decode step, attention only, without the exchanges: microseconds by layout, stage by
-// stage and in the launches of ShardedStep (one rank: at once), attend_cmp and attend_sel alone, the floor of
-// attend_cmp's bytes at 4.3 TB/s.
+// stage and in the launches of ShardedStep (one rank: at once), attend_cmp and each of those launches alone, the floor
+// of attend_cmp's bytes at 4.3 TB/s.
 //
 // What the other ranks would send is there once (this rank's own, copied to every place), so the launches do all their
 // work on numbers of the right kind. Graphs of 16 steps over so many sets of caches that each has left the L2 before it
 // comes round again; medians of replays.
-// Usage: bench_shard [batch context heads kv]   one row alone
+// Usage: bench_shard [batch context heads kv]   those rows alone; 0: any
 
 #include <algorithm>
 #include <cstdio>
@@ -45,7 +45,24 @@ class Share {
   Share(const Backend& backend, const Row& row);
   void stages(const Caches& c);
   void at_once(const Caches& c);
-  void alone(Branch branch, const Caches& c) { attend(branch, c); }
+  void cmp_alone(const Caches& c) { attend(cmp, c); }
+  void open(const Caches& c) { b.kernels->sharded->open(shard_args(c), stream); }
+  void rank(const Caches& c) { b.kernels->rank(rank_args(c), stream); }
+  void weigh(const Caches& c) { b.kernels->sharded->weigh(shard_args(c), stream); }
+  void select(const Caches&) {
+    if (kv > 1) b.kernels->select({s, tile, candidates, kv, selected}, stream);
+  }
+  void sel_alone(const Caches& c) {
+    AttendArgs a = attend_args(sel, c);
+    if (kv > 1) a.out = weighted_sel(partials, s, tile.rows());
+    b.kernels->attend[sel][0].run(a, stream);
+  }
+  void combine(const Caches& c) {
+    if (kv > 1)
+      b.kernels->sharded->combine(shard_args(c), stream);
+    else
+      b.kernels->combine(combine_args(), stream);
+  }
   double measure(const std::function<void(Share&, const Caches&)>& step);
   double cmp_bytes = 0;
 
@@ -63,9 +80,7 @@ class Share {
   }
   RankArgs rank_args(const Caches& c) const;
   CombineArgs combine_args() const;
-  void select() const {
-    if (kv > 1) b.kernels->select({s, tile, candidates, kv, selected}, stream);
-  }
+  DecodeShardArgs shard_args(const Caches& c) const;
 
   const Backend& b;
   MemoryAccount account_;
@@ -206,11 +221,21 @@ CombineArgs Share::combine_args() const {
   return a;
 }
 
+DecodeShardArgs Share::shard_args(const Caches& c) const {
+  DecodeShardArgs a;
+  for (const Branch branch : {cmp, win}) a.attend[branch] = attend_args(branch, c);
+  a.lse_all = lse;
+  a.weighted = partials;
+  a.gathered = partials;
+  a.combine = combine_args();
+  return a;
+}
+
 void Share::stages(const Caches& c) {
   attend(cmp, c);
   attend(win, c);
-  b.kernels->rank(rank_args(c), stream);
-  select();
+  rank(c);
+  select(c);
   attend(sel, c);
   b.kernels->combine(combine_args(), stream);
 }
@@ -219,20 +244,12 @@ void Share::at_once(const Caches& c) {
   if (kv == 1)
     return b.kernels->decode_step(
         {{attend_args(cmp, c), attend_args(sel, c), attend_args(win, c)}, rank_args(c), combine_args()}, stream);
-  DecodeShardArgs a;
-  for (const Branch branch : {cmp, win}) a.attend[branch] = attend_args(branch, c);
-  a.lse_all = lse;
-  a.weighted = partials;
-  a.gathered = partials;
-  a.combine = combine_args();
-  b.kernels->sharded->open(a, stream);
-  b.kernels->rank(rank_args(c), stream);
-  b.kernels->sharded->weigh(a, stream);
-  select();
-  AttendArgs chosen = attend_args(sel, c);
-  chosen.out = weighted_sel(partials, s, tile.rows());
-  b.kernels->attend[sel][0].run(chosen, stream);
-  b.kernels->sharded->combine(a, stream);
+  open(c);
+  rank(c);
+  weigh(c);
+  select(c);
+  sel_alone(c);
+  combine(c);
 }
 
 double Share::measure(const std::function<void(Share&, const Caches&)>& step) {
@@ -267,25 +284,43 @@ double Share::measure(const std::function<void(Share&, const Caches&)>& step) {
   return 1e6 * seconds[replays / 2];
 }
 
+struct Column {
+  const char* name;
+  void (Share::*run)(const Caches&);
+  bool of_shards;  // only where ranks share the sequences
+};
+constexpr Column columns[] = {
+    {"by stages", &Share::stages, false}, {"at once", &Share::at_once, false}, {"cmp", &Share::cmp_alone, false},
+    {"open", &Share::open, true},         {"rank", &Share::rank, false},       {"weigh", &Share::weigh, true},
+    {"select", &Share::select, true},     {"sel", &Share::sel_alone, false},   {"combine", &Share::combine, false}};
+
+bool is_wanted(const Row& row, int argc, char** argv) {
+  if (argc != 5) return true;
+  const std::int64_t of_row[] = {row.batch, row.context, row.heads, row.kv};
+  for (int i = 0; i < 4; ++i)
+    if (const std::int64_t wanted = std::atoll(argv[i + 1]); wanted != 0 && wanted != of_row[i]) return false;
+  return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const Backend backend = open_cuda(0);
-  std::printf("64 heads, 4 groups, D = 128, bf16; us of one rank, without exchanges\n%14s %10s %10s %8s %8s %8s %8s\n",
-              "batch x ctx", "heads x kv", "by stages", "at once", "cmp", "sel", "floor");
+  std::printf("64 heads, 4 groups, D = 128, bf16; us of one rank, without exchanges\n%13s %10s", "batch x ctx",
+              "heads x kv");
+  for (const Column& column : columns) std::printf(" %9s", column.name);
+  std::printf(" %9s\n", "floor");
   for (const Row& row : table) {
-    if (argc == 5 && (row.batch != std::atoi(argv[1]) || row.context != std::atoll(argv[2]) ||
-                      row.heads != std::atoi(argv[3]) || row.kv != std::atoi(argv[4])))
-      continue;
+    if (!is_wanted(row, argc, argv)) continue;
     Share share(backend, row);
-    using Step = std::function<void(Share&, const Caches&)>;
-    const Step by_stages = [](auto&x, auto&c) { x.stages(c); }, joined = [](auto&x, auto&c) { x.at_once(c); },
-               of_cmp = [](auto&x, auto&c) { x.alone(cmp, c); }, of_sel = [](auto&x, auto&c) { x.alone(sel, c); };
-    const double stages = share.measure(by_stages), once = share.measure(joined), cmp_alone = share.measure(of_cmp),
-                 sel_alone = share.measure(of_sel);
-    std::printf("%5d x %5lldK %6d x %d %10.1f %8.1f %8.1f %8.1f %8.1f\n", row.batch,
-                static_cast<long long>(row.context / 1024), row.heads, row.kv, stages, once, cmp_alone, sel_alone,
-                share.cmp_bytes / floor_rate * 1e6);
+    std::printf("%4d x %5lldK %6d x %d", row.batch, static_cast<long long>(row.context / 1024), row.heads, row.kv);
+    for (const Column& column : columns) {
+      if (column.of_shards && row.kv == 1)
+        std::printf(" %9s", "-");
+      else
+        std::printf(" %9.1f", share.measure([&](Share& of, const Caches& c) { (of.*column.run)(c); }));
+    }
+    std::printf(" %9.1f\n", share.cmp_bytes / floor_rate * 1e6);
     std::fflush(stdout);
   }
 }
