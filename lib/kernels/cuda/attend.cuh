@@ -59,6 +59,18 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
+/// Its two halves: a thread may do something between them that needs no other CTA.
+__device__ __forceinline__ void cluster_arrive() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
 /// Where CTA `rank` of the cluster has what this one has at `mine` in shared memory.
 template <class V>
 __device__ __forceinline__ V* in_cta(V* mine, int rank) {

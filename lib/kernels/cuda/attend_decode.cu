@@ -147,7 +147,7 @@ __device__ __forceinline__ Unit Cta<T, DK, DV, B>::rows_from(std::int64_t begin,
   if (map.ring > 0 || map.chunk == INT64_MAX) return {begin, count, 0, begin};
   const std::int64_t c = chunk_of(map, begin), row = row_in_chunk(map, c, begin);
   if (map.rank == all_ranks) return {row, count, owner_of_chunk(map, c), begin};
-  return {row, has_chunk(map, c) ? count : 0, 0, row};
+  return {row, has_chunk(map, c) ? count : 0, 0, score_column(map, c, begin)};
 }
 
 template <class T, int DK, int DV, Branch B>
@@ -328,7 +328,7 @@ __device__ void Cta<T, DK, DV, B>::score_halos() const {
     const std::int64_t c = leaf_at(map, u), begin = c * map.chunk - before;
     if (c == 0) continue;
     const std::int64_t from = row_in_chunk(map, c, begin);
-    const Unit halo{from, at_most(n - begin, before), 0, from};
+    const Unit halo{from, at_most(n - begin, before), 0, score_column(map, c, begin)};
     for (int at = 0; at < halo.count; at += step_tokens) {
       float scores[2][4];
       score(halo, at, load_keys<T, DK>(k + (halo.row + at) * DK, halo.count - at), scores);

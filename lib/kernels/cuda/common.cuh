@@ -154,25 +154,35 @@ __device__ __forceinline__ MaxSum merge(MaxSum a, MaxSum b) {
   return {m, a.s * exp_above(a.m, m) + b.s * exp_above(b.m, m)};
 }
 
-/// Column of compressed token i, seen from chunk c, in the raw scores: its memory row, so that halo copies have
-/// a place of their own; the global index where the buffer holds everybody's rows.
+/// The raw scores of a rank's own chunks: every chunk begins at a whole sector of 8 columns, and so do the rows in
+/// front of it, which end where the chunk begins. A sector that only part of the warps' stores fill costs more than one
+/// that is written at once.
+constexpr __host__ __device__ std::int64_t whole_sectors(std::int64_t columns) { return (columns + 7) / 8 * 8; }
+__host__ __device__ inline std::int64_t score_front(const RowMap& map) { return whole_sectors(map.before); }
+__host__ __device__ inline std::int64_t score_stride(const RowMap& map) {
+  return score_front(map) + whole_sectors(map.chunk);
+}
+/// Whether columns are counted chunk by chunk; else by token.
+__host__ __device__ inline bool scores_by_chunk(const RowMap& map) {
+  return map.rank != all_ranks && map.chunk != INT64_MAX;
+}
+
+/// Column of compressed token i, seen from chunk c, in the raw scores: halo copies have a place of their own.
 __device__ __forceinline__ std::int64_t score_column(const RowMap& map, std::int64_t c, std::int64_t i) {
-  return map.rank == all_ranks ? i : row_in_chunk(map, c, i);
+  return scores_by_chunk(map) ? c / map.kv * score_stride(map) + score_front(map) + (i - c * map.chunk) : i;
 }
 
 /// Columns the raw scores of a tile take: enough for every token below `tokens` and the halos in front of chunks.
 inline std::int64_t score_columns(const RowMap& map, std::int64_t tokens) {
-  if (map.rank == all_ranks) return tokens;
+  if (!scores_by_chunk(map)) return tokens;
   const std::int64_t owned = owned_chunks(map, tokens + map.before, map.rank);
   if (owned == 0) return 0;
-  const std::int64_t last = (owned - 1) * map.kv + map.rank;
-  const std::int64_t begin = owned == 1 ? 0 : (owned - 1) * map.stride;
-  const std::int64_t rest = tokens - (last == 0 ? 0 : last * map.chunk);
-  return begin + map.before + (rest < 0 ? 0 : rest < map.chunk ? rest : map.chunk);
+  const std::int64_t rest = tokens - ((owned - 1) * map.kv + map.rank) * map.chunk;
+  return (owned - 1) * score_stride(map) + score_front(map) + (rest < 0 ? 0 : rest < map.chunk ? rest : map.chunk);
 }
 
-/// Floats between the score rows of two heads that hold so many columns: whole 16-byte vectors.
-inline std::int64_t padded_columns(std::int64_t columns) { return (columns + 3) / 4 * 4; }
+/// Floats between the score rows of two heads that hold so many columns: whole sectors.
+inline std::int64_t padded_columns(std::int64_t columns) { return whole_sectors(columns); }
 inline std::int64_t score_pitch(const RowMap& map, std::int64_t tokens) {
   return padded_columns(score_columns(map, tokens));
 }

@@ -37,8 +37,10 @@ bool decode_reads_map(Branch branch, const LayerShape& s, const RowMap& map) {
 
 std::int64_t decode_tiles(Branch branch, const LayerShape& s, const RowMap& map, std::int64_t positions) {
   const std::int64_t tokens = compressed_tokens(s.rules, positions - 1);
+  const std::int64_t window =
+      map.ring > 0 ? std::min<std::int64_t>(map.slot_end, map.ring) - map.slot_begin : s.rules.w;
   const std::int64_t units = branch == sel                         ? s.rules.n_sel
-                             : branch == win                       ? s.rules.w / window_unit + 2
+                             : branch == win                       ? window / window_unit + 2
                              : map.rank != all_ranks && map.kv > 1 ? owned_chunks(map, tokens + map.before, map.rank)
                                                                    : (tokens + s.leaf - 1) / s.leaf;
   return std::max<std::int64_t>(1, units) * tiles_per_unit(branch, s);
@@ -48,6 +50,11 @@ int decode_splits(std::int64_t lists, std::int64_t tiles) {
   if (lists > most_split_rows) return 1;
   const std::int64_t wanted = std::max<std::int64_t>(1, 2 * limits().units / lists);
   return static_cast<int>(std::min(wanted, (tiles + decode_warps - 1) / decode_warps));
+}
+
+bool decode_keeps_scores(const LayerShape& s, const QueryTile& tile, std::int64_t pitch) {
+  constexpr double kept_bytes = 40e6;  // of 50 MB (H100, H200), as in step.cu
+  return static_cast<double>(tile.rows() * s.heads() * pitch) * sizeof(float) <= kept_bytes;
 }
 
 void launch_decode(const DecodeParams& p, Stream* stream) {
@@ -97,6 +104,7 @@ void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
   if (branch == cmp) {
     p.scores = static_cast<float*>(a.scores);
     p.pitch = score_pitch(a.k.map, compressed_tokens(a.shape.rules, a.tile.max_positions - 1));
+    p.keeps_scores = decode_keeps_scores(p.shape, p.tile, p.pitch);
     p.scores_only = a.scores_only;
     p.most_tiles = tiles;
     p.lse = a.lse;

@@ -9,13 +9,15 @@ namespace nsa::gpu {
 constexpr int decode_warps = 4;  ///< of a CTA
 constexpr int decode_threads = 32 * decode_warps;
 
-/// One branch within a launch: CTAs [first_cta, first_cta + rows * groups * splits) of x.
+/// One branch within a launch: CTAs [first_cta, first_cta + rows * groups * ctas) of x. Of a list's `ctas` the last
+/// `splits` take it, the very last first: where units do not come out even, those have fewer of the other branch.
 struct DecodeJob {
   Branch branch;
   int splits, first_cta;
   KvView k, v;
   std::int64_t* reads;
   float* parts;  ///< [list][split][heads of a tile * (Dv + 2)]; list: (row, group, head tile)
+  int ctas = 0;  ///< more than `splits`, or 0: as many
 };
 
 /// What the last CTA of a list does: nothing (the parts stay); of cmp, merges the tiles' (m, sum) into `lse`; that, and
@@ -36,7 +38,8 @@ struct DecodeParams {
   float* scores;
   std::int64_t pitch;
   bool scores_only;
-  float2* leaves;  ///< (m, sum) by tile of 32 tokens: [list][most_tiles][heads of a head tile]
+  bool keeps_scores;  ///< in the L2, where K and V are not to drive them out
+  float2* leaves;     ///< (m, sum) by tile of 32 tokens: [list][most_tiles][heads of a head tile]
   std::int64_t most_tiles;
   float* lse;
   Partials out;  ///< end = merge
@@ -62,6 +65,9 @@ std::int64_t decode_tiles(Branch branch, const LayerShape& s, const RowMap& map,
 
 /// CTAs a list is split over, so that all lists together fill the SMs twice and no warp is without a tile.
 int decode_splits(std::int64_t lists, std::int64_t tiles);
+
+/// Whether the raw scores of all lists fit the L2 beside what passes through it until rank reads them.
+bool decode_keeps_scores(const LayerShape& s, const QueryTile& tile, std::int64_t pitch);
 
 /// Shapes that decode_accepts() takes; by type in files of their own.
 void launch_decode(const DecodeParams& p, Stream* stream);

@@ -32,7 +32,9 @@ struct Walk {
   Unit next;
   int ahead, slot, count;
   bool of_values, weighs;
-  unsigned ring;
+  unsigned ring, fronts;
+  bool has_fronts;  // the one row in front of a chunk comes with its first tile
+  std::uint64_t policy, scores_policy;
 
   __device__ __forceinline__ Walk(const DecodeParams& params, const DecodeJob& the_job, char* memory, int row_group,
                                   int the_split)
@@ -54,7 +56,11 @@ struct Walk {
     const std::int64_t plane = (p.tile.batch_begin + row) * s.groups + group;
     k = static_cast<const char*>(job.k.data) + plane * job.k.plane_stride * sizeof(T);
     v = static_cast<const char*>(job.v.data) + plane * job.v.plane_stride * sizeof(T);
+    policy = cache_policy(p.keeps_scores ? Keep::least : Keep::usual);
+    scores_policy = cache_policy(Keep::most);
     ring = shared_address(shared) + warp * Layout::ring_bytes;
+    fronts = shared_address(shared) + Layout::fronts + warp * Layout::slots * E::k_bytes;
+    has_fronts = B == cmp && shards_of(job.k.map) > 1 && job.k.map.before == 1;
     weighs = !(B == cmp && p.scores_only);
     step = job.splits * decode_warps;
     ahead = first();
@@ -69,25 +75,34 @@ struct Walk {
   }
 
   __device__ __forceinline__ int first() const { return split * decode_warps + warp; }
-  __device__ __forceinline__ void find_next() {  // `ahead` or the first tile behind it that has tokens
+  // Tile i is its chunk's first, and not the sequence's. A chunk may have that row and no token yet.
+  __device__ __forceinline__ bool has_front(int i) const {
+    return has_fronts && (tiles.per_unit == 2 ? i % 2 : i % tiles.per_unit) == 0 && (i > 0 || job.k.map.rank > 0);
+  }
+  __device__ __forceinline__ void find_next() {  // `ahead` or the first tile behind it that has something to read
     for (; ahead < tiles.count; ahead += step) {
       next = tiles(ahead);
-      if (next.count > 0) break;
+      if (next.count > 0 || has_front(ahead)) break;
     }
   }
 
-  // Queues what comes next into the slot that is free now.
-  __device__ __forceinline__ void feed(unsigned to) {
+  template <int RowBytes>
+  __device__ __forceinline__ void copy(unsigned to, const char* plane, const KvView& view) const {
+    const char* from = plane + next.owner * view.rank_stride * sizeof(T) + next.row * RowBytes;
+    copy_slot<RowBytes>(to, from, next.count, policy);
+  }
+  // Queues what comes next into a slot that is free now.
+  __device__ __forceinline__ void feed(int which) {
+    const unsigned to = ring + which * Layout::slot_bytes;
     if (ahead < tiles.count) {
+      if (!of_values && has_front(ahead))
+        copy_row<E::k_bytes>(fronts + which * E::k_bytes, k + (next.row - 1) * E::k_bytes);
       if (E::k_bytes == E::v_bytes)
-        copy_slot<E::k_bytes>(to,
-                              (of_values ? v : k) + next.owner * (of_values ? job.v : job.k).rank_stride * sizeof(T) +
-                                  next.row * E::k_bytes,
-                              next.count);
+        copy<E::k_bytes>(to, of_values ? v : k, of_values ? job.v : job.k);
       else if (of_values)
-        copy_slot<E::v_bytes>(to, v + next.owner * job.v.rank_stride * sizeof(T) + next.row * E::v_bytes, next.count);
+        copy<E::v_bytes>(to, v, job.v);
       else
-        copy_slot<E::k_bytes>(to, k + next.owner * job.k.rank_stride * sizeof(T) + next.row * E::k_bytes, next.count);
+        copy<E::k_bytes>(to, k, job.k);
       of_values = weighs && !of_values;
       if (!of_values) {
         ahead += step;
@@ -98,21 +113,20 @@ struct Walk {
   }
   __device__ __forceinline__ void start() {
 #pragma unroll 1
-    for (int i = 0; i < Layout::slots; ++i) feed(ring + i * Layout::slot_bytes);
+    for (int i = 0; i < Layout::slots; ++i) feed(i);
   }
   // The slot filled longest ago, whole; then it goes back.
   template <class Use>
   __device__ __forceinline__ void take(Use use) {
     wait_copies<Layout::slots - 1>();
-    const unsigned now = ring + slot * Layout::slot_bytes;
-    use(now);
+    use(ring + slot * Layout::slot_bytes);
     __syncwarp();
-    feed(now);
+    feed(slot);
     slot = slot + 1 == Layout::slots ? 0 : slot + 1;
   }
 
   __device__ __forceinline__ ScoreRows scores_at(std::int64_t column) const {
-    return {p.scores + head0 * p.pitch + column, p.pitch};
+    return {p.scores + head0 * p.pitch + column, p.pitch, p.keeps_scores, scores_policy};
   }
 
   __device__ __forceinline__ void walk(E& e) {
@@ -120,11 +134,14 @@ struct Walk {
     for (int i = first(); i < tiles.count; i += step) {
       const Unit now = tiles(i);
       float2* sums = B == cmp ? p.leaves + (list * p.most_tiles + i) * E::heads : nullptr;
-      if (now.count <= 0) {
+      if (now.count <= 0 && !has_front(i)) {
         if (B == cmp && threadIdx.x % 32 < E::heads) sums[threadIdx.x % 32] = make_float2(lowest, 0.0f);
         continue;
       }
-      take([&](unsigned from) { e.scores(from); });
+      take([&](unsigned from) {
+        if (has_front(i)) e.put_front(scores_at(now.column), fronts + slot * E::k_bytes, present);
+        e.scores(from);
+      });
       e.scale();
       if constexpr (B == cmp) e.put_scores(scores_at(now.column), now.count, present);
       e.soften(now.count);
@@ -134,13 +151,13 @@ struct Walk {
     }
   }
 
-  // Copies in front of a chunk: scored for its first block, neither attended nor counted.
+  // Copies in front of a chunk, where they are several: scored for its first block, neither attended nor counted.
   __device__ __forceinline__ void score_halos(E& e) {
     const RowMap& map = job.k.map;
     for (int i = first(); i < tiles.count / tiles.per_unit; i += step) {
       const std::int64_t c = leaf_at(map, i), begin = c * map.chunk - map.before;
       if (c == 0) continue;
-      const std::int64_t from = row_in_chunk(map, c, begin);
+      const std::int64_t from = row_in_chunk(map, c, begin), column = score_column(map, c, begin);
       const int rows = at_most(tiles.n - begin, map.before);
       for (int at = 0; at < rows; at += tile_rows) {
         const int here = min(tile_rows, rows - at);
@@ -150,7 +167,7 @@ struct Walk {
         wait_copies<0>();
         e.scores(ring);
         e.scale();
-        e.put_scores(scores_at(from + at), here, present);
+        e.put_scores(scores_at(column + at), here, present);
       }
     }
   }
@@ -264,7 +281,9 @@ struct Walk {
 template <class E, Branch B>
 __device__ __forceinline__ void run(const DecodeParams& p, const DecodeJob& job, char* shared, int at, bool first) {
   using Layout = DecodeLayout<E>;
-  Walk<E, B> walk(p, job, shared, at / job.splits, at % job.splits);
+  const bool some = job.ctas > job.splits;
+  const int ctas = some ? job.ctas : job.splits, split = some ? ctas - 1 - at % ctas : at % ctas;
+  Walk<E, B> walk(p, job, shared, at / ctas, split);
   if (first)  // the jobs of a CTA have their queries in common
     E::fill_queries(shared + Layout::queries,
                     static_cast<const typename E::Type*>(p.q) + std::int64_t{walk.head0} * E::d_k, walk.present,
@@ -273,10 +292,10 @@ __device__ __forceinline__ void run(const DecodeParams& p, const DecodeJob& job,
   __syncthreads();
   E engine(shared + Layout::queries, shared + Layout::weights + walk.warp * E::weight_bytes);
   walk.walk(engine);
+  if (B == cmp && shards_of(job.k.map) > 1 && job.k.map.before > 1) walk.score_halos(engine);
   if (threadIdx.x % 32 == 0 && blockIdx.y == 0 && walk.count > 0)
     atomicAdd(reinterpret_cast<unsigned long long*>(job.reads) + walk.row * p.shape.groups + walk.group,
               static_cast<unsigned long long>(walk.count));
-  if (B == cmp && shards_of(job.k.map) > 1 && job.k.map.before > 0) walk.score_halos(engine);
   if (walk.weighs || p.end == DecodeEnd::merge) walk.put_part(engine);
   walk.finish();
   __syncthreads();
@@ -291,7 +310,8 @@ __global__ void __launch_bounds__(decode_threads, E::ctas) decode_kernel(const _
   for (int i = 0; i < p.job_count; ++i) {
     const DecodeJob& job = p.jobs[i];
     const int at = static_cast<int>(blockIdx.x) - job.first_cta;
-    if (at < 0 || at >= row_groups * job.splits) continue;
+    if (at < 0 || at >= row_groups * max(job.ctas, job.splits)) continue;
+    if (job.ctas - 1 - at % max(job.ctas, 1) >= job.splits) continue;
     if (job.branch == cmp)
       run<E, cmp>(p, job, shared, at, first);
     else if (job.branch == sel)
@@ -306,7 +326,8 @@ template <class E>
 void launch_engine(const DecodeParams& p, Stream* stream) {
   int ctas = 0;
   for (int i = 0; i < p.job_count; ++i)
-    ctas = std::max(ctas, p.jobs[i].first_cta + static_cast<int>(p.tile.rows()) * p.shape.groups * p.jobs[i].splits);
+    ctas = std::max(ctas, p.jobs[i].first_cta + static_cast<int>(p.tile.rows()) * p.shape.groups *
+                                                    std::max(p.jobs[i].ctas, p.jobs[i].splits));
   launch_early(decode_kernel<E>, dim3(ctas, p.head_tiles), decode_threads, DecodeLayout<E>::bytes(p.shape), stream, 1,
                p);
 }

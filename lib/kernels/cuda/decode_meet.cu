@@ -2,8 +2,8 @@
 //
 // Bytes: the parts, lists * splits * 16 * (Dv + 2) * 4, at most 264 parts of 8 KB (Dv = 128) or one a list; of long
 // lists the tiles' (m, sum), 128 bytes for every 32 compressed tokens, once. Both from L2. Bound: a few L2 latencies.
-// Tiling: lanes: a thread a (list, lane, head), eight tiles under way; parts: a CTA a (list, head), splits dealt to its
-// warps, a lane four columns, warps met in shared memory.
+// Tiling: lanes: a warp a (list, lane, four heads), eight leaves side by side; parts: a CTA a (list, head), splits
+// dealt to its warps, a lane four columns, warps met in shared memory.
 //
 // A lane is formed in the same order and with the same roundings as by a list's last CTA (decode_kernel.cuh), so that
 // it does not matter which of the two a layout takes.
@@ -60,35 +60,50 @@ struct Part {
   }
 };
 
-// The item-th (list, lane, head): its leaves by rising leaf, a leaf's tiles by rising tile.
+// The item-th (list, lane, quad of heads): its leaves by rising leaf, a leaf's tiles by rising tile. A warp: of eight
+// leaves one each, whose sums then go into the lane one after the other. What is not there changes no sum.
 __device__ void merge_lane(const DecodeMeeting& m, const DecodeJob& job, int heads, int item) {
   const DecodeParams& p = m.walk;
   const LayerShape& s = p.shape;
-  const int slots = s.lanes / shards_of(job.k.map), slot = item / heads % slots;
-  const ListHead at = head_of(p, heads, item / heads / slots, item % heads);
-  if (at.row_group >= p.tile.rows() * s.groups || !at.present) return;
+  const int slots = s.lanes / shards_of(job.k.map), quads = heads / 4, thread = threadIdx.x % 32, mine = thread / 4;
+  const int slot = item / quads % slots;
+  const ListHead at = head_of(p, heads, item / quads / slots, item % quads * 4 + thread % 4);
+  if (at.row_group >= p.tile.rows() * s.groups) return;
   const Tiles<cmp> tiles(s, job.k.map, *p.tile.first_position);
   const int per_leaf = tiles.per_unit, leaves = tiles.count / per_leaf;
-  const int mine = leaves > slot ? (leaves - slot - 1) / slots + 1 : 0, count = mine * per_leaf;
   const float2* sums = p.leaves + at.list * p.most_tiles * heads + at.head;
-  Sum2 lane, leaf;
-  int next_leaf = slot, next_tile = 0, merged = 0;
-  for (int i0 = 0; i0 < count; i0 += 8) {
-    float2 x[8];
+  constexpr int rounds = 4;  // under way
+  Sum2 lane;
+#pragma unroll 1
+  for (int first = slot; first < leaves; first += rounds * 8 * slots) {
+    Sum2 leaf[rounds];
+#pragma unroll 1
+    for (int tile = 0; tile < per_leaf; tile += 2) {
+      float2 x[rounds][2];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i0 + i >= count) break;
-      x[i] = __ldcg(sums + (next_leaf * per_leaf + next_tile) * heads);
-      if (++next_tile == per_leaf) next_tile = 0, next_leaf += slots;
+      for (int i = 0; i < rounds; ++i) {
+        const int from = first + (i * 8 + mine) * slots;
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+          x[i][k] = from < leaves && tile + k < per_leaf ? __ldcg(sums + (from * per_leaf + tile + k) * heads)
+                                                         : make_float2(lowest, 0.0f);
+      }
+#pragma unroll
+      for (int i = 0; i < rounds; ++i)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) leaf[i] = merge2(leaf[i], {x[i][k].x, x[i][k].y});
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i0 + i >= count) break;
-      leaf = merge2(leaf, {x[i].x, x[i].y});
-      if (++merged == per_leaf) lane = merge2(lane, leaf), leaf = {}, merged = 0;
+    for (int i = 0; i < rounds; ++i) {
+      if (first + i * 8 * slots >= leaves) break;
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        lane = merge2(lane, {__shfl_sync(0xffffffffu, leaf[i].m, j * 4 + thread % 4),
+                             __shfl_sync(0xffffffffu, leaf[i].s, j * 4 + thread % 4)});
     }
   }
-  reinterpret_cast<float2*>(p.lse)[slot * (p.tile.rows() * s.heads()) + at.row_head] = natural(lane);
+  if (mine == 0 && at.present)
+    reinterpret_cast<float2*>(p.lse)[slot * (p.tile.rows() * s.heads()) + at.row_head] = natural(lane);
 }
 
 // The item-th (list, head) of the job: (m, sum) of its parts.
@@ -165,7 +180,7 @@ __global__ void __launch_bounds__(threads)
   int at = static_cast<int>(blockIdx.x);
   if (at < ctas.lanes) {
     for (int i = 0; i < m.walk.job_count; ++i)
-      if (m.walk.jobs[i].branch == cmp) merge_lane(m, m.walk.jobs[i], heads, at * threads + threadIdx.x);
+      if (m.walk.jobs[i].branch == cmp) merge_lane(m, m.walk.jobs[i], heads, at * warps + threadIdx.x / 32);
     return;
   }
   at -= ctas.lanes;
@@ -248,7 +263,7 @@ void launch_meeting(const DecodeMeeting& m, Stream* stream) {
   for (int i = 0; i < m.walk.job_count; ++i) {
     const DecodeJob& job = m.walk.jobs[i];
     if (job.branch == cmp && m.lanes)
-      ctas.lanes = ctas_for(lists * heads * (s.lanes / (job.k.map.rank == all_ranks ? 1 : job.k.map.kv)));
+      ctas.lanes = ctas_for(lists * heads * 8 * (s.lanes / (job.k.map.rank == all_ranks ? 1 : job.k.map.kv)));
     if (job.branch == win && m.sums) ctas.sums = ctas_for(lists * heads);
     if (m.out[i].o) ctas.heads[i] = static_cast<int>(lists * heads);
   }

@@ -31,22 +31,25 @@ DecodeParams walk_of(const DecodeShardArgs& a) {
   p.end = DecodeEnd::parts;
   p.scores = static_cast<float*>(of_cmp.scores);
   p.pitch = score_pitch(of_cmp.k.map, compressed_tokens(s.rules, tile.max_positions - 1));
+  p.keeps_scores = decode_keeps_scores(s, tile, p.pitch);
   p.scores_only = of_cmp.scores_only;
   p.most_tiles = decode_tiles(cmp, s, of_cmp.k.map, tile.max_positions);
   p.lse = of_cmp.lse;
   p.leaves = static_cast<float2*>(of_cmp.scratch);
   const int cmp_splits = decode_splits(lists, p.most_tiles);
-  // Where cmp alone fills the GPU every CTA takes a share of win too, so that all end together.
+  // Where cmp alone fills the GPU some of its CTAs take win too.
   const bool together = lists * cmp_splits > limits().units;
-  const int win_splits = decode_splits(lists, decode_tiles(win, s, of_win.k.map, tile.max_positions));
+  const int win_splits = std::min(decode_splits(lists, decode_tiles(win, s, of_win.k.map, tile.max_positions)),
+                                  together ? cmp_splits : most_split_rows);
   if (!a.combine.leave_out[win])
     p.jobs[p.job_count++] = {win,
-                             together ? cmp_splits : win_splits,
+                             win_splits,
                              together ? 0 : static_cast<int>(tile.rows()) * s.groups * cmp_splits,
                              of_win.k,
                              of_win.v,
                              of_win.reads,
-                             static_cast<float*>(of_win.scratch)};
+                             static_cast<float*>(of_win.scratch),
+                             together ? cmp_splits : 0};
   p.jobs[p.job_count++] = {cmp,
                            cmp_splits,
                            0,

@@ -41,6 +41,15 @@ std::int64_t span_columns(const LayerShape& s, const QueryTile& tile) {
   return std::min<std::int64_t>(s.rules.w + std::min(tile.tokens, span_rows) - 1, tile.max_positions);
 }
 
+/// Memory rows of a rank's own chunks, halos with them, or of the tokens where they are not cut.
+std::int64_t rows_of(const RowMap& map, std::int64_t tokens) {
+  if (!scores_by_chunk(map)) return tokens;
+  const std::int64_t owned = owned_chunks(map, tokens + map.before, map.rank);
+  if (owned == 0) return 0;
+  const std::int64_t rest = tokens - ((owned - 1) * map.kv + map.rank) * map.chunk;
+  return (owned - 1) * map.stride + map.before + std::clamp<std::int64_t>(rest, 0, map.chunk);
+}
+
 /// The compressed scores go where rank finds them, unless rank forms its own.
 bool leaves_scores(Branch branch, const QueryTile& tile) { return branch == cmp && !tile.rescores; }
 
@@ -85,7 +94,7 @@ void choose_source(Dense& p) {
     p.columns = tokens_of(B, s, tile);
   } else {
     p.source = Source::in_place;
-    p.columns = score_columns(map, tokens_of(B, s, tile));
+    p.columns = rows_of(map, tokens_of(B, s, tile));
   }
   p.weight_ld = padded_weights(p.columns);
 }
@@ -118,6 +127,7 @@ void multiply_job(const Dense& p, Stream* stream) {
   else
     multiply(s.dtype, qk, stream);
   weigh(B, p, stream);
+  if (leaves_scores(B, p.a.tile) && scores_by_chunk(p.a.k.map)) spread_scores(p, stream);
   if (p.a.scores_only) return;
   pv.n = s.d_v;
   pv.a = p.weights;

@@ -36,4 +36,7 @@ void gather(const Dense& p, std::int64_t matrices, Stream* stream);
 /// The job's scores to weights relative to their maximum, and what is left of their sums.
 void weigh(Branch branch, const Dense& p, Stream* stream);
 
+/// The job's compressed scores from memory rows to the columns rank finds them in (score_column).
+void spread_scores(const Dense& p, Stream* stream);
+
 }  // namespace nsa::gpu

@@ -223,6 +223,20 @@ __global__ void __launch_bounds__(threads) soften(const __grid_constant__ Dense 
     write_sum(p.a.out.ms + (r * s.heads() + head) * 2, total);
 }
 
+// A CTA a (row, head). In place: no column lies before its memory row, so from the last row to the first.
+__global__ void __launch_bounds__(threads) spread(const __grid_constant__ Dense p) {
+  float* scores = p.scores + blockIdx.x * p.score_row + blockIdx.y * p.score_ld;
+  const RowMap& map = p.a.k.map;
+  for (std::int64_t first = (p.columns - 1) / threads * threads; first >= 0; first -= threads) {
+    const std::int64_t i = first + threadIdx.x;
+    const float score = i < p.columns ? scores[i] : 0.0f;
+    __syncthreads();
+    if (i < p.columns)
+      scores[i / map.stride * score_stride(map) + score_front(map) - map.before + i % map.stride] = score;
+    __syncthreads();
+  }
+}
+
 template <Branch B>
 void weigh_branch(const Dense& p, Stream* stream) {
   const LayerShape& s = p.a.shape;
@@ -247,6 +261,11 @@ void gather(const Dense& p, std::int64_t matrices, Stream* stream) {
   else
     pack<unsigned short><<<grid, threads, 0, cuda(stream)>>>(p, storage);
   check_launch("pack");
+}
+
+void spread_scores(const Dense& p, Stream* stream) {
+  spread<<<dim3(static_cast<unsigned>(p.count), p.a.shape.heads_per_group), threads, 0, cuda(stream)>>>(p);
+  check_launch("spread");
 }
 
 void weigh(Branch branch, const Dense& p, Stream* stream) {

@@ -20,7 +20,8 @@ namespace nsa::gpu {
 
 static_assert(tile_rows == slot_rows);
 
-/// Shared memory of a CTA: the warps' rings, the queries, the weights of scalar warps, the chosen blocks behind them.
+/// Shared memory of a CTA: the warps' rings, the queries, the weights of scalar warps, rows in front of tiles, the
+/// chosen blocks behind them.
 /// When the rings are empty, o of every warp [heads][d_v + 8] and (m, sum) lie in their place.
 template <class E>
 struct DecodeLayout {
@@ -28,7 +29,8 @@ struct DecodeLayout {
   static constexpr int slots = std::max(2, (24 << 10) / slot_bytes);
   static constexpr int ring_bytes = slots * slot_bytes;
   static constexpr int queries = decode_warps * ring_bytes, weights = queries + E::query_bytes,
-                       blocks = weights + decode_warps * E::weight_bytes;
+                       fronts = weights + decode_warps * E::weight_bytes,  // [warp][slot], a row of K each
+      blocks = fronts + decode_warps * slots * E::k_bytes;
   static constexpr int merge_bytes = decode_warps * E::heads * (E::d_v + 8 + 2) * 4;
   static_assert(merge_bytes <= queries);
   static std::size_t bytes(const LayerShape& s) { return blocks + s.rules.n_sel * sizeof(std::int32_t); }
@@ -150,6 +152,26 @@ struct TensorCores {
         if (token + 1 < rows) at[1] = y;
       });
   }
+  /// Scaled scores of the row in front of the tile, which lies at `row` unswizzled: the last of the 8 columns before
+  /// the tile's, the others are zero.
+  __device__ __forceinline__ void put_front(ScoreRows to, unsigned row, int present) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4;
+    float f[4] = {};  // every column the same
+#pragma unroll
+    for (int k = 0; k < DK / 32; ++k) {
+      const uint4 even = q[2 * k * 32 + lane], odd = q[(2 * k + 1) * 32 + lane];
+      std::uint32_t b[4];
+      load_matrices(b, row + (k * 4 + lane / 8) * 16);
+      mma(f, even.x, even.y, even.z, even.w, b[0], b[1], T{});
+      mma(f, odd.x, odd.y, odd.z, odd.w, b[2], b[3], T{});
+    }
+    const float factor = log2_e / sqrtf(static_cast<float>(DK));
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (g + half * 8 < present)
+        put_pair(to, to.first + (g + half * 8) * to.pitch + quad * 2 - 8, 0.0f,
+                 quad == 3 ? __fmul_rn(f[half * 2], factor) : 0.0f);
+  }
   /// Scaled scores to weights; those past the tile's tokens are 0.
   __device__ __forceinline__ void soften(int rows) {
     const int quad = threadIdx.x % 4;
@@ -270,10 +292,7 @@ struct Scalars {
     for (int piece = 0; piece < DK / 4; ++piece) {
       const float4 k = load(slot + lane * k_bytes + piece / 8 * 128 + ((piece ^ lane) % 8) * 16);
 #pragma unroll
-      for (int h = 0; h < heads; ++h) {
-        const float4 x = q[h * (DK / 4) + piece];
-        sum[h] = __fmaf_rn(x.w, k.w, __fmaf_rn(x.z, k.z, __fmaf_rn(x.y, k.y, __fmaf_rn(x.x, k.x, sum[h]))));
-      }
+      for (int h = 0; h < heads; ++h) sum[h] = added(sum[h], q[h * (DK / 4) + piece], k);
     }
 #pragma unroll
     for (int h = 0; h < heads; ++h) c[h] = sum[h];
@@ -289,6 +308,20 @@ struct Scalars {
 #pragma unroll
     for (int h = 0; h < heads; ++h)
       if (token < rows && h < present) to.first[h * to.pitch + token] = c[h];
+  }
+  __device__ __forceinline__ void put_front(ScoreRows to, unsigned row, int present) const {
+    const int lane = threadIdx.x % 32;
+    float sum[heads] = {};
+#pragma unroll 8
+    for (int piece = 0; piece < DK / 4; ++piece) {
+      const float4 k = load(row + piece * 16);
+#pragma unroll
+      for (int h = 0; h < heads; ++h) sum[h] = added(sum[h], q[h * (DK / 4) + piece], k);
+    }
+    const float factor = log2_e / sqrtf(static_cast<float>(DK));
+#pragma unroll
+    for (int h = 0; h < heads; ++h)
+      if (lane < 8 && h < present) to.first[h * to.pitch + lane - 8] = lane == 7 ? __fmul_rn(sum[h], factor) : 0.0f;
   }
   __device__ __forceinline__ void soften(int rows) {
     const int lane = threadIdx.x % 32;
@@ -349,6 +382,9 @@ struct Scalars {
   }
 
  private:
+  static __device__ __forceinline__ float added(float sum, float4 x, float4 k) {
+    return __fmaf_rn(x.w, k.w, __fmaf_rn(x.z, k.z, __fmaf_rn(x.y, k.y, __fmaf_rn(x.x, k.x, sum))));
+  }
   static __device__ __forceinline__ void put_sums(float2* to, const Sum2 (&sums)[heads]) {
     if (threadIdx.x % 32 == 0)
 #pragma unroll

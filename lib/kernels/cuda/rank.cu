@@ -1,12 +1,13 @@
 // rank: importance of the selection blocks a rank holds, and the best n; select: the best n of all ranks' candidates.
 //
 // A cluster of up to 8 CTAs a (row, group), one where rows are many or the GPU has no clusters. The raw scores are read
-// once per overlapping block (1.25 times at the paper's geometry): 4 * 1.25 bytes a head and compressed token, from L2
-// where attend_cmp left them. Each CTA scores a slice of the blocks. Small slices: every CTA counts, key by key, how
-// many are better, and puts its best n into the first one's shared memory, which counts once more among those. Large
-// ones: all keys go to the first CTA's shared memory (scratch where they do not fit), where a radix selection of 4
-// passes finds the n-th largest and one ordered sweep collects. Bound: latency in decode, exponentials (one a head and
-// overlapping token) in prefill.
+// once, 4 bytes a head and compressed token, where the tokens of this rank's blocks lie column by column (it holds all,
+// or chunks with the tokens in front of them); else once per overlapping block (1.25 times at the paper's geometry).
+// They come from the L2 where attend_cmp left them. Each CTA scores a slice of the blocks. Small slices: every CTA
+// counts, key by key, how many are better, and puts its best n into the first one's shared memory, which counts once
+// more among those. Large ones: all keys go to the first CTA's shared memory (scratch where they do not fit), where a
+// radix selection of 4 passes finds the n-th largest and one ordered sweep collects. Bound: latency in decode,
+// exponentials (one a head and overlapping token) in prefill.
 
 #include <algorithm>
 
@@ -27,25 +28,53 @@ constexpr int most_counted(int n, int cluster) { return n <= 16 && cluster > 1 ?
 // Compressed tokens that overlap a block, at most.
 __host__ __device__ int tokens_per_block(const BlockRules& r) { return r.l_sel / r.d + (r.l - 1) / r.d; }
 
+// The columns of this rank's blocks where they are one run, a block's first overlapping token `ratio` columns behind
+// that of the block before it, or a chunk's first at the begin of its stride.
+struct Run {
+  bool present;
+  int stride;   // columns of a chunk
+  int offset;   // of the first block's first overlapping token: below 0 where nothing lies in front of it
+  int between;  // columns of a piece besides its own blocks', and that lie between two pieces
+};
+
 struct Params {
   RankArgs a;
   std::int64_t pitch;        // of the raw scores
   std::int64_t most_blocks;  // this rank's blocks below max_positions
-  std::int64_t per_chunk;    // blocks of a chunk
-  int piece;                 // blocks scored together, see score_blocks
+  int per_chunk;             // blocks of a chunk
+  int piece, together;       // blocks of a piece, pieces scored at once: see score_blocks
   int terms;                 // tokens a round of scoring has room for
   int key_words;             // room for keys in shared memory, in entries
   bool in_scratch;           // keys
   int cluster;               // CTAs of a list
   bool counted;              // slices are small
-  bool one_run;              // this rank has every block, column i is token i
+  Run run;
 };
 
 // The u-th block this rank holds.
-__device__ std::int64_t block_at(const Params& p, std::int64_t u) {
+__device__ int block_at(const Params& p, int u) {
   const RowMap& m = p.a.token_map;
   if (m.rank == all_ranks || m.kv == 1) return u;
   return (u / p.per_chunk * m.kv + m.rank) * p.per_chunk + u % p.per_chunk;
+}
+
+// Of the run, the column of the first token that overlaps the u-th block.
+__device__ int first_column(const Params& p, int u) {
+  return u / p.per_chunk * p.run.stride + u % p.per_chunk * (p.a.shape.rules.l_sel / p.a.shape.rules.d) + p.run.offset;
+}
+
+// Of the run, the columns that hold one of the n tokens: nothing lies in front of chunk 0, and n may end in the last.
+struct Columns {
+  int begin, end;
+};
+__device__ Columns written_columns(const Params& p, std::int64_t n) {
+  const RowMap& m = p.a.cmp_map;
+  if (m.chunk == INT64_MAX) return {0, static_cast<int>(n)};
+  const std::int64_t chunks = owned_chunks(m, n + m.before, m.rank);
+  if (chunks == 0) return {0, 0};
+  const std::int64_t left = n - ((chunks - 1) * m.kv + m.rank) * m.chunk, front = score_front(m);
+  return {static_cast<int>(m.rank == 0 ? front : front - m.before),
+          static_cast<int>((chunks - 1) * score_stride(m) + front + (left < m.chunk ? left : m.chunk))};
 }
 
 // Shared memory: normalisers [h], best [n], the slices' best [cluster * n], keys (entries of the slice where they are
@@ -91,75 +120,106 @@ __device__ void load_normalisers(const Params& p, std::int64_t row, std::int64_t
   }
 }
 
+// Calls add(score, normaliser) for the group's heads, heads rising; `Ahead` scores are asked for before one is used,
+// which the compiler does not do by itself. V: of one token, or of four side by side.
+template <class V, int Ahead, class Add>
+__device__ __forceinline__ void each_head(const Params& p, const float* scores, const float2* normaliser, Add add) {
+  const int heads = p.a.shape.heads_per_group;
+  int h = 0;
+#pragma unroll 1
+  for (; h + Ahead <= heads; h += Ahead) {
+    V x[Ahead];
+#pragma unroll
+    for (int i = 0; i < Ahead; ++i, scores += p.pitch) x[i] = *reinterpret_cast<const V*>(scores);
+#pragma unroll
+    for (int i = 0; i < Ahead; ++i) add(x[i], normaliser[h + i]);
+  }
+#pragma unroll 1
+  for (; h < heads; ++h, scores += p.pitch) add(*reinterpret_cast<const V*>(scores), normaliser[h]);
+}
+
 // Sum over the group's heads of p[i], heads rising.
 __device__ float token_probability(const Params& p, const float* scores, const float2* normaliser) {
   float sum = 0.0f;
-#pragma unroll 16
-  for (int h = 0; h < p.a.shape.heads_per_group; ++h)
-    sum = __fmaf_rn(exp2_fast(scores[h * p.pitch] - normaliser[h].x), normaliser[h].y, sum);
+  each_head<float, 16>(p, scores, normaliser,
+                       [&](float score, float2 by) { sum = __fmaf_rn(exp2_fast(score - by.x), by.y, sum); });
   return sum;
 }
 
 // The same of tokens 4k .. 4k + 3, whose scores lie side by side: each token's sum in the same order.
 __device__ float4 four_probabilities(const Params& p, const float* scores, const float2* normaliser) {
   float4 sum = {};
-#pragma unroll 8
-  for (int h = 0; h < p.a.shape.heads_per_group; ++h)
-    add_probabilities(sum, *reinterpret_cast<const float4*>(scores + h * p.pitch), normaliser[h]);
+  each_head<float4, 8>(p, scores, normaliser, [&](float4 four, float2 by) { add_probabilities(sum, four, by); });
   return sum;
 }
 
-// terms[k] = probability of token first + k, 0 where there is none: all columns one run, as on a rank that holds
-// everything. A thread four tokens.
-__device__ void score_run(const Params& p, const float* scores, const float2* normaliser, int first, int count, int n,
-                          float* terms) {
+// terms[k] = probability of the token in column first + k, 0 where there is none. A thread four columns, or one where
+// there are enough threads.
+__device__ void score_run(const Params& p, const float* scores, const float2* normaliser, int first, int count,
+                          Columns written, float* terms) {
+  const auto is_written = [&](int column) { return column >= written.begin && column < written.end; };
+  if (count <= static_cast<int>(blockDim.x)) {
+    const int k = threadIdx.x;
+    if (k < count) terms[k] = is_written(first + k) ? token_probability(p, scores + first + k, normaliser) : 0.0f;
+    return;
+  }
   const int begin = first < 0 ? 0 : first / 4 * 4;
   for (int k = threadIdx.x; k < -first; k += blockDim.x) terms[k] = 0.0f;
   for (int i = begin + threadIdx.x * 4; i < first + count; i += blockDim.x * 4) {
     float4 sum = {};
-    if (i < n) sum = four_probabilities(p, scores + i, normaliser);
+    if (i + 4 > written.begin && i < written.end) sum = four_probabilities(p, scores + i, normaliser);
     const float four[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int k = i + e - first;
-      if (k >= 0 && k < count) terms[k] = i + e < n ? four[e] : 0.0f;
+      if (k >= 0 && k < count) terms[k] = is_written(i + e) ? four[e] : 0.0f;
     }
   }
 }
 
+// The same where columns have to be found one by one: a thread a token of the blocks from u0 on, piece by piece.
+__device__ void score_tokens(const Params& p, const float* scores, const float2* normaliser, int u0, int end,
+                             int together, int n, float* terms) {
+  const BlockRules& r = p.a.shape.rules;
+  const int ratio = r.l_sel / r.d, lead = (r.l - 1) / r.d, tokens = p.piece * ratio + lead;
+  for (int item = threadIdx.x; item < together * tokens; item += blockDim.x) {
+    const int u = u0 + item / tokens * p.piece;
+    if (u >= end) break;
+    const int j = block_at(p, u), i = j * ratio - lead + item % tokens;
+    const std::int64_t c = p.a.cmp_map.rank == all_ranks ? 0 : j / p.per_chunk;
+    terms[item] = i >= 0 && i < n ? token_probability(p, scores + score_column(p.a.cmp_map, c, i), normaliser) : 0.0f;
+  }
+}
+
 // Keys of the blocks [begin, end) among those held. A piece is a run of blocks whose tokens have consecutive columns (a
-// chunk's, or as many as fit): a thread a token, then a thread a block adds its tokens up by rising index, each
-// weighed with its overlap, which is the same for every block.
+// chunk's, or as many as fit): the tokens' probabilities, then a thread a block adds its tokens up by rising index,
+// each weighed with its overlap, which is the same for every block.
 template <class Keep>
-__device__ void score_blocks(const Params& p, std::int64_t row, std::int64_t g, std::int64_t t, std::int64_t begin,
-                             std::int64_t end, const Shared& at, Keep keep) {
+__device__ void score_blocks(const Params& p, std::int64_t row, std::int64_t g, std::int64_t t, int begin, int end,
+                             const Shared& at, Keep keep) {
   const LayerShape& s = p.a.shape;
   const BlockRules& r = s.rules;
-  const std::int64_t n = compressed_tokens(r, t);
+  const int n = static_cast<int>(compressed_tokens(r, t)), local = static_cast<int>(eligible_blocks(r, t)) - r.n_local;
   const float* scores = static_cast<const float*>(p.a.scores) + (row * s.heads() + g * s.heads_per_group) * p.pitch;
   float* p_slc = p.a.p_slc ? p.a.p_slc + (row * s.groups + g) * p.a.p_slc_blocks : nullptr;
   const int ratio = r.l_sel / r.d, lead = (r.l - 1) / r.d, piece = p.piece, tokens = piece * ratio + lead;
-  const int together = max(1, p.terms / tokens);  // pieces
+  const int together = p.together, round = together * piece;  // blocks
+  const Columns written = p.run.present ? written_columns(p, n) : Columns{};
   for (int k = threadIdx.x; k < ratio + lead; k += blockDim.x)
     at.overlaps[k] = overlap(r, std::int64_t{r.l} * ratio - lead + k, r.l);  // of a block far from the start
-  for (std::int64_t u0 = begin; u0 < end; u0 += together * piece) {
-    if (p.one_run)
-      score_run(p, scores, at.normaliser, static_cast<int>(u0) * ratio - lead, tokens, static_cast<int>(n), at.terms);
+  for (int u0 = begin; u0 < end; u0 += round) {
+    const int count = min(round, end - u0), first = p.run.present ? first_column(p, u0) : 0;
+    if (p.run.present)
+      score_run(p, scores, at.normaliser, first, first_column(p, u0 + count - 1) + ratio + lead - first, written,
+                at.terms);
     else
-      for (int item = threadIdx.x; item < together * tokens; item += blockDim.x) {
-        const std::int64_t u = u0 + item / tokens * piece;
-        if (u >= end) break;
-        const std::int64_t j = block_at(p, u), i = j * ratio - lead + item % tokens;
-        const std::int64_t c = p.a.cmp_map.rank == all_ranks ? 0 : j / p.per_chunk;
-        at.terms[item] =
-            i >= 0 && i < n ? token_probability(p, scores + score_column(p.a.cmp_map, c, i), at.normaliser) : 0.0f;
-      }
+      score_tokens(p, scores, at.normaliser, u0, end, together, n, at.terms);
     __syncthreads();
-    for (int b = threadIdx.x; b < together * piece && u0 + b < end; b += blockDim.x) {
-      const float* terms = at.terms + b / piece * tokens + b % piece * ratio;
-      const float sum = block_score(terms, at.overlaps, ratio + lead);
-      const std::int64_t j = block_at(p, u0 + b);
-      keep(u0 + b, key_of(is_forced(r, j, t), sum));
+    for (int b = threadIdx.x; b < count; b += blockDim.x) {
+      const int place = p.run.present ? first_column(p, u0 + b) - first : b / piece * tokens + b % piece * ratio;
+      const float sum = block_score(at.terms + place, at.overlaps, ratio + lead);
+      const int j = block_at(p, u0 + b);
+      keep(u0 + b, key_of(j < r.n_init || j >= local, sum));
       if (p_slc && j < p.a.p_slc_blocks) p_slc[j] = sum;
     }
     __syncthreads();
@@ -256,21 +316,15 @@ __device__ bool is_better(Candidate a, Candidate b) {
 // Blocks of a CTA's slice; whole chunks where they are cut, because a piece must not begin inside one.
 __host__ __device__ std::int64_t slice_blocks(const Params& p, std::int64_t blocks) {
   const std::int64_t each = (blocks + p.cluster - 1) / p.cluster;
-  return p.per_chunk == INT64_MAX ? each : (each + p.per_chunk - 1) / p.per_chunk * p.per_chunk;
+  return p.per_chunk == INT32_MAX ? each : (each + p.per_chunk - 1) / p.per_chunk * p.per_chunk;
 }
 
-// Blocks held and eligible: block_at rises, so a count by bisection.
-__device__ std::int64_t held_blocks(const Params& p, std::int64_t eligible) {
-  if (p.a.token_map.rank == all_ranks || p.a.token_map.kv == 1) return eligible;
-  std::int64_t low = 0;
-  for (std::int64_t high = p.most_blocks; low < high;) {
-    const std::int64_t middle = (low + high) / 2;
-    if (block_at(p, middle) < eligible)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
+// Blocks held and eligible: those of whole chunks, and of the last one if it is this rank's.
+__device__ int held_blocks(const Params& p, int eligible) {
+  const RowMap& m = p.a.token_map;
+  if (m.rank == all_ranks || m.kv == 1) return eligible;
+  const int chunks = eligible / p.per_chunk, whole = chunks > m.rank ? (chunks - m.rank - 1) / m.kv + 1 : 0;
+  return whole * p.per_chunk + (chunks % m.kv == m.rank ? eligible % p.per_chunk : 0);
 }
 
 // p_slc where no block is held: zero.
@@ -368,6 +422,7 @@ __device__ void choose_sorted(const Params& p, const Shared& at, const unsigned*
   best_of(at.gathered, found, n, at.best);
 }
 
+// Two CTAs an SM: where there is but one, the next launch's are already there when it ends.
 __global__ void __launch_bounds__(most_threads, 2) rank_kernel(const __grid_constant__ Params p) {
   extern __shared__ float2 shared[];
   const LayerShape& s = p.a.shape;
@@ -375,30 +430,33 @@ __global__ void __launch_bounds__(most_threads, 2) rank_kernel(const __grid_cons
   const int slice = blockIdx.x % p.cluster;
   const std::int64_t list = blockIdx.x / p.cluster, row = list / s.groups, g = list % s.groups;
   wait_for_previous();
-  const std::int64_t t = tile_row(p.a.tile, row).t, eligible = eligible_blocks(s.rules, t),
-                     blocks = held_blocks(p, eligible);
+  const std::int64_t t = tile_row(p.a.tile, row).t;
+  load_normalisers(p, row, g, at.normaliser);  // while the position is under way
+  const std::int64_t eligible = eligible_blocks(s.rules, t);
+  const int blocks = held_blocks(p, static_cast<int>(eligible));
   if (eligible <= s.rules.n_sel && p.a.selected && !p.a.candidates && !p.a.p_slc) {  // all of them
     if (slice == 0)
       for (int c = threadIdx.x; c < s.rules.n_sel; c += blockDim.x)
         p.a.selected[list * s.rules.n_sel + c] = c < eligible ? c : -1;
     return;
   }
-  load_normalisers(p, row, g, at.normaliser);
+  // The first CTA must have started before others write to its memory: they say so here and ask below.
+  if (p.cluster > 1) cluster_arrive();
   if (slice == 0) clear_scores(p, list, eligible);
   __syncthreads();
-  if (p.cluster > 1) cluster_barrier();  // the first CTA must have started before others write to its memory
-  const std::int64_t each = slice_blocks(p, blocks), begin = each * slice < blocks ? each * slice : blocks;
-  const std::int64_t end = begin + each < blocks ? begin + each : blocks;
+  const int each = static_cast<int>(slice_blocks(p, blocks)), begin = min(each * slice, blocks),
+            end = min(begin + each, blocks);
   if (p.counted) {
     Entry* entries = static_cast<Entry*>(at.keys);
-    score_blocks(p, row, g, t, begin, end, at,
-                 [&](std::int64_t u, unsigned key) { entries[u - begin] = entry_of(key, static_cast<int>(u)); });
-    choose_counted(p, at, slice, static_cast<int>(end - begin));
+    score_blocks(p, row, g, t, begin, end, at, [&](int u, unsigned key) { entries[u - begin] = entry_of(key, u); });
+    if (p.cluster > 1) cluster_wait();
+    choose_counted(p, at, slice, end - begin);
   } else {
     unsigned* keys =
         p.in_scratch ? static_cast<unsigned*>(p.a.scratch) + list * p.most_blocks : static_cast<unsigned*>(at.keys);
+    if (p.cluster > 1) cluster_wait();
     unsigned* to = p.cluster > 1 && !p.in_scratch ? in_cta(keys, 0) : keys;
-    score_blocks(p, row, g, t, begin, end, at, [&](std::int64_t u, unsigned key) { to[u] = key; });
+    score_blocks(p, row, g, t, begin, end, at, [&](int u, unsigned key) { to[u] = key; });
     choose_sorted(p, at, keys, slice, blocks);
   }
   if (slice != 0) return;
@@ -434,6 +492,18 @@ __global__ void select_kernel(const __grid_constant__ SelectArgs a) {
   for (int c = found + threadIdx.x; c < n; c += blockDim.x) to[c] = -1;
 }
 
+Run run_of(const RankArgs& a) {
+  const BlockRules& r = a.shape.rules;
+  const RowMap &cmp = a.cmp_map, &token = a.token_map;
+  const int lead = (r.l - 1) / r.d;
+  if (cmp.chunk == INT64_MAX && token.chunk == INT64_MAX) return {true, 0, -lead, (lead + 3) / 4 * 4};
+  const bool own = cmp.rank != all_ranks && cmp.rank == token.rank && cmp.kv == token.kv && cmp.before == lead &&
+                   cmp.chunk * r.d == token.chunk;
+  if (!own) return {false, 0, 0, lead};
+  const auto stride = static_cast<int>(score_stride(cmp));
+  return {true, stride, static_cast<int>(score_front(cmp)) - lead, stride - static_cast<int>(cmp.chunk)};
+}
+
 }  // namespace
 
 std::size_t rank_scratch(const LayerShape& s, const QueryTile& tile) {
@@ -449,11 +519,11 @@ void rank(const RankArgs& a, Stream* stream) {
   const std::int64_t lists = a.tile.rows() * a.shape.groups;
   if (lists == 0) return;
   const BlockRules& r = a.shape.rules;
-  Params p{a, 0, 0, INT64_MAX, 0, 0, 0, false, 1, false, false};
+  Params p{a, 0, 0, INT32_MAX, 0, 0, 0, 0, false, 1, false, {}};
   p.pitch = score_pitch(a.cmp_map, compressed_tokens(r, a.tile.max_positions - 1));
   const std::int64_t blocks = (a.tile.max_positions - 1) / r.l_sel + 1;
   const bool cut = a.token_map.chunk != INT64_MAX;
-  if (cut) p.per_chunk = a.token_map.chunk / r.l_sel;
+  if (cut) p.per_chunk = static_cast<int>(a.token_map.chunk / r.l_sel);
   p.most_blocks = a.token_map.rank == all_ranks || a.token_map.kv == 1
                       ? blocks
                       : owned_chunks(a.token_map, blocks * r.l_sel, a.token_map.rank) * p.per_chunk;
@@ -462,14 +532,17 @@ void rank(const RankArgs& a, Stream* stream) {
     while (p.cluster < most_cluster && (p.cluster == 1 ? lists : 2 * lists * p.cluster) <= limits().units &&
            blocks > p.cluster * 16)
       p.cluster *= 2;
-  const int threads = lists * p.cluster > 2 * limits().units ? 256 : most_threads;
   const std::int64_t slice = std::max<std::int64_t>(1, slice_blocks(p, p.most_blocks));
-  const int ratio = r.l_sel / r.d, lead = (r.l - 1) / r.d;
-  p.one_run = a.cmp_map.chunk == INT64_MAX && a.token_map.chunk == INT64_MAX;
-  p.terms = std::max((p.one_run ? 8 : 2) * threads + lead, tokens_per_block(r));
-  p.piece = static_cast<int>(std::min<std::int64_t>({cut ? p.per_chunk : INT64_MAX, slice, (p.terms - lead) / ratio}));
+  const int threads = lists * p.cluster > 2 * limits().units ? 256 : most_threads;
+  const int ratio = r.l_sel / r.d;
+  p.run = run_of(a);
+  const int between = p.run.between;
+  // A run's columns by four: two of them a thread.
+  p.terms = p.run.present ? std::max(8 * threads, ratio + between) : std::max(2 * threads, ratio) + between;
+  p.piece = static_cast<int>(std::min<std::int64_t>({p.per_chunk, slice, (p.terms - between) / ratio}));
   if (cut && p.piece < p.per_chunk)  // pieces must divide a chunk
     while (p.per_chunk % p.piece != 0) --p.piece;
+  p.together = std::max(1, p.terms / (p.piece * ratio + between));
   p.counted = slice <= most_counted(r.n_sel, p.cluster);
   p.key_words = static_cast<int>(p.counted ? slice : (p.most_blocks + 1) / 2);
   p.in_scratch = Shared::bytes(p) > limits().shared_bytes - 1024;

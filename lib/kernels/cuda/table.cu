@@ -156,7 +156,10 @@ constexpr ShardedStep sharded_step = {decode_shard_accepts, with_shard_scratch<d
 
 std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t cmp_rows) {
   if (tile.rescores) return 0;
-  return static_cast<std::size_t>(tile.rows() * s.heads() * padded_columns(cmp_rows)) * sizeof(float);
+  // Where those are chunks with halos, there are so many at most, and each takes so much more.
+  const std::int64_t before = s.rules.l / s.rules.d - 1, chunks = cmp_rows / (s.leaf + before) + 1,
+                     more = whole_sectors(s.leaf) + whole_sectors(before) - s.leaf - before;
+  return static_cast<std::size_t>(tile.rows() * s.heads() * padded_columns(cmp_rows + chunks * more)) * sizeof(float);
 }
 
 std::size_t scratch_bytes(const LayerShape& s, const QueryTile& tile) {

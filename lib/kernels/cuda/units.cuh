@@ -42,7 +42,7 @@ __device__ __forceinline__ Unit rows_from(const RowMap& map, std::int64_t begin,
   if (map.ring > 0 || map.chunk == INT64_MAX) return {begin, count, 0, begin};
   const std::int64_t c = chunk_of(map, begin), row = row_in_chunk(map, c, begin);
   if (map.rank == all_ranks) return {row, count, owner_of_chunk(map, c), begin};
-  return {row, has_chunk(map, c) ? count : 0, 0, row};
+  return {row, has_chunk(map, c) ? count : 0, 0, score_column(map, c, begin)};
 }
 
 /// Units of the row at position t; n: its compressed tokens.
@@ -105,8 +105,9 @@ struct Tiles {
       if constexpr (B == cmp)
         if (map.rank != all_ranks && map.chunk == s.leaf) {  // a leaf is a chunk, and this is the u-th here
           const int row = u * static_cast<int>(map.stride) + map.before,
+                    column = u * static_cast<int>(score_stride(map)) + static_cast<int>(score_front(map)),
                     left = n - (u * map.kv + map.rank) * static_cast<int>(s.leaf);
-          return {row + at, min(tile_rows, min(static_cast<int>(s.leaf), left) - at), 0, row + at};
+          return {row + at, min(tile_rows, min(static_cast<int>(s.leaf), left) - at), 0, column + at};
         }
       return cut(s, map, t, n, selected, u, at);
     }

@@ -62,6 +62,14 @@ __device__ __forceinline__ void copy_slot(unsigned slot, const char* from, int r
                  : "memory");
   });
 }
+/// Queues one row, as it lies.
+template <int RowBytes>
+__device__ __forceinline__ void copy_row(unsigned to, const char* from) {
+  static_assert(RowBytes <= 32 * 16);
+  const int lane = threadIdx.x % 32;
+  if (lane < RowBytes / 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + lane * 16), "l"(from + lane * 16) : "memory");
+}
 
 /// Asks for `bytes`, a multiple of 16, to be brought into the L2 (capability 9.0). Whoever reads them there sees what
 /// was written since, so this may come before wait_for_previous().
