@@ -11,8 +11,7 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/attend.cuh"
-#include "kernels/cuda/scoring.cuh"
+#include "kernels/cuda/rank_blocks.cuh"
 #include "kernels/cuda/stages.cuh"
 
 namespace nsa::gpu {
@@ -24,207 +23,6 @@ constexpr int most_cluster = 8;
 // Keys of a slice of which a CTA finds the best n itself: all compared with all, once thinned out. Where lists are few
 // that is faster than one CTA's sorting the keys of all slices.
 constexpr int most_counted(int n, int cluster) { return n <= 16 && cluster > 1 ? 4096 : 512; }
-
-// Compressed tokens that overlap a block, at most.
-__host__ __device__ int tokens_per_block(const BlockRules& r) { return r.l_sel / r.d + (r.l - 1) / r.d; }
-
-// The columns of this rank's blocks where they are one run, a block's first overlapping token `ratio` columns behind
-// that of the block before it, or a chunk's first at the begin of its stride.
-struct Run {
-  bool present;
-  int stride;   // columns of a chunk
-  int offset;   // of the first block's first overlapping token: below 0 where nothing lies in front of it
-  int between;  // columns of a piece besides its own blocks', and that lie between two pieces
-};
-
-struct Params {
-  RankArgs a;
-  std::int64_t pitch;        // of the raw scores
-  std::int64_t most_blocks;  // this rank's blocks below max_positions
-  int per_chunk;             // blocks of a chunk
-  int piece, together;       // blocks of a piece, pieces scored at once: see score_blocks
-  int terms;                 // tokens a round of scoring has room for
-  int key_words;             // room for keys in shared memory, in entries
-  bool in_scratch;           // keys
-  int cluster;               // CTAs of a list
-  bool counted;              // slices are small
-  Run run;
-};
-
-// The u-th block this rank holds.
-__device__ int block_at(const Params& p, int u) {
-  const RowMap& m = p.a.token_map;
-  if (m.rank == all_ranks || m.kv == 1) return u;
-  return (u / p.per_chunk * m.kv + m.rank) * p.per_chunk + u % p.per_chunk;
-}
-
-// Of the run, the column of the first token that overlaps the u-th block.
-__device__ int first_column(const Params& p, int u) {
-  return u / p.per_chunk * p.run.stride + u % p.per_chunk * (p.a.shape.rules.l_sel / p.a.shape.rules.d) + p.run.offset;
-}
-
-// Of the run, the columns that hold one of the n tokens: nothing lies in front of chunk 0, and n may end in the last.
-struct Columns {
-  int begin, end;
-};
-__device__ Columns written_columns(const Params& p, std::int64_t n) {
-  const RowMap& m = p.a.cmp_map;
-  if (m.chunk == INT64_MAX) return {0, static_cast<int>(n)};
-  const std::int64_t chunks = owned_chunks(m, n + m.before, m.rank);
-  if (chunks == 0) return {0, 0};
-  const std::int64_t left = n - ((chunks - 1) * m.kv + m.rank) * m.chunk, front = score_front(m);
-  return {static_cast<int>(m.rank == 0 ? front : front - m.before),
-          static_cast<int>((chunks - 1) * score_stride(m) + front + (left < m.chunk ? left : m.chunk))};
-}
-
-// Shared memory: normalisers [h], best [n], the slices' best [cluster * n], keys (entries of the slice where they are
-// counted), terms, overlaps, histogram [256], chosen [n].
-struct Shared {
-  float2* normaliser;
-  Entry *best, *gathered;
-  void* keys;
-  float *terms, *overlaps;
-  unsigned* histogram;
-  int* chosen;
-  __device__ Shared(const Params& p, float2* memory) {
-    const int n = p.a.shape.rules.n_sel;
-    normaliser = memory;
-    best = reinterpret_cast<Entry*>(normaliser + p.a.shape.heads_per_group);
-    gathered = best + n;
-    keys = gathered + p.cluster * n;
-    terms = reinterpret_cast<float*>(gathered + p.cluster * n + p.key_words);
-    overlaps = terms + p.terms;
-    histogram = reinterpret_cast<unsigned*>(overlaps + tokens_per_block(p.a.shape.rules));
-    chosen = reinterpret_cast<int*>(histogram + 256);
-  }
-  static std::size_t bytes(const Params& p) {
-    const BlockRules& r = p.a.shape.rules;
-    return (p.a.shape.heads_per_group + (1 + p.cluster) * r.n_sel + p.key_words) * sizeof(Entry) +
-           (p.terms + tokens_per_block(r) + 256 + r.n_sel) * sizeof(float);
-  }
-};
-
-// (m, in powers of two, and 1/s) of every head of the group from all lanes, whatever rank sent them. A warp a head,
-// lanes in a fixed tree.
-__device__ void load_normalisers(const Params& p, std::int64_t row, std::int64_t g, float2* normaliser) {
-  const LayerShape& s = p.a.shape;
-  const std::int64_t rows = p.a.tile.rows();
-  const int ranks = p.a.lse_ranks, slots = lse_slots(s, ranks);
-  const float2* lse = reinterpret_cast<const float2*>(p.a.lse) + row * s.heads() + g * s.heads_per_group;
-  for (int h = threadIdx.x / 32; h < s.heads_per_group; h += blockDim.x / 32) {
-    float2 by[1];
-    normalisers_of(
-        s.lanes, [&](int x, int) { return lse[std::int64_t{x % ranks * slots + x / ranks} * rows * s.heads() + h]; },
-        by);
-    if (threadIdx.x % 32 == 0) normaliser[h] = by[0];
-  }
-}
-
-// Calls add(score, normaliser) for the group's heads, heads rising; `Ahead` scores are asked for before one is used,
-// which the compiler does not do by itself. V: of one token, or of four side by side.
-template <class V, int Ahead, class Add>
-__device__ __forceinline__ void each_head(const Params& p, const float* scores, const float2* normaliser, Add add) {
-  const int heads = p.a.shape.heads_per_group;
-  int h = 0;
-#pragma unroll 1
-  for (; h + Ahead <= heads; h += Ahead) {
-    V x[Ahead];
-#pragma unroll
-    for (int i = 0; i < Ahead; ++i, scores += p.pitch) x[i] = *reinterpret_cast<const V*>(scores);
-#pragma unroll
-    for (int i = 0; i < Ahead; ++i) add(x[i], normaliser[h + i]);
-  }
-#pragma unroll 1
-  for (; h < heads; ++h, scores += p.pitch) add(*reinterpret_cast<const V*>(scores), normaliser[h]);
-}
-
-// Sum over the group's heads of p[i], heads rising.
-__device__ float token_probability(const Params& p, const float* scores, const float2* normaliser) {
-  float sum = 0.0f;
-  each_head<float, 16>(p, scores, normaliser,
-                       [&](float score, float2 by) { sum = __fmaf_rn(exp2_fast(score - by.x), by.y, sum); });
-  return sum;
-}
-
-// The same of tokens 4k .. 4k + 3, whose scores lie side by side: each token's sum in the same order.
-__device__ float4 four_probabilities(const Params& p, const float* scores, const float2* normaliser) {
-  float4 sum = {};
-  each_head<float4, 8>(p, scores, normaliser, [&](float4 four, float2 by) { add_probabilities(sum, four, by); });
-  return sum;
-}
-
-// terms[k] = probability of the token in column first + k, 0 where there is none. A thread four columns, or one where
-// there are enough threads.
-__device__ void score_run(const Params& p, const float* scores, const float2* normaliser, int first, int count,
-                          Columns written, float* terms) {
-  const auto is_written = [&](int column) { return column >= written.begin && column < written.end; };
-  if (count <= static_cast<int>(blockDim.x)) {
-    const int k = threadIdx.x;
-    if (k < count) terms[k] = is_written(first + k) ? token_probability(p, scores + first + k, normaliser) : 0.0f;
-    return;
-  }
-  const int begin = first < 0 ? 0 : first / 4 * 4;
-  for (int k = threadIdx.x; k < -first; k += blockDim.x) terms[k] = 0.0f;
-  for (int i = begin + threadIdx.x * 4; i < first + count; i += blockDim.x * 4) {
-    float4 sum = {};
-    if (i + 4 > written.begin && i < written.end) sum = four_probabilities(p, scores + i, normaliser);
-    const float four[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int k = i + e - first;
-      if (k >= 0 && k < count) terms[k] = is_written(i + e) ? four[e] : 0.0f;
-    }
-  }
-}
-
-// The same where columns have to be found one by one: a thread a token of the blocks from u0 on, piece by piece.
-__device__ void score_tokens(const Params& p, const float* scores, const float2* normaliser, int u0, int end,
-                             int together, int n, float* terms) {
-  const BlockRules& r = p.a.shape.rules;
-  const int ratio = r.l_sel / r.d, lead = (r.l - 1) / r.d, tokens = p.piece * ratio + lead;
-  for (int item = threadIdx.x; item < together * tokens; item += blockDim.x) {
-    const int u = u0 + item / tokens * p.piece;
-    if (u >= end) break;
-    const int j = block_at(p, u), i = j * ratio - lead + item % tokens;
-    const std::int64_t c = p.a.cmp_map.rank == all_ranks ? 0 : j / p.per_chunk;
-    terms[item] = i >= 0 && i < n ? token_probability(p, scores + score_column(p.a.cmp_map, c, i), normaliser) : 0.0f;
-  }
-}
-
-// Keys of the blocks [begin, end) among those held. A piece is a run of blocks whose tokens have consecutive columns (a
-// chunk's, or as many as fit): the tokens' probabilities, then a thread a block adds its tokens up by rising index,
-// each weighed with its overlap, which is the same for every block.
-template <class Keep>
-__device__ void score_blocks(const Params& p, std::int64_t row, std::int64_t g, std::int64_t t, int begin, int end,
-                             const Shared& at, Keep keep) {
-  const LayerShape& s = p.a.shape;
-  const BlockRules& r = s.rules;
-  const int n = static_cast<int>(compressed_tokens(r, t)), local = static_cast<int>(eligible_blocks(r, t)) - r.n_local;
-  const float* scores = static_cast<const float*>(p.a.scores) + (row * s.heads() + g * s.heads_per_group) * p.pitch;
-  float* p_slc = p.a.p_slc ? p.a.p_slc + (row * s.groups + g) * p.a.p_slc_blocks : nullptr;
-  const int ratio = r.l_sel / r.d, lead = (r.l - 1) / r.d, piece = p.piece, tokens = piece * ratio + lead;
-  const int together = p.together, round = together * piece;  // blocks
-  const Columns written = p.run.present ? written_columns(p, n) : Columns{};
-  for (int k = threadIdx.x; k < ratio + lead; k += blockDim.x)
-    at.overlaps[k] = overlap(r, std::int64_t{r.l} * ratio - lead + k, r.l);  // of a block far from the start
-  for (int u0 = begin; u0 < end; u0 += round) {
-    const int count = min(round, end - u0), first = p.run.present ? first_column(p, u0) : 0;
-    if (p.run.present)
-      score_run(p, scores, at.normaliser, first, first_column(p, u0 + count - 1) + ratio + lead - first, written,
-                at.terms);
-    else
-      score_tokens(p, scores, at.normaliser, u0, end, together, n, at.terms);
-    __syncthreads();
-    for (int b = threadIdx.x; b < count; b += blockDim.x) {
-      const int place = p.run.present ? first_column(p, u0 + b) - first : b / piece * tokens + b % piece * ratio;
-      const float sum = block_score(at.terms + place, at.overlaps, ratio + lead);
-      const int j = block_at(p, u0 + b);
-      keep(u0 + b, key_of(j < r.n_init || j >= local, sum));
-      if (p_slc && j < p.a.p_slc_blocks) p_slc[j] = sum;
-    }
-    __syncthreads();
-  }
-}
 
 struct Threshold {
   unsigned key;        // the n-th largest
@@ -314,13 +112,13 @@ __device__ bool is_better(Candidate a, Candidate b) {
 }
 
 // Blocks of a CTA's slice; whole chunks where they are cut, because a piece must not begin inside one.
-__host__ __device__ std::int64_t slice_blocks(const Params& p, std::int64_t blocks) {
+__host__ __device__ std::int64_t slice_blocks(const RankParams& p, std::int64_t blocks) {
   const std::int64_t each = (blocks + p.cluster - 1) / p.cluster;
   return p.per_chunk == INT32_MAX ? each : (each + p.per_chunk - 1) / p.per_chunk * p.per_chunk;
 }
 
 // Blocks held and eligible: those of whole chunks, and of the last one if it is this rank's.
-__device__ int held_blocks(const Params& p, int eligible) {
+__device__ int held_blocks(const RankParams& p, int eligible) {
   const RowMap& m = p.a.token_map;
   if (m.rank == all_ranks || m.kv == 1) return eligible;
   const int chunks = eligible / p.per_chunk, whole = chunks > m.rank ? (chunks - m.rank - 1) / m.kv + 1 : 0;
@@ -328,7 +126,7 @@ __device__ int held_blocks(const Params& p, int eligible) {
 }
 
 // p_slc where no block is held: zero.
-__device__ void clear_scores(const Params& p, std::int64_t list, std::int64_t eligible) {
+__device__ void clear_scores(const RankParams& p, std::int64_t list, std::int64_t eligible) {
   if (!p.a.p_slc) return;
   const bool all = p.a.token_map.rank == all_ranks || p.a.token_map.kv == 1;
   for (std::int64_t j = threadIdx.x; j < p.a.p_slc_blocks; j += blockDim.x)
@@ -362,7 +160,7 @@ __device__ void best_of(const Entry* entries, int count, int n, Entry* to) {
 }
 
 // From the best down as candidates, by rising index as the selection. Entries of none stand at the end.
-__device__ void put_out(const Params& p, std::int64_t list, const Entry* best) {
+__device__ void put_out(const RankParams& p, std::int64_t list, const Entry* best) {
   const int n_sel = p.a.shape.rules.n_sel;
   for (int c = threadIdx.x; c < n_sel; c += blockDim.x) {
     const Entry mine = best[c];
@@ -381,7 +179,7 @@ __device__ void put_out(const Params& p, std::int64_t list, const Entry* best) {
 }
 
 // Small slices: the best n of each, then the best n of those in the first CTA.
-__device__ void choose_counted(const Params& p, const Shared& at, int slice, int size) {
+__device__ void choose_counted(const RankParams& p, const RankShared& at, int slice, int size) {
   const int n = p.a.shape.rules.n_sel;
   Entry* mine = in_cta(at.gathered, 0) + slice * n;
   for (int c = size + threadIdx.x; c < n; c += blockDim.x) mine[c] = 0;
@@ -400,7 +198,8 @@ __device__ void choose_counted(const Params& p, const Shared& at, int slice, int
 }
 
 // Large slices: all keys in one place, the n-th largest by radix.
-__device__ void choose_sorted(const Params& p, const Shared& at, const unsigned* keys, int slice, std::int64_t blocks) {
+__device__ void choose_sorted(const RankParams& p, const RankShared& at, const unsigned* keys, int slice,
+                              std::int64_t blocks) {
   const int n = p.a.shape.rules.n_sel;
   if (p.cluster > 1) {
     if (p.in_scratch) __threadfence();
@@ -423,10 +222,10 @@ __device__ void choose_sorted(const Params& p, const Shared& at, const unsigned*
 }
 
 // Two CTAs an SM: where there is but one, the next launch's are already there when it ends.
-__global__ void __launch_bounds__(most_threads, 2) rank_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(most_threads, 2) rank_kernel(const __grid_constant__ RankParams p) {
   extern __shared__ float2 shared[];
   const LayerShape& s = p.a.shape;
-  const Shared at(p, shared);
+  const RankShared at(p, shared);
   const int slice = blockIdx.x % p.cluster;
   const std::int64_t list = blockIdx.x / p.cluster, row = list / s.groups, g = list % s.groups;
   wait_for_previous();
@@ -464,7 +263,7 @@ __global__ void __launch_bounds__(most_threads, 2) rank_kernel(const __grid_cons
   put_out(p, list, at.best);
 }
 
-// Shared memory: all candidates, and whether each is among the best n.
+// RankShared memory: all candidates, and whether each is among the best n.
 __global__ void select_kernel(const __grid_constant__ SelectArgs a) {
   extern __shared__ Candidate all[];
   wait_for_previous();
@@ -492,7 +291,7 @@ __global__ void select_kernel(const __grid_constant__ SelectArgs a) {
   for (int c = found + threadIdx.x; c < n; c += blockDim.x) to[c] = -1;
 }
 
-Run run_of(const RankArgs& a) {
+RankRun run_of(const RankArgs& a) {
   const BlockRules& r = a.shape.rules;
   const RowMap &cmp = a.cmp_map, &token = a.token_map;
   const int lead = (r.l - 1) / r.d;
@@ -509,7 +308,7 @@ Run run_of(const RankArgs& a) {
 std::size_t rank_scratch(const LayerShape& s, const QueryTile& tile) {
   const std::int64_t blocks = tile.max_positions / s.rules.l_sel + 1;
   const std::size_t most_fixed =
-      48 << 10;  // of Shared::bytes besides the keys; more than that and scratch is there too
+      48 << 10;  // of RankShared::bytes besides the keys; more than that and scratch is there too
   return blocks * sizeof(unsigned) + most_fixed <= limits().shared_bytes
              ? 0
              : static_cast<std::size_t>(tile.rows() * s.groups * blocks) * sizeof(unsigned);
@@ -519,7 +318,7 @@ void rank(const RankArgs& a, Stream* stream) {
   const std::int64_t lists = a.tile.rows() * a.shape.groups;
   if (lists == 0) return;
   const BlockRules& r = a.shape.rules;
-  Params p{a, 0, 0, INT32_MAX, 0, 0, 0, 0, false, 1, false, {}};
+  RankParams p{a, 0, 0, INT32_MAX, 0, 0, 0, 0, false, 1, false, {}};
   p.pitch = score_pitch(a.cmp_map, compressed_tokens(r, a.tile.max_positions - 1));
   const std::int64_t blocks = (a.tile.max_positions - 1) / r.l_sel + 1;
   const bool cut = a.token_map.chunk != INT64_MAX;
@@ -545,12 +344,12 @@ void rank(const RankArgs& a, Stream* stream) {
   p.together = std::max(1, p.terms / (p.piece * ratio + between));
   p.counted = slice <= most_counted(r.n_sel, p.cluster);
   p.key_words = static_cast<int>(p.counted ? slice : (p.most_blocks + 1) / 2);
-  p.in_scratch = Shared::bytes(p) > limits().shared_bytes - 1024;
+  p.in_scratch = RankShared::bytes(p) > limits().shared_bytes - 1024;
   if (p.in_scratch) {
     p.key_words = 0;
     if (a.scratch_bytes < lists * p.most_blocks * sizeof(unsigned)) throw InternalError("rank: scratch too small");
   }
-  launch_early(rank_kernel, dim3(static_cast<unsigned>(lists * p.cluster)), threads, Shared::bytes(p), stream,
+  launch_early(rank_kernel, dim3(static_cast<unsigned>(lists * p.cluster)), threads, RankShared::bytes(p), stream,
                p.cluster, p);
 }
 
