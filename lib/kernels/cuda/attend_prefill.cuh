@@ -33,7 +33,7 @@ struct Span {
 };
 template <Branch B>
 __device__ __forceinline__ Span span_of(const BlockRules& r, std::int64_t t) {
-  if constexpr (B == cmp) return {0, compressed_tokens(r, t)};
+  if constexpr (B == cmp) return {0, tokens_seen(r, t)};
   return {window_begin(r, t), t + 1};
 }
 

@@ -42,6 +42,12 @@ struct DenseSource {
 DenseSource dense_source(const LayerShape&, const QueryTile&, const KvView& k, const KvView* v, std::int64_t rows);
 inline int dense_ctas(const DenseParams& p) { return p.items < limits().units ? p.items : limits().units; }
 
+/// compressed_tokens by 32-bit division: positions are below 2^31.
+__device__ __forceinline__ int tokens_seen(const BlockRules& r, std::int64_t t) {
+  const unsigned end = static_cast<unsigned>(t) + 1u, l = static_cast<unsigned>(r.l);
+  return end < l ? 0 : static_cast<int>((end - l) / static_cast<unsigned>(r.d)) + 1;
+}
+
 /// One item: some queries of a sequence and a group. Late queries, which have most to read, come first.
 struct DenseItem {
   int sequence, group, first;  // first query, among the sequence's rows of the tile
@@ -143,6 +149,14 @@ __device__ __forceinline__ void queue_scores(float (&s)[N], const DenseShared<DK
   products_queued();
 }
 
+/// x is the same in all lanes, and the compiler knows.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+/// The `threads` threads that meet under that number (1 .. 15).
+__device__ __forceinline__ void meet(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 /// The two sides hand registers to and fro: more for those that multiply, few for those that stream.
 template <int Registers>
 __device__ __forceinline__ void take_registers() {
@@ -159,11 +173,9 @@ __device__ __forceinline__ void give_registers() {
 
 /// What a row's weights are relative to, in powers of two, behind a tile whose maximum is `top`: the running maximum,
 /// or what it was, while it has grown by no more than 2^8 since. So o hardly ever has to be scaled.
-__device__ __forceinline__ float reference(float before, float top) { return top > before + 8.0f ? top : before; }
-
-/// The `threads` threads that meet under that number (1 .. 15).
-__device__ __forceinline__ void meet(int number, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+constexpr float most_growth = 8.0f;
+__device__ __forceinline__ float reference(float before, float top) {
+  return top > before + most_growth ? top : before;
 }
 
 }  // namespace nsa::gpu

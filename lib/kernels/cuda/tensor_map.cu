@@ -29,13 +29,15 @@ Encode encoder() {
   return encode;
 }
 
-// `strides` in bytes, of every dimension but the first; a dimension of one may have any.
+// `strides` in bytes, of every dimension but the first; a dimension of one may have any. A box takes every `step`-th
+// element of the second.
 template <int Rank>
 CUtensorMap encode(const void* data, DType type, const cuuint64_t (&sizes)[Rank], const cuuint64_t (&strides)[Rank - 1],
-                   const cuuint32_t (&box)[Rank]) {
+                   const cuuint32_t (&box)[Rank], int step = 1) {
   CUtensorMap map;
   cuuint32_t steps[Rank];
   std::fill_n(steps, Rank, 1u);
+  steps[1] = static_cast<cuuint32_t>(step);
   const CUresult code =
       encoder()(&map, type == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, Rank,
                 const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -46,7 +48,7 @@ CUtensorMap encode(const void* data, DType type, const cuuint64_t (&sizes)[Rank]
 
 }  // namespace
 
-CUtensorMap rows_map(const KvView& view, DType type, std::int64_t planes, int box_rows) {
+CUtensorMap rows_map(const KvView& view, DType type, std::int64_t planes, int box_rows, int step) {
   const auto size = static_cast<std::int64_t>(size_of(type));
   const std::int64_t ranks = view.map.chunk == INT64_MAX ? 1 : view.map.kv, row = view.width * size;
   const std::int64_t plane = std::max(view.plane_stride * size, row), rank = std::max(view.rank_stride * size, plane);
@@ -54,7 +56,7 @@ CUtensorMap rows_map(const KvView& view, DType type, std::int64_t planes, int bo
                    {static_cast<cuuint64_t>(view.width), static_cast<cuuint64_t>(plane / row),
                     static_cast<cuuint64_t>(planes), static_cast<cuuint64_t>(ranks)},
                    {static_cast<cuuint64_t>(row), static_cast<cuuint64_t>(plane), static_cast<cuuint64_t>(rank)},
-                   {box_columns, static_cast<cuuint32_t>(box_rows), 1, 1});
+                   {box_columns, static_cast<cuuint32_t>(box_rows), 1, 1}, step);
 }
 
 CUtensorMap query_map(const void* q, DType type, std::int64_t rows, int heads, int d_k, int box_heads,

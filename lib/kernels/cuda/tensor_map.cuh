@@ -14,8 +14,8 @@ namespace nsa::gpu {
 
 constexpr int box_columns = 64;
 
-/// Of [ranks][planes][rows][width]: boxes of `box_rows` rows, found by (column, row, plane, rank).
-CUtensorMap rows_map(const KvView& view, DType type, std::int64_t planes, int box_rows);
+/// Of [ranks][planes][rows][width]: boxes of every `step`-th of `box_rows` rows, found by (column, row, plane, rank).
+CUtensorMap rows_map(const KvView& view, DType type, std::int64_t planes, int box_rows, int step = 1);
 
 /// Of q [rows][heads][d_k]: boxes of `box_heads` heads by `box_queries` rows, found by (column, head, row).
 CUtensorMap query_map(const void* q, DType type, std::int64_t rows, int heads, int d_k, int box_heads, int box_queries);
