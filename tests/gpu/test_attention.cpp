@@ -23,6 +23,7 @@ struct Case {
   bool gathered = false;  // prefill: K/V of all ranks in one buffer
   bool ring = false;      // decode: the window in a ring
   bool scored = false;    // prefill: cmp leaves raw scores, even where rank could form them itself
+  float q_scale = 2.0f;   // of q's elements: how far apart scores lie
   int left_out = -1;      // the branch that the step at once leaves out; its stages still do all three
   std::int64_t positions() const { return first + tokens; }
 };
@@ -114,7 +115,7 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   position.to_gpu();
   const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
   TwinKv q(s.dtype, RowMap{}, 1, rows, s.heads() * s.d_k);
-  q.fill(1, 1, rows, "q", 2.0f);
+  q.fill(1, 1, rows, "q", c.q_scale);
   gate = std::make_unique<Twin>(lists * 3 * 4);
   for (std::int64_t i = 0; i < lists * 3; ++i) gate->host<float>()[i] = 0.1f + 0.2f * static_cast<float>(i % 4);
   gate->to_gpu();
@@ -499,6 +500,25 @@ TEST_CASE("cuda prefill tiles equal the host's", "[prefill]") {
           c.scored = true;
           if (h == 16) run_and_check(c);
         }
+}
+
+// Scores that lie tens of powers of two apart: rows whose reference has to rise behind the first tile, by much and by
+// little, beside rows where it stands.
+TEST_CASE("cuda prefill equals the host's where scores rise", "[prefill]") {
+  for (const DType type : {DType::bf16, DType::f16})
+    for (const int d : {64, 128})
+      for (const float scale : {20.0f, 80.0f})
+        for (const auto& [first, tokens] : {std::pair{300, 70}, {4090, 40}}) {
+          Case c{shape_of(type, 4, 16, d, d), 1, tokens, first};
+          c.q_scale = scale;
+          run_and_check(c);
+        }
+  // At once the GPU's own choice is attended: with 80, most block scores are 0 on one side and 1e-40 on the other.
+  Case c{shape_of(DType::bf16, 4, 16, 128, 128), 1, 203, 2000};
+  c.q_scale = 20.0f;
+  const Run run(c);
+  check(run);
+  CHECK(run.at_once);
 }
 
 TEST_CASE("cuda prefill chooses the same blocks on every layout and tile", "[prefill]") {
