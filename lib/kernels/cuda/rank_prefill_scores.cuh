@@ -7,7 +7,7 @@
 // scores would take. Where a block is four tokens and the end of the one before (l = 2 d, l' = 4 d) the copies bring a
 // tile's rows in such an order that a lane has all four tokens of its blocks: it folds first, and a third of the values
 // is left for the tree. FLOPs: 2 Dk a (head, token): 2048 cycles a tile of the four, the exponentials as much time
-// beside them, 1400 issue slots. Measured: 3300 cycles, whichever way products and exponentials are put beside one
+// beside them, 1400 issue slots. Measured: some 3400 cycles, whichever way products and exponentials are put beside one
 // another (docs/kernels.md).
 
 #include "kernels/cuda/prefill.cuh"
