@@ -77,6 +77,7 @@ struct Step {
     __syncwarp();
     // The first tile comes to the L2 while the predecessor works.
     const Piece first = walk.piece(0, at.among);
+    __syncwarp();  // plan() writes what it was read from
     if (threadIdx.x % 32 != 0 || first.count <= 0) return;
     fetch_ahead(courses()[0].k + std::int64_t{first.row} * E::k_bytes, first.count * E::k_bytes);
     if (!p.scores_only) fetch_ahead(courses()[0].v + std::int64_t{first.row} * E::v_bytes, first.count * E::v_bytes);
