@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(32 * W, step_warps / W) step_kernel(const __gr
     e = engine();
     step.choose();
   }
-  if (step.joined) wait_for_cluster();
+  if (step.joined) cluster_wait();
   const auto merge = step.merge();
   merge.send(of_cmp, e, step.walk.chooses);
   if (W < step_warps || p.cluster == 1) return;

@@ -16,15 +16,10 @@ struct StepPlace {
   int scorers, rankers;                  // warps that score blocks, the first ones, in the cluster and in this CTA
 };
 
-// The two halves of cluster_barrier() for who has nothing to publish and does not wait for the others yet.
+// cluster_arrive() of who has nothing to publish.
 __device__ __forceinline__ void join_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_cluster() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
