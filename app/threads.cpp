@@ -2,7 +2,6 @@
 
 #include <fmt/format.h>
 #include <sched.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -10,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "comm/place.hpp"
 #include "kernels/host/host.hpp"
 
 namespace nsa {
@@ -34,8 +34,8 @@ Cores cores_of_rank(const Control& world) {
   cpu_set_t set;
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof set, &set) != 0) return {};
-  std::string place(256, '\0');
-  gethostname(place.data(), place.size() - 1);
+  std::string place = host_name();
+  place.resize(256);
   for (int core = 0; core < CPU_SETSIZE; ++core) place += CPU_ISSET(core, &set) ? '1' : '0';
   std::string all;
   for (const std::string& other : world.gather(place)) all += other;

@@ -38,12 +38,16 @@ std::string birth_of(int pid) {
 
 }  // namespace
 
+std::string host_name() {
+  char name[256] = "?";
+  (void)gethostname(name, sizeof name - 1);
+  return name;
+}
+
 Place own_place() {
-  char host[256] = "?";
-  (void)gethostname(host, sizeof host - 1);
   const std::string machine = first_word_of("/proc/sys/kernel/random/boot_id") + target_of("/proc/self/ns/pid") +
                               target_of("/proc/self/ns/net");
-  return {host, machine, birth_of(getpid()), getpid()};
+  return {host_name(), machine, birth_of(getpid()), getpid()};
 }
 
 std::vector<Place> all_places(const Control& world) {

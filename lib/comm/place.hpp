@@ -15,6 +15,8 @@ struct Place {
   int pid = 0;
 };
 
+std::string host_name();  ///< as the host calls itself; "?": not at all
+
 Place own_place();
 
 /// By rank. Collective.

@@ -1,13 +1,13 @@
 #include "nsa/experiment.hpp"
 
 #include <sys/resource.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <ctime>
 #include <fstream>
 
+#include "comm/place.hpp"
 #include "nsa/decode.hpp"
 #include "nsa/kernel_bench.hpp"
 #include "nsa/measure.hpp"
@@ -41,12 +41,6 @@ std::string cpu_name() {
   for (std::string line; std::getline(file, line);)
     if (line.starts_with("model name")) return line.substr(std::min(line.size(), line.find(':') + 2));
   return "unknown";
-}
-
-std::string host_name() {
-  char name[256] = {};
-  gethostname(name, sizeof name - 1);
-  return name;
 }
 
 // A line of /proc/self/status in bytes; 0 where there is none.

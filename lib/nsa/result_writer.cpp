@@ -18,6 +18,7 @@
 #include <numeric>
 #include <set>
 
+#include "comm/place.hpp"
 #include "kernels/error.hpp"
 #include "kernels/fault.hpp"
 #include "nsa/h5.hpp"
@@ -61,11 +62,7 @@ void check_can_be_made(const std::string& path, std::size_t expected_bytes, bool
 }
 
 /// No other process has it: pids repeat, on one file system, from host to host.
-std::string temporary_name(const std::string& path) {
-  char host[256] = {};
-  gethostname(host, sizeof host - 1);
-  return fmt::format("{}.{}.{}.tmp", path, host, getpid());
-}
+std::string temporary_name(const std::string& path) { return fmt::format("{}.{}.{}.tmp", path, host_name(), getpid()); }
 
 /// What killed runs of this file left. One that still runs fails when it finds its copy gone, and that is right.
 void remove_leftovers(const std::string& path) {
