@@ -95,10 +95,11 @@ TEST_CASE("a gather carries every byte, and no other, whatever its size and plac
   Ranks& r = ranks();
   if (r.size == 1) return;
   constexpr std::size_t guard = 64;
-  const std::size_t most = gpu::most_exchanged(r.size) + gpu::line_data;
+  const std::vector<std::size_t> sizes = sizes_of_interest(r.size);
+  const std::size_t most = *std::max_element(sizes.begin(), sizes.end());
   const Buffer send = r.make(most + guard), recv = r.make(static_cast<std::size_t>(r.size) * most + 2 * guard);
   std::uint64_t number = 0;
-  for (const std::size_t bytes : sizes_of_interest(r.size))
+  for (const std::size_t bytes : sizes)
     for (const std::size_t off : {std::size_t{0}, std::size_t{3}})
       for (const bool in_place : {false, true}) {
         CAPTURE(bytes, off, in_place);
