@@ -60,12 +60,12 @@ Offer offer(const DeviceOps& device, PeerState& peers) {
   if (refused() || !peers.given_up) return own;
   try {
     peers.memory = Buffer(device, peers.account, MemoryKind::workspace, gpu::peer_memory_bytes);
-    device.fill(peers.memory.data(), 0, gpu::peer_memory_bytes, nullptr);
-    device.synchronize(nullptr);
-    own.stands = gpu::name_memory(peers.memory.data(), own.handle);
   } catch (const UserError&) {
-    // no room: NCCL may have what it needs
+    return own;  // no room: NCCL may have what it needs
   }
+  device.fill(peers.memory.data(), 0, gpu::peer_memory_bytes, nullptr);
+  device.synchronize(nullptr);
+  own.stands = gpu::name_memory(peers.memory.data(), own.handle);
   return own;
 }
 
@@ -102,8 +102,9 @@ void sum_over_peers(void* state, float* data, std::size_t count, Stream* stream)
     peers->by_nccl.all_reduce_sum(peers->nccl, data, count, stream);
 }
 
-// While an exception unwinds the peers may never arrive: a kernel that waits for them is let go, and the memory stays
-// until the process ends, for those that have not heard of it may still write there.
+// While an exception unwinds the peers may never arrive: a kernel that still waits for them is let go, and the memory
+// stays until the process ends, for those that have not heard of it may still write there. (Where buffers are given
+// back before this they wait for the device; then it is the watchdog that ends a rank whose peer is gone.)
 void close_peers(void* state) noexcept {
   std::unique_ptr<PeerState> peers(static_cast<PeerState*>(state));
   const bool unwinding = std::uncaught_exceptions() > 0;

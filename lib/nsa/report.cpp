@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 #include "kernels/quoted.hpp"
 #include "nsa/figures.hpp"
@@ -138,10 +139,11 @@ void print_fallbacks(std::ostream& out, const std::vector<PointRecord>& points) 
     for (const std::string& line : point.fallbacks) fmt::print(out, "fallback at {}: {}\n", point_name(point), line);
 }
 
-// One line: the points of a run share their communicators.
-void print_exchange(std::ostream& out, const PointRecord& point) {
-  if (!point.exchange.empty() && point.exchange != "MPI")
-    fmt::print(out, "small exchanges went through {}\n", point.exchange);
+void print_exchange(std::ostream& out, const std::vector<PointRecord>& points) {
+  std::set<std::string> ways;
+  for (const PointRecord& point : points)
+    if (!point.exchange.empty() && point.exchange != "MPI") ways.insert(point.exchange);
+  if (!ways.empty()) fmt::print(out, "small exchanges went through {}\n", fmt::join(ways, ", "));
 }
 
 void print_slowest(std::ostream& out, const std::vector<PointRecord>& points) {
@@ -180,7 +182,7 @@ void print_notes(std::ostream& out, const std::vector<PointRecord>& points) {
   } else if (kind != "needle") {
     print_table_notes(out);
     print_slowest(out, points);
-    print_exchange(out, points.front());
+    print_exchange(out, points);
   }
   print_fallbacks(out, points);
 }

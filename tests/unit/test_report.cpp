@@ -109,14 +109,15 @@ TEST_CASE("the slowest rank is that of the most work of its own", "[report]") {
 }
 
 TEST_CASE("what exchanges went through is said where it might have been something else", "[report]") {
-  const auto notes = [](const char* exchange) {
-    PointRecord p = a_point();
-    p.exchange = exchange;
-    return printed([&](std::ostream& out) { print_notes(out, {p}); });
+  const auto notes = [](std::vector<const char*> exchanges) {
+    std::vector<PointRecord> points;
+    for (const char* exchange : exchanges) points.push_back(a_point()), points.back().exchange = exchange;
+    return printed([&](std::ostream& out) { print_notes(out, points); });
   };
-  has(notes("peer memory"), "\nsmall exchanges went through peer memory\n");
-  has(notes("NCCL"), "\nsmall exchanges went through NCCL\n");
-  for (const char* exchange : {"", "MPI"}) CHECK(notes(exchange).find("exchanges") == std::string::npos);
+  has(notes({"peer memory"}), "\nsmall exchanges went through peer memory\n");
+  has(notes({"", "NCCL"}), "\nsmall exchanges went through NCCL\n");
+  has(notes({"peer memory", "NCCL", "peer memory"}), "\nsmall exchanges went through NCCL, peer memory\n");
+  for (const char* exchange : {"", "MPI"}) CHECK(notes({exchange}).find("exchanges") == std::string::npos);
 }
 
 TEST_CASE("the share of the copy rate takes the busiest rank, without what peers sent", "[report]") {
