@@ -15,10 +15,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels/backend.hpp"
-#include "kernels/buffer.hpp"
 #include "kernels/cuda/cuda.hpp"
-#include "kernels/random.hpp"
+#include "whole_prefill.hpp"
 
 using namespace nsa;
 
@@ -67,11 +65,6 @@ class Share {
   double cmp_bytes = 0;
 
  private:
-  template <class T = void>
-  T* make(std::int64_t bytes) {
-    buffers_.emplace_back(*b.device, account_, MemoryKind::workspace, static_cast<std::size_t>(bytes));
-    return static_cast<T*>(buffers_.back().data());
-  }
   RowMap map(std::int64_t chunk, int before) const;
   Caches make_caches(int number);
   AttendArgs attend_args(Branch branch, const Caches& c) const;
@@ -83,8 +76,7 @@ class Share {
   DecodeShardArgs shard_args(const Caches& c) const;
 
   const Backend& b;
-  MemoryAccount account_;
-  std::vector<Buffer> buffers_;
+  test::WorkMemory memory;
   LayerShape s;
   QueryTile tile;
   int kv;
@@ -123,7 +115,7 @@ Caches Share::make_caches(int number) {
       view->map = m;
       view->width = s.d_k;
       view->plane_stride = rows * view->width;
-      view->data = make(planes * view->plane_stride * 2);
+      view->data = memory.make(planes * view->plane_stride * 2);
       b.device->fill(view->data, 0, static_cast<std::size_t>(planes * view->plane_stride * 2), stream);
       const std::string name = std::to_string(number) + branch_names[branch] + (view == &c.k[branch] ? "k" : "v");
       b.kernels->fill_rows({s.dtype, *view, tile.batches, s.groups, 0, 0, counts[branch], tensor_key(1, name.c_str())},
@@ -132,8 +124,9 @@ Caches Share::make_caches(int number) {
   return c;
 }
 
-Share::Share(const Backend& backend, const Row& row) : b(backend), kv(row.kv), tokens(row.context) {
-  buffers_.reserve(4096);
+Share::Share(const Backend& backend, const Row& row)
+    : b(backend), memory{backend, {}, {}}, kv(row.kv), tokens(row.context) {
+  memory.buffers.reserve(4096);
   stream = b.device->create_stream();
   s.groups = 4 / row.heads;
   s.heads_per_group = 16;
@@ -142,7 +135,7 @@ Share::Share(const Backend& backend, const Row& row) : b(backend), kv(row.kv), t
   s.leaf = 16 * s.rules.l_sel / s.rules.d;
   const std::int64_t t = tokens - 1, rows = row.batch, planes = rows * s.groups;
   compressed = compressed_tokens(s.rules, t);
-  auto* position = make<std::int64_t>(8);
+  auto* position = memory.make<std::int64_t>(8);
   b.device->copy(position, &t, 8, stream);
   b.device->synchronize(stream);
   tile = {0, row.batch, 1, position, tokens};
@@ -150,28 +143,28 @@ Share::Share(const Backend& backend, const Row& row) : b(backend), kv(row.kv), t
   const int count = std::clamp(static_cast<int>(cold_bytes / cmp_bytes) + 1, 1, 16);
   for (int i = 0; i < count; ++i) sets.push_back(make_caches(i));
   const auto floats = [&](std::int64_t n) {
-    auto* to = make<float>(n * 4);
+    auto* to = memory.make<float>(n * 4);
     b.device->fill(to, 0, static_cast<std::size_t>(n * 4), stream);
     return to;
   };
   KvView queries;
   queries.width = s.heads() * s.d_k;
-  queries.data = q = make(rows * queries.width * 2);
+  queries.data = q = memory.make(rows * queries.width * 2);
   b.kernels->fill_rows({s.dtype, queries, 1, 1, 0, 0, rows, tensor_key(1, "q"), 2.0f}, stream);
   gate = floats(planes * 3);
   b.device->fill(gate, 0x3E, planes * 3 * 4, stream);
   lse = floats((s.lanes + kv) * rows * s.heads() * 2);
   partials = floats(kv * partial_floats(s, rows));
-  candidates = make<Candidate>(kv * planes * s.rules.n_sel * 8);
+  candidates = memory.make<Candidate>(kv * planes * s.rules.n_sel * 8);
   b.device->fill(candidates, 0xFF, kv * planes * s.rules.n_sel * 8, stream);
-  selected = make<std::int32_t>(planes * s.rules.n_sel * 4);
+  selected = memory.make<std::int32_t>(planes * s.rules.n_sel * 4);
   b.device->fill(selected, 0, planes * s.rules.n_sel * 4, stream);
-  reads = make<std::int64_t>(branches * planes * 8);
-  o = make(rows * s.heads() * s.d_v * 2);
-  scores = make(
+  reads = memory.make<std::int64_t>(branches * planes * 8);
+  o = memory.make(rows * s.heads() * s.d_v * 2);
+  scores = memory.make(
       static_cast<std::int64_t>(b.kernels->score_bytes(s, tile, sets[0].k[cmp].plane_stride / sets[0].k[cmp].width)));
   scratch_bytes = b.kernels->scratch_bytes(s, tile);
-  scratch = make(static_cast<std::int64_t>(scratch_bytes));
+  scratch = memory.make(static_cast<std::int64_t>(scratch_bytes));
   b.device->synchronize(stream);
 }
 
