@@ -62,8 +62,24 @@ struct StepRank {
   const StepPlace& at;
   char* shared;
 
-  // The CTA's warps that score.
-  __device__ __forceinline__ void meet() const { asm volatile("bar.sync 1, %0;" ::"r"(at.rankers * 32) : "memory"); }
+  // The CTA's warps that score. An mbarrier that every thread arrives at: of a named barrier that some of the warps
+  // pass racecheck loses count (docs/kernels.md).
+  __device__ __forceinline__ unsigned meeting() const { return shared_address(shared) + Layout::meeting; }
+  __device__ __forceinline__ void meet() const {
+    std::uint64_t phase;
+    asm volatile("mbarrier.arrive.shared.b64 %0, [%1];" : "=l"(phase) : "r"(meeting()) : "memory");
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n.reg .pred met;\nAGAIN:\nmbarrier.try_wait.shared.b64 met, [%0], %1;\n@!met bra AGAIN;\n}" ::"r"(meeting()),
+        "l"(phase)
+        : "memory");
+#else
+    asm volatile("{\n.reg .pred met;\nAGAIN:\nmbarrier.test_wait.shared.b64 met, [%0], %1;\n@!met bra AGAIN;\n}" ::"r"(
+                     meeting()),
+                 "l"(phase)
+                 : "memory");
+#endif
+  }
   __device__ __forceinline__ float2* lanes() const { return reinterpret_cast<float2*>(shared + Layout::lanes_at()); }
   __device__ __forceinline__ float2* normalisers() const {
     return reinterpret_cast<float2*>(shared + Layout::normalisers_at(p.shape));
@@ -74,9 +90,12 @@ struct StepRank {
   __device__ __forceinline__ Entry* warp_lists() const { return reinterpret_cast<Entry*>(shared + Layout::rank); }
   __device__ __forceinline__ Entry* lists() const { return reinterpret_cast<Entry*>(shared + Layout::lists); }
 
-  // What needs no position: overlaps of a block far from the start; the CTAs' lists, of which not all may come full.
+  // What needs no position: the meeting; overlaps of a block far from the start; the CTAs' lists, of which not all may
+  // come full.
   __device__ __forceinline__ void prepare() const {
     const BlockRules& r = p.shape.rules;
+    if (threadIdx.x == 0 && at.rankers > 0)
+      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(meeting()), "r"(at.rankers * 32) : "memory");
     if (W == step_warps && static_cast<int>(threadIdx.x) < p.cluster * most_chosen) lists()[threadIdx.x] = 0;
 #pragma unroll 1
     for (int k = threadIdx.x; k < p.ratio + p.lead; k += 32 * W) {

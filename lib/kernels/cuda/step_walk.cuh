@@ -17,8 +17,8 @@ struct StepLayout {
   static constexpr int slot_bytes = DecodeLayout<E>::slot_bytes, slots = DecodeLayout<E>::slots,
                        ring_bytes = DecodeLayout<E>::ring_bytes;
   static constexpr int queries = W * ring_bytes, weights = queries + E::query_bytes,
-                       courses = weights + W * E::weight_bytes, gates = courses + W * 2 * 48, lists = gates + 16,
-                       rank = lists + (W == step_warps ? most_step_cluster * most_chosen * 8 : 0);
+                       courses = weights + W * E::weight_bytes, gates = courses + W * 2 * 48, meeting = gates + 16,
+                       lists = meeting + 16, rank = lists + (W == step_warps ? most_step_cluster * most_chosen * 8 : 0);
   static constexpr int pitch = E::d_v + 8, warp_floats = E::heads * pitch, items = E::heads * (E::d_v / 4);
   static constexpr int sums = W * 2 * warp_floats * 4;          // (m, sum) of the warps
   static constexpr int sums_end = sums + W * 2 * E::heads * 8;  // (m, sum) of the CTA by branch
