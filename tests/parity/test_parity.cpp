@@ -1,10 +1,10 @@
 // Every stage and the output of the program against the float64 oracle, and decode against prefill.
 
-#include <cmath>
 #include <map>
 
 #include "catch.hpp"
 #include "parity/compare.hpp"
+#include "parity/expected.hpp"
 #include "parity/shapes.hpp"
 
 namespace {
@@ -13,41 +13,9 @@ using namespace parity;
 using oracle::Options;
 using oracle::Reals;
 
-/// A phase of the program and what it recorded.
-struct Phase {
-  nsa::Config config;
-  nsa::PointRecord record;
-};
-
 Phase run_phase(const Shape& shape, nsa::TaskKind kind) {
   const nsa::Config config = config_of(shape, kind);
   return {config, run(config, nsa::Control::world())};
-}
-
-/// The oracle does as the program: by matrix products on a GPU (sdpa, masked) softmax weights are stored, as frameworks
-/// without custom kernels have them.
-Options options_of(const Phase& phase) {
-  Options options = parity::options_of(phase.config);
-  if (phase.config.run.backend != nsa::BackendChoice::cuda) return options;
-  for (const int c : {oracle::cmp, oracle::sel, oracle::win})
-    options.stores_weights[c] = phase.record.routes[c] == "sdpa" || phase.record.routes[c] == "masked";
-  return options;
-}
-
-/// The oracle's last layer from the phase's own x and weights, or from its given q, k, v, gates.
-oracle::Layer expect(const Phase& phase, const std::optional<oracle::Chosen>& chosen = {}) {
-  const Options options = options_of(phase);
-  if (phase.config.run.scope == nsa::Scope::layer)
-    return oracle::run(options, weights_of(phase.config, phase.record), reals(phase.record, "x"), chosen).layers.back();
-  oracle::Layer layer;
-  layer.projected = given_of(phase.config, phase.record);
-  layer.attended = oracle::attend(options, {}, {}, layer.projected, chosen);
-  return layer;
-}
-
-Reals recorded_rows(const Phase& phase, const Reals& all) {
-  const std::int64_t first = phase.record.first_position;
-  return rows_of(all, first, options_of(phase).tokens - first);
 }
 
 void check_reads(const Phase& phase, const oracle::Attended& expected) {
@@ -67,36 +35,6 @@ void check_reads(const Phase& phase, const oracle::Attended& expected) {
 
 /// By how much rounded weights widen the mean bound of a tensor.
 using Moves = std::map<std::string, double>;
-
-/// Kernels on tensor cores round softmax weights relative to a running maximum, which the oracle does not follow: it
-/// says how far that moves an output. Zero for all others.
-Reals moves_of(const Phase& phase, const oracle::Attended& attended, int c) {
-  const std::string& kernels = phase.record.route_kernels[c];
-  bool rounds = false;
-  for (const char* name : {"step", "decode", "tiled", "rows", "flash"})
-    rounds |= phase.config.run.backend == nsa::BackendChoice::cuda && kernels.find(name) != std::string::npos;
-  if (rounds && options_of(phase).storage != oracle::Storage::fp32) {
-    REQUIRE(phase.config.model.layers == 1);  // behind them nobody knows
-    return attended.rounding[c];
-  }
-  return Reals(attended.rounding[c].shape);
-}
-
-/// Of the sum of the branches by their gates.
-Reals moves_of_sum(const Phase& phase, const oracle::Layer& layer) {
-  const Options o = options_of(phase);
-  Reals sum(layer.attended.o.shape);
-  for (const int c : {oracle::cmp, oracle::sel, oracle::win}) {
-    const Reals moves = moves_of(phase, layer.attended, c);
-    for (std::int64_t b = 0; b < o.batch; ++b)
-      for (std::int64_t t = 0; t < o.tokens; ++t)
-        for (std::int64_t head = 0; head < o.heads; ++head)
-          for (std::int64_t e = 0; e < o.d_v; ++e)
-            sum(b, t, head, e) = std::hypot(
-                sum(b, t, head, e), layer.projected.gate(b, t, head / (o.heads / o.groups), c) * moves(b, t, head, e));
-  }
-  return sum;
-}
 
 /// Every recorded tensor of a phase against the oracle.
 Moves check_phase(const Phase& phase) {

@@ -1,0 +1,65 @@
+#include "parity/expected.hpp"
+
+#include <cmath>
+
+#include "catch.hpp"
+
+namespace parity {
+
+using oracle::Options;
+using oracle::Reals;
+
+Options options_of(const Phase& phase) {
+  Options options = parity::options_of(phase.config);
+  if (phase.config.run.backend != nsa::BackendChoice::cuda) return options;
+  for (const int c : {oracle::cmp, oracle::sel, oracle::win})
+    options.stores_weights[c] = phase.record.routes[c] == "sdpa" || phase.record.routes[c] == "masked";
+  return options;
+}
+
+oracle::Layer expect(const Phase& phase, const std::optional<oracle::Chosen>& chosen) {
+  const Options options = options_of(phase);
+  if (phase.config.run.scope == nsa::Scope::layer)
+    return oracle::run(options, weights_of(phase.config, phase.record), reals(phase.record, "x"), chosen).layers.back();
+  oracle::Layer layer;
+  layer.projected = given_of(phase.config, phase.record);
+  layer.attended = oracle::attend(options, {}, {}, layer.projected, chosen);
+  return layer;
+}
+
+bool rounds_weights(const Phase& phase, int c, Against against) {
+  const Options options = options_of(phase);
+  if (phase.config.run.backend != nsa::BackendChoice::cuda || options.storage == oracle::Storage::fp32) return false;
+  bool rounds = against == Against::layout && options.stores_weights[c];
+  for (const char* name : {"step", "decode", "tiled", "rows", "flash"})
+    rounds |= phase.record.route_kernels[c].find(name) != std::string::npos;
+  return rounds;
+}
+
+Reals moves_of(const Phase& phase, const oracle::Attended& attended, int c, Against against) {
+  if (!rounds_weights(phase, c, against)) return Reals(attended.rounding[c].shape);
+  REQUIRE(phase.config.model.layers == 1);  // behind them nobody knows
+  return attended.rounding[c];
+}
+
+Reals moves_of_sum(const Phase& phase, const oracle::Layer& layer, Against against) {
+  const Options o = options_of(phase);
+  Reals sum(layer.attended.o.shape);
+  for (const int c : {oracle::cmp, oracle::sel, oracle::win}) {
+    const Reals moves = moves_of(phase, layer.attended, c, against);
+    for (std::int64_t b = 0; b < o.batch; ++b)
+      for (std::int64_t t = 0; t < o.tokens; ++t)
+        for (std::int64_t head = 0; head < o.heads; ++head)
+          for (std::int64_t e = 0; e < o.d_v; ++e)
+            sum(b, t, head, e) = std::hypot(
+                sum(b, t, head, e), layer.projected.gate(b, t, head / (o.heads / o.groups), c) * moves(b, t, head, e));
+  }
+  return sum;
+}
+
+Reals recorded_rows(const Phase& phase, const Reals& all) {
+  const std::int64_t first = phase.record.first_position;
+  return rows_of(all, first, options_of(phase).tokens - first);
+}
+
+}  // namespace parity
