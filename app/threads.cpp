@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <map>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -62,7 +63,14 @@ void describe_threads(const Control& world, const Cores& mine, RunRecord& run) {
 }
 
 std::string oversubscribed(const RunRecord& run) {
-  if (run.backend != "host") return "";
+  if (run.backend != "host") {
+    std::map<std::string, int> ranks;  // by GPU
+    for (const RankSystem& rank : run.system)
+      if (++ranks[rank.uuid] > 1)
+        return fmt::format("ranks share a GPU of {}: they take turns on it, and the times are those of the turns",
+                           rank.host);
+    return "";
+  }
   for (const RankSystem& rank : run.system) {
     if (rank.threads * rank.sharers > rank.cores)
       return fmt::format(

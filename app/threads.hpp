@@ -21,7 +21,8 @@ void choose_host_threads(const Cores& mine);
 /// Fills threads, cores, sharers and environment of every rank. Collective.
 void describe_threads(const Control& world, const Cores& mine, RunRecord& run);
 
-/// "4 ranks with 1 thread each share 2 cores of node7: ..." of the first rank with more threads than cores; empty: none.
+/// "4 ranks with 1 thread each share 2 cores of node7: ..." of the first rank with more threads than cores, or on GPUs
+/// of the first without one of its own; empty: none.
 std::string oversubscribed(const RunRecord& run);
 
 }  // namespace nsa

@@ -31,7 +31,7 @@ bool rounds_weights(const Phase& phase, int c, Against against) {
   const Options options = options_of(phase);
   if (phase.config.run.backend != nsa::BackendChoice::cuda || options.storage == oracle::Storage::fp32) return false;
   bool rounds = against == Against::layout && options.stores_weights[c];
-  for (const char* name : {"step", "decode", "tiled", "rows", "flash"})
+  for (const char* name : {"step", "shard", "decode", "tiled", "rows", "flash"})
     rounds |= phase.record.route_kernels[c].find(name) != std::string::npos;
   return rounds;
 }

@@ -328,7 +328,7 @@ bool prefill_sel_accepts(const LayerShape& s, const RowMap& map) {
 }
 
 bool prefill_sel_pays(const LayerShape& s, const QueryTile& tile) {
-  return std::int64_t{2} * items_of(s, tile) > limits().units;
+  return std::int64_t{5} * items_of(s, tile) > std::int64_t{2} * limits().units;
 }
 
 void attend_prefill_sel(const AttendArgs& a, Stream* stream) { launch(a, nullptr, nullptr, stream); }

@@ -25,8 +25,9 @@ struct Gemm {
 
 void multiply(DType type, const Gemm& gemm, Stream* stream);
 
-/// The same for b_by_rows, every element summed in one order whatever m, n and batch are: one algorithm, chosen once
-/// for `usual_m` rows, without split sums. Rows of a and b are packed (k a multiple of their alignment).
+/// The same for b_by_rows, every element summed in one order whatever m, n and batch are: two algorithms, with
+/// n a multiple of four and without, chosen once for `usual_m` rows, both without split sums (cuBLAS left to itself takes
+/// another for a single column). Rows of a and b are packed (k a multiple of their alignment).
 void multiply_in_fixed_order(DType type, const Gemm& gemm, int usual_m, Stream* stream);
 
 }  // namespace nsa::gpu

@@ -5,8 +5,8 @@
 
 namespace nsa {
 
-/// Opens GPU `local_rank` of this host. Throws UserError(device) when the host has no such GPU: two ranks on one
-/// GPU may hang NCCL, so they are refused unless the environment says NSA_SHARE_GPU=1.
+/// Opens GPU `local_rank` of this host. Throws UserError(device) when the host has no such GPU, unless the environment
+/// says NSA_SHARE_GPU=1: then ranks take turns on the GPUs there are, which tries a layout out but times nothing.
 Backend open_cuda(int local_rank);
 
 }  // namespace nsa

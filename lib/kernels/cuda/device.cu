@@ -1,6 +1,7 @@
 // Memory, streams, events, graphs and facts of one GPU.
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -269,11 +270,19 @@ Backend open_cuda(int local_rank) {
                         "); check the driver with nvidia-smi, or run with backend = \"host\"",
                     ExitCode::device);
   const char* share = std::getenv("NSA_SHARE_GPU");
-  if (local_rank >= count && !(share && share[0] == '1'))
-    throw UserError("local rank " + std::to_string(local_rank) + " has no GPU of its own (this host has " +
-                        std::to_string(count) + ", and two ranks on one GPU may hang); start at most " +
-                        std::to_string(count) + " ranks a host, or set NSA_SHARE_GPU=1",
-                    ExitCode::device);
+  if (local_rank >= count) {
+    if (!(share && share[0] == '1'))
+      throw UserError(
+          "local rank " + std::to_string(local_rank) + " has no GPU of its own (this host has " +
+              std::to_string(count) + "); start at most " + std::to_string(count) +
+              " ranks a host, or set NSA_SHARE_GPU=1 to try a layout out: ranks then take turns on a GPU, " +
+              "and what is timed means nothing",
+          ExitCode::device);
+    // NCCL takes two ranks on one GPU only if it takes them for ranks of two hosts.
+    char host[256] = "?";
+    (void)gethostname(host, sizeof host - 1);
+    setenv("NCCL_HOSTID", (std::string(host) + "/" + std::to_string(local_rank / count)).c_str(), 0);
+  }
   gpu::open(local_rank % count);
   return {BackendKind::cuda, &gpu::kernel_table(), &gpu::device_ops, gpu::limits().capability};
 }
