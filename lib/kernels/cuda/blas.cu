@@ -61,14 +61,15 @@ void prefer(const Preference& preference, cublasLtMatmulPreferenceAttributes_t a
 }
 
 /// For a problem of usual size: what is chosen must not depend on the one at hand. `whole`: rows of out that are whole
-/// 16 bytes, which the fastest kernels ask for.
+/// 16 bytes, which the fastest kernels ask for. Of others what is chosen for few columns, because that one runs over k
+/// as those do; for many columns it is one that does not.
 Choice choose(cublasLtHandle_t lt, DType type, int usual_m, int k, bool whole) {
   Gemm usual;
   usual.m = usual_m;
-  usual.n = whole ? 2048 : 2049;
+  usual.n = whole ? 2048 : 63;
   usual.k = k;
   usual.a_ld = usual.b_ld = k;
-  usual.out_ld = whole ? 2048 : 2056;
+  usual.out_ld = whole ? 2048 : 64;
   const Problem problem(type, usual);
   Preference preference;
   check(cublasLtMatmulPreferenceCreate(&preference.handle), "cublasLtMatmulPreferenceCreate");
