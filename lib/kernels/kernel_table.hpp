@@ -151,8 +151,8 @@ struct AttendArgs {
   LayerShape shape;
   QueryTile tile;
   const void* q = nullptr;  ///< [rows, H, Dk]
-  KvView k;
-  KvView v;  ///< finite also where no token was written yet: such rows may be weighed with 0
+  KvView k;                 ///< spare_rows behind the last plane may be read, and do not matter
+  KvView v;                 ///< finite also where no token was written yet: such rows may be weighed with 0
   Partials out;
   std::int64_t* reads = nullptr;           ///< [batches, groups], of this branch
   const std::int32_t* selected = nullptr;  ///< sel: [rows, groups, n_sel], ascending, -1 padded

@@ -52,6 +52,9 @@ NSA_HD std::int64_t owned_chunks(const RowMap& m, std::int64_t rows, std::int32_
   return chunks > rank ? (chunks - rank - 1) / m.kv + 1 : 0;
 }
 
+/// Rows behind the last plane of a cache that a matrix product may read, whose rows are four at a time.
+constexpr std::int64_t spare_rows = 3;
+
 /// Rows of a sharded K or V cache: data[plane][row][width], plane = b * groups + g, in storage type.
 struct KvView {
   void* data = nullptr;

@@ -60,16 +60,14 @@ void prefer(const Preference& preference, cublasLtMatmulPreferenceAttributes_t a
         "cublasLtMatmulPreferenceSetAttribute");
 }
 
-/// For a problem of usual size: what is chosen must not depend on the one at hand. `whole`: rows of out that are whole
-/// 16 bytes, which the fastest kernels ask for. Of others what is chosen for few columns, because that one runs over k
-/// as those do; for many columns it is one that does not.
-Choice choose(cublasLtHandle_t lt, DType type, int usual_m, int k, bool whole) {
+/// For a problem of usual size: what is chosen must not depend on the one at hand.
+Choice choose(cublasLtHandle_t lt, DType type, int usual_m, int k) {
   Gemm usual;
   usual.m = usual_m;
-  usual.n = whole ? 2048 : 63;
+  usual.n = 2048;
   usual.k = k;
   usual.a_ld = usual.b_ld = k;
-  usual.out_ld = whole ? 2048 : 64;
+  usual.out_ld = usual.n;
   const Problem problem(type, usual);
   Preference preference;
   check(cublasLtMatmulPreferenceCreate(&preference.handle), "cublasLtMatmulPreferenceCreate");
@@ -103,11 +101,10 @@ void multiply(DType type, const Gemm& g, Stream* stream) {
 }
 
 void multiply_in_fixed_order(DType type, const Gemm& g, int usual_m, Stream* stream) {
-  static std::map<std::tuple<DType, int, int, bool>, Choice> choices;  // one GPU and one thread a process
+  static std::map<std::tuple<DType, int, int>, Choice> choices;  // one GPU and one thread a process
   const auto lt = reinterpret_cast<cublasLtHandle_t>(blas(stream));
-  const bool whole = g.n % 4 == 0;
-  const auto [choice, fresh] = choices.try_emplace({type, usual_m, g.k, whole});
-  if (fresh) choice->second = choose(lt, type, usual_m, g.k, whole);
+  const auto [choice, fresh] = choices.try_emplace({type, usual_m, g.k});
+  if (fresh) choice->second = choose(lt, type, usual_m, g.k);
   if (choice->second.found) {
     const float zero = 0.0f;
     const Problem problem(type, g);

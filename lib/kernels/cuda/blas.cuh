@@ -25,9 +25,9 @@ struct Gemm {
 
 void multiply(DType type, const Gemm& gemm, Stream* stream);
 
-/// The same for b_by_rows, every element summed in one order whatever m, n and batch are: two algorithms, with
-/// n a multiple of four and without, chosen once for `usual_m` rows, both without split sums (left to itself cuBLAS takes
-/// others for a single column and for thousands). Rows of a and b are packed (k a multiple of their alignment).
+/// The same for b_by_rows, every element summed in one order whatever m, n and batch are: one algorithm, chosen once
+/// for `usual_m` rows, without split sums. It takes n a multiple of four alone: what is left over goes to an algorithm
+/// that may sum in another order. Rows of a and b are packed (k a multiple of their alignment).
 void multiply_in_fixed_order(DType type, const Gemm& gemm, int usual_m, Stream* stream);
 
 }  // namespace nsa::gpu

@@ -24,7 +24,7 @@ constexpr int span_rows = 256;              // of a job whose window is packed
 constexpr std::int64_t most_units = 65535;  // of a job: a grid's y
 constexpr std::size_t budget = std::size_t{64} << 20;
 
-std::int64_t padded_weights(std::int64_t columns) { return (columns + 7) / 8 * 8; }
+std::int64_t padded_row(std::int64_t columns) { return (columns + 7) / 8 * 8; }
 std::size_t padded(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 /// Tokens the branch has below max_positions.
@@ -65,8 +65,7 @@ Needs needs_of(Branch branch, Source source, bool per_list, std::int64_t columns
   const std::size_t storage = size_of(s.dtype), packed = columns * (s.d_k + s.d_v) * storage;
   Needs needs;
   needs.units = per_list ? tile.rows() * s.groups : tile.tokens;
-  needs.unit = s.heads_per_group *
-               (padded_weights(columns) * storage + (leaves_scores(branch, tile) ? 0 : columns * sizeof(float)));
+  needs.unit = s.heads_per_group * padded_row(columns) * (storage + (leaves_scores(branch, tile) ? 0 : sizeof(float)));
   if (source == Source::in_place) return needs;
   (per_list ? needs.unit : needs.once) += packed;
   return needs;
@@ -96,7 +95,7 @@ void choose_source(Dense& p) {
     p.source = Source::in_place;
     p.columns = rows_of(map, tokens_of(B, s, tile));
   }
-  p.weight_ld = padded_weights(p.columns);
+  p.weight_ld = padded_row(p.columns);
 }
 
 // Queries, K and V of a job multiplied. Rows of a sequence lie a whole row of heads apart, lists right behind another.
@@ -122,10 +121,12 @@ void multiply_job(const Dense& p, Stream* stream) {
   qk.out = p.scores;
   qk.out_ld = p.per_list ? p.score_ld : p.score_row;
   qk.out_stride = p.per_list ? p.score_row : p.score_ld;
-  if (B == cmp)
+  if (B == cmp) {
+    qk.n = (qk.n + 3) / 4 * 4;  // as the fixed order asks; what lies behind the last row has scores that nobody reads
     multiply_in_fixed_order(s.dtype, qk, p.per_list ? static_cast<int>(h) : 64, stream);
-  else
+  } else {
     multiply(s.dtype, qk, stream);
+  }
   weigh(B, p, stream);
   if (leaves_scores(B, p.a.tile) && scores_by_chunk(p.a.k.map)) spread_scores(p, stream);
   if (p.a.scores_only) return;
@@ -166,7 +167,8 @@ Parts divide(const Dense& p, const Needs& needs) {
   };
   parts.k = take(matrices * p.columns * s.d_k * storage);
   parts.v = take(matrices * p.columns * s.d_v * storage);
-  parts.scores = take(leaves_scores(B, p.a.tile) ? 0 : parts.units * s.heads_per_group * p.columns * sizeof(float));
+  parts.scores =
+      take(leaves_scores(B, p.a.tile) ? 0 : parts.units * s.heads_per_group * padded_row(p.columns) * sizeof(float));
   parts.weights = at;
   return parts;
 }
@@ -181,7 +183,7 @@ void run_jobs(Dense& p, Stream* stream) {
   const bool packed = p.source != Source::in_place;
   const std::int64_t slot = p.a.k.map.ring > 0 ? p.a.k.map.slot_begin : 0;
   const bool leaves = leaves_scores(B, tile);
-  const std::int64_t pitch = leaves ? score_pitch(p.a.k.map, tokens_of(cmp, s, tile)) : p.columns;
+  const std::int64_t pitch = leaves ? score_pitch(p.a.k.map, tokens_of(cmp, s, tile)) : padded_row(p.columns);
   p.score_ld = pitch;
   p.score_row = leaves && !p.per_list ? s.heads() * pitch : h * pitch;
   p.weights = parts.weights;
