@@ -174,6 +174,7 @@ struct RankArgs {
   LayerShape shape;
   QueryTile tile;
   const void* scores = nullptr;
+  bool opened = false;         ///< `scores` are what ShardedStep::open left, else attend_cmp
   const float* lse = nullptr;  ///< gathered: [ranks][lse_slots][rows][H][2], of which lanes / ranks are lanes
   std::int32_t lse_ranks = 1;  ///< kv when the lanes were exchanged, else 1
   RowMap cmp_map;              ///< of the compressed tokens that were scored
@@ -253,8 +254,8 @@ struct DecodeShardArgs {
 /// blocks are chosen as stage by stage.
 struct ShardedStep {
   bool (*accepts)(const DecodeShardArgs&);
-  void (*open)(const DecodeShardArgs&, Stream*);   ///< cmp with win: raw scores, lse, window's (m, s) behind the lanes
-  void (*weigh)(const DecodeShardArgs&, Stream*);  ///< writes the cmp and win part of `weighted`
+  void (*open)(const DecodeShardArgs&, Stream*);     ///< cmp with win: scores, lse, window's (m, s) behind the lanes
+  void (*weigh)(const DecodeShardArgs&, Stream*);    ///< writes the cmp and win part of `weighted`
   void (*combine)(const DecodeShardArgs&, Stream*);  ///< o of the gathered ones
 };
 

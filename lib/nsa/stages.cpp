@@ -95,6 +95,7 @@ RankArgs rank_args(const Work& w) {
   args.shape = w.engine.shape();
   args.tile = w.tile;
   args.scores = b.scores.data();
+  args.opened = w.opened;
   args.lse = (w.exchange ? b.lse_all : b.lse).as<float>();
   args.lse_ranks = w.exchange ? w.engine.partition.kv : 1;
   args.cmp_map = w.k[cmp].map;
@@ -255,6 +256,7 @@ bool shards_at_once(Work& w) {
 void open_shard(Work& w) {
   fault::refuse_launch("attend.shard", w.engine.device(), w.engine.streams.compute);
   w.engine.kernels().sharded->open(shard_args(w), w.engine.streams.compute);
+  w.opened = true;
   for (const Branch b : {cmp, win}) w.engine.routes.of(w.phase, b).note("shard");
 }
 void weigh_shard(Work& w, Stream* stream) { w.engine.kernels().sharded->weigh(shard_args(w), stream); }

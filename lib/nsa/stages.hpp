@@ -26,6 +26,7 @@ struct Work {
   KvView k[branches], v[branches];  ///< what attention reads: [cmp], [sel], [win]
   Phase phase = Phase::decode;
   bool weighted = false;  ///< sharded decode: cmp and win travel as one weighted vector (ShardedStep)
+  bool opened = false;    ///< sharded decode: cmp's scores are those of ShardedStep
 
   bool leaves_out(Branch branch) const { return options.leave_out == branch; }
   bool whole_layer() const { return engine.config.run.scope == Scope::layer; }

@@ -45,7 +45,7 @@ class Share {
   void at_once(const Caches& c);
   void cmp_alone(const Caches& c) { attend(cmp, c); }
   void open(const Caches& c) { b.kernels->sharded->open(shard_args(c), stream); }
-  void rank(const Caches& c) { b.kernels->rank(rank_args(c), stream); }
+  void rank(const Caches& c) { b.kernels->rank(rank_args(c, kv > 1), stream); }  // behind open()
   void weigh(const Caches& c) { b.kernels->sharded->weigh(shard_args(c), stream); }
   void select(const Caches&) {
     if (kv > 1) b.kernels->select({s, tile, candidates, kv, selected}, stream);
@@ -71,7 +71,7 @@ class Share {
   void attend(Branch branch, const Caches& c) const {
     b.kernels->attend[branch][0].run(attend_args(branch, c), stream);
   }
-  RankArgs rank_args(const Caches& c) const;
+  RankArgs rank_args(const Caches& c, bool opened) const;
   CombineArgs combine_args() const;
   DecodeShardArgs shard_args(const Caches& c) const;
 
@@ -185,11 +185,12 @@ AttendArgs Share::attend_args(Branch branch, const Caches& c) const {
   return a;
 }
 
-RankArgs Share::rank_args(const Caches& c) const {
+RankArgs Share::rank_args(const Caches& c, bool opened) const {
   RankArgs a;
   a.shape = s;
   a.tile = tile;
   a.scores = scores;
+  a.opened = opened;
   a.lse = lse;
   a.lse_ranks = kv;
   a.cmp_map = c.k[cmp].map;
@@ -227,7 +228,7 @@ DecodeShardArgs Share::shard_args(const Caches& c) const {
 void Share::stages(const Caches& c) {
   attend(cmp, c);
   attend(win, c);
-  rank(c);
+  b.kernels->rank(rank_args(c, false), stream);
   select(c);
   attend(sel, c);
   b.kernels->combine(combine_args(), stream);
@@ -236,7 +237,7 @@ void Share::stages(const Caches& c) {
 void Share::at_once(const Caches& c) {
   if (kv == 1)
     return b.kernels->decode_step(
-        {{attend_args(cmp, c), attend_args(sel, c), attend_args(win, c)}, rank_args(c), combine_args()}, stream);
+        {{attend_args(cmp, c), attend_args(sel, c), attend_args(win, c)}, rank_args(c, false), combine_args()}, stream);
   open(c);
   rank(c);
   weigh(c);

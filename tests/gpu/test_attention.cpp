@@ -450,9 +450,11 @@ TEST_CASE("cuda attention equals the host's for other block geometries") {
 }
 
 TEST_CASE("every kv layout chooses the same blocks bit for bit and gives the same outputs") {
+  const int chunk_blocks = GENERATE(2, 8);  // without and with whole tiles
   for (const DType type : {DType::f32, DType::bf16})
-    for (const std::int64_t first : {20, 130, 257, 1023, 1038, 1040, 5000}) {
+    for (const std::int64_t first : {20, 130, 257, 1023, 1038, 1040, 5000, 33008}) {
       Case c{shape_of(type, 1, 16, 128, 128), 2, 1, first};
+      c.chunk_blocks = chunk_blocks;
       for (std::size_t kernel = 0; kernel < gpu().kernels->attend[cmp].size(); ++kernel) {
         c.kv = 1;
         c.ring = false;
@@ -573,8 +575,10 @@ TEST_CASE("cuda prefill at once equals the host's and chooses what the stages ch
 }
 
 // A step at once by clusters of every size: lists enough for each, and so many tiles that warps have several of them;
-// every count of blocks around those that a warp scores together; a branch left out.
+// every count of blocks around those that a warp scores together; a branch left out. Chunks of 16 blocks have whole
+// tiles, so that blocks are scored by those; of 2 they have not.
 TEST_CASE("a decode step at once equals its stages", "[step]") {
+  const int chunk_blocks = GENERATE(2, 16);
   for (const DType type : {DType::bf16, DType::f16, DType::f32})
     for (const auto& [batch, first] : {std::pair{1, 33},
                                        {1, 2333},
@@ -590,6 +594,7 @@ TEST_CASE("a decode step at once equals its stages", "[step]") {
       if (type != DType::bf16 && batch > 20) continue;
       const int h = batch > 2 && type != DType::f32 ? 16 : 3;
       Case c{shape_of(type, batch == 1 ? 1 : 2, h, 64, 64), batch, 1, first};
+      c.chunk_blocks = chunk_blocks;
       const Run run(c);
       CHECK(run.at_once);
       check(run);
@@ -599,16 +604,47 @@ TEST_CASE("a decode step at once equals its stages", "[step]") {
   for (const int blocks : {16, 17, 18, 31, 32, 33, 61, 62, 63, 64, 93, 94, 125, 126, 256, 249, 1000})
     for (const int within : {0, 14, 15, 30, 31, 63}) {
       Case c{shape_of(DType::bf16, 1, 16, 128, 128), 1, 1, blocks * 64 + within};
+      c.chunk_blocks = chunk_blocks;
       check(Run(c));
     }
   for (const int left_out : {cmp, sel, win})
     for (const auto& [batch, first] : {std::pair{1, 700}, {1, 20000}, {40, 3000}, {80, 1500}}) {
       Case c{shape_of(DType::bf16, 2, 16, 128, 128), batch, 1, first};
       c.left_out = left_out;
+      c.chunk_blocks = chunk_blocks;
       check(Run(c));
       c.shape = shape_of(DType::f32, 2, 2, 64, 64);
       check(Run(c));
     }
+}
+
+// Blocks scored by tile: leaves of one tile, two and three, and of one and a half, which have none; every count of
+// tokens around a tile's end; heads that fill no four; scores so far apart that a tile's tokens hardly show beside its
+// maximum; other geometries, of which only the first two are scored so.
+TEST_CASE("blocks are scored by tile where leaves have whole ones", "[step]") {
+  for (const DType type : {DType::bf16, DType::f32})
+    for (const int chunk_blocks : {8, 12, 16, 24})
+      for (const int h : {1, 3, 4})
+        for (const std::int64_t first : {2047, 2048 + 14, 2048 + 15, 2048 + 16, 2048 + 31, 4096 + 30, 9000}) {
+          Case c{shape_of(type, 1, h, 64, 64), 1, 1, first};
+          c.chunk_blocks = chunk_blocks;
+          c.q_scale = first == 9000 ? 16.0f : 2.0f;
+          check(Run(c));
+        }
+  for (const BlockRules& r : {BlockRules{16, 8, 32, 16, 1, 2, 128},
+                              {2, 1, 4, 12, 0, 1, 64},
+                              {32, 16, 128, 16, 1, 2, 512},
+                              {16, 16, 64, 16, 1, 2, 512},
+                              {64, 16, 64, 16, 1, 2, 77}})
+    for (const int h : {5, 16, 20})
+      for (const std::int64_t first : {511, 1500, 3000}) {
+        Case c{shape_of(DType::bf16, 2, h, 64, 64), 2, 1, first};
+        c.shape.rules = r;
+        c.chunk_blocks = 16;
+        run_and_check(c);
+        c.tokens = 9;
+        run_and_check(c);
+      }
 }
 
 // `fused` gives sel to the tiled kernel only where the rows of all groups and sequences fill it; both sides of that.
@@ -647,9 +683,12 @@ TEST_CASE("cuda attention of a few shapes", "[small]") {
     c.ring = true;
     run_and_check(c);
     c.shape = shape_of(type, 1, 16, 128, 128);
+    c.chunk_blocks = 8;
+    run_and_check(c);
     c.kv = 1;
     c.first = 4200;
     run_and_check(c);
+    c.chunk_blocks = 2;
     c.ring = false;
     c.first = 2100;
     c.tokens = 20;

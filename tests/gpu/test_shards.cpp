@@ -59,7 +59,7 @@ class Shards {
   void start();
   AttendArgs attend_args(Branch branch, int rank, int leave_out) const;
   void attend(Branch branch, int rank, int leave_out) const;
-  void rank_and_select(int rank) const;
+  void rank_and_select(int rank, bool opened) const;
   void select(int rank) const;
   CombineArgs combine_args(int leave_out) const;
   void gather(std::unique_ptr<Twin> Left::*from, const Twin& to, std::int64_t bytes) const;
@@ -163,11 +163,12 @@ void Shards::attend(Branch branch, int rank, int leave_out) const {
   b.kernels->attend[branch][0].run(attend_args(branch, rank, leave_out), nullptr);
 }
 
-void Shards::rank_and_select(int rank) const {
+void Shards::rank_and_select(int rank, bool opened) const {
   RankArgs a;
   a.shape = s;
   a.tile = tile_;
   a.scores = left[rank].scores->on<void>(b);
+  a.opened = opened;
   a.lse = lse_all->on<float>(b);
   a.lse_ranks = kv;
   a.cmp_map = ranks_[rank].k[cmp]->view.map;
@@ -213,7 +214,7 @@ void Shards::by_stages(int leave_out) {
   }
   gather(&Left::lse, *lse_all, left[0].lse->bytes());
   if (leave_out != sel) {
-    for (int rank = 0; rank < kv; ++rank) rank_and_select(rank);
+    for (int rank = 0; rank < kv; ++rank) rank_and_select(rank, false);
     gather(&Left::candidates, *candidates_all, left[0].candidates->bytes());
     for (int rank = 0; rank < kv; ++rank) select(rank), attend(sel, rank, leave_out);
   }
@@ -238,7 +239,7 @@ void Shards::at_once(bool weighted, int leave_out) {
   }
   gather(&Left::lse, *lse_all, left[0].lse->bytes());
   if (leave_out != sel) {
-    for (int rank = 0; rank < kv; ++rank) rank_and_select(rank);
+    for (int rank = 0; rank < kv; ++rank) rank_and_select(rank, true);
     gather(&Left::candidates, *candidates_all, left[0].candidates->bytes());
   }
   for (int rank = 0; rank < kv; ++rank) {
@@ -339,7 +340,7 @@ void check(const Case& c, std::initializer_list<int> layouts, std::initializer_l
 TEST_CASE("a sharded step in few launches is its stages one by one", "[shards]") {
   for (const DType type : {DType::bf16, DType::f32})
     for (const std::int64_t position : {0, 20, 130, 1023, 1040, 5000})
-      check({type, 1, 16, 128, 128, 2, position}, {2, 3, 8});
+      for (const int chunk_blocks : {2, 8}) check({type, 1, 16, 128, 128, 2, position, chunk_blocks}, {2, 3, 8});
 }
 
 TEST_CASE("a sharded step of other head counts and sizes, and without a branch", "[shards]") {
@@ -348,7 +349,8 @@ TEST_CASE("a sharded step of other head counts and sizes, and without a branch",
                                           {DType::f16, 20, 128, 128},
                                           {DType::f16, 16, 192, 128},
                                           {DType::f32, 1, 128, 128}})
-    check({type, 2, h, d_k, d_v, 3, 2333}, {2, 4}, {-1, cmp, sel, win});
+    for (const int chunk_blocks : {2, 16})
+      check({type, 2, h, d_k, d_v, 3, 2333, chunk_blocks}, {2, 4}, {-1, cmp, sel, win});
 }
 
 // Many splits a list, and lists of more tiles than a last CTA merges: the parts meet in a launch of their own, the
@@ -372,6 +374,11 @@ TEST_CASE("a sharded step of other block geometries", "[shards]") {
         check({type, 1, 16, 128, 128, 2, position, 3, rules}, {2, 4});
   for (const std::int64_t position : {1024 * 2 + 15, 1024 * 2 + 31, 1024 * 3 + 15})
     check({DType::bf16, 1, 16, 128, 128, 1, position, 16}, {2, 4});
+  // Blocks scored by tile, by sums that the walk leaves and, because so many are chosen, by raw scores.
+  for (const DType type : {DType::bf16, DType::f32})
+    for (const BlockRules& rules : {BlockRules{8, 4, 16, 12, 0, 1, 128}, {32, 16, 64, 20, 1, 2, 512}})
+      for (const std::int64_t position : {511, 1039, 2063, 9000})
+        check({type, 2, 7, 64, 64, 2, position, 8, rules}, {2, 4});
 }
 
 TEST_CASE("a sharded step gives the same bits every time", "[shards][repeats]") {
@@ -389,5 +396,6 @@ TEST_CASE("a sharded step gives the same bits every time", "[shards][repeats]") 
 
 TEST_CASE("a small sharded step", "[shards][small]") {
   check({DType::bf16, 1, 4, 64, 64, 1, 700}, {2});
+  check({DType::bf16, 1, 4, 64, 64, 1, 2100, 8}, {2});
   check({DType::bf16, 1, 4, 64, 64, 1, 20000, 4}, {2});
 }

@@ -52,11 +52,6 @@ int decode_splits(std::int64_t lists, std::int64_t tiles) {
   return static_cast<int>(std::min(wanted, (tiles + decode_warps - 1) / decode_warps));
 }
 
-bool decode_keeps_scores(const LayerShape& s, const QueryTile& tile, std::int64_t pitch) {
-  constexpr double kept_bytes = 40e6;  // of 50 MB (H100, H200), as in step.cu
-  return static_cast<double>(tile.rows() * s.heads() * pitch) * sizeof(float) <= kept_bytes;
-}
-
 void launch_decode(const DecodeParams& p, Stream* stream) {
   if (p.shape.dtype == DType::bf16)
     launch_decode_bf16(p, stream);
@@ -104,7 +99,7 @@ void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
   if (branch == cmp) {
     p.scores = static_cast<float*>(a.scores);
     p.pitch = score_pitch(a.k.map, compressed_tokens(a.shape.rules, a.tile.max_positions - 1));
-    p.keeps_scores = decode_keeps_scores(p.shape, p.tile, p.pitch);
+    p.keeps_scores = keeps_scores(p.tile.rows() * p.shape.heads() * p.pitch);
     p.scores_only = a.scores_only;
     p.most_tiles = tiles;
     p.lse = a.lse;

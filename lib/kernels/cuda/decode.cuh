@@ -3,6 +3,7 @@
 // decode_step.cu for cmp, rank and win together, then sel.
 
 #include "kernels/cuda/attend.cuh"
+#include "kernels/cuda/tile_sums.cuh"
 
 namespace nsa::gpu {
 
@@ -35,8 +36,9 @@ struct DecodeParams {
   unsigned* arrivals;
   const std::int32_t* selected;  ///< sel
   // cmp
-  float* scores;
+  float* scores;  ///< raw ones
   std::int64_t pitch;
+  TileSums sums;  ///< or of blocks, by this rank's tiles
   bool scores_only;
   bool keeps_scores;  ///< in the L2, where K and V are not to drive them out
   float2* leaves;     ///< (m, sum) by tile of 32 tokens: [list][most_tiles][heads of a head tile]
@@ -66,8 +68,9 @@ std::int64_t decode_tiles(Branch branch, const LayerShape& s, const RowMap& map,
 /// CTAs a list is split over, so that all lists together fill the SMs twice and no warp is without a tile.
 int decode_splits(std::int64_t lists, std::int64_t tiles);
 
-/// Whether the raw scores of all lists fit the L2 beside what passes through it until rank reads them.
-bool decode_keeps_scores(const LayerShape& s, const QueryTile& tile, std::int64_t pitch);
+/// Whether what blocks are scored by, so many floats of all lists, fits the L2 (50 MB on H100 and H200) beside what
+/// passes through it until then.
+constexpr bool keeps_scores(std::int64_t floats) { return floats * std::int64_t{sizeof(float)} <= 40'000'000; }
 
 /// Shapes that decode_accepts() takes; by type in files of their own.
 void launch_decode(const DecodeParams& p, Stream* stream);

@@ -129,6 +129,27 @@ struct Walk {
     return {p.scores + head0 * p.pitch + column, p.pitch, p.keeps_scores, scores_policy};
   }
 
+  __device__ __forceinline__ void put_front(const E& e, int i, std::int64_t column) const {
+    const unsigned row = fronts + slot * E::k_bytes;
+    if (p.sums.memory)
+      e.put_front(p.sums.fronts(list, i), row);
+    else
+      e.put_front(scores_at(column), row, present);
+  }
+  // With what rank reads of the i-th tile. The last tile of a leaf has no next one here: a chunk brings its own front.
+  __device__ __forceinline__ void soften(E& e, int i, const Unit& now) const {
+    if (B == cmp && p.sums.memory) {
+      const SumRows rows{p.sums.sums(list, i), has_front(i + 1) ? nullptr : p.sums.fronts(list, i + 1), p.keeps_scores,
+                         scores_policy};
+      e.put_last(rows, now.count);
+      e.soften(now.count, rows);
+      e.put_maxima(p.sums.maxima(list, i), rows);
+    } else {
+      if constexpr (B == cmp) e.put_scores(scores_at(now.column), now.count, present);
+      e.soften(now.count);
+    }
+  }
+
   __device__ __forceinline__ void walk(E& e) {
 #pragma unroll 1
     for (int i = first(); i < tiles.count; i += step) {
@@ -139,12 +160,11 @@ struct Walk {
         continue;
       }
       take([&](unsigned from) {
-        if (has_front(i)) e.put_front(scores_at(now.column), fronts + slot * E::k_bytes, present);
+        if (has_front(i)) put_front(e, i, now.column);
         e.scores(from);
       });
       e.scale();
-      if constexpr (B == cmp) e.put_scores(scores_at(now.column), now.count, present);
-      e.soften(now.count);
+      soften(e, i, now);
       if constexpr (B == cmp) e.put_tile(sums);
       if (weighs) take([&](unsigned from) { e.add(from); });
       count += now.count;

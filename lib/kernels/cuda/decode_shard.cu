@@ -31,9 +31,11 @@ DecodeParams walk_of(const DecodeShardArgs& a) {
   p.end = DecodeEnd::parts;
   p.scores = static_cast<float*>(of_cmp.scores);
   p.pitch = score_pitch(of_cmp.k.map, compressed_tokens(s.rules, tile.max_positions - 1));
-  p.keeps_scores = decode_keeps_scores(s, tile, p.pitch);
   p.scores_only = of_cmp.scores_only;
   p.most_tiles = decode_tiles(cmp, s, of_cmp.k.map, tile.max_positions);
+  if (leaves_sums(s)) p.sums = tile_sums(p.scores, p.most_tiles, decode_heads(s.dtype));
+  p.keeps_scores =
+      keeps_scores(p.sums.memory ? lists * p.sums.list_floats : std::int64_t{tile.rows()} * s.heads() * p.pitch);
   p.lse = of_cmp.lse;
   p.leaves = static_cast<float2*>(of_cmp.scratch);
   const int cmp_splits = decode_splits(lists, p.most_tiles);

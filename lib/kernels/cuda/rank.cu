@@ -1,17 +1,22 @@
 // rank: importance of the selection blocks a rank holds, and the best n; select: the best n of all ranks' candidates.
 //
-// A cluster of up to 8 CTAs a (row, group), one where rows are many or the GPU has no clusters. The raw scores are read
-// once, 4 bytes a head and compressed token, where the tokens of this rank's blocks lie column by column (it holds all,
-// or chunks with the tokens in front of them); else once per overlapping block (1.25 times at the paper's geometry).
-// They come from the L2 where attend_cmp left them. Each CTA scores a slice of the blocks. Small slices: every CTA
-// counts, key by key, how many are better, and puts its best n into the first one's shared memory, which counts once
-// more among those. Large ones: all keys go to the first CTA's shared memory (scratch where they do not fit), where a
-// radix selection of 4 passes finds the n-th largest and one ordered sweep collects. Bound: latency in decode,
-// exponentials (one a head and overlapping token) in prefill.
+// A cluster of up to 8 CTAs a (row, group), one where rows are many or the GPU has no clusters. Where leaves have whole
+// tiles and the geometry is the paper's, blocks are scored by tile (rank_tiles.cuh): from raw scores, read once, or
+// from the 10 floats of 32 that the walk of a sharded step leaves a tile and head. Else the raw scores are read once, 4
+// bytes a head and compressed token, where the tokens of this rank's blocks lie column by column (it holds all, or
+// chunks with the tokens in front of them); else once per overlapping block (1.25 times at the paper's geometry). They
+// come from the L2 where attend_cmp left them. Each CTA scores a slice of the blocks. Small slices: every CTA counts,
+// key by key, how many are better, and puts its best n into the first one's shared memory, which counts once more among
+// those. Large ones: all keys go to the first CTA's shared memory (scratch where they do not fit), where a radix
+// selection of 4 passes finds the n-th largest and one ordered sweep collects. Bound: latency in decode, exponentials
+// (one a head and overlapping token) in prefill.
 
 #include <algorithm>
 
-#include "kernels/cuda/rank_blocks.cuh"
+#include "kernels/cuda/decode.cuh"
+#include "kernels/cuda/rank_choose.cuh"
+#include "kernels/cuda/rank_sums.cuh"
+#include "kernels/cuda/rank_tiles.cuh"
 #include "kernels/cuda/stages.cuh"
 
 namespace nsa::gpu {
@@ -24,97 +29,16 @@ constexpr int most_cluster = 8;
 // that is faster than one CTA's sorting the keys of all slices.
 constexpr int most_counted(int n, int cluster) { return n <= 16 && cluster > 1 ? 4096 : 512; }
 
-struct Threshold {
-  unsigned key;        // the n-th largest
-  std::int64_t above;  // blocks with a larger key
-};
-
-// The n-th largest of `blocks` keys, 8 bits a pass.
-__device__ Threshold nth_largest(std::int64_t blocks, std::int64_t n, unsigned* histogram, const unsigned* keys) {
-  __shared__ unsigned chosen;
-  __shared__ unsigned above;
-  unsigned prefix = 0, mask = 0;
-  std::int64_t wanted = n;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int b = threadIdx.x; b < 256; b += blockDim.x) histogram[b] = 0;
-    __syncthreads();
-    for (std::int64_t u = threadIdx.x; u < blocks; u += blockDim.x) {
-      const unsigned k = keys[u];
-      if ((k & mask) == prefix) atomicAdd(&histogram[k >> shift & 255u], 1u);
-    }
-    __syncthreads();
-    if (threadIdx.x < 32) {  // lane l holds digits 255-8l .. 248-8l, largest first
-      unsigned counts[8], sum = 0;
-      for (int d = 0; d < 8; ++d) sum += counts[d] = histogram[255 - threadIdx.x * 8 - d];
-      unsigned upto = sum;
-      for (int step = 1; step < 32; step *= 2) {
-        const unsigned other = __shfl_up_sync(0xffffffffu, upto, step);
-        if (static_cast<int>(threadIdx.x) >= step) upto += other;
-      }
-      unsigned before = upto - sum;
-      if (before < wanted && upto >= wanted)
-        for (int d = 0; d < 8; ++d) {
-          if (before + counts[d] >= wanted) {
-            chosen = 255 - threadIdx.x * 8 - d;
-            above = before;
-            break;
-          }
-          before += counts[d];
-        }
-    }
-    __syncthreads();
-    prefix |= chosen << shift;
-    mask |= 255u << shift;
-    wanted -= above;
-    __syncthreads();
-  }
-  return {prefix, n - wanted};
-}
-
-// The blocks above the threshold and the first of those at it, by rising index.
-__device__ void collect(std::int64_t blocks, std::int64_t n, Threshold threshold, const unsigned* keys, int* chosen) {
-  __shared__ int above_of[32], equal_of[32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const std::int64_t equal_wanted = n - threshold.above;
-  std::int64_t equal_seen = 0, taken = 0;
-  for (std::int64_t u0 = 0; u0 < blocks && taken < n; u0 += blockDim.x) {
-    const std::int64_t u = u0 + threadIdx.x;
-    const unsigned k = u < blocks ? keys[u] : 0;
-    const bool above = u < blocks && k > threshold.key, equal = u < blocks && k == threshold.key;
-    const unsigned above_mask = __ballot_sync(0xffffffffu, above), equal_mask = __ballot_sync(0xffffffffu, equal);
-    if (lane == 0) {
-      above_of[warp] = __popc(above_mask);
-      equal_of[warp] = __popc(equal_mask);
-    }
-    __syncthreads();
-    std::int64_t above_before = 0, equal_before = equal_seen, above_all = 0, equal_all = 0;
-    for (int w = 0; w < warps; ++w) {
-      if (w < warp) above_before += above_of[w], equal_before += equal_of[w];
-      above_all += above_of[w], equal_all += equal_of[w];
-    }
-    const unsigned below = (1u << lane) - 1;
-    above_before += __popc(above_mask & below);
-    equal_before += __popc(equal_mask & below);
-    const std::int64_t equal_kept = (equal_before < equal_wanted ? equal_before : equal_wanted) -
-                                    (equal_seen < equal_wanted ? equal_seen : equal_wanted);
-    if (above || (equal && equal_before < equal_wanted))
-      chosen[taken + above_before + equal_kept] = static_cast<int>(u);
-    const std::int64_t now = equal_seen + equal_all;
-    taken +=
-        above_all + (now < equal_wanted ? now : equal_wanted) - (equal_seen < equal_wanted ? equal_seen : equal_wanted);
-    equal_seen = now;
-    __syncthreads();
-  }
-}
-
 __device__ bool is_better(Candidate a, Candidate b) {
   return a.score > b.score || (a.score == b.score && a.block < b.block);
 }
 
-// Blocks of a CTA's slice; whole chunks where they are cut, because a piece must not begin inside one.
+// Blocks of a CTA's slice; whole chunks where they are cut, because a piece must not begin inside one, or whole tiles.
 __host__ __device__ std::int64_t slice_blocks(const RankParams& p, std::int64_t blocks) {
   const std::int64_t each = (blocks + p.cluster - 1) / p.cluster;
-  return p.per_chunk == INT32_MAX ? each : (each + p.per_chunk - 1) / p.per_chunk * p.per_chunk;
+  if (p.per_chunk == INT32_MAX && !p.by_tile) return each;
+  const std::int64_t whole = p.by_tile ? tile_blocks : p.per_chunk;
+  return (each + whole - 1) / whole * whole;
 }
 
 // Blocks held and eligible: those of whole chunks, and of the last one if it is this rank's.
@@ -132,31 +56,6 @@ __device__ void clear_scores(const RankParams& p, std::int64_t list, std::int64_
   for (std::int64_t j = threadIdx.x; j < p.a.p_slc_blocks; j += blockDim.x)
     if (j >= eligible || !(all || has_chunk(p.a.token_map, j / p.per_chunk)))
       p.a.p_slc[list * p.a.p_slc_blocks + j] = 0.0f;
-}
-
-// In place: of every 32 entries only the best n stay, side by side. Returns how many there are. All threads.
-__device__ int thin_out(Entry* entries, int count, int n) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int runs = (count + 31) / 32;
-  for (int run0 = 0; run0 < runs; run0 += warps) {
-    const int run = run0 + warp, at = run * 32 + lane;
-    const Entry mine = warp_sorted(at < count ? entries[at] : 0);
-    __syncthreads();
-    if (run < runs && lane < n) entries[run * n + lane] = mine;
-    __syncthreads();
-  }
-  return runs * n;
-}
-
-// The best n of `count` entries, in order, to `to`. All threads.
-__device__ void best_of(const Entry* entries, int count, int n, Entry* to) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const Entry mine = entries[i];
-    int better = 0;
-#pragma unroll 8
-    for (int other = 0; other < count; ++other) better += entries[other] > mine;
-    if (mine != 0 && better < n) to[better] = mine;
-  }
 }
 
 // From the best down as candidates, by rising index as the selection. Entries of none stand at the end.
@@ -178,11 +77,12 @@ __device__ void put_out(const RankParams& p, std::int64_t list, const Entry* bes
   }
 }
 
-// Small slices: the best n of each, then the best n of those in the first CTA.
-__device__ void choose_counted(const RankParams& p, const RankShared& at, int slice, int size) {
+// Small slices, of `blocks`: the best n of each, which are among `size` entries, then the best n of those in the first
+// CTA.
+__device__ void choose_counted(const RankParams& p, const RankShared& at, int slice, int blocks, int size) {
   const int n = p.a.shape.rules.n_sel;
   Entry* mine = in_cta(at.gathered, 0) + slice * n;
-  for (int c = size + threadIdx.x; c < n; c += blockDim.x) mine[c] = 0;
+  for (int c = blocks + threadIdx.x; c < n; c += blockDim.x) mine[c] = 0;
   Entry* entries = static_cast<Entry*>(at.keys);
   int count = n <= 16 && size > 64 ? thin_out(entries, size, n) : size;
   while (n <= 16 && count > 256) count = thin_out(entries, count, n);
@@ -221,7 +121,21 @@ __device__ void choose_sorted(const RankParams& p, const RankShared& at, const u
   best_of(at.gathered, found, n, at.best);
 }
 
+enum class Scored { by_token, by_tile, by_sums };
+
+template <Scored How, class Keep>
+__device__ void score_slice(const RankParams& p, std::int64_t row, std::int64_t g, std::int64_t t, int begin, int end,
+                            const RankShared& at, Keep keep) {
+  if constexpr (How == Scored::by_tile) {
+    score_tiles(p, row, g, t, begin, end, at.normaliser, keep);
+    __syncthreads();
+  } else {
+    score_blocks(p, row, g, t, begin, end, at, keep);
+  }
+}
+
 // Two CTAs an SM: where there is but one, the next launch's are already there when it ends.
+template <Scored How>
 __global__ void __launch_bounds__(most_threads, 2) rank_kernel(const __grid_constant__ RankParams p) {
   extern __shared__ float2 shared[];
   const LayerShape& s = p.a.shape;
@@ -245,17 +159,30 @@ __global__ void __launch_bounds__(most_threads, 2) rank_kernel(const __grid_cons
   __syncthreads();
   const int each = static_cast<int>(slice_blocks(p, blocks)), begin = min(each * slice, blocks),
             end = min(begin + each, blocks);
-  if (p.counted) {
+  if constexpr (How == Scored::by_sums) {
+    const SliceOfSums blocks(p, row, g, t, begin, end, at.normaliser);
+    const int lane = threadIdx.x % 32, room = blockDim.x / 32 * most_chosen, size = min(end - begin, room);
     Entry* entries = static_cast<Entry*>(at.keys);
-    score_blocks(p, row, g, t, begin, end, at, [&](int u, unsigned key) { entries[u - begin] = entry_of(key, u); });
+    if (end - begin <= room) {
+      blocks.put_entries(entries);
+    } else {
+      const Entry best = blocks.best();
+      if (lane < most_chosen) entries[threadIdx.x / 32 * most_chosen + lane] = best;
+    }
     if (p.cluster > 1) cluster_wait();
-    choose_counted(p, at, slice, end - begin);
+    __syncthreads();
+    choose_counted(p, at, slice, end - begin, size);
+  } else if (p.counted) {
+    Entry* entries = static_cast<Entry*>(at.keys);
+    score_slice<How>(p, row, g, t, begin, end, at, [&](int u, unsigned key) { entries[u - begin] = entry_of(key, u); });
+    if (p.cluster > 1) cluster_wait();
+    choose_counted(p, at, slice, end - begin, end - begin);
   } else {
     unsigned* keys =
         p.in_scratch ? static_cast<unsigned*>(p.a.scratch) + list * p.most_blocks : static_cast<unsigned*>(at.keys);
     if (p.cluster > 1) cluster_wait();
     unsigned* to = p.cluster > 1 && !p.in_scratch ? in_cta(keys, 0) : keys;
-    score_blocks(p, row, g, t, begin, end, at, [&](int u, unsigned key) { to[u] = key; });
+    score_slice<How>(p, row, g, t, begin, end, at, [&](int u, unsigned key) { to[u] = key; });
     choose_sorted(p, at, keys, slice, blocks);
   }
   if (slice != 0) return;
@@ -303,6 +230,17 @@ RankRun run_of(const RankArgs& a) {
   return {true, stride, static_cast<int>(score_front(cmp)) - lead, stride - static_cast<int>(cmp.chunk)};
 }
 
+// How many tokens score_blocks() takes at a time.
+void plan_rounds(RankParams& p, int threads, std::int64_t slice) {
+  const int ratio = p.a.shape.rules.l_sel / p.a.shape.rules.d, between = p.run.between;
+  // A run's columns by four: two of them a thread.
+  p.terms = p.run.present ? std::max(8 * threads, ratio + between) : std::max(2 * threads, ratio) + between;
+  p.piece = static_cast<int>(std::min<std::int64_t>({p.per_chunk, slice, (p.terms - between) / ratio}));
+  if (p.per_chunk != INT32_MAX && p.piece < p.per_chunk)  // pieces must divide a chunk
+    while (p.per_chunk % p.piece != 0) --p.piece;
+  p.together = std::max(1, p.terms / (p.piece * ratio + between));
+}
+
 }  // namespace
 
 std::size_t rank_scratch(const LayerShape& s, const QueryTile& tile) {
@@ -318,7 +256,7 @@ void rank(const RankArgs& a, Stream* stream) {
   const std::int64_t lists = a.tile.rows() * a.shape.groups;
   if (lists == 0) return;
   const BlockRules& r = a.shape.rules;
-  RankParams p{a, 0, 0, INT32_MAX, 0, 0, 0, 0, false, 1, false, {}};
+  RankParams p{a, 0, 0, INT32_MAX, 0, 0, 0, 0, false, 1, false, scores_by_tile(a.shape), {}, {}};
   p.pitch = score_pitch(a.cmp_map, compressed_tokens(r, a.tile.max_positions - 1));
   const std::int64_t blocks = (a.tile.max_positions - 1) / r.l_sel + 1;
   const bool cut = a.token_map.chunk != INT64_MAX;
@@ -333,24 +271,25 @@ void rank(const RankArgs& a, Stream* stream) {
       p.cluster *= 2;
   const std::int64_t slice = std::max<std::int64_t>(1, slice_blocks(p, p.most_blocks));
   const int threads = lists * p.cluster > 2 * limits().units ? 256 : most_threads;
-  const int ratio = r.l_sel / r.d;
   p.run = run_of(a);
-  const int between = p.run.between;
-  // A run's columns by four: two of them a thread.
-  p.terms = p.run.present ? std::max(8 * threads, ratio + between) : std::max(2 * threads, ratio) + between;
-  p.piece = static_cast<int>(std::min<std::int64_t>({p.per_chunk, slice, (p.terms - between) / ratio}));
-  if (cut && p.piece < p.per_chunk)  // pieces must divide a chunk
-    while (p.per_chunk % p.piece != 0) --p.piece;
-  p.together = std::max(1, p.terms / (p.piece * ratio + between));
-  p.counted = slice <= most_counted(r.n_sel, p.cluster);
-  p.key_words = static_cast<int>(p.counted ? slice : (p.most_blocks + 1) / 2);
+  if (p.by_tile && cut && p.per_chunk % tile_blocks != 0) throw InternalError("rank: a chunk ends within a tile");
+  if (a.opened && leaves_sums(a.shape))
+    p.sums = tile_sums(const_cast<void*>(a.scores), decode_tiles(cmp, a.shape, a.cmp_map, a.tile.max_positions),
+                       decode_heads(a.shape.dtype));
+  if (!p.by_tile) plan_rounds(p, threads, slice);
+  p.counted = p.sums.memory || slice <= most_counted(r.n_sel, p.cluster);
+  p.key_words = static_cast<int>(p.sums.memory ? threads / 32 * most_chosen
+                                 : p.counted   ? slice
+                                               : (p.most_blocks + 1) / 2);
   p.in_scratch = RankShared::bytes(p) > limits().shared_bytes - 1024;
   if (p.in_scratch) {
     p.key_words = 0;
     if (a.scratch_bytes < lists * p.most_blocks * sizeof(unsigned)) throw InternalError("rank: scratch too small");
   }
-  launch_early(rank_kernel, dim3(static_cast<unsigned>(lists * p.cluster)), threads, RankShared::bytes(p), stream,
-               p.cluster, p);
+  launch_early(p.sums.memory ? rank_kernel<Scored::by_sums>
+               : p.by_tile   ? rank_kernel<Scored::by_tile>
+                             : rank_kernel<Scored::by_token>,
+               dim3(static_cast<unsigned>(lists * p.cluster)), threads, RankShared::bytes(p), stream, p.cluster, p);
 }
 
 void select(const SelectArgs& a, Stream* stream) {

@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/attend.cuh"
 #include "kernels/cuda/scoring.cuh"
+#include "kernels/cuda/tile_sums.cuh"
 
 namespace nsa::gpu {
 
@@ -30,6 +31,8 @@ struct RankParams {
   bool in_scratch;           // keys
   int cluster;               // CTAs of a list
   bool counted;              // slices are small
+  bool by_tile;              // blocks are scored: rank_tiles.cuh
+  TileSums sums;             // from these, where the walk left them
   RankRun run;
 };
 

@@ -69,4 +69,38 @@ __device__ __forceinline__ Entry warp_sorted(Entry mine) {
   return mine;
 }
 
+constexpr int most_chosen = 16;  ///< blocks a list may choose where lists are kept by warps
+
+/// The lists of 16 that a warp has, one in every half, from a run that rises and falls to one that falls.
+__device__ __forceinline__ Entry fallen(Entry mine) {
+  const unsigned lane = threadIdx.x % 32;
+#pragma unroll
+  for (unsigned step = 8; step > 0; step /= 2) {
+    const Entry other = __shfl_xor_sync(0xffffffffu, mine, step);
+    mine = (other > mine) == ((lane & step) == 0) ? other : mine;
+  }
+  return mine;
+}
+/// The best 16 of a and b, half by half; each falls.
+__device__ __forceinline__ Entry better_of(Entry a, Entry b) {
+  const Entry turned = __shfl_xor_sync(0xffffffffu, b, 15);
+  return fallen(a > turned ? a : turned);
+}
+/// The best 16 of up to Most lists of 16 in shared memory, `apart` entries from one to the next, in both halves. All
+/// lanes.
+template <int Most>
+__device__ __forceinline__ Entry best_of_lists(const Entry* lists, int count, int apart = most_chosen) {
+  static_assert(Most == 4 || Most == 8);
+  const int half = threadIdx.x % 32 / 16, lane = threadIdx.x % 16;
+  const auto pair = [&](int first) {
+    const int a = first + half * 2, b = a + 1;
+    const Entry x = a < count ? lists[a * apart + lane] : 0, y = b < count ? lists[b * apart + 15 - lane] : 0;
+    return fallen(x > y ? x : y);
+  };
+  Entry best = pair(0);
+  if (Most > 4 && count > 4) best = better_of(best, pair(4));
+  const Entry other = __shfl_xor_sync(0xffffffffu, best, 31);
+  return fallen(best > other ? best : other);
+}
+
 }  // namespace nsa::gpu

@@ -71,6 +71,20 @@ bool accepts(const DecodeStepArgs& a) {
          !a.rank.candidates && a.rank.selected;
 }
 
+// Where the walk leaves what blocks are scored by. What of it the L2 can hold until then is not to be driven out by K
+// and V.
+void place_scores(StepParams& p, float* memory) {
+  const std::int64_t rows = p.tile.rows();
+  p.scores = memory;
+  p.pitch = score_pitch(p.k[cmp].map, p.most_tokens);
+  std::int64_t floats = rows * p.shape.heads() * p.pitch;
+  if (scores_by_tile(p.shape)) {
+    p.sums = tile_sums(memory, (p.most_tokens + tile_rows - 1) / tile_rows, decode_heads(p.shape.dtype));
+    floats = rows * p.shape.groups * p.sums.tiles * p.sums.heads * (tile_blocks + 1);
+  }
+  p.keeps_scores = keeps_scores(floats);
+}
+
 // What the kernel reads and writes.
 StepParams memory_of(const DecodeStepArgs& a) {
   StepParams p{};
@@ -84,13 +98,9 @@ StepParams memory_of(const DecodeStepArgs& a) {
     p.leave_out[b] = a.combine.leave_out[b];
     p.o_branch[b] = a.combine.o_branch[b];
   }
-  p.scores = static_cast<float*>(a.attend[cmp].scores);
-  p.pitch = score_pitch(p.k[cmp].map, compressed_tokens(p.shape.rules, p.tile.max_positions - 1));
   p.most_tokens = static_cast<int>(compressed_tokens(p.shape.rules, p.tile.max_positions - 1));
+  place_scores(p, static_cast<float*>(a.attend[cmp].scores));
   p.scores_only = a.attend[cmp].scores_only;
-  // Scores that the L2 can hold until blocks are scored are not to be driven out by K and V.
-  constexpr double kept_bytes = 40e6;  // of the 50 MB of H100 and H200
-  p.keeps_scores = static_cast<double>(p.tile.rows() * p.shape.heads() * p.pitch) * sizeof(float) <= kept_bytes;
   p.leaves = static_cast<float2*>(a.attend[cmp].scratch);
   p.most_tiles = decode_tiles(cmp, p.shape, p.k[cmp].map, p.tile.max_positions);
   p.selected = a.rank.selected;

@@ -3,12 +3,12 @@
 // chooses between it and the launches one after the other.
 
 #include "kernels/cuda/decode.cuh"
+#include "kernels/cuda/scoring.cuh"
 
 namespace nsa::gpu {
 
 /// Warps of a CTA: 8, one CTA an SM; with more lists than SMs 4, two CTAs an SM, clusters of one.
 constexpr int step_warps = 8, step_warps_of_many = 4;
-constexpr int most_chosen = 16;        ///< blocks a list may choose
 constexpr int most_step_cluster = 16;  ///< CTAs of a list; past 8 the size is not a portable one
 constexpr int scored_tokens = 128;     ///< a warp scores at a time
 constexpr int most_lead = 32;          ///< tokens in front of a block that reach into it
@@ -33,8 +33,9 @@ struct StepParams {
   const void* q;
   KvView k[branches], v[branches];
   std::int64_t* reads[branches];
-  float* scores;
-  std::int64_t pitch;  ///< of the scores
+  float* scores;  ///< raw ones, where there are no sums
+  std::int64_t pitch;
+  TileSums sums;  ///< or of blocks, by tile
   bool scores_only;
   bool keeps_scores;  ///< in the L2, where K and V are not to drive them out
   float2* leaves;     ///< (m, sum) by tile of 32 tokens: [list][most_tiles][heads of the engine]

@@ -2,23 +2,25 @@
 // A decode step's attention in one launch: a cluster of 1 to 16 CTAs a (row, group), one CTA of 8 warps an SM.
 //
 // Tiling: cmp's tiles of 32 tokens are dealt to all warps of the cluster; then some warps take the window and the rest
-// the chosen blocks (step_walk.cuh). In between, the tiles' (m, sum) and raw scores meet in the L2, and those who take
-// the chosen blocks score and choose them (step_rank.cuh), while the window's warps go on. At the end a CTA adds up its
-// warps' o by branch and sends every CTA of the cluster the columns that one merges, normalises and weighs with the
-// gates.
+// the chosen blocks (step_walk.cuh). In between, the tiles' (m, sum) and sums of blocks meet in the L2, and those who
+// take the chosen blocks score and choose them (step_rank.cuh), while the window's warps go on. At the end a CTA adds
+// up its warps' o by branch and sends every CTA of the cluster the columns that one merges, normalises and weighs with
+// the gates. Sums: of blocks, by tile (tile_sums.cuh); where the shape has none, raw scores.
 //
-// Bytes: K and V once, and 4 * heads / (2 * Dk + 2 * Dv) of those of cmp written and read again as scores. Bound:
-// memory bandwidth from some 16 lists of 64K on; with few lists the chain launch, cmp, choice, sel, merge, three
-// meetings of the cluster in it: what counts there are instructions on the way, at 4 to 5 cycles each.
+// Bytes: K and V once, and 9/8 * heads / (2 * Dk + 2 * Dv) of those of cmp written and read again as sums of blocks
+// (raw scores: 4 * heads / (2 * Dk + 2 * Dv)). Bound: memory bandwidth from some 16 lists of 64K on; with few lists the
+// chain launch, cmp, choice, sel, merge, three meetings of the cluster in it: what counts there are instructions on the
+// way, at 4 to 5 cycles each.
 
 #include "kernels/cuda/step_merge.cuh"
 
 namespace nsa::gpu {
 
-template <class E, int W>
+template <class E, int W, bool Sums>
 struct Step {
   using T = typename E::Type;
   using Layout = StepLayout<E, W>;
+  using Rank = StepRank<E, W, Sums>;
   static constexpr int threads = 32 * W;
   const StepParams& p;
   char* shared;
@@ -41,7 +43,7 @@ struct Step {
     at.warps = W * p.cluster;
     at.scorers = at.warps - p.win_warps;
     at.rankers = min(W, p.by_cluster(max(0, at.scorers - at.cta + p.cluster - 1)));
-    StepRank<E, W>{p, at, shared}.prepare();
+    Rank{p, at, shared}.prepare();
     walk.scores_only = p.scores_only;
     walk.ring = shared_address(shared) + at.warp * Layout::ring_bytes;
     walk.policy = cache_policy(p.keeps_scores ? Keep::least : Keep::usual);
@@ -147,10 +149,18 @@ struct Step {
       }
       walk.take([&](unsigned from) { e.scores(from); });
       e.scale();
-      if (course == 0)
-        e.put_scores({p.scores + at.head0 * p.pitch + now.row, p.pitch, p.keeps_scores, scores_policy}, now.count,
-                     at.present);
-      e.soften(now.count);
+      if constexpr (Sums) {
+        SumRows blocks;
+        if (course == 0)
+          blocks = {p.sums.sums(at.list, i), p.sums.fronts(at.list, i + 1), p.keeps_scores, scores_policy};
+        if (course == 0) e.put_last(blocks, now.count);
+        e.soften(now.count, blocks);
+      } else {
+        if (course == 0)
+          e.put_scores({p.scores + at.head0 * p.pitch + now.row, p.pitch, p.keeps_scores, scores_policy}, now.count,
+                       at.present);
+        e.soften(now.count);
+      }
       if (course == 0) e.put_tile(sums + i * E::heads);
       if (weighs) walk.take([&](unsigned from) { e.add(from); });
       tokens += now.count;
@@ -177,7 +187,7 @@ struct Step {
       return;
     }
     if (scores) {
-      const int best = StepRank<E, W>{p, at, shared}.choose(walk.courses[0].count, walk.courses[0].tiles_per_unit);
+      const int best = Rank{p, at, shared}.choose(walk.courses[0].count, walk.courses[0].tiles_per_unit);
       if (!all && threadIdx.x % 32 >= r.n_init + r.n_local) walk.chosen = best;
     }
     walk.release();
@@ -199,11 +209,11 @@ struct Step {
   }
 };
 
-template <class E, int W>
+template <class E, int W, bool Sums>
 __global__ void __launch_bounds__(32 * W, step_warps / W) step_kernel(const __grid_constant__ StepParams p) {
   using Layout = StepLayout<E, W>;
   extern __shared__ __align__(128) char shared[];
-  Step<E, W> step(p, shared);
+  Step<E, W, Sums> step(p, shared);
   wait_for_previous();
   step.start();
   const auto engine = [&] {
@@ -229,7 +239,7 @@ __global__ void __launch_bounds__(32 * W, step_warps / W) step_kernel(const __gr
 template <class E>
 int count_clusters(const LayerShape& s, int cluster) {
   static int known[most_step_cluster + 1];  // one more, 0: not asked yet
-  constexpr auto* kernel = step_kernel<E, step_warps>;
+  constexpr auto* kernel = step_kernel<E, step_warps, true>;
   const std::size_t bytes = StepLayout<E, step_warps>::bytes(s);
   if (bytes > limits().shared_bytes) return 0;
   if (known[cluster] > 0) return known[cluster] - 1;
@@ -262,10 +272,16 @@ void launch_step_of(const StepParams& p, Stream* stream) {
   const auto launch = [&](auto* kernel, int bytes) {
     launch_early(kernel, grid, 32 * p.warps, bytes, stream, p.cluster, p);
   };
-  if (p.warps == step_warps)
-    launch(step_kernel<E, step_warps>, StepLayout<E, step_warps>::bytes(p.shape));
+  const auto launch_of = [&](auto sums) {
+    if (p.warps == step_warps)
+      launch(step_kernel<E, step_warps, sums>, StepLayout<E, step_warps>::bytes(p.shape));
+    else
+      launch(step_kernel<E, step_warps_of_many, sums>, StepLayout<E, step_warps_of_many>::bytes(p.shape));
+  };
+  if (p.sums.memory)
+    launch_of(std::true_type{});
   else
-    launch(step_kernel<E, step_warps_of_many>, StepLayout<E, step_warps_of_many>::bytes(p.shape));
+    launch_of(std::false_type{});
 }
 
 }  // namespace nsa::gpu

@@ -1,20 +1,13 @@
 #pragma once
 // Blocks scored and chosen by the cluster of a list: the sums of tiles to lanes to normalisers by every CTA for itself,
-// then a warp takes 128 tokens at a time, adds its blocks' scores up and keeps the best 16 in order in its lanes; or,
-// where warps are many, 64 tokens once. The warps' best meet in the CTA, the CTAs' in every CTA.
+// then a warp takes 32 blocks at a time (of the paper's; 128 tokens), has their scores (step_scores.cuh, step_sums.cuh)
+// and keeps the best 16 in order in its lanes; or, where warps are many, 16 once. The warps' best meet in the CTA, the
+// CTAs' in every CTA.
 
-#include "kernels/cuda/scoring.cuh"
-#include "kernels/cuda/step_walk.cuh"
+#include "kernels/cuda/step_scores.cuh"
+#include "kernels/cuda/step_sums.cuh"
 
 namespace nsa::gpu {
-
-/// Who a thread is.
-struct StepPlace {
-  int list, row, group, head0, present;  // present: heads of the group
-  int t, n, eligible;                    // position, compressed tokens, blocks that begin at or before it
-  int cta, warp, among, warps;           // cta: in the cluster; among: this warp in the cluster; warps: there
-  int scorers, rankers;                  // warps that score blocks, the first ones, in the cluster and in this CTA
-};
 
 // cluster_arrive() of who has nothing to publish.
 __device__ __forceinline__ void join_cluster() {
@@ -23,40 +16,9 @@ __device__ __forceinline__ void join_cluster() {
 #endif
 }
 
-/// The lists of 16 that a warp has, one in every half, from a run that rises and falls to one that falls.
-__device__ __forceinline__ Entry fallen(Entry mine) {
-  const unsigned lane = threadIdx.x % 32;
-#pragma unroll
-  for (unsigned step = 8; step > 0; step /= 2) {
-    const Entry other = __shfl_xor_sync(0xffffffffu, mine, step);
-    mine = (other > mine) == ((lane & step) == 0) ? other : mine;
-  }
-  return mine;
-}
-/// The best 16 of a and b, half by half; each falls.
-__device__ __forceinline__ Entry better_of(Entry a, Entry b) {
-  const Entry turned = __shfl_xor_sync(0xffffffffu, b, 15);
-  return fallen(a > turned ? a : turned);
-}
-/// The best 16 of up to Most lists of 16 in shared memory, `apart` entries from one to the next, in both halves. All
-/// lanes.
-template <int Most>
-__device__ __forceinline__ Entry best_of_lists(const Entry* lists, int count, int apart = most_chosen) {
-  static_assert(Most == 4 || Most == 8);
-  const int half = threadIdx.x % 32 / 16, lane = threadIdx.x % 16;
-  const auto pair = [&](int first) {
-    const int a = first + half * 2, b = a + 1;
-    const Entry x = a < count ? lists[a * apart + lane] : 0, y = b < count ? lists[b * apart + 15 - lane] : 0;
-    return fallen(x > y ? x : y);
-  };
-  Entry best = pair(0);
-  if (Most > 4 && count > 4) best = better_of(best, pair(4));
-  const Entry other = __shfl_xor_sync(0xffffffffu, best, 31);
-  return fallen(best > other ? best : other);
-}
-
-template <class E, int W>
+template <class E, int W, bool Sums>
 struct StepRank {
+  using Scores = std::conditional_t<Sums, SumScores<E, W>, RawScores<E, W>>;
   using Layout = StepLayout<E, W>;
   const StepParams& p;
   const StepPlace& at;
@@ -181,106 +143,43 @@ struct StepRank {
     }
   }
 
-  // Of V tokens of a lane the raw scores of all heads.
-  template <int V>
-  struct Scores {
-    float of[E::heads][V];
-  };
-  __device__ __forceinline__ bool is_token(int i) const { return i >= 0 && i < at.n; }
-  template <int V>
-  __device__ __forceinline__ void load(int i, Scores<V>& to) const {
-    if (!is_token(i)) return;
-    const float* from = p.scores + at.head0 * p.pitch + i;
-    const int pitch = static_cast<int>(p.pitch);
-#pragma unroll
-    for (int h = 0; h < E::heads; ++h) {
-      const float* row = from + (h < at.present ? h : 0) * pitch;
-      if constexpr (V == 4) {
-        const float4 x = __ldcg(reinterpret_cast<const float4*>(row));
-        to.of[h][0] = x.x, to.of[h][1] = x.y, to.of[h][2] = x.z, to.of[h][3] = x.w;
-      } else if constexpr (V == 2) {
-        const float2 x = __ldcg(reinterpret_cast<const float2*>(row));
-        to.of[h][0] = x.x, to.of[h][1] = x.y;
-      } else {
-        to.of[h][0] = __ldcg(row);
-      }
-    }
-  }
-  // Their probabilities, heads added up by rising index, to `terms`; 0 where there is no token.
-  template <int V>
-  __device__ __forceinline__ void put_probabilities(const Scores<V>& scores, int i, float* to) const {
-    float sum[V] = {};
-#pragma unroll
-    for (int h = 0; h < E::heads; h += 2) {
-      const float4 by = *reinterpret_cast<const float4*>(normalisers() + h);  // of two heads
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        sum[e] = __fmaf_rn(exp2_fast(scores.of[h][e] - by.x), by.y, sum[e]);
-        sum[e] = __fmaf_rn(exp2_fast(scores.of[h + 1][e] - by.z), by.w, sum[e]);
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < V; ++e)
-      if (!is_token(i + e)) sum[e] = 0.0f;
-    if constexpr (V == 4)
-      *reinterpret_cast<float4*>(to) = {sum[0], sum[1], sum[2], sum[3]};
-    else if constexpr (V == 2)
-      *reinterpret_cast<float2*>(to) = {sum[0], sum[1]};
-    else
-      *to = sum[0];
-  }
-  // The warp's terms: of its piece's first token; those of the tokens in front come before it.
-  __device__ __forceinline__ float* terms() const {
-    return reinterpret_cast<float*>(shared + Layout::terms_at(p.shape)) + at.warp * (most_lead + scored_tokens) +
-           most_lead;
-  }
-  // The terms in front of block `begin`, a lane each, and of the V tokens of a lane of its piece.
-  template <int V>
-  __device__ __forceinline__ void put_first(int begin, Scores<V>& scores) const {
-    const int lane = threadIdx.x % 32, i = begin * p.ratio, before = i - 1 - lane;
-    Scores<1> in_front{};
-    load(i + lane * V, scores);
-    if (lane < p.lead) {
-      load(before, in_front);
-      put_probabilities(in_front, before, terms() - 1 - lane);
-    }
-  }
-  // Of block j, whose terms begin at the k-th of the piece's.
-  __device__ __forceinline__ Entry scored(int j, int k) const {
+  // Of block j.
+  __device__ __forceinline__ Entry entry(int j, float score) const {
     const BlockRules& r = p.shape.rules;
-    const float score = block_score(terms() + k - p.lead, overlaps(), p.ratio + p.lead);
     if (p.p_slc && j < p.p_slc_blocks) p.p_slc[at.list * p.p_slc_blocks + j] = score;
     return entry_of(key_of(j < r.n_init || j >= at.eligible - r.n_local, score), j);
   }
 
-  // The best 16 of the blocks that are this warp's, in its first half: a run of pieces. A lane adds up a block; the
-  // tokens in front of a piece are the last of the one before.
-  __device__ __forceinline__ Entry best_of_run(int pieces) const {
-    const int lane = threadIdx.x % 32, run = p.by_scorers(pieces + at.scorers - 1) * p.piece, begin = at.among * run,
-              end = min(begin + run, at.eligible);
+  // Blocks [begin, end) that are this warp's: a run of pieces, or, where warps are many, one piece of at most 16.
+  struct Mine {
+    bool few;
+    int begin, end;
+  };
+  __device__ __forceinline__ Mine mine(int pieces) const {
+    const bool few = W == step_warps && at.eligible <= p.few * at.scorers;
+    const int run = few ? p.few : p.by_scorers(pieces + at.scorers - 1) * p.piece, begin = at.among * run;
+    return {few, begin, min(begin + run, at.eligible)};
+  }
+
+  // The best 16 of a run, in the warp's first half.
+  __device__ __forceinline__ Entry best_of_run(const Mine& mine, Scores& scores) const {
+    const int lane = threadIdx.x % 32;
     Entry best = 0;
-    if (begin >= end) return best;
-    Scores<4> scores{};
-    put_first(begin, scores);
+    if (mine.begin >= mine.end) return best;
+    scores.start(mine.begin, shared);
 #pragma unroll 1
-    for (int b0 = begin; b0 < end; b0 += p.piece) {
-      const int i = b0 * p.ratio + lane * 4;
-      if (b0 > begin && lane < p.lead) terms()[-1 - lane] = terms()[p.piece * p.ratio - 1 - lane];
-      __syncwarp();
-      put_probabilities(scores, i, terms() + lane * 4);
-      if (b0 + p.piece < end) load(i + p.piece * p.ratio, scores);
-      __syncwarp();
+    for (int b0 = mine.begin; b0 < mine.end; b0 += p.piece) {
+      const float score = scores.score(b0, mine.end);
       const int j = b0 + lane;
-      const Entry mine = warp_sorted(lane < p.piece && j < end ? scored(j, lane * p.ratio) : 0);
-      best = b0 == begin ? mine : better_of(best, mine);
-      __syncwarp();
+      const Entry sorted = warp_sorted(lane < p.piece && j < mine.end ? entry(j, score) : 0);
+      best = b0 == mine.begin ? sorted : better_of(best, sorted);
     }
     return best;
   }
   // The best 16 of the CTA, in order, to `lists` of every CTA.
-  __device__ __forceinline__ void send_best_of_runs(int pieces) const {
+  __device__ __forceinline__ void send_best_of_runs(const Mine& run, Scores& scores, int pieces) const {
     const int lane = threadIdx.x % 32;
-    const Entry mine = best_of_run(pieces);
+    const Entry mine = best_of_run(run, scores);
     if (lane < most_chosen) warp_lists()[at.warp * most_chosen + lane] = mine;
     meet();
     if (at.warp > 0 || p.cluster == 1) return;
@@ -292,24 +191,21 @@ struct StepRank {
     return min(at.rankers, p.by_cluster(max(0, pieces - at.cta) + p.cluster - 1));
   }
 
-  // The same where a warp has one piece of at most 16 blocks, two tokens a lane: an entry's place is the number of
-  // better ones in the CTA.
-  __device__ __forceinline__ void send_best_of_few() const {
-    const int lane = threadIdx.x % 32, half = lane / 16, begin = at.among * p.few,
-              end = min(begin + p.few, at.eligible), pieces = p.by_few(at.eligible + p.few - 1);
+  // The same where a warp has one piece of at most 16 blocks: an entry's place is the number of better ones in the CTA.
+  // Of two lanes that have the same block each counts half.
+  __device__ __forceinline__ void send_best_of_few(const Mine& few, Scores& scores) const {
+    const int begin = few.begin, end = few.end, pieces = p.by_few(at.eligible + p.few - 1),
+              half = (threadIdx.x & Scores::twin) != 0, block = Scores::few_block();
     Entry mine = 0;
     if (begin < end) {
-      Scores<2> scores{};
-      put_first(begin, scores);
-      put_probabilities(scores, begin * p.ratio + lane * 2, terms() + lane * 2);
-      __syncwarp();
-      const int j = begin + lane % 16;
-      if (lane % 16 < p.few && j < end) mine = scored(j, lane % 16 * p.ratio);
-      if (half == 0) warp_lists()[at.warp * most_chosen + lane] = mine;
+      scores.start(begin, shared);
+      const float score = scores.score_few(begin, end);
+      if (block < p.few && begin + block < end) mine = entry(begin + block, score);
+      if (half == 0) warp_lists()[at.warp * most_chosen + block] = mine;
     }
     meet();
     if (begin >= end) return;
-    const int count = listed(pieces) * (most_chosen / 4);  // pairs that a half of the warp looks at
+    const int count = listed(pieces) * (most_chosen / 4);  // pairs that a lane looks at
     const auto* pairs = reinterpret_cast<const ulonglong2*>(warp_lists()) + half * count;
     int place = 0;
 #pragma unroll 8
@@ -317,7 +213,7 @@ struct StepRank {
       const ulonglong2 pair = pairs[i];
       place += (pair.x > mine) + (pair.y > mine);
     }
-    place += __shfl_xor_sync(0xffffffffu, place, 16);
+    place += __shfl_xor_sync(0xffffffffu, place, Scores::twin);
     if (mine == 0 || place >= most_chosen) return;
     for (int to = half; to < p.cluster; to += 2) in_cta(lists(), to)[at.cta * most_chosen + place] = mine;
   }
@@ -341,16 +237,22 @@ struct StepRank {
   // The blocks chosen, from the best down, lane by lane; -1: none. All warps of the cluster that score, when its tiles
   // are written.
   __device__ __forceinline__ int choose(int tiles, int per_leaf) const {
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, pieces = p.by_piece(at.eligible + p.piece - 1);
+    const Mine blocks = mine(pieces);
+    Scores scores(p, at, blocks.few);
+    // Before the lanes' loads, unless K and V have long rows: with twice as many bytes under way these loads wait
+    // behind them, and the lanes' behind these.
+    constexpr bool early = E::d_v <= 64;
+    if (early) scores.ask(blocks.begin, blocks.few);
     merge_lanes(tiles, per_leaf);
     meet();
     normalise();
+    if (!early) scores.ask(blocks.begin, blocks.few);
     meet();
-    const int pieces = p.by_piece(at.eligible + p.piece - 1);
-    if (W == step_warps && at.eligible <= p.few * at.scorers)
-      send_best_of_few();
+    if (W == step_warps && blocks.few)
+      send_best_of_few(blocks, scores);
     else
-      send_best_of_runs(pieces);
+      send_best_of_runs(blocks, scores, pieces);
     __syncwarp();
     if (p.cluster > 1) cluster_barrier();
     Entry best;

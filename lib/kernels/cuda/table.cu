@@ -2,8 +2,10 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/decode.cuh"
 #include "kernels/cuda/peer_exchange.hpp"
 #include "kernels/cuda/stages.cuh"
+#include "kernels/cuda/tile_sums.cuh"
 
 namespace nsa::gpu {
 
@@ -159,7 +161,13 @@ std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t
   // Where those are chunks with halos, there are so many at most, and each takes so much more.
   const std::int64_t before = s.rules.l / s.rules.d - 1, chunks = cmp_rows / (s.leaf + before) + 1,
                      more = whole_sectors(s.leaf) + whole_sectors(before) - s.leaf - before;
-  return static_cast<std::size_t>(tile.rows() * s.heads() * padded_columns(cmp_rows + chunks * more)) * sizeof(float);
+  const std::int64_t raw = tile.rows() * s.heads() * padded_columns(cmp_rows + chunks * more);
+  // A decode step at once may leave sums of blocks instead, which are more where there are few heads.
+  const std::int64_t sums = tile.tokens == 1 && leaves_sums(s) && decode_accepts(s, tile)
+                                ? tile.rows() * s.groups * decode_head_tiles(s) *
+                                      tile_sum_floats((cmp_rows + tile_rows - 1) / tile_rows, decode_heads(s.dtype))
+                                : 0;
+  return static_cast<std::size_t>(std::max(raw, sums)) * sizeof(float);
 }
 
 std::size_t scratch_bytes(const LayerShape& s, const QueryTile& tile) {

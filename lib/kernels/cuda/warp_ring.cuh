@@ -2,8 +2,9 @@
 // A warp's own ring of shared-memory slots, each 32 rows of K or V, filled by asynchronous 16-byte copies (cp.async,
 // capability 8.0): no barrier between warps, as many bytes under way as the ring holds, and rows past the end are zero.
 //
-// A row is cut into 16-byte pieces; of every 8 pieces (128 bytes) piece c of row r lies at c ^ (r % 8), so that eight
-// rows' pieces of one column fall into different banks.
+// A row is cut into 16-byte pieces; of every 8 pieces (128 bytes) piece c of row r lies at c ^ (r / 4), so that the
+// same column's pieces of eight rows that are multiples of 4 apart fall into different banks: those are read together
+// (engine_tensor.cuh).
 
 #include "kernels/cuda/common.cuh"
 
@@ -32,16 +33,18 @@ __device__ __forceinline__ std::uint64_t cache_policy(Keep keep) {
 /// which `rows` exist. All lanes.
 template <int RowBytes, class Copy>
 __device__ __forceinline__ void for_pieces(unsigned slot, const char* from, int rows, Copy copy) {
-  const int lane = threadIdx.x % 32, row0 = lane / 8, piece = lane % 8;
+  // Rows of 128 bytes: four side by side at once. Longer ones: four that are 8 apart, which long lists stream faster.
+  constexpr int apart = RowBytes > 128 ? 8 : 1, step = RowBytes > 128 ? 1 : 4;
+  const int lane = threadIdx.x % 32, row0 = lane / 8 * apart, piece = lane % 8;
   const char* source = from + row0 * RowBytes + piece * 16;
   asm("" : "+l"(source));  // one address and offsets from it, not an address a row
-  const unsigned even = slot + row0 * RowBytes + ((piece ^ row0) << 4), odd = even ^ 64;
+  const unsigned first = slot + row0 * RowBytes + ((piece ^ row0 / 4) << 4);
 #pragma unroll
   for (int i = 0; i < slot_rows / 4; ++i) {
-    const int bytes = row0 + 4 * i < rows ? 16 : 0;  // 0: nothing is read, 16 zeros are written
-    const unsigned to = (i & 1 ? odd : even) + i * 4 * RowBytes;
+    const int row = i * step, bytes = row0 + row < rows ? 16 : 0;  // 0: nothing is read, 16 zeros are written
+    const unsigned to = (first ^ row / 4 << 4) + row * RowBytes;
 #pragma unroll
-    for (int c = 0; c < RowBytes / 128; ++c) copy(to + c * 128, source + i * 4 * RowBytes + c * 128, bytes);
+    for (int c = 0; c < RowBytes / 128; ++c) copy(to + c * 128, source + row * RowBytes + c * 128, bytes);
   }
 }
 
