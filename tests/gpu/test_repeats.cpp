@@ -43,12 +43,14 @@ int runs_that_differ(Whole& whole, void* out, std::int64_t bytes, int times, Que
 
 }  // namespace
 
+// 8K, whose groups go side by side, and contexts where they follow one another.
 TEST_CASE("a prefill at once gives the same bits every time", "[prefill][repeats]") {
   for (const DType type : {DType::bf16, DType::f16})
-    for (const int d : {64, 128}) {
-      WholePrefill whole(gpu(), shape_of(type, d), 8192, 0, false);
-      INFO("d=" << d << " type=" << static_cast<int>(type));
-      CHECK(runs_that_differ(whole, whole.o, whole.widest.rows() * whole.s.heads() * d * 2, 1000,
+    for (const auto& [d, context, times] :
+         {std::tuple{64, 8192, 1000}, {128, 8192, 1000}, {64, 32768, 100}, {128, 16384, 200}}) {
+      WholePrefill whole(gpu(), shape_of(type, d), context, 0, false);
+      INFO("d=" << d << " context=" << context << " type=" << static_cast<int>(type));
+      CHECK(runs_that_differ(whole, whole.o, whole.widest.rows() * whole.s.heads() * d * 2, times,
                              [&] { whole.run_at_once(); }) == 0);
     }
 }

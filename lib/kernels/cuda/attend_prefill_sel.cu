@@ -1,17 +1,18 @@
 // Prefill's selected branch, 16-bit storage: neighbouring queries share the blocks they have loaded.
 //
 // A CTA takes a group and 12 consecutive queries, a warp each: a query's (up to 16) heads are the M of m16n8k16, its q
-// stays in registers. Two more warps walk the union of the queries' blocks, which are sorted, and stream each block's K
-// and V once through a ring each (tensor copies, 128-byte swizzle); K is given back as soon as the scores are formed.
-// Every query that chose the block is told where it lies, and a slot is free again when those have given it back: a
-// warp waits for its own blocks alone and is not held up by what others do. No product is wasted however little the
-// choices agree.
+// stays in registers. Three more warps plan in which turn the union of the queries' blocks comes, and stream each
+// block's K and V once through a ring each (tensor copies, 128-byte swizzle); K is given back as soon as the scores are
+// formed. Every query that chose the block is told where it lies, and a slot is free again when those have given it
+// back: a warp waits for its own blocks alone and is not held up by what others do. No product is wasted however little
+// the choices agree.
 // CTAs stay and take one of every gridDim.x items: late queries, whose blocks are more, first, where the L2 holds K and
 // V of all groups; else the items of a group follow one another. FLOPs: 2 (Dk + Dv) a (head, chosen token). Bytes: from
-// L2, a block's K and V once per 12 queries that share it; from shared memory, once per query that chose it (32 KB at
-// Dk = Dv = 128: 256 cycles). Bound: the L2 where little is shared, else shared memory and tensor cores alike.
+// L2, a block's K and V once per 12 queries that share it; from shared memory, once per query that chose it (32
+// KB at Dk = Dv = 128: 256 cycles). Bound: the L2 where little is shared, else shared memory and tensor cores alike.
 
-#include "kernels/cuda/attend_prefill_sel.cuh"
+#include "kernels/cuda/attend_prefill_sel_plan.cuh"
+#include "kernels/cuda/attend_prefill_sel_stream.cuh"
 #include "kernels/cuda/stages.cuh"
 
 namespace nsa::gpu {
@@ -183,7 +184,7 @@ template <class T, int DK, int DV>
 __device__ __forceinline__ void Row<T, DK, DV>::run(const Item& item, int query, int t) {
   const LayerShape& shape = p.a.shape;
   const int lane = threadIdx.x % 32, n = shape.rules.n_sel;
-  if (item.first + query >= p.a.tile.tokens) return;
+  if (!item.has(p, query)) return;
   const std::int64_t list = item.row(p, query) * shape.groups + item.group;
   const bool chooses = lane < n && p.a.selected[list * n + lane] >= 0;
   begin(static_cast<const T*>(p.a.q) + list * shape.heads_per_group * DK, shape.heads_per_group);
@@ -254,7 +255,18 @@ __device__ __forceinline__ void Row<T, DK, DV>::put_gated(const std::int64_t (&a
   }
 }
 
-template <class T, int DK, int DV>
+// The warps that plan and stream.
+template <int DK, int DV, int Most>
+__device__ __forceinline__ void feed(const Params& p, const Shared<DK, DV>& shared, int warp) {
+  if (warp == queries)
+    Streamer<DK, DV>{p, shared}.stream_keys();
+  else if (threadIdx.x == 32 * (queries + 1))
+    Streamer<DK, DV>{p, shared}.stream_values();
+  else if (warp == queries + 2)
+    Planner<DK, DV, Most>{p, shared}.run();
+}
+
+template <class T, int DK, int DV, int Most>
 __global__ void __launch_bounds__(threads, 1) sel_kernel(const __grid_constant__ Params p) {
 #ifdef NSA_WGMMA
   extern __shared__ __align__(1024) char memory[];
@@ -265,20 +277,14 @@ __global__ void __launch_bounds__(threads, 1) sel_kernel(const __grid_constant__
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp >= queries) {
     give_registers<56>();
-    Streamer<DK, DV> streamer{p, shared};
-    if (warp == queries) {
-      for (Items items(p); items.more(); items.next()) streamer.stream(Item(p, items.index()));
-      streamer.end();
-    } else if (threadIdx.x == 32 * (queries + 1)) {
-      streamer.stream_values();
-    }
+    feed<DK, DV, Most>(p, shared, warp);
   } else {
     take_registers<152>();
-    const std::int64_t first_position = *p.a.tile.first_position;
+    const int first_position = static_cast<int>(*p.a.tile.first_position);
     Row<T, DK, DV> row(p, shared);
     for (Items items(p); items.more(); items.next()) {
       const Item item(p, items.index());
-      row.run(item, warp, static_cast<int>(first_position) + item.first + warp);
+      row.run(item, warp, first_position + item.first + warp);
     }
   }
 #endif
@@ -302,8 +308,13 @@ void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
   p.query_tiles = query_tiles_of(a.tile);
   p.items = items_of(a.shape, a.tile);
   p.side_by_side = planes * a.tile.max_positions * (DK + DV) * std::int64_t{sizeof(T)} <= most_side_by_side;
-  launch_early(sel_kernel<T, DK, DV>, dim3(std::min(p.items, limits().units)), threads, Layout<DK, DV>::bytes, stream,
-               1, p);
+  const auto start = [&](auto* kernel) {
+    launch_early(kernel, dim3(std::min(p.items, limits().units)), threads, Layout<DK, DV>::bytes, stream, 1, p);
+  };
+  if (a.shape.rules.n_sel <= few_chosen)
+    start(sel_kernel<T, DK, DV, few_chosen>);
+  else
+    start(sel_kernel<T, DK, DV, most_chosen>);
 }
 
 void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {

@@ -1,11 +1,11 @@
 #pragma once
-// Prefill's selected branch (attend_prefill_sel.cu): what its two sides share, and the side that streams.
+// Prefill's selected branch (attend_prefill_sel.cu): what its sides share.
 //
-// A warp walks the union of 12 queries' blocks, which are sorted, and copies each block's K once. It tells every query
-// that chose the block where it lies, by a letter and a barrier of that query's own: a barrier of the slot alone would
-// not do, since a warp that waits for its next block may be more than a round of the ring ahead. By another letter it
-// tells the warp beside it, which copies V: K's slots are free sooner than V's, so the next block's K is on its way,
-// and its scores are formed, while its V still waits for a slot.
+// A CTA takes 12 queries of a group. A warp plans in which turn the blocks come that they chose
+// (attend_prefill_sel_plan.cuh), a warp streams K and another V (attend_prefill_sel_stream.cuh), and a warp a query
+// multiplies. The warp that streams K tells every query that chose a block where it lies, by a letter and a barrier of
+// that query's own: a barrier of the slot alone would not do, since a warp that waits for its next block may be more
+// than a round of the ring ahead.
 
 #include <algorithm>
 
@@ -16,8 +16,9 @@ namespace nsa::gpu::selected {
 constexpr int queries = 12;                  // of an item: warps that multiply
 constexpr int threads = 32 * (queries + 4);  // registers change hands between whole warpgroups
 constexpr int block_tokens = 64;
-constexpr int most_chosen = 32;
-constexpr int letters = 8;  // that a query, or the warp that streams V, may have before it: more than there are slots
+constexpr int most_chosen = 32, few_chosen = 16;  // blocks of a query: what the plan has room for
+constexpr int letters = 8;                        // that a query may have before it: more than there are slots
+constexpr int pages = 4, page_steps = 8;          // of the plan
 
 struct Params {
   CUtensorMap k, v;
@@ -41,6 +42,7 @@ struct Item {
     group = list % s.groups;
     plane = (p.a.tile.batch_begin + sequence) * s.groups + group;
   }
+  __device__ __forceinline__ bool has(const Params& p, int query) const { return first + query < p.a.tile.tokens; }
   /// Of a query of the item, among the tile's.
   __device__ __forceinline__ std::int64_t row(const Params& p, int query) const {
     return std::int64_t{sequence} * p.a.tile.tokens + first + query;
@@ -60,6 +62,18 @@ struct Items {
   __device__ __forceinline__ void next() { ++round; }
 };
 
+// A step of the plan: a block, below 2^19, and the queries that chose it.
+struct Step {
+  int word, plane;
+  __device__ __forceinline__ static Step of(int block, unsigned by, int plane) {
+    return {block << queries | static_cast<int>(by), plane};
+  }
+  __device__ __forceinline__ static Step last() { return {-1, 0}; }
+  __device__ __forceinline__ bool is_last() const { return word < 0; }
+  __device__ __forceinline__ int block() const { return word >> queries; }
+  __device__ __forceinline__ unsigned by() const { return word & ((1u << queries) - 1); }
+};
+
 // What the streaming warp tells a query: a block of its own, below 2^25, and the slots and their round where its K and
 // V come.
 struct Letter {
@@ -72,29 +86,15 @@ struct Letter {
   __device__ __forceinline__ int phase() const { return word & 1; }
 };
 
-// What the warp that streams K tells the one that streams V: a block, below 2^25, and how many queries did not choose
-// it. No block: there are no more.
-struct ValueLetter {
-  int word, plane;
-  __device__ __forceinline__ static ValueLetter of(int block, int others, int plane) {
-    return {block << 4 | others, plane};
-  }
-  __device__ __forceinline__ static ValueLetter last() { return {-1, 0}; }
-  __device__ __forceinline__ bool is_last() const { return word < 0; }
-  __device__ __forceinline__ int block() const { return word >> 4; }
-  __device__ __forceinline__ int others() const { return word & 15; }
-};
-
-// Shared memory: slots of K, slots of V, barriers, letters, the queries' lists.
+// Shared memory: slots of K, slots of V, barriers, letters, the plan.
 template <int DK, int DV>
 struct Layout {
   static constexpr int box = block_tokens * 128, key = DK / box_columns * box, value = DV / box_columns * box;
   static constexpr int slots = std::min(7, 224 * 1024 / (key + value));  // of each
   static_assert(slots < letters);
   static constexpr int values = slots * key, barriers = values + slots * value;
-  static constexpr int mail = barriers + 8 * (4 * slots + (queries + 1) * letters);
-  static constexpr int value_mail = mail + 4 * queries * letters, lists = value_mail + 8 * letters;
-  static constexpr int bytes = lists + queries * most_chosen * 4;
+  static constexpr int mail = barriers + 8 * (4 * slots + (queries + 1) * letters + 2 * pages);
+  static constexpr int plan = mail + 4 * queries * letters, bytes = plan + 8 * pages * page_steps;
   static_assert(bytes <= 227 * 1024);
 };
 
@@ -114,6 +114,10 @@ struct Shared {
   __device__ __forceinline__ unsigned told(int query, int i) const {
     return barrier(4 * At::slots + query * letters + i);
   }
+  /// The warp that streams K is behind the step's fill.
+  __device__ __forceinline__ unsigned passed(int i) const { return told(queries, i); }
+  __device__ __forceinline__ unsigned planned(int page) const { return told(queries + 1, page); }
+  __device__ __forceinline__ unsigned plan_read(int page) const { return planned(pages + page); }
   __device__ __forceinline__ Letter& letter(int query, int i) const {
     return reinterpret_cast<Letter*>(memory + At::mail)[query * letters + i];
   }
@@ -123,13 +127,8 @@ struct Shared {
     if (threadIdx.x % 32 == 0) word = letter(query, i).word;
     return {__shfl_sync(0xffffffffu, word, 0)};
   }
-  // The query's list begins at another bank than its neighbours'.
-  __device__ __forceinline__ int& chosen(int query, int i) const {
-    return reinterpret_cast<int*>(memory + At::lists)[query * most_chosen + (i + query) % most_chosen];
-  }
-  __device__ __forceinline__ unsigned value_told(int i) const { return told(queries, i); }
-  __device__ __forceinline__ ValueLetter& value_letter(int i) const {
-    return reinterpret_cast<ValueLetter*>(memory + At::value_mail)[i];
+  __device__ __forceinline__ Step& step(int page, int i) const {
+    return reinterpret_cast<Step*>(memory + At::plan)[page * page_steps + i];
   }
   __device__ __forceinline__ void open() const {
     for (int i = 0; i < At::slots; ++i) {
@@ -138,103 +137,10 @@ struct Shared {
       open_barrier(value_full(i), 1);
       open_barrier(value_empty(i), queries);
     }
-    for (int i = 0; i < (queries + 1) * letters; ++i) open_barrier(told(0, i), 1);
+    for (int i = 0; i < (queries + 1) * letters + pages; ++i) open_barrier(told(0, i), 1);
+    for (int i = 0; i < pages; ++i) open_barrier(plan_read(i), 2);
     barriers_opened();
   }
 };
-
-// The warp that streams K: lane q has query q's next block; the least of them is the next of the union. A lane of the
-// next warp streams V.
-template <int DK, int DV>
-struct Streamer {
-  using At = Layout<DK, DV>;
-  const Params& p;
-  const Shared<DK, DV>& shared;
-  Turn<At::slots> turn;     // of K's and V's slots
-  Turn<letters> mail = {};  // the lane's query's
-  Turn<letters> value_mail = {};
-
-  __device__ __forceinline__ void copy(const CUtensorMap& from, unsigned to, unsigned barrier, int width, int block,
-                                       int plane) const {
-    for (int at = 0; at < block_tokens; at += p.box_rows) {
-      const Place place = place_of(p.a.k.map, block * block_tokens + at);
-      for (int box = 0; box < width / box_columns; ++box)
-        copy_box(to + at * 128 + box * At::box, &from, barrier, box * box_columns, place.row, plane, place.rank);
-    }
-  }
-  // One lane, of an empty slot. Who did not choose the block has given its slots back from the start. A block's V is
-  // told of once that of the block a round before has come: so a barrier of V's is never more than a phase behind a
-  // letter.
-  __device__ __forceinline__ void fill_keys(int block, int plane, int others) {
-    const int slot = turn.slot;
-    arrive_expecting(shared.key_full(slot), At::key);
-    copy(p.k, shared.key(slot), shared.key_full(slot), DK, block, plane);
-    if (others > 0) arrive_for(shared.key_empty(slot), others);
-    wait_for(shared.value_full(slot), turn.phase ^ 1);
-    tell_values(ValueLetter::of(block, others, plane));
-  }
-  __device__ __forceinline__ void tell_values(ValueLetter letter) {
-    shared.value_letter(value_mail.slot) = letter;
-    arrive(shared.value_told(value_mail.slot));
-    value_mail.next();
-  }
-  __device__ __forceinline__ void end() {
-    if (threadIdx.x % 32 == 0) tell_values(ValueLetter::last());
-  }
-  // One lane of a warp of its own: V of every block it is told of.
-  __device__ __forceinline__ void stream_values() {
-    for (;; value_mail.next(), turn.next()) {
-      wait_for(shared.value_told(value_mail.slot), value_mail.phase);
-      const ValueLetter letter = shared.value_letter(value_mail.slot);
-      if (letter.is_last()) return;
-      const int slot = turn.slot;
-      wait_for(shared.value_empty(slot), turn.phase ^ 1);
-      arrive_expecting(shared.value_full(slot), At::value);
-      copy(p.v, shared.value(slot), shared.value_full(slot), DV, letter.block(), letter.plane);
-      if (letter.others() > 0) arrive_for(shared.value_empty(slot), letter.others());
-    }
-  }
-  __device__ __forceinline__ void stream(const Item& item);
-};
-
-template <int DK, int DV>
-__device__ __forceinline__ void Streamer<DK, DV>::stream(const Item& item) {
-  const LayerShape& s = p.a.shape;
-  const int lane = threadIdx.x % 32, n = s.rules.n_sel;
-  const auto list_of = [&](int query) { return item.row(p, query) * s.groups + item.group; };
-  const auto is_there = [&](int query) { return item.first + query < p.a.tile.tokens; };
-  int chosen[queries];
-#pragma unroll
-  for (int query = 0; query < queries; ++query)
-    chosen[query] = lane < n && is_there(query) ? p.a.selected[list_of(query) * n + lane] : -1;
-  __syncwarp();
-#pragma unroll
-  for (int query = 0; query < queries; ++query)
-    if (lane < n) shared.chosen(query, lane) = chosen[query];
-  __syncwarp();
-  constexpr int none = INT32_MAX;
-  int at = 0;
-  const auto next = [&] {
-    const int block = lane < queries && at < n ? shared.chosen(lane, at) : none;
-    ++at;
-    return block < 0 ? none : block;
-  };
-  for (int mine = next();;) {
-    const int block = __reduce_min_sync(0xffffffffu, mine);
-    if (block == none) break;
-    const bool is_mine = mine == block;
-    const unsigned by = __ballot_sync(0xffffffffu, is_mine);
-    wait_for(shared.key_empty(turn.slot), turn.phase ^ 1);  // every lane: letters of that round have been read
-    if (lane == 0) fill_keys(block, item.plane, queries - __popc(by));
-    __syncwarp();  // K is on its way: its barrier's phase is the one that the letter names, or the next
-    if (is_mine) {
-      shared.letter(lane, mail.slot) = Letter::of(block, turn.slot, turn.phase);
-      arrive(shared.told(lane, mail.slot));
-      mail.next();
-      mine = next();
-    }
-    turn.next();
-  }
-}
 
 }  // namespace nsa::gpu::selected

@@ -1,0 +1,83 @@
+#pragma once
+// Prefill's selected branch (attend_prefill_sel.cu): the warps that stream K and V, step by step of the plan.
+//
+// K's slots are free sooner than V's; with a warp each the next block's K is on its way, and its scores are formed,
+// while its V still waits for a slot. Whatever passes through shared memory queues behind the ldmatrix of twelve warps,
+// so a step is to have little of that.
+
+#include "kernels/cuda/attend_prefill_sel.cuh"
+
+namespace nsa::gpu::selected {
+
+template <int DK, int DV>
+struct Streamer {
+  using At = Layout<DK, DV>;
+  const Params& p;
+  const Shared<DK, DV>& shared;
+  Turn<At::slots> turn = {};  // of K's or V's slots
+  Turn<pages> page = {};
+  int step_of_page = 0;
+  Turn<letters> mail = {};    // the lane's query's
+  Turn<letters> passed = {};  // steps that K is behind of
+
+  // One lane, of an empty slot. Who did not choose the block has given the slot back from the start.
+  __device__ __forceinline__ void fill(const Step& step, const CUtensorMap& from, int width, unsigned to, unsigned full,
+                                       unsigned empty) const {
+    arrive_expecting(full, width / box_columns * At::box);
+    for (int at = 0; at < block_tokens; at += p.box_rows) {
+      const Place place = place_of(p.a.k.map, step.block() * block_tokens + at);
+      for (int box = 0; box < width / box_columns; ++box)
+        copy_box(to + at * 128 + box * At::box, &from, full, box * box_columns, place.row, step.plane, place.rank);
+    }
+    const int others = queries - __popc(step.by());
+    if (others > 0) arrive_for(empty, others);
+  }
+  __device__ __forceinline__ Step next_step() {
+    if (step_of_page == 0) wait_for(shared.planned(page.slot), page.phase);
+    return shared.step(page.slot, step_of_page);
+  }
+  // Once all lanes have read the step; one of them tells.
+  __device__ __forceinline__ void step_read(bool tells) {
+    if (++step_of_page < page_steps) return;
+    if (tells) arrive(shared.plan_read(page.slot));
+    step_of_page = 0;
+    page.next();
+  }
+  // A warp; lane q tells query q. A letter is sent once V of the block a round before has come, and the next V waits
+  // for that: so a barrier of V's is never more than a phase behind a letter, nor before it.
+  __device__ __forceinline__ void stream_keys() {
+    const int lane = threadIdx.x % 32;
+    for (Step step = next_step(); !step.is_last(); step = next_step()) {
+      const int slot = turn.slot;
+      wait_for(shared.key_empty(slot), turn.phase ^ 1);  // every lane: letters of that round have been read
+      if (lane == 0) {
+        fill(step, p.k, DK, shared.key(slot), shared.key_full(slot), shared.key_empty(slot));
+        wait_for(shared.value_full(slot), turn.phase ^ 1);
+        arrive(shared.passed(passed.slot));
+        passed.next();
+      }
+      __syncwarp();  // K is on its way: its barrier's phase is the one that the letter names, or the next
+      step_read(lane == 0);
+      if (step.by() >> lane & 1) {
+        shared.letter(lane, mail.slot) = Letter::of(step.block(), slot, turn.phase);
+        arrive(shared.told(lane, mail.slot));
+        mail.next();
+      }
+      turn.next();
+    }
+  }
+  // One lane of a warp of its own.
+  __device__ __forceinline__ void stream_values() {
+    for (Step step = next_step(); !step.is_last(); step = next_step()) {
+      const int slot = turn.slot;
+      wait_for(shared.passed(passed.slot), passed.phase);
+      passed.next();
+      wait_for(shared.value_empty(slot), turn.phase ^ 1);
+      fill(step, p.v, DV, shared.value(slot), shared.value_full(slot), shared.value_empty(slot));
+      step_read(true);
+      turn.next();
+    }
+  }
+};
+
+}  // namespace nsa::gpu::selected
