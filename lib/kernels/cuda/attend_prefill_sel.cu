@@ -1,7 +1,7 @@
 // Prefill's selected branch, 16-bit storage: neighbouring queries share the blocks they have loaded.
 //
 // A CTA takes a group and 12 consecutive queries, a warp each: a query's (up to 16) heads are the M of m16n8k16, its q
-// stays in registers. Three more warps plan in which turn the union of the queries' blocks comes, and stream each
+// stays in registers. Four more warps plan in which turn the union of the queries' blocks comes, and stream each
 // block's K and V once through a ring each (tensor copies, 128-byte swizzle); K is given back as soon as the scores are
 // formed. Every query that chose the block is told where it lies, and a slot is free again when those have given it
 // back: a warp waits for its own blocks alone and is not held up by what others do. No product is wasted however little
@@ -255,15 +255,17 @@ __device__ __forceinline__ void Row<T, DK, DV>::put_gated(const std::int64_t (&a
   }
 }
 
-// The warps that plan and stream.
+// The warps that plan, stream and tell.
 template <int DK, int DV, int Most>
 __device__ __forceinline__ void feed(const Params& p, const Shared<DK, DV>& shared, int warp) {
-  if (warp == queries)
+  if (threadIdx.x == 32 * queries)
     Streamer<DK, DV>{p, shared}.stream_keys();
   else if (threadIdx.x == 32 * (queries + 1))
     Streamer<DK, DV>{p, shared}.stream_values();
   else if (warp == queries + 2)
     Planner<DK, DV, Most>{p, shared}.run();
+  else if (warp == queries + 3)
+    Streamer<DK, DV>{p, shared}.tell();
 }
 
 template <class T, int DK, int DV, int Most>

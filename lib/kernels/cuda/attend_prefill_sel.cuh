@@ -2,10 +2,10 @@
 // Prefill's selected branch (attend_prefill_sel.cu): what its sides share.
 //
 // A CTA takes 12 queries of a group. A warp plans in which turn the blocks come that they chose
-// (attend_prefill_sel_plan.cuh), a warp streams K and another V (attend_prefill_sel_stream.cuh), and a warp a query
-// multiplies. The warp that streams K tells every query that chose a block where it lies, by a letter and a barrier of
-// that query's own: a barrier of the slot alone would not do, since a warp that waits for its next block may be more
-// than a round of the ring ahead.
+// (attend_prefill_sel_plan.cuh), one streams K, one V, one tells every query that chose a block where it lies
+// (attend_prefill_sel_stream.cuh), and a warp a query multiplies. It is told by a letter and a barrier of its own: a
+// barrier of the slot alone would not do, since a warp that waits for its next block may be more than a round of the
+// ring ahead.
 
 #include <algorithm>
 
@@ -74,7 +74,7 @@ struct Step {
   __device__ __forceinline__ unsigned by() const { return word & ((1u << queries) - 1); }
 };
 
-// What the streaming warp tells a query: a block of its own, below 2^25, and the slots and their round where its K and
+// What a query is told: a block of its own, below 2^25, and the slots and their round where its K and
 // V come.
 struct Letter {
   std::uint32_t word;
@@ -93,7 +93,7 @@ struct Layout {
   static constexpr int slots = std::min(7, 224 * 1024 / (key + value));  // of each
   static_assert(slots < letters);
   static constexpr int values = slots * key, barriers = values + slots * value;
-  static constexpr int mail = barriers + 8 * (4 * slots + (queries + 1) * letters + 2 * pages);
+  static constexpr int mail = barriers + 8 * (4 * slots + (queries + 2) * letters + 2 * pages);
   static constexpr int plan = mail + 4 * queries * letters, bytes = plan + 8 * pages * page_steps;
   static_assert(bytes <= 227 * 1024);
 };
@@ -114,9 +114,10 @@ struct Shared {
   __device__ __forceinline__ unsigned told(int query, int i) const {
     return barrier(4 * At::slots + query * letters + i);
   }
-  /// The warp that streams K is behind the step's fill.
-  __device__ __forceinline__ unsigned passed(int i) const { return told(queries, i); }
-  __device__ __forceinline__ unsigned planned(int page) const { return told(queries + 1, page); }
+  /// Of a step: its K is on its way; and V of the block a round before has come, so its V may.
+  __device__ __forceinline__ unsigned filled(int i) const { return told(queries, i); }
+  __device__ __forceinline__ unsigned passed(int i) const { return told(queries + 1, i); }
+  __device__ __forceinline__ unsigned planned(int page) const { return told(queries + 2, page); }
   __device__ __forceinline__ unsigned plan_read(int page) const { return planned(pages + page); }
   __device__ __forceinline__ Letter& letter(int query, int i) const {
     return reinterpret_cast<Letter*>(memory + At::mail)[query * letters + i];
@@ -137,8 +138,8 @@ struct Shared {
       open_barrier(value_full(i), 1);
       open_barrier(value_empty(i), queries);
     }
-    for (int i = 0; i < (queries + 1) * letters + pages; ++i) open_barrier(told(0, i), 1);
-    for (int i = 0; i < pages; ++i) open_barrier(plan_read(i), 2);
+    for (int i = 0; i < (queries + 2) * letters + pages; ++i) open_barrier(told(0, i), 1);
+    for (int i = 0; i < pages; ++i) open_barrier(plan_read(i), 3);
     barriers_opened();
   }
 };

@@ -17,12 +17,13 @@ struct Planner {
   Turn<pages> page = {};
   Step written = {};  // the lane's of the page
   int steps = 0;      // of the page that are written
-  // The lane's query: its blocks that are left, the first of them first, and of how many it was told.
+  // The lane's query: its blocks that are left, the first of them first, of how many it was told, and how many are in
+  // the pool.
   int list[Most] = {};
-  int told = 0;
-  // The lane's block of the pool and who chose it, and the lanes that have one.
-  int block = 0;
-  unsigned by = 0, used = 0;
+  int told = 0, waiting = 0;
+  // The lane's block of the pool, as a step's word; 0: none. And the lanes that have one.
+  int word = 0;
+  unsigned used = 0;
 
   static constexpr unsigned all = 0xffffffffu;
   static constexpr int none = INT32_MAX;
@@ -31,7 +32,7 @@ struct Planner {
     const int n = p.a.shape.rules.n_sel, lane = threadIdx.x % 32;
     const bool is_there = lane < queries && item.has(p, lane);
     const std::int32_t* from = p.a.selected + (item.row(p, is_there ? lane : 0) * p.a.shape.groups + item.group) * n;
-    told = 0;
+    told = waiting = 0;
 #pragma unroll
     for (int i = 0; i < Most; ++i) list[i] = is_there && i < n ? from[i] : -1;
 #pragma unroll
@@ -53,21 +54,24 @@ struct Planner {
     page.next();
     steps = 0;
   }
-  __device__ __forceinline__ void keep(int found, unsigned chosen_by) {
+  // Whether a step's block is one of the lane's query.
+  __device__ __forceinline__ int mine(Step step) const { return step.by() >> threadIdx.x % 32 & 1; }
+  __device__ __forceinline__ void keep(Step step) {
     const int free = __ffs(static_cast<int>(~used)) - 1;
-    if (threadIdx.x % 32 == free) block = found, by = chosen_by;
+    if (threadIdx.x % 32 == free) word = step.word;
     used |= 1u << free;
+    waiting += mine(step);
   }
   // Of a pool that is not empty.
   __device__ __forceinline__ void take(int plane) {
     const int lane = threadIdx.x % 32;
-    const bool wants = __reduce_or_sync(all, by) >> lane & 1;
-    const int fewest = __reduce_min_sync(all, wants ? told * 32 + lane : none) % 32;
-    const int from = __ffs(static_cast<int>(__ballot_sync(all, by >> fewest & 1))) - 1;
-    const unsigned taken_by = __shfl_sync(all, by, from);
-    put(Step::of(__shfl_sync(all, block, from), taken_by, plane));
-    told += taken_by >> lane & 1;
-    if (lane == from) by = 0;
+    const int fewest = __reduce_min_sync(all, waiting > 0 ? told * 32 + lane : none) % 32;
+    const int from = __ffs(static_cast<int>(__ballot_sync(all, word >> fewest & 1))) - 1;
+    const Step step{__shfl_sync(all, word, from), plane};
+    put(step);
+    told += mine(step);
+    waiting -= mine(step);
+    if (lane == from) word = 0;
     used &= ~(1u << from);
   }
   __device__ __forceinline__ void plan(const Item& item) {
@@ -77,7 +81,7 @@ struct Planner {
       if (found == none) break;
       const unsigned chosen_by = __ballot_sync(all, list[0] == found);
       drop_first(list[0] == found);
-      keep(found, chosen_by);
+      keep(Step::of(found, chosen_by, item.plane));
       if (used == all) take(item.plane);
     }
     while (used) take(item.plane);

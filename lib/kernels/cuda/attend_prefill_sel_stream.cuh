@@ -1,5 +1,6 @@
 #pragma once
-// Prefill's selected branch (attend_prefill_sel.cu): the warps that stream K and V, step by step of the plan.
+// Prefill's selected branch (attend_prefill_sel.cu): the warps that stream K and V and tell of them, step by step of
+// the plan.
 //
 // K's slots are free sooner than V's; with a warp each the next block's K is on its way, and its scores are formed,
 // while its V still waits for a slot. Whatever passes through shared memory queues behind the ldmatrix of twelve warps,
@@ -17,8 +18,8 @@ struct Streamer {
   Turn<At::slots> turn = {};  // of K's or V's slots
   Turn<pages> page = {};
   int step_of_page = 0;
-  Turn<letters> mail = {};    // the lane's query's
-  Turn<letters> passed = {};  // steps that K is behind of
+  Turn<letters> mail = {};   // the lane's query's
+  Turn<letters> steps = {};  // of those that K's warp, or the one that tells, is behind of
 
   // One lane, of an empty slot. Who did not choose the block has given the slot back from the start.
   __device__ __forceinline__ void fill(const Step& step, const CUtensorMap& from, int width, unsigned to, unsigned full,
@@ -43,38 +44,46 @@ struct Streamer {
     step_of_page = 0;
     page.next();
   }
-  // A warp; lane q tells query q. A letter is sent once V of the block a round before has come, and the next V waits
-  // for that: so a barrier of V's is never more than a phase behind a letter, nor before it.
+  // One lane of a warp of its own, as that of V.
   __device__ __forceinline__ void stream_keys() {
-    const int lane = threadIdx.x % 32;
     for (Step step = next_step(); !step.is_last(); step = next_step()) {
       const int slot = turn.slot;
-      wait_for(shared.key_empty(slot), turn.phase ^ 1);  // every lane: letters of that round have been read
-      if (lane == 0) {
-        fill(step, p.k, DK, shared.key(slot), shared.key_full(slot), shared.key_empty(slot));
-        wait_for(shared.value_full(slot), turn.phase ^ 1);
-        arrive(shared.passed(passed.slot));
-        passed.next();
-      }
-      __syncwarp();  // K is on its way: its barrier's phase is the one that the letter names, or the next
-      step_read(lane == 0);
-      if (step.by() >> lane & 1) {
-        shared.letter(lane, mail.slot) = Letter::of(step.block(), slot, turn.phase);
-        arrive(shared.told(lane, mail.slot));
-        mail.next();
-      }
+      wait_for(shared.key_empty(slot), turn.phase ^ 1);
+      fill(step, p.k, DK, shared.key(slot), shared.key_full(slot), shared.key_empty(slot));
+      arrive(shared.filled(steps.slot));
+      step_read(true);
+      steps.next();
       turn.next();
     }
   }
-  // One lane of a warp of its own.
   __device__ __forceinline__ void stream_values() {
     for (Step step = next_step(); !step.is_last(); step = next_step()) {
       const int slot = turn.slot;
-      wait_for(shared.passed(passed.slot), passed.phase);
-      passed.next();
+      wait_for(shared.passed(steps.slot), steps.phase);
       wait_for(shared.value_empty(slot), turn.phase ^ 1);
       fill(step, p.v, DV, shared.value(slot), shared.value_full(slot), shared.value_empty(slot));
       step_read(true);
+      steps.next();
+      turn.next();
+    }
+  }
+  // A warp; lane q tells query q. K is on its way: its barrier's phase is the one that the letter names, or the next,
+  // and the letter of eight before has been read. A letter is sent once V of the block a round before has come, and the
+  // next V waits for that: so a barrier of V's is never more than a phase behind a letter, nor before it.
+  __device__ __forceinline__ void tell() {
+    const int lane = threadIdx.x % 32;
+    for (Step step = next_step(); !step.is_last(); step = next_step()) {
+      wait_for(shared.filled(steps.slot), steps.phase);
+      wait_for(shared.value_full(turn.slot), turn.phase ^ 1);
+      if (step.by() >> lane & 1) {
+        shared.letter(lane, mail.slot) = Letter::of(step.block(), turn.slot, turn.phase);
+        arrive(shared.told(lane, mail.slot));
+        mail.next();
+      }
+      __syncwarp();
+      if (lane == 0) arrive(shared.passed(steps.slot));
+      step_read(lane == 0);
+      steps.next();
       turn.next();
     }
   }
