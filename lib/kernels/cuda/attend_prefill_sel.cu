@@ -1,15 +1,15 @@
 // Prefill's selected branch, 16-bit storage: neighbouring queries share the blocks they have loaded.
 //
 // A CTA takes a group and 12 consecutive queries, a warp each: a query's (up to 16) heads are the M of m16n8k16, its q
-// stays in registers. Four more warps plan in which turn the union of the queries' blocks comes, and stream each
-// block's K and V once through a ring each (tensor copies, 128-byte swizzle); K is given back as soon as the scores are
-// formed. Every query that chose the block is told where it lies, and a slot is free again when those have given it
-// back: a warp waits for its own blocks alone and is not held up by what others do. No product is wasted however little
-// the choices agree.
-// CTAs stay and take one of every gridDim.x items: late queries, whose blocks are more, first, where the L2 holds K and
-// V of all groups; else the items of a group follow one another. FLOPs: 2 (Dk + Dv) a (head, chosen token). Bytes: from
-// L2, a block's K and V once per 12 queries that share it; from shared memory, once per query that chose it (32
-// KB at Dk = Dv = 128: 256 cycles). Bound: the L2 where little is shared, else shared memory and tensor cores alike.
+// stays in registers. Four more warps serve them: one plans in which turn the union of the queries' blocks comes, two
+// stream each block's K and V once through a ring each (tensor copies, 128-byte swizzle), and one tells every query
+// that chose the block where it lies. K is given back as soon as the scores are formed, and a slot is free again when
+// those who chose its block have given it back: a warp waits for its own blocks alone and is not held up by what others
+// do. No product is wasted however little the choices agree. CTAs stay and take one of every gridDim.x items: late
+// queries, whose blocks are more, first, where the L2 holds K and V of all groups; else the items of a group follow one
+// another. FLOPs: 2 (Dk + Dv) a (head, chosen token). Bytes: from L2, a block's K and V once per 12 queries that share
+// it; from shared memory, once per query that chose it (32 KB at Dk = Dv = 128: 256 cycles). Bound: the L2 where little
+// is shared, else shared memory and tensor cores alike.
 
 #include "kernels/cuda/attend_prefill_sel_plan.cuh"
 #include "kernels/cuda/attend_prefill_sel_stream.cuh"
@@ -321,6 +321,7 @@ void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
 
 void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
   if (a.tile.rows() == 0) return;
+  if (a.tile.max_positions > most_positions) throw LaunchError("tiled has no room for so many positions");
   const auto sized = [&](auto type) {
     using T = decltype(type);
     if (a.shape.d_k == 64)
@@ -341,7 +342,7 @@ bool prefill_sel_accepts(const LayerShape& s, const RowMap& map) {
 }
 
 bool prefill_sel_pays(const LayerShape& s, const QueryTile& tile) {
-  return std::int64_t{5} * items_of(s, tile) > std::int64_t{2} * limits().units;
+  return tile.max_positions <= most_positions && std::int64_t{5} * items_of(s, tile) > std::int64_t{2} * limits().units;
 }
 
 void attend_prefill_sel(const AttendArgs& a, Stream* stream) { launch(a, nullptr, nullptr, stream); }

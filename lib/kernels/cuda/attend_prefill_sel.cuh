@@ -3,8 +3,8 @@
 //
 // A CTA takes 12 queries of a group. A warp plans in which turn the blocks come that they chose
 // (attend_prefill_sel_plan.cuh), one streams K, one V, one tells every query that chose a block where it lies
-// (attend_prefill_sel_stream.cuh), and a warp a query multiplies. It is told by a letter and a barrier of its own: a
-// barrier of the slot alone would not do, since a warp that waits for its next block may be more than a round of the
+// (attend_prefill_sel_stream.cuh), and a warp a query multiplies. A query is told by a letter and a barrier of its own:
+// a barrier of the slot alone would not do, since a warp that waits for its next block may be more than a round of the
 // ring ahead.
 
 #include <algorithm>
@@ -19,6 +19,7 @@ constexpr int block_tokens = 64;
 constexpr int most_chosen = 32, few_chosen = 16;  // blocks of a query: what the plan has room for
 constexpr int letters = 8;                        // that a query may have before it: more than there are slots
 constexpr int pages = 4, page_steps = 8;          // of the plan
+constexpr std::int64_t most_positions = std::int64_t{block_tokens} << 19;  // of a step's word
 
 struct Params {
   CUtensorMap k, v;
@@ -74,8 +75,7 @@ struct Step {
   __device__ __forceinline__ unsigned by() const { return word & ((1u << queries) - 1); }
 };
 
-// What a query is told: a block of its own, below 2^25, and the slots and their round where its K and
-// V come.
+// What a query is told: a block of its own and the slots and their round where its K and V come.
 struct Letter {
   std::uint32_t word;
   __device__ __forceinline__ static Letter of(int block, int slot, int phase) {
