@@ -3,7 +3,7 @@
 //
 // Blocks by rising index would give one query several in a row while the others, whose blocks wait behind the ring,
 // rest. So the lists, which are sorted, are merged into a pool of up to 32 blocks, a lane each, and the next to come is
-// always one of the query that was told of the fewest. What a step costs hangs on no list's length: some 300 cycles.
+// always one of the query that was told of the fewest. A step costs some 500 cycles.
 
 #include "kernels/cuda/attend_prefill_sel.cuh"
 
