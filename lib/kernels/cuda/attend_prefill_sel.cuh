@@ -138,8 +138,11 @@ struct Shared {
       open_barrier(value_full(i), 1);
       open_barrier(value_empty(i), queries);
     }
-    for (int i = 0; i < (queries + 2) * letters + pages; ++i) open_barrier(told(0, i), 1);
-    for (int i = 0; i < pages; ++i) open_barrier(plan_read(i), 3);
+    for (int i = 0; i < (queries + 2) * letters; ++i) open_barrier(told(0, i), 1);
+    for (int i = 0; i < pages; ++i) {
+      open_barrier(planned(i), page_steps);  // a lane a step
+      open_barrier(plan_read(i), 2 + 32);    // those that stream K and V, and all lanes of the warp that tells
+    }
     barriers_opened();
   }
 };

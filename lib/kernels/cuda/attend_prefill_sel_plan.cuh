@@ -48,9 +48,10 @@ struct Planner {
     if (lane == steps) written = step;
     if (++steps < page_steps) return;
     wait_for(shared.plan_read(page.slot), page.phase ^ 1);
-    if (lane < page_steps) shared.step(page.slot, lane) = written;
-    __syncwarp();
-    if (lane == 0) arrive(shared.planned(page.slot));
+    if (lane < page_steps) {
+      shared.step(page.slot, lane) = written;
+      arrive(shared.planned(page.slot));
+    }
     page.next();
     steps = 0;
   }

@@ -37,10 +37,10 @@ struct Streamer {
     if (step_of_page == 0) wait_for(shared.planned(page.slot), page.phase);
     return shared.step(page.slot, step_of_page);
   }
-  // Once all lanes have read the step; one of them tells.
-  __device__ __forceinline__ void step_read(bool tells) {
+  // By every lane that has read the step.
+  __device__ __forceinline__ void step_read() {
     if (++step_of_page < page_steps) return;
-    if (tells) arrive(shared.plan_read(page.slot));
+    arrive(shared.plan_read(page.slot));
     step_of_page = 0;
     page.next();
   }
@@ -51,7 +51,7 @@ struct Streamer {
       wait_for(shared.key_empty(slot), turn.phase ^ 1);
       fill(step, p.k, DK, shared.key(slot), shared.key_full(slot), shared.key_empty(slot));
       arrive(shared.filled(steps.slot));
-      step_read(true);
+      step_read();
       steps.next();
       turn.next();
     }
@@ -62,7 +62,7 @@ struct Streamer {
       wait_for(shared.passed(steps.slot), steps.phase);
       wait_for(shared.value_empty(slot), turn.phase ^ 1);
       fill(step, p.v, DV, shared.value(slot), shared.value_full(slot), shared.value_empty(slot));
-      step_read(true);
+      step_read();
       steps.next();
       turn.next();
     }
@@ -82,7 +82,7 @@ struct Streamer {
       }
       __syncwarp();
       if (lane == 0) arrive(shared.passed(steps.slot));
-      step_read(lane == 0);
+      step_read();
       steps.next();
       turn.next();
     }
