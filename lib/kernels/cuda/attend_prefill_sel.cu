@@ -342,7 +342,7 @@ bool prefill_sel_accepts(const LayerShape& s, const RowMap& map) {
 }
 
 bool prefill_sel_pays(const LayerShape& s, const QueryTile& tile) {
-  return tile.max_positions <= most_positions && std::int64_t{5} * items_of(s, tile) > std::int64_t{2} * limits().units;
+  return tile.max_positions <= most_positions && std::int64_t{3} * items_of(s, tile) > limits().units;
 }
 
 void attend_prefill_sel(const AttendArgs& a, Stream* stream) { launch(a, nullptr, nullptr, stream); }
