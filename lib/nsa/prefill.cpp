@@ -45,9 +45,13 @@ std::int64_t rows_of(const std::vector<PrefillTile>& tiles) {
   return tiles.empty() ? 0 : tiles.back().local_row + tiles.back().tokens;
 }
 
-void gather_pair(const char* what, const Communicator& kv, const KvPair& own, const KvPair& all, Stream* stream) {
-  kv.all_gather(what, own.k_memory.data(), all.k_memory.data(), own.k_memory.bytes(), stream);
-  kv.all_gather(what, own.v_memory.data(), all.v_memory.data(), own.v_memory.bytes(), stream);
+void gather_pair(const char* what, const Engine& e, const KvPair& own, const KvPair& all, Stream* stream) {
+  const auto gather = [&](const KvView& from, const KvView& to) {
+    e.peers->kv.all_gather(what, from.data, to.data,
+                           static_cast<std::size_t>(from.rank_stride) * size_of(e.shape().dtype), stream);
+  };
+  gather(own.k, all.k);
+  gather(own.v, all.v);
 }
 
 }  // namespace
@@ -184,7 +188,7 @@ void Prefill::exchange_raw_halo() {
   if (p.kv == 1 || halo == 0) return;
   copy_rows(raw_.k, heads_.k, 0, 0, halo);
   copy_rows(raw_.v, heads_.v, 0, 0, halo);
-  gather_pair("raw halo", engine_.peers->kv, heads_, heads_all_, engine_.streams.compute);
+  gather_pair("raw halo", engine_, heads_, heads_all_, engine_.streams.compute);
   copy_rows(heads_all_.k, raw_.k, 0, p.chunk_tokens, p.chunk_tokens + halo);
   copy_rows(heads_all_.v, raw_.v, 0, p.chunk_tokens, p.chunk_tokens + halo);
 }
@@ -220,9 +224,9 @@ void Prefill::gather(Work& w) {
     return read(win, rows(win, w.layer));
   }
   Stream* stream = engine_.streams.compute;
-  gather_pair("k_cmp, v_cmp", engine_.peers->kv, cache.cmp, cmp_all_, stream);
-  gather_pair("k_sel, v_sel", engine_.peers->kv, cache.sel, sel_all_, stream);
-  if (!shared) gather_pair("k_win, v_win", engine_.peers->kv, win_, win_all_, stream);
+  gather_pair("k_cmp, v_cmp", engine_, cache.cmp, cmp_all_, stream);
+  gather_pair("k_sel, v_sel", engine_, cache.sel, sel_all_, stream);
+  if (!shared) gather_pair("k_win, v_win", engine_, win_, win_all_, stream);
   read(sel, sel_all_);
   read(cmp, cmp_all_);
   read(win, shared ? sel_all_ : win_all_);
@@ -247,7 +251,7 @@ void Prefill::fill_rings(Work& w) {
   copy_rows(raw_.v, cache.raw.v, raw_first, 0, positions_);
   const Partition& p = engine_.partition;
   if (p.kv == 1) return;
-  gather_pair("raw ring", engine_.peers->kv, cache.raw, ring_all_, engine_.streams.compute);
+  gather_pair("raw ring", engine_, cache.raw, ring_all_, engine_.streams.compute);
   const std::int64_t size = static_cast<std::int64_t>(size_of(p.shape.dtype));
   for (std::int64_t c = raw_first / p.chunk_tokens; c * p.chunk_tokens < positions_; ++c)
     for (const bool value : {false, true}) {

@@ -504,6 +504,16 @@ TEST_CASE("cuda prefill tiles equal the host's", "[prefill]") {
         }
 }
 
+// More chosen blocks than the kernel for few of them plans for; rows enough for tiles.
+TEST_CASE("cuda prefill of many chosen blocks equals the host's", "[prefill]") {
+  for (const int d : {64, 128})
+    for (const int n : {17, 32}) {
+      Case c{shape_of(DType::bf16, 2, 3, d, d), 1, 300, 2500};
+      c.shape.rules.n_sel = n;
+      run_and_check(c);
+    }
+}
+
 // Scores that lie tens of powers of two apart: rows whose reference has to rise behind the first tile, by much and by
 // little, beside rows where it stands.
 TEST_CASE("cuda prefill equals the host's where scores rise", "[prefill]") {

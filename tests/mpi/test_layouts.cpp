@@ -160,7 +160,7 @@ void check_layouts(Shape shape) {
 
 const char* attention = "run.scope=\"attention\"";
 const char* synthetic = "run.fill=\"synthetic\"";  // only decode has a cache to fill
-const char* small = "parallel.kv_chunk_blocks=1";
+const char *small = "parallel.kv_chunk_blocks=1", *tiles = "parallel.kv_chunk_blocks=8";
 // Head sizes that a GPU's own kernels take, so that its sharded step runs at once: recorded, and in the measured pass,
 // which exchanges less and is held against the recorded one.
 const char *d_k = "model.d_k=64", *d_v = "model.d_v=64", *checked = "run.check=true",
@@ -214,6 +214,12 @@ TEST_CASE("for the same q and k every layout chooses the same blocks, bit for bi
       {"caches filled directly", 271, 7, {attention, small, synthetic}},
       {"measured passes checked", 271, 7, {attention, small, d_k, d_v, checked}},
       {"measured passes checked, bf16, B = 2", 271, 7, {attention, small, d_k, d_v, checked, bf16, "run.batch=2"}},
+      // Chunks of whole tiles: the measured step hands over sums of blocks.
+      {"measured passes checked, whole tiles", 613, 5, {attention, tiles, d_k, d_v, checked}},
+      {"measured passes checked, whole tiles, bf16, B = 2",
+       613,
+       5,
+       {attention, tiles, d_k, d_v, checked, bf16, "run.batch=2"}},
       {"shared_kv, bf16", 149, 5, {attention, small, "model.shared_kv=true", "model.precision=\"bf16\""}},
   };
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {

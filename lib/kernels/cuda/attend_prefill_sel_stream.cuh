@@ -19,7 +19,7 @@ struct Streamer {
   Turn<pages> page = {};
   int step_of_page = 0;
   Turn<letters> mail = {};   // the lane's query's
-  Turn<letters> steps = {};  // of those that K's warp, or the one that tells, is behind of
+  Turn<letters> steps = {};  // the step's place among `filled` and `passed`
 
   // One lane, of an empty slot. Who did not choose the block has given the slot back from the start.
   __device__ __forceinline__ void fill(const Step& step, const CUtensorMap& from, int width, unsigned to, unsigned full,

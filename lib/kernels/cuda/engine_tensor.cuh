@@ -90,15 +90,15 @@ struct TensorCores {
     const int g = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
     const bool fours = rows == tile_rows && reinterpret_cast<std::uintptr_t>(to.first) % 16 == 0;
     float* row = to.first + g * to.pitch + quad * 4;
-    const auto put = [&](auto put_four) {
+    const auto put = [&](auto put_at) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (g + half * 8 >= present) break;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int at = half * 2 + i;
-          put_four(row + half * 8 * to.pitch + i * 16, quad * 4 + i * 16,
-                   make_float4(c[0][at], c[1][at], c[2][at], c[3][at]));
+          put_at(row + half * 8 * to.pitch + i * 16, quad * 4 + i * 16,
+                 make_float4(c[0][at], c[1][at], c[2][at], c[3][at]));
         }
       }
     };

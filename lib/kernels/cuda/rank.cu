@@ -160,13 +160,13 @@ __global__ void __launch_bounds__(most_threads, 2) rank_kernel(const __grid_cons
   const int each = static_cast<int>(slice_blocks(p, blocks)), begin = min(each * slice, blocks),
             end = min(begin + each, blocks);
   if constexpr (How == Scored::by_sums) {
-    const SliceOfSums blocks(p, row, g, t, begin, end, at.normaliser);
+    const SliceOfSums scorer(p, row, g, t, begin, end, at.normaliser);
     const int lane = threadIdx.x % 32, room = blockDim.x / 32 * most_chosen, size = min(end - begin, room);
     Entry* entries = static_cast<Entry*>(at.keys);
     if (end - begin <= room) {
-      blocks.put_entries(entries);
+      scorer.put_entries(entries);
     } else {
-      const Entry best = blocks.best();
+      const Entry best = scorer.best();
       if (lane < most_chosen) entries[threadIdx.x / 32 * most_chosen + lane] = best;
     }
     if (p.cluster > 1) cluster_wait();
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(most_threads, 2) rank_kernel(const __grid_cons
   put_out(p, list, at.best);
 }
 
-// RankShared memory: all candidates, and whether each is among the best n.
+// Shared memory: all candidates, and whether each is among the best n.
 __global__ void select_kernel(const __grid_constant__ SelectArgs a) {
   extern __shared__ Candidate all[];
   wait_for_previous();

@@ -62,7 +62,7 @@ __device__ inline RankColumns written_columns(const RankParams& p, std::int64_t 
           static_cast<int>((chunks - 1) * score_stride(m) + front + (left < m.chunk ? left : m.chunk))};
 }
 
-// RankShared memory: normalisers [h], best [n], the slices' best [cluster * n], keys (entries of the slice where they
+// Shared memory: normalisers [h], best [n], the slices' best [cluster * n], keys (entries of the slice where they
 // are counted), terms, overlaps, histogram [256], chosen [n].
 struct RankShared {
   float2* normaliser;

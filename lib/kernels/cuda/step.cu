@@ -78,7 +78,7 @@ void place_scores(StepParams& p, float* memory) {
   p.scores = memory;
   p.pitch = score_pitch(p.k[cmp].map, p.most_tokens);
   std::int64_t floats = rows * p.shape.heads() * p.pitch;
-  if (scores_by_tile(p.shape)) {
+  if (leaves_sums(p.shape)) {
     p.sums = tile_sums(memory, (p.most_tokens + tile_rows - 1) / tile_rows, decode_heads(p.shape.dtype));
     floats = rows * p.shape.groups * p.sums.tiles * p.sums.heads * (tile_blocks + 1);
   }
