@@ -75,25 +75,23 @@ struct Scalars {
     if (threadIdx.x % 32 == 0) *reinterpret_cast<float4*>(to) = x;
   }
   __device__ __forceinline__ void soften(int rows, const SumRows& sums = {}) {
-    float old[heads], blocks[heads] = {};
+    // Loops without a branch in them: what heads shuffle is under way side by side.
 #pragma unroll
     for (int h = 0; h < heads; ++h) {
       if (token() >= rows) c[h] = -INFINITY;
-      Sum2 now;
-      now.m = fmaxf(lowest, warp_max(c[h]));
-      c[h] = exp2_fast(c[h] - now.m);
-      if (sums.sums) blocks[h] = sum_of_block(c[h]);
-      now.s = warp_sum(c[h]);
-      tile[h] = now;
-      const float m = fmaxf(total[h].m, now.m), factor = exp2_fast(now.m - m);
-      old[h] = exp2_fast(total[h].m - m);
-      total[h] = {m, total[h].s * old[h] + now.s * factor};
+      tile[h].m = fmaxf(lowest, warp_max(c[h]));
+      c[h] = exp2_fast(c[h] - tile[h].m);
+    }
+    if (sums.sums) put_block_sums(sums);
+#pragma unroll
+    for (int h = 0; h < heads; ++h) {
+      tile[h].s = warp_sum(c[h]);
+      const float m = fmaxf(total[h].m, tile[h].m), factor = exp2_fast(tile[h].m - m), old = exp2_fast(total[h].m - m);
+      total[h] = {m, total[h].s * old + tile[h].s * factor};
       c[h] *= factor;
 #pragma unroll
-      for (int e = 0; e < columns; ++e) o[h][e] *= old[h];
+      for (int e = 0; e < columns; ++e) o[h][e] *= old;
     }
-    if (sums.sums && threadIdx.x % 32 < tile_blocks)
-      put_four(sums, sums.sums + threadIdx.x % 32 * heads, {blocks[0], blocks[1], blocks[2], blocks[3]});
     __syncwarp();  // the last tile's weights are read
     weights[token()] = {c[0], c[1], c[2], c[3]};
     __syncwarp();
@@ -158,6 +156,11 @@ struct Scalars {
     const auto from = [&](int other) { return __shfl_sync(0xffffffffu, e, other % 32); };
     const float e1 = from(lane + 8), e2 = from(lane + 16), e3 = from(lane + 24), front = from(lane + 23);
     return block_sum(e, e1, e2, e3, lane == 0 ? 0.0f : front);
+  }
+  // c is relative to the tile's maxima.
+  __device__ __forceinline__ void put_block_sums(const SumRows& to) const {
+    const float4 blocks = {sum_of_block(c[0]), sum_of_block(c[1]), sum_of_block(c[2]), sum_of_block(c[3])};
+    if (threadIdx.x % 32 < tile_blocks) put_four(to, to.sums + threadIdx.x % 32 * heads, blocks);
   }
   static __device__ __forceinline__ float added(float sum, float4 x, float4 k) {
     return __fmaf_rn(x.w, k.w, __fmaf_rn(x.z, k.z, __fmaf_rn(x.y, k.y, __fmaf_rn(x.x, k.x, sum))));

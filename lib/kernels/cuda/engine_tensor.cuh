@@ -166,9 +166,10 @@ struct TensorCores {
     }
     float old[2];
     const bool first = total[0].m == lowest;  // o is zero; all heads see the same tiles
+    // Loops without a branch in them: what the halves shuffle is under way side by side.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      Sum2 now;
+      Sum2& now = tile[half] = {};
 #pragma unroll
       for (int j = 0; j < 4; ++j) now.m = fmaxf(now.m, fmaxf(c[j][half * 2], c[j][half * 2 + 1]));
       now.m = quad_max(now.m);
@@ -178,9 +179,15 @@ struct TensorCores {
         c[j][half * 2 + 1] = exp2_fast(c[j][half * 2 + 1] - now.m);
         now.s += c[j][half * 2] + c[j][half * 2 + 1];
       }
-      if (sums.sums) put_block_sums(sums, half);
+    }
+    if (sums.sums) {
+      put_block_sums(sums, 0);
+      put_block_sums(sums, 1);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Sum2& now = tile[half];
       now.s = quad_sum(now.s);
-      tile[half] = now;
       const float m = fmaxf(total[half].m, now.m), factor = exp2_fast(now.m - m);
       old[half] = exp2_fast(total[half].m - m);
       total[half] = {m, total[half].s * old[half] + now.s * factor};
