@@ -186,7 +186,7 @@ def exchanges(s):
         ]
     else:
         gathers = [
-            ("lse", math.lcm(24, s.kv) // s.kv * rows * s.query_heads * 2 * 4),
+            ("lse", (math.lcm(24, s.kv) // s.kv + 1) * rows * s.query_heads * 2 * 4),  # 1: the window's (m, sum)
             ("candidates", rows * s.groups * s.n_sel * CANDIDATE),
             ("partials", len(BRANCHES) * rows * s.query_heads * (s.d_v + 2) * 4),
         ]

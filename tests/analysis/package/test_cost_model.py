@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 NETWORK = nsa_analysis.Network("a network", latency=10e-6, bandwidth=1e9, node=4)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "docs/results/h200").glob("h?k?.h5")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / "docs/results/h200").glob("scaling_gpu_decode_r*.h5")), ids=lambda f: f.stem)
 def test_bytes_are_those_the_program_stored(file):
     for point in nsa_analysis.read(file):
         assert work.stage_bytes(work.shape_of(point)) == dict(zip(STAGES, point.bytes[:, 0].tolist()))

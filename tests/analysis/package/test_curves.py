@@ -177,7 +177,7 @@ def noisy_sweep(folder):
 @pytest.mark.parametrize("which", ["noisy", "docs/results/h200"])
 def test_every_number_of_a_curve_from_the_raw_samples(tmp_path, which):
     """Medians, intervals, speedup and its bounds, efficiency and serial fraction, by textbook formulas of their own."""
-    files = noisy_sweep(tmp_path) if which == "noisy" else sorted((ROOT / which).glob("h?k?.h5"))
+    files = noisy_sweep(tmp_path) if which == "noisy" else sorted((ROOT / which).glob("scaling_gpu_decode_r*.h5"))
     frame = nsa_analysis.scaling(nsa_analysis.read(files), "strong")
     frame = frame[frame.stage == "step"].set_index(["context", "batch", "file"])
     raw = recomputed(files)
