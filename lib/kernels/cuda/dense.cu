@@ -24,7 +24,6 @@ constexpr int span_rows = 256;              // of a job whose window is packed
 constexpr std::int64_t most_units = 65535;  // of a job: a grid's y
 constexpr std::size_t budget = std::size_t{64} << 20;
 
-std::int64_t padded_row(std::int64_t columns) { return (columns + 7) / 8 * 8; }
 std::size_t padded(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 /// Tokens the branch has below max_positions.
@@ -65,7 +64,8 @@ Needs needs_of(Branch branch, Source source, bool per_list, std::int64_t columns
   const std::size_t storage = size_of(s.dtype), packed = columns * (s.d_k + s.d_v) * storage;
   Needs needs;
   needs.units = per_list ? tile.rows() * s.groups : tile.tokens;
-  needs.unit = s.heads_per_group * padded_row(columns) * (storage + (leaves_scores(branch, tile) ? 0 : sizeof(float)));
+  needs.unit =
+      s.heads_per_group * padded_columns(columns) * (storage + (leaves_scores(branch, tile) ? 0 : sizeof(float)));
   if (source == Source::in_place) return needs;
   (per_list ? needs.unit : needs.once) += packed;
   return needs;
@@ -95,7 +95,7 @@ void choose_source(Dense& p) {
     p.source = Source::in_place;
     p.columns = rows_of(map, tokens_of(B, s, tile));
   }
-  p.weight_ld = padded_row(p.columns);
+  p.weight_ld = padded_columns(p.columns);
 }
 
 // Queries, K and V of a job multiplied. Rows of a sequence lie a whole row of heads apart, lists right behind another.
@@ -167,8 +167,8 @@ Parts divide(const Dense& p, const Needs& needs) {
   };
   parts.k = take(matrices * p.columns * s.d_k * storage);
   parts.v = take(matrices * p.columns * s.d_v * storage);
-  parts.scores =
-      take(leaves_scores(B, p.a.tile) ? 0 : parts.units * s.heads_per_group * padded_row(p.columns) * sizeof(float));
+  parts.scores = take(
+      leaves_scores(B, p.a.tile) ? 0 : parts.units * s.heads_per_group * padded_columns(p.columns) * sizeof(float));
   parts.weights = at;
   return parts;
 }
@@ -183,7 +183,7 @@ void run_jobs(Dense& p, Stream* stream) {
   const bool packed = p.source != Source::in_place;
   const std::int64_t slot = p.a.k.map.ring > 0 ? p.a.k.map.slot_begin : 0;
   const bool leaves = leaves_scores(B, tile);
-  const std::int64_t pitch = leaves ? score_pitch(p.a.k.map, tokens_of(cmp, s, tile)) : padded_row(p.columns);
+  const std::int64_t pitch = leaves ? score_pitch(p.a.k.map, tokens_of(cmp, s, tile)) : padded_columns(p.columns);
   p.score_ld = pitch;
   p.score_row = leaves && !p.per_list ? s.heads() * pitch : h * pitch;
   p.weights = parts.weights;

@@ -46,9 +46,7 @@ struct SumReader {
 
   // Of the (lane % 8)-th block of the tile whose first one is this rank's u-th, and block j.
   __device__ __forceinline__ float score_tile(int u, int j) const {
-    const float part = part_of(load(u / tile_blocks, j * block_tokens)),
-                two = __fadd_rn(part, __shfl_xor_sync(0xffffffffu, part, 16));
-    return __fadd_rn(two, __shfl_xor_sync(0xffffffffu, two, 8));
+    return over_places(part_of(load(u / tile_blocks, j * block_tokens)));
   }
   // Of the lane's block of 32, which are this rank's from the u-th on; j: the lane's. All lanes.
   __device__ __forceinline__ float score(int u, int j) const {

@@ -76,9 +76,7 @@ struct TileScorer {
       part.own = four_heads(part.own, sums, weights);
       part.front = __fadd_rn(part.front, four_fronts(fronts));
     }
-    float sum = part.score();
-    sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 16));
-    return __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 8));
+    return over_places(part.score());
   }
 
  private:

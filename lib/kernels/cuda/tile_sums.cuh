@@ -98,6 +98,11 @@ __device__ __forceinline__ float across(float a, float b, int step) {
   const bool upper = threadIdx.x & step;
   return __fadd_rn(upper ? b : a, __shfl_xor_sync(0xffffffffu, upper ? a : b, step));
 }
+/// Of one tile the places' parts of the lane's block.
+__device__ __forceinline__ float over_places(float part) {
+  const float two = __fadd_rn(part, __shfl_xor_sync(0xffffffffu, part, 16));
+  return __fadd_rn(two, __shfl_xor_sync(0xffffffffu, two, 8));
+}
 /// Of four tiles the places' parts of the lane's block in each: the score of the lane's own of all 32 blocks.
 __device__ __forceinline__ float over_places(const float (&parts)[4]) {
   return across(across(parts[0], parts[2], 16), across(parts[1], parts[3], 16), 8);
