@@ -8,8 +8,8 @@
 #include <fstream>
 #include <iostream>
 
-#include "nsa/csv_audit.hpp"
-#include "nsa/gate.hpp"
+#include "nsa/gate/csv_audit.hpp"
+#include "nsa/gate/gate.hpp"
 
 namespace nsa {
 namespace {

@@ -6,10 +6,10 @@
 #include <cstdlib>
 
 #include "app/build_info.hpp"
-#include "comm/communicator.hpp"
+#include "comm/collectives/communicator.hpp"
 #include "comm/session.hpp"
-#include "kernels/backend.hpp"
-#include "kernels/fault.hpp"
+#include "kernels/diagnostics/fault_injection.hpp"
+#include "kernels/interface/backend.hpp"
 
 namespace nsa {
 namespace {

@@ -12,10 +12,10 @@
 #include "app/info.hpp"
 #include "app/report.hpp"
 #include "app/run.hpp"
-#include "comm/watchdog.hpp"
-#include "nsa/config.hpp"
-#include "nsa/diff.hpp"
-#include "nsa/router.hpp"
+#include "comm/watchdog/watchdog.hpp"
+#include "nsa/config/config.hpp"
+#include "nsa/report/diff.hpp"
+#include "nsa/routing/router.hpp"
 
 namespace {
 

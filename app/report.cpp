@@ -6,8 +6,8 @@
 #include <algorithm>
 
 #include "app/threads.hpp"
-#include "nsa/report.hpp"
-#include "nsa/result_file.hpp"
+#include "nsa/report/report.hpp"
+#include "nsa/results/result_file.hpp"
 
 namespace nsa {
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/error.hpp"
+#include "kernels/diagnostics/error.hpp"
 
 namespace nsa {
 

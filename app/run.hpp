@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "comm/session.hpp"
-#include "comm/watchdog.hpp"
+#include "comm/watchdog/watchdog.hpp"
 
 namespace nsa {
 

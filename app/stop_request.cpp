@@ -5,7 +5,7 @@
 #include <csignal>
 #include <cstdio>
 
-#include "kernels/error.hpp"
+#include "kernels/diagnostics/error.hpp"
 
 namespace nsa {
 namespace {

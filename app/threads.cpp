@@ -10,8 +10,8 @@
 #include <string_view>
 #include <vector>
 
-#include "comm/place.hpp"
-#include "kernels/host/host.hpp"
+#include "comm/process_id.hpp"
+#include "kernels/host/runtime/host.hpp"
 
 namespace nsa {
 namespace {

@@ -2,7 +2,7 @@
 // Cores and threads of this rank.
 
 #include "comm/session.hpp"
-#include "nsa/records.hpp"
+#include "nsa/results/records.hpp"
 
 namespace nsa {
 

@@ -6,9 +6,9 @@
 #include <exception>
 #include <numeric>
 
-#include "comm/communicator_impl.hpp"
-#include "kernels/fault.hpp"
-#include "kernels/operations.hpp"
+#include "comm/collectives/communicator_impl.hpp"
+#include "kernels/diagnostics/fault_injection.hpp"
+#include "kernels/diagnostics/operation_log.hpp"
 
 namespace nsa {
 

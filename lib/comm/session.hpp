@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/error.hpp"
+#include "kernels/diagnostics/error.hpp"
 
 namespace nsa {
 

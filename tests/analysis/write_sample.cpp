@@ -2,7 +2,7 @@
 
 #include <cstdio>
 
-#include "nsa/result_file.hpp"
+#include "nsa/results/result_file.hpp"
 #include "unit/sample_record.hpp"
 
 int main(int argc, char** argv) {

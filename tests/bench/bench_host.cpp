@@ -11,9 +11,9 @@
 #include <string>
 #include <vector>
 
-#include "kernels/buffer.hpp"
-#include "kernels/host/host.hpp"
-#include "kernels/random.hpp"
+#include "kernels/host/runtime/host.hpp"
+#include "kernels/interface/buffer.hpp"
+#include "kernels/shared/random.hpp"
 
 using namespace nsa;
 

@@ -1,7 +1,7 @@
 // The TOML loader: parsing, every check, the sweep, and the text it is written back as.
 
 #include "fuzz/target.hpp"
-#include "nsa/config.hpp"
+#include "nsa/config/config.hpp"
 
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   return nsa::fuzz::attempt([&] {

@@ -3,7 +3,7 @@
 #include <sstream>
 
 #include "fuzz/target.hpp"
-#include "nsa/csv_audit.hpp"
+#include "nsa/gate/csv_audit.hpp"
 
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   return nsa::fuzz::attempt([&] {

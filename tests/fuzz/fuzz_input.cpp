@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "fuzz/target.hpp"
-#include "nsa/result_file.hpp"
+#include "nsa/results/result_file.hpp"
 
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const nsa::fuzz::File file(data, size, ".h5");

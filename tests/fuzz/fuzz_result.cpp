@@ -1,7 +1,7 @@
 // The result reader, as `nsa diff`, `nsa gate` and `--resume` use it.
 
 #include "fuzz/target.hpp"
-#include "nsa/result_file.hpp"
+#include "nsa/results/result_file.hpp"
 
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const nsa::fuzz::File file(data, size, ".h5");

@@ -10,7 +10,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "kernels/error.hpp"
+#include "kernels/diagnostics/error.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size);
 

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/cuda.hpp"
+#include "kernels/cuda/runtime/cuda.hpp"
 #include "whole_decode.hpp"
 
 using namespace nsa;

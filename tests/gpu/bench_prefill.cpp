@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/cuda.hpp"
+#include "kernels/cuda/runtime/cuda.hpp"
 #include "whole_prefill.hpp"
 
 using namespace nsa;

@@ -1,5 +1,5 @@
 #include "gpu/differences.hpp"
-#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/runtime/common.cuh"
 
 namespace nsa::test {
 

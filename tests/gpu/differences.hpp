@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/kernel_table.hpp"
+#include "kernels/interface/kernel_table.hpp"
 
 namespace nsa::test {
 

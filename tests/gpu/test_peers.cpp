@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "catch.hpp"
-#include "kernels/buffer.hpp"
-#include "kernels/cuda/cuda.hpp"
-#include "kernels/cuda/peer_exchange.hpp"
-#include "kernels/random.hpp"
+#include "kernels/cuda/exchange/peer_exchange.hpp"
+#include "kernels/cuda/runtime/cuda.hpp"
+#include "kernels/interface/buffer.hpp"
+#include "kernels/shared/random.hpp"
 
 namespace {
 

@@ -6,7 +6,7 @@
 
 #include "catch.hpp"
 #include "gpu/twin.hpp"
-#include "kernels/random.hpp"
+#include "kernels/shared/random.hpp"
 
 using namespace nsa;
 using namespace nsa::test;

@@ -7,11 +7,11 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/backend.hpp"
-#include "kernels/cuda/cuda.hpp"
-#include "kernels/float16.hpp"
-#include "kernels/host/host.hpp"
-#include "kernels/random.hpp"
+#include "kernels/cuda/runtime/cuda.hpp"
+#include "kernels/host/runtime/host.hpp"
+#include "kernels/interface/backend.hpp"
+#include "kernels/shared/float16.hpp"
+#include "kernels/shared/random.hpp"
 
 namespace nsa::test {
 

@@ -5,10 +5,10 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels/backend.hpp"
-#include "kernels/buffer.hpp"
-#include "kernels/error.hpp"
-#include "kernels/random.hpp"
+#include "kernels/diagnostics/error.hpp"
+#include "kernels/interface/backend.hpp"
+#include "kernels/interface/buffer.hpp"
+#include "kernels/shared/random.hpp"
 
 namespace nsa::test {
 

@@ -11,8 +11,8 @@
 #include <functional>
 #include <vector>
 
-#include "comm/communicator.hpp"
-#include "kernels/buffer.hpp"
+#include "comm/collectives/communicator.hpp"
+#include "kernels/interface/buffer.hpp"
 
 using namespace nsa;
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "comm/session.hpp"
-#include "kernels/backend.hpp"
+#include "kernels/interface/backend.hpp"
 #include "mpi/at_end.hpp"
 #if __has_include(<catch2/catch_session.hpp>)
 #include <catch2/catch_session.hpp>

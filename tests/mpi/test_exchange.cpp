@@ -11,9 +11,9 @@
 #include <vector>
 
 #include "catch.hpp"
-#include "comm/communicator.hpp"
-#include "kernels/buffer.hpp"
-#include "kernels/cuda/peer_exchange.hpp"
+#include "comm/collectives/communicator.hpp"
+#include "kernels/cuda/exchange/peer_exchange.hpp"
+#include "kernels/interface/buffer.hpp"
 #include "mpi/at_end.hpp"
 
 namespace {

@@ -6,9 +6,9 @@
 #include <thread>
 
 #include "catch.hpp"
-#include "comm/watchdog.hpp"
-#include "kernels/operations.hpp"
-#include "nsa/recorder.hpp"
+#include "comm/watchdog/watchdog.hpp"
+#include "kernels/diagnostics/operation_log.hpp"
+#include "nsa/forward/stage_timer.hpp"
 
 namespace {
 

@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "comm/session.hpp"
-#include "nsa/config.hpp"
-#include "nsa/experiment.hpp"
-#include "nsa/records.hpp"
+#include "nsa/config/config.hpp"
+#include "nsa/experiment/experiment.hpp"
+#include "nsa/results/records.hpp"
 #include "oracle/oracle.hpp"
 
 namespace parity {

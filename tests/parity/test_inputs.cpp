@@ -2,9 +2,9 @@
 // host. Both have to be the same to the last bit, or a run could not be repeated from its own tensors.
 
 #include "catch.hpp"
-#include "nsa/decode.hpp"
-#include "nsa/inputs.hpp"
-#include "nsa/prefill.hpp"
+#include "nsa/forward/decode.hpp"
+#include "nsa/forward/prefill.hpp"
+#include "nsa/model/inputs.hpp"
 #include "parity/product.hpp"
 
 namespace {

@@ -1,8 +1,8 @@
 // Memory: linear in the context, as planned, and within what was promised.
 
 #include "catch.hpp"
-#include "kernels/host/host.hpp"
-#include "nsa/experiment.hpp"
+#include "kernels/host/runtime/host.hpp"
+#include "nsa/experiment/experiment.hpp"
 
 using namespace nsa;
 

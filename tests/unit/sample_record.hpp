@@ -4,7 +4,7 @@
 #include <cmath>
 #include <numeric>
 
-#include "nsa/records.hpp"
+#include "nsa/results/records.hpp"
 
 namespace nsa {
 

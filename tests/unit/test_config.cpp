@@ -4,8 +4,8 @@
 #include <string>
 
 #include "catch.hpp"
-#include "kernels/error.hpp"
-#include "nsa/config.hpp"
+#include "kernels/diagnostics/error.hpp"
+#include "nsa/config/config.hpp"
 
 using namespace nsa;
 

@@ -5,8 +5,8 @@
 #include <sstream>
 
 #include "catch.hpp"
-#include "kernels/error.hpp"
-#include "nsa/csv_audit.hpp"
+#include "kernels/diagnostics/error.hpp"
+#include "nsa/gate/csv_audit.hpp"
 
 using namespace nsa;
 

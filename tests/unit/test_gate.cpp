@@ -3,8 +3,8 @@
 #include <sstream>
 
 #include "catch.hpp"
-#include "kernels/error.hpp"
-#include "nsa/gate.hpp"
+#include "kernels/diagnostics/error.hpp"
+#include "nsa/gate/gate.hpp"
 
 using namespace nsa;
 

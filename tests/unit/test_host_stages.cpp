@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "catch.hpp"
-#include "kernels/host/host.hpp"
-#include "kernels/host/micro.hpp"
-#include "kernels/random.hpp"
+#include "kernels/host/runtime/host.hpp"
+#include "kernels/host/simd/loops.hpp"
+#include "kernels/shared/random.hpp"
 
 using namespace nsa;
 

@@ -9,7 +9,7 @@
 #include <thread>
 
 #include "catch.hpp"
-#include "comm/hub.hpp"
+#include "comm/watchdog/monitor.hpp"
 
 namespace {
 

@@ -5,9 +5,9 @@
 #include <sstream>
 
 #include "catch.hpp"
-#include "kernels/host/host.hpp"
-#include "nsa/kernel_bench.hpp"
-#include "nsa/report.hpp"
+#include "kernels/host/runtime/host.hpp"
+#include "nsa/report/report.hpp"
+#include "nsa/tasks/kernel_bench.hpp"
 
 using namespace nsa;
 

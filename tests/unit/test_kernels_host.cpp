@@ -9,15 +9,15 @@
 #include <vector>
 
 #include "catch.hpp"
-#include "kernels/buffer.hpp"
-#include "kernels/error.hpp"
-#include "kernels/float16.hpp"
-#include "kernels/host/host.hpp"
-#include "kernels/host/matmul.hpp"
-#include "kernels/host/micro.hpp"
-#include "kernels/random.hpp"
-#include "kernels/row_map.hpp"
-#include "kernels/rules.hpp"
+#include "kernels/diagnostics/error.hpp"
+#include "kernels/host/runtime/host.hpp"
+#include "kernels/host/simd/loops.hpp"
+#include "kernels/host/simd/matmul.hpp"
+#include "kernels/interface/buffer.hpp"
+#include "kernels/shared/block_rules.hpp"
+#include "kernels/shared/float16.hpp"
+#include "kernels/shared/random.hpp"
+#include "kernels/shared/row_map.hpp"
 
 using namespace nsa;
 

@@ -4,10 +4,10 @@
 #include <string>
 
 #include "catch.hpp"
-#include "nsa/config.hpp"
-#include "nsa/figures.hpp"
-#include "nsa/plan.hpp"
-#include "nsa/report.hpp"
+#include "nsa/config/config.hpp"
+#include "nsa/experiment/dry_run.hpp"
+#include "nsa/report/metrics.hpp"
+#include "nsa/report/report.hpp"
 
 using namespace nsa;
 

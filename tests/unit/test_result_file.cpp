@@ -18,10 +18,10 @@
 #include <random>
 
 #include "catch.hpp"
-#include "kernels/error.hpp"
-#include "nsa/h5.hpp"
-#include "nsa/result_file.hpp"
-#include "nsa/schema.hpp"
+#include "kernels/diagnostics/error.hpp"
+#include "nsa/results/hdf5/h5.hpp"
+#include "nsa/results/result_file.hpp"
+#include "nsa/results/schema.hpp"
 #include "sample_record.hpp"
 
 using namespace nsa;

@@ -4,8 +4,8 @@
 #include <sstream>
 
 #include "catch.hpp"
-#include "kernels/host/host.hpp"
-#include "nsa/router.hpp"
+#include "kernels/host/runtime/host.hpp"
+#include "nsa/routing/router.hpp"
 
 using namespace nsa;
 

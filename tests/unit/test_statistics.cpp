@@ -3,7 +3,7 @@
 #include <numeric>
 
 #include "catch.hpp"
-#include "nsa/statistics.hpp"
+#include "nsa/report/statistics.hpp"
 
 using namespace nsa;
 

@@ -3,8 +3,8 @@
 #include <cstring>
 
 #include "catch.hpp"
-#include "comm/operations_json.hpp"
-#include "comm/verdict.hpp"
+#include "comm/watchdog/diagnosis.hpp"
+#include "comm/watchdog/operation_dump.hpp"
 
 namespace {
 

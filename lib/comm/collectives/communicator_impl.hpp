@@ -1,0 +1,57 @@
+#pragma once
+// What a Communicator holds: a group's size and three functions of MPI or of NCCL. Only for lib/comm.
+
+#include <mpi.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "comm/collectives/communicator.hpp"
+
+namespace nsa {
+
+struct Control::Impl {
+  MPI_Comm comm = MPI_COMM_NULL;
+  MPI_Comm host = MPI_COMM_NULL;  ///< the ranks of `comm` on this host
+  int rank = 0, size = 1, local_rank = 0, local_size = 1;
+  std::uint64_t group;               ///< equal on its ranks: names the group in the log of operations
+  mutable std::uint64_t splits = 0;  ///< made from it
+  Impl(MPI_Comm owned, std::uint64_t group);
+  ~Impl();
+  Impl(const Impl&) = delete;
+  Impl& operator=(const Impl&) = delete;
+};
+
+struct CollectiveOps {
+  void (*all_gather)(void* state, const void* send, void* recv, std::size_t bytes, Stream* stream);
+  void (*all_reduce_sum)(void* state, float* data, std::size_t count, Stream* stream);
+  void (*close)(void* state) noexcept;
+  const char* by = "MPI";        ///< what does it
+  std::size_t memory_bytes = 0;  ///< of the device, held as long as the state
+};
+
+struct Communicator::Impl {
+  int rank = 0, size = 1;
+  std::uint64_t group = 0;
+  void* state = nullptr;  ///< null for a group of one
+  CollectiveOps ops{};
+  Impl() = default;
+  ~Impl();
+  Impl(const Impl&) = delete;
+  Impl& operator=(const Impl&) = delete;
+};
+
+/// Throws UserError(communication) naming the call when MPI returns an error.
+void check_mpi(int code, const char* call);
+
+/// Collective over `group`; returns the state of a blocking NCCL communicator, bootstrapped over MPI.
+void* open_nccl(const Control::Impl& group, CollectiveOps& ops);
+
+/// Collective over `group`. Where all ranks reach each other's GPU memory, `state` and `ops` become those of exchanges
+/// through it, around what they were; else they stay, on all ranks alike.
+void join_peers(const DeviceOps& device, const Control::Impl& group, void*& state, CollectiveOps& ops);
+
+/// "2.28.3"; empty in a build without CUDA.
+std::string nccl_version();
+
+}  // namespace nsa

@@ -1,0 +1,115 @@
+// Decode attention as stages: one branch a launch, and one behind it where lists are split or long, in which their
+// parts meet.
+
+#include <algorithm>
+#include <iterator>
+
+#include "kernels/cuda/attention/kv_tiles.cuh"
+#include "kernels/cuda/decode/split_kv/merge_splits.cuh"
+#include "kernels/cuda/runtime/stages.cuh"
+
+namespace nsa::gpu {
+
+namespace {
+
+constexpr struct { int d_k, d_v; } sizes_16[] = {{64, 64}, {128, 128}, {192, 128}}, sizes_32[] = {{64, 64}, {128, 128}};
+
+bool is_built_for(const LayerShape& s) {
+  const auto fits = [&](const auto& size) { return size.d_k == s.d_k && size.d_v == s.d_v; };
+  return s.dtype == DType::f32 ? std::any_of(std::begin(sizes_32), std::end(sizes_32), fits)
+                               : std::any_of(std::begin(sizes_16), std::end(sizes_16), fits);
+}
+
+}  // namespace
+
+bool decode_accepts(const LayerShape& s, const QueryTile& tile) { return tile.tokens == 1 && is_built_for(s); }
+
+std::int64_t decode_leaf_floats(const LayerShape& s, const QueryTile& tile) {
+  const std::int64_t leaves = compressed_tokens(s.rules, tile.max_positions - 1) / s.leaf + 2;
+  return tile.rows() * s.groups * decode_head_tiles(s) * leaves * tiles_per_unit(cmp, s) * decode_heads(s.dtype) * 2;
+}
+
+bool decode_reads_map(Branch branch, const LayerShape& s, const RowMap& map) {
+  if (map.ring > 0) return branch == win && map.ring == s.rules.w;
+  if (map.chunk == INT64_MAX) return map.before == 0;
+  return map.kv > 1 && (branch != win || (map.rank == all_ranks && map.chunk % window_unit == 0));
+}
+
+std::int64_t decode_tiles(Branch branch, const LayerShape& s, const RowMap& map, std::int64_t positions) {
+  const std::int64_t tokens = compressed_tokens(s.rules, positions - 1);
+  const std::int64_t window =
+      map.ring > 0 ? std::min<std::int64_t>(map.slot_end, map.ring) - map.slot_begin : s.rules.w;
+  const std::int64_t units = branch == sel                         ? s.rules.n_sel
+                             : branch == win                       ? window / window_unit + 2
+                             : map.rank != all_ranks && map.kv > 1 ? owned_chunks(map, tokens + map.before, map.rank)
+                                                                   : (tokens + s.leaf - 1) / s.leaf;
+  return std::max<std::int64_t>(1, units) * tiles_per_unit(branch, s);
+}
+
+int decode_splits(std::int64_t lists, std::int64_t tiles) {
+  if (lists > most_split_rows) return 1;
+  const std::int64_t wanted = std::max<std::int64_t>(1, 2 * limits().units / lists);
+  return static_cast<int>(std::min(wanted, (tiles + decode_warps - 1) / decode_warps));
+}
+
+void launch_decode(const DecodeParams& p, Stream* stream) {
+  if (p.shape.dtype == DType::bf16)
+    launch_decode_bf16(p, stream);
+  else if (p.shape.dtype == DType::f16)
+    launch_decode_f16(p, stream);
+  else
+    launch_decode_f32(p, stream);
+}
+
+// A list has at most 2 SMs' CTAs' worth of parts in all, or one part.
+std::size_t decode_scratch(const LayerShape& s, const QueryTile& tile) {
+  if (!decode_accepts(s, tile)) return 0;
+  const std::int64_t lists = tile.rows() * s.groups * decode_head_tiles(s);
+  const std::int64_t parts = std::max<std::int64_t>(2 * limits().units, lists);
+  return static_cast<std::size_t>(parts * decode_part_floats(decode_heads(s.dtype), s.d_v) +
+                                  decode_leaf_floats(s, tile)) *
+         sizeof(float);
+}
+
+void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
+  if (a.tile.rows() == 0) return;
+  if (!decode_reads_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
+  const std::int64_t lists = a.tile.rows() * a.shape.groups * decode_head_tiles(a.shape);
+  DecodeParams p{};
+  p.shape = a.shape;
+  p.tile = a.tile;
+  p.q = a.q;
+  p.head_tiles = decode_head_tiles(a.shape);
+  p.arrivals = arrival_counters(branch);
+  p.selected = a.selected;
+  p.out = a.out;
+  p.leaves = static_cast<float2*>(a.scratch);
+  const std::int64_t tiles = decode_tiles(branch, a.shape, a.k.map, a.tile.max_positions);
+  const int splits = decode_splits(lists, tiles);
+  const bool apart = meets_apart(branch, splits, tiles);
+  p.end = apart ? DecodeEnd::parts : DecodeEnd::merge;
+  p.jobs[0] = {branch,
+               splits,
+               0,
+               a.k,
+               a.v,
+               a.reads,
+               static_cast<float*>(a.scratch) + (branch == cmp ? decode_leaf_floats(a.shape, a.tile) : 0)};
+  p.job_count = 1;
+  if (branch == cmp) {
+    p.scores = static_cast<float*>(a.scores);
+    p.pitch = score_pitch(a.k.map, compressed_tokens(a.shape.rules, a.tile.max_positions - 1));
+    p.keeps_scores = keeps_scores(p.tile.rows() * p.shape.heads() * p.pitch);
+    p.scores_only = a.scores_only;
+    p.most_tiles = tiles;
+    p.lse = a.lse;
+  }
+  launch_decode(p, stream);
+  if (!apart) return;
+  DecodeMeeting meeting{p};
+  if (!p.scores_only) meeting.out[0] = a.out;
+  meeting.lanes = branch == cmp;
+  launch_meeting(meeting, stream);
+}
+
+}  // namespace nsa::gpu

@@ -1,0 +1,66 @@
+// Prefill's rank: importance of the selection blocks formed once more from q and k_cmp (rank_prefill_scores.cuh), and
+// the best n of them (rank_prefill_choose.cuh).
+//
+// Tokens add up in one order within blocks, tiles begin at multiples of 128: no layout changes a bit.
+
+#include <algorithm>
+
+#include "kernels/cuda/prefill/rank/block_scores.cuh"
+#include "kernels/cuda/prefill/rank/top_n.cuh"
+
+namespace nsa::gpu {
+
+using namespace scored;
+
+namespace {
+
+std::int64_t score_pitch_of(const BlockRules& r, std::int64_t positions) {
+  return (eligible_blocks(r, positions - 1) + 31) / 32 * 32;
+}
+
+template <class T, int DK>
+void launch_scores(const RankArgs& a, Stream* stream) {
+  const LayerShape& s = a.shape;
+  ScoreParams p{dense_params(s, a.tile, a.q, queries),
+                dense_source(s, a.tile, a.k_cmp, nullptr, compressed_tokens(s.rules, a.tile.max_positions - 1)),
+                a.cmp_ms, static_cast<float*>(a.scratch), score_pitch_of(s.rules, a.tile.max_positions)};
+  const bool quads = s.rules.l_sel == quad_tokens * s.rules.d && s.rules.l == 2 * s.rules.d;
+  if (quads) {
+    const bool whole = p.source.box_rows % quad_tokens == 0;
+    p.source.k = rows_map(a.k_cmp, s.dtype, std::int64_t{a.tile.batch_begin + a.tile.batches} * s.groups,
+                          whole ? p.source.box_rows : 1, whole ? quad_tokens : 1);
+  }
+  launch_early(quads ? score_kernel<T, DK, true> : score_kernel<T, DK, false>, dim3(dense_ctas(p.d)), threads,
+               DenseLayout<DK, DK, slots, groups>::bytes, stream, 1, p);
+}
+
+template <class T>
+void launch_scores(const RankArgs& a, Stream* stream) {
+  if (a.shape.d_k == 64)
+    launch_scores<T, 64>(a, stream);
+  else
+    launch_scores<T, 128>(a, stream);
+}
+
+}  // namespace
+
+std::size_t rank_prefill_scratch(const LayerShape& s, const QueryTile& tile) {
+  if (!tiles_shape(s)) return 0;
+  return static_cast<std::size_t>(tile.rows() * s.groups * score_pitch_of(s.rules, tile.max_positions)) * sizeof(float);
+}
+
+void rank_prefill(const RankArgs& a, Stream* stream) {
+  const std::int64_t lists = a.tile.rows() * a.shape.groups;
+  if (lists == 0) return;
+  if (!map_is_whole(a.k_cmp.map)) throw InternalError("rank: no raw scores, and K_cmp is cut");
+  if (a.scratch_bytes < rank_prefill_scratch(a.shape, a.tile)) throw InternalError("rank: scratch too small");
+  if (a.shape.dtype == DType::bf16)
+    launch_scores<__nv_bfloat16>(a, stream);
+  else
+    launch_scores<__half>(a, stream);
+  const ChooseParams p{a, static_cast<const float*>(a.scratch), score_pitch_of(a.shape.rules, a.tile.max_positions)};
+  launch_early(choose_kernel, dim3(static_cast<unsigned>((lists + choose_warps - 1) / choose_warps)), 32 * choose_warps,
+               0, stream, 1, p);
+}
+
+}  // namespace nsa::gpu

@@ -1,0 +1,71 @@
+// Tensor maps are encoded by the driver, whose entry point is asked for at run time: nothing links against libcuda.
+
+#include <algorithm>
+
+#include "kernels/cuda/primitives/tma.cuh"
+
+namespace nsa::gpu {
+
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode encoder() {
+  static const Encode encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+#if CUDART_VERSION >= 12050
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
+          "cudaGetDriverEntryPointByVersion");
+#else
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found),
+          "cudaGetDriverEntryPoint");
+#endif
+    if (found != cudaDriverEntryPointSuccess)
+      throw UserError("cuTensorMapEncodeTiled is missing (the driver is older than CUDA 12.0); update it",
+                      ExitCode::device);
+    return reinterpret_cast<Encode>(entry);
+  }();
+  return encode;
+}
+
+// `strides` in bytes, of every dimension but the first; a dimension of one may have any. A box takes every `step`-th
+// element of the second.
+template <int Rank>
+CUtensorMap encode(const void* data, DType type, const cuuint64_t (&sizes)[Rank], const cuuint64_t (&strides)[Rank - 1],
+                   const cuuint32_t (&box)[Rank], int step = 1) {
+  CUtensorMap map;
+  cuuint32_t steps[Rank];
+  std::fill_n(steps, Rank, 1u);
+  steps[1] = static_cast<cuuint32_t>(step);
+  const CUresult code =
+      encoder()(&map, type == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, Rank,
+                const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (code != CUDA_SUCCESS) throw InternalError("cuTensorMapEncodeTiled: code " + std::to_string(code));
+  return map;
+}
+
+}  // namespace
+
+CUtensorMap rows_map(const KvView& view, DType type, std::int64_t planes, int box_rows, int step) {
+  const auto size = static_cast<std::int64_t>(size_of(type));
+  const std::int64_t ranks = view.map.chunk == INT64_MAX ? 1 : view.map.kv, row = view.width * size;
+  const std::int64_t plane = std::max(view.plane_stride * size, row), rank = std::max(view.rank_stride * size, plane);
+  return encode<4>(view.data, type,
+                   {static_cast<cuuint64_t>(view.width), static_cast<cuuint64_t>(plane / row),
+                    static_cast<cuuint64_t>(planes), static_cast<cuuint64_t>(ranks)},
+                   {static_cast<cuuint64_t>(row), static_cast<cuuint64_t>(plane), static_cast<cuuint64_t>(rank)},
+                   {box_columns, static_cast<cuuint32_t>(box_rows), 1, 1}, step);
+}
+
+CUtensorMap query_map(const void* q, DType type, std::int64_t rows, int heads, int d_k, int box_heads,
+                      int box_queries) {
+  const auto row = static_cast<cuuint64_t>(d_k) * size_of(type);
+  return encode<3>(q, type,
+                   {static_cast<cuuint64_t>(d_k), static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(rows)},
+                   {row, row * static_cast<cuuint64_t>(heads)},
+                   {box_columns, static_cast<cuuint32_t>(box_heads), static_cast<cuuint32_t>(box_queries)});
+}
+
+}  // namespace nsa::gpu

@@ -1,0 +1,146 @@
+#pragma once
+// Hopper's warpgroup products (wgmma, sm_90a): 64 rows by N columns by 16, fp32 accumulation, operands of 16 bits in
+// shared memory under the 128-byte swizzle of the tensor copies (tensor_map.cuh), or A in registers.
+//
+// A swizzled box is [rows][64 elements]: 128 bytes a row, 1024-byte aligned. The accumulator of warp w of the four
+// holds rows 16w .. 16w+15: lane = 4 * g + t has rows g and g + 8, columns 8j + 2t and 8j + 2t + 1, as d[4j .. 4j+3].
+
+#include <cstdint>
+
+#include "kernels/cuda/runtime/common.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define NSA_WGMMA 1
+#endif
+
+namespace nsa::gpu {
+
+__device__ __forceinline__ unsigned shared_address(const void* shared) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+}
+
+/// Descriptor of an operand that starts at `shared`: 8-row groups are 1024 bytes apart (both majors), and where the
+/// contiguous dimension is not the one summed over, the next 64 elements of it `leading` bytes away.
+__device__ __forceinline__ std::uint64_t operand_at(unsigned shared, unsigned leading = 16) {
+  return static_cast<std::uint64_t>(shared >> 4 | leading >> 4 << 16) | static_cast<std::uint64_t>(1024 >> 4) << 32 |
+         std::uint64_t{1} << 62;
+}
+/// The operand `bytes` further on: one 32-bit addition, as shared memory ends below 256 KB.
+__device__ __forceinline__ std::uint64_t further(std::uint64_t operand, unsigned bytes) {
+  return (operand & 0xFFFFFFFF00000000u) | static_cast<unsigned>(static_cast<unsigned>(operand) + (bytes >> 4));
+}
+
+__device__ __forceinline__ void products_begin() {
+#ifdef NSA_WGMMA
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void products_queued() {
+#ifdef NSA_WGMMA
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+/// Until at most `Pending` of the queued groups are still under way.
+template <int Pending>
+__device__ __forceinline__ void products_wait() {
+#ifdef NSA_WGMMA
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+#endif
+}
+/// What x hangs on is computed before what follows: ptxas moves arithmetic behind a wait for products that it could
+/// run beside. x is never negative, so nothing is stored.
+__device__ __forceinline__ void computed(float x, unsigned shared) {
+  asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}" ::"f"(x), "r"(shared)
+               : "memory");
+}
+/// After products_wait: keeps the compiler from reading the accumulator earlier.
+template <int N>
+__device__ __forceinline__ void settled(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// clang-format off
+#define NSA_D8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define NSA_D32(d, i) NSA_D8(d, i), NSA_D8(d, i + 8), NSA_D8(d, i + 16), NSA_D8(d, i + 24)
+#define NSA_REGISTERS_8 "{%0,%1,%2,%3,%4,%5,%6,%7}"
+#define NSA_REGISTERS_32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
+#define NSA_REGISTERS_64 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
+// D = A B (or += when `add`): A [64][16] and B [N][16], both with the 16 contiguous.
+#define NSA_SHARED_PRODUCT(N, R, TYPE, A, B, ADD)                                                                    \
+  "{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " " R \
+  ", " A ", " B ", p, 1, 1, 0, 0;\n}"
+// D += A B: A [64][16] in registers, B [16][N] with the N contiguous.
+#define NSA_REGISTER_PRODUCT(N, R, TYPE, A0, A1, A2, A3, B)                                                           \
+  "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " " R ", {" A0 "," A1 "," A2 "," A3 "}, " B ", 1, 1, 1, 1;"
+// clang-format on
+
+/// d [64 x 128] = (add ? d : 0) + a b.
+template <class T>
+__device__ __forceinline__ void product(float (&d)[64], std::uint64_t a, std::uint64_t b, int add, T) {
+#ifdef NSA_WGMMA
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    asm volatile(NSA_SHARED_PRODUCT("128", NSA_REGISTERS_64, "bf16", "%64", "%65", "%66")
+                 : NSA_D32(d, 0), NSA_D32(d, 32)
+                 : "l"(a), "l"(b), "r"(add));
+  else
+    asm volatile(NSA_SHARED_PRODUCT("128", NSA_REGISTERS_64, "f16", "%64", "%65", "%66")
+                 : NSA_D32(d, 0), NSA_D32(d, 32)
+                 : "l"(a), "l"(b), "r"(add));
+#endif
+}
+
+/// d [64 x 16] = (add ? d : 0) + a b.
+template <class T>
+__device__ __forceinline__ void product(float (&d)[8], std::uint64_t a, std::uint64_t b, int add, T) {
+#ifdef NSA_WGMMA
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    asm volatile(NSA_SHARED_PRODUCT("16", NSA_REGISTERS_8, "bf16", "%8", "%9", "%10")
+                 : NSA_D8(d, 0)
+                 : "l"(a), "l"(b), "r"(add));
+  else
+    asm volatile(NSA_SHARED_PRODUCT("16", NSA_REGISTERS_8, "f16", "%8", "%9", "%10")
+                 : NSA_D8(d, 0)
+                 : "l"(a), "l"(b), "r"(add));
+#endif
+}
+
+/// d [64 x 128] += a b, a in registers.
+template <class T>
+__device__ __forceinline__ void add_product(float (&d)[64], const std::uint32_t* a, std::uint64_t b, T) {
+#ifdef NSA_WGMMA
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    asm volatile(NSA_REGISTER_PRODUCT("128", NSA_REGISTERS_64, "bf16", "%64", "%65", "%66", "%67", "%68")
+                 : NSA_D32(d, 0), NSA_D32(d, 32)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  else
+    asm volatile(NSA_REGISTER_PRODUCT("128", NSA_REGISTERS_64, "f16", "%64", "%65", "%66", "%67", "%68")
+                 : NSA_D32(d, 0), NSA_D32(d, 32)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#endif
+}
+
+/// d [64 x 64] += a b, a in registers.
+template <class T>
+__device__ __forceinline__ void add_product(float (&d)[32], const std::uint32_t* a, std::uint64_t b, T) {
+#ifdef NSA_WGMMA
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    asm volatile(NSA_REGISTER_PRODUCT("64", NSA_REGISTERS_32, "bf16", "%32", "%33", "%34", "%35", "%36")
+                 : NSA_D32(d, 0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  else
+    asm volatile(NSA_REGISTER_PRODUCT("64", NSA_REGISTERS_32, "f16", "%32", "%33", "%34", "%35", "%36")
+                 : NSA_D32(d, 0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#endif
+}
+
+#undef NSA_D8
+#undef NSA_D32
+#undef NSA_REGISTERS_8
+#undef NSA_REGISTERS_32
+#undef NSA_REGISTERS_64
+#undef NSA_SHARED_PRODUCT
+#undef NSA_REGISTER_PRODUCT
+
+}  // namespace nsa::gpu

@@ -1,0 +1,200 @@
+#pragma once
+// What every .cu file needs: checked calls, storage types, dispatch by type, warp sums.
+
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "kernels/diagnostics/error.hpp"
+#include "kernels/interface/kernel_table.hpp"
+
+namespace nsa::gpu {
+
+inline void check(cudaError_t code, const char* call) {
+  if (code == cudaSuccess) return;
+  throw UserError(std::string(call) + " failed (" + cudaGetErrorString(code) +
+                      "); look at nvidia-smi, or run under compute-sanitizer",
+                  ExitCode::device);
+}
+
+inline void check(cublasStatus_t code, const char* call) {
+  if (code == CUBLAS_STATUS_SUCCESS) return;
+  throw UserError(std::string(call) + " failed (" + cublasGetStatusString(code) + "); look at nvidia-smi",
+                  ExitCode::device);
+}
+
+/// A kernel that was not started: LaunchError while the device still answers, UserError(device) when it is lost.
+[[noreturn]] void refuse_launch(cudaError_t code, const char* call);
+
+/// Of calls that start a kernel or prepare its start.
+inline void check_start(cudaError_t code, const char* call) {
+  if (code != cudaSuccess) refuse_launch(code, call);
+}
+/// After each launch: what the launch itself refused.
+inline void check_launch(const char* kernel) { check_start(cudaGetLastError(), kernel); }
+
+/// A Stream is a cudaStream_t by another name.
+inline cudaStream_t cuda(Stream* stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+/// The process's cuBLAS handle, set to queue on `stream`, with a workspace of its own (graph capture needs one).
+cublasHandle_t blas(Stream* stream);
+
+/// Facts of the open device that launches are sized by.
+struct DeviceLimits {
+  int units = 132;                      ///< SMs
+  int capability = 90;                  ///< 10 * major + minor
+  std::size_t shared_bytes = 48 << 10;  ///< most dynamic shared memory of a block
+};
+const DeviceLimits& limits();
+
+/// Raises a kernel's dynamic shared memory limit where it needs more than the default.
+template <class Kernel>
+void allow_shared(Kernel* kernel, std::size_t bytes) {
+  if (bytes > (48u << 10))
+    check_start(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+                "cudaFuncSetAttribute");
+}
+
+/// Launches a kernel that may be scheduled while its predecessor on the stream still runs (programmatic dependent
+/// launch, capability 9.0 and later): the kernel must call wait_for_previous() before it touches memory. `cluster`
+/// CTAs, neighbours in x, form a cluster (capability 9.0; 1 elsewhere).
+template <class... Params, class... Args>
+void launch_early(void (*kernel)(Params...), dim3 grid, int threads, std::size_t shared, Stream* stream, int cluster,
+                  Args&&... args) {
+  allow_shared(kernel, shared);
+  if (cluster > 8)
+    check_start(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                "cudaFuncSetAttribute");
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = cuda(stream);
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes;
+  config.numAttrs = limits().capability < 90 ? 0 : cluster > 1 ? 2 : 1;
+  check_start(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "cudaLaunchKernelEx");
+}
+
+/// Every thread, first of all: until the predecessor is complete. Then its successor may be scheduled.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// What this thread has read of shared memory, or stored there, comes before what the copy engine and the tensor cores
+/// do there once they are told. Not least before a slot is given back: an arrival at an mbarrier does not wait for an
+/// ldmatrix that is still under way, and the next copy into the slot may overtake it.
+__device__ __forceinline__ void before_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+/// Calls f with a value of the storage type.
+template <class F>
+void with_type(DType type, F&& f) {
+  if (type == DType::bf16)
+    f(__nv_bfloat16{});
+  else if (type == DType::f16)
+    f(__half{});
+  else
+    f(float{});
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void store(float* to, float x) { *to = x; }
+__device__ __forceinline__ void store(__half* to, float x) { *to = __float2half_rn(x); }
+__device__ __forceinline__ void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+  return x;
+}
+
+/// Raw scores are kept in powers of two: times log2(e).
+constexpr float log2_e = 1.4426950408889634f;
+
+/// 2^x; 0 for -inf, subnormal results flushed.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// exp(x - m), 0 where x is -inf (also when nothing was attended and m is -inf too).
+__device__ __forceinline__ float exp_above(float x, float m) { return x == -INFINITY ? 0.0f : exp2f((x - m) * log2_e); }
+
+/// Running (maximum, sum of exp above it).
+struct MaxSum {
+  float m = -INFINITY, s = 0.0f;
+};
+__device__ __forceinline__ MaxSum merge(MaxSum a, MaxSum b) {
+  const float m = fmaxf(a.m, b.m);
+  return {m, a.s * exp_above(a.m, m) + b.s * exp_above(b.m, m)};
+}
+
+/// The raw scores of a rank's own chunks: every chunk begins at a whole sector of 8 columns, and so do the rows in
+/// front of it, which end where the chunk begins. A sector that only part of the warps' stores fill costs more than one
+/// that is written at once.
+constexpr __host__ __device__ std::int64_t whole_sectors(std::int64_t columns) { return (columns + 7) / 8 * 8; }
+__host__ __device__ inline std::int64_t score_front(const RowMap& map) { return whole_sectors(map.before); }
+__host__ __device__ inline std::int64_t score_stride(const RowMap& map) {
+  return score_front(map) + whole_sectors(map.chunk);
+}
+/// Whether columns are counted chunk by chunk; else by token.
+__host__ __device__ inline bool scores_by_chunk(const RowMap& map) {
+  return map.rank != all_ranks && map.chunk != INT64_MAX;
+}
+
+/// Column of compressed token i, seen from chunk c, in the raw scores: halo copies have a place of their own.
+__device__ __forceinline__ std::int64_t score_column(const RowMap& map, std::int64_t c, std::int64_t i) {
+  return scores_by_chunk(map) ? c / map.kv * score_stride(map) + score_front(map) + (i - c * map.chunk) : i;
+}
+
+/// Columns the raw scores of a tile take: enough for every token below `tokens` and the halos in front of chunks.
+inline std::int64_t score_columns(const RowMap& map, std::int64_t tokens) {
+  if (!scores_by_chunk(map)) return tokens;
+  const std::int64_t owned = owned_chunks(map, tokens + map.before, map.rank);
+  if (owned == 0) return 0;
+  const std::int64_t rest = tokens - ((owned - 1) * map.kv + map.rank) * map.chunk;
+  return (owned - 1) * score_stride(map) + score_front(map) + (rest < 0 ? 0 : rest < map.chunk ? rest : map.chunk);
+}
+
+/// Floats between the score rows of two heads that hold so many columns: whole sectors.
+inline std::int64_t padded_columns(std::int64_t columns) { return whole_sectors(columns); }
+inline std::int64_t score_pitch(const RowMap& map, std::int64_t tokens) {
+  return padded_columns(score_columns(map, tokens));
+}
+
+/// Row r of a tile.
+struct TileRow {
+  std::int64_t sequence;  ///< in the tile
+  std::int64_t t;         ///< absolute position
+};
+__device__ __forceinline__ TileRow tile_row(const QueryTile& tile, std::int64_t r) {
+  if (tile.tokens == 1) return {r, *tile.first_position};
+  return {r / tile.tokens, *tile.first_position + r % tile.tokens};
+}
+
+}  // namespace nsa::gpu

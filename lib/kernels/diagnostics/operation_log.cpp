@@ -1,0 +1,117 @@
+#include "kernels/diagnostics/operation_log.hpp"
+
+#include <time.h>
+
+#include <array>
+#include <atomic>
+#include <cstring>
+
+namespace nsa {
+
+namespace {
+
+// Written by one thread, read by another without a lock: a reader takes a slot whose index is the same before and
+// after, and the index is 0 while the slot changes. Release and acquire on every field keep that order.
+template <class T>
+class Shared {
+ public:
+  void set(T value) noexcept { value_.store(value, std::memory_order_release); }
+  T get() const noexcept { return value_.load(std::memory_order_acquire); }
+
+ private:
+  std::atomic<T> value_{};
+};
+
+struct Slot {
+  Shared<std::uint64_t> index, number, bytes, group;
+  Shared<std::int64_t> begin, end;
+  Shared<OperationKind> kind;
+  Shared<const char*> name, phase, stage;
+};
+
+std::array<Slot, kept_operations> slots;
+Shared<std::uint64_t> begun;  // index of the newest
+std::uint64_t collectives = 0;
+bool capturing = false;
+Shared<const char*> phase, stage;
+
+Slot& slot_of(std::uint64_t index) { return slots[index % kept_operations]; }
+
+void keep(char (&to)[20], const char* from) { std::strncpy(to, from ? from : "", sizeof to - 1); }
+
+bool read(const Slot& slot, std::uint64_t index, OperationRecord& record) {
+  if (slot.index.get() != index) return false;
+  record.index = index;
+  record.number = slot.number.get();
+  record.bytes = slot.bytes.get();
+  record.group = slot.group.get();
+  record.begin = slot.begin.get();
+  record.end = slot.end.get();
+  record.kind = slot.kind.get();
+  const char *name = slot.name.get(), *in_phase = slot.phase.get(), *in_stage = slot.stage.get();
+  if (slot.index.get() != index) return false;
+  keep(record.name, name);
+  keep(record.phase, in_phase);
+  keep(record.stage, in_stage);
+  return true;
+}
+
+}  // namespace
+
+std::int64_t coarse_now() noexcept {
+  timespec now{};
+  clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+  return std::int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec;
+}
+
+Operation::Operation(OperationKind kind, const char* name, std::uint64_t bytes, std::uint64_t group,
+                     const char* in_stage) noexcept {
+  if (capturing) kind = OperationKind::wait;
+  if (kind != OperationKind::wait) ++collectives;
+  const std::uint64_t index = begun.get() + 1;
+  Slot& slot = slot_of(index);
+  slot.index.set(0);
+  slot.number.set(collectives);
+  slot.bytes.set(bytes);
+  slot.group.set(group);
+  slot.begin.set(coarse_now());
+  slot.end.set(0);
+  slot.kind.set(kind);
+  slot.name.set(name);
+  slot.phase.set(phase.get());
+  slot.stage.set(in_stage ? in_stage : stage.get());
+  slot.index.set(index);
+  begun.set(index);
+}
+
+Operation::~Operation() { slot_of(begun.get()).end.set(coarse_now()); }
+
+DuringPhase::DuringPhase(const char* name) noexcept : outer_(phase.get()) {
+  phase.set(name);
+  stage.set(nullptr);
+}
+DuringPhase::~DuringPhase() { phase.set(outer_); }
+
+DuringCapture::DuringCapture() noexcept { capturing = true; }
+DuringCapture::~DuringCapture() { capturing = false; }
+
+void set_stage(const char* name) noexcept { stage.set(name); }
+
+WorkPlace current_place() {
+  WorkPlace place;
+  keep(place.phase, phase.get());
+  keep(place.stage, stage.get());
+  return place;
+}
+
+std::vector<OperationRecord> recent_operations(std::uint64_t after) {
+  const std::uint64_t last = begun.get();
+  std::vector<OperationRecord> records;
+  for (std::uint64_t index = last > kept_operations ? last - kept_operations + 1 : 1; index <= last; ++index) {
+    OperationRecord record;
+    if (index > after && read(slot_of(index), index, record)) records.push_back(record);
+  }
+  return records;
+}
+
+}  // namespace nsa

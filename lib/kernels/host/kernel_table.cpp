@@ -1,0 +1,74 @@
+#include <algorithm>
+
+#include "kernels/host/attention/score_layout.hpp"
+#include "kernels/host/attention/split_attention.hpp"
+#include "kernels/host/runtime/host.hpp"
+#include "kernels/host/runtime/stages.hpp"
+
+namespace nsa {
+namespace {
+
+bool any_shape(const LayerShape&, const QueryTile&) { return true; }
+
+// On the host one loop over tiles with a running softmax is both `fused` and, for cmp and win, `flash`.
+constexpr AttendKernel cmp_kernels[] = {{"fused", any_shape, host::attend_cmp},
+                                        {"sdpa", any_shape, host::attend_cmp_sdpa},
+                                        {"flash", any_shape, host::attend_cmp}};
+constexpr AttendKernel sel_kernels[] = {
+    {"fused", any_shape, host::attend_sel_direct},
+    {"sdpa", any_shape, host::attend_sel_sdpa},
+    {"masked", host::masked_accepts, host::attend_sel_masked, nullptr, host::masked_scratch}};
+constexpr AttendKernel win_kernels[] = {
+    {"fused", any_shape, host::attend_win},
+    {"sdpa", any_shape, host::attend_win_sdpa},
+    {"masked", host::masked_accepts, host::attend_win_masked, nullptr, host::masked_scratch},
+    {"flash", any_shape, host::attend_win}};
+
+std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t cmp_rows) {
+  return static_cast<std::size_t>(host::round_up(std::max<std::int64_t>(cmp_rows, 1), host::score_block)) *
+         tile.rows() * s.heads() * sizeof(float);
+}
+
+std::size_t scratch_of_tile(const LayerShape& s, const QueryTile& tile) {
+  const int rows = host::rows_of_task(s, tile);
+  return std::max({host::project_scratch(s, tile), host::output_scratch(s, tile), host::compress_scratch(s, tile),
+                   host::rank_scratch(s, tile), host::attend_scratch(s, tile, rows, host::cmp_parts(s, tile)),
+                   host::attend_scratch(s, tile, 1, s.rules.n_sel), host::attend_shared_scratch(s, tile),
+                   host::attend_scratch(s, tile, rows, host::win_parts(s, tile)), host::sdpa_scratch(s, tile)});
+}
+
+// A prefill's last tile is narrower, and with fewer rows a stage may share out its parts and need more.
+std::size_t scratch_bytes(const LayerShape& s, const QueryTile& tile) {
+  std::size_t most = 0;
+  for (QueryTile narrower = tile; narrower.tokens > 0; --narrower.tokens)
+    most = std::max(most, scratch_of_tile(s, narrower));
+  return most;
+}
+
+}  // namespace
+
+const KernelTable& host_kernels() {
+  static const KernelTable table = {
+      .project = host::project,
+      .append = host::append,
+      .compress = host::compress,
+      .attend = {cmp_kernels, sel_kernels, win_kernels},
+      .rank = host::rank,
+      .select = host::select,
+      .combine = host::combine,
+      .output = host::output,
+      .rmsnorm = host::rmsnorm,
+      .add = host::add,
+      .copy_rows = host::copy_rows,
+      .fill_rows = host::fill_rows,
+      .advance = host::advance,
+      .score_bytes = score_bytes,
+      .scratch_bytes = scratch_bytes,
+      .tile_tokens = 256,
+      .tile_budget = std::size_t{64} << 20,
+      .checksum = host::checksum,
+  };
+  return table;
+}
+
+}  // namespace nsa

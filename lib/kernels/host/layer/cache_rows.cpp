@@ -1,0 +1,143 @@
+// Rows of caches: appending, copying between maps, synthetic values; and the end of a step.
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/host/runtime/arena.hpp"
+#include "kernels/host/runtime/stages.hpp"
+#include "kernels/host/simd/loops.hpp"
+#include "kernels/shared/checksum.hpp"
+
+namespace nsa::host {
+namespace {
+
+/// A ring is replicated: everybody keeps all of it, whoever owns the row.
+bool keeps_chunk(const RowMap& map, std::int64_t c) { return map.ring > 0 || has_chunk(map, c); }
+
+/// a + b, where b may be INT64_MAX for "no end".
+std::int64_t saturating_add(std::int64_t a, std::int64_t b) {
+  return b > INT64_MAX - std::max<std::int64_t>(a, 0) ? INT64_MAX : a + b;
+}
+
+/// First row of chunk c; the only chunk of an uncut map starts at 0.
+std::int64_t chunk_begin(const RowMap& map, std::int64_t c) { return c == 0 ? 0 : c * map.chunk; }
+
+/// Chunks whose span [chunk_begin + span_begin, …) may start before row `last`.
+std::int64_t chunks_before(const RowMap& map, std::int64_t last, std::int64_t span_begin) {
+  if (last <= 0) return 0;
+  const std::int64_t reach = saturating_add(last, std::max<std::int64_t>(0, -span_begin));
+  return (reach - 1) / map.chunk + 1;
+}
+
+void append_rows(const AppendArgs& args, const void* rows, const KvView& cache) {
+  const QueryTile& tile = args.tile;
+  const LayerShape& s = args.shape;
+  const std::int64_t t0 = *tile.first_position;
+  const std::int64_t kept = cache.map.ring > 0 ? t0 + tile.tokens - cache.map.ring : 0;
+#pragma omp parallel for if (tile.rows() > 16)
+  for (std::int64_t row = 0; row < tile.rows(); ++row) {
+    const std::int64_t t = t0 + row % tile.tokens;
+    if (t < kept || !keeps_chunk(cache.map, chunk_of(cache.map, t))) continue;
+    for (std::int32_t g = 0; g < s.groups; ++g) {
+      const std::int64_t plane = (tile.batch_begin + row / tile.tokens) * s.groups + g;
+      std::memcpy(at(s.dtype, cache.data, offset_of(cache, plane, t)),
+                  at(s.dtype, rows, (row * s.groups + g) * cache.width), cache.width * size_of(s.dtype));
+    }
+  }
+}
+
+}  // namespace
+
+void append(const AppendArgs& args, Stream*) {
+  append_rows(args, args.k, args.k_cache);
+  append_rows(args, args.v, args.v_cache);
+}
+
+void copy_rows(const CopyRowsArgs& args, Stream*) {
+  const KvView &src = args.src, &dst = args.dst;
+  const std::size_t row_bytes = src.width * size_of(args.dtype);
+  const std::int64_t first = dst.map.ring > 0 ? std::max(args.first, args.last - dst.map.ring) : args.first;
+  const std::int64_t chunks = chunks_before(dst.map, args.last, args.span_begin);
+#pragma omp parallel for collapse(2)
+  for (std::int64_t plane = 0; plane < args.planes; ++plane) {
+    for (std::int64_t c = 0; c < chunks; ++c) {
+      if (!keeps_chunk(dst.map, c)) continue;
+      const std::int64_t begin = std::max(first, saturating_add(chunk_begin(dst.map, c), args.span_begin));
+      const std::int64_t end = std::min(args.last, saturating_add(chunk_begin(dst.map, c), args.span_end));
+      for (std::int64_t i = std::max<std::int64_t>(begin, 0); i < end; ++i) {
+        if (!has_row(src.map, i)) continue;
+        std::memcpy(at(args.dtype, dst.data, offset_in_chunk(dst, plane, c, i)),
+                    at(args.dtype, src.data, offset_of(src, plane, i)), row_bytes);
+      }
+    }
+  }
+}
+
+void fill_rows(const FillRowsArgs& args, Stream*) {
+  const KvView& dst = args.dst;
+  const RowMap& map = dst.map;
+  const std::int64_t first = map.ring > 0 ? std::max(args.first, args.last - map.ring) : args.first;
+  const std::int64_t behind = map.stride == INT64_MAX ? INT64_MAX : map.stride - map.before;
+  const std::int64_t chunks = chunks_before(map, args.last, -map.before);
+#pragma omp parallel
+  {
+    float values[256];
+    for (std::int64_t plane = 0; plane < std::int64_t{args.batch} * args.groups; ++plane) {
+      const auto b = static_cast<std::uint32_t>(plane / args.groups);
+      const auto column0 = static_cast<std::uint32_t>((args.group_begin + plane % args.groups) * dst.width);
+      for (std::int64_t c = 0; c < chunks; ++c) {
+        if (!keeps_chunk(map, c)) continue;
+        const std::int64_t begin = std::max({first, chunk_begin(map, c) - map.before, std::int64_t{0}});
+        const std::int64_t end =
+            map.ring > 0 ? args.last : std::min(args.last, saturating_add(chunk_begin(map, c), behind));
+#pragma omp for nowait
+        for (std::int64_t i = begin; i < end; ++i) {
+          for (std::int32_t e = 0; e < dst.width; e += 256) {
+            const std::int32_t n = std::min(256, dst.width - e);
+            synthetic_row(n, args.key, b, static_cast<std::uint64_t>(i), column0 + e, args.scale, values);
+            store(args.dtype, n, values, at(args.dtype, dst.data, offset_in_chunk(dst, plane, c, i) + e));
+          }
+        }
+      }
+    }
+  }
+}
+
+namespace {
+
+template <class Bits>
+std::uint64_t checksum_of(const ChecksumArgs& args) {
+  const KvView& view = args.view;
+  const auto* data = static_cast<const Bits*>(view.data);
+  std::uint64_t sum = 0;
+#pragma omp parallel for collapse(2) reduction(+ : sum)
+  for (std::int64_t plane = 0; plane < args.planes; ++plane) {
+    for (std::int64_t i = args.first; i < args.last; ++i) {
+      if (!has_row(view.map, i)) continue;
+      const Bits* row = data + offset_of(view, plane, i);
+      const std::int64_t place = (plane * args.last + i) * view.width;
+      for (std::int32_t e = 0; e < view.width; ++e) sum += checksum_term(row[e], static_cast<std::uint64_t>(place + e));
+    }
+  }
+  return sum;
+}
+
+}  // namespace
+
+void checksum(const ChecksumArgs& args, Stream*) {
+  *args.sum += size_of(args.dtype) == 2 ? checksum_of<std::uint16_t>(args) : checksum_of<std::uint32_t>(args);
+}
+
+void advance(const AdvanceArgs& args, Stream*) {
+  const std::int64_t step = *args.step;
+  if (step < args.log_steps) {
+    if (args.reads_log) std::copy_n(args.reads, args.counters, args.reads_log + step * args.counters);
+    if (args.selected_log)
+      std::copy_n(args.selected, args.selected_count, args.selected_log + step * args.selected_count);
+  }
+  std::fill_n(args.reads, args.counters, 0);
+  *args.step = step + 1;
+  *args.position += 1;
+}
+
+}  // namespace nsa::host

@@ -1,0 +1,124 @@
+// Memory, streams and events of the host: streams run inline, so whatever was queued is done.
+
+#include <omp.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <string>
+
+#include "kernels/diagnostics/error.hpp"
+#include "kernels/diagnostics/fault_injection.hpp"
+#include "kernels/host/runtime/host.hpp"
+
+namespace nsa {
+
+namespace {
+
+using Stamp = std::chrono::steady_clock::time_point;  // what an Event is on the host
+
+Stamp& stamp(Event* event) { return *reinterpret_cast<Stamp*>(event); }
+
+constexpr std::size_t page = std::size_t{1} << 21;
+
+/// kB of a line of /proc/meminfo, in bytes; -1 where it cannot be known.
+std::int64_t meminfo(const std::string& name) {
+  std::ifstream file("/proc/meminfo");
+  for (std::string line; std::getline(file, line);)
+    if (line.rfind(name + ":", 0) == 0) return std::strtoll(line.c_str() + name.size() + 1, nullptr, 10) * 1024;
+  return -1;
+}
+
+std::string cpu_name() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);)
+    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+  return "unknown CPU";
+}
+
+const char* simd_level() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
+  return "x86-64";
+#elif defined(__aarch64__)
+  return "aarch64";
+#else
+  return "generic";
+#endif
+}
+
+void* allocate(std::size_t bytes) {
+  // Linux grants more than there is and kills later: ask first.
+  const std::int64_t available = bytes >= (std::size_t{256} << 20) ? meminfo("MemAvailable") : -1;
+  void* data = nullptr;
+  const bool fits = (available < 0 || bytes <= static_cast<std::size_t>(available)) &&
+                    !fault::at("device.allocate").is(fault::Action::fail);
+  if (!fits || posix_memalign(&data, bytes >= page ? page : 256, std::max<std::size_t>(bytes, 1)) != 0)
+    throw UserError("out of host memory (" + std::to_string(bytes) + " bytes wanted, " +
+                        std::to_string(meminfo("MemAvailable")) +
+                        " free); use more hosts, a shorter context or a smaller batch",
+                    ExitCode::device);
+  auto* begin = static_cast<char*>(data);
+  if (bytes >= page) madvise(data, bytes, MADV_HUGEPAGE);  // a wish: streaming walks many pages
+#pragma omp parallel for if (bytes >= page)                // first touch by the threads that will read
+  for (std::size_t i = 0; i < bytes; i += page) std::memset(begin + i, 0xFF, std::min(page, bytes - i));
+  return data;
+}
+
+void copy(void* to, const void* from, std::size_t bytes, Stream*) {
+  if (bytes > 0) std::memmove(to, from, bytes);
+}
+
+void fill(void* to, int byte, std::size_t bytes, Stream*) {
+  if (bytes > 0) std::memset(to, byte, bytes);
+}
+
+void synchronize(Stream*) {
+  if (fault::at("device.synchronize").is(fault::Action::fail))
+    throw UserError("the host failed (by NSA_FAULT)", ExitCode::device);
+}
+
+double elapsed(Event* from, Event* to) { return std::chrono::duration<double>(stamp(to) - stamp(from)).count(); }
+
+DeviceInfo info() {
+  DeviceInfo result;
+  result.name = cpu_name();
+  result.architecture = simd_level();
+  result.units = omp_get_max_threads();
+  if constexpr (fault::built) result.ecc_errors = fault::at("device.ecc").is(fault::Action::fail);
+  result.memory_total = std::max<std::int64_t>(0, meminfo("MemTotal"));
+  result.memory_free = std::max<std::int64_t>(0, meminfo("MemAvailable"));
+  return result;
+}
+
+}  // namespace
+
+const DeviceOps& host_device() {
+  static const DeviceOps ops = {
+      .allocate = allocate,
+      .release = [](void* data) noexcept { std::free(data); },
+      .create_stream = []() -> Stream* { return nullptr; },
+      .destroy_stream = [](Stream*) noexcept {},
+      .synchronize = synchronize,
+      .copy = copy,
+      .fill = fill,
+      .create_event = [] { return reinterpret_cast<Event*>(new Stamp); },
+      .destroy_event = [](Event* event) noexcept { delete reinterpret_cast<Stamp*>(event); },
+      .record = [](Event* event, Stream*) { stamp(event) = std::chrono::steady_clock::now(); },
+      .wait = [](Stream*, Event*) {},
+      .elapsed = elapsed,
+      .capture = nullptr,
+      .launch = nullptr,
+      .destroy_graph = nullptr,
+      .info = info,
+  };
+  return ops;
+}
+
+void set_host_threads(int threads) { omp_set_num_threads(std::max(1, threads)); }
+
+}  // namespace nsa

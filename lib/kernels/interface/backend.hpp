@@ -1,0 +1,63 @@
+#pragma once
+// A backend: its kernels and its memory, streams, events and graphs. open_backend is the only switch.
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "kernels/interface/kernel_table.hpp"
+
+namespace nsa {
+
+struct Event;  // opaque
+struct Graph;  // opaque
+
+enum class BackendKind : std::int32_t { host, cuda };
+
+struct DeviceInfo {
+  std::string name, uuid, driver, runtime;         ///< uuid, driver, runtime: empty on the host
+  std::string architecture;                        ///< "sm_90", or the host's SIMD level
+  std::int32_t index = -1;                         ///< of the device on its host; -1: the host itself
+  std::int32_t units = 0;                          ///< SMs, or threads
+  std::int64_t memory_total = 0, memory_free = 0;  ///< bytes
+  double clock_mhz = 0, memory_clock_mhz = 0;
+  std::int64_t ecc_errors = -1;  ///< uncorrected, volatile; -1: unknown
+};
+
+/// Plain function pointers, all throwing UserError(ExitCode::device) with what the device said.
+struct DeviceOps {
+  void* (*allocate)(std::size_t bytes);  ///< 256-byte aligned, filled with 0xFF (NaN) so that unwritten reads show
+  void (*release)(void*) noexcept;
+  Stream* (*create_stream)();
+  void (*destroy_stream)(Stream*) noexcept;
+  void (*synchronize)(Stream*);
+  void (*copy)(void* to, const void* from, std::size_t bytes, Stream*);  ///< any direction
+  void (*fill)(void* to, int byte, std::size_t bytes, Stream*);
+  Event* (*create_event)();
+  void (*destroy_event)(Event*) noexcept;
+  void (*record)(Event*, Stream*);
+  void (*wait)(Stream*, Event*);              ///< the stream goes on when the event is reached
+  double (*elapsed)(Event* from, Event* to);  ///< seconds; both reached
+  /// Captures what `body(context)` queues on the stream; null where the backend has no graphs.
+  Graph* (*capture)(Stream*, void (*body)(void*), void* context);
+  void (*launch)(Graph*, Stream*);
+  void (*destroy_graph)(Graph*) noexcept;
+  DeviceInfo (*info)();
+  /// In a build with faults: queues a kernel that the device refuses, throws the LaunchError. Null elsewhere.
+  void (*refused_launch)(Stream*) = nullptr;
+};
+
+struct Backend {
+  BackendKind kind;
+  const KernelTable* kernels;
+  const DeviceOps* device;
+  int capability = 0;  ///< of the GPU, 10 * major + minor; 0 on the host
+};
+
+/// Opens the backend for this rank; local_rank picks the device.
+/// Throws UserError when the build has no CUDA (usage) or the machine has no such device (device).
+Backend open_backend(BackendKind kind, int local_rank);
+
+bool cuda_built() noexcept;
+
+}  // namespace nsa

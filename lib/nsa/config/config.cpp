@@ -1,0 +1,134 @@
+// Config to text: the points of a sweep, their parameters, and TOML.
+
+#include "nsa/config/config.hpp"
+
+#include <fmt/format.h>
+
+#include "kernels/diagnostics/json_quote.hpp"
+#include "nsa/config/keys.hpp"
+
+namespace nsa {
+namespace {
+
+using Value = decltype(Parameter::second);
+
+Value value_of(bool value, Any) { return std::int64_t{value}; }
+Value value_of(const std::string& value, Any) { return value; }
+Value value_of(std::int64_t value, Range) { return value; }
+Value value_of(double value, RealRange) { return value; }
+Value value_of(std::int64_t value, AutoOr) { return value == 0 ? Value("auto") : Value(value); }
+template <class T, std::size_t n>
+Value value_of(const T& value, const Choice<T> (&choices)[n]) {
+  return name_of_choice(value, choices);
+}
+
+/// A double that reads back as the same double.
+std::string text_of(double value) {
+  const std::string text = fmt::format("{}", value);
+  return text.find_first_of(".einf") == std::string::npos ? text + ".0" : text;
+}
+
+std::string as_text(const Value& value) {
+  if (const auto* number = std::get_if<std::int64_t>(&value)) return fmt::format("{}", *number);
+  if (const auto* number = std::get_if<double>(&value)) return text_of(*number);
+  return std::get<std::string>(value);
+}
+
+std::string as_toml(const Value& value) {
+  const auto* text = std::get_if<std::string>(&value);
+  return text ? quoted(*text) : as_text(value);
+}
+
+template <class T, class Spec>
+std::string toml_of(const T& field, const Spec& spec) {
+  return as_toml(value_of(field, spec));
+}
+std::string toml_of(bool field, Any) { return field ? "true" : "false"; }
+template <class T, class Spec>
+std::string toml_of(const std::vector<T>& field, const Spec& spec) {
+  std::vector<std::string> list;
+  for (const T& value : field) list.push_back(toml_of(value, spec));
+  return fmt::format("[{}]", fmt::join(list, ", "));
+}
+
+/// A swept key is its one value at a point; the other lists (modes, depths) stand as text: "branches,total".
+template <class T, class Spec>
+Value value_of(const std::vector<T>& field, const Spec& spec) {
+  if (field.size() == 1 && !std::is_same_v<T, double>) return value_of(field[0], spec);
+  std::vector<std::string> list;
+  for (const T& value : field) list.push_back(as_text(value_of(value, spec)));
+  return fmt::format("{}", fmt::join(list, ","));
+}
+
+}  // namespace
+
+namespace {
+
+std::vector<Point> kernel_sweep(const Config& config) {
+  const KernelsConfig& k = config.kernels;
+  std::vector<Point> points;
+  for (const std::int32_t branch : k.branch)
+    for (const Spans spans : branch == sel ? k.spans : std::vector{k.spans.front()})  // only selection has them
+      for (const std::int64_t head_size : k.head_size)
+        for (const std::int64_t heads : k.heads)
+          for (const std::int64_t blocks : branch == sel ? k.blocks : std::vector{k.blocks.front()})
+            for (const std::int64_t rows : k.rows)
+              for (const std::int64_t context : config.run.context)
+                points.push_back(
+                    {context, 1, -1, {static_cast<Branch>(branch), rows, heads, head_size, blocks, spans}});
+  return points;
+}
+
+}  // namespace
+
+std::vector<Point> sweep(const Config& config) {
+  if (config.kind == TaskKind::kernels) return kernel_sweep(config);
+  std::vector<Point> points;
+  for (const std::int32_t branch : config.run.force_branch) {
+    for (const std::int64_t batch : config.run.batch) {
+      for (const std::int64_t context : config.run.context) points.push_back({context, batch, branch});
+    }
+  }
+  return points;
+}
+
+std::vector<Parameter> parameters(const Config& config, const Point& point) {
+  Config at_point = config;
+  at_point.run.context = {point.context};
+  at_point.run.batch = {point.batch};
+  at_point.run.force_branch = {point.force_branch};
+  if (config.kind == TaskKind::kernels) {
+    const KernelShape& shape = point.kernel;
+    KernelsConfig& k = at_point.kernels;
+    k.branch = {shape.branch}, k.spans = {shape.spans}, k.rows = {shape.rows}, k.heads = {shape.heads};
+    k.head_size = {shape.head_size}, k.blocks = {shape.blocks};
+  }
+  std::vector<Parameter> list;
+  visit_keys(std::as_const(at_point), [&](const char* key, const auto& field, const auto& spec) {
+    list.emplace_back(key, value_of(field, spec));
+  });
+  return list;
+}
+
+std::vector<Setting> settings(const Config& config) {
+  std::vector<Setting> list;
+  visit_keys(config, [&](const std::string& key, const auto& field, const auto& spec) {
+    list.emplace_back(key, toml_of(field, spec));
+  });
+  return list;
+}
+
+std::string to_toml(const Config& config) {
+  std::string text, section;
+  for (const auto& [key, value] : settings(config)) {
+    const auto dot = key.find('.');
+    if (key.substr(0, dot) != section) {
+      section = key.substr(0, dot);
+      text += fmt::format("{}[{}]\n", text.empty() ? "" : "\n", section);
+    }
+    text += fmt::format("{} = {}\n", key.substr(dot + 1), value);
+  }
+  return text;
+}
+
+}  // namespace nsa

@@ -1,0 +1,213 @@
+// What an input may hold. One error lists everything that is wrong.
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <set>
+#include <tuple>
+
+#include "kernels/diagnostics/error.hpp"
+#include "nsa/config/keys.hpp"
+
+namespace nsa {
+
+std::string place_text(const SourcePosition& at) {
+  if (at.path.empty()) return "";
+  return at.line > 0 ? fmt::format("{}:{}:{}: ", at.path, at.line, at.column) : fmt::format("{}: ", at.path);
+}
+
+void throw_problems(std::vector<Problem> problems) {
+  if (problems.empty()) return;
+  const auto order = [](const Problem& p) {
+    const int kind = p.where.path.empty() ? 2 : p.where.line == 0 ? 1 : 0;
+    return std::tuple(kind, p.where.line, p.where.column);
+  };
+  std::stable_sort(problems.begin(), problems.end(),
+                   [&](const Problem& a, const Problem& b) { return order(a) < order(b); });
+  std::string text = problems.size() > 1 ? fmt::format("{} problems in the input", problems.size()) : "";
+  for (const Problem& problem : problems) {
+    if (!text.empty()) text += "\n  ";
+    text += place_text(problem.where) + problem.what;
+  }
+  throw UserError(text);
+}
+
+namespace {
+
+class Checker {
+ public:
+  explicit Checker(const Config& config) : config_(config) {}
+
+  // Every number within its range. A list must hold something, and nothing twice: its values are a sweep.
+  template <class T, class Spec>
+  void operator()(const char* key, const T& field, const Spec& spec) {
+    check_value(key, field, spec);
+  }
+  template <class T, class Spec>
+  void operator()(const char* key, const std::vector<T>& field, const Spec& spec) {
+    if (field.empty()) refuse(key, fmt::format("{} is empty; give at least one value", key));
+    for (const T& value : field) check_value(key, value, spec);
+    if (std::set<T>(field.begin(), field.end()).size() < field.size())
+      add({key}, fmt::format("{} holds a value twice; give each once", key));
+  }
+
+  /// A violated rule over several keys; it is placed at the first of them that was set.
+  void add(std::initializer_list<const char*> keys, std::string what) {
+    for (const char* key : keys) {
+      const auto at = config_.origin.find(key);
+      if (at != config_.origin.end()) return problems_.push_back({at->second, std::move(what)});
+    }
+    problems_.push_back({{}, std::move(what)});
+  }
+
+  /// Whether the keys hold what they may by themselves: a rule over one that does not says nothing new.
+  bool fine(std::initializer_list<const char*> keys) const {
+    return std::none_of(keys.begin(), keys.end(), [&](const char* key) { return bad_.count(key) > 0; });
+  }
+
+  void finish() { throw_problems(std::move(problems_)); }
+
+ private:
+  void refuse(const char* key, std::string what) {
+    bad_.insert(key);
+    add({key}, std::move(what));
+  }
+  template <class T, class Spec>
+  void check_value(const char*, const T&, const Spec&) {}
+  void check_value(const char* key, std::int64_t value, const Range& range) {
+    if (value < range.least || value > range.most)
+      refuse(key, fmt::format("{} = {} is out of range; give {} to {}", key, value, range.least, range.most));
+  }
+  void check_value(const char* key, std::int32_t value, const Range& range) {
+    check_value(key, std::int64_t{value}, range);
+  }
+  void check_value(const char* key, std::int64_t value, const AutoOr& spec) {
+    if (value != 0) check_value(key, value, spec.range);
+  }
+  void check_value(const char* key, double value, const RealRange& range) {
+    if (!(value >= range.least && value <= range.most))  // so that NaN is out of it
+      refuse(key, fmt::format("{} = {} is out of range; give {} to {}", key, value, range.least, range.most));
+  }
+
+  const Config& config_;
+  std::set<std::string> bad_;
+  std::vector<Problem> problems_;
+};
+
+void check_layer(const Config& c, Checker& check) {
+  const ModelConfig& m = c.model;
+  const BlockRules& n = c.nsa;
+  if (check.fine({"model.n_heads", "model.n_kv_groups"}) && m.n_heads % m.n_kv_groups != 0)
+    check.add({"model.n_kv_groups", "model.n_heads"},
+              fmt::format("model.n_kv_groups = {} must divide model.n_heads = {} (a group has equally many heads)",
+                          m.n_kv_groups, m.n_heads));
+  if (check.fine({"model.d_k"}) && m.d_k % 2 != 0)
+    check.add({"model.d_k"}, fmt::format("model.d_k = {} must be even (RoPE turns pairs)", m.d_k));
+  if (check.fine({"nsa.d", "nsa.l"}) && n.l % n.d != 0)
+    check.add({"nsa.d", "nsa.l"}, fmt::format("nsa.d = {} must divide nsa.l = {}", n.d, n.l));
+  if (check.fine({"nsa.d", "nsa.l_sel"}) && n.l_sel % n.d != 0)
+    check.add({"nsa.d", "nsa.l_sel"}, fmt::format("nsa.d = {} must divide nsa.l_sel = {}", n.d, n.l_sel));
+  if (n.l > n.l_sel)
+    check.add({"nsa.l", "nsa.l_sel"}, fmt::format("nsa.l = {} must be at most nsa.l_sel = {}", n.l, n.l_sel));
+  if (n.n_sel < n.n_init + n.n_local)
+    check.add(
+        {"nsa.n_sel", "nsa.n_init", "nsa.n_local"},
+        fmt::format("nsa.n_sel = {} must be at least nsa.n_init + nsa.n_local = {} + {} (those are always chosen)",
+                    n.n_sel, n.n_init, n.n_local));
+}
+
+void check_run(const Config& c, Checker& check) {
+  const RunConfig& r = c.run;
+  if (r.warmup >= r.steps)
+    check.add({"run.warmup", "run.steps"},
+              fmt::format("run.warmup = {} must be less than run.steps = {} (warm-up counts among the steps)", r.warmup,
+                          r.steps));
+  if (check.fine({"parallel.heads", "model.n_kv_groups"}) && c.parallel.heads > 0 &&
+      c.model.n_kv_groups % c.parallel.heads != 0)
+    check.add({"parallel.heads", "model.n_kv_groups"},
+              fmt::format("parallel.heads = {} must divide model.n_kv_groups = {} (a shard owns whole groups)",
+                          c.parallel.heads, c.model.n_kv_groups));
+  if (r.scope == Scope::attention && c.phi == PhiKind::mlp)
+    check.add({"run.scope", "nsa.phi"}, "run.scope = \"attention\" needs nsa.phi = \"mean\" (it has no weights)");
+  if (r.scope == Scope::attention && c.model.layers > 1)
+    check.add({"run.scope", "model.layers"}, "run.scope = \"attention\" needs model.layers = 1 (q, k and v are given)");
+  if (r.fill == CacheFill::synthetic && !c.input_file.empty())
+    check.add({"run.fill", "input.file"},
+              "run.fill = \"synthetic\" takes nothing from input.file; use fill = \"prefill\"");
+  if (c.output.file.empty()) check.add({"output.file"}, "output.file is empty; name the result file");
+}
+
+/// A needle run is scope = "attention": it has no weights. One key has to point along all queries of its group.
+void check_needle(const Config& c, Checker& check) {
+  if (c.kind != TaskKind::needle) return;
+  if (c.phi == PhiKind::mlp)
+    check.add({"nsa.phi"}, "task.kind = \"needle\" needs nsa.phi = \"mean\" (it has no weights)");
+  if (check.fine({"run.context"}) && std::count(c.run.context.begin(), c.run.context.end(), 1) > 0)
+    check.add({"run.context"}, "run.context = 1 holds no needle (its last position asks); give at least 2");
+  if (check.fine({"model.n_heads", "model.n_kv_groups", "model.d_k"}) &&
+      2 * c.model.n_heads > c.model.d_k * c.model.n_kv_groups)
+    check.add({"model.n_heads", "model.d_k"},
+              fmt::format("task.kind = \"needle\" needs at most d_k / 2 = {} heads a group (one key points along all "
+                          "queries of its group)",
+                          c.model.d_k / 2));
+}
+
+/// Rows lie within the context, and in front of them are blocks enough to choose from.
+void check_kernels(const Config& c, Checker& check) {
+  if (c.kind != TaskKind::kernels) return;
+  const KernelsConfig& k = c.kernels;
+  if (c.run.batch != std::vector<std::int64_t>{1} || c.run.force_branch != std::vector<std::int32_t>{-1})
+    check.add({"run.batch", "run.force_branch"},
+              "task.kind = \"kernels\" has one sequence and no gates; leave run.batch and run.force_branch out");
+  if (!c.input_file.empty())
+    check.add({"input.file"}, "task.kind = \"kernels\" has synthetic inputs; leave input.file out");
+  if (!c.output.csv.empty() || c.output.tensors)
+    check.add({"output.csv", "output.tensors"},
+              "task.kind = \"kernels\" has no CSV and no tensors; leave output.csv and output.tensors out");
+  if (!check.fine({"run.context", "kernels.rows", "kernels.blocks", "kernels.branch", "nsa.l_sel"})) return;
+  const std::int64_t context = *std::min_element(c.run.context.begin(), c.run.context.end());
+  const std::int64_t rows = *std::max_element(k.rows.begin(), k.rows.end());
+  if (rows > context)
+    check.add(
+        {"kernels.rows", "run.context"},
+        fmt::format("kernels.rows = {} must be at most run.context = {} (the rows end the context)", rows, context));
+  if (std::count(k.branch.begin(), k.branch.end(), sel) == 0) return;
+  const std::int64_t blocks = *std::max_element(k.blocks.begin(), k.blocks.end());
+  const bool all = std::count(k.rows.begin(), k.rows.end(), 0) > 0;
+  if (all || (context - rows) / c.nsa.l_sel < blocks)
+    check.add({"kernels.blocks", "kernels.rows", "run.context"},
+              fmt::format("kernels.blocks = {} needs as many blocks of {} tokens in front of the first row; raise "
+                          "run.context = {} or lower kernels.rows = {}",
+                          blocks, c.nsa.l_sel, context, all ? 0 : rows));
+}
+
+/// Elements of the largest tensor of any point stay below 2^50, so that no index or byte count overflows.
+void check_sizes(const Config& c, Checker& check) {
+  if (!check.fine({"run.context", "run.batch", "run.steps", "model.n_heads", "model.d_k", "model.d_v", "model.dim"}))
+    return;
+  const double positions = static_cast<double>(*std::max_element(c.run.context.begin(), c.run.context.end())) +
+                           static_cast<double>(c.run.steps);
+  const double batch = static_cast<double>(*std::max_element(c.run.batch.begin(), c.run.batch.end()));
+  const double width = static_cast<double>(std::max(c.model.dim, c.model.n_heads * std::max(c.model.d_k, c.model.d_v)));
+  if (batch * positions * width > std::pow(2.0, 50))
+    check.add({"run.context", "run.batch"},
+              fmt::format("run.batch x run.context = {} x {} is too large for this model (2^50 values at most)", batch,
+                          positions));
+}
+
+}  // namespace
+
+void validate(const Config& config) {
+  Checker check(config);
+  visit_keys(config, check);
+  check_layer(config, check);
+  check_run(config, check);
+  check_needle(config, check);
+  check_kernels(config, check);
+  check_sizes(config, check);
+  check.finish();
+}
+
+}  // namespace nsa

@@ -1,0 +1,164 @@
+#include "nsa/experiment/dry_run.hpp"
+
+#include <fmt/format.h>
+#include <fmt/ostream.h>
+
+#include <algorithm>
+
+#include "kernels/diagnostics/error.hpp"
+#include "nsa/experiment/experiment.hpp"
+#include "nsa/model/buffers.hpp"
+#include "nsa/routing/router.hpp"
+#include "nsa/tasks/needle_task.hpp"
+
+namespace nsa {
+namespace {
+
+std::string bytes_text(double bytes) {
+  const char* units[] = {"B", "kB", "MB", "GB", "TB", "PB"};
+  int unit = 0;
+  for (; bytes >= 999.5 && unit < 5; ++unit) bytes /= 1000;
+  return fmt::format("{:.{}f} {}", bytes, unit == 0 || bytes >= 99.95 ? 0 : bytes >= 9.995 ? 1 : 2, units[unit]);
+}
+
+std::string span_text(std::int64_t first, std::int64_t count) {
+  return count == 1 ? fmt::format("{}", first) : fmt::format("{}-{}", first, first + count - 1);
+}
+
+/// The kernels that say how much scratch a step takes: the device's where there is one, else the host's.
+Backend planning_backend(const Config& config) {
+  if (config.run.backend != BackendChoice::host && cuda_built()) {
+    try {
+      return open_backend(BackendKind::cuda, 0);
+    } catch (const UserError&) {
+      // no device here: a plan needs none
+    }
+  }
+  return open_backend(BackendKind::host, 0);
+}
+
+/// The selection blocks of the chunks a rank owns: "0-3 8-11", at most four chunks spelt out.
+std::string blocks_text(const Config& config, const Partition& p, std::int64_t positions) {
+  const std::int64_t blocks = eligible_blocks(p.shape.rules, positions - 1);
+  if (p.kv == 1) return span_text(0, blocks);
+  const std::int64_t a_chunk = config.parallel.kv_chunk_blocks;
+  const std::int64_t chunks = owned_chunks(p.tokens(false), positions, p.kv_rank);
+  std::string text = chunks == 0 ? "none" : "";
+  for (std::int64_t i = 0; i < std::min<std::int64_t>(chunks, 4); ++i) {
+    const std::int64_t first = (i * p.kv + p.kv_rank) * a_chunk;
+    if (i > 0) text += ' ';
+    text += span_text(first, std::min(a_chunk, blocks - first));
+  }
+  return chunks > 4 ? text + fmt::format(" and {} chunks more", chunks - 4) : text;
+}
+
+void print_owners(std::ostream& out, const Config& config, int ranks, std::int64_t positions) {
+  fmt::print(out, "{:>6} {:>10} {:>8} {:>10} {:>10}  {}\n", "rank", "head shard", "kv rank", "KV groups", "heads",
+             fmt::format("blocks of {} tokens, of {} positions", config.nsa.l_sel, positions));
+  for (int rank = 0; rank < ranks; ++rank) {
+    const Partition p = make_partition(config, ranks, rank);
+    const std::int64_t h = p.shape.heads_per_group;
+    fmt::print(out, "{:>6} {:>10} {:>8} {:>10} {:>10}  {}\n", rank, p.head_shard, p.kv_rank,
+               span_text(p.group_begin, p.shape.groups), span_text(p.group_begin * h, p.shape.heads()),
+               blocks_text(config, p, positions));
+  }
+}
+
+/// One line for neighbouring ranks that need the same.
+void print_memory(std::ostream& out, const Config& config, const KernelTable& kernels, const Point& point, int ranks) {
+  fmt::print(out, "{:>10}", "rank");
+  for (const char* kind : memory_kind_names) fmt::print(out, " {:>12}", kind);
+  fmt::print(out, " {:>12}\n", "peak");
+  double sum = 0;
+  std::string held;  // of the ranks since `first`
+  int first = 0;
+  for (int rank = 0; rank < ranks; ++rank) {
+    const MemoryAccount account = planned_memory(kernels, config, make_partition(config, ranks, rank), point);
+    std::string text;
+    for (const std::size_t bytes : account.peak) text += fmt::format(" {:>12}", bytes_text(static_cast<double>(bytes)));
+    text += fmt::format(" {:>12}", bytes_text(static_cast<double>(account.total_peak)));
+    sum += static_cast<double>(account.total_peak);
+    if (rank > 0 && text != held) {
+      fmt::print(out, "{:>10}{}\n", span_text(first, rank - first), held);
+      first = rank;
+    }
+    held = std::move(text);
+  }
+  fmt::print(out, "{:>10}{}\n", span_text(first, ranks - first), held);
+  if (ranks > 1) fmt::print(out, "{:>10} {:>64}\n", "all", bytes_text(sum));
+}
+
+void print_exchanges(std::ostream& out, const Config& config, const Point& point, int ranks) {
+  const bool needle = config.kind == TaskKind::needle;
+  const Config step = needle ? needle_config(config) : config;
+  const std::vector<Exchange> list =
+      exchanges(step, make_partition(step, ranks, 0), needle ? needle_point(point) : point);
+  const char* unit = config.kind == TaskKind::prefill ? "prefill" : "step";
+  if (list.empty()) fmt::print(out, "exchanges a {} and layer: none\n", unit);
+  for (const Exchange& e : list)
+    fmt::print(out, "exchange a {} and layer: {:<14} {:<10} over {} ranks, {} from each\n", unit, e.name, e.collective,
+               e.ranks, bytes_text(static_cast<double>(e.bytes)));
+}
+
+/// Every rank measures every shape by itself.
+void print_kernels_plan(std::ostream& out, const Config& config, const KernelTable& kernels, int ranks) {
+  const std::vector<Point> points = sweep(config);
+  std::size_t most = 0;
+  for (const Point& point : points)
+    most = std::max(most, planned_memory(kernels, config, make_partition(config, ranks, 0), point).total_peak);
+  fmt::print(out, "plan: {} ranks, each measures {} shapes, {} at most at a time\n", ranks, points.size(),
+             bytes_text(static_cast<double>(most)));
+  fmt::print(out, "result file: about {}\n", bytes_text(static_cast<double>(planned_result_bytes(config, ranks))));
+}
+
+}  // namespace
+
+std::size_t planned_result_bytes(const Config& config, int ranks) {
+  double total = 1e5;  // attributes, the input itself, HDF5's own
+  for (const Point& point : sweep(config)) {
+    const double modes = 2.0 + 6.0, reps = static_cast<double>(config.run.steps);
+    total += 1e5 + 8.0 * ranks * (modes * stage_count * reps + 2.0 * branches * reps);
+    if (!config.output.tensors) continue;
+    const ModelConfig& m = config.model;
+    const double positions = static_cast<double>(total_positions(config, point));
+    const double rows = config.kind == TaskKind::prefill ? positions : reps;
+    const double heads = static_cast<double>(m.n_heads), groups = static_cast<double>(m.n_kv_groups);
+    const double d_k = static_cast<double>(m.d_k), d_v = static_cast<double>(m.d_v), dim = static_cast<double>(m.dim);
+    const double blocks = positions / config.nsa.l_sel + 1;
+    const double weights = dim * (heads * (d_k + d_v) + 3 * groups * (d_k + d_v)) +
+                           2.0 * static_cast<double>(config.phi_hidden + 2 * m.d_k) * config.nsa.l * (d_k + d_v);
+    const double a_row = heads * (d_k + 4 * d_v) + dim + groups * (3 + blocks + config.nsa.n_sel) + 2;
+    const double given = config.run.scope == Scope::layer ? dim : heads * d_k + 3 * groups * (d_k + d_v + 1);
+    const double a_position = given + groups * (d_k + d_v) / config.nsa.d + 2;
+    total += 4.0 * (static_cast<double>(m.layers) * weights +
+                    static_cast<double>(point.batch) * (rows * a_row + positions * a_position));
+  }
+  return static_cast<std::size_t>(std::min(total, 9e18));
+}
+
+void print_plan(std::ostream& out, const Config& config, int ranks) {
+  const auto [heads, kv] = factorise(config, ranks);
+  route_environment();  // what is wrong there is said before anything is printed
+  const std::vector<Point> points = sweep(config);
+  const Backend backend = planning_backend(config);
+  if (config.kind == TaskKind::kernels) return print_kernels_plan(out, config, *backend.kernels, ranks);
+  std::int64_t positions = 0;
+  for (const Point& point : points) positions = std::max(positions, total_positions(config, point));
+
+  fmt::print(out, "plan: {} ranks = heads {} x kv {}, memory as the {} backend lays it out\n", ranks, heads, kv,
+             backend.kind == BackendKind::cuda ? "cuda" : "host");
+  if (kv > 1)
+    fmt::print(out, "chunks of {} blocks are dealt round-robin over the {} kv ranks\n", config.parallel.kv_chunk_blocks,
+               kv);
+  print_owners(out, config, ranks, positions);
+  for (const Point& point : points) {
+    if (point.force_branch != points.front().force_branch) break;  // the same memory and exchanges again
+    fmt::print(out, "\ncontext {}, batch {}\n", point.context, point.batch);
+    print_memory(out, config, *backend.kernels, point, ranks);
+    print_exchanges(out, config, point, ranks);
+    print_routes(out, backend, config, point, ranks);
+  }
+  fmt::print(out, "\nresult file: about {}\n", bytes_text(static_cast<double>(planned_result_bytes(config, ranks))));
+}
+
+}  // namespace nsa

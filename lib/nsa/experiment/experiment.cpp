@@ -1,0 +1,276 @@
+#include "nsa/experiment/experiment.hpp"
+
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <cmath>
+#include <ctime>
+#include <fstream>
+
+#include "comm/process_id.hpp"
+#include "nsa/experiment/resume.hpp"
+#include "nsa/experiment/sha256.hpp"
+#include "nsa/forward/decode.hpp"
+#include "nsa/forward/prefill.hpp"
+#include "nsa/routing/router.hpp"
+#include "nsa/tasks/kernel_bench.hpp"
+#include "nsa/tasks/measure.hpp"
+#include "nsa/tasks/needle_task.hpp"
+#include "nsa/tasks/task.hpp"
+
+namespace nsa {
+
+namespace {
+
+std::string utc_now() {
+  char text[32];
+  const std::time_t now = std::time(nullptr);
+  std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&now));
+  return text;
+}
+
+std::string first_line(const char* path) {
+  std::ifstream file(path);
+  std::string line;
+  std::getline(file, line);
+  return line;
+}
+
+std::string cpu_name() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);)
+    if (line.starts_with("model name")) return line.substr(std::min(line.size(), line.find(':') + 2));
+  return "unknown";
+}
+
+// A line of /proc/self/status in bytes; 0 where there is none.
+std::int64_t status_bytes(const std::string& key) {
+  std::ifstream file("/proc/self/status");
+  for (std::string line; std::getline(file, line);)
+    if (line.starts_with(key + ":")) return std::stoll(line.substr(key.size() + 1)) * 1024;
+  return 0;
+}
+
+// The input file may be large: rank 0 reads it, once. What is wrong with it is found out where it is used.
+std::string hash_of(const std::string& path, const Control& world) {
+  std::ifstream file;
+  if (!path.empty() && world.rank() == 0) file.open(path, std::ios::binary);
+  return file.is_open() ? sha256(file) : "";
+}
+
+/// Ranks of one host draw on one memory, and Linux kills instead of refusing: whether all fit is found out first.
+void check_room(const Session& session, const MemoryAccount& planned) {
+  const bool host = session.backend.kind == BackendKind::host;
+  const std::int64_t free = session.backend.device->info().memory_free, sharers = host ? session.world.local_size() : 1;
+  agreed(session.world, [&] {
+    if (free > 0 && static_cast<std::int64_t>(planned.total_peak) > free / sharers)
+      throw UserError("the point needs " + std::to_string(planned.total_peak / 1000000) + " MB a rank (" +
+                          std::to_string(free / 1000000) + " MB are free for " + std::to_string(sharers) +
+                          " ranks here); use more hosts or a smaller context or batch",
+                      ExitCode::device);
+  });
+}
+
+/// A GPU that failed or counts new memory errors may have given any numbers: the point is not kept. Asking also brings
+/// out an error that a kernel left behind.
+void check_device(const Session& session, std::int64_t errors_before) {
+  agreed(session.world, [&] {
+    session.backend.device->synchronize(nullptr);
+    const DeviceInfo info = session.backend.device->info();
+    const std::int64_t errors = info.ecc_errors - errors_before;
+    if (errors_before >= 0 && errors > 0)  // below 0: the device does not count them
+      throw UserError("rank " + std::to_string(session.world.rank()) + " (" + host_name() + ", " + info.name + " " +
+                          info.uuid + ") has " + std::to_string(errors) +
+                          " new uncorrected memory errors (ECC); take the device out of service and run again",
+                      ExitCode::device);
+  });
+}
+
+MemoryRecord gather_memory(const Session& session, const MemoryAccount& planned, const MemoryAccount& used,
+                           std::int64_t process) {
+  MemoryRecord record;
+  std::vector<std::int64_t> own;
+  for (std::size_t kind = 0; kind < memory_kind_names.size(); ++kind) {
+    record.kinds.push_back(memory_kind_names[kind]);
+    own.push_back(static_cast<std::int64_t>(planned.peak[kind]));
+  }
+  record.kinds.push_back("total");
+  own.push_back(static_cast<std::int64_t>(planned.total_peak));
+  for (const std::size_t bytes : used.peak) own.push_back(static_cast<std::int64_t>(bytes));
+  own.push_back(static_cast<std::int64_t>(used.total_peak));
+  own.push_back(process);
+  const std::vector<std::int64_t> all = session.world.gather(own);
+  const std::int64_t kinds = std::ssize(record.kinds), width = std::ssize(own), ranks = std::ssize(all) / width;
+  for (std::int64_t i = 0; i < width; ++i)
+    for (std::int64_t r = 0; r < ranks; ++r)
+      (i < kinds       ? record.planned
+       : i < 2 * kinds ? record.measured_peak
+                       : record.process_peak)
+          .push_back(all[r * width + i]);
+  return record;
+}
+
+}  // namespace
+
+Session open_session(const Config& config, const Control& world, std::function<bool()> asked_to_stop) {
+  BackendKind kind = config.run.backend == BackendChoice::cuda ? BackendKind::cuda : BackendKind::host;
+  if (config.run.backend == BackendChoice::automatic && cuda_built()) {
+    bool here = true;
+    try {
+      open_backend(BackendKind::cuda, world.local_rank());
+    } catch (const UserError&) {
+      here = false;
+    }
+    if (world.max(std::int64_t{!here}) == 0) kind = BackendKind::cuda;
+  }
+  Backend backend{};
+  agreed(world, [&] { backend = open_backend(kind, world.local_rank()); });
+  backend.capability = static_cast<int>(-world.max(-std::int64_t{backend.capability}));  // all take the same routes
+  return {world, backend, std::make_shared<Layouts>(backend, world),
+          std::make_shared<StopPoll>(world, std::move(asked_to_stop)), hash_of(config.input_file, world)};
+}
+
+std::string fingerprint(const Session& session, const Config& config, const Point& point) {
+  std::string text;
+  for (const auto& [name, value] : parameters(config, point)) {
+    if (!decides_point(name)) continue;
+    text += name + "=" +
+            std::visit(
+                [](const auto& v) {
+                  if constexpr (std::is_same_v<std::decay_t<decltype(v)>, std::string>)
+                    return v;
+                  else
+                    return std::to_string(v);
+                },
+                value) +
+            "\n";
+  }
+  const RouteEnvironment routes = route_environment();
+  for (const Branch branch : kv_column_order)
+    if (!routes.implementation[branch].empty())
+      text += branch_names[branch] + ("=" + routes.implementation[branch] + "\n");
+  const Partition partition = make_partition(config, session.world.size(), session.world.rank());
+  text += "heads=" + std::to_string(partition.heads) + "\nkv=" + std::to_string(partition.kv) + "\n";
+  text += "device=" + session.backend.device->info().name + "\n";
+  text += "input_file=" + session.input_hash + "\n";
+  return sha256(text);
+}
+
+MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, const Partition& partition,
+                             const Point& point) {
+  if (config.kind == TaskKind::kernels) {
+    MemoryAccount account;
+    KernelBench(Allocator{dry_device(), account}, kernels, config, point);
+    return account;
+  }
+  const bool needle = config.kind == TaskKind::needle;
+  const Config planned = needle ? needle_config(config) : config;
+  const Point at = needle ? needle_point(point) : point;
+  const bool record = needle || planned.run.check || planned.output.tensors;
+  Engine e(Backend{BackendKind::host, &kernels, &dry_device()}, planned, at, partition);
+  for (const int group : {partition.heads, partition.kv})
+    if (group > 1) e.account.add(MemoryKind::workspace, kernels.exchange_bytes);
+  if (planned.kind == TaskKind::prefill) {
+    Prefill prefill(e, at.context, record);
+  } else if (needle) {
+    Prefill prefill(e, at.context, false);
+    Decode decode(e, nullptr, true);
+  } else {
+    if (planned.run.fill == CacheFill::prefill) {
+      Prefill prefill(e, at.context, false);  // gone again before decode's buffers are made
+    }
+    Decode decode(e, nullptr, record);
+  }
+  return e.account;
+}
+
+PointRecord run_point(const Session& session, const Config& config, const Point& point, std::int64_t index,
+                      const Progress& progress) {
+  PointRecord record;
+  record.index = index;
+  record.parameters = parameters(config, point);
+  const Partition partition = make_partition(config, session.world.size(), session.world.rank());
+  record.heads = partition.heads;
+  record.kv = partition.kv;
+  record.fingerprint = fingerprint(session, config, point);
+
+  const std::int64_t errors_before = session.backend.device->info().ecc_errors;
+  MemoryAccount planned;
+  agreed(session.world, [&] { planned = planned_memory(*session.backend.kernels, config, partition, point); });
+  check_room(session, planned);
+  record.copy_bandwidth = -session.world.max(-copy_bandwidth(session.backend, session.world));
+  std::ofstream("/proc/self/clear_refs") << "5";  // the resident peak starts anew, where the kernel lets us
+  const std::int64_t resident = status_bytes("VmRSS");
+  MemoryAccount used;
+  if (config.kind == TaskKind::needle) {
+    used = run_needles(session, config, point, record, progress);
+  } else if (config.kind == TaskKind::kernels) {
+    used = run_kernels(session, config, point, record, progress);
+  } else {
+    std::unique_ptr<TensorSource> source;
+    agreed(session.world, [&] { source = std::make_unique<TensorSource>(config, config.input_file); });
+    used = config.kind == TaskKind::decode ? run_decode(session, config, point, *source, record, progress)
+                                           : run_prefill(session, config, point, *source, record, progress);
+  }
+  check_device(session, errors_before);
+  record.memory = gather_memory(session, planned, used, status_bytes("VmHWM") - resident);
+  if (session.strict && !record.fallbacks.empty()) record.fail("--strict and a fallback: " + record.fallbacks.front());
+  const std::vector<std::int64_t> bytes = config.kind == TaskKind::kernels
+                                              ? std::vector<std::int64_t>{}
+                                              : session.world.gather(modelled_bytes(config, partition, point));
+  const std::int64_t ranks = session.world.size();
+  for (int stage = 0; stage < stage_count && !bytes.empty(); ++stage)
+    for (std::int64_t r = 0; r < ranks; ++r) record.bytes.push_back(bytes[r * stage_count + stage]);
+  record.reason = session.world.broadcast(record.reason);
+  record.valid = session.world.max(std::int64_t{!record.valid}) == 0;
+  return record;
+}
+
+RunRecord describe_run(const Session& session, const Config& config, const std::string& input_toml,
+                       const std::string& argv) {
+  RunRecord run;
+  run.run_uuid = first_line("/proc/sys/kernel/random/uuid");
+  run.start = utc_now();
+  run.argv = argv;
+  run.input_toml = input_toml;
+  run.input_sha256 = sha256(input_toml);
+  run.input_file_sha256 = session.input_hash;
+  run.config = to_toml(config);
+  run.backend = session.backend.kind == BackendKind::cuda ? "cuda" : "host";
+  run.status = "running";
+  const DeviceInfo info = session.backend.device->info();
+  const bool gpu = session.backend.kind == BackendKind::cuda;
+  const auto gather = [&](const std::string& text, std::string RankSystem::*field) {
+    const std::vector<std::string> all = session.world.gather(text);
+    run.system.resize(all.size());
+    for (std::size_t r = 0; r < all.size(); ++r) run.system[r].*field = all[r];
+  };
+  gather(host_name(), &RankSystem::host);
+  gather(cpu_name(), &RankSystem::cpu);
+  gather(gpu ? info.name : "", &RankSystem::gpu);
+  gather(info.uuid, &RankSystem::uuid);
+  gather(info.driver, &RankSystem::driver);
+  gather(info.runtime, &RankSystem::cuda);
+  gather(gpu ? Communicator::library_version() : "", &RankSystem::nccl);
+  gather(MpiSession::library_version(), &RankSystem::mpi);
+  const std::vector<double> clocks =
+      session.world.gather(std::vector<double>{info.clock_mhz, static_cast<double>(info.ecc_errors)});
+  for (std::size_t r = 0; r < run.system.size(); ++r) {
+    run.system[r].clock_mhz_before = clocks[2 * r];
+    run.system[r].ecc_before = static_cast<std::int64_t>(clocks[2 * r + 1]);
+  }
+  return run;
+}
+
+void close_run(const Session& session, RunRecord& run) {
+  run.end = utc_now();
+  const DeviceInfo info = session.backend.device->info();
+  const std::vector<double> after =
+      session.world.gather(std::vector<double>{info.clock_mhz, static_cast<double>(info.ecc_errors)});
+  for (std::size_t r = 0; r < run.system.size(); ++r) {
+    run.system[r].clock_mhz_after = after[2 * r];
+    run.system[r].ecc_after = static_cast<std::int64_t>(after[2 * r + 1]);
+  }
+}
+
+}  // namespace nsa

@@ -1,0 +1,144 @@
+// Routes for people: `nsa info --routes` and the dry run.
+
+#include <fmt/format.h>
+#include <fmt/ostream.h>
+
+#include <utility>
+
+#include "kernels/diagnostics/error.hpp"
+#include "nsa/model/buffers.hpp"
+#include "nsa/model/partition.hpp"
+#include "nsa/routing/router.hpp"
+
+namespace nsa {
+namespace {
+
+constexpr std::int64_t contexts[] = {128, 1024, 8192, 65536, 1048576};
+constexpr DType types[] = {DType::bf16, DType::f16, DType::f32};
+constexpr std::pair<std::int32_t, std::int32_t> head_sizes[] = {{64, 64}, {128, 128}, {192, 128}, {96, 96}};
+
+/// What runs at each context, a line for each run of contexts with one answer: "any length: fused (why)".
+std::string answers(RouteQuestion q, const Config& config, const RouteEnvironment& environment) {
+  std::vector<std::string> at;
+  for (const std::int64_t context : contexts) {
+    q.length = attended_rows(config.nsa, q.branch, context);
+    try {
+      const RouteAnswer a = answer(q, config, environment);
+      at.push_back(fmt::format("{} ({})", a.name, a.reason));
+    } catch (const UserError& error) {
+      at.push_back(fmt::format("refused: {}", error.what()));
+    }
+  }
+  std::string text;
+  for (std::size_t first = 0, end; first < at.size(); first = end) {
+    for (end = first + 1; end < at.size() && at[end] == at[first];) ++end;
+    const bool all = first == 0 && end == at.size();
+    if (!text.empty()) text += "; ";
+    text += all ? "any length: " : fmt::format("context {} and on: ", contexts[first]);
+    text += at[first];
+  }
+  return text;
+}
+
+/// Types and head sizes with one answer: (answer, "bf16, heads 64/64 128/128; fp16").
+using Lines = std::vector<std::pair<std::string, std::string>>;
+
+void add(Lines& lines, const std::string& text, const std::string& who, const char* between) {
+  for (auto& line : lines)
+    if (line.first == text) {
+      line.second += between + who;
+      return;
+    }
+  lines.emplace_back(text, who);
+}
+
+Lines lines_of(RouteQuestion q, const RouteEnvironment& environment) {
+  const Config config;
+  Lines lines;
+  for (const DType type : types) {
+    Lines of_type;
+    for (const auto& [d_k, d_v] : head_sizes) {
+      q.dtype = type;
+      q.d_k = d_k;
+      q.d_v = d_v;
+      add(of_type, answers(q, config, environment), d_k == 96 ? "others" : fmt::format("{}/{}", d_k, d_v), " ");
+    }
+    for (const auto& [text, sizes] : of_type)
+      add(lines, text, std::string(name_of(type)) + (of_type.size() == 1 ? "" : ", Dk/Dv " + sizes), "; ");
+  }
+  return lines;
+}
+
+void print_device_routes(std::ostream& out, BackendKind backend, int capability, const RouteEnvironment& environment) {
+  for (const Phase phase : {Phase::prefill, Phase::decode}) {
+    std::vector<std::pair<Lines, std::string>> groups;  // branches that have the same lines
+    for (const Branch branch : {cmp, sel, win}) {
+      RouteQuestion question;
+      question.backend = backend;
+      question.capability = capability;
+      question.phase = phase;
+      question.branch = branch;
+      Lines lines = lines_of(question, environment);
+      if (!groups.empty() && groups.back().first == lines)
+        groups.back().second += std::string(" ") + branch_names[branch];
+      else
+        groups.emplace_back(std::move(lines), branch_names[branch]);
+    }
+    for (const auto& [lines, names] : groups)
+      for (const auto& [text, who] : lines)
+        fmt::print(out, "  {} {} ({})\n    {}\n", phase_names[static_cast<int>(phase)], names, who, text);
+  }
+}
+
+}  // namespace
+
+void print_routes(std::ostream& out) {
+  const RouteEnvironment environment = route_environment();
+  fmt::print(out, "routes by default and environment; [route] and [runtime] of an input come on top\n");
+  if (environment.force) fmt::print(out, "NSA_FORCE=1: guards do not hold\n");
+  fmt::print(out, "\nhost\n");
+  print_device_routes(out, BackendKind::host, 0, environment);
+  int here = 0;
+  if (cuda_built()) {
+    try {
+      here = open_backend(BackendKind::cuda, 0).capability;
+    } catch (const UserError&) {
+      // no GPU: the tables below are what one would get
+    }
+  }
+  for (const int capability : {80, 89, 90, 100}) {
+    fmt::print(out, "\ncuda, compute capability {}.{}{}\n", capability / 10, capability % 10,
+               capability == here ? ": the GPU here" : "");
+    print_device_routes(out, BackendKind::cuda, capability, environment);
+  }
+  const bool listed = here == 0 || here == 80 || here == 89 || here == 90 || here == 100;
+  if (listed) return;
+  fmt::print(out, "\ncuda, compute capability {}.{}: the GPU here\n", here / 10, here % 10);
+  print_device_routes(out, BackendKind::cuda, here, environment);
+}
+
+void print_routes(std::ostream& out, const Backend& backend, const Config& config, const Point& point, int ranks) {
+  const LayerShape shape = make_partition(config, ranks, 0).shape;
+  const std::int64_t positions = total_positions(config, point);
+  Routes routes;
+  for (const Phase phase : {Phase::prefill, Phase::decode}) {
+    if (phase == Phase::decode && config.kind == TaskKind::prefill) continue;
+    if (phase == Phase::prefill && config.kind != TaskKind::prefill && config.run.fill == CacheFill::synthetic)
+      continue;
+    QueryTile tile{0, static_cast<std::int32_t>(point.batch), 1, nullptr, positions};
+    if (phase == Phase::prefill)
+      tile = {0, 1, static_cast<std::int32_t>(std::min<std::int64_t>(256, positions)), nullptr, positions};
+    routes.choose(backend, config, phase, shape, tile);
+    for (const Branch branch : {cmp, sel, win}) {
+      const Route& route = routes.of(phase, branch);
+      fmt::print(out, "route of {} {}: {}", phase_names[static_cast<int>(phase)], branch_names[branch],
+                 route.kernel->name);
+      if (route.fallback.empty())
+        fmt::print(out, " ({})\n", route.reason);
+      else
+        fmt::print(out, ", every call falls back: {} {} ({})\n", route.chosen, route.fallback, route.reason);
+    }
+  }
+}
+
+}  // namespace nsa

@@ -1,0 +1,320 @@
+#include "nsa/forward/prefill.hpp"
+
+#include <algorithm>
+
+#include "kernels/diagnostics/fault_injection.hpp"
+#include "nsa/model/inputs.hpp"
+
+namespace nsa {
+
+namespace {
+
+// Whether rank forms the scores itself, so that attend_cmp leaves none.
+bool forms_scores(const Engine& e) {
+  const AttendKernel& kernel = *e.routes.of(Phase::prefill, cmp).kernel;
+  return kernel.rescores && kernel.rescores(e.shape());
+}
+
+// Rows attended at a time: as many as keep what a tile leaves between two stages within the backend's budget.
+QueryTile widest_tile(const Engine& e, std::int64_t positions) {
+  const KernelTable& kernels = *e.backend.kernels;
+  QueryTile tile;
+  tile.max_positions = positions;
+  tile.rescores = forms_scores(e);
+  const std::int64_t chunk = e.partition.kv == 1 ? positions : e.partition.chunk_tokens;
+  tile.tokens = static_cast<std::int32_t>(std::min({std::int64_t{kernels.tile_tokens}, positions, chunk}));
+  const std::int64_t rows = compressed_tokens(e.shape().rules, positions - 1);
+  while (tile.tokens > 1 && kernels.score_bytes(e.shape(), tile, rows) > kernels.tile_budget) tile.tokens /= 2;
+  return tile;
+}
+
+std::vector<PrefillTile> tiles_of(const Partition& p, std::int64_t positions, std::int64_t tokens) {
+  const RowMap map = p.tokens(false);
+  std::vector<PrefillTile> tiles;
+  const std::int64_t chunk = std::min(map.chunk, positions);
+  for (std::int64_t c = 0; c * chunk < positions; ++c) {
+    if (!has_chunk(map, c)) continue;
+    const std::int64_t end = std::min(positions, (c + 1) * chunk);
+    for (std::int64_t t = c * chunk; t < end; t += tokens)
+      tiles.push_back({t, static_cast<std::int32_t>(std::min(tokens, end - t)), map.kv == 1 ? t : row_of(map, t)});
+  }
+  return tiles;
+}
+
+std::int64_t rows_of(const std::vector<PrefillTile>& tiles) {
+  return tiles.empty() ? 0 : tiles.back().local_row + tiles.back().tokens;
+}
+
+void gather_pair(const char* what, const Engine& e, const KvPair& own, const KvPair& all, Stream* stream) {
+  const auto gather = [&](const KvView& from, const KvView& to) {
+    e.peers->kv.all_gather(what, from.data, to.data,
+                           static_cast<std::size_t>(from.rank_stride) * size_of(e.shape().dtype), stream);
+  };
+  gather(own.k, all.k);
+  gather(own.v, all.v);
+}
+
+}  // namespace
+
+Prefill::Prefill(Engine& e, std::int64_t positions, bool record)
+    : engine_(e),
+      positions_(positions),
+      rescores_(forms_scores(e)),
+      tiles_(tiles_of(e.partition, positions, widest_tile(e, positions).tokens)),
+      local_rows_(rows_of(tiles_)),
+      buffers_(e.allocator(), e.kernels(), e.config, e.partition, e.point, e.point.batch * local_rows_,
+               widest_tile(e, positions), false, record, e.choose_routes(Phase::prefill, widest_tile(e, positions))),
+      starts_(e.allocator()(MemoryKind::workspace, static_cast<std::int64_t>(tiles_.size() + 1) * 8)) {
+  std::vector<std::int64_t> starts;
+  for (const PrefillTile& tile : tiles_) starts.push_back(tile.first_position);
+  starts.push_back(0);
+  e.device().copy(starts_.data(), starts.data(), starts_.bytes(), e.streams.compute);
+  e.device().synchronize(e.streams.compute);
+
+  const Partition& p = e.partition;
+  const auto make = [&](const RowMap& map, std::int64_t rows, std::int64_t ranks = 1) {
+    return make_kv(e.allocator(), MemoryKind::activations, p.shape, e.planes(), map, rows, ranks);
+  };
+  const std::int64_t tokens = p.capacity(p.tokens(false), positions);
+  raw_ = make(p.raw_cmp(), p.capacity(p.raw_cmp(), positions));
+  if (!p.shape.shared_kv) win_ = make(p.tokens(false), tokens);
+  if (p.kv == 1) return;
+  // The caches have room for the decode steps too; a gathered copy has the caches' own row count.
+  const std::int64_t cached = p.capacity(p.tokens(false), total_positions(e.config, e.point));
+  const std::int64_t compressed =
+      p.capacity(p.compressed(false), compressed_tokens(p.shape.rules, total_positions(e.config, e.point) - 1));
+  sel_all_ = make(p.tokens(true), cached, p.kv);
+  cmp_all_ = make(p.compressed(true), compressed, p.kv);
+  if (!p.shape.shared_kv) win_all_ = make(p.tokens(true), tokens, p.kv);
+  heads_ = make(p.raw_heads(false), p.capacity(p.raw_heads(false), positions));
+  heads_all_ = make(p.raw_heads(true), p.capacity(p.raw_heads(false), positions), p.kv);
+  ring_all_ = make(p.raw_ring(), p.shape.rules.l, p.kv);
+}
+
+void Prefill::load_rows(const TensorSource& source) {
+  Engine& e = engine_;
+  const bool layer = e.config.run.scope == Scope::layer, residual = e.config.model.layers > 1;
+  if (!source.from_file()) {
+    const auto make = [&](const std::string& name, const Columns& columns, DType type, const Buffer& buffer) {
+      KvView rows;
+      rows.data = buffer.data();
+      rows.map = e.partition.tokens(false);
+      rows.width = static_cast<std::int32_t>(elements_of(columns.count));
+      rows.plane_stride = local_rows_ * rows.width;
+      make_rows(e, source, name, columns, type, rows, 0, positions_);
+    };
+    if (layer)
+      return make("x", x_columns(e.config, e.point), residual ? DType::f32 : e.shape().dtype,
+                  residual ? buffers_.x : buffers_.x_in);
+    make("given/q", q_columns(e.config, e.point, e.partition), e.shape().dtype, buffers_.q);
+    return make("given/gate", gate_columns(e.config, e.point, e.partition), DType::f32, buffers_.gate);
+  }
+  const auto each_own_tile = [&](const std::string& name, const Columns& columns, auto&& store) {
+    const std::int64_t width = elements_of(columns.count);
+    for (const PrefillTile& tile : tiles_) {
+      const std::vector<float> rows = given_rows(source, name, columns, tile.first_position, tile.tokens);
+      for (std::int64_t b = 0; b < e.point.batch; ++b) {
+        const auto begin = rows.begin() + b * tile.tokens * width;
+        store(std::vector<float>(begin, begin + tile.tokens * width), (b * local_rows_ + tile.local_row) * width);
+      }
+    }
+  };
+  const std::int64_t size = static_cast<std::int64_t>(size_of(e.shape().dtype));
+  const auto into_storage = [&](const Buffer& buffer) {
+    return [&, to = buffer.as<std::byte>()](const std::vector<float>& rows, std::int64_t at) {
+      upload(e, rows, to + at * size);
+    };
+  };
+  const auto into_floats = [&](const Buffer& buffer) {
+    return [&, to = buffer.as<float>()](const std::vector<float>& rows, std::int64_t at) {
+      e.device().copy(to + at, rows.data(), rows.size() * 4, e.streams.compute);
+      e.device().synchronize(e.streams.compute);
+    };
+  };
+  if (layer) {
+    if (residual)
+      each_own_tile("x", x_columns(e.config, e.point), into_floats(buffers_.x));
+    else
+      each_own_tile("x", x_columns(e.config, e.point), into_storage(buffers_.x_in));
+    return;
+  }
+  each_own_tile("given/q", q_columns(e.config, e.point, e.partition), into_storage(buffers_.q));
+  each_own_tile("given/gate", gate_columns(e.config, e.point, e.partition), into_floats(buffers_.gate));
+}
+
+void Prefill::load_kv(const TensorSource& source) {
+  Engine& e = engine_;
+  fill_kv(e, source, sel, e.caches[0].sel, 0, positions_);
+  fill_kv(e, source, cmp, raw_, 0, positions_);
+  if (!e.shape().shared_kv) fill_kv(e, source, win, win_, 0, positions_);
+}
+
+template <class Body>
+void Prefill::each_tile(Work& w, Body&& body) {
+  const std::int64_t work_tiles = engine_.config.model.layers * engine_.point.batch * tile_count();
+  for (std::int64_t b = 0; b < engine_.point.batch; ++b)
+    for (std::size_t i = 0; i < tiles_.size(); ++i) {
+      w.tile = {static_cast<std::int32_t>(b),   1,          tiles_[i].tokens,
+                starts_.as<std::int64_t>() + i, positions_, rescores_};
+      w.first_row = b * local_rows_ + tiles_[i].local_row;
+      body(tiles_[i]);
+      if (watch_) watch_(static_cast<double>(++tiles_done_) / static_cast<double>(2 * work_tiles));
+    }
+}
+
+void Prefill::copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t span_begin,
+                        std::int64_t span_end) {
+  engine_.kernels().copy_rows(
+      {engine_.shape().dtype, src, dst, engine_.planes(), first, positions_, span_begin, span_end},
+      engine_.streams.compute);
+}
+
+void Prefill::project_rows(Work& w, Recorder& recorder) {
+  LayerCaches& cache = engine_.caches[w.layer];
+  each_tile(w, [&](const PrefillTile&) {
+    recorder.time(Stage::project, [&] { project(w); });
+    recorder.time(Stage::append, [&] {
+      append(w, sel, cache.sel.k, cache.sel.v);
+      append(w, cmp, raw_.k, raw_.v);
+      if (!engine_.shape().shared_kv) append(w, win, win_.k, win_.v);
+    });
+  });
+}
+
+// A chunk's last compressed tokens reach l - d positions into the next chunk, which another rank holds.
+void Prefill::exchange_raw_halo() {
+  const Partition& p = engine_.partition;
+  const std::int64_t halo = p.shape.rules.l - p.shape.rules.d;
+  if (p.kv == 1 || halo == 0) return;
+  copy_rows(raw_.k, heads_.k, 0, 0, halo);
+  copy_rows(raw_.v, heads_.v, 0, 0, halo);
+  gather_pair("raw halo", engine_, heads_, heads_all_, engine_.streams.compute);
+  copy_rows(heads_all_.k, raw_.k, 0, p.chunk_tokens, p.chunk_tokens + halo);
+  copy_rows(heads_all_.v, raw_.v, 0, p.chunk_tokens, p.chunk_tokens + halo);
+}
+
+void Prefill::compress_rows(Work& w) {
+  CompressArgs args;
+  args.shape = engine_.shape();
+  args.tile = {0, static_cast<std::int32_t>(engine_.point.batch), static_cast<std::int32_t>(positions_),
+               starts_.as<std::int64_t>() + tiles_.size(), positions_};
+  if (w.whole_layer()) {
+    args.phi_k = engine_.weights[w.layer].layer().phi_k;
+    args.phi_v = engine_.weights[w.layer].layer().phi_v;
+  }
+  args.k_raw = raw_.k;
+  args.v_raw = raw_.v;
+  args.k_cmp = engine_.caches[w.layer].cmp.k;
+  args.v_cmp = engine_.caches[w.layer].cmp.v;
+  args.scratch = buffers_.scratch.data();
+  args.scratch_bytes = buffers_.scratch.bytes();
+  engine_.kernels().compress(args, engine_.streams.compute);
+}
+
+void Prefill::gather(Work& w) {
+  LayerCaches& cache = engine_.caches[w.layer];
+  const bool shared = engine_.shape().shared_kv;
+  const auto read = [&](Branch branch, const KvPair& pair) {
+    w.k[branch] = pair.k;
+    w.v[branch] = pair.v;
+  };
+  if (engine_.partition.kv == 1) {
+    read(sel, cache.sel);
+    read(cmp, cache.cmp);
+    return read(win, rows(win, w.layer));
+  }
+  Stream* stream = engine_.streams.compute;
+  gather_pair("k_cmp, v_cmp", engine_, cache.cmp, cmp_all_, stream);
+  gather_pair("k_sel, v_sel", engine_, cache.sel, sel_all_, stream);
+  if (!shared) gather_pair("k_win, v_win", engine_, win_, win_all_, stream);
+  read(sel, sel_all_);
+  read(cmp, cmp_all_);
+  read(win, shared ? sel_all_ : win_all_);
+  // Decode scores the tokens in front of each chunk that reach into its first block.
+  const std::int64_t before = cache.cmp.k.map.before;
+  const std::int64_t tokens = compressed_tokens(engine_.shape().rules, positions_ - 1);
+  for (const bool value : {false, true})
+    engine_.kernels().copy_rows({engine_.shape().dtype, value ? cmp_all_.v : cmp_all_.k,
+                                 value ? cache.cmp.v : cache.cmp.k, engine_.planes(), 0, tokens, -before, 0},
+                                stream);
+}
+
+// What decode starts from: the last w tokens of the window, the last l of the cmp projections, on every rank.
+void Prefill::fill_rings(Work& w) {
+  LayerCaches& cache = engine_.caches[w.layer];
+  const BlockRules& r = engine_.shape().rules;
+  const std::int64_t win_first = std::max<std::int64_t>(0, positions_ - r.w);
+  copy_rows(w.k[win], cache.win.k, win_first, 0, positions_);
+  copy_rows(w.v[win], cache.win.v, win_first, 0, positions_);
+  const std::int64_t raw_first = std::max<std::int64_t>(0, positions_ - r.l);
+  copy_rows(raw_.k, cache.raw.k, raw_first, 0, positions_);
+  copy_rows(raw_.v, cache.raw.v, raw_first, 0, positions_);
+  const Partition& p = engine_.partition;
+  if (p.kv == 1) return;
+  gather_pair("raw ring", engine_, cache.raw, ring_all_, engine_.streams.compute);
+  const std::int64_t size = static_cast<std::int64_t>(size_of(p.shape.dtype));
+  for (std::int64_t c = raw_first / p.chunk_tokens; c * p.chunk_tokens < positions_; ++c)
+    for (const bool value : {false, true}) {
+      KvView src = value ? ring_all_.v : ring_all_.k;
+      src.data = static_cast<std::byte*>(src.data) + owner_of_chunk(p.tokens(true), c) * src.rank_stride * size;
+      engine_.kernels().copy_rows(
+          {p.shape.dtype, src, value ? cache.raw.v : cache.raw.k, engine_.planes(),
+           std::max(raw_first, c * p.chunk_tokens), std::min(positions_, (c + 1) * p.chunk_tokens), 0, positions_},
+          engine_.streams.compute);
+    }
+}
+
+void Prefill::attend_by_stages(Work& w, Recorder& recorder) {
+  recorder.time(Stage::attend_cmp, [&] { attend(w, cmp); });
+  if (!w.leaves_out(sel)) {
+    recorder.time(Stage::rank, [&] { rank_blocks(w); });
+    recorder.time(Stage::attend_sel, [&] { attend(w, sel); });
+  }
+  if (!w.leaves_out(win)) recorder.time(Stage::attend_win, [&] { attend(w, win); });
+  recorder.time(Stage::combine, [&] { combine(w); });
+}
+
+void Prefill::attend_rows(Work& w, Recorder& recorder, const OnTile& on_tile) {
+  const bool last_layer = w.layer + 1 == engine_.config.model.layers;
+  each_tile(w, [&](const PrefillTile& tile) {
+    if (recorder.times_stages() || !attend_at_once(w)) attend_by_stages(w, recorder);
+    if (w.whole_layer()) recorder.time(Stage::output, [&] { output(w); });
+    if (on_tile && last_layer) on_tile(w, tile);
+  });
+  if (w.whole_layer()) recorder.time(Stage::comm, [&] { sum_outputs(w, engine_.point.batch * local_rows_); });
+}
+
+Work Prefill::start(const StepOptions& options) {
+  fault::at("prefill.start");
+  tiles_done_ = 0;
+  engine_.device().fill(buffers_.reads.data(), 0, buffers_.reads.bytes(), engine_.streams.compute);
+  return {engine_, buffers_, options, false, {}, 0, 0, {}, {}, Phase::prefill};
+}
+
+void Prefill::make_caches(Work& w, Recorder& recorder) {
+  if (w.whole_layer()) project_rows(w, recorder);
+  recorder.time(Stage::comm, [&] { exchange_raw_halo(); });
+  recorder.time(Stage::compress, [&] { compress_rows(w); });
+  recorder.time(Stage::comm, [&] { gather(w); });
+  recorder.time(Stage::append, [&] { fill_rings(w); });
+}
+
+void Prefill::run(Recorder& recorder, const StepOptions& options, const OnTile& on_tile) {
+  Work w = start(options);
+  for (w.layer = 0; w.layer < engine_.config.model.layers; ++w.layer) {
+    make_caches(w, recorder);
+    fault::flip("cache.k", engine_.device(), engine_.caches[w.layer].sel.k_memory.data(),
+                engine_.caches[w.layer].sel.k_memory.bytes(), engine_.streams.compute);
+    attend_rows(w, recorder, on_tile);
+  }
+}
+
+void Prefill::fill_caches(Recorder& recorder) {
+  Work w = start({});
+  for (w.layer = 0; w.layer < engine_.config.model.layers; ++w.layer) {
+    make_caches(w, recorder);
+    if (w.layer + 1 < engine_.config.model.layers) attend_rows(w, recorder, nullptr);
+  }
+}
+
+}  // namespace nsa

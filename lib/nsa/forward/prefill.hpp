@@ -1,0 +1,78 @@
+#pragma once
+// Prefill: query rows follow the chunks of their rank, K and V are gathered per layer, queries go in tiles.
+
+#include <functional>
+#include <iterator>
+#include <utility>
+#include <vector>
+
+#include "nsa/forward/stage_timer.hpp"
+#include "nsa/forward/stages.hpp"
+
+namespace nsa {
+
+/// Query rows of one sequence that are attended at a time.
+struct PrefillTile {
+  std::int64_t first_position = 0;
+  std::int32_t tokens = 0;
+  std::int64_t local_row = 0;  ///< among the rank's rows of a sequence
+};
+
+/// The memory of a prefill of `positions` tokens; gone before decode starts.
+class Prefill {
+ public:
+  Prefill(Engine& engine, std::int64_t positions, bool record);
+
+  /// Loads x (scope = layer) or q and gates (attention) of this rank's rows. Untimed, before every run.
+  void load_rows(const TensorSource& source);
+  /// scope = attention: loads the given K and V.
+  void load_kv(const TensorSource& source);
+
+  /// `done` gets the share of a run that is queued, tile by tile. Not for a timed run.
+  void watch(std::function<void(double done)> done) { watch_ = std::move(done); }
+
+  /// Runs all layers. After each tile of the last layer, `on_tile` may read the buffers.
+  using OnTile = std::function<void(const Work&, const PrefillTile&)>;
+  void run(Recorder& recorder, const StepOptions& options, const OnTile& on_tile = nullptr);
+
+  /// Runs what decode needs: the caches of all layers. The last layer's queries are not attended.
+  void fill_caches(Recorder& recorder);
+
+  StepBuffers& buffers() { return buffers_; }
+  std::int64_t tile_count() const { return std::ssize(tiles_); }
+  std::int64_t last_tile_rows() const { return tiles_.empty() ? 0 : tiles_.back().tokens; }
+  /// Where a token's K and V of a branch are kept on this rank; with shared_kv, [win] is [sel].
+  KvPair& rows(Branch branch, std::int64_t layer = 0) {
+    return branch == cmp ? raw_ : branch == win && !engine_.shape().shared_kv ? win_ : engine_.caches[layer].sel;
+  }
+
+ private:
+  Work start(const StepOptions& options);
+  void make_caches(Work& work, Recorder& recorder);
+  void project_rows(Work& work, Recorder& recorder);
+  void compress_rows(Work& work);
+  void exchange_raw_halo();
+  void gather(Work& work);
+  void fill_rings(Work& work);
+  void attend_by_stages(Work& work, Recorder& recorder);
+  void attend_rows(Work& work, Recorder& recorder, const OnTile& on_tile);
+  template <class Body>
+  void each_tile(Work& work, Body&& body);
+  void copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t span_begin,
+                 std::int64_t span_end);
+
+  Engine& engine_;
+  const std::int64_t positions_;
+  const bool rescores_;  ///< as the buffers were made for, also when another implementation takes over
+  const std::vector<PrefillTile> tiles_;
+  const std::int64_t local_rows_;  ///< of one sequence
+  StepBuffers buffers_;
+  Buffer starts_;                       ///< [tiles] first positions, then one 0
+  KvPair raw_, win_;                    ///< own rows of the cmp and win projections
+  KvPair sel_all_, cmp_all_, win_all_;  ///< gathered, kv > 1
+  KvPair heads_, heads_all_, ring_all_;
+  std::function<void(double)> watch_;
+  std::int64_t tiles_done_ = 0;  ///< of this run, projected and attended
+};
+
+}  // namespace nsa

@@ -1,0 +1,67 @@
+#pragma once
+// Times a step on its stream: every stage between its own events, or only the whole.
+
+#include <array>
+#include <vector>
+
+#include "kernels/diagnostics/operation_log.hpp"
+#include "kernels/interface/backend.hpp"
+#include "nsa/results/records.hpp"
+
+namespace nsa {
+
+using StageTimes = std::array<double, stage_count>;  ///< seconds, NaN where not timed
+
+class Recorder {
+ public:
+  Recorder(const DeviceOps& device, Stream* stream) : device_(device), stream_(stream) {}
+  ~Recorder();
+  Recorder(const Recorder&) = delete;
+  Recorder& operator=(const Recorder&) = delete;
+
+  /// Whether stages are timed apart. Then everything runs on the one stream, one stage after the other.
+  void time_stages(bool on) { stages_on_ = on; }
+  bool times_stages() const { return stages_on_; }
+
+  /// Runs `work`, which queues on the stream; its time is added to the stage's.
+  template <class Work>
+  void time(Stage stage, Work&& work) {
+    set_stage(stage_names[static_cast<std::size_t>(stage)]);
+    if (!stages_on_) return work();
+    const Span span{stage, next_event(), next_event()};
+    device_.record(span.from, stream_);
+    work();
+    device_.record(span.to, stream_);
+    spans_.push_back(span);
+  }
+
+  /// Runs `work` as one step, waits for it, and returns what it took: Stage::step always.
+  template <class Work>
+  StageTimes step(Work&& work) {
+    spans_.clear();
+    used_ = 0;
+    const Span whole{Stage::step, next_event(), next_event()};
+    device_.record(whole.from, stream_);
+    work();
+    device_.record(whole.to, stream_);
+    spans_.push_back(whole);
+    return collect();
+  }
+
+ private:
+  struct Span {
+    Stage stage;
+    Event *from, *to;
+  };
+  Event* next_event();
+  StageTimes collect();
+
+  const DeviceOps& device_;
+  Stream* stream_;
+  bool stages_on_ = false;
+  std::vector<Event*> events_;
+  std::size_t used_ = 0;
+  std::vector<Span> spans_;
+};
+
+}  // namespace nsa

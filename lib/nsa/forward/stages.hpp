@@ -1,0 +1,61 @@
+#pragma once
+// The stages of a step, one function each, for decode and prefill alike: they fill a stage's arguments from
+// the engine and the buffers and call the kernel table.
+
+#include <cstdint>
+
+#include "nsa/model/model_shard.hpp"
+
+namespace nsa {
+
+struct StepOptions {
+  std::int32_t leave_out = -1;     ///< ablation: a Branch that is not computed
+  std::int32_t force_branch = -1;  ///< one-hot gates
+  bool record = false;             ///< also leave o_c and p_slc
+};
+
+/// What the stages work on now.
+struct Work {
+  Engine& engine;
+  StepBuffers& buffers;
+  StepOptions options;
+  bool exchange = false;  ///< decode with kv > 1: each rank attends what it holds and they merge
+  QueryTile tile;
+  std::int64_t first_row = 0;  ///< of the tile within q, gate, x, y
+  std::int64_t layer = 0;
+  KvView k[branches], v[branches];  ///< what attention reads: [cmp], [sel], [win]
+  Phase phase = Phase::decode;
+  bool weighted = false;  ///< sharded decode: cmp and win travel as one weighted vector (ShardedStep)
+  bool opened = false;    ///< sharded decode: cmp's scores are those of ShardedStep
+
+  bool leaves_out(Branch branch) const { return options.leave_out == branch; }
+  bool whole_layer() const { return engine.config.run.scope == Scope::layer; }
+};
+
+void project(Work& work);
+void append(Work& work, Branch branch, const KvView& k_cache, const KvView& v_cache);
+void compress(Work& work);  ///< decode: the token that completes, halo copies too
+void attend(Work& work, Branch branch);
+void rank_blocks(Work& work);    ///< candidates of this rank, or the selection itself without exchange
+void select_blocks(Work& work);  ///< from the exchanged candidates
+void combine(Work& work);
+void output(Work& work);
+
+/// Decode: project, append and compress, in the backend's own few launches; both phases: everything from attend to
+/// combine. False, and nothing queued, where it has none for this.
+bool enter_at_once(Work& work);
+bool attend_at_once(Work& work);
+
+/// Decode where ranks share the sequences, in the backend's own few launches: cmp with win before the exchange of lse,
+/// and what they give to each head, once that is there. combine() follows `weighted`.
+bool shards_at_once(Work& work);  ///< whether the backend has that for this work, as it is routed
+void open_shard(Work& work);
+void weigh_shard(Work& work, Stream* stream);
+
+void exchange_lse(Work& work, Stream* stream);
+void exchange_candidates(Work& work, Stream* stream);
+void exchange_partials(Work& work, Stream* stream);
+/// Sums y [rows, dim] over the head shards and, with several layers, adds it to the residual stream.
+void sum_outputs(Work& work, std::int64_t rows);
+
+}  // namespace nsa

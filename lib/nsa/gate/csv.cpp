@@ -1,0 +1,156 @@
+#include "nsa/gate/csv.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <set>
+#include <sstream>
+
+#include "kernels/diagnostics/error.hpp"
+
+namespace nsa {
+namespace {
+
+constexpr std::uintmax_t most_bytes = std::uintmax_t{4} << 20;
+
+[[noreturn]] void fail(const std::string& where, const std::string& what, const std::string& advice) {
+  throw UserError(fmt::format("cannot read {} ({}); {}", where, what, advice), ExitCode::file);
+}
+
+std::string trimmed(std::string_view text) {
+  const auto first = text.find_first_not_of(" \t");
+  if (first == std::string_view::npos) return {};
+  return std::string(text.substr(first, text.find_last_not_of(" \t") - first + 1));
+}
+
+/// What a message shows of a cell: it may be anything, of any length.
+std::string shown(const std::string& cell) {
+  std::string text = cell.substr(0, 40);
+  std::replace_if(
+      text.begin(), text.end(), [](unsigned char c) { return c < 0x20 || c > 0x7e; }, '?');
+  return "'" + text + (cell.size() > 40 ? "..." : "") + "'";
+}
+
+/// Takes one line of cells off the text; a quoted cell may span lines.
+class Reader {
+ public:
+  Reader(std::string_view text, const std::string& path) : text_(text), path_(path) {
+    if (text_.starts_with("\xEF\xBB\xBF")) text_.remove_prefix(3);
+  }
+  bool done() const { return text_.empty(); }
+  CsvRow row() {
+    CsvRow row{line_, {}};
+    while (true) {
+      row.cells.push_back(text_.starts_with('"') ? quoted() : plain());
+      if (text_.starts_with(',')) {
+        text_.remove_prefix(1);
+        continue;
+      }
+      end_of_line();
+      return row;
+    }
+  }
+
+ private:
+  std::string plain() {
+    const std::string_view cell = text_.substr(0, text_.find_first_of(",\r\n"));
+    text_.remove_prefix(cell.size());
+    return trimmed(cell);
+  }
+  std::string quoted() {
+    std::string cell;
+    const std::int64_t opened = line_;
+    for (text_.remove_prefix(1); !text_.empty(); text_.remove_prefix(1)) {
+      if (text_.starts_with("\"\"")) {
+        text_.remove_prefix(1);
+      } else if (text_.front() == '"') {
+        text_.remove_prefix(1);
+        if (text_.empty() || std::string_view(",\r\n").find(text_.front()) != std::string_view::npos) return cell;
+        fail(fmt::format("{}:{}", path_, line_), "text behind a closing quote", "mend the line");
+      }
+      line_ += text_.front() == '\n';
+      cell += text_.front();
+    }
+    fail(fmt::format("{}:{}", path_, opened), "a quote is not closed", "mend the line");
+  }
+  void end_of_line() {
+    if (text_.starts_with('\r')) text_.remove_prefix(1);
+    if (text_.starts_with('\n')) text_.remove_prefix(1);
+    ++line_;
+  }
+
+  std::string_view text_;
+  const std::string& path_;
+  std::int64_t line_ = 1;
+};
+
+bool blank(const CsvRow& row) { return row.cells.size() == 1 && row.cells[0].empty(); }
+
+}  // namespace
+
+bool Csv::has(std::string_view column) const {
+  return std::find(columns.begin(), columns.end(), column) != columns.end();
+}
+
+std::vector<double> Csv::numbers(std::string_view column) const {
+  const auto at = std::find(columns.begin(), columns.end(), column) - columns.begin();
+  if (at == std::ssize(columns))
+    fail(path, fmt::format("column {} is missing; it has {}", column, fmt::join(columns, ", ")),
+         "give a CSV with nsa-vibe's columns");
+  std::vector<double> values;
+  for (const CsvRow& row : rows) {
+    const std::string& cell = row.cells[static_cast<std::size_t>(at)];
+    double value = std::numeric_limits<double>::quiet_NaN();
+    const auto [end, error] = std::from_chars(cell.data(), cell.data() + cell.size(), value);
+    if (!cell.empty() && (error != std::errc{} || end != cell.data() + cell.size() || !std::isfinite(value)))
+      fail(fmt::format("{}:{}", path, row.line),
+           fmt::format("column {} holds {}, which is no number", column, shown(cell)),
+           "mend the line or leave the cell empty");
+    values.push_back(value);
+  }
+  return values;
+}
+
+Csv parse_csv(std::string_view text, const std::string& path) {
+  Csv csv{path, {}, {}};
+  Reader reader(text, path);
+  while (!reader.done()) {
+    CsvRow row = reader.row();
+    if (blank(row)) continue;
+    if (csv.columns.empty()) {
+      csv.columns = std::move(row.cells);
+      continue;
+    }
+    if (row.cells.size() != csv.columns.size())
+      fail(fmt::format("{}:{}", path, row.line),
+           fmt::format("{} cells, the header has {} columns", row.cells.size(), csv.columns.size()), "mend the line");
+    csv.rows.push_back(std::move(row));
+  }
+  std::set<std::string_view> seen;
+  for (const std::string& column : csv.columns)
+    if (!seen.insert(column).second)
+      fail(path, fmt::format("column {} stands twice in the header", shown(column)), "give each column once");
+  if (csv.rows.empty()) fail(path, "it has no row of data", "give the CSV of a benchmark");
+  return csv;
+}
+
+Csv read_csv(const std::string& path) {
+  std::error_code error;
+  const auto status = std::filesystem::status(path, error);
+  if (!std::filesystem::exists(status)) fail(path, "no such file", "give the CSV of a benchmark");
+  if (!std::filesystem::is_regular_file(status)) fail(path, "not a plain file", "give the CSV of a benchmark");
+  if (std::filesystem::file_size(path, error) > most_bytes)
+    fail(path, "larger than 4 MiB", "give the CSV of a benchmark");
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  text << file.rdbuf();
+  if (!file.is_open() || file.bad()) fail(path, "it cannot be opened", "check its permissions");
+  return parse_csv(text.str(), path);
+}
+
+}  // namespace nsa

@@ -1,0 +1,337 @@
+#include "nsa/gate/gate.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <sstream>
+
+#include "kernels/diagnostics/error.hpp"
+#include "nsa/gate/evidence.hpp"
+#include "nsa/report/metrics.hpp"
+#include "nsa/report/report.hpp"
+
+namespace nsa {
+namespace {
+
+constexpr double none = std::numeric_limits<double>::quiet_NaN();
+constexpr double miss = 0.05;  ///< all intervals of a condition hold together with 95% (Bonferroni)
+constexpr const char* decode_run = "nsa run inputs/m4_decode.toml";
+constexpr const char* kernels_run = "nsa run inputs/m4_kernels.toml";
+
+using Samples = std::vector<double>;
+
+Measured measured(const Samples& samples, double missing) {
+  const Summary s = summarise(samples, missing);
+  return {s.median, s.low, s.high, s.n};
+}
+
+/// f(a[i], b[i]) for every repetition that both have.
+Samples paired(const Samples& a, const Samples& b, const std::function<double(double, double)>& f) {
+  Samples result;
+  for (std::size_t i = 0; i < std::min(a.size(), b.size()); ++i) result.push_back(f(a[i], b[i]));
+  return result;
+}
+
+Samples step_samples(const PointRecord& point, const char* mode) { return slowest_samples(point, mode, Stage::step); }
+
+/// Sum of stages, repetition by repetition; stages that the mode does not time are left out.
+Samples stage_sum(const PointRecord& point, std::initializer_list<Stage> stages) {
+  Samples sum;
+  for (const Stage stage : stages) {
+    const Samples of_stage = slowest_samples(point, "branches", stage);
+    if (of_stage.empty()) continue;
+    sum = sum.empty() ? of_stage : paired(sum, of_stage, std::plus<>());
+  }
+  return sum;
+}
+
+constexpr std::initializer_list<Stage> selection = {Stage::rank, Stage::attend_sel};
+constexpr std::initializer_list<Stage> attention = {Stage::attend_cmp, Stage::rank, Stage::attend_sel,
+                                                    Stage::attend_win, Stage::combine};
+constexpr std::initializer_list<Stage> all_stages = {
+    Stage::project,    Stage::append,     Stage::compress, Stage::attend_cmp, Stage::rank,
+    Stage::attend_sel, Stage::attend_win, Stage::combine,  Stage::output,     Stage::comm};
+
+Outcome outcome_of(const Measured& m, double threshold, bool at_least) {
+  if (std::isnan(m.low)) return Outcome::open;
+  const bool above = m.low >= threshold, below = m.high < threshold;
+  if (at_least) return above ? Outcome::met : below ? Outcome::not_met : Outcome::open;
+  return m.high <= threshold ? Outcome::met : m.low > threshold ? Outcome::not_met : Outcome::open;
+}
+
+std::string too_few(std::int64_t n, double missing) {
+  return fmt::format("{} samples give no interval here, {} do; raise run.steps", n, samples_needed(missing));
+}
+
+// Condition 1
+
+/// Why a point cannot say anything about the share; empty when it can.
+std::string share_gap(const PointRecord& point) {
+  const std::int64_t context = integer_parameter(point, "run.context", 0);
+  const auto lacks = [&](const char* mode) { return step_samples(point, mode).empty(); };
+  if (point.routes[sel] != "sdpa")
+    return fmt::format(
+        "selection ran as {}, and the question is what it costs as packed SDPA: {} --set run.context={} "
+        "(it has route.sel = \"sdpa\")",
+        point.routes[sel], decode_run, context);
+  std::string missing;
+  for (const char* mode : {"branches", "total", "ablation_sel"})
+    if (lacks(mode)) missing += (missing.empty() ? "" : ", ") + std::string(mode);
+  if (missing.empty()) return {};
+  return fmt::format("no {}: {} --set run.context={} --set 'run.modes=[\"branches\", \"total\", \"ablation\"]'",
+                     missing, decode_run, context);
+}
+
+Condition share_condition(const PointRecord& point, const ContextVerdict& v, double threshold, double missing) {
+  Condition c{
+      fmt::format("selection's share of the step >= {:.0f}%", 100 * threshold), threshold, true, {}, Outcome::open, {}};
+  c.measured = measured(paired(stage_sum(point, selection), stage_sum(point, all_stages), std::divides<>()), missing);
+  if (c.why = share_gap(point); !c.why.empty()) return c;
+  if (std::isnan(c.measured.low)) {
+    c.why = too_few(c.measured.n, missing);
+    return c;
+  }
+  c.outcome = outcome_of(c.measured, threshold, true);
+  const Outcome other = outcome_of(v.share_ablation, threshold, true);
+  const bool opposite = c.outcome != Outcome::open && other != Outcome::open && other != c.outcome;
+  if (c.outcome == Outcome::open) {
+    c.why = fmt::format("the interval holds {:.0f}%; raise run.steps", 100 * threshold);
+  } else if (opposite) {
+    c.outcome = Outcome::open;
+    c.why = fmt::format("the stages say {:.1f}%, leaving selection out saves {:.1f}%: on opposite sides of {:.0f}%",
+                        100 * c.measured.value, 100 * v.share_ablation.value, 100 * threshold);
+  }
+  return c;
+}
+
+Account account(const std::string& name, const Samples& stages, const Samples& step, double missing) {
+  Account a{name, measured(stages, missing), measured(step, missing), true, {}};
+  if (std::isnan(a.stages.low) || std::isnan(a.step.low)) return a;
+  a.agree = a.stages.low <= a.step.high && a.step.low <= a.stages.high;
+  if (a.agree) return a;
+  const bool more = a.stages.value > a.step.value;
+  if (name == "cmp" && more)
+    a.why = "left out, its scores are still formed, because selection needs them";
+  else if (more)
+    a.why = "stages timed one by one neither overlap nor share a launch, and may wait for theirs";
+  else
+    a.why = name == "step" ? "what lies between two stages is in none of them"
+                           : "leaving it out also leaves more of the caches to the rest of the step";
+  return a;
+}
+
+std::vector<Account> accounts(const PointRecord& point, double missing) {
+  const Samples total = step_samples(point, "total");
+  std::vector<Account> list{account("step", stage_sum(point, all_stages), total, missing)};
+  const auto branch = [&](const char* name, std::initializer_list<Stage> stages) {
+    const Samples without = step_samples(point, (std::string("ablation_") + name).c_str());
+    list.push_back(account(name, stage_sum(point, stages), paired(total, without, std::minus<>()), missing));
+  };
+  branch("cmp", {Stage::attend_cmp});
+  branch("sel", selection);
+  branch("win", {Stage::attend_win});
+  return list;
+}
+
+// Conditions 2 and 3
+
+std::int64_t find_implementation(const KernelRecord& k, const char* name) {
+  const auto at = std::find(k.implementations.begin(), k.implementations.end(), name);
+  return at == k.implementations.end() ? -1 : at - k.implementations.begin();
+}
+
+Measured ratio(const PointRecord& point, const char* of, const char* to, double missing) {
+  const Summary s = kernel_ratio(point, of, to, missing);
+  return {s.median, s.low, s.high, s.n};
+}
+
+Measured mean_error(const KernelRecord& k, double missing) {
+  const std::int64_t at = find_implementation(k, "fused");
+  if (at < 0) return {none, none, none, 0};
+  const double mean = k.mean_abs_err[static_cast<std::size_t>(at)];
+  if (std::isnan(mean)) return {none, none, none, 0};  // run.check was off
+  const double half = normal_quantile(missing) * k.mean_abs_err_se[static_cast<std::size_t>(at)];
+  return {mean, std::max(0.0, mean - half), mean + half, 1};
+}
+
+std::vector<ShapeResult> shape_results(const DevicePoints& points) {
+  const double missing = miss / static_cast<double>(std::max<std::size_t>(1, points.kernels.size()));
+  std::vector<ShapeResult> shapes;
+  for (const PointRecord* p : points.kernels)
+    shapes.push_back({shape_name(*p), kernel_variant(*p, "fused"), ratio(*p, "sdpa", "fused", missing),
+                      ratio(*p, fastest_packed(*p), "fused", missing), mean_error(p->kernels, missing)});
+  return shapes;
+}
+
+/// A condition that every shape has to meet: the worst shape's value, and the bounds that hold for all of them.
+Condition over_shapes(const DevicePoints& points, const std::vector<ShapeResult>& shapes, Measured ShapeResult::*field,
+                      Condition c) {
+  c.measured = {none, none, none, 0};
+  if (shapes.empty()) {
+    c.why = points.invalid_shapes.empty() ? fmt::format("not measured: {}", kernels_run)
+                                          : "every shape is INVALID; mend the kernel and run them again";
+    return c;
+  }
+  const ShapeResult* worst = nullptr;
+  std::string unknown;
+  for (const ShapeResult& shape : shapes) {
+    const Measured& m = shape.*field;
+    if (std::isnan(m.low)) {
+      if (unknown.empty())
+        unknown = m.n == 0 ? fmt::format("{} lacks an implementation, or was not checked", shape.name)
+                           : fmt::format("{}: {}", shape.name, too_few(m.n, miss / static_cast<double>(shapes.size())));
+      continue;
+    }
+    if (!worst || (c.at_least ? m.value < (worst->*field).value : m.value > (worst->*field).value)) worst = &shape;
+    if (std::isnan(c.measured.low)) c.measured = m;
+    const auto pick = [&](double a, double b) { return c.at_least ? std::min(a, b) : std::max(a, b); };
+    c.measured = {pick(c.measured.value, m.value), pick(c.measured.low, m.low), pick(c.measured.high, m.high),
+                  std::min(c.measured.n, m.n)};
+  }
+  c.outcome = outcome_of(c.measured, c.threshold, c.at_least);
+  if (worst) c.why = "worst: " + worst->name;
+  if (c.outcome == Outcome::not_met) return c;
+  if (unknown.empty() && !points.invalid_shapes.empty())
+    unknown = fmt::format("{} is INVALID; mend it and run the shapes again", points.invalid_shapes.front());
+  if (!unknown.empty()) {
+    c.outcome = Outcome::open;
+    c.why = unknown;
+  } else if (c.outcome == Outcome::open) {
+    c.why += fmt::format("; the interval holds {}, raise run.steps", c.threshold);
+  }
+  return c;
+}
+
+// Verdicts
+
+std::string number_of(const Condition& c) {
+  const bool share = c.threshold < 1 && c.at_least;
+  return share        ? fmt::format("{:.1f}%", 100 * c.measured.value)
+         : c.at_least ? fmt::format("{:.2f}x", c.measured.value)
+                      : fmt::format("{:.1e}", c.measured.value);
+}
+
+void decide(ContextVerdict& v, const Condition& speedup, const Condition& error) {
+  std::string failed, open;
+  const auto add = [](std::string& to, const std::string& text) { to += (to.empty() ? "" : "; ") + text; };
+  for (const Condition* c : {static_cast<const Condition*>(&v.share), &speedup, &error}) {
+    if (c->outcome == Outcome::not_met) add(failed, fmt::format("{} is not met ({})", c->name, number_of(*c)));
+    if (c->outcome == Outcome::open) add(open, fmt::format("{} is open ({})", c->name, c->why));
+  }
+  v.verdict = !failed.empty() ? Verdict::stay : !open.empty() ? Verdict::inconclusive : Verdict::proceed;
+  v.why = !failed.empty() ? failed
+          : !open.empty() ? open
+                          : fmt::format(
+                                "selection takes {}, the kernel is {} as fast as packed SDPA with its gather on "
+                                "every shape, mean error at most {}",
+                                number_of(v.share), number_of(speedup), number_of(error));
+}
+
+ContextVerdict judge_context(const PointRecord& point, double missing, const Condition& speedup,
+                             const Condition& error) {
+  ContextVerdict v;
+  v.context = integer_parameter(point, "run.context", 0);
+  v.batch = integer_parameter(point, "run.batch", 1);
+  v.share_ablation = measured(paired(step_samples(point, "ablation_sel"), step_samples(point, "total"),
+                                     [](double without, double whole) { return 1 - without / whole; }),
+                              missing);
+  v.one_hot =
+      measured(paired(step_samples(point, "one_hot_sel"), step_samples(point, "total"), std::divides<>()), missing);
+  v.share_attention =
+      measured(paired(stage_sum(point, selection), stage_sum(point, attention), std::divides<>()), missing);
+  v.share = share_condition(point, v, gate_share, missing);
+  v.share_high = share_condition(point, v, gate_share_high, missing);
+  v.accounts = accounts(point, missing);
+  decide(v, speedup, error);
+  return v;
+}
+
+/// One word for the device: a kernel is routed by length, so a context where it pays is enough.
+void decide(DeviceVerdict& device) {
+  const auto with = [&](Verdict verdict) {
+    std::string list;
+    for (const ContextVerdict& v : device.contexts) {
+      if (v.verdict != verdict) continue;
+      list += fmt::format("{}{}", list.empty() ? "" : ", ", v.context);
+      if (v.batch != 1) list += fmt::format(" (batch {})", v.batch);
+    }
+    return list;
+  };
+  const auto reason = [&](Verdict verdict) {
+    const auto at = std::find_if(device.contexts.begin(), device.contexts.end(),
+                                 [&](const ContextVerdict& v) { return v.verdict == verdict; });
+    return fmt::format("at context {}: {}", at->context, at->why);
+  };
+  const std::string proceed = with(Verdict::proceed), stay = with(Verdict::stay), open = with(Verdict::inconclusive);
+  if (device.contexts.empty()) {
+    device.verdict = Verdict::inconclusive;
+    device.why = fmt::format("no valid decode point, so no share of selection: {}", decode_run);
+  } else if (!proceed.empty()) {
+    device.verdict = Verdict::proceed;
+    device.why =
+        fmt::format("ship the kernel at contexts {}{}{}; {}", proceed, stay.empty() ? "" : ", stay on sdpa at " + stay,
+                    open.empty() ? "" : ", undecided at " + open, reason(Verdict::proceed));
+  } else if (!open.empty()) {
+    device.verdict = Verdict::inconclusive;
+    device.why = fmt::format("undecided at contexts {}{}; {}", open, stay.empty() ? "" : ", stay on sdpa at " + stay,
+                             reason(Verdict::inconclusive));
+  } else {
+    device.verdict = Verdict::stay;
+    device.why = fmt::format("stay on sdpa at every context measured; {}", reason(Verdict::stay));
+  }
+}
+
+DeviceVerdict judge_device(const DevicePoints& points, const std::vector<std::int64_t>& contexts) {
+  DeviceVerdict device;
+  device.device = points.device;
+  device.backend = points.backend;
+  device.git_commit = points.git_commit;
+  device.precision = points.precision;
+  device.measured = points.measured;
+  device.files = points.files;
+  device.commands = points.commands;
+  device.notes = points.notes;
+  std::ostringstream guards;
+  print_guards(guards, points.dense);
+  device.guards = guards.str();
+  device.shapes = shape_results(points);
+  const auto shapes = [&](Measured ShapeResult::*field, const char* name, double threshold, bool at_least) {
+    return over_shapes(points, device.shapes, field, {name, threshold, at_least, {}, Outcome::open, {}});
+  };
+  device.speedup =
+      shapes(&ShapeResult::with_gather, "speed over packed SDPA with its gather >= 1.2x", gate_speedup, true);
+  device.speedup_packed =
+      shapes(&ShapeResult::packed, "speed over packed SDPA without the gather >= 1.2x", gate_speedup, true);
+  device.error = shapes(&ShapeResult::error, "mean absolute error <= 1e-3", gate_error, false);
+  std::vector<const PointRecord*> decode;
+  for (const PointRecord* p : points.decode) {
+    const std::int64_t context = integer_parameter(*p, "run.context", 0);
+    if (contexts.empty() || std::find(contexts.begin(), contexts.end(), context) != contexts.end()) decode.push_back(p);
+  }
+  const double missing = miss / static_cast<double>(std::max<std::size_t>(1, decode.size()));
+  for (const PointRecord* p : decode)
+    device.contexts.push_back(judge_context(*p, missing, device.speedup, device.error));
+  decide(device);
+  return device;
+}
+
+}  // namespace
+
+const char* word_of(Verdict verdict) {
+  return verdict == Verdict::proceed ? "PROCEED" : verdict == Verdict::stay ? "STAY" : "INCONCLUSIVE";
+}
+
+const char* word_of(Outcome outcome) {
+  return outcome == Outcome::met ? "met" : outcome == Outcome::not_met ? "not met" : "open";
+}
+
+std::vector<DeviceVerdict> judge(const std::vector<GateFile>& files, const std::vector<std::int64_t>& contexts) {
+  std::vector<DeviceVerdict> devices;
+  for (const DevicePoints& points : sort_files(files)) devices.push_back(judge_device(points, contexts));
+  return devices;
+}
+
+}  // namespace nsa

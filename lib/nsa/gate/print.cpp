@@ -1,0 +1,246 @@
+// The gate's page of a device, as text and as JSON.
+
+#include <fmt/format.h>
+#include <fmt/ostream.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+
+#include "kernels/diagnostics/json_quote.hpp"
+#include "nsa/gate/gate.hpp"
+#include "nsa/report/metrics.hpp"
+
+namespace nsa {
+namespace {
+
+std::string joined(const std::vector<std::string>& list) { return fmt::format("{}", fmt::join(list, ", ")); }
+
+/// "31.2% [30.9, 31.5]": scaled, with its interval where there is one.
+std::string with_interval(const Measured& m, double scale, int decimals, const char* unit) {
+  if (std::isnan(m.value)) return "-";
+  const std::string value = fmt::format("{:.{}f}{}", scale * m.value, decimals, unit);
+  if (std::isnan(m.low)) return value + " [too few]";
+  return fmt::format("{} [{:.{}f}, {:.{}f}]", value, scale * m.low, decimals, scale * m.high, decimals);
+}
+
+std::string share_text(const Measured& m) { return with_interval(m, 100, 1, "%"); }
+
+std::string error_text(const Measured& m) {
+  if (std::isnan(m.value)) return "-";
+  return fmt::format("{:.1e} [{:.1e}, {:.1e}]", m.value, m.low, m.high);
+}
+
+void print_shares(std::ostream& out, const DeviceVerdict& device) {
+  fmt::print(out,
+             "1. selection (rank + attend_sel, by packed SDPA) as a share of a decode step, threshold 25% (and 30%)\n");
+  if (device.contexts.empty()) {
+    fmt::print(out, "   no valid decode point\n");
+    return;
+  }
+  fmt::print(out, "{:>9} {:>5}  {:<22} {:<8} {:<8} {:<22} {:<22}\n", "context", "batch", "by its stages", ">= 25%",
+             ">= 30%", "left out, saves", "of attention alone");
+  for (const ContextVerdict& v : device.contexts)
+    fmt::print(out, "{:>9} {:>5}  {:<22} {:<8} {:<8} {:<22} {:<22}\n", v.context, v.batch, share_text(v.share.measured),
+               word_of(v.share.outcome), word_of(v.share_high.outcome), share_text(v.share_ablation),
+               share_text(v.share_attention));
+  std::string one_hot;
+  for (const ContextVerdict& v : device.contexts)
+    if (!std::isnan(v.one_hot.value))
+      one_hot += fmt::format("{}{}: {:.0f}%", one_hot.empty() ? "" : ", ", v.context, 100 * v.one_hot.value);
+  if (!one_hot.empty())
+    fmt::print(out, "   nsa-vibe's way, a step with gates forced to sel over a step (nothing is left out): {}\n",
+               one_hot);
+  for (const ContextVerdict& v : device.contexts)
+    if (!v.share.why.empty()) fmt::print(out, "   at {}: {}\n", v.context, v.share.why);
+}
+
+void print_shapes(std::ostream& out, const DeviceVerdict& device) {
+  const auto line = [&](const char* name, const Condition& c, const std::string& value, const char* sign) {
+    fmt::print(out, "   {:<20} {:<30} {} {:<7} {:<8} {}\n", name, value, sign, c.threshold, word_of(c.outcome), c.why);
+  };
+  fmt::print(
+      out, "2. custom kernel (fused) against packed SDPA; each of {} shapes has to meet it; with the gather decides\n",
+      device.shapes.size());
+  line("with the gather", device.speedup, with_interval(device.speedup.measured, 1, 2, "x"), ">=");
+  line("without the gather", device.speedup_packed, with_interval(device.speedup_packed.measured, 1, 2, "x"), ">=");
+  fmt::print(out, "3. mean absolute error of the custom kernel against float64, each of {} shapes\n",
+             device.shapes.size());
+  line("error", device.error, error_text(device.error.measured), "<=");
+}
+
+std::string account_cell(const Account& a) {
+  if (std::isnan(a.stages.value) || std::isnan(a.step.value)) return "-";
+  return fmt::format("{}, {}{}", time_text(a.stages.value), time_text(a.step.value), a.agree ? "" : " *");
+}
+
+std::string signed_time(double seconds) { return (seconds < 0 ? "-" : "+") + time_text(std::abs(seconds)); }
+
+/// Where the two accounts of something lie apart for one reason, and by how much.
+struct Apart {
+  double least = INFINITY, most = -INFINITY;
+  std::vector<std::string> contexts;
+
+  void add(const Account& a, std::int64_t context) {
+    const double more = a.stages.value - a.step.value;
+    least = std::min(least, more), most = std::max(most, more);
+    contexts.push_back(std::to_string(context));
+  }
+  std::string text(std::size_t all) const {
+    const std::string by = signed_time(least), to = signed_time(most);
+    return fmt::format("{}{} at {}", by, by == to ? "" : " to " + to,
+                       contexts.size() == all && all > 1 ? "every context" : joined(contexts));
+  }
+};
+
+/// How far the two shares of selection lie apart, and whether that matters for the first condition.
+void print_share_accounts(std::ostream& out, const std::vector<ContextVerdict>& contexts) {
+  double least = INFINITY, most = 0;
+  int counted = 0, same_side = 0;
+  for (const ContextVerdict& v : contexts) {
+    const double stages = v.share.measured.value, ablation = v.share_ablation.value;
+    if (std::isnan(stages) || std::isnan(ablation)) continue;
+    least = std::min(least, std::abs(stages - ablation)), most = std::max(most, std::abs(stages - ablation));
+    ++counted;
+    same_side += (stages >= gate_share) == (ablation >= gate_share);
+  }
+  if (counted > 0)
+    fmt::print(out,
+               "   selection's share by one account and by the other: {:.1f} to {:.1f} points apart, on one side of "
+               "{:.0f}% at {} of {} contexts\n",
+               100 * least, 100 * most, 100 * gate_share, same_side, counted);
+}
+
+void print_accounts(std::ostream& out, const DeviceVerdict& device) {
+  if (device.contexts.empty()) return;
+  fmt::print(
+      out,
+      "Do the parts add up? step: the sum of its stages, each timed by itself, and the step as it runs. cmp, sel, "
+      "win: the\nbranch's stages, and what the step saves when the branch is left out. *: the intervals of the "
+      "two do not meet.\n");
+  fmt::print(out, "{:>9} {:>5}", "context", "batch");
+  for (const Account& a : device.contexts[0].accounts) fmt::print(out, "  {:<21}", a.name);
+  fmt::print(out, "\n");
+  std::map<std::string, Apart> reasons;  // by name and why
+  for (const ContextVerdict& v : device.contexts) {
+    fmt::print(out, "{:>9} {:>5}", v.context, v.batch);
+    for (const Account& a : v.accounts) {
+      fmt::print(out, "  {:<21}", account_cell(a));
+      if (a.agree) continue;
+      reasons[fmt::format("{} ({})", a.name, a.why)].add(a, v.context);
+    }
+    fmt::print(out, "\n");
+  }
+  for (const auto& [what, apart] : reasons)
+    fmt::print(out, "   * {}: first minus second {}\n", what, apart.text(device.contexts.size()));
+  print_share_accounts(out, device.contexts);
+}
+
+// JSON. Numbers that are not there are null.
+
+std::string number(double value) { return std::isfinite(value) ? fmt::format("{}", value) : "null"; }
+
+std::string measured_json(const Measured& m) {
+  return fmt::format(R"({{"value": {}, "low": {}, "high": {}, "n": {}}})", number(m.value), number(m.low),
+                     number(m.high), m.n);
+}
+
+std::string condition_json(const Condition& c) {
+  return fmt::format(R"({{"name": {}, "threshold": {}, "measured": {}, "outcome": {}, "why": {}}})", quoted(c.name),
+                     number(c.threshold), measured_json(c.measured), quoted(word_of(c.outcome)), quoted(c.why));
+}
+
+template <class List, class Each>
+std::string list_json(const List& list, Each&& each) {
+  std::string out;
+  for (const auto& item : list) out += (out.empty() ? "" : ", ") + each(item);
+  return "[" + out + "]";
+}
+
+std::string context_json(const ContextVerdict& v) {
+  return fmt::format(
+      R"({{"context": {}, "batch": {}, "verdict": {}, "why": {}, "share": {}, "share_30": {}, "share_ablation": {}, )"
+      R"("share_attention": {}, "one_hot": {}, "accounts": {}}})",
+      v.context, v.batch, quoted(word_of(v.verdict)), quoted(v.why), condition_json(v.share),
+      condition_json(v.share_high), measured_json(v.share_ablation), measured_json(v.share_attention),
+      measured_json(v.one_hot), list_json(v.accounts, [](const Account& a) {
+        return fmt::format(R"({{"name": {}, "stages": {}, "step": {}, "agree": {}, "why": {}}})", quoted(a.name),
+                           measured_json(a.stages), measured_json(a.step), a.agree, quoted(a.why));
+      }));
+}
+
+std::string device_json(const DeviceVerdict& d) {
+  return fmt::format(
+      R"({{"device": {}, "backend": {}, "git_commit": {}, "precision": {}, "measured": {}, "files": {}, "verdict": {}, "why": {}, )"
+      R"("speedup": {}, "speedup_packed": {}, "error": {}, "contexts": {}, "shapes": {}, "notes": {}}})",
+      quoted(d.device), quoted(d.backend), quoted(d.git_commit), quoted(d.precision), quoted(d.measured),
+      list_json(d.files, quoted), quoted(word_of(d.verdict)), quoted(d.why), condition_json(d.speedup),
+      condition_json(d.speedup_packed), condition_json(d.error), list_json(d.contexts, context_json),
+      list_json(d.shapes,
+                [](const ShapeResult& s) {
+                  return fmt::format(R"({{"name": {}, "kernel": {}, "with_gather": {}, "packed": {}, "error": {}}})",
+                                     quoted(s.name), quoted(s.kernel), measured_json(s.with_gather),
+                                     measured_json(s.packed), measured_json(s.error));
+                }),
+      list_json(d.notes, quoted));
+}
+
+std::string audit_json(const CsvAudit& a) {
+  return fmt::format(R"({{"file": {}, "verdict": {}, "findings": {}, "notes": {}, "rows": {}}})", quoted(a.path),
+                     quoted(a.evidence() ? "CONSISTENT" : "NOT EVIDENCE"), list_json(a.findings, quoted),
+                     list_json(a.notes, quoted), list_json(a.rows, [](const CsvAuditRow& r) {
+                       return fmt::format(
+                           R"({{"context": {}, "total_ms": {}, "cmp_ms": {}, "sel_ms": {}, "win_ms": {}, )"
+                           R"("reads_actual": {}, "reads_expected": {}}})",
+                           number(r.context), number(r.total), number(r.branch[0]), number(r.branch[1]),
+                           number(r.branch[2]), number(r.reads_actual), number(r.reads_expected));
+                     }));
+}
+
+}  // namespace
+
+void print_gate(std::ostream& out, const DeviceVerdict& device) {
+  fmt::print(out, "{} ({}), {}, commit {}\nfiles: {}\n\n", device.device, device.backend, device.precision,
+             device.git_commit, joined(device.files));
+  print_shares(out, device);
+  print_shapes(out, device);
+  fmt::print(out, "Intervals: 95% for all contexts, or shapes, of a condition at once.\n\n");
+  print_accounts(out, device);
+  if (!device.guards.empty()) fmt::print(out, "\n{}", device.guards);
+  for (const std::string& note : device.notes) fmt::print(out, "note: {}\n", note);
+  fmt::print(out, "\nVERDICT: {} ({})\n", word_of(device.verdict), device.why);
+}
+
+void print_adr(std::ostream& out, const DeviceVerdict& device) {
+  fmt::print(out, "# Selection kernel on {}: {}\n\n", device.device, word_of(device.verdict));
+  fmt::print(out, "- Status: {}, by the rule in [METRICS.md](../METRICS.md#the-gate); written by `nsa gate --adr`\n",
+             device.verdict == Verdict::inconclusive ? "open" : "decided");
+  fmt::print(out, "- Measured: {}, commit {}, {}, {} backend\n", device.measured, device.git_commit, device.precision,
+             device.backend);
+  for (std::size_t i = 0; i < device.files.size(); ++i)
+    fmt::print(out, "- `{}`: `{}`\n", device.files[i], device.commands[i]);
+  fmt::print(
+      out,
+      "\n## Question\n\nIs a custom selection kernel (`fused`) worth shipping on this device instead of packed SDPA "
+      "(`sdpa`)?\n\n## Decision\n\n**{}**: {}.\n\n## Evidence\n\n```\n",
+      word_of(device.verdict), device.why);
+  print_gate(out, device);
+  fmt::print(out, "```\n\n| shape | ran as | sdpa / fused | packed / fused | mean error |\n|---|---|---|---|---|\n");
+  for (const ShapeResult& s : device.shapes)
+    fmt::print(out, "| {} | {} | {} | {} | {} |\n", s.name, s.kernel.empty() ? "-" : s.kernel,
+               with_interval(s.with_gather, 1, 2, "x"), with_interval(s.packed, 1, 2, "x"), error_text(s.error));
+  fmt::print(out,
+             "\n## What would change it\n\nAnother device, driver or build: run the commands above there and `nsa "
+             "gate` on the "
+             "files. A routing entry follows this record and names it.\n");
+}
+
+void print_gate_json(std::ostream& out, const std::vector<DeviceVerdict>& devices,
+                     const std::vector<CsvAudit>& audits) {
+  fmt::print(out, R"({{"gate": 1, "thresholds": {{"share": {}, "share_high": {}, "speedup": {}, "error": {}}}, )",
+             gate_share, gate_share_high, gate_speedup, gate_error);
+  fmt::print(out, "\"devices\": {}, \"audits\": {}}}\n", list_json(devices, device_json),
+             list_json(audits, audit_json));
+}
+
+}  // namespace nsa

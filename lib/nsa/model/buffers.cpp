@@ -1,0 +1,108 @@
+#include "nsa/model/buffers.hpp"
+
+#include <algorithm>
+
+namespace nsa {
+
+const DeviceOps& dry_device() {
+  static const DeviceOps ops = [] {
+    DeviceOps dry{};
+    dry.allocate = [](std::size_t) -> void* { return nullptr; };
+    dry.release = [](void*) noexcept {};
+    dry.create_stream = []() -> Stream* { return nullptr; };
+    dry.destroy_stream = [](Stream*) noexcept {};
+    dry.synchronize = [](Stream*) {};
+    dry.copy = [](void*, const void*, std::size_t, Stream*) {};
+    dry.fill = [](void*, int, std::size_t, Stream*) {};
+    dry.create_event = []() -> Event* { return nullptr; };
+    dry.destroy_event = [](Event*) noexcept {};
+    return dry;
+  }();
+  return ops;
+}
+
+KvPair make_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& shape, std::int64_t planes,
+               const RowMap& map, std::int64_t rows, std::int64_t ranks) {
+  const auto make = [&](std::int32_t width, Buffer& memory) {
+    KvView view;
+    view.map = map;
+    view.width = width;
+    view.plane_stride = rows * width;
+    view.rank_stride = planes * view.plane_stride;
+    memory = allocate(
+        kind, (ranks * view.rank_stride + spare_rows * width) * static_cast<std::int64_t>(size_of(shape.dtype)));
+    view.data = memory.data();
+    return view;
+  };
+  KvPair pair;
+  pair.k = make(shape.d_k, pair.k_memory);
+  pair.v = make(shape.d_v, pair.v_memory);
+  return pair;
+}
+
+LayerCaches::LayerCaches(const Allocator& allocate, const Partition& p, std::int64_t batch, std::int64_t positions) {
+  const std::int64_t planes = batch * p.shape.groups;
+  const auto make = [&](const RowMap& map, std::int64_t rows) {
+    KvPair pair = make_kv(allocate, MemoryKind::caches, p.shape, planes, map, p.capacity(map, rows));
+    allocate.device.fill(pair.v_memory.data(), 0, pair.v_memory.bytes(), nullptr);  // see AttendArgs::v
+    allocate.device.synchronize(nullptr);
+    return pair;
+  };
+  sel = make(p.tokens(false), positions);
+  cmp = make(p.compressed(false), compressed_tokens(p.shape.rules, positions - 1));
+  win = make(p.window_ring(), positions);
+  raw = make(p.raw_ring(), positions);
+}
+
+StepBuffers::StepBuffers(const Allocator& allocate, const KernelTable& kernels, const Config& config,
+                         const Partition& p, const Point& point, std::int64_t rows, const QueryTile& tile,
+                         bool exchange, bool record, std::size_t scratch_bytes) {
+  const LayerShape& s = p.shape;
+  const std::int64_t storage = static_cast<std::int64_t>(size_of(s.dtype)), t = tile.rows();
+  const std::int64_t heads = s.heads(), ranks = exchange ? p.kv : 1;
+  const std::int64_t total = total_positions(config, point);
+  const RowMap cmp_map = p.compressed(!exchange);
+  const std::int64_t cmp_rows =
+      exchange ? p.capacity(cmp_map, compressed_tokens(s.rules, total - 1)) : compressed_tokens(s.rules, total - 1);
+  const auto make = [&](std::int64_t bytes) { return allocate(MemoryKind::activations, bytes); };
+
+  q = make(rows * heads * s.d_k * storage);
+  gate = make(rows * s.groups * 3 * 4);
+  for (const Branch c : kv_column_order) {
+    if (s.shared_kv && c != sel) continue;
+    k[c] = make(t * s.groups * s.d_k * storage);
+    v[c] = make(t * s.groups * s.d_v * storage);
+  }
+  scores = allocate(MemoryKind::workspace, static_cast<std::int64_t>(kernels.score_bytes(s, tile, cmp_rows)));
+  scratch = allocate(MemoryKind::workspace, static_cast<std::int64_t>(scratch_bytes));
+  const std::int64_t lse_bytes = tile.rescores ? 0 : lse_slots(s, static_cast<std::int32_t>(ranks)) * t * heads * 2 * 4;
+  const std::int64_t candidate_bytes = t * s.groups * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate));
+  const std::int64_t partial_bytes = partial_floats(s, t) * 4;
+  lse = make(lse_bytes);
+  partials = make(partial_bytes);
+  if (ranks > 1) {
+    candidates = make(candidate_bytes);
+    lse_all = make(ranks * lse_bytes);
+    candidates_all = make(ranks * candidate_bytes);
+    partials_all = make(ranks * partial_bytes);
+  }
+  selected = make(config.model.layers * t * s.groups * s.rules.n_sel * 4);
+  o = make(t * heads * s.d_v * storage);
+  if (record) {
+    for (Buffer& branch : o_branch) branch = make(t * heads * s.d_v * 4);
+    p_slc_blocks = eligible_blocks(s.rules, total - 1);
+    p_slc = make(t * s.groups * p_slc_blocks * 4);
+  }
+  if (config.run.scope == Scope::layer) {
+    x_in = make(rows * s.dim * storage);
+    y = make(rows * s.dim * 4);
+    if (config.model.layers > 1) x = make(rows * s.dim * 4);
+  }
+  reads = make(branches * point.batch * s.groups * 8);
+}
+
+std::int64_t total_positions(const Config& config, const Point& point) {
+  return point.context + (config.kind == TaskKind::prefill ? 0 : config.run.steps);
+}
+
+}  // namespace nsa

@@ -1,0 +1,141 @@
+#include "nsa/model/inputs.hpp"
+
+#include <algorithm>
+
+namespace nsa {
+
+Columns x_columns(const Config& c, const Point& point) {
+  return {{point.batch, total_positions(c, point), c.model.dim}, {0}, {c.model.dim}};
+}
+
+Columns q_columns(const Config& c, const Point& point, const Partition& p) {
+  const std::int64_t first = std::int64_t{p.group_begin} * p.shape.heads_per_group;
+  return {{point.batch, total_positions(c, point), c.model.n_heads, c.model.d_k},
+          {first, 0},
+          {p.shape.heads(), c.model.d_k}};
+}
+
+Columns kv_columns(const Config& c, const Point& point, const Partition& p, bool value) {
+  const std::int64_t width = value ? c.model.d_v : c.model.d_k;
+  return {{point.batch, total_positions(c, point), c.model.n_kv_groups, width},
+          {p.group_begin, 0},
+          {p.shape.groups, width}};
+}
+
+Columns gate_columns(const Config& c, const Point& point, const Partition& p) {
+  return {{point.batch, total_positions(c, point), c.model.n_kv_groups, 3}, {p.group_begin, 0}, {p.shape.groups, 3}};
+}
+
+std::vector<float> given_rows(const TensorSource& source, const std::string& name, const Columns& columns,
+                              std::int64_t first, std::int64_t rows) {
+  std::vector<std::int64_t> begin{0, first}, count{columns.shape[0], rows};
+  begin.insert(begin.end(), columns.begin.begin(), columns.begin.end());
+  count.insert(count.end(), columns.count.begin(), columns.count.end());
+  return source.slab(name, columns.shape, 1.0f, begin, count);
+}
+
+std::string kv_name(const LayerShape& shape, Branch branch, bool value) {
+  return std::string(value ? "given/v_" : "given/k_") + branch_names[shape.shared_kv ? sel : branch];
+}
+
+namespace {
+
+// Rows of a file, a piece of a sequence at a time: never the whole tensor in host memory.
+void load_rows(Engine& e, const TensorSource& source, const std::string& name, const Columns& columns, KvView& view,
+               std::int64_t first, std::int64_t last) {
+  constexpr std::int64_t piece = 4096;
+  const std::int64_t groups = e.shape().groups, size = static_cast<std::int64_t>(size_of(e.shape().dtype));
+  for (std::int64_t at = first; at < last; at += piece) {
+    const std::int64_t rows = std::min(piece, last - at);
+    const std::vector<float> values = given_rows(source, name, columns, at, rows);
+    const std::vector<std::byte> stored = to_storage(values, e.shape().dtype);
+    for (std::int64_t plane = 0; plane < e.planes(); ++plane)
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const std::int64_t from = ((plane / groups * rows + r) * groups + plane % groups) * view.width;
+        const std::int64_t chunk = chunk_of(view.map, at + r);
+        // A row stands in its own chunk, in the halo in front of the next, or behind the one before.
+        for (std::int64_t c = std::max<std::int64_t>(0, chunk - 1); c <= chunk + 1; ++c) {
+          const std::int64_t local = at + r - (view.map.kv > 1 ? c * view.map.chunk : 0) + view.map.before;
+          if ((view.map.kv == 1 && c != chunk) || !has_chunk(view.map, c) || local < 0 || local >= view.map.stride)
+            continue;
+          e.device().copy(static_cast<std::byte*>(view.data) + offset_in_chunk(view, plane, c, at + r) * size,
+                          stored.data() + from * size, static_cast<std::size_t>(view.width * size), e.streams.compute);
+        }
+      }
+    e.device().synchronize(e.streams.compute);
+  }
+}
+
+}  // namespace
+
+void fill_kv(Engine& e, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
+             std::int64_t last) {
+  for (const bool value : {false, true}) {
+    const std::string name = kv_name(e.shape(), branch, value);
+    KvView& view = value ? pair.v : pair.k;
+    if (source.from_file()) {
+      load_rows(e, source, name, kv_columns(e.config, e.point, e.partition, value), view, first, last);
+      continue;
+    }
+    FillRowsArgs args;
+    args.dtype = e.shape().dtype;
+    args.dst = view;
+    args.batch = static_cast<std::int32_t>(e.point.batch);
+    args.groups = e.shape().groups;
+    args.group_begin = e.partition.group_begin;
+    args.first = first;
+    args.last = last;
+    args.key = source.key(name);
+    e.kernels().fill_rows(args, e.streams.compute);
+  }
+}
+
+void make_rows(Engine& e, const TensorSource& source, const std::string& name, const Columns& columns, DType type,
+               const KvView& to, std::int64_t first, std::int64_t last) {
+  std::int64_t column = 0;  // the first, of all that a position has
+  for (std::size_t i = 0; i < columns.begin.size(); ++i) column = column * columns.shape[i + 2] + columns.begin[i];
+  FillRowsArgs args;
+  args.dtype = type;
+  args.dst = to;
+  args.batch = static_cast<std::int32_t>(e.point.batch);
+  args.group_begin = static_cast<std::int32_t>(column / to.width);  // every shard has as many columns
+  args.first = first;
+  args.last = last;
+  args.key = source.key(name);
+  e.kernels().fill_rows(args, e.streams.compute);
+}
+
+void upload(Engine& e, const std::vector<float>& values, void* to) {
+  const std::vector<std::byte> stored = to_storage(values, e.shape().dtype);
+  e.device().copy(to, stored.data(), stored.size(), e.streams.compute);
+  e.device().synchronize(e.streams.compute);
+}
+
+std::vector<float> download(Engine& e, const void* from, std::int64_t count, DType type) {
+  std::vector<std::byte> stored(static_cast<std::size_t>(count) * size_of(type));
+  e.device().copy(stored.data(), from, stored.size(), e.streams.compute);
+  e.device().synchronize(e.streams.compute);
+  return from_storage(stored.data(), static_cast<std::size_t>(count), type);
+}
+
+namespace {
+
+template <class T>
+std::vector<T> download_as(Engine& e, const void* from, std::int64_t count) {
+  std::vector<T> values(static_cast<std::size_t>(count));
+  e.device().copy(values.data(), from, values.size() * sizeof(T), e.streams.compute);
+  e.device().synchronize(e.streams.compute);
+  return values;
+}
+
+}  // namespace
+
+std::vector<std::int32_t> download_ints(Engine& e, const void* from, std::int64_t count) {
+  return download_as<std::int32_t>(e, from, count);
+}
+
+std::vector<std::int64_t> download_longs(Engine& e, const void* from, std::int64_t count) {
+  return download_as<std::int64_t>(e, from, count);
+}
+
+}  // namespace nsa

@@ -1,0 +1,44 @@
+#pragma once
+// Puts given values (x, or q, k, v and gates) into backend memory.
+
+#include <cstdint>
+#include <string>
+
+#include "nsa/model/model_shard.hpp"
+
+namespace nsa {
+
+/// Columns [begin, begin + count) of a tensor whose trailing dimensions are flattened.
+struct Columns {
+  std::vector<std::int64_t> shape;         ///< of the whole tensor: [batch, positions, ...]
+  std::vector<std::int64_t> begin, count;  ///< of the trailing dimensions
+};
+Columns x_columns(const Config& config, const Point& point);
+Columns q_columns(const Config& config, const Point& point, const Partition& partition);
+Columns kv_columns(const Config& config, const Point& point, const Partition& partition, bool value);
+Columns gate_columns(const Config& config, const Point& point, const Partition& partition);
+
+/// Rows [first, first + rows) of every sequence as [batch][rows][columns], fp32.
+std::vector<float> given_rows(const TensorSource& source, const std::string& name, const Columns& columns,
+                              std::int64_t first, std::int64_t rows);
+
+/// The same of a synthetic source, bit for bit, made in the backend's memory: rows [first, last) that `to` holds, of
+/// storage or fp32, [batch][rows][columns] under its map. Every head shard has as many columns.
+void make_rows(Engine& engine, const TensorSource& source, const std::string& name, const Columns& columns, DType type,
+               const KvView& to, std::int64_t first, std::int64_t last);
+
+/// "given/k_sel", "given/v_win", ...: the given tensor that serves `branch`.
+std::string kv_name(const LayerShape& shape, Branch branch, bool value);
+
+/// Fills rows [first, last) that the pair holds, halos too, with the given K and V of a branch.
+void fill_kv(Engine& engine, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
+             std::int64_t last);
+
+/// Copies host values to the device as storage type.
+void upload(Engine& engine, const std::vector<float>& values, void* to);
+/// Copies `count` storage or fp32 elements to the host.
+std::vector<float> download(Engine& engine, const void* from, std::int64_t count, DType type);
+std::vector<std::int32_t> download_ints(Engine& engine, const void* from, std::int64_t count);
+std::vector<std::int64_t> download_longs(Engine& engine, const void* from, std::int64_t count);
+
+}  // namespace nsa

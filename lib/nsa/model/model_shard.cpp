@@ -1,0 +1,57 @@
+#include "nsa/model/model_shard.hpp"
+
+namespace nsa {
+
+Streams::Streams(const DeviceOps& ops)
+    : device(ops),
+      compute(ops.create_stream()),
+      beside(ops.create_stream()),
+      forked(ops.create_event()),
+      joined(ops.create_event()) {}
+
+Streams::~Streams() {
+  device.destroy_event(joined);
+  device.destroy_event(forked);
+  device.destroy_stream(beside);
+  device.destroy_stream(compute);
+}
+
+Engine::Engine(const Backend& opened, const Control& world, const Config& input, const Point& at,
+               const TensorSource& source)
+    : backend(opened),
+      config(input),
+      point(at),
+      partition(make_partition(input, world.size(), world.rank())),
+      streams(*opened.device) {
+  allocate(&source);
+}
+
+Engine::Engine(const Backend& dry, const Config& input, const Point& at, const Partition& planned)
+    : backend(dry), config(input), point(at), partition(planned), streams(*dry.device) {
+  allocate(nullptr);
+}
+
+void Engine::allocate(const TensorSource* source) {
+  // What the input asks for and cannot have is said before anything is made; the phases choose again for their tiles.
+  for (const Phase phase : {Phase::prefill, Phase::decode})
+    choose_routes(phase, {0, static_cast<std::int32_t>(point.batch), 1, nullptr, total_positions(config, point)});
+  checksum = allocator()(MemoryKind::workspace, 8);
+  for (std::int64_t layer = 0; layer < config.model.layers; ++layer) {
+    if (config.run.scope == Scope::layer)
+      weights.emplace_back(device(), streams.compute, account, config, partition, layer, source);
+    caches.emplace_back(allocator(), partition, point.batch, total_positions(config, point));
+  }
+}
+
+// The communicators outlive the engine, but while it lives their memory is a part of what the point takes.
+void Engine::connect(Layouts& layouts) {
+  peers = layouts.peers(partition.kv);
+  account.add(MemoryKind::workspace, peers->heads.memory_bytes() + peers->kv.memory_bytes());
+}
+
+std::size_t Engine::choose_routes(Phase phase, const QueryTile& tile) {
+  routes.choose(backend, config, phase, shape(), tile);
+  return routes.scratch_bytes(kernels(), phase, shape(), tile);
+}
+
+}  // namespace nsa

@@ -1,0 +1,145 @@
+#include "nsa/model/partition.hpp"
+
+#include <algorithm>
+#include <numeric>
+#include <string>
+#include <tuple>
+
+#include "kernels/diagnostics/error.hpp"
+
+namespace nsa {
+
+namespace {
+
+RowMap chunked(const Partition& p, std::int64_t chunk, std::int32_t before, std::int64_t after, bool gathered) {
+  if (p.kv == 1) return {};
+  RowMap map;
+  map.chunk = chunk;
+  map.stride = before + chunk + after;
+  map.before = before;
+  map.kv = p.kv;
+  map.rank = gathered ? all_ranks : p.kv_rank;
+  return map;
+}
+
+RowMap ring_of(std::int64_t rows) {
+  RowMap map;
+  map.ring = rows;
+  return map;
+}
+
+}  // namespace
+
+RowMap Partition::tokens(bool gathered) const { return chunked(*this, chunk_tokens, 0, 0, gathered); }
+
+RowMap Partition::compressed(bool gathered) const {
+  return chunked(*this, shape.leaf, shape.rules.l / shape.rules.d - 1, 0, gathered);
+}
+
+RowMap Partition::raw_cmp() const { return chunked(*this, chunk_tokens, 0, shape.rules.l - shape.rules.d, false); }
+
+RowMap Partition::raw_heads(bool gathered) const {
+  RowMap map = chunked(*this, chunk_tokens, 0, 0, gathered);
+  map.stride = shape.rules.l - shape.rules.d;
+  return map;
+}
+
+RowMap Partition::window_ring() const { return ring_of(shape.rules.w); }
+
+RowMap Partition::window_share() const {
+  RowMap map = window_ring();
+  map.slot_begin = std::int64_t{kv_rank} * shape.rules.w / kv;
+  map.slot_end = std::int64_t{kv_rank + 1} * shape.rules.w / kv;
+  return map;
+}
+
+RowMap Partition::raw_ring() const { return ring_of(shape.rules.l); }
+
+std::int64_t Partition::capacity(const RowMap& local, std::int64_t rows) const {
+  if (local.ring > 0) return local.ring;
+  // The last rows may already stand in the halo in front of a chunk that has none of its own yet.
+  return local.kv == 1 ? rows : owned_chunks(local, rows > 0 ? rows + local.before : 0, 0) * local.stride;
+}
+
+std::pair<std::int32_t, std::int32_t> factorise(const Config& config, std::int32_t ranks) {
+  const std::int64_t groups = config.model.n_kv_groups;
+  std::int64_t heads = config.parallel.heads, kv = config.parallel.kv;
+  if (heads == 0 && kv == 0) heads = std::gcd<std::int64_t>(ranks, groups);
+  if (heads == 0) heads = std::max<std::int64_t>(1, ranks / kv);
+  if (kv == 0) kv = std::max<std::int64_t>(1, ranks / heads);
+  const std::string sizes = "parallel.heads = " + std::to_string(heads) + ", parallel.kv = " + std::to_string(kv);
+  if (heads * kv != ranks)
+    throw UserError(sizes + " need " + std::to_string(heads * kv) + " ranks (the run has " + std::to_string(ranks) +
+                    "); start that many or set both to \"auto\"");
+  if (groups % heads != 0)
+    throw UserError(sizes + " cannot split model.n_kv_groups = " + std::to_string(groups) +
+                    " (a shard owns whole groups); choose heads among the divisors of n_kv_groups");
+  return {static_cast<std::int32_t>(heads), static_cast<std::int32_t>(kv)};
+}
+
+Partition make_partition(const Config& config, std::int32_t ranks, std::int32_t rank) {
+  Partition p;
+  std::tie(p.heads, p.kv) = factorise(config, ranks);
+  p.head_shard = rank / p.kv;
+  p.kv_rank = rank % p.kv;
+  p.chunk_tokens = config.parallel.kv_chunk_blocks * config.nsa.l_sel;
+
+  const ModelConfig& m = config.model;
+  LayerShape& s = p.shape;
+  s.groups = static_cast<std::int32_t>(m.n_kv_groups) / p.heads;
+  s.heads_per_group = static_cast<std::int32_t>(m.n_heads / m.n_kv_groups);
+  s.d_k = static_cast<std::int32_t>(m.d_k);
+  s.d_v = static_cast<std::int32_t>(m.d_v);
+  s.dim = static_cast<std::int32_t>(m.dim);
+  s.dtype = m.precision;
+  s.gate = m.gate;
+  s.phi = config.phi;
+  if (config.phi == PhiKind::mlp)
+    s.phi_hidden = static_cast<std::int32_t>(config.phi_hidden > 0 ? config.phi_hidden : 2 * m.d_k);
+  s.shared_kv = m.shared_kv;
+  s.rope_base = m.rope_base;
+  s.rules = config.nsa;
+  s.leaf = p.chunk_tokens / s.rules.d;
+  s.lanes = std::lcm(24, p.kv);
+  p.group_begin = p.head_shard * s.groups;
+  return p;
+}
+
+std::vector<Exchange> exchanges(const Config& config, const Partition& p, const Point& point) {
+  const LayerShape& s = p.shape;
+  const bool prefill = config.kind == TaskKind::prefill;
+  const std::int64_t storage = static_cast<std::int64_t>(size_of(s.dtype));
+  const std::int64_t planes = point.batch * s.groups, width = (s.d_k + s.d_v) * storage;
+  const std::int64_t rows = prefill ? point.batch * p.capacity(p.tokens(false), point.context) : point.batch;
+  std::vector<Exchange> list;
+  const auto gather = [&](const char* name, std::int64_t bytes) {
+    if (p.kv > 1 && bytes > 0) list.push_back({name, "all_gather", p.kv, bytes});
+  };
+  if (prefill) {
+    const std::int64_t tokens = p.capacity(p.tokens(false), point.context);
+    const std::int64_t compressed = p.capacity(p.compressed(false), compressed_tokens(s.rules, point.context - 1));
+    gather("raw halo", planes * p.capacity(p.raw_heads(false), point.context) * width);
+    gather("k_cmp, v_cmp", planes * compressed * width);
+    gather("k_sel, v_sel", planes * tokens * width);
+    if (!s.shared_kv) gather("k_win, v_win", planes * tokens * width);
+    gather("raw ring", planes * s.rules.l * width);
+  } else {
+    gather("lse", lse_slots(s, p.kv) * rows * s.heads() * 2 * 4);
+    gather("candidates", rows * s.groups * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate)));
+    gather("partials", partial_floats(s, rows) * 4);
+  }
+  if (p.heads > 1 && config.run.scope == Scope::layer)
+    list.push_back({"heads", "all_reduce", p.heads, rows * s.dim * 4});
+  return list;
+}
+
+ExpectedReads expected_reads(const BlockRules& r, std::int64_t t) {
+  const std::int64_t blocks = std::min<std::int64_t>(r.n_sel, eligible_blocks(r, t));
+  return {{compressed_tokens(r, t), (blocks - 1) * r.l_sel + t % r.l_sel + 1, std::min<std::int64_t>(r.w, t + 1)}};
+}
+
+std::int64_t nsa_vibe_reads(const BlockRules& r, std::int64_t t) {
+  return compressed_tokens(r, t) + std::int64_t{r.n_sel} * r.l_sel + std::min<std::int64_t>(r.w, t + 1);
+}
+
+}  // namespace nsa

@@ -1,0 +1,56 @@
+#pragma once
+// Who owns what. The world is heads x kv ranks: rank = head_shard * kv + kv_rank. A head shard owns whole KV
+// groups; a kv shard owns every kv-th chunk of the sequence (row_map.hpp). Pure arithmetic: no MPI, no memory.
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/interface/kernel_table.hpp"
+#include "nsa/config/config.hpp"
+
+namespace nsa {
+
+struct Partition {
+  std::int32_t heads = 1, kv = 1;            ///< shards
+  std::int32_t head_shard = 0, kv_rank = 0;  ///< of this rank
+  LayerShape shape;                          ///< of this rank
+  std::int32_t group_begin = 0;              ///< first global group
+  std::int64_t chunk_tokens = 0;             ///< selection K/V positions a chunk holds
+
+  RowMap tokens(bool gathered) const;      ///< selection K/V
+  RowMap compressed(bool gathered) const;  ///< compressed tokens, with the halo that scoring needs
+  RowMap raw_cmp() const;                  ///< prefill: cmp projections of own chunks, with the halo behind
+  RowMap raw_heads(bool gathered) const;   ///< prefill: the first l-d rows of each chunk, to fill those halos
+  RowMap window_ring() const;              ///< decode: last w tokens, replicated on the kv ranks
+  RowMap window_share() const;             ///< ... of which each kv rank reads these slots
+  RowMap raw_ring() const;                 ///< decode: last l tokens of the cmp projections, replicated
+  /// Memory rows a rank keeps under a local map for a sequence of `rows` rows; the same on every rank.
+  std::int64_t capacity(const RowMap& local, std::int64_t rows) const;
+};
+
+/// heads x kv for `ranks`: what the input says, else as many heads as divide the groups, then kv.
+/// Throws UserError when they do not multiply to `ranks` or heads does not divide the groups.
+std::pair<std::int32_t, std::int32_t> factorise(const Config& config, std::int32_t ranks);
+
+Partition make_partition(const Config& config, std::int32_t ranks, std::int32_t rank);
+
+/// One exchange of a decode step or of a prefill layer.
+struct Exchange {
+  std::string name;        ///< "lse", "candidates", "partials", "heads"; prefill: "raw halo", "k_cmp", ...
+  std::string collective;  ///< "all_gather", "all_reduce"
+  std::int32_t ranks = 1;
+  std::int64_t bytes = 0;  ///< contributed by each rank
+};
+/// Those of one layer; empty on one rank.
+std::vector<Exchange> exchanges(const Config& config, const Partition& partition, const Point& point);
+
+/// Tokens read at position t for one (b, g), summed over the kv ranks, from the shape alone (design section 2).
+struct ExpectedReads {
+  std::int64_t branch[branches];
+};
+ExpectedReads expected_reads(const BlockRules& rules, std::int64_t t);
+std::int64_t nsa_vibe_reads(const BlockRules& rules, std::int64_t t);
+
+}  // namespace nsa

@@ -1,0 +1,61 @@
+#pragma once
+// This rank's weights and inputs: from the synthetic generator, or from a file another program wrote.
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/interface/buffer.hpp"
+#include "kernels/shared/random.hpp"
+#include "nsa/model/partition.hpp"
+#include "nsa/results/result_file.hpp"
+
+namespace nsa {
+
+/// Names, shapes and scales of a layer's tensors as they stand in files (design section 7), and where their
+/// values come from. `file` empty: synthetic, with variance 1 / fan-in for matrices and 1 for x.
+class TensorSource {
+ public:
+  TensorSource(const Config& config, const std::string& file);
+  bool from_file() const { return file_ != nullptr; }
+  std::uint64_t key(const std::string& name) const { return tensor_key(seed_, name.c_str()); }
+  /// A slab of the whole tensor, row-major fp32, not yet rounded to storage.
+  /// Throws UserError(file) when the file lacks it, has another shape or a value that is not finite.
+  std::vector<float> slab(const std::string& name, const std::vector<std::int64_t>& shape, float scale,
+                          const std::vector<std::int64_t>& begin, const std::vector<std::int64_t>& count) const;
+
+ private:
+  std::uint64_t seed_;
+  std::unique_ptr<TensorFile> file_;
+};
+
+/// A weight tensor of one layer: its place in the file and its whole shape.
+struct WeightSpec {
+  std::string name;  ///< "weights/w_q", or "weights/layer0/w_q" when the model has several layers
+  std::vector<std::int64_t> shape;
+  float scale;
+};
+std::vector<WeightSpec> weight_specs(const Config& config, std::int64_t layer);
+
+/// One layer's weights in backend memory.
+class Weights {
+ public:
+  /// Only sizes memory when `source` is null.
+  Weights(const DeviceOps& device, Stream* stream, MemoryAccount& account, const Config& config,
+          const Partition& partition, std::int64_t layer, const TensorSource* source);
+  const LayerWeights& layer() const { return layer_; }
+
+ private:
+  std::vector<Buffer> buffers_;
+  LayerWeights layer_;
+};
+
+/// Elements of a shape.
+std::int64_t elements_of(const std::vector<std::int64_t>& shape);
+
+/// fp32 values rounded to storage, as bytes; and back.
+std::vector<std::byte> to_storage(const std::vector<float>& values, DType type);
+std::vector<float> from_storage(const void* data, std::size_t count, DType type);
+
+}  // namespace nsa

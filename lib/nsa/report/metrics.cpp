@@ -1,0 +1,186 @@
+#include "nsa/report/metrics.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace nsa {
+namespace {
+
+constexpr double none = std::numeric_limits<double>::quiet_NaN();
+
+/// The samples of one mode: at(stage, rank, rep), NaN where not timed.
+struct ModeTable {
+  const TimeTable& table;
+  std::int64_t mode;
+  double at(Stage stage, std::int64_t rank, std::int64_t rep) const {
+    const std::int64_t row = (mode * stage_count + static_cast<int>(stage)) * table.ranks + rank;
+    return table.seconds[static_cast<std::size_t>(row * table.reps + rep)];
+  }
+};
+
+/// -1: the mode was not run.
+std::int64_t find_mode(const TimeTable& table, std::string_view mode) {
+  const auto at = std::find(table.modes.begin(), table.modes.end(), mode);
+  return at == table.modes.end() ? -1 : at - table.modes.begin();
+}
+
+std::int64_t sum_at_last_step(const ReadTable& reads, const std::vector<std::int64_t>& values) {
+  std::int64_t sum = 0;
+  for (std::int64_t row = 1; row <= branches * reads.ranks; ++row)
+    sum += values[static_cast<std::size_t>(row * reads.steps - 1)];
+  return sum;
+}
+
+template <class T>
+const T* find_parameter(const PointRecord& point, std::string_view key) {
+  for (const Parameter& parameter : point.parameters) {
+    if (parameter.first == key) return std::get_if<T>(&parameter.second);
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+std::vector<double> slowest_samples(const PointRecord& point, std::string_view mode, Stage stage) {
+  const TimeTable& table = point.time;
+  const ModeTable samples{table, find_mode(table, mode)};
+  std::vector<double> slowest;
+  if (samples.mode < 0) return slowest;
+  for (std::int64_t rep = point.warmup_reps; rep < table.reps; ++rep) {
+    double most = none;
+    for (std::int64_t rank = 0; rank < table.ranks; ++rank) most = std::fmax(most, samples.at(stage, rank, rep));
+    if (!std::isnan(most)) slowest.push_back(most);
+  }
+  return slowest;
+}
+
+std::vector<double> kernel_samples(const PointRecord& point, std::string_view implementation) {
+  const KernelRecord& k = point.kernels;
+  const auto at = std::find(k.implementations.begin(), k.implementations.end(), implementation);
+  std::vector<double> slowest;
+  if (at == k.implementations.end()) return slowest;
+  const std::int64_t first = (at - k.implementations.begin()) * k.ranks;
+  for (std::int64_t rep = point.warmup_reps; rep < k.reps; ++rep) {
+    double most = none;
+    for (std::int64_t rank = 0; rank < k.ranks; ++rank)
+      most = std::fmax(most, k.seconds[static_cast<std::size_t>((first + rank) * k.reps + rep)]);
+    slowest.push_back(most);
+  }
+  return slowest;
+}
+
+Summary kernel_ratio(const PointRecord& point, std::string_view of, std::string_view to, double miss) {
+  std::vector<double> ratio = kernel_samples(point, of);
+  const std::vector<double> below = kernel_samples(point, to);
+  ratio.resize(std::min(ratio.size(), below.size()));
+  for (std::size_t i = 0; i < ratio.size(); ++i) ratio[i] /= below[i];
+  return summarise(std::move(ratio), miss);
+}
+
+std::string kernel_variant(const PointRecord& point, std::string_view implementation) {
+  const KernelRecord& k = point.kernels;
+  const auto at = std::find(k.implementations.begin(), k.implementations.end(), implementation);
+  const std::size_t i = static_cast<std::size_t>(at - k.implementations.begin());
+  return i < k.variants.size() ? k.variants[i] : "";
+}
+
+const char* fastest_packed(const PointRecord& point) {
+  const double sdpa = summarise(kernel_samples(point, "sdpa_packed")).median;
+  const double flash = summarise(kernel_samples(point, "flash_packed")).median;
+  return std::isnan(sdpa) || flash < sdpa ? "flash_packed" : "sdpa_packed";
+}
+
+Summary stage_time(const PointRecord& point, std::string_view mode, Stage stage) {
+  return summarise(slowest_samples(point, mode, stage));
+}
+
+Summary step_time(const PointRecord& point) {
+  const bool has_total = find_mode(point.time, "total") >= 0;
+  return stage_time(point, has_total ? "total" : "branches", Stage::step);
+}
+
+double selection_share(const PointRecord& point) {
+  double selection = 0, all = 0;
+  for (int i = 0; i < static_cast<int>(Stage::step); ++i) {
+    const Stage stage = static_cast<Stage>(i);
+    const double median = stage_time(point, "branches", stage).median;
+    if (std::isnan(median)) continue;
+    all += median;
+    if (stage == Stage::rank || stage == Stage::attend_sel) selection += median;
+  }
+  return all > 0 ? selection / all : none;
+}
+
+std::vector<double> rank_work(const PointRecord& point) {
+  const TimeTable& table = point.time;
+  const std::int64_t stages = find_mode(table, "branches"), whole = find_mode(table, "total");
+  std::vector<double> work;
+  if (stages < 0 && whole < 0) return work;
+  for (std::int64_t rank = 0; rank < table.ranks; ++rank) {
+    std::vector<double> reps;
+    for (std::int64_t rep = point.warmup_reps; rep < table.reps; ++rep) {
+      if (stages < 0) {
+        reps.push_back(ModeTable{table, whole}.at(Stage::step, rank, rep));
+        continue;
+      }
+      double sum = none;
+      for (int i = 0; i < static_cast<int>(Stage::comm); ++i) {
+        const double seconds = ModeTable{table, stages}.at(static_cast<Stage>(i), rank, rep);
+        if (!std::isnan(seconds)) sum = (std::isnan(sum) ? 0 : sum) + seconds;
+      }
+      reps.push_back(sum);
+    }
+    work.push_back(summarise(reps).median);
+  }
+  return work;
+}
+
+double copy_rate_fraction(const PointRecord& point) {
+  if (point.copy_bandwidth <= 0 || point.bytes.empty()) return none;
+  const std::size_t ranks = point.bytes.size() / stage_count;
+  std::int64_t most = 0;
+  for (std::size_t rank = 0; rank < ranks; ++rank) {
+    const std::int64_t whole = point.bytes[static_cast<std::size_t>(Stage::step) * ranks + rank];
+    const std::int64_t received = point.bytes[static_cast<std::size_t>(Stage::comm) * ranks + rank];
+    most = std::max(most, whole - received);
+  }
+  return static_cast<double>(most) / step_time(point).median / point.copy_bandwidth;
+}
+
+ReadFigures last_reads(const PointRecord& point) {
+  const ReadTable& reads = point.reads;
+  if (reads.steps == 0 || reads.counted.empty()) return {none, none, none};
+  const double lists =
+      static_cast<double>(integer_parameter(point, "run.batch", 1) * integer_parameter(point, "model.n_kv_groups", 1) *
+                          integer_parameter(point, "model.layers", 1));
+  return {static_cast<double>(sum_at_last_step(reads, reads.counted)) / lists,
+          static_cast<double>(sum_at_last_step(reads, reads.expected)) / lists,
+          reads.nsa_vibe.empty() || text_parameter(point, "task.kind") == "prefill"
+              ? none
+              : static_cast<double>(reads.nsa_vibe.back())};
+}
+
+std::int64_t integer_parameter(const PointRecord& point, std::string_view key, std::int64_t fallback) {
+  const auto* value = find_parameter<std::int64_t>(point, key);
+  return value ? *value : fallback;
+}
+
+std::string text_parameter(const PointRecord& point, std::string_view key, const std::string& fallback) {
+  const auto* value = find_parameter<std::string>(point, key);
+  return value ? *value : fallback;
+}
+
+std::string time_text(double seconds) {
+  if (std::isnan(seconds)) return "-";
+  const auto [scale, unit] = seconds < 0.99995e-3 ? std::pair(1e6, "us")
+                             : seconds < 0.99995  ? std::pair(1e3, "ms")
+                                                  : std::pair(1.0, "s");
+  const double value = seconds * scale;
+  const int decimals = value < 9.995 ? 2 : value < 99.95 ? 1 : 0;
+  return fmt::format("{:.{}f} {}", value, decimals, unit);
+}
+
+}  // namespace nsa

@@ -1,0 +1,268 @@
+#include "nsa/report/report.hpp"
+
+#include <fmt/format.h>
+#include <fmt/ostream.h>
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+
+#include "kernels/diagnostics/json_quote.hpp"
+#include "nsa/report/metrics.hpp"
+
+namespace nsa {
+namespace {
+
+double median_of(const PointRecord& point, Stage stage) { return stage_time(point, "branches", stage).median; }
+
+/// The stages that have no column of their own.
+double other_stages(const PointRecord& point) {
+  double sum = 0;
+  for (const Stage stage : {Stage::project, Stage::append, Stage::compress, Stage::combine, Stage::output}) {
+    const double median = median_of(point, stage);
+    if (!std::isnan(median)) sum += median;
+  }
+  return std::isnan(selection_share(point)) ? std::nan("") : sum;
+}
+
+std::string count_text(double count) { return std::isnan(count) ? "-" : fmt::format("{:.10g}", count); }
+std::string percent_text(double share) { return std::isnan(share) ? "-" : fmt::format("{:.1f}%", 100 * share); }
+
+/// What tells a point from the others of a sweep, as the tail of a name: "context_1024",
+/// "context_64_batch_4_force_sel".
+std::string point_name(const PointRecord& point) {
+  if (text_parameter(point, "task.kind") == "kernels") return kernel_point_name(point);
+  std::string name = fmt::format("context_{}", integer_parameter(point, "run.context", 0));
+  const std::int64_t batch = integer_parameter(point, "run.batch", 1);
+  if (batch != 1) name += fmt::format("_batch_{}", batch);
+  const std::string forced = text_parameter(point, "run.force_branch", "none");
+  if (forced != "none") name += "_force_" + forced;
+  return name;
+}
+
+using Figures = std::vector<Figure>;
+
+void add_time_figures(Figures& figures, const PointRecord& point) {
+  const double seconds = step_time(point).median;
+  if (std::isnan(seconds)) return;
+  const std::string kind = text_parameter(point, "task.kind", "step"), name = point_name(point);
+  if (kind == "needle") return;  // its steps are asked for an answer, not timed
+  const bool prefill = kind == "prefill";
+  const double tokens = static_cast<double>(integer_parameter(point, "run.batch", 1) *
+                                            (prefill ? integer_parameter(point, "run.context", 0) : 1));
+  figures.push_back(
+      {kind + "_time_" + name, fmt::format("{:.3f}", seconds * (prefill ? 1e3 : 1e6)), prefill ? "ms" : "us"});
+  figures.push_back({kind + "_rate_" + name, fmt::format("{:.1f}", tokens / seconds), "tokens/s"});
+  if (const double share = selection_share(point); !std::isnan(share))
+    figures.push_back({kind + "_selection_share_" + name, fmt::format("{:.2f}", 100 * share), "%"});
+  if (const double fraction = copy_rate_fraction(point); !std::isnan(fraction))
+    figures.push_back({kind + "_copy_rate_" + name, fmt::format("{:.2f}", 100 * fraction), "%"});
+}
+
+/// Largest total over ranks; the kinds are [kind][rank] and "total" is the last.
+double peak_memory(const MemoryRecord& memory) {
+  if (memory.measured_peak.empty() || memory.kinds.empty()) return std::nan("");
+  const std::size_t ranks = memory.measured_peak.size() / memory.kinds.size();
+  return static_cast<double>(*std::max_element(memory.measured_peak.end() - ranks, memory.measured_peak.end()));
+}
+
+Figures figures_of(const PointRecord& point) {
+  const std::string kind = text_parameter(point, "task.kind", "step"), name = point_name(point);
+  Figures figures;
+  add_time_figures(figures, point);
+  if (kind == "kernels") figures = kernel_figures(point);
+  if (const auto found = point.needle.find("found"); found != point.needle.end() && !found->second.empty()) {
+    const auto hits = std::count(found->second.begin(), found->second.end(), 1.0);
+    const double share = static_cast<double>(hits) / static_cast<double>(found->second.size());
+    figures.push_back({"needle_found_" + name, fmt::format("{:.2f}", 100 * share), "%"});
+  }
+  if (point.max_abs_err >= 0)
+    figures.push_back({kind + "_max_abs_err_" + name, fmt::format("{:.3e}", point.max_abs_err), "1"});
+  if (const double peak = peak_memory(point.memory); !std::isnan(peak))
+    figures.push_back({kind + "_peak_memory_" + name, fmt::format("{:.3f}", peak / 1e6), "MB"});
+  return figures;
+}
+
+/// "point: reason" of the first point that is not valid; empty: all are.
+std::string first_invalid(const std::vector<PointRecord>& points) {
+  const auto bad = std::find_if(points.begin(), points.end(), [](const PointRecord& p) { return !p.valid; });
+  return bad == points.end() ? "" : point_name(*bad) + ": " + bad->reason;
+}
+
+std::string csv_time(double seconds) { return std::isnan(seconds) ? "" : fmt::format("{:.6f}", 1e3 * seconds); }
+std::string csv_count(double count) { return std::isnan(count) ? "" : count_text(count); }
+
+}  // namespace
+
+TableColumns table_columns(const std::vector<PointRecord>& points) {
+  TableColumns columns;
+  for (const PointRecord& point : points) {
+    columns.batch |= integer_parameter(point, "run.batch", 1) != 1;
+    columns.forced |= text_parameter(point, "run.force_branch", "none") != "none";
+  }
+  return columns;
+}
+
+namespace {
+
+void print_table_header(std::ostream& out, const TableColumns& columns) {
+  fmt::print(out, "{:>8}", "context");
+  if (columns.batch) fmt::print(out, " {:>6}", "batch");
+  if (columns.forced) fmt::print(out, " {:>6}", "forced");
+  for (const char* name : {"total", "cmp", "rank", "sel", "win", "comm", "other"}) fmt::print(out, " {:>8}", name);
+  fmt::print(out, " {:>6} {:>15} {:>8}\n", "share", "reads", "nsa-vibe");
+}
+
+void print_table_row(std::ostream& out, const TableColumns& columns, const PointRecord& point) {
+  fmt::print(out, "{:>8}", integer_parameter(point, "run.context", 0));
+  if (columns.batch) fmt::print(out, " {:>6}", integer_parameter(point, "run.batch", 1));
+  if (columns.forced) fmt::print(out, " {:>6}", text_parameter(point, "run.force_branch", "none"));
+  for (const double seconds : {step_time(point).median, median_of(point, Stage::attend_cmp),
+                               median_of(point, Stage::rank), median_of(point, Stage::attend_sel),
+                               median_of(point, Stage::attend_win), median_of(point, Stage::comm), other_stages(point)})
+    fmt::print(out, " {:>8}", time_text(seconds));
+  const ReadFigures reads = last_reads(point);
+  fmt::print(out, " {:>6} {:>15} {:>8}", percent_text(selection_share(point)),
+             count_text(reads.counted) + "/" + count_text(reads.expected), count_text(reads.nsa_vibe));
+  fmt::print(out, "{}{}\n", point.fallbacks.empty() ? "" : "  FALLBACK", point.valid ? "" : "  INVALID");
+}
+
+void print_table_notes(std::ostream& out) {
+  fmt::print(out,
+             "total: a step as it runs; cmp to other: the stages one after the other. Medians of the slowest rank.\n"
+             "share: (rank + sel) / all stages. reads: tokens counted/expected at the last step for one sequence and\n"
+             "group; nsa-vibe: what the formula cmp + n*l' + min(w,S) gives.\n");
+}
+
+void print_fallbacks(std::ostream& out, const std::vector<PointRecord>& points) {
+  for (const PointRecord& point : points)
+    for (const std::string& line : point.fallbacks) fmt::print(out, "fallback at {}: {}\n", point_name(point), line);
+}
+
+void print_exchange(std::ostream& out, const std::vector<PointRecord>& points) {
+  std::set<std::string> ways;
+  for (const PointRecord& point : points)
+    if (!point.exchange.empty() && point.exchange != "MPI") ways.insert(point.exchange);
+  if (!ways.empty()) fmt::print(out, "small exchanges went through {}\n", fmt::join(ways, ", "));
+}
+
+void print_slowest(std::ostream& out, const std::vector<PointRecord>& points) {
+  for (const PointRecord& point : points) {
+    const std::vector<double> work = rank_work(point);
+    if (work.size() < 2) continue;
+    const auto slowest = std::max_element(work.begin(), work.end());
+    fmt::print(out, "slowest rank at {}: {} of {} (heads={} x kv={}), {} of its own work, {:.2f} x the median rank\n",
+               point_name(point), slowest - work.begin(), work.size(), point.heads, point.kv, time_text(*slowest),
+               *slowest / summarise(work).median);
+  }
+}
+
+std::string kind_of(const PointRecord& point) { return text_parameter(point, "task.kind", ""); }
+
+}  // namespace
+
+void print_point(std::ostream& out, const TableColumns& columns, const PointRecord& point, bool first) {
+  const std::string kind = kind_of(point);
+  if (kind == "needle") {
+    print_needles(out, {point});
+  } else if (kind == "kernels") {
+    if (first) print_kernels_header(out);
+    print_kernels_row(out, point);
+  } else {
+    if (first) print_table_header(out, columns);
+    print_table_row(out, columns, point);
+  }
+}
+
+void print_notes(std::ostream& out, const std::vector<PointRecord>& points) {
+  if (points.empty()) return;
+  const std::string kind = kind_of(points.front());
+  if (kind == "kernels") {
+    print_kernels_notes(out, points);
+  } else if (kind != "needle") {
+    print_table_notes(out);
+    print_slowest(out, points);
+    print_exchange(out, points);
+  }
+  print_fallbacks(out, points);
+}
+
+void print_points(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted) {
+  const TableColumns columns = table_columns(points);
+  for (const PointRecord& point : points) print_point(out, columns, point, &point == &points.front());
+  print_notes(out, points);
+  print_figures(out, points, interrupted);
+}
+
+void print_figures(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted) {
+  for (const PointRecord& point : points)
+    for (const Figure& figure : figures_of(point))
+      fmt::print(out, "FOM {} = {} {}\n", figure.name, figure.value, figure.unit);
+  const std::string why = first_invalid(points);
+  if (!interrupted.empty()) {
+    fmt::print(out, "RESULT: INTERRUPTED ({})\n", interrupted);
+  } else {
+    fmt::print(out, "RESULT: {}\n", why.empty() ? "VALID" : "INVALID (" + why + ")");
+  }
+}
+
+std::string to_json(const RunRecord& run, const std::string& file, const std::vector<PointRecord>& points) {
+  const std::string why = first_invalid(points);
+  std::string json = "{\n";
+  const auto text = [&](const char* key, const std::string& value) {
+    json += fmt::format("  \"{}\": {},\n", key, quoted(value));
+  };
+  text("file", file);
+  text("run_uuid", run.run_uuid);
+  text("result", why.empty() ? "VALID" : "INVALID");
+  text("reason", why);
+  text("backend", run.backend);
+  text("git_commit", run.git_commit);
+  text("input_sha256", run.input_sha256);
+  text("argv", run.argv);
+  json += fmt::format("  \"ranks\": {},\n  \"heads\": {},\n  \"kv\": {},\n  \"figures\": {{", run.system.size(),
+                      points.empty() ? 0 : points.front().heads, points.empty() ? 0 : points.front().kv);
+  const char* before = "\n";
+  for (const PointRecord& point : points)
+    for (const Figure& figure : figures_of(point)) {
+      json += fmt::format("{}    {}: {{\"value\": {}, \"unit\": {}}}", before, quoted(figure.name), figure.value,
+                          quoted(figure.unit));
+      before = ",\n";
+    }
+  return json + "\n  }\n}\n";
+}
+
+void print_needles(std::ostream& out, const std::vector<PointRecord>& points) {
+  for (const PointRecord& point : points) {
+    const auto depths = point.needle.find("depth");
+    if (depths == point.needle.end()) continue;
+    const auto value = [&](const char* name, std::size_t i) {
+      const auto column = point.needle.find(name);
+      return column == point.needle.end() ? std::nan("") : column->second[i];
+    };
+    fmt::print(out, "needle, {}\n{:>8} {:>10} {:>8} {:>6} {:>10}\n", point_name(point), "depth", "position", "block",
+               "found", "abs_err");
+    for (std::size_t i = 0; i < depths->second.size(); ++i)
+      fmt::print(out, "{:>8.3f} {:>10} {:>8} {:>6} {:>10.2e}\n", depths->second[i], count_text(value("position", i)),
+                 count_text(value("block", i)), value("found", i) == 1.0 ? "yes" : "no", value("abs_err", i));
+  }
+}
+
+std::string to_csv(const std::vector<PointRecord>& points) {
+  std::string csv =
+      "S,ms_total,ms_cmp,ms_sel,ms_win,reads_actual,reads_expected,reads_actual_decode,reads_expected_decode,"
+      "reads_nsa_vibe\n";
+  for (const PointRecord& point : points) {
+    const ReadFigures reads = last_reads(point);
+    const bool decode = text_parameter(point, "task.kind", "decode") == "decode";
+    const std::string counted = csv_count(reads.counted), expected = csv_count(reads.expected);
+    csv += fmt::format("{},{},{},{},{},{},{},{},{},{}\n", integer_parameter(point, "run.context", 0),
+                       csv_time(step_time(point).median), csv_time(median_of(point, Stage::attend_cmp)),
+                       csv_time(median_of(point, Stage::rank) + median_of(point, Stage::attend_sel)),
+                       csv_time(median_of(point, Stage::attend_win)), counted, expected, decode ? counted : "",
+                       decode ? expected : "", csv_count(reads.nsa_vibe));
+  }
+  return csv;
+}
+
+}  // namespace nsa

@@ -1,0 +1,216 @@
+// The result file, read back: docs/SCHEMA.md. Tensors stay in the file.
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cstring>
+#include <filesystem>
+#include <map>
+
+#include "kernels/diagnostics/error.hpp"
+#include "nsa/results/hdf5/h5.hpp"
+#include "nsa/results/result_file.hpp"
+#include "nsa/results/schema.hpp"
+#include "nsa/results/serialize.hpp"
+
+namespace nsa {
+namespace {
+
+template <class Record, class T, std::size_t n>
+void read_attributes(const h5::Handle& at, Record& record, const Named<Record, T> (&list)[n]) {
+  for (const auto& entry : list) record.*entry.field = h5::attribute_as<T>(at, entry.name);
+}
+
+template <class T, std::size_t n>
+void read_system_columns(const h5::Handle& group, RunRecord& run, const Named<RankSystem, T> (&list)[n]) {
+  for (const auto& entry : list) {
+    const std::vector<T> values = h5::read<T>(group, entry.name);
+    if (values.size() != run.system.size())
+      throw h5::Error(fmt::format("'/system/{}' is not one value a rank", entry.name));
+    for (std::size_t i = 0; i < values.size(); ++i) run.system[i].*entry.field = values[i];
+  }
+}
+
+/// -1 unless the text begins with a number.
+int leading_number(const std::string& text) {
+  int number = -1;
+  std::from_chars(text.data(), text.data() + text.size(), number);
+  return number;
+}
+
+void check_schema(const h5::Handle& file) {
+  const std::vector<std::string> attributes = h5::attribute_names(file);
+  if (std::find(attributes.begin(), attributes.end(), "schema_version") == attributes.end())
+    throw h5::Error("HDF5, but no result of nsa: no attribute 'schema_version'");
+  const auto version = h5::attribute_as<std::string>(file, "schema_version");
+  if (leading_number(version) != schema_major)
+    throw h5::Error(fmt::format("its schema is '{}', this program reads {}.x", version, schema_major));
+}
+
+RunRecord read_run(const h5::Handle& file) {
+  RunRecord run;
+  run.status = h5::attribute_as<std::string>(file, "status");
+  read_attributes(file, run, run_attributes);
+  if (const auto names = h5::attribute_names(file); std::find(names.begin(), names.end(), "config") != names.end()) {
+    read_attributes(file, run, run_attributes_1_1);
+    read_attributes(file, run, run_integers_1_1);
+  }
+  const h5::Handle system = h5::open_group(file, "system");
+  run.system.resize(h5::read<std::int64_t>(system, "rank").size());
+  read_system_columns(system, run, system_texts);
+  read_system_columns(system, run, system_clocks);
+  read_system_columns(system, run, system_counts);
+  if (h5::has(system, "cores")) {
+    read_system_columns(system, run, system_texts_1_2);
+    read_system_columns(system, run, system_counts_1_2);
+  }
+  return run;
+}
+
+/// A column and its shape as read; empty where the task did not fill it.
+template <class T>
+std::vector<T> column(const h5::Handle& group, const char* name, const std::vector<std::int64_t>& shape) {
+  if (!h5::has(group, name)) return {};
+  if (h5::shape(group, name) != shape)
+    throw h5::Error(fmt::format("'{}' has shape ({}), its dimensions ({})", name,
+                                fmt::join(h5::shape(group, name), ", "), fmt::join(shape, ", ")));
+  return h5::read<T>(group, name);
+}
+
+template <class T>
+std::vector<T> labels(const h5::Handle& group, const char* name) {
+  return h5::has(group, name) ? h5::read<T>(group, name) : std::vector<T>{};
+}
+
+void read_columns(const h5::Handle& group, PointRecord& p) {
+  const auto length = [&](const char* name) {
+    return static_cast<std::int64_t>(labels<std::int64_t>(group, name).size());
+  };
+  const std::vector<std::string> stages = h5::read<std::string>(group, "stage");
+  if (!std::equal(stages.begin(), stages.end(), stage_names.begin(), stage_names.end()))
+    throw h5::Error(
+        fmt::format("its stages are {}; this program knows {}", fmt::join(stages, ", "), fmt::join(stage_names, ", ")));
+  const std::int64_t ranks = length("rank"), reps = length("rep"), steps = length("step");
+  p.time.modes = labels<std::string>(group, "mode");
+  p.memory.kinds = labels<std::string>(group, "kind");
+  const auto modes = static_cast<std::int64_t>(p.time.modes.size());
+  const auto kinds = static_cast<std::int64_t>(p.memory.kinds.size());
+  p.time.seconds = column<double>(group, "time", {modes, stage_count, ranks, reps});
+  if (!p.time.seconds.empty()) p.time.ranks = ranks, p.time.reps = reps;
+  p.reads.counted = column<std::int64_t>(group, "reads", {branches, ranks, steps});
+  p.reads.expected = column<std::int64_t>(group, "reads_expected", {branches, ranks, steps});
+  p.reads.nsa_vibe = column<std::int64_t>(group, "reads_nsa_vibe", {steps});
+  if (p.reads.counted.empty() != p.reads.expected.empty())
+    throw h5::Error("of 'reads' and 'reads_expected' it has only one");
+  if (!p.reads.counted.empty()) p.reads.ranks = ranks, p.reads.steps = steps;
+  p.bytes = column<std::int64_t>(group, "bytes", {stage_count, ranks});
+  p.memory.planned = column<std::int64_t>(group, "memory_planned", {kinds, ranks});
+  p.memory.measured_peak = column<std::int64_t>(group, "memory_peak", {kinds, ranks});
+  p.memory.process_peak = column<std::int64_t>(group, "process_peak", {ranks});
+}
+
+std::vector<std::string> lines(const std::string& text) {
+  std::vector<std::string> result;
+  for (std::size_t begin = 0; begin < text.size();) {
+    const std::size_t end = std::min(text.find('\n', begin), text.size());
+    result.push_back(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return result;
+}
+
+void read_by_branch(const h5::Handle& group, const char* name, std::array<std::string, branches>& field) {
+  const std::vector<std::string> texts = h5::string_attributes(group, name);
+  if (texts.size() != field.size()) throw h5::Error(fmt::format("attribute '{}' is not one name a branch", name));
+  std::copy(texts.begin(), texts.end(), field.begin());
+}
+
+void read_point_attributes(const h5::Handle& group, PointRecord& p) {
+  const std::vector<std::string> names = h5::attribute_names(group);
+  for (const std::string& name : names) {  // parameters are "section.key"
+    if (name.find('.') != std::string::npos) p.parameters.emplace_back(name, h5::attribute(group, name));
+  }
+  p.valid = h5::attribute_as<std::string>(group, "validity") == "VALID";
+  read_attributes(group, p, point_texts);
+  read_attributes(group, p, point_integers);
+  read_attributes(group, p, point_reals);
+  if (p.warmup_reps < 0) throw h5::Error(fmt::format("attribute 'warmup_reps' is {}", p.warmup_reps));
+  read_by_branch(group, "routes", p.routes);
+  if (std::count(names.begin(), names.end(), "route_kernels") > 0)  // since 1.3
+    read_by_branch(group, "route_kernels", p.route_kernels);
+  if (std::count(names.begin(), names.end(), "exchange") > 0)  // since 1.4
+    p.exchange = h5::attribute_as<std::string>(group, "exchange");
+  p.fallbacks = lines(h5::attribute_as<std::string>(group, "fallbacks"));
+}
+
+KernelRecord read_kernels(const h5::Handle& group) {
+  KernelRecord k;
+  k.implementations = h5::read<std::string>(group, "implementation");
+  k.ranks = std::ssize(h5::read<std::int64_t>(group, "rank"));
+  k.reps = std::ssize(h5::read<std::int64_t>(group, "rep"));
+  const std::int64_t count = std::ssize(k.implementations);
+  const auto whole = [&](const char* name, const std::vector<std::int64_t>& shape) {
+    if (!h5::has(group, name)) throw h5::Error(fmt::format("dataset 'kernels/{}' is missing", name));
+    return column<double>(group, name, shape);
+  };
+  k.seconds = whole("time", {count, k.ranks, k.reps});
+  k.mean_abs_err = whole("mean_abs_err", {count});
+  k.mean_abs_err_se = whole("mean_abs_err_se", {count});
+  k.max_abs_err = whole("max_abs_err", {count});
+  k.variants = column<std::string>(group, "variant", {count});
+  return k;
+}
+
+std::map<std::string, std::vector<double>> read_needle(const h5::Handle& group) {
+  std::map<std::string, std::vector<double>> columns{{"depth", {}}};
+  for (const std::string& name : h5::names(group)) columns[name] = h5::read<double>(group, name);
+  for (const auto& [name, values] : columns)
+    if (values.size() != columns.at("depth").size())
+      throw h5::Error(fmt::format("dataset 'needle/{}' is not one value a depth", name));
+  return columns;
+}
+
+PointRecord read_point(const h5::Handle& group, std::int64_t index) {
+  PointRecord p;
+  p.index = index;
+  read_point_attributes(group, p);
+  read_columns(group, p);
+  if (h5::has(group, "needle")) p.needle = read_needle(h5::open_group(group, "needle"));
+  if (h5::has(group, "kernels")) p.kernels = read_kernels(h5::open_group(group, "kernels"));
+  return p;
+}
+
+ResultFile read_file(const h5::Handle& file) {
+  check_schema(file);
+  ResultFile result;
+  result.run = read_run(file);
+  const h5::Handle points = h5::open_group(file, "points");
+  for (const std::string& name : h5::names(points)) {
+    const int index = leading_number(name);
+    if (index < 0) throw h5::Error("group 'points' holds '" + name + "', which is no point");
+    try {
+      result.points.push_back(read_point(h5::open_group(points, name), index));
+    } catch (const h5::Error& error) {
+      throw h5::Error("point " + name + ": " + error.what());
+    }
+  }
+  std::sort(result.points.begin(), result.points.end(),
+            [](const PointRecord& a, const PointRecord& b) { return a.index < b.index; });
+  return result;
+}
+
+}  // namespace
+
+ResultFile read_result(const std::string& path) {
+  std::error_code error;
+  if (!std::filesystem::exists(path, error))
+    throw UserError("cannot read " + path + " (no such file); give the result file of a run", ExitCode::file);
+  try {
+    return from_bytes(h5::ask_child([&] { return to_bytes(read_file(h5::open_file(path))); }));
+  } catch (const h5::Error& wrong) {
+    h5::user_error(wrong, "read", path, "give the result file of a run");
+  }
+}
+
+}  // namespace nsa

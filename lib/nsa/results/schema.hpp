@@ -1,0 +1,93 @@
+#pragma once
+// Names in the result file, one list for its writer and its reader. What they mean: docs/SCHEMA.md.
+
+#include <cstdint>
+#include <string>
+
+#include "nsa/results/records.hpp"
+
+namespace nsa {
+
+/// Major: a reader of another major refuses. Minor: something was added.
+constexpr int schema_major = 1;
+constexpr const char* schema_version = "1.4";
+
+/// A field of a record under its name in the file.
+template <class Record, class T>
+struct Named {
+  const char* name;
+  T Record::*field;
+  const char* units = "1";
+  const char* long_name = "";
+};
+
+/// Attributes of "/", besides schema_version and status.
+constexpr Named<RunRecord, std::string> run_attributes[] = {
+    {"run_uuid", &RunRecord::run_uuid},
+    {"start", &RunRecord::start},
+    {"end", &RunRecord::end},
+    {"argv", &RunRecord::argv},
+    {"input_toml", &RunRecord::input_toml},
+    {"input_sha256", &RunRecord::input_sha256},
+    {"git_commit", &RunRecord::git_commit},
+    {"compiler", &RunRecord::compiler},
+    {"backend", &RunRecord::backend},
+};
+
+/// Those that came with schema 1.1: a file of 1.0 lacks them.
+constexpr Named<RunRecord, std::string> run_attributes_1_1[] = {
+    {"config", &RunRecord::config},
+    {"input_file_sha256", &RunRecord::input_file_sha256},
+};
+constexpr Named<RunRecord, std::int64_t> run_integers_1_1[] = {
+    {"resumed", &RunRecord::resumed},
+};
+
+/// Datasets of /system over rank.
+constexpr Named<RankSystem, std::string> system_texts[] = {
+    {"host", &RankSystem::host, "1", "name of the host"},
+    {"cpu", &RankSystem::cpu, "1", "processor"},
+    {"gpu", &RankSystem::gpu, "1", "GPU, empty without one"},
+    {"uuid", &RankSystem::uuid, "1", "UUID of the GPU"},
+    {"driver", &RankSystem::driver, "1", "GPU driver"},
+    {"cuda", &RankSystem::cuda, "1", "CUDA runtime"},
+    {"nccl", &RankSystem::nccl, "1", "NCCL"},
+    {"mpi", &RankSystem::mpi, "1", "MPI library"},
+};
+constexpr Named<RankSystem, double> system_clocks[] = {
+    {"clock_mhz_before", &RankSystem::clock_mhz_before, "MHz", "clock before the first point, 0 if unknown"},
+    {"clock_mhz_after", &RankSystem::clock_mhz_after, "MHz", "clock after the last point, 0 if unknown"},
+};
+constexpr Named<RankSystem, std::int64_t> system_counts[] = {
+    {"ecc_before", &RankSystem::ecc_before, "1", "uncorrected memory errors before the first point, -1 if unknown"},
+    {"ecc_after", &RankSystem::ecc_after, "1", "uncorrected memory errors after the last point, -1 if unknown"},
+};
+
+/// Those that came with schema 1.2: a file of 1.0 or 1.1 lacks them.
+constexpr Named<RankSystem, std::string> system_texts_1_2[] = {
+    {"environment", &RankSystem::environment, "1", "environment variables that change times"},
+};
+constexpr Named<RankSystem, std::int64_t> system_counts_1_2[] = {
+    {"threads", &RankSystem::threads, "1", "threads of the host backend"},
+    {"cores", &RankSystem::cores, "1", "cores the rank may use"},
+    {"sharers", &RankSystem::sharers, "1", "ranks that may use the same cores, itself among them"},
+};
+
+/// Attributes of a point, besides its parameters, validity, routes and fallbacks.
+constexpr Named<PointRecord, std::string> point_texts[] = {
+    {"fingerprint", &PointRecord::fingerprint},
+    {"reason", &PointRecord::reason},
+    {"stop_reason", &PointRecord::stop_reason},
+};
+constexpr Named<PointRecord, std::int64_t> point_integers[] = {
+    {"heads", &PointRecord::heads},
+    {"kv", &PointRecord::kv},
+    {"first_position", &PointRecord::first_position},
+    {"warmup_reps", &PointRecord::warmup_reps},
+};
+constexpr Named<PointRecord, double> point_reals[] = {
+    {"copy_bandwidth", &PointRecord::copy_bandwidth},
+    {"max_abs_err", &PointRecord::max_abs_err},
+};
+
+}  // namespace nsa

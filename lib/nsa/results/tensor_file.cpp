@@ -1,0 +1,121 @@
+// Tensors that another program, or a run of ours with output.tensors, wrote: docs/SCHEMA.md, "Tensors".
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <filesystem>
+
+#include "kernels/diagnostics/error.hpp"
+#include "nsa/results/hdf5/h5.hpp"
+#include "nsa/results/result_file.hpp"
+
+namespace nsa {
+namespace {
+
+constexpr const char* advice = "give x and weights as docs/SCHEMA.md says (examples/make_input.py makes such a file)";
+
+std::string text_of(const std::vector<std::int64_t>& shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
+
+/// Index in the whole tensor of element `flat` of the slab.
+std::vector<std::int64_t> index_of(std::int64_t flat, const std::vector<std::int64_t>& begin,
+                                   const std::vector<std::int64_t>& count) {
+  std::vector<std::int64_t> index(begin);
+  for (std::size_t i = index.size(); i-- > 0; flat /= count[i]) index[i] += flat % count[i];
+  return index;
+}
+
+/// Looks at every tensor that stands below the group, and at the first element of each.
+void visit(const h5::Handle& group, int depth = 0) {
+  constexpr int deepest = 4;  // weights/layer0/w_q is 2; a damaged file may link a group into itself
+  for (const std::string& name : h5::names(group)) {
+    try {
+      if (!h5::is_dataset(group, name)) {
+        if (depth < deepest) visit(h5::open_group(group, name), depth + 1);
+      } else if (h5::is_floating_point(group, name)) {
+        const std::size_t rank = h5::shape(group, name).size();
+        h5::read_slab(group, name, std::vector<std::int64_t>(rank, 0), std::vector<std::int64_t>(rank, 1));
+      }
+    } catch (const std::exception&) {  // whoever asks for this tensor is told
+    }
+  }
+}
+
+}  // namespace
+
+struct TensorFile::Impl {
+  std::string path;
+  h5::Handle file, tensors;
+  bool kept = true;  ///< whether there is a group of tensors at all
+
+  [[noreturn]] void fail(const std::string& why) const {
+    throw UserError(fmt::format("cannot use {} ({}); {}", path, why, advice), ExitCode::file);
+  }
+  template <class Work>
+  auto attempt(Work&& work) const {
+    try {
+      return work();
+    } catch (const h5::Error& error) {
+      h5::user_error(error, "use", path, advice);
+    }
+  }
+};
+
+TensorFile::TensorFile(const std::string& path) : impl_(std::make_unique<Impl>()) {
+  impl_->path = path;
+  std::error_code error;
+  if (!std::filesystem::exists(path, error)) impl_->fail("no such file");
+  const auto open = [&] {
+    impl_->file = h5::open_file(path);
+    const std::string dump = "points/0000/tensors";
+    const auto at_root = [&](const char* name) { return h5::has(impl_->file, name); };
+    const bool plain = at_root("x") || at_root("weights") || at_root("given") || !at_root(dump.c_str());
+    impl_->tensors = h5::open_group(impl_->file, plain ? "/" : dump);
+  };
+  impl_->attempt([&] {
+    h5::ask_child([&] {  // tensors are too large for a pipe: what a child survives is then read here
+      open();
+      visit(impl_->tensors);
+      return std::string();
+    });
+    open();
+  });
+}
+
+TensorFile::TensorFile(const std::string& path, std::int64_t point) : impl_(std::make_unique<Impl>()) {
+  impl_->path = path;
+  impl_->attempt([&] {
+    impl_->file = h5::open_file(path);
+    const std::string group = fmt::format("points/{:04}/tensors", point);
+    impl_->kept = h5::has(impl_->file, group);
+    if (impl_->kept) impl_->tensors = h5::open_group(impl_->file, group);
+  });
+}
+TensorFile::~TensorFile() = default;
+
+bool TensorFile::has(const std::string& name) const { return impl_->kept && h5::has(impl_->tensors, name); }
+
+std::vector<std::int64_t> TensorFile::shape(const std::string& name) const {
+  if (!has(name)) impl_->fail("no tensor '" + name + "'");
+  return impl_->attempt([&] {
+    if (!h5::is_floating_point(impl_->tensors, name)) impl_->fail("tensor '" + name + "' is not floating point");
+    return h5::shape(impl_->tensors, name);
+  });
+}
+
+std::vector<float> TensorFile::read(const std::string& name, const std::vector<std::int64_t>& expected_shape,
+                                    const std::vector<std::int64_t>& begin,
+                                    const std::vector<std::int64_t>& count) const {
+  const std::vector<std::int64_t> found = shape(name);
+  if (found != expected_shape)
+    impl_->fail(
+        fmt::format("tensor '{}' has shape {}, this input needs {}", name, text_of(found), text_of(expected_shape)));
+  std::vector<float> values = impl_->attempt([&] { return h5::read_slab(impl_->tensors, name, begin, count); });
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (!std::isfinite(values[i]))
+      impl_->fail(fmt::format("tensor '{}' is {} at {}, as a 32-bit float", name, values[i],
+                              text_of(index_of(static_cast<std::int64_t>(i), begin, count))));
+  }
+  return values;
+}
+
+}  // namespace nsa

@@ -1,0 +1,332 @@
+// The result file, written: docs/SCHEMA.md.
+//
+// A file under its final name is always complete. Every point goes into a copy beside it (the first into an
+// empty one), which is flushed, closed, fsynced and renamed over it: a reader, or a run killed at any moment,
+// sees the points before or the points after. HDF5 rewrites metadata in place, so nothing less than a copy is
+// safe; it costs one write of the file a point, which only `tensors = true` makes noticeable.
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <numeric>
+#include <set>
+
+#include "comm/process_id.hpp"
+#include "kernels/diagnostics/error.hpp"
+#include "kernels/diagnostics/fault_injection.hpp"
+#include "nsa/results/hdf5/h5.hpp"
+#include "nsa/results/result_file.hpp"
+#include "nsa/results/schema.hpp"
+
+namespace nsa {
+namespace fs = std::filesystem;
+namespace {
+
+[[noreturn]] void fail(const std::string& problem, const std::string& why,
+                       const std::string& advice = "choose another --output") {
+  throw UserError(fmt::format("{} ({}); {}", problem, why, advice), ExitCode::file);
+}
+
+/// Of a failure while the run goes on: finished points are safe.
+constexpr const char* then_resume = "mend that, then go on with --resume";
+
+std::string parent_of(const std::string& path) {
+  const fs::path parent = fs::path(path).parent_path();
+  return parent.empty() ? "." : parent.string();
+}
+
+void check_can_be_made(const std::string& path, std::size_t expected_bytes, bool resume) {
+  const std::string parent = parent_of(path), problem = "cannot write " + path;
+  std::error_code none;
+  if (!fs::exists(parent, none)) fail(problem, "no folder " + parent, "make the folder or choose another --output");
+  if (!fs::is_directory(parent, none)) fail(problem, parent + " is not a folder");
+  if (!resume && fs::symlink_status(path, none).type() != fs::file_type::not_found)
+    fail(path + " exists", "results are never overwritten",
+         "choose another --output, remove it, or go on with --resume");
+  if (access(parent.c_str(), W_OK | X_OK) != 0) fail(problem, parent + ": " + std::strerror(errno));
+  struct statvfs room {};
+  if (statvfs(parent.c_str(), &room) != 0) fail(problem, parent + ": " + std::strerror(errno));
+  const double available = static_cast<double>(room.f_bavail) * static_cast<double>(room.f_frsize);
+  const double needed = 2.0 * static_cast<double>(expected_bytes);  // the file and the copy that replaces it
+  if (available < needed)
+    fail(problem,
+         fmt::format("{:.1f} MB are needed while it is sealed, {:.1f} MB are free", needed / 1e6, available / 1e6),
+         "make room, choose another --output or set output.tensors=false");
+}
+
+/// No other process has it: pids repeat, on one file system, from host to host.
+std::string temporary_name(const std::string& path) { return fmt::format("{}.{}.{}.tmp", path, host_name(), getpid()); }
+
+/// What killed runs of this file left. One that still runs fails when it finds its copy gone, and that is right.
+void remove_leftovers(const std::string& path) {
+  const std::string begin = fs::path(path).filename().string() + ".";
+  std::error_code none;
+  for (const auto& entry : fs::directory_iterator(parent_of(path), none)) {
+    const std::string name = entry.path().filename();
+    if (name.starts_with(begin) && name.ends_with(".tmp")) fs::remove(entry.path(), none);
+  }
+}
+
+void sync_path(const std::string& path, int flags) {
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | flags);
+  const bool done = file >= 0 && (fsync(file) == 0 || errno == EINVAL);  // EINVAL: a file system that syncs no folders
+  const std::string why = std::strerror(errno);
+  if (file >= 0) close(file);
+  if (!done) fail("cannot sync " + path, why, then_resume);
+}
+
+/// Gives the finished temporary file its name. The first time it must be new: another run may have taken it.
+void publish(const std::string& temporary, const std::string& path, bool replace) {
+  sync_path(temporary, 0);
+  if (!replace && link(temporary.c_str(), path.c_str()) == 0) {
+    unlink(temporary.c_str());
+  } else if (!replace && errno == EEXIST) {
+    fail(path + " exists", "another program has made it since this run began");
+  } else if (rename(temporary.c_str(), path.c_str()) != 0) {  // and where the file system has no links
+    fail("cannot rename " + temporary + " to " + path, std::strerror(errno), then_resume);
+  }
+  sync_path(parent_of(path), O_DIRECTORY);
+}
+
+std::vector<std::int64_t> indices(std::int64_t n) {
+  std::vector<std::int64_t> result(static_cast<std::size_t>(n));
+  std::iota(result.begin(), result.end(), 0);
+  return result;
+}
+
+template <class Record, class T, std::size_t n>
+void write_attributes(const h5::Handle& at, const Record& record, const Named<Record, T> (&list)[n]) {
+  for (const auto& entry : list) h5::write_attribute(at, entry.name, record.*entry.field);
+}
+
+template <class T, std::size_t n>
+void write_system_columns(const h5::Handle& group, const RunRecord& run, const Named<RankSystem, T> (&list)[n]) {
+  for (const auto& entry : list) {
+    std::vector<T> values;
+    for (const RankSystem& rank : run.system) values.push_back(rank.*entry.field);
+    h5::write(group, entry.name, values, {"rank"}, {entry.units, entry.long_name});
+  }
+}
+
+void write_run(const h5::Handle& file, const RunRecord& run, const std::string& status) {
+  h5::write_attribute(file, "schema_version", schema_version);
+  h5::write_attribute(file, "status", status);
+  write_attributes(file, run, run_attributes);
+  write_attributes(file, run, run_attributes_1_1);
+  write_attributes(file, run, run_integers_1_1);
+  if (h5::has(file, "system")) h5::remove(file, "system");
+  const h5::Handle system = h5::create_group(file, "system");
+  h5::write_scale(system, "rank", indices(static_cast<std::int64_t>(run.system.size())), {"1", "rank"});
+  write_system_columns(system, run, system_texts);
+  write_system_columns(system, run, system_clocks);
+  write_system_columns(system, run, system_counts);
+  write_system_columns(system, run, system_texts_1_2);
+  write_system_columns(system, run, system_counts_1_2);
+}
+
+void write_dimensions(const h5::Handle& group, const PointRecord& p) {
+  h5::write_scale(group, "rank", indices(p.heads * p.kv), {"1", "rank: head shard * kv + kv rank"});
+  h5::write_scale<std::string>(group, "stage", {stage_names.begin(), stage_names.end()}, {"1", "stage of a step"});
+  h5::write_scale<std::string>(group, "branch", {branch_names, branch_names + branches}, {"1", "branch of attention"});
+  if (!p.time.seconds.empty()) {
+    h5::write_scale(group, "mode", p.time.modes, {"1", "way of timing"});
+    h5::write_scale(group, "rep", indices(p.time.reps), {"1", "repetition, warm-up first"});
+  }
+  // Modes that all leave a branch out count no reads and still have the formula's.
+  if (const std::int64_t steps = std::max(p.reads.steps, std::ssize(p.reads.nsa_vibe)); steps > 0)
+    h5::write_scale(group, "step", indices(steps), {"1", "step"});
+  if (!p.memory.kinds.empty()) h5::write_scale(group, "kind", p.memory.kinds, {"1", "what the memory holds"});
+}
+
+/// A table that the task does not fill has no dataset.
+void write_columns(const h5::Handle& group, const PointRecord& p) {
+  const auto column = [&](const char* name, const auto& values, const std::vector<std::string>& dimensions,
+                          const h5::Text& text) {
+    if (!values.empty()) h5::write(group, name, values, dimensions, text);
+  };
+  column("time", p.time.seconds, {"mode", "stage", "rank", "rep"}, {"s", "duration of a stage in one step"});
+  column("reads", p.reads.counted, {"branch", "rank", "step"}, {"1", "tokens read, counted where they are loaded"});
+  column("reads_expected", p.reads.expected, {"branch", "rank", "step"}, {"1", "tokens read, from the shape alone"});
+  column("reads_nsa_vibe", p.reads.nsa_vibe, {"step"}, {"1", "tokens read, by the formula of nsa-vibe"});
+  column("bytes", p.bytes, {"stage", "rank"}, {"byte", "modelled bytes moved in one step"});
+  column("memory_planned", p.memory.planned, {"kind", "rank"}, {"byte", "memory planned"});
+  column("memory_peak", p.memory.measured_peak, {"kind", "rank"}, {"byte", "most memory allocated at a time"});
+  column("process_peak", p.memory.process_peak, {"rank"}, {"byte", "growth of the resident set while the point ran"});
+}
+
+void write_point_attributes(const h5::Handle& group, const PointRecord& p) {
+  for (const Parameter& parameter : p.parameters) h5::write_attribute(group, parameter.first, parameter.second);
+  h5::write_attribute(group, "validity", p.valid ? "VALID" : "INVALID");
+  write_attributes(group, p, point_texts);
+  write_attributes(group, p, point_integers);
+  write_attributes(group, p, point_reals);
+  h5::write_attribute(group, "routes", std::vector<std::string>(p.routes.begin(), p.routes.end()));
+  h5::write_attribute(group, "route_reasons", std::vector<std::string>(p.route_reasons.begin(), p.route_reasons.end()));
+  h5::write_attribute(group, "route_kernels", std::vector<std::string>(p.route_kernels.begin(), p.route_kernels.end()));
+  h5::write_attribute(group, "exchange", p.exchange);
+  h5::write_attribute(group, "fallbacks", fmt::format("{}", fmt::join(p.fallbacks, "\n")));
+}
+
+/// Depth is the dimension, the rest are columns over it.
+void write_needle(const h5::Handle& point_group, const PointRecord& p) {
+  const h5::Handle group = h5::create_group(point_group, "needle");
+  h5::write_scale(group, "depth", p.needle.at("depth"), {"1", "place of the needle as a fraction of the context"});
+  for (const auto& [name, values] : p.needle) {
+    if (name != "depth") h5::write(group, name, values, {"depth"}, {"1", "needle: " + name});
+  }
+}
+
+/// Implementations side by side: their times and their errors.
+void write_kernels(const h5::Handle& point_group, const KernelRecord& k) {
+  const h5::Handle group = h5::create_group(point_group, "kernels");
+  h5::write_scale(group, "implementation", k.implementations, {"1", "implementation of the branch"});
+  h5::write_scale(group, "rank", indices(k.ranks), {"1", "rank"});
+  h5::write_scale(group, "rep", indices(k.reps), {"1", "repetition, warm-up first"});
+  h5::write(group, "time", k.seconds, {"implementation", "rank", "rep"}, {"s", "duration of one execution"});
+  h5::write(group, "mean_abs_err", k.mean_abs_err, {"implementation"}, {"1", "mean absolute error against float64"});
+  h5::write(group, "mean_abs_err_se", k.mean_abs_err_se, {"implementation"},
+            {"1", "standard error of mean_abs_err over query rows"});
+  h5::write(group, "max_abs_err", k.max_abs_err, {"implementation"}, {"1", "largest absolute error against float64"});
+  h5::write(group, "variant", k.variants, {"implementation"}, {"1", "kernel of the backend that ran"});
+}
+
+/// The group that a tensor's name leads to, made where missing.
+h5::Handle folder_of(const h5::Handle& tensors, const std::string& name) {
+  for (auto slash = name.find('/'); slash != std::string::npos; slash = name.find('/', slash + 1)) {
+    if (!h5::has(tensors, name.substr(0, slash))) h5::create_group(tensors, name.substr(0, slash));
+  }
+  const auto last = name.rfind('/');
+  return h5::open_group(tensors, last == std::string::npos ? "." : name.substr(0, last));
+}
+
+void write_tensor(const h5::Handle& tensors, const TensorRecord& t, const std::set<std::string>& taken) {
+  if (t.dims.size() != t.shape.size())
+    throw InternalError(
+        fmt::format("tensor '{}' has {} dimensions and {} names", t.name, t.shape.size(), t.dims.size()));
+  const h5::Handle group = folder_of(tensors, t.name);
+  const std::size_t base = t.name.rfind('/') + 1;  // npos + 1 = 0
+  std::vector<std::string> dimensions;
+  for (std::size_t i = 0; i < t.shape.size(); ++i) {
+    std::string name = t.dims[i];
+    // A name that a tensor has, or a dimension of another length, gets the length appended.
+    const bool other_length = h5::has(group, name) && h5::shape(group, name) != std::vector{t.shape[i]};
+    if (other_length || taken.count(t.name.substr(0, base) + name) > 0) name += "_" + std::to_string(t.shape[i]);
+    if (!h5::has(group, name)) h5::write_scale(group, name, indices(t.shape[i]), {"1", "index of " + t.dims[i]});
+    dimensions.push_back(name);
+  }
+  const h5::Text text{"1", "tensor " + t.name};
+  if (t.integers.empty()) {
+    h5::write(group, t.name.substr(base), t.values, dimensions, text);
+  } else {
+    h5::write(group, t.name.substr(base), t.integers, dimensions, text);
+  }
+}
+
+void write_point(const h5::Handle& file, const PointRecord& p) {
+  const h5::Handle points = h5::has(file, "points") ? h5::open_group(file, "points") : h5::create_group(file, "points");
+  const std::string name = fmt::format("{:04d}", p.index);
+  if (h5::has(points, name)) h5::remove(points, name);  // it was cut short
+  const h5::Handle group = h5::create_group(points, name);
+  write_point_attributes(group, p);
+  write_dimensions(group, p);
+  write_columns(group, p);
+  if (!p.needle.empty()) write_needle(group, p);
+  if (!p.kernels.implementations.empty()) write_kernels(group, p.kernels);
+  if (p.tensors.empty()) return;
+  const h5::Handle tensors = h5::create_group(group, "tensors");
+  h5::write_attribute(tensors, "first_position", p.first_position);
+  std::set<std::string> taken;
+  for (const TensorRecord& t : p.tensors) taken.insert(t.name);
+  for (const TensorRecord& t : p.tensors) write_tensor(tensors, t, taken);
+}
+
+}  // namespace
+
+struct ResultWriter::Impl {
+  std::string path, temporary;
+  RunRecord run;
+  bool sealed = false;     ///< the file exists and is ours,
+  struct stat ours {};     ///< which is how it was when we last had it
+  bool described = false;  ///< and says what `run` says
+
+  ~Impl() { unlink(temporary.c_str()); }
+
+  /// `change(file)` on the temporary file; what HDF5 objects to names the file that was to be.
+  template <class Change>
+  void edit(bool fresh, Change&& change) {
+    try {
+      h5::Handle file = fresh ? h5::create_file(temporary) : h5::open_file(temporary, true);
+      change(file);
+      h5::flush_and_close(std::move(file));
+    } catch (const h5::Error& error) {
+      h5::user_error(error, "write", path, "make room (disk, quota), then go on with --resume");
+    }
+  }
+
+  void take(const std::string& from) {
+    if (stat(from.c_str(), &ours) != 0) fail("cannot find " + from, std::strerror(errno), then_resume);
+  }
+
+  /// Points that another run has written are not to be lost, nor mixed with ours.
+  void check_ours() const {
+    struct stat now {};
+    if (stat(path.c_str(), &now) != 0)
+      fail("cannot add a point to " + path, std::strerror(errno), "put it back, then go on with --resume");
+    if (now.st_dev != ours.st_dev || now.st_ino != ours.st_ino || now.st_size != ours.st_size)
+      fail("cannot add a point to " + path, "another program has written or replaced it since this run last did",
+           "let one run at a time write it");
+  }
+
+  /// `change(file)` on a copy that then takes the file's place.
+  template <class Change>
+  void replace(Change&& change) {
+    std::error_code error;
+    if (sealed) check_ours();
+    if (sealed && !fs::copy_file(path, temporary, error))
+      fail("cannot copy " + path + " to " + temporary, error.message(), then_resume);
+    edit(!sealed, change);
+    if (sealed) check_ours();
+    take(temporary);  // it keeps its identity under the other name
+    fault::at("result.publish");
+    publish(temporary, path, sealed);
+    sealed = described = true;
+  }
+};
+
+ResultWriter::ResultWriter(const std::string& path, const RunRecord& run, std::size_t expected_bytes, bool resume)
+    : impl_(std::make_unique<Impl>()) {
+  check_can_be_made(path, expected_bytes, resume);
+  impl_->sealed = fs::exists(path);
+  impl_->path = impl_->sealed ? fs::canonical(path).string() : path;  // a link stays one
+  impl_->temporary = temporary_name(impl_->path);
+  impl_->run = run;
+  if (resume) remove_leftovers(impl_->path);
+  if (impl_->sealed) impl_->take(impl_->path);
+  // Whether HDF5 can write here is found out before any computing, too.
+  impl_->edit(true, [&](const h5::Handle& file) { write_run(file, run, "running"); });
+  unlink(impl_->temporary.c_str());
+}
+
+ResultWriter::~ResultWriter() = default;
+
+void ResultWriter::seal(const PointRecord& point) {
+  impl_->replace([&](const h5::Handle& file) {
+    if (!impl_->described) write_run(file, impl_->run, "running");
+    write_point(file, point);
+  });
+}
+
+void ResultWriter::finish(const RunRecord& run) {
+  if (!impl_->sealed) return;
+  const bool plain = run.status.empty() || run.status == "running";
+  impl_->replace([&](const h5::Handle& file) { write_run(file, run, plain ? "complete" : run.status); });
+}
+
+}  // namespace nsa

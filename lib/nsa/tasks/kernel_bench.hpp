@@ -1,0 +1,90 @@
+#pragma once
+// kind = "kernels": one branch of attention on one shape, by every implementation, beside one another. N query rows
+// whose H heads share one K and V, at the last N positions of a context (N = 0: at all of them, as in prefill).
+// Selection chooses n whole blocks for each row, anywhere before the first row, in a pattern from contiguous to
+// scattered. docs/METRICS.md says what is timed.
+
+#include <string>
+#include <vector>
+
+#include "nsa/experiment/experiment.hpp"
+#include "nsa/model/buffers.hpp"
+
+namespace nsa {
+
+/// The layer of a kernels point: one group of H heads, D = Dv, n blocks, one sequence.
+Config kernel_config(const Config& config, const Point& point);
+
+/// Query rows of the point.
+std::int64_t kernel_rows(const Point& point);
+
+/// Blocks each row attends, [rows][n] ascending, drawn from the seed: `n` neighbours; half of them neighbours and the
+/// rest apart; all apart. The same on every machine.
+std::vector<std::int32_t> choose_blocks(Spans spans, std::int64_t rows, std::int32_t n, std::int64_t blocks,
+                                        std::uint64_t seed);
+
+/// One way to do the point's attention.
+struct KernelChoice {
+  std::string label;  ///< of the result file
+  const AttendKernel* kernel;
+  bool packed;  ///< K and V of each row lie packed before it starts
+};
+
+/// What the backend has of the implementations that the input lists and that accept the shape, in the input's order.
+std::vector<KernelChoice> kernel_choices(const KernelTable& kernels, const Config& config, const Point& point);
+
+/// Inputs and outputs of a point in backend memory. K and V stand there several times over, so that no cache holds what
+/// the next execution reads.
+class KernelBench {
+ public:
+  /// On dry_device() it only accounts.
+  KernelBench(const Allocator& allocate, const KernelTable& kernels, const Config& config, const Point& point);
+  /// Puts the values there; waits.
+  void fill(Stream* stream);
+  /// Queues one execution on copy `at` (modulo how many there are).
+  void run(const KernelChoice& choice, std::int64_t at, Stream* stream) const;
+  /// The backend's kernel that it runs as.
+  std::string variant(const KernelChoice& choice) const;
+
+  std::int64_t rows() const { return rows_; }
+  std::int64_t copies() const { return static_cast<std::int64_t>(kv_.size()); }
+  /// Spoils outputs and zeroes counters, so that what is read after one execution is its own.
+  void clear(Stream* stream) const;
+  /// Normalised outputs [rows][H][Dv] of the execution before.
+  std::vector<float> output(Stream* stream) const;
+  /// Tokens it read, and those it should have read.
+  std::int64_t reads(Stream* stream) const;
+  std::int64_t expected_reads_total() const;
+
+  /// The same attention in float64 by plain loops over the tokens of each row, [rows][H][Dv]. `threads` share the rows.
+  std::vector<double> oracle(Stream* stream, int threads) const;
+
+ private:
+  AttendArgs args_of(const KernelChoice& choice, std::int64_t at) const;
+  std::vector<std::int64_t> tokens_of(std::int64_t row) const;
+  std::vector<float> download(const void* from, std::int64_t count, Stream* stream) const;
+
+  const DeviceOps& device_;
+  const KernelTable& kernels_;
+  const Config config_;  ///< kernel_config
+  const Point point_;
+  const Branch branch_;
+  LayerShape shape_, packed_shape_;
+  std::int64_t rows_, first_position_, kv_rows_;
+  QueryTile tile_, packed_tile_;
+  std::vector<std::int32_t> selected_;
+  std::vector<KvPair> kv_, packed_;
+  Buffer positions_, q_, chosen_, partials_, reads_, scores_, lse_, scratch_;
+};
+
+/// Mean absolute error, its standard error over rows, and the largest one; infinite where an output is not a number.
+struct KernelError {
+  double mean, standard_error, largest;
+};
+KernelError kernel_error(const std::vector<float>& output, const std::vector<double>& oracle, std::int64_t rows);
+
+/// Measures the point. Collective; returns the memory this rank used.
+MemoryAccount run_kernels(const Session& session, const Config& config, const Point& point, PointRecord& record,
+                          const Progress& progress);
+
+}  // namespace nsa

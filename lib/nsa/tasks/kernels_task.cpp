@@ -1,0 +1,155 @@
+// Measures a point of kind = "kernels".
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <thread>
+
+#include "kernels/diagnostics/error.hpp"
+#include "kernels/diagnostics/operation_log.hpp"
+#include "nsa/forward/stage_timer.hpp"
+#include "nsa/tasks/kernel_bench.hpp"
+#include "nsa/tasks/task.hpp"
+#include "nsa/verify/float64_check.hpp"
+
+namespace nsa {
+namespace {
+
+// A graph holds this many executions, so that what it costs to start one does not show in them.
+constexpr std::int64_t executions_a_graph = 8;
+
+/// A stream that goes again.
+struct OwnStream {
+  explicit OwnStream(const DeviceOps& ops) : device(ops), stream(ops.create_stream()) {}
+  ~OwnStream() { device.destroy_stream(stream); }
+  OwnStream(const OwnStream&) = delete;
+  OwnStream& operator=(const OwnStream&) = delete;
+  const DeviceOps& device;
+  Stream* stream;
+};
+
+/// Executions of one implementation over the copies of its inputs: graphs where the backend has them.
+class Executions {
+ public:
+  Executions(const DeviceOps& device, const KernelBench& bench, const KernelChoice& choice, Stream* stream)
+      : device_(device), bench_(bench), choice_(choice), stream_(stream) {
+    if (!device.capture) return;
+    const std::int64_t graphs = (bench.copies() + executions_a_graph - 1) / executions_a_graph;
+    for (next_ = 0; next_ < graphs * executions_a_graph;)
+      graphs_.push_back(device.capture(
+          stream, [](void* self) { static_cast<Executions*>(self)->queue(executions_a_graph); }, this));
+  }
+  ~Executions() {
+    for (Graph* graph : graphs_) device_.destroy_graph(graph);
+  }
+  Executions(const Executions&) = delete;
+  Executions& operator=(const Executions&) = delete;
+
+  /// Seconds of one execution; the inputs are those that were read longest ago.
+  double sample(Recorder& recorder) {
+    const StageTimes times = recorder.step([&] {
+      if (graphs_.empty())
+        queue(1);
+      else
+        device_.launch(graphs_[static_cast<std::size_t>(next_graph_++ % graphs_.size())], stream_);
+    });
+    return times[static_cast<int>(Stage::step)] / static_cast<double>(graphs_.empty() ? 1 : executions_a_graph);
+  }
+
+ private:
+  void queue(std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) bench_.run(choice_, next_++, stream_);
+  }
+  const DeviceOps& device_;
+  const KernelBench& bench_;
+  const KernelChoice& choice_;
+  Stream* stream_;
+  std::int64_t next_ = 0;
+  std::size_t next_graph_ = 0;
+  std::vector<Graph*> graphs_;
+};
+
+/// Runs every implementation once and holds it against float64 and against the reads that the shape demands.
+void check(const Session& session, const KernelBench& bench, const std::vector<KernelChoice>& choices, DType precision,
+           Stream* stream, PointRecord& record) {
+  const int cores = static_cast<int>(std::thread::hardware_concurrency());
+  const std::vector<double> oracle = bench.oracle(stream, std::max(1, cores / std::max(1, session.world.local_size())));
+  const std::int64_t expected = bench.expected_reads_total();
+  const double bound = error_bound(precision);
+  for (const KernelChoice& choice : choices) {
+    bench.clear(stream);
+    bench.run(choice, 0, stream);
+    const KernelError error = kernel_error(bench.output(stream), oracle, bench.rows());
+    const double largest = session.world.max(error.largest);
+    record.kernels.mean_abs_err.push_back(session.world.max(error.mean));
+    record.kernels.mean_abs_err_se.push_back(session.world.max(error.standard_error));
+    record.kernels.max_abs_err.push_back(largest);
+    record.max_abs_err = std::max(record.max_abs_err, largest);
+    if (!(largest <= bound))
+      record.fail(choice.label + ": error " + std::to_string(largest) + " against float64 exceeds " +
+                  std::to_string(bound));
+    if (const std::int64_t counted = bench.reads(stream); counted != expected)
+      record.fail(choice.label + ": " + std::to_string(counted) + " tokens read, not " + std::to_string(expected));
+  }
+}
+
+}  // namespace
+
+MemoryAccount run_kernels(const Session& session, const Config& config, const Point& point, PointRecord& record,
+                          const Progress& progress) {
+  const Control& world = session.world;
+  const DuringPhase phase("kernels");
+  const DeviceOps& device = *session.backend.device;
+  const std::vector<KernelChoice> choices = kernel_choices(*session.backend.kernels, config, point);
+  MemoryAccount account;
+  const OwnStream own(device);
+  std::optional<KernelBench> bench;
+  agreed(world, [&] {
+    if (choices.empty())
+      throw UserError("no implementation of this backend takes the shape (kernels.implementations); list others");
+    bench.emplace(Allocator{device, account}, *session.backend.kernels, config, point);
+    bench->fill(own.stream);
+  });
+  KernelRecord& k = record.kernels;
+  for (const KernelChoice& choice : choices) {
+    k.implementations.push_back(choice.label);
+    k.variants.push_back(bench->variant(choice));
+  }
+  if (config.run.check)
+    check(session, *bench, choices, config.model.precision, own.stream, record);
+  else
+    k.mean_abs_err = k.mean_abs_err_se = k.max_abs_err = std::vector<double>(choices.size(), std::nan(""));
+
+  Recorder recorder(device, own.stream);
+  std::vector<std::unique_ptr<Executions>> executions;
+  agreed(world, [&] {
+    for (const KernelChoice& choice : choices)
+      executions.push_back(std::make_unique<Executions>(device, *bench, choice, own.stream));
+  });
+  const std::int64_t count = std::ssize(choices), reps = config.run.steps;
+  std::vector<double> seconds(static_cast<std::size_t>(count * reps));
+  for (std::int64_t rep = 0; rep < reps; ++rep) {
+    if (session.stop->now_and_then()) throw Interrupted();
+    world.barrier();
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t turn = (i + rep) % count;  // the order rotates, and turns round every other time
+      const std::int64_t which = rep % 2 == 0 ? turn : count - 1 - turn;
+      seconds[static_cast<std::size_t>(which * reps + rep)] =
+          executions[static_cast<std::size_t>(which)]->sample(recorder);
+    }
+    progress(static_cast<double>(rep + 1), static_cast<double>(reps), "kernels");
+  }
+  const std::vector<double> all = world.gather(seconds);  // [rank][implementation][rep]
+  k.ranks = world.size();
+  k.reps = reps;
+  k.seconds.resize(all.size());
+  for (std::int64_t r = 0; !all.empty() && r < k.ranks; ++r)
+    for (std::int64_t i = 0; i < count; ++i)
+      std::copy_n(all.begin() + (r * count + i) * reps, reps, k.seconds.begin() + (i * k.ranks + r) * reps);
+  record.warmup_reps = config.run.warmup;
+  record.first_position = point.context - kernel_rows(point);
+  record.stop_reason = "steps";
+  return account;
+}
+
+}  // namespace nsa

@@ -1,0 +1,113 @@
+#include "nsa/tasks/measure.hpp"
+
+#include <algorithm>
+#include <limits>
+
+#include "kernels/interface/buffer.hpp"
+#include "nsa/report/statistics.hpp"
+#include "nsa/tasks/task.hpp"
+#include "nsa/verify/read_counts.hpp"
+
+namespace nsa {
+
+std::vector<ModeRun> mode_runs(const Config& config, const Point& point) {
+  std::vector<ModeRun> runs;
+  StepOptions base;
+  base.force_branch = point.force_branch;
+  for (const Mode mode : config.run.modes) {
+    if (mode == Mode::branches) runs.push_back({"branches", base, true});
+    if (mode == Mode::total) runs.push_back({"total", base, false});
+    for (int c = 0; c < branches; ++c) {
+      StepOptions options = base;
+      if (mode == Mode::ablation) {
+        options.leave_out = c;
+        runs.push_back({std::string("ablation_") + branch_names[c], options, false});
+      } else if (mode == Mode::one_hot) {
+        options.force_branch = c;
+        runs.push_back({std::string("one_hot_") + branch_names[c], options, false});
+      }
+    }
+  }
+  return runs;
+}
+
+TimeTable gather_times(const Control& world, const Samples& samples) {
+  TimeTable table;
+  table.modes = samples.modes;
+  table.ranks = world.size();
+  for (const auto& reps : samples.times) table.reps = std::max(table.reps, std::ssize(reps));
+  const std::int64_t modes = std::ssize(samples.modes), reps = table.reps;
+  std::vector<double> own(static_cast<std::size_t>(modes * stage_count * reps),
+                          std::numeric_limits<double>::quiet_NaN());
+  for (std::int64_t m = 0; m < modes; ++m)
+    for (std::int64_t rep = 0; rep < std::ssize(samples.times[m]); ++rep)
+      for (int stage = 0; stage < stage_count; ++stage)
+        own[(m * stage_count + stage) * reps + rep] = samples.times[m][rep][stage];
+  const std::vector<double> all = world.gather(own);  // [rank][mode][stage][rep]
+  table.seconds.resize(all.size());
+  for (std::int64_t r = 0; !all.empty() && r < table.ranks; ++r)
+    for (std::int64_t row = 0; row < modes * stage_count; ++row)
+      std::copy_n(all.begin() + (r * modes * stage_count + row) * reps, reps,
+                  table.seconds.begin() + (row * table.ranks + r) * reps);
+  return table;
+}
+
+std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& p, const Point& point) {
+  const LayerShape& s = p.shape;
+  const bool prefill = config.kind == TaskKind::prefill;
+  const std::int64_t storage = static_cast<std::int64_t>(size_of(s.dtype)), t = total_positions(config, point) - 1;
+  const std::int64_t planes = point.batch * s.groups, width = (s.d_k + s.d_v) * storage;
+  const std::int64_t rows = prefill ? point.batch * owned_rows(p.tokens(false), point.context) : point.batch;
+  const std::int64_t branches_kv = s.shared_kv ? 1 : branches;
+  const ExpectedReads reads = expected_reads(s.rules, t);
+  // Prefill: each K/V row once, by every rank, since all are gathered. Decode: what one query row reads.
+  const auto kv_rows = [&](Branch c) {
+    if (!prefill) return planes * reads.branch[c] / p.kv;
+    return planes * (c == cmp ? compressed_tokens(s.rules, t) : t + 1);
+  };
+  const std::int64_t q = rows * s.heads() * s.d_k * storage, o = rows * s.heads() * s.d_v * 4;
+  std::vector<std::int64_t> bytes(stage_count, 0);
+  const auto put = [&](Stage stage, std::int64_t n) { bytes[static_cast<int>(stage)] = config.model.layers * n; };
+  if (config.run.scope == Scope::layer) {
+    put(Stage::project, (qkv_columns(s) * (s.dim + rows) + rows * s.dim) * storage);
+    put(Stage::output, (std::int64_t{s.heads()} * s.d_v * (s.dim + rows)) * storage + rows * s.dim * 4);
+  }
+  put(Stage::append, 2 * rows * s.groups * branches_kv * width);
+  put(Stage::compress,
+      prefill ? (rows * s.groups * width) + kv_rows(cmp) * width / p.kv : planes * width * (s.rules.l + 1) / s.rules.d);
+  put(Stage::attend_cmp, kv_rows(cmp) * width + q + o + (prefill ? 0 : kv_rows(cmp) * s.heads_per_group * 4));
+  put(Stage::rank, prefill ? 0 : kv_rows(cmp) * s.heads_per_group * 4);
+  put(Stage::attend_sel, kv_rows(sel) * width + q + o);
+  put(Stage::attend_win, kv_rows(win) * width + q + o);
+  put(Stage::combine, o * branches * (prefill ? 1 : p.kv) + rows * s.heads() * s.d_v * storage);
+  for (const Exchange& e : exchanges(config, p, point))
+    bytes[static_cast<int>(Stage::comm)] += config.model.layers * e.bytes * (e.ranks - 1);
+  for (int i = 0; i < static_cast<int>(Stage::step); ++i) bytes[static_cast<int>(Stage::step)] += bytes[i];
+  return bytes;
+}
+
+double copy_bandwidth(const Backend& backend, const Control& world) {
+  constexpr std::size_t bytes = std::size_t{128} << 20;
+  const DeviceOps& device = *backend.device;
+  MemoryAccount account;
+  Buffer from, to;
+  agreed(world, [&] {
+    from = Buffer(device, account, MemoryKind::workspace, bytes);
+    to = Buffer(device, account, MemoryKind::workspace, bytes);
+  });
+  Stream* stream = device.create_stream();
+  std::vector<double> seconds;
+  {
+    Recorder recorder(device, stream);
+    for (int rep = 0; rep < 7; ++rep) {
+      world.barrier();
+      const StageTimes times = recorder.step([&] { device.copy(to.data(), from.data(), bytes, stream); });
+      seconds.push_back(times[static_cast<int>(Stage::step)]);
+    }
+  }
+  device.destroy_stream(stream);
+  seconds.erase(seconds.begin());
+  return 2.0 * bytes / summarise(seconds).median;
+}
+
+}  // namespace nsa

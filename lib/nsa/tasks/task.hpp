@@ -1,0 +1,46 @@
+#pragma once
+// The two kinds of measured points, and what they have in common.
+
+#include <exception>
+#include <string>
+
+#include "nsa/experiment/experiment.hpp"
+#include "nsa/model/model_shard.hpp"
+#include "nsa/tasks/measure.hpp"
+#include "nsa/verify/float64_check.hpp"
+#include "nsa/verify/tensor_dump.hpp"
+
+namespace nsa {
+
+/// Runs local work that may fail on some ranks only; then all ranks agree. No collective may stand inside.
+template <class Work>
+void agreed(const Control& world, Work&& work) {
+  ExitCode code = ExitCode::ok;
+  std::string message;
+  try {
+    work();
+  } catch (const UserError& e) {
+    code = e.code(), message = e.what();
+  } catch (const std::bad_alloc&) {
+    code = ExitCode::device, message = "out of host memory (an allocation failed); use more ranks or a smaller context";
+  }
+  world.agree(code, message);
+}
+
+/// Any rank's problem ("" = none) makes the point INVALID. Collective.
+void fail_where(const Control& world, const std::string& problem, PointRecord& record);
+
+/// After the recorded pass: what the checks found, and where tensors are wanted those of all ranks. Collective.
+void keep_records(const Control& world, Engine& engine, const TensorSource& source, const CheckResult& checked,
+                  StepTensors* tensors, std::int64_t positions, PointRecord& record);
+
+/// After the measurement: samples of all ranks, routes and what fell back. Collective.
+void finish_point(const Control& world, Engine& engine, const Samples& samples, PointRecord& record);
+
+/// Both fill the record (rank 0: whole) and return the memory this rank used. Collective.
+MemoryAccount run_decode(const Session& session, const Config& config, const Point& point, const TensorSource& source,
+                         PointRecord& record, const Progress& progress);
+MemoryAccount run_prefill(const Session& session, const Config& config, const Point& point, const TensorSource& source,
+                          PointRecord& record, const Progress& progress);
+
+}  // namespace nsa

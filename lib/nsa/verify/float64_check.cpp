@@ -1,0 +1,171 @@
+#include "nsa/verify/float64_check.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "nsa/model/inputs.hpp"
+
+namespace nsa {
+
+namespace {
+
+using Rows = std::vector<float>;  // [rows][width]
+
+// The given rows of a view on this rank; over kv ranks, each row from the rank that holds it.
+Rows fetch(const Work& w, const KvView& view, std::int64_t plane, const std::vector<std::int64_t>& rows) {
+  Engine& e = w.engine;
+  const std::int64_t size = static_cast<std::int64_t>(size_of(e.shape().dtype));
+  std::vector<std::byte> stored(rows.size() * view.width * size, std::byte{0});
+  for (std::size_t i = 0; i < rows.size(); ++i)
+    if (has_row(view.map, rows[i]))
+      e.device().copy(stored.data() + i * view.width * size,
+                      static_cast<std::byte*>(view.data) + offset_of(view, plane, rows[i]) * size,
+                      static_cast<std::size_t>(view.width * size), e.streams.compute);
+  e.device().synchronize(e.streams.compute);
+  Rows values = from_storage(stored.data(), rows.size() * view.width, e.shape().dtype);
+  if (w.exchange) e.peers->kv_control.sum(values);
+  return values;
+}
+
+std::vector<std::int64_t> range(std::int64_t first, std::int64_t last) {
+  std::vector<std::int64_t> rows(static_cast<std::size_t>(std::max<std::int64_t>(0, last - first)));
+  std::iota(rows.begin(), rows.end(), first);
+  return rows;
+}
+
+std::vector<double> softmax(const float* q, const Rows& k, std::int64_t width) {
+  std::vector<double> p(k.size() / width);
+  double top = -std::numeric_limits<double>::infinity(), sum = 0;
+  for (std::size_t i = 0; i < p.size(); ++i) {
+    double dot = 0;
+    for (std::int64_t e = 0; e < width; ++e) dot += double{q[e]} * k[i * width + e];
+    top = std::max(top, p[i] = dot / std::sqrt(static_cast<double>(width)));
+  }
+  for (double& x : p) sum += x = std::exp(x - top);
+  for (double& x : p) x /= sum;
+  return p;
+}
+
+double attention_error(const std::vector<double>& p, const Rows& v, std::int64_t width, const float* o) {
+  double worst = 0;
+  for (std::int64_t e = 0; e < width; ++e) {
+    double value = 0;
+    for (std::size_t i = 0; i < p.size(); ++i) value += p[i] * v[i * width + e];
+    const double error = std::abs(value - o[e]);
+    if (!(error <= worst)) worst = std::isnan(error) ? std::numeric_limits<double>::infinity() : error;
+  }
+  return worst;
+}
+
+// |sum of gated branches - o| of one row and group, at most, for what combine left.
+double combine_error(const Work& w, std::int64_t row, std::int64_t group) {
+  Engine& e = w.engine;
+  const LayerShape& s = e.shape();
+  const std::int64_t count = std::int64_t{s.heads_per_group} * s.d_v;
+  const std::int64_t at = (row * s.heads() + group * s.heads_per_group) * s.d_v;
+  const auto* gates = w.buffers.gate.as<float>() + ((w.first_row + row) * s.groups + group) * branches;
+  const Rows gate = download(e, gates, branches, DType::f32);
+  const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
+  const Rows o = download(e, w.buffers.o.as<std::byte>() + at * size, count, s.dtype);
+  std::vector<double> wanted(static_cast<std::size_t>(count), 0.0);
+  for (int c = 0; c < branches; ++c) {
+    const Rows part = download(e, w.buffers.o_branch[c].as<float>() + at, count, DType::f32);
+    for (std::int64_t i = 0; i < count; ++i) wanted[i] += double{gate[c]} * part[i];
+  }
+  double worst = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const double error = std::abs(wanted[i] - o[i]);
+    if (!(error <= worst)) worst = std::isnan(error) ? std::numeric_limits<double>::infinity() : error;
+  }
+  return worst;
+}
+
+// The chosen blocks are the forced ones and the best of the rest, up to rounding of the scores.
+std::string selection_problem(const BlockRules& r, std::int64_t t, const std::vector<double>& s,
+                              const std::vector<std::int32_t>& chosen) {
+  const std::int64_t eligible = eligible_blocks(r, t), wanted = std::min<std::int64_t>(r.n_sel, eligible);
+  std::vector<bool> is_chosen(static_cast<std::size_t>(eligible), false);
+  std::int64_t count = 0;
+  for (const std::int32_t j : chosen) {
+    if (j < 0) continue;
+    if (j >= eligible || is_chosen[j]) return "block " + std::to_string(j) + " chosen twice or from the future";
+    is_chosen[j] = true;
+    ++count;
+  }
+  if (count != wanted) return std::to_string(count) + " blocks chosen, not " + std::to_string(wanted);
+  double worst_in = std::numeric_limits<double>::infinity(), best_out = 0;
+  for (std::int64_t j = 0; j < eligible; ++j) {
+    if (is_forced(r, j, t)) {
+      if (!is_chosen[j]) return "forced block " + std::to_string(j) + " not chosen";
+      continue;
+    }
+    if (is_chosen[j])
+      worst_in = std::min(worst_in, s[j]);
+    else
+      best_out = std::max(best_out, s[j]);
+  }
+  // fp32 scores of normalised probabilities: a few hundred roundings of relative size 2^-24.
+  if (best_out > worst_in + 1e-4 * best_out) return "a block of lower importance was chosen";
+  return {};
+}
+
+}  // namespace
+
+double error_bound(DType type) { return type == DType::f32 ? 1e-4 : 2e-2; }
+
+void CheckResult::merge(const CheckResult& other) {
+  if (!(other.max_abs_err <= max_abs_err)) max_abs_err = other.max_abs_err;
+  if (problem.empty()) problem = other.problem;
+}
+
+CheckResult check_row(const Work& w, std::int64_t plane, std::int64_t row, std::int64_t t) {
+  Engine& e = w.engine;
+  const LayerShape& s = e.shape();
+  const BlockRules& r = s.rules;
+  const std::int64_t group = plane % s.groups, h = s.heads_per_group, heads = s.heads();
+  const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype)), head = group * h;
+  const auto* q_at = w.buffers.q.as<std::byte>() + ((w.first_row + row) * heads + head) * s.d_k * size;
+  const Rows q = download(e, q_at, h * s.d_k, s.dtype);
+  std::vector<std::int32_t> chosen =
+      download_ints(e,
+                    w.buffers.selected.as<std::int32_t>() +
+                        (((e.config.model.layers - 1) * w.tile.rows() + row) * s.groups + group) * r.n_sel,
+                    r.n_sel);
+
+  std::vector<std::int64_t> tokens[branches] = {
+      range(0, compressed_tokens(r, t)), {}, range(window_begin(r, t), t + 1)};
+  for (const std::int32_t j : chosen)
+    if (j >= 0)
+      for (const std::int64_t i : range(std::int64_t{j} * r.l_sel, std::min((j + std::int64_t{1}) * r.l_sel, t + 1)))
+        tokens[sel].push_back(i);
+
+  CheckResult result;
+  std::vector<double> importance(static_cast<std::size_t>(eligible_blocks(r, t)), 0.0);
+  for (int c = 0; c < branches; ++c) {
+    const Rows k = fetch(w, w.k[c], plane, tokens[c]), v = fetch(w, w.v[c], plane, tokens[c]);
+    if (w.exchange && e.partition.kv_rank != 0) continue;
+    const Rows o = download(e, w.buffers.o_branch[c].as<float>() + (row * heads + head) * s.d_v, h * s.d_v, DType::f32);
+    for (std::int64_t j = 0; j < h; ++j) {
+      const std::vector<double> p = softmax(q.data() + j * s.d_k, k, s.d_k);
+      result.merge({attention_error(p, v, s.d_v, o.data() + j * s.d_v), {}});
+      for (std::size_t i = 0; c == cmp && i < p.size(); ++i)
+        for (std::int64_t b = static_cast<std::int64_t>(i) * r.d / r.l_sel;
+             b < std::ssize(importance) && b * r.l_sel < std::int64_t(i) * r.d + r.l; ++b)
+          importance[b] += p[i] * overlap(r, static_cast<std::int64_t>(i), b);
+    }
+  }
+  if (!w.exchange || e.partition.kv_rank == 0) result.problem = selection_problem(r, t, importance, chosen);
+  if (result.problem.empty() && !(result.max_abs_err <= error_bound(s.dtype)))
+    result.problem = "error " + std::to_string(result.max_abs_err) + " against float64 exceeds " +
+                     std::to_string(error_bound(s.dtype));
+  if (const double error = combine_error(w, row, group); result.problem.empty() && !(error <= error_bound(s.dtype)))
+    result.problem = "the combined output differs by " + std::to_string(error) + " from its gated branches";
+  if (!result.problem.empty())
+    result.problem = "position " + std::to_string(t) + ", sequence " + std::to_string(plane / s.groups) + ", group " +
+                     std::to_string(e.partition.group_begin + group) + ": " + result.problem;
+  return result;
+}
+
+}  // namespace nsa

@@ -1,0 +1,106 @@
+#include "nsa/verify/read_counts.hpp"
+
+#include <algorithm>
+
+namespace nsa {
+
+std::int64_t owned_rows(const RowMap& m, std::int64_t rows) {
+  if (m.kv == 1) return rows;
+  std::int64_t sum = 0;
+  for (std::int64_t c = m.rank; c * m.chunk < rows; c += m.kv) sum += std::min(rows, (c + 1) * m.chunk) - c * m.chunk;
+  return sum;
+}
+
+namespace {
+
+std::int64_t window_slots_read(const Partition& p, std::int64_t t) {
+  const RowMap share = p.window_share();
+  std::int64_t sum = 0;
+  for (std::int64_t i = window_begin(p.shape.rules, t); i <= t; ++i) sum += has_row(share, i);
+  return sum;
+}
+
+std::int64_t selected_tokens_read(const Partition& p, std::int64_t t, const std::int32_t* blocks, std::int64_t count) {
+  const RowMap map = p.tokens(false);
+  const std::int64_t l_sel = p.shape.rules.l_sel;
+  std::int64_t sum = 0;
+  for (std::int64_t i = 0; i < count; ++i)
+    if (blocks[i] >= 0 && has_row(map, blocks[i] * l_sel)) sum += std::min(l_sel, t + 1 - blocks[i] * l_sel);
+  return sum;
+}
+
+}  // namespace
+
+void expect_decode(RankReads& reads, const Partition& p, std::int64_t first, std::int64_t lists,
+                   const std::vector<std::int32_t>& selected) {
+  const std::int64_t width = lists * p.shape.rules.n_sel;
+  for (std::int64_t step = 0; step < reads.steps; ++step) {
+    const std::int64_t t = first + step;
+    reads.expected[cmp * reads.steps + step] =
+        lists * owned_rows(p.compressed(false), compressed_tokens(p.shape.rules, t));
+    reads.expected[win * reads.steps + step] = lists * window_slots_read(p, t);
+    reads.expected[sel * reads.steps + step] = p.kv == 1
+                                                   ? lists * expected_reads(p.shape.rules, t).branch[sel]
+                                                   : selected_tokens_read(p, t, selected.data() + step * width, width);
+  }
+}
+
+void expect_prefill(RankReads& reads, const Partition& p, std::int64_t positions, std::int64_t lists) {
+  const RowMap map = p.tokens(false);
+  for (std::int64_t t = 0; t < positions; ++t) {
+    if (!has_row(map, t)) continue;
+    const ExpectedReads row = expected_reads(p.shape.rules, t);
+    for (int c = 0; c < branches; ++c) reads.expected[c] += lists * row.branch[c];
+  }
+}
+
+std::vector<std::int64_t> total_reads(const Config& config, const Point& point) {
+  const bool prefill = config.kind == TaskKind::prefill;
+  const std::int64_t steps = prefill ? 1 : config.run.steps, first = prefill ? 0 : point.context;
+  const std::int64_t positions = prefill ? point.context : steps;
+  const std::int64_t lists = point.batch * config.model.n_kv_groups * config.model.layers;
+  std::vector<std::int64_t> totals(branches * steps, 0);
+  for (std::int64_t i = 0; i < positions; ++i)
+    for (int c = 0; c < branches; ++c)
+      totals[c * steps + (prefill ? 0 : i)] += lists * expected_reads(config.nsa, first + i).branch[c];
+  return totals;
+}
+
+ReadTable gather_reads(const Control& world, const RankReads& reads) {
+  const auto by_branch = [&](const std::vector<std::int64_t>& own) {
+    const std::vector<std::int64_t> all = world.gather(own);  // [rank][branch][step]
+    std::vector<std::int64_t> table(all.size());
+    const std::int64_t ranks = world.size(), steps = reads.steps;
+    for (std::int64_t r = 0; !all.empty() && r < ranks; ++r)
+      for (std::int64_t c = 0; c < branches; ++c)
+        std::copy_n(all.begin() + (r * branches + c) * steps, steps, table.begin() + (c * ranks + r) * steps);
+    return table;
+  };
+  ReadTable table;
+  table.ranks = world.size();
+  table.steps = reads.steps;
+  table.counted = by_branch(reads.counted);
+  table.expected = by_branch(reads.expected);
+  return table;
+}
+
+std::string read_problem(const ReadTable& table, const std::vector<std::int64_t>& totals) {
+  for (int c = 0; c < branches; ++c)
+    for (std::int64_t step = 0; step < table.steps; ++step) {
+      const std::string where = std::string("reads of ") + branch_names[c] + " at step " + std::to_string(step);
+      std::int64_t sum = 0;
+      for (std::int64_t r = 0; r < table.ranks; ++r) {
+        const std::int64_t i = (c * table.ranks + r) * table.steps + step;
+        if (table.counted[i] != table.expected[i])
+          return where + " on rank " + std::to_string(r) + ": counted " + std::to_string(table.counted[i]) +
+                 ", expected " + std::to_string(table.expected[i]);
+        sum += table.counted[i];
+      }
+      const std::int64_t total = totals[c * table.steps + step];
+      if (sum != total)
+        return where + ": counted " + std::to_string(sum) + " in all, expected " + std::to_string(total);
+    }
+  return {};
+}
+
+}  // namespace nsa
