@@ -6,7 +6,7 @@
 #include <exception>
 #include <numeric>
 
-#include "comm/collectives/communicator_impl.hpp"
+#include "comm/mpi_group.hpp"
 #include "kernels/diagnostics/fault_injection.hpp"
 #include "kernels/diagnostics/operation_log.hpp"
 

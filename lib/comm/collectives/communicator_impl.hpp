@@ -1,26 +1,13 @@
 #pragma once
 // What a Communicator holds: a group's size and three functions of MPI or of NCCL. Only for lib/comm.
 
-#include <mpi.h>
-
 #include <cstddef>
 #include <cstdint>
 
 #include "comm/collectives/communicator.hpp"
+#include "comm/mpi_group.hpp"
 
 namespace nsa {
-
-struct Control::Impl {
-  MPI_Comm comm = MPI_COMM_NULL;
-  MPI_Comm host = MPI_COMM_NULL;  ///< the ranks of `comm` on this host
-  int rank = 0, size = 1, local_rank = 0, local_size = 1;
-  std::uint64_t group;               ///< equal on its ranks: names the group in the log of operations
-  mutable std::uint64_t splits = 0;  ///< made from it
-  Impl(MPI_Comm owned, std::uint64_t group);
-  ~Impl();
-  Impl(const Impl&) = delete;
-  Impl& operator=(const Impl&) = delete;
-};
 
 struct CollectiveOps {
   void (*all_gather)(void* state, const void* send, void* recv, std::size_t bytes, Stream* stream);
@@ -40,9 +27,6 @@ struct Communicator::Impl {
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
 };
-
-/// Throws UserError(communication) naming the call when MPI returns an error.
-void check_mpi(int code, const char* call);
 
 /// Collective over `group`; returns the state of a blocking NCCL communicator, bootstrapped over MPI.
 void* open_nccl(const Control::Impl& group, CollectiveOps& ops);

@@ -3,9 +3,14 @@
 #include <algorithm>
 
 #include "kernels/cuda/attention/block_sums.cuh"
+#include "kernels/cuda/attention/stages.cuh"
 #include "kernels/cuda/decode/split_kv/params.cuh"
+#include "kernels/cuda/decode/split_kv/stages.cuh"
+#include "kernels/cuda/decode/stages.cuh"
 #include "kernels/cuda/exchange/peer_exchange.hpp"
-#include "kernels/cuda/runtime/stages.cuh"
+#include "kernels/cuda/layer/stages.cuh"
+#include "kernels/cuda/prefill/stages.cuh"
+#include "kernels/cuda/rank/stages.cuh"
 
 namespace nsa::gpu {
 
@@ -68,8 +73,8 @@ Variant best_for(const AttendArgs& a) {
   if (B != sel && (a.tile.rescores || (B == win && a.tile.tokens > 1)) && prefill_accepts(B, s, map)) return tiled;
   if (B == sel && a.tile.tokens > 1 && prefill_sel_accepts(s, map) && prefill_sel_pays(s, a.tile)) return tiled;
   if (B == cmp && a.tile.rescores) throw InternalError("attend_cmp is to leave no scores and its cache is cut");
-  if (decode_accepts(s, a.tile) && decode_reads_map(B, s, map)) return {"decode", attend<B, attend_decode>};
-  if (rows_accept(s, a.tile) && rows_read_map(B, s, map)) return {"rows", attend<B, attend_rows>};
+  if (decode_accepts(s, a.tile) && reads_kv_map(B, s, map)) return {"decode", attend<B, attend_decode>};
+  if (rows_accept(s, a.tile) && reads_kv_map(B, s, map)) return {"rows", attend<B, attend_rows>};
   return {"scalar", attend<B, attend_general>};
 }
 

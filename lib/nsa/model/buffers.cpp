@@ -101,8 +101,4 @@ StepBuffers::StepBuffers(const Allocator& allocate, const KernelTable& kernels, 
   reads = make(branches * point.batch * s.groups * 8);
 }
 
-std::int64_t total_positions(const Config& config, const Point& point) {
-  return point.context + (config.kind == TaskKind::prefill ? 0 : config.run.steps);
-}
-
 }  // namespace nsa

@@ -62,7 +62,4 @@ struct StepBuffers {
               std::size_t scratch_bytes);
 };
 
-/// Positions a point needs room for: its context, and in decode its steps.
-std::int64_t total_positions(const Config& config, const Point& point);
-
 }  // namespace nsa

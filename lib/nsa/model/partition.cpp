@@ -105,34 +105,6 @@ Partition make_partition(const Config& config, std::int32_t ranks, std::int32_t 
   return p;
 }
 
-std::vector<Exchange> exchanges(const Config& config, const Partition& p, const Point& point) {
-  const LayerShape& s = p.shape;
-  const bool prefill = config.kind == TaskKind::prefill;
-  const std::int64_t storage = static_cast<std::int64_t>(size_of(s.dtype));
-  const std::int64_t planes = point.batch * s.groups, width = (s.d_k + s.d_v) * storage;
-  const std::int64_t rows = prefill ? point.batch * p.capacity(p.tokens(false), point.context) : point.batch;
-  std::vector<Exchange> list;
-  const auto gather = [&](const char* name, std::int64_t bytes) {
-    if (p.kv > 1 && bytes > 0) list.push_back({name, "all_gather", p.kv, bytes});
-  };
-  if (prefill) {
-    const std::int64_t tokens = p.capacity(p.tokens(false), point.context);
-    const std::int64_t compressed = p.capacity(p.compressed(false), compressed_tokens(s.rules, point.context - 1));
-    gather("raw halo", planes * p.capacity(p.raw_heads(false), point.context) * width);
-    gather("k_cmp, v_cmp", planes * compressed * width);
-    gather("k_sel, v_sel", planes * tokens * width);
-    if (!s.shared_kv) gather("k_win, v_win", planes * tokens * width);
-    gather("raw ring", planes * s.rules.l * width);
-  } else {
-    gather("lse", lse_slots(s, p.kv) * rows * s.heads() * 2 * 4);
-    gather("candidates", rows * s.groups * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate)));
-    gather("partials", partial_floats(s, rows) * 4);
-  }
-  if (p.heads > 1 && config.run.scope == Scope::layer)
-    list.push_back({"heads", "all_reduce", p.heads, rows * s.dim * 4});
-  return list;
-}
-
 ExpectedReads expected_reads(const BlockRules& r, std::int64_t t) {
   const std::int64_t blocks = std::min<std::int64_t>(r.n_sel, eligible_blocks(r, t));
   return {{compressed_tokens(r, t), (blocks - 1) * r.l_sel + t % r.l_sel + 1, std::min<std::int64_t>(r.w, t + 1)}};
@@ -140,6 +112,17 @@ ExpectedReads expected_reads(const BlockRules& r, std::int64_t t) {
 
 std::int64_t nsa_vibe_reads(const BlockRules& r, std::int64_t t) {
   return compressed_tokens(r, t) + std::int64_t{r.n_sel} * r.l_sel + std::min<std::int64_t>(r.w, t + 1);
+}
+
+std::int64_t owned_rows(const RowMap& m, std::int64_t rows) {
+  if (m.kv == 1) return rows;
+  std::int64_t sum = 0;
+  for (std::int64_t c = m.rank; c * m.chunk < rows; c += m.kv) sum += std::min(rows, (c + 1) * m.chunk) - c * m.chunk;
+  return sum;
+}
+
+std::int64_t total_positions(const Config& config, const Point& point) {
+  return point.context + (config.kind == TaskKind::prefill ? 0 : config.run.steps);
 }
 
 }  // namespace nsa

@@ -36,21 +36,17 @@ std::pair<std::int32_t, std::int32_t> factorise(const Config& config, std::int32
 
 Partition make_partition(const Config& config, std::int32_t ranks, std::int32_t rank);
 
-/// One exchange of a decode step or of a prefill layer.
-struct Exchange {
-  std::string name;        ///< "lse", "candidates", "partials", "heads"; prefill: "raw halo", "k_cmp", ...
-  std::string collective;  ///< "all_gather", "all_reduce"
-  std::int32_t ranks = 1;
-  std::int64_t bytes = 0;  ///< contributed by each rank
-};
-/// Those of one layer; empty on one rank.
-std::vector<Exchange> exchanges(const Config& config, const Partition& partition, const Point& point);
-
 /// Tokens read at position t for one (b, g), summed over the kv ranks, from the shape alone (design section 2).
 struct ExpectedReads {
   std::int64_t branch[branches];
 };
 ExpectedReads expected_reads(const BlockRules& rules, std::int64_t t);
 std::int64_t nsa_vibe_reads(const BlockRules& rules, std::int64_t t);
+
+/// Rows [0, rows) of a sharded sequence that the map's rank owns.
+std::int64_t owned_rows(const RowMap& local, std::int64_t rows);
+
+/// Positions a point needs room for: its context, and in decode its steps.
+std::int64_t total_positions(const Config& config, const Point& point);
 
 }  // namespace nsa

@@ -7,8 +7,10 @@
 #include <string>
 #include <vector>
 
-#include "nsa/experiment/experiment.hpp"
+#include "nsa/config/config.hpp"
 #include "nsa/model/buffers.hpp"
+#include "nsa/results/records.hpp"
+#include "nsa/tasks/session.hpp"
 
 namespace nsa {
 

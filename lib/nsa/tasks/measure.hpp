@@ -60,10 +60,6 @@ std::string measure(const Control& world, const std::vector<ModeRun>& runs, doub
 /// Samples of all ranks, on rank 0.
 TimeTable gather_times(const Control& world, const Samples& samples);
 
-/// Bytes a step must move between memory and this rank's processor, by stage, nothing read twice, at the last step
-/// (decode) or in all (prefill); comm: bytes received from peers.
-std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& partition, const Point& point);
-
 /// Bytes/s, read and written, of a large copy on this rank's device while all ranks copy.
 double copy_bandwidth(const Backend& backend, const Control& world);
 

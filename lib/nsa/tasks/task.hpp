@@ -1,31 +1,18 @@
 #pragma once
 // The two kinds of measured points, and what they have in common.
 
-#include <exception>
 #include <string>
 
-#include "nsa/experiment/experiment.hpp"
+#include "comm/agreement.hpp"
+#include "nsa/config/config.hpp"
 #include "nsa/model/model_shard.hpp"
+#include "nsa/results/records.hpp"
 #include "nsa/tasks/measure.hpp"
+#include "nsa/tasks/session.hpp"
 #include "nsa/verify/float64_check.hpp"
 #include "nsa/verify/tensor_dump.hpp"
 
 namespace nsa {
-
-/// Runs local work that may fail on some ranks only; then all ranks agree. No collective may stand inside.
-template <class Work>
-void agreed(const Control& world, Work&& work) {
-  ExitCode code = ExitCode::ok;
-  std::string message;
-  try {
-    work();
-  } catch (const UserError& e) {
-    code = e.code(), message = e.what();
-  } catch (const std::bad_alloc&) {
-    code = ExitCode::device, message = "out of host memory (an allocation failed); use more ranks or a smaller context";
-  }
-  world.agree(code, message);
-}
 
 /// Any rank's problem ("" = none) makes the point INVALID. Collective.
 void fail_where(const Control& world, const std::string& problem, PointRecord& record);

@@ -4,13 +4,6 @@
 
 namespace nsa {
 
-std::int64_t owned_rows(const RowMap& m, std::int64_t rows) {
-  if (m.kv == 1) return rows;
-  std::int64_t sum = 0;
-  for (std::int64_t c = m.rank; c * m.chunk < rows; c += m.kv) sum += std::min(rows, (c + 1) * m.chunk) - c * m.chunk;
-  return sum;
-}
-
 namespace {
 
 std::int64_t window_slots_read(const Partition& p, std::int64_t t) {

@@ -18,9 +18,6 @@ struct RankReads {
   explicit RankReads(std::int64_t n) : steps(n), counted(branches * n), expected(branches * n) {}
 };
 
-/// Rows [0, rows) of a sharded sequence that the map's rank owns.
-std::int64_t owned_rows(const RowMap& local, std::int64_t rows);
-
 /// Expected reads of decode steps at positions first, first + 1, ... on one rank. `selected` [steps][lists][n] are
 /// the blocks that were chosen; only a rank of several kv ranks needs them, to know which of them are its own.
 void expect_decode(RankReads& reads, const Partition& partition, std::int64_t first, std::int64_t lists,

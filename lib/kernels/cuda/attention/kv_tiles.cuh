@@ -148,4 +148,16 @@ __device__ __forceinline__ float2 natural(Sum2 x) {
   return make_float2(x.s > 0.0f ? x.m * 0.6931471805599453f : -INFINITY, x.s);
 }
 
+/// Tiles of a list at most, on this rank.
+inline std::int64_t decode_tiles(Branch branch, const LayerShape& s, const RowMap& map, std::int64_t positions) {
+  const std::int64_t tokens = compressed_tokens(s.rules, positions - 1);
+  const std::int64_t window =
+      map.ring > 0 ? std::min<std::int64_t>(map.slot_end, map.ring) - map.slot_begin : s.rules.w;
+  const std::int64_t units = branch == sel                         ? s.rules.n_sel
+                             : branch == win                       ? window / window_unit + 2
+                             : map.rank != all_ranks && map.kv > 1 ? owned_chunks(map, tokens + map.before, map.rank)
+                                                                   : (tokens + s.leaf - 1) / s.leaf;
+  return std::max<std::int64_t>(1, units) * tiles_per_unit(branch, s);
+}
+
 }  // namespace nsa::gpu

@@ -16,9 +16,9 @@
 
 #include "kernels/cuda/attention/kv_tiles.cuh"
 #include "kernels/cuda/attention/split_kv.cuh"
+#include "kernels/cuda/attention/stages.cuh"
 #include "kernels/cuda/primitives/bulk_pipeline.cuh"
 #include "kernels/cuda/primitives/mma.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
 
 namespace nsa::gpu {
 
@@ -530,8 +530,6 @@ bool rows_accept(const LayerShape& s, const QueryTile&) {
   return sized && s.dtype != DType::f32;
 }
 
-bool rows_read_map(Branch branch, const LayerShape& s, const RowMap& map) { return decode_reads_map(branch, s, map); }
-
 std::size_t rows_scratch(const LayerShape& s, const QueryTile& tile) {
   if (!rows_accept(s, tile)) return 0;
   const std::int64_t lists = lists_of(s, tile),
@@ -543,7 +541,7 @@ std::size_t rows_scratch(const LayerShape& s, const QueryTile& tile) {
 
 void attend_rows(Branch branch, const AttendArgs& a, Stream* stream) {
   if (a.tile.rows() == 0) return;
-  if (!rows_read_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
+  if (!reads_kv_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
   Params p{a,       0,      most_units(branch, a.shape, a.k.map, a.tile.max_positions),
            1,       false,  arrival_counters(branch),
            nullptr, nullptr};

@@ -5,7 +5,7 @@
 // heads. Bound by shared-memory reads (one per multiply-add), not by the bytes: the tuned kernels exist for that.
 
 #include "kernels/cuda/attention/split_kv.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
+#include "kernels/cuda/attention/stages.cuh"
 
 namespace nsa::gpu {
 

@@ -13,8 +13,8 @@
 #include <algorithm>
 
 #include "kernels/cuda/attention/sdpa.cuh"
+#include "kernels/cuda/attention/stages.cuh"
 #include "kernels/cuda/runtime/cublas.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
 
 namespace nsa::gpu {
 

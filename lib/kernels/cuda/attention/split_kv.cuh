@@ -11,9 +11,8 @@
 
 namespace nsa::gpu {
 
-constexpr int window_unit = 64;        ///< positions of the window a unit holds
-constexpr int heads_per_tile = 16;     ///< query heads of a group that share one pass over K/V
-constexpr int most_split_rows = 1024;  ///< (row, group, head tile)s that may be split: the counters there are
+constexpr int window_unit = 64;     ///< positions of the window a unit holds
+constexpr int heads_per_tile = 16;  ///< query heads of a group that share one pass over K/V
 
 /// Units of a branch at most, on this rank.
 inline std::int64_t units_of(Branch branch, const LayerShape& s, const RowMap& map) {
@@ -22,6 +21,19 @@ inline std::int64_t units_of(Branch branch, const LayerShape& s, const RowMap& m
 }
 
 inline int head_tiles(const LayerShape& s) { return (s.heads_per_group + heads_per_tile - 1) / heads_per_tile; }
+
+constexpr int decode_heads(DType type) { return type == DType::f32 ? 4 : 16; }
+inline int decode_head_tiles(const LayerShape& s) {
+  return (s.heads_per_group + decode_heads(s.dtype) - 1) / decode_heads(s.dtype);
+}
+
+/// The maps the kernel reads: whole sequences; a rank's own chunks; gathered chunks; for the window the ring it fills
+/// exactly. A chunk holds whole window units.
+inline bool reads_kv_map(Branch branch, const LayerShape& s, const RowMap& map) {
+  if (map.ring > 0) return branch == win && map.ring == s.rules.w;
+  if (map.chunk == INT64_MAX) return map.before == 0;
+  return map.kv > 1 && (branch != win || (map.rank == all_ranks && map.chunk % window_unit == 0));
+}
 
 /// Splits of a row: enough CTAs to fill the GPU twice, no more than there are units.
 inline int splits_of(const LayerShape& s, const QueryTile& tile, std::int64_t units) {
@@ -34,9 +46,6 @@ inline int splits_of(const LayerShape& s, const QueryTile& tile, std::int64_t un
 __host__ __device__ inline std::int64_t split_floats(const LayerShape& s) {
   return std::int64_t{heads_per_tile} * (s.d_v + 2);
 }
-
-/// Arrivals by list [most_split_rows]; zero between launches, because the last to arrive puts them back.
-unsigned* arrival_counters(Branch branch);
 
 /// Called by all threads once this CTA's writes are done: whether it is the last of `splits`.
 __device__ __forceinline__ bool arrives_last(unsigned* counter, int splits) {

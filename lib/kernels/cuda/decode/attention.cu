@@ -10,7 +10,9 @@
 #include "kernels/cuda/attention/kv_tiles.cuh"
 #include "kernels/cuda/decode/fused/params.cuh"
 #include "kernels/cuda/decode/split_kv/merge_splits.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
+#include "kernels/cuda/decode/split_kv/stages.cuh"
+#include "kernels/cuda/decode/stages.cuh"
+#include "kernels/cuda/rank/stages.cuh"
 
 namespace nsa::gpu {
 
@@ -91,7 +93,7 @@ bool decode_step_accepts(const DecodeStepArgs& a) {
   bool reads = decode_accepts(s, tile) && a.combine.ranks == 1 && a.rank.lse_ranks == 1;
   for (int b = 0; b < branches; ++b) {
     const RowMap& map = a.attend[b].k.map;
-    reads &= map.chunk == INT64_MAX && decode_reads_map(static_cast<Branch>(b), s, map);
+    reads &= map.chunk == INT64_MAX && reads_kv_map(static_cast<Branch>(b), s, map);
   }
   return reads;
 }

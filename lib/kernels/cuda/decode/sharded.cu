@@ -9,7 +9,8 @@
 #include <algorithm>
 
 #include "kernels/cuda/decode/split_kv/merge_splits.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
+#include "kernels/cuda/decode/split_kv/stages.cuh"
+#include "kernels/cuda/decode/stages.cuh"
 
 namespace nsa::gpu {
 
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(threads) combine_ranks(const __grid_constant__
 bool decode_shard_accepts(const DecodeShardArgs& a) {
   const LayerShape& s = a.combine.shape;
   bool reads = decode_accepts(s, a.combine.tile) && a.combine.tile.rows() > 0 && a.combine.ranks > 1;
-  for (const Branch b : {cmp, win}) reads &= decode_reads_map(b, s, a.attend[b].k.map);
+  for (const Branch b : {cmp, win}) reads &= reads_kv_map(b, s, a.attend[b].k.map);
   return reads && a.attend[cmp].k.map.rank != all_ranks;
 }
 

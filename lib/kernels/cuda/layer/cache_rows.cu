@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/layer/append_compress.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
+#include "kernels/cuda/layer/stages.cuh"
 #include "kernels/shared/checksum.hpp"
 #include "kernels/shared/random.hpp"
 

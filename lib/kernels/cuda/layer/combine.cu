@@ -2,7 +2,7 @@
 // head (1 where Dv does not divide); reads ranks * 3 * (Dv + 2) floats a head once. Bound by launch latency in decode,
 // by reading the partials in prefill.
 
-#include "kernels/cuda/runtime/stages.cuh"
+#include "kernels/cuda/layer/stages.cuh"
 
 namespace nsa::gpu {
 

@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/layer/append_compress.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
+#include "kernels/cuda/layer/stages.cuh"
 
 namespace nsa::gpu {
 

@@ -5,8 +5,8 @@
 // shared memory in a fixed order. Then one CTA a (row, group) rotates, rounds, scatters and computes the gate.
 
 #include "kernels/cuda/layer/append_compress.cuh"
+#include "kernels/cuda/layer/stages.cuh"
 #include "kernels/cuda/runtime/cublas.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
 
 namespace nsa::gpu {
 

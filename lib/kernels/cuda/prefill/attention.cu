@@ -4,7 +4,8 @@
 //
 // Bytes an element of o: 4 written and read, 2 written, where three partials and combine take 12, 12 and 2.
 
-#include "kernels/cuda/runtime/stages.cuh"
+#include "kernels/cuda/prefill/stages.cuh"
+#include "kernels/cuda/rank/stages.cuh"
 
 namespace nsa::gpu {
 

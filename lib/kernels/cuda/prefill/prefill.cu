@@ -1,7 +1,7 @@
 // Which shapes the tiled prefill kernels take, and their parameters.
 
 #include "kernels/cuda/prefill/prefill.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
+#include "kernels/cuda/prefill/stages.cuh"
 
 namespace nsa::gpu {
 

@@ -10,7 +10,7 @@
 #include "kernels/cuda/primitives/mma.cuh"
 #include "kernels/cuda/primitives/tma.cuh"
 #include "kernels/cuda/primitives/wgmma.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
+#include "kernels/cuda/runtime/common.cuh"
 
 namespace nsa::gpu {
 

@@ -13,11 +13,11 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/decode/split_kv/params.cuh"
+#include "kernels/cuda/attention/kv_tiles.cuh"
 #include "kernels/cuda/rank/from_block_sums.cuh"
 #include "kernels/cuda/rank/from_raw_scores.cuh"
+#include "kernels/cuda/rank/stages.cuh"
 #include "kernels/cuda/rank/top_n.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
 
 namespace nsa::gpu {
 

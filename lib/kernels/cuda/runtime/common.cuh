@@ -197,4 +197,9 @@ __device__ __forceinline__ TileRow tile_row(const QueryTile& tile, std::int64_t 
   return {r / tile.tokens, *tile.first_position + r % tile.tokens};
 }
 
+constexpr int most_split_rows = 1024;  ///< (row, group, head tile)s that may be split: the counters there are
+
+/// Arrivals by list [most_split_rows]; zero between launches, because the last to arrive puts them back.
+unsigned* arrival_counters(Branch branch);
+
 }  // namespace nsa::gpu

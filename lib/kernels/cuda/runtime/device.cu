@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <memory>
 
-#include "kernels/cuda/attention/split_kv.cuh"
 #include "kernels/cuda/runtime/common.cuh"
 #include "kernels/cuda/runtime/cuda.hpp"
 #include "kernels/diagnostics/fault_injection.hpp"

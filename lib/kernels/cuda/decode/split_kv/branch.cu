@@ -5,8 +5,9 @@
 #include <iterator>
 
 #include "kernels/cuda/attention/kv_tiles.cuh"
+#include "kernels/cuda/attention/stages.cuh"
 #include "kernels/cuda/decode/split_kv/merge_splits.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
+#include "kernels/cuda/decode/split_kv/stages.cuh"
 
 namespace nsa::gpu {
 
@@ -27,23 +28,6 @@ bool decode_accepts(const LayerShape& s, const QueryTile& tile) { return tile.to
 std::int64_t decode_leaf_floats(const LayerShape& s, const QueryTile& tile) {
   const std::int64_t leaves = compressed_tokens(s.rules, tile.max_positions - 1) / s.leaf + 2;
   return tile.rows() * s.groups * decode_head_tiles(s) * leaves * tiles_per_unit(cmp, s) * decode_heads(s.dtype) * 2;
-}
-
-bool decode_reads_map(Branch branch, const LayerShape& s, const RowMap& map) {
-  if (map.ring > 0) return branch == win && map.ring == s.rules.w;
-  if (map.chunk == INT64_MAX) return map.before == 0;
-  return map.kv > 1 && (branch != win || (map.rank == all_ranks && map.chunk % window_unit == 0));
-}
-
-std::int64_t decode_tiles(Branch branch, const LayerShape& s, const RowMap& map, std::int64_t positions) {
-  const std::int64_t tokens = compressed_tokens(s.rules, positions - 1);
-  const std::int64_t window =
-      map.ring > 0 ? std::min<std::int64_t>(map.slot_end, map.ring) - map.slot_begin : s.rules.w;
-  const std::int64_t units = branch == sel                         ? s.rules.n_sel
-                             : branch == win                       ? window / window_unit + 2
-                             : map.rank != all_ranks && map.kv > 1 ? owned_chunks(map, tokens + map.before, map.rank)
-                                                                   : (tokens + s.leaf - 1) / s.leaf;
-  return std::max<std::int64_t>(1, units) * tiles_per_unit(branch, s);
 }
 
 int decode_splits(std::int64_t lists, std::int64_t tiles) {
@@ -73,7 +57,7 @@ std::size_t decode_scratch(const LayerShape& s, const QueryTile& tile) {
 
 void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
   if (a.tile.rows() == 0) return;
-  if (!decode_reads_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
+  if (!reads_kv_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
   const std::int64_t lists = a.tile.rows() * a.shape.groups * decode_head_tiles(a.shape);
   DecodeParams p{};
   p.shape = a.shape;

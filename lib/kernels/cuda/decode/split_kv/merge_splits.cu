@@ -10,7 +10,6 @@
 
 #include "kernels/cuda/attention/kv_tiles.cuh"
 #include "kernels/cuda/decode/split_kv/merge_splits.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
 
 namespace nsa::gpu {
 

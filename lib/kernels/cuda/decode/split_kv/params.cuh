@@ -47,23 +47,12 @@ struct DecodeParams {
   Partials out;  ///< end = merge
 };
 
-constexpr int decode_heads(DType type) { return type == DType::f32 ? 4 : 16; }
-inline int decode_head_tiles(const LayerShape& s) {
-  return (s.heads_per_group + decode_heads(s.dtype) - 1) / decode_heads(s.dtype);
-}
 __host__ __device__ inline std::int64_t decode_part_floats(int heads, int d_v) {
   return std::int64_t{heads} * (d_v + 2);
 }
 
-/// The maps the kernel reads: whole sequences; a rank's own chunks; gathered chunks; for the window the ring it fills
-/// exactly. A chunk holds whole window units.
-bool decode_reads_map(Branch branch, const LayerShape& s, const RowMap& map);
-
 /// Of the scratch: (m, sum) of all tiles.
 std::int64_t decode_leaf_floats(const LayerShape& s, const QueryTile& tile);
-
-/// Tiles of a list at most, on this rank.
-std::int64_t decode_tiles(Branch branch, const LayerShape& s, const RowMap& map, std::int64_t positions);
 
 /// CTAs a list is split over, so that all lists together fill the SMs twice and no warp is without a tile.
 int decode_splits(std::int64_t lists, std::int64_t tiles);

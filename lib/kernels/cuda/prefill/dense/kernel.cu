@@ -12,7 +12,7 @@
 // first query sees its first token, where K is not cut: 8 queries see w + 7 tokens, so that 16 are left for a last one.
 
 #include "kernels/cuda/prefill/dense/consumer.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
+#include "kernels/cuda/prefill/stages.cuh"
 
 namespace nsa::gpu {
 

@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/prefill/rank/block_scores.cuh"
 #include "kernels/cuda/prefill/rank/top_n.cuh"
+#include "kernels/cuda/prefill/stages.cuh"
 
 namespace nsa::gpu {
 

@@ -6,7 +6,6 @@
 // reading, at half of its rate.
 
 #include "kernels/cuda/runtime/common.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
 
 namespace nsa::gpu::scored {
 

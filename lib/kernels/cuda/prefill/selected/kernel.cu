@@ -13,7 +13,7 @@
 
 #include "kernels/cuda/prefill/selected/producer.cuh"
 #include "kernels/cuda/prefill/selected/scheduler.cuh"
-#include "kernels/cuda/runtime/stages.cuh"
+#include "kernels/cuda/prefill/stages.cuh"
 
 namespace nsa::gpu {
 

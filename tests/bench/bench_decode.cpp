@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "kernels/cuda/runtime/cuda.hpp"
-#include "whole_decode.hpp"
+#include "gpu/whole_decode.hpp"
 
 using namespace nsa;
 using nsa::test::WholeDecode;

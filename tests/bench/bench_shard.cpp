@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "kernels/cuda/runtime/cuda.hpp"
-#include "whole_prefill.hpp"
+#include "gpu/whole_prefill.hpp"
 
 using namespace nsa;
 

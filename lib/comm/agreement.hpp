@@ -1,0 +1,26 @@
+#pragma once
+// Local work whose errors all ranks share.
+
+#include <new>
+#include <string>
+
+#include "comm/session.hpp"
+
+namespace nsa {
+
+/// Runs local work that may fail on some ranks only; then all ranks agree. No collective may stand inside.
+template <class Work>
+void agreed(const Control& world, Work&& work) {
+  ExitCode code = ExitCode::ok;
+  std::string message;
+  try {
+    work();
+  } catch (const UserError& e) {
+    code = e.code(), message = e.what();
+  } catch (const std::bad_alloc&) {
+    code = ExitCode::device, message = "out of host memory (an allocation failed); use more ranks or a smaller context";
+  }
+  world.agree(code, message);
+}
+
+}  // namespace nsa

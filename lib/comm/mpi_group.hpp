@@ -1,0 +1,27 @@
+#pragma once
+// The MPI communicator behind a control group. Only for sources of lib/comm.
+
+#include <mpi.h>
+
+#include <cstdint>
+
+#include "comm/session.hpp"
+
+namespace nsa {
+
+struct Control::Impl {
+  MPI_Comm comm = MPI_COMM_NULL;
+  MPI_Comm host = MPI_COMM_NULL;  ///< the ranks of `comm` on this host
+  int rank = 0, size = 1, local_rank = 0, local_size = 1;
+  std::uint64_t group;               ///< equal on its ranks: names the group in the log of operations
+  mutable std::uint64_t splits = 0;  ///< made from it
+  Impl(MPI_Comm owned, std::uint64_t group);
+  ~Impl();
+  Impl(const Impl&) = delete;
+  Impl& operator=(const Impl&) = delete;
+};
+
+/// Throws UserError(communication) naming the call when MPI returns an error.
+void check_mpi(int code, const char* call);
+
+}  // namespace nsa

@@ -1,0 +1,26 @@
+#pragma once
+// Attention of one branch for every shape: by scalar arithmetic, by matrix products, row by row on tensor cores.
+
+#include "kernels/cuda/runtime/common.cuh"
+
+namespace nsa::gpu {
+
+/// Any shape, any type: scalar arithmetic, one CTA a (row, group, split). attend.cu
+void attend_general(Branch branch, const AttendArgs&, Stream*);
+
+/// By matrix products (dense.cu): any shape, and masked where one row's scores of all tokens fit the scratch.
+void attend_sdpa(Branch branch, const AttendArgs&, Stream*);
+void attend_masked(Branch branch, const AttendArgs&, Stream*);
+bool masked_accepts(const LayerShape&, const QueryTile&);
+
+/// Row by row, 16-bit storage, tensor cores. attend_decode.cu
+void attend_rows(Branch branch, const AttendArgs&, Stream*);
+bool rows_accept(const LayerShape&, const QueryTile&);
+
+/// Bytes of scratch a stage needs.
+std::size_t attend_scratch(const LayerShape&, const QueryTile&);  ///< of one branch
+std::size_t sdpa_scratch(const LayerShape&, const QueryTile&);    ///< of one branch
+std::size_t masked_scratch(const LayerShape&, const QueryTile&);  ///< of one branch
+std::size_t rows_scratch(const LayerShape&, const QueryTile&);
+
+}  // namespace nsa::gpu

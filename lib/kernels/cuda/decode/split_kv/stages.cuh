@@ -1,0 +1,16 @@
+#pragma once
+// Decode attention of one branch, its K/V split over CTAs.
+
+#include "kernels/cuda/runtime/common.cuh"
+
+namespace nsa::gpu {
+
+/// One query row a sequence, tensor cores or (fp32) scalar; a map it does not read goes to the general kernel.
+/// decode.cu
+void attend_decode(Branch branch, const AttendArgs&, Stream*);
+bool decode_accepts(const LayerShape&, const QueryTile&);
+
+/// Bytes of scratch a stage needs.
+std::size_t decode_scratch(const LayerShape&, const QueryTile&);
+
+}  // namespace nsa::gpu

@@ -1,0 +1,26 @@
+#pragma once
+// The stages of a layer around its attention, by name.
+
+#include "kernels/cuda/runtime/common.cuh"
+
+namespace nsa::gpu {
+
+void project(const ProjectArgs&, Stream*);
+void append(const AppendArgs&, Stream*);
+void compress(const CompressArgs&, Stream*);
+void combine(const CombineArgs&, Stream*);
+void output(const OutputArgs&, Stream*);
+void rmsnorm(const LayerShape&, std::int64_t rows, const float* x, void* out, bool normalise, Stream*);
+void add(std::int64_t count, float* x, const float* y, Stream*);
+void copy_rows(const CopyRowsArgs&, Stream*);
+void checksum(const ChecksumArgs&, Stream*);
+void fill_rows(const FillRowsArgs&, Stream*);
+void advance(const AdvanceArgs&, Stream*);
+
+/// project, append and compress of a decode step in two launches. project.cu
+void decode_enter(const DecodeEnterArgs&, Stream*);
+
+/// Bytes of scratch a stage needs.
+std::size_t project_scratch(const LayerShape&, const QueryTile&);
+
+}  // namespace nsa::gpu

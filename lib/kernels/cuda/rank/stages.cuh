@@ -1,0 +1,14 @@
+#pragma once
+// Block scores and the choice of the best n.
+
+#include "kernels/cuda/runtime/common.cuh"
+
+namespace nsa::gpu {
+
+void rank(const RankArgs&, Stream*);
+void select(const SelectArgs&, Stream*);
+
+/// Bytes of scratch a stage needs.
+std::size_t rank_scratch(const LayerShape&, const QueryTile&);
+
+}  // namespace nsa::gpu

@@ -1,0 +1,26 @@
+#pragma once
+// What a step moves, from the shapes alone: bytes between memory and processor, and bytes between ranks.
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "nsa/model/partition.hpp"
+
+namespace nsa {
+
+/// One exchange of a decode step or of a prefill layer.
+struct Exchange {
+  std::string name;        ///< "lse", "candidates", "partials", "heads"; prefill: "raw halo", "k_cmp", ...
+  std::string collective;  ///< "all_gather", "all_reduce"
+  std::int32_t ranks = 1;
+  std::int64_t bytes = 0;  ///< contributed by each rank
+};
+/// Those of one layer; empty on one rank.
+std::vector<Exchange> exchanges(const Config& config, const Partition& partition, const Point& point);
+
+/// Bytes a step must move between memory and this rank's processor, by stage, nothing read twice, at the last step
+/// (decode) or in all (prefill); comm: bytes received from peers.
+std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& partition, const Point& point);
+
+}  // namespace nsa

@@ -1,0 +1,27 @@
+#pragma once
+// What a rank holds while the points of an input run.
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "comm/collectives/process_grid.hpp"
+#include "comm/stop_request.hpp"
+#include "kernels/interface/backend.hpp"
+
+namespace nsa {
+
+/// What a rank needs to take part: collective over `world`.
+struct Session {
+  Control world;
+  Backend backend;
+  std::shared_ptr<Layouts> layouts;  ///< kept from point to point
+  std::shared_ptr<StopPoll> stop;    ///< asked between steps and points
+  std::string input_hash;            ///< SHA-256 of [input] file, on rank 0; empty without one
+  bool strict = false;               ///< a fallback makes the point INVALID
+};
+
+/// `progress(done, total, what)` is called on every rank now and then.
+using Progress = std::function<void(double done, double total, const std::string& what)>;
+
+}  // namespace nsa
