@@ -129,7 +129,7 @@ template <class Command>
 int together(int& argc, char**& argv, double deadline, Command&& command) {
   nsa::Watchdog watchdog(deadline);  // outlives MPI
   nsa::MpiSession session(argc, argv);
-  const nsa::Control world = nsa::Control::world();
+  const nsa::ControlComm world = nsa::ControlComm::world();
   const auto abort = [&](nsa::ExitCode code) {
     watchdog.aborting(code);
     nsa::MpiSession::abort(code);
@@ -175,7 +175,7 @@ int main(int argc, char** argv) {
     return app.exit(done);
   } catch (const CLI::ParseError& error) {
     // Every rank of a launch reads the same command line, so they all come here, and one says it.
-    return together(argc, argv, default_deadline, [&](const nsa::Control&, nsa::Watchdog&) -> nsa::ExitCode {
+    return together(argc, argv, default_deadline, [&](const nsa::ControlComm&, nsa::Watchdog&) -> nsa::ExitCode {
       throw nsa::AgreedError(usage_error(app, error, argc, argv) + "; see nsa --help");
     });
   }
@@ -201,5 +201,5 @@ int main(int argc, char** argv) {
     });
   return together(
       argc, argv, line.run.deadline.value_or(default_deadline),
-      [&](const nsa::Control& world, nsa::Watchdog& watchdog) { return nsa::run(world, watchdog, line.run); });
+      [&](const nsa::ControlComm& world, nsa::Watchdog& watchdog) { return nsa::run(world, watchdog, line.run); });
 }

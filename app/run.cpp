@@ -188,7 +188,7 @@ bool run_points(const Session& session, const Config& config, const std::vector<
 
 }  // namespace
 
-ExitCode run(const Control& world, Watchdog& watchdog, const RunOptions& options) {
+ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& options) {
   const auto start = std::chrono::steady_clock::now();
   catch_stop_signals();
   const bool first = world.rank() == 0;

@@ -25,7 +25,7 @@ struct RunOptions {
 /// Runs every point on all ranks; rank 0 prints and writes. Collective. Throws UserError on every rank alike. On
 /// SIGUSR1, SIGTERM, SIGINT and at the end of max_time it stops at the next place that all ranks pass, seals what is
 /// whole and returns ExitCode::interrupted.
-ExitCode run(const Control& world, Watchdog& watchdog, const RunOptions& options);
+ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& options);
 
 /// Prints the plan for `ranks` ranks (0: what the input's heads and kv say, 1 where they are "auto") and touches
 /// nothing. No MPI.

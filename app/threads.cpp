@@ -31,7 +31,7 @@ std::string tuning_environment() {
 
 }  // namespace
 
-Cores cores_of_rank(const Control& world) {
+Cores cores_of_rank(const ControlComm& world) {
   cpu_set_t set;
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof set, &set) != 0) return {};
@@ -50,7 +50,7 @@ void choose_host_threads(const Cores& mine) {
   if (std::getenv("OMP_NUM_THREADS") == nullptr) set_host_threads(std::max(1, mine.cores / mine.sharers));
 }
 
-void describe_threads(const Control& world, const Cores& mine, RunRecord& run) {
+void describe_threads(const ControlComm& world, const Cores& mine, RunRecord& run) {
   const std::vector<std::string> environments = world.gather(tuning_environment());
   const std::vector<double> numbers =
       world.gather(std::vector<double>{double(host_device().info().units), double(mine.cores), double(mine.sharers)});

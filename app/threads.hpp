@@ -13,13 +13,13 @@ struct Cores {
 };
 
 /// Collective.
-Cores cores_of_rank(const Control& world);
+Cores cores_of_rank(const ControlComm& world);
 
 /// Sets the host backend's threads to the rank's share of its cores, unless OMP_NUM_THREADS says how many.
 void choose_host_threads(const Cores& mine);
 
 /// Fills threads, cores, sharers and environment of every rank. Collective.
-void describe_threads(const Control& world, const Cores& mine, RunRecord& run);
+void describe_threads(const ControlComm& world, const Cores& mine, RunRecord& run);
 
 /// "4 ranks with 1 thread each share 2 cores of node7: ..." of the first rank with more threads than cores, or on GPUs
 /// of the first without one of its own; empty: none.

@@ -112,7 +112,7 @@ def packed_selection(rows, heads, d, n):
 
 def decode_rows(build):
     """The rows of bench_decode's table for Dk = Dv = 128: us a step."""
-    text = subprocess.run([build / "tests/gpu/bench_decode"], check=True, capture_output=True, text=True).stdout
+    text = subprocess.run([build / "tests/bench/bench_decode"], check=True, capture_output=True, text=True).stdout
     table = text.split("Dk = Dv =")[1]
     for batch, context, us, floor in re.findall(r"^ *(\d+) x +(\d+)K +([\d.]+) +([\d.]+) ", table, re.M):
         yield {"batch": int(batch), "context": int(context) * 1024, "us": float(us), "floor_us": float(floor)}
@@ -120,7 +120,7 @@ def decode_rows(build):
 
 def prefill_rows(build):
     """The rows of bench_prefill's table, in us."""
-    text = subprocess.run([build / "tests/gpu/bench_prefill"], check=True, capture_output=True, text=True).stdout
+    text = subprocess.run([build / "tests/bench/bench_prefill"], check=True, capture_output=True, text=True).stdout
     # context, tile, ms at once, ms by stages, floor
     for context, ms, floor in re.findall(r"^ *(\d+)K +\d+ +([\d.]+) +[\d.]+ +([\d.]+) ", text, re.M):
         yield {"batch": 1, "context": int(context) * 1024, "us": float(ms) * 1e3, "floor_us": float(floor) * 1e3}

@@ -10,7 +10,7 @@ namespace nsa {
 
 /// Runs local work that may fail on some ranks only; then all ranks agree. No collective may stand inside.
 template <class Work>
-void agreed(const Control& world, Work&& work) {
+void agreed(const ControlComm& world, Work&& work) {
   ExitCode code = ExitCode::ok;
   std::string message;
   try {

@@ -9,7 +9,7 @@
 
 namespace nsa {
 
-struct Control::Impl {
+struct ControlComm::Impl {
   MPI_Comm comm = MPI_COMM_NULL;
   MPI_Comm host = MPI_COMM_NULL;  ///< the ranks of `comm` on this host
   int rank = 0, size = 1, local_rank = 0, local_size = 1;

@@ -50,7 +50,7 @@ Place own_place() {
   return {host_name(), machine, birth_of(getpid()), getpid()};
 }
 
-std::vector<Place> all_places(const Control& world) {
+std::vector<Place> all_places(const ControlComm& world) {
   const Place own = own_place();
   std::string text;
   for (const std::string& line : world.gather(fmt::format("{} {} {} {}\n", own.host, own.machine, own.born, own.pid)))

@@ -20,7 +20,7 @@ std::string host_name();  ///< as the host calls itself; "?": not at all
 Place own_place();
 
 /// By rank. Collective.
-std::vector<Place> all_places(const Control& world);
+std::vector<Place> all_places(const ControlComm& world);
 
 /// Signals the process if it is one of this machine and still the same. Whether it was there.
 bool signal_process(const Place& place, int which);

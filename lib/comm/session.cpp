@@ -63,13 +63,13 @@ std::uint64_t group_of(std::uint64_t parent, std::uint64_t split, int color) {
 /// The rank is in a collective of the group while this lives.
 class InControl : public Operation {
  public:
-  InControl(const Control::Impl& group, const char* name, std::size_t bytes = 0)
+  InControl(const ControlComm::Impl& group, const char* name, std::size_t bytes = 0)
       : Operation(OperationKind::control, name, bytes, group.group, "") {}
 };
 
 }  // namespace
 
-Control::Impl::Impl(MPI_Comm owned, std::uint64_t id) : comm(owned), group(id) {
+ControlComm::Impl::Impl(MPI_Comm owned, std::uint64_t id) : comm(owned), group(id) {
   MPI_Comm_set_errhandler(comm, MPI_ERRORS_RETURN);
   MPI_Comm_rank(comm, &rank);
   MPI_Comm_size(comm, &size);
@@ -78,7 +78,7 @@ Control::Impl::Impl(MPI_Comm owned, std::uint64_t id) : comm(owned), group(id) {
   MPI_Comm_size(host, &local_size);
 }
 
-Control::Impl::~Impl() {
+ControlComm::Impl::~Impl() {
   int finalized = 0;
   MPI_Finalized(&finalized);
   if (finalized || std::uncaught_exceptions() > 0) return;  // freeing is collective
@@ -87,26 +87,26 @@ Control::Impl::~Impl() {
   MPI_Comm_free(&comm);
 }
 
-Control Control::world() {
+ControlComm ControlComm::world() {
   MPI_Comm comm = MPI_COMM_NULL;
   const Operation operation(OperationKind::control, "open world");
   check_mpi(MPI_Comm_dup(MPI_COMM_WORLD, &comm), "MPI_Comm_dup");
-  return Control(std::make_shared<const Impl>(comm, 1));
+  return ControlComm(std::make_shared<const Impl>(comm, 1));
 }
 
-Control Control::split(int color, int key) const {
+ControlComm ControlComm::split(int color, int key) const {
   MPI_Comm comm = MPI_COMM_NULL;
   const InControl operation(*impl_, "split");
   check_mpi(MPI_Comm_split(impl_->comm, color, key, &comm), "MPI_Comm_split");
-  return Control(std::make_shared<const Impl>(comm, group_of(impl_->group, ++impl_->splits, color)));
+  return ControlComm(std::make_shared<const Impl>(comm, group_of(impl_->group, ++impl_->splits, color)));
 }
 
-int Control::rank() const { return impl_->rank; }
-int Control::size() const { return impl_->size; }
-int Control::local_rank() const { return impl_->local_rank; }
-int Control::local_size() const { return impl_->local_size; }
+int ControlComm::rank() const { return impl_->rank; }
+int ControlComm::size() const { return impl_->size; }
+int ControlComm::local_rank() const { return impl_->local_rank; }
+int ControlComm::local_size() const { return impl_->local_size; }
 
-std::string Control::broadcast(const std::string& text, int root) const {
+std::string ControlComm::broadcast(const std::string& text, int root) const {
   const InControl operation(*impl_, "broadcast", text.size());
   std::int64_t length = static_cast<std::int64_t>(text.size());
   check_mpi(MPI_Bcast(&length, 1, MPI_INT64_T, root, impl_->comm), "MPI_Bcast");
@@ -115,7 +115,7 @@ std::string Control::broadcast(const std::string& text, int root) const {
   return result;
 }
 
-std::vector<std::string> Control::gather(const std::string& text) const {
+std::vector<std::string> ControlComm::gather(const std::string& text) const {
   const InControl operation(*impl_, "gather", text.size());
   const int length = static_cast<int>(text.size());
   std::vector<int> lengths(impl_->size), offsets(impl_->size);
@@ -134,7 +134,7 @@ std::vector<std::string> Control::gather(const std::string& text) const {
 namespace {
 
 template <class T>
-std::vector<T> gather_equal(const Control::Impl& group, const std::vector<T>& values, MPI_Datatype type) {
+std::vector<T> gather_equal(const ControlComm::Impl& group, const std::vector<T>& values, MPI_Datatype type) {
   const InControl operation(group, "gather", values.size() * sizeof(T));
   std::vector<T> all(group.rank == 0 ? values.size() * group.size : 0);
   check_mpi(MPI_Gather(values.data(), static_cast<int>(values.size()), type, all.data(),
@@ -144,7 +144,7 @@ std::vector<T> gather_equal(const Control::Impl& group, const std::vector<T>& va
 }
 
 template <class T>
-T max_over(const Control::Impl& group, T value, MPI_Datatype type) {
+T max_over(const ControlComm::Impl& group, T value, MPI_Datatype type) {
   const InControl operation(group, "max", sizeof(T));
   check_mpi(MPI_Allreduce(MPI_IN_PLACE, &value, 1, type, MPI_MAX, group.comm), "MPI_Allreduce");
   return value;
@@ -152,15 +152,15 @@ T max_over(const Control::Impl& group, T value, MPI_Datatype type) {
 
 }  // namespace
 
-std::vector<double> Control::gather(const std::vector<double>& values) const {
+std::vector<double> ControlComm::gather(const std::vector<double>& values) const {
   return gather_equal(*impl_, values, MPI_DOUBLE);
 }
 
-std::vector<std::int64_t> Control::gather(const std::vector<std::int64_t>& values) const {
+std::vector<std::int64_t> ControlComm::gather(const std::vector<std::int64_t>& values) const {
   return gather_equal(*impl_, values, MPI_INT64_T);
 }
 
-void Control::sum(std::vector<float>& values) const {
+void ControlComm::sum(std::vector<float>& values) const {
   const InControl operation(*impl_, "sum", values.size() * sizeof(float));
   constexpr std::size_t piece = std::size_t{1} << 28;  // MPI counts are int
   for (std::size_t at = 0; at < values.size(); at += piece) {
@@ -170,14 +170,14 @@ void Control::sum(std::vector<float>& values) const {
   }
 }
 
-double Control::max(double value) const { return max_over(*impl_, value, MPI_DOUBLE); }
-std::int64_t Control::max(std::int64_t value) const { return max_over(*impl_, value, MPI_INT64_T); }
-void Control::barrier() const {
+double ControlComm::max(double value) const { return max_over(*impl_, value, MPI_DOUBLE); }
+std::int64_t ControlComm::max(std::int64_t value) const { return max_over(*impl_, value, MPI_INT64_T); }
+void ControlComm::barrier() const {
   const InControl operation(*impl_, "barrier");
   check_mpi(MPI_Barrier(impl_->comm), "MPI_Barrier");
 }
 
-void Control::agree(ExitCode code, const std::string& message) const {
+void ControlComm::agree(ExitCode code, const std::string& message) const {
   const int worst = static_cast<int>(max(std::int64_t{static_cast<int>(code)}));
   if (worst == 0) return;
   const std::int64_t first =

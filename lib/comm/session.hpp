@@ -25,11 +25,11 @@ class MpiSession {
 };
 
 /// A group of ranks and what they tell each other outside of the timed work. Every call is collective.
-class Control {
+class ControlComm {
  public:
-  Control() = default;  ///< no group: for planning
-  static Control world();
-  Control split(int color, int key) const;
+  ControlComm() = default;  ///< no group: for planning
+  static ControlComm world();
+  ControlComm split(int color, int key) const;
   int rank() const;
   int size() const;
   int local_rank() const;  ///< among the ranks of this host
@@ -50,7 +50,7 @@ class Control {
   const Impl& impl() const { return *impl_; }
 
  private:
-  explicit Control(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+  explicit ControlComm(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
   std::shared_ptr<const Impl> impl_;
 };
 

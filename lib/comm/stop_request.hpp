@@ -20,7 +20,7 @@ class Interrupted : public AgreedError {
 class StopPoll {
  public:
   /// `asked`: whether this rank has been asked to stop; empty: never.
-  StopPoll(const Control& world, std::function<bool()> asked) : world_(world), asked_(std::move(asked)) {}
+  StopPoll(const ControlComm& world, std::function<bool()> asked) : world_(world), asked_(std::move(asked)) {}
 
   /// Whether any rank has been asked. Collective; once true it stays true.
   bool now();
@@ -29,7 +29,7 @@ class StopPoll {
   bool now_and_then();
 
  private:
-  Control world_;
+  ControlComm world_;
   std::function<bool()> asked_;
   bool stopped_ = false;
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();

@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/runtime/cuda.hpp"
 #include "gpu/whole_decode.hpp"
+#include "kernels/cuda/runtime/cuda.hpp"
 
 using namespace nsa;
 using nsa::test::WholeDecode;

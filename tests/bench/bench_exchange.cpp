@@ -21,7 +21,7 @@ namespace {
 constexpr int in_graph = 50, replays = 25;
 
 struct Bench {
-  const Control& world;
+  const ControlComm& world;
   const Backend& backend;
   Stream* stream;
 
@@ -54,7 +54,7 @@ struct Bench {
 
 int main(int argc, char** argv) {
   MpiSession mpi(argc, argv);
-  const Control world = Control::world();
+  const ControlComm world = ControlComm::world();
   const Backend backend = open_backend(BackendKind::cuda, world.local_rank());
   const bool speaks = world.rank() == 0;
   {

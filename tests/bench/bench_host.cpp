@@ -75,7 +75,7 @@ class Bench {
     for (int i = 0; i < queries; ++i)
       q_.push_back(filled(rows * c.heads * c.width, std::string(1, static_cast<char>('a' + i))));
     partials_ = make(partial_floats(shape_, rows) * 4);
-    lse_ = make(shape_.lanes * rows * c.heads * 8);
+    lse_ = make(shape_.lse.buckets * rows * c.heads * 8);
     scores_ = make(host_kernels().score_bytes(shape_, tile_, n));
     scratch_ = make(host_kernels().scratch_bytes(shape_, tile_));
     selected_ = make(rows * c.groups * shape_.rules.n_sel * 4);

@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/runtime/cuda.hpp"
 #include "gpu/whole_prefill.hpp"
+#include "kernels/cuda/runtime/cuda.hpp"
 
 using namespace nsa;
 using namespace nsa::test;

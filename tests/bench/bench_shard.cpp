@@ -15,8 +15,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/runtime/cuda.hpp"
 #include "gpu/whole_prefill.hpp"
+#include "kernels/cuda/runtime/cuda.hpp"
 
 using namespace nsa;
 
@@ -73,7 +73,7 @@ class Share {
   }
   RankArgs rank_args(const Caches& c, bool opened) const;
   CombineArgs combine_args() const;
-  DecodeShardArgs shard_args(const Caches& c) const;
+  ShardedAttentionArgs shard_args(const Caches& c) const;
 
   const Backend& b;
   test::WorkMemory memory;
@@ -94,7 +94,7 @@ class Share {
 RowMap Share::map(std::int64_t chunk, int before) const {
   RowMap m;
   if (kv == 1) return m;
-  m.chunk = chunk, m.stride = chunk + before, m.before = before, m.kv = kv, m.rank = 0;
+  m.chunk = chunk, m.stride = chunk + before, m.halo = before, m.kv = kv, m.rank = 0;
   return m;
 }
 
@@ -104,14 +104,14 @@ Caches Share::make_caches(int number) {
   const std::int64_t chunk = 16 * s.rules.l_sel;
   RowMap window;
   window.ring = s.rules.w, window.slot_end = s.rules.w / kv;
-  const RowMap maps[branches] = {map(s.leaf, s.rules.l / s.rules.d - 1), map(chunk, 0), window};
+  const RowMap maps[branches] = {map(s.lse.segment, s.rules.l / s.rules.d - 1), map(chunk, 0), window};
   const std::int64_t counts[branches] = {compressed, tokens, tokens};
   for (int branch = 0; branch < branches; ++branch)
     for (KvView* view : {&c.k[branch], &c.v[branch]}) {
       const RowMap& m = maps[branch];
       const std::int64_t rows = m.ring > 0 ? m.ring
                                 : kv == 1  ? counts[branch]
-                                           : owned_chunks(m, counts[branch] + m.before, 0) * m.stride;
+                                           : owned_chunks(m, counts[branch] + m.halo, 0) * m.stride;
       view->map = m;
       view->width = s.d_k;
       view->plane_stride = rows * view->width;
@@ -132,7 +132,7 @@ Share::Share(const Backend& backend, const Row& row)
   s.heads_per_group = 16;
   s.d_k = s.d_v = 128;
   s.dtype = DType::bf16;
-  s.leaf = 16 * s.rules.l_sel / s.rules.d;
+  s.lse.segment = 16 * s.rules.l_sel / s.rules.d;
   const std::int64_t t = tokens - 1, rows = row.batch, planes = rows * s.groups;
   compressed = compressed_tokens(s.rules, t);
   auto* position = memory.make<std::int64_t>(8);
@@ -153,7 +153,7 @@ Share::Share(const Backend& backend, const Row& row)
   b.kernels->fill_rows({s.dtype, queries, 1, 1, 0, 0, rows, tensor_key(1, "q"), 2.0f}, stream);
   gate = floats(planes * 3);
   b.device->fill(gate, 0x3E, planes * 3 * 4, stream);
-  lse = floats((s.lanes + kv) * rows * s.heads() * 2);
+  lse = floats((s.lse.buckets + kv) * rows * s.heads() * 2);
   partials = floats(kv * partial_floats(s, rows));
   candidates = memory.make<Candidate>(kv * planes * s.rules.n_sel * 8);
   b.device->fill(candidates, 0xFF, kv * planes * s.rules.n_sel * 8, stream);
@@ -215,8 +215,8 @@ CombineArgs Share::combine_args() const {
   return a;
 }
 
-DecodeShardArgs Share::shard_args(const Caches& c) const {
-  DecodeShardArgs a;
+ShardedAttentionArgs Share::shard_args(const Caches& c) const {
+  ShardedAttentionArgs a;
   for (const Branch branch : {cmp, win}) a.attend[branch] = attend_args(branch, c);
   a.lse_all = lse;
   a.weighted = partials;

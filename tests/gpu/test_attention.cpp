@@ -43,7 +43,7 @@ RowMap chunked(const Case& c, std::int64_t chunk, std::int32_t before, std::int3
   if (c.kv == 1) return m;
   m.chunk = chunk;
   m.stride = chunk + before;
-  m.before = before;
+  m.halo = before;
   m.kv = c.kv;
   m.rank = c.gathered ? all_ranks : rank;
   return m;
@@ -90,8 +90,8 @@ void attend_on(const Backend& b, Branch branch, const Case& c, const LayerShape&
 }
 
 Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
-  s.leaf = c.chunk_blocks * s.rules.l_sel / s.rules.d;
-  s.lanes = 24;
+  s.lse.segment = c.chunk_blocks * s.rules.l_sel / s.rules.d;
+  s.lse.buckets = 24;
   const BlockRules& r = s.rules;
   const std::int64_t planes = std::int64_t{c.batch} * s.groups, T = c.positions(), n = compressed_tokens(r, T - 1);
   const std::int64_t chunk_tokens = c.chunk_blocks * r.l_sel;
@@ -140,7 +140,8 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   }
   const auto scratch_bytes = static_cast<std::int64_t>(largest);
   for (int rank = 0; rank < ranks; ++rank) {
-    const RowMap cmp_map = chunked(c, s.leaf, r.l / r.d - 1, rank), token_map = chunked(c, chunk_tokens, 0, rank);
+    const RowMap cmp_map = chunked(c, s.lse.segment, r.l / r.d - 1, rank),
+                 token_map = chunked(c, chunk_tokens, 0, rank);
     RowMap win_map = token_map;
     if (c.ring) {
       win_map = {};
@@ -247,7 +248,7 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   const Backend& b = gpu();
   const QueryTile t = tile_on(b);
   Twin once_partials(partials[0]->bytes()), once_lse(lse[0]->bytes()), once_scores(scores[0]->bytes());
-  DecodeStepArgs a;
+  AttentionArgs a;
   const TwinKv* k[branches] = {k_cmp[0].get(), k_sel[0].get(), k_win[0].get()};
   const TwinKv* v[branches] = {v_cmp[0].get(), v_sel[0].get(), v_win[0].get()};
   for (int branch = 0; branch < branches; ++branch) {

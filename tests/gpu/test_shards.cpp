@@ -30,7 +30,7 @@ LayerShape shape_of(const Case& c) {
   s.d_k = c.d_k;
   s.d_v = c.d_v;
   s.dtype = c.type;
-  s.leaf = c.chunk_blocks * s.rules.l_sel / s.rules.d;
+  s.lse.segment = c.chunk_blocks * s.rules.l_sel / s.rules.d;
   return s;
 }
 
@@ -94,7 +94,8 @@ Shards::Shards(const Case& c, int ranks)
     window.ring = r.w;
     window.slot_begin = std::int64_t{rank} * r.w / kv;
     window.slot_end = std::int64_t{rank + 1} * r.w / kv;
-    const RowMap maps[branches] = {map(s.leaf, r.l / r.d - 1, rank), map(c.chunk_blocks * r.l_sel, 0, rank), window};
+    const RowMap maps[branches] = {map(s.lse.segment, r.l / r.d - 1, rank), map(c.chunk_blocks * r.l_sel, 0, rank),
+                                   window};
     const std::int64_t counts[branches] = {n, c.position + 1, c.position + 1};
     Rank& held = ranks_.emplace_back();
     for (int branch = 0; branch < branches; ++branch)
@@ -115,7 +116,7 @@ RowMap Shards::map(std::int64_t chunk, int before, int rank) const {
   if (kv == 1) return m;
   m.chunk = chunk;
   m.stride = chunk + before;
-  m.before = before;
+  m.halo = before;
   m.kv = kv;
   m.rank = rank;
   return m;
@@ -225,10 +226,10 @@ void Shards::by_stages(int leave_out) {
 
 void Shards::at_once(bool weighted, int leave_out) {
   start();
-  const ShardedStep& step = *b.kernels->sharded;
-  std::vector<DecodeShardArgs> args;
+  const ShardedAttention& step = *b.kernels->sharded;
+  std::vector<ShardedAttentionArgs> args;
   for (int rank = 0; rank < kv; ++rank) {
-    DecodeShardArgs& a = args.emplace_back();
+    ShardedAttentionArgs& a = args.emplace_back();
     for (const Branch branch : {cmp, win}) a.attend[branch] = attend_args(branch, rank, leave_out);
     a.lse_all = lse_all->on<float>(b);
     if (weighted) a.weighted = left[rank].partials->on<float>(b);
@@ -274,7 +275,7 @@ std::vector<float> lanes(const Shards& shards) {
   const auto all = shards.lse_all->from_gpu<float>();
   const std::int64_t slots = lse_slots(shards.s, shards.kv), lane = std::ssize(all) / (slots * shards.kv);
   std::vector<float> out;
-  for (std::int64_t x = 0; x < shards.s.lanes; ++x) {
+  for (std::int64_t x = 0; x < shards.s.lse.buckets; ++x) {
     const auto from = all.begin() + (x % shards.kv * slots + x / shards.kv) * lane;
     out.insert(out.end(), from, from + lane);
   }
@@ -311,13 +312,13 @@ void compare(const Answer& got, const Answer& want, DType type, int leave_out) {
   CHECK(relative_error(got.o, want.o) < tolerance(type));
 }
 
-void check(const Case& c, std::initializer_list<int> layouts, std::initializer_list<int> leave_outs = {-1}) {
+void check(const Case& c, std::initializer_list<int> grid, std::initializer_list<int> leave_outs = {-1}) {
   INFO(name_of(c.type) << " groups=" << c.groups << " h=" << c.h << " Dk=" << c.d_k << " Dv=" << c.d_v
                        << " batch=" << c.batch << " position=" << c.position);
   Shards whole(c, 1);
   whole.by_stages();
   const Answer one = answer(whole);
-  for (const int kv : layouts)
+  for (const int kv : grid)
     for (const int leave_out : leave_outs) {
       INFO("kv=" << kv << ", without branch " << leave_out);
       Shards shards(c, kv);

@@ -39,11 +39,11 @@ TEST_CASE("cuda fills caches with the host's bits, halos and rings too") {
     RowMap sharded;
     sharded.chunk = 20;
     sharded.stride = 23;
-    sharded.before = 3;
+    sharded.halo = 3;
     sharded.kv = 3;
     sharded.rank = 1;
     RowMap behind = sharded;
-    behind.before = 0;
+    behind.halo = 0;
     RowMap ring;
     ring.ring = 37;
     for (const RowMap& map : {RowMap{}, sharded, behind, ring})
@@ -65,7 +65,7 @@ TEST_CASE("cuda copies and appends rows as the host does") {
   RowMap heads = own;
   heads.stride = 6;
   RowMap halo = own;
-  halo.before = 4;
+  halo.halo = 4;
   RowMap ring;
   ring.ring = 16;
   for (const std::int64_t rows : {5, 20, 21, 47, 90, 130})
@@ -301,7 +301,7 @@ TEST_CASE("cuda enters a decode step at once as by its stages") {
               const TwinKv k_sel(type, token_map, planes, t + 1, s.d_k), v_sel(type, token_map, planes, t + 1, s.d_v);
               const TwinKv k_win(type, ring, planes, t + 1, s.d_k), v_win(type, ring, planes, t + 1, s.d_v);
               const TwinKv k_cmp(type, cmp_map, planes, n, s.d_k), v_cmp(type, cmp_map, planes, n, s.d_v);
-              DecodeEnterArgs a;
+              PrologueArgs a;
               a.projects = projects;
               ProjectArgs& project = a.project;
               project.shape = s;
@@ -334,7 +334,7 @@ TEST_CASE("cuda enters a decode step at once as by its stages") {
               compress.v_cmp = v_cmp.on(b);
               compress.fill_halo = true;
               if (at_once) {
-                b.kernels->decode_enter(a, nullptr);
+                b.kernels->decode_prologue(a, nullptr);
               } else {
                 if (projects) b.kernels->project(project, nullptr);
                 for (const AppendArgs& append : a.append) b.kernels->append(append, nullptr);

@@ -119,7 +119,7 @@ struct TwinKv {
     if (map.chunk == INT64_MAX) return rows;
     std::int64_t most = 0;
     for (std::int32_t r = 0; r < map.kv; ++r) {
-      const std::int64_t chunks = owned_chunks(map, rows + map.before, r);
+      const std::int64_t chunks = owned_chunks(map, rows + map.halo, r);
       if (chunks > most) most = chunks;
     }
     return most * map.stride;

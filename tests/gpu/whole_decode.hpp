@@ -88,7 +88,7 @@ inline WholeDecode::WholeDecode(const Backend& b, const LayerShape& shape, int b
     sets.push_back(set);
   }
   partials = memory.make<float>(partial_floats(s, batch) * 4);
-  lse = memory.make<float>(std::int64_t{s.lanes} * batch * s.heads() * 8);
+  lse = memory.make<float>(std::int64_t{s.lse.buckets} * batch * s.heads() * 8);
   gate = memory.make<float>(planes * 3 * 4);
   b.device->fill(gate, 0x3E, static_cast<std::size_t>(planes * 3 * 4), nullptr);
   score_bytes = b.kernels->score_bytes(s, tile, n);
@@ -144,7 +144,7 @@ inline CombineArgs WholeDecode::combine_args() const {
 }
 
 inline void WholeDecode::run_at_once(const Set& set) const {
-  const DecodeStepArgs a{
+  const AttentionArgs a{
       {attend_args(set, cmp), attend_args(set, sel), attend_args(set, win)}, rank_args(set), combine_args()};
   if (!backend.kernels->decode_step_accepts(a)) throw InternalError("the step is not taken at once");
   backend.kernels->decode_step(a, stream);

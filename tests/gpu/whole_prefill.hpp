@@ -79,7 +79,7 @@ inline WholePrefill::WholePrefill(const Backend& b, const LayerShape& shape, std
   while (tile_tokens == 0 && b.kernels->score_bytes(s, widest, n) > b.kernels->tile_budget) widest.tokens /= 2;
   const std::int64_t tokens = widest.tokens;
   partials = memory.make<float>(partial_floats(s, tokens) * 4);
-  lse = memory.make<float>(s.lanes * tokens * s.heads() * 8);
+  lse = memory.make<float>(s.lse.buckets * tokens * s.heads() * 8);
   gate = memory.make<float>(T * s.groups * 3 * 4);
   b.device->fill(gate, 0x3E, static_cast<std::size_t>(T * s.groups * 3 * 4), nullptr);
   scores = memory.make(static_cast<std::int64_t>(b.kernels->score_bytes(s, widest, n)));
@@ -174,7 +174,7 @@ inline void WholePrefill::run(const std::vector<Event*>* events) {
 
 inline void WholePrefill::run_at_once() {
   each_tile([&](const QueryTile& tile, std::int64_t first) {
-    DecodeStepArgs a;
+    AttentionArgs a;
     for (const Branch b : {cmp, sel, win}) a.attend[b] = attend_args(b, tile, first);
     a.rank = rank_args(tile, first);
     a.combine = combine_args(tile, first);

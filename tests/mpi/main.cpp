@@ -22,7 +22,7 @@ namespace {
 
 std::vector<std::function<void()>> closings;
 
-bool every_rank_has_a_gpu(const nsa::Control& world) {
+bool every_rank_has_a_gpu(const nsa::ControlComm& world) {
   bool here = true;
   try {
     nsa::open_backend(nsa::BackendKind::cuda, world.local_rank());
@@ -38,7 +38,7 @@ void at_end(std::function<void()> close) { closings.push_back(std::move(close));
 
 int main(int argc, char* argv[]) {
   nsa::MpiSession mpi(argc, argv);
-  const nsa::Control world = nsa::Control::world();
+  const nsa::ControlComm world = nsa::ControlComm::world();
   if (std::getenv("NSA_TEST_BACKEND") && !every_rank_has_a_gpu(world)) {
     if (world.rank() == 0) std::cout << "skipped: " << world.size() << " ranks need as many GPUs\n";
     return 77;

@@ -23,7 +23,7 @@ using namespace nsa;
 using Bytes = std::vector<unsigned char>;
 
 struct Ranks {
-  const Control world = Control::world();
+  const ControlComm world = ControlComm::world();
   const Backend backend =
       open_backend(std::getenv("NSA_TEST_BACKEND") ? BackendKind::cuda : BackendKind::host, world.local_rank());
   const DeviceOps& device = *backend.device;

@@ -20,10 +20,11 @@ using oracle::Reals;
 
 /// All ranks together and rank 0 alone, with their communicators: opening NCCL's takes longer than all that is run.
 struct Ranks {
-  const nsa::Control world = nsa::Control::world(), alone = world.split(world.rank() == 0 ? 0 : 1, world.rank());
+  const nsa::ControlComm world = nsa::ControlComm::world(),
+                         alone = world.split(world.rank() == 0 ? 0 : 1, world.rank());
   const nsa::Session together = open(world);
   const std::optional<nsa::Session> rank_0 = world.rank() == 0 ? std::optional(open(alone)) : std::nullopt;
-  static nsa::Session open(const nsa::Control& group) {
+  static nsa::Session open(const nsa::ControlComm& group) {
     return nsa::open_session(config_of({"any", 1, 1, {}}, nsa::TaskKind::decode), group);
   }
 };

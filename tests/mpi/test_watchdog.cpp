@@ -61,7 +61,7 @@ TEST_CASE("the last 64 operations are kept, with their phase, stage and number",
 }
 
 TEST_CASE("a rank's own operations do not stop those that follow it", "[watchdog]") {
-  const Control world = Control::world();
+  const ControlComm world = ControlComm::world();
   for (int round = 0; round < 3; ++round) {
     Watchdog watchdog(60);
     // No REQUIRE here: a rank that leaves the test alone keeps the others waiting, and its reason untold.
@@ -69,11 +69,11 @@ TEST_CASE("a rank's own operations do not stop those that follow it", "[watchdog
     watchdog.set(50, "");
     watchdog.set_device("GPU 0");
     const DeviceOps& device = *open_backend(BackendKind::host, 0).device;
-    Recorder recorder(device, nullptr);
-    recorder.time_stages(true);
+    StageTimer timer(device, nullptr);
+    timer.set_per_stage(true);
     for (int step = 0; step < 300; ++step) {
       double sum = 0;
-      recorder.step([&] { recorder.time(Stage::comm, [&] { sum = world.max(static_cast<double>(world.rank())); }); });
+      timer.step([&] { timer.time(Stage::comm, [&] { sum = world.max(static_cast<double>(world.rank())); }); });
       CHECK(sum == world.size() - 1);
       if (step % 100 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(400 * (1 + world.rank())));
     }

@@ -73,7 +73,7 @@ nsa::PointRecord run(const nsa::Config& config, const nsa::Session& session) {
   return nsa::run_point(session, config, nsa::sweep(config).at(0), 0, [](double, double, const std::string&) {});
 }
 
-nsa::PointRecord run(const nsa::Config& config, const nsa::Control& group) {
+nsa::PointRecord run(const nsa::Config& config, const nsa::ControlComm& group) {
   return run(config, nsa::open_session(config, group));
 }
 

@@ -26,7 +26,7 @@ nsa::Config config_of(const Shape& shape, nsa::TaskKind kind);
 /// Runs the one point of a config over the session's ranks. The record is complete on its rank 0.
 nsa::PointRecord run(const nsa::Config& config, const nsa::Session& session);
 /// The same in a session of its own over the ranks of `group`.
-nsa::PointRecord run(const nsa::Config& config, const nsa::Control& group);
+nsa::PointRecord run(const nsa::Config& config, const nsa::ControlComm& group);
 
 bool has(const nsa::PointRecord& record, const std::string& name);
 /// Throw std::runtime_error when the record has no such tensor.

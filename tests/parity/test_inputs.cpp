@@ -16,11 +16,11 @@ struct Case {
   Point point;
   Session session;
   TensorSource source;
-  Engine engine;
+  ModelShard engine;
   explicit Case(const Config& c)
       : config(c),
         point(sweep(c).at(0)),
-        session(open_session(config, Control::world())),
+        session(open_session(config, ControlComm::world())),
         source(config, ""),
         engine(session.backend, session.world, config, point, source) {}
 
@@ -48,7 +48,7 @@ TEST_CASE("a prefill's synthetic rows are the source's, bit for bit", "[inputs]"
   for (const parity::Shape& shape : shapes) {
     INFO(shape.name);
     Case c(parity::config_of(shape, TaskKind::prefill));
-    Prefill prefill(c.engine, c.point.context, false);
+    PrefillRunner prefill(c.engine, c.point.context, false);
     prefill.load_rows(c.source);
     const StepBuffers& b = prefill.buffers();
     const DType storage = c.config.model.precision;
@@ -68,7 +68,7 @@ TEST_CASE("a decode step's synthetic rows are the source's, bit for bit", "[inpu
   for (const parity::Shape& shape : shapes) {
     INFO(shape.name);
     Case c(parity::config_of(shape, TaskKind::decode));
-    Decode decode(c.engine, &c.source, false);
+    DecodeRunner decode(c.engine, &c.source, false);
     const StepBuffers& b = decode.buffers();
     const DType storage = c.config.model.precision;
     const bool residual = c.config.model.layers > 1;

@@ -42,7 +42,7 @@ TEST_CASE("planned memory grows no faster than the context") {
 
 // On any number of ranks, as the launch has them: every rank's growth against its plan.
 TEST_CASE("64K tokens take the memory that was planned, under 4 GiB") {
-  const Control world = Control::world();
+  const ControlComm world = ControlComm::world();
   for (const char* kind : {"prefill", "decode"}) {
     CAPTURE(kind);
     const Config config = config_of(kind, {"run.modes=[\"total\"]", "run.steps=1", "run.warmup=0", "run.check=false"});

@@ -15,7 +15,7 @@ using oracle::Reals;
 
 Phase run_phase(const Shape& shape, nsa::TaskKind kind) {
   const nsa::Config config = config_of(shape, kind);
-  return {config, run(config, nsa::Control::world())};
+  return {config, run(config, nsa::ControlComm::world())};
 }
 
 void check_reads(const Phase& phase, const oracle::Attended& expected) {

@@ -41,7 +41,7 @@ LayerShape shape_of(DType type) {
   s.dim = 50;
   s.dtype = type;
   s.rules = {.l = 8, .d = 4, .l_sel = 16, .n_sel = 5, .n_init = 1, .n_local = 2, .w = 21};
-  s.leaf = 8;
+  s.lse.segment = 8;
   return s;
 }
 
@@ -182,10 +182,10 @@ TEST_CASE("compressed tokens: mean and learned, one position or a sequence, with
       args.phi_v = {weights[3].bytes.data(), weights[4].bytes.data(), weights[5].bytes.data()};
       args.k_raw = {raw_k.bytes.data(), {}, positions * s.d_k, 0, s.d_k};
       args.v_raw = {raw_v.bytes.data(), {}, positions * s.d_v, 0, s.d_v};
-      const std::int64_t room = 2 * (s.leaf + 1);
+      const std::int64_t room = 2 * (s.lse.segment + 1);
       Tensor k(type, batch * s.groups * room * s.d_k), v(type, batch * s.groups * room * s.d_v);
       // Rank 1 of 2: chunk 1 (tokens 8..15) with a copy of token 7 in front; chunks 3.. do not complete.
-      const RowMap map{.chunk = s.leaf, .stride = s.leaf + 1, .before = 1, .kv = 2, .rank = 1};
+      const RowMap map{.chunk = s.lse.segment, .stride = s.lse.segment + 1, .halo = 1, .kv = 2, .rank = 1};
       args.k_cmp = {k.bytes.data(), map, room * s.d_k, 0, s.d_k};
       args.v_cmp = {v.bytes.data(), map, room * s.d_v, 0, s.d_v};
       args.fill_halo = true;
@@ -216,7 +216,7 @@ TEST_CASE("compressed tokens: mean and learned, one position or a sequence, with
                 expected[e] += hidden[u] / (1 + std::exp(-hidden[u])) * weights[5].values[u * s.d_v + e];
             for (int e = 0; e < s.d_v; ++e) CHECK(got[e] == Approx(expected[e]).margin(4 * bound(type)));  // up to 4
           }
-          CHECK(std::isnan(v.values[plane * room * s.d_v + (s.leaf + 1) * s.d_v]));  // chunk 3 untouched
+          CHECK(std::isnan(v.values[plane * room * s.d_v + (s.lse.segment + 1) * s.d_v]));  // chunk 3 untouched
         }
       }
     }
@@ -282,7 +282,7 @@ TEST_CASE("output, rmsnorm and add") {
 
 TEST_CASE("rows are copied between maps, halos included, and filled alike everywhere") {
   const std::int64_t rows = 45;
-  const RowMap local{.chunk = 8, .stride = 10, .before = 2, .kv = 2, .rank = 1};
+  const RowMap local{.chunk = 8, .stride = 10, .halo = 2, .kv = 2, .rank = 1};
   std::vector<float> whole(2 * rows * 3), part(2 * 30 * 3, -1.0f), copied(2 * 30 * 3, -1.0f), ring(2 * 7 * 3, -1.0f);
   const KvView src{whole.data(), {}, rows * 3, 0, 3}, dst{part.data(), local, 90, 0, 3},
       dst2{copied.data(), local, 90, 0, 3};

@@ -30,7 +30,7 @@ LayerShape small_shape() {
   s.d_v = 40;
   s.dim = 48;
   s.rules = {.l = 8, .d = 4, .l_sel = 16, .n_sel = 5, .n_init = 1, .n_local = 2, .w = 21};
-  s.leaf = 8;  // chunks of two blocks
+  s.lse.segment = 8;  // chunks of two blocks
   return s;
 }
 
@@ -98,10 +98,10 @@ struct Layout {
 
   RowMap map(std::int64_t chunk, std::int32_t before) const {
     if (kv == 1) return {};
-    return {.chunk = chunk, .stride = chunk + before, .before = before, .kv = kv, .rank = rank};
+    return {.chunk = chunk, .stride = chunk + before, .halo = before, .kv = kv, .rank = rank};
   }
-  RowMap tokens() const { return map(shape.leaf * shape.rules.d, 0); }
-  RowMap compressed() const { return map(shape.leaf, shape.rules.l / shape.rules.d - 1); }
+  RowMap tokens() const { return map(shape.lse.segment * shape.rules.d, 0); }
+  RowMap compressed() const { return map(shape.lse.segment, shape.rules.l / shape.rules.d - 1); }
   RowMap window() const {
     if (kv == 1) return {};
     return {
@@ -360,8 +360,8 @@ TEST_CASE("every kv layout forms the same lanes and chooses the same blocks, bit
         CHECK(step.selected == one.steps[0].selected);
         for (std::size_t i = 0; i < reads.size(); ++i) reads[i] += step.reads[i];
         for (std::size_t i = 0; i < p_slc.size(); ++i) p_slc[i] += step.p_slc[i];
-        const std::size_t lane = one.steps[0].lse.size() / s.lanes;
-        for (std::int32_t x = r; x < s.lanes; x += kv)
+        const std::size_t lane = one.steps[0].lse.size() / s.lse.buckets;
+        for (std::int32_t x = r; x < s.lse.buckets; x += kv)
           CHECK(std::memcmp(step.lse.data() + x / kv * lane, one.steps[0].lse.data() + x * lane, lane * 4) == 0);
       }
       CHECK(reads == one.steps[0].reads);

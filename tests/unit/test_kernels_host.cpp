@@ -104,7 +104,7 @@ TEST_CASE("a sharded sequence has every row once, and halos point at the same ro
     std::set<std::pair<std::int32_t, std::int64_t>> places;
     std::int64_t owned = 0;
     for (std::int32_t rank = 0; rank < kv; ++rank) {
-      const RowMap map{.chunk = 8, .stride = 11, .before = 2, .kv = kv, .rank = rank};
+      const RowMap map{.chunk = 8, .stride = 11, .halo = 2, .kv = kv, .rank = rank};
       owned += owned_chunks(map, 100, rank);
       for (std::int64_t i = 0; i < 100; ++i) {
         if (!has_row(map, i)) continue;

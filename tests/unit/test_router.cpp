@@ -11,7 +11,7 @@ using namespace nsa;
 
 namespace {
 
-RouteQuestion cuda(int capability, Branch branch, std::int64_t length, DType dtype = DType::bf16) {
+RouteKey cuda(int capability, Branch branch, std::int64_t length, DType dtype = DType::bf16) {
   return {BackendKind::cuda, capability, Phase::decode, branch, dtype, 128, 128, length};
 }
 
@@ -73,13 +73,13 @@ TEST_CASE("the table: each answer has its reason") {
 }
 
 TEST_CASE("environment over [route] over [runtime] over the table") {
-  const RouteQuestion q = cuda(90, sel, 1024);
+  const RouteKey q = cuda(90, sel, 1024);
   RouteEnvironment environment;
   CHECK(answer(q, with(""), environment).name == "fused");
   CHECK(answer(q, with("[runtime]\nsel_triton_min_L = 4096\n"), environment).name == "sdpa");
   CHECK(answer(q, with("[runtime]\nsel_triton_min_L = 4096\n[route]\nsel = \"fused\"\n"), environment).name == "fused");
   environment.implementation[sel] = "masked";
-  const RouteAnswer masked = answer(q, with("[route]\nsel = \"sdpa\"\n"), environment);
+  const RouteChoice masked = answer(q, with("[route]\nsel = \"sdpa\"\n"), environment);
   CHECK(masked.name == "masked");
   CHECK(masked.reason == "asked for by NSA_ROUTE_SEL");
   environment.implementation[sel] = "auto";
@@ -114,7 +114,7 @@ TEST_CASE("a guard holds unless it is forced, and then says so") {
   CHECK(message.find("route.sel = \"fused\" (custom kernels are off on compute capability 8.9") == 0);
   CHECK(message.find("; set NSA_FORCE=1") != std::string::npos);
   CHECK(answer(cuda(89, sel, 1024), with("[route]\nsel = \"masked\"\n"), environment).name == "masked");
-  const RouteAnswer held = answer(cuda(89, win, 512), flash, environment);  // nobody asked by name: no error
+  const RouteChoice held = answer(cuda(89, win, 512), flash, environment);  // nobody asked by name: no error
   CHECK(held.name == "sdpa");
   CHECK(held.reason.find("8.9") != std::string::npos);
   environment.implementation[win] = "flash";

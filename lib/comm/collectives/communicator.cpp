@@ -16,11 +16,11 @@ namespace nsa {
 
 namespace {
 
-MPI_Comm comm_of(void* state) { return static_cast<const Control::Impl*>(state)->comm; }
+MPI_Comm comm_of(void* state) { return static_cast<const ControlComm::Impl*>(state)->comm; }
 
 // MPI counts are int: bytes travel as units of one, or of eight where the message is too long for that.
 void gather_over_mpi(void* state, const void* send, void* recv, std::size_t bytes, Stream*) {
-  const auto* group = static_cast<const Control::Impl*>(state);
+  const auto* group = static_cast<const ControlComm::Impl*>(state);
   char* own = static_cast<char*>(recv) + bytes * group->rank;
   if (send != own) std::memcpy(own, send, bytes);
   const bool wide = bytes > INT_MAX;
@@ -33,7 +33,7 @@ void gather_over_mpi(void* state, const void* send, void* recv, std::size_t byte
 
 // By rising rank, so that the sum does not depend on MPI's choice of algorithm.
 void sum_over_mpi(void* state, float* data, std::size_t count, Stream*) {
-  const auto* group = static_cast<const Control::Impl*>(state);
+  const auto* group = static_cast<const ControlComm::Impl*>(state);
   constexpr std::size_t piece = std::size_t{1} << 20;
   std::vector<float> all(std::min(piece, count) * group->size);
   for (std::size_t at = 0; at < count; at += piece) {
@@ -47,26 +47,26 @@ void sum_over_mpi(void* state, float* data, std::size_t count, Stream*) {
   }
 }
 
-void close_mpi(void* state) noexcept { delete static_cast<Control::Impl*>(state); }
+void close_mpi(void* state) noexcept { delete static_cast<ControlComm::Impl*>(state); }
 
-void* open_mpi(const Control::Impl& group, CollectiveOps& ops) {
+void* open_mpi(const ControlComm::Impl& group, CollectiveOps& ops) {
   MPI_Comm comm = MPI_COMM_NULL;
   check_mpi(MPI_Comm_dup(group.comm, &comm), "MPI_Comm_dup");
   ops = {gather_over_mpi, sum_over_mpi, close_mpi};
-  return new Control::Impl(comm, group.group);
+  return new ControlComm::Impl(comm, group.group);
 }
 
 }  // namespace
 
 #if !NSA_CUDA
-void* open_nccl(const Control::Impl&, CollectiveOps&) { throw InternalError("NCCL in a build without CUDA"); }
-void join_peers(const DeviceOps&, const Control::Impl&, void*&, CollectiveOps&) {}
+void* open_nccl(const ControlComm::Impl&, CollectiveOps&) { throw InternalError("NCCL in a build without CUDA"); }
+void join_peers(const DeviceOps&, const ControlComm::Impl&, void*&, CollectiveOps&) {}
 std::string nccl_version() { return {}; }
 #endif
 
 Communicator::Communicator() : impl_(std::make_unique<Impl>()) {}
 
-Communicator::Communicator(const Backend& backend, const Control& group) : impl_(std::make_unique<Impl>()) {
+Communicator::Communicator(const Backend& backend, const ControlComm& group) : impl_(std::make_unique<Impl>()) {
   impl_->rank = group.rank();
   impl_->size = group.size();
   impl_->group = group.impl().group;

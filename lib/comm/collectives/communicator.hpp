@@ -16,7 +16,7 @@ class Communicator {
  public:
   Communicator();  ///< a group of one
   /// Collective over `group`.
-  Communicator(const Backend& backend, const Control& group);
+  Communicator(const Backend& backend, const ControlComm& group);
   ~Communicator();
   Communicator(Communicator&&) noexcept;
   Communicator& operator=(Communicator&&) noexcept;

@@ -29,11 +29,11 @@ struct Communicator::Impl {
 };
 
 /// Collective over `group`; returns the state of a blocking NCCL communicator, bootstrapped over MPI.
-void* open_nccl(const Control::Impl& group, CollectiveOps& ops);
+void* open_nccl(const ControlComm::Impl& group, CollectiveOps& ops);
 
 /// Collective over `group`. Where all ranks reach each other's GPU memory, `state` and `ops` become those of exchanges
 /// through it, around what they were; else they stay, on all ranks alike.
-void join_peers(const DeviceOps& device, const Control::Impl& group, void*& state, CollectiveOps& ops);
+void join_peers(const DeviceOps& device, const ControlComm::Impl& group, void*& state, CollectiveOps& ops);
 
 /// "2.28.3"; empty in a build without CUDA.
 std::string nccl_version();

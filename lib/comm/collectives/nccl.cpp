@@ -44,7 +44,7 @@ void close_nccl(void* state) noexcept {
 }
 
 // Rank 0's id, or its failure to make one, on every rank.
-ncclUniqueId shared_id(const Control::Impl& group) {
+ncclUniqueId shared_id(const ControlComm::Impl& group) {
   struct Message {
     ncclUniqueId id;
     int code;
@@ -57,7 +57,7 @@ ncclUniqueId shared_id(const Control::Impl& group) {
 
 }  // namespace
 
-void* open_nccl(const Control::Impl& group, CollectiveOps& ops) {
+void* open_nccl(const ControlComm::Impl& group, CollectiveOps& ops) {
   // NVLink multicast needs a fabric manager that some hosts lack, and wedges their GPUs when it goes wrong; the
   // messages of a decode step are too small to gain from it. A user's own setting stands.
   setenv("NCCL_NVLS_ENABLE", "0", 0);

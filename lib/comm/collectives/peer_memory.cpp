@@ -21,7 +21,7 @@ namespace {
 
 // Closed by all ranks or by none: nobody frees what another still has open.
 struct PeerState {
-  const Control::Impl control;  // of its own: the caller's may be gone before
+  const ControlComm::Impl control;  // of its own: the caller's may be gone before
   void* nccl = nullptr;
   CollectiveOps by_nccl{};
   MemoryAccount account;
@@ -29,7 +29,7 @@ struct PeerState {
   int* given_up = gpu::make_host_flag();
   gpu::PeerGroup group;
 
-  PeerState(MPI_Comm owned, const Control::Impl& of) : control(owned, of.group) {
+  PeerState(MPI_Comm owned, const ControlComm::Impl& of) : control(owned, of.group) {
     group.rank = of.rank;
     group.size = of.size;
     group.given_up = given_up;
@@ -115,7 +115,7 @@ void close_peers(void* state) noexcept {
 
 }  // namespace
 
-void join_peers(const DeviceOps& device, const Control::Impl& group, void*& state, CollectiveOps& ops) {
+void join_peers(const DeviceOps& device, const ControlComm::Impl& group, void*& state, CollectiveOps& ops) {
   if (group.local_size < group.size || group.size > gpu::most_peers) return;  // alike on all ranks
   std::unique_ptr<PeerState> peers;
   {

@@ -10,23 +10,23 @@
 namespace nsa {
 
 /// Groups of one by default. In a layout, rank r is rank r % kv of head shard r / kv.
-struct Peers {
+struct GridComms {
   Communicator heads;  ///< whose outputs are summed: the rank of the same place in every head shard
   Communicator kv;     ///< who share the sequences: the ranks of this head shard
-  Control kv_control;
+  ControlComm kv_control;
 };
 
 /// The peers of a group's ranks, by layout, open as long as this lives.
-class Layouts {
+class ProcessGrid {
  public:
-  Layouts(const Backend& backend, const Control& group) : backend_(backend), group_(group) {}
+  ProcessGrid(const Backend& backend, const ControlComm& group) : backend_(backend), group_(group) {}
   /// `kv` divides the group's size. Collective over the group when a layout is asked for the first time.
-  std::shared_ptr<const Peers> peers(int kv);
+  std::shared_ptr<const GridComms> comms(int kv);
 
  private:
   Backend backend_;
-  Control group_;
-  std::map<int, std::shared_ptr<const Peers>> open_;  ///< by kv
+  ControlComm group_;
+  std::map<int, std::shared_ptr<const GridComms>> open_;  ///< by kv
 };
 
 }  // namespace nsa

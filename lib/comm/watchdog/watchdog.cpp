@@ -14,7 +14,7 @@ namespace nsa {
 Watchdog::Watchdog(double deadline) : thread_(std::make_unique<WatchdogThread>(deadline)) {}
 Watchdog::~Watchdog() = default;
 
-std::string Watchdog::join(const Control& world) {
+std::string Watchdog::join(const ControlComm& world) {
   const int rank = world.rank(), last = world.size() - 1;
   const std::vector<Place> places = all_places(world);
   const std::string token = world.broadcast(rank == 0 ? new_token() : std::string());

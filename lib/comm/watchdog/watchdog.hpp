@@ -1,8 +1,8 @@
 #pragma once
-// Ends a job that hangs: a thread a rank that looks at what the rank does (kernels/operations.hpp), tells it to two
-// hubs, the first and the last rank, over TCP of its own, and hears from them when the job has to end. It calls no
-// MPI, NCCL, CUDA or HDF5, so none of them can block it; what may block in a report (a file, a terminal) is done by
-// yet another thread, which is not waited for long. The end is _exit: whoever is stuck cannot do it in order.
+// Ends a job that hangs: a thread a rank that looks at what the rank does (kernels/diagnostics/operation_log.hpp),
+// tells it to two hubs, the first and the last rank, over TCP of its own, and hears from them when the job has to end.
+// It calls no MPI, NCCL, CUDA or HDF5, so none of them can block it; what may block in a report (a file, a terminal) is
+// done by yet another thread, which is not waited for long. The end is _exit: whoever is stuck cannot do it in order.
 //
 // Promised: an operation older than the deadline ends all ranks with exit code 4 within the deadline plus 15 s, and
 // names the rank that is late. A rank that was stopped (SIGSTOP) is continued to end too, where a watchdog of its
@@ -29,7 +29,7 @@ class Watchdog {
   Watchdog& operator=(const Watchdog&) = delete;
 
   /// Collective. Makes the hubs known and joins them. Returns what stands in the way, on rank 0: "" or a warning.
-  std::string join(const Control& world);
+  std::string join(const ControlComm& world);
 
   /// What the input says: the deadline, and the result file, beside which the operations are left.
   void set(double deadline, const std::string& result_path);

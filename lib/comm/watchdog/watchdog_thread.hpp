@@ -1,5 +1,5 @@
 #pragma once
-// The thread of a rank that watches it, and what it is told. See watchdog.hpp.
+// The thread of a rank that watches it, and what it is told. See watchdog/watchdog.hpp.
 
 #include <array>
 #include <cstdint>

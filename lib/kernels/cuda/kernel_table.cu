@@ -133,39 +133,39 @@ void rank_with_scratch(const RankArgs& a, Stream* stream) {
     rank(with_part(a, branches * branch_part(a.shape, a.tile), rank_scratch(a.shape, a.tile)), stream);
 }
 
-void decode_step_with_scratch(const DecodeStepArgs& a, Stream* stream) {
+void decode_step_with_scratch(const AttentionArgs& a, Stream* stream) {
   const LayerShape& s = a.combine.shape;
   const QueryTile& tile = a.combine.tile;
-  DecodeStepArgs with = a;
+  AttentionArgs with = a;
   with.attend[cmp] = with_part(a.attend[cmp], 0, branches * branch_part(s, tile));
   with.rank = with_part(a.rank, branches * branch_part(s, tile), rank_scratch(s, tile));
   decode_step(with, stream);
 }
 
-void prefill_step_with_scratch(const DecodeStepArgs& a, Stream* stream) {
+void prefill_step_with_scratch(const AttentionArgs& a, Stream* stream) {
   const LayerShape& s = a.combine.shape;
   const QueryTile& tile = a.combine.tile;
-  DecodeStepArgs with = a;
+  AttentionArgs with = a;
   with.rank = with_part(a.rank, branches * branch_part(s, tile), rank_prefill_scratch(s, tile));
   prefill_step(with, stream);
 }
 
 // open() and weigh() find the parts of a branch in that branch's part of the scratch: sel and rank have their own.
-template <void (*Run)(const DecodeShardArgs&, Stream*)>
-void with_shard_scratch(const DecodeShardArgs& a, Stream* stream) {
-  DecodeShardArgs with = a;
+template <void (*Run)(const ShardedAttentionArgs&, Stream*)>
+void with_shard_scratch(const ShardedAttentionArgs& a, Stream* stream) {
+  ShardedAttentionArgs with = a;
   const std::size_t part = branch_part(a.combine.shape, a.combine.tile);
   for (const Branch b : {cmp, win}) with.attend[b] = with_part(a.attend[b], b * part, part);
   Run(with, stream);
 }
-constexpr ShardedStep sharded_step = {decode_shard_accepts, with_shard_scratch<decode_open>,
-                                      with_shard_scratch<decode_weigh>, decode_combine};
+constexpr ShardedAttention sharded_step = {decode_shard_accepts, with_shard_scratch<decode_open>,
+                                           with_shard_scratch<decode_weigh>, decode_combine};
 
 std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t cmp_rows) {
   if (tile.rescores) return 0;
   // Where those are chunks with halos, there are so many at most, and each takes so much more.
-  const std::int64_t before = s.rules.l / s.rules.d - 1, chunks = cmp_rows / (s.leaf + before) + 1,
-                     more = whole_sectors(s.leaf) + whole_sectors(before) - s.leaf - before;
+  const std::int64_t before = s.rules.l / s.rules.d - 1, chunks = cmp_rows / (s.lse.segment + before) + 1,
+                     more = whole_sectors(s.lse.segment) + whole_sectors(before) - s.lse.segment - before;
   const std::int64_t raw = tile.rows() * s.heads() * padded_columns(cmp_rows + chunks * more);
   // A decode step at once may leave sums of blocks instead, which are more where there are few heads.
   const std::int64_t sums = tile.tokens == 1 && leaves_sums(s) && decode_accepts(s, tile)
@@ -213,7 +213,7 @@ constexpr KernelTable table = {project,
                                tile_tokens,
                                tile_budget,
                                checksum,
-                               decode_enter,
+                               decode_prologue,
                                decode_step_accepts,
                                decode_step_with_scratch,
                                prefill_step_accepts,

@@ -1,6 +1,6 @@
 #pragma once
 // What a rank does that may wait for another rank or for its device: the last 64 operations, kept where another
-// thread can read them at any moment. The watchdog (comm/watchdog.hpp) is that thread. Beginning and ending an
+// thread can read them at any moment. The watchdog (comm/watchdog/watchdog.hpp) is that thread. Beginning and ending an
 // operation costs a coarse clock reading and a few stores each, no lock and no memory.
 //
 // One thread of a process, the one that calls MPI and the device, begins and ends operations, one at a time.

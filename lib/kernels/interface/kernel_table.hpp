@@ -31,6 +31,13 @@ constexpr const char* branch_names[branches] = {"cmp", "sel", "win"};
 enum class GateKind : std::int32_t { softmax, sigmoid };
 enum class PhiKind : std::int32_t { mean, mlp };
 
+/// In which order the log-sum-exp of the compressed scores is reduced: the same on every kv layout, so that every
+/// layout forms the same bits. AttendArgs says how.
+struct LseLayout {
+  std::int64_t segment = 64;  ///< consecutive compressed tokens reduced left to right: those of a KV chunk
+  std::int32_t buckets = 24;  ///< running (m, sum) that segments are dealt to by turns; kv divides it
+};
+
 /// One layer as this rank sees it.
 struct LayerShape {
   std::int32_t groups = 1;           ///< local KV groups
@@ -44,8 +51,7 @@ struct LayerShape {
   bool shared_kv = false;  ///< every branch uses the sel projections
   double rope_base = 10000.0;
   BlockRules rules;
-  std::int64_t leaf = 64;   ///< compressed tokens of one LSE leaf: those of a KV chunk, on every layout
-  std::int32_t lanes = 24;  ///< LSE lanes of the compressed scores, see attend_cmp; kv divides it
+  LseLayout lse;
   constexpr std::int32_t heads() const { return groups * heads_per_group; }
 };
 
@@ -137,7 +143,9 @@ inline Partials partials_at(float* base, const LayerShape& s, std::int64_t rows,
 
 /// (m, s) a rank keeps of the compressed scores: its lanes. Where ranks exchange them there is room for one more, which
 /// carries the window's where those are known by then (ShardedStep).
-constexpr std::int32_t lse_slots(const LayerShape& s, std::int32_t ranks) { return s.lanes / ranks + (ranks > 1); }
+constexpr std::int32_t lse_slots(const LayerShape& s, std::int32_t ranks) {
+  return s.lse.buckets / ranks + (ranks > 1);
+}
 
 /// Attention of one branch over the K/V rows this rank holds.
 /// - cmp: the valid compressed tokens. Also leaves raw scores for `rank` and (m, s) by lane: leaf =
@@ -213,7 +221,7 @@ struct CombineArgs {
 
 /// What comes before a decode step's attention as a whole: project, append (in the order of Branch; cmp: the raw rows)
 /// and compress with the arguments they would have one by one.
-struct DecodeEnterArgs {
+struct PrologueArgs {
   bool projects = false;  ///< else q, k, v and gate are given
   ProjectArgs project;
   AppendArgs append[branches];
@@ -223,7 +231,7 @@ struct DecodeEnterArgs {
 /// The attention of a decode step, or of a prefill tile, as a whole: attend of every branch, rank and combine with the
 /// arguments they would have one by one (partials, `out` and `lse` aside, which may hold anything behind it).
 /// combine.leave_out holds for all of them.
-struct DecodeStepArgs {
+struct AttentionArgs {
   AttendArgs attend[branches];
   RankArgs rank;  ///< `selected` wanted, lse_ranks = 1
   CombineArgs combine;
@@ -241,7 +249,7 @@ inline Partials weighted_sel(float* base, const LayerShape& s, std::int64_t rows
 }
 
 /// A decode step's attention on one of the ranks that share its sequences.
-struct DecodeShardArgs {
+struct ShardedAttentionArgs {
   AttendArgs attend[branches];      ///< of cmp and win; cmp's lse has room for the window's (m, s)
   const float* lse_all = nullptr;   ///< [ranks][lse_slots][rows][H][2]
   float* weighted = nullptr;        ///< [weighted_floats]; null: open() leaves ordinary partials of cmp and win instead
@@ -252,11 +260,11 @@ struct DecodeShardArgs {
 /// The launches between the exchanges of such a step: open, exchange lse; rank; weigh, which needs lse_all alone,
 /// beside the exchange of candidates; select, attend sel into weighted_sel(); exchange `weighted`; combine. The same
 /// blocks are chosen as stage by stage.
-struct ShardedStep {
-  bool (*accepts)(const DecodeShardArgs&);
-  void (*open)(const DecodeShardArgs&, Stream*);     ///< cmp with win: scores, lse, window's (m, s) behind the lanes
-  void (*weigh)(const DecodeShardArgs&, Stream*);    ///< writes the cmp and win part of `weighted`
-  void (*combine)(const DecodeShardArgs&, Stream*);  ///< o of the gathered ones
+struct ShardedAttention {
+  bool (*accepts)(const ShardedAttentionArgs&);
+  void (*open)(const ShardedAttentionArgs&, Stream*);   ///< cmp with win: scores, lse, window's (m, s) behind the lanes
+  void (*weigh)(const ShardedAttentionArgs&, Stream*);  ///< writes the cmp and win part of `weighted`
+  void (*combine)(const ShardedAttentionArgs&, Stream*);  ///< o of the gathered ones
 };
 
 /// y = o W_O over the local heads; the sum over head shards is the caller's.
@@ -354,16 +362,16 @@ struct KernelTable {
   std::size_t tile_budget;
   void (*checksum)(const ChecksumArgs&, Stream*);
   /// tokens = 1. Null where the backend has no such thing.
-  void (*decode_enter)(const DecodeEnterArgs&, Stream*) = nullptr;
+  void (*decode_prologue)(const PrologueArgs&, Stream*) = nullptr;
   /// The same as its stages one by one, same blocks chosen, in fewer launches; for what decode_step_accepts. Null where
   /// the backend has no such thing.
-  bool (*decode_step_accepts)(const DecodeStepArgs&) = nullptr;
-  void (*decode_step)(const DecodeStepArgs&, Stream*) = nullptr;
+  bool (*decode_step_accepts)(const AttentionArgs&) = nullptr;
+  void (*decode_step)(const AttentionArgs&, Stream*) = nullptr;
   /// The same of a prefill tile: same blocks chosen, no partials kept.
-  bool (*prefill_step_accepts)(const DecodeStepArgs&) = nullptr;
-  void (*prefill_step)(const DecodeStepArgs&, Stream*) = nullptr;
-  const ShardedStep* sharded = nullptr;  ///< null where the backend has no such thing
-  std::size_t exchange_bytes = 0;        ///< of the device, that a group of ranks takes at most to exchange through
+  bool (*prefill_step_accepts)(const AttentionArgs&) = nullptr;
+  void (*prefill_step)(const AttentionArgs&, Stream*) = nullptr;
+  const ShardedAttention* sharded = nullptr;  ///< null where the backend has no such thing
+  std::size_t exchange_bytes = 0;  ///< of the device, that a group of ranks takes at most to exchange through
 };
 
 }  // namespace nsa

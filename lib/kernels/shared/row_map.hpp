@@ -3,7 +3,7 @@
 //
 // A sequence of rows (tokens, or compressed tokens) is cut into chunks of `chunk` rows that are dealt
 // round-robin over `kv` ranks: chunk c belongs to rank c % kv and is that rank's (c / kv)-th. A rank may keep,
-// in front of each chunk, copies of the `before` rows that precede it (and room for some behind it): a chunk
+// in front of each chunk, copies of the `halo` rows that precede it (and room for some behind it): a chunk
 // then takes `stride` rows of memory. Buffers gathered from all ranks keep each rank's rows `rank_stride`
 // elements apart. A ring keeps the last `ring` rows only.
 
@@ -17,8 +17,8 @@ constexpr std::int32_t all_ranks = -1;
 
 struct RowMap {
   std::int64_t chunk = INT64_MAX;   ///< rows of a chunk; INT64_MAX: never cut
-  std::int64_t stride = INT64_MAX;  ///< rows of memory a chunk takes: before + chunk + what follows
-  std::int32_t before = 0;          ///< halo rows kept in front of each chunk
+  std::int64_t stride = INT64_MAX;  ///< rows of memory a chunk takes: halo + chunk + what follows
+  std::int32_t halo = 0;            ///< halo rows kept in front of each chunk
   std::int32_t kv = 1;              ///< ranks the chunks are dealt over
   std::int32_t rank = all_ranks;    ///< whose rows the buffer holds; all_ranks: everybody's
   std::int64_t ring = 0;            ///< > 0: row i lies at i % ring and the chunks only say who owns it
@@ -41,7 +41,7 @@ NSA_HD bool has_row(const RowMap& m, std::int64_t i) {
 /// Memory row of row i seen from chunk c; i may lie in c's halo.
 NSA_HD std::int64_t row_in_chunk(const RowMap& m, std::int64_t c, std::int64_t i) {
   if (m.ring > 0) return i % m.ring;
-  return (c / m.kv) * m.stride + m.before + (i - c * m.chunk);
+  return (c / m.kv) * m.stride + m.halo + (i - c * m.chunk);
 }
 
 NSA_HD std::int64_t row_of(const RowMap& m, std::int64_t i) { return row_in_chunk(m, chunk_of(m, i), i); }

@@ -8,6 +8,7 @@
 #include "kernels/diagnostics/error.hpp"
 #include "nsa/experiment/experiment.hpp"
 #include "nsa/model/buffers.hpp"
+#include "nsa/model/traffic.hpp"
 #include "nsa/routing/router.hpp"
 #include "nsa/tasks/needle_task.hpp"
 

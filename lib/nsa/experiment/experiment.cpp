@@ -12,6 +12,7 @@
 #include "nsa/experiment/sha256.hpp"
 #include "nsa/forward/decode.hpp"
 #include "nsa/forward/prefill.hpp"
+#include "nsa/model/traffic.hpp"
 #include "nsa/routing/router.hpp"
 #include "nsa/tasks/kernel_bench.hpp"
 #include "nsa/tasks/measure.hpp"
@@ -52,7 +53,7 @@ std::int64_t status_bytes(const std::string& key) {
 }
 
 // The input file may be large: rank 0 reads it, once. What is wrong with it is found out where it is used.
-std::string hash_of(const std::string& path, const Control& world) {
+std::string hash_of(const std::string& path, const ControlComm& world) {
   std::ifstream file;
   if (!path.empty() && world.rank() == 0) file.open(path, std::ios::binary);
   return file.is_open() ? sha256(file) : "";
@@ -112,7 +113,7 @@ MemoryRecord gather_memory(const Session& session, const MemoryAccount& planned,
 
 }  // namespace
 
-Session open_session(const Config& config, const Control& world, std::function<bool()> asked_to_stop) {
+Session open_session(const Config& config, const ControlComm& world, std::function<bool()> asked_to_stop) {
   BackendKind kind = config.run.backend == BackendChoice::cuda ? BackendKind::cuda : BackendKind::host;
   if (config.run.backend == BackendChoice::automatic && cuda_built()) {
     bool here = true;
@@ -126,7 +127,7 @@ Session open_session(const Config& config, const Control& world, std::function<b
   Backend backend{};
   agreed(world, [&] { backend = open_backend(kind, world.local_rank()); });
   backend.capability = static_cast<int>(-world.max(-std::int64_t{backend.capability}));  // all take the same routes
-  return {world, backend, std::make_shared<Layouts>(backend, world),
+  return {world, backend, std::make_shared<ProcessGrid>(backend, world),
           std::make_shared<StopPoll>(world, std::move(asked_to_stop)), hash_of(config.input_file, world)};
 }
 
@@ -167,19 +168,19 @@ MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, c
   const Config planned = needle ? needle_config(config) : config;
   const Point at = needle ? needle_point(point) : point;
   const bool record = needle || planned.run.check || planned.output.tensors;
-  Engine e(Backend{BackendKind::host, &kernels, &dry_device()}, planned, at, partition);
+  ModelShard e(Backend{BackendKind::host, &kernels, &dry_device()}, planned, at, partition);
   for (const int group : {partition.heads, partition.kv})
     if (group > 1) e.account.add(MemoryKind::workspace, kernels.exchange_bytes);
   if (planned.kind == TaskKind::prefill) {
-    Prefill prefill(e, at.context, record);
+    PrefillRunner prefill(e, at.context, record);
   } else if (needle) {
-    Prefill prefill(e, at.context, false);
-    Decode decode(e, nullptr, true);
+    PrefillRunner prefill(e, at.context, false);
+    DecodeRunner decode(e, nullptr, true);
   } else {
     if (planned.run.fill == CacheFill::prefill) {
-      Prefill prefill(e, at.context, false);  // gone again before decode's buffers are made
+      PrefillRunner prefill(e, at.context, false);  // gone again before decode's buffers are made
     }
-    Decode decode(e, nullptr, record);
+    DecodeRunner decode(e, nullptr, record);
   }
   return e.account;
 }

@@ -14,7 +14,7 @@ namespace nsa {
 
 /// Opens the backend the input asks for (automatic: CUDA where built and every rank has a device, else host).
 /// `asked_to_stop` is this rank's say; empty: never.
-Session open_session(const Config& config, const Control& world, std::function<bool()> asked_to_stop = {});
+Session open_session(const Config& config, const ControlComm& world, std::function<bool()> asked_to_stop = {});
 
 /// Bytes of memory a rank needs at its peak, by kind, from the shapes alone: nothing is allocated.
 MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, const Partition& partition,

@@ -18,12 +18,12 @@ constexpr DType types[] = {DType::bf16, DType::f16, DType::f32};
 constexpr std::pair<std::int32_t, std::int32_t> head_sizes[] = {{64, 64}, {128, 128}, {192, 128}, {96, 96}};
 
 /// What runs at each context, a line for each run of contexts with one answer: "any length: fused (why)".
-std::string answers(RouteQuestion q, const Config& config, const RouteEnvironment& environment) {
+std::string answers(RouteKey q, const Config& config, const RouteEnvironment& environment) {
   std::vector<std::string> at;
   for (const std::int64_t context : contexts) {
     q.length = attended_rows(config.nsa, q.branch, context);
     try {
-      const RouteAnswer a = answer(q, config, environment);
+      const RouteChoice a = answer(q, config, environment);
       at.push_back(fmt::format("{} ({})", a.name, a.reason));
     } catch (const UserError& error) {
       at.push_back(fmt::format("refused: {}", error.what()));
@@ -52,7 +52,7 @@ void add(Lines& lines, const std::string& text, const std::string& who, const ch
   lines.emplace_back(text, who);
 }
 
-Lines lines_of(RouteQuestion q, const RouteEnvironment& environment) {
+Lines lines_of(RouteKey q, const RouteEnvironment& environment) {
   const Config config;
   Lines lines;
   for (const DType type : types) {
@@ -73,7 +73,7 @@ void print_device_routes(std::ostream& out, BackendKind backend, int capability,
   for (const Phase phase : {Phase::prefill, Phase::decode}) {
     std::vector<std::pair<Lines, std::string>> groups;  // branches that have the same lines
     for (const Branch branch : {cmp, sel, win}) {
-      RouteQuestion question;
+      RouteKey question;
       question.backend = backend;
       question.capability = capability;
       question.phase = phase;

@@ -8,7 +8,7 @@ namespace nsa {
 
 namespace {
 
-QueryTile decode_tile(const Engine& e, const std::int64_t* position) {
+QueryTile decode_tile(const ModelShard& e, const std::int64_t* position) {
   return {0, static_cast<std::int32_t>(e.point.batch), 1, position, total_positions(e.config, e.point)};
 }
 
@@ -28,8 +28,8 @@ std::vector<Buffer*> rings_of(LayerCaches& cache) {
 
 }  // namespace
 
-Decode::Decode(Engine& e, const TensorSource* source, bool record)
-    : engine_(e),
+DecodeRunner::DecodeRunner(ModelShard& e, const TensorSource* source, bool record)
+    : shard_(e),
       buffers_(e.allocator(), e.kernels(), e.config, e.partition, e.point, e.point.batch, decode_tile(e, nullptr),
                e.partition.kv > 1, record, e.choose_routes(Phase::decode, decode_tile(e, nullptr))),
       position_(e.allocator()(MemoryKind::workspace, 8)),
@@ -53,12 +53,12 @@ Decode::Decode(Engine& e, const TensorSource* source, bool record)
     }
   }
   for (LayerCaches& cache : e.caches)
-    for (const Buffer* ring : rings_of(cache)) marked_.push_back(make(static_cast<std::int64_t>(ring->bytes())));
+    for (const Buffer* ring : rings_of(cache)) snapshot_.push_back(make(static_cast<std::int64_t>(ring->bytes())));
   if (source) load_inputs(*source);
 }
 
-void Decode::load_inputs(const TensorSource& source) {
-  Engine& e = engine_;
+void DecodeRunner::load_inputs(const TensorSource& source) {
+  ModelShard& e = shard_;
   if (!source.from_file()) return make_inputs(source);
   const std::int64_t steps = e.config.run.steps, batch = e.point.batch;
   const auto rows = [&](const std::string& name, const Columns& columns) {
@@ -82,8 +82,8 @@ void Decode::load_inputs(const TensorSource& source) {
   }
 }
 
-void Decode::make_inputs(const TensorSource& source) {
-  Engine& e = engine_;
+void DecodeRunner::make_inputs(const TensorSource& source) {
+  ModelShard& e = shard_;
   const DType storage = e.shape().dtype;
   const auto make = [&](const std::string& name, const Columns& columns, DType type, const Buffer& steps) {
     KvView rows;  // of one step: position i, wherever it is, is the only row
@@ -107,44 +107,44 @@ void Decode::make_inputs(const TensorSource& source) {
   }
 }
 
-void Decode::mark() {
+void DecodeRunner::snapshot() {
   std::size_t i = 0;
-  for (LayerCaches& cache : engine_.caches)
+  for (LayerCaches& cache : shard_.caches)
     for (const Buffer* ring : rings_of(cache))
-      engine_.device().copy(marked_[i++].data(), ring->data(), ring->bytes(), engine_.streams.compute);
-  rewind();
+      shard_.device().copy(snapshot_[i++].data(), ring->data(), ring->bytes(), shard_.streams.compute);
+  restore();
 }
 
-void Decode::rewind() {
-  const DeviceOps& device = engine_.device();
-  Stream* stream = engine_.streams.compute;
+void DecodeRunner::restore() {
+  const DeviceOps& device = shard_.device();
+  Stream* stream = shard_.streams.compute;
   std::size_t i = 0;
-  for (LayerCaches& cache : engine_.caches)
-    for (const Buffer* ring : rings_of(cache)) device.copy(ring->data(), marked_[i++].data(), ring->bytes(), stream);
-  device.copy(position_.data(), &engine_.point.context, 8, stream);
+  for (LayerCaches& cache : shard_.caches)
+    for (const Buffer* ring : rings_of(cache)) device.copy(ring->data(), snapshot_[i++].data(), ring->bytes(), stream);
+  device.copy(position_.data(), &shard_.point.context, 8, stream);
   device.fill(step_.data(), 0, 8, stream);
   device.fill(buffers_.reads.data(), 0, buffers_.reads.bytes(), stream);
   device.synchronize(stream);
 }
 
-void Decode::load(std::int64_t step, const StepOptions& options) {
+void DecodeRunner::load(std::int64_t step, const StepOptions& options) {
   const auto copy = [&](const Buffer& to, const Buffer& steps, std::int64_t bytes) {
-    engine_.device().copy(to.data(), steps.as<std::byte>() + step * bytes, static_cast<std::size_t>(bytes),
-                          engine_.streams.compute);
+    shard_.device().copy(to.data(), steps.as<std::byte>() + step * bytes, static_cast<std::size_t>(bytes),
+                         shard_.streams.compute);
   };
   const auto bytes_a_step = [&](const Buffer& steps) {
-    return static_cast<std::int64_t>(steps.bytes()) / engine_.config.run.steps;
+    return static_cast<std::int64_t>(steps.bytes()) / shard_.config.run.steps;
   };
-  if (engine_.config.run.scope == Scope::layer)
-    return copy(engine_.config.model.layers > 1 ? buffers_.x : buffers_.x_in, x_steps_, bytes_a_step(x_steps_));
+  if (shard_.config.run.scope == Scope::layer)
+    return copy(shard_.config.model.layers > 1 ? buffers_.x : buffers_.x_in, x_steps_, bytes_a_step(x_steps_));
   copy(buffers_.q, q_steps_, bytes_a_step(q_steps_));
   if (options.force_branch < 0) {
     copy(buffers_.gate, gate_steps_, bytes_a_step(gate_steps_));
   } else {
-    std::vector<float> one_hot(static_cast<std::size_t>(engine_.planes() * branches), 0.0f);
-    for (std::int64_t p = 0; p < engine_.planes(); ++p) one_hot[p * branches + options.force_branch] = 1.0f;
-    engine_.device().copy(buffers_.gate.data(), one_hot.data(), one_hot.size() * 4, engine_.streams.compute);
-    engine_.device().synchronize(engine_.streams.compute);
+    std::vector<float> one_hot(static_cast<std::size_t>(shard_.planes() * branches), 0.0f);
+    for (std::int64_t p = 0; p < shard_.planes(); ++p) one_hot[p * branches + options.force_branch] = 1.0f;
+    shard_.device().copy(buffers_.gate.data(), one_hot.data(), one_hot.size() * 4, shard_.streams.compute);
+    shard_.device().synchronize(shard_.streams.compute);
   }
   for (int c = 0; c < branches; ++c) {
     if (k_steps_[c].bytes() == 0) continue;
@@ -153,113 +153,113 @@ void Decode::load(std::int64_t step, const StepOptions& options) {
   }
 }
 
-void Decode::append_and_compress(Work& w, Recorder& recorder) {
-  LayerCaches& cache = engine_.caches[w.layer];
-  recorder.time(Stage::append, [&] {
+void DecodeRunner::append_and_compress(StepContext& w, StageTimer& timer) {
+  LayerCaches& cache = shard_.caches[w.layer];
+  timer.time(Stage::append, [&] {
     append(w, sel, cache.sel.k, cache.sel.v);
     append(w, win, cache.win.k, cache.win.v);
     append(w, cmp, cache.raw.k, cache.raw.v);
   });
-  recorder.time(Stage::compress, [&] { compress(w); });
+  timer.time(Stage::compress, [&] { compress(w); });
 }
 
 // What attention reads.
-void Decode::view_caches(Work& w) {
-  const LayerCaches& cache = engine_.caches[w.layer];
+void DecodeRunner::view_caches(StepContext& w) {
+  const LayerCaches& cache = shard_.caches[w.layer];
   w.k[cmp] = cache.cmp.k, w.v[cmp] = cache.cmp.v;
   w.k[sel] = cache.sel.k, w.v[sel] = cache.sel.v;
   w.k[win] = cache.win.k, w.v[win] = cache.win.v;
-  w.k[win].map = w.v[win].map = engine_.partition.window_share();
+  w.k[win].map = w.v[win].map = shard_.partition.window_share();
 }
 
-void Decode::exchange(Work& w, Recorder& recorder, void (*what)(Work&, Stream*)) {
-  if (w.exchange) recorder.time(Stage::comm, [&] { what(w, engine_.streams.compute); });
+void DecodeRunner::exchange(StepContext& w, StageTimer& timer, void (*what)(StepContext&, Stream*)) {
+  if (w.exchange) timer.time(Stage::comm, [&] { what(w, shard_.streams.compute); });
 }
 
 // Runs on the other stream beside what is queued on the compute stream until join.
-void Decode::fork(Work& w, void (*what)(Work&, Stream*)) {
-  const Streams& s = engine_.streams;
+void DecodeRunner::fork(StepContext& w, void (*what)(StepContext&, Stream*)) {
+  const Streams& s = shard_.streams;
   s.device.record(s.forked, s.compute);
   s.device.wait(s.beside, s.forked);
   what(w, s.beside);
   s.device.record(s.joined, s.beside);
 }
 
-void Decode::join() { engine_.device().wait(engine_.streams.compute, engine_.streams.joined); }
+void DecodeRunner::join() { shard_.device().wait(shard_.streams.compute, shard_.streams.joined); }
 
-void Decode::attend_by_stages(Work& w, Recorder& recorder) {
-  recorder.time(Stage::attend_cmp, [&] { attend(w, cmp); });
-  const bool beside = w.exchange && !recorder.times_stages();  // timed apart it takes its turn
-  beside ? fork(w, exchange_lse) : exchange(w, recorder, exchange_lse);
-  if (!w.leaves_out(win)) recorder.time(Stage::attend_win, [&] { attend(w, win); });
+void DecodeRunner::attend_by_stages(StepContext& w, StageTimer& timer) {
+  timer.time(Stage::attend_cmp, [&] { attend(w, cmp); });
+  const bool beside = w.exchange && !timer.per_stage();  // timed apart it takes its turn
+  beside ? fork(w, exchange_lse) : exchange(w, timer, exchange_lse);
+  if (!w.leaves_out(win)) timer.time(Stage::attend_win, [&] { attend(w, win); });
   if (beside) join();
   if (!w.leaves_out(sel)) {
-    recorder.time(Stage::rank, [&] { rank_blocks(w); });
-    exchange(w, recorder, exchange_candidates);
-    if (w.exchange) recorder.time(Stage::rank, [&] { select_blocks(w); });
-    recorder.time(Stage::attend_sel, [&] { attend(w, sel); });
+    timer.time(Stage::rank, [&] { rank_blocks(w); });
+    exchange(w, timer, exchange_candidates);
+    if (w.exchange) timer.time(Stage::rank, [&] { select_blocks(w); });
+    timer.time(Stage::attend_sel, [&] { attend(w, sel); });
   }
-  exchange(w, recorder, exchange_partials);
-  recorder.time(Stage::combine, [&] { combine(w); });
+  exchange(w, timer, exchange_partials);
+  timer.time(Stage::combine, [&] { combine(w); });
 }
 
 // Between the exchanges in the backend's own launches; a record wants the branches apart to the end.
-void Decode::attend_sharded(Work& w, Recorder& recorder) {
+void DecodeRunner::attend_sharded(StepContext& w, StageTimer& timer) {
   w.weighted = !w.options.record;
   open_shard(w);
-  exchange(w, recorder, exchange_lse);
+  exchange(w, timer, exchange_lse);
   if (w.leaves_out(sel)) {
-    if (w.weighted) weigh_shard(w, engine_.streams.compute);
+    if (w.weighted) weigh_shard(w, shard_.streams.compute);
   } else {
     rank_blocks(w);
     if (w.weighted) fork(w, weigh_shard);  // wanted by the last exchange only
-    exchange(w, recorder, exchange_candidates);
+    exchange(w, timer, exchange_candidates);
     select_blocks(w);
     attend(w, sel);
     if (w.weighted) join();
   }
-  exchange(w, recorder, exchange_partials);
+  exchange(w, timer, exchange_partials);
   combine(w);
 }
 
-bool Decode::try_sharded() {
-  Work w = start({});
+bool DecodeRunner::try_sharded() {
+  StepContext w = start({});
   view_caches(w);
   if (!shards_at_once(w)) return false;
-  rewind();
+  restore();
   w.weighted = true;
   try {
     open_shard(w);
-    weigh_shard(w, engine_.streams.compute);
+    weigh_shard(w, shard_.streams.compute);
     combine(w);
-    engine_.device().synchronize(engine_.streams.compute);
+    shard_.device().synchronize(shard_.streams.compute);
   } catch (const LaunchError&) {
     return false;
   }
-  rewind();
+  restore();
   return true;
 }
 
-Work Decode::start(const StepOptions& options) {
-  return {engine_, buffers_, options, engine_.partition.kv > 1, decode_tile(engine_, position_.as<std::int64_t>()), 0,
-          0,       {},       {}};
+StepContext DecodeRunner::start(const StepOptions& options) {
+  return {shard_, buffers_, options, shard_.partition.kv > 1, decode_tile(shard_, position_.as<std::int64_t>()), 0,
+          0,      {},       {}};
 }
 
-Work Decode::step(const StepOptions& options, Recorder& recorder) {
-  Work w = start(options);
-  for (w.layer = 0; w.layer < engine_.config.model.layers; ++w.layer) {
+StepContext DecodeRunner::step(const StepOptions& options, StageTimer& timer) {
+  StepContext w = start(options);
+  for (w.layer = 0; w.layer < shard_.config.model.layers; ++w.layer) {
     view_caches(w);
-    if (recorder.times_stages() || !enter_at_once(w)) {
-      if (w.whole_layer()) recorder.time(Stage::project, [&] { project(w); });
-      append_and_compress(w, recorder);
+    if (timer.per_stage() || !enter_at_once(w)) {
+      if (w.whole_layer()) timer.time(Stage::project, [&] { project(w); });
+      append_and_compress(w, timer);
     }
-    if (!recorder.times_stages() && sharded_)
-      attend_sharded(w, recorder);
-    else if (recorder.times_stages() || !attend_at_once(w))
-      attend_by_stages(w, recorder);
+    if (!timer.per_stage() && sharded_)
+      attend_sharded(w, timer);
+    else if (timer.per_stage() || !attend_at_once(w))
+      attend_by_stages(w, timer);
     if (w.whole_layer()) {
-      recorder.time(Stage::output, [&] { output(w); });
-      recorder.time(Stage::comm, [&] { sum_outputs(w, engine_.point.batch); });
+      timer.time(Stage::output, [&] { output(w); });
+      timer.time(Stage::comm, [&] { sum_outputs(w, shard_.point.batch); });
     }
   }
   AdvanceArgs args;
@@ -267,12 +267,12 @@ Work Decode::step(const StepOptions& options, Recorder& recorder) {
   args.step = step_.as<std::int64_t>();
   args.reads = buffers_.reads.as<std::int64_t>();
   args.reads_log = reads_log_.as<std::int64_t>();
-  args.counters = branches * engine_.planes();
-  args.log_steps = engine_.config.run.steps;
+  args.counters = branches * shard_.planes();
+  args.log_steps = shard_.config.run.steps;
   args.selected = buffers_.selected.as<std::int32_t>();
   args.selected_log = selected_log_.as<std::int32_t>();
   args.selected_count = selected_count_;
-  engine_.kernels().advance(args, engine_.streams.compute);
+  shard_.kernels().advance(args, shard_.streams.compute);
   return w;
 }
 

@@ -10,13 +10,13 @@ namespace nsa {
 namespace {
 
 // Whether rank forms the scores itself, so that attend_cmp leaves none.
-bool forms_scores(const Engine& e) {
+bool forms_scores(const ModelShard& e) {
   const AttendKernel& kernel = *e.routes.of(Phase::prefill, cmp).kernel;
   return kernel.rescores && kernel.rescores(e.shape());
 }
 
 // Rows attended at a time: as many as keep what a tile leaves between two stages within the backend's budget.
-QueryTile widest_tile(const Engine& e, std::int64_t positions) {
+QueryTile widest_tile(const ModelShard& e, std::int64_t positions) {
   const KernelTable& kernels = *e.backend.kernels;
   QueryTile tile;
   tile.max_positions = positions;
@@ -45,9 +45,9 @@ std::int64_t rows_of(const std::vector<PrefillTile>& tiles) {
   return tiles.empty() ? 0 : tiles.back().local_row + tiles.back().tokens;
 }
 
-void gather_pair(const char* what, const Engine& e, const KvPair& own, const KvPair& all, Stream* stream) {
+void gather_pair(const char* what, const ModelShard& e, const KvPair& own, const KvPair& all, Stream* stream) {
   const auto gather = [&](const KvView& from, const KvView& to) {
-    e.peers->kv.all_gather(what, from.data, to.data,
+    e.comms->kv.all_gather(what, from.data, to.data,
                            static_cast<std::size_t>(from.rank_stride) * size_of(e.shape().dtype), stream);
   };
   gather(own.k, all.k);
@@ -56,8 +56,8 @@ void gather_pair(const char* what, const Engine& e, const KvPair& own, const KvP
 
 }  // namespace
 
-Prefill::Prefill(Engine& e, std::int64_t positions, bool record)
-    : engine_(e),
+PrefillRunner::PrefillRunner(ModelShard& e, std::int64_t positions, bool record)
+    : shard_(e),
       positions_(positions),
       rescores_(forms_scores(e)),
       tiles_(tiles_of(e.partition, positions, widest_tile(e, positions).tokens)),
@@ -91,8 +91,8 @@ Prefill::Prefill(Engine& e, std::int64_t positions, bool record)
   ring_all_ = make(p.raw_ring(), p.shape.rules.l, p.kv);
 }
 
-void Prefill::load_rows(const TensorSource& source) {
-  Engine& e = engine_;
+void PrefillRunner::load_rows(const TensorSource& source) {
+  ModelShard& e = shard_;
   const bool layer = e.config.run.scope == Scope::layer, residual = e.config.model.layers > 1;
   if (!source.from_file()) {
     const auto make = [&](const std::string& name, const Columns& columns, DType type, const Buffer& buffer) {
@@ -142,17 +142,17 @@ void Prefill::load_rows(const TensorSource& source) {
   each_own_tile("given/gate", gate_columns(e.config, e.point, e.partition), into_floats(buffers_.gate));
 }
 
-void Prefill::load_kv(const TensorSource& source) {
-  Engine& e = engine_;
+void PrefillRunner::load_kv(const TensorSource& source) {
+  ModelShard& e = shard_;
   fill_kv(e, source, sel, e.caches[0].sel, 0, positions_);
   fill_kv(e, source, cmp, raw_, 0, positions_);
   if (!e.shape().shared_kv) fill_kv(e, source, win, win_, 0, positions_);
 }
 
 template <class Body>
-void Prefill::each_tile(Work& w, Body&& body) {
-  const std::int64_t work_tiles = engine_.config.model.layers * engine_.point.batch * tile_count();
-  for (std::int64_t b = 0; b < engine_.point.batch; ++b)
+void PrefillRunner::each_tile(StepContext& w, Body&& body) {
+  const std::int64_t work_tiles = shard_.config.model.layers * shard_.point.batch * tile_count();
+  for (std::int64_t b = 0; b < shard_.point.batch; ++b)
     for (std::size_t i = 0; i < tiles_.size(); ++i) {
       w.tile = {static_cast<std::int32_t>(b),   1,          tiles_[i].tokens,
                 starts_.as<std::int64_t>() + i, positions_, rescores_};
@@ -162,158 +162,157 @@ void Prefill::each_tile(Work& w, Body&& body) {
     }
 }
 
-void Prefill::copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t span_begin,
-                        std::int64_t span_end) {
-  engine_.kernels().copy_rows(
-      {engine_.shape().dtype, src, dst, engine_.planes(), first, positions_, span_begin, span_end},
-      engine_.streams.compute);
+void PrefillRunner::copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t span_begin,
+                              std::int64_t span_end) {
+  shard_.kernels().copy_rows({shard_.shape().dtype, src, dst, shard_.planes(), first, positions_, span_begin, span_end},
+                             shard_.streams.compute);
 }
 
-void Prefill::project_rows(Work& w, Recorder& recorder) {
-  LayerCaches& cache = engine_.caches[w.layer];
+void PrefillRunner::project_rows(StepContext& w, StageTimer& timer) {
+  LayerCaches& cache = shard_.caches[w.layer];
   each_tile(w, [&](const PrefillTile&) {
-    recorder.time(Stage::project, [&] { project(w); });
-    recorder.time(Stage::append, [&] {
+    timer.time(Stage::project, [&] { project(w); });
+    timer.time(Stage::append, [&] {
       append(w, sel, cache.sel.k, cache.sel.v);
       append(w, cmp, raw_.k, raw_.v);
-      if (!engine_.shape().shared_kv) append(w, win, win_.k, win_.v);
+      if (!shard_.shape().shared_kv) append(w, win, win_.k, win_.v);
     });
   });
 }
 
 // A chunk's last compressed tokens reach l - d positions into the next chunk, which another rank holds.
-void Prefill::exchange_raw_halo() {
-  const Partition& p = engine_.partition;
+void PrefillRunner::exchange_raw_halo() {
+  const Partition& p = shard_.partition;
   const std::int64_t halo = p.shape.rules.l - p.shape.rules.d;
   if (p.kv == 1 || halo == 0) return;
   copy_rows(raw_.k, heads_.k, 0, 0, halo);
   copy_rows(raw_.v, heads_.v, 0, 0, halo);
-  gather_pair("raw halo", engine_, heads_, heads_all_, engine_.streams.compute);
+  gather_pair("raw halo", shard_, heads_, heads_all_, shard_.streams.compute);
   copy_rows(heads_all_.k, raw_.k, 0, p.chunk_tokens, p.chunk_tokens + halo);
   copy_rows(heads_all_.v, raw_.v, 0, p.chunk_tokens, p.chunk_tokens + halo);
 }
 
-void Prefill::compress_rows(Work& w) {
+void PrefillRunner::compress_rows(StepContext& w) {
   CompressArgs args;
-  args.shape = engine_.shape();
-  args.tile = {0, static_cast<std::int32_t>(engine_.point.batch), static_cast<std::int32_t>(positions_),
+  args.shape = shard_.shape();
+  args.tile = {0, static_cast<std::int32_t>(shard_.point.batch), static_cast<std::int32_t>(positions_),
                starts_.as<std::int64_t>() + tiles_.size(), positions_};
   if (w.whole_layer()) {
-    args.phi_k = engine_.weights[w.layer].layer().phi_k;
-    args.phi_v = engine_.weights[w.layer].layer().phi_v;
+    args.phi_k = shard_.weights[w.layer].layer().phi_k;
+    args.phi_v = shard_.weights[w.layer].layer().phi_v;
   }
   args.k_raw = raw_.k;
   args.v_raw = raw_.v;
-  args.k_cmp = engine_.caches[w.layer].cmp.k;
-  args.v_cmp = engine_.caches[w.layer].cmp.v;
+  args.k_cmp = shard_.caches[w.layer].cmp.k;
+  args.v_cmp = shard_.caches[w.layer].cmp.v;
   args.scratch = buffers_.scratch.data();
   args.scratch_bytes = buffers_.scratch.bytes();
-  engine_.kernels().compress(args, engine_.streams.compute);
+  shard_.kernels().compress(args, shard_.streams.compute);
 }
 
-void Prefill::gather(Work& w) {
-  LayerCaches& cache = engine_.caches[w.layer];
-  const bool shared = engine_.shape().shared_kv;
+void PrefillRunner::gather(StepContext& w) {
+  LayerCaches& cache = shard_.caches[w.layer];
+  const bool shared = shard_.shape().shared_kv;
   const auto read = [&](Branch branch, const KvPair& pair) {
     w.k[branch] = pair.k;
     w.v[branch] = pair.v;
   };
-  if (engine_.partition.kv == 1) {
+  if (shard_.partition.kv == 1) {
     read(sel, cache.sel);
     read(cmp, cache.cmp);
     return read(win, rows(win, w.layer));
   }
-  Stream* stream = engine_.streams.compute;
-  gather_pair("k_cmp, v_cmp", engine_, cache.cmp, cmp_all_, stream);
-  gather_pair("k_sel, v_sel", engine_, cache.sel, sel_all_, stream);
-  if (!shared) gather_pair("k_win, v_win", engine_, win_, win_all_, stream);
+  Stream* stream = shard_.streams.compute;
+  gather_pair("k_cmp, v_cmp", shard_, cache.cmp, cmp_all_, stream);
+  gather_pair("k_sel, v_sel", shard_, cache.sel, sel_all_, stream);
+  if (!shared) gather_pair("k_win, v_win", shard_, win_, win_all_, stream);
   read(sel, sel_all_);
   read(cmp, cmp_all_);
   read(win, shared ? sel_all_ : win_all_);
   // Decode scores the tokens in front of each chunk that reach into its first block.
-  const std::int64_t before = cache.cmp.k.map.before;
-  const std::int64_t tokens = compressed_tokens(engine_.shape().rules, positions_ - 1);
+  const std::int64_t before = cache.cmp.k.map.halo;
+  const std::int64_t tokens = compressed_tokens(shard_.shape().rules, positions_ - 1);
   for (const bool value : {false, true})
-    engine_.kernels().copy_rows({engine_.shape().dtype, value ? cmp_all_.v : cmp_all_.k,
-                                 value ? cache.cmp.v : cache.cmp.k, engine_.planes(), 0, tokens, -before, 0},
-                                stream);
+    shard_.kernels().copy_rows({shard_.shape().dtype, value ? cmp_all_.v : cmp_all_.k,
+                                value ? cache.cmp.v : cache.cmp.k, shard_.planes(), 0, tokens, -before, 0},
+                               stream);
 }
 
 // What decode starts from: the last w tokens of the window, the last l of the cmp projections, on every rank.
-void Prefill::fill_rings(Work& w) {
-  LayerCaches& cache = engine_.caches[w.layer];
-  const BlockRules& r = engine_.shape().rules;
+void PrefillRunner::fill_rings(StepContext& w) {
+  LayerCaches& cache = shard_.caches[w.layer];
+  const BlockRules& r = shard_.shape().rules;
   const std::int64_t win_first = std::max<std::int64_t>(0, positions_ - r.w);
   copy_rows(w.k[win], cache.win.k, win_first, 0, positions_);
   copy_rows(w.v[win], cache.win.v, win_first, 0, positions_);
   const std::int64_t raw_first = std::max<std::int64_t>(0, positions_ - r.l);
   copy_rows(raw_.k, cache.raw.k, raw_first, 0, positions_);
   copy_rows(raw_.v, cache.raw.v, raw_first, 0, positions_);
-  const Partition& p = engine_.partition;
+  const Partition& p = shard_.partition;
   if (p.kv == 1) return;
-  gather_pair("raw ring", engine_, cache.raw, ring_all_, engine_.streams.compute);
+  gather_pair("raw ring", shard_, cache.raw, ring_all_, shard_.streams.compute);
   const std::int64_t size = static_cast<std::int64_t>(size_of(p.shape.dtype));
   for (std::int64_t c = raw_first / p.chunk_tokens; c * p.chunk_tokens < positions_; ++c)
     for (const bool value : {false, true}) {
       KvView src = value ? ring_all_.v : ring_all_.k;
       src.data = static_cast<std::byte*>(src.data) + owner_of_chunk(p.tokens(true), c) * src.rank_stride * size;
-      engine_.kernels().copy_rows(
-          {p.shape.dtype, src, value ? cache.raw.v : cache.raw.k, engine_.planes(),
+      shard_.kernels().copy_rows(
+          {p.shape.dtype, src, value ? cache.raw.v : cache.raw.k, shard_.planes(),
            std::max(raw_first, c * p.chunk_tokens), std::min(positions_, (c + 1) * p.chunk_tokens), 0, positions_},
-          engine_.streams.compute);
+          shard_.streams.compute);
     }
 }
 
-void Prefill::attend_by_stages(Work& w, Recorder& recorder) {
-  recorder.time(Stage::attend_cmp, [&] { attend(w, cmp); });
+void PrefillRunner::attend_by_stages(StepContext& w, StageTimer& timer) {
+  timer.time(Stage::attend_cmp, [&] { attend(w, cmp); });
   if (!w.leaves_out(sel)) {
-    recorder.time(Stage::rank, [&] { rank_blocks(w); });
-    recorder.time(Stage::attend_sel, [&] { attend(w, sel); });
+    timer.time(Stage::rank, [&] { rank_blocks(w); });
+    timer.time(Stage::attend_sel, [&] { attend(w, sel); });
   }
-  if (!w.leaves_out(win)) recorder.time(Stage::attend_win, [&] { attend(w, win); });
-  recorder.time(Stage::combine, [&] { combine(w); });
+  if (!w.leaves_out(win)) timer.time(Stage::attend_win, [&] { attend(w, win); });
+  timer.time(Stage::combine, [&] { combine(w); });
 }
 
-void Prefill::attend_rows(Work& w, Recorder& recorder, const OnTile& on_tile) {
-  const bool last_layer = w.layer + 1 == engine_.config.model.layers;
+void PrefillRunner::attend_rows(StepContext& w, StageTimer& timer, const OnTile& on_tile) {
+  const bool last_layer = w.layer + 1 == shard_.config.model.layers;
   each_tile(w, [&](const PrefillTile& tile) {
-    if (recorder.times_stages() || !attend_at_once(w)) attend_by_stages(w, recorder);
-    if (w.whole_layer()) recorder.time(Stage::output, [&] { output(w); });
+    if (timer.per_stage() || !attend_at_once(w)) attend_by_stages(w, timer);
+    if (w.whole_layer()) timer.time(Stage::output, [&] { output(w); });
     if (on_tile && last_layer) on_tile(w, tile);
   });
-  if (w.whole_layer()) recorder.time(Stage::comm, [&] { sum_outputs(w, engine_.point.batch * local_rows_); });
+  if (w.whole_layer()) timer.time(Stage::comm, [&] { sum_outputs(w, shard_.point.batch * local_rows_); });
 }
 
-Work Prefill::start(const StepOptions& options) {
+StepContext PrefillRunner::start(const StepOptions& options) {
   fault::at("prefill.start");
   tiles_done_ = 0;
-  engine_.device().fill(buffers_.reads.data(), 0, buffers_.reads.bytes(), engine_.streams.compute);
-  return {engine_, buffers_, options, false, {}, 0, 0, {}, {}, Phase::prefill};
+  shard_.device().fill(buffers_.reads.data(), 0, buffers_.reads.bytes(), shard_.streams.compute);
+  return {shard_, buffers_, options, false, {}, 0, 0, {}, {}, Phase::prefill};
 }
 
-void Prefill::make_caches(Work& w, Recorder& recorder) {
-  if (w.whole_layer()) project_rows(w, recorder);
-  recorder.time(Stage::comm, [&] { exchange_raw_halo(); });
-  recorder.time(Stage::compress, [&] { compress_rows(w); });
-  recorder.time(Stage::comm, [&] { gather(w); });
-  recorder.time(Stage::append, [&] { fill_rings(w); });
+void PrefillRunner::make_caches(StepContext& w, StageTimer& timer) {
+  if (w.whole_layer()) project_rows(w, timer);
+  timer.time(Stage::comm, [&] { exchange_raw_halo(); });
+  timer.time(Stage::compress, [&] { compress_rows(w); });
+  timer.time(Stage::comm, [&] { gather(w); });
+  timer.time(Stage::append, [&] { fill_rings(w); });
 }
 
-void Prefill::run(Recorder& recorder, const StepOptions& options, const OnTile& on_tile) {
-  Work w = start(options);
-  for (w.layer = 0; w.layer < engine_.config.model.layers; ++w.layer) {
-    make_caches(w, recorder);
-    fault::flip("cache.k", engine_.device(), engine_.caches[w.layer].sel.k_memory.data(),
-                engine_.caches[w.layer].sel.k_memory.bytes(), engine_.streams.compute);
-    attend_rows(w, recorder, on_tile);
+void PrefillRunner::run(StageTimer& timer, const StepOptions& options, const OnTile& on_tile) {
+  StepContext w = start(options);
+  for (w.layer = 0; w.layer < shard_.config.model.layers; ++w.layer) {
+    make_caches(w, timer);
+    fault::flip("cache.k", shard_.device(), shard_.caches[w.layer].sel.k_memory.data(),
+                shard_.caches[w.layer].sel.k_memory.bytes(), shard_.streams.compute);
+    attend_rows(w, timer, on_tile);
   }
 }
 
-void Prefill::fill_caches(Recorder& recorder) {
-  Work w = start({});
-  for (w.layer = 0; w.layer < engine_.config.model.layers; ++w.layer) {
-    make_caches(w, recorder);
-    if (w.layer + 1 < engine_.config.model.layers) attend_rows(w, recorder, nullptr);
+void PrefillRunner::fill_caches(StageTimer& timer) {
+  StepContext w = start({});
+  for (w.layer = 0; w.layer < shard_.config.model.layers; ++w.layer) {
+    make_caches(w, timer);
+    if (w.layer + 1 < shard_.config.model.layers) attend_rows(w, timer, nullptr);
   }
 }
 

@@ -19,9 +19,9 @@ struct PrefillTile {
 };
 
 /// The memory of a prefill of `positions` tokens; gone before decode starts.
-class Prefill {
+class PrefillRunner {
  public:
-  Prefill(Engine& engine, std::int64_t positions, bool record);
+  PrefillRunner(ModelShard& engine, std::int64_t positions, bool record);
 
   /// Loads x (scope = layer) or q and gates (attention) of this rank's rows. Untimed, before every run.
   void load_rows(const TensorSource& source);
@@ -32,36 +32,36 @@ class Prefill {
   void watch(std::function<void(double done)> done) { watch_ = std::move(done); }
 
   /// Runs all layers. After each tile of the last layer, `on_tile` may read the buffers.
-  using OnTile = std::function<void(const Work&, const PrefillTile&)>;
-  void run(Recorder& recorder, const StepOptions& options, const OnTile& on_tile = nullptr);
+  using OnTile = std::function<void(const StepContext&, const PrefillTile&)>;
+  void run(StageTimer& timer, const StepOptions& options, const OnTile& on_tile = nullptr);
 
   /// Runs what decode needs: the caches of all layers. The last layer's queries are not attended.
-  void fill_caches(Recorder& recorder);
+  void fill_caches(StageTimer& timer);
 
   StepBuffers& buffers() { return buffers_; }
   std::int64_t tile_count() const { return std::ssize(tiles_); }
   std::int64_t last_tile_rows() const { return tiles_.empty() ? 0 : tiles_.back().tokens; }
   /// Where a token's K and V of a branch are kept on this rank; with shared_kv, [win] is [sel].
   KvPair& rows(Branch branch, std::int64_t layer = 0) {
-    return branch == cmp ? raw_ : branch == win && !engine_.shape().shared_kv ? win_ : engine_.caches[layer].sel;
+    return branch == cmp ? raw_ : branch == win && !shard_.shape().shared_kv ? win_ : shard_.caches[layer].sel;
   }
 
  private:
-  Work start(const StepOptions& options);
-  void make_caches(Work& work, Recorder& recorder);
-  void project_rows(Work& work, Recorder& recorder);
-  void compress_rows(Work& work);
+  StepContext start(const StepOptions& options);
+  void make_caches(StepContext& work, StageTimer& timer);
+  void project_rows(StepContext& work, StageTimer& timer);
+  void compress_rows(StepContext& work);
   void exchange_raw_halo();
-  void gather(Work& work);
-  void fill_rings(Work& work);
-  void attend_by_stages(Work& work, Recorder& recorder);
-  void attend_rows(Work& work, Recorder& recorder, const OnTile& on_tile);
+  void gather(StepContext& work);
+  void fill_rings(StepContext& work);
+  void attend_by_stages(StepContext& work, StageTimer& timer);
+  void attend_rows(StepContext& work, StageTimer& timer, const OnTile& on_tile);
   template <class Body>
-  void each_tile(Work& work, Body&& body);
+  void each_tile(StepContext& work, Body&& body);
   void copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t span_begin,
                  std::int64_t span_end);
 
-  Engine& engine_;
+  ModelShard& shard_;
   const std::int64_t positions_;
   const bool rescores_;  ///< as the buffers were made for, also when another implementation takes over
   const std::vector<PrefillTile> tiles_;

@@ -5,16 +5,16 @@
 
 namespace nsa {
 
-Recorder::~Recorder() {
+StageTimer::~StageTimer() {
   for (Event* event : events_) device_.destroy_event(event);
 }
 
-Event* Recorder::next_event() {
+Event* StageTimer::next_event() {
   if (used_ == events_.size()) events_.push_back(device_.create_event());
   return events_[used_++];
 }
 
-StageTimes Recorder::collect() {
+StageTimes StageTimer::collect() {
   device_.synchronize(stream_);
   StageTimes times;
   times.fill(std::numeric_limits<double>::quiet_NaN());

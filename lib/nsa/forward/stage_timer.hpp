@@ -12,37 +12,37 @@ namespace nsa {
 
 using StageTimes = std::array<double, stage_count>;  ///< seconds, NaN where not timed
 
-class Recorder {
+class StageTimer {
  public:
-  Recorder(const DeviceOps& device, Stream* stream) : device_(device), stream_(stream) {}
-  ~Recorder();
-  Recorder(const Recorder&) = delete;
-  Recorder& operator=(const Recorder&) = delete;
+  StageTimer(const DeviceOps& device, Stream* stream) : device_(device), stream_(stream) {}
+  ~StageTimer();
+  StageTimer(const StageTimer&) = delete;
+  StageTimer& operator=(const StageTimer&) = delete;
 
   /// Whether stages are timed apart. Then everything runs on the one stream, one stage after the other.
-  void time_stages(bool on) { stages_on_ = on; }
-  bool times_stages() const { return stages_on_; }
+  void set_per_stage(bool on) { stages_on_ = on; }
+  bool per_stage() const { return stages_on_; }
 
   /// Runs `work`, which queues on the stream; its time is added to the stage's.
-  template <class Work>
-  void time(Stage stage, Work&& work) {
+  template <class Body>
+  void time(Stage stage, Body&& body) {
     set_stage(stage_names[static_cast<std::size_t>(stage)]);
-    if (!stages_on_) return work();
+    if (!stages_on_) return body();
     const Span span{stage, next_event(), next_event()};
     device_.record(span.from, stream_);
-    work();
+    body();
     device_.record(span.to, stream_);
     spans_.push_back(span);
   }
 
   /// Runs `work` as one step, waits for it, and returns what it took: Stage::step always.
-  template <class Work>
-  StageTimes step(Work&& work) {
+  template <class Body>
+  StageTimes step(Body&& body) {
     spans_.clear();
     used_ = 0;
     const Span whole{Stage::step, next_event(), next_event()};
     device_.record(whole.from, stream_);
-    work();
+    body();
     device_.record(whole.to, stream_);
     spans_.push_back(whole);
     return collect();

@@ -14,23 +14,23 @@ float* floats_at(const Buffer& buffer, std::int64_t elements) {
   return buffer.data() ? buffer.as<float>() + elements : nullptr;
 }
 
-std::int32_t* selected_of(const Work& w) {
+std::int32_t* selected_of(const StepContext& w) {
   const LayerShape& s = w.engine.shape();
   return w.buffers.selected.as<std::int32_t>() + w.layer * w.tile.rows() * s.groups * s.rules.n_sel;
 }
 
-void* query_of(const Work& w) {
+void* query_of(const StepContext& w) {
   const LayerShape& s = w.engine.shape();
   return at(w.buffers.q, w.first_row * s.heads() * s.d_k, size_of(s.dtype));
 }
 
-void flip(const char* site, const Work& w, const Buffer& buffer) {
+void flip(const char* site, const StepContext& w, const Buffer& buffer) {
   fault::flip(site, w.engine.device(), buffer.data(), buffer.bytes(), w.engine.streams.compute);
 }
 
-float* gate_of(const Work& w) { return floats_at(w.buffers.gate, w.first_row * w.engine.shape().groups * 3); }
+float* gate_of(const StepContext& w) { return floats_at(w.buffers.gate, w.first_row * w.engine.shape().groups * 3); }
 
-void normalise(Work& w) {
+void normalise(StepContext& w) {
   if (w.engine.config.model.layers == 1) return;
   const LayerShape& s = w.engine.shape();
   void* x_in = at(w.buffers.x_in, w.first_row * s.dim, size_of(s.dtype));
@@ -38,7 +38,7 @@ void normalise(Work& w) {
                              w.engine.streams.compute);
 }
 
-ProjectArgs project_args(const Work& w) {
+ProjectArgs project_args(const StepContext& w) {
   const LayerShape& s = w.engine.shape();
   const StepBuffers& b = w.buffers;
   ProjectArgs args;
@@ -58,13 +58,13 @@ ProjectArgs project_args(const Work& w) {
   return args;
 }
 
-AppendArgs append_args(const Work& w, Branch branch, const KvView& k_cache, const KvView& v_cache) {
+AppendArgs append_args(const StepContext& w, Branch branch, const KvView& k_cache, const KvView& v_cache) {
   const LayerShape& s = w.engine.shape();
   const Branch source = s.shared_kv ? sel : branch;
   return {s, w.tile, w.buffers.k[source].data(), w.buffers.v[source].data(), k_cache, v_cache};
 }
 
-AttendArgs attend_args(const Work& w, Branch branch) {
+AttendArgs attend_args(const StepContext& w, Branch branch) {
   const LayerShape& s = w.engine.shape();
   const StepBuffers& b = w.buffers;
   AttendArgs args;
@@ -89,7 +89,7 @@ AttendArgs attend_args(const Work& w, Branch branch) {
   return args;
 }
 
-RankArgs rank_args(const Work& w) {
+RankArgs rank_args(const StepContext& w) {
   const StepBuffers& b = w.buffers;
   RankArgs args;
   args.shape = w.engine.shape();
@@ -116,7 +116,7 @@ RankArgs rank_args(const Work& w) {
   return args;
 }
 
-CompressArgs compress_args(const Work& w) {
+CompressArgs compress_args(const StepContext& w) {
   const LayerCaches& cache = w.engine.caches[w.layer];
   CompressArgs args;
   args.shape = w.engine.shape();
@@ -135,7 +135,7 @@ CompressArgs compress_args(const Work& w) {
   return args;
 }
 
-CombineArgs combine_args(const Work& w) {
+CombineArgs combine_args(const StepContext& w) {
   const StepBuffers& b = w.buffers;
   CombineArgs args;
   args.shape = w.engine.shape();
@@ -151,9 +151,9 @@ CombineArgs combine_args(const Work& w) {
   return args;
 }
 
-DecodeShardArgs shard_args(const Work& w) {
+ShardedAttentionArgs shard_args(const StepContext& w) {
   const StepBuffers& b = w.buffers;
-  DecodeShardArgs args;
+  ShardedAttentionArgs args;
   for (const Branch branch : {cmp, win}) args.attend[branch] = attend_args(w, branch);
   args.lse_all = b.lse_all.as<float>();
   if (w.weighted) args.weighted = b.partials.as<float>();
@@ -164,21 +164,21 @@ DecodeShardArgs shard_args(const Work& w) {
 
 }  // namespace
 
-void project(Work& w) {
+void project(StepContext& w) {
   normalise(w);
   w.engine.kernels().project(project_args(w), w.engine.streams.compute);
 }
 
-void append(Work& w, Branch branch, const KvView& k_cache, const KvView& v_cache) {
+void append(StepContext& w, Branch branch, const KvView& k_cache, const KvView& v_cache) {
   w.engine.kernels().append(append_args(w, branch, k_cache, v_cache), w.engine.streams.compute);
 }
 
-void compress(Work& w) { w.engine.kernels().compress(compress_args(w), w.engine.streams.compute); }
+void compress(StepContext& w) { w.engine.kernels().compress(compress_args(w), w.engine.streams.compute); }
 
-bool enter_at_once(Work& w) {
-  if (!w.engine.kernels().decode_enter) return false;
+bool enter_at_once(StepContext& w) {
+  if (!w.engine.kernels().decode_prologue) return false;
   const LayerCaches& cache = w.engine.caches[w.layer];
-  DecodeEnterArgs args;
+  PrologueArgs args;
   args.projects = w.whole_layer();
   if (args.projects) {
     normalise(w);
@@ -188,28 +188,28 @@ bool enter_at_once(Work& w) {
   args.append[sel] = append_args(w, sel, cache.sel.k, cache.sel.v);
   args.append[win] = append_args(w, win, cache.win.k, cache.win.v);
   args.compress = compress_args(w);
-  w.engine.kernels().decode_enter(args, w.engine.streams.compute);
+  w.engine.kernels().decode_prologue(args, w.engine.streams.compute);
   return true;
 }
 
-void attend(Work& w, Branch branch) {
+void attend(StepContext& w, Branch branch) {
   w.engine.routes.of(w.phase, branch).run(branch, attend_args(w, branch), w.engine.streams.compute);
   flip("kernel.attend", w, w.buffers.partials);
   flip("kernel.reads", w, w.buffers.reads);
 }
 
-void rank_blocks(Work& w) {
+void rank_blocks(StepContext& w) {
   w.engine.kernels().rank(rank_args(w), w.engine.streams.compute);
   flip("kernel.rank", w, w.buffers.selected);
 }
 
-void select_blocks(Work& w) {
+void select_blocks(StepContext& w) {
   w.engine.kernels().select(
       {w.engine.shape(), w.tile, w.buffers.candidates_all.as<Candidate>(), w.engine.partition.kv, selected_of(w)},
       w.engine.streams.compute);
 }
 
-void combine(Work& w) {
+void combine(StepContext& w) {
   if (w.weighted)
     w.engine.kernels().sharded->combine(shard_args(w), w.engine.streams.compute);
   else
@@ -217,14 +217,14 @@ void combine(Work& w) {
   flip("kernel.combine", w, w.buffers.o);
 }
 
-bool attend_at_once(Work& w) {
+bool attend_at_once(StepContext& w) {
   const KernelTable& kernels = w.engine.kernels();
   const bool decodes = w.phase == Phase::decode;
   const auto accepts = decodes ? kernels.decode_step_accepts : kernels.prefill_step_accepts;
   const auto run = decodes ? kernels.decode_step : kernels.prefill_step;
   bool& works = w.engine.routes.steps_at_once[static_cast<int>(w.phase)];
   if (!run || w.exchange) return false;
-  DecodeStepArgs args;
+  AttentionArgs args;
   for (const Branch b : {cmp, sel, win}) {
     if (w.engine.routes.of(w.phase, b).kernel != &kernels.attend[b].front())
       return false;  // another implementation was asked for
@@ -245,7 +245,7 @@ bool attend_at_once(Work& w) {
   return true;
 }
 
-bool shards_at_once(Work& w) {
+bool shards_at_once(StepContext& w) {
   const KernelTable& kernels = w.engine.kernels();
   if (!w.exchange || !kernels.sharded) return false;
   for (const Branch b : {cmp, win})
@@ -253,15 +253,15 @@ bool shards_at_once(Work& w) {
   return kernels.sharded->accepts(shard_args(w));
 }
 
-void open_shard(Work& w) {
+void open_shard(StepContext& w) {
   fault::refuse_launch("attend.shard", w.engine.device(), w.engine.streams.compute);
   w.engine.kernels().sharded->open(shard_args(w), w.engine.streams.compute);
   w.opened = true;
   for (const Branch b : {cmp, win}) w.engine.routes.of(w.phase, b).note("shard");
 }
-void weigh_shard(Work& w, Stream* stream) { w.engine.kernels().sharded->weigh(shard_args(w), stream); }
+void weigh_shard(StepContext& w, Stream* stream) { w.engine.kernels().sharded->weigh(shard_args(w), stream); }
 
-void output(Work& w) {
+void output(StepContext& w) {
   const LayerShape& s = w.engine.shape();
   const StepBuffers& b = w.buffers;
   OutputArgs args;
@@ -276,26 +276,26 @@ void output(Work& w) {
   flip("kernel.output", w, b.y);
 }
 
-void exchange_lse(Work& w, Stream* stream) {
-  w.engine.peers->kv.all_gather("lse", w.buffers.lse.data(), w.buffers.lse_all.data(), w.buffers.lse.bytes(), stream);
+void exchange_lse(StepContext& w, Stream* stream) {
+  w.engine.comms->kv.all_gather("lse", w.buffers.lse.data(), w.buffers.lse_all.data(), w.buffers.lse.bytes(), stream);
 }
 
-void exchange_candidates(Work& w, Stream* stream) {
-  w.engine.peers->kv.all_gather("candidates", w.buffers.candidates.data(), w.buffers.candidates_all.data(),
+void exchange_candidates(StepContext& w, Stream* stream) {
+  w.engine.comms->kv.all_gather("candidates", w.buffers.candidates.data(), w.buffers.candidates_all.data(),
                                 w.buffers.candidates.bytes(), stream);
 }
 
-void exchange_partials(Work& w, Stream* stream) {
+void exchange_partials(StepContext& w, Stream* stream) {
   const std::int64_t floats = weighted_floats(w.engine.shape(), w.tile.rows());
-  w.engine.peers->kv.all_gather(w.weighted ? "weighted partials" : "partials", w.buffers.partials.data(),
+  w.engine.comms->kv.all_gather(w.weighted ? "weighted partials" : "partials", w.buffers.partials.data(),
                                 w.buffers.partials_all.data(),
                                 w.weighted ? static_cast<std::size_t>(floats) * 4 : w.buffers.partials.bytes(), stream);
 }
 
-void sum_outputs(Work& w, std::int64_t rows) {
+void sum_outputs(StepContext& w, std::int64_t rows) {
   const auto count = static_cast<std::size_t>(rows * w.engine.shape().dim);
   Stream* stream = w.engine.streams.compute;
-  w.engine.peers->heads.all_reduce_sum("outputs", w.buffers.y.as<float>(), count, stream);
+  w.engine.comms->heads.all_reduce_sum("outputs", w.buffers.y.as<float>(), count, stream);
   if (w.engine.config.model.layers > 1)
     w.engine.kernels().add(static_cast<std::int64_t>(count), w.buffers.x.as<float>(), w.buffers.y.as<float>(), stream);
 }

@@ -15,8 +15,8 @@ struct StepOptions {
 };
 
 /// What the stages work on now.
-struct Work {
-  Engine& engine;
+struct StepContext {
+  ModelShard& engine;
   StepBuffers& buffers;
   StepOptions options;
   bool exchange = false;  ///< decode with kv > 1: each rank attends what it holds and they merge
@@ -32,30 +32,30 @@ struct Work {
   bool whole_layer() const { return engine.config.run.scope == Scope::layer; }
 };
 
-void project(Work& work);
-void append(Work& work, Branch branch, const KvView& k_cache, const KvView& v_cache);
-void compress(Work& work);  ///< decode: the token that completes, halo copies too
-void attend(Work& work, Branch branch);
-void rank_blocks(Work& work);    ///< candidates of this rank, or the selection itself without exchange
-void select_blocks(Work& work);  ///< from the exchanged candidates
-void combine(Work& work);
-void output(Work& work);
+void project(StepContext& work);
+void append(StepContext& work, Branch branch, const KvView& k_cache, const KvView& v_cache);
+void compress(StepContext& work);  ///< decode: the token that completes, halo copies too
+void attend(StepContext& work, Branch branch);
+void rank_blocks(StepContext& work);    ///< candidates of this rank, or the selection itself without exchange
+void select_blocks(StepContext& work);  ///< from the exchanged candidates
+void combine(StepContext& work);
+void output(StepContext& work);
 
 /// Decode: project, append and compress, in the backend's own few launches; both phases: everything from attend to
 /// combine. False, and nothing queued, where it has none for this.
-bool enter_at_once(Work& work);
-bool attend_at_once(Work& work);
+bool enter_at_once(StepContext& work);
+bool attend_at_once(StepContext& work);
 
 /// Decode where ranks share the sequences, in the backend's own few launches: cmp with win before the exchange of lse,
 /// and what they give to each head, once that is there. combine() follows `weighted`.
-bool shards_at_once(Work& work);  ///< whether the backend has that for this work, as it is routed
-void open_shard(Work& work);
-void weigh_shard(Work& work, Stream* stream);
+bool shards_at_once(StepContext& work);  ///< whether the backend has that for this work, as it is routed
+void open_shard(StepContext& work);
+void weigh_shard(StepContext& work, Stream* stream);
 
-void exchange_lse(Work& work, Stream* stream);
-void exchange_candidates(Work& work, Stream* stream);
-void exchange_partials(Work& work, Stream* stream);
+void exchange_lse(StepContext& work, Stream* stream);
+void exchange_candidates(StepContext& work, Stream* stream);
+void exchange_partials(StepContext& work, Stream* stream);
 /// Sums y [rows, dim] over the head shards and, with several layers, adds it to the residual stream.
-void sum_outputs(Work& work, std::int64_t rows);
+void sum_outputs(StepContext& work, std::int64_t rows);
 
 }  // namespace nsa

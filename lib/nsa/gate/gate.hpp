@@ -66,7 +66,7 @@ struct DeviceVerdict {
   std::vector<ContextVerdict> contexts;
   std::vector<ShapeResult> shapes;
   Condition speedup, speedup_packed, error;  ///< of the worst shape; the first and the last decide
-  std::string guards;                        ///< flash against sdpa (report.hpp), where files hold it
+  std::string guards;                        ///< flash against sdpa (report/report.hpp), where files hold it
   std::vector<std::string> notes;            ///< what was left out, and what a reader should know
   Verdict verdict = Verdict::inconclusive;
   std::string why;

@@ -41,7 +41,7 @@ std::string kv_name(const LayerShape& shape, Branch branch, bool value) {
 namespace {
 
 // Rows of a file, a piece of a sequence at a time: never the whole tensor in host memory.
-void load_rows(Engine& e, const TensorSource& source, const std::string& name, const Columns& columns, KvView& view,
+void load_rows(ModelShard& e, const TensorSource& source, const std::string& name, const Columns& columns, KvView& view,
                std::int64_t first, std::int64_t last) {
   constexpr std::int64_t piece = 4096;
   const std::int64_t groups = e.shape().groups, size = static_cast<std::int64_t>(size_of(e.shape().dtype));
@@ -55,7 +55,7 @@ void load_rows(Engine& e, const TensorSource& source, const std::string& name, c
         const std::int64_t chunk = chunk_of(view.map, at + r);
         // A row stands in its own chunk, in the halo in front of the next, or behind the one before.
         for (std::int64_t c = std::max<std::int64_t>(0, chunk - 1); c <= chunk + 1; ++c) {
-          const std::int64_t local = at + r - (view.map.kv > 1 ? c * view.map.chunk : 0) + view.map.before;
+          const std::int64_t local = at + r - (view.map.kv > 1 ? c * view.map.chunk : 0) + view.map.halo;
           if ((view.map.kv == 1 && c != chunk) || !has_chunk(view.map, c) || local < 0 || local >= view.map.stride)
             continue;
           e.device().copy(static_cast<std::byte*>(view.data) + offset_in_chunk(view, plane, c, at + r) * size,
@@ -68,7 +68,7 @@ void load_rows(Engine& e, const TensorSource& source, const std::string& name, c
 
 }  // namespace
 
-void fill_kv(Engine& e, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
+void fill_kv(ModelShard& e, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
              std::int64_t last) {
   for (const bool value : {false, true}) {
     const std::string name = kv_name(e.shape(), branch, value);
@@ -90,7 +90,7 @@ void fill_kv(Engine& e, const TensorSource& source, Branch branch, KvPair& pair,
   }
 }
 
-void make_rows(Engine& e, const TensorSource& source, const std::string& name, const Columns& columns, DType type,
+void make_rows(ModelShard& e, const TensorSource& source, const std::string& name, const Columns& columns, DType type,
                const KvView& to, std::int64_t first, std::int64_t last) {
   std::int64_t column = 0;  // the first, of all that a position has
   for (std::size_t i = 0; i < columns.begin.size(); ++i) column = column * columns.shape[i + 2] + columns.begin[i];
@@ -105,13 +105,13 @@ void make_rows(Engine& e, const TensorSource& source, const std::string& name, c
   e.kernels().fill_rows(args, e.streams.compute);
 }
 
-void upload(Engine& e, const std::vector<float>& values, void* to) {
+void upload(ModelShard& e, const std::vector<float>& values, void* to) {
   const std::vector<std::byte> stored = to_storage(values, e.shape().dtype);
   e.device().copy(to, stored.data(), stored.size(), e.streams.compute);
   e.device().synchronize(e.streams.compute);
 }
 
-std::vector<float> download(Engine& e, const void* from, std::int64_t count, DType type) {
+std::vector<float> download(ModelShard& e, const void* from, std::int64_t count, DType type) {
   std::vector<std::byte> stored(static_cast<std::size_t>(count) * size_of(type));
   e.device().copy(stored.data(), from, stored.size(), e.streams.compute);
   e.device().synchronize(e.streams.compute);
@@ -121,7 +121,7 @@ std::vector<float> download(Engine& e, const void* from, std::int64_t count, DTy
 namespace {
 
 template <class T>
-std::vector<T> download_as(Engine& e, const void* from, std::int64_t count) {
+std::vector<T> download_as(ModelShard& e, const void* from, std::int64_t count) {
   std::vector<T> values(static_cast<std::size_t>(count));
   e.device().copy(values.data(), from, values.size() * sizeof(T), e.streams.compute);
   e.device().synchronize(e.streams.compute);
@@ -130,11 +130,11 @@ std::vector<T> download_as(Engine& e, const void* from, std::int64_t count) {
 
 }  // namespace
 
-std::vector<std::int32_t> download_ints(Engine& e, const void* from, std::int64_t count) {
+std::vector<std::int32_t> download_ints(ModelShard& e, const void* from, std::int64_t count) {
   return download_as<std::int32_t>(e, from, count);
 }
 
-std::vector<std::int64_t> download_longs(Engine& e, const void* from, std::int64_t count) {
+std::vector<std::int64_t> download_longs(ModelShard& e, const void* from, std::int64_t count) {
   return download_as<std::int64_t>(e, from, count);
 }
 

@@ -24,21 +24,21 @@ std::vector<float> given_rows(const TensorSource& source, const std::string& nam
 
 /// The same of a synthetic source, bit for bit, made in the backend's memory: rows [first, last) that `to` holds, of
 /// storage or fp32, [batch][rows][columns] under its map. Every head shard has as many columns.
-void make_rows(Engine& engine, const TensorSource& source, const std::string& name, const Columns& columns, DType type,
-               const KvView& to, std::int64_t first, std::int64_t last);
+void make_rows(ModelShard& engine, const TensorSource& source, const std::string& name, const Columns& columns,
+               DType type, const KvView& to, std::int64_t first, std::int64_t last);
 
 /// "given/k_sel", "given/v_win", ...: the given tensor that serves `branch`.
 std::string kv_name(const LayerShape& shape, Branch branch, bool value);
 
 /// Fills rows [first, last) that the pair holds, halos too, with the given K and V of a branch.
-void fill_kv(Engine& engine, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
+void fill_kv(ModelShard& engine, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
              std::int64_t last);
 
 /// Copies host values to the device as storage type.
-void upload(Engine& engine, const std::vector<float>& values, void* to);
+void upload(ModelShard& engine, const std::vector<float>& values, void* to);
 /// Copies `count` storage or fp32 elements to the host.
-std::vector<float> download(Engine& engine, const void* from, std::int64_t count, DType type);
-std::vector<std::int32_t> download_ints(Engine& engine, const void* from, std::int64_t count);
-std::vector<std::int64_t> download_longs(Engine& engine, const void* from, std::int64_t count);
+std::vector<float> download(ModelShard& engine, const void* from, std::int64_t count, DType type);
+std::vector<std::int32_t> download_ints(ModelShard& engine, const void* from, std::int64_t count);
+std::vector<std::int64_t> download_longs(ModelShard& engine, const void* from, std::int64_t count);
 
 }  // namespace nsa

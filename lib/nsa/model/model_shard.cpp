@@ -16,8 +16,8 @@ Streams::~Streams() {
   device.destroy_stream(compute);
 }
 
-Engine::Engine(const Backend& opened, const Control& world, const Config& input, const Point& at,
-               const TensorSource& source)
+ModelShard::ModelShard(const Backend& opened, const ControlComm& world, const Config& input, const Point& at,
+                       const TensorSource& source)
     : backend(opened),
       config(input),
       point(at),
@@ -26,12 +26,12 @@ Engine::Engine(const Backend& opened, const Control& world, const Config& input,
   allocate(&source);
 }
 
-Engine::Engine(const Backend& dry, const Config& input, const Point& at, const Partition& planned)
+ModelShard::ModelShard(const Backend& dry, const Config& input, const Point& at, const Partition& planned)
     : backend(dry), config(input), point(at), partition(planned), streams(*dry.device) {
   allocate(nullptr);
 }
 
-void Engine::allocate(const TensorSource* source) {
+void ModelShard::allocate(const TensorSource* source) {
   // What the input asks for and cannot have is said before anything is made; the phases choose again for their tiles.
   for (const Phase phase : {Phase::prefill, Phase::decode})
     choose_routes(phase, {0, static_cast<std::int32_t>(point.batch), 1, nullptr, total_positions(config, point)});
@@ -44,12 +44,12 @@ void Engine::allocate(const TensorSource* source) {
 }
 
 // The communicators outlive the engine, but while it lives their memory is a part of what the point takes.
-void Engine::connect(Layouts& layouts) {
-  peers = layouts.peers(partition.kv);
-  account.add(MemoryKind::workspace, peers->heads.memory_bytes() + peers->kv.memory_bytes());
+void ModelShard::connect(ProcessGrid& grid) {
+  comms = grid.comms(partition.kv);
+  account.add(MemoryKind::workspace, comms->heads.memory_bytes() + comms->kv.memory_bytes());
 }
 
-std::size_t Engine::choose_routes(Phase phase, const QueryTile& tile) {
+std::size_t ModelShard::choose_routes(Phase phase, const QueryTile& tile) {
   routes.choose(backend, config, phase, shape(), tile);
   return routes.scratch_bytes(kernels(), phase, shape(), tile);
 }

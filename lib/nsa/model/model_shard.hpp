@@ -22,12 +22,12 @@ struct Streams {
   Event *forked, *joined;
 };
 
-struct Engine {
+struct ModelShard {
   const Backend backend;
   const Config& config;
   const Point point;
   const Partition partition;
-  std::shared_ptr<const Peers> peers = std::make_shared<Peers>();  ///< groups of one until connect
+  std::shared_ptr<const GridComms> comms = std::make_shared<GridComms>();  ///< groups of one until connect
   MemoryAccount account;
   Streams streams;
   std::vector<Weights> weights;     ///< by layer; none in scope = attention
@@ -36,12 +36,12 @@ struct Engine {
   Buffer checksum;  ///< uint64 [1], for cache_checksum
 
   /// Not collective: memory is had before anybody waits for a peer. Throws UserError(device) when it runs out.
-  Engine(const Backend& backend, const Control& world, const Config& config, const Point& point,
-         const TensorSource& source);
+  ModelShard(const Backend& backend, const ControlComm& world, const Config& config, const Point& point,
+             const TensorSource& source);
   /// Finds the peers, and opens what is not open yet. Collective, once all ranks have their memory.
-  void connect(Layouts& layouts);
+  void connect(ProcessGrid& grid);
   /// A plan: on dry_device(), with no peers and no values.
-  Engine(const Backend& dry, const Config& config, const Point& point, const Partition& partition);
+  ModelShard(const Backend& dry, const Config& config, const Point& point, const Partition& partition);
   const KernelTable& kernels() const { return *backend.kernels; }
   const DeviceOps& device() const { return *backend.device; }
   const LayerShape& shape() const { return partition.shape; }

@@ -16,7 +16,7 @@ RowMap chunked(const Partition& p, std::int64_t chunk, std::int32_t before, std:
   RowMap map;
   map.chunk = chunk;
   map.stride = before + chunk + after;
-  map.before = before;
+  map.halo = before;
   map.kv = p.kv;
   map.rank = gathered ? all_ranks : p.kv_rank;
   return map;
@@ -33,7 +33,7 @@ RowMap ring_of(std::int64_t rows) {
 RowMap Partition::tokens(bool gathered) const { return chunked(*this, chunk_tokens, 0, 0, gathered); }
 
 RowMap Partition::compressed(bool gathered) const {
-  return chunked(*this, shape.leaf, shape.rules.l / shape.rules.d - 1, 0, gathered);
+  return chunked(*this, shape.lse.segment, shape.rules.l / shape.rules.d - 1, 0, gathered);
 }
 
 RowMap Partition::raw_cmp() const { return chunked(*this, chunk_tokens, 0, shape.rules.l - shape.rules.d, false); }
@@ -58,7 +58,7 @@ RowMap Partition::raw_ring() const { return ring_of(shape.rules.l); }
 std::int64_t Partition::capacity(const RowMap& local, std::int64_t rows) const {
   if (local.ring > 0) return local.ring;
   // The last rows may already stand in the halo in front of a chunk that has none of its own yet.
-  return local.kv == 1 ? rows : owned_chunks(local, rows > 0 ? rows + local.before : 0, 0) * local.stride;
+  return local.kv == 1 ? rows : owned_chunks(local, rows > 0 ? rows + local.halo : 0, 0) * local.stride;
 }
 
 std::pair<std::int32_t, std::int32_t> factorise(const Config& config, std::int32_t ranks) {
@@ -99,8 +99,8 @@ Partition make_partition(const Config& config, std::int32_t ranks, std::int32_t 
   s.shared_kv = m.shared_kv;
   s.rope_base = m.rope_base;
   s.rules = config.nsa;
-  s.leaf = p.chunk_tokens / s.rules.d;
-  s.lanes = std::lcm(24, p.kv);
+  s.lse.segment = p.chunk_tokens / s.rules.d;
+  s.lse.buckets = std::lcm(24, p.kv);
   p.group_begin = p.head_shard * s.groups;
   return p;
 }

@@ -1,6 +1,6 @@
 #pragma once
 // Who owns what. The world is heads x kv ranks: rank = head_shard * kv + kv_rank. A head shard owns whole KV
-// groups; a kv shard owns every kv-th chunk of the sequence (row_map.hpp). Pure arithmetic: no MPI, no memory.
+// groups; a kv shard owns every kv-th chunk of the sequence (shared/row_map.hpp). Pure arithmetic: no MPI, no memory.
 
 #include <cstdint>
 #include <string>

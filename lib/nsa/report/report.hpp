@@ -59,7 +59,7 @@ std::vector<Figure> kernel_figures(const PointRecord& point);
 std::string kernel_point_name(const PointRecord& point);
 
 /// nsa-vibe's columns S, ms_total, ms_cmp, ms_sel (rank + attend_sel), ms_win, reads_actual, reads_expected,
-/// reads_actual_decode, reads_expected_decode, and reads_nsa_vibe. Reads are those of last_reads (figures.hpp):
+/// reads_actual_decode, reads_expected_decode, and reads_nsa_vibe. Reads are those of last_reads (report/metrics.hpp):
 /// counted where the kernels load, and expected from the shape. nsa-vibe's own formula, which its CSV has under
 /// reads_expected, stands in reads_nsa_vibe. The _decode pair repeats the counts in decode and is empty otherwise:
 /// nothing here mixes a prefill's reads with a step's. Times of stages that were not timed are empty.

@@ -6,57 +6,57 @@
 namespace nsa {
 namespace {
 
-constexpr bool cuda_on(const RouteQuestion& q, int capability) {
+constexpr bool cuda_on(const RouteKey& q, int capability) {
   return q.backend == BackendKind::cuda && q.capability == capability;
 }
 
 /// What the tensor-core kernels were built for; the rest of `fused` is scalar arithmetic.
-constexpr bool tuned(const RouteQuestion& q) {
+constexpr bool tuned(const RouteKey& q) {
   const bool sized = (q.d_k == 64 && q.d_v == 64) || ((q.d_k == 128 || q.d_k == 192) && q.d_v == 128);
   return sized && q.dtype != DType::f32;
 }
 
 struct Row {
-  bool (*applies)(const RouteQuestion&);
+  bool (*applies)(const RouteKey&);
   const char* name;
   const char* reason;
 };
 
 /// The first that applies.
 constexpr Row rows[] = {
-    {[](const RouteQuestion& q) { return q.backend == BackendKind::host; }, "fused",
+    {[](const RouteKey& q) { return q.backend == BackendKind::host; }, "fused",
      "no gather and weights that stay in the cache: 2.2 to 8.2 times as fast as sdpa on two cores of an AMD EPYC "
      "(docs/M4.md)"},
-    {[](const RouteQuestion& q) { return cuda_on(q, 89); }, "sdpa",
+    {[](const RouteKey& q) { return cuda_on(q, 89); }, "sdpa",
      "nsa-vibe's decision for the RTX 4090: FlashAttention-2 at 0.01 to 0.20 of SDPA's speed, Triton selection slower "
      "and unstable (ADR-2025-08-M4-02)"},
-    {[](const RouteQuestion& q) { return cuda_on(q, 90) && tuned(q) && q.phase == Phase::decode; }, "fused",
+    {[](const RouteKey& q) { return cuda_on(q, 90) && tuned(q) && q.phase == Phase::decode; }, "fused",
      "1.3 to 5.9 times as fast as sdpa on an H200, each branch at 8K and 64K (docs/ROUTES.md)"},
-    {[](const RouteQuestion& q) { return cuda_on(q, 90) && tuned(q); }, "fused",
+    {[](const RouteKey& q) { return cuda_on(q, 90) && tuned(q); }, "fused",
      "6 to 11 times as fast as sdpa on an H200, each branch at 8K (docs/ROUTES.md)"},
-    {[](const RouteQuestion& q) { return cuda_on(q, 90) && q.phase == Phase::decode; }, "fused",
+    {[](const RouteKey& q) { return cuda_on(q, 90) && q.phase == Phase::decode; }, "fused",
      "no gather; scalar arithmetic at this type or head size, but few rows"},
-    {[](const RouteQuestion& q) { return cuda_on(q, 90); }, "fused",
+    {[](const RouteKey& q) { return cuda_on(q, 90); }, "fused",
      "no gather, and softmax weights stay in fp32; scalar arithmetic at this type or head size"},
-    {[](const RouteQuestion&) { return true; }, "sdpa", "not measured: no result file of ours for this case"},
+    {[](const RouteKey&) { return true; }, "sdpa", "not measured: no result file of ours for this case"},
 };
 
 constexpr Row guards[] = {
-    {[](const RouteQuestion& q) { return cuda_on(q, 89); }, "fused",
+    {[](const RouteKey& q) { return cuda_on(q, 89); }, "fused",
      "custom kernels are off on compute capability 8.9 (ADR-2025-08-M4-02: slower than SDPA there)"},
-    {[](const RouteQuestion& q) { return cuda_on(q, 89); }, "flash",
+    {[](const RouteKey& q) { return cuda_on(q, 89); }, "flash",
      "tiled dense attention is off on compute capability 8.9 (nsa-vibe measured 0.01 to 0.20 of SDPA's speed)"},
 };
 
 }  // namespace
 
-RouteAnswer default_route(const RouteQuestion& question) {
+RouteChoice default_route(const RouteKey& question) {
   const Row* row = rows;
   while (!row->applies(question)) ++row;
   return {row->name, row->reason, false};
 }
 
-std::string guard(const RouteQuestion& question, const std::string& name) {
+std::string guard(const RouteKey& question, const std::string& name) {
   for (const Row& row : guards)
     if (row.name == name && row.applies(question)) return row.reason;
   return "";

@@ -53,19 +53,19 @@ std::vector<std::string> known_names(Branch branch) {
 }
 
 /// The threshold's answer, or none: name "".
-RouteAnswer by_length(const RouteQuestion& q, const char* key, std::int64_t threshold) {
+RouteChoice by_length(const RouteKey& q, const char* key, std::int64_t threshold) {
   if (threshold == 0) return {};
   const bool reached = threshold > 0 && q.length >= threshold;
   const std::string rows = threshold < 0 ? fmt::format("runtime.{} = -1: never", key)
                                          : fmt::format("{} rows {} runtime.{} = {}", q.length,
                                                        reached ? "reach" : "are fewer than", key, threshold);
-  const RouteAnswer usual = default_route(q);
-  if (q.branch == sel) return reached ? RouteAnswer{} : RouteAnswer{"sdpa", rows};
+  const RouteChoice usual = default_route(q);
+  if (q.branch == sel) return reached ? RouteChoice{} : RouteChoice{"sdpa", rows};
   if (reached) {
     const std::string why_not = guard(q, "flash");
-    return why_not.empty() ? RouteAnswer{"flash", rows} : RouteAnswer{usual.name, rows + ", but " + why_not};
+    return why_not.empty() ? RouteChoice{"flash", rows} : RouteChoice{usual.name, rows + ", but " + why_not};
   }
-  return usual.name == "flash" ? RouteAnswer{"sdpa", rows} : RouteAnswer{};
+  return usual.name == "flash" ? RouteChoice{"sdpa", rows} : RouteChoice{};
 }
 
 const AttendKernel* find(std::span<const AttendKernel> list, const std::string& name) {
@@ -73,8 +73,7 @@ const AttendKernel* find(std::span<const AttendKernel> list, const std::string& 
   return at == list.end() ? nullptr : &*at;
 }
 
-RouteQuestion question_of(const Backend& backend, const LayerShape& s, Phase phase, Branch branch,
-                          std::int64_t positions) {
+RouteKey question_of(const Backend& backend, const LayerShape& s, Phase phase, Branch branch, std::int64_t positions) {
   return {backend.kind, backend.capability,
           phase,        branch,
           s.dtype,      s.d_k,
@@ -107,7 +106,7 @@ RouteEnvironment route_environment() {
   return environment;
 }
 
-RouteAnswer answer(const RouteQuestion& q, const Config& config, const RouteEnvironment& environment) {
+RouteChoice answer(const RouteKey& q, const Config& config, const RouteEnvironment& environment) {
   const std::string& set = environment.implementation[q.branch];
   const std::string& input = config.route.implementation[q.branch];
   const std::string where = set.empty() ? fmt::format("route.{}", branch_names[q.branch]) : variables[q.branch];
@@ -120,7 +119,7 @@ RouteAnswer answer(const RouteQuestion& q, const Config& config, const RouteEnvi
     return {asked, why_not.empty() ? "asked for by " + where : "asked for by " + where + ", forced: " + why_not, true};
   }
   const RuntimeConfig& r = config.runtime;
-  const RouteAnswer limit = q.branch == win   ? by_length(q, "fa2_min_len_win", r.fa2_min_len_win)
+  const RouteChoice limit = q.branch == win   ? by_length(q, "fa2_min_len_win", r.fa2_min_len_win)
                             : q.branch == cmp ? by_length(q, "fa2_min_len_cmp", r.fa2_min_len_cmp)
                                               : by_length(q, "sel_triton_min_L", r.sel_triton_min_l);
   return limit.name.empty() ? default_route(q) : limit;
@@ -158,7 +157,7 @@ void Routes::choose(const Backend& backend, const Config& config, Phase phase, c
   for (const Branch branch : {cmp, sel, win}) {
     Route& route = of(phase, branch);
     const auto list = backend.kernels->attend[branch];
-    const RouteAnswer wanted =
+    const RouteChoice wanted =
         answer(question_of(backend, shape, phase, branch, tile.max_positions), config, environment);
     route = {find(list, wanted.name), find(list, "sdpa"), wanted.name, wanted.reason, "", 0, backend.device};
     agreed_[static_cast<int>(phase)][branch] = false;
@@ -187,7 +186,7 @@ std::size_t Routes::scratch_bytes(const KernelTable& kernels, Phase phase, const
   return bytes;
 }
 
-bool Routes::agree(const Control& world) {
+bool Routes::agree(const ControlComm& world) {
   bool news = false;
   for (std::size_t phase = 0; phase < phase_names.size(); ++phase) {
     for (const Branch branch : {cmp, sel, win}) {
@@ -208,7 +207,7 @@ bool Routes::agree(const Control& world) {
   return news;
 }
 
-void Routes::count(const Control& world) {
+void Routes::count(const ControlComm& world) {
   for (auto& phase : routes_)
     for (Route& route : phase) route.fallbacks = world.max(route.fallbacks);
 }

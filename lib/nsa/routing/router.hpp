@@ -19,7 +19,7 @@ enum class Phase : int { prefill, decode };
 constexpr std::array phase_names = {"prefill", "decode"};
 
 /// What a default is looked up by.
-struct RouteQuestion {
+struct RouteKey {
   BackendKind backend = BackendKind::host;
   int capability = 0;  ///< of the GPU, 10 * major + minor
   Phase phase = Phase::decode;
@@ -30,7 +30,7 @@ struct RouteQuestion {
 };
 
 /// A chosen name, and the reason for it in a few words.
-struct RouteAnswer {
+struct RouteChoice {
   std::string name, reason;
   bool asked = false;  ///< for by the user, in so many words
 };
@@ -47,12 +47,12 @@ RouteEnvironment route_environment();
 std::string route_environment_text();
 
 /// The table's answer alone.
-RouteAnswer default_route(const RouteQuestion& question);
+RouteChoice default_route(const RouteKey& question);
 /// Why this implementation is not to be run there; "" where nothing speaks against it.
-std::string guard(const RouteQuestion& question, const std::string& name);
+std::string guard(const RouteKey& question, const std::string& name);
 /// Environment, then [route], then [runtime], then the table. Throws UserError for what a guard forbids and the user
 /// asked for without NSA_FORCE=1.
-RouteAnswer answer(const RouteQuestion& question, const Config& config, const RouteEnvironment& environment);
+RouteChoice answer(const RouteKey& question, const Config& config, const RouteEnvironment& environment);
 
 /// Rows of K and V that a query at the last of `positions` positions attends.
 std::int64_t attended_rows(const BlockRules& rules, Branch branch, std::int64_t positions);
@@ -85,9 +85,9 @@ class Routes {
   std::size_t scratch_bytes(const KernelTable& kernels, Phase phase, const LayerShape& shape,
                             const QueryTile& tile) const;
   /// What failed on one rank is replaced on all. Collective; whether something new had failed on any.
-  bool agree(const Control& world);
+  bool agree(const ControlComm& world);
   /// The most calls of any rank, on every rank. Collective.
-  void count(const Control& world);
+  void count(const ControlComm& world);
   /// "sel: fused -> sdpa: reason (12 calls)", of `main` first; the other phase's begin with its name.
   std::vector<std::string> fallbacks(Phase main) const;
 

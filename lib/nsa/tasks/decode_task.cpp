@@ -19,7 +19,7 @@ namespace nsa {
 namespace {
 
 // Caches filled with synthetic rows, so that decode at a long context needs no prefill of it.
-void fill_directly(Engine& e, const TensorSource& source) {
+void fill_directly(ModelShard& e, const TensorSource& source) {
   const BlockRules& r = e.shape().rules;
   const std::int64_t context = e.point.context;
   for (std::size_t layer = 0; layer < e.caches.size(); ++layer) {
@@ -31,14 +31,14 @@ void fill_directly(Engine& e, const TensorSource& source) {
   }
 }
 
-void fill_caches(const Session& session, Engine& e, const TensorSource& source, const Progress& progress) {
+void fill_caches(const Session& session, ModelShard& e, const TensorSource& source, const Progress& progress) {
   const DuringPhase phase("fill caches");
   if (e.config.run.fill == CacheFill::synthetic) {
     fill_directly(e, source);
-    return e.connect(*session.layouts);
+    return e.connect(*session.grid);
   }
-  std::optional<Prefill> prefill;
-  Recorder untimed(e.device(), e.streams.compute);
+  std::optional<PrefillRunner> prefill;
+  StageTimer untimed(e.device(), e.streams.compute);
   agreed(session.world, [&] {
     prefill.emplace(e, e.point.context, false);
     if (e.config.run.scope == Scope::attention)
@@ -46,13 +46,13 @@ void fill_caches(const Session& session, Engine& e, const TensorSource& source, 
     else
       prefill->load_rows(source);
   });
-  e.connect(*session.layouts);
+  e.connect(*session.grid);
   prefill->watch([&](double done) { progress(done, 1, "filling caches"); });
   prefill->fill_caches(untimed);
   e.device().synchronize(e.streams.compute);
 }
 
-RankReads read_log(Engine& e, Decode& decode) {
+RankReads read_log(ModelShard& e, DecodeRunner& decode) {
   const std::int64_t steps = e.config.run.steps, planes = e.planes();
   const auto log = download_longs(e, decode.reads_log().data(), steps * branches * planes);
   const auto selected = download_ints(e, decode.selected_log().data(), steps * decode.selected_count());
@@ -63,7 +63,7 @@ RankReads read_log(Engine& e, Decode& decode) {
   return reads;
 }
 
-StepOutput left_by(Engine& e, Decode& decode) {
+StepOutput left_by(ModelShard& e, DecodeRunner& decode) {
   StepOutput left = latest_output(e, decode.buffers(), e.point.batch, true);
   left.selected = download_ints(e, decode.selected_log().data(), e.config.run.steps * decode.selected_count());
   left.fallbacks = e.routes.fallbacks(Phase::decode).size();
@@ -72,23 +72,23 @@ StepOutput left_by(Engine& e, Decode& decode) {
 
 // One pass outside the measurement: every step is recorded, sampled rows of the first and last are checked. Returns
 // what it left, which every measured pass has to leave too.
-StepOutput record_pass(const Session& session, Engine& e, Decode& decode, const TensorSource& source,
+StepOutput record_pass(const Session& session, ModelShard& e, DecodeRunner& decode, const TensorSource& source,
                        const StepOptions& base, PointRecord& record) {
   StepOptions options = base;
   options.record = true;
   const DuringPhase phase("check");
-  Recorder untimed(e.device(), e.streams.compute);
+  StageTimer untimed(e.device(), e.streams.compute);
   std::unique_ptr<StepTensors> tensors;
   agreed(session.world, [&] {
     if (e.config.output.tensors) tensors = std::make_unique<StepTensors>(e, e.config.run.steps);
   });
   CheckResult checked;
   std::string problem;
-  decode.rewind();
+  decode.restore();
   for (std::int64_t step = 0; step < e.config.run.steps; ++step) {
     if (session.stop->now_and_then()) throw Interrupted();
     decode.load(step, options);
-    const Work work = decode.step(options, untimed);
+    const StepContext work = decode.step(options, untimed);
     e.device().synchronize(e.streams.compute);
     if (tensors) tensors->take(work, step, true);
     if (!e.config.run.check) continue;
@@ -104,7 +104,7 @@ StepOutput record_pass(const Session& session, Engine& e, Decode& decode, const 
   return left_by(e, decode);
 }
 
-void choose_launches(const Control& world, Decode& decode) {
+void choose_launches(const ControlComm& world, DecodeRunner& decode) {
   bool can = false;
   agreed(world, [&] { can = decode.try_sharded(); });
   decode.run_sharded(world.max(std::int64_t{!can}) == 0);
@@ -113,8 +113,8 @@ void choose_launches(const Control& world, Decode& decode) {
 // A step as it would run: one graph where the backend has them.
 class WholeStep {
  public:
-  WholeStep(Engine& e, Decode& decode, Recorder& recorder, const ModeRun& run)
-      : engine_(e), decode_(decode), recorder_(recorder), options_(run.options) {
+  WholeStep(ModelShard& e, DecodeRunner& decode, StageTimer& timer, const ModeRun& run)
+      : shard_(e), decode_(decode), timer_(timer), options_(run.options) {
     if (run.stages || !e.device().capture) return;
     const std::size_t known = e.routes.fallbacks(Phase::decode).size();
     try {
@@ -126,27 +126,27 @@ class WholeStep {
     }
   }
   ~WholeStep() {
-    if (graph_) engine_.device().destroy_graph(graph_);
+    if (graph_) shard_.device().destroy_graph(graph_);
   }
   WholeStep(const WholeStep&) = delete;
   WholeStep& operator=(const WholeStep&) = delete;
   void run() {
     fault::at("decode.step");
     if (graph_)
-      engine_.device().launch(graph_, engine_.streams.compute);
+      shard_.device().launch(graph_, shard_.streams.compute);
     else
       queue();
   }
 
  private:
   void capture() {
-    graph_ = engine_.device().capture(
-        engine_.streams.compute, [](void* self) { static_cast<WholeStep*>(self)->queue(); }, this);
+    graph_ = shard_.device().capture(
+        shard_.streams.compute, [](void* self) { static_cast<WholeStep*>(self)->queue(); }, this);
   }
-  void queue() { decode_.step(options_, recorder_); }
-  Engine& engine_;
-  Decode& decode_;
-  Recorder& recorder_;
+  void queue() { decode_.step(options_, timer_); }
+  ModelShard& shard_;
+  DecodeRunner& decode_;
+  StageTimer& timer_;
   StepOptions options_;
   Graph* graph_ = nullptr;
 };
@@ -155,16 +155,16 @@ class WholeStep {
 
 MemoryAccount run_decode(const Session& session, const Config& config, const Point& point, const TensorSource& source,
                          PointRecord& record, const Progress& progress) {
-  const Control& world = session.world;
+  const ControlComm& world = session.world;
   const DuringPhase phase("decode");
-  std::optional<Engine> engine;
+  std::optional<ModelShard> engine;
   agreed(world, [&] { engine.emplace(session.backend, world, config, point, source); });
-  Engine& e = *engine;
+  ModelShard& e = *engine;
   fill_caches(session, e, source, progress);
-  std::optional<Decode> held;
+  std::optional<DecodeRunner> held;
   agreed(world, [&] { held.emplace(e, &source, config.run.check || config.output.tensors); });
-  Decode& decode = *held;
-  decode.mark();
+  DecodeRunner& decode = *held;
+  decode.snapshot();
 
   const std::vector<ModeRun> runs = mode_runs(config, point);
   StepOptions base;
@@ -172,10 +172,10 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   choose_launches(world, decode);
   StepOutput expected;
   if (config.run.check || config.output.tensors) expected = record_pass(session, e, decode, source, base, record);
-  decode.rewind();
+  decode.restore();
   const std::uint64_t caches = config.run.check ? cache_checksum(e, point.context, config.model.layers) : 0;
 
-  Recorder recorder(e.device(), e.streams.compute);
+  StageTimer timer(e.device(), e.streams.compute);
   Samples samples;
   const double all = static_cast<double>(runs.size()), steps = static_cast<double>(config.run.steps);
   double passes = 0;
@@ -185,9 +185,9 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
     passes = 0;
     choose_launches(world, decode);
     record.stop_reason = measure(world, runs, config.run.min_time, samples, [&](const ModeRun& run, auto&& sink) {
-      recorder.time_stages(run.stages);
-      WholeStep whole(e, decode, recorder, run);
-      decode.rewind();
+      timer.set_per_stage(run.stages);
+      WholeStep whole(e, decode, timer, run);
+      decode.restore();
       for (std::int64_t step = 0; step < config.run.steps; ++step) {
         if (session.stop->now_and_then()) return false;
         decode.load(step, run.options);
@@ -196,7 +196,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
                     e.streams.compute);
         fault::flip("cache.v", e.device(), e.caches[0].sel.v_memory.data(), e.caches[0].sel.v_memory.bytes(),
                     e.streams.compute);
-        sink(recorder.step([&] { whole.run(); }));
+        sink(timer.step([&] { whole.run(); }));
         progress(std::min(passes += 1 / steps, all), all, run.name);
       }
       if (run.options.leave_out < 0) {
@@ -211,7 +211,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
     });
   } while (e.routes.agree(world));
   if (config.run.check) {
-    decode.rewind();
+    decode.restore();
     const bool same = cache_checksum(e, point.context, config.model.layers) == caches;
     fail_where(world, same ? "" : "the cached K or V changed while the steps ran", record);
   }

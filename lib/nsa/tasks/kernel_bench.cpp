@@ -179,7 +179,7 @@ KernelBench::KernelBench(const Allocator& allocate, const KernelTable& kernels, 
     scores_ =
         allocate(MemoryKind::workspace,
                  static_cast<std::int64_t>(kernels.score_bytes(shape_, tile_, std::max<std::int64_t>(1, kv_rows_))));
-    lse_ = activations(std::int64_t{shape_.lanes} * lse_rows * shape_.heads() * 2 * 4);
+    lse_ = activations(std::int64_t{shape_.lse.buckets} * lse_rows * shape_.heads() * 2 * 4);
   }
   for (const KernelChoice& choice : kernel_choices(kernels, config, point))
     if (choice.kernel->scratch)

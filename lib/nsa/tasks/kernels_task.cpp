@@ -46,8 +46,8 @@ class Executions {
   Executions& operator=(const Executions&) = delete;
 
   /// Seconds of one execution; the inputs are those that were read longest ago.
-  double sample(Recorder& recorder) {
-    const StageTimes times = recorder.step([&] {
+  double sample(StageTimer& timer) {
+    const StageTimes times = timer.step([&] {
       if (graphs_.empty())
         queue(1);
       else
@@ -97,7 +97,7 @@ void check(const Session& session, const KernelBench& bench, const std::vector<K
 
 MemoryAccount run_kernels(const Session& session, const Config& config, const Point& point, PointRecord& record,
                           const Progress& progress) {
-  const Control& world = session.world;
+  const ControlComm& world = session.world;
   const DuringPhase phase("kernels");
   const DeviceOps& device = *session.backend.device;
   const std::vector<KernelChoice> choices = kernel_choices(*session.backend.kernels, config, point);
@@ -120,7 +120,7 @@ MemoryAccount run_kernels(const Session& session, const Config& config, const Po
   else
     k.mean_abs_err = k.mean_abs_err_se = k.max_abs_err = std::vector<double>(choices.size(), std::nan(""));
 
-  Recorder recorder(device, own.stream);
+  StageTimer timer(device, own.stream);
   std::vector<std::unique_ptr<Executions>> executions;
   agreed(world, [&] {
     for (const KernelChoice& choice : choices)
@@ -135,7 +135,7 @@ MemoryAccount run_kernels(const Session& session, const Config& config, const Po
       const std::int64_t turn = (i + rep) % count;  // the order rotates, and turns round every other time
       const std::int64_t which = rep % 2 == 0 ? turn : count - 1 - turn;
       seconds[static_cast<std::size_t>(which * reps + rep)] =
-          executions[static_cast<std::size_t>(which)]->sample(recorder);
+          executions[static_cast<std::size_t>(which)]->sample(timer);
     }
     progress(static_cast<double>(rep + 1), static_cast<double>(reps), "kernels");
   }

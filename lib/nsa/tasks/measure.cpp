@@ -31,7 +31,7 @@ std::vector<ModeRun> mode_runs(const Config& config, const Point& point) {
   return runs;
 }
 
-TimeTable gather_times(const Control& world, const Samples& samples) {
+TimeTable gather_times(const ControlComm& world, const Samples& samples) {
   TimeTable table;
   table.modes = samples.modes;
   table.ranks = world.size();
@@ -52,7 +52,7 @@ TimeTable gather_times(const Control& world, const Samples& samples) {
   return table;
 }
 
-double copy_bandwidth(const Backend& backend, const Control& world) {
+double copy_bandwidth(const Backend& backend, const ControlComm& world) {
   constexpr std::size_t bytes = std::size_t{128} << 20;
   const DeviceOps& device = *backend.device;
   MemoryAccount account;
@@ -64,10 +64,10 @@ double copy_bandwidth(const Backend& backend, const Control& world) {
   Stream* stream = device.create_stream();
   std::vector<double> seconds;
   {
-    Recorder recorder(device, stream);
+    StageTimer timer(device, stream);
     for (int rep = 0; rep < 7; ++rep) {
       world.barrier();
-      const StageTimes times = recorder.step([&] { device.copy(to.data(), from.data(), bytes, stream); });
+      const StageTimes times = timer.step([&] { device.copy(to.data(), from.data(), bytes, stream); });
       seconds.push_back(times[static_cast<int>(Stage::step)]);
     }
   }

@@ -30,7 +30,7 @@ struct Samples {
 /// was asked to stop within it, and its samples do not count. Returns the reason of the stop, "steps", "min_time" or,
 /// where every mode had a whole pass by then, "interrupted"; else throws Interrupted.
 template <class Pass>
-std::string measure(const Control& world, const std::vector<ModeRun>& runs, double min_time, Samples& samples,
+std::string measure(const ControlComm& world, const std::vector<ModeRun>& runs, double min_time, Samples& samples,
                     Pass&& pass) {
   bool repeated = false;
   for (const ModeRun& run : runs) {
@@ -58,9 +58,9 @@ std::string measure(const Control& world, const std::vector<ModeRun>& runs, doub
 }
 
 /// Samples of all ranks, on rank 0.
-TimeTable gather_times(const Control& world, const Samples& samples);
+TimeTable gather_times(const ControlComm& world, const Samples& samples);
 
 /// Bytes/s, read and written, of a large copy on this rank's device while all ranks copy.
-double copy_bandwidth(const Backend& backend, const Control& world);
+double copy_bandwidth(const Backend& backend, const ControlComm& world);
 
 }  // namespace nsa

@@ -27,7 +27,7 @@ struct Needle {
   std::vector<float> k, v;  // [planes][D]
 };
 
-Needle make_needle(Engine& e, const TensorSource& source, const std::vector<float>& q, std::int64_t position) {
+Needle make_needle(ModelShard& e, const TensorSource& source, const std::vector<float>& q, std::int64_t position) {
   const LayerShape& s = e.shape();
   Needle needle{position, std::vector<float>(e.planes() * s.d_k, 0.0f), {}};
   // Kaczmarz: head after head, the key is moved along the head's query until their product is what is wanted.
@@ -46,7 +46,7 @@ Needle make_needle(Engine& e, const TensorSource& source, const std::vector<floa
   return needle;
 }
 
-void plant(Engine& e, const KvView& view, std::int64_t position, const std::vector<float>& rows) {
+void plant(ModelShard& e, const KvView& view, std::int64_t position, const std::vector<float>& rows) {
   if (!has_row(view.map, position)) return;
   const std::vector<std::byte> stored = to_storage(rows, e.shape().dtype);
   const std::size_t size = size_of(e.shape().dtype), bytes = view.width * size;
@@ -62,7 +62,7 @@ struct Finding {
   double error = 0;
 };
 
-Finding look(Engine& e, const StepBuffers& b, const Needle& needle) {
+Finding look(ModelShard& e, const StepBuffers& b, const Needle& needle) {
   const LayerShape& s = e.shape();
   const std::int64_t n = s.rules.n_sel, block = needle.position / s.rules.l_sel;
   const auto chosen = download_ints(e, b.selected.data(), e.planes() * n);
@@ -102,19 +102,19 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
   const Point point = needle_point(at);
   const DuringPhase phase("needles");
   const TensorSource source(config, "");
-  std::optional<Engine> engine;
-  std::optional<Prefill> held_prefill;
-  std::optional<Decode> held_decode;
+  std::optional<ModelShard> engine;
+  std::optional<PrefillRunner> held_prefill;
+  std::optional<DecodeRunner> held_decode;
   agreed(session.world, [&] {
     engine.emplace(session.backend, session.world, config, point, source);
     held_prefill.emplace(*engine, point.context, false);
     held_decode.emplace(*engine, &source, true);
   });
-  engine->connect(*session.layouts);
-  Engine& e = *engine;
-  Prefill& prefill = *held_prefill;
-  Decode& decode = *held_decode;
-  Recorder recorder(e.device(), e.streams.compute);
+  engine->connect(*session.grid);
+  ModelShard& e = *engine;
+  PrefillRunner& prefill = *held_prefill;
+  DecodeRunner& decode = *held_decode;
+  StageTimer timer(e.device(), e.streams.compute);
   prefill.load_kv(source);
   const Partition& p = e.partition;
   const std::vector<float> q = given_rows(source, "given/q", q_columns(config, point, p), point.context, 1);
@@ -130,12 +130,12 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
       plant(e, prefill.rows(branch).k, needle.position, needle.k);
       plant(e, prefill.rows(branch).v, needle.position, needle.v);
     }
-    prefill.fill_caches(recorder);
-    decode.mark();
+    prefill.fill_caches(timer);
+    decode.snapshot();
     StepOptions options;
     options.record = true;
     decode.load(0, options);
-    samples.times.back().push_back(recorder.step([&] { decode.step(options, recorder); }));
+    samples.times.back().push_back(timer.step([&] { decode.step(options, timer); }));
     const Finding finding = look(e, decode.buffers(), needle);
     const bool found = session.world.max(std::int64_t{!finding.found}) == 0;
     const double error = session.world.max(finding.error);

@@ -1,6 +1,7 @@
 #pragma once
 // kind = "needle": a key planted at several depths of a long context has to be found by the real pipeline.
 
+#include "kernels/interface/buffer.hpp"
 #include "nsa/config/config.hpp"
 #include "nsa/results/records.hpp"
 #include "nsa/tasks/session.hpp"

@@ -16,12 +16,12 @@ namespace nsa {
 
 namespace {
 
-void load(Engine& e, Prefill& prefill, const TensorSource& source) {
+void load(ModelShard& e, PrefillRunner& prefill, const TensorSource& source) {
   prefill.load_rows(source);
   if (e.config.run.scope == Scope::attention) prefill.load_kv(source);
 }
 
-RankReads count_reads(Engine& e, Prefill& prefill) {
+RankReads count_reads(ModelShard& e, PrefillRunner& prefill) {
   const std::int64_t planes = e.planes();
   const auto counters = download_longs(e, prefill.buffers().reads.data(), branches * planes);
   RankReads reads(1);
@@ -43,7 +43,7 @@ struct Left {
 
 constexpr std::int64_t compared_rows = 256;  // of a tile: it may have thousands
 
-Left left_by(Engine& e, Prefill& prefill) {
+Left left_by(ModelShard& e, PrefillRunner& prefill) {
   Left left;
   left.output = latest_output(e, prefill.buffers(), std::min(compared_rows, prefill.last_tile_rows()), false);
   left.output.fallbacks = e.routes.fallbacks(Phase::prefill).size();
@@ -52,7 +52,7 @@ Left left_by(Engine& e, Prefill& prefill) {
   return left;
 }
 
-std::string problem_of(const Engine& e, const Left& left, const Left& expected) {
+std::string problem_of(const ModelShard& e, const Left& left, const Left& expected) {
   if (left.caches != expected.caches) return "K or V differs from that of the checked run";
   if (left.reads != expected.reads) return "reads are counted otherwise than in the checked run";
   const bool same_way = left.output.fallbacks == expected.output.fallbacks;
@@ -60,12 +60,12 @@ std::string problem_of(const Engine& e, const Left& left, const Left& expected) 
 }
 
 // One run outside the measurement: every tile is recorded; the last row of some tiles is checked.
-Left record_run(const Session& session, Engine& e, Prefill& prefill, const TensorSource& source,
+Left record_run(const Session& session, ModelShard& e, PrefillRunner& prefill, const TensorSource& source,
                 const StepOptions& base, PointRecord& record) {
   StepOptions options = base;
   options.record = true;
   const DuringPhase phase("check");
-  Recorder untimed(e.device(), e.streams.compute);
+  StageTimer untimed(e.device(), e.streams.compute);
   std::unique_ptr<StepTensors> tensors;
   agreed(session.world, [&] {
     if (e.config.output.tensors) tensors = std::make_unique<StepTensors>(e, e.point.context);
@@ -74,7 +74,7 @@ Left record_run(const Session& session, Engine& e, Prefill& prefill, const Tenso
   std::int64_t seen = 0;
   const std::int64_t stride = std::max<std::int64_t>(1, prefill.tile_count() * e.point.batch / 8);
   load(e, prefill, source);
-  prefill.run(untimed, options, [&](const Work& work, const PrefillTile& tile) {
+  prefill.run(untimed, options, [&](const StepContext& work, const PrefillTile& tile) {
     e.device().synchronize(e.streams.compute);
     if (tensors) tensors->take(work, tile.first_position, false);
     if (!e.config.run.check || seen++ % stride != 0) return;
@@ -94,18 +94,18 @@ Left record_run(const Session& session, Engine& e, Prefill& prefill, const Tenso
 
 MemoryAccount run_prefill(const Session& session, const Config& config, const Point& point, const TensorSource& source,
                           PointRecord& record, const Progress& progress) {
-  const Control& world = session.world;
+  const ControlComm& world = session.world;
   const DuringPhase phase("prefill");
-  std::optional<Engine> engine;
+  std::optional<ModelShard> engine;
   agreed(world, [&] { engine.emplace(session.backend, world, config, point, source); });
-  Engine& e = *engine;
-  std::optional<Prefill> held;
+  ModelShard& e = *engine;
+  std::optional<PrefillRunner> held;
   agreed(world, [&] {
     held.emplace(e, point.context, config.run.check || config.output.tensors);
     load(e, *held, source);
   });
-  e.connect(*session.layouts);
-  Prefill& prefill = *held;
+  e.connect(*session.grid);
+  PrefillRunner& prefill = *held;
 
   const std::vector<ModeRun> runs = mode_runs(config, point);
   StepOptions base;
@@ -115,7 +115,7 @@ MemoryAccount run_prefill(const Session& session, const Config& config, const Po
   if (config.run.check || config.output.tensors) expected = record_run(session, e, prefill, source, base, record);
   prefill.watch(nullptr);  // nothing beside the timed work
 
-  Recorder recorder(e.device(), e.streams.compute);
+  StageTimer timer(e.device(), e.streams.compute);
   Samples samples;
   const double all = static_cast<double>(runs.size()), steps = static_cast<double>(config.run.steps);
   double passes = 0;
@@ -124,13 +124,13 @@ MemoryAccount run_prefill(const Session& session, const Config& config, const Po
     samples = {};
     passes = 0;
     record.stop_reason = measure(world, runs, config.run.min_time, samples, [&](const ModeRun& run, auto&& sink) {
-      recorder.time_stages(run.stages);
+      timer.set_per_stage(run.stages);
       const bool same_step = run.options.leave_out < 0 && run.options.force_branch == base.force_branch;
       std::string problem;
       for (std::int64_t rep = 0; rep < config.run.steps; ++rep) {
         if (session.stop->now_and_then()) return false;
         if (config.model.layers > 1) prefill.load_rows(source);  // the residual stream was written over
-        sink(recorder.step([&] { prefill.run(recorder, run.options); }));
+        sink(timer.step([&] { prefill.run(timer, run.options); }));
         progress(std::min(passes += 1 / steps, all), all, run.name);
         if (config.run.check && same_step && problem.empty()) problem = problem_of(e, left_by(e, prefill), expected);
       }

@@ -13,12 +13,12 @@ namespace nsa {
 
 /// What a rank needs to take part: collective over `world`.
 struct Session {
-  Control world;
+  ControlComm world;
   Backend backend;
-  std::shared_ptr<Layouts> layouts;  ///< kept from point to point
-  std::shared_ptr<StopPoll> stop;    ///< asked between steps and points
-  std::string input_hash;            ///< SHA-256 of [input] file, on rank 0; empty without one
-  bool strict = false;               ///< a fallback makes the point INVALID
+  std::shared_ptr<ProcessGrid> grid;  ///< kept from point to point
+  std::shared_ptr<StopPoll> stop;     ///< asked between steps and points
+  std::string input_hash;             ///< SHA-256 of [input] file, on rank 0; empty without one
+  bool strict = false;                ///< a fallback makes the point INVALID
 };
 
 /// `progress(done, total, what)` is called on every rank now and then.

@@ -7,13 +7,13 @@
 
 namespace nsa {
 
-void fail_where(const Control& world, const std::string& problem, PointRecord& record) {
+void fail_where(const ControlComm& world, const std::string& problem, PointRecord& record) {
   const std::vector<std::string> problems = world.gather(problem);
   for (std::size_t r = 0; r < problems.size(); ++r)
     if (!problems[r].empty()) record.fail("rank " + std::to_string(r) + ": " + problems[r]);
 }
 
-void keep_records(const Control& world, Engine& e, const TensorSource& source, const CheckResult& checked,
+void keep_records(const ControlComm& world, ModelShard& e, const TensorSource& source, const CheckResult& checked,
                   StepTensors* tensors, std::int64_t positions, PointRecord& record) {
   if (e.config.run.check) {
     record.max_abs_err = std::max(record.max_abs_err, world.max(checked.max_abs_err));
@@ -28,7 +28,7 @@ void keep_records(const Control& world, Engine& e, const TensorSource& source, c
   keep(compressed_tensors(e, positions, world));
 }
 
-void finish_point(const Control& world, Engine& e, const Samples& samples, PointRecord& record) {
+void finish_point(const ControlComm& world, ModelShard& e, const Samples& samples, PointRecord& record) {
   record.warmup_reps = e.config.run.warmup;
   record.time = gather_times(world, samples);
   const Phase phase = e.config.kind == TaskKind::prefill ? Phase::prefill : Phase::decode;
@@ -39,7 +39,7 @@ void finish_point(const Control& world, Engine& e, const Samples& samples, Point
     record.route_reasons[c] = e.routes.of(phase, c).reason;
     record.route_kernels[c] = fmt::format("{}", fmt::join(e.routes.of(phase, c).ran, ", "));
   }
-  record.exchange = (e.partition.kv > 1 ? e.peers->kv : e.peers->heads).transport();
+  record.exchange = (e.partition.kv > 1 ? e.comms->kv : e.comms->heads).transport();
   record.fallbacks = e.routes.fallbacks(phase);
 }
 

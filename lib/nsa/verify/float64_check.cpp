@@ -14,8 +14,8 @@ namespace {
 using Rows = std::vector<float>;  // [rows][width]
 
 // The given rows of a view on this rank; over kv ranks, each row from the rank that holds it.
-Rows fetch(const Work& w, const KvView& view, std::int64_t plane, const std::vector<std::int64_t>& rows) {
-  Engine& e = w.engine;
+Rows fetch(const StepContext& w, const KvView& view, std::int64_t plane, const std::vector<std::int64_t>& rows) {
+  ModelShard& e = w.engine;
   const std::int64_t size = static_cast<std::int64_t>(size_of(e.shape().dtype));
   std::vector<std::byte> stored(rows.size() * view.width * size, std::byte{0});
   for (std::size_t i = 0; i < rows.size(); ++i)
@@ -25,7 +25,7 @@ Rows fetch(const Work& w, const KvView& view, std::int64_t plane, const std::vec
                       static_cast<std::size_t>(view.width * size), e.streams.compute);
   e.device().synchronize(e.streams.compute);
   Rows values = from_storage(stored.data(), rows.size() * view.width, e.shape().dtype);
-  if (w.exchange) e.peers->kv_control.sum(values);
+  if (w.exchange) e.comms->kv_control.sum(values);
   return values;
 }
 
@@ -60,8 +60,8 @@ double attention_error(const std::vector<double>& p, const Rows& v, std::int64_t
 }
 
 // |sum of gated branches - o| of one row and group, at most, for what combine left.
-double combine_error(const Work& w, std::int64_t row, std::int64_t group) {
-  Engine& e = w.engine;
+double combine_error(const StepContext& w, std::int64_t row, std::int64_t group) {
+  ModelShard& e = w.engine;
   const LayerShape& s = e.shape();
   const std::int64_t count = std::int64_t{s.heads_per_group} * s.d_v;
   const std::int64_t at = (row * s.heads() + group * s.heads_per_group) * s.d_v;
@@ -120,8 +120,8 @@ void CheckResult::merge(const CheckResult& other) {
   if (problem.empty()) problem = other.problem;
 }
 
-CheckResult check_row(const Work& w, std::int64_t plane, std::int64_t row, std::int64_t t) {
-  Engine& e = w.engine;
+CheckResult check_row(const StepContext& w, std::int64_t plane, std::int64_t row, std::int64_t t) {
+  ModelShard& e = w.engine;
   const LayerShape& s = e.shape();
   const BlockRules& r = s.rules;
   const std::int64_t group = plane % s.groups, h = s.heads_per_group, heads = s.heads();

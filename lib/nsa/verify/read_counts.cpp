@@ -59,7 +59,7 @@ std::vector<std::int64_t> total_reads(const Config& config, const Point& point) 
   return totals;
 }
 
-ReadTable gather_reads(const Control& world, const RankReads& reads) {
+ReadTable gather_reads(const ControlComm& world, const RankReads& reads) {
   const auto by_branch = [&](const std::vector<std::int64_t>& own) {
     const std::vector<std::int64_t> all = world.gather(own);  // [rank][branch][step]
     std::vector<std::int64_t> table(all.size());

@@ -30,7 +30,7 @@ void expect_prefill(RankReads& reads, const Partition& partition, std::int64_t p
 std::vector<std::int64_t> total_reads(const Config& config, const Point& point);
 
 /// Gathers on rank 0.
-ReadTable gather_reads(const Control& world, const RankReads& reads);
+ReadTable gather_reads(const ControlComm& world, const RankReads& reads);
 
 /// Empty, or where counted and expected differ: on a rank, or in sum over the ranks against `totals` [branch][step].
 std::string read_problem(const ReadTable& table, const std::vector<std::int64_t>& totals);

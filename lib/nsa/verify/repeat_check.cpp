@@ -10,7 +10,7 @@ namespace nsa {
 
 namespace {
 
-void add_rows(Engine& e, const KvPair& pair, std::int64_t first, std::int64_t last) {
+void add_rows(ModelShard& e, const KvPair& pair, std::int64_t first, std::int64_t last) {
   for (const KvView& view : {pair.k, pair.v})
     if (view.data && first < last)
       e.kernels().checksum({e.shape().dtype, view, e.planes(), first, last, e.checksum.as<std::uint64_t>()},
@@ -35,7 +35,7 @@ double largest(const std::vector<float>& values) {
 
 }  // namespace
 
-std::uint64_t cache_checksum(Engine& e, std::int64_t positions, std::int64_t layers) {
+std::uint64_t cache_checksum(ModelShard& e, std::int64_t positions, std::int64_t layers) {
   const BlockRules& r = e.shape().rules;
   e.device().fill(e.checksum.data(), 0, e.checksum.bytes(), e.streams.compute);
   for (std::int64_t layer = 0; layer < layers; ++layer) {
@@ -48,7 +48,7 @@ std::uint64_t cache_checksum(Engine& e, std::int64_t positions, std::int64_t lay
   return static_cast<std::uint64_t>(download_longs(e, e.checksum.data(), 1)[0]);
 }
 
-StepOutput latest_output(Engine& e, const StepBuffers& b, std::int64_t rows, bool with_y) {
+StepOutput latest_output(ModelShard& e, const StepBuffers& b, std::int64_t rows, bool with_y) {
   const LayerShape& s = e.shape();
   StepOutput output;
   if (rows == 0) return output;
@@ -66,10 +66,12 @@ std::string output_problem(const StepOutput& output, const StepOutput& expected,
               : "a measured step gave another output (by " + std::to_string(std::max(o, y)) + ") than the checked one";
 }
 
-std::string pass_problem(const Control& world, const Engine& e, const StepOutput& output, const StepOutput& expected) {
+std::string pass_problem(const ControlComm& world, const ModelShard& e, const StepOutput& output,
+                         const StepOutput& expected) {
   const KernelTable& kernels = e.kernels();
   const bool other_blocks = output.selected != expected.selected;
-  const bool other_arithmetic = kernels.decode_enter || kernels.decode_step || output.fallbacks != expected.fallbacks;
+  const bool other_arithmetic =
+      kernels.decode_prologue || kernels.decode_step || output.fallbacks != expected.fallbacks;
   const bool alike = world.max(std::int64_t{other_blocks}) == 0,
              same_way = world.max(std::int64_t{other_arithmetic}) == 0;
   if (other_blocks && same_way) return "a measured pass chose other blocks than the checked one";

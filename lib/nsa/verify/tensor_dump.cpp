@@ -18,7 +18,7 @@ void SharedTensor::put(std::int64_t b, std::int64_t row, std::int64_t column, co
   std::copy_n(values, count, record_.values.begin() + (b * rows_ + row) * columns_ + column);
 }
 
-TensorRecord SharedTensor::reduce(const Control& world, bool as_integers) {
+TensorRecord SharedTensor::reduce(const ControlComm& world, bool as_integers) {
   world.sum(record_.values);
   if (as_integers) {
     record_.integers.assign(record_.values.begin(), record_.values.end());
@@ -27,8 +27,8 @@ TensorRecord SharedTensor::reduce(const Control& world, bool as_integers) {
   return std::move(record_);
 }
 
-StepTensors::StepTensors(Engine& e, std::int64_t positions)
-    : engine_(e),
+StepTensors::StepTensors(ModelShard& e, std::int64_t positions)
+    : shard_(e),
       q_("q", {e.point.batch, positions, e.config.model.n_heads, e.config.model.d_k}, {"batch", "row", "head", "d_k"},
          positions),
       gate_("gate", {e.point.batch, positions, e.config.model.n_kv_groups, 3}, {"batch", "row", "group", "branch"},
@@ -50,8 +50,8 @@ StepTensors::StepTensors(Engine& e, std::int64_t positions)
         std::vector<std::string>{"batch", "row", "head", "d_v"}, positions);
 }
 
-void StepTensors::take(const Work& w, std::int64_t row, bool shared) {
-  Engine& e = engine_;
+void StepTensors::take(const StepContext& w, std::int64_t row, bool shared) {
+  ModelShard& e = shard_;
   const LayerShape& s = e.shape();
   const StepBuffers& b = w.buffers;
   const std::int64_t rows = w.tile.rows(), heads = s.heads(),
@@ -81,7 +81,7 @@ void StepTensors::take(const Work& w, std::int64_t row, bool shared) {
     put(y_, download(e, b.y.as<float>() + w.first_row * s.dim, rows * s.dim, DType::f32), 0);
 }
 
-std::vector<TensorRecord> StepTensors::reduce(const Control& world) {
+std::vector<TensorRecord> StepTensors::reduce(const ControlComm& world) {
   std::vector<TensorRecord> list;
   list.push_back(q_.reduce(world));
   list.push_back(gate_.reduce(world));
@@ -89,11 +89,11 @@ std::vector<TensorRecord> StepTensors::reduce(const Control& world) {
   list.push_back(selected_.reduce(world, true));
   for (SharedTensor& branch : o_branch_) list.push_back(branch.reduce(world));
   list.push_back(o_.reduce(world));
-  if (engine_.config.run.scope == Scope::layer) list.push_back(y_.reduce(world));
+  if (shard_.config.run.scope == Scope::layer) list.push_back(y_.reduce(world));
   return list;
 }
 
-std::vector<TensorRecord> input_tensors(const Engine& e, const TensorSource& source, bool on_this_rank) {
+std::vector<TensorRecord> input_tensors(const ModelShard& e, const TensorSource& source, bool on_this_rank) {
   std::vector<TensorRecord> list;
   if (!on_this_rank) return list;
   const auto add = [&](const std::string& name, const std::vector<std::int64_t>& shape, float scale,
@@ -129,7 +129,7 @@ std::vector<TensorRecord> input_tensors(const Engine& e, const TensorSource& sou
   return list;
 }
 
-std::vector<TensorRecord> compressed_tensors(Engine& e, std::int64_t positions, const Control& world) {
+std::vector<TensorRecord> compressed_tensors(ModelShard& e, std::int64_t positions, const ControlComm& world) {
   const Partition& p = e.partition;
   const LayerShape& s = p.shape;
   const std::int64_t tokens = compressed_tokens(s.rules, positions - 1);

@@ -17,7 +17,7 @@ class SharedTensor {
   /// values: consecutive columns from `column` on of row `row` of sequence `b`.
   void put(std::int64_t b, std::int64_t row, std::int64_t column, const float* values, std::int64_t count);
   /// Collective; complete on rank 0.
-  TensorRecord reduce(const Control& world, bool as_integers = false);
+  TensorRecord reduce(const ControlComm& world, bool as_integers = false);
 
  private:
   TensorRecord record_;
@@ -27,20 +27,20 @@ class SharedTensor {
 /// The stage tensors of R recorded positions (design section 7): q, gate, p_slc, selected, o_cmp, o_sel, o_win, o, y.
 class StepTensors {
  public:
-  StepTensors(Engine& engine, std::int64_t positions);
+  StepTensors(ModelShard& engine, std::int64_t positions);
   /// Takes the work's tile, whose row of sequence b at position first + j is recorded as row `row` + j.
   /// `shared`: every kv rank computed these rows (decode), so that one of them speaks.
-  void take(const Work& work, std::int64_t row, bool shared);
-  std::vector<TensorRecord> reduce(const Control& world);
+  void take(const StepContext& work, std::int64_t row, bool shared);
+  std::vector<TensorRecord> reduce(const ControlComm& world);
 
  private:
-  Engine& engine_;
+  ModelShard& shard_;
   SharedTensor q_, gate_, p_slc_, selected_, o_, y_;
   std::vector<SharedTensor> o_branch_;
 };
 
 /// x and weights (or q, k, v, gates) as the run used them, rounded to storage; and the compressed tokens.
-std::vector<TensorRecord> input_tensors(const Engine& engine, const TensorSource& source, bool on_this_rank);
-std::vector<TensorRecord> compressed_tensors(Engine& engine, std::int64_t positions, const Control& world);
+std::vector<TensorRecord> input_tensors(const ModelShard& engine, const TensorSource& source, bool on_this_rank);
+std::vector<TensorRecord> compressed_tensors(ModelShard& engine, std::int64_t positions, const ControlComm& world);
 
 }  // namespace nsa

@@ -19,7 +19,7 @@ constexpr int block_tokens = 4, tile_blocks = tile_rows / block_tokens;
 /// Whether blocks are scored this way: the shape alone says so. A leaf, and so a chunk, has whole tiles.
 __host__ __device__ inline bool scores_by_tile(const LayerShape& s) {
   const BlockRules& r = s.rules;
-  return r.l == 2 * r.d && r.l_sel == block_tokens * r.d && s.leaf % tile_rows == 0;
+  return r.l == 2 * r.d && r.l_sel == block_tokens * r.d && s.lse.segment % tile_rows == 0;
 }
 
 /// Whether the walk of a sharded step leaves sums by tile for rank, which keeps lists of 16 then.

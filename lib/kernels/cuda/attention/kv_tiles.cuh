@@ -49,8 +49,9 @@ __device__ __forceinline__ Unit rows_from(const RowMap& map, std::int64_t begin,
 template <Branch B>
 __device__ __forceinline__ int unit_count(const LayerShape& s, const RowMap& map, std::int64_t t, std::int64_t n) {
   if constexpr (B == cmp) {
-    const int before = shards_of(map) > 1 ? map.before : 0;
-    return static_cast<int>(shards_of(map) > 1 ? owned_chunks(map, n + before, map.rank) : (n + s.leaf - 1) / s.leaf);
+    const int before = shards_of(map) > 1 ? map.halo : 0;
+    return static_cast<int>(shards_of(map) > 1 ? owned_chunks(map, n + before, map.rank)
+                                               : (n + s.lse.segment - 1) / s.lse.segment);
   } else if constexpr (B == sel) {
     return s.rules.n_sel;
   } else {
@@ -64,7 +65,7 @@ template <Branch B>
 __device__ __forceinline__ Unit unit_at(const LayerShape& s, const RowMap& map, std::int64_t t, std::int64_t n,
                                         const std::int32_t* selected, int u) {
   if constexpr (B == cmp) {
-    const std::int64_t begin = leaf_at(map, u) * s.leaf, end = begin + s.leaf;
+    const std::int64_t begin = leaf_at(map, u) * s.lse.segment, end = begin + s.lse.segment;
     return rows_from(map, begin, end < n ? end : n);
   } else if constexpr (B == sel) {
     const std::int64_t begin = std::int64_t{selected[u]} * s.rules.l_sel, end = begin + s.rules.l_sel;
@@ -79,7 +80,7 @@ __device__ __forceinline__ Unit unit_at(const LayerShape& s, const RowMap& map, 
 /// A warp takes a unit by tiles of 32 tokens, `tiles_per_unit` of them.
 constexpr int tile_rows = 32;
 __host__ __device__ inline int tiles_per_unit(Branch branch, const LayerShape& s) {
-  const std::int64_t tokens = branch == cmp ? s.leaf : branch == sel ? s.rules.l_sel : window_unit;
+  const std::int64_t tokens = branch == cmp ? s.lse.segment : branch == sel ? s.rules.l_sel : window_unit;
   return static_cast<int>((tokens + tile_rows - 1) / tile_rows);
 }
 
@@ -103,17 +104,17 @@ struct Tiles {
     const int u = per_unit == 2 ? i / 2 : i / per_unit, at = (i - u * per_unit) * tile_rows;
     if (!whole) {
       if constexpr (B == cmp)
-        if (map.rank != all_ranks && map.chunk == s.leaf) {  // a leaf is a chunk, and this is the u-th here
-          const int row = u * static_cast<int>(map.stride) + map.before,
+        if (map.rank != all_ranks && map.chunk == s.lse.segment) {  // a leaf is a chunk, and this is the u-th here
+          const int row = u * static_cast<int>(map.stride) + map.halo,
                     column = u * static_cast<int>(score_stride(map)) + static_cast<int>(score_front(map)),
-                    left = n - (u * map.kv + map.rank) * static_cast<int>(s.leaf);
-          return {row + at, min(tile_rows, min(static_cast<int>(s.leaf), left) - at), 0, column + at};
+                    left = n - (u * map.kv + map.rank) * static_cast<int>(s.lse.segment);
+          return {row + at, min(tile_rows, min(static_cast<int>(s.lse.segment), left) - at), 0, column + at};
         }
       return cut(s, map, t, n, selected, u, at);
     }
     int begin, end;
     if constexpr (B == cmp) {
-      begin = u * static_cast<int>(s.leaf), end = min(begin + static_cast<int>(s.leaf), n);
+      begin = u * static_cast<int>(s.lse.segment), end = min(begin + static_cast<int>(s.lse.segment), n);
     } else if constexpr (B == sel) {
       begin = selected[u] * s.rules.l_sel, end = begin < 0 ? begin : min(begin + s.rules.l_sel, t + 1);
     } else {
@@ -155,8 +156,8 @@ inline std::int64_t decode_tiles(Branch branch, const LayerShape& s, const RowMa
       map.ring > 0 ? std::min<std::int64_t>(map.slot_end, map.ring) - map.slot_begin : s.rules.w;
   const std::int64_t units = branch == sel                         ? s.rules.n_sel
                              : branch == win                       ? window / window_unit + 2
-                             : map.rank != all_ranks && map.kv > 1 ? owned_chunks(map, tokens + map.before, map.rank)
-                                                                   : (tokens + s.leaf - 1) / s.leaf;
+                             : map.rank != all_ranks && map.kv > 1 ? owned_chunks(map, tokens + map.halo, map.rank)
+                                                                   : (tokens + s.lse.segment - 1) / s.lse.segment;
   return std::max<std::int64_t>(1, units) * tiles_per_unit(branch, s);
 }
 

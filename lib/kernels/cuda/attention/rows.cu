@@ -7,8 +7,8 @@
 // window rows) are dealt to the CTAs of the row; of every 64 tokens of a unit (a tile) warp w of 4 takes 16. From
 // capability 9.0 on a fifth warp streams the tiles, which lie in one piece, through a ring of shared-memory slots by
 // bulk copies, so that the bytes under way do not depend on registers; before that the warps load from global memory.
-// Either way a lane reads its operands in 16-byte pieces as they lie (mma.cuh). The warps of a CTA meet in its shared
-// memory, the CTAs of a row through their cluster's (9.0) or in scratch (attend.cuh).
+// Either way a lane reads its operands in 16-byte pieces as they lie (primitives/mma.cuh). The warps of a CTA meet in
+// its shared memory, the CTAs of a row through their cluster's (9.0) or in scratch (attention/split_kv.cuh).
 //
 // Leaves: (m, sum) of 16 tokens by one warp, of a leaf's steps by rising step, of the 4 warps by rising warp, of a
 // lane's leaves by rising leaf. None of it depends on the split or on the layout, so every kv layout gets the same
@@ -113,13 +113,14 @@ __device__ __forceinline__ Cta<T, DK, DV, B>::Cta(const Params& params, char* sh
   v = static_cast<const T*>(p.a.v.data) + plane * p.a.v.plane_stride;
   head_at = std::int64_t{row} * s.heads() + group * s.heads_per_group + blockIdx.y * heads_per_tile;
   heads = min(heads_per_tile, s.heads_per_group - static_cast<int>(blockIdx.y) * heads_per_tile);
-  before = B == cmp && shards_of(map) > 1 ? map.before : 0;
+  before = B == cmp && shards_of(map) > 1 ? map.halo : 0;
   wait_for_previous();
   t = *p.a.tile.first_position + row % p.a.tile.tokens;
   if (warp < warps) q.fill(static_cast<const T*>(p.a.q) + head_at * DK, heads, threadIdx.x, 32 * warps);
   n = B == cmp ? compressed_tokens(s.rules, t) : 0;
   if constexpr (B == cmp) {
-    units = static_cast<int>(shards_of(map) > 1 ? owned_chunks(map, n + before, map.rank) : (n + s.leaf - 1) / s.leaf);
+    units = static_cast<int>(shards_of(map) > 1 ? owned_chunks(map, n + before, map.rank)
+                                                : (n + s.lse.segment - 1) / s.lse.segment);
   } else if constexpr (B == sel) {
     units = s.rules.n_sel;
   } else {
@@ -153,7 +154,7 @@ __device__ __forceinline__ Unit Cta<T, DK, DV, B>::rows_from(std::int64_t begin,
 template <class T, int DK, int DV, Branch B>
 __device__ __forceinline__ Unit Cta<T, DK, DV, B>::unit_at(int u) const {
   if constexpr (B == cmp) {
-    const std::int64_t begin = leaf_at(map, u) * s.leaf, end = begin + s.leaf;
+    const std::int64_t begin = leaf_at(map, u) * s.lse.segment, end = begin + s.lse.segment;
     return rows_from(begin, end < n ? end : n);
   } else if constexpr (B == sel) {
     const std::int64_t j = p.a.selected[std::int64_t{row_group} * s.rules.n_sel + u];
@@ -390,7 +391,7 @@ __device__ __forceinline__ void Cta<T, DK, DV, B>::merge_warps(float* warp_o, fl
 // The warps' (m, sum) to leaves, leaves to lanes by rising leaf: this rank's u-th leaf is in its slot u % present.
 template <class T, int DK, int DV, Branch B>
 __device__ __forceinline__ void Cta<T, DK, DV, B>::merge_lanes(int first, int step) const {
-  const int present = s.lanes / shards_of(map);
+  const int present = s.lse.buckets / shards_of(map);
   const std::int64_t row_heads = p.a.tile.rows() * s.heads();
   const float2* leaves = p.leaves + list * p.most_units * warps * heads_per_tile;
   for (int item = first; item < present * heads_per_tile; item += step) {
@@ -484,9 +485,8 @@ std::int64_t most_units(Branch branch, const LayerShape& s, const RowMap& map, s
   if (branch == sel) return s.rules.n_sel;
   if (branch == win) return s.rules.w / window_unit + 2;
   const std::int64_t tokens = compressed_tokens(s.rules, positions - 1);
-  return std::max<std::int64_t>(1, map.rank != all_ranks && map.kv > 1
-                                       ? owned_chunks(map, tokens + map.before, map.rank)
-                                       : (tokens + s.leaf - 1) / s.leaf);
+  return std::max<std::int64_t>(1, map.rank != all_ranks && map.kv > 1 ? owned_chunks(map, tokens + map.halo, map.rank)
+                                                                       : (tokens + s.lse.segment - 1) / s.lse.segment);
 }
 
 // CTAs enough to fill every SM with two, no more than the row has tiles; up to a cluster's worth.
@@ -533,7 +533,7 @@ bool rows_accept(const LayerShape& s, const QueryTile&) {
 std::size_t rows_scratch(const LayerShape& s, const QueryTile& tile) {
   if (!rows_accept(s, tile)) return 0;
   const std::int64_t lists = lists_of(s, tile),
-                     leaves = compressed_tokens(s.rules, tile.max_positions - 1) / s.leaf + 2;
+                     leaves = compressed_tokens(s.rules, tile.max_positions - 1) / s.lse.segment + 2;
   const std::int64_t parts = std::max<std::int64_t>(4 * limits().units, 16 * std::min<std::int64_t>(lists, 16));
   return static_cast<std::size_t>(parts * split_floats(s)) * sizeof(float) +
          static_cast<std::size_t>(lists * leaves * warps * heads_per_tile) * sizeof(float2);

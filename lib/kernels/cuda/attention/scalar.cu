@@ -123,13 +123,13 @@ __device__ void Cta<T, B>::compressed(int split) {
   const RowMap& map = p.a.k.map;
   const std::int64_t n = compressed_tokens(s.rules, t), rows = p.a.tile.rows();
   const bool sharded = map.rank != all_ranks && map.kv > 1;
-  const int kv = sharded ? map.kv : 1, present = s.lanes / kv;
-  const int before = map.rank != all_ranks && map.chunk != INT64_MAX ? map.before : 0;
+  const int kv = sharded ? map.kv : 1, present = s.lse.buckets / kv;
+  const int before = map.rank != all_ranks && map.chunk != INT64_MAX ? map.halo : 0;
   for (int slot = split; slot < present; slot += p.splits) {
     MaxSum lane_total[heads_per_tile / warps];
     const std::int64_t x = std::int64_t{slot} * kv + (sharded ? map.rank : 0);
-    for (std::int64_t c = x; c * s.leaf - before < n; c += s.lanes) {
-      const std::int64_t begin = c * s.leaf, end = begin + s.leaf < n ? begin + s.leaf : n;
+    for (std::int64_t c = x; c * s.lse.segment - before < n; c += s.lse.buckets) {
+      const std::int64_t begin = c * s.lse.segment, end = begin + s.lse.segment < n ? begin + s.lse.segment : n;
       const std::int64_t chunk = chunk_of(map, begin);
       if (before > 0 && c > 0) tokens(chunk, begin - before, begin < n ? begin : n, true);
       for (auto& l : leaf) l = {};

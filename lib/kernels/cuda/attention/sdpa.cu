@@ -43,10 +43,10 @@ std::int64_t span_columns(const LayerShape& s, const QueryTile& tile) {
 /// Memory rows of a rank's own chunks, halos with them, or of the tokens where they are not cut.
 std::int64_t rows_of(const RowMap& map, std::int64_t tokens) {
   if (!scores_by_chunk(map)) return tokens;
-  const std::int64_t owned = owned_chunks(map, tokens + map.before, map.rank);
+  const std::int64_t owned = owned_chunks(map, tokens + map.halo, map.rank);
   if (owned == 0) return 0;
   const std::int64_t rest = tokens - ((owned - 1) * map.kv + map.rank) * map.chunk;
-  return (owned - 1) * map.stride + map.before + std::clamp<std::int64_t>(rest, 0, map.chunk);
+  return (owned - 1) * map.stride + map.halo + std::clamp<std::int64_t>(rest, 0, map.chunk);
 }
 
 /// The compressed scores go where rank finds them, unless rank forms its own.
@@ -238,7 +238,7 @@ void attend(const AttendArgs& a, bool masked, Stream* stream) {
 }
 
 /// A rank's own rows, halos with them, are at most so many more than its tokens (before < leaf <= chunk).
-std::int64_t most_rows(const LayerShape& s, std::int64_t tokens) { return tokens + 2 * s.leaf + tokens; }
+std::int64_t most_rows(const LayerShape& s, std::int64_t tokens) { return tokens + 2 * s.lse.segment + tokens; }
 
 }  // namespace
 

@@ -1,6 +1,6 @@
 #pragma once
-// A job of attention by matrix products: what dense.cu cuts a branch's work into, and the two kernels beside its
-// products (dense_kernels.cu).
+// A job of attention by matrix products: what attention/sdpa.cu cuts a branch's work into, and the two kernels beside
+// its products (attention/sdpa_kernels.cu).
 
 #include "kernels/cuda/runtime/common.cuh"
 

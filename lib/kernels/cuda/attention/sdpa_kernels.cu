@@ -1,4 +1,4 @@
-// The kernels of attention by matrix products (dense.cu): K and V packed, scores to weights.
+// The kernels of attention by matrix products (attention/sdpa.cu): K and V packed, scores to weights.
 //
 // Bytes: pack reads and writes each K and V row it is to pack once, 16 bytes a thread; soften reads 4 bytes a score
 // twice (the second time from the L2) and writes one of storage type. Bound: memory bandwidth, or for few rows the
@@ -44,7 +44,7 @@ __device__ Column column_at(const Dense& p, const std::int32_t* chosen, std::int
   }
   if (map.chunk == INT64_MAX) return {j, false};
   const std::int64_t chunk = map.rank == all_ranks ? j / map.stride : j / map.stride * map.kv + map.rank;
-  const std::int64_t at = j % map.stride - map.before;
+  const std::int64_t at = j % map.stride - map.halo;
   return {at >= map.chunk ? -1 : chunk * map.chunk + at, at < 0};
 }
 
@@ -144,11 +144,12 @@ __device__ MaxSum compressed_lanes(const Dense& p, const float* scores, std::int
   const LayerShape& s = p.a.shape;
   const RowMap& map = p.a.k.map;
   const bool sharded = map.rank != all_ranks && map.kv > 1;
-  const int kv = sharded ? map.kv : 1, present = s.lanes / kv;
+  const int kv = sharded ? map.kv : 1, present = s.lse.buckets / kv;
   for (int slot = threadIdx.x / 32; slot < present; slot += warps) {
     MaxSum lane;
-    for (std::int64_t c = std::int64_t{slot} * kv + (sharded ? map.rank : 0); c * s.leaf < n; c += s.lanes) {
-      const std::int64_t begin = c * s.leaf, end = begin + s.leaf < n ? begin + s.leaf : n;
+    for (std::int64_t c = std::int64_t{slot} * kv + (sharded ? map.rank : 0); c * s.lse.segment < n;
+         c += s.lse.buckets) {
+      const std::int64_t begin = c * s.lse.segment, end = begin + s.lse.segment < n ? begin + s.lse.segment : n;
       const std::int64_t column = sharded ? row_in_chunk(map, c, begin) : begin;
       lane = merge_powers(lane, leaf_sum(scores, column, end - begin));
     }
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(threads) spread(const __grid_constant__ Dense 
     const float score = i < p.columns ? scores[i] : 0.0f;
     __syncthreads();
     if (i < p.columns)
-      scores[i / map.stride * score_stride(map) + score_front(map) - map.before + i % map.stride] = score;
+      scores[i / map.stride * score_stride(map) + score_front(map) - map.halo + i % map.stride] = score;
     __syncthreads();
   }
 }
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(threads) spread(const __grid_constant__ Dense 
 template <Branch B>
 void weigh_branch(const Dense& p, Stream* stream) {
   const LayerShape& s = p.a.shape;
-  const std::size_t lanes = B == cmp ? s.lanes * sizeof(MaxSum) : 0;
+  const std::size_t lanes = B == cmp ? s.lse.buckets * sizeof(MaxSum) : 0;
   with_type(s.dtype, [&](auto type) {
     auto* kernel = soften<decltype(type), B>;
     allow_shared(kernel, lanes);

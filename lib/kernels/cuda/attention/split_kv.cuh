@@ -16,7 +16,7 @@ constexpr int heads_per_tile = 16;  ///< query heads of a group that share one p
 
 /// Units of a branch at most, on this rank.
 inline std::int64_t units_of(Branch branch, const LayerShape& s, const RowMap& map) {
-  if (branch == cmp) return map.rank == all_ranks ? s.lanes : std::max(1, s.lanes / map.kv);
+  if (branch == cmp) return map.rank == all_ranks ? s.lse.buckets : std::max(1, s.lse.buckets / map.kv);
   return branch == sel ? s.rules.n_sel : (std::int64_t{s.rules.w} + window_unit - 1) / window_unit;
 }
 
@@ -31,7 +31,7 @@ inline int decode_head_tiles(const LayerShape& s) {
 /// exactly. A chunk holds whole window units.
 inline bool reads_kv_map(Branch branch, const LayerShape& s, const RowMap& map) {
   if (map.ring > 0) return branch == win && map.ring == s.rules.w;
-  if (map.chunk == INT64_MAX) return map.before == 0;
+  if (map.chunk == INT64_MAX) return map.halo == 0;
   return map.kv > 1 && (branch != win || (map.rank == all_ranks && map.chunk % window_unit == 0));
 }
 

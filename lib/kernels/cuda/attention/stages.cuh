@@ -5,15 +5,15 @@
 
 namespace nsa::gpu {
 
-/// Any shape, any type: scalar arithmetic, one CTA a (row, group, split). attend.cu
+/// Any shape, any type: scalar arithmetic, one CTA a (row, group, split). attention/scalar.cu
 void attend_general(Branch branch, const AttendArgs&, Stream*);
 
-/// By matrix products (dense.cu): any shape, and masked where one row's scores of all tokens fit the scratch.
+/// By matrix products (attention/sdpa.cu): any shape, and masked where one row's scores of all tokens fit the scratch.
 void attend_sdpa(Branch branch, const AttendArgs&, Stream*);
 void attend_masked(Branch branch, const AttendArgs&, Stream*);
 bool masked_accepts(const LayerShape&, const QueryTile&);
 
-/// Row by row, 16-bit storage, tensor cores. attend_decode.cu
+/// Row by row, 16-bit storage, tensor cores. attention/rows.cu
 void attend_rows(Branch branch, const AttendArgs&, Stream*);
 bool rows_accept(const LayerShape&, const QueryTile&);
 

@@ -1,6 +1,6 @@
-// A decode step's attention on a rank that holds all K and V. In one kernel where that takes it (step.cu); else cmp
-// with win beside it, rank, sel, and one kernel that merges the parts of all three, normalises and weighs with the
-// gates. No attention kernel waits for its splits to meet.
+// A decode step's attention on a rank that holds all K and V. In one kernel where that takes it
+// (decode/fused/launch.cu); else cmp with win beside it, rank, sel, and one kernel that merges the parts of all three,
+// normalises and weighs with the gates. No attention kernel waits for its splits to meet.
 //
 // Where cmp alone fills the GPU, every CTA takes a share of win and then one of cmp, so that all end together; where it
 // does not, win has CTAs of its own.
@@ -87,7 +87,7 @@ int splits_for(Branch branch, const AttendArgs& a) {
 
 }  // namespace
 
-bool decode_step_accepts(const DecodeStepArgs& a) {
+bool decode_step_accepts(const AttentionArgs& a) {
   const LayerShape& s = a.combine.shape;
   const QueryTile& tile = a.combine.tile;
   bool reads = decode_accepts(s, tile) && a.combine.ranks == 1 && a.rank.lse_ranks == 1;
@@ -98,7 +98,7 @@ bool decode_step_accepts(const DecodeStepArgs& a) {
   return reads;
 }
 
-void decode_step(const DecodeStepArgs& a, Stream* stream) {
+void decode_step(const AttentionArgs& a, Stream* stream) {
   const LayerShape& s = a.combine.shape;
   const QueryTile& tile = a.combine.tile;
   if (tile.rows() == 0) return;

@@ -4,7 +4,8 @@
 // the window's (m, sum), which travel together. weigh: once those of all ranks are there, the parts of both become one
 // weighted vector a head. So the last exchange carries two vectors a head, that one and sel's, instead of three: one is
 // not enough, because sel's normaliser is known only when all have told theirs. combine adds them up.
-// Bytes: as decode.cu; the parts once more. Bound: memory bandwidth on long lists; else launches and exchanges.
+// Bytes: as decode/split_kv/branch.cu; the parts once more. Bound: memory bandwidth on long lists; else launches and
+// exchanges.
 
 #include <algorithm>
 
@@ -19,7 +20,7 @@ namespace {
 constexpr int threads = 128;
 
 // What open() walks: the same for weigh().
-DecodeParams walk_of(const DecodeShardArgs& a) {
+DecodeParams walk_of(const ShardedAttentionArgs& a) {
   const AttendArgs &of_cmp = a.attend[cmp], &of_win = a.attend[win];
   const LayerShape& s = of_cmp.shape;
   const QueryTile& tile = of_cmp.tile;
@@ -65,7 +66,7 @@ DecodeParams walk_of(const DecodeShardArgs& a) {
 
 // A thread has 4 elements of a head.
 template <class T>
-__global__ void __launch_bounds__(threads) combine_ranks(const __grid_constant__ DecodeShardArgs a) {
+__global__ void __launch_bounds__(threads) combine_ranks(const __grid_constant__ ShardedAttentionArgs a) {
   wait_for_previous();
   const LayerShape& s = a.combine.shape;
   const std::int64_t rows = a.combine.tile.rows(), stride = weighted_floats(s, rows), values = rows * s.heads() * s.d_v;
@@ -98,19 +99,19 @@ __global__ void __launch_bounds__(threads) combine_ranks(const __grid_constant__
 
 }  // namespace
 
-bool decode_shard_accepts(const DecodeShardArgs& a) {
+bool decode_shard_accepts(const ShardedAttentionArgs& a) {
   const LayerShape& s = a.combine.shape;
   bool reads = decode_accepts(s, a.combine.tile) && a.combine.tile.rows() > 0 && a.combine.ranks > 1;
   for (const Branch b : {cmp, win}) reads &= reads_kv_map(b, s, a.attend[b].k.map);
   return reads && a.attend[cmp].k.map.rank != all_ranks;
 }
 
-void decode_open(const DecodeShardArgs& a, Stream* stream) {
+void decode_open(const ShardedAttentionArgs& a, Stream* stream) {
   DecodeMeeting meeting{walk_of(a)};
   DecodeParams& walk = meeting.walk;
   launch_decode(walk, stream);
   const LayerShape& s = walk.shape;
-  const std::int64_t lanes = s.lanes / a.combine.ranks;
+  const std::int64_t lanes = s.lse.buckets / a.combine.ranks;
   meeting.lanes = true;
   meeting.sums = walk.lse + lanes * walk.tile.rows() * s.heads() * 2;
   if (!a.weighted)
@@ -119,9 +120,9 @@ void decode_open(const DecodeShardArgs& a, Stream* stream) {
   launch_meeting(meeting, stream);
 }
 
-void decode_weigh(const DecodeShardArgs& a, Stream* stream) { launch_weighing(walk_of(a), a, stream); }
+void decode_weigh(const ShardedAttentionArgs& a, Stream* stream) { launch_weighing(walk_of(a), a, stream); }
 
-void decode_combine(const DecodeShardArgs& a, Stream* stream) {
+void decode_combine(const ShardedAttentionArgs& a, Stream* stream) {
   const LayerShape& s = a.combine.shape;
   const std::int64_t items = a.combine.tile.rows() * s.heads() * (s.d_v / 4);
   with_type(s.dtype, [&](auto type) {

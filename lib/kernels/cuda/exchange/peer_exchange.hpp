@@ -1,5 +1,5 @@
 #pragma once
-// Small exchanges through the memory of the GPUs of one host (peer_exchange.cu), seen from host code.
+// Small exchanges through the memory of the GPUs of one host (exchange/peer_exchange.cu), seen from host code.
 
 #include <array>
 #include <cstddef>

@@ -32,7 +32,7 @@ __device__ __forceinline__ TokenRange completed(const LayerShape& s, const Query
 __device__ __forceinline__ bool is_wanted(const KvView& cmp, bool fill_halo, std::int64_t i) {
   const RowMap& m = cmp.map;
   const std::int64_t c = chunk_of(m, i);
-  return has_chunk(m, c) || (fill_halo && m.before > 0 && i >= (c + 1) * m.chunk - m.before && has_chunk(m, c + 1));
+  return has_chunk(m, c) || (fill_halo && m.halo > 0 && i >= (c + 1) * m.chunk - m.halo && has_chunk(m, c + 1));
 }
 
 template <class T>
@@ -41,7 +41,7 @@ __device__ void write_token(const KvView& cmp, bool fill_halo, std::int64_t plan
   T* data = static_cast<T*>(cmp.data);
   const std::int64_t c = chunk_of(m, i);
   if (has_chunk(m, c)) store(&data[offset_in_chunk(cmp, plane, c, i) + e], value);
-  if (fill_halo && m.before > 0 && m.rank != all_ranks && i >= (c + 1) * m.chunk - m.before && has_chunk(m, c + 1))
+  if (fill_halo && m.halo > 0 && m.rank != all_ranks && i >= (c + 1) * m.chunk - m.halo && has_chunk(m, c + 1))
     store(&data[offset_in_chunk(cmp, plane, c + 1, i) + e], value);
 }
 

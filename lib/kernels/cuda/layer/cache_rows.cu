@@ -70,7 +70,7 @@ __global__ void fill_rows_kernel(FillRowsArgs a) {
   const RowMap& map = a.dst.map;
   const int width = a.dst.width;
   const std::int64_t rows = a.last - a.first, items = rows * a.batch * a.groups * width;
-  const std::int64_t behind = map.stride == INT64_MAX ? 0 : map.stride - map.before - map.chunk;
+  const std::int64_t behind = map.stride == INT64_MAX ? 0 : map.stride - map.halo - map.chunk;
   for (std::int64_t item = first_item(); item < items; item += item_step()) {
     const std::int64_t e = item % width, i = a.first + item / width % rows, p = item / width / rows;
     const std::int64_t b = p / a.groups, g = p % a.groups;
@@ -85,7 +85,7 @@ __global__ void fill_rows_kernel(FillRowsArgs a) {
     const std::int64_t c = chunk_of(map, i), k = i - (c == 0 ? 0 : c * map.chunk);
     if (has_chunk(map, c)) data[offset_in_chunk(a.dst, p, c, i) + e] = value;
     if (map.rank == all_ranks) continue;
-    if (map.before > 0 && k >= map.chunk - map.before && has_chunk(map, c + 1))
+    if (map.halo > 0 && k >= map.chunk - map.halo && has_chunk(map, c + 1))
       data[offset_in_chunk(a.dst, p, c + 1, i) + e] = value;
     if (k < behind && c > 0 && has_chunk(map, c - 1)) data[offset_in_chunk(a.dst, p, c - 1, i) + e] = value;
   }
@@ -158,7 +158,7 @@ void copy_rows(const CopyRowsArgs& a, Stream* stream) {
   CopyRowsArgs args = a;
   if (map.ring > 0) args.first = std::max(a.first, a.last - map.ring);
   const bool whole = map.chunk == INT64_MAX;
-  args.span_begin = std::max(a.span_begin, whole ? args.first : -std::int64_t{map.before});
+  args.span_begin = std::max(a.span_begin, whole ? args.first : -std::int64_t{map.halo});
   const std::int64_t span = (whole ? std::min(a.span_end, a.last) : a.span_end) - args.span_begin;
   if (span <= 0) return;
   // One chunk more than the rows reach: its halo in front may hold the last of them.

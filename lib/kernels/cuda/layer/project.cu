@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(gate_threads)
 }
 
 struct EnterParams {
-  DecodeEnterArgs a;
+  PrologueArgs a;
   const float* product;  // null: q, k, v and gate are given
   std::int64_t columns;
   bool compresses;
@@ -273,7 +273,7 @@ void project(const ProjectArgs& a, Stream* stream) {
   });
 }
 
-void decode_enter(const DecodeEnterArgs& a, Stream* stream) {
+void decode_prologue(const PrologueArgs& a, Stream* stream) {
   const LayerShape& s = a.append[sel].shape;
   const QueryTile& tile = a.append[sel].tile;
   if (tile.rows() == 0) return;

@@ -17,8 +17,8 @@ void checksum(const ChecksumArgs&, Stream*);
 void fill_rows(const FillRowsArgs&, Stream*);
 void advance(const AdvanceArgs&, Stream*);
 
-/// project, append and compress of a decode step in two launches. project.cu
-void decode_enter(const DecodeEnterArgs&, Stream*);
+/// project, append and compress of a decode step in two launches. layer/project.cu
+void decode_prologue(const PrologueArgs&, Stream*);
 
 /// Bytes of scratch a stage needs.
 std::size_t project_scratch(const LayerShape&, const QueryTile&);

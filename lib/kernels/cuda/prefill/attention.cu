@@ -9,7 +9,7 @@
 
 namespace nsa::gpu {
 
-bool prefill_step_accepts(const DecodeStepArgs& a) {
+bool prefill_step_accepts(const AttentionArgs& a) {
   const LayerShape& s = a.combine.shape;
   const QueryTile& tile = a.combine.tile;
   bool whole = tile.rescores && tile.tokens > 1 && a.combine.ranks == 1 && !a.attend[cmp].scores_only;
@@ -18,7 +18,7 @@ bool prefill_step_accepts(const DecodeStepArgs& a) {
          prefill_sel_accepts(s, a.attend[sel].k.map) && prefill_sel_pays(s, tile);
 }
 
-void prefill_step(const DecodeStepArgs& a, Stream* stream) {
+void prefill_step(const AttentionArgs& a, Stream* stream) {
   const CombineArgs& combine = a.combine;
   attend_prefill_gated(a.attend[cmp], a.attend[win], combine.gate, stream);
   RankArgs rank = a.rank;

@@ -11,7 +11,7 @@ bool tiles_shape(const LayerShape& s) {
   const int ratio = r.l_sel / r.d;
   return limits().capability == 90 && s.dtype != DType::f32 && s.d_k == s.d_v && (s.d_k == 64 || s.d_k == 128) &&
          s.heads_per_group <= heads_per_tile && dense_tokens % ratio == 0 && (r.l - 1) / r.d <= most_lead &&
-         s.leaf % 8 == 0 && r.n_sel <= 32;
+         s.lse.segment % 8 == 0 && r.n_sel <= 32;
 #else
   (void)s;
   return false;

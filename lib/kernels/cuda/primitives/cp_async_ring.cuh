@@ -4,7 +4,7 @@
 //
 // A row is cut into 16-byte pieces; of every 8 pieces (128 bytes) piece c of row r lies at c ^ (r / 4), so that the
 // same column's pieces of eight rows that are multiples of 4 apart fall into different banks: those are read together
-// (engine_tensor.cuh).
+// (decode/split_kv/warp_tile_mma.cuh).
 
 #include "kernels/cuda/runtime/common.cuh"
 

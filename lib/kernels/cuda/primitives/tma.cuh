@@ -22,7 +22,7 @@ CUtensorMap query_map(const void* q, DType type, std::int64_t rows, int heads, i
 
 /// Whole sequences or gathered chunks whose boxes lie in one piece: what the tensor copies of prefill read.
 inline bool map_is_whole(const RowMap& m) {
-  return m.ring == 0 && (m.chunk == INT64_MAX ? m.before == 0 : m.rank == all_ranks && m.kv > 1);
+  return m.ring == 0 && (m.chunk == INT64_MAX ? m.halo == 0 : m.rank == all_ranks && m.kv > 1);
 }
 
 /// Where row i of such a map lies: its row in memory, and whose. One thread feeds many with it, so the divisions have
@@ -34,7 +34,7 @@ __device__ __forceinline__ Place place_of(const RowMap& m, int i) {
   if (m.chunk == INT64_MAX) return {i, 0};
   const int c = static_cast<int>(static_cast<unsigned>(i) / static_cast<unsigned>(m.chunk));
   const int turn = static_cast<int>(static_cast<unsigned>(c) / static_cast<unsigned>(m.kv));
-  return {turn * static_cast<int>(m.stride) + m.before + i - c * static_cast<int>(m.chunk), c - turn * m.kv};
+  return {turn * static_cast<int>(m.stride) + m.halo + i - c * static_cast<int>(m.chunk), c - turn * m.kv};
 }
 
 /// Rows of the largest box that divides both `tile` rows and the map's chunks.

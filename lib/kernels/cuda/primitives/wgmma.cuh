@@ -1,6 +1,6 @@
 #pragma once
 // Hopper's warpgroup products (wgmma, sm_90a): 64 rows by N columns by 16, fp32 accumulation, operands of 16 bits in
-// shared memory under the 128-byte swizzle of the tensor copies (tensor_map.cuh), or A in registers.
+// shared memory under the 128-byte swizzle of the tensor copies (primitives/tma.cuh), or A in registers.
 //
 // A swizzled box is [rows][64 elements]: 128 bytes a row, 1024-byte aligned. The accumulator of warp w of the four
 // holds rows 16w .. 16w+15: lane = 4 * g + t has rows g and g + 8, columns 8j + 2t and 8j + 2t + 1, as d[4j .. 4j+3].

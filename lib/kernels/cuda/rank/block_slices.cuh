@@ -1,6 +1,6 @@
 #pragma once
-// What a CTA of rank (rank.cu) does first: the normalisers of its list's heads, then the scores of the blocks of its
-// slice, from the raw scores that attend_cmp left.
+// What a CTA of rank (rank/rank.cu) does first: the normalisers of its list's heads, then the scores of the blocks of
+// its slice, from the raw scores that attend_cmp left.
 
 #include "kernels/cuda/attention/block_scores.cuh"
 #include "kernels/cuda/attention/block_sums.cuh"
@@ -31,7 +31,7 @@ struct RankParams {
   bool in_scratch;           // keys
   int cluster;               // CTAs of a list
   bool counted;              // slices are small
-  bool by_tile;              // blocks are scored: rank_tiles.cuh
+  bool by_tile;              // blocks are scored: rank/from_raw_scores.cuh
   TileSums sums;             // from these, where the walk left them
   RankRun run;
 };
@@ -55,10 +55,10 @@ struct RankColumns {
 __device__ inline RankColumns written_columns(const RankParams& p, std::int64_t n) {
   const RowMap& m = p.a.cmp_map;
   if (m.chunk == INT64_MAX) return {0, static_cast<int>(n)};
-  const std::int64_t chunks = owned_chunks(m, n + m.before, m.rank);
+  const std::int64_t chunks = owned_chunks(m, n + m.halo, m.rank);
   if (chunks == 0) return {0, 0};
   const std::int64_t left = n - ((chunks - 1) * m.kv + m.rank) * m.chunk, front = score_front(m);
-  return {static_cast<int>(m.rank == 0 ? front : front - m.before),
+  return {static_cast<int>(m.rank == 0 ? front : front - m.halo),
           static_cast<int>((chunks - 1) * score_stride(m) + front + (left < m.chunk ? left : m.chunk))};
 }
 
@@ -99,8 +99,8 @@ __device__ inline void load_normalisers(const RankParams& p, std::int64_t row, s
   for (int h = threadIdx.x / 32; h < s.heads_per_group; h += blockDim.x / 32) {
     float2 by[1];
     normalisers_of(
-        s.lanes, [&](int x, int) { return lse[std::int64_t{x % ranks * slots + x / ranks} * rows * s.heads() + h]; },
-        by);
+        s.lse.buckets,
+        [&](int x, int) { return lse[std::int64_t{x % ranks * slots + x / ranks} * rows * s.heads() + h]; }, by);
     if (threadIdx.x % 32 == 0) normaliser[h] = by[0];
   }
 }

@@ -1,8 +1,8 @@
 #pragma once
-// A CTA of rank scores its slice from the sums that the walk of a sharded step left (tile_sums.cuh), 10 floats of 32 a
-// tile and head: of a tile a lane has one block and four heads, 16 bytes, neighbours side by side. Small slices: a warp
-// a tile. Others: a warp four tiles at a time, so that every lane has a block's score then, and the warp keeps the best
-// 16 in order. Warps wait for nothing before their keys or lists meet.
+// A CTA of rank scores its slice from the sums that the walk of a sharded step left (attention/block_sums.cuh), 10
+// floats of 32 a tile and head: of a tile a lane has one block and four heads, 16 bytes, neighbours side by side. Small
+// slices: a warp a tile. Others: a warp four tiles at a time, so that every lane has a block's score then, and the warp
+// keeps the best 16 in order. Warps wait for nothing before their keys or lists meet.
 
 #include "kernels/cuda/rank/block_slices.cuh"
 

@@ -1,7 +1,7 @@
 #pragma once
-// A CTA of rank scores its slice by tiles (tile_sums.cuh) from raw scores: a warp a tile, 8 lanes its blocks, four of
-// them each a share of the heads; a lane has 16 bytes, its block's four tokens, of each of its heads. The tile's
-// maximum and what lies in front of blocks pass by shuffles; tiles do not wait for one another.
+// A CTA of rank scores its slice by tiles (attention/block_sums.cuh) from raw scores: a warp a tile, 8 lanes its
+// blocks, four of them each a share of the heads; a lane has 16 bytes, its block's four tokens, of each of its heads.
+// The tile's maximum and what lies in front of blocks pass by shuffles; tiles do not wait for one another.
 
 #include "kernels/cuda/rank/block_slices.cuh"
 

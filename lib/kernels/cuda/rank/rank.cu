@@ -1,15 +1,15 @@
 // rank: importance of the selection blocks a rank holds, and the best n; select: the best n of all ranks' candidates.
 //
 // A cluster of up to 8 CTAs a (row, group), one where rows are many or the GPU has no clusters. Where leaves have whole
-// tiles and the geometry is the paper's, blocks are scored by tile (rank_tiles.cuh): from raw scores, read once, or
-// from the 10 floats of 32 that the walk of a sharded step leaves a tile and head. Else the raw scores are read once, 4
-// bytes a head and compressed token, where the tokens of this rank's blocks lie column by column (it holds all, or
-// chunks with the tokens in front of them); else once per overlapping block (1.25 times at the paper's geometry). They
-// come from the L2 where attend_cmp left them. Each CTA scores a slice of the blocks. Small slices: every CTA counts,
-// key by key, how many are better, and puts its best n into the first one's shared memory, which counts once more among
-// those. Large ones: all keys go to the first CTA's shared memory (scratch where they do not fit), where a radix
-// selection of 4 passes finds the n-th largest and one ordered sweep collects. Bound: latency in decode, exponentials
-// (one a head and overlapping token) in prefill.
+// tiles and the geometry is the paper's, blocks are scored by tile (rank/from_raw_scores.cuh): from raw scores, read
+// once, or from the 10 floats of 32 that the walk of a sharded step leaves a tile and head. Else the raw scores are
+// read once, 4 bytes a head and compressed token, where the tokens of this rank's blocks lie column by column (it holds
+// all, or chunks with the tokens in front of them); else once per overlapping block (1.25 times at the paper's
+// geometry). They come from the L2 where attend_cmp left them. Each CTA scores a slice of the blocks. Small slices:
+// every CTA counts, key by key, how many are better, and puts its best n into the first one's shared memory, which
+// counts once more among those. Large ones: all keys go to the first CTA's shared memory (scratch where they do not
+// fit), where a radix selection of 4 passes finds the n-th largest and one ordered sweep collects. Bound: latency in
+// decode, exponentials (one a head and overlapping token) in prefill.
 
 #include <algorithm>
 
@@ -223,7 +223,7 @@ RankRun run_of(const RankArgs& a) {
   const RowMap &cmp = a.cmp_map, &token = a.token_map;
   const int lead = (r.l - 1) / r.d;
   if (cmp.chunk == INT64_MAX && token.chunk == INT64_MAX) return {true, 0, -lead, (lead + 3) / 4 * 4};
-  const bool own = cmp.rank != all_ranks && cmp.rank == token.rank && cmp.kv == token.kv && cmp.before == lead &&
+  const bool own = cmp.rank != all_ranks && cmp.rank == token.rank && cmp.kv == token.kv && cmp.halo == lead &&
                    cmp.chunk * r.d == token.chunk;
   if (!own) return {false, 0, 0, lead};
   const auto stride = static_cast<int>(score_stride(cmp));

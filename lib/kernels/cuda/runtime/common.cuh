@@ -158,7 +158,7 @@ __device__ __forceinline__ MaxSum merge(MaxSum a, MaxSum b) {
 /// front of it, which end where the chunk begins. A sector that only part of the warps' stores fill costs more than one
 /// that is written at once.
 constexpr __host__ __device__ std::int64_t whole_sectors(std::int64_t columns) { return (columns + 7) / 8 * 8; }
-__host__ __device__ inline std::int64_t score_front(const RowMap& map) { return whole_sectors(map.before); }
+__host__ __device__ inline std::int64_t score_front(const RowMap& map) { return whole_sectors(map.halo); }
 __host__ __device__ inline std::int64_t score_stride(const RowMap& map) {
   return score_front(map) + whole_sectors(map.chunk);
 }
@@ -175,7 +175,7 @@ __device__ __forceinline__ std::int64_t score_column(const RowMap& map, std::int
 /// Columns the raw scores of a tile take: enough for every token below `tokens` and the halos in front of chunks.
 inline std::int64_t score_columns(const RowMap& map, std::int64_t tokens) {
   if (!scores_by_chunk(map)) return tokens;
-  const std::int64_t owned = owned_chunks(map, tokens + map.before, map.rank);
+  const std::int64_t owned = owned_chunks(map, tokens + map.halo, map.rank);
   if (owned == 0) return 0;
   const std::int64_t rest = tokens - ((owned - 1) * map.kv + map.rank) * map.chunk;
   return (owned - 1) * score_stride(map) + score_front(map) + (rest < 0 ? 0 : rest < map.chunk ? rest : map.chunk);

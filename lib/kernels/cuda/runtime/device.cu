@@ -17,7 +17,7 @@ namespace nsa {
 
 namespace gpu {
 
-const KernelTable& kernel_table();  // table.cu
+const KernelTable& kernel_table();  // kernel_table.cu
 
 namespace {
 

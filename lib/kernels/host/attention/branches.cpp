@@ -52,7 +52,7 @@ constexpr std::int32_t shared_from = 8;  ///< rows of a sequence from which shar
 void score_halo(const AttendArgs& args, const Widths& w, Worker& worker, const Task& task, std::int64_t c,
                 std::int64_t valid) {
   const RowMap& map = args.k.map;
-  const std::int64_t begin = std::max<std::int64_t>(0, c * map.chunk - map.before);
+  const std::int64_t begin = std::max<std::int64_t>(0, c * map.chunk - map.halo);
   const std::int64_t end = std::min(c * map.chunk, valid);
   for (std::int64_t i = begin; i < end; i += tile_tokens) {
     const int n = static_cast<int>(std::min<std::int64_t>(end - i, tile_tokens));
@@ -65,10 +65,10 @@ void score_halo(const AttendArgs& args, const Widths& w, Worker& worker, const T
 /// K of the piece this thread attends after `run`: of the lane's next leaf, or of the next lane's first.
 const void* next_in_lane(const AttendArgs& args, std::int64_t plane, const Run& run, std::int64_t valid) {
   const LayerShape& s = args.shape;
-  const std::int64_t leaf = run.first / s.leaf, step = holds_all(args.k.map) ? 1 : args.k.map.kv;
+  const std::int64_t leaf = run.first / s.lse.segment, step = holds_all(args.k.map) ? 1 : args.k.map.kv;
   std::int64_t next = run.first + run.tokens;
-  if (next >= (leaf + 1) * s.leaf) next = (leaf + s.lanes) * s.leaf;
-  if (next >= valid) next = (leaf % s.lanes + step) * s.leaf;
+  if (next >= (leaf + 1) * s.lse.segment) next = (leaf + s.lse.buckets) * s.lse.segment;
+  if (next >= valid) next = (leaf % s.lse.buckets + step) * s.lse.segment;
   return next < valid ? at(s.dtype, args.k.data, offset_of(args.k, plane, next)) : nullptr;
 }
 
@@ -78,10 +78,10 @@ void cmp_part(const AttendArgs& args, const Widths& w, Worker& worker, const Tas
   const bool all = holds_all(map);
   if (!all && lane % map.kv != map.rank) return;
   const std::int64_t valid = compressed_tokens(s.rules, task.t0 + task.rows - 1);  // of the last row
-  const std::int64_t halo = all ? 0 : map.before;
-  for (std::int64_t leaf = lane; leaf * s.leaf - halo < valid; leaf += s.lanes) {
+  const std::int64_t halo = all ? 0 : map.halo;
+  for (std::int64_t leaf = lane; leaf * s.lse.segment - halo < valid; leaf += s.lse.buckets) {
     if (halo > 0) score_halo(args, w, worker, task, leaf, valid);
-    for_runs(map, leaf * s.leaf, std::min((leaf + 1) * s.leaf, valid), [&](const Run& run) {
+    for_runs(map, leaf * s.lse.segment, std::min((leaf + 1) * s.lse.segment, valid), [&](const Run& run) {
       Piece piece = piece_of(s.dtype, args.k, args.v, task.plane, run);
       piece.next_k = next_in_lane(args, task.plane, run, valid);
       score_piece(s, w, worker, piece);
@@ -129,7 +129,7 @@ void win_part(const AttendArgs& args, const Widths& w, Worker& worker, const Tas
 
 }  // namespace
 
-int cmp_parts(const LayerShape& s, const QueryTile&) { return s.lanes; }
+int cmp_parts(const LayerShape& s, const QueryTile&) { return s.lse.buckets; }
 
 int win_parts(const LayerShape& s, const QueryTile& tile) {
   const std::int64_t rows = rows_of_task(s, tile);
@@ -139,11 +139,11 @@ int win_parts(const LayerShape& s, const QueryTile& tile) {
 
 void attend_cmp(const AttendArgs& args, Stream*) {
   const RowMap& map = args.k.map;
-  if (!holds_all(map) && map.chunk != args.shape.leaf)
-    throw InternalError("compressed chunks differ from the LSE leaf (the map is cut otherwise than shape.leaf)");
+  if (!holds_all(map) && map.chunk != args.shape.lse.segment)
+    throw InternalError("compressed chunks differ from the LSE leaf (the map is cut otherwise than shape.lse.segment)");
   const std::int64_t last = compressed_tokens(args.shape.rules, *args.tile.first_position + args.tile.tokens - 1) - 1;
   for (std::int64_t c = chunk_of(map, std::max<std::int64_t>(last, 0)); !holds_all(map) && last >= 0; ++c) {
-    if (c * map.chunk - map.before > last) break;
+    if (c * map.chunk - map.halo > last) break;
     const std::int64_t row = row_in_chunk(map, c, std::min(c * map.chunk, last));
     if (has_chunk(map, c) && (row + 1) * args.k.width > args.k.plane_stride)
       throw InternalError("the compressed cache has no memory for the halo in front of a chunk that has no token yet");

@@ -27,7 +27,7 @@ Normaliser merge_lanes(const RankArgs& args, std::int64_t row_head) {
   const std::int64_t row_heads = args.tile.rows() * args.shape.heads();
   const std::int64_t slots = lse_slots(args.shape, args.lse_ranks);
   Normaliser total;
-  for (std::int64_t x = 0; x < args.shape.lanes; ++x) {
+  for (std::int64_t x = 0; x < args.shape.lse.buckets; ++x) {
     const std::int64_t slot = x % args.lse_ranks * slots + x / args.lse_ranks;
     const float* lane = args.lse + (slot * row_heads + row_head) * 2;
     if (lane[0] == -infinity) continue;
@@ -84,9 +84,9 @@ void sum_heads(const RankArgs& args, const RankTask& task, std::int64_t begin, s
   for (std::int32_t j = 0; j < args.shape.heads_per_group; ++j)
     heads.push_back(merge_lanes(args, task.row * args.shape.heads() + task.group * args.shape.heads_per_group + j));
   if (holds_all(map)) return add_run(args, task, heads, 0, begin, end);
-  for (std::int64_t c = begin / map.chunk; c * map.chunk - map.before < end; ++c) {
+  for (std::int64_t c = begin / map.chunk; c * map.chunk - map.halo < end; ++c) {
     if (!has_chunk(map, c)) continue;
-    const std::int64_t first = std::max({begin, c * map.chunk - map.before, std::int64_t{0}});
+    const std::int64_t first = std::max({begin, c * map.chunk - map.halo, std::int64_t{0}});
     add_run(args, task, heads, c, first, std::min(end, (c + 1) * map.chunk));
   }
 }

@@ -53,15 +53,15 @@ std::vector<Tile> compressed_tiles(const AttendArgs& args, const Task& task) {
   const LayerShape& s = args.shape;
   const RowMap& map = args.k.map;
   const bool all = holds_all(map);
-  const std::int64_t valid = compressed_tokens(s.rules, task.t0 + task.rows - 1), halo = all ? 0 : map.before;
+  const std::int64_t valid = compressed_tokens(s.rules, task.t0 + task.rows - 1), halo = all ? 0 : map.halo;
   std::vector<Tile> tiles;
-  for (std::int64_t leaf = all ? 0 : map.rank; leaf * s.leaf - halo < valid; leaf += all ? 1 : map.kv) {
-    const std::int64_t begin = leaf * s.leaf;
+  for (std::int64_t leaf = all ? 0 : map.rank; leaf * s.lse.segment - halo < valid; leaf += all ? 1 : map.kv) {
+    const std::int64_t begin = leaf * s.lse.segment;
     for (std::int64_t i = std::max<std::int64_t>(0, begin - halo); i < std::min(begin, valid); i += tile_tokens) {
       const std::int64_t n = std::min<std::int64_t>(tile_tokens, std::min(begin, valid) - i);
       if (halo > 0) tiles.push_back({{i, static_cast<int>(n)}, 0, leaf, true});
     }
-    add_runs(map, begin, std::min(begin + s.leaf, valid), leaf, false, tiles);
+    add_runs(map, begin, std::min(begin + s.lse.segment, valid), leaf, false, tiles);
   }
   return tiles;
 }
@@ -169,9 +169,9 @@ void merge_all(const AttendArgs& args, const Kind& kind, const Widths& w, Worker
   if (!kind.compressed) return merge_tiles(w, worker, job, worker.total, 0, 1);
   const RowMap& map = args.k.map;
   const int step = holds_all(map) ? 1 : map.kv;
-  for (int lane = step == 1 ? 0 : map.rank; lane < args.shape.lanes; lane += step) {
+  for (int lane = step == 1 ? 0 : map.rank; lane < args.shape.lse.buckets; lane += step) {
     worker.part.clear(w, false);
-    merge_tiles(w, worker, job, worker.part, lane, args.shape.lanes);
+    merge_tiles(w, worker, job, worker.part, lane, args.shape.lse.buckets);
     if (write) write_lane(args, job.task, lane / step, worker.part);
     merge_columns(w.columns, worker.total.m, worker.total.s, worker.part.m, worker.part.s, worker.keep, worker.add);
   }
@@ -235,11 +235,11 @@ Extent extent_of(Branch branch, bool masked, const LayerShape& s, const QueryTil
   if (masked) return {rows, positions, tiles_of(positions, s.rules.l_sel), false};
   if (branch == cmp) {
     const std::int64_t tokens = compressed_tokens(s.rules, positions - 1);
-    return {rows, tokens, 2 * tiles_of(tokens, s.leaf) + tiles_of(tokens, s.leaf), false};
+    return {rows, tokens, 2 * tiles_of(tokens, s.lse.segment) + tiles_of(tokens, s.lse.segment), false};
   }
   if (branch == win) {
     const std::int64_t tokens = std::min<std::int64_t>(s.rules.w + rows - 1, positions);
-    return {rows, tokens, tiles_of(tokens, std::min<std::int64_t>(s.leaf * s.rules.d, positions)), false};
+    return {rows, tokens, tiles_of(tokens, std::min<std::int64_t>(s.lse.segment * s.rules.d, positions)), false};
   }
   const std::int64_t tokens = std::int64_t{s.rules.n_sel} * s.rules.l_sel;
   return {1, tokens, s.rules.n_sel * ((s.rules.l_sel - 1) / tile_tokens + 1), true};

@@ -123,7 +123,7 @@ std::size_t attend_scratch(const LayerShape& s, const QueryTile& tile, int rows_
 int cmp_parts(const LayerShape& s, const QueryTile& tile);
 int win_parts(const LayerShape& s, const QueryTile& tile);
 
-/// dense.cpp
+/// attention/sdpa.cpp
 void attend_cmp_sdpa(const AttendArgs& args, Stream*);
 void attend_sel_sdpa(const AttendArgs& args, Stream*);
 void attend_win_sdpa(const AttendArgs& args, Stream*);

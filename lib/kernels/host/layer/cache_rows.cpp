@@ -77,8 +77,8 @@ void fill_rows(const FillRowsArgs& args, Stream*) {
   const KvView& dst = args.dst;
   const RowMap& map = dst.map;
   const std::int64_t first = map.ring > 0 ? std::max(args.first, args.last - map.ring) : args.first;
-  const std::int64_t behind = map.stride == INT64_MAX ? INT64_MAX : map.stride - map.before;
-  const std::int64_t chunks = chunks_before(map, args.last, -map.before);
+  const std::int64_t behind = map.stride == INT64_MAX ? INT64_MAX : map.stride - map.halo;
+  const std::int64_t chunks = chunks_before(map, args.last, -map.halo);
 #pragma omp parallel
   {
     float values[256];
@@ -87,7 +87,7 @@ void fill_rows(const FillRowsArgs& args, Stream*) {
       const auto column0 = static_cast<std::uint32_t>((args.group_begin + plane % args.groups) * dst.width);
       for (std::int64_t c = 0; c < chunks; ++c) {
         if (!keeps_chunk(map, c)) continue;
-        const std::int64_t begin = std::max({first, chunk_begin(map, c) - map.before, std::int64_t{0}});
+        const std::int64_t begin = std::max({first, chunk_begin(map, c) - map.halo, std::int64_t{0}});
         const std::int64_t end =
             map.ring > 0 ? args.last : std::min(args.last, saturating_add(chunk_begin(map, c), behind));
 #pragma omp for nowait

@@ -40,9 +40,9 @@ bool owns(const KvView& compressed, std::int64_t i) { return has_chunk(compresse
 /// Whether token i is copied in front of the chunk behind its own. That chunk may have no memory yet.
 bool in_halo(const CompressArgs& args, const KvView& compressed, std::int64_t i) {
   const RowMap& map = compressed.map;
-  if (!args.fill_halo || map.before == 0) return false;
+  if (!args.fill_halo || map.halo == 0) return false;
   const std::int64_t next = chunk_of(map, i) + 1;
-  return i >= next * map.chunk - map.before && has_chunk(map, next) &&
+  return i >= next * map.chunk - map.halo && has_chunk(map, next) &&
          (row_in_chunk(map, next, i) + 1) * compressed.width <= compressed.plane_stride;
 }
 

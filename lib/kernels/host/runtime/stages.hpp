@@ -1,5 +1,5 @@
 #pragma once
-// The host twins behind the table; each is described at its arguments in kernel_table.hpp. `*_scratch` is the
+// The host twins behind the table; each is described at its arguments in interface/kernel_table.hpp. `*_scratch` is the
 // scratch the stage takes.
 
 #include <cstddef>

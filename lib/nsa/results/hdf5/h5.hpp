@@ -1,6 +1,6 @@
 #pragma once
 // HDF5, as much of it as the result file needs: handles that close themselves, attributes, columns with named
-// and labelled dimensions. hdf5.h is seen in h5.cpp alone. Everything here throws h5::Error.
+// and labelled dimensions. hdf5.h is seen in results/hdf5/h5.cpp alone. Everything here throws h5::Error.
 
 #include <cstdint>
 #include <functional>

@@ -1,7 +1,7 @@
 #pragma once
-// Blocks scored from the sums that the walk left by tile of 8 blocks (tile_sums.cuh): of a tile a lane takes one block
-// and four heads, 16 bytes, neighbours side by side; the weights and what lies in front of the tile are one exponential
-// a lane, which lanes pass on by shuffles. No shared memory, no meeting.
+// Blocks scored from the sums that the walk left by tile of 8 blocks (attention/block_sums.cuh): of a tile a lane takes
+// one block and four heads, 16 bytes, neighbours side by side; the weights and what lies in front of the tile are one
+// exponential a lane, which lanes pass on by shuffles. No shared memory, no meeting.
 
 #include "kernels/cuda/decode/fused/raw_scores.cuh"
 

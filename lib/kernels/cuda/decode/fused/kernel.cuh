@@ -2,10 +2,11 @@
 // A decode step's attention in one launch: a cluster of 1 to 16 CTAs a (row, group), one CTA of 8 warps an SM.
 //
 // Tiling: cmp's tiles of 32 tokens are dealt to all warps of the cluster; then some warps take the window and the rest
-// the chosen blocks (step_walk.cuh). In between, the tiles' (m, sum) and sums of blocks meet in the L2, and those who
-// take the chosen blocks score and choose them (step_rank.cuh), while the window's warps go on. At the end a CTA adds
-// up its warps' o by branch and sends every CTA of the cluster the columns that one merges, normalises and weighs with
-// the gates. Sums: of blocks, by tile (tile_sums.cuh); where the shape has none, raw scores.
+// the chosen blocks (decode/fused/tile_stream.cuh). In between, the tiles' (m, sum) and sums of blocks meet in the L2,
+// and those who take the chosen blocks score and choose them (decode/fused/rank.cuh), while the window's warps go on.
+// At the end a CTA adds up its warps' o by branch and sends every CTA of the cluster the columns that one merges,
+// normalises and weighs with the gates. Sums: of blocks, by tile (attention/block_sums.cuh); where the shape has none,
+// raw scores.
 //
 // Bytes: K and V once, and 9/8 * heads / (2 * Dk + 2 * Dv) of those of cmp written and read again as sums of blocks
 // (raw scores: 4 * heads / (2 * Dk + 2 * Dv)). Bound: memory bandwidth from some 16 lists of 64K on; with few lists the
@@ -92,8 +93,9 @@ struct Step {
     };
     const Branch second = walk.chooses ? sel : win;
     const int unit = walk.chooses ? s.rules.l_sel : window_unit;
-    courses()[0] = {rows_of(p.k[cmp]),        rows_of(p.v[cmp]), at.among, at.warps, 0,
-                    static_cast<int>(s.leaf), per_leaf,          0,        0,        p.most_tokens};
+    courses()[0] = {
+        rows_of(p.k[cmp]), rows_of(p.v[cmp]), at.among, at.warps, 0, static_cast<int>(s.lse.segment), per_leaf, 0, 0,
+        p.most_tokens};
     courses()[1] = {rows_of(p.k[second]),
                     rows_of(p.v[second]),
                     walk.chooses ? from_last - p.win_warps : from_last,
@@ -116,7 +118,7 @@ struct Step {
         p.leave_out[win] || end <= begin ? 0 : ((end - 1) / window_unit - first_unit + 1) * tiles_per_unit(win, s);
     sel_tiles = p.leave_out[sel] ? 0 : r.n_sel * tiles_per_unit(sel, s);
     if (threadIdx.x % 32 == 0) {
-      const int leaf = static_cast<int>(s.leaf);
+      const int leaf = static_cast<int>(s.lse.segment);
       Course &first = courses()[0], &second = courses()[1];
       first.count = p.leaf(at.n + leaf - 1) * tiles_per_unit(cmp, s);
       first.unit0 = first.low = 0, first.high = at.n;

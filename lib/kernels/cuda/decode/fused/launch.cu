@@ -62,7 +62,7 @@ int few_of(const BlockRules& r) {
   return few * (r.l_sel / r.d) % 2 == 0 ? few : 0;
 }
 
-bool accepts(const DecodeStepArgs& a) {
+bool accepts(const AttentionArgs& a) {
   const LayerShape& s = a.combine.shape;
   const BlockRules& r = s.rules;
   const int tokens = piece_of(r) * (r.l_sel / r.d);  // of a piece
@@ -86,7 +86,7 @@ void place_scores(StepParams& p, float* memory) {
 }
 
 // What the kernel reads and writes.
-StepParams memory_of(const DecodeStepArgs& a) {
+StepParams memory_of(const AttentionArgs& a) {
   StepParams p{};
   p.shape = a.combine.shape;
   p.tile = a.combine.tile;
@@ -126,7 +126,7 @@ void divide(StepParams& p) {
   p.piece = piece_of(r);
   p.by_cluster = Divisor(p.cluster), p.by_share = Divisor(p.share);
   p.by_piece = Divisor(p.piece);
-  p.groups = Divisor(s.groups), p.stride = Divisor(r.d), p.block = Divisor(r.l_sel), p.leaf = Divisor(s.leaf);
+  p.groups = Divisor(s.groups), p.stride = Divisor(r.d), p.block = Divisor(r.l_sel), p.leaf = Divisor(s.lse.segment);
   if (of_win > 0) {
     // By tiles, and a window that begins anywhere has two more. Where warps have several tiles of cmp the window's gain
     // the time of the choice, so half as many will do. Every CTA keeps a warp that scores.
@@ -152,7 +152,7 @@ void launch_step(const StepParams& p, Stream* stream) {
 
 }  // namespace
 
-bool step_in_one(const DecodeStepArgs& a, Stream* stream) {
+bool step_in_one(const AttentionArgs& a, Stream* stream) {
   if (!accepts(a)) return false;
   StepParams p = memory_of(a);
   divide(p);

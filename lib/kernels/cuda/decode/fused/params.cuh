@@ -1,6 +1,6 @@
 #pragma once
-// A decode step's attention in one launch: what the kernel is told. step_kernel.cuh is the kernel, decode_step.cu
-// chooses between it and the launches one after the other.
+// A decode step's attention in one launch: what the kernel is told. decode/fused/kernel.cuh is the kernel,
+// decode/attention.cu chooses between it and the launches one after the other.
 
 #include "kernels/cuda/attention/block_scores.cuh"
 #include "kernels/cuda/decode/split_kv/params.cuh"
@@ -62,8 +62,8 @@ struct StepParams {
   int ratio, lead;                       ///< compressed tokens that begin in a block, and those before it that reach in
 };
 
-/// A decode step in one kernel; false: it does not take the shape, and nothing was launched. step.cu
-bool step_in_one(const DecodeStepArgs& a, Stream* stream);
+/// A decode step in one kernel; false: it does not take the shape, and nothing was launched. decode/fused/launch.cu
+bool step_in_one(const AttentionArgs& a, Stream* stream);
 
 // By type, in files of their own. step_clusters: clusters of that size, CTAs of 8 warps, that run at the same time; 0:
 // none.

@@ -1,8 +1,8 @@
 #pragma once
 // Blocks scored and chosen by the cluster of a list: the sums of tiles to lanes to normalisers by every CTA for itself,
-// then a warp takes 32 blocks at a time (of the paper's; 128 tokens), has their scores (step_scores.cuh, step_sums.cuh)
-// and keeps the best 16 in order in its lanes; or, where warps are many, 16 once. The warps' best meet in the CTA, the
-// CTAs' in every CTA.
+// then a warp takes 32 blocks at a time (of the paper's; 128 tokens), has their scores (decode/fused/raw_scores.cuh,
+// decode/fused/block_sums.cuh) and keeps the best 16 in order in its lanes; or, where warps are many, 16 once. The
+// warps' best meet in the CTA, the CTAs' in every CTA.
 
 #include "kernels/cuda/decode/fused/block_sums.cuh"
 #include "kernels/cuda/decode/fused/raw_scores.cuh"
@@ -71,7 +71,7 @@ struct StepRank {
   __device__ __forceinline__ void merge_lanes(int tiles, int per_leaf) const {
     constexpr int pairs = E::heads / 2;
     const float2* sums = p.leaves + at.list * p.most_tiles * E::heads;
-    const int leaves = per_leaf == 2 ? tiles / 2 : tiles / per_leaf, count = p.shape.lanes;
+    const int leaves = per_leaf == 2 ? tiles / 2 : tiles / per_leaf, count = p.shape.lse.buckets;
 #pragma unroll 1
     for (int item = threadIdx.x; item < count * pairs; item += at.rankers * 32) {
       const int lane = item / pairs;
@@ -120,14 +120,14 @@ struct StepRank {
       MaxSum total[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 ms = first + i * 8 < p.shape.lanes ? from[i * 8 * E::heads] : make_float2(-INFINITY, 0.0f);
+        const float2 ms = first + i * 8 < p.shape.lse.buckets ? from[i * 8 * E::heads] : make_float2(-INFINITY, 0.0f);
         total[i] = {ms.x, ms.y};
       }
 #pragma unroll 1
-      for (int x = 32; x < p.shape.lanes; x += 32)
+      for (int x = 32; x < p.shape.lse.buckets; x += 32)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (x + first + i * 8 < p.shape.lanes) add_lane(total[i], from[(x + i * 8) * E::heads]);
+          if (x + first + i * 8 < p.shape.lse.buckets) add_lane(total[i], from[(x + i * 8) * E::heads]);
       float m = fmaxf(fmaxf(total[0].m, total[1].m), fmaxf(total[2].m, total[3].m));
 #pragma unroll
       for (int step = 4; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));

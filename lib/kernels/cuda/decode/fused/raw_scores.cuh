@@ -1,7 +1,7 @@
 #pragma once
 // How a warp of the step that scores blocks gets at their scores: from raw scores of the tokens, or from the sums of
-// blocks that the walk left by tile (tile_sums.cuh). Both take a piece of 32 blocks (or fewer) at a time, a lane each;
-// or once 16, which two lanes have then.
+// blocks that the walk left by tile (attention/block_sums.cuh). Both take a piece of 32 blocks (or fewer) at a time, a
+// lane each; or once 16, which two lanes have then.
 
 #include "kernels/cuda/attention/block_scores.cuh"
 #include "kernels/cuda/decode/fused/tile_stream.cuh"

@@ -1,8 +1,8 @@
 #pragma once
 // A warp's way through a decode step: its tiles of cmp, then its tiles of either win or sel, 32 tokens at a time out of
-// a ring of its own (warp_ring.cuh). Copies run ahead of it from the one into the other as far as is known what will be
-// read: all of the window, of sel the blocks that are chosen in any case. So the memory stays busy while blocks are
-// scored and chosen.
+// a ring of its own (primitives/cp_async_ring.cuh). Copies run ahead of it from the one into the other as far as is
+// known what will be read: all of the window, of sel the blocks that are chosen in any case. So the memory stays busy
+// while blocks are scored and chosen.
 
 #include "kernels/cuda/decode/fused/params.cuh"
 #include "kernels/cuda/decode/split_kv/warp_tile.cuh"
@@ -26,7 +26,9 @@ struct StepLayout {
   static constexpr int parts = rank, part_bytes = W < step_warps ? 0 : branches * ((items + 8) * 16 + 40 * 8);
   // Of rank: the warps' best, the lanes, the normalisers, overlaps, the warps' tokens.
   static __host__ __device__ int lanes_at() { return rank + W * most_chosen * 8; }
-  static __host__ __device__ int normalisers_at(const LayerShape& s) { return lanes_at() + s.lanes * E::heads * 8; }
+  static __host__ __device__ int normalisers_at(const LayerShape& s) {
+    return lanes_at() + s.lse.buckets * E::heads * 8;
+  }
   static __host__ __device__ int terms_at(const LayerShape& s) {
     return (normalisers_at(s) + E::heads * 8 + 15) / 16 * 16;
   }

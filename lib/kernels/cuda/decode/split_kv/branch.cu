@@ -26,7 +26,7 @@ bool is_built_for(const LayerShape& s) {
 bool decode_accepts(const LayerShape& s, const QueryTile& tile) { return tile.tokens == 1 && is_built_for(s); }
 
 std::int64_t decode_leaf_floats(const LayerShape& s, const QueryTile& tile) {
-  const std::int64_t leaves = compressed_tokens(s.rules, tile.max_positions - 1) / s.leaf + 2;
+  const std::int64_t leaves = compressed_tokens(s.rules, tile.max_positions - 1) / s.lse.segment + 2;
   return tile.rows() * s.groups * decode_head_tiles(s) * leaves * tiles_per_unit(cmp, s) * decode_heads(s.dtype) * 2;
 }
 

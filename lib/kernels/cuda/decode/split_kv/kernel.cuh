@@ -4,9 +4,9 @@
 // Bytes: those rows; scores, parts and LSE are 4% to 12% beside them at Dk = Dv = 128. Bound: memory bandwidth; at
 // small batch the latency of loads, meetings and launches. Tiling: a list is a (row, group, head tile); its units (LSE
 // leaves, chosen blocks, runs of 64 window rows) are dealt to the warps of its CTAs, and each warp attends its units
-// alone, 32 tokens at a time (engines.cuh) out of a ring of its own (warp_ring.cuh): 192 KB under way an SM, no barrier
-// before the CTA's warps meet in shared memory at the end. The CTAs of a list meet in global memory: DecodeEnd says
-// how.
+// alone, 32 tokens at a time (decode/split_kv/warp_tile.cuh) out of a ring of its own (primitives/cp_async_ring.cuh):
+// 192 KB under way an SM, no barrier before the CTA's warps meet in shared memory at the end. The CTAs of a list meet
+// in global memory: DecodeEnd says how.
 //
 // Leaves: (m, sum) of 32 tokens by one warp in one order, a leaf's tiles by rising tile, a lane's leaves by rising
 // leaf. None of it depends on the split or on the layout, so every kv layout gets the same bits. Scores, and maxima
@@ -60,7 +60,7 @@ struct Walk {
     scores_policy = cache_policy(Keep::most);
     ring = shared_address(shared) + warp * Layout::ring_bytes;
     fronts = shared_address(shared) + Layout::fronts + warp * Layout::slots * E::k_bytes;
-    has_fronts = B == cmp && shards_of(job.k.map) > 1 && job.k.map.before == 1;
+    has_fronts = B == cmp && shards_of(job.k.map) > 1 && job.k.map.halo == 1;
     weighs = !(B == cmp && p.scores_only);
     step = job.splits * decode_warps;
     ahead = first();
@@ -175,10 +175,10 @@ struct Walk {
   __device__ __forceinline__ void score_halos(E& e) {
     const RowMap& map = job.k.map;
     for (int i = first(); i < tiles.count / tiles.per_unit; i += step) {
-      const std::int64_t c = leaf_at(map, i), begin = c * map.chunk - map.before;
+      const std::int64_t c = leaf_at(map, i), begin = c * map.chunk - map.halo;
       if (c == 0) continue;
       const std::int64_t from = row_in_chunk(map, c, begin), column = score_column(map, c, begin);
-      const int rows = at_most(tiles.n - begin, map.before);
+      const int rows = at_most(tiles.n - begin, map.halo);
       for (int at = 0; at < rows; at += tile_rows) {
         const int here = min(tile_rows, rows - at);
         __syncwarp();
@@ -248,7 +248,7 @@ struct Walk {
   }
   template <class Load>
   __device__ __forceinline__ void merge_lanes_of(Load load) const {
-    const int slots = s.lanes / shards_of(job.k.map), leaves = tiles.count / tiles.per_unit;
+    const int slots = s.lse.buckets / shards_of(job.k.map), leaves = tiles.count / tiles.per_unit;
     const std::int64_t row_heads = p.tile.rows() * s.heads();
     for (int item = threadIdx.x; item < slots * E::heads; item += decode_threads) {
       const int lane = item / E::heads, head = item % E::heads;
@@ -312,7 +312,7 @@ __device__ __forceinline__ void run(const DecodeParams& p, const DecodeJob& job,
   __syncthreads();
   E engine(shared + Layout::queries, shared + Layout::weights + walk.warp * E::weight_bytes);
   walk.walk(engine);
-  if (B == cmp && shards_of(job.k.map) > 1 && job.k.map.before > 1) walk.score_halos(engine);
+  if (B == cmp && shards_of(job.k.map) > 1 && job.k.map.halo > 1) walk.score_halos(engine);
   if (threadIdx.x % 32 == 0 && blockIdx.y == 0 && walk.count > 0)
     atomicAdd(reinterpret_cast<unsigned long long*>(job.reads) + walk.row * p.shape.groups + walk.group,
               static_cast<unsigned long long>(walk.count));

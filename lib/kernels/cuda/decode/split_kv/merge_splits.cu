@@ -5,8 +5,8 @@
 // Tiling: lanes: a warp a (list, lane, four heads), eight leaves side by side; parts: a CTA a (list, head), splits
 // dealt to its warps, a lane four columns, warps met in shared memory.
 //
-// A lane is formed in the same order and with the same roundings as by a list's last CTA (decode_kernel.cuh), so that
-// it does not matter which of the two a layout takes.
+// A lane is formed in the same order and with the same roundings as by a list's last CTA (decode/split_kv/kernel.cuh),
+// so that it does not matter which of the two a layout takes.
 
 #include "kernels/cuda/attention/kv_tiles.cuh"
 #include "kernels/cuda/decode/split_kv/merge_splits.cuh"
@@ -64,7 +64,8 @@ struct Part {
 __device__ void merge_lane(const DecodeMeeting& m, const DecodeJob& job, int heads, int item) {
   const DecodeParams& p = m.walk;
   const LayerShape& s = p.shape;
-  const int slots = s.lanes / shards_of(job.k.map), quads = heads / 4, thread = threadIdx.x % 32, mine = thread / 4;
+  const int slots = s.lse.buckets / shards_of(job.k.map), quads = heads / 4, thread = threadIdx.x % 32,
+            mine = thread / 4;
   const int slot = item / quads % slots;
   const ListHead at = head_of(p, heads, item / quads / slots, item % quads * 4 + thread % 4);
   if (at.row_group >= p.tile.rows() * s.groups) return;
@@ -205,7 +206,7 @@ struct Weighing {
 // (m in powers of two, gate / sum) of a head over all ranks; a warp. 0: nothing to add.
 __device__ float2 share_of(const Weighing& p, Branch branch, const ListHead& at) {
   const LayerShape& s = p.walk.shape;
-  const int slots = lse_slots(s, p.ranks), count = branch == cmp ? s.lanes : p.ranks;
+  const int slots = lse_slots(s, p.ranks), count = branch == cmp ? s.lse.buckets : p.ranks;
   const std::int64_t row_heads = p.walk.tile.rows() * s.heads();
   const float2* lse = reinterpret_cast<const float2*>(p.lse_all) + at.row_head;
   MaxSum total;
@@ -262,7 +263,7 @@ void launch_meeting(const DecodeMeeting& m, Stream* stream) {
   for (int i = 0; i < m.walk.job_count; ++i) {
     const DecodeJob& job = m.walk.jobs[i];
     if (job.branch == cmp && m.lanes)
-      ctas.lanes = ctas_for(lists * heads * 8 * (s.lanes / (job.k.map.rank == all_ranks ? 1 : job.k.map.kv)));
+      ctas.lanes = ctas_for(lists * heads * 8 * (s.lse.buckets / (job.k.map.rank == all_ranks ? 1 : job.k.map.kv)));
     if (job.branch == win && m.sums) ctas.sums = ctas_for(lists * heads);
     if (m.out[i].o) ctas.heads[i] = static_cast<int>(lists * heads);
   }
@@ -270,7 +271,7 @@ void launch_meeting(const DecodeMeeting& m, Stream* stream) {
   if (all > 0) launch_early(meet_kernel, dim3(static_cast<unsigned>(all)), threads, 0, stream, 1, m, ctas, heads);
 }
 
-void launch_weighing(const DecodeParams& walk, const DecodeShardArgs& a, Stream* stream) {
+void launch_weighing(const DecodeParams& walk, const ShardedAttentionArgs& a, Stream* stream) {
   const int heads = decode_heads(walk.shape.dtype);
   Weighing p{walk, a.lse_all, a.combine.gate, a.weighted, a.combine.ranks, {}};
   std::copy_n(a.combine.leave_out, branches, p.leave_out);

@@ -1,6 +1,7 @@
 #pragma once
-// Where the parts of decode lists meet in launches of their own (decode_meet.cu) instead of in the last CTA of a list:
-// the walk may then be cut into as many pieces as fill the GPU, and a long list's lanes are formed by many threads.
+// Where the parts of decode lists meet in launches of their own (decode/split_kv/merge_splits.cu) instead of in the
+// last CTA of a list: the walk may then be cut into as many pieces as fill the GPU, and a long list's lanes are formed
+// by many threads.
 
 #include "kernels/cuda/decode/split_kv/params.cuh"
 
@@ -20,6 +21,6 @@ void launch_meeting(const DecodeMeeting& meeting, Stream* stream);
 bool meets_apart(Branch branch, int splits, std::int64_t tiles);
 
 /// Of DecodeShardArgs::weighted what cmp and win give, each normalised by what all ranks have told.
-void launch_weighing(const DecodeParams& walk, const DecodeShardArgs& args, Stream* stream);
+void launch_weighing(const DecodeParams& walk, const ShardedAttentionArgs& args, Stream* stream);
 
 }  // namespace nsa::gpu

@@ -1,6 +1,6 @@
 #pragma once
-// A decode kernel's work: what one launch reads and who finishes it. decode.cu launches it for one branch, as a stage;
-// decode_step.cu for cmp, rank and win together, then sel.
+// A decode kernel's work: what one launch reads and who finishes it. decode/split_kv/branch.cu launches it for one
+// branch, as a stage; decode/attention.cu for cmp, rank and win together, then sel.
 
 #include "kernels/cuda/attention/block_sums.cuh"
 #include "kernels/cuda/attention/split_kv.cuh"

@@ -6,7 +6,7 @@
 namespace nsa::gpu {
 
 /// One query row a sequence, tensor cores or (fp32) scalar; a map it does not read goes to the general kernel.
-/// decode.cu
+/// decode/split_kv/branch.cu
 void attend_decode(Branch branch, const AttendArgs&, Stream*);
 bool decode_accepts(const LayerShape&, const QueryTile&);
 

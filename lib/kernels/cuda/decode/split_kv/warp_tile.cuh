@@ -5,9 +5,9 @@
 //
 // scores(slot) multiplies q with the rows of a slot; scale() and soften() turn the scores into weights relative to the
 // running maximum; put_scores() leaves scaled scores behind, soften() and put_last() the sums of blocks instead
-// (tile_sums.cuh); add(slot) adds the weighted values. The (m, sum) of a tile is formed by one warp in one order,
-// before the running maximum takes part, so a leaf's does not depend on who reads it after what. Roundings that the
-// choice of blocks hangs on are spelled out, so that every kernel leaves the same bits.
+// (attention/block_sums.cuh); add(slot) adds the weighted values. The (m, sum) of a tile is formed by one warp in one
+// order, before the running maximum takes part, so a leaf's does not depend on who reads it after what. Roundings that
+// the choice of blocks hangs on are spelled out, so that every kernel leaves the same bits.
 
 #include <algorithm>
 

@@ -1,17 +1,19 @@
 #pragma once
-// A decode warp's engine for 16-bit storage: tensor cores, up to 16 heads. engines.cuh says what an engine does.
+// A decode warp's engine for 16-bit storage: tensor cores, up to 16 heads. decode/split_kv/warp_tile.cuh says what an
+// engine does.
 //
 // Of a tile's 32 tokens column n of product j is token 4 (n / 2 + n % 2 * 4) + j, not 8j + n: so the four tokens of a
-// selection block of l' = 4d, which rank wants added up, are one lane's (tile_sums.cuh), and what four lanes store
-// fills sectors. Rows that are read together are therefore 4 apart or more, and lie in different banks (warp_ring.cuh).
+// selection block of l' = 4d, which rank wants added up, are one lane's (attention/block_sums.cuh), and what four lanes
+// store fills sectors. Rows that are read together are therefore 4 apart or more, and lie in different banks
+// (primitives/cp_async_ring.cuh).
 
 #include "kernels/cuda/decode/split_kv/warp_tile_outputs.cuh"
 #include "kernels/cuda/primitives/mma.cuh"
 
 namespace nsa::gpu {
 
-/// 16 heads' queries in shared memory: a row a head, its pieces of 16 bytes where a slot's are (warp_ring.cuh). All
-/// lanes read operand A of 16 columns at once: [RowBytes / 32][lane].
+/// 16 heads' queries in shared memory: a row a head, its pieces of 16 bytes where a slot's are
+/// (primitives/cp_async_ring.cuh). All lanes read operand A of 16 columns at once: [RowBytes / 32][lane].
 template <int RowBytes>
 struct QueryRows {
   unsigned at;
@@ -47,7 +49,7 @@ struct TensorCores {
       *reinterpret_cast<uint4*>(to + QueryRows<DK * 2>::place(item)) =
           item < present * DK / 8 ? reinterpret_cast<const uint4*>(from)[item] : uint4{};
   }
-  /// The same as copies (warp_ring.cuh) that the caller waits for.
+  /// The same as copies (primitives/cp_async_ring.cuh) that the caller waits for.
   static __device__ __forceinline__ void copy_queries(unsigned to, const T* from, int present, int thread,
                                                       int threads) {
 #pragma unroll 1

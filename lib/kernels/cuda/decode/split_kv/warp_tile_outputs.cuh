@@ -17,7 +17,7 @@ struct ScoreRows {
   std::uint64_t policy = 0;
 };
 
-/// Where the sums of a tile's blocks go instead (tile_sums.cuh), and the raw score of its last token.
+/// Where the sums of a tile's blocks go instead (attention/block_sums.cuh), and the raw score of its last token.
 struct SumRows {
   float* sums = nullptr;  ///< null: nowhere
   float* last = nullptr;  ///< in front of the next tile; null: nowhere

@@ -1,12 +1,13 @@
 #pragma once
-// A decode warp's engine for fp32 storage: scalar arithmetic, up to 4 heads. engines.cuh says what an engine does.
+// A decode warp's engine for fp32 storage: scalar arithmetic, up to 4 heads. decode/split_kv/warp_tile.cuh says what an
+// engine does.
 
 #include "kernels/cuda/decode/split_kv/warp_tile_outputs.cuh"
 
 namespace nsa::gpu {
 
-/// A lane a token in scores(), neighbours 4 apart, whose rows lie in different banks (warp_ring.cuh); a lane Dv / 32
-/// columns in add().
+/// A lane a token in scores(), neighbours 4 apart, whose rows lie in different banks (primitives/cp_async_ring.cuh); a
+/// lane Dv / 32 columns in add().
 template <int DK, int DV>
 struct Scalars {
   using Type = float;

@@ -1,5 +1,5 @@
 #pragma once
-// Prefill's compressed and window branches (attend_prefill.cu): the side that multiplies.
+// Prefill's compressed and window branches (prefill/dense/kernel.cu): the side that multiplies.
 
 #include "kernels/cuda/prefill/dense/producer.cuh"
 

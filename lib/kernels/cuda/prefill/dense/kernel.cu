@@ -1,11 +1,10 @@
 // Prefill's compressed and window branches, 16-bit storage: dense tiles on Hopper's warpgroup products.
 //
-// Tiling: prefill.cuh. M = 4 queries x 16 heads a warpgroup, N = 128 tokens, all of Dk and Dv at once: 64 x 128 scores
-// and 64 x Dv results in registers (attend_prefill_rows.cuh). The scores of tile j are under way together with tile
-// j-1's weighted sum, and the two warpgroups take turns by themselves: one's exponentials run beside the other's
-// products.
-// FLOPs: 2 (Dk + Dv) a (head, token). Bytes: a tile's K and V once per 8 queries from L2. Bound: the tensor cores, with
-// the exponentials (16 a cycle and SM) at half their time.
+// Tiling: prefill/prefill.cuh. M = 4 queries x 16 heads a warpgroup, N = 128 tokens, all of Dk and Dv at once: 64 x 128
+// scores and 64 x Dv results in registers (prefill/dense/consumer.cuh). The scores of tile j are under way together
+// with tile j-1's weighted sum, and the two warpgroups take turns by themselves: one's exponentials run beside the
+// other's products. FLOPs: 2 (Dk + Dv) a (head, token). Bytes: a tile's K and V once per 8 queries from L2. Bound: the
+// tensor cores, with the exponentials (16 a cycle and SM) at half their time.
 //
 // cmp's tiles begin at multiples of 128 and go up, and a tile that a row does not see changes nothing, not even by
 // rounding: (m, sum) do not depend on how queries are tiled or K is laid out. A window's tiles begin where the item's

@@ -1,6 +1,6 @@
 #pragma once
-// Prefill's compressed and window branches (attend_prefill.cu): which tiles an item has, and the side that streams
-// them.
+// Prefill's compressed and window branches (prefill/dense/kernel.cu): which tiles an item has, and the side that
+// streams them.
 
 #include "kernels/cuda/prefill/prefill.cuh"
 

@@ -1,9 +1,9 @@
 #pragma once
-// Prefill's block scores (rank_prefill.cu): q and k_cmp multiplied once more.
+// Prefill's block scores (prefill/rank/rank.cu): q and k_cmp multiplied once more.
 //
-// Four warpgroups of 4 queries walk K_cmp in the dense tiles of prefill.cuh: 64 x 128 scores in registers, each at once
-// turned into a probability with the row's (m, sum) that attend_cmp left, summed over the 16 heads of the query (16
-// rows of one warp, in a fixed tree) and folded into block scores, which alone go to memory: 1/64 of what the raw
+// Four warpgroups of 4 queries walk K_cmp in the dense tiles of prefill/prefill.cuh: 64 x 128 scores in registers, each
+// at once turned into a probability with the row's (m, sum) that attend_cmp left, summed over the 16 heads of the query
+// (16 rows of one warp, in a fixed tree) and folded into block scores, which alone go to memory: 1/64 of what the raw
 // scores would take. Where a block is four tokens and the end of the one before (l = 2 d, l' = 4 d) the copies bring a
 // tile's rows in such an order that a lane has all four tokens of its blocks: it folds first, and a third of the values
 // is left for the tree. FLOPs: 2 Dk a (head, token): 2048 cycles a tile of the four, the exponentials as much time

@@ -1,5 +1,5 @@
-// Prefill's rank: importance of the selection blocks formed once more from q and k_cmp (rank_prefill_scores.cuh), and
-// the best n of them (rank_prefill_choose.cuh).
+// Prefill's rank: importance of the selection blocks formed once more from q and k_cmp (prefill/rank/block_scores.cuh),
+// and the best n of them (prefill/rank/top_n.cuh).
 //
 // Tokens add up in one order within blocks, tiles begin at multiples of 128: no layout changes a bit.
 

@@ -1,5 +1,5 @@
 #pragma once
-// Prefill's choice (rank_prefill.cu): a warp a (row, group) finds the best n of its block scores.
+// Prefill's choice (prefill/rank/rank.cu): a warp a (row, group) finds the best n of its block scores.
 //
 // The n-th best of 32 lanes' maxima is a bound below which nothing is chosen; what passes it, some 25 blocks of a
 // thousand, is sorted. Bytes: the block scores, 4 each, twice, the second time mostly from the caches. Bound: their

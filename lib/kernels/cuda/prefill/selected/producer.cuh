@@ -1,6 +1,6 @@
 #pragma once
-// Prefill's selected branch (attend_prefill_sel.cu): the warps that stream K and V and tell of them, step by step of
-// the plan.
+// Prefill's selected branch (prefill/selected/kernel.cu): the warps that stream K and V and tell of them, step by step
+// of the plan.
 //
 // K's slots are free sooner than V's; with a warp each the next block's K is on its way, and its scores are formed,
 // while its V still waits for a slot. Whatever passes through shared memory queues behind the ldmatrix of twelve warps,

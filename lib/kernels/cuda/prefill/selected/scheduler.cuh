@@ -1,5 +1,5 @@
 #pragma once
-// Prefill's selected branch (attend_prefill_sel.cu): the warp that plans in which turn an item's blocks come.
+// Prefill's selected branch (prefill/selected/kernel.cu): the warp that plans in which turn an item's blocks come.
 //
 // Blocks by rising index would give one query several in a row while the others, whose blocks wait behind the ring,
 // rest. So the lists, which are sorted, are merged into a pool of up to 32 blocks, a lane each, and the next to come is

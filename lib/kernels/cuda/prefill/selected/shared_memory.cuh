@@ -1,9 +1,9 @@
 #pragma once
-// Prefill's selected branch (attend_prefill_sel.cu): what its sides share.
+// Prefill's selected branch (prefill/selected/kernel.cu): what its sides share.
 //
 // A CTA takes 12 queries of a group. A warp plans in which turn the blocks come that they chose
-// (attend_prefill_sel_plan.cuh), one streams K, one V, one tells every query that chose a block where it lies
-// (attend_prefill_sel_stream.cuh), and a warp a query multiplies. A query is told by a letter and a barrier of its own:
+// (prefill/selected/scheduler.cuh), one streams K, one V, one tells every query that chose a block where it lies
+// (prefill/selected/producer.cuh), and a warp a query multiplies. A query is told by a letter and a barrier of its own:
 // a barrier of the slot alone would not do, since a warp that waits for its next block may be more than a round of the
 // ring ahead.
 
