@@ -6,15 +6,19 @@ import sys
 
 import pandas as pd
 
-from . import __version__, cost_model, html, plots, series, style, verdict
-from .balance import ranks, stragglers
-from .bandwidth import roofline
-from .curves import scaling
+from . import __version__
+from .data import series
+from .data.reading import read
+from .data.tables import KERNEL_COLUMNS, kernels, points_table
 from .errors import AnalysisError
-from .reading import read
-from .report import make_report
-from .stages import branches, reads
-from .tables import KERNEL_COLUMNS, kernels, points_table
+from .figures import plots, style
+from .models import cost_model, gate
+from .models.balance import ranks, stragglers
+from .models.roofline import roofline
+from .models.scaling import scaling
+from .models.stages import branches, reads
+from .report import html
+from .report.report import make_report
 
 EXAMPLES = """examples:
   nsa-analysis report results/ -o report.html           everything, on one page
@@ -287,11 +291,11 @@ def run_kernels(options):
 
 
 def run_gate(options):
-    answer = verdict.call_gate(options.files, options.nsa)
-    frame = verdict.gate_table(answer)
+    answer = gate.call_gate(options.files, options.nsa)
+    frame = gate.gate_table(answer)
     put(options, frame, plots.gate_panels(frame))
     if not (options.csv or options.json):
-        for row in verdict.verdicts(answer).itertuples():
+        for row in gate.verdicts(answer).itertuples():
             print(f"\n{row.device}: {row.verdict} ({row.why})")
 
 

@@ -7,9 +7,9 @@ import made_up
 import nsa_analysis
 import numpy as np
 import pytest
-from nsa_analysis import cost_model, work
+from nsa_analysis.data.reading import STAGES
 from nsa_analysis.errors import AnalysisError
-from nsa_analysis.reading import STAGES
+from nsa_analysis.models import cost_model, traffic
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 NETWORK = nsa_analysis.Network("a network", latency=10e-6, bandwidth=1e9, node=4)
@@ -18,7 +18,7 @@ NETWORK = nsa_analysis.Network("a network", latency=10e-6, bandwidth=1e9, node=4
 @pytest.mark.parametrize("file", sorted((ROOT / "docs/results/h200").glob("scaling_gpu_decode_r*.h5")), ids=lambda f: f.stem)
 def test_bytes_are_those_the_program_stored(file):
     for point in nsa_analysis.read(file):
-        assert work.stage_bytes(work.shape_of(point)) == dict(zip(STAGES, point.bytes[:, 0].tolist()))
+        assert traffic.stage_bytes(traffic.shape_of(point)) == dict(zip(STAGES, point.bytes[:, 0].tolist()))
 
 
 def linear_sweep(folder, layouts=((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (4, 1), (2, 4))):
@@ -29,14 +29,14 @@ def linear_sweep(folder, layouts=((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (4, 1)
         points = []
         for context in (65536, 1048576):
             empty = made_up.point(made_up.times(heads * kv, 9, 1.0), heads, kv, run_context=context)
-            shape = work.shape_of(nsa_analysis.read(made_up.write(folder / "empty.h5", [empty]))[0])
-            moved = work.stage_bytes(shape)
+            shape = traffic.shape_of(nsa_analysis.read(made_up.write(folder / "empty.h5", [empty]))[0])
+            moved = traffic.stage_bytes(shape)
             stages = {
                 s: 3e-6 + moved[s] / 1e12
                 for s in ("append", "compress", "attend_cmp", "rank", "attend_sel", "attend_win", "combine")
             }
             own, saved = sum(stages.values()), 2e-6 * len(stages)
-            comm = sum(4e-6 + 2e-6 * (e.ranks - 1) for e in work.exchanges(shape))
+            comm = sum(4e-6 + 2e-6 * (e.ranks - 1) for e in traffic.exchanges(shape))
             if comm:
                 stages["comm"] = comm
             points.append(
@@ -69,15 +69,15 @@ def test_error_is_measured_against_predicted(tmp_path):
 
 def test_an_exchange_beyond_a_node_by_hand():
     model = cost_model.CostModel({}, (4e-6, 2e-6, 1e-9), 1.0, 0.0, (1,))
-    shape = dataclasses.replace(
-        work.Shape("decode", 65536, 1, 65567, 256, 8, 4, 64, 64, 1, 2, False, True, 32, 16, 64, 16, 512, 0, 1024, 1, 16)
+    shape = traffic.Shape(
+        "decode", 65536, 1, 65567, 256, 8, 4, 64, 64, 1, 2, False, True, 32, 16, 64, 16, 512, 0, 1024, 1, 16
     )
-    gather = work.Exchange("lse", "all_gather", 16, 1000)
+    gather = traffic.Exchange("lse", "all_gather", 16, 1000)
     # 4 us, 3 hops in the node, 15 kB received; 2 doublings to 4 nodes, 12 kB from others over 4 links.
     assert model.exchange_time(gather, shape, NETWORK) == pytest.approx(
         4e-6 + 3 * 2e-6 + 15000e-9 + 2 * 10e-6 + 12000 / 4 / 1e9
     )
-    heads = work.Exchange("heads", "all_reduce", 4, 1000)
+    heads = traffic.Exchange("heads", "all_reduce", 4, 1000)
     # Head shards are 16 ranks apart: each in a node of its own, 2 doublings and 3/4 of 1 kB, there and back.
     assert model.exchange_time(heads, shape, NETWORK) == pytest.approx(4e-6 + 1500e-9 + 4 * 10e-6 + 1500 / 1e9)
 
@@ -92,7 +92,7 @@ def test_predictions_stand_alone(tmp_path):
     assert carried[carried.ranks > 4].network.str.contains("a network.*assumed").all()
     assert carried[carried.context == 65536].ranks.max() == 256  # 64 chunks x 4 head shards are all there are
     one = carried[(carried.ranks == 1) & (carried.context == 65536)].iloc[0]
-    assert one.time == pytest.approx(model.predict(work.shape_of(points[0], 1, 1))["step"])
+    assert one.time == pytest.approx(model.predict(traffic.shape_of(points[0], 1, 1))["step"])
 
 
 def test_invalid_points_fit_nothing(tmp_path):
@@ -130,7 +130,7 @@ def test_the_error_beyond_the_fit_is_that_of_a_step_nobody_fitted(tmp_path):
     model = nsa_analysis.fit(points, [1, 2])
     slow = []
     for context in (65536, 1048576):
-        shape = dataclasses.replace(work.shape_of(points[0]), heads=4, context=context, last=context + 31)
+        shape = dataclasses.replace(traffic.shape_of(points[0]), heads=4, context=context, last=context + 31)
         table = made_up.times(4, 9, 2 * model.predict(shape)["step"], append=3e-6)
         slow.append(made_up.point(table, 4, run_context=context))
     points = nsa_analysis.read([*paths[:2], made_up.write(tmp_path / "h4k1.h5", slow)])

@@ -8,9 +8,11 @@ import sys
 import made_up
 import nsa_analysis
 import pytest
-from nsa_analysis import plots, report_gate, verdict
 from nsa_analysis.cli import main
 from nsa_analysis.errors import AnalysisError
+from nsa_analysis.figures import plots
+from nsa_analysis.models import gate
+from nsa_analysis.report import report_gate
 
 MEASURED = {"value": 0.31, "low": 0.3, "high": 0.32, "n": 24}
 NONE = {"value": None, "low": None, "high": None, "n": 0}
@@ -147,12 +149,12 @@ def test_no_program(capsys):
 def test_the_real_program_answers(tmp_path):
     """It decides on a decode run, and refuses what it cannot read."""
     path = made_up.sweep(tmp_path, layouts=[(1, 1)])[0]
-    answer = verdict.call_gate([path])
+    answer = gate.call_gate([path])
     assert nsa_analysis.verdicts(answer).device.tolist() == ["Test GPU"]
     assert len(nsa_analysis.gate_table(answer))
     (tmp_path / "bad.h5").write_bytes(b"")
     with pytest.raises(AnalysisError, match="bad.h5"):
-        verdict.call_gate([tmp_path / "bad.h5"])
+        gate.call_gate([tmp_path / "bad.h5"])
 
 
 def test_files_that_the_gate_does_not_take_together_are_judged_apart(monkeypatch):
@@ -163,7 +165,7 @@ def test_files_that_the_gate_does_not_take_together_are_judged_apart(monkeypatch
             raise AnalysisError("nsa gate: these differ")
         return {"devices": [], "files": files}
 
-    monkeypatch.setattr(report_gate.verdict, "call_gate", gate)
+    monkeypatch.setattr(report_gate.gate, "call_gate", gate)
     judged = report_gate.judged(["decode_a", "decode_b", "broken", "kernels"], None)
     assert [(d.files, d.reason) for d in judged] == [
         (["decode_a", "kernels"], ""),

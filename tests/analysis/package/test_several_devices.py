@@ -10,9 +10,10 @@ import h5py
 import made_up
 import nsa_analysis
 import pytest
-from nsa_analysis import plots, report_gate, report_head, series
 from nsa_analysis.cli import main
-from nsa_analysis.report import make_report
+from nsa_analysis.data import series
+from nsa_analysis.figures import plots, style
+from nsa_analysis.report import make_report, report_gate, report_head
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 
@@ -112,7 +113,7 @@ def test_kernels_of_two_commits_share_no_panel_and_keep_their_colours(results):
     assert [p.title for p in panels] == [f"{name}: sel, blocks mixed" for name in frame.series.unique()]
     colours = []
     for panel in panels:
-        axes = nsa_analysis.style.render(panel).axes[0]
+        axes = style.render(panel).axes[0]
         colours.append({c.get_label(): c.lines[0].get_color() for c in axes.containers})
     assert colours[0] == colours[1] and set(colours[0]) == {"fused", "sdpa"}
 
@@ -122,7 +123,7 @@ def test_an_invalid_kernel_is_a_cross(tmp_path):
     with h5py.File(path, "r+") as file:
         file["points/0000"].attrs["validity"] = "INVALID"
     (panel,) = plots.kernel_panels(nsa_analysis.kernels(nsa_analysis.read(path)))
-    axes = nsa_analysis.style.render(panel).axes[0]
+    axes = style.render(panel).axes[0]
     assert not axes.containers and [line.get_label() for line in axes.lines] == ["INVALID"]
 
 

@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
-from nsa_analysis.statistics import interval_ranks, median_and_interval, summarise
+from nsa_analysis.data.statistics import interval_ranks, median_and_interval, summarise
 
 
 @pytest.mark.parametrize(

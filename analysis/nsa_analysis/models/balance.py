@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 
-from .errors import AnalysisError
-from .reading import STAGES, WORK
-from .tables import identity_row, stage_medians
+from ..data.reading import STAGES, WORK
+from ..data.tables import identity_row, stage_medians
+from ..errors import AnalysisError
 
 STRAGGLER = 1.1  # times the median over ranks that a straggler exceeds, with the low end of its interval
 NOTICED = 0.01  # stages below this part of the stages' sum name no straggler

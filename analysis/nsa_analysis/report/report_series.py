@@ -1,12 +1,15 @@
 """The sections of a report that are about one series: points that may share a curve."""
 
-from . import cost_model, html, plots, series
-from .axes import times_sign
-from .balance import ranks, stragglers
-from .bandwidth import roofline
-from .curves import scaling
-from .errors import AnalysisError
-from .stages import branches, reads
+from ..data import series
+from ..errors import AnalysisError
+from ..figures import plots
+from ..figures.axes import times_sign
+from ..models import cost_model
+from ..models.balance import ranks, stragglers
+from ..models.roofline import roofline
+from ..models.scaling import scaling
+from ..models.stages import branches, reads
+from . import html
 
 WHAT = ["context", "batch", "layout"]
 

@@ -7,8 +7,8 @@ import subprocess
 
 import pandas as pd
 
-from .errors import AnalysisError
-from .tables import NAN
+from ..data.tables import NAN
+from ..errors import AnalysisError
 
 
 def find_nsa(program=None):

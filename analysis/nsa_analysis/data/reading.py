@@ -8,7 +8,7 @@ import pathlib
 import h5py
 import numpy as np
 
-from .errors import AnalysisError, FileError
+from ..errors import AnalysisError, FileError
 from .statistics import median_and_interval
 
 SCHEMA_MAJOR = 1

@@ -2,10 +2,10 @@
 
 import pandas as pd
 
-from . import work
-from .errors import AnalysisError
-from .reading import STAGES
-from .tables import NAN, identity_row, stage_median
+from ..data.reading import STAGES
+from ..data.tables import NAN, identity_row, stage_median
+from ..errors import AnalysisError
+from . import traffic
 
 
 def roofline(points):
@@ -17,7 +17,7 @@ def roofline(points):
     for point in points:
         if point.bytes is None or not point.modes:
             continue
-        flops = work.flops(point)
+        flops = traffic.flops(point)
         copy = point.get("copy_bandwidth", NAN)
         busiest = point.bytes.max(axis=1, initial=0).astype(float)
         busiest[-1] = (point.bytes[-1] - point.bytes[STAGES.index("comm")]).max(initial=0)

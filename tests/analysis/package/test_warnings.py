@@ -4,8 +4,8 @@ import h5py
 import made_up
 import numpy as np
 import pytest
-from nsa_analysis.findings import common_folder, warnings
-from nsa_analysis.reading import read
+from nsa_analysis.data.reading import read
+from nsa_analysis.models.warnings import common_folder, warnings
 
 
 def of_two_ranks(path, attributes=(), **columns):

@@ -4,7 +4,7 @@ import fnmatch
 import pathlib
 import shlex
 
-from .errors import AnalysisError
+from ..errors import AnalysisError
 
 # Parameters that are swept along a curve, or that say how it was measured and not what was.
 SWEPT = ("run.context", "run.batch", "run.force_branch")

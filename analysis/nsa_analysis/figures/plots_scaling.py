@@ -1,6 +1,9 @@
 """Panels of `scaling`: strong and weak."""
 
 import numpy as np
+
+from ..data.reading import STAGES
+from ..models.stages import PARTS
 from .axes import (
     PART_COLOURS,
     STAGE_MARKERS,
@@ -14,8 +17,6 @@ from .axes import (
     style_of,
     time_unit,
 )
-from .reading import STAGES
-from .stages import PARTS
 from .style import SERIES, Panel, colour
 
 

@@ -5,8 +5,8 @@ import math
 import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .reading import STAGES
-from .series import short
+from ..data.reading import STAGES
+from ..data.series import short
 from .style import MARKERS, SERIES, colour
 
 PART_COLOURS = {

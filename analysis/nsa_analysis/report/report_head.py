@@ -4,10 +4,12 @@ import datetime
 
 import pandas as pd
 
-from . import findings, html, series
-from .axes import by_size, spread, time_unit, times_sign
-from .curves import scaling
-from .errors import AnalysisError
+from ..data import series
+from ..errors import AnalysisError
+from ..figures.axes import by_size, spread, time_unit, times_sign
+from ..models import warnings
+from ..models.scaling import scaling
+from . import html
 
 GLANCE = ("context", "fewest ranks", "time", "ranks", "time", "speedup", "bounds", "efficiency", "comm")
 WIDE = ("fewest ranks", "bounds", "comm")  # what a phone has no room for
@@ -129,7 +131,7 @@ def time_text(seconds):
 
 def warned(points):
     parts = []
-    for kind, lines in (" bad", findings.serious(points)), ("", findings.warnings(points)):
+    for kind, lines in (" bad", warnings.serious(points)), ("", warnings.warnings(points)):
         if not lines:
             continue
         shown = "".join(f"<li>{html.escape(line)}</li>" for line in lines[:12])

@@ -3,13 +3,16 @@
 import os
 import shlex
 
-from . import cost_model, html, plots, series
-from .errors import AnalysisError
-from .reading import find_files, read_file
+from ..data import series
+from ..data.reading import find_files, read_file
+from ..data.tables import KERNEL_COLUMNS, kernels, points_table
+from ..errors import AnalysisError
+from ..figures import plots
+from ..models import cost_model
+from . import html
 from .report_gate import decide, gate_section
 from .report_head import header, in_order, runs_section, warned
 from .report_series import columns, series_section
-from .tables import KERNEL_COLUMNS, kernels, points_table
 
 
 def make_report(paths, program=None, title="nsa report", network=cost_model.Network()):

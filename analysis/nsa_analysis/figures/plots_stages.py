@@ -4,6 +4,9 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from ..data.reading import STAGES
+from ..data.series import short
+from ..models.stages import PART_ORDER
 from .axes import (
     PART_COLOURS,
     by_size,
@@ -16,9 +19,6 @@ from .axes import (
     time_unit,
     times_sign,
 )
-from .reading import STAGES
-from .series import short
-from .stages import PART_ORDER
 from .style import Panel, colour
 
 

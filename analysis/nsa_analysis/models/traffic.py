@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from .reading import BRANCHES, STAGES
+from ..data.reading import BRANCHES, STAGES
 
 CANDIDATE = 8  # bytes of a (score, index)
 

@@ -16,12 +16,12 @@ import math
 import numpy as np
 import pandas as pd
 
-from . import work
-from .curves import measured
-from .errors import AnalysisError
-from .reading import WORK
-from .series import SWEPT, latest, one_series
-from .tables import NAN, stage_median, stage_medians
+from ..data.reading import WORK
+from ..data.series import SWEPT, latest, one_series
+from ..data.tables import NAN, stage_median, stage_medians
+from ..errors import AnalysisError
+from . import traffic
+from .scaling import measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def exchange_terms(exchange):
 
 def comm_columns(shape):
     """The three terms summed over the exchanges of a step."""
-    terms = [exchange_terms(e) for e in work.exchanges(shape)]
+    terms = [exchange_terms(e) for e in traffic.exchanges(shape)]
     return shape.layers * np.sum(terms, axis=0, dtype=float) if terms else np.zeros(3)
 
 
@@ -82,17 +82,17 @@ class CostModel:
 
     def knows(self, shape):
         """Whether it was fitted to what this layout does: exchanges that nobody timed cost nothing in it."""
-        return any(self.comm) or not work.exchanges(shape)
+        return any(self.comm) or not traffic.exchanges(shape)
 
     def own_stages(self, shape):
-        moved, count = work.stage_bytes(shape), work.stage_flops(shape)
+        moved, count = traffic.stage_bytes(shape), traffic.stage_flops(shape)
         return {s: float(np.dot(c, (shape.layers, moved[s], count[s]))) for s, c in self.stages.items()}
 
     def comm_time(self, shape, network=None):
         """Seconds of all exchanges of a step; with a network, those that leave a node go through it."""
         if network is None or shape.heads * shape.kv <= network.node:
             return float(np.dot(self.comm, comm_columns(shape)))
-        return shape.layers * sum(self.exchange_time(e, shape, network) for e in work.exchanges(shape))
+        return shape.layers * sum(self.exchange_time(e, shape, network) for e in traffic.exchanges(shape))
 
     def exchange_time(self, exchange, shape, network):
         # kv ranks are neighbours; head shards stand kv ranks apart.
@@ -137,11 +137,11 @@ class CostModel:
 
 def usable(points):
     points, _ = latest(one_series([p for p in points if stage_medians(p)], "cost model"))
-    return [p for p in points if p.valid and work.shape_of(p) is not None]
+    return [p for p in points if p.valid and traffic.shape_of(p) is not None]
 
 
 def exchange_widths(points, counts):
-    return {e.ranks for p in points if p.ranks in counts for e in work.exchanges(work.shape_of(p))}
+    return {e.ranks for p in points if p.ranks in counts for e in traffic.exchanges(traffic.shape_of(p))}
 
 
 def default_fit_ranks(points):
@@ -163,7 +163,7 @@ def fit(points, fit_ranks=None):
     """
     points = usable(points)
     fit_ranks = tuple(fit_ranks or default_fit_ranks(points))
-    chosen = [(p, work.shape_of(p)) for p in points if p.ranks in fit_ranks]
+    chosen = [(p, traffic.shape_of(p)) for p in points if p.ranks in fit_ranks]
     if not chosen:
         raise AnalysisError(
             f"no VALID point with mode `branches` on {', '.join(map(str, fit_ranks)) or 'any'} ranks to "
@@ -177,7 +177,7 @@ def fit(points, fit_ranks=None):
 
     stages = {}
     for stage in WORK:
-        found = fitted(stage, lambda s: (s.layers, work.stage_bytes(s)[stage], work.stage_flops(s)[stage]))
+        found = fitted(stage, lambda s: (s.layers, traffic.stage_bytes(s)[stage], traffic.stage_flops(s)[stage]))
         if found:
             stages[stage] = found
     comm = fitted("comm", comm_columns) or (0.0, 0.0, 0.0)
@@ -212,7 +212,7 @@ def check(model, points):
     `part`: "fitted" or "held out"."""
     rows = []
     for p in sorted(usable(points), key=lambda p: (p.get("run.context"), p.get("run.batch"), p.ranks)):
-        for stage, predicted in model.predict(work.shape_of(p)).items():
+        for stage, predicted in model.predict(traffic.shape_of(p)).items():
             time = measured(p, stage)[0]
             if time > 0:
                 rows.append(
@@ -240,7 +240,7 @@ def left_out(points):
     rows = []
     for count in counts[1:]:
         model = fit(points, [c for c in counts if c != count])
-        compared = [p for p in points if p.ranks == count and model.knows(work.shape_of(p))]
+        compared = [p for p in points if p.ranks == count and model.knows(traffic.shape_of(p))]
         if not compared:
             continue
         error = check(model, compared).query("stage == 'step'").error.abs()
@@ -279,7 +279,7 @@ def carry(model, points, ranks=1024, network=Network()):
     """DataFrame of predictions alone, a row a (context, batch, rank count): powers of two up to `ranks`, the layout the
     model finds fastest of those that it knows, seconds by stage, speedup and efficiency against the predicted single rank, and the network
     (empty within one node)."""
-    shapes = {tuple(p.get(k) for k in SWEPT): work.shape_of(p, 1, 1) for p in usable(points)}
+    shapes = {tuple(p.get(k) for k in SWEPT): traffic.shape_of(p, 1, 1) for p in usable(points)}
     rows = []
     for shape in sorted(shapes.values(), key=lambda s: (s.context, s.batch)):
         alone = model.predict(shape)["step"]

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pandas as pd
 
-from .axes import time_unit, times_sign
-from .style import css_variables, to_svg
+from ..figures.axes import time_unit, times_sign
+from ..figures.style import css_variables, to_svg
 
 TIMES = {
     "time",

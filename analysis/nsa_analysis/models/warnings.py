@@ -5,8 +5,8 @@ import os
 
 import numpy as np
 
-from .series import differences, latest, size_text, split
-from .statistics import summarise
+from ..data.series import differences, latest, size_text, split
+from ..data.statistics import summarise
 
 CLOCK_DRIFT = 0.05
 

@@ -3,8 +3,10 @@
 import dataclasses
 import shlex
 
-from . import html, plots, verdict
-from .errors import AnalysisError
+from ..errors import AnalysisError
+from ..figures import plots
+from ..models import gate
+from . import html
 
 SHOWN = ["device", "condition", "at", "value", "bound_low", "bound_high", "n", "threshold", "outcome"]
 
@@ -21,7 +23,7 @@ class Decision:
         """Its devices, without the CSVs that it audited."""
         if self.answer is None:
             return []
-        return verdict.verdicts(self.answer).iloc[: len(self.answer["devices"])].itertuples()
+        return gate.verdicts(self.answer).iloc[: len(self.answer["devices"])].itertuples()
 
 
 def is_evidence(point):
@@ -44,7 +46,7 @@ def decide(points, csvs, program):
 
 def ask(files, program):
     try:
-        return Decision(files, verdict.call_gate(files, program))
+        return Decision(files, gate.call_gate(files, program))
     except AnalysisError as reason:
         return Decision(files, None, str(reason))
 
@@ -86,9 +88,9 @@ def decision_part(decision, prefix):
     command = html.command_line(shlex.join(["nsa-analysis", "gate", *decision.files, "--figure", "gate.svg"]))
     if decision.answer is None:
         return command + f"<p>Not decided: {html.escape(decision.reason)}.</p>"
-    table = verdict.gate_table(decision.answer)
+    table = gate.gate_table(decision.answer)
     parts = []
-    for said in verdict.verdicts(decision.answer).itertuples():
+    for said in gate.verdicts(decision.answer).itertuples():
         facts = ", ".join(filter(None, [said.device, said.precision, said.commit and f"commit {said.commit[:12]}"]))
         parts.append(f"<h3>{html.escape(facts)}: {html.escape(said.verdict)}</h3><p>{html.escape(said.why)}</p>")
         parts.append(f"<p class=muted>{html.escape(said.notes)}</p>" if said.notes else "")

@@ -8,11 +8,11 @@ import math
 
 import pandas as pd
 
-from .errors import AnalysisError
-from .reading import STAGES
-from .series import SWEPT, latest, one_series, short, size_text
-from .statistics import median_and_interval
-from .tables import NAN, identity_row, imbalance, rank_work, share_of
+from ..data.reading import STAGES
+from ..data.series import SWEPT, latest, one_series, short, size_text
+from ..data.statistics import median_and_interval
+from ..data.tables import NAN, identity_row, imbalance, rank_work, share_of
+from ..errors import AnalysisError
 
 
 def karp_flatt(speedup, ratio):

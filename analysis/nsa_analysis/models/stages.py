@@ -2,9 +2,9 @@
 
 import pandas as pd
 
-from .errors import AnalysisError
-from .series import latest, one_series
-from .tables import points_table, stage_medians, stages_table
+from ..data.series import latest, one_series
+from ..data.tables import points_table, stage_medians, stages_table
+from ..errors import AnalysisError
 
 # What is stacked: the columns of the program's own table, the projections apart.
 PARTS = {
