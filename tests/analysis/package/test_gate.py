@@ -1,13 +1,13 @@
-"""The gate is decided by the program: here by one that answers what the test wants, and by the real one."""
+"""The gate is decided by the program: a fake one with a given answer, and the real one."""
 
 import json
 import os
 import stat
 import sys
 
-import made_up
 import nsa_analysis
 import pytest
+import synthetic
 from nsa_analysis.cli import main
 from nsa_analysis.errors import AnalysisError
 from nsa_analysis.figures import plots
@@ -80,7 +80,7 @@ ANSWER = {
 
 @pytest.fixture
 def fake(tmp_path):
-    """A program `nsa` that prints ANSWER, or fails as told; it checks how it was called."""
+    """A program `nsa` that checks its arguments and prints ANSWER, or fails with a given code and message."""
 
     def make(answer=json.dumps(ANSWER), code=0, error=""):
         path = tmp_path / "nsa"
@@ -94,7 +94,7 @@ def fake(tmp_path):
     return make
 
 
-def test_tables_say_what_the_program_said(fake):
+def test_tables_show_the_answer_of_the_program(fake):
     answer = nsa_analysis.call_gate(["a.h5"], fake())
     table = nsa_analysis.gate_table(answer).set_index("condition")
     assert table.outcome[["share", "share_30", "speedup", "speedup_packed", "error"]].tolist() == [
@@ -130,11 +130,11 @@ def test_command(fake, tmp_path, capsys):
             2,
         ),
         ({"answer": "", "code": 6, "error": "nsa: error: bad.h5: no result of nsa\n"}, "bad.h5", 6),
-        ({"answer": "PROCEED\n"}, "no answer this reader knows", 2),
-        ({"answer": "[1]"}, "no answer this reader knows", 2),
+        ({"answer": "PROCEED\n"}, "no answer that this version can read", 2),
+        ({"answer": "[1]"}, "no answer that this version can read", 2),
     ],
 )
-def test_failures_are_passed_on(fake, program, said, code, capsys):
+def test_failures_are_reported(fake, program, said, code, capsys):
     assert main(["gate", "a.h5", "--nsa", fake(**program)]) == code
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
@@ -147,8 +147,8 @@ def test_no_program(capsys):
 
 @pytest.mark.skipif("NSA" not in os.environ, reason="NSA does not name the program")
 def test_the_real_program_answers(tmp_path):
-    """It decides on a decode run, and refuses what it cannot read."""
-    path = made_up.sweep(tmp_path, layouts=[(1, 1)])[0]
+    """It decides on a decode run and refuses a file that it cannot read."""
+    path = synthetic.sweep(tmp_path, layouts=[(1, 1)])[0]
     answer = gate.call_gate([path])
     assert nsa_analysis.verdicts(answer).device.tolist() == ["Test GPU"]
     assert len(nsa_analysis.gate_table(answer))
@@ -157,19 +157,19 @@ def test_the_real_program_answers(tmp_path):
         gate.call_gate([tmp_path / "bad.h5"])
 
 
-def test_files_that_the_gate_does_not_take_together_are_judged_apart(monkeypatch):
-    """Decode of two shapes beside one file of kernels: the kernels go with the first, the other shape by itself."""
+def test_files_that_the_gate_does_not_accept_together_are_grouped(monkeypatch):
+    """Decode of two shapes and one file of kernels: the kernels join the first shape, the other shape is alone."""
 
-    def gate(files, program):
+    def call_gate(files, program):
         if {"decode_a", "decode_b"} <= set(files) or "broken" in files:
             raise AnalysisError("nsa gate: these differ")
         return {"devices": [], "files": files}
 
-    monkeypatch.setattr(report_gate.gate, "call_gate", gate)
-    judged = report_gate.judged(["decode_a", "decode_b", "broken", "kernels"], None)
-    assert [(d.files, d.reason) for d in judged] == [
+    monkeypatch.setattr(report_gate.gate, "call_gate", call_gate)
+    decisions = report_gate.decide_groups(["decode_a", "decode_b", "broken", "kernels"], None)
+    assert [(d.files, d.reason) for d in decisions] == [
         (["decode_a", "kernels"], ""),
         (["decode_b"], ""),
         (["broken"], "nsa gate: these differ"),
     ]
-    assert [d.files for d in report_gate.judged(["decode_a", "kernels"], None)] == [["decode_a", "kernels"]]
+    assert [d.files for d in report_gate.decide_groups(["decode_a", "kernels"], None)] == [["decode_a", "kernels"]]

@@ -1,4 +1,4 @@
-"""Order statistics against definitions spelt out in another way, and against docs/METRICS.md's own examples."""
+"""Order statistics against independent definitions and the examples of docs/METRICS.md."""
 
 import fractions
 import math
@@ -38,7 +38,7 @@ def test_median_and_interval_by_row():
         assert (low[i], high[i]) == (sorted(row)[6], sorted(row)[17])  # n = 24: samples 7 and 18
 
 
-def test_nan_is_left_out():
+def test_nan_is_ignored():
     n, median, low, high = median_and_interval([[3.0, np.nan, 1.0, 2.0], [np.nan] * 4, [1, 2, 3, 4]])
     assert list(n) == [3, 0, 4]
     assert median[0] == 2 and math.isnan(median[1]) and median[2] == 2.5
