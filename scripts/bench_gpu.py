@@ -2,8 +2,8 @@
 """GPU kernels of nsa against dense SDPA of PyTorch, on the same GPU in one call.
 
 Runs bench_decode and bench_prefill and, for the shapes in their tables, torch's dense SDPA with each of its backends.
---selection adds the M4 shapes: torch's SDPA over packed K and V, with and without the gather that packs them. Both sides
-are CUDA graphs, timed with events; times are medians of the replays. In decode both sides rotate over several sets of K
+--selection adds the M4 shapes: torch's SDPA over packed K and V, with and without the gather that packs them. Both
+sides are CUDA graphs, timed with events; times are medians of the replays. In decode both sides rotate over sets of K
 and V, so that no set is in the L2 cache when it is read. Prints the ratio for each row. Needs torch with CUDA.
 
 usage: bench_gpu.py [BUILD_DIR] [--selection] [--json FILE]   e.g. scripts/bench_gpu.py build/cuda
@@ -81,8 +81,9 @@ def sdpa(q, k, v, **options):
 def dense_decode(batch, context):
     """Dense decode. The heads of a group are query rows over their shared K and V, so nothing is read twice."""
     bytes_of_set = 4 * batch * GROUPS * context * D
+    q_shape, kv_shape = (batch, GROUPS, HEADS // GROUPS, D), (batch, GROUPS, context, D)
     sets = [
-        (random(batch, GROUPS, HEADS // GROUPS, D), random(batch, GROUPS, context, D), random(batch, GROUPS, context, D))
+        (random(*q_shape), random(*kv_shape), random(*kv_shape))
         for _ in range(max(1, min(64, int(COLD_BYTES / bytes_of_set) + 1)))
     ]
     return best_backend(lambda: [lambda s=s: sdpa(*s) for s in sets])
@@ -98,7 +99,7 @@ def dense_prefill(context):
 
 
 def packed_selection(rows, heads, d, n):
-    """(seconds packed only, seconds with the gather) of `rows` queries of `heads` heads over n blocks of one K and V."""
+    """Seconds (packed only, with the gather) of `rows` queries of `heads` heads over n blocks of one K and V."""
     import torch
 
     q, k, v = random(rows, 1, heads, d), random(CONTEXT, d), random(CONTEXT, d)

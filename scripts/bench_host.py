@@ -98,7 +98,7 @@ def main():
     parser.add_argument("bench_host", nargs="?", type=pathlib.Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--venv", type=pathlib.Path, default=pathlib.Path("build/torch-venv"))
-    parser.add_argument("--torch", action="store_true", help="measure the cases on standard input (used by the script itself)")
+    parser.add_argument("--torch", action="store_true", help="measure the cases of standard input (internal)")
     args = parser.parse_args()
     if args.torch:
         return measure_torch(args.threads)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Runs a sweep of nsa: rank counts x layouts x inputs. Completed runs are skipped, and a failure does not stop the other
-runs. A summary is printed at the end. --submit submits the same list to Slurm, one job array per rank count.
+"""Runs a sweep of nsa: rank counts x layouts x inputs. Completed runs are skipped, and a failure does not stop the
+other runs. A summary is printed at the end. --submit submits the same list to Slurm, one job array per rank count.
 
 The list has one line per group of runs; # starts a comment:
 
@@ -46,13 +46,13 @@ def parse_list(path):
         with open(path) as file:
             lines = file.readlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("cannot read %s (%s); give the path of a sweep list" % (path, error))
+        raise UsageError("cannot read %s (%s); give the path of a sweep list" % (path, error)) from None
     for number, line in enumerate(lines, 1):
         where = "%s:%d: " % (path, number)
         try:
             words = shlex.split(line, comments=True)
         except ValueError as error:
-            raise UsageError(where + "%s; close the quotation" % error)
+            raise UsageError(where + "%s; close the quotation" % error) from None
         if not words:
             continue
         if len(words) < 3:
@@ -79,7 +79,7 @@ def allowed(nsa, case):
     try:
         plan = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     except OSError as error:
-        raise UsageError("cannot start %s (%s); give the program with --nsa" % (nsa, error.strerror))
+        raise UsageError("cannot start %s (%s); give the program with --nsa" % (nsa, error.strerror)) from None
     if plan.returncode not in (0, BAD_INPUT):
         raise UsageError("%s failed: %s" % (" ".join(command), plan.stderr.strip()))
     return plan.returncode == 0, plan.stderr.strip()
@@ -169,7 +169,7 @@ class Runner:
 
     def stop(self, number, _):
         self.stopped = True
-        if self.child is not None and self.child.poll() is None and number != signal.SIGINT:  # Ctrl-C already reaches the child
+        if self.child is not None and self.child.poll() is None and number != signal.SIGINT:  # Ctrl-C reaches the child
             self.child.send_signal(signal.SIGUSR1)
 
     def run(self, case, resume):
@@ -184,7 +184,8 @@ class Runner:
             try:
                 self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
             except OSError as error:
-                raise UsageError("cannot start %s (%s); choose another --launch" % (command[0], error.strerror))
+                reason = (command[0], error.strerror)
+                raise UsageError("cannot start %s (%s); choose another --launch" % reason) from None
             if self.stopped:
                 self.child.send_signal(signal.SIGUSR1)
             return self.child.wait()
@@ -259,7 +260,7 @@ def submit(args, cases):
         try:
             code = subprocess.call(command)
         except OSError as error:
-            raise UsageError("cannot start sbatch (%s); run this where Slurm is" % error.strerror)
+            raise UsageError("cannot start sbatch (%s); run this where Slurm is" % error.strerror) from None
         if code != 0:
             return 1
     if not wanted:
@@ -270,7 +271,8 @@ def submit(args, cases):
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", help="the sweep list")
-    parser.add_argument("--nsa", default=os.environ.get("NSA", "build/host/nsa"), help="the program (default %(default)s)")
+    nsa = os.environ.get("NSA", "build/host/nsa")
+    parser.add_argument("--nsa", default=nsa, help="the program (default %(default)s)")
     parser.add_argument("--launch", default="mpirun -n {ranks}", help="what starts it (default: %(default)s)")
     parser.add_argument("--results", help="folder of the results (default: the list's name without its suffix)")
     what = parser.add_mutually_exclusive_group()

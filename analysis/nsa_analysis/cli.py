@@ -19,6 +19,7 @@ from .models.scaling import scaling
 from .models.stages import branches, reads
 from .report import html
 from .report.report import make_report
+from .report.report_series import PREDICTION_COLUMNS
 
 EXAMPLES = """examples:
   nsa-analysis report results/ -o report.html           everything, on one page
@@ -142,7 +143,7 @@ def parser():
     table("roofline", run_roofline, "achieved against measured bandwidth by stage")
     command = table("model", run_model, "fit a cost model, show its error, extrapolate it to more ranks")
     command.add_argument("--fit-ranks", metavar="N,N", help="rank counts to fit to; the error is shown on the others")
-    command.add_argument("--up-to", type=int, default=1024, metavar="N", help="largest rank count of predictions (1024)")
+    command.add_argument("--up-to", type=int, default=1024, metavar="N", help="most ranks of predictions (1024)")
     add_network_options(command)
     table("kernels", run_kernels, "implementations of a branch side by side, of kind = kernels")
     command = add("gate", run_gate, "run `nsa gate` and draw its decision")
@@ -189,7 +190,7 @@ def write_outputs(options, frame, panels=None, terminal_columns=None):
         print(text) if options.json == "-" else write_text(options.json, text)
     if getattr(options, "figure", None):
         if not options.figure.endswith((".svg", ".png", ".pdf")):
-            raise AnalysisError(f"--figure {options.figure}: unknown image format; use a name that ends in .svg, .png or .pdf")
+            raise AnalysisError(f"--figure {options.figure}: unknown image format; end the name in .svg, .png or .pdf")
         if not panels:
             raise AnalysisError(
                 f"nothing to draw for `{options.name}` in these files; give points of more sizes or rank counts"
@@ -279,12 +280,14 @@ def run_model(options):
         ["context", "batch", "layout", "measured", "predicted", "error", "part"],
     )
     coefficients = model.coefficients()
-    print(f"\nfitted to {', '.join(map(str, model.fit_ranks))} ranks\n" + align_columns(coefficients, list(coefficients)))
+    print(f"\nfitted to {', '.join(map(str, model.fit_ranks))} ranks")
+    print(align_columns(coefficients, list(coefficients)))
     errors = cost_model.cross_validate(points)
     if len(errors):
         print("\neach rank count predicted by a fit to the others\n" + align_columns(errors, list(errors)))
-    print(f"\nPREDICTED, not measured. {cost_model.reliability(errors, points)} Network between nodes: {network.text()}")
-    print(align_columns(predictions, ["context", "batch", "ranks", "layout", "time", "speedup", "efficiency", "time_comm"]))
+    print(f"\nPREDICTED, not measured. {cost_model.reliability(errors, points)}", end=" ")
+    print(f"Network between nodes: {network.text()}")
+    print(align_columns(predictions, PREDICTION_COLUMNS))
 
 
 def run_kernels(options):

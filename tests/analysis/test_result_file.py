@@ -60,6 +60,13 @@ def groups_of(path):
     return sorted(found)
 
 
+def items_of(file):
+    """The root group and everything below it."""
+    items = [file]
+    file.visititems(lambda name, item: items.append(item))
+    return items
+
+
 def is_readable(dtype):
     return h5py.check_string_dtype(dtype) is not None or (
         dtype.kind in "if" and h5py.check_enum_dtype(dtype) is None and dtype.names is None)
@@ -75,9 +82,7 @@ class ResultFile(unittest.TestCase):
     def for_each_item(self, check):
         for kind, path in self.files.items():
             with h5py.File(path) as file:
-                items = [file]
-                file.visititems(lambda name, item: items.append(item))
-                for item in items:
+                for item in items_of(file):
                     with self.subTest(file=kind, item=item.name):
                         check(item)
 
@@ -202,7 +207,9 @@ class Malformed(unittest.TestCase):
         subprocess.run([os.environ["NSA_WRITE_SAMPLE"], self.path], check=True)
 
     def refused(self, part):
-        limit = lambda: resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
+        def limit():
+            resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
+
         run = subprocess.run([os.environ["NSA"], "diff", self.path, self.path], capture_output=True, text=True,
                              timeout=60, preexec_fn=limit)
         self.assertEqual(run.returncode, 6, run.stderr)

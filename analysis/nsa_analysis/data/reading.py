@@ -127,7 +127,7 @@ def attributes_of(item):
 
 
 def load_numbers(group, name, size, dimensions):
-    """A numeric dataset. Raises ValueError if its rank is not `dimensions` or its size exceeds `size`, that of the file."""
+    """A numeric dataset with that many dimensions. Raises ValueError if it is larger than `size`, that of its file."""
     dataset = group[name]
     if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "if":
         raise ValueError(f"'{name}' is not numeric")
@@ -222,7 +222,8 @@ def read_point(run, name, group, size):
         modelled = modelled[[load_labels(group, "stage", size).index(s) for s in STAGES]]
     memory = float("nan")
     if "memory_peak" in group:
-        memory = float(load_numbers(group, "memory_peak", size, 2)[load_labels(group, "kind", size).index("total")].max(initial=0))
+        total = load_labels(group, "kind", size).index("total")
+        memory = float(load_numbers(group, "memory_peak", size, 2)[total].max(initial=0))
     return Point(
         run, int(name), parameters, ranks, modes, reads, nsa_vibe, modelled, memory, read_kernels(group, size), unknown
     )
@@ -247,8 +248,7 @@ def read_file(path):
         with h5py.File(path, "r") as file:
             if "schema_version" not in file.attrs or "points" not in file:
                 raise FileError(
-                    f"{path}: not a result of nsa (no schema_version and points in it); "
-                    "give files that `nsa run` wrote"
+                    f"{path}: not a result of nsa (no schema_version and points in it); give files that `nsa run` wrote"
                 )
             attributes = attributes_of(file)
             major = str(attributes["schema_version"]).split(".")[0]
@@ -272,7 +272,8 @@ def read_file(path):
         raise FileError(f"{path}: not a complete result of nsa ({first_line(error)}); run it again") from None
     if not points:
         raise FileError(
-            f"{path}: has no point (status {attributes.get('status', 'unknown')}); wait until the run has written its first point"
+            f"{path}: has no point (status {attributes.get('status', 'unknown')}); "
+            "wait until the run has written its first point"
         )
     return points
 

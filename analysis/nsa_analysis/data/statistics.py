@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def interval_ranks(n):
     """1-based (low, high): the order statistics that bound the median with at least 95% confidence.
 
@@ -52,7 +52,10 @@ def summarise(samples):
     if n == 0:
         return {"n": 0, **dict.fromkeys(("median", "low", "high", "min", "p95", "p99", "cv"), math.nan)}
     _, median, low, high = median_and_interval(values)
-    nearest = lambda percent: float(values[-(-n * percent // 100) - 1])
+
+    def nearest_rank(percent):
+        return float(values[-(-n * percent // 100) - 1])
+
     cv = float(values.std(ddof=1) / values.mean()) if n > 1 else math.nan
     return {
         "n": n,
@@ -60,7 +63,7 @@ def summarise(samples):
         "low": float(low),
         "high": float(high),
         "min": float(values[0]),
-        "p95": nearest(95),
-        "p99": nearest(99),
+        "p95": nearest_rank(95),
+        "p99": nearest_rank(99),
         "cv": cv,
     }

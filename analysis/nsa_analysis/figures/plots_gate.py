@@ -152,9 +152,7 @@ def kernel_context_panel(title, frame):
 def kernel_shape_panel(title, frame):
     """Times with intervals, one row per shape."""
     factor, unit = time_unit(frame["median"])
-    frame = frame.assign(
-        shape=[f"N={r.rows} H={r.heads} D={r.head_size} n={r.blocks}" for r in frame.itertuples()]
-    )
+    frame = frame.assign(shape=[f"N={r.rows} H={r.heads} D={r.head_size} n={r.blocks}" for r in frame.itertuples()])
     shapes = list(dict.fromkeys(frame["shape"]))
     valid, bad = frame[frame.validity == "VALID"], frame[frame.validity != "VALID"]
 

@@ -6,9 +6,9 @@ Exchange: fixed + latency x (ranks - 1) + bytes received / rate.
 Step: the sum of its stages, plus the exposed part of the exchanges, less a saving per stage, because a whole step does
 not time its stages separately.
 
-The coefficients are non-negative and minimise the squares of relative errors. Beyond one node an exchange uses a network
-that is assumed, not measured: each node receives the bytes of other nodes through one link per GPU, waits one latency
-per doubling of nodes, and has the network to itself.
+The coefficients are non-negative and minimise the squares of relative errors. Beyond one node an exchange uses an
+assumed network: each node receives the bytes of other nodes through one link per GPU, waits one latency per doubling of
+nodes, and shares the network with no other job.
 """
 
 import dataclasses
@@ -161,8 +161,8 @@ def exchange_widths(points, counts):
 def default_fit_ranks(points):
     """All rank counts but one, which is held out.
 
-    That is the largest count whose removal leaves exchanges of at least two widths (or all widths there are): the latency
-    per hop cannot be fitted from one width. All rank counts where none can be held out.
+    That is the largest count whose removal leaves exchanges of two widths (or of the only width): the latency per hop
+    cannot be fitted from one width. All rank counts where none can be held out.
     """
     counts = sorted({p.ranks for p in points})
     wanted = min(2, len(exchange_widths(points, counts)))
@@ -312,8 +312,8 @@ def reliability(errors, points):
 def extrapolate(model, points, ranks=1024, network=None):
     """DataFrame of predictions, one row per (context, batch, rank count), for powers of two up to `ranks`.
 
-    Columns: the layout predicted fastest of those that the model covers, seconds by stage, speedup and efficiency against
-    the predicted single rank, and the network (empty within one node).
+    Columns: the layout predicted fastest of those that the model covers, seconds by stage, speedup and efficiency
+    against the predicted single rank, and the network (empty within one node).
     """
     network = network or Network()
     shapes = {tuple(p.get(k) for k in SWEPT): traffic.shape_of(p, 1, 1) for p in usable(points)}

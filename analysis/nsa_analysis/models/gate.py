@@ -17,8 +17,7 @@ def find_nsa(program=None):
     found = shutil.which(name)
     if not found:
         raise AnalysisError(
-            f"cannot find the program {name} (it decides the gate); "
-            "give --nsa PATH, set NSA, or put nsa on the PATH"
+            f"cannot find the program {name} (it decides the gate); give --nsa PATH, set NSA, or put nsa on the PATH"
         )
     return found
 
@@ -42,13 +41,17 @@ def call_gate(files, program=None):
         return answer
     except (ValueError, KeyError, TypeError) as error:
         raise AnalysisError(
-            f"{command[0]} gate --json gave no answer that this version can read ({error}); use the nsa of the same version"
+            f"{command[0]} gate --json gave no answer that this version can read ({error}); "
+            "use the nsa of the same version"
         ) from None
 
 
 def condition_row(device, name, where, measured, threshold, outcome):
     measured = measured or {}
-    number = lambda key: NAN if measured.get(key) is None else float(measured[key])
+
+    def number(key):
+        return NAN if measured.get(key) is None else float(measured[key])
+
     return {
         "device": device.get("device", ""),
         "condition": name,
@@ -104,9 +107,8 @@ def gate_table(answer):
         for shape in device.get("shapes", []):
             for key, condition in ("with_gather", "speedup"), ("packed", "speedup_packed"), ("error", "error"):
                 if shape.get(key):
-                    rows.append(
-                        condition_row(device, f"shape_{condition}", shape["name"], shape[key], thresholds.get(condition, NAN), "")
-                    )
+                    threshold = thresholds.get(condition, NAN)
+                    rows.append(condition_row(device, f"shape_{condition}", shape["name"], shape[key], threshold, ""))
     return pd.DataFrame(rows, columns=list(condition_row({}, "", "", {}, NAN, "")))
 
 

@@ -49,12 +49,12 @@ def weak_groups(points):
         if not (context and batch):
             continue
         also = "" if forced == "none" else f", forced {forced}"
-        groups.setdefault(
-            (1, batch / p.ranks, f"weak, context {format_count(context)}, batch {batch / p.ranks:g} a rank{also}"), []
-        ).append(p)
+        name = f"weak, context {format_count(context)}, batch {batch / p.ranks:g} a rank{also}"
+        groups.setdefault((1, batch / p.ranks, name), []).append(p)
         if p.kind == "decode" and context % p.ranks == 0:
             size = context // p.ranks
-            groups.setdefault((0, size, f"weak, batch {batch}, context {format_count(size)} a rank{also}"), []).append(p)
+            name = f"weak, batch {batch}, context {format_count(size)} a rank{also}"
+            groups.setdefault((0, size, name), []).append(p)
     return {name: members for (*_, name), members in sorted(groups.items())}
 
 
@@ -118,8 +118,8 @@ def scaling(points, kind="both", per_stage=True):
     """DataFrame, one row per (curve, point, stage); `kind` is "strong", "weak" or "both".
 
     Columns besides those of the point: curve; stage (`step` is the whole step in mode `total`, others are of mode
-    `branches`); time with its 95% interval time_low, time_high, and ideal_time, in s; speedup over the fastest layout on
-    base_ranks ranks, with bounds speedup_low and speedup_high from both intervals (at least 90% confidence);
+    `branches`); time with its 95% interval time_low, time_high, and ideal_time, in s; speedup over the fastest layout
+    on base_ranks ranks, with bounds speedup_low and speedup_high from both intervals (at least 90% confidence);
     efficiency; serial_fraction (strong); comm_share of the sum of all stages; max_over_median over ranks; crowded: the
     cores are oversubscribed, so the point is not compared; best: the fastest VALID layout on its rank count.
 

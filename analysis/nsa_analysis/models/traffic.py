@@ -43,7 +43,7 @@ class Shape:
     storage: int  # bytes of a stored element
     shared_kv: bool
     whole_layer: bool
-    l: int
+    l: int  # noqa: E741, the symbol of the paper
     d: int
     l_sel: int
     n_sel: int
@@ -193,7 +193,7 @@ def exchanges(s):
         ]
     else:
         gathers = [
-            ("lse", (math.lcm(24, s.kv) // s.kv + 1) * rows * s.query_heads * 2 * 4),  # + 1: (m, sum) of the window branch
+            ("lse", (math.lcm(24, s.kv) // s.kv + 1) * rows * s.query_heads * 2 * 4),  # + 1: the window's (m, sum)
             ("candidates", rows * s.groups * s.n_sel * CANDIDATE_BYTES),
             ("partials", len(BRANCHES) * rows * s.query_heads * (s.d_v + 2) * 4),
         ]

@@ -37,14 +37,13 @@ def warnings(points):
     ]
     unknown = [r.path for r in runs if r.attributes.get("git_commit", "unknown") == "unknown"]
     if unknown:
-        lines.append(
-            f"the commit is unknown in {name_files(unknown)}: these runs may be of different programs"
-        )
+        lines.append(f"the commit is unknown in {name_files(unknown)}: these runs may be of different programs")
     for device in dict.fromkeys(r.device for r in runs):
         lines += version_differences([r for r in runs if r.device == device])
     series = split([p for p in points if p.modes])
     if len(series) > 1:
-        lines.append(f"{len(series)} series that share no curve: they differ in {name_differences(differences(series))}")
+        names = name_differences(differences(series))
+        lines.append(f"{len(series)} series that share no curve: they differ in {names}")
     lines = list(dict.fromkeys(lines + latest([p for p in points if p.modes])[1]))
     folder = common_folder([r.path for r in runs])
     return [line.replace(folder, "") for line in lines] if folder else lines
@@ -52,7 +51,8 @@ def warnings(points):
 
 def common_folder(paths):
     """The common folder of several paths, with its last separator; empty where there is none."""
-    shared = os.path.commonprefix(paths) if len(paths) > 1 else ""  # character by character: paths may be absolute and relative
+    # commonprefix compares characters, so that absolute and relative paths can be mixed.
+    shared = os.path.commonprefix(paths) if len(paths) > 1 else ""
     folder = shared[: shared.rfind(os.sep) + 1]
     return "" if folder == os.sep else folder
 

@@ -25,7 +25,17 @@ TIMES = {
     "fixed",
     "per_hop",
 }
-SHARES = {"efficiency", "comm_share", "share", "selection_share", "serial_fraction", "fraction", "cv", "error", "median_error"}
+SHARES = {
+    "efficiency",
+    "comm_share",
+    "share",
+    "selection_share",
+    "serial_fraction",
+    "fraction",
+    "cv",
+    "error",
+    "median_error",
+}
 # Headings of columns whose name is not the heading.
 HEADINGS = {
     "time_low": "95% interval",
@@ -138,11 +148,9 @@ def table(frame, columns, caption, open_rows=OPEN_ROWS):
     headings, cells, text = format_table(frame, columns)
     classes = ["" if c in text else " class=n" for c in headings]
     head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in zip(classes, headings.values()))
-    bad = (frame["validity"] != "VALID") if "validity" in frame else [False] * len(frame)
-    rows = [
-        f"<tr{' class=invalid' if wrong else ''}>{''.join(f'<td{k}>{escape(v)}</td>' for k, v in zip(classes, row))}</tr>"
-        for wrong, row in zip(bad, cells)
-    ]
+    invalid = (frame["validity"] != "VALID") if "validity" in frame else [False] * len(frame)
+    bodies = ["".join(f"<td{css}>{escape(text)}</td>" for css, text in zip(classes, row)) for row in cells]
+    rows = [f"<tr{' class=invalid' if bad else ''}>{body}</tr>" for bad, body in zip(invalid, bodies)]
     body = (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -159,14 +167,11 @@ def command_line(text):
 
 def figures(panels, prefix):
     """Grid of figures; ids begin with `prefix`."""
-    return (
-        '<div class="figures">'
-        + "".join(
-            f'<figure class="{"predicted" if p.predicted else "measured"}">{to_svg(p, f"{prefix}{i}", escape(p.title))}</figure>'
-            for i, p in enumerate(panels)
-        )
-        + "</div>"
-    )
+    parts = []
+    for i, panel in enumerate(panels):
+        svg = to_svg(panel, f"{prefix}{i}", escape(panel.title))
+        parts.append(f'<figure class="{"predicted" if panel.predicted else "measured"}">{svg}</figure>')
+    return f'<div class="figures">{"".join(parts)}</div>'
 
 
 STYLE = """
@@ -186,14 +191,16 @@ nav { margin: .75rem 0; } nav a { margin-right: 1rem; display: inline-block; }
 a { color: var(--blue); }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
 .card { border: 1px solid var(--grid); border-radius: .4rem; padding: .6rem .8rem; min-width: 0; }
-.card b { display: block; font-size: 1.1rem; overflow-wrap: anywhere; } .card span { color: var(--muted); font-size: .85rem; }
+.card b { display: block; font-size: 1.1rem; overflow-wrap: anywhere; }
+.card span { color: var(--muted); font-size: .85rem; }
 .warnings { border-left: .3rem solid var(--orange); padding: .1rem 0 .1rem 1rem; margin: 1rem 0; }
 .warnings.bad { border-color: var(--bad); }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%%, 25rem), 1fr)); gap: .75rem; }
 figure { margin: .5rem 0; min-width: 0; max-width: 36rem; }
 figure svg { width: 100%%; height: auto; display: block; }
 figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif !important; }
-.predicted-part { border: 2px dashed var(--muted); border-radius: .5rem; padding: .25rem 1rem .75rem; margin: 1.5rem 0; }
+.predicted-part { border: 2px dashed var(--muted); border-radius: .5rem;
+  padding: .25rem 1rem .75rem; margin: 1.5rem 0; }
 .scroll { overflow-x: auto; max-width: 100%%; margin: .25rem 0 .75rem; /* a shadow where the table continues */
   background: linear-gradient(90deg, var(--paper) 40%%, transparent) local,
     linear-gradient(270deg, var(--paper) 40%%, transparent) 100%% 0 local,
@@ -208,13 +215,15 @@ tr.group a { display: inline-block; max-width: calc(100vw - 3.5rem); }
 @media (max-width: 40rem) { .glance .wide { display: none; } .glance th, .glance td { padding: .2rem .3rem; } }
 tr.invalid td { color: var(--bad); font-weight: 600; }
 details { margin: .25rem 0 .75rem; } summary { cursor: pointer; color: var(--muted); font-size: .9rem; }
-pre.command { overflow-x: auto; max-width: 100%%; max-height: 9rem; padding: .45rem .7rem; margin: .4rem 0; font-size: .8rem;
-  border: 1px solid var(--grid); border-radius: .3rem; color: var(--muted); white-space: pre-wrap; overflow-wrap: anywhere; }
+pre.command { overflow-x: auto; max-width: 100%%; max-height: 9rem; padding: .45rem .7rem; margin: .4rem 0;
+  font-size: .8rem; border: 1px solid var(--grid); border-radius: .3rem; color: var(--muted); white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 @media print {
   :root { %(light)s color-scheme: light; }
   body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
   figure, tr, .card { break-inside: avoid; } h2, h3 { break-after: avoid; } h2 { break-before: auto; }
-  .scroll { overflow: visible; background: none; } table { font-size: 7pt; } th, td { padding: .1rem .25rem; white-space: normal; }
+  .scroll { overflow: visible; background: none; } table { font-size: 7pt; }
+  th, td { padding: .1rem .25rem; white-space: normal; }
   td:first-child { white-space: nowrap; } .figures { grid-template-columns: 1fr 1fr; } pre.command { max-height: none; }
 }
 """

@@ -39,8 +39,7 @@ def kernels_section(points, paths):
     command = shlex.join(["nsa-analysis", "kernels", *series.shown_paths(paths), "--figure", "kernels.svg"])
     shown = varying_columns(frame, ["device", *KERNEL_COLUMNS])
     return (
-        '<h2 id="kernels">Kernels</h2>'
-        + "<p class=muted>Implementations of one branch on one shape, with interleaved "
+        '<h2 id="kernels">Kernels</h2>' + "<p class=muted>Implementations of one branch on one shape, with interleaved "
         "repetitions; medians of the slowest rank, errors against float64.</p>"
         + html.command_line(command)
         + html.figures(plots.kernel_panels(frame), "k")

@@ -11,6 +11,7 @@ from ..models.scaling import scaling
 from ..models.stages import branches, reads
 from . import html
 
+PREDICTION_COLUMNS = ["context", "batch", "ranks", "layout", "time", "speedup", "efficiency", "time_comm"]
 POINT_COLUMNS = ["context", "batch", "layout"]
 
 
@@ -47,9 +48,9 @@ def parameters_text(members):
     """Parameters of a series in one paragraph."""
     get = members[0].get
     routes = sorted({",".join(map(str, p.get("routes", []))) for p in members})
-    sizes = {name: sorted({p.get(f"run.{name}") for p in members}) for name in ("context", "batch")}
+    contexts, batches = (sorted({p.get(f"run.{name}") for p in members}) for name in ("context", "batch"))
     return (
-        f"context {', '.join(map(series.format_count, sizes['context']))}, batch {', '.join(map(str, sizes['batch']))}; "
+        f"context {', '.join(map(series.format_count, contexts))}, batch {', '.join(map(str, batches))}; "
         f"l={get('nsa.l')} d={get('nsa.d')} l'={get('nsa.l_sel')} n={get('nsa.n_sel')} w={get('nsa.w')}, "
         f"phi {get('nsa.phi')}, {get('model.layers')} layer(s), dim {get('model.dim')}, "
         f"fill {get('run.fill', 'prefill')}, "
@@ -63,7 +64,7 @@ def scaling_part(prefix, members, command):
     frame = scaling(members)
     panels = plots.scaling_panels(frame)
     if not panels:
-        return f"<p class=muted>Scaling: one rank count ({members[0].ranks}); run this input on other rank counts to see scaling.</p>"
+        return f"<p class=muted>Scaling: one rank count ({members[0].ranks}); run this input on other rank counts.</p>"
     frame = frame.assign(curve=frame.curve.str.replace("context ", ""))
     step = frame[frame.stage == "step"]
     text = (
@@ -124,7 +125,8 @@ def branches_part(prefix, members, command):
     )
     if len(counts):
         counts = counts.assign(nsa_vibe=counts.get("nsa_vibe"))
-        body += html.table(counts, varying_columns(counts, [*POINT_COLUMNS, "branch", "counted", "expected", "nsa_vibe"]), "Reads")
+        shown = varying_columns(counts, [*POINT_COLUMNS, "branch", "counted", "expected", "nsa_vibe"])
+        body += html.table(counts, shown, "Reads")
     return subsection("Branches", text, command("branches"), body)
 
 
@@ -159,9 +161,8 @@ def ranks_part(prefix, members, command):
             )
             + "</ul>"
         )
-        body += html.table(
-            slow, varying_columns(slow, [*POINT_COLUMNS, "rank", "host", "uuid", "stages", "file"]), "Stragglers, worst first"
-        )
+        shown = varying_columns(slow, [*POINT_COLUMNS, "rank", "host", "uuid", "stages", "file"])
+        body += html.table(slow, shown, "Stragglers, worst first")
     return subsection("Ranks", text, command("ranks"), body)
 
 
@@ -209,13 +210,9 @@ def model_part(prefix, members, command, network):
     checked, predictions = cost_model.check(model, members), cost_model.extrapolate(model, members, network=network)
     held = sorted({p.ranks for p in members} - set(model.fit_ranks))
     text = (
-        f"A stage takes a fixed time plus its bytes and FLOPs over rates; an exchange takes a fixed time, a latency per "
+        "A stage takes a fixed time plus its bytes and FLOPs over rates; an exchange takes a fixed time, a latency per "
         f"hop and its bytes over a rate. Fitted to {', '.join(map(str, model.fit_ranks))} ranks; "
-        + (
-            f"held out: {', '.join(map(str, held))} ranks."
-            if held
-            else "no rank count is held out."
-        )
+        + (f"held out: {', '.join(map(str, held))} ranks." if held else "no rank count is held out.")
     )
     errors = cost_model.cross_validate(members)
     step = checked[checked.stage == "step"]
@@ -238,11 +235,7 @@ def model_part(prefix, members, command, network):
         f"{html.escape(network.text())}. Nothing in this box was measured. "
         f"{html.escape(cost_model.reliability(errors, members))}</p>"
         + html.figures(plots.prediction_panels(predictions), f"{prefix}p")
-        + html.table(
-            predictions,
-            varying_columns(predictions, ["context", "batch", "ranks", "layout", "time", "speedup", "efficiency", "time_comm"]),
-            "Predictions",
-        )
+        + html.table(predictions, varying_columns(predictions, PREDICTION_COLUMNS), "Predictions")
         + "</div>"
     )
     return subsection("Cost model", text, command("model"), body + predicted)

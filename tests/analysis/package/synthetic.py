@@ -1,4 +1,4 @@
-"""Synthetic result files with known answers. They follow docs/SCHEMA.md and are written with h5py, not by the program."""
+"""Synthetic result files with known answers, after docs/SCHEMA.md, written with h5py and not by the program."""
 
 import h5py
 import numpy as np

@@ -15,7 +15,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 NETWORK = nsa_analysis.Network("a network", latency=10e-6, bandwidth=1e9, node=4)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "docs/results/h200").glob("scaling_gpu_decode_r*.h5")), ids=lambda f: f.stem)
+DECODE_FILES = sorted((ROOT / "docs/results/h200").glob("scaling_gpu_decode_r*.h5"))
+
+
+@pytest.mark.parametrize("file", DECODE_FILES, ids=lambda f: f.stem)
 def test_bytes_are_those_the_program_stored(file):
     for point in nsa_analysis.read(file):
         assert traffic.modelled_bytes(traffic.shape_of(point)) == dict(zip(STAGES, point.bytes[:, 0].tolist()))
@@ -119,7 +122,8 @@ def test_each_rank_count_is_predicted_by_the_others(tmp_path):
     errors = cost_model.cross_validate(points).set_index("ranks")
     assert errors.position.to_dict() == {2: "between", 4: "between", 8: "beyond"}
     assert errors.points.to_dict() == {2: 4, 4: 6, 8: 2} and errors.error.max() < 0.01
-    assert "Fitted without 8 ranks, the model is up to 0% off there." in cost_model.reliability(errors.reset_index(), points)
+    text = cost_model.reliability(errors.reset_index(), points)
+    assert "Fitted without 8 ranks, the model is up to 0% off there." in text
 
 
 def test_the_error_beyond_the_fit_is_of_a_rank_count_that_was_not_fitted(tmp_path):

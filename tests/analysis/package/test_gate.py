@@ -78,11 +78,14 @@ ANSWER = {
 }
 
 
+ANSWER_TEXT = json.dumps(ANSWER)
+
+
 @pytest.fixture
 def fake(tmp_path):
     """A program `nsa` that checks its arguments and prints ANSWER, or fails with a given code and message."""
 
-    def make(answer=json.dumps(ANSWER), code=0, error=""):
+    def make(answer=ANSWER_TEXT, code=0, error=""):
         path = tmp_path / "nsa"
         path.write_text(
             f"#!{sys.executable}\nimport sys\nassert sys.argv[1:3] == ['gate', '--json'] and len(sys.argv) > 3\n"

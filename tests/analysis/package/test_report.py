@@ -108,7 +108,7 @@ def test_every_figure_has_axes_with_units_and_a_legend(page):
 
 
 def test_invalid_and_predicted_are_marked(page):
-    assert '<tr class=invalid>' in page
+    assert "<tr class=invalid>" in page
     assert page.count('class="predicted"') == 2 * page.count('class="predicted-part"') > 0
     measured = re.sub(r'<div class="predicted-part">.*?</table>', "", page, flags=re.S)
     assert "PREDICTED" not in measured
@@ -130,7 +130,7 @@ def test_a_page_of_the_committed_results():
     assert "NVIDIA H200" in page and page.count("<svg") > 15
 
 
-# The page in a frame of the screen's width. A script checks it and writes its findings into the title of the outer page.
+# The page in a frame of the screen's width. A script checks it and writes the result into the title of the outer page.
 PROBE = """<!doctype html><title>none</title><iframe id=f style="border:0;width:%dpx;height:800px"></iframe><script>
 const errors = []; const frame = document.getElementById("f");
 frame.onload = () => { const page = frame.contentDocument, root = page.documentElement;

@@ -170,7 +170,8 @@ def noisy_sweep(folder):
     rng = random.Random(11)
     for heads, kv in ((1, 1), (2, 1), (1, 2), (2, 2)):
         rows = [[1e-4 / (heads * kv) ** 0.8 * (1 + rng.random() / 5) for _ in range(24)] for _ in range(heads * kv)]
-        synthetic.write(folder / f"h{heads}k{kv}.h5", [synthetic.point(synthetic.times(heads * kv, 24, rows), heads, kv)])
+        table = synthetic.times(heads * kv, 24, rows)
+        synthetic.write(folder / f"h{heads}k{kv}.h5", [synthetic.point(table, heads, kv)])
     return sorted(folder.glob("*.h5"))
 
 
@@ -203,6 +204,9 @@ def test_every_number_of_a_curve_from_the_raw_samples(tmp_path, which):
 def bounds_of_median(samples):
     """The narrowest symmetric pair of order statistics that covers the median with 95%, by counting subsets."""
     n, ordered = len(samples), sorted(samples)
-    covered = lambda k: sum(math.comb(n, i) for i in range(k, n - k + 1)) / 2**n
+
+    def covered(k):
+        return sum(math.comb(n, i) for i in range(k, n - k + 1)) / 2**n
+
     k = max(k for k in range(1, n // 2 + 1) if covered(k) >= 0.95)
     return ordered[k - 1], ordered[n - k]

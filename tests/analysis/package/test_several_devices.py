@@ -89,7 +89,7 @@ def test_invalid_points_count_for_nothing_at_a_glance(tmp_path):
     synthetic.write(tmp_path / "h4k1.h5", [wrong])
     groups = report_head.in_order(series.split(nsa_analysis.read(tmp_path)))
     row = re.search(r"<tr[^>]*><td[^>]*>64K \(.*?</tr>", report_head.glance(groups))[0]
-    assert 'class=invalid' in row and "1 of 6 INVALID" in row and "1.00 µs" not in row and "4 (2×2)" in row
+    assert "class=invalid" in row and "1 of 6 INVALID" in row and "1.00 µs" not in row and "4 (2×2)" in row
 
 
 def test_the_gate_is_asked_for_each_commit_by_itself(page, asked):

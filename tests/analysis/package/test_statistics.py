@@ -19,7 +19,9 @@ def test_interval_ranks_of_the_document(n, ranks):
 
 @pytest.mark.parametrize("n", [*range(6, 60), 301])
 def test_interval_ranks_by_exact_binomials(n):
-    below = lambda k: fractions.Fraction(sum(math.comb(n, i) for i in range(k)), 2**n)
+    def below(k):
+        return fractions.Fraction(sum(math.comb(n, i) for i in range(k)), 2**n)
+
     k = max(k for k in range(1, n) if below(k) <= fractions.Fraction(25, 1000))
     assert interval_ranks(n) == (k, n + 1 - k)
 

@@ -15,7 +15,10 @@ from nsa_analysis.errors import AnalysisError
 def noisy(tmp_path):
     """Two ranks with random samples; rank 1 is the slower one in attend_sel."""
     rng = np.random.default_rng(3)
-    sample = lambda scale: scale * (1 + 0.2 * rng.random((2, 24)))
+
+    def sample(scale):
+        return scale * (1 + 0.2 * rng.random((2, 24)))
+
     sel = sample(30e-6)
     sel[1] *= 1.5
     moved = np.arange(22).reshape(11, 2) * 10_000
@@ -109,7 +112,7 @@ def test_roofline(noisy):
     assert math.isnan(frame.fraction["comm"])
     total = statistics.median(slowest(noisy, "total", "step"))
     assert frame.achieved["step"] == pytest.approx((200_000 - 180_000) / total)  # a rank's step less its comm
-    # Position 65567: 15 whole blocks and 32 tokens are selected, half of them on each kv rank; 8 query heads, Dk+Dv = 128.
+    # Position 65567: 15 whole blocks and 32 tokens are selected, half on each kv rank; 8 query heads, Dk+Dv = 128.
     assert frame.flops["attend_sel"] == 2 * 8 * (15 * 64 + 32) / 2 * 128
 
 
