@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 
 import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 matplotlib.use("Agg")
@@ -142,9 +143,9 @@ def to_svg(panel, prefix, label):
     """Inline SVG with CSS variables as colours and ids that begin with `prefix`."""
     text = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        render(panel).savefig(
-            text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
+        # savefig draws twice to find the layout; one draw gives the same bytes.
+        metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        FigureCanvasSVG(render(panel)).print_svg(text, metadata=metadata)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     for role, (light, _) in COLOURS.items():

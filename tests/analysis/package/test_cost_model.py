@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import types
 
 import nsa_analysis
 import numpy as np
@@ -31,8 +32,8 @@ def linear_sweep(folder, layouts=((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (4, 1)
     for heads, kv in layouts:
         points = []
         for context in (65536, 1048576):
-            empty = synthetic.point(synthetic.times(heads * kv, 9, 1.0), heads, kv, run_context=context)
-            shape = traffic.shape_of(nsa_analysis.read(synthetic.write(folder / "empty.h5", [empty]))[0])
+            parameters = synthetic.PARAMETERS | {"run.context": context, "heads": heads, "kv": kv}
+            shape = traffic.shape_of(types.SimpleNamespace(kind="decode", parameters=parameters))
             moved = traffic.modelled_bytes(shape)
             stages = {
                 s: 3e-6 + moved[s] / 1e12
@@ -48,25 +49,28 @@ def linear_sweep(folder, layouts=((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (4, 1)
                 )
             )
         paths.append(str(synthetic.write(folder / f"h{heads}k{kv}.h5", points)))
-    (folder / "empty.h5").unlink()
     return paths
 
 
-def test_coefficients_are_recovered(tmp_path):
-    points = nsa_analysis.read(linear_sweep(tmp_path))
-    model = nsa_analysis.fit(points)
+@pytest.fixture(scope="module")
+def linear_points(tmp_path_factory):
+    """Points of linear_sweep on all its layouts."""
+    return nsa_analysis.read(linear_sweep(tmp_path_factory.mktemp("linear")))
+
+
+def test_coefficients_are_recovered(linear_points):
+    model = nsa_analysis.fit(linear_points)
     assert model.fit_ranks == (1, 2, 4)
     assert model.comm[:2] == pytest.approx((4e-6, 2e-6), rel=1e-6) and model.comm[2] == pytest.approx(0, abs=1e-16)
     assert model.exposed == pytest.approx(0.5, abs=0.02) and model.saved == pytest.approx(2e-6, rel=0.02)
-    checked = nsa_analysis.check(model, points)
+    checked = nsa_analysis.check(model, linear_points)
     assert checked.error.abs().max() < 0.01
     assert set(checked[checked.part == "held out"].ranks) == {8}
 
 
-def test_error_is_measured_against_predicted(tmp_path):
-    points = nsa_analysis.read(linear_sweep(tmp_path))
-    model = dataclasses.replace(nsa_analysis.fit(points), comm=(8e-6, 4e-6, 0.0))
-    comm = nsa_analysis.check(model, points).query("stage == 'comm'")
+def test_error_is_measured_against_predicted(linear_points):
+    model = dataclasses.replace(nsa_analysis.fit(linear_points), comm=(8e-6, 4e-6, 0.0))
+    comm = nsa_analysis.check(model, linear_points).query("stage == 'comm'")
     assert comm.error.tolist() == pytest.approx([1.0] * len(comm))
 
 
@@ -85,17 +89,16 @@ def test_an_exchange_beyond_a_node_by_hand():
     assert model.exchange_time(heads, shape, NETWORK) == pytest.approx(4e-6 + 1500e-9 + 4 * 10e-6 + 1500 / 1e9)
 
 
-def test_predictions_have_a_table_of_their_own(tmp_path):
-    points = nsa_analysis.read(linear_sweep(tmp_path))
-    model = nsa_analysis.fit(points)
-    predictions = nsa_analysis.extrapolate(model, points, 1024, NETWORK)
+def test_predictions_have_a_table_of_their_own(linear_points):
+    model = nsa_analysis.fit(linear_points)
+    predictions = nsa_analysis.extrapolate(model, linear_points, 1024, NETWORK)
     assert not {"measured", "error"} & set(predictions)
     assert predictions[predictions.context == 1048576].ranks.tolist() == [1 << i for i in range(11)]
     assert predictions[predictions.ranks <= 4].network.eq("").all()
     assert predictions[predictions.ranks > 4].network.str.contains("a network.*assumed").all()
     assert predictions[predictions.context == 65536].ranks.max() == 256  # at most 64 chunks x 4 head shards
     one = predictions[(predictions.ranks == 1) & (predictions.context == 65536)].iloc[0]
-    assert one.time == pytest.approx(model.predict(traffic.shape_of(points[0], 1, 1))["step"])
+    assert one.time == pytest.approx(model.predict(traffic.shape_of(linear_points[0], 1, 1))["step"])
 
 
 def test_invalid_points_are_not_fitted(tmp_path):
@@ -106,9 +109,9 @@ def test_invalid_points_are_not_fitted(tmp_path):
     assert nsa_analysis.check(model, nsa_analysis.read(paths)).measured.max() < 1
 
 
-def test_nothing_to_fit_is_an_error(tmp_path):
+def test_nothing_to_fit_is_an_error(linear_points):
     with pytest.raises(AnalysisError, match="no VALID point .* on 64 ranks"):
-        nsa_analysis.fit(nsa_analysis.read(linear_sweep(tmp_path)), [64])
+        nsa_analysis.fit(linear_points, [64])
 
 
 def test_non_negative_fit():
@@ -117,12 +120,11 @@ def test_non_negative_fit():
     assert cost_model.non_negative_fit(columns, np.array([4.0, 2, 1]))[1] == 0  # falling times: no negative rate
 
 
-def test_each_rank_count_is_predicted_by_the_others(tmp_path):
-    points = nsa_analysis.read(linear_sweep(tmp_path))
-    errors = cost_model.cross_validate(points).set_index("ranks")
+def test_each_rank_count_is_predicted_by_the_others(linear_points):
+    errors = cost_model.cross_validate(linear_points).set_index("ranks")
     assert errors.position.to_dict() == {2: "between", 4: "between", 8: "beyond"}
     assert errors.points.to_dict() == {2: 4, 4: 6, 8: 2} and errors.error.max() < 0.01
-    text = cost_model.reliability(errors.reset_index(), points)
+    text = cost_model.reliability(errors.reset_index(), linear_points)
     assert "Fitted without 8 ranks, the model is up to 0% off there." in text
 
 
