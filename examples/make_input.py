@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Makes x and the weights of one layer for `[input] file = "x.h5"`: make_input.py x.h5. Needs h5py and numpy.
+"""Writes x and the weights of one layer for `[input] file = "x.h5"`: make_input.py x.h5. Needs h5py and numpy.
 
-The sizes below are those of [model] and of the point that runs; T is its context, plus run.steps in decode.
-Any float type will do; names and shapes are in docs/SCHEMA.md, "Tensors".
+The sizes below are those of [model] and of the point; T is its context, plus run.steps in decode. Any float type is
+accepted. Names and shapes are in docs/SCHEMA.md, "Tensors".
 """
 
 import sys

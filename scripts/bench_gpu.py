@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Our GPU kernels against PyTorch's on the same GPU, one after the other in one call.
+"""GPU kernels of nsa against dense SDPA of PyTorch, on the same GPU in one call.
 
-Runs bench_decode and bench_prefill and, for the shapes in their tables, torch's dense SDPA by every
-backend it has; with --selection also the M4 shapes: torch's SDPA over packed K and V, with and without the gather that
-packs them. Both sides are CUDA graphs timed with events, the median of the replays; in decode both rotate over sets
-of K and V so that none is in the L2 when it is read. Prints the ratio for each row. Needs torch with CUDA.
+Runs bench_decode and bench_prefill and, for the shapes in their tables, torch's dense SDPA with each of its backends.
+--selection adds the M4 shapes: torch's SDPA over packed K and V, with and without the gather that packs them. Both
+sides are CUDA graphs, timed with events; times are medians of the replays. In decode both sides rotate over sets of K
+and V, so that no set is in the L2 cache when it is read. Prints the ratio for each row. Needs torch with CUDA.
 
 usage: bench_gpu.py [BUILD_DIR] [--selection] [--json FILE]   e.g. scripts/bench_gpu.py build/cuda
-Without BUILD_DIR only what --selection adds.
+Without BUILD_DIR only the shapes of --selection run.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def graph_seconds(calls):
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for call in calls[:2]:  # libraries choose and load their kernels outside the graph
+        for call in calls[:2]:  # libraries select and load their kernels outside the graph
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -51,7 +51,7 @@ def graph_seconds(calls):
 
 
 def best_backend(make_calls):
-    """(seconds, backend) of the fastest SDPA backend that takes the shape."""
+    """(seconds, backend) of the fastest SDPA backend that supports the shape."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -60,7 +60,7 @@ def best_backend(make_calls):
         try:
             with sdpa_kernel(backend), torch.no_grad():
                 best = min(best, (graph_seconds(make_calls()), backend.name))
-        except RuntimeError as error:  # this backend does not take the shape
+        except RuntimeError as error:  # this backend does not support the shape
             print(f"  torch {backend.name}: {str(error).splitlines()[0]}", file=sys.stderr)
             torch.cuda.synchronize()
     return best
@@ -79,10 +79,11 @@ def sdpa(q, k, v, **options):
 
 
 def dense_decode(batch, context):
-    """The heads of a group as query rows over their one K and V: nothing is read twice."""
+    """Dense decode. The heads of a group are query rows over their shared K and V, so nothing is read twice."""
     bytes_of_set = 4 * batch * GROUPS * context * D
+    q_shape, kv_shape = (batch, GROUPS, HEADS // GROUPS, D), (batch, GROUPS, context, D)
     sets = [
-        (random(batch, GROUPS, HEADS // GROUPS, D), random(batch, GROUPS, context, D), random(batch, GROUPS, context, D))
+        (random(*q_shape), random(*kv_shape), random(*kv_shape))
         for _ in range(max(1, min(64, int(COLD_BYTES / bytes_of_set) + 1)))
     ]
     return best_backend(lambda: [lambda s=s: sdpa(*s) for s in sets])
@@ -98,7 +99,7 @@ def dense_prefill(context):
 
 
 def packed_selection(rows, heads, d, n):
-    """(seconds packed only, seconds with the gather) of `rows` queries of `heads` heads over n blocks of one K and V."""
+    """Seconds (packed only, with the gather) of `rows` queries of `heads` heads over n blocks of one K and V."""
     import torch
 
     q, k, v = random(rows, 1, heads, d), random(CONTEXT, d), random(CONTEXT, d)
@@ -111,7 +112,7 @@ def packed_selection(rows, heads, d, n):
 
 
 def decode_rows(build):
-    """The rows of bench_decode's table for Dk = Dv = 128: us a step."""
+    """Rows of the table of bench_decode for Dk = Dv = 128, us per step."""
     text = subprocess.run([build / "tests/bench/bench_decode"], check=True, capture_output=True, text=True).stdout
     table = text.split("Dk = Dv =")[1]
     for batch, context, us, floor in re.findall(r"^ *(\d+) x +(\d+)K +([\d.]+) +([\d.]+) ", table, re.M):
@@ -119,9 +120,9 @@ def decode_rows(build):
 
 
 def prefill_rows(build):
-    """The rows of bench_prefill's table, in us."""
+    """Rows of the table of bench_prefill, in us."""
     text = subprocess.run([build / "tests/bench/bench_prefill"], check=True, capture_output=True, text=True).stdout
-    # context, tile, ms at once, ms by stages, floor
+    # context, tile, ms fused, ms by stages, floor
     for context, ms, floor in re.findall(r"^ *(\d+)K +\d+ +([\d.]+) +[\d.]+ +([\d.]+) ", text, re.M):
         yield {"batch": 1, "context": int(context) * 1024, "us": float(ms) * 1e3, "floor_us": float(floor) * 1e3}
 
@@ -139,8 +140,8 @@ def compare(what, row, seconds, backend, results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", type=pathlib.Path, nargs="?", help="a build folder of the cuda preset")
-    parser.add_argument("--selection", action="store_true", help="also torch's packed selection, the M4 shapes")
-    parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
+    parser.add_argument("--selection", action="store_true", help="add torch's packed selection on the M4 shapes")
+    parser.add_argument("--json", type=pathlib.Path, help="write the rows to this file")
     args = parser.parse_args()
 
     import torch

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Runs a list of nsa runs: rank counts x factorisations x inputs. What is done is skipped, one failure does not stop
-the rest, and a summary comes last. The same list drives Slurm: --submit makes a job array for each rank count.
+"""Runs a sweep of nsa: rank counts x layouts x inputs. Completed runs are skipped, and a failure does not stop the
+other runs. A summary is printed at the end. --submit submits the same list to Slurm, one job array per rank count.
 
-The list has a line for each group of runs; # starts a comment:
+The list has one line per group of runs; # starts a comment:
 
   # ranks   heads x kv   input                 options of `nsa run`
   1,2,4     all          inputs/scaling.toml
   8         1x8,2x4      inputs/scaling.toml   --set run.context=131072
 
-heads x kv: layouts that multiply to the rank count; "all": every one that the input allows; "auto": nsa's choice.
-Paths are relative to where this runs. Results go to RESULTS/<input>_r<ranks>_h<heads>_kv<kv>[_<hash of options>].h5, with
-.json (its figures, written when the run has ended) and .log beside it. A run is done when its .json is there and tells
-of the same input; one that ended early is resumed.
+heads x kv: layouts whose product is the rank count; "all": every layout that the input allows; "auto": nsa chooses.
+Paths are relative to the current folder. Results go to RESULTS/<input>_r<ranks>_h<heads>_kv<kv>[_<hash of options>].h5,
+with .json (summary, written at the end of the run) and .log next to it. A run is complete when its .json exists and has
+the hash of the input; an incomplete run is resumed.
 
-Exit codes: 0 all done and VALID, 1 some are not, 2 usage, 75 interrupted: the same command goes on.
+Exit codes: 0 all runs are complete and VALID, 1 some are not, 2 usage, 75 interrupted: repeat the command to continue.
 """
 
 import argparse
@@ -40,19 +40,19 @@ class UsageError(Exception):
 
 
 def parse_list(path):
-    """The list's lines as Groups. Raises UsageError with file and line."""
+    """The lines of the list as Groups. Raises UsageError with file and line."""
     groups = []
     try:
         with open(path) as file:
             lines = file.readlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("cannot read %s (%s); give the path of a sweep list" % (path, error))
+        raise UsageError("cannot read %s (%s); give the path of a sweep list" % (path, error)) from None
     for number, line in enumerate(lines, 1):
         where = "%s:%d: " % (path, number)
         try:
             words = shlex.split(line, comments=True)
         except ValueError as error:
-            raise UsageError(where + "%s; close the quotation" % error)
+            raise UsageError(where + "%s; close the quotation" % error) from None
         if not words:
             continue
         if len(words) < 3:
@@ -74,12 +74,12 @@ def parse_list(path):
 
 
 def allowed(nsa, case):
-    """Whether the input allows this layout, and what nsa says if not: nsa plans it, runs nothing."""
+    """(whether the input allows this layout, message of nsa if not), from a dry run of nsa."""
     command = [nsa, "run", case.input, "--dry-run", "--ranks", str(case.ranks)] + settings(case)
     try:
         plan = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     except OSError as error:
-        raise UsageError("cannot start %s (%s); give the program with --nsa" % (nsa, error.strerror))
+        raise UsageError("cannot start %s (%s); give the program with --nsa" % (nsa, error.strerror)) from None
     if plan.returncode not in (0, BAD_INPUT):
         raise UsageError("%s failed: %s" % (" ".join(command), plan.stderr.strip()))
     return plan.returncode == 0, plan.stderr.strip()
@@ -94,7 +94,7 @@ def settings(case):
 
 
 def layouts_of(nsa, group, ranks):
-    """Cases of one rank count, in the order of their heads."""
+    """Cases of one rank count."""
     for layout in group.layouts:
         if layout == "auto":
             yield Case(ranks, None, None, group.input, group.options)
@@ -115,7 +115,7 @@ def layouts_of(nsa, group, ranks):
 
 
 def expand(nsa, groups):
-    """Every run once, in the list's order. A layout of a line that fits none of its rank counts is an error."""
+    """Every run once, in the order of the list. Raises UsageError for a layout that fits no rank count of its line."""
     cases = []
     for group in groups:
         for layout in group.layouts:
@@ -141,24 +141,24 @@ def stem(case):
 
 
 def state_of(case, results):
-    """("done" | "invalid" | "stale" | "unfinished" | "missing", the run's JSON or None)."""
+    """("done" | "invalid" | "stale" | "unfinished" | "missing", the JSON summary or None)."""
     path = os.path.join(results, stem(case))
     if not os.path.exists(path + ".h5"):
         return "missing", None
     try:
         with open(path + ".json") as file:
-            told = json.load(file)
+            summary = json.load(file)
         with open(case.input, "rb") as file:
-            same = hashlib.sha256(file.read()).hexdigest() == told["input_sha256"]
+            same = hashlib.sha256(file.read()).hexdigest() == summary["input_sha256"]
     except (OSError, ValueError, KeyError):
         return "unfinished", None
     if not same:
-        return "stale", told
-    return ("done" if told["result"] == "VALID" else "invalid"), told
+        return "stale", summary
+    return ("done" if summary["result"] == "VALID" else "invalid"), summary
 
 
 class Runner:
-    """Runs one case after the other and passes USR1 and TERM on to it: nsa seals its point and ends with 75."""
+    """Runs cases in sequence. USR1 and TERM are forwarded to nsa, which completes its point and exits with 75."""
 
     def __init__(self, nsa, launch, results):
         self.nsa, self.launch, self.results = nsa, launch, results
@@ -169,11 +169,11 @@ class Runner:
 
     def stop(self, number, _):
         self.stopped = True
-        if self.child is not None and self.child.poll() is None and number != signal.SIGINT:  # ^C reaches it anyway
+        if self.child is not None and self.child.poll() is None and number != signal.SIGINT:  # Ctrl-C reaches the child
             self.child.send_signal(signal.SIGUSR1)
 
     def run(self, case, resume):
-        """Exit code of the run. Its output goes to the log."""
+        """Runs one case and returns its exit code. Output goes to the log."""
         path = os.path.join(self.results, stem(case))
         command = [word.replace("{ranks}", str(case.ranks)) for word in shlex.split(self.launch)]
         command += [self.nsa, "run", case.input] + settings(case) + ["--output", path + ".h5", "--json", path + ".json"]
@@ -184,7 +184,8 @@ class Runner:
             try:
                 self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
             except OSError as error:
-                raise UsageError("cannot start %s (%s); choose another --launch" % (command[0], error.strerror))
+                reason = (command[0], error.strerror)
+                raise UsageError("cannot start %s (%s); choose another --launch" % reason) from None
             if self.stopped:
                 self.child.send_signal(signal.SIGUSR1)
             return self.child.wait()
@@ -200,43 +201,43 @@ def last_error(path):
 
 
 def run_cases(cases, runner):
-    """Returns {case: exit code} of what was run."""
+    """Runs the cases that are not complete. Returns {case: exit code}."""
     codes = {}
     for number, case in enumerate(cases, 1):
         state, _ = state_of(case, runner.results)
         if state in ("missing", "unfinished") and not runner.stopped:
             start = time.time()
             codes[case] = runner.run(case, resume=state == "unfinished")
-            said = "exit code %d after %.1f s" % (codes[case], time.time() - start)
+            outcome = "exit code %d after %.1f s" % (codes[case], time.time() - start)
         else:
-            said = "not started" if state in ("missing", "unfinished") else "there already"
-        print("[%d/%d] %s: %s" % (number, len(cases), stem(case), said), flush=True)
+            outcome = "not started" if state in ("missing", "unfinished") else "there already"
+        print("[%d/%d] %s: %s" % (number, len(cases), stem(case), outcome), flush=True)
     return codes
 
 
-def headline(told):
-    for name, figure in (told or {}).get("figures", {}).items():
+def headline(summary):
+    for name, figure in (summary or {}).get("figures", {}).items():
         if "_time_" in name or "_found_" in name:
             return "%s = %s %s" % (name, figure["value"], figure["unit"])
     return ""
 
 
 def summarise(cases, results, codes):
-    """Prints a line a run; returns whether all are done and VALID."""
+    """Prints one line per run. Returns whether all are complete and VALID."""
     print("\n%-32s %5s %7s %-10s" % ("run", "ranks", "layout", "state"))
     commits, good = set(), True
     for case in cases:
-        state, told = state_of(case, results)
+        state, summary = state_of(case, results)
         path = os.path.join(results, stem(case))
-        remark = headline(told)
+        remark = headline(summary)
         if state == "stale":
             remark = "%s has changed since; remove the result or choose another --results" % case.input
         elif state != "done":
             remark = last_error(path + ".log") or remark
         if codes.get(case) not in (None, 0, INTERRUPTED) and state in ("missing", "unfinished"):
             state = "failed %d" % codes[case]
-        if told:
-            commits.add(told["git_commit"])
+        if summary:
+            commits.add(summary["git_commit"])
         good = good and state == "done"
         layout = "auto" if case.heads is None else "%dx%d" % (case.heads, case.kv)
         print("%-32s %5d %7s %-10s %s" % (stem(case), case.ranks, layout, state, remark))
@@ -246,7 +247,7 @@ def summarise(cases, results, codes):
 
 
 def submit(args, cases):
-    """One job array a rank count, so that each is given the nodes it needs. Only what is not done is submitted."""
+    """Submits incomplete runs, one job array per rank count, each with the nodes that it needs."""
     wanted = [i for i, case in enumerate(cases) if state_of(case, args.results)[0] in ("missing", "unfinished")]
     for ranks in sorted({cases[i].ranks for i in wanted}):
         indices = ",".join(str(i) for i in wanted if cases[i].ranks == ranks)
@@ -259,7 +260,7 @@ def submit(args, cases):
         try:
             code = subprocess.call(command)
         except OSError as error:
-            raise UsageError("cannot start sbatch (%s); run this where Slurm is" % error.strerror)
+            raise UsageError("cannot start sbatch (%s); run this where Slurm is" % error.strerror) from None
         if code != 0:
             return 1
     if not wanted:
@@ -270,7 +271,8 @@ def submit(args, cases):
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", help="the sweep list")
-    parser.add_argument("--nsa", default=os.environ.get("NSA", "build/host/nsa"), help="the program (default %(default)s)")
+    nsa = os.environ.get("NSA", "build/host/nsa")
+    parser.add_argument("--nsa", default=nsa, help="the program (default %(default)s)")
     parser.add_argument("--launch", default="mpirun -n {ranks}", help="what starts it (default: %(default)s)")
     parser.add_argument("--results", help="folder of the results (default: the list's name without its suffix)")
     what = parser.add_mutually_exclusive_group()

@@ -2,19 +2,33 @@
 
     import nsa_analysis
     points = nsa_analysis.read(["results/"])          # every point of every file
-    nsa_analysis.scaling(points)                      # a DataFrame; so do branches, reads, ranks, roofline
+    nsa_analysis.scaling(points)                      # a DataFrame; also branches, reads, ranks, roofline
 
-Times are in seconds, bytes in bytes. What the numbers mean: docs/METRICS.md; the file: docs/SCHEMA.md.
+Times are in seconds, sizes in bytes. docs/METRICS.md defines the numbers, docs/SCHEMA.md the files.
+
+Modules depend on those before them: data (files and tables), models (scaling, balance, bandwidth, cost model, gate),
+figures (panels), report (the page), cli.
 """
 
 __version__ = "0.1.0"
 
-from .balance import ranks, stragglers
-from .bandwidth import roofline
-from .cost_model import CostModel, Network, carry, check, fit
-from .curves import karp_flatt, scaling
+from .data.reading import Point, Run, read, read_file
+from .data.tables import kernels, points_table, stages_table
 from .errors import AnalysisError, FileError
-from .reading import Point, Run, read, read_file
-from .stages import branches, reads
-from .tables import kernels, points_table, stages_table
-from .verdict import call_gate, gate_table, verdicts
+from .models.balance import ranks, stragglers
+from .models.cost_model import CostModel, Network, check, extrapolate, fit
+from .models.gate import call_gate, gate_table, verdicts
+from .models.roofline import roofline
+from .models.scaling import karp_flatt, scaling
+from .models.stages import branches, reads
+
+carry = extrapolate  # earlier name
+
+
+def __getattr__(name):
+    """`nsa_analysis.plots` is imported on first use, because matplotlib takes long to import."""
+    if name == "plots":
+        from .figures import plots
+
+        return plots
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,15 +1,15 @@
-"""What a user can mend. The command line prints it and exits; functions raise it."""
+"""Errors that a user can correct. Functions raise them; the command line prints them and exits."""
 
-USAGE, FILE = 2, 6  # exit codes, as those of `nsa`
+USAGE, FILE = 2, 6  # exit codes, the same as those of `nsa`
 
 
 class AnalysisError(Exception):
-    """Input that cannot be analysed: `<what> (<why>); <what to do>`."""
+    """Input that cannot be analysed. Message: `<problem> (<reason>); <what to do>`."""
 
     code = USAGE
 
 
 class FileError(AnalysisError):
-    """A file that is no readable result of nsa; the message names it."""
+    """A file that is not a readable result of nsa. The message names the file."""
 
     code = FILE

@@ -1,5 +1,5 @@
-"""The result file opens in h5py, xarray (both engines) and pandas with named dimensions and units, holds no
-type that one of them cannot read, and docs/SCHEMA.md names everything in it.
+"""The result file opens in h5py, xarray (both engines) and pandas with named dimensions and units. All of them can read
+its types, and docs/SCHEMA.md names everything in it.
 
 Environment: NSA, the program; MPIEXEC, which launches it; NSA_WRITE_SAMPLE, which writes a file with every field
 set.
@@ -41,7 +41,7 @@ STAGES = "project append compress attend_cmp rank attend_sel attend_win combine 
 
 
 def make_files(folder):
-    """The sample with every field set, a real run on four ranks, and needles."""
+    """The sample with every field set, a real run on four ranks, and a needle run."""
     files = {kind: folder / f"{kind}.h5" for kind in ("sample", "real", "needle")}
     subprocess.run([os.environ["NSA_WRITE_SAMPLE"], files["sample"]], check=True)
     (folder / "input.toml").write_text(INPUT)
@@ -53,11 +53,18 @@ def make_files(folder):
 
 
 def groups_of(path):
-    """Every group that holds datasets."""
+    """Every group with datasets."""
     found = set()
     with h5py.File(path) as file:
         file.visititems(lambda name, item: found.add(item.parent.name) if isinstance(item, h5py.Dataset) else None)
     return sorted(found)
+
+
+def items_of(file):
+    """The root group and everything below it."""
+    items = [file]
+    file.visititems(lambda name, item: items.append(item))
+    return items
 
 
 def is_readable(dtype):
@@ -75,9 +82,7 @@ class ResultFile(unittest.TestCase):
     def for_each_item(self, check):
         for kind, path in self.files.items():
             with h5py.File(path) as file:
-                items = [file]
-                file.visititems(lambda name, item: items.append(item))
-                for item in items:
+                for item in items_of(file):
                     with self.subTest(file=kind, item=item.name):
                         check(item)
 
@@ -86,7 +91,7 @@ class ResultFile(unittest.TestCase):
             if isinstance(item, h5py.Dataset):
                 self.assertTrue(is_readable(item.dtype), item.dtype)
             for name in item.attrs:
-                if name not in ("DIMENSION_LIST", "REFERENCE_LIST"):  # HDF5's own links of dimension scales
+                if name not in ("DIMENSION_LIST", "REFERENCE_LIST"):  # references of dimension scales, written by HDF5
                     self.assertTrue(is_readable(item.attrs.get_id(name).dtype), name)
         self.for_each_item(check)
 
@@ -202,7 +207,9 @@ class Malformed(unittest.TestCase):
         subprocess.run([os.environ["NSA_WRITE_SAMPLE"], self.path], check=True)
 
     def refused(self, part):
-        limit = lambda: resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
+        def limit():
+            resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
+
         run = subprocess.run([os.environ["NSA"], "diff", self.path, self.path], capture_output=True, text=True,
                              timeout=60, preexec_fn=limit)
         self.assertEqual(run.returncode, 6, run.stderr)
@@ -223,12 +230,12 @@ class Malformed(unittest.TestCase):
             self.replace("points/0000/rep", shape=shape, dtype="i8", chunks=layout)
             self.refused("larger than its file")
 
-    def test_numbers_that_would_lead_out_of_a_table(self):
+    def test_numbers_out_of_the_range_of_a_table(self):
         with h5py.File(self.path, "r+") as file:
             file["points/0000"].attrs["warmup_reps"] = -(10**9)
         self.refused("attribute 'warmup_reps' is -1000000000")
 
-    def test_one_table_of_two(self):
+    def test_a_missing_table_of_two(self):
         with h5py.File(self.path, "r+") as file:
             del file["points/0000/reads_expected"]
         self.refused("of 'reads' and 'reads_expected' it has only one")

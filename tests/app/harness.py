@@ -22,14 +22,14 @@ class Finished:
     err: str
 
 
-def nsa(*arguments, ranks=0, cwd, environment={}):
+def nsa(*arguments, ranks=0, cwd, environment=None):
     """ranks=0: without a launcher. `environment`: beside what is there."""
     command = [BINARY, *arguments]
     if ranks:
         command = [MPIEXEC, "-n", str(ranks), "--oversubscribe", "--allow-run-as-root", *command]
     # Open MPI waits two seconds for the other ranks after one has ended with an error code; here none is left.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_MCA_odls_base_sigkill_timeout": "0", **environment}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANG)
+    settings = {"OMP_NUM_THREADS": "1", "OMPI_MCA_odls_base_sigkill_timeout": "0"} | (environment or {})
+    done = subprocess.run(command, cwd=cwd, env=os.environ | settings, capture_output=True, text=True, timeout=HANG)
     return Finished(done.returncode, done.stdout, done.stderr)
 
 

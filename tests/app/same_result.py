@@ -23,7 +23,7 @@ def differences(a, b):
         items = []
         for file in (left, right):
             names = {"/": file}
-            file.visititems(lambda name, item: names.__setitem__(name, item))
+            file.visititems(names.__setitem__)
             items.append(names)
         if list(items[0]) != list(items[1]):
             found.append(f"items: {sorted(set(items[0]) ^ set(items[1])) or 'in another order'}")

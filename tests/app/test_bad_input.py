@@ -65,7 +65,8 @@ class BadInput(AppTest):
         self.write("in.toml", SMALL + 'seed = "one"\n')
         self.refuses(USAGE, ['in.toml:13:8: run.seed holds the string "one"; give an integer'], "in.toml")
         self.write("in.toml", SMALL.replace("fp32", "fp8"))
-        self.refuses(USAGE, ['in.toml:7:13: model.precision holds the string "fp8"', '"fp32", "bf16", "fp16"'], "in.toml")
+        said = ['in.toml:7:13: model.precision holds the string "fp8"', '"fp32", "bf16", "fp16"']
+        self.refuses(USAGE, said, "in.toml")
 
     def test_every_violated_constraint_at_once(self):
         text = SMALL.replace("d_k = 16", "d_k = 15").replace("steps = 3", "steps = 1")
@@ -152,7 +153,8 @@ class BadInput(AppTest):
     def test_no_room_for_the_output_is_found_before_computing(self):
         # 16 PB of tensors: computing them first would not end before the test is called hung.
         self.write("in.toml", SMALL.replace("dim = 32", "dim = 4096").replace("context = 64", "context = 1000000000"))
-        self.refuses(FILE, ["cannot write result.h5", "are needed", "are free"], "in.toml", "--set", "output.tensors=true")
+        self.refuses(FILE, ["cannot write result.h5", "are needed", "are free"], "in.toml", "--set",
+                     "output.tensors=true")
 
     def test_no_room_on_a_small_file_system(self):
         small = os.path.join(self.folder, "small")
@@ -168,7 +170,8 @@ class BadInput(AppTest):
 class BadFilesOfDiff(AppTest):
     def test_diff_names_the_file_it_cannot_read(self):
         self.write("broken.h5", "not HDF5")
-        for arguments, code, part in ((("none.h5", "none.h5"), FILE, "none.h5"), (("broken.h5", "none.h5"), FILE, "broken.h5"),
+        for arguments, code, part in ((("none.h5", "none.h5"), FILE, "none.h5"),
+                                      (("broken.h5", "none.h5"), FILE, "broken.h5"),
                                       (("none.h5",), USAGE, "B is required")):
             done = self.nsa("diff", *arguments)
             self.assertEqual(done.code, code, done.err)

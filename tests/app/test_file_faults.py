@@ -1,6 +1,6 @@
-"""Every fault that the writing of a result file can meet, and a kill at every one of its system calls: exit code 6 on all
-ranks and one message, or a dead run; the finished points readable; and --resume completes the file to what it would have
-been. file_faults.c makes the system calls fail. Needs h5py."""
+"""Every fault that the writing of a result file can meet, and a kill at every one of its system calls: exit code 6 on
+all ranks and one message, or a dead run; the finished points readable; and --resume completes the file to what it would
+have been. file_faults.c makes the system calls fail. Needs h5py."""
 
 import fcntl
 import os
@@ -25,13 +25,13 @@ class FileFaults(AppTest):
     def path(self, name):
         return os.path.join(self.folder, name)
 
-    def start(self, *arguments, fault="", log="", ranks=0, environment={}):
+    def start(self, *arguments, fault="", log="", ranks=0, environment=None):
         command = [BINARY, "run", "in.toml", *arguments]
         if ranks:
             command = [MPIEXEC, "-n", str(ranks), "--oversubscribe", "--allow-run-as-root", *command]
         faults = {"LD_PRELOAD": os.environ["NSA_FILE_FAULTS"], "FILE_FAULT": fault, "FILE_FAULT_LOG": log}
         run = subprocess.Popen(command, cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", **faults, **environment})
+                               env={**os.environ, "OMP_NUM_THREADS": "1", **faults, **(environment or {})})
         self.addCleanup(run.kill)
         return run
 
@@ -173,7 +173,10 @@ class FileFaults(AppTest):
 
     def test_the_file_system_becomes_read_only(self):
         folder = self.mounted()
-        remount = lambda how: lambda: self.assertEqual(os.system(f"mount -o remount,{how} {folder}"), 0)
+
+        def remount(how):
+            return lambda: self.assertEqual(os.system(f"mount -o remount,{how} {folder}"), 0)
+
         self.disturbed(remount("ro"), "Read-only file system", remount("rw"), "small/result.h5")
 
     def test_the_folder_is_read_only(self):
@@ -184,7 +187,9 @@ class FileFaults(AppTest):
         self.assertIn("nsa: error: cannot write small/result.h5 (small: Read-only file system)", done.err)
 
     def test_the_file_vanishes(self):
-        away = lambda: os.rename(self.path("result.h5"), self.path("away.h5"))
+        def away():
+            os.rename(self.path("result.h5"), self.path("away.h5"))
+
         self.disturbed(away, "cannot add a point to result.h5 (No such file or directory); put it back",
                        lambda: os.rename(self.path("away.h5"), self.path("result.h5")))
 
@@ -227,7 +232,7 @@ class FileFaults(AppTest):
     # Locks
 
     def test_a_file_system_without_locks(self):
-        fault = "flock:{}:%d" % ENOLCK
+        fault = f"flock:{{}}:{ENOLCK}"
         self.assert_refused(self.end(self.start(fault=fault.format(2))),
                             "set HDF5_USE_FILE_LOCKING=FALSE where the file system has no locks")
         self.assertEqual(os.listdir(self.folder), ["in.toml"])

@@ -21,7 +21,8 @@ class Csv(AppTest):
     def test_the_seeds_are_no_evidence(self):
         self.write("decode_gpu_v2.csv", SEEDS)
         done = self.assert_ok(self.nsa("gate", "decode_gpu_v2.csv"))
-        for part in ("305% of the total", "1159 at every S", "in 4 of 4 rows", "VERDICT: NOT EVIDENCE (decode_gpu_v2.csv"):
+        for part in ("305% of the total", "1159 at every S", "in 4 of 4 rows",
+                     "VERDICT: NOT EVIDENCE (decode_gpu_v2.csv"):
             self.assertIn(part, done.out)
         self.assertEqual(self.nsa("gate", "decode_gpu_v2.csv", "--exit-verdict").code, NOT_EVIDENCE)
         audit = json.loads(self.nsa("gate", "decode_gpu_v2.csv", "--json").out)["audits"][0]
@@ -31,7 +32,8 @@ class Csv(AppTest):
 
     def test_our_own_csv_is_consistent(self):
         self.write("in.toml", SMALL)
-        self.assert_ok(self.nsa("run", "in.toml", "--csv", "own.csv", "--set", "run.context=[64, 256]", "--set", "run.steps=12"))
+        self.assert_ok(self.nsa("run", "in.toml", "--csv", "own.csv", "--set", "run.context=[64, 256]",
+                                "--set", "run.steps=12"))
         done = self.nsa("gate", "own.csv", "--exit-verdict")
         self.assertIn("VERDICT: CONSISTENT (own.csv", self.assert_ok(done).out)
 
@@ -124,7 +126,8 @@ implementations = ["fused", "sdpa", "sdpa_packed", "masked"]
 class Kernels(AppTest):
     def test_kernels_from_run_to_record(self):
         self.write("k.toml", KERNELS)
-        done = self.assert_ok(self.nsa("run", "k.toml", "--output", "k.h5", "--set", 'kernels.spans=["mixed", "scattered"]'))
+        done = self.assert_ok(self.nsa("run", "k.toml", "--output", "k.h5",
+                                       "--set", 'kernels.spans=["mixed", "scattered"]'))
         name = "sel_N32_H2_D16_n4_mixed_context_512"
         same = self.assert_ok(self.nsa("diff", "k.h5", "k.h5"))  # paired by shape
         self.assertIn("DIFF: SAME (2 points compared)", same.out)
@@ -150,12 +153,13 @@ class Kernels(AppTest):
         self.write("k.toml", KERNELS)
         done = self.assert_ok(self.nsa("run", "k.toml", ranks=2))
         self.assertEqual(done.out.splitlines()[-1], "RESULT: VALID")
-        self.assertIn("plan: 2 ranks, each measures 1 shapes", self.nsa("run", "k.toml", "--dry-run", "--ranks", "2").out)
+        plan = self.nsa("run", "k.toml", "--dry-run", "--ranks", "2").out
+        self.assertIn("plan: 2 ranks, each measures 1 shapes", plan)
 
     def test_flash_guard_shape(self):
         self.write("k.toml", KERNELS)
-        done = self.assert_ok(self.nsa("run", "k.toml", "--set", 'kernels.branch=["win", "cmp"]', "--set", "kernels.rows=0",
-                                       "--set", 'kernels.implementations=["flash", "sdpa"]'))
+        done = self.assert_ok(self.nsa("run", "k.toml", "--set", 'kernels.branch=["win", "cmp"]',
+                                       "--set", "kernels.rows=0", "--set", 'kernels.implementations=["flash", "sdpa"]'))
         self.assertIn("FOM kernels_sdpa_time_win_H2_D16_context_512 = ", done.out)
         self.assertEqual(done.out.splitlines()[-1], "RESULT: VALID")
 

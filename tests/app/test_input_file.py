@@ -52,8 +52,8 @@ class InputFile(unittest.TestCase):
                 self.run_nsa(loaded, "output.tensors=true", f"input.file='{dumped}'", "run.seed=2", *settings)
                 with h5py.File(dumped) as a, h5py.File(loaded) as b:
                     names = []
-                    a.visit(lambda name: names.append(name) if "/tensors/" in name else None)
-                    names = [name for name in names if isinstance(a[name], h5py.Dataset)]
+                    a.visit(names.append)
+                    names = [name for name in names if "/tensors/" in name and isinstance(a[name], h5py.Dataset)]
                     self.assertIn("points/0000/tensors/selected", names)
                     for name in names:
                         np.testing.assert_array_equal(a[name][()], b[name][()], err_msg=name)

@@ -56,8 +56,9 @@ class ManyRuns(AppTest):
         memory = [megabytes for megabytes, _ in seen]
         tenth = max(1, len(memory) // 10)
         first, last = statistics.median(memory[:tenth]), statistics.median(memory[-tenth:])
-        print(f"{RUNS} runs: largest process {min(memory):.1f} to {max(memory):.1f} MB, median of the first tenth {first:.1f}, "
-              f"of the last {last:.1f}; median run {statistics.median(s for _, s in seen):.2f} s")
+        print(f"{RUNS} runs: largest process {min(memory):.1f} to {max(memory):.1f} MB, "
+              f"median of the first tenth {first:.1f}, of the last {last:.1f}; "
+              f"median run {statistics.median(s for _, s in seen):.2f} s")
         self.assertLess(last, 1.05 * first + 1)
 
     def test_a_run_of_many_points_does_not_grow(self):

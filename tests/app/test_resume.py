@@ -19,15 +19,16 @@ OK, USAGE, FILE, INTERRUPTED = 0, 2, 6, 75
 # Prefills, so that a point is many short repetitions: a quarter of a second each, and the same samples in every run.
 SWEEP = SMALL.replace('"decode"', '"prefill"').replace("context = 64", "context = [192, 256, 320, 384]").replace(
     "steps = 3", "steps = 60")
+TWO_POINTS = SMALL.replace("context = 64", "context = [64, 96]")
 
 
 class ResumeTest(AppTest):
-    def start(self, *arguments, ranks=0, environment={}):
+    def start(self, *arguments, ranks=0, environment=None):
         command = [BINARY, *arguments]
         if ranks:
             command = [MPIEXEC, "-n", str(ranks), "--oversubscribe", "--allow-run-as-root", *command]
-        run = subprocess.Popen(command, cwd=self.folder, env=dict(os.environ, OMP_NUM_THREADS="1", **environment), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        run = subprocess.Popen(command, cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=dict(os.environ, OMP_NUM_THREADS="1", **(environment or {})))
         self.addCleanup(run.kill)
         return run
 
@@ -99,7 +100,8 @@ class Stopping(ResumeTest):
     def test_max_time_again_and_again(self):
         self.undisturbed(SWEEP, ranks=2)
         rounds = 0
-        while (done := self.nsa("run", "in.toml", "--resume", "--max-time", f"{1 + rounds}s", ranks=2)).code == INTERRUPTED:
+        resume = ("run", "in.toml", "--resume", "--max-time")
+        while (done := self.nsa(*resume, f"{1 + rounds}s", ranks=2)).code == INTERRUPTED:
             rounds += 1  # and more time: a busy machine may need it for a point
             self.assertLess(rounds, 30)
         self.assert_ok(done)
@@ -136,7 +138,8 @@ class Stopping(ResumeTest):
             self.assertIn(f"nsa: error: --max-time {limit} (not a duration); give seconds, or 90s", done.err)
 
     def test_a_point_cut_short_after_its_steps_is_kept_until_it_is_redone(self):
-        text = SMALL.replace("steps = 3", "steps = 3\nmin_time = 4.0").replace("warmup = 1", 'warmup = 1\nmodes = ["total"]')
+        text = SMALL.replace("steps = 3", "steps = 3\nmin_time = 4.0")
+        text = text.replace("warmup = 1", 'warmup = 1\nmodes = ["total"]')
         self.write("in.toml", text)
         for limit in range(1, 60):  # a busy machine may need longer to come to it
             done = self.nsa("run", "in.toml", "--max-time", str(limit), ranks=2)
@@ -175,7 +178,7 @@ class Resuming(ResumeTest):
         with open(self.path("result.h5"), "rb") as file:
             self.assertEqual(file.read(), bytes_before)
 
-    def interrupted_file(self, *arguments, ranks=0, text=SMALL.replace("context = 64", "context = [64, 96]")):
+    def interrupted_file(self, *arguments, ranks=0, text=TWO_POINTS):
         """result.h5 with one of two points."""
         self.write("in.toml", text)
         self.assert_ok(self.nsa("run", "in.toml", *arguments, ranks=ranks))
@@ -207,8 +210,9 @@ class Resuming(ResumeTest):
 
     def test_another_input_is_refused(self):
         self.interrupted_file()
-        self.refuses(["cannot resume result.h5 (nsa.w: 512 there, 32 here; run.steps: 3 there, 5 here); give what it was "
-                      "begun with, or start anew with another --output"], "--set", "run.steps=5", "--set", "nsa.w=32")
+        self.refuses(["cannot resume result.h5 (nsa.w: 512 there, 32 here; run.steps: 3 there, 5 here); give what it "
+                      "was begun with, or start anew with another --output"],
+                     "--set", "run.steps=5", "--set", "nsa.w=32")
         self.refuses(["run.context: [64, 96] there, [64, 128] here"], "--set", "run.context=[64, 128]")
         self.refuses(["output.tensors: false there, true here"], "--set", "output.tensors=true")
         self.assert_ok(self.nsa("run", "in.toml", "--resume", "--set", "run.backend=auto", "--set", "parallel.heads=1"))

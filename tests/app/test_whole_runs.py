@@ -49,7 +49,10 @@ class WholeRuns(AppTest):
             rows = list(csv.DictReader(file))
         self.assertEqual(",".join(rows[0]), "S,ms_total,ms_cmp,ms_sel,ms_win,reads_actual,reads_expected,"
                          "reads_actual_decode,reads_expected_decode,reads_nsa_vibe")
-        column = lambda name: [int(row[name]) for row in rows]
+
+        def column(name):
+            return [int(row[name]) for row in rows]
+
         self.assertEqual(column("S"), [128, 256, 512, 1024])
         for name in ("reads_actual", "reads_expected", "reads_actual_decode", "reads_expected_decode"):
             self.assertEqual(column(name), [329, 593, 1089, 1569])

@@ -68,7 +68,8 @@ class Flips(FaultTest):
             with self.subTest(text=text[:25]):
                 self.invalid(f"{site}:flip=3", "", text)
                 os.environ["NSA_FAULT"] = ""
-                shown = self.nsa("run", "in.toml", "--resume", "--output", "r.h5", ranks=2)  # of the file, no point is run
+                # Shows the file; no point is run.
+                shown = self.nsa("run", "in.toml", "--resume", "--output", "r.h5", ranks=2)
                 self.assertEqual(shown.code, 3, shown.out + shown.err)
                 self.assertIn("r.h5 is complete", shown.out)
                 self.assertRegex(shown.out, re.compile(r"^ +\d+ .*  INVALID$", re.MULTILINE))

@@ -33,7 +33,8 @@ class Memory(FaultTest):
                     self.assertEqual(done.code, 5, done.err)
                     said = [line for line in done.err.splitlines() if line.startswith("nsa: ")]
                     self.assertEqual(said, ["nsa: error: the host failed (by NSA_FAULT)"], done.err)
-                    self.assertEqual([name for name in os.listdir(self.folder) if not name.endswith(".json")], ["in.toml"])
+                    left = [name for name in os.listdir(self.folder) if not name.endswith(".json")]
+                    self.assertEqual(left, ["in.toml"])
 
     def test_a_device_with_new_memory_errors_ends_the_run(self):
         for text in (DECODE, PREFILL):

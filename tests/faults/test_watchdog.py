@@ -111,10 +111,10 @@ class Watchdog(AppTest):
         folder = self.job_folder(DECODE)
         save_code = '"$@"; echo $? > code.$OMPI_COMM_WORLD_RANK'
         start = time.monotonic()
-        done = subprocess.run([MPIEXEC, "--enable-recovery", "-n", "3", "--oversubscribe", "--allow-run-as-root", "sh", "-c",
-                               save_code, "sh", BINARY, "run", "in.toml", "--deadline", str(deadline), "--output", "r.h5"],
-                              cwd=folder, env=dict(os.environ, NSA_FAULT=fault, OMP_NUM_THREADS="1"), capture_output=True,
-                              text=True, timeout=AMPLE)
+        launcher = [MPIEXEC, "--enable-recovery", "-n", "3", "--oversubscribe", "--allow-run-as-root"]
+        program = [BINARY, "run", "in.toml", "--deadline", str(deadline), "--output", "r.h5"]
+        done = subprocess.run([*launcher, "sh", "-c", save_code, "sh", *program], cwd=folder, capture_output=True,
+                              text=True, env=dict(os.environ, NSA_FAULT=fault, OMP_NUM_THREADS="1"), timeout=AMPLE)
         codes = []
         for rank in range(3):
             with open(os.path.join(folder, f"code.{rank}")) as file:

@@ -23,7 +23,8 @@ NO_HEADER_ROOM = {"mpi.h": r"lib/comm/communicator_impl\.hpp"}  # the only .hpp 
 
 def violations(root=ROOT):
     found = []
-    files = [f for top in ("lib", "app") for f in sorted((root / top).rglob("*")) if f.suffix in {".hpp", ".cpp", ".cu", ".cuh"}]
+    suffixes = {".hpp", ".cpp", ".cu", ".cuh"}
+    files = [f for top in ("lib", "app") for f in sorted((root / top).rglob("*")) if f.suffix in suffixes]
     for file in files:
         name = file.relative_to(root).as_posix()
         parts = name.split("/")

@@ -91,7 +91,7 @@ class PrivateSlurm:
                 "SLURM_CONF": str(self.folder / "slurm.conf"),
                 "PATH": os.pathsep.join([self.programs[0], self.environment["PATH"]]),
                 "LD_LIBRARY_PATH": os.pathsep.join(
-                    [str(p) for p in plugins + [l for l in libraries if str(l).startswith(str(packages))]]
+                    [str(p) for p in plugins + [x for x in libraries if str(x).startswith(str(packages))]]
                     + [p for p in [self.environment.get("LD_LIBRARY_PATH")] if p]
                 ),
             }
@@ -121,7 +121,8 @@ class PrivateSlurm:
         while not done():
             ended = [d.args[0] for d in self.daemons if d.poll() is not None]
             if ended or time.monotonic() > end:
-                raise RuntimeError(f"{what}: " + (f"{ended[0]} ended" if ended else f"not in {seconds} s") + self.logs())
+                reason = f"{ended[0]} ended" if ended else f"not in {seconds} s"
+                raise RuntimeError(f"{what}: {reason}" + self.logs())
             time.sleep(0.1)
 
     def logs(self):

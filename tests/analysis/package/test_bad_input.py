@@ -1,4 +1,4 @@
-"""Bad files and bad questions: one message that names the file, the exit code, no traceback."""
+"""Bad files and options: one message that names the file, the exit code, no traceback."""
 
 import random
 import subprocess
@@ -6,9 +6,9 @@ import sys
 import types
 
 import h5py
-import made_up
 import numpy as np
 import pytest
+import synthetic
 from nsa_analysis.cli import main
 
 COMMANDS = ["points", "scaling", "branches", "reads", "ranks", "roofline", "model", "report"]
@@ -16,7 +16,7 @@ COMMANDS = ["points", "scaling", "branches", "reads", "ranks", "roofline", "mode
 
 @pytest.fixture
 def run(capsys):
-    """The command line in this process: its exit code and what it printed. An exception fails the test."""
+    """Runs the command line in this process: exit code and output. An exception fails the test."""
 
     def call(*arguments):
         code = main([str(a) for a in arguments])
@@ -51,7 +51,7 @@ def test_as_a_program(tmp_path):
 
 @pytest.fixture
 def good(tmp_path):
-    return made_up.write(tmp_path / "good.h5", [made_up.point(made_up.times(2, 8, 1e-4, attend_cmp=1e-5), 2)])
+    return synthetic.write(tmp_path / "good.h5", [synthetic.point(synthetic.times(2, 8, 1e-4, attend_cmp=1e-5), 2)])
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, 0.5, 0.99])
@@ -73,17 +73,17 @@ def test_other_kinds_of_file(refused, tmp_path):
     foreign = tmp_path / "foreign.h5"
     with h5py.File(foreign, "w") as file:
         file["x"] = np.zeros(3)
-    refused(foreign, "no result of nsa")
+    refused(foreign, "not a result of nsa")
 
 
 def test_unknown_schema(refused, run, tmp_path):
-    point = made_up.point(made_up.times(1, 8, 1e-4))
-    refused(made_up.write(tmp_path / "later.h5", [point], schema="2.0"), "schema 2.0 (this reader knows 1.x)")
-    assert run("points", made_up.write(tmp_path / "minor.h5", [point], schema="1.9")).returncode == 0
+    point = synthetic.point(synthetic.times(1, 8, 1e-4))
+    refused(synthetic.write(tmp_path / "later.h5", [point], schema="2.0"), "schema 2.0 (this version reads 1.x)")
+    assert run("points", synthetic.write(tmp_path / "minor.h5", [point], schema="1.9")).returncode == 0
 
 
 def test_empty_sweep(refused, tmp_path):
-    refused(made_up.write(tmp_path / "empty.h5", [], status="running"), "holds no point (status running)")
+    refused(synthetic.write(tmp_path / "empty.h5", [], status="running"), "has no point (status running)")
 
 
 def test_a_folder_without_results(refused, tmp_path):
@@ -98,7 +98,7 @@ def test_a_folder_without_results(refused, tmp_path):
         (lambda p: p.attrs.__setitem__("kv", 7), "times of 2 ranks"),
         (lambda p: p.attrs.__setitem__("warmup_reps", 99), "warmup_reps"),
         (lambda p: p.__delitem__("stage"), "stage"),
-        (lambda p: p["time"].__setitem__((0, 3), -1.0), "no times"),
+        (lambda p: p["time"].__setitem__((0, 3), -1.0), "negative or infinite samples"),
         (
             lambda p: (
                 p.__delitem__("time"),
@@ -107,7 +107,7 @@ def test_a_folder_without_results(refused, tmp_path):
             "larger than its file",
         ),
         (lambda p: (p.__delitem__("time"), p.create_dataset("time", data=np.zeros(3))), "1 dimensions"),
-        (lambda p: (p.__delitem__("reads"), p.create_dataset("reads", data="none")), "'reads' holds no numbers"),
+        (lambda p: (p.__delitem__("reads"), p.create_dataset("reads", data="none")), "'reads' is not numeric"),
     ],
 )
 def test_broken_points(refused, good, broken, said):
@@ -140,7 +140,7 @@ def test_mixed_good_and_bad(run, good, tmp_path):
     ],
 )
 def test_bad_options(run, tmp_path, options, said):
-    done = run("scaling", *made_up.sweep(tmp_path, layouts=[(1, 1), (2, 1)]), *options)
+    done = run("scaling", *synthetic.sweep(tmp_path, layouts=[(1, 1), (2, 1)]), *options)
     assert done.returncode in (2, 6) and said in done.stderr
 
 
@@ -165,7 +165,7 @@ def test_tables_that_a_task_does_not_fill(run, good, tmp_path, lacking):
 
 
 def test_mutated_files_are_read_or_refused(good, tmp_path, run):
-    """Bytes of the front, where HDF5's own structures are, changed at random."""
+    """Random changes of the first bytes, which hold HDF5's own structures."""
     random_ = random.Random(5)
     data, changed = good.read_bytes(), tmp_path / "changed.h5"
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""The examples of the documents run as they stand, and give what the tables give."""
+"""The examples of the documents run unchanged and agree with the tables."""
 
 import glob
 import os
@@ -6,11 +6,11 @@ import pathlib
 import re
 import shlex
 
-import made_up
 import nbclient
 import nbformat
 import pandas as pd
 import pytest
+import synthetic
 from nsa_analysis import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -21,7 +21,7 @@ BLOCKS = re.findall(r"```(python|jupyter)\n(.*?)```", README.read_text(), flags=
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
-    made_up.sweep(tmp_path / "results", lambda p: 110e-6 * (0.25 + 0.75 / p))
+    synthetic.sweep(tmp_path / "results", lambda p: 110e-6 * (0.25 + 0.75 / p))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -70,7 +70,7 @@ def test_the_python_of_the_first_page(results):
 
 
 def shell_lines():
-    """Every nsa-analysis command line of the documents and of --help; the gate's has its own test."""
+    """Every nsa-analysis command line of the documents and of --help; test_gate.py tests that of the gate."""
     texts = [README.read_text(), (ROOT / "README.md").read_text(), (ROOT / "docs/results/README.md").read_text()]
     blocks = [block for text in texts for block in re.findall(r"```sh\n(.*?)```", text, flags=re.S)]
     lines = [line for block in [*blocks, cli.EXAMPLES] for line in block.splitlines()]

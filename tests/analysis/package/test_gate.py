@@ -1,16 +1,18 @@
-"""The gate is decided by the program: here by one that answers what the test wants, and by the real one."""
+"""The gate is decided by the program: a fake one with a given answer, and the real one."""
 
 import json
 import os
 import stat
 import sys
 
-import made_up
 import nsa_analysis
 import pytest
-from nsa_analysis import plots, report_gate, verdict
+import synthetic
 from nsa_analysis.cli import main
 from nsa_analysis.errors import AnalysisError
+from nsa_analysis.figures import plots
+from nsa_analysis.models import gate
+from nsa_analysis.report import report_gate
 
 MEASURED = {"value": 0.31, "low": 0.3, "high": 0.32, "n": 24}
 NONE = {"value": None, "low": None, "high": None, "n": 0}
@@ -76,11 +78,14 @@ ANSWER = {
 }
 
 
+ANSWER_TEXT = json.dumps(ANSWER)
+
+
 @pytest.fixture
 def fake(tmp_path):
-    """A program `nsa` that prints ANSWER, or fails as told; it checks how it was called."""
+    """A program `nsa` that checks its arguments and prints ANSWER, or fails with a given code and message."""
 
-    def make(answer=json.dumps(ANSWER), code=0, error=""):
+    def make(answer=ANSWER_TEXT, code=0, error=""):
         path = tmp_path / "nsa"
         path.write_text(
             f"#!{sys.executable}\nimport sys\nassert sys.argv[1:3] == ['gate', '--json'] and len(sys.argv) > 3\n"
@@ -92,7 +97,7 @@ def fake(tmp_path):
     return make
 
 
-def test_tables_say_what_the_program_said(fake):
+def test_tables_show_the_answer_of_the_program(fake):
     answer = nsa_analysis.call_gate(["a.h5"], fake())
     table = nsa_analysis.gate_table(answer).set_index("condition")
     assert table.outcome[["share", "share_30", "speedup", "speedup_packed", "error"]].tolist() == [
@@ -128,11 +133,11 @@ def test_command(fake, tmp_path, capsys):
             2,
         ),
         ({"answer": "", "code": 6, "error": "nsa: error: bad.h5: no result of nsa\n"}, "bad.h5", 6),
-        ({"answer": "PROCEED\n"}, "no answer this reader knows", 2),
-        ({"answer": "[1]"}, "no answer this reader knows", 2),
+        ({"answer": "PROCEED\n"}, "no answer that this version can read", 2),
+        ({"answer": "[1]"}, "no answer that this version can read", 2),
     ],
 )
-def test_failures_are_passed_on(fake, program, said, code, capsys):
+def test_failures_are_reported(fake, program, said, code, capsys):
     assert main(["gate", "a.h5", "--nsa", fake(**program)]) == code
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
@@ -145,29 +150,29 @@ def test_no_program(capsys):
 
 @pytest.mark.skipif("NSA" not in os.environ, reason="NSA does not name the program")
 def test_the_real_program_answers(tmp_path):
-    """It decides on a decode run, and refuses what it cannot read."""
-    path = made_up.sweep(tmp_path, layouts=[(1, 1)])[0]
-    answer = verdict.call_gate([path])
+    """It decides on a decode run and refuses a file that it cannot read."""
+    path = synthetic.sweep(tmp_path, layouts=[(1, 1)])[0]
+    answer = gate.call_gate([path])
     assert nsa_analysis.verdicts(answer).device.tolist() == ["Test GPU"]
     assert len(nsa_analysis.gate_table(answer))
     (tmp_path / "bad.h5").write_bytes(b"")
     with pytest.raises(AnalysisError, match="bad.h5"):
-        verdict.call_gate([tmp_path / "bad.h5"])
+        gate.call_gate([tmp_path / "bad.h5"])
 
 
-def test_files_that_the_gate_does_not_take_together_are_judged_apart(monkeypatch):
-    """Decode of two shapes beside one file of kernels: the kernels go with the first, the other shape by itself."""
+def test_files_that_the_gate_does_not_accept_together_are_grouped(monkeypatch):
+    """Decode of two shapes and one file of kernels: the kernels join the first shape, the other shape is alone."""
 
-    def gate(files, program):
+    def call_gate(files, program):
         if {"decode_a", "decode_b"} <= set(files) or "broken" in files:
             raise AnalysisError("nsa gate: these differ")
         return {"devices": [], "files": files}
 
-    monkeypatch.setattr(report_gate.verdict, "call_gate", gate)
-    judged = report_gate.judged(["decode_a", "decode_b", "broken", "kernels"], None)
-    assert [(d.files, d.reason) for d in judged] == [
+    monkeypatch.setattr(report_gate.gate, "call_gate", call_gate)
+    decisions = report_gate.decide_groups(["decode_a", "decode_b", "broken", "kernels"], None)
+    assert [(d.files, d.reason) for d in decisions] == [
         (["decode_a", "kernels"], ""),
         (["decode_b"], ""),
         (["broken"], "nsa gate: these differ"),
     ]
-    assert [d.files for d in report_gate.judged(["decode_a", "kernels"], None)] == [["decode_a", "kernels"]]
+    assert [d.files for d in report_gate.decide_groups(["decode_a", "kernels"], None)] == [["decode_a", "kernels"]]

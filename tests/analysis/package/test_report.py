@@ -1,5 +1,5 @@
-"""The page: what it holds, that its commands make its tables, and that a browser shows it without errors or sideways
-scrolling, on a desktop and on a phone, light and dark."""
+"""The page: its content, the commands it shows, and that a browser renders it without errors or horizontal scrolling,
+on a desktop and on a phone, light and dark."""
 
 import html.parser
 import pathlib
@@ -8,9 +8,10 @@ import shlex
 import shutil
 import subprocess
 
-import made_up
 import pytest
+import synthetic
 from nsa_analysis.cli import main
+from nsa_analysis.data.reading import find_files
 from nsa_analysis.report import make_report
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -47,17 +48,17 @@ class Parser(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """Two contexts on six layouts, one point INVALID, one straggler, a second device: everything a page can show."""
+    """Two contexts on six layouts, one INVALID point, one straggler, a second device: all sections of a page."""
     folder = tmp_path_factory.mktemp("sweep")
-    made_up.sweep(folder, contexts=(65536, 1048576))
-    slow = made_up.times(4, 11, 50e-6, attend_cmp=20e-6, rank=9e-6, attend_sel=9e-6, comm=5e-6)
-    slow[0, made_up.STAGES.index("attend_cmp"), 2] *= 2
-    made_up.write(
+    synthetic.sweep(folder, contexts=(65536, 1048576))
+    slow = synthetic.times(4, 11, 50e-6, attend_cmp=20e-6, rank=9e-6, attend_sel=9e-6, comm=5e-6)
+    slow[0, synthetic.STAGES.index("attend_cmp"), 2] *= 2
+    synthetic.write(
         folder / "h2k2.h5",
-        [made_up.point(slow, 2, 2), made_up.point(slow * 3, 2, 2, valid=False, run_context=1048576)],
+        [synthetic.point(slow, 2, 2), synthetic.point(slow * 3, 2, 2, valid=False, run_context=1048576)],
         status="running",
     )
-    made_up.sweep(folder / "..", layouts=[(1, 1)], device="Other <GPU> & co")
+    synthetic.sweep(folder / "..", layouts=[(1, 1)], device="Other <GPU> & co")
     shutil.move(folder / "../h1k1.h5", folder / "other.h5")
     return folder
 
@@ -67,7 +68,7 @@ def page(sweep):
     return make_report([sweep])
 
 
-def test_is_whole_and_self_contained(page):
+def test_is_well_formed_and_self_contained(page):
     parser = Parser(page)
     assert parser.open == [] and len(parser.ids) == len(set(parser.ids))
     assert all(a.startswith(("#", "data:")) for a in parser.addresses), parser.addresses
@@ -76,16 +77,16 @@ def test_is_whole_and_self_contained(page):
     assert "Other &lt;GPU&gt; &amp; co" in page and "<GPU>" not in page
 
 
-def test_series_have_names_of_their_own(tmp_path):
-    points = [made_up.point(made_up.times(1, 8, 1e-4, attend_cmp=1e-5), nsa_w=w) for w in (512, 256)]
-    page = make_report([made_up.write(tmp_path / "two.h5", points)])
+def test_series_have_distinct_names(tmp_path):
+    points = [synthetic.point(synthetic.times(1, 8, 1e-4, attend_cmp=1e-5), nsa_w=w) for w in (512, 256)]
+    page = make_report([synthetic.write(tmp_path / "two.h5", points)])
     assert "H=8 G=4 D=64/64 bf16, attention, nsa.w 512</h2>" in page and "attention, nsa.w 256</h2>" in page
     assert "--where nsa.w=256" in page
 
 
-def test_says_what_is_wrong_on_top(page):
+def test_warnings_come_first(page):
     top = page[: page.index('id="runs"')]
-    assert "h2k2.h5, point 1 (context 1M, batch 1, 2x2) is INVALID: made to be wrong" in top
+    assert "h2k2.h5, point 1 (context 1M, batch 1, 2x2) is INVALID: test reason" in top
     assert "status running" in top and "2 series that share no curve: they differ in device" in top
     assert "12 of 13" in top
 
@@ -107,30 +108,35 @@ def test_every_figure_has_axes_with_units_and_a_legend(page):
         assert not re.search(r"#[0-9a-f]{6}\b", re.sub(r'base64,[^"]*', "", figure).replace("fill: #ffffff", "")), title
 
 
-def test_invalid_and_predicted_stand_apart(page):
-    assert '<tr class=invalid>' in page
+def test_invalid_and_predicted_are_marked(page):
+    assert "<tr class=invalid>" in page
     assert page.count('class="predicted"') == 2 * page.count('class="predicted-part"') > 0
     measured = re.sub(r'<div class="predicted-part">.*?</table>', "", page, flags=re.S)
     assert "PREDICTED" not in measured
 
 
-def test_the_commands_make_what_stands_below_them(page, tmp_path, monkeypatch):
+def test_the_commands_of_the_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commands = [html.unescape(c) for c in re.findall(r'<pre class="command"[^>]*><code>(.*?)</code>', page, flags=re.S)]
     verbs = [shlex.split(c)[1] for c in commands]
     assert {"report", "scaling", "branches", "ranks", "roofline", "model", "points"} <= set(verbs)
     for command in commands:
         words = shlex.split(command)
+        if words[1] == "report":  # made the page; test_examples.py runs the command
+            assert words[0] == "nsa-analysis" and words[-2:] == ["-o", "report.html"] and find_files(words[2:-2])
+            continue
         assert words[0] == "nsa-analysis" and main(words[1:]) == 0, command
         assert (tmp_path / words[-1]).stat().st_size > 500
 
 
-def test_a_page_of_the_committed_results():
-    page = make_report([ROOT / "docs/results"])
+def test_a_page_of_committed_results():
+    """Decode on one and two GPUs, kernels, and prefill on the host; test_committed_results.py reads the other files."""
+    gpu = [f"h200/scaling_gpu_decode_{layout}.h5" for layout in ("r1_h1_kv1", "r2_h2_kv1", "r2_h1_kv2")]
+    page = make_report([ROOT / "docs/results" / f for f in (*gpu, "h200/m4_kernels.h5", "host/prefill_r1_h1_kv1.h5")])
     assert "NVIDIA H200" in page and page.count("<svg") > 15
 
 
-# In a frame as wide as the screen: what a script says of the page, written into the outer page's title.
+# The page in a frame of the screen's width. A script checks it and writes the result into the title of the outer page.
 PROBE = """<!doctype html><title>none</title><iframe id=f style="border:0;width:%dpx;height:800px"></iframe><script>
 const errors = []; const frame = document.getElementById("f");
 frame.onload = () => { const page = frame.contentDocument, root = page.documentElement;

@@ -1,4 +1,4 @@
-"""Files of several devices and commits side by side: apart on the page, refused in one figure."""
+"""Files of several devices and commits: separate sections on the page, refused in one figure."""
 
 import json
 import os
@@ -7,12 +7,13 @@ import stat
 import sys
 
 import h5py
-import made_up
 import nsa_analysis
 import pytest
-from nsa_analysis import plots, report_gate, report_head, series
+import synthetic
 from nsa_analysis.cli import main
-from nsa_analysis.report import make_report
+from nsa_analysis.data import series
+from nsa_analysis.figures import plots, style
+from nsa_analysis.report import make_report, report_gate, report_head
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 
@@ -20,7 +21,7 @@ H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 def kernels(folder, name, seconds, device, commit, **parameters):
     parameters = {"kernels_branch": "sel", "kernels_rows": 256, "kernels_heads": 4, "kernels_head_size": 64,
                   "kernels_blocks": 8, "kernels_spans": "mixed"} | parameters  # fmt: skip
-    return made_up.write(folder / name, [made_up.kernel_point(seconds, **parameters)], device=device, commit=commit)
+    return synthetic.write(folder / name, [synthetic.kernel_point(seconds, **parameters)], device=device, commit=commit)
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,9 @@ def results(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("results")
     for name in "h200", "h100":
         (tmp_path / name).mkdir()
-    made_up.sweep(tmp_path / "h200", contexts=(65536, 1048576), device=H200, commit="aaaa")
+    synthetic.sweep(tmp_path / "h200", contexts=(65536, 1048576), device=H200, commit="aaaa")
     layouts = [(1, 1), (2, 1), (1, 2)]
-    made_up.sweep(tmp_path / "h100", lambda p: 200e-6 / p, layouts, (65536, 1048576), device=H100, commit="bbbb")
+    synthetic.sweep(tmp_path / "h100", lambda p: 200e-6 / p, layouts, (65536, 1048576), device=H100, commit="bbbb")
     kernels(tmp_path / "h200", "old.h5", {"fused": 2e-6, "sdpa": 8e-6}, H200, "aaaa")
     kernels(tmp_path / "h200", "new.h5", {"sdpa": 8e-6, "fused": 1e-6}, H200, "cccc")
     return tmp_path
@@ -44,8 +45,8 @@ def asked(results):
 
 @pytest.fixture(scope="module")
 def page(results, asked):
-    """The report; its gate is decided by a program that refuses files of two commits, as the real one does, and writes
-    down what it was asked."""
+    """The report; its gate is decided by a program that refuses files of two commits, as the real one does, and logs
+    its arguments."""
     path = results.parent / "nsa"
     path.write_text(f"""#!{sys.executable}
 import json, sys
@@ -83,12 +84,12 @@ def test_the_first_screen_answers(page):
 
 
 def test_invalid_points_count_for_nothing_at_a_glance(tmp_path):
-    made_up.sweep(tmp_path)
-    wrong = made_up.point(made_up.times(4, 11, 1e-6), 4, 1, valid=False)
-    made_up.write(tmp_path / "h4k1.h5", [wrong])
+    synthetic.sweep(tmp_path)
+    wrong = synthetic.point(synthetic.times(4, 11, 1e-6), 4, 1, valid=False)
+    synthetic.write(tmp_path / "h4k1.h5", [wrong])
     groups = report_head.in_order(series.split(nsa_analysis.read(tmp_path)))
     row = re.search(r"<tr[^>]*><td[^>]*>64K \(.*?</tr>", report_head.glance(groups))[0]
-    assert 'class=invalid' in row and "1 of 6 INVALID" in row and "1.00 µs" not in row and "4 (2×2)" in row
+    assert "class=invalid" in row and "1 of 6 INVALID" in row and "1.00 µs" not in row and "4 (2×2)" in row
 
 
 def test_the_gate_is_asked_for_each_commit_by_itself(page, asked):
@@ -101,7 +102,7 @@ def test_the_gate_is_asked_for_each_commit_by_itself(page, asked):
 
 
 def test_what_the_gate_refuses_is_said_where_it_belongs(results):
-    section = report_gate.gate_section(report_gate.decide(nsa_analysis.read(results), [], "/nowhere/nsa"))
+    section = report_gate.gate_section(report_gate.gate_decisions(nsa_analysis.read(results), [], "/nowhere/nsa"))
     assert section.count("Not decided: cannot find the program /nowhere/nsa") == 2
 
 
@@ -112,7 +113,7 @@ def test_kernels_of_two_commits_share_no_panel_and_keep_their_colours(results):
     assert [p.title for p in panels] == [f"{name}: sel, blocks mixed" for name in frame.series.unique()]
     colours = []
     for panel in panels:
-        axes = nsa_analysis.style.render(panel).axes[0]
+        axes = style.render(panel).axes[0]
         colours.append({c.get_label(): c.lines[0].get_color() for c in axes.containers})
     assert colours[0] == colours[1] and set(colours[0]) == {"fused", "sdpa"}
 
@@ -122,15 +123,15 @@ def test_an_invalid_kernel_is_a_cross(tmp_path):
     with h5py.File(path, "r+") as file:
         file["points/0000"].attrs["validity"] = "INVALID"
     (panel,) = plots.kernel_panels(nsa_analysis.kernels(nsa_analysis.read(path)))
-    axes = nsa_analysis.style.render(panel).axes[0]
+    axes = style.render(panel).axes[0]
     assert not axes.containers and [line.get_label() for line in axes.lines] == ["INVALID"]
 
 
 def test_the_latest_commit_of_a_device_comes_first(tmp_path):
     for commit, month in ("aaaa", 1), ("bbbb", 3), ("cccc", 2):
         (tmp_path / commit).mkdir()
-        made_up.sweep(tmp_path / commit, layouts=[(1, 1), (2, 1)], commit=commit, start=f"2026-0{month}-01T00:00:00Z")
-    made_up.sweep(tmp_path, layouts=[(1, 1)], commit="dddd", start="2026-04-01T00:00:00Z")  # alone: after the curves
+        synthetic.sweep(tmp_path / commit, layouts=[(1, 1), (2, 1)], commit=commit, start=f"2026-0{month}-01T00:00:00Z")
+    synthetic.sweep(tmp_path, layouts=[(1, 1)], commit="dddd", start="2026-04-01T00:00:00Z")  # alone: after the curves
     groups = report_head.in_order(series.split(nsa_analysis.read(tmp_path)))
     assert [g[0].run.attributes["git_commit"] for g in groups] == ["bbbb", "cccc", "aaaa", "dddd"]
     assert [t.rsplit(" ", 1)[1] for t in series.titles(groups)] == ["bbbb", "cccc", "aaaa", "dddd"]
@@ -148,10 +149,10 @@ def test_no_figure_of_two_devices(results, tmp_path, capsys, command):
 
 
 def test_many_differences_are_named_and_few_spelt_out(tmp_path, capsys):
-    table = made_up.times(1, 8, 1e-4)
+    table = synthetic.times(1, 8, 1e-4)
     other = {"nsa_w": 256, "nsa_l": 16, "nsa_d": 8, "model_dim": 512, "run_scope": "layer", "task_kind": "prefill"}
-    made_up.write(tmp_path / "a.h5", [made_up.point(table)])
-    made_up.write(tmp_path / "b.h5", [made_up.point(table, **other)], device=H200)
+    synthetic.write(tmp_path / "a.h5", [synthetic.point(table)])
+    synthetic.write(tmp_path / "b.h5", [synthetic.point(table, **other)], device=H200)
     assert main(["scaling", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "device Test GPU" in said and "task.kind decode" in said and "and 2 more: nsa.w, run.scope" in said

@@ -1,4 +1,4 @@
-"""Order statistics against definitions spelt out in another way, and against docs/METRICS.md's own examples."""
+"""Order statistics against independent definitions and the examples of docs/METRICS.md."""
 
 import fractions
 import math
@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
-from nsa_analysis.statistics import interval_ranks, median_and_interval, summarise
+from nsa_analysis.data.statistics import interval_ranks, median_and_interval, summarise
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,9 @@ def test_interval_ranks_of_the_document(n, ranks):
 
 @pytest.mark.parametrize("n", [*range(6, 60), 301])
 def test_interval_ranks_by_exact_binomials(n):
-    below = lambda k: fractions.Fraction(sum(math.comb(n, i) for i in range(k)), 2**n)
+    def below(k):
+        return fractions.Fraction(sum(math.comb(n, i) for i in range(k)), 2**n)
+
     k = max(k for k in range(1, n) if below(k) <= fractions.Fraction(25, 1000))
     assert interval_ranks(n) == (k, n + 1 - k)
 
@@ -38,7 +40,7 @@ def test_median_and_interval_by_row():
         assert (low[i], high[i]) == (sorted(row)[6], sorted(row)[17])  # n = 24: samples 7 and 18
 
 
-def test_nan_is_left_out():
+def test_nan_is_ignored():
     n, median, low, high = median_and_interval([[3.0, np.nan, 1.0, 2.0], [np.nan] * 4, [1, 2, 3, 4]])
     assert list(n) == [3, 0, 4]
     assert median[0] == 2 and math.isnan(median[1]) and median[2] == 2.5

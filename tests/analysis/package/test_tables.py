@@ -1,13 +1,13 @@
-"""Every column of the tables, recomputed from the raw samples of files made for it, by other means than the package."""
+"""Every column of the tables, recomputed independently from the raw samples of synthetic files."""
 
 import math
 import statistics
 
 import h5py
-import made_up
 import nsa_analysis
 import numpy as np
 import pytest
+import synthetic
 from nsa_analysis.errors import AnalysisError
 
 
@@ -15,11 +15,14 @@ from nsa_analysis.errors import AnalysisError
 def noisy(tmp_path):
     """Two ranks with random samples; rank 1 is the slower one in attend_sel."""
     rng = np.random.default_rng(3)
-    sample = lambda scale: scale * (1 + 0.2 * rng.random((2, 24)))
+
+    def sample(scale):
+        return scale * (1 + 0.2 * rng.random((2, 24)))
+
     sel = sample(30e-6)
     sel[1] *= 1.5
     moved = np.arange(22).reshape(11, 2) * 10_000
-    table = made_up.times(
+    table = synthetic.times(
         2,
         24,
         sample(100e-6),
@@ -29,8 +32,8 @@ def noisy(tmp_path):
         comm=sample(8e-6),
         step=sample(120e-6),
     )
-    table[0, made_up.STAGES.index("comm"), 0, 5] = np.nan  # a sample that is missing
-    return made_up.write(tmp_path / "noisy.h5", [made_up.point(table, heads=1, kv=2, moved=moved)])
+    table[0, synthetic.STAGES.index("comm"), 0, 5] = np.nan  # a sample that is missing
+    return synthetic.write(tmp_path / "noisy.h5", [synthetic.point(table, heads=1, kv=2, moved=moved)])
 
 
 def raw(path, mode, stage):
@@ -96,7 +99,7 @@ def test_ranks_and_stragglers(noisy):
 
 
 def test_an_even_run_has_no_stragglers(tmp_path):
-    points = nsa_analysis.read(made_up.sweep(tmp_path, layouts=[(2, 2)]))
+    points = nsa_analysis.read(synthetic.sweep(tmp_path, layouts=[(2, 2)]))
     assert nsa_analysis.stragglers(nsa_analysis.ranks(points)).empty
 
 
@@ -109,7 +112,7 @@ def test_roofline(noisy):
     assert math.isnan(frame.fraction["comm"])
     total = statistics.median(slowest(noisy, "total", "step"))
     assert frame.achieved["step"] == pytest.approx((200_000 - 180_000) / total)  # a rank's step less its comm
-    # Position 65567: 15 whole blocks and 32 tokens are selected, half of them on each kv rank; 8 query heads, Dk+Dv = 128.
+    # Position 65567: 15 whole blocks and 32 tokens are selected, half on each kv rank; 8 query heads, Dk+Dv = 128.
     assert frame.flops["attend_sel"] == 2 * 8 * (15 * 64 + 32) / 2 * 128
 
 
@@ -119,8 +122,8 @@ def test_reads(noisy):
 
 
 def test_branches_need_their_mode(tmp_path):
-    table = made_up.times(1, 8, 1e-4)[1:]
-    path = made_up.write(tmp_path / "total.h5", [made_up.point(np.concatenate([table, table]))])
+    table = synthetic.times(1, 8, 1e-4)[1:]
+    path = synthetic.write(tmp_path / "total.h5", [synthetic.point(np.concatenate([table, table]))])
     with h5py.File(path, "r+") as file:
         file["points/0000/mode"][:] = ["total", "ablation_sel"]
     with pytest.raises(AnalysisError, match="branches"):
@@ -129,9 +132,9 @@ def test_branches_need_their_mode(tmp_path):
 
 
 def test_kernels(tmp_path):
-    path = made_up.write(
+    path = synthetic.write(
         tmp_path / "k.h5",
-        [made_up.kernel_point({"fused": 2e-6, "sdpa": 10e-6}, kernels_branch="sel", kernels_rows=256)],
+        [synthetic.kernel_point({"fused": 2e-6, "sdpa": 10e-6}, kernels_branch="sel", kernels_rows=256)],
     )
     frame = nsa_analysis.kernels(nsa_analysis.read(path)).set_index("implementation")
     assert frame["median"].to_dict() == {"fused": 2e-6, "sdpa": 10e-6} and frame.n.tolist() == [10, 10]

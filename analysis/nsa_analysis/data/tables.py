@@ -1,11 +1,11 @@
-"""Points and their stages as DataFrames: a row a point, a row a (point, mode, stage). Seconds and bytes."""
+"""DataFrames of points and of their stages. Times are in seconds, sizes in bytes."""
 
 import math
 
 import numpy as np
 import pandas as pd
 
-from .reading import BRANCHES, STAGES, WORK
+from .reading import BRANCHES, STAGES
 from .series import split, titles
 from .statistics import summarise
 
@@ -13,56 +13,57 @@ NAN = float("nan")
 
 
 def stage_median(point, stage, mode="branches"):
+    """Median of the slowest rank in seconds; NaN where the mode did not run."""
     times = point.times(mode)
     return NAN if times is None else summarise(times.slowest[STAGES.index(stage)])["median"]
 
 
 def stage_medians(point, mode="branches"):
-    """Medians of the slowest rank by stage, `step` left out; stages that were not timed are absent."""
+    """Medians of the slowest rank by stage, without `step` and without stages that were not timed."""
     medians = {s: stage_median(point, s, mode) for s in STAGES[:-1]}
     return {s: m for s, m in medians.items() if not math.isnan(m)}
 
 
-def share_of(point, stages):
-    """Part of the sum of all stages, of medians in mode `branches`; NaN where that did not run."""
+def stage_share(point, stages):
+    """Share of these stages in the sum of all stages, medians of mode `branches`; NaN where it did not run."""
     medians = stage_medians(point)
     return sum(medians.get(s, 0.0) for s in stages) / sum(medians.values()) if medians else NAN
 
 
-def rank_work(point):
-    """Seconds by rank of its own work: stages without comm, or `step` of `total` where branches did not run."""
+def rank_compute_times(point):
+    """[rank] seconds of COMPUTE_STAGES in mode `branches`, or of `step` in `total` where `branches` did not run."""
     if times := point.times("branches"):
-        return times.work_median
+        return times.compute_median
     times = point.times("total")
     return np.array([]) if times is None else times.rank_median[STAGES.index("step")]
 
 
-def imbalance(work):
-    """(largest / median over ranks, the rank that has it); NaN, -1 where nothing was timed."""
-    work = np.asarray(work, dtype=float)
-    if len(work) == 0 or np.isnan(work).all() or not np.nanmedian(work) > 0:
+def imbalance(times):
+    """(maximum / median over ranks, slowest rank) of times [rank]; (NaN, -1) where nothing was timed."""
+    times = np.asarray(times, dtype=float)
+    if len(times) == 0 or np.isnan(times).all() or not np.nanmedian(times) > 0:
         return NAN, -1
-    return float(np.nanmax(work) / np.nanmedian(work)), int(np.nanargmax(work))
+    return float(np.nanmax(times) / np.nanmedian(times)), int(np.nanargmax(times))
 
 
-def lists_of(point):
-    """Queries a step makes: (sequence, group, layer) triples that reads are divided by."""
+def queries_per_step(point):
+    """(sequence, group, layer) triples of a step. Reads are reported per triple."""
     return point.get("run.batch", 1) * point.get("model.n_kv_groups", 1) * point.get("model.layers", 1)
 
 
-def reads_of(point):
-    """Counted and expected reads at the last step for one sequence and group, by branch, and nsa-vibe's formula."""
+def reads_per_query(point):
+    """Columns of reads at the last step for one sequence and group: counted, expected, nsa-vibe's formula."""
     row = {}
     for key, values in point.reads.items():
-        row |= {f"reads_{branch}_{key}": value / lists_of(point) for branch, value in zip(BRANCHES, values)}
-        row[f"reads_{key}"] = values.sum() / lists_of(point)
+        row |= {f"reads_{branch}_{key}": value / queries_per_step(point) for branch, value in zip(BRANCHES, values)}
+        row[f"reads_{key}"] = values.sum() / queries_per_step(point)
     if point.reads:
         row["reads_nsa_vibe"] = NAN if point.kind == "prefill" else point.reads_nsa_vibe
     return row
 
 
 def identity_row(point):
-    """The columns every table begins with."""
+    """The first columns of every table."""
     run = point.run.attributes
     return {
         "file": point.run.path,
@@ -82,22 +83,22 @@ def identity_row(point):
 
 
 def points_table(points):
-    """A row a point: what it is, `total` with its statistics, shares, balance, reads, memory, routes."""
+    """One row per point: parameters, statistics of `total`, shares, balance, reads, memory, routes."""
     rows = []
     for point in points:
-        ratio, slowest = imbalance(rank_work(point))
+        ratio, slowest = imbalance(rank_compute_times(point))
         total = summarise(point.step_samples())
         rows.append(
             identity_row(point)
             | {"reason": point.get("reason", "")}
             | total
             | {
-                "selection_share": share_of(point, ("rank", "attend_sel")),
-                "comm_share": share_of(point, ("comm",)),
+                "selection_share": stage_share(point, ("rank", "attend_sel")),
+                "comm_share": stage_share(point, ("comm",)),
                 "max_over_median": ratio,
                 "slowest_rank": slowest,
             }
-            | reads_of(point)
+            | reads_per_query(point)
             | {
                 "max_abs_err": point.get("max_abs_err", NAN),
                 "peak_memory": point.peak_memory,
@@ -111,7 +112,7 @@ def points_table(points):
 
 
 def stages_table(points, modes=("branches", "total")):
-    """A row a (point, mode, stage): statistics of the slowest rank, max/median over ranks, share of all stages."""
+    """One row per (point, mode, stage): statistics of the slowest rank, max/median over ranks, share of all stages."""
     rows = []
     for point in points:
         for mode in modes:
@@ -133,13 +134,7 @@ def stages_table(points, modes=("branches", "total")):
     return pd.DataFrame(rows)
 
 
-def timed_ranks(point):
-    """[stage, rank] medians in mode `branches`, own stages and comm, else None."""
-    times = point.times("branches")
-    return None if times is None else times.rank_median[: len(WORK) + 1]
-
-
-# What of `kernels` is shown first.
+# Columns of `kernels` that the terminal and the report show.
 KERNEL_COLUMNS = [
     "branch",
     "context",
@@ -160,14 +155,17 @@ KERNEL_COLUMNS = [
 
 
 def kernels(points):
-    """kind = "kernels": a row a (point, implementation): the shape, statistics of the slowest rank in s, errors against
-    float64, and `series`: the device, and what sets it apart where one device has several commits or inputs."""
+    """One row per (point, implementation) of kind = "kernels".
+
+    Columns: the shape, statistics of the slowest rank in s, errors against float64, and `series`: the device, with
+    commit or input where one device has several.
+    """
     points = [p for p in points if p.kernels]
     groups = split(points)
-    named = {id(p): name for g, name in zip(groups, titles(groups, lambda p: p.run.device)) for p in g}
+    series_names = {id(p): name for g, name in zip(groups, titles(groups, lambda p: p.run.device)) for p in g}
     rows = []
     for point in points:
-        for name, found in (point.kernels or {}).items():
+        for name, result in (point.kernels or {}).items():
             shape = {
                 key.removeprefix("kernels."): value
                 for key, value in point.parameters.items()
@@ -175,10 +173,10 @@ def kernels(points):
             }
             rows.append(
                 identity_row(point)
-                | {"series": named[id(point)]}
+                | {"series": series_names[id(point)]}
                 | shape
                 | {"implementation": name}
-                | summarise(found["samples"])
-                | {key: found.get(key, NAN) for key in ("mean_abs_err", "max_abs_err")}
+                | summarise(result["samples"])
+                | {key: result.get(key, NAN) for key in ("mean_abs_err", "max_abs_err")}
             )
     return pd.DataFrame(rows)

@@ -1,4 +1,4 @@
-"""Pieces of the page: tables, figures, and the template with its styles. Nothing is fetched from anywhere."""
+"""HTML of tables and figures, and the page template. The page loads no external resource."""
 
 import html
 import math
@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pandas as pd
 
-from .axes import time_unit, times_sign
-from .style import css_variables, to_svg
+from ..figures.axes import time_unit, times_sign
+from ..figures.style import css_variables, to_svg
 
 TIMES = {
     "time",
@@ -25,8 +25,18 @@ TIMES = {
     "fixed",
     "per_hop",
 }
-SHARES = {"efficiency", "comm_share", "share", "selection_share", "serial_fraction", "fraction", "cv", "error", "median_error"}
-# Headings of columns, where the name is not one already.
+SHARES = {
+    "efficiency",
+    "comm_share",
+    "share",
+    "selection_share",
+    "serial_fraction",
+    "fraction",
+    "cv",
+    "error",
+    "median_error",
+}
+# Headings of columns whose name is not the heading.
 HEADINGS = {
     "time_low": "95% interval",
     "low": "95% interval",
@@ -54,7 +64,8 @@ def escape(value):
     return html.escape(str(value), quote=True)
 
 
-def significant(value, digits=3):
+def format_number(value, digits=3):
+    """`value` with this many significant digits, without exponent."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
@@ -65,7 +76,7 @@ def is_time(name):
 
 
 def unit_of(name, times):
-    """(factor, unit) that a column is shown in; `times` is that of all times of the table."""
+    """(factor, unit) of a column; `times` is that of all time columns."""
     if is_time(name):
         return times
     if name in SHARES:
@@ -88,7 +99,8 @@ def heading(name, unit):
     return f"{text} ({unit})" if unit else text
 
 
-def cell(value, factor, name):
+def format_cell(value, factor, name):
+    """Text of a cell; – where the value is missing."""
     if isinstance(value, str):
         return times_sign(value) if name == "layout" else value
     if value is None or pd.isna(value):
@@ -98,49 +110,47 @@ def cell(value, factor, name):
     value = float(value) * factor
     if value.is_integer() and factor == 1:
         return f"{int(value)}"
-    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else significant(value)
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else format_number(value)
 
 
-def interval(low, high, factor=1):
-    """Both ends as the program prints them."""
-    return "–" if pd.isna(low) or pd.isna(high) else f"[{significant(low * factor)}, {significant(high * factor)}]"
+def format_interval(low, high, factor=1):
+    """`[low, high]`, as the program prints intervals."""
+    return "–" if pd.isna(low) or pd.isna(high) else f"[{format_number(low * factor)}, {format_number(high * factor)}]"
 
 
-def high_of(name):
-    """The column of the upper end, of one of the lower end of an interval; they are shown in one."""
+def upper_bound(name):
+    """Column of the upper bound, given that of a lower bound; else None. Tables show both in one cell."""
     return f"{name.removesuffix('low')}high" if name == "low" or name.endswith("_low") else None
 
 
-OPEN_ROWS = 14  # longer tables are folded on screen; printing unfolds them
+OPEN_ROWS = 14  # longer tables are collapsed on screen and expanded in print
 
 
-def texts(frame, columns):
-    """(headings, rows, names of columns of text): the cells as they are shown, the two ends of an interval in one."""
+def format_table(frame, columns):
+    """({column: heading}, rows of cell texts, names of text columns). The bounds of an interval share a cell."""
     times = time_unit(frame[[c for c in columns if is_time(c)]].to_numpy(dtype=float))
-    ends = {c: high_of(c) for c in columns if high_of(c) in columns}
-    columns = [c for c in columns if c not in ends.values()]
+    bounds = {c: upper_bound(c) for c in columns if upper_bound(c) in columns}
+    columns = [c for c in columns if c not in bounds.values()]
     units = {c: unit_of(c, times) for c in columns}
 
     def shown(values, c):
-        if c in ends:
-            return interval(values[c], values[ends[c]], units[c][0])
-        return cell(values[c], units[c][0], c)
+        if c in bounds:
+            return format_interval(values[c], values[bounds[c]], units[c][0])
+        return format_cell(values[c], units[c][0], c)
 
-    rows = [[shown(values, c) for c in columns] for values in frame[[*columns, *ends.values()]].to_dict("records")]
+    rows = [[shown(values, c) for c in columns] for values in frame[[*columns, *bounds.values()]].to_dict("records")]
     text = {c for c in columns if all(isinstance(v, str) for v in frame[c])}
     return {c: heading(c, units[c][1]) for c in columns}, rows, text
 
 
 def table(frame, columns, caption, open_rows=OPEN_ROWS):
-    """A table of these columns in a box of its own that scrolls sideways; INVALID rows stand out."""
-    headings, cells, text = texts(frame, columns)
-    of = ["" if c in text else " class=n" for c in headings]
-    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in zip(of, headings.values()))
-    bad = (frame["validity"] != "VALID") if "validity" in frame else [False] * len(frame)
-    rows = [
-        f"<tr{' class=invalid' if wrong else ''}>{''.join(f'<td{k}>{escape(v)}</td>' for k, v in zip(of, row))}</tr>"
-        for wrong, row in zip(bad, cells)
-    ]
+    """Table of these columns in a box that scrolls horizontally. INVALID rows are highlighted."""
+    headings, cells, text = format_table(frame, columns)
+    classes = ["" if c in text else " class=n" for c in headings]
+    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in zip(classes, headings.values()))
+    invalid = (frame["validity"] != "VALID") if "validity" in frame else [False] * len(frame)
+    bodies = ["".join(f"<td{css}>{escape(text)}</td>" for css, text in zip(classes, row)) for row in cells]
+    rows = [f"<tr{' class=invalid' if bad else ''}>{body}</tr>" for bad, body in zip(invalid, bodies)]
     body = (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -151,18 +161,17 @@ def table(frame, columns, caption, open_rows=OPEN_ROWS):
 
 
 def command_line(text):
+    """Shell command in a box."""
     return f'<pre class="command" tabindex="0"><code>{escape(text)}</code></pre>'
 
 
 def figures(panels, prefix):
-    return (
-        '<div class="figures">'
-        + "".join(
-            f'<figure class="{"predicted" if p.predicted else "measured"}">{to_svg(p, f"{prefix}{i}", escape(p.title))}</figure>'
-            for i, p in enumerate(panels)
-        )
-        + "</div>"
-    )
+    """Grid of figures; ids begin with `prefix`."""
+    parts = []
+    for i, panel in enumerate(panels):
+        svg = to_svg(panel, f"{prefix}{i}", escape(panel.title))
+        parts.append(f'<figure class="{"predicted" if panel.predicted else "measured"}">{svg}</figure>')
+    return f'<div class="figures">{"".join(parts)}</div>'
 
 
 STYLE = """
@@ -182,15 +191,17 @@ nav { margin: .75rem 0; } nav a { margin-right: 1rem; display: inline-block; }
 a { color: var(--blue); }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
 .card { border: 1px solid var(--grid); border-radius: .4rem; padding: .6rem .8rem; min-width: 0; }
-.card b { display: block; font-size: 1.1rem; overflow-wrap: anywhere; } .card span { color: var(--muted); font-size: .85rem; }
+.card b { display: block; font-size: 1.1rem; overflow-wrap: anywhere; }
+.card span { color: var(--muted); font-size: .85rem; }
 .warnings { border-left: .3rem solid var(--orange); padding: .1rem 0 .1rem 1rem; margin: 1rem 0; }
 .warnings.bad { border-color: var(--bad); }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%%, 25rem), 1fr)); gap: .75rem; }
 figure { margin: .5rem 0; min-width: 0; max-width: 36rem; }
 figure svg { width: 100%%; height: auto; display: block; }
 figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif !important; }
-.predicted-part { border: 2px dashed var(--muted); border-radius: .5rem; padding: .25rem 1rem .75rem; margin: 1.5rem 0; }
-.scroll { overflow-x: auto; max-width: 100%%; margin: .25rem 0 .75rem; /* a shadow where more is to the side */
+.predicted-part { border: 2px dashed var(--muted); border-radius: .5rem;
+  padding: .25rem 1rem .75rem; margin: 1.5rem 0; }
+.scroll { overflow-x: auto; max-width: 100%%; margin: .25rem 0 .75rem; /* a shadow where the table continues */
   background: linear-gradient(90deg, var(--paper) 40%%, transparent) local,
     linear-gradient(270deg, var(--paper) 40%%, transparent) 100%% 0 local,
     linear-gradient(90deg, var(--grid), transparent), linear-gradient(270deg, var(--grid), transparent) 100%% 0;
@@ -204,18 +215,20 @@ tr.group a { display: inline-block; max-width: calc(100vw - 3.5rem); }
 @media (max-width: 40rem) { .glance .wide { display: none; } .glance th, .glance td { padding: .2rem .3rem; } }
 tr.invalid td { color: var(--bad); font-weight: 600; }
 details { margin: .25rem 0 .75rem; } summary { cursor: pointer; color: var(--muted); font-size: .9rem; }
-pre.command { overflow-x: auto; max-width: 100%%; max-height: 9rem; padding: .45rem .7rem; margin: .4rem 0; font-size: .8rem;
-  border: 1px solid var(--grid); border-radius: .3rem; color: var(--muted); white-space: pre-wrap; overflow-wrap: anywhere; }
+pre.command { overflow-x: auto; max-width: 100%%; max-height: 9rem; padding: .45rem .7rem; margin: .4rem 0;
+  font-size: .8rem; border: 1px solid var(--grid); border-radius: .3rem; color: var(--muted); white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 @media print {
   :root { %(light)s color-scheme: light; }
   body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
   figure, tr, .card { break-inside: avoid; } h2, h3 { break-after: avoid; } h2 { break-before: auto; }
-  .scroll { overflow: visible; background: none; } table { font-size: 7pt; } th, td { padding: .1rem .25rem; white-space: normal; }
+  .scroll { overflow: visible; background: none; } table { font-size: 7pt; }
+  th, td { padding: .1rem .25rem; white-space: normal; }
   td:first-child { white-space: nowrap; } .figures { grid-template-columns: 1fr 1fr; } pre.command { max-height: none; }
 }
 """
 
-# Printing shows what is folded on the screen.
+# Printing expands collapsed tables.
 SCRIPT = """
 addEventListener("beforeprint", () => document.querySelectorAll("details:not([open])").forEach(d => {
   d.open = true; d.dataset.folded = ""; }));
@@ -225,6 +238,7 @@ addEventListener("afterprint", () => document.querySelectorAll("details[data-fol
 
 
 def page(title, body):
+    """The whole HTML document."""
     style = STYLE % {"light": css_variables(False), "dark": css_variables(True)}
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'

@@ -1,12 +1,12 @@
-"""Which points may stand on one curve: those that differ in nothing but the ranks and the swept size."""
+"""Series: points that are comparable on one curve. They differ only in ranks, layout and the swept sizes."""
 
 import fnmatch
 import pathlib
 import shlex
 
-from .errors import AnalysisError
+from ..errors import AnalysisError
 
-# Parameters that are swept along a curve, or that say how it was measured and not what was.
+# Parameters that are swept along a curve, and parameters that say how a point was measured, not what.
 SWEPT = ("run.context", "run.batch", "run.force_branch")
 NOT_COMPARED = (
     "parallel.",
@@ -19,13 +19,11 @@ NOT_COMPARED = (
     "needle.",
     "kernels.",
 )
-
-
-MOST_TOLD = 5  # differences that a message gives the values of
+MAX_SHOWN = 5  # differences whose values a message shows
 
 
 def identity(point):
-    """Everything that two points of a curve must share, by name."""
+    """Values that all points of a curve must share, by name."""
     compared = {
         key: value
         for key, value in sorted(point.parameters.items())
@@ -40,7 +38,7 @@ def identity(point):
 
 
 def split(points):
-    """Series: lists of points of one identity each, in order of appearance."""
+    """Lists of points with equal identity, in order of appearance."""
     series = {}
     for point in points:
         series.setdefault(tuple(identity(point).items()), []).append(point)
@@ -48,7 +46,7 @@ def split(points):
 
 
 def differences(series):
-    """Names whose values differ between series, with the values: {name: [value of each series]}."""
+    """{name: [value of each series]} of the names whose values differ."""
     identities = [identity(s[0]) for s in series]
     names = dict.fromkeys(name for i in identities for name in i)
     return {
@@ -59,30 +57,30 @@ def differences(series):
 
 
 def one_series(points, what):
-    """The points, if they may stand on one curve; else AnalysisError says what differs and in which files."""
+    """The points, if they form one series. Raises AnalysisError that says what differs and in which files."""
     series = split(points)
     if len(series) <= 1:
         return points
     lines, names = [], differences(series)
-    # What tells most comes first: a wall of parameters names nothing.
-    told = [n for n in ("device", "backend", "git_commit", "task.kind") if n in names]
-    told += [n for n in names if n not in told]
-    for name in told[:MOST_TOLD]:
+    # The most informative names come first; a message shows MAX_SHOWN of them.
+    ordered = [n for n in ("device", "backend", "git_commit", "task.kind") if n in names]
+    ordered += [n for n in names if n not in ordered]
+    for name in ordered[:MAX_SHOWN]:
         values = names[name]
         by_value = {}
         for value, members in zip(values, series):
             by_value.setdefault(value, []).append(members[0].run.path)
         lines.append(f"{name} " + ", ".join(f"{v} ({paths[0]})" for v, paths in by_value.items()))
-    if len(told) > MOST_TOLD:
-        lines.append(f"and {len(told) - MOST_TOLD} more: {', '.join(told[MOST_TOLD:])}")
+    if len(ordered) > MAX_SHOWN:
+        lines.append(f"and {len(ordered) - MAX_SHOWN} more: {', '.join(ordered[MAX_SHOWN:])}")
     raise AnalysisError(
         f"these files cannot share a {what} (they differ in {'; '.join(lines)}); "
-        "give files of one kind, or choose with --where NAME=VALUE"
+        "give files of one series, or select with --where NAME=VALUE"
     )
 
 
 def value_of(point, name):
-    """A parameter by its name, or by the last part of it; None where the point has none."""
+    """A parameter by its full name or its last part; None where the point has none."""
     if name in ("device", "backend", "git_commit"):
         return identity(point)[name]
     if name in ("ranks", "layout", "validity", "file"):
@@ -99,7 +97,7 @@ def value_of(point, name):
 
 
 def where(points, conditions):
-    """Points that meet every `NAME=VALUE[,VALUE...]`; a value may hold * and ?."""
+    """Points that satisfy every `NAME=VALUE[,VALUE...]`; a value may contain * and ?."""
     for condition in conditions or []:
         name, equals, wanted = condition.partition("=")
         if not equals:
@@ -109,7 +107,7 @@ def where(points, conditions):
                 f"--where {condition}: no point has '{name}'; "
                 "use a name of the input such as run.context, or device, ranks, layout, file"
             )
-        # A value may itself hold commas: the whole is tried first.
+        # A value may itself contain commas, so the whole text is one of the choices.
         choices = [wanted, *wanted.split(",")]
         points = [
             p
@@ -117,14 +115,14 @@ def where(points, conditions):
             if any(str(value_of(p, name)) == c or fnmatch.fnmatchcase(str(value_of(p, name)), c) for c in choices)
         ]
     if not points:
-        raise AnalysisError(f"no point is left (--where {' '.join(conditions or [])}); ask for less")
+        raise AnalysisError(f"no point is left (--where {' '.join(conditions or [])}); relax the conditions")
     return points
 
 
 def latest(points):
-    """One point a measurement: of points that measured the same (identity, layout, size) the latest run counts.
+    """(points, warnings): of points with equal identity, layout and size, the latest run is kept.
 
-    Returns the points and a warning for each one left out.
+    There is one warning for each point that is left out.
     """
     kept, warnings = {}, []
     for point in sorted(points, key=lambda p: str(p.run.attributes.get("start", ""))):
@@ -138,7 +136,7 @@ def latest(points):
     return list(kept.values()), list(dict.fromkeys(warnings))
 
 
-def short(count):
+def format_count(count):
     """65536 -> 64K, 1048576 -> 1M."""
     for unit, size in ("M", 1 << 20), ("K", 1 << 10):
         if count >= size and count % size == 0:
@@ -147,14 +145,14 @@ def short(count):
 
 
 def size_text(point):
-    """What point of a sweep this is: `context 64K, batch 8`."""
-    text = f"context {short(point.get('run.context', 0))}, batch {point.get('run.batch', 1)}"
+    """The swept sizes of a point: `context 64K, batch 8`."""
+    text = f"context {format_count(point.get('run.context', 0))}, batch {point.get('run.batch', 1)}"
     forced = point.get("run.force_branch", "none")
     return text if forced == "none" else f"{text}, forced {forced}"
 
 
 def title(point):
-    """One line that tells what a series measured."""
+    """One line that says what a series measured."""
     get = point.get
     model = (
         f"H={get('model.n_heads')} G={get('model.n_kv_groups')} D={get('model.d_k')}/{get('model.d_v')} "
@@ -164,20 +162,20 @@ def title(point):
 
 
 def titles(groups, of=title):
-    """A title for each series; what they differ in is added where several would have the same."""
+    """A title for each series. Where several would be equal, what differs is added."""
     names = [of(g[0]) for g in groups]
     result = []
     for i, name in enumerate(names):
         alike = [g for g, n in zip(groups, names) if n == name]
-        said = [
+        added = [
             f"{key} {str(identity(groups[i][0]).get(key, '-'))[:16]}" for key in differences(alike) if key not in name
         ]
-        result.append(", ".join([name, *said[:3]]))
+        result.append(", ".join([name, *added[:3]]))
     return result
 
 
 def shown_paths(paths):
-    """Paths as one would type them: many files that are all of a folder become the folder."""
+    """Paths for a shell command. Many files that are all the files of a folder become the folder."""
     paths = list(map(str, paths))
     folders = {pathlib.Path(p).parent for p in paths}
     if len(paths) > 8 and len(folders) == 1:
@@ -187,12 +185,12 @@ def shown_paths(paths):
     return paths
 
 
-def command(verb, members, groups, paths, *options):
-    """The shell command that makes a table or figure of one of the series that these paths hold."""
-    left, chosen = [g for g in groups if g is not members], []
+def shell_command(verb, members, groups, paths, *options):
+    """The shell command that selects one series (`members`) of all `groups` of these paths."""
+    left, selected = [g for g in groups if g is not members], []
     while left:
         names = differences([members, *left])
-        # The condition that leaves fewest other series; of several the plainest, then the shortest.
+        # The condition that leaves the fewest other series; of equal ones task.kind or device, then the shortest.
         best = min(
             names,
             key=lambda n: (
@@ -202,6 +200,6 @@ def command(verb, members, groups, paths, *options):
             ),
         )
         value = names[best][0]
-        chosen += ["--where", f"{best}={value}"]
+        selected += ["--where", f"{best}={value}"]
         left = [g for g, v in zip(left, names[best][1:]) if v == value]
-    return shlex.join(["nsa-analysis", verb, *shown_paths(paths), *chosen, *options])
+    return shlex.join(["nsa-analysis", verb, *shown_paths(paths), *selected, *options])

@@ -1,15 +1,15 @@
-"""What the report warns of: each finding on a file changed so that only it applies."""
+"""Warnings of the report. Each test changes a file so that exactly one warning applies."""
 
 import h5py
-import made_up
 import numpy as np
 import pytest
-from nsa_analysis.findings import common_folder, warnings
-from nsa_analysis.reading import read
+import synthetic
+from nsa_analysis.data.reading import read
+from nsa_analysis.models.warnings import common_folder, warnings
 
 
-def of_two_ranks(path, attributes=(), **columns):
-    made_up.write(path, [made_up.point(made_up.times(2, 11, 50e-6), 2, 1)])
+def warnings_of_two_ranks(path, attributes=(), **columns):
+    synthetic.write(path, [synthetic.point(synthetic.times(2, 11, 50e-6), 2, 1)])
     with h5py.File(path, "r+") as file:
         file.attrs.update(dict(attributes))
         for name, values in columns.items():
@@ -20,23 +20,23 @@ def of_two_ranks(path, attributes=(), **columns):
     return "\n".join(warnings(read([path])))
 
 
-def test_nothing_to_say(tmp_path):
-    assert of_two_ranks(tmp_path / "a.h5", threads=[1, 1], sharers=[2, 2], cores=[2, 2]) == ""
+def test_no_warning(tmp_path):
+    assert warnings_of_two_ranks(tmp_path / "a.h5", threads=[1, 1], sharers=[2, 2], cores=[2, 2]) == ""
 
 
 @pytest.mark.parametrize(
-    ("attributes", "columns", "said"),
+    ("attributes", "columns", "text"),
     [
         ({"backend": "host"}, dict(threads=[1, 1], sharers=[4, 4], cores=[2, 2]), "(4 ranks of 1 on 2)"),
         ({"git_commit": "c0ffee-dirty"}, {}, "commit c0ffee-dirty"),
         ({"status": "interrupted"}, {}, "status interrupted"),
-        ({"resumed": 2}, {}, "went on 2 times"),
+        ({"resumed": 2}, {}, "was resumed 2 times"),
         ({}, dict(clock_mhz_before=[1980.0, 1980.0], clock_mhz_after=[1980.0, 1500.0]), "clocks changed by 24%"),
         ({}, dict(ecc_after=[0, 3]), "uncorrected memory errors (ECC), up to 3"),
     ],
 )
-def test_said(tmp_path, attributes, columns, said):
-    assert said in of_two_ranks(tmp_path / "a.h5", attributes, **columns)
+def test_warning(tmp_path, attributes, columns, text):
+    assert text in warnings_of_two_ranks(tmp_path / "a.h5", attributes, **columns)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,7 @@ def test_files_are_named_within_the_folder_that_holds_them(paths, folder):
 
 
 def test_warnings_name_files_within_their_folder(tmp_path):
-    paths = made_up.sweep(tmp_path, layouts=[(1, 1), (2, 1)], status="running")
-    (said,) = warnings(read(paths))
-    assert said == "2 times (h1k1.h5, …): status running: the run did not end; the points it sealed are here"
+    paths = synthetic.sweep(tmp_path, layouts=[(1, 1), (2, 1)], status="running")
+    (text,) = warnings(read(paths))
+    status = "status running: the run did not complete; the points that it wrote are included"
+    assert text == f"2 times (h1k1.h5, …): {status}"

@@ -1,12 +1,12 @@
-"""Where a step's time goes, and what each branch reads."""
+"""Time of a step by stage, and reads by branch."""
 
 import pandas as pd
 
-from .errors import AnalysisError
-from .series import latest, one_series
-from .tables import points_table, stage_medians, stages_table
+from ..data.series import latest, one_series
+from ..data.tables import points_table, stage_medians, stages_table
+from ..errors import AnalysisError
 
-# What is stacked: the columns of the program's own table, the projections apart.
+# stage -> part, the unit of stacked bars. Parts are the columns of the program's table, with the projections apart.
 PARTS = {
     "attend_cmp": "cmp",
     "rank": "rank",
@@ -23,9 +23,11 @@ PART_ORDER = ("cmp", "rank", "sel", "win", "comm", "project, output", "other")
 
 
 def branches(points):
-    """DataFrame, a row a (point, stage) of mode `branches`: statistics of the slowest rank in s, share of the stages'
-    sum, and `part`, the group it is drawn in. The stages can add up to more than `step`: timed apart they do not
-    overlap."""
+    """DataFrame, one row per (point, stage) of mode `branches`.
+
+    Columns: statistics of the slowest rank in s, share of the sum of all stages, and `part`, the group in figures. The
+    sum can exceed `step`, because stages that are timed separately do not overlap.
+    """
     points = [p for p in points if stage_medians(p)]
     if not points:
         raise AnalysisError('no point has stages of mode `branches`; run with run.modes = ["branches", "total"]')
@@ -37,15 +39,17 @@ def branches(points):
 
 
 def reads(points):
-    """DataFrame, a row a (point, branch): tokens read for one query, sequence and group at the last step, counted and
-    expected; branch `all` has nsa-vibe's formula too."""
+    """DataFrame, one row per (point, branch): tokens read by one query of one sequence and group at the last step.
+
+    Columns `counted` and `expected`; branch `all` also has `nsa_vibe`, nsa-vibe's formula.
+    """
     table = points_table([p for p in points if p.reads])
     rows = []
     for _, row in table.iterrows():
-        what = row[["file", "point", "kind", "context", "batch", "forced", "ranks", "layout", "validity"]].to_dict()
+        point = row[["file", "point", "kind", "context", "batch", "forced", "ranks", "layout", "validity"]].to_dict()
         for branch in ("cmp", "sel", "win"):
             rows.append(
-                what
+                point
                 | {
                     "branch": branch,
                     "counted": row[f"reads_{branch}_counted"],
@@ -53,7 +57,7 @@ def reads(points):
                 }
             )
         rows.append(
-            what
+            point
             | {
                 "branch": "all",
                 "counted": row["reads_counted"],

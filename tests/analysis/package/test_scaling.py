@@ -1,4 +1,4 @@
-"""Speedup, efficiency, Karp-Flatt, weak scaling and refusals on sweeps with known answers."""
+"""Speedup, efficiency, Karp-Flatt, weak scaling and errors, on sweeps with known answers."""
 
 import math
 import pathlib
@@ -6,9 +6,9 @@ import random
 import statistics
 
 import h5py
-import made_up
 import nsa_analysis
 import pytest
+import synthetic
 from nsa_analysis.cli import main
 from nsa_analysis.errors import AnalysisError
 
@@ -22,7 +22,7 @@ def steps(paths, kind="strong"):
 
 def test_amdahls_law_gives_its_serial_fraction(tmp_path):
     """A step of s + (1-s)/p, heads only: Karp-Flatt finds s on every rank count."""
-    frame = steps(made_up.sweep(tmp_path, lambda p: 110e-6 * (0.25 + 0.75 / p), [(1, 1), (2, 1), (4, 1)]))
+    frame = steps(synthetic.sweep(tmp_path, lambda p: 110e-6 * (0.25 + 0.75 / p), [(1, 1), (2, 1), (4, 1)]))
     assert frame.time.tolist() == pytest.approx([110e-6, 68.75e-6, 48.125e-6])
     assert frame.speedup.tolist() == pytest.approx([1, 1.6, 110 / 48.125])
     assert frame.efficiency.tolist() == pytest.approx([1, 0.8, 110 / 48.125 / 4])
@@ -31,30 +31,30 @@ def test_amdahls_law_gives_its_serial_fraction(tmp_path):
     assert frame.serial_fraction.isna()["1x1"]
 
 
-def test_speedup_bounds_are_of_both_intervals(tmp_path):
-    frame = steps(made_up.sweep(tmp_path, layouts=[(1, 1), (2, 1)]))
+def test_speedup_bounds_come_from_both_intervals(tmp_path):
+    frame = steps(synthetic.sweep(tmp_path, layouts=[(1, 1), (2, 1)]))
     # 11 samples: 2 and 10 bound the median, 4 steps of 0.1% from it.
     assert frame.speedup_low["2x1"] == pytest.approx(110 * 0.996 / (60 * 1.004))
     assert frame.speedup_high["2x1"] == pytest.approx(110 * 1.004 / (60 * 0.996))
 
 
-def test_layouts_and_the_best_of_them(tmp_path):
-    frame = steps(made_up.sweep(tmp_path))
+def test_the_best_layout(tmp_path):
+    frame = steps(synthetic.sweep(tmp_path))
     assert set(frame.index[frame.best]) == {"1x1", "2x1", "4x1"}
     assert frame.comm_share["2x2"] == pytest.approx(0.1 / 1.1) and frame.comm_share["4x1"] == 0
     assert frame.base_ranks.unique().tolist() == [1]
 
 
-def test_stages_are_compared_with_their_own(tmp_path):
+def test_stages_are_compared_with_the_same_stage(tmp_path):
     frame = nsa_analysis.scaling(
-        nsa_analysis.read(made_up.sweep(tmp_path, lambda p: 100e-6 / p, [(1, 1), (4, 1)])), "strong"
+        nsa_analysis.read(synthetic.sweep(tmp_path, lambda p: 100e-6 / p, [(1, 1), (4, 1)])), "strong"
     )
     cmp = frame[frame.stage == "attend_cmp"].set_index("layout")
     assert cmp.time["4x1"] == pytest.approx(12.5e-6) and cmp.speedup["4x1"] == pytest.approx(4)
 
 
 def test_without_one_rank_the_smallest_is_the_baseline(tmp_path):
-    frame = steps(made_up.sweep(tmp_path, lambda p: 110e-6 * (0.25 + 0.75 * 2 / p), [(2, 1), (4, 1)]))
+    frame = steps(synthetic.sweep(tmp_path, lambda p: 110e-6 * (0.25 + 0.75 * 2 / p), [(2, 1), (4, 1)]))
     assert frame.base_ranks.unique().tolist() == [2]
     assert frame.efficiency["4x1"] == pytest.approx(1 / 0.625 / 2)
     assert frame.serial_fraction["4x1"] == pytest.approx(0.25)
@@ -62,43 +62,43 @@ def test_without_one_rank_the_smallest_is_the_baseline(tmp_path):
 
 def test_weak_scaling(tmp_path):
     """A step that takes as long as its context over its ranks, plus 10%: 64K on 1, 128K on 2 ranks."""
-    paths = made_up.sweep(tmp_path, lambda p: 100e-6 / p, [(1, 1)])
+    paths = synthetic.sweep(tmp_path, lambda p: 100e-6 / p, [(1, 1)])
     other = tmp_path / "two"
     other.mkdir()
-    paths += made_up.sweep(other, lambda p: 110e-6 / p, [(2, 1)], contexts=[131072])
+    paths += synthetic.sweep(other, lambda p: 110e-6 / p, [(2, 1)], contexts=[131072])
     frame = steps(paths, "weak")
     assert frame.curve.unique().tolist() == ["weak, batch 1, context 64K a rank"]
     assert frame.efficiency["2x1"] == pytest.approx(1 / 1.1) and frame.speedup["2x1"] == pytest.approx(2 / 1.1)
     assert frame.ideal_time["2x1"] == pytest.approx(100e-6) and frame.serial_fraction.isna().all()
 
 
-def test_no_weak_scaling_is_said(tmp_path):
+def test_no_weak_scaling_is_an_error(tmp_path):
     with pytest.raises(AnalysisError, match="no weak scaling"):
-        nsa_analysis.scaling(nsa_analysis.read(made_up.sweep(tmp_path)), "weak")
+        nsa_analysis.scaling(nsa_analysis.read(synthetic.sweep(tmp_path)), "weak")
 
 
 def invalid_sweep(folder, which):
-    paths = made_up.sweep(folder, layouts=[(1, 1), (2, 1), (4, 1)])
+    paths = synthetic.sweep(folder, layouts=[(1, 1), (2, 1), (4, 1)])
     heads = {"h1": 1, "h2": 2, "h4": 4}[which]
-    made_up.write(folder / f"{which}k1.h5", [made_up.point(made_up.times(heads, 11, 1e-6), heads, valid=False)])
+    synthetic.write(folder / f"{which}k1.h5", [synthetic.point(synthetic.times(heads, 11, 1e-6), heads, valid=False)])
     return paths
 
 
-def test_invalid_points_are_shown_and_take_part_in_nothing(tmp_path):
+def test_invalid_points_are_shown_and_not_compared(tmp_path):
     frame = steps(invalid_sweep(tmp_path, "h2"))
     assert frame.validity["2x1"] == "INVALID" and frame.time["2x1"] == pytest.approx(1e-6)
     assert frame.loc["2x1", ["speedup", "efficiency", "serial_fraction"]].isna().all() and not frame.best["2x1"]
     assert frame.speedup["4x1"] == pytest.approx(110 / 35)
 
 
-def test_an_invalid_baseline_is_none(tmp_path):
+def test_an_invalid_point_is_no_baseline(tmp_path):
     frame = steps(invalid_sweep(tmp_path, "h1"))
     assert frame.base_ranks.dropna().unique().tolist() == [2]
     assert frame.speedup.isna()["1x1"] and frame.speedup["2x1"] == 1
 
 
-def test_ranks_that_take_turns_on_a_core_are_compared_with_nothing(tmp_path):
-    paths = made_up.sweep(tmp_path, layouts=[(1, 1), (2, 1), (4, 1)])
+def test_ranks_on_oversubscribed_cores_are_not_compared(tmp_path):
+    paths = synthetic.sweep(tmp_path, layouts=[(1, 1), (2, 1), (4, 1)])
     for path in paths:
         with h5py.File(path, "r+") as file:
             ranks = len(file["system/rank"])
@@ -119,8 +119,8 @@ def test_ranks_that_take_turns_on_a_core_are_compared_with_nothing(tmp_path):
     ],
 )
 def test_mixed_devices_and_commits_are_refused(tmp_path, capsys, other, said):
-    one = made_up.sweep(tmp_path, layouts=[(1, 1)])
-    two = made_up.sweep(tmp_path, layouts=[(2, 1)], **other)
+    one = synthetic.sweep(tmp_path, layouts=[(1, 1)])
+    two = synthetic.sweep(tmp_path, layouts=[(2, 1)], **other)
     with pytest.raises(AnalysisError, match=said):
         nsa_analysis.scaling(nsa_analysis.read(one + two))
     assert main(["scaling", *one, *two]) == 2
@@ -129,23 +129,23 @@ def test_mixed_devices_and_commits_are_refused(tmp_path, capsys, other, said):
 
 
 def test_mixed_inputs_are_refused(tmp_path):
-    one = made_up.sweep(tmp_path, layouts=[(1, 1)])
-    two = made_up.write(tmp_path / "w.h5", [made_up.point(made_up.times(2, 8, 1e-4), 2, nsa_w=256)])
+    one = synthetic.sweep(tmp_path, layouts=[(1, 1)])
+    two = synthetic.write(tmp_path / "w.h5", [synthetic.point(synthetic.times(2, 8, 1e-4), 2, nsa_w=256)])
     with pytest.raises(AnalysisError, match=r"nsa.w 512 .*256"):
         nsa_analysis.scaling(nsa_analysis.read([*one, two]))
 
 
-def test_of_two_measurements_the_later_counts(tmp_path):
-    paths = made_up.sweep(tmp_path, layouts=[(1, 1), (2, 1)])
-    again = made_up.write(
-        tmp_path / "again.h5", [made_up.point(made_up.times(2, 11, 30e-6), 2)], start="2026-02-01T00:00:00Z"
+def test_the_later_of_two_measurements_is_used(tmp_path):
+    paths = synthetic.sweep(tmp_path, layouts=[(1, 1), (2, 1)])
+    again = synthetic.write(
+        tmp_path / "again.h5", [synthetic.point(synthetic.times(2, 11, 30e-6), 2)], start="2026-02-01T00:00:00Z"
     )
     frame = steps([again, *paths])
     assert len(frame) == 2 and frame.time["2x1"] == pytest.approx(30e-6)
 
 
-def test_where_asks_for_points(tmp_path, capsys):
-    paths = made_up.sweep(tmp_path, contexts=(65536, 131072))
+def test_where_selects_points(tmp_path, capsys):
+    paths = synthetic.sweep(tmp_path, contexts=(65536, 131072))
     assert main(["scaling", *paths, "--where", "context=131072", "--where", "layout=1x1,2x*", "--csv", "-"]) == 0
     text = capsys.readouterr().out
     assert "context 128K" in text and "context 64K" not in text and "1x4" not in text and "2x2" in text
@@ -170,13 +170,14 @@ def noisy_sweep(folder):
     rng = random.Random(11)
     for heads, kv in ((1, 1), (2, 1), (1, 2), (2, 2)):
         rows = [[1e-4 / (heads * kv) ** 0.8 * (1 + rng.random() / 5) for _ in range(24)] for _ in range(heads * kv)]
-        made_up.write(folder / f"h{heads}k{kv}.h5", [made_up.point(made_up.times(heads * kv, 24, rows), heads, kv)])
+        table = synthetic.times(heads * kv, 24, rows)
+        synthetic.write(folder / f"h{heads}k{kv}.h5", [synthetic.point(table, heads, kv)])
     return sorted(folder.glob("*.h5"))
 
 
 @pytest.mark.parametrize("which", ["noisy", "docs/results/h200"])
 def test_every_number_of_a_curve_from_the_raw_samples(tmp_path, which):
-    """Medians, intervals, speedup and its bounds, efficiency and serial fraction, by textbook formulas of their own."""
+    """Medians, intervals, speedup and its bounds, efficiency and serial fraction, by independent textbook formulas."""
     files = noisy_sweep(tmp_path) if which == "noisy" else sorted((ROOT / which).glob("scaling_gpu_decode_r*.h5"))
     frame = nsa_analysis.scaling(nsa_analysis.read(files), "strong")
     frame = frame[frame.stage == "step"].set_index(["context", "batch", "file"])
@@ -203,6 +204,9 @@ def test_every_number_of_a_curve_from_the_raw_samples(tmp_path, which):
 def bounds_of_median(samples):
     """The narrowest symmetric pair of order statistics that covers the median with 95%, by counting subsets."""
     n, ordered = len(samples), sorted(samples)
-    covered = lambda k: sum(math.comb(n, i) for i in range(k, n - k + 1)) / 2**n
+
+    def covered(k):
+        return sum(math.comb(n, i) for i in range(k, n - k + 1)) / 2**n
+
     k = max(k for k in range(1, n // 2 + 1) if covered(k) >= 0.95)
     return ordered[k - 1], ordered[n - k]

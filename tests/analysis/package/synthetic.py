@@ -1,4 +1,4 @@
-"""Result files with known answers, after docs/SCHEMA.md; written here with h5py, not by the program."""
+"""Synthetic result files with known answers, after docs/SCHEMA.md, written with h5py and not by the program."""
 
 import h5py
 import numpy as np
@@ -41,7 +41,7 @@ PARAMETERS = {
 }
 
 
-def scale(group, name, labels):
+def add_scale(group, name, labels):
     data = np.array(labels, dtype=h5py.string_dtype()) if isinstance(labels[0], str) else np.array(labels)
     dataset = group.create_dataset(name, data=data)
     dataset.make_scale(name)
@@ -49,7 +49,7 @@ def scale(group, name, labels):
     dataset.attrs["long_name"] = name
 
 
-def put(group, name, values, dimensions, units="1"):
+def add_dataset(group, name, values, dimensions, units="1"):
     dataset = group.create_dataset(name, data=np.asarray(values))
     dataset.attrs["units"] = units
     dataset.attrs["long_name"] = name
@@ -58,8 +58,10 @@ def put(group, name, values, dimensions, units="1"):
 
 
 def times(ranks, reps, total, **stages):
-    """time [mode, stage, rank, rep] in s from numbers or arrays [rank, rep]; the two warm-up repetitions are absurdly
-    long, so that a statistic that takes them in is wrong by far."""
+    """time [mode, stage, rank, rep] in s, from numbers or arrays [rank, rep].
+
+    The two warm-up repetitions take 1000 s, so a statistic that includes them is far off.
+    """
     table = np.full((2, len(STAGES), ranks, 2 + reps), np.nan)
     for stage, value in stages.items():
         table[0, STAGES.index(stage), :, 2:] = value
@@ -70,13 +72,13 @@ def times(ranks, reps, total, **stages):
 
 
 def point(time, heads=1, kv=1, valid=True, moved=None, **parameters):
-    """One point to write; `parameters` by their name with _ for the dot (`run_context=1024`)."""
+    """One point for `write`. Names of `parameters` have _ instead of the dot (`run_context=1024`)."""
     given = {k.replace("_", ".", 1): v for k, v in parameters.items()}
     return {"time": time, "heads": heads, "kv": kv, "valid": valid, "moved": moved, "parameters": PARAMETERS | given}
 
 
 def kernel_point(seconds, **parameters):
-    """kind = "kernels": {implementation: s}; the two warm-up repetitions are absurdly long."""
+    """A point of kind = "kernels" from {implementation: s}."""
     p = point(None, **({"task_kind": "kernels"} | parameters))
     return p | {"kernels": seconds}
 
@@ -109,7 +111,7 @@ def write(
         )
         ranks = max(p["heads"] * p["kv"] for p in points) if points else 1
         group = file.create_group("system")
-        scale(group, "rank", list(range(ranks)))
+        add_scale(group, "rank", list(range(ranks)))
         for name, value in (
             {
                 "host": "node",
@@ -125,9 +127,9 @@ def write(
         ).items():
             if isinstance(value, str):
                 value = [value + (str(r) if name == "uuid" else "") for r in range(ranks)]
-            put(group, name, np.array(value, dtype=h5py.string_dtype()), ["rank"])
+            add_dataset(group, name, np.array(value, dtype=h5py.string_dtype()), ["rank"])
         for name in "clock_mhz_before", "clock_mhz_after", "ecc_before", "ecc_after":
-            put(group, name, [1980.0 if "clock" in name else 0] * ranks, ["rank"])
+            add_dataset(group, name, [1980.0 if "clock" in name else 0] * ranks, ["rank"])
         file.create_group("points")
         for i, p in enumerate(points):
             write_point(file.create_group(f"points/{i:04d}"), p)
@@ -140,7 +142,7 @@ def write_point(group, p):
     group.attrs.update(
         {
             "validity": "VALID" if p["valid"] else "INVALID",
-            "reason": "" if p["valid"] else "made to be wrong",
+            "reason": "" if p["valid"] else "test reason",
             "stop_reason": "steps",
             "heads": p["heads"],
             "kv": p["kv"],
@@ -164,27 +166,27 @@ def write_point(group, p):
         ("step", list(range(steps))),
         ("kind", ["weights", "caches", "activations", "workspace", "total"]),
     ):
-        scale(group, name, labels)
-    put(group, "time", p["time"], ["mode", "stage", "rank", "rep"], "s")
-    lists = p["parameters"]["run.batch"] * 4  # groups, spread over the ranks here: any split will do
+        add_scale(group, name, labels)
+    add_dataset(group, "time", p["time"], ["mode", "stage", "rank", "rep"], "s")
+    queries = p["parameters"]["run.batch"] * 4  # 4 groups; all reads are on rank 0
     counts = np.zeros((3, ranks, steps), dtype=np.int64)
-    counts[:, 0, :] = np.array([[100], [200], [300]]) * lists
-    put(group, "reads", counts, ["branch", "rank", "step"])
-    put(group, "reads_expected", counts, ["branch", "rank", "step"])
-    put(group, "reads_nsa_vibe", [777] * steps, ["step"])
+    counts[:, 0, :] = np.array([[100], [200], [300]]) * queries
+    add_dataset(group, "reads", counts, ["branch", "rank", "step"])
+    add_dataset(group, "reads_expected", counts, ["branch", "rank", "step"])
+    add_dataset(group, "reads_nsa_vibe", [777] * steps, ["step"])
     moved = np.full((len(STAGES), ranks), 1000, dtype=np.int64) if p["moved"] is None else p["moved"]
-    put(group, "bytes", moved, ["stage", "rank"], "byte")
-    put(group, "memory_peak", np.full((5, ranks), 10**6), ["kind", "rank"], "byte")
+    add_dataset(group, "bytes", moved, ["stage", "rank"], "byte")
+    add_dataset(group, "memory_peak", np.full((5, ranks), 10**6), ["kind", "rank"], "byte")
 
 
 def write_kernels(group, seconds):
     for name, labels in ("implementation", list(seconds)), ("rank", [0]), ("rep", list(range(12))):
-        scale(group, name, labels)
+        add_scale(group, name, labels)
     table = np.full((len(seconds), 1, 12), 1e3)
     table[:, 0, 2:] = np.array(list(seconds.values()))[:, None]
-    put(group, "time", table, ["implementation", "rank", "rep"], "s")
+    add_dataset(group, "time", table, ["implementation", "rank", "rep"], "s")
     for name in "mean_abs_err", "max_abs_err", "mean_abs_err_se":
-        put(group, name, [1e-5] * len(seconds), ["implementation"])
+        add_dataset(group, name, [1e-5] * len(seconds), ["implementation"])
 
 
 def sweep(
@@ -194,7 +196,7 @@ def sweep(
     contexts=(65536,),
     **options,
 ):
-    """A file a layout. `step(ranks)` is the median of a whole step; kv layouts take 1 us more a kv rank beyond one."""
+    """One file per layout. `step(ranks)` is the median of a whole step; each kv rank beyond one adds 1 us."""
     paths = []
     for heads, kv in layouts:
         points = []

@@ -1,12 +1,12 @@
-"""What the figures share: units, ticks, colours and marks."""
+"""Common parts of figures: units, ticks, colours and markers."""
 
 import math
 
 import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .reading import STAGES
-from .series import short
+from ..data.reading import STAGES
+from ..data.series import format_count
 from .style import MARKERS, SERIES, colour
 
 PART_COLOURS = {
@@ -18,28 +18,30 @@ PART_COLOURS = {
     "project, output": "sky",
     "other": "grey",
 }
-# Each stage looks the same wherever it is a line: its part's colour, a marker of its own.
+# A line of a stage has the colour of its part and a marker of its own, equal in all figures.
 STAGE_MARKERS = dict(zip(STAGES, "P<>oDs^vX*."))
-MOST_PANELS = 6  # of one kind; the table has the rest
+MAX_PANELS = 6  # panels of one kind; tables have all rows
 
 
 def time_unit(seconds):
-    """(factor, name) of the unit in which a time reads well."""
+    """(factor, name) of the unit that suits these times in seconds."""
     finite = [s for s in np.ravel(seconds) if s > 0]
     largest = max(finite, default=1.0)
     return (1e6, "µs") if largest < 2e-3 else (1e3, "ms") if largest < 2 else (1.0, "s")
 
 
 def times_sign(layout):
+    """`2x4` -> `2×4`."""
     return layout.replace("x", "×")
 
 
-def style_of(i):
+def line_style(i):
+    """Colour and marker of series number i."""
     return {"color": colour(SERIES[i % len(SERIES)]), "marker": MARKERS[i % len(MARKERS)]}
 
 
-def spread(items, most=MOST_PANELS):
-    """At most `most` of the items, first and last among them."""
+def pick_evenly(items, most=MAX_PANELS):
+    """At most `most` of the items, evenly spaced, with the first and the last."""
     items = list(items)
     if len(items) <= most:
         return items
@@ -53,15 +55,15 @@ def percent():
 def rank_axis(ax, ranks, base=2):
     ranks = sorted(set(int(r) for r in ranks))
     ax.set_xscale("log", base=base)
-    ax.xaxis.set_major_locator(FixedLocator(spread(ranks, 11)))
+    ax.xaxis.set_major_locator(FixedLocator(pick_evenly(ranks, 11)))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     ax.set_xlim(ranks[0] / 1.18, ranks[-1] * 1.18)
     ax.set_xlabel("ranks")
 
 
-def log_values(axis, values):
-    """1-2-5 ticks in plain numbers; few enough to stand apart."""
+def log_ticks(axis, values):
+    """1-2-5 ticks as plain numbers, few enough not to overlap."""
     values = [v for v in values if v and v > 0 and math.isfinite(v)]
     if not values:
         return
@@ -78,15 +80,15 @@ def log_values(axis, values):
 
 
 def draw_intervals(ax, x, y, low, high, i, label):
-    """A line with marks, and the 95% intervals of its points."""
+    """A line with markers and the 95% intervals of its points."""
     errors = np.clip(np.nan_to_num([y - low, high - y]), 0, None)
-    look = style_of(i)
-    ax.plot(x, y, **look, label=label)
-    ax.errorbar(x, y, yerr=errors, linestyle="none", color=look["color"], capsize=2.5, elinewidth=1.2)
+    style = line_style(i)
+    ax.plot(x, y, **style, label=label)
+    ax.errorbar(x, y, yerr=errors, linestyle="none", color=style["color"], capsize=2.5, elinewidth=1.2)
 
 
 def draw_invalid(ax, x, y):
-    """INVALID points: a cross of their own, on no line."""
+    """INVALID points as crosses without a line."""
     if len(x):
         ax.plot(
             x, y, linestyle="none", marker="x", markersize=8, markeredgewidth=2, color=colour("bad"), label="INVALID"
@@ -94,11 +96,12 @@ def draw_invalid(ax, x, y):
 
 
 def size_label(context, batch, many_batches):
-    return f"{short(int(context))}" + (f", batch {int(batch)}" if many_batches else "")
+    """`64K`, with the batch where it varies."""
+    return f"{format_count(int(context))}" + (f", batch {int(batch)}" if many_batches else "")
 
 
 def by_size(frame):
-    """(label, rows) of each swept size of a table; the batch is named where it varies."""
+    """(label, rows) of each swept size of a table; labels name only what varies."""
     many = frame.batch.nunique() > 1
     forced = frame.forced.nunique() > 1
     for (context, batch, force), rows in frame.groupby(["context", "batch", "forced"], sort=True):
@@ -107,12 +110,12 @@ def by_size(frame):
 
 def context_axis(ax, contexts):
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_locator(FixedLocator(spread(sorted(set(contexts)), 6)))
+    ax.xaxis.set_major_locator(FixedLocator(pick_evenly(sorted(set(contexts)), 6)))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(int(round(v)))))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: format_count(int(round(v)))))
     ax.set_xlabel("context (tokens)")
 
 
-def beside(i, count):
-    """Where mark i of `count` stands in its row, so that intervals do not hide each other."""
+def row_offset(i, count):
+    """Offset of marker i of `count` in its row, so that intervals do not overlap."""
     return 0.5 * (i - (count - 1) / 2) / count

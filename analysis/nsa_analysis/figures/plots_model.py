@@ -1,15 +1,15 @@
-"""Panels of the cost model: against measurements, and predictions apart from them."""
+"""Panels of the cost model: comparison with measurements, and predictions."""
 
 import math
 
 import numpy as np
 
-from .axes import log_values, rank_axis, size_label, spread, style_of, time_unit
+from .axes import line_style, log_ticks, pick_evenly, rank_axis, size_label, time_unit
 from .style import SERIES, Panel, colour
 
 
 def check_panels(frame):
-    """Measured against predicted steps: fitted points and those held out."""
+    """Predicted against measured steps, for fitted and held-out points."""
     step = frame[frame.stage == "step"]
     factor, unit = time_unit(step.measured)
 
@@ -25,21 +25,21 @@ def check_panels(frame):
                 rows.measured * factor,
                 rows.predicted * factor,
                 linestyle="none",
-                **style_of(i),
+                **line_style(i),
                 label=f"{part}, within {worst:.0%}",
             )
         ax.set_xscale("log")
         ax.set_yscale("log")
-        log_values(ax.xaxis, step.measured * factor)
-        log_values(ax.yaxis, step.predicted * factor)
+        log_ticks(ax.xaxis, step.measured * factor)
+        log_ticks(ax.yaxis, step.predicted * factor)
         ax.set_xlabel(f"measured step ({unit})")
         ax.set_ylabel(f"predicted step ({unit})")
 
     return [Panel("Cost model against measurement", draw)]
 
 
-def carry_panels(frame):
-    """Predictions alone; nothing measured stands here."""
+def prediction_panels(frame):
+    """Predicted time and speedup against ranks, without measurements."""
 
     def draw_with(column, ylabel, factor=1.0):
         def draw(ax):
@@ -47,13 +47,13 @@ def carry_panels(frame):
             if column == "speedup":
                 ax.plot(ends, ends, "--", color=colour("muted"), linewidth=1.2, label="ideal")
             many = frame.batch.nunique() > 1
-            for i, ((context, batch), rows) in enumerate(spread(frame.groupby(["context", "batch"]), len(SERIES))):
-                look = style_of(i)
+            for i, ((context, batch), rows) in enumerate(pick_evenly(frame.groupby(["context", "batch"]), len(SERIES))):
+                style = line_style(i)
                 ax.plot(
                     rows.ranks,
                     rows[column] * factor,
                     ":",
-                    **look,
+                    **style,
                     markerfacecolor="none",
                     label=size_label(context, batch, many),
                 )
@@ -70,10 +70,10 @@ def carry_panels(frame):
                     fontsize=8,
                     color=colour("muted"),
                 )
-            rank_axis(ax, spread(sorted(frame.ranks.unique()), 6))
+            rank_axis(ax, pick_evenly(sorted(frame.ranks.unique()), 6))
             ax.set_yscale("log")
             values = [*(frame[column] * factor), *(ends if column == "speedup" else [])]
-            log_values(ax.yaxis, values)
+            log_ticks(ax.yaxis, values)
             ax.set_ylabel(ylabel)
 
         return draw

@@ -4,26 +4,26 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from ..data.reading import STAGES
+from ..data.series import format_count
+from ..models.stages import PART_ORDER
 from .axes import (
     PART_COLOURS,
     by_size,
     context_axis,
     draw_invalid,
-    log_values,
+    line_style,
+    log_ticks,
     percent,
-    spread,
-    style_of,
+    pick_evenly,
     time_unit,
     times_sign,
 )
-from .reading import STAGES
-from .series import short
-from .stages import PART_ORDER
 from .style import Panel, colour
 
 
 def branch_panels(frame):
-    """Stacked stages: by context on the fewest ranks, then by layout for each context."""
+    """Stacked bars of stages: by context on the fewest ranks, then by layout for each context."""
     panels = []
     few = frame[frame.ranks == frame.ranks.min()]
     layout = few.layout.iloc[0]
@@ -36,19 +36,20 @@ def branch_panels(frame):
     if frame.layout.nunique() > 1:
         panels += [
             stack_panel(f"Stages by layout, context {label}", rows, False, by_layout=True)
-            for label, rows in spread(by_size(frame))
+            for label, rows in pick_evenly(by_size(frame))
             if rows.layout.nunique() > 1
         ]
     return panels or [stack_panel(f"Stages, layout {times_sign(layout)}", few, False)]
 
 
 def stack_panel(title, frame, shares, by_layout=False):
+    """Stacked bars of parts, in time or as shares, one bar per size or per layout."""
     if by_layout:
         order = frame[["ranks", "heads", "layout"]].drop_duplicates().sort_values(["ranks", "heads"])
         bars = [(times_sign(r.layout), frame[frame.layout == r.layout]) for r in order.itertuples()]
     else:
         bars = list(by_size(frame))
-    bars = spread(bars, 14)
+    bars = pick_evenly(bars, 14)
     factor, unit = time_unit(frame.groupby(["file", "point"])["median"].sum())
 
     def draw(ax):
@@ -88,7 +89,7 @@ def stack_panel(title, frame, shares, by_layout=False):
 
 
 def reads_panels(frame):
-    """Reads against context: counted as marks, expected as lines; nsa-vibe's formula beside them."""
+    """Reads against context: counted as markers, expected as lines, and nsa-vibe's formula."""
     if frame.empty:
         return []
     frame = frame[frame.ranks == frame.ranks.min()].drop_duplicates(["context", "batch", "forced", "branch"])
@@ -111,27 +112,29 @@ def reads_panels(frame):
             ax.plot(rows.context, rows.nsa_vibe, ":", color=colour("purple"), label="nsa-vibe's formula")
         context_axis(ax, frame.context)
         ax.set_yscale("log")
-        log_values(ax.yaxis, [*frame.counted, *frame.expected])
+        log_ticks(ax.yaxis, [*frame.counted, *frame.expected])
         ax.set_ylabel(f"reads a {'sequence' if frame.kind.iloc[0] == 'prefill' else 'query'} and group (tokens)")
 
     return [Panel("Reads: counted (marks) and expected (lines)", draw)]
 
 
 def rank_panels(frame):
-    """Heat maps, rank x stage: the points with the worst stragglers, then layouts on the most ranks at the largest
-    context; four at most."""
+    """At most four heat maps, rank x stage.
+
+    First the two points with the worst stragglers, then layouts on the most ranks at the largest context.
+    """
     keys = ["layout", "file", "point"]
     slow = frame[frame.straggler & (frame.ranks > 1)].sort_values("ratio", ascending=False, kind="stable")
     large = frame[(frame.ranks == frame.ranks.max()) & (frame["rank"] == 0)]
     large = large[large.context == large.context.max()].sort_values("heads", kind="stable")
     chosen = [*dict.fromkeys(slow[keys].drop_duplicates("layout").itertuples(index=False, name=None))][:2]
-    chosen = list(dict.fromkeys([*chosen, *spread(dict.fromkeys(large[keys].itertuples(index=False, name=None)), 4)]))[
-        :4
-    ]
+    chosen += pick_evenly(dict.fromkeys(large[keys].itertuples(index=False, name=None)), 4)
+    chosen = list(dict.fromkeys(chosen))[:4]
     return [heat_panel(layout, frame[(frame.file == file) & (frame.point == point)]) for layout, file, point in chosen]
 
 
 def heat_panel(layout, rows):
+    """Heat map of time over the median of ranks, with crosses at stragglers."""
     stages = [s for s in STAGES if s in set(rows.stage)]
     grid = rows.pivot(index="rank", columns="stage", values="ratio")[stages].to_numpy()
     context, validity = int(rows.context.iloc[0]), rows.validity.iloc[0]
@@ -164,31 +167,32 @@ def heat_panel(layout, rows):
                 label="straggler",
             )
         ax.set_xticks(range(len(stages)), stages, rotation=45, ha="right")
-        ax.yaxis.set_major_locator(FixedLocator(spread(range(len(grid)), 9)))
+        ax.yaxis.set_major_locator(FixedLocator(pick_evenly(range(len(grid)), 9)))
         ax.grid(visible=False)
         ax.set_xlabel("stage")
         ax.set_ylabel("rank")
 
-    name = f"Ranks, layout {times_sign(layout)}, context {short(context)}"
+    name = f"Ranks, layout {times_sign(layout)}, context {format_count(context)}"
     return Panel(name + ("" if validity == "VALID" else ", INVALID"), draw, height=3.5)
 
 
 def roofline_panels(frame):
-    """Achieved part of the copy bandwidth by stage, a mark a context, for up to six layouts."""
+    """Achieved fraction of the copy bandwidth by stage, one marker per context, for at most four layouts."""
     layouts = frame[["ranks", "heads", "layout"]].drop_duplicates().sort_values(["ranks", "heads"]).layout
-    return [roofline_panel(layout, frame[frame.layout == layout]) for layout in spread(layouts, 4)]
+    return [roofline_panel(layout, frame[frame.layout == layout]) for layout in pick_evenly(layouts, 4)]
 
 
 def roofline_panel(layout, frame):
+    """Achieved fraction of the copy bandwidth by stage, of one layout."""
     rows = frame[frame.fraction.notna()]
     stages = [s for s in STAGES if s in set(rows.stage)]
     copy = rows.copy_bandwidth.median() / 1e9
 
     def draw(ax):
         ax.axvline(1, linestyle="--", color=colour("muted"), linewidth=1.2, label=f"copy: {copy:.0f} GB/s")
-        for i, (label, group) in enumerate(spread(by_size(rows[rows.validity == "VALID"]), 5)):
+        for i, (label, group) in enumerate(pick_evenly(by_size(rows[rows.validity == "VALID"]), 5)):
             ax.plot(
-                group.fraction, [stages.index(s) for s in group.stage], linestyle="none", **style_of(i), label=label
+                group.fraction, [stages.index(s) for s in group.stage], linestyle="none", **line_style(i), label=label
             )
         bad = rows[rows.validity != "VALID"]
         draw_invalid(ax, bad.fraction, [stages.index(s) for s in bad.stage])

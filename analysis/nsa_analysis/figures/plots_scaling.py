@@ -1,32 +1,33 @@
-"""Panels of `scaling`: strong and weak."""
+"""Panels of strong and weak scaling."""
 
 import numpy as np
+
+from ..data.reading import STAGES
+from ..models.stages import PARTS
 from .axes import (
     PART_COLOURS,
     STAGE_MARKERS,
     by_size,
     draw_intervals,
     draw_invalid,
-    log_values,
+    line_style,
+    log_ticks,
     percent,
+    pick_evenly,
     rank_axis,
-    spread,
-    style_of,
     time_unit,
 )
-from .reading import STAGES
-from .stages import PARTS
 from .style import SERIES, Panel, colour
 
 
 def scaling_panels(frame):
-    """Panels of `scaling`: strong curves, then weak ones."""
+    """Panels of the table of `scaling`: strong scaling, then weak scaling."""
     step = frame[frame.stage == "step"]
     strong, weak = step[step.curve.str.startswith("strong")], step[step.curve.str.startswith("weak")]
     panels = []
     if strong.ranks.nunique() > 1:
         panels += [speedup_panel(strong)]
-        panels += [time_panel(label, rows) for label, rows in spread(by_size(strong)) if rows.ranks.nunique() > 1]
+        panels += [time_panel(label, rows) for label, rows in pick_evenly(by_size(strong)) if rows.ranks.nunique() > 1]
         panels += [stage_time_panel(frame, strong)]
         panels += [
             comm_panel(strong),
@@ -39,23 +40,25 @@ def scaling_panels(frame):
 
 
 def speedup_panel(strong):
+    """Speedup of the fastest layouts, one line per size."""
+
     def draw(ax):
         ranks = strong.ranks
         ends = np.array([ranks.min(), ranks.max()], dtype=float)
         ax.plot(ends, ends / ends[0], "--", color=colour("muted"), linewidth=1.2, label="ideal")
-        for i, (label, rows) in enumerate(spread(by_size(strong), len(SERIES))):
+        for i, (label, rows) in enumerate(pick_evenly(by_size(strong), len(SERIES))):
             best = rows[rows.best].sort_values("ranks")
             draw_intervals(ax, best.ranks, best.speedup, best.speedup_low, best.speedup_high, i, label)
         rank_axis(ax, ranks)
         ax.set_yscale("log", base=2)
-        log_values(ax.yaxis, [*strong[strong.best].speedup, *(ends / ends[0])])
+        log_ticks(ax.yaxis, [*strong[strong.best].speedup, *(ends / ends[0])])
         ax.set_ylabel("speedup (times)")
 
     return Panel("Strong scaling, fastest layout, by context", draw)
 
 
 def time_panel(label, rows):
-    """All layouts of one size: a colour and a line for each number of head shards."""
+    """Time of all layouts of one size, one line per number of head shards."""
     factor, unit = time_unit(rows.time)
 
     def draw(ax):
@@ -78,18 +81,18 @@ def time_panel(label, rows):
         draw_invalid(ax, bad.ranks, bad.time * factor)
         crowded = rows[rows.crowded & (rows.validity == "VALID")]
         if len(crowded):
-            look = dict(marker="o", facecolors="none", edgecolors=colour("muted"), label="shared cores")
-            ax.scatter(crowded.ranks, crowded.time * factor, **look)
+            style = dict(marker="o", facecolors="none", edgecolors=colour("muted"), label="shared cores")
+            ax.scatter(crowded.ranks, crowded.time * factor, **style)
         rank_axis(ax, rows.ranks)
         ax.set_yscale("log")
-        log_values(ax.yaxis, [*(rows.time * factor), *(rows.ideal_time * factor)])
+        log_ticks(ax.yaxis, [*(rows.time * factor), *(rows.ideal_time * factor)])
         ax.set_ylabel(f"time of a step ({unit})")
 
     return Panel(f"Every layout, context {label}; kv = ranks / heads", draw, legend_columns=4)
 
 
 def stage_time_panel(frame, strong):
-    """Stages of the fastest layouts of the largest size."""
+    """Times of the six longest stages, for the fastest layouts of the largest size."""
     label, rows = list(by_size(strong))[-1]
     best = rows[rows.best]
     if best.ranks.nunique() < 2:
@@ -114,21 +117,21 @@ def stage_time_panel(frame, strong):
             )
         rank_axis(ax, stages.ranks)
         ax.set_yscale("log")
-        log_values(ax.yaxis, stages[stages.stage.isin(largest)].time * factor)
+        log_ticks(ax.yaxis, stages[stages.stage.isin(largest)].time * factor)
         ax.set_ylabel(f"time of a stage ({unit})")
 
     return Panel(f"Stages, fastest layout, context {label}", draw)
 
 
 def draw_shares(ax, strong, column, others=None):
-    """A line a size through its fastest layouts; hollow marks for the others, where they are asked for."""
-    for i, (label, rows) in enumerate(spread(by_size(strong), len(SERIES))):
+    """One line per size through its fastest layouts. With a label `others`, hollow markers for the other layouts."""
+    for i, (label, rows) in enumerate(pick_evenly(by_size(strong), len(SERIES))):
         best = rows[rows.best].dropna(subset=column).sort_values("ranks")
         if len(best):
-            ax.plot(best.ranks, best[column], **style_of(i), label=label)
+            ax.plot(best.ranks, best[column], **line_style(i), label=label)
         rest = rows[~rows.best & ~rows.crowded & (rows.validity == "VALID")]
         if others and len(rest):
-            ax.plot(rest.ranks, rest[column], linestyle="none", **style_of(i), markerfacecolor="none")
+            ax.plot(rest.ranks, rest[column], linestyle="none", **line_style(i), markerfacecolor="none")
     if others:
         ax.plot([], [], linestyle="none", marker="o", markerfacecolor="none", color=colour("muted"), label=others)
     rank_axis(ax, strong.ranks)
@@ -137,7 +140,7 @@ def draw_shares(ax, strong, column, others=None):
 
 
 def comm_panel(strong):
-    """The fastest layout may be one that exchanges nothing, so the others are shown too."""
+    """Share of comm. Other layouts are shown too, because the fastest layout may have no exchanges."""
     if not strong.comm_share.max() > 0:
         return None
 
@@ -149,6 +152,7 @@ def comm_panel(strong):
 
 
 def serial_panel(strong):
+    """Karp-Flatt serial fraction of the fastest layouts."""
     if strong.serial_fraction.isna().all():
         return None
 
@@ -160,10 +164,12 @@ def serial_panel(strong):
 
 
 def balance_panel(strong):
+    """Maximum over median of the ranks' compute time, for the fastest layouts."""
+
     def draw(ax):
-        for i, (label, rows) in enumerate(spread(by_size(strong), len(SERIES))):
+        for i, (label, rows) in enumerate(pick_evenly(by_size(strong), len(SERIES))):
             best = rows[rows.best].sort_values("ranks")
-            ax.plot(best.ranks, best.max_over_median, **style_of(i), label=label)
+            ax.plot(best.ranks, best.max_over_median, **line_style(i), label=label)
         rank_axis(ax, strong.ranks)
         ax.axhline(1, linestyle="--", color=colour("muted"), linewidth=1.2)
         low, high = ax.get_ylim()
@@ -174,14 +180,14 @@ def balance_panel(strong):
 
 
 def weak_panel(weak):
-    """The curves with most rank counts, at most five."""
+    """Weak-scaling efficiency of the curves with the most rank counts, at most five."""
     longest = weak.groupby("curve", sort=False).ranks.nunique().nlargest(5).index
 
     def draw(ax):
         ax.axhline(1, linestyle="--", color=colour("muted"), linewidth=1.2, label="ideal")
         for i, (curve, rows) in enumerate(weak[weak.curve.isin(longest)].groupby("curve", sort=False)):
             best = rows[rows.best].sort_values("ranks")
-            ax.plot(best.ranks, best.efficiency, **style_of(i), label=curve.removeprefix("weak, "))
+            ax.plot(best.ranks, best.efficiency, **line_style(i), label=curve.removeprefix("weak, "))
         rank_axis(ax, weak.ranks)
         ax.yaxis.set_major_formatter(percent())
         ax.set_ylim(0, max(1.1, weak.efficiency.max() * 1.1))

@@ -1,4 +1,4 @@
-"""The M4 gate. The rule stands in the program: this calls `nsa gate --json` and turns its answer into tables."""
+"""The M4 gate. The program holds the rule: this module calls `nsa gate --json` and converts the answer to tables."""
 
 import json
 import os
@@ -7,48 +7,51 @@ import subprocess
 
 import pandas as pd
 
-from .errors import AnalysisError
-from .tables import NAN
+from ..data.tables import NAN
+from ..errors import AnalysisError
 
 
 def find_nsa(program=None):
-    """The program: as given, else $NSA, else `nsa` on the PATH."""
+    """Path of the program: as given, else $NSA, else `nsa` on the PATH."""
     name = program or os.environ.get("NSA") or "nsa"
     found = shutil.which(name)
     if not found:
         raise AnalysisError(
-            f"cannot find the program {name} (the rule of the gate stands in it); "
-            "give --nsa PATH, set NSA, or put nsa on the PATH"
+            f"cannot find the program {name} (it decides the gate); give --nsa PATH, set NSA, or put nsa on the PATH"
         )
     return found
 
 
 def call_gate(files, program=None):
-    """What `nsa gate --json FILES` answers, as a dict. Raises AnalysisError with the program's own message."""
+    """The answer of `nsa gate --json FILES` as a dict. Raises AnalysisError with the message of the program."""
     command = [find_nsa(program), "gate", "--json", *map(str, files)]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise AnalysisError(f"cannot run {command[0]} ({error}); give --nsa PATH") from None
     if run.returncode != 0:
-        said = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
-        failure = AnalysisError(f"nsa gate: {said[-1].removeprefix('nsa: error: ')}")
+        lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
+        failure = AnalysisError(f"nsa gate: {lines[-1].removeprefix('nsa: error: ')}")
         failure.code = run.returncode if run.returncode in (2, 3, 6) else AnalysisError.code
         raise failure
     try:
         answer = json.loads(run.stdout)
         if not isinstance(answer["devices"], list):
-            raise ValueError("'devices' is no list")
+            raise ValueError("'devices' is not a list")
         return answer
     except (ValueError, KeyError, TypeError) as error:
         raise AnalysisError(
-            f"{command[0]} gate --json gave no answer this reader knows ({error}); use the nsa of the same version"
+            f"{command[0]} gate --json gave no answer that this version can read ({error}); "
+            "use the nsa of the same version"
         ) from None
 
 
 def condition_row(device, name, where, measured, threshold, outcome):
     measured = measured or {}
-    number = lambda key: NAN if measured.get(key) is None else float(measured[key])
+
+    def number(key):
+        return NAN if measured.get(key) is None else float(measured[key])
+
     return {
         "device": device.get("device", ""),
         "condition": name,
@@ -63,8 +66,11 @@ def condition_row(device, name, where, measured, threshold, outcome):
 
 
 def gate_table(answer):
-    """DataFrame, a row a condition: the deciding ones ("share", "speedup", "speedup_packed", "error") and what they are
-    the worst of ("shape_...", outcome empty). Shares and errors are fractions, speedups ratios."""
+    """DataFrame, one row per condition of each device.
+
+    "share", "speedup", "speedup_packed" and "error" decide. Rows "shape_..." have an empty outcome: the condition of
+    that name is the worst of them. Shares and errors are fractions, speedups are ratios.
+    """
     rows = []
     for device in answer["devices"]:
         thresholds = {}
@@ -99,16 +105,15 @@ def gate_table(answer):
                     )
                 )
         for shape in device.get("shapes", []):
-            for key, of in ("with_gather", "speedup"), ("packed", "speedup_packed"), ("error", "error"):
+            for key, condition in ("with_gather", "speedup"), ("packed", "speedup_packed"), ("error", "error"):
                 if shape.get(key):
-                    rows.append(
-                        condition_row(device, f"shape_{of}", shape["name"], shape[key], thresholds.get(of, NAN), "")
-                    )
+                    threshold = thresholds.get(condition, NAN)
+                    rows.append(condition_row(device, f"shape_{condition}", shape["name"], shape[key], threshold, ""))
     return pd.DataFrame(rows, columns=list(condition_row({}, "", "", {}, NAN, "")))
 
 
 def verdicts(answer):
-    """DataFrame, a row a device, or a CSV that was audited: its verdict and the sentence that says why."""
+    """DataFrame, one row per device and per audited CSV: the verdict and its reason."""
     rows = [
         {
             "device": d.get("device", ""),

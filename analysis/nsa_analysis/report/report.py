@@ -1,29 +1,31 @@
-"""One page of everything that result files can show: self-contained HTML."""
+"""The report: all tables and figures of result files on one self-contained HTML page."""
 
 import os
 import shlex
 
-from . import cost_model, html, plots, series
-from .errors import AnalysisError
-from .reading import find_files, read_file
-from .report_gate import decide, gate_section
-from .report_head import header, in_order, runs_section, warned
-from .report_series import columns, series_section
-from .tables import KERNEL_COLUMNS, kernels, points_table
+from ..data import series
+from ..data.reading import find_files, read_file
+from ..data.tables import KERNEL_COLUMNS, kernels, points_table
+from ..errors import AnalysisError
+from ..figures import plots
+from . import html
+from .report_gate import gate_decisions, gate_section
+from .report_head import header, in_order, runs_section, warnings_section
+from .report_series import series_section, varying_columns
 
 
-def make_report(paths, program=None, title="nsa report", network=cost_model.Network()):
-    """HTML text of the report on these files and folders; `program` is the `nsa` that decides the gate."""
+def make_report(paths, program=None, title="nsa report", network=None):
+    """HTML of the report on these files and folders. `program` is the `nsa` that decides the gate."""
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     files = find_files(paths)
     csvs = [f for f in files if f.endswith(".csv")]
     points = [p for f in files if f not in csvs for p in read_file(f)]
     if not points:
-        raise AnalysisError("a report needs result files (only CSVs were given); `nsa-analysis gate` audits those")
+        raise AnalysisError("a report needs result files (only CSVs were given); use `nsa-analysis gate` to audit CSVs")
     groups = in_order(series.split([p for p in points if p.modes]))
-    decisions = decide(points, csvs, program)
+    decisions = gate_decisions(points, csvs, program)
     regenerate = shlex.join(["nsa-analysis", "report", *series.shown_paths(paths), "-o", "report.html"])
-    parts = [header(title, points, groups, decisions, regenerate), warned(points), runs_section(points)]
+    parts = [header(title, points, groups, decisions, regenerate), warnings_section(points), runs_section(points)]
     for i, members in enumerate(groups):
         parts.append(series_section(i, members, groups, paths, network))
     parts += [kernels_section(points, paths), gate_section(decisions), points_section(points, paths)]
@@ -35,11 +37,10 @@ def kernels_section(points, paths):
     if frame.empty:
         return ""
     command = shlex.join(["nsa-analysis", "kernels", *series.shown_paths(paths), "--figure", "kernels.svg"])
-    shown = columns(frame, ["device", *KERNEL_COLUMNS])
+    shown = varying_columns(frame, ["device", *KERNEL_COLUMNS])
     return (
-        '<h2 id="kernels">Kernels</h2>'
-        + "<p class=muted>Implementations of one branch on one shape, repetition beside "
-        "repetition; medians of the slowest rank, errors against float64.</p>"
+        '<h2 id="kernels">Kernels</h2>' + "<p class=muted>Implementations of one branch on one shape, with interleaved "
+        "repetitions; medians of the slowest rank, errors against float64.</p>"
         + html.command_line(command)
         + html.figures(plots.kernel_panels(frame), "k")
         + html.table(frame, shown, "Implementations side by side")
@@ -49,7 +50,7 @@ def kernels_section(points, paths):
 def points_section(points, paths):
     frame = points_table(points)
     command = shlex.join(["nsa-analysis", "points", *series.shown_paths(paths), "--csv", "points.csv"])
-    shown = columns(
+    shown = varying_columns(
         frame,
         [
             "file",

@@ -1,23 +1,26 @@
-"""What a stage moves in a second, against the copy measured in the same run."""
+"""Achieved bandwidth of a stage against the copy bandwidth measured in the same run."""
 
 import pandas as pd
 
-from . import work
-from .errors import AnalysisError
-from .reading import STAGES
-from .tables import NAN, identity_row, stage_median
+from ..data.reading import STAGES
+from ..data.tables import NAN, identity_row, stage_median
+from ..errors import AnalysisError
+from . import traffic
 
 
 def roofline(points):
-    """DataFrame, a row a (point, stage): modelled `bytes` of the busiest rank (docs/METRICS.md), median `time` of the
-    slowest in s, `achieved` byte/s, `copy_bandwidth` measured in the run, `fraction` of it (above 1 the bytes came
-    from a cache; NaN for comm, which is no memory), `flops` counted from the shape (NaN where unknown), `flop_rate`
-    in FLOP/s and `intensity` in FLOP/byte. `step` is the whole of mode `total`, comm left out of its bytes."""
+    """DataFrame, one row per (point, stage).
+
+    Columns: modelled `bytes` of the busiest rank (docs/METRICS.md), median `time` of the slowest rank in s, `achieved`
+    byte/s, `copy_bandwidth` of the run, `fraction` of it (above 1 the bytes came from a cache; NaN for comm, which is
+    not memory traffic), `flops` from the shape (NaN where unknown), `flop_rate` in FLOP/s, `intensity` in FLOP/byte.
+    `step` is the whole step of mode `total`, without comm in its bytes.
+    """
     rows = []
     for point in points:
         if point.bytes is None or not point.modes:
             continue
-        flops = work.flops(point)
+        flops = traffic.point_flops(point)
         copy = point.get("copy_bandwidth", NAN)
         busiest = point.bytes.max(axis=1, initial=0).astype(float)
         busiest[-1] = (point.bytes[-1] - point.bytes[STAGES.index("comm")]).max(initial=0)

@@ -1,6 +1,9 @@
-"""Bytes, FLOPs and exchanges of one layer step on any layout, from the shape alone: docs/METRICS.md, "Bytes and
-rates". The program stores the same bytes of the layouts it ran; here they are formulas, so that a cost model can ask
-for layouts that nobody ran."""
+"""Modelled bytes, FLOPs and exchanges of a step on any layout, from the shape (docs/METRICS.md, "Bytes and rates").
+
+The C++ counterpart is lib/nsa/model/traffic.cpp: its modelled_bytes fills the `bytes` dataset of result files, for the
+layouts that were run. The formulas here give the same bytes, also for layouts that were not run, which the cost model
+needs.
+"""
 
 import dataclasses
 import functools
@@ -8,22 +11,24 @@ import math
 
 import numpy as np
 
-from .reading import BRANCHES, STAGES
+from ..data.reading import BRANCHES, STAGES
 
-CANDIDATE = 8  # bytes of a (score, index)
+CANDIDATE_BYTES = 8  # of one (score, index) pair
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
+    """One collective of a layer step."""
+
     name: str
     collective: str  # "all_gather" | "all_reduce"
     ranks: int
-    bytes: int  # contributed by each rank
+    bytes: int  # contribution of each rank
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a rank of a heads x kv layout computes."""
+    """Problem size and heads x kv layout, as one rank sees them."""
 
     kind: str
     context: int
@@ -35,18 +40,18 @@ class Shape:
     d_k: int
     d_v: int
     layers: int
-    storage: int  # bytes of an element
+    storage: int  # bytes of a stored element
     shared_kv: bool
     whole_layer: bool
-    l: int
+    l: int  # noqa: E741, the symbol of the paper
     d: int
     l_sel: int
     n_sel: int
     w: int
-    phi_hidden: int  # 0: mean
+    phi_hidden: int  # 0: phi is the mean
     chunk: int  # tokens of a kv chunk
-    heads: int  # shards
-    kv: int
+    heads: int  # head shards
+    kv: int  # kv shards
 
     @property
     def groups(self):
@@ -62,6 +67,7 @@ class Shape:
 
     @property
     def width(self):
+        """Bytes of K and V of one token and group."""
         return (self.d_k + self.d_v) * self.storage
 
     @property
@@ -74,7 +80,7 @@ class Shape:
 
 
 def shape_of(point, heads=None, kv=None):
-    """The shape of a decode or prefill point, on another layout if one is given; None for other points."""
+    """Shape of a decode or prefill point, on the given layout or its own; None for points of other tasks."""
     if point.kind not in ("decode", "prefill"):
         return None
     p = point.parameters
@@ -107,6 +113,7 @@ def shape_of(point, heads=None, kv=None):
 
 
 def compressed_tokens(s, t):
+    """Compressed tokens that a query at position t sees."""
     return np.where(t + 1 < s.l, 0, (t + 1 - s.l) // s.d + 1)
 
 
@@ -123,25 +130,25 @@ def expected_reads(s, t):
 
 @functools.lru_cache(maxsize=512)
 def summed_reads(s):
-    """Reads of all queries of one sequence and group: of the last step in decode, of the whole context in prefill."""
+    """Reads of all queries of one sequence and group, by branch: decode, the last step; prefill, the whole context."""
     t = np.arange(s.context) if s.prefill else s.last
     return {branch: int(np.sum(count)) for branch, count in expected_reads(s, t).items()}
 
 
-def owned(rows, chunk, kv, halo=0):
-    """(memory rows of the first kv rank, its own rows) of a sequence of `rows` cut into chunks dealt round-robin."""
+def shard_rows(rows, chunk, kv, halo=0):
+    """(stored rows, owned rows) of the first kv rank. A sequence of `rows` is cut into chunks, dealt round-robin."""
     if kv == 1:
         return rows, rows
-    ahead = rows + halo if rows else 0
-    chunks = math.ceil(math.ceil(ahead / chunk) / kv)
-    own = sum(min(rows, (c + 1) * chunk) - c * chunk for c in range(0, math.ceil(rows / chunk), kv))
-    return chunks * (halo + chunk), own
+    padded = rows + halo if rows else 0
+    chunks = math.ceil(math.ceil(padded / chunk) / kv)
+    owned = sum(min(rows, (c + 1) * chunk) - c * chunk for c in range(0, math.ceil(rows / chunk), kv))
+    return chunks * (halo + chunk), owned
 
 
-def stage_bytes(s):
-    """Modelled bytes by stage of the first rank, as the program's `bytes` dataset has them."""
+def modelled_bytes(s):
+    """Modelled bytes of the first rank by stage, equal to the `bytes` dataset of the program."""
     prefill, storage, planes = s.prefill, s.storage, s.batch * s.groups
-    rows = s.batch * (owned(s.context, s.chunk, s.kv)[1] if prefill else 1)
+    rows = s.batch * (shard_rows(s.context, s.chunk, s.kv)[1] if prefill else 1)
     reads = {k: int(v) for k, v in expected_reads(s, s.last).items()}
 
     def kv_rows(branch):
@@ -170,13 +177,13 @@ def stage_bytes(s):
 
 
 def exchanges(s):
-    """Exchanges of one layer step."""
+    """Exchanges of one layer step, without those that send nothing."""
     planes = s.batch * s.groups
-    rows = s.batch * (owned(s.context, s.chunk, s.kv)[0] if s.prefill else 1)
+    rows = s.batch * (shard_rows(s.context, s.chunk, s.kv)[0] if s.prefill else 1)
     if s.prefill:
-        chunks = owned(s.context, s.chunk, s.kv)[0] // s.chunk if s.kv > 1 else 0
+        chunks = shard_rows(s.context, s.chunk, s.kv)[0] // s.chunk if s.kv > 1 else 0
         tokens = chunks * s.chunk
-        compressed = owned(int(compressed_tokens(s, s.context - 1)), s.chunk // s.d, s.kv, s.l // s.d - 1)[0]
+        compressed = shard_rows(int(compressed_tokens(s, s.context - 1)), s.chunk // s.d, s.kv, s.l // s.d - 1)[0]
         gathers = [
             ("raw halo", planes * chunks * (s.l - s.d) * s.width),
             ("k_cmp, v_cmp", planes * compressed * s.width),
@@ -186,18 +193,18 @@ def exchanges(s):
         ]
     else:
         gathers = [
-            ("lse", (math.lcm(24, s.kv) // s.kv + 1) * rows * s.query_heads * 2 * 4),  # 1: the window's (m, sum)
-            ("candidates", rows * s.groups * s.n_sel * CANDIDATE),
+            ("lse", (math.lcm(24, s.kv) // s.kv + 1) * rows * s.query_heads * 2 * 4),  # + 1: the window's (m, sum)
+            ("candidates", rows * s.groups * s.n_sel * CANDIDATE_BYTES),
             ("partials", len(BRANCHES) * rows * s.query_heads * (s.d_v + 2) * 4),
         ]
-    found = [Exchange(name, "all_gather", s.kv, size) for name, size in gathers if s.kv > 1 and size > 0]
+    result = [Exchange(name, "all_gather", s.kv, size) for name, size in gathers if s.kv > 1 and size > 0]
     if s.heads > 1 and s.whole_layer:
-        found.append(Exchange("heads", "all_reduce", s.heads, rows * s.dim * 4))
-    return found
+        result.append(Exchange("heads", "all_reduce", s.heads, rows * s.dim * 4))
+    return result
 
 
-def stage_flops(s):
-    """FLOPs by stage of a mean rank, a multiply-add is two; `rank` counts two a score read."""
+def modelled_flops(s):
+    """FLOPs of an average rank by stage. A multiply-add counts two; stage `rank` counts two per score read."""
     rows = s.batch * (s.context / s.kv if s.prefill else 1)
     reads = {branch: s.batch * count / s.kv for branch, count in summed_reads(dataclasses.replace(s, kv=1)).items()}
     attend = {branch: 2.0 * s.query_heads * reads[branch] * (s.d_k + s.d_v) for branch in BRANCHES}
@@ -218,6 +225,7 @@ def stage_flops(s):
     return table | {"step": sum(table.values())}
 
 
-def flops(point):
+def point_flops(point):
+    """FLOPs by stage of a decode or prefill point; {} for points of other tasks."""
     shape = shape_of(point)
-    return {} if shape is None else stage_flops(shape)
+    return {} if shape is None else modelled_flops(shape)

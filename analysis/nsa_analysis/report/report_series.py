@@ -1,49 +1,56 @@
-"""The sections of a report that are about one series: points that may share a curve."""
+"""The section of one series, with a part for scaling, branches, ranks, bandwidth and the cost model."""
 
-from . import cost_model, html, plots, series
-from .axes import times_sign
-from .balance import ranks, stragglers
-from .bandwidth import roofline
-from .curves import scaling
-from .errors import AnalysisError
-from .stages import branches, reads
+from ..data import series
+from ..errors import AnalysisError
+from ..figures import plots
+from ..figures.axes import times_sign
+from ..models import cost_model
+from ..models.balance import ranks, stragglers
+from ..models.roofline import roofline
+from ..models.scaling import scaling
+from ..models.stages import branches, reads
+from . import html
 
-WHAT = ["context", "batch", "layout"]
-
-
-def columns(frame, names):
-    """Those of the names that a table has, a swept size only where it varies."""
-    once = {"batch": 1, "forced": 1, "kind": 1}
-    return [n for n in names if n in frame and (n not in once or frame[n].nunique() > 1)]
+PREDICTION_COLUMNS = ["context", "batch", "ranks", "layout", "time", "speedup", "efficiency", "time_comm"]
+POINT_COLUMNS = ["context", "batch", "layout"]
 
 
-def part(heading, text, command, body):
+def varying_columns(frame, names):
+    """The names that are columns of the table; batch, forced and kind only where they vary."""
+    optional = ("batch", "forced", "kind")
+    return [n for n in names if n in frame and (n not in optional or frame[n].nunique() > 1)]
+
+
+def subsection(heading, text, command, body):
+    """HTML of one part: heading, text, the command that makes it, and its figures and tables."""
     return f"<h3>{html.escape(heading)}</h3><p class=muted>{html.escape(text)}</p>{html.command_line(command)}{body}"
 
 
 def series_section(i, members, groups, paths, network):
+    """HTML of series number i; `network` is that of the cost model, None for the default."""
     name = series.titles(groups)[i]
 
     def command(verb):
-        return series.command(verb, members, groups, paths, "--figure", f"{verb}.svg")
+        return series.shell_command(verb, members, groups, paths, "--figure", f"{verb}.svg")
 
-    parts = [f'<h2 id="s{i}">{html.escape(name)}</h2><p class=muted>{html.escape(facts(members))}</p>']
+    parts = [f'<h2 id="s{i}">{html.escape(name)}</h2><p class=muted>{html.escape(parameters_text(members))}</p>']
     for build in scaling_part, branches_part, ranks_part, roofline_part, model_part:
         try:
             options = (network,) if build is model_part else ()
             parts.append(build(f"s{i}", members, command, *options))
         except AnalysisError as reason:
             name = build.__name__.removesuffix("_part").capitalize()
-            parts.append(f"<p class=muted>{name}: nothing to show: {html.escape(reason)}.</p>")
+            parts.append(f"<p class=muted>{name}: not available: {html.escape(reason)}.</p>")
     return "<section>" + "".join(parts) + "</section>"
 
 
-def facts(members):
+def parameters_text(members):
+    """Parameters of a series in one paragraph."""
     get = members[0].get
     routes = sorted({",".join(map(str, p.get("routes", []))) for p in members})
-    sizes = {name: sorted({p.get(f"run.{name}") for p in members}) for name in ("context", "batch")}
+    contexts, batches = (sorted({p.get(f"run.{name}") for p in members}) for name in ("context", "batch"))
     return (
-        f"context {', '.join(map(series.short, sizes['context']))}, batch {', '.join(map(str, sizes['batch']))}; "
+        f"context {', '.join(map(series.format_count, contexts))}, batch {', '.join(map(str, batches))}; "
         f"l={get('nsa.l')} d={get('nsa.d')} l'={get('nsa.l_sel')} n={get('nsa.n_sel')} w={get('nsa.w')}, "
         f"phi {get('nsa.phi')}, {get('model.layers')} layer(s), dim {get('model.dim')}, "
         f"fill {get('run.fill', 'prefill')}, "
@@ -53,18 +60,19 @@ def facts(members):
 
 
 def scaling_part(prefix, members, command):
+    """Strong and weak scaling of steps and stages."""
     frame = scaling(members)
     panels = plots.scaling_panels(frame)
     if not panels:
-        return f"<p class=muted>Scaling: one rank count ({members[0].ranks}); run this input on others to see it.</p>"
+        return f"<p class=muted>Scaling: one rank count ({members[0].ranks}); run this input on other rank counts.</p>"
     frame = frame.assign(curve=frame.curve.str.replace("context ", ""))
     step = frame[frame.stage == "step"]
     text = (
         "Medians of the slowest rank, against the fastest layout on the fewest ranks. Speedup bounds come from both "
-        "95% intervals. Karp–Flatt: the serial part that would explain the speedup. comm is that of the stages one "
-        "after the other; a whole step hides some of it."
+        "95% intervals. Karp–Flatt: the serial fraction that explains the speedup. comm is measured with the stages in "
+        "sequence; a whole step overlaps part of it."
     )
-    shown = columns(
+    shown = varying_columns(
         step,
         [
             "curve",
@@ -86,11 +94,11 @@ def scaling_part(prefix, members, command):
         ],
     )
     stages = frame[frame.stage != "step"]
-    per_stage = columns(
+    per_stage = varying_columns(
         stages,
         ["curve", "stage", "ranks", "layout", "time", "speedup", "efficiency", "max_over_median", "slowest_rank"],
     )
-    return part(
+    return subsection(
         "Scaling",
         text,
         command("scaling"),
@@ -101,26 +109,29 @@ def scaling_part(prefix, members, command):
 
 
 def branches_part(prefix, members, command):
+    """Time of the stages, and reads."""
     frame, counts = branches(members), reads(members)
     panels = plots.branch_panels(frame) + plots.reads_panels(counts)
     text = (
-        "Mode branches: the stages one after the other, medians of the slowest rank. They can add up to more than a "
-        "step, in which they overlap. Reads: tokens whose K and V one query of "
+        "Mode branches: the stages in sequence, medians of the slowest rank. Their sum can exceed a step, in which "
+        "they overlap. Reads: tokens whose K and V one query of "
         "one group loads at the last step; in prefill, all queries of a sequence."
     )
     body = html.figures(panels, f"{prefix}b")
     body += html.table(
         frame,
-        columns(frame, [*WHAT, "stage", "median", "low", "high", "n", "share", "max_over_median"]),
+        varying_columns(frame, [*POINT_COLUMNS, "stage", "median", "low", "high", "n", "share", "max_over_median"]),
         "Time of the stages",
     )
     if len(counts):
         counts = counts.assign(nsa_vibe=counts.get("nsa_vibe"))
-        body += html.table(counts, columns(counts, [*WHAT, "branch", "counted", "expected", "nsa_vibe"]), "Reads")
-    return part("Branches", text, command("branches"), body)
+        shown = varying_columns(counts, [*POINT_COLUMNS, "branch", "counted", "expected", "nsa_vibe"])
+        body += html.table(counts, shown, "Reads")
+    return subsection("Branches", text, command("branches"), body)
 
 
 def ranks_part(prefix, members, command):
+    """Time by rank and stage, and stragglers; empty on one rank."""
     most = max(p.ranks for p in members)
     if most == 1:
         return ""
@@ -128,10 +139,10 @@ def ranks_part(prefix, members, command):
     slow = stragglers(frame)
     panels = plots.rank_panels(frame)
     text = (
-        f"Each rank's median over the median of all ranks, by stage; where there are stragglers and on {most} ranks; "
-        "blank: no work. A straggler's 95% interval "
-        "lies above 1.1 times the median, in a stage of at least 1% of the sum. Waiting shows up in comm, so comm "
-        "names nobody."
+        f"Each rank's median over the median of all ranks, by stage, for points with stragglers and on {most} ranks; "
+        "blank: not timed. A straggler's 95% interval "
+        "lies above 1.1 times the median, in a stage of at least 1% of the sum. Waiting counts as comm, so comm "
+        "has no stragglers."
     )
     body = html.figures(panels, f"{prefix}r")
     if slow.empty:
@@ -150,30 +161,30 @@ def ranks_part(prefix, members, command):
             )
             + "</ul>"
         )
-        body += html.table(
-            slow, columns(slow, [*WHAT, "rank", "host", "uuid", "stages", "file"]), "Stragglers, worst first"
-        )
-    return part("Ranks", text, command("ranks"), body)
+        shown = varying_columns(slow, [*POINT_COLUMNS, "rank", "host", "uuid", "stages", "file"])
+        body += html.table(slow, shown, "Stragglers, worst first")
+    return subsection("Ranks", text, command("ranks"), body)
 
 
 def roofline_part(prefix, members, command):
+    """Achieved bandwidth by stage."""
     frame = roofline(members)
     text = (
-        "Bytes that a stage must move at the least, per second, against a copy measured in the same run on the slowest "
+        "The minimum bytes of a stage per second, against a copy measured in the same run on the slowest "
         "rank. Above 100% the bytes came from a cache. FLOPs are counted from the shape; "
         "no peak FLOP rate was measured."
     )
-    return part(
+    return subsection(
         "Bandwidth",
         text,
         command("roofline"),
         html.figures(plots.roofline_panels(frame), f"{prefix}f")
         + html.table(
             frame,
-            columns(
+            varying_columns(
                 frame,
                 [
-                    *WHAT,
+                    *POINT_COLUMNS,
                     "stage",
                     "time",
                     "bytes",
@@ -191,47 +202,40 @@ def roofline_part(prefix, members, command):
 
 
 def model_part(prefix, members, command, network):
+    """Cost model: error against measurements, coefficients, predictions."""
     if len({p.ranks for p in members if p.valid}) < 2:
-        return "<p class=muted>Cost model: it needs VALID points on two rank counts at least.</p>"
+        return "<p class=muted>Cost model: it needs VALID points on at least two rank counts.</p>"
+    network = network or cost_model.Network()
     model = cost_model.fit(members)
-    checked, carried = cost_model.check(model, members), cost_model.carry(model, members, network=network)
+    checked, predictions = cost_model.check(model, members), cost_model.extrapolate(model, members, network=network)
     held = sorted({p.ranks for p in members} - set(model.fit_ranks))
     text = (
-        f"A stage takes a fixed time plus its bytes and FLOPs over rates; an exchange a fixed time, a latency a "
-        f"hop and its "
-        f"bytes over a rate. Fitted to {', '.join(map(str, model.fit_ranks))} ranks; "
-        + (
-            f"held out: {', '.join(map(str, held))} ranks."
-            if held
-            else "that is all there are."
-        )
+        "A stage takes a fixed time plus its bytes and FLOPs over rates; an exchange takes a fixed time, a latency per "
+        f"hop and its bytes over a rate. Fitted to {', '.join(map(str, model.fit_ranks))} ranks; "
+        + (f"held out: {', '.join(map(str, held))} ranks." if held else "no rank count is held out.")
     )
-    errors = cost_model.left_out(members)
+    errors = cost_model.cross_validate(members)
     step = checked[checked.stage == "step"]
     body = html.figures(plots.check_panels(checked), f"{prefix}m")
     body += html.table(
         step,
-        columns(step, [*WHAT, "ranks", "measured", "predicted", "error", "part"]),
+        varying_columns(step, [*POINT_COLUMNS, "ranks", "measured", "predicted", "error", "part"]),
         "Model against measurement, whole steps",
     )
     body += html.table(
         model.coefficients(),
         ["stage", "fixed", "bytes_per_s", "flops_per_s", "per_hop"],
-        "What the fit found (–: the term takes no part)",
+        "Fitted coefficients (–: the coefficient is 0)",
     )
     if len(errors):
         body += html.table(errors, list(errors), "Each rank count predicted by a fit to the others, whole steps")
     predicted = (
-        f'<div class="predicted-part"><h3>Predicted, not measured: up to {carried.ranks.max()} ranks</h3>'
-        f"<p class=muted>The layout that the model finds fastest on each rank count. Network between nodes: "
-        f"{html.escape(network.text())}. Nothing in this box was run. "
-        f"{html.escape(cost_model.trust(errors, members))}</p>"
-        + html.figures(plots.carry_panels(carried), f"{prefix}p")
-        + html.table(
-            carried,
-            columns(carried, ["context", "batch", "ranks", "layout", "time", "speedup", "efficiency", "time_comm"]),
-            "Predictions",
-        )
+        f'<div class="predicted-part"><h3>Predicted, not measured: up to {predictions.ranks.max()} ranks</h3>'
+        f"<p class=muted>The layout that the model predicts fastest on each rank count. Network between nodes: "
+        f"{html.escape(network.text())}. Nothing in this box was measured. "
+        f"{html.escape(cost_model.reliability(errors, members))}</p>"
+        + html.figures(plots.prediction_panels(predictions), f"{prefix}p")
+        + html.table(predictions, varying_columns(predictions, PREDICTION_COLUMNS), "Predictions")
         + "</div>"
     )
-    return part("Cost model", text, command("model"), body + predicted)
+    return subsection("Cost model", text, command("model"), body + predicted)

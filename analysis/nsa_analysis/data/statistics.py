@@ -1,4 +1,4 @@
-"""Order statistics of samples, as docs/METRICS.md defines them, over whole tables at a time."""
+"""Order statistics of samples (docs/METRICS.md), vectorised over tables."""
 
 import functools
 import math
@@ -6,11 +6,11 @@ import math
 import numpy as np
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def interval_ranks(n):
-    """1-based (low, high): the samples, in rising order, that bound the median with at least 95% confidence.
+    """1-based (low, high): the order statistics that bound the median with at least 95% confidence.
 
-    The largest k with P(Binomial(n, 1/2) < k) <= 0.025, and n + 1 - k; (0, 0) below n = 6, where there is none.
+    low is the largest k with P(Binomial(n, 1/2) < k) <= 0.025, high is n + 1 - k. (0, 0) below n = 6: no such k.
     """
     if n < 6:
         return 0, 0
@@ -23,15 +23,15 @@ def interval_ranks(n):
 
 
 def median_and_interval(samples):
-    """n, median, low and high over the last axis of `samples`, NaN left out; NaN where there is none.
+    """(n, median, low, high) over the last axis of `samples`, without NaN samples.
 
-    Returns four arrays of the shape without that axis.
+    Each is an array of the shape without that axis; NaN where there is no median or interval.
     """
     ordered = np.sort(np.asarray(samples, dtype=float), axis=-1)  # NaN last
     n = np.count_nonzero(~np.isnan(ordered), axis=-1)
     if ordered.shape[-1] == 0:
-        nothing = np.full(n.shape, np.nan)
-        return n, nothing, nothing.copy(), nothing.copy()
+        empty = np.full(n.shape, np.nan)
+        return n, empty, empty.copy(), empty.copy()
 
     def at(index):
         return np.take_along_axis(ordered, np.maximum(index, 0)[..., None], axis=-1)[..., 0]
@@ -45,14 +45,17 @@ def median_and_interval(samples):
 
 
 def summarise(samples):
-    """The row of METRICS.md for a vector of samples: n, median, low, high, min, p95, p99, cv."""
+    """Summary of a vector of samples (docs/METRICS.md): n, median, low, high, min, p95, p99, cv."""
     values = np.sort(np.asarray(samples, dtype=float).ravel())
     values = values[~np.isnan(values)]
     n = len(values)
     if n == 0:
         return {"n": 0, **dict.fromkeys(("median", "low", "high", "min", "p95", "p99", "cv"), math.nan)}
     _, median, low, high = median_and_interval(values)
-    nearest = lambda percent: float(values[-(-n * percent // 100) - 1])
+
+    def nearest_rank(percent):
+        return float(values[-(-n * percent // 100) - 1])
+
     cv = float(values.std(ddof=1) / values.mean()) if n > 1 else math.nan
     return {
         "n": n,
@@ -60,7 +63,7 @@ def summarise(samples):
         "low": float(low),
         "high": float(high),
         "min": float(values[0]),
-        "p95": nearest(95),
-        "p99": nearest(99),
+        "p95": nearest_rank(95),
+        "p99": nearest_rank(99),
         "cv": cv,
     }

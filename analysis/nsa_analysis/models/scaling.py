@@ -1,30 +1,30 @@
-"""How time follows the rank count: strong (the same work) and weak (the same work a rank).
+"""Strong scaling (fixed problem size) and weak scaling (fixed problem size per rank).
 
-Speedup, efficiency and serial fraction are of medians of the slowest rank. INVALID points keep their row and time and
-take part in nothing: no baseline, no speedup.
+Speedup, efficiency and serial fraction come from medians of the slowest rank. INVALID points have a row and a time, but
+no speedup, and are no baseline.
 """
 
 import math
 
 import pandas as pd
 
-from .errors import AnalysisError
-from .reading import STAGES
-from .series import SWEPT, latest, one_series, short, size_text
-from .statistics import median_and_interval
-from .tables import NAN, identity_row, imbalance, rank_work, share_of
+from ..data.reading import STAGES
+from ..data.series import SWEPT, format_count, latest, one_series, size_text
+from ..data.statistics import median_and_interval
+from ..data.tables import NAN, identity_row, imbalance, rank_compute_times, stage_share
+from ..errors import AnalysisError
 
 
 def karp_flatt(speedup, ratio):
-    """Serial fraction (1/speedup - 1/ratio) / (1 - 1/ratio) on `ratio` times the ranks of the baseline.
+    """Serial fraction (1/speedup - 1/ratio) / (1 - 1/ratio); `ratio` is the rank count over that of the baseline.
 
     Karp and Flatt, CACM 33(5), 1990. NaN at the baseline itself.
     """
     return (1 / speedup - 1 / ratio) / (1 - 1 / ratio) if ratio > 1 else NAN
 
 
-def measured(point, stage):
-    """(median, low, high) seconds: `step` is that of mode `total`, stages are of mode `branches`."""
+def measured_time(point, stage):
+    """(median, low, high) in seconds: `step` of mode `total`, stages of mode `branches`."""
     if stage == "step":
         samples = point.step_samples()
     else:
@@ -34,6 +34,7 @@ def measured(point, stage):
 
 
 def strong_groups(points):
+    """{curve name: points} of equal context, batch and forced branch."""
     groups = {}
     for p in points:
         groups.setdefault(tuple(p.get(k) for k in SWEPT), []).append(p)
@@ -41,34 +42,34 @@ def strong_groups(points):
 
 
 def weak_groups(points):
-    """Points with as much work a rank: the batch or, in decode, the context grows with the ranks."""
+    """{curve name: points} of equal work per rank: the batch or, in decode, the context grows with the ranks."""
     groups = {}
     for p in points:
         context, batch, forced = (p.get(k) for k in SWEPT)
         if not (context and batch):
             continue
         also = "" if forced == "none" else f", forced {forced}"
-        groups.setdefault(
-            (1, batch / p.ranks, f"weak, context {short(context)}, batch {batch / p.ranks:g} a rank{also}"), []
-        ).append(p)
+        name = f"weak, context {format_count(context)}, batch {batch / p.ranks:g} a rank{also}"
+        groups.setdefault((1, batch / p.ranks, name), []).append(p)
         if p.kind == "decode" and context % p.ranks == 0:
             size = context // p.ranks
-            groups.setdefault((0, size, f"weak, batch {batch}, context {short(size)} a rank{also}"), []).append(p)
+            name = f"weak, batch {batch}, context {format_count(size)} a rank{also}"
+            groups.setdefault((0, size, name), []).append(p)
     return {name: members for (*_, name), members in sorted(groups.items())}
 
 
 def baseline(points):
-    """The fastest point on the fewest ranks, of those that are VALID and had a core a thread; None where none did."""
-    timed = [p for p in points if p.valid and not p.run.crowded and not math.isnan(measured(p, "step")[0])]
+    """The fastest VALID point on the fewest ranks whose cores are not oversubscribed, else None."""
+    timed = [p for p in points if p.valid and not p.run.oversubscribed and not math.isnan(measured_time(p, "step")[0])]
     if not timed:
         return None
     fewest = min(p.ranks for p in timed)
-    return min((p for p in timed if p.ranks == fewest), key=lambda p: measured(p, "step")[0])
+    return min((p for p in timed if p.ranks == fewest), key=lambda p: measured_time(p, "step")[0])
 
 
-def compared(point, base, stage, weak):
-    """The columns that compare a stage of a point with that of the baseline."""
-    median, low, high = measured(point, stage)
+def compare(point, base, stage, weak):
+    """Columns that compare a stage of a point with the same stage of the baseline."""
+    median, low, high = measured_time(point, stage)
     row = {
         "stage": stage,
         "time": median,
@@ -82,14 +83,14 @@ def compared(point, base, stage, weak):
         "efficiency": NAN,
         "serial_fraction": NAN,
     }
-    if base is None or not point.valid or point.run.crowded:
+    if base is None or not point.valid or point.run.oversubscribed:
         return row
-    base_median, base_low, base_high = measured(base, stage)
+    base_median, base_low, base_high = measured_time(base, stage)
     ratio = point.ranks / base.ranks
     row["base_ranks"] = base.ranks
     if not (median > 0 and base_median > 0):
         return row
-    factor = ratio if weak else 1.0  # weak: `ratio` times the work in the same time is a speedup of `ratio`
+    factor = ratio if weak else 1.0  # weak: `ratio` times the work in equal time is a speedup of `ratio`
     speedup = factor * base_median / median
     row |= {
         "ideal_time": base_median * factor / ratio,
@@ -105,24 +106,24 @@ def compared(point, base, stage, weak):
     return row
 
 
-def work_ratio(point, stage):
-    """max/median over ranks: of own work for the step, of the stage's medians otherwise."""
+def stage_imbalance(point, stage):
+    """(max/median over ranks, slowest rank) of a stage; for `step`, of the sum of COMPUTE_STAGES."""
     if stage == "step":
-        return imbalance(rank_work(point))
+        return imbalance(rank_compute_times(point))
     times = point.times("branches")
     return (NAN, -1) if times is None else imbalance(times.rank_median[STAGES.index(stage)])
 
 
 def scaling(points, kind="both", per_stage=True):
-    """DataFrame, a row a (curve, point, stage); `kind` is "strong", "weak" or "both".
+    """DataFrame, one row per (curve, point, stage); `kind` is "strong", "weak" or "both".
 
-    Columns beyond those that say what a point is: curve; stage (`step` is the whole, mode `total`; others are of mode
-    `branches`); time, its 95% interval time_low, time_high, and ideal_time, in s; speedup over the fastest layout on
-    base_ranks ranks, between speedup_low and speedup_high (of both intervals' ends: at least 90%); efficiency;
-    serial_fraction (strong); comm_share of the stages' sum; max_over_median over ranks; crowded: its ranks had more
-    threads than cores, so it is compared with nothing; best: the fastest VALID layout on its rank count.
+    Columns besides those of the point: curve; stage (`step` is the whole step in mode `total`, others are of mode
+    `branches`); time with its 95% interval time_low, time_high, and ideal_time, in s; speedup over the fastest layout
+    on base_ranks ranks, with bounds speedup_low and speedup_high from both intervals (at least 90% confidence);
+    efficiency; serial_fraction (strong); comm_share of the sum of all stages; max_over_median over ranks; crowded: the
+    cores are oversubscribed, so the point is not compared; best: the fastest VALID layout on its rank count.
 
-    Raises AnalysisError when points of several devices, commits or inputs are given, and says which differ.
+    Raises AnalysisError that says what differs for points of several devices, commits or inputs.
     """
     points = [p for p in points if p.modes]
     if not points:
@@ -137,7 +138,7 @@ def scaling(points, kind="both", per_stage=True):
         curves |= {name: g for name, g in weak_groups(points).items() if len({p.ranks for p in g}) > 1}
     if kind == "weak" and not curves:
         raise AnalysisError(
-            "these files hold no weak scaling (no two rank counts with the same work a rank); "
+            "these files have no weak scaling (no two rank counts with equal work per rank); "
             "run contexts or batches that grow with the ranks"
         )
     rows = []
@@ -146,17 +147,17 @@ def scaling(points, kind="both", per_stage=True):
         fastest = {r: baseline([p for p in members if p.ranks == r]) for r in {p.ranks for p in members}}
         for p in sorted(members, key=lambda p: (p.ranks, p["heads"])):
             for stage in ("step", *STAGES[:-1]) if per_stage else ("step",):
-                row = compared(p, base, stage, name.startswith("weak"))
+                row = compare(p, base, stage, name.startswith("weak"))
                 if stage != "step" and math.isnan(row["time"]):
                     continue
-                ratio, slowest = work_ratio(p, stage)
+                ratio, slowest = stage_imbalance(p, stage)
                 rows.append(
                     {"curve": name}
                     | identity_row(p)
                     | row
                     | {
-                        "crowded": bool(p.run.crowded),
-                        "comm_share": share_of(p, ("comm",)) if stage == "step" else NAN,
+                        "crowded": bool(p.run.oversubscribed),
+                        "comm_share": stage_share(p, ("comm",)) if stage == "step" else NAN,
                         "max_over_median": ratio,
                         "slowest_rank": slowest,
                         "best": p is fastest[p.ranks],

@@ -1,8 +1,8 @@
-"""How figures look, and how a panel becomes a file or a piece of HTML.
+"""Style of figures, and rendering of panels to files and to HTML.
 
-Colours are those of Okabe and Ito (Color Universal Design, 2008), which colour-blind readers tell apart; every series
-has a marker or a place of its own besides. In HTML each colour becomes a CSS variable, so a figure follows the page's
-light or dark scheme.
+Colours are those of Okabe and Ito (Color Universal Design, 2008), which colour-blind readers can distinguish. Every
+series also has a marker or a position of its own. In HTML each colour is a CSS variable, so figures follow the light or
+dark scheme of the page.
 """
 
 import dataclasses
@@ -12,11 +12,12 @@ import re
 from collections.abc import Callable
 
 import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 matplotlib.use("Agg")
 
-# role -> (light, dark); the light ones are what matplotlib draws with, so each stands once.
+# role -> (light, dark). Matplotlib draws with the light colours; to_svg finds them by value, so all are distinct.
 COLOURS = {
     "ink": ("#1b1f24", "#e6e9ee"),
     "muted": ("#59616c", "#a3acb8"),
@@ -80,12 +81,12 @@ class Panel:
 
     title: str
     draw: Callable
-    height: float = 3.1  # inches; the width is one for all, so that pages can stack them
+    height: float = 3.1  # inches; all panels have the same width
     legend_columns: int = 3
-    predicted: bool = False  # drawn on a tinted ground, apart from measurements
+    predicted: bool = False  # tinted background that separates predictions from measurements
 
     def _repr_png_(self):
-        """What Jupyter shows."""
+        """PNG that Jupyter shows."""
         picture = io.BytesIO()
         render(self).savefig(picture, format="png", dpi=150, facecolor=colour("paper"))
         return picture.getvalue()
@@ -95,7 +96,7 @@ WIDTH = 4.3
 
 
 def draw_into(figure, panel):
-    """The panel on a figure or subfigure, its legend below the axes where it hides nothing."""
+    """Draws the panel on a figure or subfigure, with the legend below the axes."""
     ax = figure.subplots()
     ax.set_title(panel.title, wrap=True)
     if panel.predicted:
@@ -118,6 +119,7 @@ def draw_into(figure, panel):
 
 
 def render(panel):
+    """Figure of one panel."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, panel.height), layout="constrained")
         draw_into(figure, panel)
@@ -125,7 +127,7 @@ def render(panel):
 
 
 def save(panels, path):
-    """All panels as one picture, PNG, SVG or PDF by the path's ending."""
+    """Writes all panels as one picture: PNG, SVG or PDF by the suffix of the path."""
     columns = 1 if len(panels) == 1 else 2
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(STYLE | {"savefig.facecolor": colour("paper")}):
@@ -138,12 +140,12 @@ def save(panels, path):
 
 
 def to_svg(panel, prefix, label):
-    """Inline SVG whose colours are CSS variables and whose ids begin with `prefix`."""
+    """Inline SVG with CSS variables as colours and ids that begin with `prefix`."""
     text = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        render(panel).savefig(
-            text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
+        # savefig draws twice to find the layout; one draw gives the same bytes.
+        metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        FigureCanvasSVG(render(panel)).print_svg(text, metadata=metadata)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     for role, (light, _) in COLOURS.items():
@@ -163,4 +165,5 @@ def to_svg(panel, prefix, label):
 
 
 def css_variables(dark):
+    """CSS declarations of all colours."""
     return " ".join(f"--{role}:{pair[1 if dark else 0]};" for role, pair in COLOURS.items())

@@ -1,29 +1,32 @@
-"""Which rank is slow, and in what."""
+"""Balance over ranks: time of each rank and stage against the median, and stragglers."""
 
 import numpy as np
 import pandas as pd
 
-from .errors import AnalysisError
-from .reading import STAGES, WORK
-from .tables import identity_row, stage_medians
+from ..data.reading import COMPUTE_STAGES, STAGES
+from ..data.tables import identity_row, stage_medians
+from ..errors import AnalysisError
 
-STRAGGLER = 1.1  # times the median over ranks that a straggler exceeds, with the low end of its interval
-NOTICED = 0.01  # stages below this part of the stages' sum name no straggler
+STRAGGLER_RATIO = 1.1  # a straggler's lower interval bound exceeds this multiple of the median over ranks
+MIN_STAGE_SHARE = 0.01  # no stragglers in stages below this share of the sum of all stages
 
 
 def ranks(points):
-    """DataFrame, a row a (point, stage, rank) of mode `branches`: median in s, low end of its 95% interval, ratio to
-    the median over ranks, and `straggler`: the low end exceeds 1.1 times that median in a stage with at least 1% of
-    the sum. `comm` names none: who waits there is not who is slow."""
+    """DataFrame, one row per (point, stage, rank) of mode `branches`.
+
+    Columns: median in s, lower bound of its 95% interval, ratio to the median over ranks, and `straggler`: the bound
+    exceeds STRAGGLER_RATIO times that median in a stage of at least MIN_STAGE_SHARE of the sum. `comm` has no
+    stragglers, because the rank that waits there is not the slow one.
+    """
     identities, columns = [], []
     for point in points:
         if not stage_medians(point):
             continue
         times = point.times("branches")
-        grid, low = times.rank_median[: len(WORK) + 1], times.rank_low[: len(WORK) + 1]
+        grid, low = times.rank_median[: len(COMPUTE_STAGES) + 1], times.rank_low[: len(COMPUTE_STAGES) + 1]
         middle = np.nanmedian(np.where(np.isnan(grid).all(axis=1, keepdims=True), 0.0, grid), axis=1)
-        noticed = (middle > NOTICED * middle.sum())[:, None] & (np.array(STAGES[:-1]) != "comm")[:, None]
-        slow = (low > STRAGGLER * middle[:, None]) & noticed
+        eligible = (middle > MIN_STAGE_SHARE * middle.sum())[:, None] & (np.array(STAGES[:-1]) != "comm")[:, None]
+        slow = (low > STRAGGLER_RATIO * middle[:, None]) & eligible
         timed = middle > 0
         shape = (int(timed.sum()), point.ranks)
         system = {
@@ -48,10 +51,10 @@ def ranks(points):
     if not columns:
         raise AnalysisError('no point has stages of mode `branches`; run with run.modes = ["branches", "total"]')
     data = {name: np.concatenate([c[name].ravel() for c in columns]) for name in columns[0]}
-    # Text stands once: there may be millions of rows.
-    what = pd.DataFrame(identities)
-    what = what.astype({c: "category" for c in what if not pd.api.types.is_numeric_dtype(what[c])})
-    frame = what.take(data.pop("point_row")).reset_index(drop=True)
+    # Text columns are categorical, because there may be millions of rows.
+    text = pd.DataFrame(identities)
+    text = text.astype({c: "category" for c in text if not pd.api.types.is_numeric_dtype(text[c])})
+    frame = text.take(data.pop("point_row")).reset_index(drop=True)
     frame["stage"] = pd.Categorical.from_codes(data.pop("stage"), STAGES[:-1])
     for name, values in data.items():
         frame[name] = pd.Categorical(values) if name in ("host", "uuid") else values
@@ -59,7 +62,7 @@ def ranks(points):
 
 
 def stragglers(frame):
-    """Of the table of `ranks`: a row a (point, rank) that is slow, its stages named, the worst first."""
+    """DataFrame from that of `ranks`, one row per straggling (point, rank) with its slow stages, the worst first."""
     slow = frame[frame.straggler]
     if slow.empty:
         return pd.DataFrame(

@@ -1,0 +1,1 @@
+"""Result files, points and tables."""

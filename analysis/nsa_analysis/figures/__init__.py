@@ -1,0 +1,1 @@
+"""Panels drawn with matplotlib from the tables of this package."""

@@ -1,0 +1,21 @@
+"""All panels. Each function takes a table of this package (DataFrame) and returns a list of Panel."""
+
+from .plots_gate import gate_panels, kernel_panels
+from .plots_model import check_panels, prediction_panels
+from .plots_scaling import scaling_panels
+from .plots_stages import branch_panels, rank_panels, reads_panels, roofline_panels
+
+carry_panels = prediction_panels  # earlier name
+
+__all__ = [
+    "branch_panels",
+    "carry_panels",
+    "check_panels",
+    "gate_panels",
+    "kernel_panels",
+    "prediction_panels",
+    "rank_panels",
+    "reads_panels",
+    "roofline_panels",
+    "scaling_panels",
+]

@@ -1,0 +1,1 @@
+"""Scaling, balance, bandwidth, traffic, the cost model and the gate, computed from points."""

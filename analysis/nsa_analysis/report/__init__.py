@@ -1,0 +1,3 @@
+"""The report: one self-contained HTML page."""
+
+from .report import make_report
