@@ -34,7 +34,7 @@ constexpr Row table[] = {{1, 8192, 41, 10},     {1, 65536, 54, 12},  {4, 65536, 
 
 // Queues a step, or one of its stages.
 void queue(const WholeDecode& whole, const WholeDecode::Set& set, const std::string& what) {
-  what == "step" ? whole.run_at_once(set) : whole.run_stage(set, what);
+  what == "step" ? whole.run_fused(set) : whole.run_stage(set, what);
 }
 
 // Seconds a step, or a stage of it.

@@ -77,7 +77,7 @@ class Bench {
     partials_ = make(partial_floats(shape_, rows) * 4);
     lse_ = make(shape_.lse.buckets * rows * c.heads * 8);
     scores_ = make(host_kernels().score_bytes(shape_, tile_, n));
-    scratch_ = make(host_kernels().scratch_bytes(shape_, tile_));
+    scratch_ = make(host_kernels().scratch_bytes(shape_, tile_, {}));
     selected_ = make(rows * c.groups * shape_.rules.n_sel * 4);
     reads_ = make(branches * c.batch * c.groups * 8);
     gate_ = make(rows * c.groups * branches * 4);

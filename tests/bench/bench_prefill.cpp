@@ -82,7 +82,7 @@ int main(int argc, char** argv) {
     };
     for (int i = 0; i < repeats; ++i) {
       staged.push_back(time([&] { bench.run(nullptr); }));
-      whole.push_back(by_rows ? staged.back() : time([&] { bench.run_at_once(); }));
+      whole.push_back(by_rows ? staged.back() : time([&] { bench.run_fused(); }));
     }
     for (int i = 0; i < repeats; ++i) {
       bench.run(&events);

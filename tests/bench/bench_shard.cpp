@@ -15,8 +15,9 @@
 #include <string>
 #include <vector>
 
-#include "gpu/whole_prefill.hpp"
+#include "gpu/step_args.hpp"
 #include "kernels/cuda/runtime/cuda.hpp"
+#include "kernels/shared/random.hpp"
 
 using namespace nsa;
 
@@ -42,24 +43,24 @@ class Share {
  public:
   Share(const Backend& backend, const Row& row);
   void stages(const Caches& c);
-  void at_once(const Caches& c);
+  void fused(const Caches& c);
   void cmp_alone(const Caches& c) { attend(cmp, c); }
-  void open(const Caches& c) { b.kernels->sharded->open(shard_args(c), stream); }
-  void rank(const Caches& c) { b.kernels->rank(rank_args(c, kv > 1), stream); }  // behind open()
-  void weigh(const Caches& c) { b.kernels->sharded->weigh(shard_args(c), stream); }
-  void select(const Caches&) {
-    if (kv > 1) b.kernels->select({s, tile, candidates, kv, selected}, stream);
+  void local(const Caches& c) { b.kernels->sharded_attention.local_attention(shard_args(c), stream); }
+  void rank(const Caches& c) { b.kernels->rank(rank_args(c, kv > 1), stream); }  // after local()
+  void normalise(const Caches& c) { b.kernels->sharded_attention.normalise_partials(shard_args(c), stream); }
+  void select(const Caches& c) {
+    if (kv > 1) b.kernels->select(step(c).select_args(), stream);
   }
   void sel_alone(const Caches& c) {
-    AttendArgs a = attend_args(sel, c);
-    if (kv > 1) a.out = weighted_sel(partials, s, tile.rows());
+    AttendArgs a = step(c).attend_args(sel);
+    if (kv > 1) a.out = gated_partial_sel(partials, s, tile.rows());
     b.kernels->attend[sel][0].run(a, stream);
   }
   void combine(const Caches& c) {
     if (kv > 1)
-      b.kernels->sharded->combine(shard_args(c), stream);
+      b.kernels->sharded_attention.merge_ranks(shard_args(c), stream);
     else
-      b.kernels->combine(combine_args(), stream);
+      b.kernels->combine(step(c).combine_args(), stream);
   }
   double measure(const std::function<void(Share&, const Caches&)>& step);
   double cmp_bytes = 0;
@@ -67,12 +68,11 @@ class Share {
  private:
   RowMap map(std::int64_t chunk, int before) const;
   Caches make_caches(int number);
-  AttendArgs attend_args(Branch branch, const Caches& c) const;
+  test::StepMemory step(const Caches& c) const;
   void attend(Branch branch, const Caches& c) const {
-    b.kernels->attend[branch][0].run(attend_args(branch, c), stream);
+    b.kernels->attend[branch][0].run(step(c).attend_args(branch), stream);
   }
-  RankArgs rank_args(const Caches& c, bool opened) const;
-  CombineArgs combine_args() const;
+  RankArgs rank_args(const Caches& c, bool local_attention) const;
   ShardedAttentionArgs shard_args(const Caches& c) const;
 
   const Backend& b;
@@ -163,65 +163,37 @@ Share::Share(const Backend& backend, const Row& row)
   o = memory.make(rows * s.heads() * s.d_v * 2);
   scores = memory.make(
       static_cast<std::int64_t>(b.kernels->score_bytes(s, tile, sets[0].k[cmp].plane_stride / sets[0].k[cmp].width)));
-  scratch_bytes = b.kernels->scratch_bytes(s, tile);
+  scratch_bytes = b.kernels->scratch_bytes(s, tile, {});
   scratch = memory.make(static_cast<std::int64_t>(scratch_bytes));
   b.device->synchronize(stream);
 }
 
-AttendArgs Share::attend_args(Branch branch, const Caches& c) const {
-  AttendArgs a;
-  a.shape = s;
-  a.tile = tile;
-  a.q = q;
-  a.k = c.k[branch];
-  a.v = c.v[branch];
-  a.out = partials_at(partials, s, tile.rows(), branch);
-  a.reads = reads + branch * tile.rows() * s.groups;
-  a.selected = selected;
-  a.lse = lse;
-  a.scores = scores;
-  a.scratch = scratch;
-  a.scratch_bytes = scratch_bytes;
-  return a;
+test::StepMemory Share::step(const Caches& c) const {
+  test::StepMemory m{.stage = {s, tile, {}, scratch, scratch_bytes}};
+  m.q = q;
+  std::copy_n(c.k, branches, m.k);
+  std::copy_n(c.v, branches, m.v);
+  m.gate = gate;
+  m.partials = partials, m.lse = lse;
+  m.scores = scores, m.o = o;
+  m.reads = reads, m.selected = selected;
+  m.candidates = candidates, m.ranks = kv;
+  return m;
 }
 
-RankArgs Share::rank_args(const Caches& c, bool opened) const {
-  RankArgs a;
-  a.shape = s;
-  a.tile = tile;
-  a.scores = scores;
-  a.opened = opened;
-  a.lse = lse;
-  a.lse_ranks = kv;
-  a.cmp_map = c.k[cmp].map;
-  a.token_map = c.k[sel].map;
-  if (kv > 1)
-    a.candidates = candidates;
-  else
-    a.selected = selected;
-  a.scratch = scratch;
-  a.scratch_bytes = scratch_bytes;
-  return a;
-}
-
-CombineArgs Share::combine_args() const {
-  CombineArgs a;
-  a.shape = s;
-  a.tile = tile;
-  a.partials = partials;
-  a.ranks = kv;
-  a.gate = gate;
-  a.o = o;
+RankArgs Share::rank_args(const Caches& c, bool local_attention) const {
+  RankArgs a = step(c).rank_args();
+  a.local_attention = local_attention;
   return a;
 }
 
 ShardedAttentionArgs Share::shard_args(const Caches& c) const {
   ShardedAttentionArgs a;
-  for (const Branch branch : {cmp, win}) a.attend[branch] = attend_args(branch, c);
+  for (const Branch branch : {cmp, win}) a.attend[branch] = step(c).attend_args(branch);
   a.lse_all = lse;
-  a.weighted = partials;
-  a.gathered = partials;
-  a.combine = combine_args();
+  a.gated = partials;
+  a.gated_all = partials;
+  a.combine = step(c).combine_args();
   return a;
 }
 
@@ -231,16 +203,14 @@ void Share::stages(const Caches& c) {
   b.kernels->rank(rank_args(c, false), stream);
   select(c);
   attend(sel, c);
-  b.kernels->combine(combine_args(), stream);
+  b.kernels->combine(step(c).combine_args(), stream);
 }
 
-void Share::at_once(const Caches& c) {
-  if (kv == 1)
-    return b.kernels->decode_step(
-        {{attend_args(cmp, c), attend_args(sel, c), attend_args(win, c)}, rank_args(c, false), combine_args()}, stream);
-  open(c);
+void Share::fused(const Caches& c) {
+  if (kv == 1) return test::run_fused(b.kernels->decode_attention, step(c).attention_args(), stream);
+  local(c);
   rank(c);
-  weigh(c);
+  normalise(c);
   select(c);
   sel_alone(c);
   combine(c);
@@ -284,9 +254,9 @@ struct Column {
   bool of_shards;  // only where ranks share the sequences
 };
 constexpr Column columns[] = {
-    {"by stages", &Share::stages, false}, {"at once", &Share::at_once, false}, {"cmp", &Share::cmp_alone, false},
-    {"open", &Share::open, true},         {"rank", &Share::rank, false},       {"weigh", &Share::weigh, true},
-    {"select", &Share::select, true},     {"sel", &Share::sel_alone, false},   {"combine", &Share::combine, false}};
+    {"staged", &Share::stages, false}, {"fused", &Share::fused, false},   {"cmp", &Share::cmp_alone, false},
+    {"local", &Share::local, true},    {"rank", &Share::rank, false},     {"normalise", &Share::normalise, true},
+    {"select", &Share::select, true},  {"sel", &Share::sel_alone, false}, {"combine", &Share::combine, false}};
 
 bool is_wanted(const Row& row, int argc, char** argv) {
   if (argc != 5) return true;

@@ -64,23 +64,20 @@ struct Run {
   std::vector<std::unique_ptr<Twin>> partials, lse, p_slc, candidates, reads;
   std::unique_ptr<Twin> selected, gate, o, o_branch;
   std::vector<std::int32_t> gpu_selected;
-  // The same at once, where the backend has that: on the GPU alone.
-  bool at_once = false;
-  std::unique_ptr<Twin> once_selected, once_o, once_o_branch, once_p_slc, once_reads;
+  // The same by the fused operation where it accepts the case, on the GPU alone.
+  bool fused = false;
+  std::unique_ptr<Twin> fused_selected, fused_o, fused_o_branch, fused_p_slc, fused_reads;
 };
 
-void attend_on(const Backend& b, Branch branch, const Case& c, const LayerShape& s, const QueryTile& tile,
-               const Twin& q, const TwinKv& k, const TwinKv& v, const Twin& partials, const Twin& reads,
-               const Twin* selected, const Twin* lse, const Twin* scores, const Twin& scratch,
-               const AttendKernel& kernel) {
-  AttendArgs a;
-  a.shape = s;
-  a.tile = tile;
+void attend_on(const Backend& b, Branch branch, const Case& c, const StageArgs& stage, const Twin& q, const TwinKv& k,
+               const TwinKv& v, const Twin& partials, const Twin& reads, const Twin* selected, const Twin* lse,
+               const Twin* scores, const Twin& scratch, const AttendKernel& kernel) {
+  AttendArgs a{stage};
   a.q = q.on<void>(b);
   a.k = k.on(b);
   a.v = v.on(b);
-  a.out = partials_at(partials.on<float>(b), s, tile.rows(), branch);
-  a.reads = reads.on<std::int64_t>(b) + branch * c.batch * s.groups;
+  a.out = partials_at(partials.on<float>(b), a.shape, a.tile.rows(), branch);
+  a.reads = reads.on<std::int64_t>(b) + branch * c.batch * a.shape.groups;
   if (selected) a.selected = selected->on<std::int32_t>(b);
   if (lse) a.lse = lse->on<float>(b);
   if (scores) a.scores = scores->on<void>(b);
@@ -102,9 +99,10 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
     const std::size_t i = b.kind == BackendKind::host ? 0 : kernel;
     return i < list.size() && list[i].accepts(s, tile) ? list[i] : list[0];
   };
-  const auto rescores = [&](const Backend& b) {
+  const auto policy = [&](const Backend& b) {
     const AttendKernel& first = route(b, cmp);
-    return c.tokens > 1 && whole && !c.scored && first.rescores && first.rescores(s);
+    const auto recompute = first.recompute_scores;
+    return AttentionPolicy{c.tokens > 1 && whole && !c.scored && recompute && recompute(s)};
   };
   rows = tile.rows();
   lists = rows * s.groups;
@@ -128,15 +126,14 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   const auto tile_on = [&](const Backend& b) {
     QueryTile t = tile;
     t.first_position = position.on<std::int64_t>(b);
-    t.rescores = rescores(b);
     return t;
   };
   std::size_t largest = 0;
   for (const Backend* b : {&cpu(), &gpu()}) {
-    largest = std::max(largest, b->kernels->scratch_bytes(s, tile_on(*b)));
+    largest = std::max(largest, b->kernels->scratch_bytes(s, tile_on(*b), policy(*b)));
     for (const auto& list : b->kernels->attend)
       for (const AttendKernel& kernel : list)
-        if (kernel.scratch) largest = std::max(largest, kernel.scratch(s, tile_on(*b)));
+        if (kernel.scratch) largest = std::max(largest, kernel.scratch(s, tile_on(*b), policy(*b)));
   }
   const auto scratch_bytes = static_cast<std::int64_t>(largest);
   for (int rank = 0; rank < ranks; ++rank) {
@@ -181,18 +178,16 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
                      nullptr);
   };
   for (const Backend* b : {&cpu(), &gpu()}) {
-    const QueryTile t = tile_on(*b);
+    const StageArgs stage{s, tile_on(*b), policy(*b)};
     for (int rank = 0; rank < ranks; ++rank) {
-      attend_on(*b, cmp, c, s, t, q.memory, *k_cmp[rank], *v_cmp[rank], *partials[rank], *reads[rank], nullptr,
+      attend_on(*b, cmp, c, stage, q.memory, *k_cmp[rank], *v_cmp[rank], *partials[rank], *reads[rank], nullptr,
                 lse[rank].get(), scores[rank].get(), *scratch[rank], route(*b, cmp));
-      attend_on(*b, win, c, s, t, q.memory, *k_win[rank], *v_win[rank], *partials[rank], *reads[rank], nullptr, nullptr,
-                nullptr, *scratch[rank], route(*b, win));
+      attend_on(*b, win, c, stage, q.memory, *k_win[rank], *v_win[rank], *partials[rank], *reads[rank], nullptr,
+                nullptr, nullptr, *scratch[rank], route(*b, win));
     }
     gather(*b, lse, lse_all);
     for (int rank = 0; rank < ranks; ++rank) {
-      RankArgs a;
-      a.shape = s;
-      a.tile = t;
+      RankArgs a{stage};
       a.scores = scores[rank]->on<void>(*b);
       a.lse = lse_all.on<float>(*b);
       a.lse_ranks = ranks;
@@ -211,21 +206,19 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
     }
     gather(*b, candidates, candidates_all);
     if (ranks > 1)
-      b->kernels->select({s, t, candidates_all.on<Candidate>(*b), ranks, selected->on<std::int32_t>(*b)}, nullptr);
+      b->kernels->select({stage, candidates_all.on<Candidate>(*b), ranks, selected->on<std::int32_t>(*b)}, nullptr);
   }
   gpu_selected = selected->from_gpu<std::int32_t>();
   selected->to_gpu();  // both attend the same blocks, so that near ties do not count as differences
   o = std::make_unique<Twin>(rows * s.heads() * s.d_v * size);
   o_branch = std::make_unique<Twin>(branches * rows * s.heads() * s.d_v * 4);
   for (const Backend* b : {&cpu(), &gpu()}) {
-    const QueryTile t = tile_on(*b);
+    const StageArgs stage{s, tile_on(*b), policy(*b)};
     for (int rank = 0; rank < ranks; ++rank)
-      attend_on(*b, sel, c, s, t, q.memory, *k_sel[rank], *v_sel[rank], *partials[rank], *reads[rank], selected.get(),
+      attend_on(*b, sel, c, stage, q.memory, *k_sel[rank], *v_sel[rank], *partials[rank], *reads[rank], selected.get(),
                 nullptr, nullptr, *scratch[rank], route(*b, sel));
     gather(*b, partials, partials_all);
-    CombineArgs a;
-    a.shape = s;
-    a.tile = t;
+    CombineArgs a{stage};
     a.partials = partials_all.on<float>(*b);
     a.ranks = ranks;
     a.gate = gate->on<float>(*b);
@@ -238,59 +231,53 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   const bool prefill = c.tokens > 1;
   if (kernel > 0 || ranks > 1 || (c.gathered && !prefill)) return;
 
-  once_selected = std::make_unique<Twin>(selected->bytes());
-  once_o = std::make_unique<Twin>(o->bytes());
-  once_o_branch = std::make_unique<Twin>(o_branch->bytes());
-  once_p_slc = std::make_unique<Twin>(p_slc[0]->bytes());
-  once_reads = std::make_unique<Twin>(reads[0]->bytes());
-  std::memset(once_reads->host<void>(), 0, once_reads->bytes());
-  once_reads->to_gpu();
+  fused_selected = std::make_unique<Twin>(selected->bytes());
+  fused_o = std::make_unique<Twin>(o->bytes());
+  fused_o_branch = std::make_unique<Twin>(o_branch->bytes());
+  fused_p_slc = std::make_unique<Twin>(p_slc[0]->bytes());
+  fused_reads = std::make_unique<Twin>(reads[0]->bytes());
+  std::memset(fused_reads->host<void>(), 0, fused_reads->bytes());
+  fused_reads->to_gpu();
   const Backend& b = gpu();
-  const QueryTile t = tile_on(b);
-  Twin once_partials(partials[0]->bytes()), once_lse(lse[0]->bytes()), once_scores(scores[0]->bytes());
+  const StageArgs stage{s, tile_on(b), policy(b), scratch[0]->on<void>(b), scratch[0]->bytes()};
+  Twin fused_partials(partials[0]->bytes()), fused_lse(lse[0]->bytes()), fused_scores(scores[0]->bytes());
   AttentionArgs a;
   const TwinKv* k[branches] = {k_cmp[0].get(), k_sel[0].get(), k_win[0].get()};
   const TwinKv* v[branches] = {v_cmp[0].get(), v_sel[0].get(), v_win[0].get()};
   for (int branch = 0; branch < branches; ++branch) {
     AttendArgs& of = a.attend[branch];
-    of.shape = s;
-    of.tile = t;
+    static_cast<StageArgs&>(of) = stage;
     of.q = q.memory.on<void>(b);
     of.k = k[branch]->on(b);
     of.v = v[branch]->on(b);
-    of.out = partials_at(once_partials.on<float>(b), s, rows, static_cast<Branch>(branch));
-    of.reads = once_reads->on<std::int64_t>(b) + branch * planes;
-    of.scratch = scratch[0]->on<void>(b);
-    of.scratch_bytes = scratch[0]->bytes();
-    if (!prefill) a.combine.o_branch[branch] = once_o_branch->on<float>(b) + branch * rows * s.heads() * s.d_v;
+    of.out = partials_at(fused_partials.on<float>(b), s, rows, static_cast<Branch>(branch));
+    of.reads = fused_reads->on<std::int64_t>(b) + branch * planes;
+    if (!prefill) a.combine.o_branch[branch] = fused_o_branch->on<float>(b) + branch * rows * s.heads() * s.d_v;
   }
-  a.attend[cmp].lse = once_lse.on<float>(b);
-  a.attend[cmp].scores = once_scores.on<void>(b);
-  a.rank.shape = s;
-  a.rank.tile = t;
-  a.rank.scores = once_scores.on<void>(b);
-  a.rank.lse = once_lse.on<float>(b);
+  a.attend[cmp].lse = fused_lse.on<float>(b);
+  a.attend[cmp].scores = fused_scores.on<void>(b);
+  static_cast<StageArgs&>(a.rank) = stage;
+  a.rank.scores = fused_scores.on<void>(b);
+  a.rank.lse = fused_lse.on<float>(b);
   a.rank.cmp_map = k_cmp[0]->view.map;
   a.rank.token_map = k_sel[0]->view.map;
   a.rank.q = q.memory.on<void>(b);
   a.rank.k_cmp = k_cmp[0]->on(b);
   a.rank.cmp_ms = a.attend[cmp].out.ms;
-  a.attend[sel].selected = a.rank.selected = once_selected->on<std::int32_t>(b);
-  a.rank.p_slc = once_p_slc->on<float>(b);
+  a.attend[sel].selected = a.rank.selected = fused_selected->on<std::int32_t>(b);
+  a.rank.p_slc = fused_p_slc->on<float>(b);
   a.rank.p_slc_blocks = blocks;
-  a.rank.scratch = scratch[0]->on<void>(b);
-  a.rank.scratch_bytes = scratch[0]->bytes();
-  a.combine.shape = s;
-  a.combine.tile = t;
-  a.combine.partials = once_partials.on<float>(b);
+  static_cast<StageArgs&>(a.combine) = stage;
+  a.combine.partials = fused_partials.on<float>(b);
   a.combine.gate = gate->on<float>(b);
-  a.combine.o = once_o->on<void>(b);
+  a.combine.o = fused_o->on<void>(b);
   if (c.left_out >= 0) {
     a.combine.leave_out[c.left_out] = true;
     a.attend[cmp].scores_only = c.left_out == cmp;
   }
-  at_once = prefill ? b.kernels->prefill_step_accepts(a) : b.kernels->decode_step_accepts(a);
-  if (at_once) (prefill ? b.kernels->prefill_step : b.kernels->decode_step)(a, nullptr);
+  const FusedOp<AttentionArgs>& op = prefill ? b.kernels->prefill_attention : b.kernels->decode_attention;
+  fused = op.accepts(a);
+  if (fused) op.run(a, nullptr);
   b.device->synchronize(nullptr);
 }
 
@@ -324,16 +311,16 @@ void check_once(const Run& run, const std::vector<float>& host) {
   const LayerShape& s = run.s;
   INFO("at once, left out: " << c.left_out);
   if (c.left_out != sel) {
-    check_same(run.once_selected->from_gpu<std::int32_t>(), run.gpu_selected);
-    check_same(run.once_p_slc->from_gpu<float>(), run.p_slc[0]->from_gpu<float>());
+    check_same(run.fused_selected->from_gpu<std::int32_t>(), run.gpu_selected);
+    check_same(run.fused_p_slc->from_gpu<float>(), run.p_slc[0]->from_gpu<float>());
   }
   const std::int64_t planes = std::int64_t{c.batch} * s.groups, branch_floats = run.rows * s.heads() * s.d_v;
-  const auto once = run.once_o_branch->from_gpu<float>();
+  const auto once = run.fused_o_branch->from_gpu<float>();
   const auto gate = run.gate->from_gpu<float>();
   std::vector<float> sum(branch_floats, 0.0f);
   for (int b = 0; b < branches; ++b) {
     INFO("branch " << branch_names[b]);
-    const auto reads = run.once_reads->from_gpu<std::int64_t>(), expected = run.reads[0]->from_gpu<std::int64_t>();
+    const auto reads = run.fused_reads->from_gpu<std::int64_t>(), expected = run.reads[0]->from_gpu<std::int64_t>();
     const bool is_read = b != c.left_out || b == cmp;  // of cmp the scores remain
     for (std::int64_t i = b * planes; i < (b + 1) * planes; ++i) CHECK(reads[i] == (is_read ? expected[i] : 0));
     if (b == c.left_out) continue;
@@ -343,7 +330,7 @@ void check_once(const Run& run, const std::vector<float>& host) {
     for (std::int64_t i = 0; i < branch_floats; ++i)
       sum[i] += gate[i / s.d_v / s.heads_per_group * branches + b] * theirs[i];
   }
-  CHECK(relative_error(values_of(*run.once_o, s.dtype, branch_floats).first, sum) < 2 * tolerance(s.dtype));
+  CHECK(relative_error(values_of(*run.fused_o, s.dtype, branch_floats).first, sum) < 2 * tolerance(s.dtype));
 }
 
 void check(const Run& run) {
@@ -380,7 +367,7 @@ void check(const Run& run) {
     chosen_by_rule &= std::equal(expected.begin(), expected.end(), run.gpu_selected.begin() + list * s.rules.n_sel);
   }
   CHECK(chosen_by_rule);
-  if (run.at_once) check_once(run, host);
+  if (run.fused) check_once(run, host);
 }
 
 void run_and_check(const Case& c) {
@@ -420,7 +407,7 @@ TEST_CASE("cuda attention equals the host's at every length") {
     for (const std::int64_t first : {0, 1, 30, 31, 32, 47, 63, 64, 127, 511, 512, 1023, 1024, 1040, 4095, 9000}) {
       Case c{shape_of(type, 2, 4, 64, 64), 1, 1, first};
       run_and_check(c);
-      CHECK(Run(c).at_once);
+      CHECK(Run(c).fused);
       c.shape.heads_per_group = 16;
       c.batch = 3;
       c.ring = true;
@@ -531,7 +518,7 @@ TEST_CASE("cuda prefill equals the host's where scores rise", "[prefill]") {
   c.q_scale = 20.0f;
   const Run run(c);
   check(run);
-  CHECK(run.at_once);
+  CHECK(run.fused);
 }
 
 TEST_CASE("cuda prefill chooses the same blocks on every layout and tile", "[prefill]") {
@@ -557,13 +544,13 @@ TEST_CASE("cuda prefill chooses the same blocks on every layout and tile", "[pre
 // A prefill tile at once, which takes tiles of enough rows to fill the GPU: beginnings before the first compressed
 // token, ends that divide nothing, few heads, chunks gathered from several ranks.
 TEST_CASE("cuda prefill at once equals the host's and chooses what the stages choose", "[prefill][once]") {
-  const auto run_at_once = [](const Case& c) {
+  const auto run_fused = [](const Case& c) {
     const Run run(c);
     check(run);
-    CHECK(run.at_once);
+    CHECK(run.fused);
   };
   Case early{shape_of(DType::bf16, 12, 1, 64, 64), 2, 30, 0};
-  run_at_once(early);
+  run_fused(early);
   for (const DType type : {DType::bf16, DType::f16})
     for (const auto& [d, h, first, tokens] : {std::tuple{128, 16, 0, 203},
                                               {128, 5, 1020, 199},
@@ -571,18 +558,18 @@ TEST_CASE("cuda prefill at once equals the host's and chooses what the stages ch
                                               {64, 16, 2045, 200},
                                               {64, 7, 0, 1000}}) {
       Case c{shape_of(type, 4, h, d, d), 1, tokens, first};
-      run_at_once(c);
+      run_fused(c);
     }
   Case c{shape_of(DType::bf16, 2, 16, 128, 128), 2, 205, 1500};
-  run_at_once(c);
+  run_fused(c);
   c.chunk_blocks = 4;
   c.gathered = true;
   for (const int kv : {2, 3}) {
     c.kv = kv;
-    run_at_once(c);
+    run_fused(c);
   }
   c = {shape_of(DType::bf16, 2, 16, 128, 128), 1, 20, 1500};
-  CHECK_FALSE(Run(c).at_once);
+  CHECK_FALSE(Run(c).fused);
 }
 
 // A step at once by clusters of every size: lists enough for each, and so many tiles that warps have several of them;
@@ -607,7 +594,7 @@ TEST_CASE("a decode step at once equals its stages", "[step]") {
       Case c{shape_of(type, batch == 1 ? 1 : 2, h, 64, 64), batch, 1, first};
       c.chunk_blocks = chunk_blocks;
       const Run run(c);
-      CHECK(run.at_once);
+      CHECK(run.fused);
       check(run);
       c.ring = true;
       check(Run(c));

@@ -6,6 +6,7 @@
 #include "gpu/differences.hpp"
 #include "gpu/twin.hpp"
 #include "gpu/whole_decode.hpp"
+#include "gpu/whole_prefill.hpp"
 
 using namespace nsa;
 using namespace nsa::test;
@@ -51,7 +52,7 @@ TEST_CASE("a prefill at once gives the same bits every time", "[prefill][repeats
       WholePrefill whole(gpu(), shape_of(type, d), context, 0, false);
       INFO("d=" << d << " context=" << context << " type=" << static_cast<int>(type));
       CHECK(runs_that_differ(whole, whole.o, whole.widest.rows() * whole.s.heads() * d * 2, times,
-                             [&] { whole.run_at_once(); }) == 0);
+                             [&] { whole.run_fused(); }) == 0);
     }
 }
 
@@ -63,7 +64,7 @@ TEST_CASE("selected attention row by row gives the same bits every time", "[pref
     whole.run(nullptr);
     QueryTile last;
     whole.each_tile([&](const QueryTile& tile, std::int64_t) { last = tile; });
-    const AttendArgs a = whole.attend_args(sel, last, whole.T - last.tokens);
+    const AttendArgs a = whole.step(last, whole.T - last.tokens).attend_args(sel);
     INFO("d=" << d << " variant=" << fused.variant_name(a));
     CHECK(std::string(fused.variant_name(a)) == "rows");
     CHECK(runs_that_differ(whole, a.out.o, last.rows() * whole.s.heads() * d * 4, 2000,
@@ -93,7 +94,7 @@ TEST_CASE("a decode step at once gives the same bits every time", "[step][repeat
         poison(whole.scores, whole.score_bytes);
         poison(whole.scratch, whole.scratch_bytes);
         poison(whole.selected, whole.selected_bytes());
-        whole.run_at_once(whole.sets[0]);
+        whole.run_fused(whole.sets[0]);
       };
       CHECK(runs_that_differ(whole, whole.o, whole.o_bytes(), times, run) == 0);
       CHECK(runs_that_differ(whole, whole.selected, whole.selected_bytes(), times / 10, run) == 0);

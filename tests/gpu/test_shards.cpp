@@ -46,8 +46,8 @@ class Shards {
  public:
   Shards(const Case& c, int kv);
   /// Both fill what the ranks leave, and o.
-  void by_stages(int leave_out = -1);
-  void at_once(bool weighted, int leave_out = -1);
+  void staged(int leave_out = -1);
+  void sharded(bool weighted, int leave_out = -1);
 
   const LayerShape s;
   const int kv;
@@ -57,9 +57,10 @@ class Shards {
  private:
   RowMap map(std::int64_t chunk, int before, int rank) const;
   void start();
+  StageArgs stage(int rank) const;
   AttendArgs attend_args(Branch branch, int rank, int leave_out) const;
   void attend(Branch branch, int rank, int leave_out) const;
-  void rank_and_select(int rank, bool opened) const;
+  void rank_and_select(int rank, bool local_attention) const;
   void select(int rank) const;
   CombineArgs combine_args(int leave_out) const;
   void gather(std::unique_ptr<Twin> Left::*from, const Twin& to, std::int64_t bytes) const;
@@ -130,7 +131,7 @@ void Shards::start() {
                      candidate_bytes = planes * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate));
   left.clear();
   for (int rank = 0; rank < kv; ++rank) {
-    left.push_back({make(b.kernels->score_bytes(s, tile_, cmp_rows_)), make(b.kernels->scratch_bytes(s, tile_)),
+    left.push_back({make(b.kernels->score_bytes(s, tile_, cmp_rows_)), make(b.kernels->scratch_bytes(s, tile_, {})),
                     make(lse_bytes), make(candidate_bytes), make(planes * s.rules.n_sel * 4),
                     make(partial_floats(s, rows_) * 4), make(branches * planes * 8)});
     left.back().reads->clear();
@@ -141,11 +142,13 @@ void Shards::start() {
   o = make(rows_ * s.heads() * s.d_v * static_cast<std::int64_t>(size_of(s.dtype)));
 }
 
+StageArgs Shards::stage(int rank) const {
+  return {s, tile_, {}, left[rank].scratch->on<void>(b), left[rank].scratch->bytes()};
+}
+
 AttendArgs Shards::attend_args(Branch branch, int rank, int leave_out) const {
   const Left& to = left[rank];
-  AttendArgs a;
-  a.shape = s;
-  a.tile = tile_;
+  AttendArgs a{stage(rank)};
   a.q = q_.memory.on<void>(b);
   a.k = ranks_[rank].k[branch]->on(b);
   a.v = ranks_[rank].v[branch]->on(b);
@@ -155,8 +158,6 @@ AttendArgs Shards::attend_args(Branch branch, int rank, int leave_out) const {
   a.lse = to.lse->on<float>(b);
   a.scores = to.scores->on<void>(b);
   a.scores_only = leave_out == cmp;
-  a.scratch = to.scratch->on<void>(b);
-  a.scratch_bytes = to.scratch->bytes();
   return a;
 }
 
@@ -164,12 +165,10 @@ void Shards::attend(Branch branch, int rank, int leave_out) const {
   b.kernels->attend[branch][0].run(attend_args(branch, rank, leave_out), nullptr);
 }
 
-void Shards::rank_and_select(int rank, bool opened) const {
-  RankArgs a;
-  a.shape = s;
-  a.tile = tile_;
+void Shards::rank_and_select(int rank, bool local_attention) const {
+  RankArgs a{stage(rank)};
   a.scores = left[rank].scores->on<void>(b);
-  a.opened = opened;
+  a.local_attention = local_attention;
   a.lse = lse_all->on<float>(b);
   a.lse_ranks = kv;
   a.cmp_map = ranks_[rank].k[cmp]->view.map;
@@ -178,21 +177,17 @@ void Shards::rank_and_select(int rank, bool opened) const {
     a.selected = left[rank].selected->on<std::int32_t>(b);
   else
     a.candidates = left[rank].candidates->on<Candidate>(b);
-  a.scratch = left[rank].scratch->on<void>(b);
-  a.scratch_bytes = left[rank].scratch->bytes();
   b.kernels->rank(a, nullptr);
 }
 
 void Shards::select(int rank) const {
   if (kv > 1)
-    b.kernels->select({s, tile_, candidates_all->on<Candidate>(b), kv, left[rank].selected->on<std::int32_t>(b)},
+    b.kernels->select({stage(rank), candidates_all->on<Candidate>(b), kv, left[rank].selected->on<std::int32_t>(b)},
                       nullptr);
 }
 
 CombineArgs Shards::combine_args(int leave_out) const {
-  CombineArgs a;
-  a.shape = s;
-  a.tile = tile_;
+  CombineArgs a{stage(0)};
   a.partials = partials_all->on<float>(b);
   a.ranks = kv;
   a.gate = gate_.on<float>(b);
@@ -207,7 +202,7 @@ void Shards::gather(std::unique_ptr<Twin> Left::*from, const Twin& to, std::int6
                    nullptr);
 }
 
-void Shards::by_stages(int leave_out) {
+void Shards::staged(int leave_out) {
   start();
   for (int rank = 0; rank < kv; ++rank) {
     attend(cmp, rank, leave_out);
@@ -224,19 +219,19 @@ void Shards::by_stages(int leave_out) {
   b.device->synchronize(nullptr);
 }
 
-void Shards::at_once(bool weighted, int leave_out) {
+void Shards::sharded(bool weighted, int leave_out) {
   start();
-  const ShardedAttention& step = *b.kernels->sharded;
+  const ShardedAttention& op = b.kernels->sharded_attention;
   std::vector<ShardedAttentionArgs> args;
   for (int rank = 0; rank < kv; ++rank) {
     ShardedAttentionArgs& a = args.emplace_back();
     for (const Branch branch : {cmp, win}) a.attend[branch] = attend_args(branch, rank, leave_out);
     a.lse_all = lse_all->on<float>(b);
-    if (weighted) a.weighted = left[rank].partials->on<float>(b);
-    a.gathered = partials_all->on<float>(b);
+    if (weighted) a.gated = left[rank].partials->on<float>(b);
+    a.gated_all = partials_all->on<float>(b);
     a.combine = combine_args(leave_out);
-    REQUIRE(step.accepts(a));
-    step.open(a, nullptr);
+    REQUIRE(op.accepts(a));
+    op.local_attention(a, nullptr);
   }
   gather(&Left::lse, *lse_all, left[0].lse->bytes());
   if (leave_out != sel) {
@@ -244,16 +239,16 @@ void Shards::at_once(bool weighted, int leave_out) {
     gather(&Left::candidates, *candidates_all, left[0].candidates->bytes());
   }
   for (int rank = 0; rank < kv; ++rank) {
-    if (weighted) step.weigh(args[rank], nullptr);
+    if (weighted) op.normalise_partials(args[rank], nullptr);
     if (leave_out == sel) continue;
     select(rank);
     AttendArgs a = attend_args(sel, rank, leave_out);
-    if (weighted) a.out = weighted_sel(args[rank].weighted, s, rows_);
+    if (weighted) a.out = gated_partial_sel(args[rank].gated, s, rows_);
     b.kernels->attend[sel][0].run(a, nullptr);
   }
-  gather(&Left::partials, *partials_all, (weighted ? weighted_floats(s, rows_) : partial_floats(s, rows_)) * 4);
+  gather(&Left::partials, *partials_all, (weighted ? gated_partial_floats(s, rows_) : partial_floats(s, rows_)) * 4);
   if (weighted)
-    step.combine(args[0], nullptr);
+    op.merge_ranks(args[0], nullptr);
   else
     b.kernels->combine(combine_args(leave_out), nullptr);
   b.device->synchronize(nullptr);
@@ -316,13 +311,13 @@ void check(const Case& c, std::initializer_list<int> grid, std::initializer_list
   INFO(name_of(c.type) << " groups=" << c.groups << " h=" << c.h << " Dk=" << c.d_k << " Dv=" << c.d_v
                        << " batch=" << c.batch << " position=" << c.position);
   Shards whole(c, 1);
-  whole.by_stages();
+  whole.staged();
   const Answer one = answer(whole);
   for (const int kv : grid)
     for (const int leave_out : leave_outs) {
       INFO("kv=" << kv << ", without branch " << leave_out);
       Shards shards(c, kv);
-      shards.by_stages(leave_out);
+      shards.staged(leave_out);
       const Answer staged = answer(shards);
       CHECK(staged.lanes == one.lanes);
       if (leave_out != sel)
@@ -330,7 +325,7 @@ void check(const Case& c, std::initializer_list<int> grid, std::initializer_list
       if (leave_out < 0) CHECK(relative_error(staged.o, one.o) < tolerance(c.type));
       for (const bool weighted : {true, false}) {
         INFO((weighted ? "weighted" : "ordinary partials"));
-        shards.at_once(weighted, leave_out);
+        shards.sharded(weighted, leave_out);
         compare(answer(shards), staged, c.type, leave_out);
       }
     }
@@ -384,11 +379,11 @@ TEST_CASE("a sharded step of other block geometries", "[shards]") {
 
 TEST_CASE("a sharded step gives the same bits every time", "[shards][repeats]") {
   Shards shards({DType::bf16, 2, 16, 128, 128, 1, 40000, 16}, 2);
-  shards.at_once(true);
+  shards.sharded(true);
   const Answer first = answer(shards);
   int differ = 0;
   for (int i = 0; i < 200; ++i) {
-    shards.at_once(true);
+    shards.sharded(true);
     const Answer again = answer(shards);
     differ += again.lanes != first.lanes || again.candidates != first.candidates || again.o != first.o;
   }

@@ -102,7 +102,7 @@ TEST_CASE("cuda copies and appends rows as the host does") {
       const TwinKv k_cache(type, map, 6, 33 + tokens, 8), v_cache(type, map, 6, 33 + tokens, 4);
       for (const Backend* b : {&cpu(), &gpu()}) {
         const QueryTile tile{1, 2, tokens, position.memory.on<std::int64_t>(*b), 33 + tokens};
-        b->kernels->append({s, tile, k.on<void>(*b), v.on<void>(*b), k_cache.on(*b), v_cache.on(*b)}, nullptr);
+        b->kernels->append({{s, tile}, k.on<void>(*b), v.on<void>(*b), k_cache.on(*b), v_cache.on(*b)}, nullptr);
       }
       INFO("tokens=" << tokens << " chunk=" << map.chunk << " ring=" << map.ring);
       CHECK(same_bits(k_cache.memory));
@@ -152,7 +152,7 @@ TEST_CASE("cuda compresses as the host does, halo copies too") {
               a.k_cmp = k_cmp.on(*b);
               a.v_cmp = v_cmp.on(*b);
               a.fill_halo = true;
-              Twin scratch(static_cast<std::int64_t>(b->kernels->scratch_bytes(s, a.tile)) + 16);
+              Twin scratch(static_cast<std::int64_t>(b->kernels->scratch_bytes(s, a.tile, {})) + 16);
               a.scratch = scratch.on<void>(*b);
               a.scratch_bytes = scratch.bytes();
               b->kernels->compress(a, nullptr);
@@ -228,13 +228,11 @@ TEST_CASE("cuda projects, rotates, gates and puts out as the host does") {
               a.k[c] = k[c]->on<void>(*b);
               a.v[c] = v[c]->on<void>(*b);
             }
-            Twin scratch(static_cast<std::int64_t>(b->kernels->scratch_bytes(s, a.tile)) + 16);
+            Twin scratch(static_cast<std::int64_t>(b->kernels->scratch_bytes(s, a.tile, {})) + 16);
             a.scratch = scratch.on<void>(*b);
             a.scratch_bytes = scratch.bytes();
             b->kernels->project(a, nullptr);
-            b->kernels->output(
-                {s, rows, o.on<void>(*b), w_o.on<void>(*b), y.on<float>(*b), scratch.on<void>(*b), scratch.bytes()},
-                nullptr);
+            b->kernels->output({a, o.on<void>(*b), w_o.on<void>(*b), y.on<float>(*b)}, nullptr);
             gpu().device->synchronize(nullptr);
           }
           INFO(name_of(type) << " shared_kv=" << shared_kv << " tokens=" << tokens);
@@ -289,7 +287,7 @@ TEST_CASE("cuda enters a decode step at once as by its stages") {
             }
             ring.ring = 40;
             std::vector<std::vector<unsigned char>> left[2];
-            for (const bool at_once : {false, true}) {
+            for (const bool fused : {false, true}) {
               const Backend& b = gpu();
               Twin q(batch * s.heads() * s.d_k * size), gate(planes * 3 * 4), k(3 * planes * s.d_k * size),
                   v(3 * planes * s.d_v * size);
@@ -314,7 +312,7 @@ TEST_CASE("cuda enters a decode step at once as by its stages") {
               project.x = x.on<void>(b);
               project.q = q.on<void>(b);
               project.gate = gate.on<float>(b);
-              Twin scratch(static_cast<std::int64_t>(b.kernels->scratch_bytes(s, project.tile)) + 16);
+              Twin scratch(static_cast<std::int64_t>(b.kernels->scratch_bytes(s, project.tile, {})) + 16);
               project.scratch = scratch.on<void>(b);
               project.scratch_bytes = scratch.bytes();
               const TwinKv* to_k[] = {&k_raw, &k_sel, &k_win};
@@ -322,19 +320,18 @@ TEST_CASE("cuda enters a decode step at once as by its stages") {
               for (int c = 0; c < branches; ++c) {
                 project.k[c] = k.on<char>(b) + c * planes * s.d_k * size;
                 project.v[c] = v.on<char>(b) + c * planes * s.d_v * size;
-                a.append[c] = {s, project.tile, project.k[c], project.v[c], to_k[c]->on(b), to_v[c]->on(b)};
+                a.append[c] = {project, project.k[c], project.v[c], to_k[c]->on(b), to_v[c]->on(b)};
               }
               CompressArgs& compress = a.compress;
-              compress.shape = s;
-              compress.tile = project.tile;
+              static_cast<StageArgs&>(compress) = project;
               compress.phi_k = compress.phi_v = {phi_w.on<void>(b), phi_w.on<void>(b), phi_w.on<void>(b)};
               compress.k_raw = k_raw.on(b);
               compress.v_raw = v_raw.on(b);
               compress.k_cmp = k_cmp.on(b);
               compress.v_cmp = v_cmp.on(b);
               compress.fill_halo = true;
-              if (at_once) {
-                b.kernels->decode_prologue(a, nullptr);
+              if (fused) {
+                b.kernels->prologue.run(a, nullptr);
               } else {
                 if (projects) b.kernels->project(project, nullptr);
                 for (const AppendArgs& append : a.append) b.kernels->append(append, nullptr);
@@ -343,7 +340,7 @@ TEST_CASE("cuda enters a decode step at once as by its stages") {
               for (const Twin* twin : std::initializer_list<const Twin*>{
                        &q, &gate, &k, &v, &k_raw.memory, &v_raw.memory, &k_sel.memory, &v_sel.memory, &k_win.memory,
                        &v_win.memory, &k_cmp.memory, &v_cmp.memory})
-                left[at_once].push_back(twin->from_gpu<unsigned char>());
+                left[fused].push_back(twin->from_gpu<unsigned char>());
             }
             INFO(name_of(type) << (phi == PhiKind::mean ? " mean" : " mlp") << " kv=" << kv << " t=" << t
                                << (projects ? " projects" : ""));

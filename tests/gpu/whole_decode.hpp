@@ -7,7 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "whole_prefill.hpp"
+#include "gpu/step_args.hpp"
+#include "kernels/shared/random.hpp"
 
 namespace nsa::test {
 
@@ -24,12 +25,10 @@ struct WholeDecode {
   WholeDecode& operator=(const WholeDecode&) = delete;
   /// K and V bytes a step must read.
   static std::int64_t bytes(const LayerShape& s, int batch, std::int64_t context);
-  AttendArgs attend_args(const Set& set, Branch branch) const;
-  RankArgs rank_args(const Set& set) const;
-  CombineArgs combine_args() const;
+  StepMemory step(const Set& set) const;
   std::int64_t o_bytes() const { return tile.rows() * s.heads() * s.d_v * static_cast<std::int64_t>(size_of(s.dtype)); }
   std::int64_t selected_bytes() const { return tile.rows() * s.groups * s.rules.n_sel * 4; }
-  void run_at_once(const Set& set) const;
+  void run_fused(const Set& set) const;
   void run_stage(const Set& set, const std::string& name) const;
 
   const Backend& backend;
@@ -93,7 +92,7 @@ inline WholeDecode::WholeDecode(const Backend& b, const LayerShape& shape, int b
   b.device->fill(gate, 0x3E, static_cast<std::size_t>(planes * 3 * 4), nullptr);
   score_bytes = b.kernels->score_bytes(s, tile, n);
   scores = memory.make(static_cast<std::int64_t>(score_bytes));
-  scratch_bytes = b.kernels->scratch_bytes(s, tile);
+  scratch_bytes = b.kernels->scratch_bytes(s, tile, {});
   scratch = memory.make(static_cast<std::int64_t>(scratch_bytes));
   o = memory.make(o_bytes());
   reads = memory.make<std::int64_t>(branches * planes * 8);
@@ -102,60 +101,28 @@ inline WholeDecode::WholeDecode(const Backend& b, const LayerShape& shape, int b
   b.device->synchronize(nullptr);
 }
 
-inline AttendArgs WholeDecode::attend_args(const Set& set, Branch branch) const {
-  AttendArgs a;
-  a.shape = s;
-  a.tile = tile;
-  a.q = set.q;
-  a.k = set.k[branch];
-  a.v = set.v[branch];
-  a.out = partials_at(partials, s, tile.rows(), branch);
-  a.reads = reads + branch * tile.rows() * s.groups;
-  a.selected = selected;
-  a.lse = lse;
-  a.scores = scores;
-  a.scratch = scratch;
-  a.scratch_bytes = scratch_bytes;
-  return a;
+inline StepMemory WholeDecode::step(const Set& set) const {
+  StepMemory m{.stage = {s, tile, {}, scratch, scratch_bytes}};
+  m.q = set.q;
+  std::copy_n(set.k, branches, m.k);
+  std::copy_n(set.v, branches, m.v);
+  m.gate = gate;
+  m.partials = partials, m.lse = lse;
+  m.scores = scores, m.o = o;
+  m.reads = reads, m.selected = selected;
+  return m;
 }
 
-inline RankArgs WholeDecode::rank_args(const Set& set) const {
-  RankArgs r;
-  r.shape = s;
-  r.tile = tile;
-  r.scores = scores;
-  r.lse = lse;
-  r.cmp_map = set.k[cmp].map;
-  r.token_map = set.k[sel].map;
-  r.selected = selected;
-  r.scratch = scratch;
-  r.scratch_bytes = scratch_bytes;
-  return r;
-}
-
-inline CombineArgs WholeDecode::combine_args() const {
-  CombineArgs c;
-  c.shape = s;
-  c.tile = tile;
-  c.partials = partials;
-  c.gate = gate;
-  c.o = o;
-  return c;
-}
-
-inline void WholeDecode::run_at_once(const Set& set) const {
-  const AttentionArgs a{
-      {attend_args(set, cmp), attend_args(set, sel), attend_args(set, win)}, rank_args(set), combine_args()};
-  if (!backend.kernels->decode_step_accepts(a)) throw InternalError("the step is not taken at once");
-  backend.kernels->decode_step(a, stream);
+inline void WholeDecode::run_fused(const Set& set) const {
+  test::run_fused(backend.kernels->decode_attention, step(set).attention_args(), stream);
 }
 
 /// One of cmp, sel, win, rank, combine.
 inline void WholeDecode::run_stage(const Set& set, const std::string& name) const {
-  if (name == "rank") return backend.kernels->rank(rank_args(set), stream);
-  if (name == "combine") return backend.kernels->combine(combine_args(), stream);
+  if (name == "rank") return backend.kernels->rank(step(set).rank_args(), stream);
+  if (name == "combine") return backend.kernels->combine(step(set).combine_args(), stream);
   for (const Branch b : {cmp, sel, win})
-    if (name == branch_names[b]) backend.kernels->attend[b][0].run(attend_args(set, b), stream);
+    if (name == branch_names[b]) backend.kernels->attend[b][0].run(step(set).attend_args(b), stream);
 }
 
 }  // namespace nsa::test

@@ -5,23 +5,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "gpu/step_args.hpp"
 #include "kernels/diagnostics/error.hpp"
 #include "kernels/interface/backend.hpp"
-#include "kernels/interface/buffer.hpp"
 #include "kernels/shared/random.hpp"
 
 namespace nsa::test {
-
-struct WorkMemory {
-  const Backend& backend;
-  MemoryAccount account;
-  std::vector<Buffer> buffers;
-  template <class T = void>
-  T* make(std::int64_t bytes) {
-    buffers.emplace_back(*backend.device, account, MemoryKind::workspace, static_cast<std::size_t>(bytes));
-    return static_cast<T*>(buffers.back().data());
-  }
-};
 
 struct WholePrefill {
   /// `tile_tokens` 0: as lib/nsa would choose; `by_rows`: rank reads raw scores.
@@ -30,10 +19,9 @@ struct WholePrefill {
   WholePrefill(const WholePrefill&) = delete;
   WholePrefill& operator=(const WholePrefill&) = delete;
   void run(const std::vector<Event*>* events);
-  void run_at_once();
-  AttendArgs attend_args(Branch branch, const QueryTile& tile, std::int64_t row) const;
-  RankArgs rank_args(const QueryTile& tile, std::int64_t row) const;
-  CombineArgs combine_args(const QueryTile& tile, std::int64_t row) const;
+  void run_fused();
+  /// What the stages of a tile read and write; `row` is its first position.
+  StepMemory step(const QueryTile& tile, std::int64_t row) const;
   template <class Body>
   void each_tile(Body&& body) const;
 
@@ -42,6 +30,7 @@ struct WholePrefill {
   LayerShape s;
   std::int64_t T;
   QueryTile widest;
+  AttentionPolicy policy;
   KvView k[branches], v[branches];
   char *q, *o;
   float *partials, *lse, *gate;
@@ -73,17 +62,19 @@ inline WholePrefill::WholePrefill(const Backend& b, const LayerShape& shape, std
   }
   q = static_cast<char*>(fill(T, 1, s.heads() * s.d_k, "q", 2.0f).data);
   widest.max_positions = T;
-  widest.rescores = !by_rows && b.kernels->attend[cmp][0].rescores && b.kernels->attend[cmp][0].rescores(s);
+  const auto recompute = b.kernels->attend[cmp][0].recompute_scores;
+  policy.recompute_scores = !by_rows && recompute && recompute(s);
   widest.tokens =
-      static_cast<std::int32_t>(std::min<std::int64_t>(tile_tokens > 0 ? tile_tokens : b.kernels->tile_tokens, T));
-  while (tile_tokens == 0 && b.kernels->score_bytes(s, widest, n) > b.kernels->tile_budget) widest.tokens /= 2;
+      static_cast<std::int32_t>(std::min<std::int64_t>(tile_tokens > 0 ? tile_tokens : b.kernels->max_tile_tokens, T));
+  const auto score_bytes = [&] { return policy.recompute_scores ? 0 : b.kernels->score_bytes(s, widest, n); };
+  while (tile_tokens == 0 && score_bytes() > b.kernels->tile_score_budget) widest.tokens /= 2;
   const std::int64_t tokens = widest.tokens;
   partials = memory.make<float>(partial_floats(s, tokens) * 4);
   lse = memory.make<float>(s.lse.buckets * tokens * s.heads() * 8);
   gate = memory.make<float>(T * s.groups * 3 * 4);
   b.device->fill(gate, 0x3E, static_cast<std::size_t>(T * s.groups * 3 * 4), nullptr);
-  scores = memory.make(static_cast<std::int64_t>(b.kernels->score_bytes(s, widest, n)));
-  scratch_bytes = b.kernels->scratch_bytes(s, widest);
+  scores = memory.make(static_cast<std::int64_t>(score_bytes()));
+  scratch_bytes = b.kernels->scratch_bytes(s, widest, policy);
   scratch = memory.make(static_cast<std::int64_t>(scratch_bytes));
   o = memory.make<char>(tokens * s.heads() * s.d_v * 2);
   reads = memory.make<std::int64_t>(branches * s.groups * 8);
@@ -96,48 +87,16 @@ inline WholePrefill::WholePrefill(const Backend& b, const LayerShape& shape, std
   stream = b.device->create_stream();
 }
 
-inline AttendArgs WholePrefill::attend_args(Branch branch, const QueryTile& tile, std::int64_t row) const {
-  AttendArgs a;
-  a.shape = s;
-  a.tile = tile;
-  a.q = q + row * s.heads() * s.d_k * 2;
-  a.k = k[branch];
-  a.v = v[branch];
-  a.out = partials_at(partials, s, tile.rows(), branch);
-  a.reads = reads + branch * s.groups;
-  a.selected = selected;
-  a.lse = lse;
-  a.scores = scores;
-  a.scratch = scratch;
-  a.scratch_bytes = scratch_bytes;
-  return a;
-}
-
-inline RankArgs WholePrefill::rank_args(const QueryTile& tile, std::int64_t row) const {
-  RankArgs r;
-  r.shape = s;
-  r.tile = tile;
-  r.scores = scores;
-  r.lse = lse;
-  r.cmp_map = k[cmp].map;
-  r.token_map = k[sel].map;
-  r.q = q + row * s.heads() * s.d_k * 2;
-  r.k_cmp = k[cmp];
-  r.cmp_ms = partials_at(partials, s, tile.rows(), cmp).ms;
-  r.selected = selected;
-  r.scratch = scratch;
-  r.scratch_bytes = scratch_bytes;
-  return r;
-}
-
-inline CombineArgs WholePrefill::combine_args(const QueryTile& tile, std::int64_t row) const {
-  CombineArgs c;
-  c.shape = s;
-  c.tile = tile;
-  c.partials = partials;
-  c.gate = gate + row * s.groups * 3;
-  c.o = o;
-  return c;
+inline StepMemory WholePrefill::step(const QueryTile& tile, std::int64_t row) const {
+  StepMemory m{.stage = {s, tile, policy, scratch, scratch_bytes}};
+  m.q = q + row * s.heads() * s.d_k * 2;
+  std::copy_n(k, branches, m.k);
+  std::copy_n(v, branches, m.v);
+  m.gate = gate + row * s.groups * 3;
+  m.partials = partials, m.lse = lse;
+  m.scores = scores, m.o = o;
+  m.reads = reads, m.selected = selected;
+  return m;
 }
 
 template <class Body>
@@ -158,28 +117,23 @@ inline void WholePrefill::run(const std::vector<Event*>* events) {
   };
   const auto attend = [&](Branch branch, const QueryTile& tile, std::int64_t first) {
     mark();
-    backend.kernels->attend[branch][0].run(attend_args(branch, tile, first), stream);
+    backend.kernels->attend[branch][0].run(step(tile, first).attend_args(branch), stream);
   };
   each_tile([&](const QueryTile& tile, std::int64_t first) {
     attend(cmp, tile, first);
     mark();
-    backend.kernels->rank(rank_args(tile, first), stream);
+    backend.kernels->rank(step(tile, first).rank_args(), stream);
     attend(sel, tile, first);
     attend(win, tile, first);
     mark();
-    backend.kernels->combine(combine_args(tile, first), stream);
+    backend.kernels->combine(step(tile, first).combine_args(), stream);
   });
   mark();
 }
 
-inline void WholePrefill::run_at_once() {
+inline void WholePrefill::run_fused() {
   each_tile([&](const QueryTile& tile, std::int64_t first) {
-    AttentionArgs a;
-    for (const Branch b : {cmp, sel, win}) a.attend[b] = attend_args(b, tile, first);
-    a.rank = rank_args(tile, first);
-    a.combine = combine_args(tile, first);
-    if (!backend.kernels->prefill_step_accepts(a)) throw InternalError("a row of the table is not taken at once");
-    backend.kernels->prefill_step(a, stream);
+    test::run_fused(backend.kernels->prefill_attention, step(tile, first).attention_args(), stream);
   });
 }
 

@@ -81,7 +81,7 @@ TEST_CASE("project rotates q and k, leaves v alone and forms the gates") {
           args.v[c] = v[c].bytes.data();
         }
         args.gate = gate.data();
-        std::vector<std::byte> scratch(table().scratch_bytes(s, tile));
+        std::vector<std::byte> scratch(table().scratch_bytes(s, tile, {}));
         args.scratch = scratch.data();
         args.scratch_bytes = scratch.size();
         table().project(args, nullptr);
@@ -146,7 +146,7 @@ TEST_CASE("append writes what the cache holds and nothing else; a ring keeps the
   for (const RowMap map : {RowMap{.chunk = 32, .stride = 32, .kv = 2, .rank = 1}, RowMap{.ring = 5}}) {
     std::vector<float> k_cache(4 * 40 * s.d_k, -9.0f), v_cache(4 * 40 * s.d_v, -9.0f);
     const KvView ks{k_cache.data(), map, 40 * s.d_k, 0, s.d_k}, vs{v_cache.data(), map, 40 * s.d_v, 0, s.d_v};
-    table().append({s, tile, k.bytes.data(), v.bytes.data(), ks, vs}, nullptr);
+    table().append({{s, tile}, k.bytes.data(), v.bytes.data(), ks, vs}, nullptr);
     std::int64_t written = 0;
     for (std::int64_t j = 0; j < 9; ++j) {
       const std::int64_t t = first + j;
@@ -193,7 +193,7 @@ TEST_CASE("compressed tokens: mean and learned, one position or a sequence, with
         std::fill(v.bytes.begin(), v.bytes.end(), std::byte{0xFF});
         for (std::int64_t first = 0; first < positions; first += stepwise ? 1 : positions) {
           args.tile = {0, batch, static_cast<std::int32_t>(stepwise ? 1 : positions), &first, positions};
-          std::vector<std::byte> scratch(table().scratch_bytes(s, args.tile));
+          std::vector<std::byte> scratch(table().scratch_bytes(s, args.tile, {}));
           args.scratch = scratch.data();
           args.scratch_bytes = scratch.size();
           table().compress(args, nullptr);
@@ -241,7 +241,10 @@ TEST_CASE("combine weighs the normalised branches; an empty branch counts as zer
   }
   const std::vector<float> gate = {0.5f, 0.25f, 2.0f, 0.5f, 0.25f, 2.0f};
   std::vector<float> o(s.heads() * s.d_v);
-  CombineArgs args{.shape = s, .tile = tile, .partials = partials.data(), .ranks = 2, .gate = gate.data()};
+  CombineArgs args{{s, tile}};
+  args.partials = partials.data();
+  args.ranks = 2;
+  args.gate = gate.data();
   args.o = o.data();
   const auto branch = [](int c, int e) { return (c + e + std::exp(1.0) * (c + 1 + e)) / (2 + 2 * std::exp(1.0)); };
   table().combine(args, nullptr);
@@ -258,8 +261,8 @@ TEST_CASE("output, rmsnorm and add") {
     const Tensor o(s.dtype, "o", rows * inner), w(s.dtype, "w_o", inner * s.dim, 0.1f);
     std::vector<float> y(rows * s.dim);
     const QueryTile tile{0, 1, static_cast<std::int32_t>(rows), &zero, rows};
-    std::vector<std::byte> scratch(table().scratch_bytes(s, tile));
-    table().output({s, rows, o.bytes.data(), w.bytes.data(), y.data(), scratch.data(), scratch.size()}, nullptr);
+    std::vector<std::byte> scratch(table().scratch_bytes(s, tile, {}));
+    table().output({{s, tile, {}, scratch.data(), scratch.size()}, o.bytes.data(), w.bytes.data(), y.data()}, nullptr);
     Tensor normal(s.dtype, rows * s.dim);
     table().rmsnorm(s, rows, y.data(), normal.bytes.data(), true, nullptr);
     normal.read(s.dtype);

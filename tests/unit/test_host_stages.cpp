@@ -35,7 +35,7 @@ LayerShape small_shape() {
 }
 
 std::vector<std::byte> scratch_for(const LayerShape& s, const QueryTile& tile) {
-  return std::vector<std::byte>(table().scratch_bytes(s, tile));
+  return std::vector<std::byte>(table().scratch_bytes(s, tile, {}));
 }
 
 /// `n` synthetic values in storage type, as bytes and as what they read back as.
@@ -190,7 +190,7 @@ Ranks play(const Layout& base, const QueryTile& tile, const void* q, const std::
   for (std::int32_t r = 0; r < kv; ++r) {
     const Layout layout = layout_of(r);
     Step& step = all.steps[r];
-    if (kv > 1) table().select({s, tile, candidates.data(), kv, step.selected.data()}, nullptr);
+    if (kv > 1) table().select({{s, tile}, candidates.data(), kv, step.selected.data()}, nullptr);
     attend(sel, route, layout.cache("k_sel", layout.tokens(), base.positions, s.d_k),
            layout.cache("v_sel", layout.tokens(), base.positions, s.d_v), step);
     attend(win, 0, layout.cache("k_win", layout.window(), base.positions, s.d_k),
@@ -198,7 +198,10 @@ Ranks play(const Layout& base, const QueryTile& tile, const void* q, const std::
     partials.insert(partials.end(), step.partials.begin(), step.partials.end());
   }
   for (Step& step : all.steps) {
-    CombineArgs args{.shape = s, .tile = tile, .partials = partials.data(), .ranks = kv, .gate = gate.data()};
+    CombineArgs args{{s, tile}};
+    args.partials = partials.data();
+    args.ranks = kv;
+    args.gate = gate.data();
     step.o.resize(rows * s.heads() * s.d_v * size_of(s.dtype));
     args.o = step.o.data();
     for (int c = 0; c < branches; ++c) {

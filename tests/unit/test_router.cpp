@@ -44,7 +44,7 @@ void run_fused(const AttendArgs&, Stream*) {
   if (!may_launch) throw LaunchError("no room");
   ran += "f";
 }
-std::size_t large(const LayerShape&, const QueryTile&) { return 1000; }
+std::size_t large(const LayerShape&, const QueryTile&, const AttentionPolicy&) { return 1000; }
 constexpr AttendKernel willing[] = {
     {"fused", any, run_fused}, {"sdpa", any, run_sdpa}, {"masked", any, run_sdpa, nullptr, large}};
 constexpr AttendKernel refusing[] = {{"fused", none, run_fused}, {"sdpa", any, run_sdpa}};
@@ -52,7 +52,7 @@ constexpr AttendKernel refusing[] = {{"fused", none, run_fused}, {"sdpa", any, r
 KernelTable table_of(std::span<const AttendKernel> list) {
   KernelTable table{};
   for (auto& branch : table.attend) branch = list;
-  table.scratch_bytes = [](const LayerShape&, const QueryTile&) -> std::size_t { return 10; };
+  table.scratch_bytes = [](const LayerShape&, const QueryTile&, const AttentionPolicy&) -> std::size_t { return 10; };
   return table;
 }
 
@@ -187,9 +187,9 @@ TEST_CASE("a name that the backend lacks, and scratch for one that wants more") 
   routes.choose(backend, with("[runtime]\nfa2_min_len_win = 1\n"), Phase::decode, LayerShape{}, tile);
   CHECK(std::string(routes.of(Phase::decode, win).kernel->name) == "sdpa");  // nobody asked by name
   CHECK(routes.fallbacks(Phase::decode).empty());
-  CHECK(routes.scratch_bytes(table, Phase::decode, LayerShape{}, tile) == 10);
+  CHECK(routes.scratch_bytes(table, Phase::decode, LayerShape{}, tile, {}) == 10);
   routes.choose(backend, with("[route]\nsel = \"masked\"\n"), Phase::decode, LayerShape{}, tile);
-  CHECK(routes.scratch_bytes(table, Phase::decode, LayerShape{}, tile) == 1000);
+  CHECK(routes.scratch_bytes(table, Phase::decode, LayerShape{}, tile, {}) == 1000);
 }
 
 TEST_CASE("the routes are printed without a device") {

@@ -10,6 +10,10 @@ namespace {
 
 bool any_shape(const LayerShape&, const QueryTile&) { return true; }
 
+std::size_t masked_scratch(const LayerShape& s, const QueryTile& tile, const AttentionPolicy&) {
+  return host::masked_scratch(s, tile);
+}
+
 // On the host one loop over tiles with a running softmax is both `fused` and, for cmp and win, `flash`.
 constexpr AttendKernel cmp_kernels[] = {{"fused", any_shape, host::attend_cmp},
                                         {"sdpa", any_shape, host::attend_cmp_sdpa},
@@ -17,11 +21,11 @@ constexpr AttendKernel cmp_kernels[] = {{"fused", any_shape, host::attend_cmp},
 constexpr AttendKernel sel_kernels[] = {
     {"fused", any_shape, host::attend_sel_direct},
     {"sdpa", any_shape, host::attend_sel_sdpa},
-    {"masked", host::masked_accepts, host::attend_sel_masked, nullptr, host::masked_scratch}};
+    {.name = "masked", .accepts = host::masked_accepts, .run = host::attend_sel_masked, .scratch = masked_scratch}};
 constexpr AttendKernel win_kernels[] = {
     {"fused", any_shape, host::attend_win},
     {"sdpa", any_shape, host::attend_win_sdpa},
-    {"masked", host::masked_accepts, host::attend_win_masked, nullptr, host::masked_scratch},
+    {.name = "masked", .accepts = host::masked_accepts, .run = host::attend_win_masked, .scratch = masked_scratch},
     {"flash", any_shape, host::attend_win}};
 
 std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t cmp_rows) {
@@ -38,7 +42,7 @@ std::size_t scratch_of_tile(const LayerShape& s, const QueryTile& tile) {
 }
 
 // A prefill's last tile is narrower, and with fewer rows a stage may share out its parts and need more.
-std::size_t scratch_bytes(const LayerShape& s, const QueryTile& tile) {
+std::size_t scratch_bytes(const LayerShape& s, const QueryTile& tile, const AttentionPolicy&) {
   std::size_t most = 0;
   for (QueryTile narrower = tile; narrower.tokens > 0; --narrower.tokens)
     most = std::max(most, scratch_of_tile(s, narrower));
@@ -61,12 +65,12 @@ const KernelTable& host_kernels() {
       .add = host::add,
       .copy_rows = host::copy_rows,
       .fill_rows = host::fill_rows,
+      .checksum = host::checksum,
       .advance = host::advance,
       .score_bytes = score_bytes,
       .scratch_bytes = scratch_bytes,
-      .tile_tokens = 256,
-      .tile_budget = std::size_t{64} << 20,
-      .checksum = host::checksum,
+      .max_tile_tokens = 256,
+      .tile_score_budget = std::size_t{64} << 20,
   };
   return table;
 }

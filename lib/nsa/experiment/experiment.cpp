@@ -170,7 +170,7 @@ MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, c
   const bool record = needle || planned.run.check || planned.output.tensors;
   ModelShard e(Backend{BackendKind::host, &kernels, &dry_device()}, planned, at, partition);
   for (const int group : {partition.heads, partition.kv})
-    if (group > 1) e.account.add(MemoryKind::workspace, kernels.exchange_bytes);
+    if (group > 1) e.account.add(MemoryKind::workspace, kernels.max_exchange_memory);
   if (planned.kind == TaskKind::prefill) {
     PrefillRunner prefill(e, at.context, record);
   } else if (needle) {

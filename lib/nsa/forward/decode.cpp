@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "comm/agreement.hpp"
 #include "nsa/model/inputs.hpp"
 
 namespace nsa {
@@ -31,7 +32,7 @@ std::vector<Buffer*> rings_of(LayerCaches& cache) {
 DecodeRunner::DecodeRunner(ModelShard& e, const TensorSource* source, bool record)
     : shard_(e),
       buffers_(e.allocator(), e.kernels(), e.config, e.partition, e.point, e.point.batch, decode_tile(e, nullptr),
-               e.partition.kv > 1, record, e.choose_routes(Phase::decode, decode_tile(e, nullptr))),
+               e.partition.kv > 1, record, {}, e.choose_routes(Phase::decode, decode_tile(e, nullptr), {})),
       position_(e.allocator()(MemoryKind::workspace, 8)),
       step_(e.allocator()(MemoryKind::workspace, 8)) {
   const LayerShape& s = e.shape();
@@ -153,115 +154,157 @@ void DecodeRunner::load(std::int64_t step, const StepOptions& options) {
   }
 }
 
-void DecodeRunner::append_and_compress(StepContext& w, StageTimer& timer) {
-  LayerCaches& cache = shard_.caches[w.layer];
+StepContext DecodeRunner::context(std::int64_t layer, const StepOptions& options, Attention attention) {
+  const LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
+  const auto windowed = [&](KvView view) {
+    view.map = shard_.partition.window_share();
+    return view;
+  };
+  const StageArgs stage{shard_.shape(),
+                        decode_tile(shard_, position_.as<std::int64_t>()),
+                        {},
+                        buffers_.scratch.data(),
+                        buffers_.scratch.bytes()};
+  return {.shard = shard_,
+          .buffers = buffers_,
+          .options = options,
+          .phase = Phase::decode,
+          .layer = layer,
+          .first_row = 0,
+          .exchanges = shard_.partition.kv > 1,
+          .sharded = attention == Attention::sharded,
+          .stage = stage,
+          .k = {cache.cmp.k, cache.sel.k, windowed(cache.win.k)},
+          .v = {cache.cmp.v, cache.sel.v, windowed(cache.win.v)}};
+}
+
+void DecodeRunner::staged_prologue(const StepContext& ctx, StageTimer& timer) {
+  LayerCaches& cache = shard_.caches[static_cast<std::size_t>(ctx.layer)];
+  if (ctx.whole_layer()) timer.time(Stage::project, [&] { project(ctx); });
   timer.time(Stage::append, [&] {
-    append(w, sel, cache.sel.k, cache.sel.v);
-    append(w, win, cache.win.k, cache.win.v);
-    append(w, cmp, cache.raw.k, cache.raw.v);
+    append(ctx, sel, cache.sel.k, cache.sel.v);
+    append(ctx, win, cache.win.k, cache.win.v);
+    append(ctx, cmp, cache.raw.k, cache.raw.v);
   });
-  timer.time(Stage::compress, [&] { compress(w); });
+  timer.time(Stage::compress, [&] { compress(ctx); });
 }
 
-// What attention reads.
-void DecodeRunner::view_caches(StepContext& w) {
-  const LayerCaches& cache = shard_.caches[w.layer];
-  w.k[cmp] = cache.cmp.k, w.v[cmp] = cache.cmp.v;
-  w.k[sel] = cache.sel.k, w.v[sel] = cache.sel.v;
-  w.k[win] = cache.win.k, w.v[win] = cache.win.v;
-  w.k[win].map = w.v[win].map = shard_.partition.window_share();
+void DecodeRunner::exchange(const StepContext& ctx, StageTimer& timer, void (*what)(const StepContext&, Stream*)) {
+  if (ctx.exchanges) timer.time(Stage::comm, [&] { what(ctx, ctx.stream()); });
 }
 
-void DecodeRunner::exchange(StepContext& w, StageTimer& timer, void (*what)(StepContext&, Stream*)) {
-  if (w.exchange) timer.time(Stage::comm, [&] { what(w, shard_.streams.compute); });
-}
-
-// Runs on the other stream beside what is queued on the compute stream until join.
-void DecodeRunner::fork(StepContext& w, void (*what)(StepContext&, Stream*)) {
+void DecodeRunner::on_side_stream(const StepContext& ctx, void (*what)(const StepContext&, Stream*)) {
   const Streams& s = shard_.streams;
-  s.device.record(s.forked, s.compute);
-  s.device.wait(s.beside, s.forked);
-  what(w, s.beside);
-  s.device.record(s.joined, s.beside);
+  s.device.record(s.side_begins, s.compute);
+  s.device.wait(s.side, s.side_begins);
+  what(ctx, s.side);
+  s.device.record(s.side_ends, s.side);
 }
 
-void DecodeRunner::join() { shard_.device().wait(shard_.streams.compute, shard_.streams.joined); }
+void DecodeRunner::wait_side_stream() { shard_.device().wait(shard_.streams.compute, shard_.streams.side_ends); }
 
-void DecodeRunner::attend_by_stages(StepContext& w, StageTimer& timer) {
-  timer.time(Stage::attend_cmp, [&] { attend(w, cmp); });
-  const bool beside = w.exchange && !timer.per_stage();  // timed apart it takes its turn
-  beside ? fork(w, exchange_lse) : exchange(w, timer, exchange_lse);
-  if (!w.leaves_out(win)) timer.time(Stage::attend_win, [&] { attend(w, win); });
-  if (beside) join();
-  if (!w.leaves_out(sel)) {
-    timer.time(Stage::rank, [&] { rank_blocks(w); });
-    exchange(w, timer, exchange_candidates);
-    if (w.exchange) timer.time(Stage::rank, [&] { select_blocks(w); });
-    timer.time(Stage::attend_sel, [&] { attend(w, sel); });
+void DecodeRunner::staged_attention(const StepContext& ctx, StageTimer& timer) {
+  timer.time(Stage::attend_cmp, [&] { attend(ctx, cmp); });
+  const bool overlap = ctx.exchanges && !timer.per_stage();  // the window's work hides the exchange of lse
+  overlap ? on_side_stream(ctx, exchange_lse) : exchange(ctx, timer, exchange_lse);
+  if (!ctx.leaves_out(win)) timer.time(Stage::attend_win, [&] { attend(ctx, win); });
+  if (overlap) wait_side_stream();
+  if (!ctx.leaves_out(sel)) {
+    timer.time(Stage::rank, [&] { score_blocks(ctx); });
+    exchange(ctx, timer, exchange_candidates);
+    if (ctx.exchanges) timer.time(Stage::rank, [&] { select_blocks(ctx); });
+    timer.time(Stage::attend_sel, [&] { attend(ctx, sel); });
   }
-  exchange(w, timer, exchange_partials);
-  timer.time(Stage::combine, [&] { combine(w); });
+  exchange(ctx, timer, exchange_partials);
+  timer.time(Stage::combine, [&] { combine(ctx); });
 }
 
-// Between the exchanges in the backend's own launches; a record wants the branches apart to the end.
-void DecodeRunner::attend_sharded(StepContext& w, StageTimer& timer) {
-  w.weighted = !w.options.record;
-  open_shard(w);
-  exchange(w, timer, exchange_lse);
-  if (w.leaves_out(sel)) {
-    if (w.weighted) weigh_shard(w, shard_.streams.compute);
+void DecodeRunner::sharded_attention(const StepContext& ctx, StageTimer& timer) {
+  const bool gated = ctx.exchanges_gated();
+  local_attention(ctx);
+  exchange(ctx, timer, exchange_lse);
+  if (ctx.leaves_out(sel)) {
+    if (gated) normalise_partials(ctx, ctx.stream());
   } else {
-    rank_blocks(w);
-    if (w.weighted) fork(w, weigh_shard);  // wanted by the last exchange only
-    exchange(w, timer, exchange_candidates);
-    select_blocks(w);
-    attend(w, sel);
-    if (w.weighted) join();
+    score_blocks(ctx);
+    if (gated) on_side_stream(ctx, normalise_partials);  // only the last exchange needs it
+    exchange(ctx, timer, exchange_candidates);
+    select_blocks(ctx);
+    attend(ctx, sel);
+    if (gated) wait_side_stream();
   }
-  exchange(w, timer, exchange_partials);
-  combine(w);
+  exchange(ctx, timer, exchange_partials);
+  gated ? merge_ranks(ctx) : combine(ctx);
 }
 
-bool DecodeRunner::try_sharded() {
-  StepContext w = start({});
-  view_caches(w);
-  if (!shards_at_once(w)) return false;
-  restore();
-  w.weighted = true;
-  try {
-    open_shard(w);
-    weigh_shard(w, shard_.streams.compute);
-    combine(w);
-    shard_.device().synchronize(shard_.streams.compute);
-  } catch (const LaunchError&) {
-    return false;
-  }
-  restore();
-  return true;
+void DecodeRunner::output_projection(const StepContext& ctx, StageTimer& timer) {
+  if (!ctx.whole_layer()) return;
+  timer.time(Stage::output, [&] { output(ctx); });
+  timer.time(Stage::comm, [&] { sum_outputs(ctx, shard_.point.batch); });
 }
 
-StepContext DecodeRunner::start(const StepOptions& options) {
-  return {shard_, buffers_, options, shard_.partition.kv > 1, decode_tile(shard_, position_.as<std::int64_t>()), 0,
-          0,      {},       {}};
-}
-
-StepContext DecodeRunner::step(const StepOptions& options, StageTimer& timer) {
-  StepContext w = start(options);
-  for (w.layer = 0; w.layer < shard_.config.model.layers; ++w.layer) {
-    view_caches(w);
-    if (timer.per_stage() || !enter_at_once(w)) {
-      if (w.whole_layer()) timer.time(Stage::project, [&] { project(w); });
-      append_and_compress(w, timer);
+StepPlan DecodeRunner::probe() {
+  StageTimer untimed(shard_.device(), shard_.streams.compute);
+  const auto launches = [&](auto&& body) {
+    try {
+      body();
+      shard_.device().synchronize(shard_.streams.compute);
+    } catch (const LaunchError&) {
+      return false;
     }
-    if (!timer.per_stage() && sharded_)
-      attend_sharded(w, timer);
-    else if (timer.per_stage() || !attend_at_once(w))
-      attend_by_stages(w, timer);
-    if (w.whole_layer()) {
-      timer.time(Stage::output, [&] { output(w); });
-      timer.time(Stage::comm, [&] { sum_outputs(w, shard_.point.batch); });
+    return true;
+  };
+  StepPlan plan;
+  const Attention wanted = shard_.partition.kv > 1 ? Attention::sharded : Attention::fused;
+  const StepContext ctx = context(0, {}, wanted);
+  restore();
+  load(0, {});
+  if (has_fused_prologue(ctx) && launches([&] { fused_prologue(ctx); }))
+    plan.prologue = Prologue::fused;
+  else
+    staged_prologue(ctx, untimed);
+  const bool launched = wanted == Attention::fused ? has_fused_attention(ctx) && launches([&] { fused_attention(ctx); })
+                                                   : has_sharded_attention(ctx) && launches([&] {
+                                                       local_attention(ctx);
+                                                       normalise_partials(ctx, ctx.stream());
+                                                       merge_ranks(ctx);
+                                                     });
+  if (launched) plan.attention = wanted;
+  restore();
+  return plan;
+}
+
+void DecodeRunner::choose_plan(const ControlComm& world) {
+  StepPlan plan;
+  agreed(world, [&] { plan = probe(); });
+  const auto any = [&](bool here) { return world.max(std::int64_t{here}) == 1; };
+  if (any(plan.prologue == Prologue::staged)) plan.prologue = Prologue::staged;
+  if (any(plan.attention == Attention::staged)) plan.attention = Attention::staged;
+  plan_ = plan;
+}
+
+void DecodeRunner::step(const StepOptions& options, StageTimer& timer) {
+  const StepPlan plan = timer.per_stage() ? StepPlan{} : plan_;
+  for (std::int64_t layer = 0; layer < shard_.config.model.layers; ++layer) {
+    const StepContext ctx = context(layer, options, plan.attention);
+    plan.prologue == Prologue::fused ? fused_prologue(ctx) : staged_prologue(ctx, timer);
+    switch (plan.attention) {
+      case Attention::fused:
+        fused_attention(ctx);
+        break;
+      case Attention::sharded:
+        sharded_attention(ctx, timer);
+        break;
+      case Attention::staged:
+        staged_attention(ctx, timer);
+        break;
     }
+    output_projection(ctx, timer);
   }
+  advance();
+}
+
+void DecodeRunner::advance() {
   AdvanceArgs args;
   args.position = position_.as<std::int64_t>();
   args.step = step_.as<std::int64_t>();
@@ -273,7 +316,10 @@ StepContext DecodeRunner::step(const StepOptions& options, StageTimer& timer) {
   args.selected_log = selected_log_.as<std::int32_t>();
   args.selected_count = selected_count_;
   shard_.kernels().advance(args, shard_.streams.compute);
-  return w;
+}
+
+StepContext DecodeRunner::last_layer(const StepOptions& options) {
+  return context(shard_.config.model.layers - 1, options, plan_.attention);
 }
 
 }  // namespace nsa

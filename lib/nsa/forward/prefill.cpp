@@ -9,22 +9,21 @@ namespace nsa {
 
 namespace {
 
-// Whether rank forms the scores itself, so that attend_cmp leaves none.
-bool forms_scores(const ModelShard& e) {
-  const AttendKernel& kernel = *e.routes.of(Phase::prefill, cmp).kernel;
-  return kernel.rescores && kernel.rescores(e.shape());
+AttentionPolicy policy_of(const ModelShard& e) {
+  const auto recompute = e.routes.of(Phase::prefill, cmp).kernel->recompute_scores;
+  return {recompute && recompute(e.shape())};
 }
 
-// Rows attended at a time: as many as keep what a tile leaves between two stages within the backend's budget.
+// Rows attended at a time: as many as keep a tile's scores within the backend's budget.
 QueryTile widest_tile(const ModelShard& e, std::int64_t positions) {
   const KernelTable& kernels = *e.backend.kernels;
   QueryTile tile;
   tile.max_positions = positions;
-  tile.rescores = forms_scores(e);
   const std::int64_t chunk = e.partition.kv == 1 ? positions : e.partition.chunk_tokens;
-  tile.tokens = static_cast<std::int32_t>(std::min({std::int64_t{kernels.tile_tokens}, positions, chunk}));
+  tile.tokens = static_cast<std::int32_t>(std::min({std::int64_t{kernels.max_tile_tokens}, positions, chunk}));
+  if (policy_of(e).recompute_scores) return tile;  // no scores are stored
   const std::int64_t rows = compressed_tokens(e.shape().rules, positions - 1);
-  while (tile.tokens > 1 && kernels.score_bytes(e.shape(), tile, rows) > kernels.tile_budget) tile.tokens /= 2;
+  while (tile.tokens > 1 && kernels.score_bytes(e.shape(), tile, rows) > kernels.tile_score_budget) tile.tokens /= 2;
   return tile;
 }
 
@@ -59,11 +58,12 @@ void gather_pair(const char* what, const ModelShard& e, const KvPair& own, const
 PrefillRunner::PrefillRunner(ModelShard& e, std::int64_t positions, bool record)
     : shard_(e),
       positions_(positions),
-      rescores_(forms_scores(e)),
+      policy_(policy_of(e)),
       tiles_(tiles_of(e.partition, positions, widest_tile(e, positions).tokens)),
       local_rows_(rows_of(tiles_)),
       buffers_(e.allocator(), e.kernels(), e.config, e.partition, e.point, e.point.batch * local_rows_,
-               widest_tile(e, positions), false, record, e.choose_routes(Phase::prefill, widest_tile(e, positions))),
+               widest_tile(e, positions), false, record, policy_,
+               e.choose_routes(Phase::prefill, widest_tile(e, positions), policy_)),
       starts_(e.allocator()(MemoryKind::workspace, static_cast<std::int64_t>(tiles_.size() + 1) * 8)) {
   std::vector<std::int64_t> starts;
   for (const PrefillTile& tile : tiles_) starts.push_back(tile.first_position);
@@ -150,16 +150,30 @@ void PrefillRunner::load_kv(const TensorSource& source) {
 }
 
 template <class Body>
-void PrefillRunner::each_tile(StepContext& w, Body&& body) {
+void PrefillRunner::each_tile(Body&& body) {
   const std::int64_t work_tiles = shard_.config.model.layers * shard_.point.batch * tile_count();
   for (std::int64_t b = 0; b < shard_.point.batch; ++b)
     for (std::size_t i = 0; i < tiles_.size(); ++i) {
-      w.tile = {static_cast<std::int32_t>(b),   1,          tiles_[i].tokens,
-                starts_.as<std::int64_t>() + i, positions_, rescores_};
-      w.first_row = b * local_rows_ + tiles_[i].local_row;
-      body(tiles_[i]);
+      const QueryTile rows{static_cast<std::int32_t>(b), 1, tiles_[i].tokens, starts_.as<std::int64_t>() + i,
+                           positions_};
+      body(tiles_[i], rows, b * local_rows_ + tiles_[i].local_row);
       if (watch_) watch_(static_cast<double>(++tiles_done_) / static_cast<double>(2 * work_tiles));
     }
+}
+
+StepContext PrefillRunner::context(std::int64_t layer, const StepOptions& options, const CacheViews& caches,
+                                   const QueryTile& rows, std::int64_t first_row) {
+  return {.shard = shard_,
+          .buffers = buffers_,
+          .options = options,
+          .phase = Phase::prefill,
+          .layer = layer,
+          .first_row = first_row,
+          .exchanges = false,
+          .sharded = false,
+          .stage = {shard_.shape(), rows, policy_, buffers_.scratch.data(), buffers_.scratch.bytes()},
+          .k = {caches.k[cmp], caches.k[sel], caches.k[win]},
+          .v = {caches.v[cmp], caches.v[sel], caches.v[win]}};
 }
 
 void PrefillRunner::copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t span_begin,
@@ -168,14 +182,15 @@ void PrefillRunner::copy_rows(const KvView& src, const KvView& dst, std::int64_t
                              shard_.streams.compute);
 }
 
-void PrefillRunner::project_rows(StepContext& w, StageTimer& timer) {
-  LayerCaches& cache = shard_.caches[w.layer];
-  each_tile(w, [&](const PrefillTile&) {
-    timer.time(Stage::project, [&] { project(w); });
+void PrefillRunner::project_rows(std::int64_t layer, const StepOptions& options, StageTimer& timer) {
+  LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
+  each_tile([&](const PrefillTile&, const QueryTile& rows, std::int64_t first_row) {
+    const StepContext ctx = context(layer, options, {}, rows, first_row);
+    timer.time(Stage::project, [&] { project(ctx); });
     timer.time(Stage::append, [&] {
-      append(w, sel, cache.sel.k, cache.sel.v);
-      append(w, cmp, raw_.k, raw_.v);
-      if (!shard_.shape().shared_kv) append(w, win, win_.k, win_.v);
+      append(ctx, sel, cache.sel.k, cache.sel.v);
+      append(ctx, cmp, raw_.k, raw_.v);
+      if (!shard_.shape().shared_kv) append(ctx, win, win_.k, win_.v);
     });
   });
 }
@@ -192,43 +207,32 @@ void PrefillRunner::exchange_raw_halo() {
   copy_rows(heads_all_.v, raw_.v, 0, p.chunk_tokens, p.chunk_tokens + halo);
 }
 
-void PrefillRunner::compress_rows(StepContext& w) {
-  CompressArgs args;
-  args.shape = shard_.shape();
-  args.tile = {0, static_cast<std::int32_t>(shard_.point.batch), static_cast<std::int32_t>(positions_),
-               starts_.as<std::int64_t>() + tiles_.size(), positions_};
-  if (w.whole_layer()) {
-    args.phi_k = shard_.weights[w.layer].layer().phi_k;
-    args.phi_v = shard_.weights[w.layer].layer().phi_v;
+void PrefillRunner::compress_rows(std::int64_t layer) {
+  const QueryTile rows{0, static_cast<std::int32_t>(shard_.point.batch), static_cast<std::int32_t>(positions_),
+                       starts_.as<std::int64_t>() + tiles_.size(), positions_};
+  CompressArgs args{{shard_.shape(), rows, policy_, buffers_.scratch.data(), buffers_.scratch.bytes()}};
+  if (shard_.config.run.scope == Scope::layer) {
+    args.phi_k = shard_.weights[layer].layer().phi_k;
+    args.phi_v = shard_.weights[layer].layer().phi_v;
   }
   args.k_raw = raw_.k;
   args.v_raw = raw_.v;
-  args.k_cmp = shard_.caches[w.layer].cmp.k;
-  args.v_cmp = shard_.caches[w.layer].cmp.v;
-  args.scratch = buffers_.scratch.data();
-  args.scratch_bytes = buffers_.scratch.bytes();
+  args.k_cmp = shard_.caches[layer].cmp.k;
+  args.v_cmp = shard_.caches[layer].cmp.v;
   shard_.kernels().compress(args, shard_.streams.compute);
 }
 
-void PrefillRunner::gather(StepContext& w) {
-  LayerCaches& cache = shard_.caches[w.layer];
+PrefillRunner::CacheViews PrefillRunner::gather(std::int64_t layer) {
+  LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
   const bool shared = shard_.shape().shared_kv;
-  const auto read = [&](Branch branch, const KvPair& pair) {
-    w.k[branch] = pair.k;
-    w.v[branch] = pair.v;
+  const auto views = [](const KvPair& of_cmp, const KvPair& of_sel, const KvPair& of_win) {
+    return CacheViews{{of_cmp.k, of_sel.k, of_win.k}, {of_cmp.v, of_sel.v, of_win.v}};
   };
-  if (shard_.partition.kv == 1) {
-    read(sel, cache.sel);
-    read(cmp, cache.cmp);
-    return read(win, rows(win, w.layer));
-  }
+  if (shard_.partition.kv == 1) return views(cache.cmp, cache.sel, rows(win, layer));
   Stream* stream = shard_.streams.compute;
   gather_pair("k_cmp, v_cmp", shard_, cache.cmp, cmp_all_, stream);
   gather_pair("k_sel, v_sel", shard_, cache.sel, sel_all_, stream);
   if (!shared) gather_pair("k_win, v_win", shard_, win_, win_all_, stream);
-  read(sel, sel_all_);
-  read(cmp, cmp_all_);
-  read(win, shared ? sel_all_ : win_all_);
   // Decode scores the tokens in front of each chunk that reach into its first block.
   const std::int64_t before = cache.cmp.k.map.halo;
   const std::int64_t tokens = compressed_tokens(shard_.shape().rules, positions_ - 1);
@@ -236,15 +240,16 @@ void PrefillRunner::gather(StepContext& w) {
     shard_.kernels().copy_rows({shard_.shape().dtype, value ? cmp_all_.v : cmp_all_.k,
                                 value ? cache.cmp.v : cache.cmp.k, shard_.planes(), 0, tokens, -before, 0},
                                stream);
+  return views(cmp_all_, sel_all_, shared ? sel_all_ : win_all_);
 }
 
 // What decode starts from: the last w tokens of the window, the last l of the cmp projections, on every rank.
-void PrefillRunner::fill_rings(StepContext& w) {
-  LayerCaches& cache = shard_.caches[w.layer];
+void PrefillRunner::fill_rings(std::int64_t layer, const CacheViews& caches) {
+  LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
   const BlockRules& r = shard_.shape().rules;
   const std::int64_t win_first = std::max<std::int64_t>(0, positions_ - r.w);
-  copy_rows(w.k[win], cache.win.k, win_first, 0, positions_);
-  copy_rows(w.v[win], cache.win.v, win_first, 0, positions_);
+  copy_rows(caches.k[win], cache.win.k, win_first, 0, positions_);
+  copy_rows(caches.v[win], cache.win.v, win_first, 0, positions_);
   const std::int64_t raw_first = std::max<std::int64_t>(0, positions_ - r.l);
   copy_rows(raw_.k, cache.raw.k, raw_first, 0, positions_);
   copy_rows(raw_.v, cache.raw.v, raw_first, 0, positions_);
@@ -263,56 +268,75 @@ void PrefillRunner::fill_rings(StepContext& w) {
     }
 }
 
-void PrefillRunner::attend_by_stages(StepContext& w, StageTimer& timer) {
-  timer.time(Stage::attend_cmp, [&] { attend(w, cmp); });
-  if (!w.leaves_out(sel)) {
-    timer.time(Stage::rank, [&] { rank_blocks(w); });
-    timer.time(Stage::attend_sel, [&] { attend(w, sel); });
+void PrefillRunner::staged_attention(const StepContext& ctx, StageTimer& timer) {
+  timer.time(Stage::attend_cmp, [&] { attend(ctx, cmp); });
+  if (!ctx.leaves_out(sel)) {
+    timer.time(Stage::rank, [&] { score_blocks(ctx); });
+    timer.time(Stage::attend_sel, [&] { attend(ctx, sel); });
   }
-  if (!w.leaves_out(win)) timer.time(Stage::attend_win, [&] { attend(w, win); });
-  timer.time(Stage::combine, [&] { combine(w); });
+  if (!ctx.leaves_out(win)) timer.time(Stage::attend_win, [&] { attend(ctx, win); });
+  timer.time(Stage::combine, [&] { combine(ctx); });
 }
 
-void PrefillRunner::attend_rows(StepContext& w, StageTimer& timer, const OnTile& on_tile) {
-  const bool last_layer = w.layer + 1 == shard_.config.model.layers;
-  each_tile(w, [&](const PrefillTile& tile) {
-    if (timer.per_stage() || !attend_at_once(w)) attend_by_stages(w, timer);
-    if (w.whole_layer()) timer.time(Stage::output, [&] { output(w); });
-    if (on_tile && last_layer) on_tile(w, tile);
+// The fused operation accepts some tiles and options only. Where it cannot be launched, the stages do the same from
+// then on; ranks depend on each other between layers, not between tiles, so each decides alone.
+void PrefillRunner::attention(const StepContext& ctx, StageTimer& timer) {
+  if (fuses_attention_ && !timer.per_stage() && has_fused_attention(ctx)) {
+    try {
+      return fused_attention(ctx);
+    } catch (const LaunchError&) {
+      fuses_attention_ = false;
+    }
+  }
+  staged_attention(ctx, timer);
+}
+
+void PrefillRunner::attend_rows(std::int64_t layer, const StepOptions& options, const CacheViews& caches,
+                                StageTimer& timer, const OnTile& on_tile) {
+  const bool last_layer = layer + 1 == shard_.config.model.layers;
+  each_tile([&](const PrefillTile& tile, const QueryTile& rows, std::int64_t first_row) {
+    const StepContext ctx = context(layer, options, caches, rows, first_row);
+    attention(ctx, timer);
+    if (ctx.whole_layer()) timer.time(Stage::output, [&] { output(ctx); });
+    if (on_tile && last_layer) on_tile(ctx, tile);
   });
-  if (w.whole_layer()) timer.time(Stage::comm, [&] { sum_outputs(w, shard_.point.batch * local_rows_); });
+  if (shard_.config.run.scope == Scope::layer)
+    timer.time(Stage::comm,
+               [&] { sum_outputs(context(layer, options, caches, {}, 0), shard_.point.batch * local_rows_); });
 }
 
-StepContext PrefillRunner::start(const StepOptions& options) {
+void PrefillRunner::start() {
   fault::at("prefill.start");
   tiles_done_ = 0;
   shard_.device().fill(buffers_.reads.data(), 0, buffers_.reads.bytes(), shard_.streams.compute);
-  return {shard_, buffers_, options, false, {}, 0, 0, {}, {}, Phase::prefill};
 }
 
-void PrefillRunner::make_caches(StepContext& w, StageTimer& timer) {
-  if (w.whole_layer()) project_rows(w, timer);
+PrefillRunner::CacheViews PrefillRunner::make_caches(std::int64_t layer, const StepOptions& options,
+                                                     StageTimer& timer) {
+  if (shard_.config.run.scope == Scope::layer) project_rows(layer, options, timer);
   timer.time(Stage::comm, [&] { exchange_raw_halo(); });
-  timer.time(Stage::compress, [&] { compress_rows(w); });
-  timer.time(Stage::comm, [&] { gather(w); });
-  timer.time(Stage::append, [&] { fill_rings(w); });
+  timer.time(Stage::compress, [&] { compress_rows(layer); });
+  CacheViews caches;
+  timer.time(Stage::comm, [&] { caches = gather(layer); });
+  timer.time(Stage::append, [&] { fill_rings(layer, caches); });
+  return caches;
 }
 
 void PrefillRunner::run(StageTimer& timer, const StepOptions& options, const OnTile& on_tile) {
-  StepContext w = start(options);
-  for (w.layer = 0; w.layer < shard_.config.model.layers; ++w.layer) {
-    make_caches(w, timer);
-    fault::flip("cache.k", shard_.device(), shard_.caches[w.layer].sel.k_memory.data(),
-                shard_.caches[w.layer].sel.k_memory.bytes(), shard_.streams.compute);
-    attend_rows(w, timer, on_tile);
+  start();
+  for (std::int64_t layer = 0; layer < shard_.config.model.layers; ++layer) {
+    const CacheViews caches = make_caches(layer, options, timer);
+    const Buffer& k_sel = shard_.caches[static_cast<std::size_t>(layer)].sel.k_memory;
+    fault::flip("cache.k", shard_.device(), k_sel.data(), k_sel.bytes(), shard_.streams.compute);
+    attend_rows(layer, options, caches, timer, on_tile);
   }
 }
 
 void PrefillRunner::fill_caches(StageTimer& timer) {
-  StepContext w = start({});
-  for (w.layer = 0; w.layer < shard_.config.model.layers; ++w.layer) {
-    make_caches(w, timer);
-    if (w.layer + 1 < shard_.config.model.layers) attend_rows(w, timer, nullptr);
+  start();
+  for (std::int64_t layer = 0; layer < shard_.config.model.layers; ++layer) {
+    const CacheViews caches = make_caches(layer, {}, timer);
+    if (layer + 1 < shard_.config.model.layers) attend_rows(layer, {}, caches, timer, nullptr);
   }
 }
 

@@ -21,7 +21,7 @@ struct PrefillTile {
 /// The memory of a prefill of `positions` tokens; gone before decode starts.
 class PrefillRunner {
  public:
-  PrefillRunner(ModelShard& engine, std::int64_t positions, bool record);
+  PrefillRunner(ModelShard& shard, std::int64_t positions, bool record);
 
   /// Loads x (scope = layer) or q and gates (attention) of this rank's rows. Untimed, before every run.
   void load_rows(const TensorSource& source);
@@ -47,23 +47,33 @@ class PrefillRunner {
   }
 
  private:
-  StepContext start(const StepOptions& options);
-  void make_caches(StepContext& work, StageTimer& timer);
-  void project_rows(StepContext& work, StageTimer& timer);
-  void compress_rows(StepContext& work);
+  /// What attention reads of a layer, all positions: the caches themselves, or copies gathered from all ranks.
+  struct CacheViews {
+    KvView k[branches], v[branches];
+  };
+
+  StepContext context(std::int64_t layer, const StepOptions& options, const CacheViews& caches, const QueryTile& rows,
+                      std::int64_t first_row);
+  void start();
+  CacheViews make_caches(std::int64_t layer, const StepOptions& options, StageTimer& timer);
+  void project_rows(std::int64_t layer, const StepOptions& options, StageTimer& timer);
   void exchange_raw_halo();
-  void gather(StepContext& work);
-  void fill_rings(StepContext& work);
-  void attend_by_stages(StepContext& work, StageTimer& timer);
-  void attend_rows(StepContext& work, StageTimer& timer, const OnTile& on_tile);
+  void compress_rows(std::int64_t layer);
+  CacheViews gather(std::int64_t layer);
+  void fill_rings(std::int64_t layer, const CacheViews& caches);
+  void attend_rows(std::int64_t layer, const StepOptions& options, const CacheViews& caches, StageTimer& timer,
+                   const OnTile& on_tile);
+  void attention(const StepContext& ctx, StageTimer& timer);
+  void staged_attention(const StepContext& ctx, StageTimer& timer);
+  /// body(tile, query rows, first row within the buffers of all rows)
   template <class Body>
-  void each_tile(StepContext& work, Body&& body);
+  void each_tile(Body&& body);
   void copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t span_begin,
                  std::int64_t span_end);
 
   ModelShard& shard_;
   const std::int64_t positions_;
-  const bool rescores_;  ///< as the buffers were made for, also when another implementation takes over
+  const AttentionPolicy policy_;  ///< that the buffers were made for; it stays when another implementation takes over
   const std::vector<PrefillTile> tiles_;
   const std::int64_t local_rows_;  ///< of one sequence
   StepBuffers buffers_;
@@ -72,6 +82,7 @@ class PrefillRunner {
   KvPair sel_all_, cmp_all_, win_all_;  ///< gathered, kv > 1
   KvPair heads_, heads_all_, ring_all_;
   std::function<void(double)> watch_;
+  bool fuses_attention_ = true;  ///< until a launch of the fused operation fails
   std::int64_t tiles_done_ = 0;  ///< of this run, projected and attended
 };
 

@@ -14,290 +14,272 @@ float* floats_at(const Buffer& buffer, std::int64_t elements) {
   return buffer.data() ? buffer.as<float>() + elements : nullptr;
 }
 
-std::int32_t* selected_of(const StepContext& w) {
-  const LayerShape& s = w.engine.shape();
-  return w.buffers.selected.as<std::int32_t>() + w.layer * w.tile.rows() * s.groups * s.rules.n_sel;
+std::int32_t* selected_of(const StepContext& ctx) {
+  const LayerShape& s = ctx.stage.shape;
+  return ctx.buffers.selected.as<std::int32_t>() + ctx.layer * ctx.stage.tile.rows() * s.groups * s.rules.n_sel;
 }
 
-void* query_of(const StepContext& w) {
-  const LayerShape& s = w.engine.shape();
-  return at(w.buffers.q, w.first_row * s.heads() * s.d_k, size_of(s.dtype));
+void* query_of(const StepContext& ctx) {
+  const LayerShape& s = ctx.stage.shape;
+  return at(ctx.buffers.q, ctx.first_row * s.heads() * s.d_k, size_of(s.dtype));
 }
 
-void flip(const char* site, const StepContext& w, const Buffer& buffer) {
-  fault::flip(site, w.engine.device(), buffer.data(), buffer.bytes(), w.engine.streams.compute);
+float* gate_of(const StepContext& ctx) {
+  return floats_at(ctx.buffers.gate, ctx.first_row * ctx.stage.shape.groups * 3);
 }
 
-float* gate_of(const StepContext& w) { return floats_at(w.buffers.gate, w.first_row * w.engine.shape().groups * 3); }
-
-void normalise(StepContext& w) {
-  if (w.engine.config.model.layers == 1) return;
-  const LayerShape& s = w.engine.shape();
-  void* x_in = at(w.buffers.x_in, w.first_row * s.dim, size_of(s.dtype));
-  w.engine.kernels().rmsnorm(s, w.tile.rows(), floats_at(w.buffers.x, w.first_row * s.dim), x_in, true,
-                             w.engine.streams.compute);
+void flip(const char* site, const StepContext& ctx, const Buffer& buffer) {
+  fault::flip(site, ctx.shard.device(), buffer.data(), buffer.bytes(), ctx.stream());
 }
 
-ProjectArgs project_args(const StepContext& w) {
-  const LayerShape& s = w.engine.shape();
-  const StepBuffers& b = w.buffers;
-  ProjectArgs args;
-  args.shape = s;
-  args.tile = w.tile;
-  args.weights = w.engine.weights[w.layer].layer();
-  args.x = at(b.x_in, w.first_row * s.dim, size_of(s.dtype));
-  args.q = query_of(w);
+// x of several layers is normalised before it is projected; of one layer it is projected as it is.
+void normalise_input(const StepContext& ctx) {
+  if (ctx.shard.config.model.layers == 1) return;
+  const LayerShape& s = ctx.stage.shape;
+  void* x_in = at(ctx.buffers.x_in, ctx.first_row * s.dim, size_of(s.dtype));
+  ctx.shard.kernels().rmsnorm(s, ctx.stage.tile.rows(), floats_at(ctx.buffers.x, ctx.first_row * s.dim), x_in, true,
+                              ctx.stream());
+}
+
+ProjectArgs project_args(const StepContext& ctx) {
+  const LayerShape& s = ctx.stage.shape;
+  const StepBuffers& b = ctx.buffers;
+  ProjectArgs args{ctx.stage};
+  args.weights = ctx.shard.weights[ctx.layer].layer();
+  args.x = at(b.x_in, ctx.first_row * s.dim, size_of(s.dtype));
+  args.q = query_of(ctx);
   for (int c = 0; c < branches; ++c) {
     args.k[c] = b.k[c].data();
     args.v[c] = b.v[c].data();
   }
-  args.gate = gate_of(w);
-  args.force_branch = w.options.force_branch;
-  args.scratch = b.scratch.data();
-  args.scratch_bytes = b.scratch.bytes();
+  args.gate = gate_of(ctx);
+  args.force_branch = ctx.options.force_branch;
   return args;
 }
 
-AppendArgs append_args(const StepContext& w, Branch branch, const KvView& k_cache, const KvView& v_cache) {
-  const LayerShape& s = w.engine.shape();
-  const Branch source = s.shared_kv ? sel : branch;
-  return {s, w.tile, w.buffers.k[source].data(), w.buffers.v[source].data(), k_cache, v_cache};
+AppendArgs append_args(const StepContext& ctx, Branch branch, const KvView& k_cache, const KvView& v_cache) {
+  const Branch source = ctx.stage.shape.shared_kv ? sel : branch;
+  return {ctx.stage, ctx.buffers.k[source].data(), ctx.buffers.v[source].data(), k_cache, v_cache};
 }
 
-AttendArgs attend_args(const StepContext& w, Branch branch) {
-  const LayerShape& s = w.engine.shape();
-  const StepBuffers& b = w.buffers;
-  AttendArgs args;
-  args.shape = s;
-  args.tile = w.tile;
-  args.q = query_of(w);
-  args.k = w.k[branch];
-  args.v = w.v[branch];
-  args.out = partials_at(b.partials.as<float>(), s, w.tile.rows(), branch);
-  args.reads = b.reads.as<std::int64_t>() + branch * w.engine.planes() + std::int64_t{w.tile.batch_begin} * s.groups;
-  args.scratch = b.scratch.data();
-  args.scratch_bytes = b.scratch.bytes();
-  if (branch == sel) {
-    args.selected = selected_of(w);
-    if (w.weighted) args.out = weighted_sel(b.partials.as<float>(), s, w.tile.rows());
-  }
-  if (branch == cmp) {
-    args.lse = b.lse.as<float>();
-    args.scores = b.scores.data();
-    args.scores_only = w.leaves_out(cmp);
-  }
-  return args;
-}
-
-RankArgs rank_args(const StepContext& w) {
-  const StepBuffers& b = w.buffers;
-  RankArgs args;
-  args.shape = w.engine.shape();
-  args.tile = w.tile;
-  args.scores = b.scores.data();
-  args.opened = w.opened;
-  args.lse = (w.exchange ? b.lse_all : b.lse).as<float>();
-  args.lse_ranks = w.exchange ? w.engine.partition.kv : 1;
-  args.cmp_map = w.k[cmp].map;
-  args.token_map = w.k[sel].map;
-  args.q = query_of(w);
-  args.k_cmp = w.k[cmp];
-  args.cmp_ms = partials_at(b.partials.as<float>(), args.shape, w.tile.rows(), cmp).ms;
-  if (w.exchange)
-    args.candidates = b.candidates.as<Candidate>();
-  else
-    args.selected = selected_of(w);
-  if (w.options.record) {
-    args.p_slc = b.p_slc.as<float>();
-    args.p_slc_blocks = b.p_slc_blocks;
-  }
-  args.scratch = b.scratch.data();
-  args.scratch_bytes = b.scratch.bytes();
-  return args;
-}
-
-CompressArgs compress_args(const StepContext& w) {
-  const LayerCaches& cache = w.engine.caches[w.layer];
-  CompressArgs args;
-  args.shape = w.engine.shape();
-  args.tile = w.tile;
-  if (w.whole_layer()) {
-    args.phi_k = w.engine.weights[w.layer].layer().phi_k;
-    args.phi_v = w.engine.weights[w.layer].layer().phi_v;
+CompressArgs compress_args(const StepContext& ctx) {
+  const LayerCaches& cache = ctx.shard.caches[ctx.layer];
+  CompressArgs args{ctx.stage};
+  if (ctx.whole_layer()) {
+    args.phi_k = ctx.shard.weights[ctx.layer].layer().phi_k;
+    args.phi_v = ctx.shard.weights[ctx.layer].layer().phi_v;
   }
   args.k_raw = cache.raw.k;
   args.v_raw = cache.raw.v;
   args.k_cmp = cache.cmp.k;
   args.v_cmp = cache.cmp.v;
   args.fill_halo = true;
-  args.scratch = w.buffers.scratch.data();
-  args.scratch_bytes = w.buffers.scratch.bytes();
   return args;
 }
 
-CombineArgs combine_args(const StepContext& w) {
-  const StepBuffers& b = w.buffers;
-  CombineArgs args;
-  args.shape = w.engine.shape();
-  args.tile = w.tile;
-  args.partials = (w.exchange ? b.partials_all : b.partials).as<float>();
-  args.ranks = w.exchange ? w.engine.partition.kv : 1;
-  args.gate = gate_of(w);
+AttendArgs attend_args(const StepContext& ctx, Branch branch) {
+  const LayerShape& s = ctx.stage.shape;
+  const QueryTile& tile = ctx.stage.tile;
+  const StepBuffers& b = ctx.buffers;
+  AttendArgs args{ctx.stage};
+  args.q = query_of(ctx);
+  args.k = ctx.k[branch];
+  args.v = ctx.v[branch];
+  args.out = partials_at(b.partials.as<float>(), s, tile.rows(), branch);
+  args.reads = b.reads.as<std::int64_t>() + branch * ctx.shard.planes() + std::int64_t{tile.batch_begin} * s.groups;
+  if (branch == sel) {
+    args.selected = selected_of(ctx);
+    if (ctx.exchanges_gated()) args.out = gated_partial_sel(b.partials.as<float>(), s, tile.rows());
+  }
+  if (branch == cmp) {
+    args.lse = b.lse.as<float>();
+    args.scores = b.scores.data();
+    args.scores_only = ctx.leaves_out(cmp);
+  }
+  return args;
+}
+
+RankArgs rank_args(const StepContext& ctx) {
+  const StepBuffers& b = ctx.buffers;
+  RankArgs args{ctx.stage};
+  args.scores = b.scores.data();
+  args.local_attention = ctx.sharded;
+  args.lse = (ctx.exchanges ? b.lse_all : b.lse).as<float>();
+  args.lse_ranks = ctx.exchanges ? ctx.shard.partition.kv : 1;
+  args.cmp_map = ctx.k[cmp].map;
+  args.token_map = ctx.k[sel].map;
+  args.q = query_of(ctx);
+  args.k_cmp = ctx.k[cmp];
+  args.cmp_ms = partials_at(b.partials.as<float>(), args.shape, args.tile.rows(), cmp).ms;
+  if (ctx.exchanges)
+    args.candidates = b.candidates.as<Candidate>();
+  else
+    args.selected = selected_of(ctx);
+  if (ctx.options.record) {
+    args.p_slc = b.p_slc.as<float>();
+    args.p_slc_blocks = b.p_slc_blocks;
+  }
+  return args;
+}
+
+CombineArgs combine_args(const StepContext& ctx) {
+  const StepBuffers& b = ctx.buffers;
+  CombineArgs args{ctx.stage};
+  args.partials = (ctx.exchanges ? b.partials_all : b.partials).as<float>();
+  args.ranks = ctx.exchanges ? ctx.shard.partition.kv : 1;
+  args.gate = gate_of(ctx);
   for (int c = 0; c < branches; ++c) {
-    args.leave_out[c] = w.options.leave_out == c;
-    if (w.options.record) args.o_branch[c] = b.o_branch[c].as<float>();
+    args.leave_out[c] = ctx.options.leave_out == c;
+    if (ctx.options.record) args.o_branch[c] = b.o_branch[c].as<float>();
   }
   args.o = b.o.data();
   return args;
 }
 
-ShardedAttentionArgs shard_args(const StepContext& w) {
-  const StepBuffers& b = w.buffers;
+AttentionArgs attention_args(const StepContext& ctx) {
+  return {{attend_args(ctx, cmp), attend_args(ctx, sel), attend_args(ctx, win)}, rank_args(ctx), combine_args(ctx)};
+}
+
+ShardedAttentionArgs sharded_args(const StepContext& ctx) {
+  const StepBuffers& b = ctx.buffers;
   ShardedAttentionArgs args;
-  for (const Branch branch : {cmp, win}) args.attend[branch] = attend_args(w, branch);
+  for (const Branch branch : {cmp, win}) args.attend[branch] = attend_args(ctx, branch);
   args.lse_all = b.lse_all.as<float>();
-  if (w.weighted) args.weighted = b.partials.as<float>();
-  args.gathered = b.partials_all.as<float>();
-  args.combine = combine_args(w);
+  if (ctx.exchanges_gated()) args.gated = b.partials.as<float>();
+  args.gated_all = b.partials_all.as<float>();
+  args.combine = combine_args(ctx);
   return args;
+}
+
+const FusedOp<AttentionArgs>& attention_op(const StepContext& ctx) {
+  const KernelTable& kernels = ctx.shard.kernels();
+  return ctx.phase == Phase::decode ? kernels.decode_attention : kernels.prefill_attention;
+}
+
+// A fused operation does what the first implementation of each branch does; another one may have been asked for.
+bool routed_to_first(const StepContext& ctx, std::initializer_list<Branch> of) {
+  for (const Branch b : of)
+    if (ctx.shard.routes.of(ctx.phase, b).kernel != &ctx.shard.kernels().attend[b].front()) return false;
+  return true;
 }
 
 }  // namespace
 
-void project(StepContext& w) {
-  normalise(w);
-  w.engine.kernels().project(project_args(w), w.engine.streams.compute);
+void project(const StepContext& ctx) {
+  normalise_input(ctx);
+  ctx.shard.kernels().project(project_args(ctx), ctx.stream());
 }
 
-void append(StepContext& w, Branch branch, const KvView& k_cache, const KvView& v_cache) {
-  w.engine.kernels().append(append_args(w, branch, k_cache, v_cache), w.engine.streams.compute);
+void append(const StepContext& ctx, Branch branch, const KvView& k_cache, const KvView& v_cache) {
+  ctx.shard.kernels().append(append_args(ctx, branch, k_cache, v_cache), ctx.stream());
 }
 
-void compress(StepContext& w) { w.engine.kernels().compress(compress_args(w), w.engine.streams.compute); }
+void compress(const StepContext& ctx) { ctx.shard.kernels().compress(compress_args(ctx), ctx.stream()); }
 
-bool enter_at_once(StepContext& w) {
-  if (!w.engine.kernels().decode_prologue) return false;
-  const LayerCaches& cache = w.engine.caches[w.layer];
+void attend(const StepContext& ctx, Branch branch) {
+  ctx.shard.routes.of(ctx.phase, branch).run(branch, attend_args(ctx, branch), ctx.stream());
+  flip("kernel.attend", ctx, ctx.buffers.partials);
+  flip("kernel.reads", ctx, ctx.buffers.reads);
+}
+
+void score_blocks(const StepContext& ctx) {
+  ctx.shard.kernels().rank(rank_args(ctx), ctx.stream());
+  flip("kernel.rank", ctx, ctx.buffers.selected);
+}
+
+void select_blocks(const StepContext& ctx) {
+  ctx.shard.kernels().select(
+      {ctx.stage, ctx.buffers.candidates_all.as<Candidate>(), ctx.shard.partition.kv, selected_of(ctx)}, ctx.stream());
+}
+
+void combine(const StepContext& ctx) {
+  ctx.shard.kernels().combine(combine_args(ctx), ctx.stream());
+  flip("kernel.combine", ctx, ctx.buffers.o);
+}
+
+void output(const StepContext& ctx) {
+  OutputArgs args{ctx.stage};
+  args.o = ctx.buffers.o.data();
+  args.w_o = ctx.shard.weights[ctx.layer].layer().w_o;
+  args.y = floats_at(ctx.buffers.y, ctx.first_row * args.shape.dim);
+  ctx.shard.kernels().output(args, ctx.stream());
+  flip("kernel.output", ctx, ctx.buffers.y);
+}
+
+bool has_fused_prologue(const StepContext& ctx) { return ctx.shard.kernels().prologue.accepts != nullptr; }
+
+void fused_prologue(const StepContext& ctx) {
+  const LayerCaches& cache = ctx.shard.caches[ctx.layer];
   PrologueArgs args;
-  args.projects = w.whole_layer();
+  args.projects = ctx.whole_layer();
   if (args.projects) {
-    normalise(w);
-    args.project = project_args(w);
+    normalise_input(ctx);
+    args.project = project_args(ctx);
   }
-  args.append[cmp] = append_args(w, cmp, cache.raw.k, cache.raw.v);
-  args.append[sel] = append_args(w, sel, cache.sel.k, cache.sel.v);
-  args.append[win] = append_args(w, win, cache.win.k, cache.win.v);
-  args.compress = compress_args(w);
-  w.engine.kernels().decode_prologue(args, w.engine.streams.compute);
-  return true;
+  args.append[cmp] = append_args(ctx, cmp, cache.raw.k, cache.raw.v);
+  args.append[sel] = append_args(ctx, sel, cache.sel.k, cache.sel.v);
+  args.append[win] = append_args(ctx, win, cache.win.k, cache.win.v);
+  args.compress = compress_args(ctx);
+  ctx.shard.kernels().prologue.run(args, ctx.stream());
 }
 
-void attend(StepContext& w, Branch branch) {
-  w.engine.routes.of(w.phase, branch).run(branch, attend_args(w, branch), w.engine.streams.compute);
-  flip("kernel.attend", w, w.buffers.partials);
-  flip("kernel.reads", w, w.buffers.reads);
+bool has_fused_attention(const StepContext& ctx) {
+  const FusedOp<AttentionArgs>& op = attention_op(ctx);
+  return op.accepts && !ctx.exchanges && routed_to_first(ctx, {cmp, sel, win}) && op.accepts(attention_args(ctx));
 }
 
-void rank_blocks(StepContext& w) {
-  w.engine.kernels().rank(rank_args(w), w.engine.streams.compute);
-  flip("kernel.rank", w, w.buffers.selected);
+void fused_attention(const StepContext& ctx) {
+  fault::refuse_launch("attend.step", ctx.shard.device(), ctx.stream());
+  attention_op(ctx).run(attention_args(ctx), ctx.stream());
+  for (const Branch b : {cmp, sel, win}) ctx.shard.routes.of(ctx.phase, b).note("step");
+  flip("kernel.combine", ctx, ctx.buffers.o);
 }
 
-void select_blocks(StepContext& w) {
-  w.engine.kernels().select(
-      {w.engine.shape(), w.tile, w.buffers.candidates_all.as<Candidate>(), w.engine.partition.kv, selected_of(w)},
-      w.engine.streams.compute);
+bool has_sharded_attention(const StepContext& ctx) {
+  const ShardedAttention& op = ctx.shard.kernels().sharded_attention;
+  return op.accepts && ctx.exchanges && routed_to_first(ctx, {cmp, win}) && op.accepts(sharded_args(ctx));
 }
 
-void combine(StepContext& w) {
-  if (w.weighted)
-    w.engine.kernels().sharded->combine(shard_args(w), w.engine.streams.compute);
-  else
-    w.engine.kernels().combine(combine_args(w), w.engine.streams.compute);
-  flip("kernel.combine", w, w.buffers.o);
+void local_attention(const StepContext& ctx) {
+  fault::refuse_launch("attend.shard", ctx.shard.device(), ctx.stream());
+  ctx.shard.kernels().sharded_attention.local_attention(sharded_args(ctx), ctx.stream());
+  for (const Branch b : {cmp, win}) ctx.shard.routes.of(ctx.phase, b).note("shard");
 }
 
-bool attend_at_once(StepContext& w) {
-  const KernelTable& kernels = w.engine.kernels();
-  const bool decodes = w.phase == Phase::decode;
-  const auto accepts = decodes ? kernels.decode_step_accepts : kernels.prefill_step_accepts;
-  const auto run = decodes ? kernels.decode_step : kernels.prefill_step;
-  bool& works = w.engine.routes.steps_at_once[static_cast<int>(w.phase)];
-  if (!run || w.exchange) return false;
-  AttentionArgs args;
-  for (const Branch b : {cmp, sel, win}) {
-    if (w.engine.routes.of(w.phase, b).kernel != &kernels.attend[b].front())
-      return false;  // another implementation was asked for
-    args.attend[b] = attend_args(w, b);
-  }
-  args.rank = rank_args(w);
-  args.combine = combine_args(w);
-  if (!works || !accepts(args)) return false;
-  try {
-    fault::refuse_launch("attend.step", w.engine.device(), w.engine.streams.compute);
-    run(args, w.engine.streams.compute);
-  } catch (const LaunchError&) {
-    works = false;  // the stages one by one do the same, and fall back where they must
-    return false;
-  }
-  for (const Branch b : {cmp, sel, win}) w.engine.routes.of(w.phase, b).note("step");
-  flip("kernel.combine", w, w.buffers.o);
-  return true;
+void normalise_partials(const StepContext& ctx, Stream* stream) {
+  ctx.shard.kernels().sharded_attention.normalise_partials(sharded_args(ctx), stream);
 }
 
-bool shards_at_once(StepContext& w) {
-  const KernelTable& kernels = w.engine.kernels();
-  if (!w.exchange || !kernels.sharded) return false;
-  for (const Branch b : {cmp, win})
-    if (w.engine.routes.of(w.phase, b).kernel != &kernels.attend[b].front()) return false;
-  return kernels.sharded->accepts(shard_args(w));
+void merge_ranks(const StepContext& ctx) {
+  ctx.shard.kernels().sharded_attention.merge_ranks(sharded_args(ctx), ctx.stream());
+  flip("kernel.combine", ctx, ctx.buffers.o);
 }
 
-void open_shard(StepContext& w) {
-  fault::refuse_launch("attend.shard", w.engine.device(), w.engine.streams.compute);
-  w.engine.kernels().sharded->open(shard_args(w), w.engine.streams.compute);
-  w.opened = true;
-  for (const Branch b : {cmp, win}) w.engine.routes.of(w.phase, b).note("shard");
-}
-void weigh_shard(StepContext& w, Stream* stream) { w.engine.kernels().sharded->weigh(shard_args(w), stream); }
-
-void output(StepContext& w) {
-  const LayerShape& s = w.engine.shape();
-  const StepBuffers& b = w.buffers;
-  OutputArgs args;
-  args.shape = s;
-  args.rows = w.tile.rows();
-  args.o = b.o.data();
-  args.w_o = w.engine.weights[w.layer].layer().w_o;
-  args.y = floats_at(b.y, w.first_row * s.dim);
-  args.scratch = b.scratch.data();
-  args.scratch_bytes = b.scratch.bytes();
-  w.engine.kernels().output(args, w.engine.streams.compute);
-  flip("kernel.output", w, b.y);
+void exchange_lse(const StepContext& ctx, Stream* stream) {
+  const StepBuffers& b = ctx.buffers;
+  ctx.shard.comms->kv.all_gather("lse", b.lse.data(), b.lse_all.data(), b.lse.bytes(), stream);
 }
 
-void exchange_lse(StepContext& w, Stream* stream) {
-  w.engine.comms->kv.all_gather("lse", w.buffers.lse.data(), w.buffers.lse_all.data(), w.buffers.lse.bytes(), stream);
+void exchange_candidates(const StepContext& ctx, Stream* stream) {
+  const StepBuffers& b = ctx.buffers;
+  ctx.shard.comms->kv.all_gather("candidates", b.candidates.data(), b.candidates_all.data(), b.candidates.bytes(),
+                                 stream);
 }
 
-void exchange_candidates(StepContext& w, Stream* stream) {
-  w.engine.comms->kv.all_gather("candidates", w.buffers.candidates.data(), w.buffers.candidates_all.data(),
-                                w.buffers.candidates.bytes(), stream);
+void exchange_partials(const StepContext& ctx, Stream* stream) {
+  const StepBuffers& b = ctx.buffers;
+  const bool gated = ctx.exchanges_gated();
+  const std::int64_t floats = gated_partial_floats(ctx.stage.shape, ctx.stage.tile.rows());
+  ctx.shard.comms->kv.all_gather(gated ? "gated partials" : "partials", b.partials.data(), b.partials_all.data(),
+                                 gated ? static_cast<std::size_t>(floats) * 4 : b.partials.bytes(), stream);
 }
 
-void exchange_partials(StepContext& w, Stream* stream) {
-  const std::int64_t floats = weighted_floats(w.engine.shape(), w.tile.rows());
-  w.engine.comms->kv.all_gather(w.weighted ? "weighted partials" : "partials", w.buffers.partials.data(),
-                                w.buffers.partials_all.data(),
-                                w.weighted ? static_cast<std::size_t>(floats) * 4 : w.buffers.partials.bytes(), stream);
-}
-
-void sum_outputs(StepContext& w, std::int64_t rows) {
-  const auto count = static_cast<std::size_t>(rows * w.engine.shape().dim);
-  Stream* stream = w.engine.streams.compute;
-  w.engine.comms->heads.all_reduce_sum("outputs", w.buffers.y.as<float>(), count, stream);
-  if (w.engine.config.model.layers > 1)
-    w.engine.kernels().add(static_cast<std::int64_t>(count), w.buffers.x.as<float>(), w.buffers.y.as<float>(), stream);
+void sum_outputs(const StepContext& ctx, std::int64_t rows) {
+  const auto count = static_cast<std::size_t>(rows * ctx.stage.shape.dim);
+  const StepBuffers& b = ctx.buffers;
+  ctx.shard.comms->heads.all_reduce_sum("outputs", b.y.as<float>(), count, ctx.stream());
+  if (ctx.shard.config.model.layers > 1)
+    ctx.shard.kernels().add(static_cast<std::int64_t>(count), b.x.as<float>(), b.y.as<float>(), ctx.stream());
 }
 
 }  // namespace nsa

@@ -1,6 +1,6 @@
 #pragma once
-// The stages of a step, one function each, for decode and prefill alike: they fill a stage's arguments from
-// the engine and the buffers and call the kernel table.
+// The stages of a step, one function each, for decode and prefill alike. A stage fills its arguments from the context
+// and calls the kernel table.
 
 #include <cstdint>
 
@@ -11,51 +11,65 @@ namespace nsa {
 struct StepOptions {
   std::int32_t leave_out = -1;     ///< ablation: a Branch that is not computed
   std::int32_t force_branch = -1;  ///< one-hot gates
-  bool record = false;             ///< also leave o_c and p_slc
+  bool record = false;             ///< also store o_c and p_slc
 };
 
-/// What the stages work on now.
+enum class Prologue { staged, fused };
+/// sharded: the fused phases between the exchanges of ranks that share the sequences (KernelTable::sharded_attention).
+enum class Attention { staged, fused, sharded };
+
+/// How a step runs where its stages are not timed one by one. Every plan chooses the same blocks.
+struct StepPlan {
+  Prologue prologue = Prologue::staged;
+  Attention attention = Attention::staged;
+};
+
+/// What the stages of one layer and tile work on. It does not change while they run.
 struct StepContext {
-  ModelShard& engine;
+  ModelShard& shard;
   StepBuffers& buffers;
-  StepOptions options;
-  bool exchange = false;  ///< decode with kv > 1: each rank attends what it holds and they merge
-  QueryTile tile;
-  std::int64_t first_row = 0;  ///< of the tile within q, gate, x, y
-  std::int64_t layer = 0;
-  KvView k[branches], v[branches];  ///< what attention reads: [cmp], [sel], [win]
-  Phase phase = Phase::decode;
-  bool weighted = false;  ///< sharded decode: cmp and win travel as one weighted vector (ShardedStep)
-  bool opened = false;    ///< sharded decode: cmp's scores are those of ShardedStep
+  const StepOptions options;
+  const Phase phase;
+  const std::int64_t layer;
+  const std::int64_t first_row;  ///< of the tile within q, gate, x, y
+  const bool exchanges;          ///< decode with kv > 1: each rank attends its own rows, and the ranks merge partials
+  const bool sharded;            ///< this step's attention is Attention::sharded
+  const StageArgs stage;
+  const KvView k[branches], v[branches];  ///< what attention reads: [cmp], [sel], [win]
 
   bool leaves_out(Branch branch) const { return options.leave_out == branch; }
-  bool whole_layer() const { return engine.config.run.scope == Scope::layer; }
+  bool whole_layer() const { return shard.config.run.scope == Scope::layer; }
+  /// Sharded: the ranks exchange gated partials. A record needs the branches apart, so it exchanges ordinary ones.
+  bool exchanges_gated() const { return sharded && !options.record; }
+  Stream* stream() const { return shard.streams.compute; }
 };
 
-void project(StepContext& work);
-void append(StepContext& work, Branch branch, const KvView& k_cache, const KvView& v_cache);
-void compress(StepContext& work);  ///< decode: the token that completes, halo copies too
-void attend(StepContext& work, Branch branch);
-void rank_blocks(StepContext& work);    ///< candidates of this rank, or the selection itself without exchange
-void select_blocks(StepContext& work);  ///< from the exchanged candidates
-void combine(StepContext& work);
-void output(StepContext& work);
+void project(const StepContext& ctx);
+void append(const StepContext& ctx, Branch branch, const KvView& k_cache, const KvView& v_cache);
+void compress(const StepContext& ctx);  ///< decode: the token that completes, halo copies too
+void attend(const StepContext& ctx, Branch branch);
+void score_blocks(const StepContext& ctx);   ///< candidates of this rank, or the selection itself without exchanges
+void select_blocks(const StepContext& ctx);  ///< from the exchanged candidates
+void combine(const StepContext& ctx);
+void output(const StepContext& ctx);
 
-/// Decode: project, append and compress, in the backend's own few launches; both phases: everything from attend to
-/// combine. False, and nothing queued, where it has none for this.
-bool enter_at_once(StepContext& work);
-bool attend_at_once(StepContext& work);
+/// The fused operations of the backend: whether it has one for this context as it is routed, and running it.
+bool has_fused_prologue(const StepContext& ctx);
+bool has_fused_attention(const StepContext& ctx);
+bool has_sharded_attention(const StepContext& ctx);
+void fused_prologue(const StepContext& ctx);
+void fused_attention(const StepContext& ctx);
 
-/// Decode where ranks share the sequences, in the backend's own few launches: cmp with win before the exchange of lse,
-/// and what they give to each head, once that is there. combine() follows `weighted`.
-bool shards_at_once(StepContext& work);  ///< whether the backend has that for this work, as it is routed
-void open_shard(StepContext& work);
-void weigh_shard(StepContext& work, Stream* stream);
+/// The phases of sharded attention: cmp and win over this rank's rows; their sum, gated and normalised over all ranks,
+/// once lse is exchanged; o, once the gated partials are.
+void local_attention(const StepContext& ctx);
+void normalise_partials(const StepContext& ctx, Stream* stream);
+void merge_ranks(const StepContext& ctx);
 
-void exchange_lse(StepContext& work, Stream* stream);
-void exchange_candidates(StepContext& work, Stream* stream);
-void exchange_partials(StepContext& work, Stream* stream);
+void exchange_lse(const StepContext& ctx, Stream* stream);
+void exchange_candidates(const StepContext& ctx, Stream* stream);
+void exchange_partials(const StepContext& ctx, Stream* stream);
 /// Sums y [rows, dim] over the head shards and, with several layers, adds it to the residual stream.
-void sum_outputs(StepContext& work, std::int64_t rows);
+void sum_outputs(const StepContext& ctx, std::int64_t rows);
 
 }  // namespace nsa

@@ -56,7 +56,7 @@ LayerCaches::LayerCaches(const Allocator& allocate, const Partition& p, std::int
 
 StepBuffers::StepBuffers(const Allocator& allocate, const KernelTable& kernels, const Config& config,
                          const Partition& p, const Point& point, std::int64_t rows, const QueryTile& tile,
-                         bool exchange, bool record, std::size_t scratch_bytes) {
+                         bool exchange, bool record, const AttentionPolicy& policy, std::size_t scratch_bytes) {
   const LayerShape& s = p.shape;
   const std::int64_t storage = static_cast<std::int64_t>(size_of(s.dtype)), t = tile.rows();
   const std::int64_t heads = s.heads(), ranks = exchange ? p.kv : 1;
@@ -73,9 +73,11 @@ StepBuffers::StepBuffers(const Allocator& allocate, const KernelTable& kernels, 
     k[c] = make(t * s.groups * s.d_k * storage);
     v[c] = make(t * s.groups * s.d_v * storage);
   }
-  scores = allocate(MemoryKind::workspace, static_cast<std::int64_t>(kernels.score_bytes(s, tile, cmp_rows)));
+  scores = allocate(MemoryKind::workspace,
+                    policy.recompute_scores ? 0 : static_cast<std::int64_t>(kernels.score_bytes(s, tile, cmp_rows)));
   scratch = allocate(MemoryKind::workspace, static_cast<std::int64_t>(scratch_bytes));
-  const std::int64_t lse_bytes = tile.rescores ? 0 : lse_slots(s, static_cast<std::int32_t>(ranks)) * t * heads * 2 * 4;
+  const std::int64_t lse_bytes =
+      policy.recompute_scores ? 0 : lse_slots(s, static_cast<std::int32_t>(ranks)) * t * heads * 2 * 4;
   const std::int64_t candidate_bytes = t * s.groups * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate));
   const std::int64_t partial_bytes = partial_floats(s, t) * 4;
   lse = make(lse_bytes);

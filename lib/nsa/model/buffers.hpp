@@ -59,7 +59,7 @@ struct StepBuffers {
 
   StepBuffers(const Allocator& allocate, const KernelTable& kernels, const Config& config, const Partition& partition,
               const Point& point, std::int64_t rows, const QueryTile& tile, bool exchange, bool record,
-              std::size_t scratch_bytes);
+              const AttentionPolicy& policy, std::size_t scratch_bytes);
 };
 
 }  // namespace nsa

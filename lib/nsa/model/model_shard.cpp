@@ -5,14 +5,14 @@ namespace nsa {
 Streams::Streams(const DeviceOps& ops)
     : device(ops),
       compute(ops.create_stream()),
-      beside(ops.create_stream()),
-      forked(ops.create_event()),
-      joined(ops.create_event()) {}
+      side(ops.create_stream()),
+      side_begins(ops.create_event()),
+      side_ends(ops.create_event()) {}
 
 Streams::~Streams() {
-  device.destroy_event(joined);
-  device.destroy_event(forked);
-  device.destroy_stream(beside);
+  device.destroy_event(side_ends);
+  device.destroy_event(side_begins);
+  device.destroy_stream(side);
   device.destroy_stream(compute);
 }
 
@@ -34,7 +34,7 @@ ModelShard::ModelShard(const Backend& dry, const Config& input, const Point& at,
 void ModelShard::allocate(const TensorSource* source) {
   // What the input asks for and cannot have is said before anything is made; the phases choose again for their tiles.
   for (const Phase phase : {Phase::prefill, Phase::decode})
-    choose_routes(phase, {0, static_cast<std::int32_t>(point.batch), 1, nullptr, total_positions(config, point)});
+    choose_routes(phase, {0, static_cast<std::int32_t>(point.batch), 1, nullptr, total_positions(config, point)}, {});
   checksum = allocator()(MemoryKind::workspace, 8);
   for (std::int64_t layer = 0; layer < config.model.layers; ++layer) {
     if (config.run.scope == Scope::layer)
@@ -49,9 +49,9 @@ void ModelShard::connect(ProcessGrid& grid) {
   account.add(MemoryKind::workspace, comms->heads.memory_bytes() + comms->kv.memory_bytes());
 }
 
-std::size_t ModelShard::choose_routes(Phase phase, const QueryTile& tile) {
+std::size_t ModelShard::choose_routes(Phase phase, const QueryTile& tile, const AttentionPolicy& policy) {
   routes.choose(backend, config, phase, shape(), tile);
-  return routes.scratch_bytes(kernels(), phase, shape(), tile);
+  return routes.scratch_bytes(kernels(), phase, shape(), tile, policy);
 }
 
 }  // namespace nsa

@@ -11,15 +11,15 @@
 
 namespace nsa {
 
-/// Two streams and the events that order them; what runs on `beside` runs beside what is on `compute`.
+/// Two streams and the events that order them: `side` runs beside `compute` between the two events.
 struct Streams {
   explicit Streams(const DeviceOps& device);
   ~Streams();
   Streams(const Streams&) = delete;
   Streams& operator=(const Streams&) = delete;
   const DeviceOps& device;
-  Stream *compute, *beside;
-  Event *forked, *joined;
+  Stream *compute, *side;
+  Event *side_begins, *side_ends;
 };
 
 struct ModelShard {
@@ -47,7 +47,7 @@ struct ModelShard {
   const LayerShape& shape() const { return partition.shape; }
   Allocator allocator() { return {device(), account}; }
   /// Before the first step of a phase. Returns the bytes of scratch that its stages need on such tiles.
-  std::size_t choose_routes(Phase phase, const QueryTile& tile);
+  std::size_t choose_routes(Phase phase, const QueryTile& tile, const AttentionPolicy& policy);
   std::int64_t planes() const { return point.batch * shape().groups; }
 
  private:

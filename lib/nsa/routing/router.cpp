@@ -179,10 +179,10 @@ void Routes::choose(const Backend& backend, const Config& config, Phase phase, c
 }
 
 std::size_t Routes::scratch_bytes(const KernelTable& kernels, Phase phase, const LayerShape& shape,
-                                  const QueryTile& tile) const {
-  std::size_t bytes = kernels.scratch_bytes(shape, tile);
+                                  const QueryTile& tile, const AttentionPolicy& policy) const {
+  std::size_t bytes = kernels.scratch_bytes(shape, tile, policy);
   for (const Branch branch : {cmp, sel, win})
-    if (const auto wants = of(phase, branch).kernel->scratch) bytes = std::max(bytes, wants(shape, tile));
+    if (const auto wants = of(phase, branch).kernel->scratch) bytes = std::max(bytes, wants(shape, tile, policy));
   return bytes;
 }
 

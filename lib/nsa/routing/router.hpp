@@ -75,15 +75,14 @@ struct Route {
 
 class Routes {
  public:
-  bool steps_at_once[phase_names.size()] = {true, true};  ///< KernelTable's step of that phase has not failed here
   /// Throws UserError as `answer` does, and for a name that the backend does not have.
   void choose(const Backend& backend, const Config& config, Phase phase, const LayerShape& shape,
               const QueryTile& tile);
   Route& of(Phase phase, Branch branch) { return routes_[static_cast<int>(phase)][branch]; }
   const Route& of(Phase phase, Branch branch) const { return routes_[static_cast<int>(phase)][branch]; }
   /// Bytes of scratch that the phase's stages need.
-  std::size_t scratch_bytes(const KernelTable& kernels, Phase phase, const LayerShape& shape,
-                            const QueryTile& tile) const;
+  std::size_t scratch_bytes(const KernelTable& kernels, Phase phase, const LayerShape& shape, const QueryTile& tile,
+                            const AttentionPolicy& policy) const;
   /// What failed on one rank is replaced on all. Collective; whether something new had failed on any.
   bool agree(const ControlComm& world);
   /// The most calls of any rank, on every rank. Collective.

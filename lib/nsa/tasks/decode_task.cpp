@@ -88,26 +88,21 @@ StepOutput record_pass(const Session& session, ModelShard& e, DecodeRunner& deco
   for (std::int64_t step = 0; step < e.config.run.steps; ++step) {
     if (session.stop->now_and_then()) throw Interrupted();
     decode.load(step, options);
-    const StepContext work = decode.step(options, untimed);
+    decode.step(options, untimed);
+    const StepContext ctx = decode.last_layer(options);
     e.device().synchronize(e.streams.compute);
-    if (tensors) tensors->take(work, step, true);
+    if (tensors) tensors->take(ctx, step, true);
     if (!e.config.run.check) continue;
     if (problem.empty())
       problem = output_problem(latest_output(e, decode.buffers(), e.point.batch, true), {}, e.shape().dtype);
     if (step != 0 && step + 1 != e.config.run.steps) continue;
     const std::int64_t stride = std::max<std::int64_t>(1, e.planes() / 2);
     for (std::int64_t plane = 0; plane < e.planes(); plane += stride)
-      checked.merge(check_row(work, plane, plane / e.shape().groups, e.point.context + step));
+      checked.merge(check_row(ctx, plane, plane / e.shape().groups, e.point.context + step));
   }
   keep_records(session.world, e, source, checked, tensors.get(), total_positions(e.config, e.point), record);
   fail_where(session.world, problem, record);
   return left_by(e, decode);
-}
-
-void choose_launches(const ControlComm& world, DecodeRunner& decode) {
-  bool can = false;
-  agreed(world, [&] { can = decode.try_sharded(); });
-  decode.run_sharded(world.max(std::int64_t{!can}) == 0);
 }
 
 // A step as it would run: one graph where the backend has them.
@@ -157,9 +152,9 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
                          PointRecord& record, const Progress& progress) {
   const ControlComm& world = session.world;
   const DuringPhase phase("decode");
-  std::optional<ModelShard> engine;
-  agreed(world, [&] { engine.emplace(session.backend, world, config, point, source); });
-  ModelShard& e = *engine;
+  std::optional<ModelShard> shard;
+  agreed(world, [&] { shard.emplace(session.backend, world, config, point, source); });
+  ModelShard& e = *shard;
   fill_caches(session, e, source, progress);
   std::optional<DecodeRunner> held;
   agreed(world, [&] { held.emplace(e, &source, config.run.check || config.output.tensors); });
@@ -169,7 +164,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   const std::vector<ModeRun> runs = mode_runs(config, point);
   StepOptions base;
   base.force_branch = point.force_branch;
-  choose_launches(world, decode);
+  decode.choose_plan(world);
   StepOutput expected;
   if (config.run.check || config.output.tensors) expected = record_pass(session, e, decode, source, base, record);
   decode.restore();
@@ -183,7 +178,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   do {
     samples = {};
     passes = 0;
-    choose_launches(world, decode);
+    decode.choose_plan(world);
     record.stop_reason = measure(world, runs, config.run.min_time, samples, [&](const ModeRun& run, auto&& sink) {
       timer.set_per_stage(run.stages);
       WholeStep whole(e, decode, timer, run);

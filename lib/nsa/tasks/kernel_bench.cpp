@@ -157,7 +157,7 @@ KernelBench::KernelBench(const Allocator& allocate, const KernelTable& kernels, 
   };
   for (std::int64_t i = 0; i < copies(kv_rows_); ++i)
     kv_.push_back(make_kv(allocate, MemoryKind::caches, shape_, 1, RowMap{}, kv_rows_));
-  std::int64_t scratch = static_cast<std::int64_t>(kernels.scratch_bytes(shape_, tile_));
+  std::int64_t scratch = static_cast<std::int64_t>(kernels.scratch_bytes(shape_, tile_, {}));
   std::int64_t lse_rows = tile_.rows();
   if (branch_ == sel) {
     selected_ = choose_blocks(point.kernel.spans, rows_, shape_.rules.n_sel, first_position_ / shape_.rules.l_sel,
@@ -169,7 +169,7 @@ KernelBench::KernelBench(const Allocator& allocate, const KernelTable& kernels, 
     const std::int64_t tokens = packed_shape_.rules.w;
     for (std::int64_t i = 0; i < copies(rows_ * tokens); ++i)
       packed_.push_back(make_kv(allocate, MemoryKind::caches, packed_shape_, rows_, RowMap{}, tokens));
-    scratch = std::max(scratch, static_cast<std::int64_t>(kernels.scratch_bytes(packed_shape_, packed_tile_)));
+    scratch = std::max(scratch, static_cast<std::int64_t>(kernels.scratch_bytes(packed_shape_, packed_tile_, {})));
   }
   positions_ = activations(2 * 8);
   q_ = activations(rows_ * shape_.heads() * shape_.d_k * size);
@@ -183,7 +183,7 @@ KernelBench::KernelBench(const Allocator& allocate, const KernelTable& kernels, 
   }
   for (const KernelChoice& choice : kernel_choices(kernels, config, point))
     if (choice.kernel->scratch)
-      scratch = std::max(scratch, static_cast<std::int64_t>(choice.kernel->scratch(shape_, tile_)));
+      scratch = std::max(scratch, static_cast<std::int64_t>(choice.kernel->scratch(shape_, tile_, {})));
   scratch_ = allocate(MemoryKind::workspace, scratch);
 }
 

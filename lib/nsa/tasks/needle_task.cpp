@@ -102,16 +102,16 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
   const Point point = needle_point(at);
   const DuringPhase phase("needles");
   const TensorSource source(config, "");
-  std::optional<ModelShard> engine;
+  std::optional<ModelShard> shard;
   std::optional<PrefillRunner> held_prefill;
   std::optional<DecodeRunner> held_decode;
   agreed(session.world, [&] {
-    engine.emplace(session.backend, session.world, config, point, source);
-    held_prefill.emplace(*engine, point.context, false);
-    held_decode.emplace(*engine, &source, true);
+    shard.emplace(session.backend, session.world, config, point, source);
+    held_prefill.emplace(*shard, point.context, false);
+    held_decode.emplace(*shard, &source, true);
   });
-  engine->connect(*session.grid);
-  ModelShard& e = *engine;
+  shard->connect(*session.grid);
+  ModelShard& e = *shard;
   PrefillRunner& prefill = *held_prefill;
   DecodeRunner& decode = *held_decode;
   StageTimer timer(e.device(), e.streams.compute);
@@ -132,6 +132,7 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
     }
     prefill.fill_caches(timer);
     decode.snapshot();
+    if (i == 0) decode.choose_plan(session.world);
     StepOptions options;
     options.record = true;
     decode.load(0, options);

@@ -74,14 +74,14 @@ Left record_run(const Session& session, ModelShard& e, PrefillRunner& prefill, c
   std::int64_t seen = 0;
   const std::int64_t stride = std::max<std::int64_t>(1, prefill.tile_count() * e.point.batch / 8);
   load(e, prefill, source);
-  prefill.run(untimed, options, [&](const StepContext& work, const PrefillTile& tile) {
+  prefill.run(untimed, options, [&](const StepContext& ctx, const PrefillTile& tile) {
     e.device().synchronize(e.streams.compute);
-    if (tensors) tensors->take(work, tile.first_position, false);
+    if (tensors) tensors->take(ctx, tile.first_position, false);
     if (!e.config.run.check || seen++ % stride != 0) return;
-    const StepOutput output = latest_output(e, work.buffers, std::min(compared_rows, work.tile.rows()), false);
+    const StepOutput output = latest_output(e, ctx.buffers, std::min(compared_rows, ctx.stage.tile.rows()), false);
     if (checked.problem.empty()) checked.problem = output_problem(output, {}, e.shape().dtype);
     const std::int64_t row = tile.tokens - 1, group = seen / stride % e.shape().groups;
-    checked.merge(check_row(work, std::int64_t{work.tile.batch_begin} * e.shape().groups + group, row,
+    checked.merge(check_row(ctx, std::int64_t{ctx.stage.tile.batch_begin} * e.shape().groups + group, row,
                             tile.first_position + row));
   });
   keep_records(session.world, e, source, checked, tensors.get(), e.point.context, record);
@@ -96,9 +96,9 @@ MemoryAccount run_prefill(const Session& session, const Config& config, const Po
                           PointRecord& record, const Progress& progress) {
   const ControlComm& world = session.world;
   const DuringPhase phase("prefill");
-  std::optional<ModelShard> engine;
-  agreed(world, [&] { engine.emplace(session.backend, world, config, point, source); });
-  ModelShard& e = *engine;
+  std::optional<ModelShard> shard;
+  agreed(world, [&] { shard.emplace(session.backend, world, config, point, source); });
+  ModelShard& e = *shard;
   std::optional<PrefillRunner> held;
   agreed(world, [&] {
     held.emplace(e, point.context, config.run.check || config.output.tensors);

@@ -14,8 +14,8 @@ namespace {
 using Rows = std::vector<float>;  // [rows][width]
 
 // The given rows of a view on this rank; over kv ranks, each row from the rank that holds it.
-Rows fetch(const StepContext& w, const KvView& view, std::int64_t plane, const std::vector<std::int64_t>& rows) {
-  ModelShard& e = w.engine;
+Rows fetch(const StepContext& ctx, const KvView& view, std::int64_t plane, const std::vector<std::int64_t>& rows) {
+  ModelShard& e = ctx.shard;
   const std::int64_t size = static_cast<std::int64_t>(size_of(e.shape().dtype));
   std::vector<std::byte> stored(rows.size() * view.width * size, std::byte{0});
   for (std::size_t i = 0; i < rows.size(); ++i)
@@ -25,7 +25,7 @@ Rows fetch(const StepContext& w, const KvView& view, std::int64_t plane, const s
                       static_cast<std::size_t>(view.width * size), e.streams.compute);
   e.device().synchronize(e.streams.compute);
   Rows values = from_storage(stored.data(), rows.size() * view.width, e.shape().dtype);
-  if (w.exchange) e.comms->kv_control.sum(values);
+  if (ctx.exchanges) e.comms->kv_control.sum(values);
   return values;
 }
 
@@ -60,18 +60,18 @@ double attention_error(const std::vector<double>& p, const Rows& v, std::int64_t
 }
 
 // |sum of gated branches - o| of one row and group, at most, for what combine left.
-double combine_error(const StepContext& w, std::int64_t row, std::int64_t group) {
-  ModelShard& e = w.engine;
+double combine_error(const StepContext& ctx, std::int64_t row, std::int64_t group) {
+  ModelShard& e = ctx.shard;
   const LayerShape& s = e.shape();
   const std::int64_t count = std::int64_t{s.heads_per_group} * s.d_v;
   const std::int64_t at = (row * s.heads() + group * s.heads_per_group) * s.d_v;
-  const auto* gates = w.buffers.gate.as<float>() + ((w.first_row + row) * s.groups + group) * branches;
+  const auto* gates = ctx.buffers.gate.as<float>() + ((ctx.first_row + row) * s.groups + group) * branches;
   const Rows gate = download(e, gates, branches, DType::f32);
   const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
-  const Rows o = download(e, w.buffers.o.as<std::byte>() + at * size, count, s.dtype);
+  const Rows o = download(e, ctx.buffers.o.as<std::byte>() + at * size, count, s.dtype);
   std::vector<double> wanted(static_cast<std::size_t>(count), 0.0);
   for (int c = 0; c < branches; ++c) {
-    const Rows part = download(e, w.buffers.o_branch[c].as<float>() + at, count, DType::f32);
+    const Rows part = download(e, ctx.buffers.o_branch[c].as<float>() + at, count, DType::f32);
     for (std::int64_t i = 0; i < count; ++i) wanted[i] += double{gate[c]} * part[i];
   }
   double worst = 0;
@@ -120,18 +120,18 @@ void CheckResult::merge(const CheckResult& other) {
   if (problem.empty()) problem = other.problem;
 }
 
-CheckResult check_row(const StepContext& w, std::int64_t plane, std::int64_t row, std::int64_t t) {
-  ModelShard& e = w.engine;
+CheckResult check_row(const StepContext& ctx, std::int64_t plane, std::int64_t row, std::int64_t t) {
+  ModelShard& e = ctx.shard;
   const LayerShape& s = e.shape();
   const BlockRules& r = s.rules;
   const std::int64_t group = plane % s.groups, h = s.heads_per_group, heads = s.heads();
   const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype)), head = group * h;
-  const auto* q_at = w.buffers.q.as<std::byte>() + ((w.first_row + row) * heads + head) * s.d_k * size;
+  const auto* q_at = ctx.buffers.q.as<std::byte>() + ((ctx.first_row + row) * heads + head) * s.d_k * size;
   const Rows q = download(e, q_at, h * s.d_k, s.dtype);
   std::vector<std::int32_t> chosen =
       download_ints(e,
-                    w.buffers.selected.as<std::int32_t>() +
-                        (((e.config.model.layers - 1) * w.tile.rows() + row) * s.groups + group) * r.n_sel,
+                    ctx.buffers.selected.as<std::int32_t>() +
+                        (((e.config.model.layers - 1) * ctx.stage.tile.rows() + row) * s.groups + group) * r.n_sel,
                     r.n_sel);
 
   std::vector<std::int64_t> tokens[branches] = {
@@ -144,9 +144,10 @@ CheckResult check_row(const StepContext& w, std::int64_t plane, std::int64_t row
   CheckResult result;
   std::vector<double> importance(static_cast<std::size_t>(eligible_blocks(r, t)), 0.0);
   for (int c = 0; c < branches; ++c) {
-    const Rows k = fetch(w, w.k[c], plane, tokens[c]), v = fetch(w, w.v[c], plane, tokens[c]);
-    if (w.exchange && e.partition.kv_rank != 0) continue;
-    const Rows o = download(e, w.buffers.o_branch[c].as<float>() + (row * heads + head) * s.d_v, h * s.d_v, DType::f32);
+    const Rows k = fetch(ctx, ctx.k[c], plane, tokens[c]), v = fetch(ctx, ctx.v[c], plane, tokens[c]);
+    if (ctx.exchanges && e.partition.kv_rank != 0) continue;
+    const Rows o =
+        download(e, ctx.buffers.o_branch[c].as<float>() + (row * heads + head) * s.d_v, h * s.d_v, DType::f32);
     for (std::int64_t j = 0; j < h; ++j) {
       const std::vector<double> p = softmax(q.data() + j * s.d_k, k, s.d_k);
       result.merge({attention_error(p, v, s.d_v, o.data() + j * s.d_v), {}});
@@ -156,11 +157,11 @@ CheckResult check_row(const StepContext& w, std::int64_t plane, std::int64_t row
           importance[b] += p[i] * overlap(r, static_cast<std::int64_t>(i), b);
     }
   }
-  if (!w.exchange || e.partition.kv_rank == 0) result.problem = selection_problem(r, t, importance, chosen);
+  if (!ctx.exchanges || e.partition.kv_rank == 0) result.problem = selection_problem(r, t, importance, chosen);
   if (result.problem.empty() && !(result.max_abs_err <= error_bound(s.dtype)))
     result.problem = "error " + std::to_string(result.max_abs_err) + " against float64 exceeds " +
                      std::to_string(error_bound(s.dtype));
-  if (const double error = combine_error(w, row, group); result.problem.empty() && !(error <= error_bound(s.dtype)))
+  if (const double error = combine_error(ctx, row, group); result.problem.empty() && !(error <= error_bound(s.dtype)))
     result.problem = "the combined output differs by " + std::to_string(error) + " from its gated branches";
   if (!result.problem.empty())
     result.problem = "position " + std::to_string(t) + ", sequence " + std::to_string(plane / s.groups) + ", group " +

@@ -21,6 +21,6 @@ double error_bound(DType type);
 
 /// Checks local plane `plane` at position t, whose row within the work's tile is `row`. Collective over the kv
 /// ranks when the work exchanges: rows they hold are summed on kv rank 0, which does the check.
-CheckResult check_row(const StepContext& work, std::int64_t plane, std::int64_t row, std::int64_t t);
+CheckResult check_row(const StepContext& ctx, std::int64_t plane, std::int64_t row, std::int64_t t);
 
 }  // namespace nsa

@@ -71,7 +71,7 @@ std::string pass_problem(const ControlComm& world, const ModelShard& e, const St
   const KernelTable& kernels = e.kernels();
   const bool other_blocks = output.selected != expected.selected;
   const bool other_arithmetic =
-      kernels.decode_prologue || kernels.decode_step || output.fallbacks != expected.fallbacks;
+      kernels.prologue.accepts || kernels.decode_attention.accepts || output.fallbacks != expected.fallbacks;
   const bool alike = world.max(std::int64_t{other_blocks}) == 0,
              same_way = world.max(std::int64_t{other_arithmetic}) == 0;
   if (other_blocks && same_way) return "a measured pass chose other blocks than the checked one";

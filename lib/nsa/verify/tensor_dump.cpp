@@ -50,24 +50,26 @@ StepTensors::StepTensors(ModelShard& e, std::int64_t positions)
         std::vector<std::string>{"batch", "row", "head", "d_v"}, positions);
 }
 
-void StepTensors::take(const StepContext& w, std::int64_t row, bool shared) {
+void StepTensors::take(const StepContext& ctx, std::int64_t row, bool shared) {
   ModelShard& e = shard_;
   const LayerShape& s = e.shape();
-  const StepBuffers& b = w.buffers;
-  const std::int64_t rows = w.tile.rows(), heads = s.heads(),
+  const StepBuffers& b = ctx.buffers;
+  const std::int64_t rows = ctx.stage.tile.rows(), heads = s.heads(),
                      first_head = std::int64_t{e.partition.group_begin} * s.heads_per_group;
   const auto put = [&](SharedTensor& to, const std::vector<float>& values, std::int64_t column) {
     const std::int64_t width = static_cast<std::int64_t>(values.size()) / rows;
     for (std::int64_t r = 0; r < rows; ++r)
-      to.put(w.tile.batch_begin + r / w.tile.tokens, row + r % w.tile.tokens, column, values.data() + r * width, width);
+      to.put(ctx.stage.tile.batch_begin + r / ctx.stage.tile.tokens, row + r % ctx.stage.tile.tokens, column,
+             values.data() + r * width, width);
   };
-  if (!w.leaves_out(sel))
+  if (!ctx.leaves_out(sel))
     put(p_slc_, download(e, b.p_slc.data(), rows * s.groups * b.p_slc_blocks, DType::f32),
         e.partition.group_begin * b.p_slc_blocks);
   if (shared && e.partition.kv_rank != 0) return;
   const std::int64_t q_width = heads * s.d_k, size = static_cast<std::int64_t>(size_of(s.dtype));
-  put(q_, download(e, b.q.as<std::byte>() + w.first_row * q_width * size, rows * q_width, s.dtype), first_head * s.d_k);
-  put(gate_, download(e, b.gate.as<float>() + w.first_row * s.groups * 3, rows * s.groups * 3, DType::f32),
+  put(q_, download(e, b.q.as<std::byte>() + ctx.first_row * q_width * size, rows * q_width, s.dtype),
+      first_head * s.d_k);
+  put(gate_, download(e, b.gate.as<float>() + ctx.first_row * s.groups * 3, rows * s.groups * 3, DType::f32),
       e.partition.group_begin * 3);
   const std::int64_t choices = rows * s.groups * s.rules.n_sel;
   const auto selected =
@@ -77,8 +79,8 @@ void StepTensors::take(const StepContext& w, std::int64_t row, bool shared) {
   for (int c = 0; c < branches; ++c)
     put(o_branch_[c], download(e, b.o_branch[c].data(), rows * heads * s.d_v, DType::f32), first_head * s.d_v);
   // Prefill records a tile before the head shards' outputs are summed: then each puts its part.
-  if (w.whole_layer() && (!shared || e.partition.head_shard == 0))
-    put(y_, download(e, b.y.as<float>() + w.first_row * s.dim, rows * s.dim, DType::f32), 0);
+  if (ctx.whole_layer() && (!shared || e.partition.head_shard == 0))
+    put(y_, download(e, b.y.as<float>() + ctx.first_row * s.dim, rows * s.dim, DType::f32), 0);
 }
 
 std::vector<TensorRecord> StepTensors::reduce(const ControlComm& world) {

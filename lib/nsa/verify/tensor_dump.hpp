@@ -30,7 +30,7 @@ class StepTensors {
   StepTensors(ModelShard& engine, std::int64_t positions);
   /// Takes the work's tile, whose row of sequence b at position first + j is recorded as row `row` + j.
   /// `shared`: every kv rank computed these rows (decode), so that one of them speaks.
-  void take(const StepContext& work, std::int64_t row, bool shared);
+  void take(const StepContext& ctx, std::int64_t row, bool shared);
   std::vector<TensorRecord> reduce(const ControlComm& world);
 
  private:

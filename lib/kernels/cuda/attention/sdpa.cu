@@ -49,8 +49,8 @@ std::int64_t rows_of(const RowMap& map, std::int64_t tokens) {
   return (owned - 1) * map.stride + map.halo + std::clamp<std::int64_t>(rest, 0, map.chunk);
 }
 
-/// The compressed scores go where rank finds them, unless rank forms its own.
-bool leaves_scores(Branch branch, const QueryTile& tile) { return branch == cmp && !tile.rescores; }
+/// The compressed scores are stored for rank, unless rank recomputes them.
+bool stores_scores(Branch branch, const AttentionPolicy& policy) { return branch == cmp && !policy.recompute_scores; }
 
 /// Bytes of one unit (a list, or a row of a sequence and group) and what is there once.
 struct Needs {
@@ -59,13 +59,12 @@ struct Needs {
   std::size_t bytes() const { return once + 1024 + unit * std::clamp<std::size_t>(budget / unit, 1, units); }
 };
 
-Needs needs_of(Branch branch, Source source, bool per_list, std::int64_t columns, const LayerShape& s,
+Needs needs_of(bool stored, Source source, bool per_list, std::int64_t columns, const LayerShape& s,
                const QueryTile& tile) {
   const std::size_t storage = size_of(s.dtype), packed = columns * (s.d_k + s.d_v) * storage;
   Needs needs;
   needs.units = per_list ? tile.rows() * s.groups : tile.tokens;
-  needs.unit =
-      s.heads_per_group * padded_columns(columns) * (storage + (leaves_scores(branch, tile) ? 0 : sizeof(float)));
+  needs.unit = s.heads_per_group * padded_columns(columns) * (storage + (stored ? 0 : sizeof(float)));
   if (source == Source::in_place) return needs;
   (per_list ? needs.unit : needs.once) += packed;
   return needs;
@@ -128,7 +127,7 @@ void multiply_job(const Dense& p, Stream* stream) {
     multiply(s.dtype, qk, stream);
   }
   weigh(B, p, stream);
-  if (leaves_scores(B, p.a.tile) && scores_by_chunk(p.a.k.map)) spread_scores(p, stream);
+  if (stores_scores(B, p.a.policy) && scores_by_chunk(p.a.k.map)) spread_scores(p, stream);
   if (p.a.scores_only) return;
   pv.n = s.d_v;
   pv.a = p.weights;
@@ -168,7 +167,7 @@ Parts divide(const Dense& p, const Needs& needs) {
   parts.k = take(matrices * p.columns * s.d_k * storage);
   parts.v = take(matrices * p.columns * s.d_v * storage);
   parts.scores = take(
-      leaves_scores(B, p.a.tile) ? 0 : parts.units * s.heads_per_group * padded_columns(p.columns) * sizeof(float));
+      stores_scores(B, p.a.policy) ? 0 : parts.units * s.heads_per_group * padded_columns(p.columns) * sizeof(float));
   parts.weights = at;
   return parts;
 }
@@ -178,14 +177,14 @@ void run_jobs(Dense& p, Stream* stream) {
   const LayerShape& s = p.a.shape;
   const QueryTile& tile = p.a.tile;
   const std::int64_t h = s.heads_per_group, storage = static_cast<std::int64_t>(size_of(s.dtype));
-  const Needs needs = needs_of(B, p.source, p.per_list, p.columns, s, tile);
+  const Needs needs = needs_of(stores_scores(B, p.a.policy), p.source, p.per_list, p.columns, s, tile);
   const Parts parts = divide<B>(p, needs);
   const bool packed = p.source != Source::in_place;
   const std::int64_t slot = p.a.k.map.ring > 0 ? p.a.k.map.slot_begin : 0;
-  const bool leaves = leaves_scores(B, tile);
-  const std::int64_t pitch = leaves ? score_pitch(p.a.k.map, tokens_of(cmp, s, tile)) : padded_columns(p.columns);
+  const bool stored = stores_scores(B, p.a.policy);
+  const std::int64_t pitch = stored ? score_pitch(p.a.k.map, tokens_of(cmp, s, tile)) : padded_columns(p.columns);
   p.score_ld = pitch;
-  p.score_row = leaves && !p.per_list ? s.heads() * pitch : h * pitch;
+  p.score_row = stored && !p.per_list ? s.heads() * pitch : h * pitch;
   p.weights = parts.weights;
   p.k_stride = packed ? p.columns * s.d_k : p.a.k.plane_stride;
   p.v_stride = packed ? p.columns * s.d_v : p.a.v.plane_stride;
@@ -204,7 +203,7 @@ void run_jobs(Dense& p, Stream* stream) {
         const std::int64_t row_head =
             p.per_list ? p.first * h
                        : (std::int64_t{p.sequence} * tile.tokens + p.first) * s.heads() + std::int64_t{p.g} * h;
-        p.scores = leaves ? static_cast<float*>(p.a.scores) + row_head * pitch : reinterpret_cast<float*>(parts.scores);
+        p.scores = stored ? static_cast<float*>(p.a.scores) + row_head * pitch : reinterpret_cast<float*>(parts.scores);
         if (packed && (p.per_list || p.first == 0 || p.source == Source::span))
           gather(p, p.per_list ? p.count : 1, stream);
         multiply_job<B>(p, stream);
@@ -242,12 +241,13 @@ std::int64_t most_rows(const LayerShape& s, std::int64_t tokens) { return tokens
 
 }  // namespace
 
-std::size_t sdpa_scratch(const LayerShape& s, const QueryTile& tile) {
+std::size_t sdpa_scratch(const LayerShape& s, const QueryTile& tile, const AttentionPolicy& policy) {
   const bool per_list = tile.tokens == 1;
   const std::int64_t compressed = tokens_of(cmp, s, tile);
-  std::size_t most = needs_of(sel, Source::chosen, true, chosen_columns(s, tile), s, tile).bytes();
+  std::size_t most = needs_of(false, Source::chosen, true, chosen_columns(s, tile), s, tile).bytes();
   const auto also = [&](Branch branch, Source source, std::int64_t columns) {
-    if (columns > 0) most = std::max(most, needs_of(branch, source, per_list, columns, s, tile).bytes());
+    if (columns > 0)
+      most = std::max(most, needs_of(stores_scores(branch, policy), source, per_list, columns, s, tile).bytes());
   };
   also(win, Source::span, span_columns(s, tile));
   also(cmp, Source::whole, compressed);
@@ -257,13 +257,13 @@ std::size_t sdpa_scratch(const LayerShape& s, const QueryTile& tile) {
 
 std::size_t masked_scratch(const LayerShape& s, const QueryTile& tile) {
   const bool per_list = tile.tokens == 1;
-  return std::max(needs_of(sel, Source::whole, per_list, tile.max_positions, s, tile).bytes(),
-                  needs_of(sel, Source::in_place, per_list, tile.max_positions, s, tile).bytes());
+  return std::max(needs_of(false, Source::whole, per_list, tile.max_positions, s, tile).bytes(),
+                  needs_of(false, Source::in_place, per_list, tile.max_positions, s, tile).bytes());
 }
 
 bool masked_accepts(const LayerShape& s, const QueryTile& tile) {
   const Needs one =
-      needs_of(sel, Source::whole, tile.tokens == 1, std::max<std::int64_t>(1, tile.max_positions), s, tile);
+      needs_of(false, Source::whole, tile.tokens == 1, std::max<std::int64_t>(1, tile.max_positions), s, tile);
   return one.once + one.unit <= budget;
 }
 

@@ -155,7 +155,8 @@ __device__ MaxSum compressed_lanes(const Dense& p, const float* scores, std::int
     }
     if (threadIdx.x % 32 != 0) continue;
     lanes[slot] = lane;
-    if (!p.a.tile.rescores) write_sum(p.a.lse + ((slot * p.a.tile.rows() + row) * s.heads() + head) * 2, lane);
+    if (!p.a.policy.recompute_scores)
+      write_sum(p.a.lse + ((slot * p.a.tile.rows() + row) * s.heads() + head) * 2, lane);
   }
   __syncthreads();
   MaxSum total;
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(threads) soften(const __grid_constant__ Dense 
       atomicAdd(reinterpret_cast<unsigned long long*>(p.a.reads) + row.sequence * s.groups + g,
                 static_cast<unsigned long long>(counted));
   }
-  if (threadIdx.x == 0 && (!p.a.scores_only || p.a.tile.rescores))
+  if (threadIdx.x == 0 && (!p.a.scores_only || p.a.policy.recompute_scores))
     write_sum(p.a.out.ms + (r * s.heads() + head) * 2, total);
 }
 

@@ -18,9 +18,9 @@ void attend_rows(Branch branch, const AttendArgs&, Stream*);
 bool rows_accept(const LayerShape&, const QueryTile&);
 
 /// Bytes of scratch a stage needs.
-std::size_t attend_scratch(const LayerShape&, const QueryTile&);  ///< of one branch
-std::size_t sdpa_scratch(const LayerShape&, const QueryTile&);    ///< of one branch
-std::size_t masked_scratch(const LayerShape&, const QueryTile&);  ///< of one branch
+std::size_t attend_scratch(const LayerShape&, const QueryTile&);                        ///< of one branch
+std::size_t sdpa_scratch(const LayerShape&, const QueryTile&, const AttentionPolicy&);  ///< of one branch
+std::size_t masked_scratch(const LayerShape&, const QueryTile&);                        ///< of one branch
 std::size_t rows_scratch(const LayerShape&, const QueryTile&);
 
 }  // namespace nsa::gpu

@@ -69,7 +69,8 @@ template <class T>
 __global__ void __launch_bounds__(threads) combine_ranks(const __grid_constant__ ShardedAttentionArgs a) {
   wait_for_previous();
   const LayerShape& s = a.combine.shape;
-  const std::int64_t rows = a.combine.tile.rows(), stride = weighted_floats(s, rows), values = rows * s.heads() * s.d_v;
+  const std::int64_t rows = a.combine.tile.rows(), stride = gated_partial_floats(s, rows),
+                     values = rows * s.heads() * s.d_v;
   const int quads = s.d_v / 4, item = blockIdx.x * threads + threadIdx.x, rh = item / quads;
   if (rh >= rows * s.heads()) return;
   const bool attends = !a.combine.leave_out[sel];
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(threads) combine_ranks(const __grid_constant__
   MaxSum total;
 #pragma unroll 4
   for (int rank = 0; rank < a.combine.ranks; ++rank) {
-    const float* from = a.gathered + rank * stride;
+    const float* from = a.gated_all + rank * stride;
     const float4 w = reinterpret_cast<const float4*>(from)[item];
     sum.x += w.x, sum.y += w.y, sum.z += w.z, sum.w += w.w;
     if (!attends) continue;
@@ -114,7 +115,7 @@ void decode_open(const ShardedAttentionArgs& a, Stream* stream) {
   const std::int64_t lanes = s.lse.buckets / a.combine.ranks;
   meeting.lanes = true;
   meeting.sums = walk.lse + lanes * walk.tile.rows() * s.heads() * 2;
-  if (!a.weighted)
+  if (!a.gated)
     for (int i = 0; i < walk.job_count; ++i)
       if (walk.jobs[i].branch == win || !walk.scores_only) meeting.out[i] = a.attend[walk.jobs[i].branch].out;
   launch_meeting(meeting, stream);

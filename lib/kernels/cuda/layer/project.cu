@@ -287,8 +287,9 @@ void decode_prologue(const PrologueArgs& a, Stream* stream) {
 }
 
 void output(const OutputArgs& a, Stream* stream) {
-  if (a.rows == 0) return;
-  product(a.shape.dtype, a.rows, a.shape.heads() * a.shape.d_v, a.shape.dim, a.o, a.w_o, a.y, stream);
+  const std::int64_t rows = a.tile.rows();
+  if (rows == 0) return;
+  product(a.shape.dtype, rows, a.shape.heads() * a.shape.d_v, a.shape.dim, a.o, a.w_o, a.y, stream);
 }
 
 }  // namespace nsa::gpu

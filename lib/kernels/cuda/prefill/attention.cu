@@ -12,7 +12,8 @@ namespace nsa::gpu {
 bool prefill_step_accepts(const AttentionArgs& a) {
   const LayerShape& s = a.combine.shape;
   const QueryTile& tile = a.combine.tile;
-  bool whole = tile.rescores && tile.tokens > 1 && a.combine.ranks == 1 && !a.attend[cmp].scores_only;
+  bool whole =
+      a.combine.policy.recompute_scores && tile.tokens > 1 && a.combine.ranks == 1 && !a.attend[cmp].scores_only;
   for (int b = 0; b < branches; ++b) whole &= !a.combine.leave_out[b] && !a.combine.o_branch[b];
   return whole && prefill_accepts(cmp, s, a.attend[cmp].k.map) && prefill_accepts(win, s, a.attend[win].k.map) &&
          prefill_sel_accepts(s, a.attend[sel].k.map) && prefill_sel_pays(s, tile);

@@ -273,7 +273,7 @@ void rank(const RankArgs& a, Stream* stream) {
   const int threads = lists * p.cluster > 2 * limits().units ? 256 : most_threads;
   p.run = run_of(a);
   if (p.by_tile && cut && p.per_chunk % tile_blocks != 0) throw InternalError("rank: a chunk ends within a tile");
-  if (a.opened && leaves_sums(a.shape))
+  if (a.local_attention && leaves_sums(a.shape))
     p.sums = tile_sums(const_cast<void*>(a.scores), decode_tiles(cmp, a.shape, a.cmp_map, a.tile.max_positions),
                        decode_heads(a.shape.dtype));
   if (!p.by_tile) plan_rounds(p, threads, slice);

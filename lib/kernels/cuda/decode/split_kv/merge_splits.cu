@@ -273,7 +273,7 @@ void launch_meeting(const DecodeMeeting& m, Stream* stream) {
 
 void launch_weighing(const DecodeParams& walk, const ShardedAttentionArgs& a, Stream* stream) {
   const int heads = decode_heads(walk.shape.dtype);
-  Weighing p{walk, a.lse_all, a.combine.gate, a.weighted, a.combine.ranks, {}};
+  Weighing p{walk, a.lse_all, a.combine.gate, a.gated, a.combine.ranks, {}};
   std::copy_n(a.combine.leave_out, branches, p.leave_out);
   const std::int64_t lists = walk.tile.rows() * walk.shape.groups * walk.head_tiles;
   launch_early(weigh_kernel, dim3(static_cast<unsigned>(lists * heads)), threads, 0, stream, 1, p, heads);

@@ -1,0 +1,124 @@
+// Which kernel runs a branch. The route name `fused` stands for four kernels: the result file holds the variant's name.
+//
+// variant  for                                                                     source
+// tiled    prefill tiles, 16-bit storage, capability 9.0                           prefill/dense, prefill/selected
+// decode   one query row a sequence: tensor cores, or scalar arithmetic for fp32   decode/split_kv
+// rows     query rows one by one, 16-bit storage, tensor cores                     attention/rows.cu
+// scalar   every other shape                                                       attention/scalar.cu
+
+#include "kernels/cuda/attention/split_kv.cuh"
+#include "kernels/cuda/attention/stages.cuh"
+#include "kernels/cuda/decode/split_kv/stages.cuh"
+#include "kernels/cuda/dispatch.cuh"
+#include "kernels/cuda/prefill/stages.cuh"
+#include "kernels/cuda/scratch.cuh"
+
+namespace nsa::gpu {
+
+namespace {
+
+bool accepts_any(const LayerShape&, const QueryTile&) { return true; }
+
+template <Branch B, void (*Run)(Branch, const AttendArgs&, Stream*)>
+void attend(const AttendArgs& a, Stream* stream) {
+  Run(B, with_branch_scratch(a, B), stream);
+}
+
+template <Branch B>
+void attend_tiled(const AttendArgs& a, Stream* stream) {
+  if constexpr (B == sel)
+    attend_prefill_sel(a, stream);
+  else
+    attend_prefill(B, a, stream);
+}
+
+struct Variant {
+  const char* name;
+  void (*run)(const AttendArgs&, Stream*);
+};
+
+template <Branch B>
+Variant fused_variant(const AttendArgs& a) {
+  const LayerShape& s = a.shape;
+  const RowMap& map = a.k.map;
+  constexpr Variant tiled = {"tiled", attend_tiled<B>};
+  const bool dense = a.policy.recompute_scores || (B == win && a.tile.tokens > 1);
+  if (B != sel && dense && prefill_accepts(B, s, map)) return tiled;
+  if (B == sel && a.tile.tokens > 1 && prefill_sel_accepts(s, map) && prefill_sel_pays(s, a.tile)) return tiled;
+  if (B == cmp && a.policy.recompute_scores)
+    throw InternalError("attend of cmp is to store no scores and its cache is cut into chunks");
+  if (decode_accepts(s, a.tile) && reads_kv_map(B, s, map)) return {"decode", attend<B, attend_decode>};
+  if (rows_accept(s, a.tile) && reads_kv_map(B, s, map)) return {"rows", attend<B, attend_rows>};
+  return {"scalar", attend<B, attend_general>};
+}
+
+template <Branch B>
+void attend_fused(const AttendArgs& a, Stream* stream) {
+  fused_variant<B>(a).run(a, stream);
+}
+
+template <Branch B>
+const char* fused_variant_name(const AttendArgs& a) {
+  return fused_variant<B>(a).name;
+}
+
+// masked runs only where a route asks for it. Its scratch lies after that of the other stages.
+std::size_t scratch_with_masked(const LayerShape& s, const QueryTile& tile, const AttentionPolicy& policy) {
+  return padded(scratch_bytes(s, tile, policy)) + 2 * padded(masked_scratch(s, tile));
+}
+
+template <Branch B>
+void attend_with_mask(const AttendArgs& a, Stream* stream) {
+  const std::size_t part = padded(masked_scratch(a.shape, a.tile));
+  const std::size_t offset = padded(scratch_bytes(a.shape, a.tile, a.policy)) + (B == win ? part : 0);
+  attend_masked(B, with_scratch(a, offset, part), stream);
+}
+
+// A kernels input may name two of the variants of `fused` for sel; no route does.
+bool tiled_sel_accepts(const LayerShape& s, const QueryTile& tile) {
+  return tile.tokens > 1 && prefill_sel_accepts(s, RowMap{});
+}
+void attend_tiled_sel(const AttendArgs& a, Stream* stream) {
+  if (!prefill_sel_accepts(a.shape, a.k.map)) throw LaunchError("tiled does not read a cache that is cut like this");
+  attend_prefill_sel(a, stream);
+}
+
+// flash: dense tiles of many queries over the window of a prefill. The compressed tokens are part of `fused`, where
+// rank recomputes the scores.
+bool flash_accepts(const LayerShape& s, const QueryTile& tile) {
+  return tile.tokens > 1 && prefill_accepts(win, s, RowMap{});
+}
+void attend_flash(const AttendArgs& a, Stream* stream) {
+  if (!prefill_accepts(win, a.shape, a.k.map)) throw LaunchError("flash does not read a cache that is cut like this");
+  attend_prefill(win, a, stream);
+}
+
+template <Branch B>
+constexpr AttendKernel fused = {.name = "fused",
+                                .accepts = accepts_any,
+                                .run = attend_fused<B>,
+                                .recompute_scores = B == cmp ? tiles_shape : nullptr,
+                                .variant = fused_variant_name<B>};
+template <Branch B>
+constexpr AttendKernel sdpa = {.name = "sdpa", .accepts = accepts_any, .run = attend<B, attend_sdpa>};
+template <Branch B>
+constexpr AttendKernel masked = {
+    .name = "masked", .accepts = masked_accepts, .run = attend_with_mask<B>, .scratch = scratch_with_masked};
+template <Branch B>
+constexpr AttendKernel scalar = {.name = "scalar", .accepts = accepts_any, .run = attend<B, attend_general>};
+constexpr AttendKernel tiled_sel = {.name = "tiled", .accepts = tiled_sel_accepts, .run = attend_tiled_sel};
+constexpr AttendKernel rows_sel = {.name = "rows", .accepts = rows_accept, .run = attend<sel, attend_rows>};
+constexpr AttendKernel flash_win = {.name = "flash", .accepts = flash_accepts, .run = attend_flash};
+
+constexpr AttendKernel cmp_kernels[] = {fused<cmp>, sdpa<cmp>, scalar<cmp>};
+constexpr AttendKernel sel_kernels[] = {fused<sel>, sdpa<sel>, masked<sel>, scalar<sel>, tiled_sel, rows_sel};
+constexpr AttendKernel win_kernels[] = {fused<win>, sdpa<win>, masked<win>, scalar<win>, flash_win};
+
+}  // namespace
+
+std::span<const AttendKernel> attend_kernels(Branch branch) {
+  if (branch == cmp) return cmp_kernels;
+  return branch == sel ? std::span<const AttendKernel>(sel_kernels) : win_kernels;
+}
+
+}  // namespace nsa::gpu

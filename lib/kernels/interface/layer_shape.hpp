@@ -1,0 +1,51 @@
+#pragma once
+// What one layer is on this rank, and the query rows that a stage works on.
+
+#include <cstdint>
+
+#include "kernels/shared/block_rules.hpp"
+#include "kernels/shared/dtype.hpp"
+
+namespace nsa {
+
+enum Branch : std::int32_t { cmp = 0, sel = 1, win = 2 };
+constexpr std::int32_t branches = 3;
+constexpr const char* branch_names[branches] = {"cmp", "sel", "win"};
+
+enum class GateKind : std::int32_t { softmax, sigmoid };
+enum class PhiKind : std::int32_t { mean, mlp };
+
+/// In which order the log-sum-exp of the compressed scores is reduced: the same on every kv layout, so that every
+/// layout forms the same bits. AttendArgs says how.
+struct LseLayout {
+  std::int64_t segment = 64;  ///< consecutive compressed tokens reduced left to right: those of a KV chunk
+  std::int32_t buckets = 24;  ///< running (m, sum) that segments are dealt to by turns; kv divides it
+};
+
+/// One layer as this rank sees it.
+struct LayerShape {
+  std::int32_t groups = 1;           ///< local KV groups
+  std::int32_t heads_per_group = 1;  ///< h
+  std::int32_t d_k = 64, d_v = 64;
+  std::int32_t dim = 256;  ///< model width
+  DType dtype = DType::f32;
+  GateKind gate = GateKind::softmax;
+  PhiKind phi = PhiKind::mean;
+  std::int32_t phi_hidden = 0;
+  bool shared_kv = false;  ///< every branch uses the sel projections
+  double rope_base = 10000.0;
+  BlockRules rules;
+  LseLayout lse;
+  constexpr std::int32_t heads() const { return groups * heads_per_group; }
+};
+
+/// The query rows a stage works on. Row r = i * tokens + j is sequence batch_begin + i at position
+/// *first_position + j. Decode: tokens = 1. Prefill: consecutive positions, never across a chunk.
+struct QueryTile {
+  std::int32_t batch_begin = 0, batches = 1, tokens = 1;
+  const std::int64_t* first_position = nullptr;
+  std::int64_t max_positions = 0;  ///< no position of any row reaches this: sizes launches and scratch
+  constexpr std::int64_t rows() const { return std::int64_t{batches} * tokens; }
+};
+
+}  // namespace nsa
