@@ -8,7 +8,7 @@
 namespace nsa {
 
 /// With its quotes.
-inline std::string quoted(const std::string& text) {
+inline std::string json_quote(const std::string& text) {
   std::string out = "\"";
   for (const char c : text) {
     if (c == '"' || c == '\\') {
