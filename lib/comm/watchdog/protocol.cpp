@@ -15,7 +15,7 @@ namespace {
 struct BeatHeader {
   std::int64_t told = 0;
   std::int64_t operations = 0;
-  WorkPlace place;
+  Activity place;
   char device[24] = {};
 };
 // No padding: nothing of this process' memory travels that is not meant to.

@@ -97,8 +97,8 @@ DuringCapture::~DuringCapture() { capturing = false; }
 
 void set_stage(const char* name) noexcept { stage.set(name); }
 
-WorkPlace current_place() {
-  WorkPlace place;
+Activity current_activity() {
+  Activity place;
   keep(place.phase, phase.get());
   keep(place.stage, stage.get());
   return place;

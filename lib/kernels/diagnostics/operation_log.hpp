@@ -67,10 +67,10 @@ class DuringCapture {
 
 void set_stage(const char* name) noexcept;
 
-struct WorkPlace {
+struct Activity {
   char phase[20] = {}, stage[20] = {};
 };
-WorkPlace current_place();  ///< any thread
+Activity current_activity();  ///< any thread
 
 /// Those kept, with an index above `after`, by rising index. Any thread.
 std::vector<OperationRecord> recent_operations(std::uint64_t after = 0);
