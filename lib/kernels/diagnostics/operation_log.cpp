@@ -29,13 +29,13 @@ struct Slot {
   Shared<const char*> name, phase, stage;
 };
 
-std::array<Slot, kept_operations> slots;
+std::array<Slot, operation_log_capacity> slots;
 Shared<std::uint64_t> begun;  // index of the newest
 std::uint64_t collectives = 0;
 bool capturing = false;
 Shared<const char*> phase, stage;
 
-Slot& slot_of(std::uint64_t index) { return slots[index % kept_operations]; }
+Slot& slot_of(std::uint64_t index) { return slots[index % operation_log_capacity]; }
 
 void keep(char (&to)[20], const char* from) { std::strncpy(to, from ? from : "", sizeof to - 1); }
 
@@ -86,14 +86,14 @@ Operation::Operation(OperationKind kind, const char* name, std::uint64_t bytes, 
 
 Operation::~Operation() { slot_of(begun.get()).end.set(coarse_now()); }
 
-DuringPhase::DuringPhase(const char* name) noexcept : outer_(phase.get()) {
+PhaseScope::PhaseScope(const char* name) noexcept : outer_(phase.get()) {
   phase.set(name);
   stage.set(nullptr);
 }
-DuringPhase::~DuringPhase() { phase.set(outer_); }
+PhaseScope::~PhaseScope() { phase.set(outer_); }
 
-DuringCapture::DuringCapture() noexcept { capturing = true; }
-DuringCapture::~DuringCapture() { capturing = false; }
+CaptureScope::CaptureScope() noexcept { capturing = true; }
+CaptureScope::~CaptureScope() { capturing = false; }
 
 void set_stage(const char* name) noexcept { stage.set(name); }
 
@@ -107,7 +107,8 @@ Activity current_activity() {
 std::vector<OperationRecord> recent_operations(std::uint64_t after) {
   const std::uint64_t last = begun.get();
   std::vector<OperationRecord> records;
-  for (std::uint64_t index = last > kept_operations ? last - kept_operations + 1 : 1; index <= last; ++index) {
+  for (std::uint64_t index = last > operation_log_capacity ? last - operation_log_capacity + 1 : 1; index <= last;
+       ++index) {
     OperationRecord record;
     if (index > after && read(slot_of(index), index, record)) records.push_back(record);
   }

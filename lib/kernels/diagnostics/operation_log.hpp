@@ -28,7 +28,7 @@ struct OperationRecord {
   char name[20] = {}, phase[20] = {}, stage[20] = {};  ///< "all_gather", "decode", "lse"
 };
 
-constexpr std::size_t kept_operations = 64;
+constexpr std::size_t operation_log_capacity = 64;
 
 /// ns of a clock that never jumps; coarse (a few ms), and cheap to read.
 std::int64_t coarse_now() noexcept;
@@ -44,12 +44,12 @@ class Operation {
 };
 
 /// What the rank works on while it lives: "prefill", "decode", ...
-class DuringPhase {
+class PhaseScope {
  public:
-  explicit DuringPhase(const char* name) noexcept;
-  ~DuringPhase();
-  DuringPhase(const DuringPhase&) = delete;
-  DuringPhase& operator=(const DuringPhase&) = delete;
+  explicit PhaseScope(const char* name) noexcept;
+  ~PhaseScope();
+  PhaseScope(const PhaseScope&) = delete;
+  PhaseScope& operator=(const PhaseScope&) = delete;
 
  private:
   const char* outer_;
@@ -57,12 +57,12 @@ class DuringPhase {
 
 /// While it lives collectives are logged as waits and not counted: they are only being captured, and where a capture
 /// fails again.
-class DuringCapture {
+class CaptureScope {
  public:
-  DuringCapture() noexcept;
-  ~DuringCapture();
-  DuringCapture(const DuringCapture&) = delete;
-  DuringCapture& operator=(const DuringCapture&) = delete;
+  CaptureScope() noexcept;
+  ~CaptureScope();
+  CaptureScope(const CaptureScope&) = delete;
+  CaptureScope& operator=(const CaptureScope&) = delete;
 };
 
 void set_stage(const char* name) noexcept;
