@@ -159,7 +159,7 @@ struct AttendArgs {
   LayerShape shape;
   QueryTile tile;
   const void* q = nullptr;  ///< [rows, H, Dk]
-  KvView k;                 ///< spare_rows behind the last plane may be read, and do not matter
+  KvView k;                 ///< padding_rows behind the last plane may be read, and do not matter
   KvView v;                 ///< finite also where no token was written yet: such rows may be weighed with 0
   Partials out;
   std::int64_t* reads = nullptr;           ///< [batches, groups], of this branch

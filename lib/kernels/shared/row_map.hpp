@@ -53,7 +53,7 @@ NSA_HD std::int64_t owned_chunks(const RowMap& m, std::int64_t rows, std::int32_
 }
 
 /// Rows behind the last plane of a cache that a matrix product may read, whose rows are four at a time.
-constexpr std::int64_t spare_rows = 3;
+constexpr std::int64_t padding_rows = 3;
 
 /// Rows of a sharded K or V cache: data[plane][row][width], plane = b * groups + g, in storage type.
 struct KvView {
