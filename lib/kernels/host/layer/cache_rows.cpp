@@ -20,9 +20,6 @@ std::int64_t saturating_add(std::int64_t a, std::int64_t b) {
   return b > INT64_MAX - std::max<std::int64_t>(a, 0) ? INT64_MAX : a + b;
 }
 
-/// First row of chunk c. An uncut map has chunk 0 only.
-std::int64_t chunk_begin(const RowMap& map, std::int64_t c) { return c == 0 ? 0 : c * map.chunk; }
-
 /// Chunks whose span [chunk_begin + span_begin, …) may start before row `last`.
 std::int64_t chunks_before(const RowMap& map, std::int64_t last, std::int64_t span_begin) {
   if (last <= 0) return 0;

@@ -160,9 +160,7 @@ NSA_SIMD void synthetic_row(std::int64_t n, std::uint64_t key, std::uint32_t pla
   for (std::int64_t i = 0; i < n; ++i) {
     const std::uint32_t c = column + static_cast<std::uint32_t>(i);
     const Philox4 r = philox(key, {{c >> 1, low, high, plane}});
-    const std::uint32_t a = c & 1u ? r.v[2] : r.v[0], b = c & 1u ? r.v[3] : r.v[1];
-    const auto sum = static_cast<std::int32_t>((a & 0xFFFFu) + (a >> 16) + (b & 0xFFFFu) + (b >> 16)) - 131070;
-    out[i] = scale * (static_cast<float>(sum) * (1.0f / 37837.23f));
+    out[i] = scale * bell_curve(c & 1u ? r.v[2] : r.v[0], c & 1u ? r.v[3] : r.v[1]);
   }
 }
 
