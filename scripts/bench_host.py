@@ -103,7 +103,7 @@ def main():
     if args.torch:
         return measure_torch(args.threads)
     if not args.bench_host:
-        parser.error("the program bench_host is needed; build its target and give its path")
+        parser.error("BENCH_HOST is missing; build the target bench_host and pass its path")
     python = torch_python(args.venv)
     output = subprocess.run([args.bench_host, str(args.threads)], check=True, capture_output=True, text=True).stdout
     lines = [json.loads(line) for line in output.splitlines()]

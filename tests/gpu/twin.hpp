@@ -125,7 +125,7 @@ struct TwinKv {
     return most * map.stride;
   }
   TwinKv(DType storage, const RowMap& map, std::int64_t planes, std::int64_t rows, std::int32_t width)
-      : memory(((map.rank == all_ranks && map.ring == 0 ? map.kv : 1) * planes * capacity(map, rows) + spare_rows) *
+      : memory(((map.rank == all_ranks && map.ring == 0 ? map.kv : 1) * planes * capacity(map, rows) + padding_rows) *
                width * static_cast<std::int64_t>(size_of(storage))),
         type(storage) {
     view.map = map;

@@ -59,7 +59,7 @@ inline KvView WholeDecode::make_rows(std::int64_t planes, std::int64_t rows, int
   KvView v;
   v.width = width;
   v.plane_stride = rows * width;
-  v.data = memory.make((planes * v.plane_stride + spare_rows * width) * static_cast<std::int64_t>(size_of(s.dtype)));
+  v.data = memory.make((planes * v.plane_stride + padding_rows * width) * static_cast<std::int64_t>(size_of(s.dtype)));
   backend.kernels->fill_rows(
       {s.dtype, v, static_cast<std::int32_t>(planes), 1, 0, 0, rows, tensor_key(1, name.c_str()), scale}, nullptr);
   return v;

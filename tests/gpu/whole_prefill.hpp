@@ -50,7 +50,7 @@ inline WholePrefill::WholePrefill(const Backend& b, const LayerShape& shape, std
     KvView view;
     view.width = width;
     view.plane_stride = rows * width;
-    view.data = memory.make((planes * rows + spare_rows) * width * 2);
+    view.data = memory.make((planes * rows + padding_rows) * width * 2);
     b.kernels->fill_rows({s.dtype, view, 1, static_cast<std::int32_t>(planes), 0, 0, rows, tensor_key(1, name), scale},
                          nullptr);
     return view;

@@ -41,7 +41,7 @@ TEST_CASE("operations are read whole while they are written", "[watchdog]") {
 }
 
 TEST_CASE("the last 64 operations are kept, with their phase, stage and number", "[watchdog]") {
-  const DuringPhase phase("test");
+  const PhaseScope phase("test");
   set_stage("outer");
   for (int i = 0; i < 100; ++i) {
     const Operation wait(OperationKind::wait, "device wait");
@@ -50,7 +50,7 @@ TEST_CASE("the last 64 operations are kept, with their phase, stage and number",
   const std::uint64_t number = recent_operations().back().number;
   { const Operation gather(OperationKind::exchange, "all_gather", 96, 3, "lse"); }
   const auto kept = recent_operations();
-  REQUIRE(kept.size() == kept_operations);
+  REQUIRE(kept.size() == operation_log_capacity);
   CHECK(std::string(kept[62].stage) == "outer");
   CHECK(kept[62].number == number);
   CHECK(kept[63].number == number + 1);

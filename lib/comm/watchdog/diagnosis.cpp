@@ -229,8 +229,8 @@ void RankView::take(const std::vector<OperationRecord>& news) {
   if (news.empty()) return;
   std::erase_if(operations, [&](const OperationRecord& known) { return known.index >= news.front().index; });
   operations.insert(operations.end(), news.begin(), news.end());
-  if (operations.size() > kept_operations)
-    operations.erase(operations.begin(), operations.end() - static_cast<std::ptrdiff_t>(kept_operations));
+  if (operations.size() > operation_log_capacity)
+    operations.erase(operations.begin(), operations.end() - static_cast<std::ptrdiff_t>(operation_log_capacity));
 }
 
 std::optional<Verdict> judge(const std::vector<RankView>& ranks, std::int64_t now, const WatchTimes& times,

@@ -17,7 +17,7 @@ struct RankView {
   int rank = 0;
   std::string host, device;                 ///< device: "GPU 1", or empty
   std::vector<OperationRecord> operations;  ///< at most the last 64, by rising index
-  WorkPlace place;
+  Activity place;
   std::string failure;       ///< what its library said; empty: nothing
   std::int64_t told = 0;     ///< its clock when it last spoke
   std::int64_t heard = 0;    ///< our clock then; 0: never

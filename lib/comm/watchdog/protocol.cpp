@@ -15,7 +15,7 @@ namespace {
 struct BeatHeader {
   std::int64_t told = 0;
   std::int64_t operations = 0;
-  WorkPlace place;
+  Activity place;
   char device[24] = {};
 };
 // No padding: nothing of this process' memory travels that is not meant to.
@@ -79,7 +79,7 @@ bool read_beat(const std::string& message, std::int64_t now, RankView& view) {
   std::size_t at = 1;
   BeatHeader header;
   if (!get(message, at, &header, 1)) return false;
-  if (header.operations < 0 || header.operations > std::int64_t{kept_operations}) return false;
+  if (header.operations < 0 || header.operations > std::int64_t{operation_log_capacity}) return false;
   std::vector<OperationRecord> news(static_cast<std::size_t>(header.operations));
   if (!get(message, at, news.data(), news.size())) return false;
   for (OperationRecord& operation : news)

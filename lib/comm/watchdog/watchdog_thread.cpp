@@ -122,7 +122,7 @@ void WatchdogThread::tell(std::int64_t now) {
   RankView& view = own_view();
   view.take(recent);
   view.told = view.heard = now;
-  view.place = current_place();
+  view.place = current_activity();
   view.device = set_.device;
   if (view.failure.empty() && !set_.failure.empty()) view.failure = set_.failure, view.changed = now;
   const std::string message = beat_message(view, recent);

@@ -1,3 +1,5 @@
+// The host backend's kernel table and the sizes of its scratch.
+
 #include <algorithm>
 
 #include "kernels/host/attention/score_layout.hpp"
@@ -14,7 +16,7 @@ std::size_t masked_scratch(const LayerShape& s, const QueryTile& tile, const Att
   return host::masked_scratch(s, tile);
 }
 
-// On the host one loop over tiles with a running softmax is both `fused` and, for cmp and win, `flash`.
+// On the host one KV mainloop with online softmax is both `fused` and, for cmp and win, `flash`.
 constexpr AttendKernel cmp_kernels[] = {{"fused", any_shape, host::attend_cmp},
                                         {"sdpa", any_shape, host::attend_cmp_sdpa},
                                         {"flash", any_shape, host::attend_cmp}};
@@ -34,19 +36,20 @@ std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t
 }
 
 std::size_t scratch_of_tile(const LayerShape& s, const QueryTile& tile) {
-  const int rows = host::rows_of_task(s, tile);
+  const int rows = host::item_rows(s, tile);
   return std::max({host::project_scratch(s, tile), host::output_scratch(s, tile), host::compress_scratch(s, tile),
-                   host::rank_scratch(s, tile), host::attend_scratch(s, tile, rows, host::cmp_parts(s, tile)),
+                   host::rank_scratch(s, tile), host::attend_scratch(s, tile, rows, host::cmp_splits(s, tile)),
                    host::attend_scratch(s, tile, 1, s.rules.n_sel), host::attend_shared_scratch(s, tile),
-                   host::attend_scratch(s, tile, rows, host::win_parts(s, tile)), host::sdpa_scratch(s, tile)});
+                   host::attend_scratch(s, tile, rows, host::win_splits(s, tile)), host::sdpa_scratch(s, tile)});
 }
 
-// A prefill's last tile is narrower, and with fewer rows a stage may share out its parts and need more.
+// A prefill's last tile is narrower. With fewer rows a stage may run its splits on several threads and need more
+// scratch.
 std::size_t scratch_bytes(const LayerShape& s, const QueryTile& tile, const AttentionPolicy&) {
-  std::size_t most = 0;
+  std::size_t max_bytes = 0;
   for (QueryTile narrower = tile; narrower.tokens > 0; --narrower.tokens)
-    most = std::max(most, scratch_of_tile(s, narrower));
-  return most;
+    max_bytes = std::max(max_bytes, scratch_of_tile(s, narrower));
+  return max_bytes;
 }
 
 }  // namespace

@@ -119,7 +119,7 @@ constexpr std::int32_t lse_slots(const LayerShape& s, std::int32_t ranks) {
 /// Tokens read are added to reads[batches * groups] as they are loaded.
 struct AttendArgs : StageArgs {
   const void* q = nullptr;  ///< [rows, H, Dk]
-  KvView k = {};            ///< spare_rows after the last plane may be read, and do not matter
+  KvView k = {};            ///< padding_rows after the last plane may be read, and do not matter
   KvView v = {};            ///< finite also where no token was written yet: such rows may be multiplied by 0
   Partials out = {};
   std::int64_t* reads = nullptr;           ///< [batches, groups], of this branch

@@ -1,5 +1,5 @@
 #pragma once
-// bf16 and fp16 as bits, to and from fp32, for code without CUDA. Branch-free, so that loops over them vectorise.
+// bf16 and fp16 as bits, to and from fp32, for host code. Branch-free, so that loops over them vectorise.
 
 #include <bit>
 #include <cstdint>
@@ -48,7 +48,7 @@ template <>
 inline Fp16 from_float<Fp16>(float x) {
   const std::uint32_t u = std::bit_cast<std::uint32_t>(x);
   const std::uint32_t sign = (u >> 16) & 0x8000u, a = u & 0x7FFFFFFFu;
-  // Subnormal results: adding 0.5 leaves the rounded fraction in the low bits.
+  // Subnormal results: adding 0.5 rounds the fraction into the low bits.
   const std::uint32_t small = std::bit_cast<std::uint32_t>(std::bit_cast<float>(a) + 0.5f) - 0x3F000000u;
   const std::uint32_t normal = (a - 0x38000000u + 0xFFFu + ((a >> 13) & 1u)) >> 13;
   const std::uint32_t special = a > 0x7F800000u ? 0x7E00u : 0x7C00u;

@@ -1,5 +1,5 @@
 #pragma once
-// Marks the arithmetic that the host and CUDA twins share.
+// Marks functions that compile for host and device: the arithmetic that both backends share.
 
 #if defined(__CUDACC__)
 #define NSA_HD __host__ __device__ inline

@@ -1,7 +1,7 @@
 #pragma once
-// Counter-based synthetic values: Philox4x32-10 (Salmon et al., SC'11) and an integer-exact bell curve.
-// A value depends on the seed, the tensor's name and its coordinates alone: never on the rank count, the
-// backend or the order of generation, and it is the same to the last bit on every machine.
+// Counter-based synthetic values: Philox4x32-10 (Salmon et al., SC'11) and an integer-exact bell curve. A value depends
+// only on the seed, the tensor's name and its coordinates: not on the rank count, the backend or the order of
+// generation. It is the same to the last bit on every machine.
 
 #include <cstdint>
 
@@ -16,10 +16,12 @@ inline std::uint64_t tensor_key(std::uint64_t seed, const char* name) {
   return hash ^ (seed * 0x9E3779B97F4A7C15ull);
 }
 
+/// Four 32-bit words: a counter, or the random numbers of one.
 struct Philox4 {
   std::uint32_t v[4];
 };
 
+/// The random numbers of counter c under a key.
 NSA_HD Philox4 philox(std::uint64_t key, Philox4 c) {
   std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -32,14 +34,18 @@ NSA_HD Philox4 philox(std::uint64_t key, Philox4 c) {
   return c;
 }
 
-/// Mean 0, variance 1, |value| < 3.47: the sum of four uniform 16-bit integers (Irwin-Hall), so that no
-/// library function of any platform takes part. `plane`, `row`, `column` are the global coordinates.
+/// A value of mean 0, variance 1 and |value| < 3.47 from 64 random bits: the sum of four uniform 16-bit integers
+/// (Irwin-Hall). It calls no library function, whose result may differ by platform.
+NSA_HD float bell_curve(std::uint32_t a, std::uint32_t b) {
+  const std::int32_t sum = static_cast<std::int32_t>((a & 0xFFFFu) + (a >> 16) + (b & 0xFFFFu) + (b >> 16)) - 131070;
+  return static_cast<float>(sum) * (1.0f / 37837.23f);
+}
+
+/// The value at the global coordinates (plane, row, column) of the tensor with this key; see bell_curve.
 NSA_HD float synthetic_value(std::uint64_t key, std::uint32_t plane, std::uint64_t row, std::uint32_t column) {
   const Philox4 r =
       philox(key, {{column >> 1, static_cast<std::uint32_t>(row), static_cast<std::uint32_t>(row >> 32), plane}});
-  const std::uint32_t a = r.v[(column & 1u) * 2], b = r.v[(column & 1u) * 2 + 1];
-  const std::int32_t sum = static_cast<std::int32_t>((a & 0xFFFFu) + (a >> 16) + (b & 0xFFFFu) + (b >> 16)) - 131070;
-  return static_cast<float>(sum) * (1.0f / 37837.23f);
+  return bell_curve(r.v[(column & 1u) * 2], r.v[(column & 1u) * 2 + 1]);
 }
 
 }  // namespace nsa

@@ -1,11 +1,11 @@
 #pragma once
-// Where a row of a sharded sequence lies.
+// Memory layout of a sharded sequence.
 //
-// A sequence of rows (tokens, or compressed tokens) is cut into chunks of `chunk` rows that are dealt
-// round-robin over `kv` ranks: chunk c belongs to rank c % kv and is that rank's (c / kv)-th. A rank may keep,
-// in front of each chunk, copies of the `halo` rows that precede it (and room for some behind it): a chunk
-// then takes `stride` rows of memory. Buffers gathered from all ranks keep each rank's rows `rank_stride`
-// elements apart. A ring keeps the last `ring` rows only.
+// A sequence of rows (tokens, or compressed tokens) is cut into chunks of `chunk` rows that are dealt round-robin over
+// `kv` ranks: chunk c belongs to rank c % kv and is that rank's (c / kv)-th chunk. A rank may store copies of the
+// `halo` rows that precede a chunk in front of it, and have free rows after it: a chunk takes `stride` rows of memory.
+// In buffers gathered from all ranks the rows of consecutive ranks are `rank_stride` elements apart. A ring keeps the
+// last `ring` rows only.
 
 #include <cstdint>
 
@@ -16,44 +16,49 @@ namespace nsa {
 constexpr std::int32_t all_ranks = -1;
 
 struct RowMap {
-  std::int64_t chunk = INT64_MAX;   ///< rows of a chunk; INT64_MAX: never cut
-  std::int64_t stride = INT64_MAX;  ///< rows of memory a chunk takes: halo + chunk + what follows
-  std::int32_t halo = 0;            ///< halo rows kept in front of each chunk
+  std::int64_t chunk = INT64_MAX;   ///< rows of a chunk; INT64_MAX: one chunk
+  std::int64_t stride = INT64_MAX;  ///< rows of memory of a chunk: halo + chunk + free rows
+  std::int32_t halo = 0;            ///< halo rows stored in front of each chunk
   std::int32_t kv = 1;              ///< ranks the chunks are dealt over
-  std::int32_t rank = all_ranks;    ///< whose rows the buffer holds; all_ranks: everybody's
-  std::int64_t ring = 0;            ///< > 0: row i lies at i % ring and the chunks only say who owns it
-  std::int64_t slot_begin = 0;      ///< ring only: the slots [slot_begin, slot_end) this rank reads
+  std::int32_t rank = all_ranks;    ///< rank whose rows the buffer holds; all_ranks: of all
+  std::int64_t ring = 0;            ///< > 0: row i is at i % ring, and the chunks only define the owner
+  std::int64_t slot_begin = 0;      ///< ring only: this rank reads the slots [slot_begin, slot_end)
   std::int64_t slot_end = INT64_MAX;
 };
 
+/// Chunk of row i.
 NSA_HD std::int64_t chunk_of(const RowMap& m, std::int64_t i) { return i / m.chunk; }
+/// First row of chunk c. A map of one chunk has c = 0 only.
+NSA_HD std::int64_t chunk_begin(const RowMap& m, std::int64_t c) { return c == 0 ? 0 : c * m.chunk; }
+/// Rank that owns chunk c.
 NSA_HD std::int32_t owner_of_chunk(const RowMap& m, std::int64_t c) { return static_cast<std::int32_t>(c % m.kv); }
 
 /// Whether the buffer holds chunk c.
 NSA_HD bool has_chunk(const RowMap& m, std::int64_t c) { return m.rank == all_ranks || owner_of_chunk(m, c) == m.rank; }
 
-/// Whether row i is this buffer's to read.
+/// Whether this rank reads row i in the buffer.
 NSA_HD bool has_row(const RowMap& m, std::int64_t i) {
   if (m.ring > 0) return i % m.ring >= m.slot_begin && i % m.ring < m.slot_end;
   return has_chunk(m, chunk_of(m, i));
 }
 
-/// Memory row of row i seen from chunk c; i may lie in c's halo.
+/// Memory row of row i as a row of chunk c or of its halo.
 NSA_HD std::int64_t row_in_chunk(const RowMap& m, std::int64_t c, std::int64_t i) {
   if (m.ring > 0) return i % m.ring;
   return (c / m.kv) * m.stride + m.halo + (i - c * m.chunk);
 }
 
+/// Memory row of row i in its own chunk.
 NSA_HD std::int64_t row_of(const RowMap& m, std::int64_t i) { return row_in_chunk(m, chunk_of(m, i), i); }
 
-/// Chunks a rank owns among the first `rows` rows of the sequence.
+/// Number of chunks that a rank owns among the first `rows` rows of the sequence.
 NSA_HD std::int64_t owned_chunks(const RowMap& m, std::int64_t rows, std::int32_t rank) {
   const std::int64_t chunks = rows == 0 ? 0 : (rows - 1) / m.chunk + 1;
   return chunks > rank ? (chunks - rank - 1) / m.kv + 1 : 0;
 }
 
-/// Rows behind the last plane of a cache that a matrix product may read, whose rows are four at a time.
-constexpr std::int64_t spare_rows = 3;
+/// Rows allocated after the last plane of a cache: a matrix product reads four rows at a time and may read these.
+constexpr std::int64_t padding_rows = 3;
 
 /// Rows of a sharded K or V cache: data[plane][row][width], plane = b * groups + g, in storage type.
 struct KvView {
@@ -64,13 +69,14 @@ struct KvView {
   std::int32_t width = 0;         ///< Dk or Dv
 };
 
-/// Element offset of row i, seen from chunk c, in plane p.
+/// Element offset in plane p of row i as a row of chunk c or of its halo.
 NSA_HD std::int64_t offset_in_chunk(const KvView& v, std::int64_t p, std::int64_t c, std::int64_t i) {
   const std::int64_t from_rank =
       v.map.ring == 0 && v.map.rank == all_ranks ? owner_of_chunk(v.map, c) * v.rank_stride : 0;
   return from_rank + p * v.plane_stride + row_in_chunk(v.map, c, i) * v.width;
 }
 
+/// Element offset in plane p of row i in its own chunk.
 NSA_HD std::int64_t offset_of(const KvView& v, std::int64_t p, std::int64_t i) {
   return offset_in_chunk(v, p, chunk_of(v.map, i), i);
 }

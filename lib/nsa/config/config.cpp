@@ -36,7 +36,7 @@ std::string as_text(const Value& value) {
 
 std::string as_toml(const Value& value) {
   const auto* text = std::get_if<std::string>(&value);
-  return text ? quoted(*text) : as_text(value);
+  return text ? json_quote(*text) : as_text(value);
 }
 
 template <class T, class Spec>

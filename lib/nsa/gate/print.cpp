@@ -146,8 +146,8 @@ std::string measured_json(const Measured& m) {
 }
 
 std::string condition_json(const Condition& c) {
-  return fmt::format(R"({{"name": {}, "threshold": {}, "measured": {}, "outcome": {}, "why": {}}})", quoted(c.name),
-                     number(c.threshold), measured_json(c.measured), quoted(word_of(c.outcome)), quoted(c.why));
+  return fmt::format(R"({{"name": {}, "threshold": {}, "measured": {}, "outcome": {}, "why": {}}})", json_quote(c.name),
+                     number(c.threshold), measured_json(c.measured), json_quote(word_of(c.outcome)), json_quote(c.why));
 }
 
 template <class List, class Each>
@@ -161,11 +161,11 @@ std::string context_json(const ContextVerdict& v) {
   return fmt::format(
       R"({{"context": {}, "batch": {}, "verdict": {}, "why": {}, "share": {}, "share_30": {}, "share_ablation": {}, )"
       R"("share_attention": {}, "one_hot": {}, "accounts": {}}})",
-      v.context, v.batch, quoted(word_of(v.verdict)), quoted(v.why), condition_json(v.share),
+      v.context, v.batch, json_quote(word_of(v.verdict)), json_quote(v.why), condition_json(v.share),
       condition_json(v.share_high), measured_json(v.share_ablation), measured_json(v.share_attention),
       measured_json(v.one_hot), list_json(v.accounts, [](const Account& a) {
-        return fmt::format(R"({{"name": {}, "stages": {}, "step": {}, "agree": {}, "why": {}}})", quoted(a.name),
-                           measured_json(a.stages), measured_json(a.step), a.agree, quoted(a.why));
+        return fmt::format(R"({{"name": {}, "stages": {}, "step": {}, "agree": {}, "why": {}}})", json_quote(a.name),
+                           measured_json(a.stages), measured_json(a.step), a.agree, json_quote(a.why));
       }));
 }
 
@@ -173,22 +173,23 @@ std::string device_json(const DeviceVerdict& d) {
   return fmt::format(
       R"({{"device": {}, "backend": {}, "git_commit": {}, "precision": {}, "measured": {}, "files": {}, "verdict": {}, "why": {}, )"
       R"("speedup": {}, "speedup_packed": {}, "error": {}, "contexts": {}, "shapes": {}, "notes": {}}})",
-      quoted(d.device), quoted(d.backend), quoted(d.git_commit), quoted(d.precision), quoted(d.measured),
-      list_json(d.files, quoted), quoted(word_of(d.verdict)), quoted(d.why), condition_json(d.speedup),
-      condition_json(d.speedup_packed), condition_json(d.error), list_json(d.contexts, context_json),
+      json_quote(d.device), json_quote(d.backend), json_quote(d.git_commit), json_quote(d.precision),
+      json_quote(d.measured), list_json(d.files, json_quote), json_quote(word_of(d.verdict)), json_quote(d.why),
+      condition_json(d.speedup), condition_json(d.speedup_packed), condition_json(d.error),
+      list_json(d.contexts, context_json),
       list_json(d.shapes,
                 [](const ShapeResult& s) {
                   return fmt::format(R"({{"name": {}, "kernel": {}, "with_gather": {}, "packed": {}, "error": {}}})",
-                                     quoted(s.name), quoted(s.kernel), measured_json(s.with_gather),
+                                     json_quote(s.name), json_quote(s.kernel), measured_json(s.with_gather),
                                      measured_json(s.packed), measured_json(s.error));
                 }),
-      list_json(d.notes, quoted));
+      list_json(d.notes, json_quote));
 }
 
 std::string audit_json(const CsvAudit& a) {
-  return fmt::format(R"({{"file": {}, "verdict": {}, "findings": {}, "notes": {}, "rows": {}}})", quoted(a.path),
-                     quoted(a.evidence() ? "CONSISTENT" : "NOT EVIDENCE"), list_json(a.findings, quoted),
-                     list_json(a.notes, quoted), list_json(a.rows, [](const CsvAuditRow& r) {
+  return fmt::format(R"({{"file": {}, "verdict": {}, "findings": {}, "notes": {}, "rows": {}}})", json_quote(a.path),
+                     json_quote(a.evidence() ? "CONSISTENT" : "NOT EVIDENCE"), list_json(a.findings, json_quote),
+                     list_json(a.notes, json_quote), list_json(a.rows, [](const CsvAuditRow& r) {
                        return fmt::format(
                            R"({{"context": {}, "total_ms": {}, "cmp_ms": {}, "sel_ms": {}, "win_ms": {}, )"
                            R"("reads_actual": {}, "reads_expected": {}}})",

@@ -30,7 +30,7 @@ KvPair make_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& sha
     view.plane_stride = rows * width;
     view.rank_stride = planes * view.plane_stride;
     memory = allocate(
-        kind, (ranks * view.rank_stride + spare_rows * width) * static_cast<std::int64_t>(size_of(shape.dtype)));
+        kind, (ranks * view.rank_stride + padding_rows * width) * static_cast<std::int64_t>(size_of(shape.dtype)));
     view.data = memory.data();
     return view;
   };

@@ -210,7 +210,7 @@ std::string to_json(const RunRecord& run, const std::string& file, const std::ve
   const std::string why = first_invalid(points);
   std::string json = "{\n";
   const auto text = [&](const char* key, const std::string& value) {
-    json += fmt::format("  \"{}\": {},\n", key, quoted(value));
+    json += fmt::format("  \"{}\": {},\n", key, json_quote(value));
   };
   text("file", file);
   text("run_uuid", run.run_uuid);
@@ -225,8 +225,8 @@ std::string to_json(const RunRecord& run, const std::string& file, const std::ve
   const char* before = "\n";
   for (const PointRecord& point : points)
     for (const Figure& figure : figures_of(point)) {
-      json += fmt::format("{}    {}: {{\"value\": {}, \"unit\": {}}}", before, quoted(figure.name), figure.value,
-                          quoted(figure.unit));
+      json += fmt::format("{}    {}: {{\"value\": {}, \"unit\": {}}}", before, json_quote(figure.name), figure.value,
+                          json_quote(figure.unit));
       before = ",\n";
     }
   return json + "\n  }\n}\n";

@@ -32,7 +32,7 @@ void fill_directly(ModelShard& e, const TensorSource& source) {
 }
 
 void fill_caches(const Session& session, ModelShard& e, const TensorSource& source, const Progress& progress) {
-  const DuringPhase phase("fill caches");
+  const PhaseScope phase("fill caches");
   if (e.config.run.fill == CacheFill::synthetic) {
     fill_directly(e, source);
     return e.connect(*session.grid);
@@ -76,7 +76,7 @@ StepOutput record_pass(const Session& session, ModelShard& e, DecodeRunner& deco
                        const StepOptions& base, PointRecord& record) {
   StepOptions options = base;
   options.record = true;
-  const DuringPhase phase("check");
+  const PhaseScope phase("check");
   StageTimer untimed(e.device(), e.streams.compute);
   std::unique_ptr<StepTensors> tensors;
   agreed(session.world, [&] {
@@ -151,7 +151,7 @@ class WholeStep {
 MemoryAccount run_decode(const Session& session, const Config& config, const Point& point, const TensorSource& source,
                          PointRecord& record, const Progress& progress) {
   const ControlComm& world = session.world;
-  const DuringPhase phase("decode");
+  const PhaseScope phase("decode");
   std::optional<ModelShard> shard;
   agreed(world, [&] { shard.emplace(session.backend, world, config, point, source); });
   ModelShard& e = *shard;

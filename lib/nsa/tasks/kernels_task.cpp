@@ -98,7 +98,7 @@ void check(const Session& session, const KernelBench& bench, const std::vector<K
 MemoryAccount run_kernels(const Session& session, const Config& config, const Point& point, PointRecord& record,
                           const Progress& progress) {
   const ControlComm& world = session.world;
-  const DuringPhase phase("kernels");
+  const PhaseScope phase("kernels");
   const DeviceOps& device = *session.backend.device;
   const std::vector<KernelChoice> choices = kernel_choices(*session.backend.kernels, config, point);
   MemoryAccount account;

@@ -100,7 +100,7 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
                           const Progress& progress) {
   const Config config = needle_config(input);
   const Point point = needle_point(at);
-  const DuringPhase phase("needles");
+  const PhaseScope phase("needles");
   const TensorSource source(config, "");
   std::optional<ModelShard> shard;
   std::optional<PrefillRunner> held_prefill;

@@ -64,7 +64,7 @@ Left record_run(const Session& session, ModelShard& e, PrefillRunner& prefill, c
                 const StepOptions& base, PointRecord& record) {
   StepOptions options = base;
   options.record = true;
-  const DuringPhase phase("check");
+  const PhaseScope phase("check");
   StageTimer untimed(e.device(), e.streams.compute);
   std::unique_ptr<StepTensors> tensors;
   agreed(session.world, [&] {
@@ -95,7 +95,7 @@ Left record_run(const Session& session, ModelShard& e, PrefillRunner& prefill, c
 MemoryAccount run_prefill(const Session& session, const Config& config, const Point& point, const TensorSource& source,
                           PointRecord& record, const Progress& progress) {
   const ControlComm& world = session.world;
-  const DuringPhase phase("prefill");
+  const PhaseScope phase("prefill");
   std::optional<ModelShard> shard;
   agreed(world, [&] { shard.emplace(session.backend, world, config, point, source); });
   ModelShard& e = *shard;

@@ -43,7 +43,7 @@ __global__ void copy_rows_kernel(CopyRowsArgs a, std::int64_t chunks, std::int64
     const std::int64_t e = item % width, k = item / width % span, rest = item / width / span;
     const std::int64_t c = rest % chunks, p = rest / chunks;
     if (a.dst.map.ring == 0 && !has_chunk(a.dst.map, c)) continue;
-    const std::int64_t i = (c == 0 ? 0 : c * a.dst.map.chunk) + a.span_begin + k;
+    const std::int64_t i = chunk_begin(a.dst.map, c) + a.span_begin + k;
     if (i < a.first || i >= a.last || !has_row(a.src.map, i)) continue;
     static_cast<T*>(a.dst.data)[offset_in_chunk(a.dst, p, c, i) + e] =
         static_cast<const T*>(a.src.data)[offset_of(a.src, p, i) + e];
@@ -82,7 +82,7 @@ __global__ void fill_rows_kernel(FillRowsArgs a) {
       if (i + map.ring >= a.last) data[offset_of(a.dst, p, i) + e] = value;
       continue;
     }
-    const std::int64_t c = chunk_of(map, i), k = i - (c == 0 ? 0 : c * map.chunk);
+    const std::int64_t c = chunk_of(map, i), k = i - chunk_begin(map, c);
     if (has_chunk(map, c)) data[offset_in_chunk(a.dst, p, c, i) + e] = value;
     if (map.rank == all_ranks) continue;
     if (map.halo > 0 && k >= map.chunk - map.halo && has_chunk(map, c + 1))

@@ -98,7 +98,7 @@ Graph* capture(Stream* stream, void (*body)(void*), void* context) {
   check(cudaStreamBeginCapture(cuda(stream), cudaStreamCaptureModeRelaxed), "cudaStreamBeginCapture");
   cudaGraph_t graph = nullptr;
   try {
-    const DuringCapture capturing;
+    const CaptureScope capturing;
     body(context);
   } catch (...) {
     (void)cudaStreamEndCapture(cuda(stream), &graph);

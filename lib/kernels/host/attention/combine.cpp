@@ -1,8 +1,9 @@
-// The three branches of every head, weighed with its gates.
+// o = sum over branches of gate x o_c, each normalised over the ranks' partials.
+//
+// Tiling: one (row, head) a loop iteration. Bytes: the partials of all ranks once; bound by them.
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "kernels/host/runtime/arena.hpp"
@@ -12,23 +13,21 @@
 namespace nsa::host {
 namespace {
 
-constexpr float infinity = std::numeric_limits<float>::infinity();
-
-/// o_c of one row and head, normalised, the ranks merged by rising rank.
+/// o_c of one row and head: the ranks' partials merged by rising rank, normalised.
 void merge_ranks(const CombineArgs& args, Branch branch, std::int64_t row_head, float* o) {
   const LayerShape& s = args.shape;
   const std::int64_t size = partial_floats(s, args.tile.rows());
-  float m = -infinity, sum = 0.0f;
+  float m = neg_inf, sum = 0.0f;
   std::fill_n(o, s.d_v, 0.0f);
   for (std::int32_t r = 0; r < args.ranks; ++r) {
     const float* base = args.partials + r * size;
-    const Partials part = partials_at(const_cast<float*>(base), s, args.tile.rows(), branch);
-    const float m2 = part.ms[row_head * 2], s2 = part.ms[row_head * 2 + 1];
-    if (m2 == -infinity) continue;
-    const float top = std::max(m, m2), keep = exponential(m - top), add = exponential(m2 - top);
-    merge_row(s.d_v, keep, o, add, part.o + row_head * s.d_v);
-    sum = sum * keep + s2 * add;
-    m = top;
+    const Partials partial = partials_at(const_cast<float*>(base), s, args.tile.rows(), branch);
+    const float m2 = partial.ms[row_head * 2], s2 = partial.ms[row_head * 2 + 1];
+    if (m2 == neg_inf) continue;
+    const float m_new = std::max(m, m2), scale_prev = exponential(m - m_new), scale_new = exponential(m2 - m_new);
+    rescale_and_add(s.d_v, scale_prev, o, scale_new, partial.o + row_head * s.d_v);
+    sum = sum * scale_prev + s2 * scale_new;
+    m = m_new;
   }
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
   for (std::int32_t e = 0; e < s.d_v; ++e) o[e] *= inverse;

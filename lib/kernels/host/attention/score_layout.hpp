@@ -1,6 +1,6 @@
 #pragma once
-// The raw scores attend_cmp leaves for rank: [slot / 64][rows][H][64], slot = the compressed token where all of them
-// are held, else the memory row (so that the halo in front of a chunk has slots of its own).
+// Layout of the raw scores between attend_cmp and rank: [slot / 64][rows][H][64]. A slot is the compressed token where
+// the rank holds all of them, else the memory row, so that the halo in front of a chunk has slots of its own.
 
 #include <cstddef>
 #include <cstdint>
@@ -9,14 +9,14 @@
 
 namespace nsa::host {
 
-constexpr int score_block = 64;
+constexpr int score_block = 64;  ///< slots of one (row, head) that are contiguous
 
-/// Whether the buffer holds every compressed token; then the halo is not needed.
-inline bool holds_all(const RowMap& map) { return map.rank == all_ranks || map.kv == 1; }
+/// Whether the buffer holds every chunk. The halo is then not needed.
+inline bool holds_all_chunks(const RowMap& map) { return map.rank == all_ranks || map.kv == 1; }
 
 /// Slot of token i seen from chunk c.
 inline std::int64_t score_slot(const RowMap& map, std::int64_t c, std::int64_t i) {
-  return holds_all(map) ? i : row_in_chunk(map, c, i);
+  return holds_all_chunks(map) ? i : row_in_chunk(map, c, i);
 }
 
 /// Offset of a slot's score of one (row, head).

@@ -1,21 +1,25 @@
+// Online softmax and P V of one KV tile, and the loop over work items and splits; see the header.
+
 #include "kernels/host/attention/split_attention.hpp"
 
 namespace nsa::host {
 namespace {
 
-void merge_state(const Widths& w, int columns, Worker& worker, State& into, const State& from, bool with_o) {
-  merge_columns(w.columns, into.m, into.s, from.m, from.s, worker.keep, worker.add);
+void merge_states(const Widths& w, int columns, ThreadBuffers& buffers, SoftmaxState& into, const SoftmaxState& from,
+                  bool with_o) {
+  merge_softmax_columns(w.columns, into.m, into.s, from.m, from.s, buffers.scale_prev, buffers.scale_new);
   if (!with_o) return;
   for (int c = 0; c < columns; ++c)
-    merge_row(w.v, worker.keep[c], into.o + std::int64_t{c} * w.v, worker.add[c], from.o + std::int64_t{c} * w.v);
+    rescale_and_add(w.v, buffers.scale_prev[c], into.o + std::int64_t{c} * w.v, buffers.scale_new[c],
+                    from.o + std::int64_t{c} * w.v);
 }
 
-void write_out(const AttendArgs& args, const Widths& w, const Task& task, const State& state) {
+void store_partials(const AttendArgs& args, const Widths& w, const WorkItem& item, const SoftmaxState& state) {
   const LayerShape& s = args.shape;
-  for (int r = 0; r < task.rows; ++r) {
+  for (int r = 0; r < item.rows; ++r) {
     for (int j = 0; j < s.heads_per_group; ++j) {
       const int c = r * s.heads_per_group + j;
-      const std::int64_t head = (task.tile_row + r) * s.heads() + task.g * s.heads_per_group + j;
+      const std::int64_t head = (item.tile_row + r) * s.heads() + item.g * s.heads_per_group + j;
       args.out.ms[head * 2] = state.m[c];
       args.out.ms[head * 2 + 1] = state.s[c];
       std::memcpy(args.out.o + head * s.d_v, state.o + std::int64_t{c} * w.v, sizeof(float) * s.d_v);
@@ -23,10 +27,12 @@ void write_out(const AttendArgs& args, const Widths& w, const Task& task, const 
   }
 }
 
-/// Few tasks: their parts are shared out too, and their states kept until all are there.
-bool splits(std::int64_t tasks, int parts) { return threads() > 1 && parts > 1 && tasks < 4 * threads(); }
+/// Whether the splits of an item run on several threads: with fewer items than keep the threads busy. The states of all
+/// splits are then kept until they merge.
+bool splits_kv(std::int64_t items, int splits) { return threads() > 1 && splits > 1 && items < 4 * threads(); }
 
-/// `count` elements from element `first` on; nothing where `data` is null. Reading past an array is harmless here.
+/// Prefetches `count` elements from element `first` on; nothing where `data` is null. May run past the array: a
+/// prefetch never faults.
 void prefetch_rows(DType type, const void* data, std::int64_t first, std::int64_t count) {
   if (!data) return;
   const char* begin = static_cast<const char*>(at(type, data, first));
@@ -34,56 +40,56 @@ void prefetch_rows(DType type, const void* data, std::int64_t first, std::int64_
   for (; begin < end; begin += 64) __builtin_prefetch(begin, 0, 3);
 }
 
-/// With few heads the weighted sum is too short to hide memory behind: then the scores hide both K and V.
-bool prefetches_late(const LayerShape& s) { return s.heads_per_group > 8; }
+/// Whether P V prefetches the next K. With few heads P V is too short to hide the latency, and Q K^T prefetches both.
+bool prefetches_next_k_in_pv(const LayerShape& s) { return s.heads_per_group > 8; }
 
-void count_reads(const AttendArgs& args, const Task& task, const Worker& worker) {
-  std::int64_t& reads = args.reads[std::int64_t{task.b} * args.shape.groups + task.g];
+void add_reads(const AttendArgs& args, const WorkItem& item, const ThreadBuffers& buffers) {
+  std::int64_t& reads = args.reads[std::int64_t{item.b} * args.shape.groups + item.g];
 #pragma omp atomic
-  reads += worker.tokens_read;
+  reads += buffers.tokens_read;
 }
 
 }  // namespace
 
-void load_queries(const AttendArgs& args, const Widths& w, const Task& task, Worker& worker) {
+void load_queries(const AttendArgs& args, const Widths& w, const WorkItem& item, ThreadBuffers& buffers) {
   const LayerShape& s = args.shape;
   const float scale = 1.0f / std::sqrt(static_cast<float>(s.d_k));
-  std::fill_n(worker.queries, std::int64_t{s.d_k} * w.columns, 0.0f);
-  for (int r = 0; r < task.rows; ++r) {
+  std::fill_n(buffers.queries, std::int64_t{s.d_k} * w.columns, 0.0f);
+  for (int r = 0; r < item.rows; ++r) {
     for (int j = 0; j < s.heads_per_group; ++j) {
-      const std::int64_t head = (task.tile_row + r) * s.heads() + task.g * s.heads_per_group + j;
-      load(s.dtype, s.d_k, at(s.dtype, args.q, head * s.d_k), worker.k);
-      float* column = worker.queries + r * s.heads_per_group + j;
-      for (int e = 0; e < s.d_k; ++e) column[e * w.columns] = worker.k[e] * scale;
+      const std::int64_t head = (item.tile_row + r) * s.heads() + item.g * s.heads_per_group + j;
+      load(s.dtype, s.d_k, at(s.dtype, args.q, head * s.d_k), buffers.k);
+      float* column = buffers.queries + r * s.heads_per_group + j;
+      for (int e = 0; e < s.d_k; ++e) column[e * w.columns] = buffers.k[e] * scale;
     }
   }
-  std::fill_n(worker.first, w.columns, 0);
-  std::fill_n(worker.last, w.columns, 0);
-  worker.tokens_read = 0;
+  std::fill_n(buffers.column_begin, w.columns, 0);
+  std::fill_n(buffers.column_end, w.columns, 0);
+  buffers.tokens_read = 0;
 }
 
-Task task_of(const AttendArgs& args, int rows_per_task, std::int64_t index) {
+WorkItem work_item_of(const AttendArgs& args, int rows_per_item, std::int64_t index) {
   const QueryTile& tile = args.tile;
-  const std::int64_t blocks = (tile.tokens + rows_per_task - 1) / rows_per_task;
-  Task task;
+  const std::int64_t blocks = (tile.tokens + rows_per_item - 1) / rows_per_item;
+  WorkItem item;
   const auto block = static_cast<std::int32_t>(index % blocks);
-  task.g = static_cast<std::int32_t>(index / blocks % args.shape.groups);
-  task.b = static_cast<std::int32_t>(index / blocks / args.shape.groups);
-  task.row = block * rows_per_task;
-  task.rows = std::min(rows_per_task, tile.tokens - task.row);
-  task.t0 = *tile.first_position + task.row;
-  task.plane = std::int64_t{tile.batch_begin + task.b} * args.shape.groups + task.g;
-  task.tile_row = std::int64_t{task.b} * tile.tokens + task.row;
-  return task;
+  item.g = static_cast<std::int32_t>(index / blocks % args.shape.groups);
+  item.b = static_cast<std::int32_t>(index / blocks / args.shape.groups);
+  item.row = block * rows_per_item;
+  item.rows = std::min(rows_per_item, tile.tokens - item.row);
+  item.t0 = *tile.first_position + item.row;
+  item.plane = std::int64_t{tile.batch_begin + item.b} * args.shape.groups + item.g;
+  item.tile_row = std::int64_t{item.b} * tile.tokens + item.row;
+  return item;
 }
 
-std::int64_t tasks_of(const LayerShape& s, const QueryTile& tile, int rows_per_task) {
-  return std::int64_t{tile.batches} * s.groups * ((tile.tokens + rows_per_task - 1) / rows_per_task);
+std::int64_t work_items(const LayerShape& s, const QueryTile& tile, int rows_per_item) {
+  return std::int64_t{tile.batches} * s.groups * ((tile.tokens + rows_per_item - 1) / rows_per_item);
 }
 
-Run next_run(const RowMap& map, std::int64_t i, std::int64_t end) {
+RowRun next_run(const RowMap& map, std::int64_t i, std::int64_t end) {
   const auto bounded = [&](std::int64_t stop) {
-    return Run{i, static_cast<int>(std::min({stop, end, i + tile_tokens}) - i)};
+    return RowRun{i, static_cast<int>(std::min({stop, end, i + kv_tile_tokens}) - i)};
   };
   if (map.ring > 0) {
     while (i < end && !has_row(map, i)) {
@@ -103,107 +109,108 @@ Run next_run(const RowMap& map, std::int64_t i, std::int64_t end) {
   return bounded(map.chunk > end ? end : (c + 1) * map.chunk);
 }
 
-Piece piece_of(DType type, const KvView& k, const KvView& v, std::int64_t plane, const Run& run) {
+KvTile kv_tile_of(DType type, const KvView& k, const KvView& v, std::int64_t plane, const RowRun& run) {
   return {run.first, run.tokens, at(type, k.data, offset_of(k, plane, run.first)),
           at(type, v.data, offset_of(v, plane, run.first))};
 }
 
-/// A slice of the scores is a few hundred nanoseconds of arithmetic, in which memory would rest: have it bring what
-/// comes next, this piece's V and the next one's K.
-void score_piece(const LayerShape& s, const Widths& w, Worker& worker, const Piece& piece) {
-  constexpr int slice = 8;
-  for (int t = 0; t < piece.tokens; t += slice) {
-    const int n = std::min(slice, piece.tokens - t);
-    prefetch_rows(s.dtype, piece.v, std::int64_t{t} * s.d_v, std::int64_t{n} * s.d_v);
-    if (!prefetches_late(s)) prefetch_rows(s.dtype, piece.next_k, std::int64_t{t} * s.d_k, std::int64_t{n} * s.d_k);
-    load(s.dtype, std::int64_t{n} * s.d_k, at(s.dtype, piece.k, std::int64_t{t} * s.d_k), worker.k);
-    product(n, w.columns, s.d_k, worker.k, s.d_k, 1, worker.queries, w.columns, worker.scores + t * w.columns,
+/// Slices of 8 rows: the arithmetic of one takes a few hundred nanoseconds, which hide the prefetch of the rows that
+/// come next, V of this tile and K of the next.
+void score_tile(const LayerShape& s, const Widths& w, ThreadBuffers& buffers, const KvTile& kv_tile) {
+  constexpr int slice_rows = 8;
+  for (int t = 0; t < kv_tile.tokens; t += slice_rows) {
+    const int n = std::min(slice_rows, kv_tile.tokens - t);
+    prefetch_rows(s.dtype, kv_tile.v, std::int64_t{t} * s.d_v, std::int64_t{n} * s.d_v);
+    if (!prefetches_next_k_in_pv(s))
+      prefetch_rows(s.dtype, kv_tile.next_k, std::int64_t{t} * s.d_k, std::int64_t{n} * s.d_k);
+    load(s.dtype, std::int64_t{n} * s.d_k, at(s.dtype, kv_tile.k, std::int64_t{t} * s.d_k), buffers.k);
+    product(n, w.columns, s.d_k, buffers.k, s.d_k, 1, buffers.queries, w.columns, buffers.scores + t * w.columns,
             w.columns);
   }
 }
 
-void load_values(const LayerShape& s, const Widths& w, const Piece& piece, float* v) {
-  if (s.d_v == w.v) return load(s.dtype, std::int64_t{piece.tokens} * s.d_v, piece.v, v);
-  for (int t = 0; t < piece.tokens; ++t) {
-    load(s.dtype, s.d_v, at(s.dtype, piece.v, std::int64_t{t} * s.d_v), v + t * w.v);
+void load_values(const LayerShape& s, const Widths& w, const KvTile& kv_tile, float* v) {
+  if (s.d_v == w.v) return load(s.dtype, std::int64_t{kv_tile.tokens} * s.d_v, kv_tile.v, v);
+  for (int t = 0; t < kv_tile.tokens; ++t) {
+    load(s.dtype, s.d_v, at(s.dtype, kv_tile.v, std::int64_t{t} * s.d_v), v + t * w.v);
     std::fill(v + t * w.v + s.d_v, v + (t + 1) * w.v, 0.0f);
   }
 }
 
-void attend_scored(const LayerShape& s, const Widths& w, Worker& worker, const Piece& piece, int columns, bool mask,
-                   State& state, bool with_o) {
-  if (mask) mask_columns(piece.tokens, w.columns, worker.scores, worker.first, worker.last);
-  softmax_columns(piece.tokens, w.columns, worker.scores, worker.m, worker.s);
-  merge_columns(w.columns, state.m, state.s, worker.m, worker.s, worker.keep, worker.add);
+void softmax_and_accumulate(const LayerShape& s, const Widths& w, ThreadBuffers& buffers, const KvTile& kv_tile,
+                            int columns, bool mask, SoftmaxState& state, bool with_o) {
+  if (mask) mask_columns(kv_tile.tokens, w.columns, buffers.scores, buffers.column_begin, buffers.column_end);
+  softmax_columns(kv_tile.tokens, w.columns, buffers.scores, buffers.m, buffers.s);
+  merge_softmax_columns(w.columns, state.m, state.s, buffers.m, buffers.s, buffers.scale_prev, buffers.scale_new);
   if (!with_o) return;
-  load_values(s, w, piece, worker.v);
-  // A panel of V stays in the first cache level while all columns use it.
-  constexpr int panel = 64;
-  const int groups = (columns + 3) / 4, slices = groups * ((w.v + panel - 1) / panel);
+  load_values(s, w, kv_tile, buffers.v);
+  const int column_groups = (columns + pv_query_columns - 1) / pv_query_columns;
+  const int slices = column_groups * ((w.v + pv_panel_columns - 1) / pv_panel_columns);
   for (int slice = 0; slice < slices; ++slice) {
-    const int e = slice / groups * panel, c = slice % groups * 4;
-    const int begin = piece.tokens * slice / slices, end = piece.tokens * (slice + 1) / slices;
-    if (prefetches_late(s))
-      prefetch_rows(s.dtype, piece.next_k, std::int64_t{begin} * s.d_k, std::int64_t{end - begin} * s.d_k);
-    product_merge(std::min(4, columns - c), std::min(panel, w.v - e), piece.tokens, worker.scores + c, 1, w.columns,
-                  worker.v + e, w.v, state.o + std::int64_t{c} * w.v + e, w.v, worker.keep + c, worker.add + c);
+    const int e = slice / column_groups * pv_panel_columns, c = slice % column_groups * pv_query_columns;
+    const int begin = kv_tile.tokens * slice / slices, end = kv_tile.tokens * (slice + 1) / slices;
+    if (prefetches_next_k_in_pv(s))
+      prefetch_rows(s.dtype, kv_tile.next_k, std::int64_t{begin} * s.d_k, std::int64_t{end - begin} * s.d_k);
+    product_rescale_add(std::min(pv_query_columns, columns - c), std::min(pv_panel_columns, w.v - e), kv_tile.tokens,
+                        buffers.scores + c, 1, w.columns, buffers.v + e, w.v, state.o + std::int64_t{c} * w.v + e, w.v,
+                        buffers.scale_prev + c, buffers.scale_new + c);
   }
 }
 
-std::size_t attend_scratch(const LayerShape& s, const QueryTile& tile, int rows_per_task, int parts) {
+std::size_t attend_scratch(const LayerShape& s, const QueryTile& tile, int rows_per_item, int splits) {
   Arena arena;
-  const Widths w(s, rows_per_task);
-  for (int t = 0; t < threads(); ++t) Worker(arena, s, w);
-  const std::int64_t tasks = tasks_of(s, tile, rows_per_task);
-  if (splits(tasks, parts))
-    for (std::int64_t i = 0; i < tasks * parts; ++i) State(arena, w);
+  const Widths w(s, rows_per_item);
+  for (int t = 0; t < threads(); ++t) ThreadBuffers(arena, s, w);
+  const std::int64_t items = work_items(s, tile, rows_per_item);
+  if (splits_kv(items, splits))
+    for (std::int64_t i = 0; i < items * splits; ++i) SoftmaxState(arena, w);
   return arena.used();
 }
 
-void attend_parts(const AttendArgs& args, int rows_per_task, int parts, PartFunction part) {
-  const Widths w(args.shape, rows_per_task);
-  const std::int64_t tasks = tasks_of(args.shape, args.tile, rows_per_task);
-  const bool split = splits(tasks, parts), with_o = !args.scores_only;
+void attend_splits(const AttendArgs& args, int rows_per_item, int splits, SplitFunction attend_split) {
+  const Widths w(args.shape, rows_per_item);
+  const std::int64_t items = work_items(args.shape, args.tile, rows_per_item);
+  const bool split_kv = splits_kv(items, splits), with_o = !args.scores_only;
   Arena arena(args.scratch, args.scratch_bytes);
-  std::vector<Worker> workers;
-  for (int t = 0; t < threads(); ++t) workers.emplace_back(arena, args.shape, w);
-  std::vector<State> states;
-  if (split)
-    for (std::int64_t i = 0; i < tasks * parts; ++i) states.emplace_back(arena, w);
+  std::vector<ThreadBuffers> thread_buffers;
+  for (int t = 0; t < threads(); ++t) thread_buffers.emplace_back(arena, args.shape, w);
+  std::vector<SoftmaxState> states;
+  if (split_kv)
+    for (std::int64_t i = 0; i < items * splits; ++i) states.emplace_back(arena, w);
 
 #pragma omp parallel
   {
-    Worker& worker = workers[omp_get_thread_num()];
-    if (split) {
-      std::int64_t loaded = -1;  // the task whose queries the worker has
-      // Guided: a thread gets parts that follow one another, so the rows it has prefetched are its own.
+    ThreadBuffers& buffers = thread_buffers[omp_get_thread_num()];
+    if (split_kv) {
+      std::int64_t loaded = -1;  // the item whose queries are in the buffers
+      // Guided: a thread gets consecutive splits, so that it reads the rows it has prefetched.
 #pragma omp for schedule(guided)
-      for (std::int64_t i = 0; i < tasks * parts; ++i) {
-        const Task task = task_of(args, rows_per_task, i / parts);
-        if (i / parts != loaded) load_queries(args, w, task, worker);
-        loaded = i / parts;
-        worker.tokens_read = 0;
+      for (std::int64_t i = 0; i < items * splits; ++i) {
+        const WorkItem item = work_item_of(args, rows_per_item, i / splits);
+        if (i / splits != loaded) load_queries(args, w, item, buffers);
+        loaded = i / splits;
+        buffers.tokens_read = 0;
         states[i].clear(w, with_o);
-        part(args, w, worker, task, static_cast<int>(i % parts), states[i]);
-        count_reads(args, task, worker);
+        attend_split(args, w, buffers, item, static_cast<int>(i % splits), states[i]);
+        add_reads(args, item, buffers);
       }
     }
 #pragma omp for schedule(dynamic)
-    for (std::int64_t i = 0; i < tasks; ++i) {
-      const Task task = task_of(args, rows_per_task, i);
-      const int columns = task.rows * args.shape.heads_per_group;
-      if (!split) load_queries(args, w, task, worker);
-      worker.total.clear(w, true);
-      for (int p = 0; p < parts; ++p) {
-        State& state = split ? states[i * parts + p] : worker.part;
-        if (!split) {
+    for (std::int64_t i = 0; i < items; ++i) {
+      const WorkItem item = work_item_of(args, rows_per_item, i);
+      const int columns = item.rows * args.shape.heads_per_group;
+      if (!split_kv) load_queries(args, w, item, buffers);
+      buffers.total.clear(w, true);
+      for (int p = 0; p < splits; ++p) {
+        SoftmaxState& state = split_kv ? states[i * splits + p] : buffers.partial;
+        if (!split_kv) {
           state.clear(w, with_o);
-          part(args, w, worker, task, p, state);
+          attend_split(args, w, buffers, item, p, state);
         }
-        merge_state(w, columns, worker, worker.total, state, with_o);
+        merge_states(w, columns, buffers, buffers.total, state, with_o);
       }
-      write_out(args, w, task, worker.total);
-      if (!split) count_reads(args, task, worker);
+      store_partials(args, w, item, buffers.total);
+      if (!split_kv) add_reads(args, item, buffers);
     }
   }
 }

@@ -1,18 +1,20 @@
 #pragma once
-// What the three branches share on the host: query columns, the running (m, s, o) of a range of K/V rows, and the
-// split of the work.
+// Split-KV attention on the host, common to the three branches: query columns, online softmax state (m, s, o), and the
+// distribution of the work over threads.
 //
-// A task is (sequence, group, block of rows). Its K/V range is cut into parts (cmp: lanes; sel: blocks; win: spans of
-// 64 positions) and each part into pieces of at most 64 rows. Pieces are merged into their part and parts into the
-// result by rising index, whether one thread does all parts or several share them: so the thread count cannot
-// be seen in the result.
+// Tiling: a work item is (sequence, group, block of rows). Its K/V range is cut into splits (cmp: LSE buckets; sel:
+// selected blocks; win: spans of 64 positions), and each split into KV tiles of at most 64 rows. Tiles merge into the
+// state of their split and splits into the result by rising index, whether one thread takes all splits or several
+// share them: the result does not depend on the thread count.
+//
+// Bytes: K and V of an item's range once. Work: two products of [64, Dk or Dv] x columns a tile. Bound by memory where
+// columns are few (decode), by the products where they are many (prefill).
 
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "kernels/host/runtime/arena.hpp"
@@ -21,109 +23,121 @@
 
 namespace nsa::host {
 
-constexpr int max_columns = 64;  ///< rows of a task are as many as give about that many query columns
+constexpr int max_columns = 64;       ///< an item has as many rows as give about this many query columns
+constexpr int pv_panel_columns = 64;  ///< columns of V in a panel: the panel stays in L1 while all query columns use it
+constexpr int pv_query_columns = 4;   ///< query columns that one product P V takes
 
-/// Widths a task's buffers have, in floats.
+/// Padded widths of an item's buffers, in floats.
 struct Widths {
   Widths(const LayerShape& s, int rows)
-      : columns(static_cast<int>(round_up(std::int64_t{rows} * s.heads_per_group, lanes))),
-        v(static_cast<int>(round_up(s.d_v, lanes))) {}
+      : columns(static_cast<int>(round_up(std::int64_t{rows} * s.heads_per_group, simd_lanes))),
+        v(static_cast<int>(round_up(s.d_v, simd_lanes))) {}
   int columns;  ///< query columns, column = row * h + head, padded
   int v;        ///< Dv, padded
 };
 
-inline int rows_of_task(const LayerShape& s, const QueryTile& tile) {
+/// Query rows of a work item.
+inline int item_rows(const LayerShape& s, const QueryTile& tile) {
   return std::clamp(max_columns / s.heads_per_group, 1, tile.tokens);
 }
 
-/// Unnormalised attention of every column over some K/V rows.
-struct State {
+/// Online softmax state of every query column over some K/V rows: maximum m, s = sum exp(score - m), and
+/// o = sum exp(score - m) v, unnormalised.
+struct SoftmaxState {
   float *m, *s;  ///< [columns]
   float* o;      ///< [columns][v]
-  State(Arena& arena, const Widths& w)
-      : m(arena.take<float>(w.columns)), s(arena.take<float>(w.columns)), o(arena.take<float>(w.columns * w.v)) {}
+  SoftmaxState(Arena& arena, const Widths& w)
+      : m(arena.allocate<float>(w.columns)),
+        s(arena.allocate<float>(w.columns)),
+        o(arena.allocate<float>(w.columns * w.v)) {}
   void clear(const Widths& w, bool with_o) {
-    std::fill_n(m, w.columns, -std::numeric_limits<float>::infinity());
+    std::fill_n(m, w.columns, neg_inf);
     std::fill_n(s, w.columns, 0.0f);
     if (with_o) std::fill_n(o, w.columns * w.v, 0.0f);
   }
 };
 
-/// Rows [row, row + rows) of sequence b of the tile, one group, at positions t0, t0 + 1, …
-struct Task {
+/// Rows [row, row + rows) of sequence b of the query tile and one group, at positions t0, t0 + 1, …
+struct WorkItem {
   std::int32_t b, g, row, rows;
   std::int64_t t0;
   std::int64_t plane;     ///< of the K/V views
-  std::int64_t tile_row;  ///< first row's index in the tile
+  std::int64_t tile_row;  ///< index of the first row in the query tile
 };
 
 /// One thread's buffers.
-struct Worker {
-  Worker(Arena& arena, const LayerShape& s, const Widths& w)
-      : queries(arena.take<float>(std::int64_t{s.d_k} * w.columns)),
-        k(arena.take<float>(std::int64_t{tile_tokens} * s.d_k)),
-        v(arena.take<float>(std::int64_t{tile_tokens} * w.v)),
-        scores(arena.take<float>(std::int64_t{tile_tokens} * w.columns)),
-        m(arena.take<float>(w.columns)),
-        s(arena.take<float>(w.columns)),
-        keep(arena.take<float>(w.columns)),
-        add(arena.take<float>(w.columns)),
-        first(arena.take<std::int32_t>(w.columns)),
-        last(arena.take<std::int32_t>(w.columns)),
-        part(arena, w),
+struct ThreadBuffers {
+  ThreadBuffers(Arena& arena, const LayerShape& s, const Widths& w)
+      : queries(arena.allocate<float>(std::int64_t{s.d_k} * w.columns)),
+        k(arena.allocate<float>(std::int64_t{kv_tile_tokens} * s.d_k)),
+        v(arena.allocate<float>(std::int64_t{kv_tile_tokens} * w.v)),
+        scores(arena.allocate<float>(std::int64_t{kv_tile_tokens} * w.columns)),
+        m(arena.allocate<float>(w.columns)),
+        s(arena.allocate<float>(w.columns)),
+        scale_prev(arena.allocate<float>(w.columns)),
+        scale_new(arena.allocate<float>(w.columns)),
+        column_begin(arena.allocate<std::int32_t>(w.columns)),
+        column_end(arena.allocate<std::int32_t>(w.columns)),
+        partial(arena, w),
         total(arena, w) {}
-  float* queries;  ///< [Dk][columns], scaled by 1/sqrt(Dk)
-  float *k, *v;    ///< a tile in fp32: [64][Dk], [64][v]
-  float* scores;   ///< [64][columns]
-  float *m, *s, *keep, *add;
-  std::int32_t *first, *last;
-  State part, total;
-  std::int64_t tokens_read = 0;  ///< of the task at hand
+  float* queries;                           ///< [Dk][columns], scaled by 1/sqrt(Dk)
+  float *k, *v;                             ///< a KV tile in fp32: [64][Dk], [64][v]
+  float* scores;                            ///< [64][columns]
+  float *m, *s;                             ///< of a KV tile, [columns]
+  float *scale_prev, *scale_new;            ///< rescale factors of a merge, [columns]
+  std::int32_t *column_begin, *column_end;  ///< tokens of the tile that a column attends: [begin, end)
+  SoftmaxState partial, total;              ///< of one split; of all
+  std::int64_t tokens_read = 0;             ///< by the current item
 };
 
-/// K/V rows that lie behind one another in memory.
-struct Piece {
+/// K/V rows contiguous in memory.
+struct KvTile {
   std::int64_t first;            ///< position, or compressed token
   int tokens;                    ///< <= 64
   const void *k, *v;             ///< storage type
-  const void* next_k = nullptr;  ///< rows this thread will read next, as many, if it knows
+  const void* next_k = nullptr;  ///< as many K rows that this thread reads next, or null
 };
 
-/// Scores of a piece in worker.scores [tokens][columns].
-void score_piece(const LayerShape& s, const Widths& w, Worker& worker, const Piece& piece);
+/// Q K^T of a KV tile in buffers.scores [tokens][columns].
+void score_tile(const LayerShape& s, const Widths& w, ThreadBuffers& buffers, const KvTile& kv_tile);
 
-/// Attends a scored piece: row r of the task takes part for tokens in [begin(r), end(r)). Counts what is read.
+/// Online softmax and P V of a scored KV tile into `state`: row r of the item attends the tokens [begin(r), end(r)).
+/// Adds the tokens read to buffers.tokens_read.
 template <class Begin, class End>
-void attend_piece(const LayerShape& s, const Widths& w, Worker& worker, const Piece& piece, const Task& task,
-                  State& state, bool with_o, Begin&& begin, End&& end);
+void attend_tile(const LayerShape& s, const Widths& w, ThreadBuffers& buffers, const KvTile& kv_tile,
+                 const WorkItem& item, SoftmaxState& state, bool with_o, Begin&& begin, End&& end);
 
-/// The first held, contiguous run of rows in [i, end): at most 64 long. tokens = 0: none.
-struct Run {
+/// The first run of held, contiguous rows in [i, end), at most 64 long. tokens = 0: none.
+struct RowRun {
   std::int64_t first = 0;
   int tokens = 0;
 };
-Run next_run(const RowMap& map, std::int64_t i, std::int64_t end);
+RowRun next_run(const RowMap& map, std::int64_t i, std::int64_t end);
 
-Piece piece_of(DType type, const KvView& k, const KvView& v, std::int64_t plane, const Run& run);
+/// K and V of a run.
+KvTile kv_tile_of(DType type, const KvView& k, const KvView& v, std::int64_t plane, const RowRun& run);
 
-/// Calls `body(run)` for every held run of rows [begin, end).
+/// Calls `body(run)` for every run of held rows in [begin, end).
 template <class Body>
-void for_runs(const RowMap& map, std::int64_t begin, std::int64_t end, Body&& body) {
-  for (Run run = next_run(map, begin, end); run.tokens > 0; run = next_run(map, run.first + run.tokens, end)) body(run);
+void for_each_run(const RowMap& map, std::int64_t begin, std::int64_t end, Body&& body) {
+  for (RowRun run = next_run(map, begin, end); run.tokens > 0; run = next_run(map, run.first + run.tokens, end))
+    body(run);
 }
 
-/// `part(worker, task, index, state)` attends part `index` into the cleared state. Writes args.out and adds to
-/// args.reads.
-using PartFunction = void (*)(const AttendArgs&, const Widths&, Worker&, const Task&, int index, State&);
-void attend_parts(const AttendArgs& args, int rows_per_task, int parts, PartFunction part);
+/// Attends split `index` of the item into the cleared state.
+using SplitFunction = void (*)(const AttendArgs&, const Widths&, ThreadBuffers&, const WorkItem&, int index,
+                               SoftmaxState&);
+/// Runs all splits of all items. Writes args.out, adds to args.reads.
+void attend_splits(const AttendArgs& args, int rows_per_item, int splits, SplitFunction attend_split);
 
-/// Bytes of scratch attend_parts takes.
-std::size_t attend_scratch(const LayerShape& s, const QueryTile& tile, int rows_per_task, int parts);
+/// Bytes of scratch that attend_splits takes.
+std::size_t attend_scratch(const LayerShape& s, const QueryTile& tile, int rows_per_item, int splits);
 
-int cmp_parts(const LayerShape& s, const QueryTile& tile);
-int win_parts(const LayerShape& s, const QueryTile& tile);
+/// Splits of an item.
+int cmp_splits(const LayerShape& s, const QueryTile& tile);
+int win_splits(const LayerShape& s, const QueryTile& tile);
 
-/// attention/sdpa.cpp
+// attention/sdpa.cpp
 void attend_cmp_sdpa(const AttendArgs& args, Stream*);
 void attend_sel_sdpa(const AttendArgs& args, Stream*);
 void attend_win_sdpa(const AttendArgs& args, Stream*);
@@ -133,45 +147,49 @@ std::size_t sdpa_scratch(const LayerShape& s, const QueryTile& tile);    ///< of
 std::size_t masked_scratch(const LayerShape& s, const QueryTile& tile);  ///< of either branch
 bool masked_accepts(const LayerShape& s, const QueryTile& tile);
 
-/// Steps that several implementations share.
-Task task_of(const AttendArgs& args, int rows_per_task, std::int64_t index);
-std::int64_t tasks_of(const LayerShape& s, const QueryTile& tile, int rows_per_task);
-/// q of the task as [Dk][columns], scaled, in worker.queries.
-void load_queries(const AttendArgs& args, const Widths& w, const Task& task, Worker& worker);
-/// Leaves worker.scores of `tokens` tokens for rank, from `slot` on.
-void keep_scores(const AttendArgs& args, const Widths& w, const Worker& worker, const Task& task, std::int64_t slot,
-                 int tokens);
-void write_lane(const AttendArgs& args, const Task& task, std::int64_t slot, const State& state);
-/// Positions of the chosen block, cut at the row's own position; empty where another rank holds it.
-Run block_range(const AttendArgs& args, const Task& task, int index);
+// Steps of several implementations.
+/// Item `index` of work_items().
+WorkItem work_item_of(const AttendArgs& args, int rows_per_item, std::int64_t index);
+/// Number of work items of a query tile.
+std::int64_t work_items(const LayerShape& s, const QueryTile& tile, int rows_per_item);
+/// q of the item as [Dk][columns], scaled, in buffers.queries.
+void load_queries(const AttendArgs& args, const Widths& w, const WorkItem& item, ThreadBuffers& buffers);
+/// Stores buffers.scores of `tokens` tokens in args.scores, from `slot` on.
+void store_scores(const AttendArgs& args, const Widths& w, const ThreadBuffers& buffers, const WorkItem& item,
+                  std::int64_t slot, int tokens);
+/// Stores (m, s) of the item's columns at bucket slot `slot` of args.lse.
+void store_lse_bucket(const AttendArgs& args, const WorkItem& item, std::int64_t slot, const SoftmaxState& state);
+/// Positions of the row's selected block `index`, up to the row's own position; empty where another rank holds them.
+RowRun selected_block(const AttendArgs& args, const WorkItem& item, int index);
 
 void attend_cmp(const AttendArgs& args, Stream*);
 void attend_sel_direct(const AttendArgs& args, Stream*);
-void attend_sel_shared(const AttendArgs& args, Stream*);  ///< many rows: those with a block in common together
+/// attend_sel_direct of many rows: the rows that selected a block attend it as columns of one tile.
+void attend_sel_shared(const AttendArgs& args, Stream*);
 void attend_win(const AttendArgs& args, Stream*);
 std::size_t attend_shared_scratch(const LayerShape& s, const QueryTile& tile);
 
-/// V of a piece in fp32: [tokens][w.v], padded with zeros.
-void load_values(const LayerShape& s, const Widths& w, const Piece& piece, float* v);
+/// V of a KV tile in fp32: [tokens][w.v], padded with zeros.
+void load_values(const LayerShape& s, const Widths& w, const KvTile& kv_tile, float* v);
 
-/// Attends the columns of a piece that was scored: see above.
-void attend_scored(const LayerShape& s, const Widths& w, Worker& worker, const Piece& piece, int columns, bool mask,
-                   State& state, bool with_o);
+/// attend_tile with the token ranges in buffers.column_begin and .column_end; `mask`: some range is not the whole tile.
+void softmax_and_accumulate(const LayerShape& s, const Widths& w, ThreadBuffers& buffers, const KvTile& kv_tile,
+                            int columns, bool mask, SoftmaxState& state, bool with_o);
 
 template <class Begin, class End>
-void attend_piece(const LayerShape& s, const Widths& w, Worker& worker, const Piece& piece, const Task& task,
-                  State& state, bool with_o, Begin&& begin, End&& end) {
+void attend_tile(const LayerShape& s, const Widths& w, ThreadBuffers& buffers, const KvTile& kv_tile,
+                 const WorkItem& item, SoftmaxState& state, bool with_o, Begin&& begin, End&& end) {
   bool mask = false;
-  for (int r = 0; r < task.rows; ++r) {
-    const std::int64_t n = piece.tokens;
-    const auto lo = static_cast<std::int32_t>(std::clamp<std::int64_t>(begin(r) - piece.first, 0, n));
-    const auto hi = static_cast<std::int32_t>(std::clamp<std::int64_t>(end(r) - piece.first, lo, n));
+  for (int r = 0; r < item.rows; ++r) {
+    const std::int64_t n = kv_tile.tokens;
+    const auto lo = static_cast<std::int32_t>(std::clamp<std::int64_t>(begin(r) - kv_tile.first, 0, n));
+    const auto hi = static_cast<std::int32_t>(std::clamp<std::int64_t>(end(r) - kv_tile.first, lo, n));
     mask = mask || lo > 0 || hi < n;
-    std::fill_n(worker.first + r * s.heads_per_group, s.heads_per_group, lo);
-    std::fill_n(worker.last + r * s.heads_per_group, s.heads_per_group, hi);
-    worker.tokens_read += hi - lo;
+    std::fill_n(buffers.column_begin + r * s.heads_per_group, s.heads_per_group, lo);
+    std::fill_n(buffers.column_end + r * s.heads_per_group, s.heads_per_group, hi);
+    buffers.tokens_read += hi - lo;
   }
-  attend_scored(s, w, worker, piece, task.rows * s.heads_per_group, mask, state, with_o);
+  softmax_and_accumulate(s, w, buffers, kv_tile, item.rows * s.heads_per_group, mask, state, with_o);
 }
 
 }  // namespace nsa::host

@@ -1,4 +1,5 @@
-// Rows of caches: appending, copying between maps, synthetic values; and the end of a step.
+// Rows of caches: append, copy between maps, fill with synthetic values, checksum; and the end of a decode step. Every
+// loop runs over rows (by plane and chunk) and streams each row once; bound by those bytes, fill_rows by Philox.
 
 #include <algorithm>
 #include <cstring>
@@ -11,16 +12,13 @@
 namespace nsa::host {
 namespace {
 
-/// A ring is replicated: everybody keeps all of it, whoever owns the row.
-bool keeps_chunk(const RowMap& map, std::int64_t c) { return map.ring > 0 || has_chunk(map, c); }
+/// Whether the buffer stores chunk c. A ring is replicated: every rank stores all of it.
+bool stores_chunk(const RowMap& map, std::int64_t c) { return map.ring > 0 || has_chunk(map, c); }
 
 /// a + b, where b may be INT64_MAX for "no end".
 std::int64_t saturating_add(std::int64_t a, std::int64_t b) {
   return b > INT64_MAX - std::max<std::int64_t>(a, 0) ? INT64_MAX : a + b;
 }
-
-/// First row of chunk c; the only chunk of an uncut map starts at 0.
-std::int64_t chunk_begin(const RowMap& map, std::int64_t c) { return c == 0 ? 0 : c * map.chunk; }
 
 /// Chunks whose span [chunk_begin + span_begin, …) may start before row `last`.
 std::int64_t chunks_before(const RowMap& map, std::int64_t last, std::int64_t span_begin) {
@@ -33,11 +31,11 @@ void append_rows(const AppendArgs& args, const void* rows, const KvView& cache) 
   const QueryTile& tile = args.tile;
   const LayerShape& s = args.shape;
   const std::int64_t t0 = *tile.first_position;
-  const std::int64_t kept = cache.map.ring > 0 ? t0 + tile.tokens - cache.map.ring : 0;
+  const std::int64_t first_kept = cache.map.ring > 0 ? t0 + tile.tokens - cache.map.ring : 0;
 #pragma omp parallel for if (tile.rows() > 16)
   for (std::int64_t row = 0; row < tile.rows(); ++row) {
     const std::int64_t t = t0 + row % tile.tokens;
-    if (t < kept || !keeps_chunk(cache.map, chunk_of(cache.map, t))) continue;
+    if (t < first_kept || !stores_chunk(cache.map, chunk_of(cache.map, t))) continue;
     for (std::int32_t g = 0; g < s.groups; ++g) {
       const std::int64_t plane = (tile.batch_begin + row / tile.tokens) * s.groups + g;
       std::memcpy(at(s.dtype, cache.data, offset_of(cache, plane, t)),
@@ -61,7 +59,7 @@ void copy_rows(const CopyRowsArgs& args, Stream*) {
 #pragma omp parallel for collapse(2)
   for (std::int64_t plane = 0; plane < args.planes; ++plane) {
     for (std::int64_t c = 0; c < chunks; ++c) {
-      if (!keeps_chunk(dst.map, c)) continue;
+      if (!stores_chunk(dst.map, c)) continue;
       const std::int64_t begin = std::max(first, saturating_add(chunk_begin(dst.map, c), args.span_begin));
       const std::int64_t end = std::min(args.last, saturating_add(chunk_begin(dst.map, c), args.span_end));
       for (std::int64_t i = std::max<std::int64_t>(begin, 0); i < end; ++i) {
@@ -77,7 +75,7 @@ void fill_rows(const FillRowsArgs& args, Stream*) {
   const KvView& dst = args.dst;
   const RowMap& map = dst.map;
   const std::int64_t first = map.ring > 0 ? std::max(args.first, args.last - map.ring) : args.first;
-  const std::int64_t behind = map.stride == INT64_MAX ? INT64_MAX : map.stride - map.halo;
+  const std::int64_t stored_rows = map.stride == INT64_MAX ? INT64_MAX : map.stride - map.halo;
   const std::int64_t chunks = chunks_before(map, args.last, -map.halo);
 #pragma omp parallel
   {
@@ -86,10 +84,10 @@ void fill_rows(const FillRowsArgs& args, Stream*) {
       const auto b = static_cast<std::uint32_t>(plane / args.groups);
       const auto column0 = static_cast<std::uint32_t>((args.group_begin + plane % args.groups) * dst.width);
       for (std::int64_t c = 0; c < chunks; ++c) {
-        if (!keeps_chunk(map, c)) continue;
+        if (!stores_chunk(map, c)) continue;
         const std::int64_t begin = std::max({first, chunk_begin(map, c) - map.halo, std::int64_t{0}});
         const std::int64_t end =
-            map.ring > 0 ? args.last : std::min(args.last, saturating_add(chunk_begin(map, c), behind));
+            map.ring > 0 ? args.last : std::min(args.last, saturating_add(chunk_begin(map, c), stored_rows));
 #pragma omp for nowait
         for (std::int64_t i = begin; i < end; ++i) {
           for (std::int32_t e = 0; e < dst.width; e += 256) {
@@ -115,8 +113,8 @@ std::uint64_t checksum_of(const ChecksumArgs& args) {
     for (std::int64_t i = args.first; i < args.last; ++i) {
       if (!has_row(view.map, i)) continue;
       const Bits* row = data + offset_of(view, plane, i);
-      const std::int64_t place = (plane * args.last + i) * view.width;
-      for (std::int32_t e = 0; e < view.width; ++e) sum += checksum_term(row[e], static_cast<std::uint64_t>(place + e));
+      const std::int64_t index = (plane * args.last + i) * view.width;
+      for (std::int32_t e = 0; e < view.width; ++e) sum += checksum_term(row[e], static_cast<std::uint64_t>(index + e));
     }
   }
   return sum;

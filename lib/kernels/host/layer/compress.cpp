@@ -1,4 +1,7 @@
 // Compressed tokens: the mean over l positions, or the paper's learned form (design section 2.3).
+//
+// mean: one token a loop iteration; reads l rows, writes one; bound by those bytes. mlp: batches of 64 tokens through
+// two matrix products; bound by the bytes of w1 for few tokens, by the products for many.
 
 #include <algorithm>
 #include <cmath>
@@ -11,20 +14,20 @@
 namespace nsa::host {
 namespace {
 
-constexpr std::int64_t batch_tokens = 64;  ///< tokens the learned form takes at a time
+constexpr std::int64_t batch_tokens = 64;  ///< tokens of an mlp batch
 
 std::int64_t hidden_width(const LayerShape& s, std::int32_t width) {
   return s.phi_hidden > 0 ? s.phi_hidden : 2 * std::int64_t{width};
 }
 
-/// A compressed token to form: plane and index.
+/// A compressed token: plane and index.
 struct Token {
   std::int64_t plane, i;
 };
 
-/// The tokens that complete within the tile and that `compressed` keeps, one after the other.
-struct Range {
-  Range(const CompressArgs& args)
+/// The tokens that complete within the query tile, by plane and index.
+struct CompletedTokens {
+  explicit CompletedTokens(const CompressArgs& args)
       : t0(*args.tile.first_position),
         begin(compressed_tokens(args.shape.rules, t0 - 1)),
         count(compressed_tokens(args.shape.rules, t0 + args.tile.tokens - 1) - begin),
@@ -37,7 +40,7 @@ struct Range {
 
 bool owns(const KvView& compressed, std::int64_t i) { return has_chunk(compressed.map, chunk_of(compressed.map, i)); }
 
-/// Whether token i is copied in front of the chunk behind its own. That chunk may have no memory yet.
+/// Whether token i is also in the halo of the next chunk on this rank. That chunk may have no memory yet.
 bool in_halo(const CompressArgs& args, const KvView& compressed, std::int64_t i) {
   const RowMap& map = compressed.map;
   if (!args.fill_halo || map.halo == 0) return false;
@@ -50,14 +53,14 @@ bool wanted(const CompressArgs& args, const KvView& compressed, std::int64_t i) 
   return owns(compressed, i) || in_halo(args, compressed, i);
 }
 
-void write_token(const CompressArgs& args, const KvView& compressed, const Token& token, const float* value) {
+void store_token(const CompressArgs& args, const KvView& compressed, const Token& token, const float* value) {
   const std::int64_t c = chunk_of(compressed.map, token.i);
-  const auto put = [&](std::int64_t chunk) {
+  const auto store_at = [&](std::int64_t chunk) {
     store(args.shape.dtype, compressed.width, value,
           at(args.shape.dtype, compressed.data, offset_in_chunk(compressed, token.plane, chunk, token.i)));
   };
-  if (owns(compressed, token.i)) put(c);
-  if (in_halo(args, compressed, token.i)) put(c + 1);
+  if (owns(compressed, token.i)) store_at(c);
+  if (in_halo(args, compressed, token.i)) store_at(c + 1);
 }
 
 /// Row m of the l positions under a compressed token, fp32.
@@ -67,12 +70,12 @@ void load_row(const CompressArgs& args, const KvView& raw, const Token& token, s
   load(args.shape.dtype, raw.width, at(args.shape.dtype, raw.data, offset_in_chunk(raw, token.plane, c, position)), to);
 }
 
-void compress_mean(const CompressArgs& args, const Range& range, const KvView& raw, const KvView& compressed,
-                   float* scratch) {
+void compress_mean(const CompressArgs& args, const CompletedTokens& completed, const KvView& raw,
+                   const KvView& compressed, float* scratch) {
   const std::int32_t l = args.shape.rules.l, width = raw.width;
-#pragma omp parallel for if (range.tokens() > 8)
-  for (std::int64_t index = 0; index < range.tokens(); ++index) {
-    const Token token = range.token(index);
+#pragma omp parallel for if (completed.tokens() > 8)
+  for (std::int64_t index = 0; index < completed.tokens(); ++index) {
+    const Token token = completed.token(index);
     if (!wanted(args, compressed, token.i)) continue;
     float* row = scratch + omp_get_thread_num() * 2 * std::int64_t{width};
     float* sum = row + width;
@@ -82,30 +85,30 @@ void compress_mean(const CompressArgs& args, const Range& range, const KvView& r
       for (std::int32_t e = 0; e < width; ++e) sum[e] += row[e];
     }
     for (std::int32_t e = 0; e < width; ++e) sum[e] *= 1.0f / static_cast<float>(l);
-    write_token(args, compressed, token, sum);
+    store_token(args, compressed, token, sum);
   }
 }
 
 struct MlpBuffers {
   MlpBuffers(Arena& arena, const LayerShape& s, std::int32_t width, std::int64_t tokens)
-      : pos(arena.take<float>(std::int64_t{s.rules.l} * width)),
-        flat(arena.take<float>(tokens * s.rules.l * width)),
-        hidden(arena.take<float>(tokens * hidden_width(s, width))),
-        value(arena.take<float>(tokens * width)) {}
+      : pos(arena.allocate<float>(std::int64_t{s.rules.l} * width)),
+        flat(arena.allocate<float>(tokens * s.rules.l * width)),
+        hidden(arena.allocate<float>(tokens * hidden_width(s, width))),
+        value(arena.allocate<float>(tokens * width)) {}
   float *pos, *flat, *hidden, *value;
 };
 
-void compress_mlp(const CompressArgs& args, const Range& range, const PhiWeights& phi, const KvView& raw,
+void compress_mlp(const CompressArgs& args, const CompletedTokens& completed, const PhiWeights& phi, const KvView& raw,
                   const KvView& compressed, Arena arena) {
   const LayerShape& s = args.shape;
   const std::int64_t width = raw.width, flat_width = s.rules.l * width, hidden = hidden_width(s, raw.width);
   const MlpBuffers b(arena, s, raw.width, batch_tokens);
   load(s.dtype, flat_width, phi.pos, b.pos);
   Token batch[batch_tokens];
-  for (std::int64_t index = 0; index < range.tokens();) {
+  for (std::int64_t index = 0; index < completed.tokens();) {
     std::int64_t n = 0;
-    for (; index < range.tokens() && n < batch_tokens; ++index)
-      if (wanted(args, compressed, range.token(index).i)) batch[n++] = range.token(index);
+    for (; index < completed.tokens() && n < batch_tokens; ++index)
+      if (wanted(args, compressed, completed.token(index).i)) batch[n++] = completed.token(index);
     if (n == 0) break;
 #pragma omp parallel for if (n > 4)
     for (std::int64_t i = 0; i < n; ++i) {
@@ -116,7 +119,7 @@ void compress_mlp(const CompressArgs& args, const Range& range, const PhiWeights
     matmul(arena, s.dtype, n, flat_width, hidden, b.flat, phi.w1, b.hidden);
     for (std::int64_t e = 0; e < n * hidden; ++e) b.hidden[e] /= 1.0f + std::exp(-b.hidden[e]);
     matmul(arena, s.dtype, n, hidden, width, b.hidden, phi.w2, b.value);
-    for (std::int64_t i = 0; i < n; ++i) write_token(args, compressed, batch[i], b.value + i * width);
+    for (std::int64_t i = 0; i < n; ++i) store_token(args, compressed, batch[i], b.value + i * width);
   }
 }
 
@@ -126,7 +129,7 @@ std::size_t compress_scratch(const LayerShape& s, const QueryTile&) {
   const std::int32_t width = std::max(s.d_k, s.d_v);
   Arena arena;
   if (s.phi == PhiKind::mean) {
-    arena.take<float>(threads() * 2 * std::int64_t{width});
+    arena.allocate<float>(threads() * 2 * std::int64_t{width});
   } else {
     MlpBuffers(arena, s, width, batch_tokens);
     matmul_scratch(arena);
@@ -135,17 +138,17 @@ std::size_t compress_scratch(const LayerShape& s, const QueryTile&) {
 }
 
 void compress(const CompressArgs& args, Stream*) {
-  const Range range(args);
-  if (range.count == 0) return;
+  const CompletedTokens completed(args);
+  if (completed.count == 0) return;
   Arena arena(args.scratch, args.scratch_bytes);
   if (args.shape.phi == PhiKind::mlp) {
-    compress_mlp(args, range, args.phi_k, args.k_raw, args.k_cmp, arena);
-    compress_mlp(args, range, args.phi_v, args.v_raw, args.v_cmp, arena);
+    compress_mlp(args, completed, args.phi_k, args.k_raw, args.k_cmp, arena);
+    compress_mlp(args, completed, args.phi_v, args.v_raw, args.v_cmp, arena);
     return;
   }
-  float* scratch = arena.take<float>(threads() * 2 * std::int64_t{std::max(args.shape.d_k, args.shape.d_v)});
-  compress_mean(args, range, args.k_raw, args.k_cmp, scratch);
-  compress_mean(args, range, args.v_raw, args.v_cmp, scratch);
+  float* scratch = arena.allocate<float>(threads() * 2 * std::int64_t{std::max(args.shape.d_k, args.shape.d_v)});
+  compress_mean(args, completed, args.k_raw, args.k_cmp, scratch);
+  compress_mean(args, completed, args.v_raw, args.v_cmp, scratch);
 }
 
 }  // namespace nsa::host

@@ -1,4 +1,7 @@
 // x -> q, k, v, gates (design sections 2.1, 2.2, 2.8); y = o W_O; rmsnorm; add.
+//
+// Tiling: matmul takes 256 rows at a time, then one row a loop iteration. Bound by matmul: by the bytes of the weights
+// for one row, by the products for many.
 
 #include <algorithm>
 #include <cmath>
@@ -18,7 +21,7 @@ struct Rotation {
   Rotation(const LayerShape& s) : frequency(s.d_k / 2), cosine(s.d_k / 2), sine(s.d_k / 2) {
     for (std::int32_t i = 0; i < s.d_k / 2; ++i) frequency[i] = std::pow(s.rope_base, -2.0 * i / s.d_k);
   }
-  void turn_to(std::int64_t t) {
+  void set_position(std::int64_t t) {
     if (t == position) return;
     position = t;
     for (std::size_t i = 0; i < frequency.size(); ++i) {
@@ -39,7 +42,7 @@ struct Rotation {
   std::int64_t position = -1;
 };
 
-void write_gate(const ProjectArgs& args, const float* mean, std::vector<float>& hidden, float* gate) {
+void form_gate(const ProjectArgs& args, const float* mean, std::vector<float>& hidden, float* gate) {
   if (args.force_branch >= 0) {
     for (std::int32_t c = 0; c < branches; ++c) gate[c] = c == args.force_branch ? 1.0f : 0.0f;
     return;
@@ -57,15 +60,15 @@ void write_gate(const ProjectArgs& args, const float* mean, std::vector<float>& 
     for (std::int32_t c = 0; c < branches; ++c) gate[c] = 1.0f / (1.0f + std::exp(-gate[c]));
     return;
   }
-  const float top = std::max({gate[0], gate[1], gate[2]});
+  const float max_logit = std::max({gate[0], gate[1], gate[2]});
   float sum = 0.0f;
-  for (std::int32_t c = 0; c < branches; ++c) sum += gate[c] = std::exp(gate[c] - top);
+  for (std::int32_t c = 0; c < branches; ++c) sum += gate[c] = std::exp(gate[c] - max_logit);
   for (std::int32_t c = 0; c < branches; ++c) gate[c] /= sum;
 }
 
-/// Rotates and stores the q heads of one row, and forms its gates from the q as stored.
-void finish_q(const ProjectArgs& args, const Rotation& rotation, std::int64_t row, float* columns,
-              std::vector<float>& mean, std::vector<float>& hidden) {
+/// Rotates and stores the q heads of one row; forms its gates from the stored q.
+void store_q_and_gates(const ProjectArgs& args, const Rotation& rotation, std::int64_t row, float* columns,
+                       std::vector<float>& mean, std::vector<float>& hidden) {
   const LayerShape& s = args.shape;
   for (std::int32_t g = 0; g < s.groups; ++g) {
     std::fill(mean.begin(), mean.end(), 0.0f);
@@ -79,11 +82,12 @@ void finish_q(const ProjectArgs& args, const Rotation& rotation, std::int64_t ro
       for (std::int32_t e = 0; e < s.d_k; ++e) mean[e] += q[e];
     }
     for (float& x : mean) x /= static_cast<float>(s.heads_per_group);
-    write_gate(args, mean.data(), hidden, args.gate + (row * s.groups + g) * branches);
+    form_gate(args, mean.data(), hidden, args.gate + (row * s.groups + g) * branches);
   }
 }
 
-void finish_kv(const ProjectArgs& args, const Rotation& rotation, std::int64_t row, float* columns) {
+/// Rotates the k heads of one row, stores its k and v.
+void store_kv(const ProjectArgs& args, const Rotation& rotation, std::int64_t row, float* columns) {
   const LayerShape& s = args.shape;
   for (std::int32_t c = 0; c < (s.shared_kv ? 1 : branches); ++c) {
     const Branch branch = kv_column_order[c];
@@ -95,7 +99,7 @@ void finish_kv(const ProjectArgs& args, const Rotation& rotation, std::int64_t r
   }
 }
 
-/// `rows` rows in storage type as fp32: themselves, or converted into scratch.
+/// `count` values in storage type as fp32: x itself, or converted into scratch.
 const float* as_floats(DType type, std::int64_t count, const void* x, float* scratch) {
   if (type == DType::f32) return static_cast<const float*>(x);
   load(type, count, x, scratch);
@@ -107,8 +111,8 @@ const float* as_floats(DType type, std::int64_t count, const void* x, float* scr
 std::size_t project_scratch(const LayerShape& s, const QueryTile& tile) {
   const std::int64_t rows = std::min(tile.rows(), matmul_rows);
   Arena arena;
-  arena.take<float>(rows * s.dim);
-  arena.take<float>(rows * qkv_columns(s));
+  arena.allocate<float>(rows * s.dim);
+  arena.allocate<float>(rows * qkv_columns(s));
   matmul_scratch(arena);
   return arena.used();
 }
@@ -117,8 +121,8 @@ void project(const ProjectArgs& args, Stream*) {
   const LayerShape& s = args.shape;
   const std::int64_t rows = args.tile.rows(), cols = qkv_columns(s);
   Arena arena(args.scratch, args.scratch_bytes);
-  float* x = arena.take<float>(std::min(rows, matmul_rows) * s.dim);
-  float* columns = arena.take<float>(std::min(rows, matmul_rows) * cols);
+  float* x = arena.allocate<float>(std::min(rows, matmul_rows) * s.dim);
+  float* columns = arena.allocate<float>(std::min(rows, matmul_rows) * cols);
   for (std::int64_t begin = 0; begin < rows; begin += matmul_rows) {
     const std::int64_t n = std::min(matmul_rows, rows - begin);
     matmul(arena, s.dtype, n, s.dim, cols, as_floats(s.dtype, n * s.dim, at(s.dtype, args.x, begin * s.dim), x),
@@ -129,9 +133,9 @@ void project(const ProjectArgs& args, Stream*) {
       std::vector<float> mean(s.d_k), hidden(s.d_k / 2);
 #pragma omp for
       for (std::int64_t i = 0; i < n; ++i) {
-        rotation.turn_to(*args.tile.first_position + (begin + i) % args.tile.tokens);
-        finish_q(args, rotation, begin + i, columns + i * cols, mean, hidden);
-        finish_kv(args, rotation, begin + i, columns + i * cols + std::int64_t{s.heads()} * s.d_k);
+        rotation.set_position(*args.tile.first_position + (begin + i) % args.tile.tokens);
+        store_q_and_gates(args, rotation, begin + i, columns + i * cols, mean, hidden);
+        store_kv(args, rotation, begin + i, columns + i * cols + std::int64_t{s.heads()} * s.d_k);
       }
     }
   }
@@ -140,7 +144,7 @@ void project(const ProjectArgs& args, Stream*) {
 std::size_t output_scratch(const LayerShape& s, const QueryTile& tile) {
   const std::int64_t inner = std::int64_t{s.heads()} * s.d_v;
   Arena arena;
-  arena.take<float>(std::min(tile.rows(), matmul_rows) * inner);
+  arena.allocate<float>(std::min(tile.rows(), matmul_rows) * inner);
   matmul_scratch(arena);
   return arena.used();
 }
@@ -149,7 +153,7 @@ void output(const OutputArgs& args, Stream*) {
   const LayerShape& s = args.shape;
   const std::int64_t inner = std::int64_t{s.heads()} * s.d_v, rows = args.tile.rows();
   Arena arena(args.scratch, args.scratch_bytes);
-  float* o = arena.take<float>(std::min(rows, matmul_rows) * inner);
+  float* o = arena.allocate<float>(std::min(rows, matmul_rows) * inner);
   for (std::int64_t begin = 0; begin < rows; begin += matmul_rows) {
     const std::int64_t n = std::min(matmul_rows, rows - begin);
     matmul(arena, s.dtype, n, inner, s.dim, as_floats(s.dtype, n * inner, at(s.dtype, args.o, begin * inner), o),

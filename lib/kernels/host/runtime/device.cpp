@@ -1,4 +1,4 @@
-// Memory, streams and events of the host: streams run inline, so whatever was queued is done.
+// Memory, streams and events of the host. Streams run inline: what is queued is done.
 
 #include <omp.h>
 #include <sys/mman.h>
@@ -18,13 +18,13 @@ namespace nsa {
 
 namespace {
 
-using Stamp = std::chrono::steady_clock::time_point;  // what an Event is on the host
+using Stamp = std::chrono::steady_clock::time_point;  // an Event on the host
 
 Stamp& stamp(Event* event) { return *reinterpret_cast<Stamp*>(event); }
 
-constexpr std::size_t page = std::size_t{1} << 21;
+constexpr std::size_t huge_page = std::size_t{1} << 21;
 
-/// kB of a line of /proc/meminfo, in bytes; -1 where it cannot be known.
+/// A line of /proc/meminfo, in bytes; -1 where it is missing.
 std::int64_t meminfo(const std::string& name) {
   std::ifstream file("/proc/meminfo");
   for (std::string line; std::getline(file, line);)
@@ -52,20 +52,20 @@ const char* simd_level() {
 }
 
 void* allocate(std::size_t bytes) {
-  // Linux grants more than there is and kills later: ask first.
+  // Linux overcommits and kills later: compare with the available memory first.
   const std::int64_t available = bytes >= (std::size_t{256} << 20) ? meminfo("MemAvailable") : -1;
   void* data = nullptr;
   const bool fits = (available < 0 || bytes <= static_cast<std::size_t>(available)) &&
                     !fault::at("device.allocate").is(fault::Action::fail);
-  if (!fits || posix_memalign(&data, bytes >= page ? page : 256, std::max<std::size_t>(bytes, 1)) != 0)
+  if (!fits || posix_memalign(&data, bytes >= huge_page ? huge_page : 256, std::max<std::size_t>(bytes, 1)) != 0)
     throw UserError("out of host memory (" + std::to_string(bytes) + " bytes wanted, " +
                         std::to_string(meminfo("MemAvailable")) +
                         " free); use more hosts, a shorter context or a smaller batch",
                     ExitCode::device);
   auto* begin = static_cast<char*>(data);
-  if (bytes >= page) madvise(data, bytes, MADV_HUGEPAGE);  // a wish: streaming walks many pages
-#pragma omp parallel for if (bytes >= page)                // first touch by the threads that will read
-  for (std::size_t i = 0; i < bytes; i += page) std::memset(begin + i, 0xFF, std::min(page, bytes - i));
+  if (bytes >= huge_page) madvise(data, bytes, MADV_HUGEPAGE);  // a hint: streaming reads touch many pages
+#pragma omp parallel for if (bytes >= huge_page)                // first touch by the reading threads
+  for (std::size_t i = 0; i < bytes; i += huge_page) std::memset(begin + i, 0xFF, std::min(huge_page, bytes - i));
   return data;
 }
 

@@ -1,6 +1,6 @@
 #pragma once
-// The host twin: every stage on CPU threads (OpenMP) and SIMD units (chosen at run time). The reference
-// that everybody can run. Results do not depend on the number of threads.
+// The host backend: every stage on CPU threads (OpenMP) and SIMD units (chosen at run time), the reference that runs on
+// any machine. Results do not depend on the number of threads.
 
 #include "kernels/interface/backend.hpp"
 
@@ -11,7 +11,7 @@ const KernelTable& host_kernels();
 /// Streams run inline, events are steady_clock stamps, there are no graphs (capture is null).
 const DeviceOps& host_device();
 
-/// Threads the stages of this process use from now on; at least 1.
+/// Sets the threads of this process's stages; at least 1.
 void set_host_threads(int threads);
 
 }  // namespace nsa

@@ -1,6 +1,6 @@
 #pragma once
-// The host twins behind the table; each is described at its arguments in interface/kernel_table.hpp. `*_scratch` is the
-// scratch the stage takes.
+// The host stages of the kernel table; interface/kernel_table.hpp describes each at its arguments. `*_scratch`: bytes
+// of scratch that the stage takes.
 
 #include <cstddef>
 

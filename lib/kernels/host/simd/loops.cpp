@@ -1,7 +1,10 @@
+// The inner loops; loops.hpp says what each computes. Vectorised over columns or elements. Each loads and stores its
+// operands once and is bound by that, except where it takes an exponential (15 operations) or a Philox number (10
+// rounds).
+
 #include "kernels/host/simd/loops.hpp"
 
 #include <bit>
-#include <limits>
 
 #include "kernels/shared/float16.hpp"
 #include "kernels/shared/random.hpp"
@@ -9,11 +12,9 @@
 namespace nsa::host {
 namespace {
 
-constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
-
 /// exp(x) = 2^n exp(r), r = x - n ln 2 (Cody and Waite), a polynomial for exp(r) (Cephes expf).
 [[gnu::always_inline]] inline float exp_of(float x) {
-  constexpr float shift = 0x1.8p23f;  // adding it rounds to an integer, kept in the low bits
+  constexpr float shift = 0x1.8p23f;  // adding it rounds to an integer in the low bits
   const float shifted = x * 1.44269504088896341f + shift;
   const float n = shifted - shift;
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -85,33 +86,33 @@ NSA_SIMD void add_rows_f32(std::int64_t n, std::int64_t rows, const float* x, co
 }  // namespace
 
 NSA_SIMD void softmax_columns(int tokens, int columns, float* s, float* m, float* sum) {
-  for (int c0 = 0; c0 < columns; c0 += lanes) {
-    float top[lanes], base[lanes], total[lanes];
+  for (int c0 = 0; c0 < columns; c0 += simd_lanes) {
+    float column_max[simd_lanes], reference[simd_lanes], column_sum[simd_lanes];
 #pragma omp simd
-    for (int c = 0; c < lanes; ++c) top[c] = minus_infinity;
+    for (int c = 0; c < simd_lanes; ++c) column_max[c] = neg_inf;
     for (int t = 0; t < tokens; ++t) {
       const float* row = s + t * columns + c0;
 #pragma omp simd
-      for (int c = 0; c < lanes; ++c) top[c] = row[c] > top[c] ? row[c] : top[c];
+      for (int c = 0; c < simd_lanes; ++c) column_max[c] = row[c] > column_max[c] ? row[c] : column_max[c];
     }
 #pragma omp simd
-    for (int c = 0; c < lanes; ++c) {
-      base[c] = top[c] == minus_infinity ? 0.0f : top[c];
-      total[c] = 0.0f;
+    for (int c = 0; c < simd_lanes; ++c) {
+      reference[c] = column_max[c] == neg_inf ? 0.0f : column_max[c];
+      column_sum[c] = 0.0f;
     }
     for (int t = 0; t < tokens; ++t) {
       float* row = s + t * columns + c0;
 #pragma omp simd
-      for (int c = 0; c < lanes; ++c) {
-        const float p = exp_of(row[c] - base[c]);
+      for (int c = 0; c < simd_lanes; ++c) {
+        const float p = exp_of(row[c] - reference[c]);
         row[c] = p;
-        total[c] += p;
+        column_sum[c] += p;
       }
     }
 #pragma omp simd
-    for (int c = 0; c < lanes; ++c) {
-      m[c0 + c] = top[c];
-      sum[c0 + c] = total[c];
+    for (int c = 0; c < simd_lanes; ++c) {
+      m[c0 + c] = column_max[c];
+      sum[c0 + c] = column_sum[c];
     }
   }
 }
@@ -120,29 +121,29 @@ NSA_SIMD void mask_columns(int tokens, int columns, float* s, const std::int32_t
   for (int t = 0; t < tokens; ++t) {
     float* row = s + t * columns;
 #pragma omp simd
-    for (int c = 0; c < columns; ++c) row[c] = t >= first[c] && t < last[c] ? row[c] : minus_infinity;
+    for (int c = 0; c < columns; ++c) row[c] = t >= first[c] && t < last[c] ? row[c] : neg_inf;
   }
 }
 
-NSA_SIMD void merge_columns(int columns, float* m, float* s, const float* m2, const float* s2, float* keep,
-                            float* add) {
+NSA_SIMD void merge_softmax_columns(int columns, float* m, float* s, const float* m2, const float* s2,
+                                    float* scale_prev, float* scale_new) {
 #pragma omp simd
   for (int c = 0; c < columns; ++c) {
-    const float top = m[c] > m2[c] ? m[c] : m2[c];
-    const float base = top == minus_infinity ? 0.0f : top;
-    keep[c] = exp_of(m[c] - base);
-    add[c] = exp_of(m2[c] - base);
-    const float added = s2[c] * add[c];
-    s[c] = s[c] * keep[c] + added;
-    m[c] = top;
+    const float column_max = m[c] > m2[c] ? m[c] : m2[c];
+    const float reference = column_max == neg_inf ? 0.0f : column_max;
+    scale_prev[c] = exp_of(m[c] - reference);
+    scale_new[c] = exp_of(m2[c] - reference);
+    const float added = s2[c] * scale_new[c];
+    s[c] = s[c] * scale_prev[c] + added;
+    m[c] = column_max;
   }
 }
 
-NSA_SIMD void merge_row(std::int64_t n, float keep, float* o, float add, const float* o2) {
+NSA_SIMD void rescale_and_add(std::int64_t n, float scale_prev, float* o, float scale_new, const float* o2) {
 #pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) {
-    const float added = add * o2[i];
-    o[i] = keep * o[i] + added;
+    const float added = scale_new * o2[i];
+    o[i] = scale_prev * o[i] + added;
   }
 }
 
@@ -151,7 +152,7 @@ NSA_SIMD void add_probabilities(int n, const float* s, float m, float inverse_z,
   for (int i = 0; i < n; ++i) sum[i] += exp_of(s[i] - m) * inverse_z;
 }
 
-// synthetic_value, but with a choice where it indexes: that is what lets the compiler run 16 columns at a time.
+// synthetic_value with a select in place of its array index: the compiler then vectorises over 16 columns.
 NSA_SIMD void synthetic_row(std::int64_t n, std::uint64_t key, std::uint32_t plane, std::uint64_t row,
                             std::uint32_t column, float scale, float* out) {
   const auto low = static_cast<std::uint32_t>(row), high = static_cast<std::uint32_t>(row >> 32);
@@ -159,9 +160,7 @@ NSA_SIMD void synthetic_row(std::int64_t n, std::uint64_t key, std::uint32_t pla
   for (std::int64_t i = 0; i < n; ++i) {
     const std::uint32_t c = column + static_cast<std::uint32_t>(i);
     const Philox4 r = philox(key, {{c >> 1, low, high, plane}});
-    const std::uint32_t a = c & 1u ? r.v[2] : r.v[0], b = c & 1u ? r.v[3] : r.v[1];
-    const auto sum = static_cast<std::int32_t>((a & 0xFFFFu) + (a >> 16) + (b & 0xFFFFu) + (b >> 16)) - 131070;
-    out[i] = scale * (static_cast<float>(sum) * (1.0f / 37837.23f));
+    out[i] = scale * bell_curve(c & 1u ? r.v[2] : r.v[0], c & 1u ? r.v[3] : r.v[1]);
   }
 }
 
