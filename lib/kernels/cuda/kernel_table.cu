@@ -165,7 +165,7 @@ std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t
   if (tile.rescores) return 0;
   // Where those are chunks with halos, there are so many at most, and each takes so much more.
   const std::int64_t before = s.rules.l / s.rules.d - 1, chunks = cmp_rows / (s.lse.segment + before) + 1,
-                     more = whole_sectors(s.lse.segment) + whole_sectors(before) - s.lse.segment - before;
+                     more = round_up_to_sectors(s.lse.segment) + round_up_to_sectors(before) - s.lse.segment - before;
   const std::int64_t raw = tile.rows() * s.heads() * padded_columns(cmp_rows + chunks * more);
   // A decode step at once may leave sums of blocks instead, which are more where there are few heads.
   const std::int64_t sums = tile.tokens == 1 && leaves_sums(s) && decode_accepts(s, tile)
