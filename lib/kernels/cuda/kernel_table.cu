@@ -74,7 +74,7 @@ std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t
   // Where the rows are chunks with halos, there are at most so many chunks, and each takes so many padding floats.
   const std::int64_t halo = s.rules.l / s.rules.d - 1, segment = s.lse.segment,
                      chunks = cmp_rows / (segment + halo) + 1,
-                     padding = whole_sectors(segment) + whole_sectors(halo) - segment - halo;
+                     padding = round_up_to_sectors(segment) + round_up_to_sectors(halo) - segment - halo;
   const std::int64_t raw = tile.rows() * s.heads() * padded_columns(cmp_rows + chunks * padding);
   // A fused decode step may store block sums instead, which are more floats where a group has few heads.
   const std::int64_t sums = tile.tokens == 1 && leaves_sums(s) && decode_accepts(s, tile)

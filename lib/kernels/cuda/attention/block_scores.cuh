@@ -7,9 +7,9 @@
 namespace nsa::gpu {
 
 /// Adds a lane's (m, s) to a sum of lanes.
-__device__ __forceinline__ void add_lane(MaxSum& total, float2 ms) {
+__device__ __forceinline__ void add_lane(SoftmaxState& total, float2 ms) {
   const float both = fmaxf(total.m, ms.x);
-  total.s = __fmaf_rn(total.s, exp_above(total.m, both), __fmul_rn(ms.y, exp_above(ms.x, both)));
+  total.s = __fmaf_rn(total.s, exp_shifted(total.m, both), __fmul_rn(ms.y, exp_shifted(ms.x, both)));
   total.m = both;
 }
 
@@ -17,13 +17,13 @@ __device__ __forceinline__ void add_lane(MaxSum& total, float2 ms) {
 /// load(x, i): of lane x of the i-th of them.
 template <int N, class Load>
 __device__ __forceinline__ void normalisers_of(int lanes, Load load, float2 (&by)[N]) {
-  MaxSum total[N];
+  SoftmaxState total[N];
   for (int x = threadIdx.x % 32; x < lanes; x += 32)
 #pragma unroll
     for (int i = 0; i < N; ++i) add_lane(total[i], load(x, i));
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const float m = warp_max(total[i].m), sum = warp_sum(__fmul_rn(total[i].s, exp_above(total[i].m, m)));
+    const float m = warp_max(total[i].m), sum = warp_sum(__fmul_rn(total[i].s, exp_shifted(total[i].m, m)));
     by[i] = make_float2(m * log2_e, sum > 0.0f ? 1.0f / sum : 0.0f);
   }
 }

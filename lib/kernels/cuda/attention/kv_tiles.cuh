@@ -106,7 +106,7 @@ struct Tiles {
       if constexpr (B == cmp)
         if (map.rank != all_ranks && map.chunk == s.lse.segment) {  // a leaf is a chunk, and this is the u-th here
           const int row = u * static_cast<int>(map.stride) + map.halo,
-                    column = u * static_cast<int>(score_stride(map)) + static_cast<int>(score_front(map)),
+                    column = u * static_cast<int>(score_stride(map)) + static_cast<int>(score_halo_columns(map)),
                     left = n - (u * map.kv + map.rank) * static_cast<int>(s.lse.segment);
           return {row + at, min(tile_rows, min(static_cast<int>(s.lse.segment), left) - at), 0, column + at};
         }
@@ -134,10 +134,9 @@ struct Tiles {
   }
 };
 
-/// (m, sum) with m in powers of two. The maximum of nothing is finite, so that differences are no NaN.
-constexpr float lowest = -1e30f;
+/// (m, sum) with m in powers of two. The maximum of no token is neg_inf.
 struct Sum2 {
-  float m = lowest, s = 0.0f;
+  float m = neg_inf, s = 0.0f;
 };
 // Roundings spelled out, here and where scores are scaled: different kernels have to leave the same bits.
 __device__ __forceinline__ Sum2 merge2(Sum2 a, Sum2 b) {
@@ -145,7 +144,7 @@ __device__ __forceinline__ Sum2 merge2(Sum2 a, Sum2 b) {
   return {m, __fmaf_rn(a.s, exp2_fast(a.m - m), __fmul_rn(b.s, exp2_fast(b.m - m)))};
 }
 /// As the interface has it: natural, -inf for nothing.
-__device__ __forceinline__ float2 natural(Sum2 x) {
+__device__ __forceinline__ float2 to_natural_log(Sum2 x) {
   return make_float2(x.s > 0.0f ? x.m * 0.6931471805599453f : -INFINITY, x.s);
 }
 

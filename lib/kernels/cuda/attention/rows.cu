@@ -50,10 +50,10 @@ template <int DK, int DV>
 struct Layout {
   static constexpr int slot_bytes = tile_tokens * (DK > DV ? DK : DV) * 2;
   static constexpr int slots = (96 << 10) / slot_bytes;  // two CTAs an SM
-  using Ring = SlotRing<slots, slot_bytes>;
+  using Ring = BulkPipeline<slots, slot_bytes>;
   // Queries, then the ring's barriers, then its slots; later, in the slots' place, the CTA's part [16 * Dv] and (m,
   // sum) [16], the same of each warp.
-  static constexpr int barriers = Queries<DK>::bytes, memory = barriers + 16 * slots,
+  static constexpr int barriers = QueryFragments<DK>::bytes, memory = barriers + 16 * slots,
                        part_bytes = heads_per_tile * (DV + 2) * 4;
   static constexpr int bytes = memory + std::max(slots * slot_bytes, (1 + warps) * part_bytes);
 };
@@ -72,7 +72,7 @@ struct Cta {
   int heads, before;     // of the tile; cmp: halo rows in front of a chunk
   std::int64_t t, n;
   int units;
-  Queries<DK> q;
+  QueryFragments<DK> q;
   Ring ring;
   float o[DV / 64][8][4];
   Sum2 total[2], leaf[2];  // of heads g and g + 8
@@ -84,7 +84,7 @@ struct Cta {
   __device__ Unit unit_at(int u) const;
   __device__ void stream();
   __device__ void walk();
-  __device__ void score(const Unit& unit, int at, const Keys<DK>& keys, float (&c)[2][4]) const;
+  __device__ void score(const Unit& unit, int at, const KeyFragments<DK>& keys, float (&c)[2][4]) const;
   __device__ void soften(float (&c)[2][4]);
   __device__ void score_halos() const;
   __device__ void merge_warps(float* warp_o, float* part) const;
@@ -98,7 +98,7 @@ __device__ __forceinline__ Cta<T, DK, DV, B>::Cta(const Params& params, char* sh
     : p(params), s(params.a.shape), map(params.a.k.map), q{reinterpret_cast<uint4*>(shared)}, o{}, count(0) {
   auto* barriers = reinterpret_cast<std::uint64_t*>(shared + Layout<DK, DV>::barriers);
   ring = {shared + Layout<DK, DV>::memory, barriers, barriers + Layout<DK, DV>::slots};
-  if (streams && threadIdx.x == 0) ring.open(warps);
+  if (streams && threadIdx.x == 0) ring.init(warps);
   split = blockIdx.x % p.splits;
   row_group = blockIdx.x / p.splits;
   list = row_group * gridDim.y + blockIdx.y;
@@ -114,7 +114,7 @@ __device__ __forceinline__ Cta<T, DK, DV, B>::Cta(const Params& params, char* sh
   head_at = std::int64_t{row} * s.heads() + group * s.heads_per_group + blockIdx.y * heads_per_tile;
   heads = min(heads_per_tile, s.heads_per_group - static_cast<int>(blockIdx.y) * heads_per_tile);
   before = B == cmp && shards_of(map) > 1 ? map.halo : 0;
-  wait_for_previous();
+  griddep_wait();
   t = *p.a.tile.first_position + row % p.a.tile.tokens;
   if (warp < warps) q.fill(static_cast<const T*>(p.a.q) + head_at * DK, heads, threadIdx.x, 32 * warps);
   n = B == cmp ? compressed_tokens(s.rules, t) : 0;
@@ -174,15 +174,15 @@ __device__ __forceinline__ uint4 load_piece(const T* from) {
   if constexpr (streams) {
     return *reinterpret_cast<const uint4*>(from);
   } else {
-    return load_once(from);
+    return load_no_allocate(from);
   }
 }
 
 // The lane's operands of 16 rows, of which the first `rows` exist; the others count as zero.
 template <class T, int DK>
-__device__ __forceinline__ Keys<DK> load_keys(const T* from, int rows) {
+__device__ __forceinline__ KeyFragments<DK> load_keys(const T* from, int rows) {
   const int g = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
-  Keys<DK> keys;
+  KeyFragments<DK> keys;
 #pragma unroll
   for (int j = 0; j < DK / 32; ++j) {
     keys.first[j] = g < rows ? load_piece(from + g * DK + j * 32 + quad * 8) : uint4{};
@@ -192,9 +192,9 @@ __device__ __forceinline__ Keys<DK> load_keys(const T* from, int rows) {
 }
 
 template <class T, int DV>
-__device__ __forceinline__ Values load_values(const T* from, int block, int rows) {
+__device__ __forceinline__ ValueFragments load_values(const T* from, int block, int rows) {
   const int g = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
-  Values values;
+  ValueFragments values;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const int token = 2 * quad + (r & 1) + (r & 2) * 4;
@@ -205,10 +205,10 @@ __device__ __forceinline__ Values load_values(const T* from, int block, int rows
 
 // Scaled scores of 16 tokens, -inf past the end; cmp leaves them behind for rank.
 template <class T, int DK, int DV, Branch B>
-__device__ __forceinline__ void Cta<T, DK, DV, B>::score(const Unit& unit, int at, const Keys<DK>& keys,
+__device__ __forceinline__ void Cta<T, DK, DV, B>::score(const Unit& unit, int at, const KeyFragments<DK>& keys,
                                                          float (&c)[2][4]) const {
   const float scale = log2_e / sqrtf(static_cast<float>(DK));
-  scores_of<T>(c, q, keys);
+  multiply_qk<T>(c, q, keys);
 #pragma unroll
   for (int part = 0; part < 2; ++part)  // tokens 0..7, 8..15
 #pragma unroll
@@ -249,7 +249,7 @@ __device__ __forceinline__ void Cta<T, DK, DV, B>::soften(float (&c)[2][4]) {
   for (int half = 0; half < 2; ++half) {
     float &c0 = c[0][half * 2], &c1 = c[0][half * 2 + 1], &c2 = c[1][half * 2], &c3 = c[1][half * 2 + 1];
     Sum2 step;
-    step.m = fmaxf(lowest, quad_max(fmaxf(fmaxf(c0, c1), fmaxf(c2, c3))));
+    step.m = fmaxf(neg_inf, quad_max(fmaxf(fmaxf(c0, c1), fmaxf(c2, c3))));
     c0 = exp2_fast(c0 - step.m);
     c1 = exp2_fast(c1 - step.m);
     c2 = exp2_fast(c2 - step.m);
@@ -281,8 +281,8 @@ __device__ __forceinline__ void Cta<T, DK, DV, B>::stream() {
     const T* values = v + unit.owner * p.a.v.rank_stride + unit.row * DV;
     for (int at = 0; at < unit.count; at += tile_tokens) {
       const int rows = min(tile_tokens, unit.count - at);
-      ring.fill(keys + at * DK, rows * DK * 2);
-      if (weigh) ring.fill(values + at * DV, rows * DV * 2);
+      ring.producer_load(keys + at * DK, rows * DK * 2);
+      if (weigh) ring.producer_load(values + at * DV, rows * DV * 2);
     }
   }
 }
@@ -298,21 +298,23 @@ __device__ __forceinline__ void Cta<T, DK, DV, B>::walk() {
     leaf[0] = leaf[1] = {};
     for (int tile = 0; tile < unit.count; tile += tile_tokens) {
       const int at = tile + warp * step_tokens, rows = max(0, min(step_tokens, unit.count - at));
-      const T* keys = streams ? static_cast<const T*>(ring.take()) + warp * step_tokens * DK : unit_keys + at * DK;
+      const T* keys =
+          streams ? static_cast<const T*>(ring.consumer_wait()) + warp * step_tokens * DK : unit_keys + at * DK;
       float c[2][4];
       if (rows > 0) score(unit, at, load_keys<T, DK>(keys, rows), c);
-      if (streams) ring.release();
+      if (streams) ring.consumer_release();
       if (rows > 0) soften(c);
       count += rows;
       if (!weigh) continue;
-      const T* values = streams ? static_cast<const T*>(ring.take()) + warp * step_tokens * DV : unit_values + at * DV;
+      const T* values =
+          streams ? static_cast<const T*>(ring.consumer_wait()) + warp * step_tokens * DV : unit_values + at * DV;
       if (rows > 0) {
-        const Weights<T> weights(c);
+        const ProbabilityFragments<T> weights(c);
 #pragma unroll
         for (int block = 0; block < DV / 64; ++block)
-          add_values(o[block], weights, load_values<T, DV>(values, block, rows));
+          accumulate_pv(o[block], weights, load_values<T, DV>(values, block, rows));
       }
-      if (streams) ring.release();
+      if (streams) ring.consumer_release();
     }
     if (B == cmp && quad == 0) {
       float2* to = p.leaves + ((list * p.most_units + u) * warps + warp) * heads_per_tile + g;
@@ -350,7 +352,7 @@ __device__ __forceinline__ void Cta<T, DK, DV, B>::merge_warps(float* warp_o, fl
   for (int half = 0; half < 2; ++half) {
     if (warp >= warps) break;
     const int head = g + half * 8;
-    float m = lowest;
+    float m = neg_inf;
 #pragma unroll
     for (int w = 0; w < warps; ++w) m = fmaxf(m, warp_ms[w * heads_per_tile + head].x);
     const float weight = exp2_fast(total[half].m - m);
@@ -408,7 +410,7 @@ __device__ __forceinline__ void Cta<T, DK, DV, B>::merge_lanes(int first, int st
       }
       sum = merge2(sum, leaf_sum);
     }
-    reinterpret_cast<float2*>(p.a.lse)[slot * row_heads + head_at + head] = natural(sum);
+    reinterpret_cast<float2*>(p.a.lse)[slot * row_heads + head_at + head] = to_natural_log(sum);
   }
 }
 
@@ -440,7 +442,7 @@ __device__ __forceinline__ void Cta<T, DK, DV, B>::merge_splits(int first, int s
       }
     }
     reinterpret_cast<float4*>(p.a.out.o + head_at * DV)[item] = value;
-    if (item % (DV / 4) == 0) reinterpret_cast<float2*>(p.a.out.ms)[head_at + head] = natural(sum);
+    if (item % (DV / 4) == 0) reinterpret_cast<float2*>(p.a.out.ms)[head_at + head] = to_natural_log(sum);
   }
 }
 
@@ -491,19 +493,19 @@ std::int64_t most_units(Branch branch, const LayerShape& s, const RowMap& map, s
 
 // CTAs enough to fill every SM with two, no more than the row has tiles; up to a cluster's worth.
 void divide(Params& p, std::int64_t lists, std::int64_t units) {
-  const std::int64_t wanted = lists > most_split_rows ? 1 : std::max<std::int64_t>(1, 2 * limits().units / lists);
+  const std::int64_t wanted = lists > max_split_rows ? 1 : std::max<std::int64_t>(1, 2 * limits().sms / lists);
   p.splits = static_cast<int>(std::min({wanted, units, std::int64_t{most_cluster}}));
-  if (p.splits > 8) p.splits = lists * 16 <= limits().units ? 16 : 8;
+  if (p.splits > 8) p.splits = lists * 16 <= limits().sms ? 16 : 8;
   // Clusters meet faster but leave SMs idle where many of them compete for places. One CTA alone is a cluster too.
-  p.cluster = p.splits == 1 || (limits().capability >= 90 && lists * p.splits <= limits().units);
+  p.cluster = p.splits == 1 || (limits().capability >= 90 && lists * p.splits <= limits().sms);
 }
 
 template <class T, int DK, int DV, Branch B>
 void launch(const Params& p, Stream* stream) {
   const dim3 grid(static_cast<unsigned>(p.a.tile.rows() * p.a.shape.groups * p.splits), head_tiles(p.a.shape));
   const bool has_streams = limits().capability >= 90;
-  launch_early(decode_kernel<T, DK, DV, B>, grid, 32 * (warps + has_streams), Layout<DK, DV>::bytes, stream,
-               p.cluster ? p.splits : 1, p);
+  launch_pdl(decode_kernel<T, DK, DV, B>, grid, 32 * (warps + has_streams), Layout<DK, DV>::bytes, stream,
+             p.cluster ? p.splits : 1, p);
 }
 
 template <class T, Branch B>
@@ -534,7 +536,7 @@ std::size_t rows_scratch(const LayerShape& s, const QueryTile& tile) {
   if (!rows_accept(s, tile)) return 0;
   const std::int64_t lists = lists_of(s, tile),
                      leaves = compressed_tokens(s.rules, tile.max_positions - 1) / s.lse.segment + 2;
-  const std::int64_t parts = std::max<std::int64_t>(4 * limits().units, 16 * std::min<std::int64_t>(lists, 16));
+  const std::int64_t parts = std::max<std::int64_t>(4 * limits().sms, 16 * std::min<std::int64_t>(lists, 16));
   return static_cast<std::size_t>(parts * split_floats(s)) * sizeof(float) +
          static_cast<std::size_t>(lists * leaves * warps * heads_per_tile) * sizeof(float2);
 }

@@ -41,7 +41,7 @@ struct Cta {
   float *q, *k, *v, *prob, *o;  // shared
   int heads;                    // of this tile
   std::int64_t row, group, first_head, plane, t;
-  MaxSum total[heads_per_tile / warps],
+  SoftmaxState total[heads_per_tile / warps],
       leaf[heads_per_tile / warps];  // of heads warp, warp + warps (same in all lanes)
   std::int64_t count = 0;
 
@@ -98,9 +98,9 @@ __device__ void Cta<T, B>::tile(std::int64_t c, std::int64_t begin, int n, bool 
     if (head == 0 && !halo) count += __popc(__ballot_sync(0xffffffffu, held));
     if (halo) continue;
     const float top = warp_max(score);
-    if (B == cmp) leaf[at] = merge(leaf[at], {top, warp_sum(exp_above(score, top))});
+    if (B == cmp) leaf[at] = merge(leaf[at], {top, warp_sum(exp_shifted(score, top))});
     if (!weigh) continue;
-    const float m = fmaxf(total[at].m, top), old = exp_above(total[at].m, m), weight = exp_above(score, m);
+    const float m = fmaxf(total[at].m, top), old = exp_shifted(total[at].m, m), weight = exp_shifted(score, m);
     total[at] = {m, total[at].s * old + warp_sum(weight)};
     prob[head * 32 + lane] = weight;
     for (int e = lane; e < d_v; e += 32) o[head * d_v + e] *= old;
@@ -126,7 +126,7 @@ __device__ void Cta<T, B>::compressed(int split) {
   const int kv = sharded ? map.kv : 1, present = s.lse.buckets / kv;
   const int before = map.rank != all_ranks && map.chunk != INT64_MAX ? map.halo : 0;
   for (int slot = split; slot < present; slot += p.splits) {
-    MaxSum lane_total[heads_per_tile / warps];
+    SoftmaxState lane_total[heads_per_tile / warps];
     const std::int64_t x = std::int64_t{slot} * kv + (sharded ? map.rank : 0);
     for (std::int64_t c = x; c * s.lse.segment - before < n; c += s.lse.buckets) {
       const std::int64_t begin = c * s.lse.segment, end = begin + s.lse.segment < n ? begin + s.lse.segment : n;
@@ -188,12 +188,13 @@ __device__ void Cta<T, B>::finish(int split) {
   if (p.splits == 1 || !arrives_last(&p.arrivals[list], p.splits)) return;
   for (int item = threadIdx.x; item < heads * d_v; item += threads) {
     const int head = item / d_v;
-    MaxSum sum;
+    SoftmaxState sum;
     float value = 0.0f;
     for (int split_at = 0; split_at < p.splits; ++split_at) {
       const float* ms = parts + split_at * part + heads_per_tile * d_v + head * 2;
-      const MaxSum other = {__ldcg(ms), __ldcg(ms + 1)}, both = merge(sum, other);
-      value = value * exp_above(sum.m, both.m) + __ldcg(parts + split_at * part + item) * exp_above(other.m, both.m);
+      const SoftmaxState other = {__ldcg(ms), __ldcg(ms + 1)}, both = merge(sum, other);
+      value =
+          value * exp_shifted(sum.m, both.m) + __ldcg(parts + split_at * part + item) * exp_shifted(other.m, both.m);
       sum = both;
     }
     out_o[item] = value;
@@ -253,7 +254,7 @@ void launch(const AttendArgs& a, Stream* stream) {
 
 // Lists are split only while they are fewer than the CTAs wanted (2 an SM), so the splits stay below twice those.
 std::size_t attend_scratch(const LayerShape& s, const QueryTile&) {
-  return static_cast<std::size_t>(4 * limits().units * split_floats(s)) * sizeof(float);
+  return static_cast<std::size_t>(4 * limits().sms * split_floats(s)) * sizeof(float);
 }
 
 void attend_general(Branch branch, const AttendArgs& a, Stream* stream) {

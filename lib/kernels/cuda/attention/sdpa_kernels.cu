@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(threads) pack(const __grid_constant__ Dense p,
 }
 
 // (m, sum) of one leaf by a warp; the same whatever the layout: strips of 32 tokens by rising index.
-__device__ MaxSum leaf_sum(const float* scores, std::int64_t begin, std::int64_t count) {
-  MaxSum leaf;
+__device__ SoftmaxState leaf_sum(const float* scores, std::int64_t begin, std::int64_t count) {
+  SoftmaxState leaf;
   for (std::int64_t at = 0; at < count; at += 32) {
     const std::int64_t i = at + threadIdx.x % 32;
     const float score = i < count ? scores[begin + i] : -INFINITY;
@@ -127,26 +127,26 @@ __device__ MaxSum leaf_sum(const float* scores, std::int64_t begin, std::int64_t
   return leaf;
 }
 
-__device__ MaxSum merge_powers(MaxSum a, MaxSum b) {
+__device__ SoftmaxState merge_powers(SoftmaxState a, SoftmaxState b) {
   const float m = fmaxf(a.m, b.m);
   if (m == -INFINITY) return {};
   return {m, a.s * exp2_fast(a.m - m) + b.s * exp2_fast(b.m - m)};
 }
 
-__device__ void write_sum(float* ms, MaxSum x) {
+__device__ void write_sum(float* ms, SoftmaxState x) {
   ms[0] = x.s > 0.0f ? x.m / log2_e : -INFINITY;
   ms[1] = x.s;
 }
 
 // The lanes of one (row, head), a warp a lane, and their union in lane order.
-__device__ MaxSum compressed_lanes(const Dense& p, const float* scores, std::int64_t n, std::int64_t row,
-                                   std::int64_t head, MaxSum* lanes) {
+__device__ SoftmaxState compressed_lanes(const Dense& p, const float* scores, std::int64_t n, std::int64_t row,
+                                         std::int64_t head, SoftmaxState* lanes) {
   const LayerShape& s = p.a.shape;
   const RowMap& map = p.a.k.map;
   const bool sharded = map.rank != all_ranks && map.kv > 1;
   const int kv = sharded ? map.kv : 1, present = s.lse.buckets / kv;
   for (int slot = threadIdx.x / 32; slot < present; slot += warps) {
-    MaxSum lane;
+    SoftmaxState lane;
     for (std::int64_t c = std::int64_t{slot} * kv + (sharded ? map.rank : 0); c * s.lse.segment < n;
          c += s.lse.buckets) {
       const std::int64_t begin = c * s.lse.segment, end = begin + s.lse.segment < n ? begin + s.lse.segment : n;
@@ -159,7 +159,7 @@ __device__ MaxSum compressed_lanes(const Dense& p, const float* scores, std::int
       write_sum(p.a.lse + ((slot * p.a.tile.rows() + row) * s.heads() + head) * 2, lane);
   }
   __syncthreads();
-  MaxSum total;
+  SoftmaxState total;
   for (int slot = 0; slot < present; ++slot) total = merge_powers(total, lanes[slot]);
   return total;
 }
@@ -178,7 +178,7 @@ __device__ float over_cta(float x, float nothing, float* shared, Reduce reduce) 
 // Shared memory: cmp: the lanes.
 template <class T, Branch B>
 __global__ void __launch_bounds__(threads) soften(const __grid_constant__ Dense p) {
-  extern __shared__ MaxSum lanes[];
+  extern __shared__ SoftmaxState lanes[];
   __shared__ float partial[warps];
   const LayerShape& s = p.a.shape;
   const std::int64_t unit = blockIdx.x, j = blockIdx.y, list = p.first + unit;
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(threads) soften(const __grid_constant__ Dense 
   // Who is attended is found once, and again only past the thread's 64th column.
   const auto look = [&](std::int64_t i) { return attends<B>(p, chosen, row.t, n, column_at(p, chosen, row.t, i)); };
   std::uint64_t seen = 0;
-  MaxSum total;
+  SoftmaxState total;
   if constexpr (B == cmp) {
     total = compressed_lanes(p, scores, n, r, head, lanes);
   } else {
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(threads) spread(const __grid_constant__ Dense 
     const float score = i < p.columns ? scores[i] : 0.0f;
     __syncthreads();
     if (i < p.columns)
-      scores[i / map.stride * score_stride(map) + score_front(map) - map.halo + i % map.stride] = score;
+      scores[i / map.stride * score_stride(map) + score_halo_columns(map) - map.halo + i % map.stride] = score;
     __syncthreads();
   }
 }
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(threads) spread(const __grid_constant__ Dense 
 template <Branch B>
 void weigh_branch(const Dense& p, Stream* stream) {
   const LayerShape& s = p.a.shape;
-  const std::size_t lanes = B == cmp ? s.lse.buckets * sizeof(MaxSum) : 0;
+  const std::size_t lanes = B == cmp ? s.lse.buckets * sizeof(SoftmaxState) : 0;
   with_type(s.dtype, [&](auto type) {
     auto* kernel = soften<decltype(type), B>;
     allow_shared(kernel, lanes);

@@ -38,8 +38,8 @@ inline bool reads_kv_map(Branch branch, const LayerShape& s, const RowMap& map) 
 /// Splits of a row: enough CTAs to fill the GPU twice, no more than there are units.
 inline int splits_of(const LayerShape& s, const QueryTile& tile, std::int64_t units) {
   const std::int64_t lists = tile.rows() * s.groups * head_tiles(s);
-  const std::int64_t wanted = (2 * limits().units + lists - 1) / lists;
-  return lists > most_split_rows ? 1 : static_cast<int>(std::clamp<std::int64_t>(wanted, 1, units));
+  const std::int64_t wanted = (2 * limits().sms + lists - 1) / lists;
+  return lists > max_split_rows ? 1 : static_cast<int>(std::clamp<std::int64_t>(wanted, 1, units));
 }
 
 /// Floats of scratch one split of one list takes.

@@ -30,7 +30,7 @@ struct Meeting {
 // A thread has 4 elements of a head.
 template <class T>
 __global__ void __launch_bounds__(threads) combine_parts(const __grid_constant__ Meeting p) {
-  wait_for_previous();
+  griddep_wait();
   const LayerShape& s = p.a.shape;
   const int quads = s.d_v / 4, item = blockIdx.x * threads + threadIdx.x, rh = item / quads, quad = item % quads;
   if (rh >= p.a.tile.rows() * s.heads()) return;
@@ -124,7 +124,7 @@ void decode_step(const AttentionArgs& a, Stream* stream) {
   float* parts = static_cast<float*>(of_cmp.scratch) + decode_leaf_floats(s, tile);
 
   const int cmp_splits = splits_for(cmp, of_cmp);
-  const bool together = row_groups * p.head_tiles * cmp_splits > limits().units;
+  const bool together = row_groups * p.head_tiles * cmp_splits > limits().sms;
   const DecodeJob cmp_job = job_of(cmp, of_cmp, cmp_splits, parts);
   DecodeJob win_job = job_of(win, a.attend[win], together ? cmp_splits : splits_for(win, a.attend[win]), parts);
   if (!together) win_job.first_cta = row_groups * cmp_splits;
@@ -150,8 +150,8 @@ void decode_step(const AttentionArgs& a, Stream* stream) {
                         decode_heads(s.dtype)};
   const std::int64_t items = tile.rows() * s.heads() * (s.d_v / 4);
   with_type(s.dtype, [&](auto type) {
-    launch_early(combine_parts<decltype(type)>, dim3(static_cast<unsigned>((items + threads - 1) / threads)), threads,
-                 0, stream, 1, meeting);
+    launch_pdl(combine_parts<decltype(type)>, dim3(static_cast<unsigned>((items + threads - 1) / threads)), threads, 0,
+               stream, 1, meeting);
   });
 }
 

@@ -42,9 +42,9 @@ DecodeParams walk_of(const ShardedAttentionArgs& a) {
   p.leaves = static_cast<float2*>(of_cmp.scratch);
   const int cmp_splits = decode_splits(lists, p.most_tiles);
   // Where cmp alone fills the GPU some of its CTAs take win too.
-  const bool together = lists * cmp_splits > limits().units;
+  const bool together = lists * cmp_splits > limits().sms;
   const int win_splits = std::min(decode_splits(lists, decode_tiles(win, s, of_win.k.map, tile.max_positions)),
-                                  together ? cmp_splits : most_split_rows);
+                                  together ? cmp_splits : max_split_rows);
   if (!a.combine.leave_out[win])
     p.jobs[p.job_count++] = {win,
                              win_splits,
@@ -67,7 +67,7 @@ DecodeParams walk_of(const ShardedAttentionArgs& a) {
 // A thread has 4 elements of a head.
 template <class T>
 __global__ void __launch_bounds__(threads) combine_ranks(const __grid_constant__ ShardedAttentionArgs a) {
-  wait_for_previous();
+  griddep_wait();
   const LayerShape& s = a.combine.shape;
   const std::int64_t rows = a.combine.tile.rows(), stride = gated_partial_floats(s, rows),
                      values = rows * s.heads() * s.d_v;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(threads) combine_ranks(const __grid_constant__
   if (rh >= rows * s.heads()) return;
   const bool attends = !a.combine.leave_out[sel];
   float4 sum = {}, chosen = {};
-  MaxSum total;
+  SoftmaxState total;
 #pragma unroll 4
   for (int rank = 0; rank < a.combine.ranks; ++rank) {
     const float* from = a.gated_all + rank * stride;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(threads) combine_ranks(const __grid_constant__
     const float2 ms = reinterpret_cast<const float2*>(from + 2 * values)[rh];
     const float4 x = reinterpret_cast<const float4*>(from + values)[item];
     if (ms.x == -INFINITY) continue;
-    const float m = fmaxf(total.m, ms.x), old = exp_above(total.m, m), fresh = exp_above(ms.x, m);
+    const float m = fmaxf(total.m, ms.x), old = exp_shifted(total.m, m), fresh = exp_shifted(ms.x, m);
     total = {m, total.s * old + ms.y * fresh};
     chosen.x = chosen.x * old + x.x * fresh, chosen.y = chosen.y * old + x.y * fresh;
     chosen.z = chosen.z * old + x.z * fresh, chosen.w = chosen.w * old + x.w * fresh;
@@ -127,8 +127,8 @@ void decode_combine(const ShardedAttentionArgs& a, Stream* stream) {
   const LayerShape& s = a.combine.shape;
   const std::int64_t items = a.combine.tile.rows() * s.heads() * (s.d_v / 4);
   with_type(s.dtype, [&](auto type) {
-    launch_early(combine_ranks<decltype(type)>, dim3(static_cast<unsigned>((items + threads - 1) / threads)), threads,
-                 0, stream, 1, a);
+    launch_pdl(combine_ranks<decltype(type)>, dim3(static_cast<unsigned>((items + threads - 1) / threads)), threads, 0,
+               stream, 1, a);
   });
 }
 

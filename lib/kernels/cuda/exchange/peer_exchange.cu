@@ -112,7 +112,7 @@ __device__ __forceinline__ void store(char* to, uint4 x, std::size_t bytes) {
 }
 
 __global__ void __launch_bounds__(threads) gather_kernel(const __grid_constant__ Exchange e) {
-  wait_for_previous();
+  griddep_wait();
   const int round = blockIdx.y,
             peer = round < e.group.rank ? round - e.group.rank + e.group.size : round - e.group.rank;
   const std::size_t item = std::size_t{blockIdx.x} * threads + threadIdx.x, at = item * line_data, here = e.bytes - at;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(threads) gather_kernel(const __grid_constant__
 
 // A CTA a piece, all rounds: added by rising rank, as on the host, the same bits on every rank.
 __global__ void __launch_bounds__(threads) sum_kernel(const __grid_constant__ Exchange e) {
-  wait_for_previous();
+  griddep_wait();
   const int rank = e.group.rank, size = e.group.size;
   const std::size_t item = std::size_t{blockIdx.x} * threads + threadIdx.x, at = item * line_data, here = e.bytes - at;
   if (at < e.bytes) {
@@ -161,9 +161,9 @@ void launch(void (*kernel)(Exchange), unsigned rounds, const PeerGroup& group, c
     throw InternalError("peers exchange " + std::to_string(bytes) + " bytes a rank (there is room for " +
                         std::to_string(most) + ")");
   const dim3 grid(static_cast<unsigned>((bytes + cta_data - 1) / cta_data), rounds);
-  launch_early(kernel, grid, threads, 0, stream, 1,
-               Exchange{group, static_cast<const char*>(send), static_cast<char*>(recv), bytes, 2 * most,
-                        static_cast<int>(most / cta_data)});
+  launch_pdl(kernel, grid, threads, 0, stream, 1,
+             Exchange{group, static_cast<const char*>(send), static_cast<char*>(recv), bytes, 2 * most,
+                      static_cast<int>(most / cta_data)});
 }
 
 }  // namespace

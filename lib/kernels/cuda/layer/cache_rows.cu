@@ -15,7 +15,7 @@ namespace {
 constexpr int threads = 256;
 
 int blocks_for(std::int64_t items) {
-  return static_cast<int>(std::clamp<std::int64_t>((items + threads - 1) / threads, 1, limits().units * 16));
+  return static_cast<int>(std::clamp<std::int64_t>((items + threads - 1) / threads, 1, limits().sms * 16));
 }
 
 __device__ std::int64_t first_item() { return std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
@@ -23,7 +23,7 @@ __device__ std::int64_t item_step() { return std::int64_t{gridDim.x} * blockDim.
 
 template <class T>
 __global__ void append_kernel(AppendArgs a) {
-  wait_for_previous();
+  griddep_wait();
   const std::int64_t keys = a.tile.rows() * a.shape.groups * a.k_cache.width;
   const std::int64_t items = keys + a.tile.rows() * a.shape.groups * a.v_cache.width;
   for (std::int64_t i = first_item(); i < items; i += item_step()) {
@@ -92,7 +92,7 @@ __global__ void fill_rows_kernel(FillRowsArgs a) {
 }
 
 __global__ void advance_kernel(AdvanceArgs a) {
-  wait_for_previous();
+  griddep_wait();
   const std::int64_t step = *a.step;
   __syncthreads();
   for (std::int64_t i = threadIdx.x; i < a.counters; i += blockDim.x) {
@@ -110,7 +110,7 @@ __global__ void advance_kernel(AdvanceArgs a) {
 
 template <class T>
 __global__ void rmsnorm_kernel(int dim, const float* x, T* out, bool normalise) {
-  wait_for_previous();
+  griddep_wait();
   const std::int64_t r = blockIdx.x;
   __shared__ float sums[32];
   float factor = 1.0f;
@@ -128,7 +128,7 @@ __global__ void rmsnorm_kernel(int dim, const float* x, T* out, bool normalise) 
 }
 
 __global__ void add_kernel(std::int64_t count, float* x, const float* y) {
-  wait_for_previous();
+  griddep_wait();
   for (std::int64_t i = first_item(); i < count; i += item_step()) x[i] += y[i];
 }
 
@@ -138,7 +138,7 @@ void append(const AppendArgs& a, Stream* stream) {
   const std::int64_t items = a.tile.rows() * a.shape.groups * (a.k_cache.width + a.v_cache.width);
   if (items == 0) return;
   with_type(a.shape.dtype, [&](auto type) {
-    launch_early(append_kernel<decltype(type)>, dim3(blocks_for(items)), threads, 0, stream, 1, a);
+    launch_pdl(append_kernel<decltype(type)>, dim3(blocks_for(items)), threads, 0, stream, 1, a);
   });
 }
 
@@ -178,20 +178,20 @@ void fill_rows(const FillRowsArgs& a, Stream* stream) {
   check_launch("fill_rows");
 }
 
-void advance(const AdvanceArgs& a, Stream* stream) { launch_early(advance_kernel, dim3(1), threads, 0, stream, 1, a); }
+void advance(const AdvanceArgs& a, Stream* stream) { launch_pdl(advance_kernel, dim3(1), threads, 0, stream, 1, a); }
 
 void rmsnorm(const LayerShape& shape, std::int64_t rows, const float* x, void* out, bool normalise, Stream* stream) {
   if (rows == 0) return;
   with_type(shape.dtype, [&](auto type) {
     using T = decltype(type);
-    launch_early(rmsnorm_kernel<T>, dim3(static_cast<unsigned>(rows)), threads, 0, stream, 1, shape.dim, x,
-                 static_cast<T*>(out), normalise);
+    launch_pdl(rmsnorm_kernel<T>, dim3(static_cast<unsigned>(rows)), threads, 0, stream, 1, shape.dim, x,
+               static_cast<T*>(out), normalise);
   });
 }
 
 void add(std::int64_t count, float* x, const float* y, Stream* stream) {
   if (count == 0) return;
-  launch_early(add_kernel, dim3(blocks_for(count)), threads, 0, stream, 1, count, x, y);
+  launch_pdl(add_kernel, dim3(blocks_for(count)), threads, 0, stream, 1, count, x, y);
 }
 
 }  // namespace nsa::gpu

@@ -34,7 +34,7 @@ __device__ __forceinline__ Part<V> part_of(const CombineArgs& a, int rank, int b
 
 template <class T, int V>
 __global__ void __launch_bounds__(threads) combine_kernel(const __grid_constant__ CombineArgs a, int elements) {
-  wait_for_previous();
+  griddep_wait();
   const LayerShape& s = a.shape;
   const int item = blockIdx.x * threads + threadIdx.x, rh = item / elements, e = item % elements * V;
   if (rh >= a.tile.rows() * s.heads()) return;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(threads) combine_kernel(const __grid_constant_
     for (int b = 0; b < branches; ++b) {
       if (a.leave_out[b]) continue;
       const Part<V> part = part_of<V>(a, rank, b, rh, e);
-      const float top = fmaxf(total[b].m, part.m), old = exp_above(total[b].m, top), fresh = exp_above(part.m, top);
+      const float top = fmaxf(total[b].m, part.m), old = exp_shifted(total[b].m, top), fresh = exp_shifted(part.m, top);
       total[b].s = total[b].s * old + part.s * fresh;
       for (int i = 0; i < V; ++i) total[b].o[i] = total[b].o[i] * old + part.o[i] * fresh;
       total[b].m = top;
@@ -71,8 +71,8 @@ template <class T, int V>
 void launch(const CombineArgs& a, Stream* stream) {
   const int elements = a.shape.d_v / V;
   const std::int64_t items = a.tile.rows() * a.shape.heads() * elements;
-  launch_early(combine_kernel<T, V>, dim3(static_cast<unsigned>((items + threads - 1) / threads)), threads, 0, stream,
-               1, a, elements);
+  launch_pdl(combine_kernel<T, V>, dim3(static_cast<unsigned>((items + threads - 1) / threads)), threads, 0, stream, 1,
+             a, elements);
 }
 
 }  // namespace

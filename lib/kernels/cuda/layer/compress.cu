@@ -19,7 +19,7 @@ std::int64_t most_completed(const LayerShape& s, const QueryTile& tile) { return
 
 template <class T>
 __global__ void mean_kernel(CompressArgs a, std::int64_t most) {
-  wait_for_previous();
+  griddep_wait();
   const TokenRange tokens = completed(a.shape, a.tile);
   const std::int64_t i = tokens.begin + blockIdx.x % most;
   const std::int64_t plane = std::int64_t{a.tile.batch_begin} * a.shape.groups + blockIdx.x / most;
@@ -90,7 +90,7 @@ void compress(const CompressArgs& a, Stream* stream) {
   with_type(a.shape.dtype, [&](auto type) {
     using T = decltype(type);
     if (a.shape.phi == PhiKind::mean) {
-      launch_early(mean_kernel<T>, dim3(static_cast<unsigned>(planes * most)), 128, 0, stream, 1, a, most);
+      launch_pdl(mean_kernel<T>, dim3(static_cast<unsigned>(planes * most)), 128, 0, stream, 1, a, most);
       return;
     }
     const std::int64_t strips = (most + together - 1) / together;

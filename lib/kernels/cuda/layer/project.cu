@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(threads)
           weights[i] = *reinterpret_cast<const Pack<T, V>*>(w + (k0 + i * slices) * columns + column);
     };
     load(slice);
-    wait_for_previous();
+    griddep_wait();
     for (int k0 = slice; k0 < depth; k0 += ahead * slices) {
       if (k0 != slice) load(k0);
 #pragma unroll
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(threads)
       }
     }
   } else {
-    wait_for_previous();
+    griddep_wait();
   }
 #pragma unroll
   for (int r = 0; r < few_rows; ++r) {
@@ -80,8 +80,8 @@ template <class T, int V>
 void launch_few_rows(std::int64_t rows, int depth, std::int64_t columns, const void* x, const void* w, float* out,
                      Stream* stream) {
   const std::int64_t strips = (columns + 8 * V - 1) / (8 * V);
-  launch_early(few_rows_product<T, V>, dim3(static_cast<unsigned>(strips)), threads, 0, stream, 1,
-               static_cast<int>(rows), depth, columns, static_cast<const T*>(x), static_cast<const T*>(w), out);
+  launch_pdl(few_rows_product<T, V>, dim3(static_cast<unsigned>(strips)), threads, 0, stream, 1, static_cast<int>(rows),
+             depth, columns, static_cast<const T*>(x), static_cast<const T*>(w), out);
 }
 
 // Row-major, so cuBLAS sees the transposes: out^T [columns, rows] = w^T x^T, no operand transposed in memory.
@@ -177,7 +177,7 @@ __device__ void rotate_and_gate(const ProjectArgs& a, const float* product, std:
     sincos(t * pow(s.rope_base, -2.0 * i / s.d_k), &sine, &cosine);
     turn[i] = make_float2(static_cast<float>(cosine), static_cast<float>(sine));
   }
-  wait_for_previous();
+  griddep_wait();
   __syncthreads();
   for (int e = threadIdx.x; e < s.d_k; e += blockDim.x) {
     float sum = 0.0f;
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(gate_threads) enter_kernel(const __grid_consta
   if (p.product)
     rotate_and_gate<T>(p.a.project, p.product, p.columns, turn);
   else
-    wait_for_previous();
+    griddep_wait();
   __syncthreads();
   for (const AppendArgs& to : p.a.append) {
     for (int e = threadIdx.x; e < s.d_k; e += blockDim.x)
@@ -268,8 +268,8 @@ void project(const ProjectArgs& a, Stream* stream) {
   if (rows == 0) return;
   const float* sums = made_product(a, stream);
   with_type(a.shape.dtype, [&](auto type) {
-    launch_early(rotate_kernel<decltype(type)>, dim3(static_cast<unsigned>(rows * a.shape.groups)), gate_threads,
-                 gate_shared(a.shape), stream, 1, a, sums, qkv_columns(a.shape));
+    launch_pdl(rotate_kernel<decltype(type)>, dim3(static_cast<unsigned>(rows * a.shape.groups)), gate_threads,
+               gate_shared(a.shape), stream, 1, a, sums, qkv_columns(a.shape));
   });
 }
 
@@ -280,8 +280,8 @@ void decode_prologue(const PrologueArgs& a, Stream* stream) {
   EnterParams p{a, nullptr, qkv_columns(s), s.phi == PhiKind::mean};
   if (a.projects) p.product = made_product(a.project, stream);
   with_type(s.dtype, [&](auto type) {
-    launch_early(enter_kernel<decltype(type)>, dim3(static_cast<unsigned>(tile.rows() * s.groups)), gate_threads,
-                 gate_shared(s), stream, 1, p);
+    launch_pdl(enter_kernel<decltype(type)>, dim3(static_cast<unsigned>(tile.rows() * s.groups)), gate_threads,
+               gate_shared(s), stream, 1, p);
   });
   if (!p.compresses) compress(a.compress, stream);
 }

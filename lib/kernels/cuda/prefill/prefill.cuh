@@ -18,7 +18,6 @@ constexpr int group_queries = 4;   ///< of a warpgroup
 constexpr int dense_tokens = 128;  ///< of a K or V tile
 constexpr int narrow_tokens = 16;  ///< of the last tile of a window that needs no more
 constexpr int most_lead = 64;      ///< compressed tokens of the block before that reach into a block
-constexpr float nothing = -1e30f;  ///< a maximum of nothing: finite, so that differences are no NaN
 
 struct DenseParams {
   CUtensorMap q;
@@ -40,7 +39,7 @@ struct DenseSource {
 };
 /// `v` may be null: only K is read.
 DenseSource dense_source(const LayerShape&, const QueryTile&, const KvView& k, const KvView* v, std::int64_t rows);
-inline int dense_ctas(const DenseParams& p) { return p.items < limits().units ? p.items : limits().units; }
+inline int dense_ctas(const DenseParams& p) { return p.items < limits().sms ? p.items : limits().sms; }
 
 /// compressed_tokens by 32-bit division: positions are below 2^31.
 __device__ __forceinline__ int tokens_seen(const BlockRules& r, std::int64_t t) {
@@ -140,11 +139,12 @@ template <class T, int N, int DK, int DV, int Slots, int Groups>
 __device__ __forceinline__ void queue_scores(float (&s)[N], const DenseShared<DK, DV, Slots, Groups>& shared, int group,
                                              int slot) {
   using Layout = DenseLayout<DK, DV, Slots, Groups>;
-  const std::uint64_t q = operand_at(shared.queries(group)), k = operand_at(shared.slot(slot));
+  const std::uint64_t q = make_desc(shared.queries(group)), k = make_desc(shared.slot(slot));
 #pragma unroll
   for (int step = 0; step < DK / 16; ++step) {
     const int box = step / 4, at = step % 4 * 32;
-    product(s, further(q, box * Layout::query_box + at), further(k, box * Layout::tile_box + at), step > 0, T{});
+    product(s, advance_desc(q, box * Layout::query_box + at), advance_desc(k, box * Layout::tile_box + at), step > 0,
+            T{});
   }
   products_queued();
 }
@@ -159,13 +159,13 @@ __device__ __forceinline__ void meet(int number, int threads) {
 
 /// The two sides hand registers to and fro: more for those that multiply, few for those that stream.
 template <int Registers>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void warpgroup_reg_alloc() {
 #ifdef NSA_WGMMA
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 #endif
 }
 template <int Registers>
-__device__ __forceinline__ void give_registers() {
+__device__ __forceinline__ void warpgroup_reg_dealloc() {
 #ifdef NSA_WGMMA
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 #endif

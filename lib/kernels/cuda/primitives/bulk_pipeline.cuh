@@ -7,7 +7,7 @@ namespace nsa::gpu {
 
 /// `Slots` slots of `Bytes`; fills and reads go round in the same order. `full` and `empty` are mbarriers.
 template <int Slots, int Bytes>
-struct SlotRing {
+struct BulkPipeline {
   char* memory;          ///< shared, [Slots][Bytes], 16-byte aligned
   std::uint64_t* full;   ///< shared, [Slots]
   std::uint64_t* empty;  ///< shared, [Slots]
@@ -17,11 +17,11 @@ struct SlotRing {
     return static_cast<unsigned>(__cvta_generic_to_shared(shared));
   }
   /// By one thread, before a __syncthreads.
-  __device__ __forceinline__ void open(int readers) const {
+  __device__ __forceinline__ void init(int consumers) const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     for (int i = 0; i < Slots; ++i) {
       asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(at(full + i)));
-      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at(empty + i)), "r"(readers));
+      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at(empty + i)), "r"(consumers));
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -39,8 +39,8 @@ struct SlotRing {
         : "memory");
 #endif
   }
-  /// The filling thread: waits for the slot, queues the copy, moves on. A fresh ring is empty.
-  __device__ __forceinline__ void fill(const void* from, int bytes) {
+  /// The producer thread: waits for the slot, queues the copy, moves on. A fresh ring is empty.
+  __device__ __forceinline__ void producer_load(const void* from, int bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     wait(empty + slot, phase ^ 1);
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at(full + slot)), "r"(bytes) : "memory");
@@ -52,14 +52,14 @@ struct SlotRing {
     next();
 #endif
   }
-  /// A reading warp: the filled slot; release() when its lanes are done with it.
-  __device__ __forceinline__ const void* take() const {
+  /// A consumer warp: the full slot; consumer_release() when its lanes are done with it.
+  __device__ __forceinline__ const void* consumer_wait() const {
     wait(full + slot, phase);
     return memory + slot * Bytes;
   }
-  __device__ __forceinline__ void release() {
+  __device__ __forceinline__ void consumer_release() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    before_copies();
+    fence_proxy_async();
     __syncwarp();
     if (threadIdx.x % 32 == 0) asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at(empty + slot)) : "memory");
     next();

@@ -16,13 +16,13 @@ __device__ __forceinline__ unsigned shared_address(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
-/// How the L2 keeps lines: as usual, or such that they go first (read once) or last (read again soon).
-enum class Keep { usual, least, most };
-__device__ __forceinline__ std::uint64_t cache_policy(Keep keep) {
+/// Order in which the L2 evicts lines: normal, first (read once) or last (read again soon).
+enum class CacheHint { evict_normal, evict_first, evict_last };
+__device__ __forceinline__ std::uint64_t cache_policy(CacheHint hint) {
   std::uint64_t policy;
-  if (keep == Keep::least)
+  if (hint == CacheHint::evict_first)
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  else if (keep == Keep::most)
+  else if (hint == CacheHint::evict_last)
     asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   else
     asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
@@ -32,7 +32,7 @@ __device__ __forceinline__ std::uint64_t cache_policy(Keep keep) {
 /// Calls copy(slot address, source address, bytes that exist of 16) for 32 rows of RowBytes (a multiple of 128), of
 /// which `rows` exist. All lanes.
 template <int RowBytes, class Copy>
-__device__ __forceinline__ void for_pieces(unsigned slot, const char* from, int rows, Copy copy) {
+__device__ __forceinline__ void for_each_vector(unsigned slot, const char* from, int rows, Copy copy) {
   // Rows of 128 bytes: four side by side at once. Longer ones: four that are 8 apart, which long lists stream faster.
   constexpr int apart = RowBytes > 128 ? 8 : 1, step = RowBytes > 128 ? 1 : 4;
   const int lane = threadIdx.x % 32, row0 = lane / 8 * apart, piece = lane % 8;
@@ -50,16 +50,16 @@ __device__ __forceinline__ void for_pieces(unsigned slot, const char* from, int 
 
 /// Queues 32 rows, of which `rows` exist.
 template <int RowBytes>
-__device__ __forceinline__ void copy_slot(unsigned slot, const char* from, int rows) {
-  for_pieces<RowBytes>(slot, from, rows, [](unsigned to, const char* source, int bytes) {
+__device__ __forceinline__ void cp_async_tile(unsigned slot, const char* from, int rows) {
+  for_each_vector<RowBytes>(slot, from, rows, [](unsigned to, const char* source, int bytes) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(source), "r"(bytes)
                  : "memory");
   });
 }
 /// The same under a cache policy.
 template <int RowBytes>
-__device__ __forceinline__ void copy_slot(unsigned slot, const char* from, int rows, std::uint64_t policy) {
-  for_pieces<RowBytes>(slot, from, rows, [&](unsigned to, const char* source, int bytes) {
+__device__ __forceinline__ void cp_async_tile(unsigned slot, const char* from, int rows, std::uint64_t policy) {
+  for_each_vector<RowBytes>(slot, from, rows, [&](unsigned to, const char* source, int bytes) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(source),
                  "r"(bytes), "l"(policy)
                  : "memory");
@@ -67,7 +67,7 @@ __device__ __forceinline__ void copy_slot(unsigned slot, const char* from, int r
 }
 /// Queues one row, as it lies.
 template <int RowBytes>
-__device__ __forceinline__ void copy_row(unsigned to, const char* from) {
+__device__ __forceinline__ void cp_async_row(unsigned to, const char* from) {
   static_assert(RowBytes <= 32 * 16);
   const int lane = threadIdx.x % 32;
   if (lane < RowBytes / 16)
@@ -75,28 +75,28 @@ __device__ __forceinline__ void copy_row(unsigned to, const char* from) {
 }
 
 /// Asks for `bytes`, a multiple of 16, to be brought into the L2 (capability 9.0). Whoever reads them there sees what
-/// was written since, so this may come before wait_for_previous().
-__device__ __forceinline__ void fetch_ahead(const void* from, int bytes) {
+/// was written since, so this may come before griddep_wait().
+__device__ __forceinline__ void prefetch_l2(const void* from, int bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 #endif
 }
 
 /// Queues 4 bytes, or 4 bytes of zero.
-__device__ __forceinline__ void copy_word(unsigned to, const void* from, bool exists) {
+__device__ __forceinline__ void cp_async_word(unsigned to, const void* from, bool exists) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(exists ? 4 : 0) : "memory");
 }
 
 /// Queues 16 bytes, or 16 bytes of zero.
-__device__ __forceinline__ void copy_piece(unsigned to, const void* from, bool exists) {
+__device__ __forceinline__ void cp_async_vector(unsigned to, const void* from, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
 }
 
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 /// Until at most `Pending` of this thread's latest groups are under way; then for the whole warp.
 template <int Pending>
-__device__ __forceinline__ void wait_copies() {
+__device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
   __syncwarp();
 }

@@ -39,7 +39,7 @@ __device__ __forceinline__ std::uint32_t pack(float low, float high, __half) {
 }
 
 /// 16 bytes that are read once.
-__device__ __forceinline__ uint4 load_once(const void* from) {
+__device__ __forceinline__ uint4 load_no_allocate(const void* from) {
   uint4 v;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -50,7 +50,7 @@ __device__ __forceinline__ uint4 load_once(const void* from) {
 /// Operand A of q k^T, in shared memory so that it takes no registers between steps: [Dk / 16][lane] as the product
 /// wants it, written once and the same for all warps.
 template <int DK>
-struct Queries {
+struct QueryFragments {
   uint4* words;
   static constexpr int bytes = DK / 16 * 32 * sizeof(uint4);
   /// Row r of `from` is head r; those past `heads` are zero.
@@ -74,27 +74,27 @@ struct Queries {
 
 /// Operand B of q k^T: 16 tokens, `first` = token g, `second` = token g + 8.
 template <int DK>
-struct Keys {
+struct KeyFragments {
   uint4 first[DK / 32], second[DK / 32];
 };
 
 /// Operand B of p v for 64 columns: tokens 2t, 2t+1, 2t+8, 2t+9, columns 8g .. 8g+7.
-struct Values {
+struct ValueFragments {
   uint4 row[4];
 };
 
 /// Operand A of p v: the weights of 16 tokens as q k^T left them.
 template <class T>
-struct Weights {
+struct ProbabilityFragments {
   std::uint32_t a[4];
-  __device__ __forceinline__ explicit Weights(const float (&p)[2][4])
+  __device__ __forceinline__ explicit ProbabilityFragments(const float (&p)[2][4])
       : a{pack(p[0][0], p[0][1], T{}), pack(p[0][2], p[0][3], T{}), pack(p[1][0], p[1][1], T{}),
           pack(p[1][2], p[1][3], T{})} {}
 };
 
 /// c[0]: tokens 0..7, c[1]: tokens 8..15, from zero.
 template <class T, int DK>
-__device__ __forceinline__ void scores_of(float (&c)[2][4], const Queries<DK>& q, const Keys<DK>& k) {
+__device__ __forceinline__ void multiply_qk(float (&c)[2][4], const QueryFragments<DK>& q, const KeyFragments<DK>& k) {
 #pragma unroll
   for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -111,7 +111,8 @@ __device__ __forceinline__ void scores_of(float (&c)[2][4], const Queries<DK>& q
 
 /// o += p v for 64 columns; o[j]: columns 16t + j of row g (then 16t + 8 + j), and of row g + 8.
 template <class T>
-__device__ __forceinline__ void add_values(float (&o)[8][4], const Weights<T>& p, const Values& v) {
+__device__ __forceinline__ void accumulate_pv(float (&o)[8][4], const ProbabilityFragments<T>& p,
+                                              const ValueFragments& v) {
   const std::uint32_t w[4][4] = {{v.row[0].x, v.row[0].y, v.row[0].z, v.row[0].w},
                                  {v.row[1].x, v.row[1].y, v.row[1].z, v.row[1].w},
                                  {v.row[2].x, v.row[2].y, v.row[2].z, v.row[2].w},
@@ -127,13 +128,13 @@ __device__ __forceinline__ void add_values(float (&o)[8][4], const Weights<T>& p
 
 /// Four 8 x 8 matrices of 16-bit elements from shared memory, lanes 8i .. 8i + 7 giving the rows of the i-th; as they
 /// lie, or transposed.
-__device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], unsigned address) {
+__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
 }
-__device__ __forceinline__ void load_transposed(std::uint32_t (&r)[4], unsigned address) {
+__device__ __forceinline__ void ldmatrix_x4_trans(std::uint32_t (&r)[4], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)

@@ -21,12 +21,12 @@ __device__ __forceinline__ unsigned shared_address(const void* shared) {
 
 /// Descriptor of an operand that starts at `shared`: 8-row groups are 1024 bytes apart (both majors), and where the
 /// contiguous dimension is not the one summed over, the next 64 elements of it `leading` bytes away.
-__device__ __forceinline__ std::uint64_t operand_at(unsigned shared, unsigned leading = 16) {
+__device__ __forceinline__ std::uint64_t make_desc(unsigned shared, unsigned leading = 16) {
   return static_cast<std::uint64_t>(shared >> 4 | leading >> 4 << 16) | static_cast<std::uint64_t>(1024 >> 4) << 32 |
          std::uint64_t{1} << 62;
 }
 /// The operand `bytes` further on: one 32-bit addition, as shared memory ends below 256 KB.
-__device__ __forceinline__ std::uint64_t further(std::uint64_t operand, unsigned bytes) {
+__device__ __forceinline__ std::uint64_t advance_desc(std::uint64_t operand, unsigned bytes) {
   return (operand & 0xFFFFFFFF00000000u) | static_cast<unsigned>(static_cast<unsigned>(operand) + (bytes >> 4));
 }
 

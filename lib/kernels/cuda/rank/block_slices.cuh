@@ -57,7 +57,7 @@ __device__ inline RankColumns written_columns(const RankParams& p, std::int64_t 
   if (m.chunk == INT64_MAX) return {0, static_cast<int>(n)};
   const std::int64_t chunks = owned_chunks(m, n + m.halo, m.rank);
   if (chunks == 0) return {0, 0};
-  const std::int64_t left = n - ((chunks - 1) * m.kv + m.rank) * m.chunk, front = score_front(m);
+  const std::int64_t left = n - ((chunks - 1) * m.kv + m.rank) * m.chunk, front = score_halo_columns(m);
   return {static_cast<int>(m.rank == 0 ? front : front - m.halo),
           static_cast<int>((chunks - 1) * score_stride(m) + front + (left < m.chunk ? left : m.chunk))};
 }

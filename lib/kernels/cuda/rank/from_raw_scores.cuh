@@ -35,7 +35,7 @@ __device__ __forceinline__ BlockSum sum_block(const BlockScores& x) {
   float m = fmaxf(fmaxf(s.x, s.y), fmaxf(s.z, s.w));
 #pragma unroll
   for (int step = 1; step < tile_blocks; step *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
-  if (m == -INFINITY) m = lowest;
+  if (m == -INFINITY) m = neg_inf;
   const float last = exp2_fast(s.w - m), before = __shfl_up_sync(0xffffffffu, last, 1);
   return {block_sum(exp2_fast(s.x - m), exp2_fast(s.y - m), exp2_fast(s.z - m), last,
                     threadIdx.x % tile_blocks == 0 ? 0.0f : before),
@@ -70,7 +70,7 @@ struct TileScorer {
         const float2 by = normaliser_of(first + h);
         const BlockSum of_head = sum_block(x[h]);
         sums[h] = of_head.sum;
-        weights[h] = of_head.m == lowest ? 0.0f : share_of(of_head.m, by);
+        weights[h] = of_head.m == neg_inf ? 0.0f : share_of(of_head.m, by);
         fronts[h] = share_if_any(x[h].front, by);
       }
       part.own = four_heads(part.own, sums, weights);

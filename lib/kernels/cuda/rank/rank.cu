@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(most_threads, 2) rank_kernel(const __grid_cons
   const RankShared at(p, shared);
   const int slice = blockIdx.x % p.cluster;
   const std::int64_t list = blockIdx.x / p.cluster, row = list / s.groups, g = list % s.groups;
-  wait_for_previous();
+  griddep_wait();
   const std::int64_t t = tile_row(p.a.tile, row).t;
   load_normalisers(p, row, g, at.normaliser);  // while the position is under way
   const std::int64_t eligible = eligible_blocks(s.rules, t);
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(most_threads, 2) rank_kernel(const __grid_cons
 // Shared memory: all candidates, and whether each is among the best n.
 __global__ void select_kernel(const __grid_constant__ SelectArgs a) {
   extern __shared__ Candidate all[];
-  wait_for_previous();
+  griddep_wait();
   const int n = a.shape.rules.n_sel, count = a.ranks * n;
   bool* is_chosen = reinterpret_cast<bool*>(all + count);
   __shared__ int found;
@@ -227,7 +227,7 @@ RankRun run_of(const RankArgs& a) {
                    cmp.chunk * r.d == token.chunk;
   if (!own) return {false, 0, 0, lead};
   const auto stride = static_cast<int>(score_stride(cmp));
-  return {true, stride, static_cast<int>(score_front(cmp)) - lead, stride - static_cast<int>(cmp.chunk)};
+  return {true, stride, static_cast<int>(score_halo_columns(cmp)) - lead, stride - static_cast<int>(cmp.chunk)};
 }
 
 // How many tokens score_blocks() takes at a time.
@@ -266,11 +266,11 @@ void rank(const RankArgs& a, Stream* stream) {
                       : owned_chunks(a.token_map, blocks * r.l_sel, a.token_map.rank) * p.per_chunk;
   // A slice of a few blocks is not worth a CTA.
   if (limits().capability >= 90)
-    while (p.cluster < most_cluster && (p.cluster == 1 ? lists : 2 * lists * p.cluster) <= limits().units &&
+    while (p.cluster < most_cluster && (p.cluster == 1 ? lists : 2 * lists * p.cluster) <= limits().sms &&
            blocks > p.cluster * 16)
       p.cluster *= 2;
   const std::int64_t slice = std::max<std::int64_t>(1, slice_blocks(p, p.most_blocks));
-  const int threads = lists * p.cluster > 2 * limits().units ? 256 : most_threads;
+  const int threads = lists * p.cluster > 2 * limits().sms ? 256 : most_threads;
   p.run = run_of(a);
   if (p.by_tile && cut && p.per_chunk % tile_blocks != 0) throw InternalError("rank: a chunk ends within a tile");
   if (a.local_attention && leaves_sums(a.shape))
@@ -286,17 +286,17 @@ void rank(const RankArgs& a, Stream* stream) {
     p.key_words = 0;
     if (a.scratch_bytes < lists * p.most_blocks * sizeof(unsigned)) throw InternalError("rank: scratch too small");
   }
-  launch_early(p.sums.memory ? rank_kernel<Scored::by_sums>
-               : p.by_tile   ? rank_kernel<Scored::by_tile>
-                             : rank_kernel<Scored::by_token>,
-               dim3(static_cast<unsigned>(lists * p.cluster)), threads, RankShared::bytes(p), stream, p.cluster, p);
+  launch_pdl(p.sums.memory ? rank_kernel<Scored::by_sums>
+             : p.by_tile   ? rank_kernel<Scored::by_tile>
+                           : rank_kernel<Scored::by_token>,
+             dim3(static_cast<unsigned>(lists * p.cluster)), threads, RankShared::bytes(p), stream, p.cluster, p);
 }
 
 void select(const SelectArgs& a, Stream* stream) {
   const std::int64_t lists = a.tile.rows() * a.shape.groups;
   if (lists == 0) return;
   const std::size_t shared = a.ranks * a.shape.rules.n_sel * (sizeof(Candidate) + 1);
-  launch_early(select_kernel, dim3(static_cast<unsigned>(lists)), 128, shared, stream, 1, a);
+  launch_pdl(select_kernel, dim3(static_cast<unsigned>(lists)), 128, shared, stream, 1, a);
 }
 
 }  // namespace nsa::gpu

@@ -48,7 +48,7 @@ cublasHandle_t blas(Stream* stream);
 
 /// Facts of the open device that launches are sized by.
 struct DeviceLimits {
-  int units = 132;                      ///< SMs
+  int sms = 132;                        ///< streaming multiprocessors
   int capability = 90;                  ///< 10 * major + minor
   std::size_t shared_bytes = 48 << 10;  ///< most dynamic shared memory of a block
 };
@@ -63,11 +63,11 @@ void allow_shared(Kernel* kernel, std::size_t bytes) {
 }
 
 /// Launches a kernel that may be scheduled while its predecessor on the stream still runs (programmatic dependent
-/// launch, capability 9.0 and later): the kernel must call wait_for_previous() before it touches memory. `cluster`
+/// launch, capability 9.0 and later): the kernel must call griddep_wait() before it touches memory. `cluster`
 /// CTAs, neighbours in x, form a cluster (capability 9.0; 1 elsewhere).
 template <class... Params, class... Args>
-void launch_early(void (*kernel)(Params...), dim3 grid, int threads, std::size_t shared, Stream* stream, int cluster,
-                  Args&&... args) {
+void launch_pdl(void (*kernel)(Params...), dim3 grid, int threads, std::size_t shared, Stream* stream, int cluster,
+                Args&&... args) {
   allow_shared(kernel, shared);
   if (cluster > 8)
     check_start(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
@@ -89,7 +89,7 @@ void launch_early(void (*kernel)(Params...), dim3 grid, int threads, std::size_t
 }
 
 /// Every thread, first of all: until the predecessor is complete. Then its successor may be scheduled.
-__device__ __forceinline__ void wait_for_previous() {
+__device__ __forceinline__ void griddep_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -99,7 +99,7 @@ __device__ __forceinline__ void wait_for_previous() {
 /// What this thread has read of shared memory, or stored there, comes before what the copy engine and the tensor cores
 /// do there once they are told. Not least before a slot is given back: an arrival at an mbarrier does not wait for an
 /// ldmatrix that is still under way, and the next copy into the slot may overtake it.
-__device__ __forceinline__ void before_copies() {
+__device__ __forceinline__ void fence_proxy_async() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
@@ -135,6 +135,9 @@ __device__ __forceinline__ float warp_max(float x) {
 /// Raw scores are kept in powers of two: times log2(e).
 constexpr float log2_e = 1.4426950408889634f;
 
+/// Initial row maximum. Finite, so that the difference of two is no NaN.
+constexpr float neg_inf = -1e30f;
+
 /// 2^x; 0 for -inf, subnormal results flushed.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -143,24 +146,26 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 
 /// exp(x - m), 0 where x is -inf (also when nothing was attended and m is -inf too).
-__device__ __forceinline__ float exp_above(float x, float m) { return x == -INFINITY ? 0.0f : exp2f((x - m) * log2_e); }
+__device__ __forceinline__ float exp_shifted(float x, float m) {
+  return x == -INFINITY ? 0.0f : exp2f((x - m) * log2_e);
+}
 
 /// Running (maximum, sum of exp above it).
-struct MaxSum {
+struct SoftmaxState {
   float m = -INFINITY, s = 0.0f;
 };
-__device__ __forceinline__ MaxSum merge(MaxSum a, MaxSum b) {
+__device__ __forceinline__ SoftmaxState merge(SoftmaxState a, SoftmaxState b) {
   const float m = fmaxf(a.m, b.m);
-  return {m, a.s * exp_above(a.m, m) + b.s * exp_above(b.m, m)};
+  return {m, a.s * exp_shifted(a.m, m) + b.s * exp_shifted(b.m, m)};
 }
 
 /// The raw scores of a rank's own chunks: every chunk begins at a whole sector of 8 columns, and so do the rows in
 /// front of it, which end where the chunk begins. A sector that only part of the warps' stores fill costs more than one
 /// that is written at once.
-constexpr __host__ __device__ std::int64_t whole_sectors(std::int64_t columns) { return (columns + 7) / 8 * 8; }
-__host__ __device__ inline std::int64_t score_front(const RowMap& map) { return whole_sectors(map.halo); }
+constexpr __host__ __device__ std::int64_t round_up_to_sectors(std::int64_t columns) { return (columns + 7) / 8 * 8; }
+__host__ __device__ inline std::int64_t score_halo_columns(const RowMap& map) { return round_up_to_sectors(map.halo); }
 __host__ __device__ inline std::int64_t score_stride(const RowMap& map) {
-  return score_front(map) + whole_sectors(map.chunk);
+  return score_halo_columns(map) + round_up_to_sectors(map.chunk);
 }
 /// Whether columns are counted chunk by chunk; else by token.
 __host__ __device__ inline bool scores_by_chunk(const RowMap& map) {
@@ -169,7 +174,7 @@ __host__ __device__ inline bool scores_by_chunk(const RowMap& map) {
 
 /// Column of compressed token i, seen from chunk c, in the raw scores: halo copies have a place of their own.
 __device__ __forceinline__ std::int64_t score_column(const RowMap& map, std::int64_t c, std::int64_t i) {
-  return scores_by_chunk(map) ? c / map.kv * score_stride(map) + score_front(map) + (i - c * map.chunk) : i;
+  return scores_by_chunk(map) ? c / map.kv * score_stride(map) + score_halo_columns(map) + (i - c * map.chunk) : i;
 }
 
 /// Columns the raw scores of a tile take: enough for every token below `tokens` and the halos in front of chunks.
@@ -178,11 +183,14 @@ inline std::int64_t score_columns(const RowMap& map, std::int64_t tokens) {
   const std::int64_t owned = owned_chunks(map, tokens + map.halo, map.rank);
   if (owned == 0) return 0;
   const std::int64_t rest = tokens - ((owned - 1) * map.kv + map.rank) * map.chunk;
-  return (owned - 1) * score_stride(map) + score_front(map) + (rest < 0 ? 0 : rest < map.chunk ? rest : map.chunk);
+  return (owned - 1) * score_stride(map) + score_halo_columns(map) +
+         (rest < 0           ? 0
+          : rest < map.chunk ? rest
+                             : map.chunk);
 }
 
 /// Floats between the score rows of two heads that hold so many columns: whole sectors.
-inline std::int64_t padded_columns(std::int64_t columns) { return whole_sectors(columns); }
+inline std::int64_t padded_columns(std::int64_t columns) { return round_up_to_sectors(columns); }
 inline std::int64_t score_pitch(const RowMap& map, std::int64_t tokens) {
   return padded_columns(score_columns(map, tokens));
 }
@@ -197,9 +205,9 @@ __device__ __forceinline__ TileRow tile_row(const QueryTile& tile, std::int64_t 
   return {r / tile.tokens, *tile.first_position + r % tile.tokens};
 }
 
-constexpr int most_split_rows = 1024;  ///< (row, group, head tile)s that may be split: the counters there are
+constexpr int max_split_rows = 1024;  ///< (row, group, head tile)s that may be split: the counters there are
 
-/// Arrivals by list [most_split_rows]; zero between launches, because the last to arrive puts them back.
+/// Arrivals by list [max_split_rows]; zero between launches, because the last to arrive puts them back.
 unsigned* arrival_counters(Branch branch);
 
 }  // namespace nsa::gpu

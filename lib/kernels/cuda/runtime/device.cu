@@ -28,7 +28,7 @@ struct OpenDevice {
   DeviceLimits limits;
   cublasHandle_t blas = nullptr;
   void* blas_workspace = nullptr;
-  unsigned* arrivals = nullptr;  ///< [branches][most_split_rows]
+  unsigned* arrivals = nullptr;  ///< [branches][max_split_rows]
 };
 OpenDevice open_device;
 
@@ -234,7 +234,7 @@ void open(int index) {
   open_device.limits = {p.multiProcessorCount, p.major * 10 + p.minor, p.sharedMemPerBlockOptin};
   check(cublasCreate(&open_device.blas), "cublasCreate");
   check(cudaMalloc(&open_device.blas_workspace, blas_workspace_bytes), "cudaMalloc");
-  constexpr std::size_t arrival_bytes = branches * most_split_rows * sizeof(unsigned);
+  constexpr std::size_t arrival_bytes = branches * max_split_rows * sizeof(unsigned);
   check(cudaMalloc(&open_device.arrivals, arrival_bytes), "cudaMalloc");
   check(cudaMemset(open_device.arrivals, 0, arrival_bytes), "cudaMemset");
   open_device.index = index;
@@ -255,7 +255,7 @@ cublasHandle_t blas(Stream* stream) {
   return open_device.blas;
 }
 
-unsigned* arrival_counters(Branch branch) { return open_device.arrivals + branch * most_split_rows; }
+unsigned* arrival_counters(Branch branch) { return open_device.arrivals + branch * max_split_rows; }
 
 const DeviceLimits& limits() { return open_device.limits; }
 

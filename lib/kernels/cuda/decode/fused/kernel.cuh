@@ -47,8 +47,8 @@ struct Step {
     Rank{p, at, shared}.prepare();
     walk.scores_only = p.scores_only;
     walk.ring = shared_address(shared) + at.warp * Layout::ring_bytes;
-    walk.policy = cache_policy(p.keeps_scores ? Keep::least : Keep::usual);
-    scores_policy = cache_policy(Keep::most);
+    walk.policy = cache_policy(p.keeps_scores ? CacheHint::evict_first : CacheHint::evict_normal);
+    scores_policy = cache_policy(CacheHint::evict_last);
     deal();
   }
   __device__ __forceinline__ void start() {
@@ -56,15 +56,15 @@ struct Step {
     E::copy_queries(shared_address(shared) + Layout::queries,
                     static_cast<const T*>(p.q) + std::int64_t{at.head0} * E::d_k, at.present, threadIdx.x, threads);
     if (threadIdx.x < branches)
-      copy_word(shared_address(shared) + Layout::gates + threadIdx.x * 4, p.gate + at.list * branches + threadIdx.x,
-                true);
-    commit_copies();
+      cp_async_word(shared_address(shared) + Layout::gates + threadIdx.x * 4, p.gate + at.list * branches + threadIdx.x,
+                    true);
+    cp_async_commit();
     const BlockRules& r = p.shape.rules;
     at.t = static_cast<int>(t);
     at.n = at.t + 1 < r.l ? 0 : p.stride(at.t + 1 - r.l) + 1;
     at.eligible = p.block(at.t) + 1;
     plan();
-    wait_copies<Layout::slots>();  // the queries, the gates
+    cp_async_wait<Layout::slots>();  // the queries, the gates
     __syncthreads();
   }
 
@@ -82,8 +82,8 @@ struct Step {
     const Piece first = walk.piece(0, at.among);
     __syncwarp();  // plan() writes what it was read from
     if (threadIdx.x % 32 != 0 || first.count <= 0) return;
-    fetch_ahead(courses()[0].k + std::int64_t{first.row} * E::k_bytes, first.count * E::k_bytes);
-    if (!p.scores_only) fetch_ahead(courses()[0].v + std::int64_t{first.row} * E::v_bytes, first.count * E::v_bytes);
+    prefetch_l2(courses()[0].k + std::int64_t{first.row} * E::k_bytes, first.count * E::k_bytes);
+    if (!p.scores_only) prefetch_l2(courses()[0].v + std::int64_t{first.row} * E::v_bytes, first.count * E::v_bytes);
   }
   __device__ __forceinline__ void put_courses(int from_last, int per_leaf) const {
     const LayerShape& s = p.shape;
@@ -146,7 +146,7 @@ struct Step {
       const Piece now = walk.piece(course, i);
       if (now.count <= 0) {
         if (course == 0 && threadIdx.x % 32 < E::heads)
-          sums[i * E::heads + threadIdx.x % 32] = make_float2(lowest, 0.0f);
+          sums[i * E::heads + threadIdx.x % 32] = make_float2(neg_inf, 0.0f);
         continue;
       }
       walk.take([&](unsigned from) { e.scores(from); });
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(32 * W, step_warps / W) step_kernel(const __gr
   using Layout = StepLayout<E, W>;
   extern __shared__ __align__(128) char shared[];
   Step<E, W, Sums> step(p, shared);
-  wait_for_previous();
+  griddep_wait();
   step.start();
   const auto engine = [&] {
     return E(shared + Layout::queries, shared + Layout::weights + step.at.warp * E::weight_bytes);
@@ -249,7 +249,7 @@ int count_clusters(const LayerShape& s, int cluster) {
   size.id = cudaLaunchAttributeClusterDimension;
   size.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(limits().units * cluster));
+  config.gridDim = dim3(static_cast<unsigned>(limits().sms * cluster));
   config.blockDim = dim3(32 * step_warps);
   config.dynamicSmemBytes = bytes;
   config.attrs = &size;
@@ -272,7 +272,7 @@ template <class E>
 void launch_step_of(const StepParams& p, Stream* stream) {
   const dim3 grid(static_cast<unsigned>(p.tile.rows() * p.shape.groups * p.cluster));
   const auto launch = [&](auto* kernel, int bytes) {
-    launch_early(kernel, grid, 32 * p.warps, bytes, stream, p.cluster, p);
+    launch_pdl(kernel, grid, 32 * p.warps, bytes, stream, p.cluster, p);
   };
   const auto launch_of = [&](auto sums) {
     if (p.warps == step_warps)

@@ -33,7 +33,7 @@ Division division_of(const LayerShape& s, const QueryTile& tile, std::int64_t mo
   const std::int64_t tokens = compressed_tokens(r, T - 1) + std::min<std::int64_t>(T, std::int64_t{r.n_sel} * r.l_sel) +
                               std::min<std::int64_t>(T, r.w);
   const double alone = static_cast<double>(tokens * (s.d_k + s.d_v)) * static_cast<double>(size_of(s.dtype)) *
-                       limits().units / bandwidth;  // a list by one SM
+                       limits().sms / bandwidth;  // a list by one SM
   Division best;
   double least = 0;
   const auto consider = [&](int cluster, int warps, std::int64_t at_once, double share) {

@@ -87,7 +87,7 @@ struct StepRank {
           for (int b = 0; b < 4; ++b) {
             const int i = i0 + b * count;  // of the leaf of lane 0
             const auto* from = reinterpret_cast<const float4*>(of_lane + (i * per_leaf + tile0) * E::heads);
-            const float4 nothing = {lowest, 0.0f, lowest, 0.0f};
+            const float4 nothing = {neg_inf, 0.0f, neg_inf, 0.0f};
             x[b][0] = i + lane < leaves ? __ldcg(from) : nothing;
             x[b][1] = i + lane < leaves && tile0 + 1 < per_leaf ? __ldcg(from + pairs) : nothing;
           }
@@ -105,7 +105,7 @@ struct StepRank {
 #pragma unroll
           for (int a = 0; a < 2; ++a) sum[a] = merge2(sum[a], leaf[b][a]);
       }
-      const float2 first = natural(sum[0]), second = natural(sum[1]);
+      const float2 first = to_natural_log(sum[0]), second = to_natural_log(sum[1]);
       reinterpret_cast<float4*>(lanes())[item] = {first.x, first.y, second.x, second.y};
     }
   }
@@ -117,7 +117,7 @@ struct StepRank {
     for (int item = threadIdx.x; item < E::heads * 8; item += at.rankers * 32) {
       const int head = item / 8, first = item % 8;
       const float2* from = lanes() + first * E::heads + head;
-      MaxSum total[4];
+      SoftmaxState total[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 ms = first + i * 8 < p.shape.lse.buckets ? from[i * 8 * E::heads] : make_float2(-INFINITY, 0.0f);
@@ -133,7 +133,7 @@ struct StepRank {
       for (int step = 4; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
       float s[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[i] = __fmul_rn(total[i].s, exp_above(total[i].m, m));
+      for (int i = 0; i < 4; ++i) s[i] = __fmul_rn(total[i].s, exp_shifted(total[i].m, m));
       float sum = (s[0] + s[2]) + (s[1] + s[3]);  // 16 lanes apart, then 8
 #pragma unroll
       for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);

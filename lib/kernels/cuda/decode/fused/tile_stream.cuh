@@ -98,11 +98,12 @@ struct StepWalk {
       const Course& c = courses[phase];
       const unsigned to = ring + in * Layout::slot_bytes;
       if (E::k_bytes == E::v_bytes)
-        copy_slot<E::k_bytes>(to, (of_values ? c.v : c.k) + std::int64_t{next.row} * E::k_bytes, next.count, policy);
+        cp_async_tile<E::k_bytes>(to, (of_values ? c.v : c.k) + std::int64_t{next.row} * E::k_bytes, next.count,
+                                  policy);
       else if (of_values)
-        copy_slot<E::v_bytes>(to, c.v + std::int64_t{next.row} * E::v_bytes, next.count, policy);
+        cp_async_tile<E::v_bytes>(to, c.v + std::int64_t{next.row} * E::v_bytes, next.count, policy);
       else
-        copy_slot<E::k_bytes>(to, c.k + std::int64_t{next.row} * E::k_bytes, next.count, policy);
+        cp_async_tile<E::k_bytes>(to, c.k + std::int64_t{next.row} * E::k_bytes, next.count, policy);
       in = in + 1 == Layout::slots ? 0 : in + 1;
       ++waiting;
       of_values = !of_values && (phase == 1 || !scores_only);
@@ -111,7 +112,7 @@ struct StepWalk {
         find_next();
       }
     }
-    commit_copies();
+    cp_async_commit();
   }
   // Of the second course, tiles below `known_tiles` are known.
   __device__ __forceinline__ void start(int known_tiles) {
@@ -133,7 +134,7 @@ struct StepWalk {
   // The slot filled longest ago, whole; then it goes back.
   template <class Use>
   __device__ __forceinline__ void take(Use use) {
-    wait_copies<Layout::slots - 1>();
+    cp_async_wait<Layout::slots - 1>();
     use(ring + out * Layout::slot_bytes);
     __syncwarp();
     out = out + 1 == Layout::slots ? 0 : out + 1;

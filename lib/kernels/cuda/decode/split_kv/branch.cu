@@ -31,8 +31,8 @@ std::int64_t decode_leaf_floats(const LayerShape& s, const QueryTile& tile) {
 }
 
 int decode_splits(std::int64_t lists, std::int64_t tiles) {
-  if (lists > most_split_rows) return 1;
-  const std::int64_t wanted = std::max<std::int64_t>(1, 2 * limits().units / lists);
+  if (lists > max_split_rows) return 1;
+  const std::int64_t wanted = std::max<std::int64_t>(1, 2 * limits().sms / lists);
   return static_cast<int>(std::min(wanted, (tiles + decode_warps - 1) / decode_warps));
 }
 
@@ -49,7 +49,7 @@ void launch_decode(const DecodeParams& p, Stream* stream) {
 std::size_t decode_scratch(const LayerShape& s, const QueryTile& tile) {
   if (!decode_accepts(s, tile)) return 0;
   const std::int64_t lists = tile.rows() * s.groups * decode_head_tiles(s);
-  const std::int64_t parts = std::max<std::int64_t>(2 * limits().units, lists);
+  const std::int64_t parts = std::max<std::int64_t>(2 * limits().sms, lists);
   return static_cast<std::size_t>(parts * decode_part_floats(decode_heads(s.dtype), s.d_v) +
                                   decode_leaf_floats(s, tile)) *
          sizeof(float);

@@ -56,8 +56,8 @@ struct Walk {
     const std::int64_t plane = (p.tile.batch_begin + row) * s.groups + group;
     k = static_cast<const char*>(job.k.data) + plane * job.k.plane_stride * sizeof(T);
     v = static_cast<const char*>(job.v.data) + plane * job.v.plane_stride * sizeof(T);
-    policy = cache_policy(p.keeps_scores ? Keep::least : Keep::usual);
-    scores_policy = cache_policy(Keep::most);
+    policy = cache_policy(p.keeps_scores ? CacheHint::evict_first : CacheHint::evict_normal);
+    scores_policy = cache_policy(CacheHint::evict_last);
     ring = shared_address(shared) + warp * Layout::ring_bytes;
     fronts = shared_address(shared) + Layout::fronts + warp * Layout::slots * E::k_bytes;
     has_fronts = B == cmp && shards_of(job.k.map) > 1 && job.k.map.halo == 1;
@@ -89,14 +89,14 @@ struct Walk {
   template <int RowBytes>
   __device__ __forceinline__ void copy(unsigned to, const char* plane, const KvView& view) const {
     const char* from = plane + next.owner * view.rank_stride * sizeof(T) + next.row * RowBytes;
-    copy_slot<RowBytes>(to, from, next.count, policy);
+    cp_async_tile<RowBytes>(to, from, next.count, policy);
   }
   // Queues what comes next into a slot that is free now.
   __device__ __forceinline__ void feed(int which) {
     const unsigned to = ring + which * Layout::slot_bytes;
     if (ahead < tiles.count) {
       if (!of_values && has_front(ahead))
-        copy_row<E::k_bytes>(fronts + which * E::k_bytes, k + (next.row - 1) * E::k_bytes);
+        cp_async_row<E::k_bytes>(fronts + which * E::k_bytes, k + (next.row - 1) * E::k_bytes);
       if (E::k_bytes == E::v_bytes)
         copy<E::k_bytes>(to, of_values ? v : k, of_values ? job.v : job.k);
       else if (of_values)
@@ -109,7 +109,7 @@ struct Walk {
         find_next();
       }
     }
-    commit_copies();
+    cp_async_commit();
   }
   __device__ __forceinline__ void start() {
 #pragma unroll 1
@@ -118,7 +118,7 @@ struct Walk {
   // The slot filled longest ago, whole; then it goes back.
   template <class Use>
   __device__ __forceinline__ void take(Use use) {
-    wait_copies<Layout::slots - 1>();
+    cp_async_wait<Layout::slots - 1>();
     use(ring + slot * Layout::slot_bytes);
     __syncwarp();
     feed(slot);
@@ -156,7 +156,7 @@ struct Walk {
       const Unit now = tiles(i);
       float2* sums = B == cmp ? p.leaves + (list * p.most_tiles + i) * E::heads : nullptr;
       if (now.count <= 0 && !has_front(i)) {
-        if (B == cmp && threadIdx.x % 32 < E::heads) sums[threadIdx.x % 32] = make_float2(lowest, 0.0f);
+        if (B == cmp && threadIdx.x % 32 < E::heads) sums[threadIdx.x % 32] = make_float2(neg_inf, 0.0f);
         continue;
       }
       take([&](unsigned from) {
@@ -182,9 +182,9 @@ struct Walk {
       for (int at = 0; at < rows; at += tile_rows) {
         const int here = min(tile_rows, rows - at);
         __syncwarp();
-        copy_slot<E::k_bytes>(ring, k + (from + at) * E::k_bytes, here);
-        commit_copies();
-        wait_copies<0>();
+        cp_async_tile<E::k_bytes>(ring, k + (from + at) * E::k_bytes, here);
+        cp_async_commit();
+        cp_async_wait<0>();
         e.scores(ring);
         e.scale();
         e.put_scores(scores_at(column + at), here, present);
@@ -202,7 +202,7 @@ struct Walk {
     e.put_total(ms + warp * E::heads);
     __syncthreads();
     const auto top = [&](int head) {
-      float m = lowest;
+      float m = neg_inf;
 #pragma unroll
       for (int w = 0; w < decode_warps; ++w) m = fmaxf(m, ms[w * E::heads + head].x);
       return m;
@@ -262,7 +262,7 @@ struct Walk {
         }
         sum = merge2(sum, leaf);
       }
-      reinterpret_cast<float2*>(p.lse)[lane * row_heads + head0 + head] = natural(sum);
+      reinterpret_cast<float2*>(p.lse)[lane * row_heads + head0 + head] = to_natural_log(sum);
     }
   }
 
@@ -285,7 +285,7 @@ struct Walk {
         value.z = value.z * old + x.z * fresh, value.w = value.w * old + x.w * fresh;
       }
       reinterpret_cast<float4*>(p.out.o + std::int64_t{head0} * E::d_v)[item] = value;
-      if (item % (E::d_v / 4) == 0) reinterpret_cast<float2*>(p.out.ms)[head0 + head] = natural(sum);
+      if (item % (E::d_v / 4) == 0) reinterpret_cast<float2*>(p.out.ms)[head0 + head] = to_natural_log(sum);
     }
   }
 
@@ -324,7 +324,7 @@ __device__ __forceinline__ void run(const DecodeParams& p, const DecodeJob& job,
 template <class E>
 __global__ void __launch_bounds__(decode_threads, E::ctas) decode_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(128) char shared[];
-  wait_for_previous();
+  griddep_wait();
   const int row_groups = static_cast<int>(p.tile.rows()) * p.shape.groups;
   bool first = true;
   for (int i = 0; i < p.job_count; ++i) {
@@ -348,8 +348,7 @@ void launch_engine(const DecodeParams& p, Stream* stream) {
   for (int i = 0; i < p.job_count; ++i)
     ctas = std::max(ctas, p.jobs[i].first_cta + static_cast<int>(p.tile.rows()) * p.shape.groups *
                                                     std::max(p.jobs[i].ctas, p.jobs[i].splits));
-  launch_early(decode_kernel<E>, dim3(ctas, p.head_tiles), decode_threads, DecodeLayout<E>::bytes(p.shape), stream, 1,
-               p);
+  launch_pdl(decode_kernel<E>, dim3(ctas, p.head_tiles), decode_threads, DecodeLayout<E>::bytes(p.shape), stream, 1, p);
 }
 
 }  // namespace nsa::gpu

@@ -86,7 +86,7 @@ __device__ void merge_lane(const DecodeMeeting& m, const DecodeJob& job, int hea
 #pragma unroll
         for (int k = 0; k < 2; ++k)
           x[i][k] = from < leaves && tile + k < per_leaf ? __ldcg(sums + (from * per_leaf + tile + k) * heads)
-                                                         : make_float2(lowest, 0.0f);
+                                                         : make_float2(neg_inf, 0.0f);
       }
 #pragma unroll
       for (int i = 0; i < rounds; ++i)
@@ -103,7 +103,7 @@ __device__ void merge_lane(const DecodeMeeting& m, const DecodeJob& job, int hea
     }
   }
   if (mine == 0 && at.present)
-    reinterpret_cast<float2*>(p.lse)[slot * (p.tile.rows() * s.heads()) + at.row_head] = natural(lane);
+    reinterpret_cast<float2*>(p.lse)[slot * (p.tile.rows() * s.heads()) + at.row_head] = to_natural_log(lane);
 }
 
 // The item-th (list, head) of the job: (m, sum) of its parts.
@@ -118,7 +118,7 @@ __device__ void merge_sum(const DecodeMeeting& m, const DecodeJob& job, int head
     const float2 ms = part_sum(part + i * decode_part_floats(heads, p.shape.d_v), heads, p.shape.d_v, at.head);
     sum = merge2(sum, {ms.x, ms.y});
   }
-  reinterpret_cast<float2*>(m.sums)[at.row_head] = natural(sum);
+  reinterpret_cast<float2*>(m.sums)[at.row_head] = to_natural_log(sum);
 }
 
 // What the CTA's warps have gathered of one head, quads of columns by lane (Dv is at most 128).
@@ -166,7 +166,7 @@ __device__ void merge_head(const DecodeMeeting& m, const DecodeJob& job, const P
 #pragma unroll
   for (int w = 0; w < warps; ++w) all.take(gathered.sums[w], gathered.values[w][lane]);
   if (lane < p.shape.d_v / 4) reinterpret_cast<float4*>(out.o + at.row_head * p.shape.d_v)[lane] = all.value;
-  if (lane == 0) reinterpret_cast<float2*>(out.ms)[at.row_head] = natural(all.sum);
+  if (lane == 0) reinterpret_cast<float2*>(out.ms)[at.row_head] = to_natural_log(all.sum);
 }
 
 // CTAs by what they do: lanes, the window's sums, then job by job the heads of its lists.
@@ -176,7 +176,7 @@ struct Ctas {
 
 __global__ void __launch_bounds__(threads)
     meet_kernel(const __grid_constant__ DecodeMeeting m, const __grid_constant__ Ctas ctas, int heads) {
-  wait_for_previous();
+  griddep_wait();
   int at = static_cast<int>(blockIdx.x);
   if (at < ctas.lanes) {
     for (int i = 0; i < m.walk.job_count; ++i)
@@ -209,13 +209,13 @@ __device__ float2 share_of(const Weighing& p, Branch branch, const ListHead& at)
   const int slots = lse_slots(s, p.ranks), count = branch == cmp ? s.lse.buckets : p.ranks;
   const std::int64_t row_heads = p.walk.tile.rows() * s.heads();
   const float2* lse = reinterpret_cast<const float2*>(p.lse_all) + at.row_head;
-  MaxSum total;
+  SoftmaxState total;
   for (int x = threadIdx.x % 32; x < count; x += 32) {
     const int slot = branch == cmp ? x % p.ranks * slots + x / p.ranks : x * slots + slots - 1;
     const float2 ms = lse[slot * row_heads];
     total = merge(total, {ms.x, ms.y});
   }
-  const float m = warp_max(total.m), sum = warp_sum(total.s * exp_above(total.m, m));
+  const float m = warp_max(total.m), sum = warp_sum(total.s * exp_shifted(total.m, m));
   return make_float2(m * log2_e, sum > 0.0f ? p.gate[at.row_group * branches + branch] / sum : 0.0f);
 }
 
@@ -223,7 +223,7 @@ __device__ float2 share_of(const Weighing& p, Branch branch, const ListHead& at)
 __global__ void __launch_bounds__(threads) weigh_kernel(const __grid_constant__ Weighing p, int heads) {
   __shared__ Gathered gathered;
   __shared__ float2 shares[branches];
-  wait_for_previous();
+  griddep_wait();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const ListHead at = head_of(p.walk, heads, blockIdx.x / heads, blockIdx.x % heads);
   if (!at.present) return;
@@ -268,7 +268,7 @@ void launch_meeting(const DecodeMeeting& m, Stream* stream) {
     if (m.out[i].o) ctas.heads[i] = static_cast<int>(lists * heads);
   }
   const int all = ctas.lanes + ctas.sums + ctas.heads[0] + ctas.heads[1];
-  if (all > 0) launch_early(meet_kernel, dim3(static_cast<unsigned>(all)), threads, 0, stream, 1, m, ctas, heads);
+  if (all > 0) launch_pdl(meet_kernel, dim3(static_cast<unsigned>(all)), threads, 0, stream, 1, m, ctas, heads);
 }
 
 void launch_weighing(const DecodeParams& walk, const ShardedAttentionArgs& a, Stream* stream) {
@@ -276,7 +276,7 @@ void launch_weighing(const DecodeParams& walk, const ShardedAttentionArgs& a, St
   Weighing p{walk, a.lse_all, a.combine.gate, a.gated, a.combine.ranks, {}};
   std::copy_n(a.combine.leave_out, branches, p.leave_out);
   const std::int64_t lists = walk.tile.rows() * walk.shape.groups * walk.head_tiles;
-  launch_early(weigh_kernel, dim3(static_cast<unsigned>(lists * heads)), threads, 0, stream, 1, p, heads);
+  launch_pdl(weigh_kernel, dim3(static_cast<unsigned>(lists * heads)), threads, 0, stream, 1, p, heads);
 }
 
 }  // namespace nsa::gpu

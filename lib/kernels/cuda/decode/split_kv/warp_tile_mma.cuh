@@ -26,7 +26,7 @@ struct QueryRows {
   __device__ __forceinline__ uint4 operator[](unsigned item) const {
     const unsigned lane = item % 32, piece = item / 32 * 2 + lane / 16;
     std::uint32_t r[4];
-    load_matrices(r, at + lane % 16 * RowBytes + piece / 8 * 128 + ((piece ^ lane) % 8) * 16);
+    ldmatrix_x4(r, at + lane % 16 * RowBytes + piece / 8 * 128 + ((piece ^ lane) % 8) * 16);
     return {r[0], r[1], r[2], r[3]};
   }
 };
@@ -55,7 +55,7 @@ struct TensorCores {
 #pragma unroll 1
     for (int item = thread; item < heads * DK / 8; item += threads) {
       const bool exists = item < present * DK / 8;
-      copy_piece(to + QueryRows<DK * 2>::place(item), from + (exists ? item : 0) * 8, exists);
+      cp_async_vector(to + QueryRows<DK * 2>::place(item), from + (exists ? item : 0) * 8, exists);
     }
   }
   __device__ __forceinline__ TensorCores(char* queries, char*) : q{shared_address(queries)} {}
@@ -73,7 +73,7 @@ struct TensorCores {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         std::uint32_t b[4];
-        load_matrices(b, at + j * k_bytes);
+        ldmatrix_x4(b, at + j * k_bytes);
         mma(c[j], even.x, even.y, even.z, even.w, b[0], b[1], T{});
         mma(c[j], odd.x, odd.y, odd.z, odd.w, b[2], b[3], T{});
       }
@@ -131,7 +131,7 @@ struct TensorCores {
     for (int k = 0; k < DK / 32; ++k) {
       const uint4 even = q[2 * k * 32 + lane], odd = q[(2 * k + 1) * 32 + lane];
       std::uint32_t b[4];
-      load_matrices(b, row + (k * 4 + lane / 8) * 16);
+      ldmatrix_x4(b, row + (k * 4 + lane / 8) * 16);
       mma(f, even.x, even.y, even.z, even.w, b[0], b[1], T{});
       mma(f, odd.x, odd.y, odd.z, odd.w, b[2], b[3], T{});
     }
@@ -167,7 +167,7 @@ struct TensorCores {
           if (4 * quad + 16 * i + j >= rows) c[j][i] = c[j][i + 2] = -INFINITY;
     }
     float old[2];
-    const bool first = total[0].m == lowest;  // o is zero; all heads see the same tiles
+    const bool first = total[0].m == neg_inf;  // o is zero; all heads see the same tiles
     // Loops without a branch in them: what the halves shuffle is under way side by side.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -214,7 +214,7 @@ struct TensorCores {
 #pragma unroll
       for (int j = 0; j < DV / 16; ++j) {
         std::uint32_t b[4];
-        load_transposed(b, slot + (step * 2 + row) * v_bytes + j / 4 * 128 + ((j % 4 * 2 + piece) ^ row / 4) * 16);
+        ldmatrix_x4_trans(b, slot + (step * 2 + row) * v_bytes + j / 4 * 128 + ((j % 4 * 2 + piece) ^ row / 4) * 16);
         mma(o[2 * j], a[0], a[1], a[2], a[3], b[0], b[1], T{});
         mma(o[2 * j + 1], a[0], a[1], a[2], a[3], b[2], b[3], T{});
       }

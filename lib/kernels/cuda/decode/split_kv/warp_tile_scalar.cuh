@@ -31,7 +31,7 @@ struct Scalars {
                                                       int threads) {
     for (int item = thread; item < heads * DK / 4; item += threads) {
       const bool exists = item < present * DK / 4;
-      copy_piece(to + item * 16, from + (exists ? item : 0) * 4, exists);
+      cp_async_vector(to + item * 16, from + (exists ? item : 0) * 4, exists);
     }
   }
   __device__ __forceinline__ Scalars(char* queries, char* warp_weights)
@@ -80,7 +80,7 @@ struct Scalars {
 #pragma unroll
     for (int h = 0; h < heads; ++h) {
       if (token() >= rows) c[h] = -INFINITY;
-      tile[h].m = fmaxf(lowest, warp_max(c[h]));
+      tile[h].m = fmaxf(neg_inf, warp_max(c[h]));
       c[h] = exp2_fast(c[h] - tile[h].m);
     }
     if (sums.sums) put_block_sums(sums);

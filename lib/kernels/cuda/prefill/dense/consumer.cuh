@@ -198,9 +198,10 @@ __device__ __forceinline__ bool Rows<T, DK, DV>::soften(float (&scores)[N], std:
 template <class T, int DK, int DV>
 template <int Tokens>
 __device__ __forceinline__ void Rows<T, DK, DV>::queue_values(int slot) {
-  const std::uint64_t v = operand_at(shared.slot(slot), Layout<DK, DV>::tile_box);
+  const std::uint64_t v = make_desc(shared.slot(slot), Layout<DK, DV>::tile_box);
 #pragma unroll
-  for (int step = 0; step < Tokens / 16; ++step) add_product(o, weights + 4 * step, further(v, step * 16 * 128), T{});
+  for (int step = 0; step < Tokens / 16; ++step)
+    add_product(o, weights + 4 * step, advance_desc(v, step * 16 * 128), T{});
   products_queued();
 }
 
@@ -216,7 +217,7 @@ __device__ __forceinline__ void Rows<T, DK, DV>::clear_behind(int slot, std::int
           "st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(shared.slot(slot) + box * Layout<DK, DV>::tile_box + i * 16),
           "r"(0)
           : "memory");
-  before_copies();
+  fence_proxy_async();
   meet(1, groups * 128);
 }
 
@@ -276,7 +277,7 @@ template <class T, int DK, int DV>
 template <Branch B, bool Weigh, bool Last, class Beside>
 __device__ __forceinline__ void Rows<T, DK, DV>::run(const DenseItem& item, int phase, Beside beside) {
   span = span_of<B>(p.d.shape.rules, item.t + query());
-  m[0] = m[1] = nothing;
+  m[0] = m[1] = neg_inf;
   sum[0] = sum[1] = 0.0f;
   count = 0;
 #pragma unroll

@@ -26,14 +26,14 @@ __global__ void __launch_bounds__(threads, 1) dense_kernel(const __grid_constant
   const Shared<DK, DV> shared(memory);
   if (threadIdx.x == 0) shared.open();
   __syncthreads();
-  wait_for_previous();
+  griddep_wait();
   const std::int64_t first_position = *p.d.tile.first_position;
   const int group = uniform(threadIdx.x / 128);
   if (group == groups) {
-    give_registers<40>();
+    warpgroup_reg_dealloc<40>();
     if (threadIdx.x % 128 == 0) stream<DK, DV, J>(p, shared, first_position);
   } else {
-    take_registers<232>();
+    warpgroup_reg_alloc<232>();
     Rows<T, DK, DV> rows{p, shared, group};
     int phase = 0;
     for (int index = blockIdx.x; index < p.d.items; index += gridDim.x, phase ^= 1) {
@@ -61,7 +61,7 @@ void launch(const AttendArgs* of[branches], const float* gate, Stream* stream) {
         dense_source(a.shape, a.tile, of[b]->k, &of[b]->v, b == cmp ? compressed_tokens(a.shape.rules, end - 1) : end);
     p.reads[b] = of[b]->reads;
   }
-  launch_early(dense_kernel<T, DK, DV, J>, dim3(dense_ctas(p.d)), threads, Layout<DK, DV>::bytes, stream, 1, p);
+  launch_pdl(dense_kernel<T, DK, DV, J>, dim3(dense_ctas(p.d)), threads, Layout<DK, DV>::bytes, stream, 1, p);
 }
 
 template <Job J>

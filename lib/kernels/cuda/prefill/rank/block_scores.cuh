@@ -284,14 +284,14 @@ __global__ void __launch_bounds__(threads, 1) score_kernel(const __grid_constant
   const DenseShared<DK, DK, slots, groups> shared(memory);
   if (threadIdx.x == 0) shared.open();
   __syncthreads();
-  wait_for_previous();
+  griddep_wait();
   const std::int64_t first_position = *p.d.tile.first_position;
   const int group = uniform(threadIdx.x / 128);
   if (group == groups) {
-    give_registers<24>();
+    warpgroup_reg_dealloc<24>();
     if (threadIdx.x % 128 == 0) stream<DK, Quads>(p, shared, first_position);
   } else {
-    take_registers<112>();
+    warpgroup_reg_alloc<112>();
     Rows<T, DK, Quads> rows{p, shared, group, terms[threadIdx.x / 32] + most_lead, overlaps};
     rows.ratio = ratio;
     rows.lead = lead;

@@ -31,8 +31,8 @@ void launch_scores(const RankArgs& a, Stream* stream) {
     p.source.k = rows_map(a.k_cmp, s.dtype, std::int64_t{a.tile.batch_begin + a.tile.batches} * s.groups,
                           whole ? p.source.box_rows : 1, whole ? quad_tokens : 1);
   }
-  launch_early(quads ? score_kernel<T, DK, true> : score_kernel<T, DK, false>, dim3(dense_ctas(p.d)), threads,
-               DenseLayout<DK, DK, slots, groups>::bytes, stream, 1, p);
+  launch_pdl(quads ? score_kernel<T, DK, true> : score_kernel<T, DK, false>, dim3(dense_ctas(p.d)), threads,
+             DenseLayout<DK, DK, slots, groups>::bytes, stream, 1, p);
 }
 
 template <class T>
@@ -60,8 +60,8 @@ void rank_prefill(const RankArgs& a, Stream* stream) {
   else
     launch_scores<__half>(a, stream);
   const ChooseParams p{a, static_cast<const float*>(a.scratch), score_pitch_of(a.shape.rules, a.tile.max_positions)};
-  launch_early(choose_kernel, dim3(static_cast<unsigned>((lists + choose_warps - 1) / choose_warps)), 32 * choose_warps,
-               0, stream, 1, p);
+  launch_pdl(choose_kernel, dim3(static_cast<unsigned>((lists + choose_warps - 1) / choose_warps)), 32 * choose_warps,
+             0, stream, 1, p);
 }
 
 }  // namespace nsa::gpu

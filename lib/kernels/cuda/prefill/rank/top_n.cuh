@@ -126,7 +126,7 @@ __device__ __forceinline__ Entry chosen_of(const BlockRules& r, const float* sco
 
 __global__ void __launch_bounds__(32 * choose_warps) choose_kernel(const __grid_constant__ ChooseParams p) {
   __shared__ Entry kept[choose_warps][most_kept];
-  wait_for_previous();
+  griddep_wait();
   const LayerShape& s = p.a.shape;
   const BlockRules& r = s.rules;
   const int lane = threadIdx.x % 32, n = r.n_sel;

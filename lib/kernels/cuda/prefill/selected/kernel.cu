@@ -71,7 +71,7 @@ __device__ __forceinline__ void Row<T, DK, DV>::begin(const T* from, int heads) 
   }
 #pragma unroll
   for (auto& x : o) x[0] = x[1] = x[2] = x[3] = 0.0f;
-  m[0] = m[1] = nothing;
+  m[0] = m[1] = neg_inf;
   sum[0] = sum[1] = 0.0f;
   count = 0;
 }
@@ -85,7 +85,7 @@ __device__ __forceinline__ void Row<T, DK, DV>::scores(unsigned keys) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       std::uint32_t k[4];
-      load_matrices(k, keys + step / 4 * At::box + j * 2048 + k_row + (k_column ^ step % 4 * 32));
+      ldmatrix_x4(k, keys + step / 4 * At::box + j * 2048 + k_row + (k_column ^ step % 4 * 32));
       mma(s[2 * j], q[step][0], q[step][1], q[step][2], q[step][3], k[0], k[1], T{});
       mma(s[2 * j + 1], q[step][0], q[step][1], q[step][2], q[step][3], k[2], k[3], T{});
     }
@@ -150,7 +150,7 @@ __device__ __forceinline__ void Row<T, DK, DV>::add_values(unsigned values, int 
 #pragma unroll
     for (int pair = 0; pair < DV / 16; ++pair) {
       std::uint32_t v[4];
-      load_transposed(v, values + pair / 4 * At::box + j * 2048 + v_row + (v_column ^ pair % 4 * 32));
+      ldmatrix_x4_trans(v, values + pair / 4 * At::box + j * 2048 + v_row + (v_column ^ pair % 4 * 32));
       if constexpr (!Whole) v[0] &= low, v[1] &= high, v[2] &= low, v[3] &= high;
       mma(o[2 * pair], a[0], a[1], a[2], a[3], v[0], v[1], T{});
       mma(o[2 * pair + 1], a[0], a[1], a[2], a[3], v[2], v[3], T{});
@@ -165,7 +165,7 @@ __device__ __forceinline__ void Row<T, DK, DV>::add(Letter letter, int t) {
   const int slot = letter.slot();
   wait_for(shared.key_full(slot), letter.phase());
   scores(shared.key(slot));
-  before_copies();
+  fence_proxy_async();
   __syncwarp();
   arrive_if(shared.key_empty(slot), first_lane);
   soften(tokens);
@@ -174,7 +174,7 @@ __device__ __forceinline__ void Row<T, DK, DV>::add(Letter letter, int t) {
     add_values<true>(shared.value(slot), tokens);
   else
     add_values<false>(shared.value(slot), tokens);
-  before_copies();
+  fence_proxy_async();
   __syncwarp();
   arrive_if(shared.value_empty(slot), first_lane);
   count += tokens;
@@ -275,13 +275,13 @@ __global__ void __launch_bounds__(threads, 1) sel_kernel(const __grid_constant__
   const Shared<DK, DV> shared(memory);
   if (threadIdx.x == 0) shared.open();
   __syncthreads();
-  wait_for_previous();
+  griddep_wait();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp >= queries) {
-    give_registers<56>();
+    warpgroup_reg_dealloc<56>();
     feed<DK, DV, Most>(p, shared, warp);
   } else {
-    take_registers<152>();
+    warpgroup_reg_alloc<152>();
     const int first_position = static_cast<int>(*p.a.tile.first_position);
     Row<T, DK, DV> row(p, shared);
     for (Items items(p); items.more(); items.next()) {
@@ -311,7 +311,7 @@ void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
   p.items = items_of(a.shape, a.tile);
   p.side_by_side = planes * a.tile.max_positions * (DK + DV) * std::int64_t{sizeof(T)} <= most_side_by_side;
   const auto start = [&](auto* kernel) {
-    launch_early(kernel, dim3(std::min(p.items, limits().units)), threads, Layout<DK, DV>::bytes, stream, 1, p);
+    launch_pdl(kernel, dim3(std::min(p.items, limits().sms)), threads, Layout<DK, DV>::bytes, stream, 1, p);
   };
   if (a.shape.rules.n_sel <= few_chosen)
     start(sel_kernel<T, DK, DV, few_chosen>);
@@ -342,7 +342,7 @@ bool prefill_sel_accepts(const LayerShape& s, const RowMap& map) {
 }
 
 bool prefill_sel_pays(const LayerShape& s, const QueryTile& tile) {
-  return tile.max_positions <= most_positions && std::int64_t{3} * items_of(s, tile) > limits().units;
+  return tile.max_positions <= most_positions && std::int64_t{3} * items_of(s, tile) > limits().sms;
 }
 
 void attend_prefill_sel(const AttendArgs& a, Stream* stream) { launch(a, nullptr, nullptr, stream); }
