@@ -131,7 +131,7 @@ int together(int& argc, char**& argv, double deadline, Command&& command) {
   nsa::MpiSession session(argc, argv);
   const nsa::ControlComm world = nsa::ControlComm::world();
   const auto abort = [&](nsa::ExitCode code) {
-    watchdog.aborting(code);
+    watchdog.notify_abort(code);
     nsa::MpiSession::abort(code);
   };
   try {
@@ -143,7 +143,7 @@ int together(int& argc, char**& argv, double deadline, Command&& command) {
     return static_cast<int>(error.code());
   } catch (const nsa::UserError& error) {
     // What a library says of an exchange seldom names the rank at fault; the watchdogs compare what the ranks did.
-    if (error.code() == nsa::ExitCode::communication) watchdog.fail(error.what());
+    if (error.code() == nsa::ExitCode::communication) watchdog.report_failure(error.what());
     print_error(error, error.code());
     abort(error.code());
   } catch (const std::bad_alloc&) {

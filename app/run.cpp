@@ -167,7 +167,7 @@ bool run_points(const Session& session, const Config& config, const std::vector<
                 const std::string& finished, Output* output) {
   for (std::size_t i = 0; i < points.size(); ++i) {
     if (finished[i] == 'x') continue;
-    if (session.stop->now()) return false;
+    if (session.stop->check()) return false;
     const auto progress = [&](double done, double total, const std::string& what) {
       if (output) output->progress(i, points.size(), done, total, what);
     };
@@ -212,7 +212,7 @@ ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& opt
   });
   const Cores cores = cores_of_rank(world);
   choose_host_threads(cores);
-  watchdog.set(config.run.deadline, config.output.file);
+  watchdog.configure(config.run.deadline, config.output.file);
 
   Session session = open_session(config, world, [=] { return asked_to_stop(start, max_time); });
   session.strict = options.strict;

@@ -136,8 +136,8 @@ if [[ $ranks -gt 1 ]]; then
   stopped 0
   ends 4 $((around + deadline + promised)) "rank $last .* is late" "a rank that comes to nothing" \
     "decode.step:rank=$last:at=20:hang" decode.toml
-  ends 4 $around "rank $last .*did not do the same" "a skipped gather" "comm.all_gather:rank=$last:at=50:skip" decode.toml
-  ends 4 $around "rank $last .*did not do the same" "a short gather" "comm.all_gather:rank=$last:at=50:shorten" decode.toml
+  ends 4 $around "rank $last .*does not match the other ranks" "a skipped gather" "comm.all_gather:rank=$last:at=50:skip" decode.toml
+  ends 4 $around "rank $last .*does not match the other ranks" "a short gather" "comm.all_gather:rank=$last:at=50:shorten" decode.toml
 fi
 killed $last
 killed 0
