@@ -112,7 +112,8 @@ class Watchdog(AppTest):
         save_code = '"$@"; echo $? > code.$OMPI_COMM_WORLD_RANK'
         start = time.monotonic()
         done = subprocess.run([MPIEXEC, "--enable-recovery", "-n", "3", "--oversubscribe", "--allow-run-as-root", "sh",
-                               "-c", save_code, "sh", BINARY, "run", "in.toml", "--deadline", str(deadline), "--output", "r.h5"],
+                               "-c", save_code, "sh", BINARY, "run", "in.toml", "--deadline", str(deadline), "--output",
+                               "r.h5"],
                               cwd=folder, env=dict(os.environ, NSA_FAULT=fault, OMP_NUM_THREADS="1"),
                               capture_output=True, text=True, timeout=AMPLE)
         codes = []
