@@ -20,11 +20,11 @@ namespace {
 constexpr std::int64_t second = ns_per_second;
 constexpr std::int64_t lost_rank_grace = 3 * second;       // the launcher usually ends the job earlier
 constexpr std::int64_t second_monitor_delay = 3 * second;  // the monitor of rank 0 speaks first
-constexpr std::int64_t unmonitored_delay = 8 * second;     // until a rank that hears from no monitor acts by itself
+constexpr std::int64_t self_diagnosis_delay = 8 * second;  // of a connected rank: a monitor would act earlier
 constexpr std::int64_t report_timeout = 3 * second;        // for the reports of the other ranks
 constexpr std::int64_t abort_timeout = 10 * second;
 constexpr std::int64_t max_wakeup_delay = 5 * second;  // a thread that wakes up later was stopped with its process
-static_assert(lost_rank_grace + unmonitored_delay + second < failure_timeout);
+static_assert(lost_rank_grace + self_diagnosis_delay + second < failure_timeout);
 
 }  // namespace
 
@@ -147,12 +147,12 @@ void WatchdogThread::diagnose_job(std::int64_t now) {
   if (job_.rank == 0 || now - diagnosed_at_ > second_monitor_delay) end_job(*diagnosis);
 }
 
-// Diagnoses from this rank's own operations, later than a monitor that runs would have done.
+// Diagnoses from this rank's own operations. A connected rank waits longer, so that a monitor that runs acts first.
 void WatchdogThread::diagnose_self(std::int64_t now) {
   const bool connected = !job_.connections.empty() || job_.monitor;
   Timeouts later = timeouts();
-  later.deadline_margin = connected ? unmonitored_delay : 0;
-  later.grace_period = connected ? lost_rank_grace + unmonitored_delay : 0;
+  later.deadline_margin = connected ? self_diagnosis_delay : 0;
+  later.grace_period = connected ? lost_rank_grace + self_diagnosis_delay : 0;
   std::uint64_t last_compared = 0;
   if (const auto diagnosis = diagnose({own_status()}, now, later, last_compared)) end_job(*diagnosis);
 }
