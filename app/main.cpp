@@ -55,7 +55,7 @@ void describe(CLI::App& app, CommandLine& line) {
 
   CLI::App* run = app.add_subcommand("run", "Run an input: prefill, decode or needle, on all ranks of the launch");
   run->add_option("INPUT", line.run.input, "TOML input")->required();
-  run->add_option("--set", line.run.overrides, "section.key=value, over what the input says; may be repeated")
+  run->add_option("--set", line.run.overrides, "section.key=value, overrides the input; may be repeated")
       ->allow_extra_args(false);
   run->add_option("--output", line.run.output, "result file, HDF5 (output.file)");
   run->add_option("--csv", line.run.csv, "also write the columns of nsa-vibe's benchmark (output.csv)");

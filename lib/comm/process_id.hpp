@@ -11,7 +11,7 @@ namespace nsa {
 struct ProcessId {
   std::string host;
   std::string machine;     ///< boot id and namespaces: equal for processes that share pids and the loopback device
-  std::string start_time;  ///< in clock ticks since boot: tells the process from a later one with the same pid
+  std::string start_time;  ///< in clock ticks since boot: distinguishes it from a later process with the same pid
   int pid = 0;
 };
 

@@ -12,7 +12,7 @@ namespace nsa {
 
 /// What a watchdog knows of one rank. Times in ns.
 struct RankStatus {
-  /// finished: the rank said goodbye or never connected. lost: its connection closed without a goodbye.
+  /// finished: the rank sent goodbye or never connected. lost: its connection closed without a goodbye.
   enum class State { running, finished, lost };
   State state = State::running;
   int rank = 0;

@@ -27,7 +27,7 @@ class Monitor {
   /// Closes the port: all ranks have connected.
   void stop_accepting() { listener_.reset(); }
   void send_to_all(const std::string& message);
-  bool has_running_ranks() const;  ///< a rank is connected that has not said goodbye
+  bool has_running_ranks() const;  ///< a rank is connected that has not sent goodbye
 
   std::vector<RankStatus>& ranks() { return ranks_; }  ///< by rank; one that never connected is `finished`
   RankStatus& own_status() { return ranks_[static_cast<std::size_t>(rank_)]; }

@@ -1,5 +1,5 @@
 #pragma once
-// The dump of the operation log (the flight recorder) that a job which hung leaves beside its result file.
+// The dump of the operation log (the flight recorder) that a hung job leaves next to its result file.
 
 #include <cstdint>
 #include <string>

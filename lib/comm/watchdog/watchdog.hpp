@@ -24,7 +24,7 @@ class Watchdog {
  public:
   /// Starts the thread. Until join() it watches this rank alone, because MPI_Init may hang too. `deadline`: s; 0: off.
   explicit Watchdog(double deadline);
-  /// Says goodbye: the rank ends normally.
+  /// Sends goodbye: the rank ends normally.
   ~Watchdog();
   Watchdog(const Watchdog&) = delete;
   Watchdog& operator=(const Watchdog&) = delete;
@@ -33,7 +33,8 @@ class Watchdog {
   /// connect, else "".
   std::string join(const ControlComm& world);
 
-  /// Sets what the input says: the deadline in s, and the result file, beside which the operation dumps are written.
+  /// Sets the values of the input: the deadline in s, and the result file, next to which the operation dumps are
+  /// written.
   void configure(double deadline, const std::string& result_path);
   void set_device(const std::string& name);  ///< "GPU 1", for messages
 

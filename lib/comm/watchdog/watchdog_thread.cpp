@@ -173,7 +173,7 @@ void WatchdogThread::end_job(const HangDiagnosis& diagnosis) {
     job_.monitor->progress(coarse_now());
   }
   save_remote_operations(diagnosis.message);
-  std::vector<int> stuck = diagnosis.silent_ranks;  // a rank that said goodbye ends by itself, with its own exit code
+  std::vector<int> stuck = diagnosis.silent_ranks;  // a rank that sent goodbye ends by itself, with its own exit code
   std::erase_if(stuck, [&](int r) {
     return job_.monitor && job_.monitor->ranks()[static_cast<std::size_t>(r)].state == RankStatus::State::finished;
   });

@@ -40,7 +40,7 @@ struct WatchdogJob {
 class WatchdogThread {
  public:
   explicit WatchdogThread(double deadline);
-  /// Says goodbye to the monitors and joins the thread.
+  /// Sends goodbye to the monitors and joins the thread.
   ~WatchdogThread();
   WatchdogThread(const WatchdogThread&) = delete;
   WatchdogThread& operator=(const WatchdogThread&) = delete;

@@ -5,7 +5,7 @@
 // round y rank r exchanges with rank y - r (modulo the size), and that rank exchanges with r in the same round. So CTAs
 // that wait for each other have the same index and start in the same order, however few CTAs fit the GPU. In one round
 // a rank is paired with itself. (A CTA of a sum takes all rounds.) A thread carries 16 bytes of data in four words
-// (4 bytes of data, epoch), as two 16-byte vectors. A word is loaded as it was stored, so data beside the expected
+// (4 bytes of data, epoch), as two 16-byte vectors. A word is loaded as it was stored, so data next to the expected
 // epoch belong to this exchange. The kernels need no fence, no flag after the data, and no wait for another CTA of the
 // same GPU. Bytes: twice the message over the link, and once more from L2. Bound: the latency of a store to the peer
 // and of a load from L2, about 2 us with the launch; from about 100 KB on the link (450 GB/s a direction on NVLink 4).
