@@ -224,7 +224,7 @@ std::unique_ptr<Output> open_output(const Session& session, const Config& config
     check_side_file(config.output.csv, "--csv", options.input, {config.output.file});
     check_side_file(options.json, "--json", options.input, {config.output.file, config.output.csv});
     std::error_code none;
-    if (!options.json.empty()) std::filesystem::remove(options.json, none);  // it exists only after a run has ended
+    if (!options.json.empty()) std::filesystem::remove(options.json, none);  // it describes an earlier run
     Earlier earlier;
     if (options.resume) earlier = resume_from(config, session, points, run);
     for (const PointRecord& point : earlier.points) finished[static_cast<std::size_t>(point.index)] = 'x';

@@ -97,8 +97,8 @@ bool decode_heartbeat(const std::string& message, std::int64_t now, RankStatus& 
 
 std::string encode_end_job(const HangDiagnosis& diagnosis) {
   std::string message = prefix_of(MessageType::end_job);
-  constexpr std::size_t max_silent_ranks =
-      8192;  // keeps the message below max_message_bytes; further ranks are not signalled
+  // Keeps the message below max_message_bytes. Further ranks are not signalled.
+  constexpr std::size_t max_silent_ranks = 8192;
   const auto count = static_cast<std::int32_t>(std::min(diagnosis.silent_ranks.size(), max_silent_ranks));
   append(message, &count, 1);
   append(message, diagnosis.silent_ranks.data(), static_cast<std::size_t>(count));

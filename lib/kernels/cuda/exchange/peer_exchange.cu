@@ -11,7 +11,7 @@
 // and of a load from L2, about 2 us with the launch; from about 100 KB on the link (450 GB/s a direction on NVLink 4).
 //
 // Epochs: a CTA counts the exchanges that it took part in, in device memory, so that a replayed graph continues the
-// count. The CTA of the peer has epoch_of the same ones. Two slots, selected by the lowest bit of the epoch, are
+// count. The CTA of the peer has counted the same ones. Two slots, selected by the lowest bit of the epoch, are
 // enough: a rank that sends exchange n + 1 has completed n and so has received the peer's part of n. The peer had then
 // completed n - 1, which used the same slot, because the kernels of a communicator run one after the other. An epoch
 // repeats after 2^32 exchanges. This affects only a word that all exchanges of its CTA but the first and the last were
