@@ -16,11 +16,11 @@ namespace {
 
 constexpr int stay = 10, inconclusive = 11, not_evidence = 12;
 
-int code_of(Verdict verdict) {
+int exit_code_of(Verdict verdict) {
   return verdict == Verdict::proceed ? 0 : verdict == Verdict::stay ? stay : inconclusive;
 }
 
-/// A CSV is known by its name; one that is HDF5 all the same is read as that.
+/// A CSV is recognised by its name, unless the content is HDF5.
 bool is_csv(const std::string& path) {
   std::array<char, 4> begin{};
   std::ifstream(path, std::ios::binary).read(begin.data(), begin.size());
@@ -58,7 +58,7 @@ ExitCode gate(const GateOptions& options) {
   }
   if (!options.adr.empty()) write_adr(options.adr, devices);
   int code = 0;
-  for (const DeviceVerdict& device : devices) code = std::max(code, code_of(device.verdict));
+  for (const DeviceVerdict& device : devices) code = std::max(code, exit_code_of(device.verdict));
   for (const CsvAudit& audit : audits) code = std::max(code, audit.evidence() ? 0 : not_evidence);
   return static_cast<ExitCode>(options.exit_verdict ? code : 0);
 }

@@ -1,4 +1,5 @@
-// The program: reads the command line, calls one command, prints what went wrong, and exits as all ranks agreed.
+// The program: parses the command line, runs one command, prints its error, and exits with the code that all ranks
+// agreed on.
 
 #include <CLI/CLI.hpp>
 #include <exception>
@@ -20,12 +21,12 @@
 namespace {
 
 constexpr auto bug = static_cast<nsa::ExitCode>(1);
-const double default_deadline = nsa::RunConfig().deadline;  // until the input is read
+const double default_deadline = nsa::RunConfig().deadline;  // in effect until the input is read
 
 constexpr const char* examples = R"(Examples:
   nsa run inputs/prefill.toml                           one rank
   mpirun -n 4 nsa run inputs/quickstart.toml            four ranks, heads=2 x kv=2
-  nsa run big.toml --dry-run --ranks 64                 who would own what, and how many bytes
+  nsa run big.toml --dry-run --ranks 64                 the plan: owners and bytes
   nsa run in.toml --set run.context=[4096,8192] --set run.backend=host --output a.h5
   nsa run inputs/rtx4090_v2.toml --csv decode.csv       the columns of nsa-vibe's benchmark
   nsa run big.toml --max-time 50m --resume              as much as fits; again: the rest
@@ -54,7 +55,7 @@ void describe(CLI::App& app, CommandLine& line) {
 
   CLI::App* run = app.add_subcommand("run", "Run an input: prefill, decode or needle, on all ranks of the launch");
   run->add_option("INPUT", line.run.input, "TOML input")->required();
-  run->add_option("--set", line.run.overrides, "section.key=value, over what the input says; may be repeated")
+  run->add_option("--set", line.run.overrides, "section.key=value, overrides the input; may be repeated")
       ->allow_extra_args(false);
   run->add_option("--output", line.run.output, "result file, HDF5 (output.file)");
   run->add_option("--csv", line.run.csv, "also write the columns of nsa-vibe's benchmark (output.csv)");
@@ -90,7 +91,7 @@ void describe(CLI::App& app, CommandLine& line) {
   info->add_flag("--routes", line.routes, "which implementations would run here instead, and why; needs no GPU");
 }
 
-// What is wrong with the command line. CLI11 says of a misspelt command that one is required.
+// The message for a wrong command line. CLI11 reports a misspelt command as a missing one; this names it.
 std::string usage_error(const CLI::App& app, const CLI::ParseError& error, int argc, char** argv) {
   const std::string first = argc > 1 ? argv[1] : "-";
   std::string names;
@@ -111,9 +112,9 @@ int print_error(const std::exception& error, nsa::ExitCode code) {
   return static_cast<int>(code);
 }
 
-/// A command of one process.
+/// Runs a command that needs one process.
 template <class Command>
-int alone(Command&& command) {
+int run_local(Command&& command) {
   try {
     return static_cast<int>(command());
   } catch (const nsa::UserError& error) {
@@ -123,15 +124,15 @@ int alone(Command&& command) {
   }
 }
 
-/// A command of all ranks. An AgreedError is thrown on every rank alike, and one of them says it. Anything else may
-/// have hit some ranks only, and the others may be waiting for them: there the launch ends.
+/// Runs a command on all ranks. An AgreedError is thrown on every rank, and rank 0 prints it. Any other error may have
+/// occurred on some ranks only while the others wait for them, so it aborts the job.
 template <class Command>
-int together(int& argc, char**& argv, double deadline, Command&& command) {
-  nsa::Watchdog watchdog(deadline);  // outlives MPI
+int run_collective(int& argc, char**& argv, double deadline, Command&& command) {
+  nsa::Watchdog watchdog(deadline);  // watches MPI_Init and MPI_Finalize too
   nsa::MpiSession session(argc, argv);
   const nsa::ControlComm world = nsa::ControlComm::world();
   const auto abort = [&](nsa::ExitCode code) {
-    watchdog.aborting(code);
+    watchdog.notify_abort(code);
     nsa::MpiSession::abort(code);
   };
   try {
@@ -142,8 +143,8 @@ int together(int& argc, char**& argv, double deadline, Command&& command) {
     if (world.rank() == 0) print_error(error, error.code());
     return static_cast<int>(error.code());
   } catch (const nsa::UserError& error) {
-    // What a library says of an exchange seldom names the rank at fault; the watchdogs compare what the ranks did.
-    if (error.code() == nsa::ExitCode::communication) watchdog.fail(error.what());
+    // The error of a library in a collective seldom names the rank at fault. The watchdogs compare the operation logs.
+    if (error.code() == nsa::ExitCode::communication) watchdog.report_failure(error.what());
     print_error(error, error.code());
     abort(error.code());
   } catch (const std::bad_alloc&) {
@@ -174,20 +175,20 @@ int main(int argc, char** argv) {
   } catch (const CLI::Success& done) {  // --help, --version
     return app.exit(done);
   } catch (const CLI::ParseError& error) {
-    // Every rank of a launch reads the same command line, so they all come here, and one says it.
-    return together(argc, argv, default_deadline, [&](const nsa::ControlComm&, nsa::Watchdog&) -> nsa::ExitCode {
+    // Every rank of a launch parses the same command line, so all of them get here, and rank 0 prints the error.
+    return run_collective(argc, argv, default_deadline, [&](const nsa::ControlComm&, nsa::Watchdog&) -> nsa::ExitCode {
       throw nsa::AgreedError(usage_error(app, error, argc, argv) + "; see nsa --help");
     });
   }
-  if (app.got_subcommand("gate")) return alone([&] { return nsa::gate(line.gate); });
-  if (app.got_subcommand("report")) return alone([&] { return nsa::report_results(std::cout, line.reported); });
+  if (app.got_subcommand("gate")) return run_local([&] { return nsa::gate(line.gate); });
+  if (app.got_subcommand("report")) return run_local([&] { return nsa::report_results(std::cout, line.reported); });
   if (app.got_subcommand("diff"))
-    return alone([&] {
+    return run_local([&] {
       const bool same = nsa::diff_results(std::cout, line.diff_a, line.diff_b);
       return same ? nsa::ExitCode::ok : nsa::ExitCode::invalid_result;
     });
   if (app.got_subcommand("info"))
-    return alone([&] {
+    return run_local([&] {
       if (line.routes)
         nsa::print_routes(std::cout);
       else
@@ -195,11 +196,11 @@ int main(int argc, char** argv) {
       return nsa::ExitCode::ok;
     });
   if (line.dry_run)
-    return alone([&] {
+    return run_local([&] {
       nsa::dry_run(line.run, line.ranks);
       return nsa::ExitCode::ok;
     });
-  return together(
+  return run_collective(
       argc, argv, line.run.deadline.value_or(default_deadline),
       [&](const nsa::ControlComm& world, nsa::Watchdog& watchdog) { return nsa::run(world, watchdog, line.run); });
 }

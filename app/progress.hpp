@@ -1,5 +1,5 @@
 #pragma once
-// How far a long run is: one line that is redrawn on a terminal, a line every half minute in a log. On stderr.
+// Progress of a long run on stderr: one line redrawn on a terminal, a new line every 30 s in a log.
 
 #include <chrono>
 #include <string>
@@ -13,9 +13,10 @@ class ProgressLine {
   ProgressLine(const ProgressLine&) = delete;
   ProgressLine& operator=(const ProgressLine&) = delete;
 
-  /// `point` of `points` has done `done` of `total`, and is at `what`. Draws only when it is time to.
+  /// Point `point` of `points` has completed `done` of `total` and now runs `what`. Draws at most every 0.1 s
+  /// (terminal) or 30 s (log).
   void update(std::size_t point, std::size_t points, double done, double total, const std::string& what);
-  /// Takes the line away, so that other output can follow.
+  /// Erases the line, so that other output can follow.
   void clear();
 
  private:

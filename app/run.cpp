@@ -52,7 +52,7 @@ Config configure(const std::string& text, const RunOptions& options) {
   return config;
 }
 
-/// A CSV or JSON is small and comes last: what would stop it is found out first. `taken`: files of this run.
+/// Checks before the run that a CSV or JSON can be written at its end. `taken`: the other files of this run.
 void check_side_file(const std::string& path, const char* option, const std::string& input,
                      const std::vector<std::string>& taken) {
   if (path.empty()) return;
@@ -84,14 +84,14 @@ void write_side_file(const std::string& path, const char* option, const std::str
                     ExitCode::file);
 }
 
-/// What an earlier run left in the result file.
+/// What the result file holds from an earlier run.
 struct Earlier {
   bool file = false, complete = false;
   std::vector<PointRecord> points;  ///< finished
 };
 
-/// With --resume and a file: checks that this run may go on with it, and makes `run` its continuation. On rank 0.
-Earlier take_up(const Config& config, const Session& session, const std::vector<Point>& points, RunRecord& run) {
+/// Reads the file to resume, if it exists, checks that this run may continue it, and makes `run` its continuation.
+Earlier resume_from(const Config& config, const Session& session, const std::vector<Point>& points, RunRecord& run) {
   const std::string& path = config.output.file;
   std::error_code none;
   if (!std::filesystem::exists(path, none)) return {};
@@ -100,12 +100,12 @@ Earlier take_up(const Config& config, const Session& session, const std::vector<
   std::vector<std::string> fingerprints;
   for (const Point& point : points) fingerprints.push_back(fingerprint(session, config, point));
   run = continued(before.run, std::move(run));
-  const bool ended = before.run.status == "complete";
+  const bool complete = before.run.status == "complete";
   std::vector<PointRecord> finished = finished_points(path, std::move(before), fingerprints);
-  return {true, ended && finished.size() == points.size(), std::move(finished)};
+  return {true, complete && finished.size() == points.size(), std::move(finished)};
 }
 
-/// What rank 0 shows and writes while the points run, and at the end.
+/// Prints and writes the results on rank 0, while the points run and at the end.
 class Output {
  public:
   Output(const Config& config, const RunOptions& options, const RunRecord& run, int ranks, Earlier earlier)
@@ -129,7 +129,7 @@ class Output {
 
   void add(PointRecord record) {
     writer_->seal(record);
-    record.tensors.clear();  // they may be large and are in the file now
+    record.tensors.clear();  // they may be large, and the file holds them
     show(std::move(record));
   }
 
@@ -156,18 +156,18 @@ class Output {
 
   const Config& config_;
   std::string json_;
-  std::optional<ResultWriter> writer_;  ///< none where the file is complete
+  std::optional<ResultWriter> writer_;  ///< none if the file is complete
   TableColumns columns_;
   ProgressLine progress_;
   std::vector<PointRecord> points_;
 };
 
-/// Runs the points that are not `finished`. Whether all were run; if not, the run was asked to stop.
+/// Runs the points whose entry in `finished` is not 'x'. Returns false if the run was asked to stop before the end.
 bool run_points(const Session& session, const Config& config, const std::vector<Point>& points,
                 const std::string& finished, Output* output) {
   for (std::size_t i = 0; i < points.size(); ++i) {
     if (finished[i] == 'x') continue;
-    if (session.stop->now()) return false;
+    if (session.stop->check()) return false;
     const auto progress = [&](double done, double total, const std::string& what) {
       if (output) output->progress(i, points.size(), done, total, what);
     };
@@ -186,75 +186,101 @@ bool run_points(const Session& session, const Config& config, const std::vector<
   return true;
 }
 
-}  // namespace
-
-ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& options) {
-  const auto start = std::chrono::steady_clock::now();
-  catch_stop_signals();
-  const bool first = world.rank() == 0;
-  fault::at("run.start");
+/// The input, on every rank.
+struct Input {
   std::string text;
-  agreed(world, [&] {
-    if (first) text = read_text(options.input);
-  });
-  text = world.broadcast(text);
-  const std::string routes = world.broadcast(route_environment_text());
   Config config;
-  double max_time = no_limit;
+  double max_time = no_limit;  ///< seconds
+};
+
+/// Reads the input on rank 0 and validates it on every rank. Collective.
+Input read_input(const ControlComm& world, const RunOptions& options) {
+  Input input;
   agreed(world, [&] {
-    config = configure(text, options);
+    if (world.rank() == 0) input.text = read_text(options.input);
+  });
+  input.text = world.broadcast(input.text);
+  const std::string routes = world.broadcast(route_environment_text());
+  agreed(world, [&] {
+    input.config = configure(input.text, options);
     route_environment();
     if (route_environment_text() != routes)
       throw UserError("this rank's environment holds " + route_environment_text() + "(rank 0's: " + routes +
                       "); set the same on all ranks");
-    max_time = parse_duration(options.max_time);
-    factorise(config, world.size());  // before anything is opened
+    input.max_time = parse_duration(options.max_time);
+    factorise(input.config, world.size());  // before anything is opened
   });
-  const Cores cores = cores_of_rank(world);
-  choose_host_threads(cores);
-  watchdog.set(config.run.deadline, config.output.file);
+  return input;
+}
 
-  Session session = open_session(config, world, [=] { return asked_to_stop(start, max_time); });
-  session.strict = options.strict;
-  if (const int index = session.backend.device->info().index; index >= 0)
-    watchdog.set_device("GPU " + std::to_string(index));
-  RunRecord run = describe_run(session, config, text, options.argv);
-  describe_threads(world, cores, run);
-  run.git_commit = build::git_commit;
-  run.compiler = build::compiler;
-  const std::vector<Point> points = sweep(config);
-  std::string finished(points.size(), '-');  // 'x': in the file already
+/// Opens the result file on rank 0 and checks the other files. Sets `finished` to 'x' for each point that the file
+/// holds, on every rank. Returns null on the other ranks. Collective.
+std::unique_ptr<Output> open_output(const Session& session, const Config& config, const RunOptions& options,
+                                    const std::vector<Point>& points, RunRecord& run, std::string& finished) {
   std::unique_ptr<Output> output;
-  agreed(world, [&] {
-    if (!first) return;
+  finished.assign(points.size(), '-');
+  agreed(session.world, [&] {
+    if (session.world.rank() != 0) return;
     check_side_file(config.output.csv, "--csv", options.input, {config.output.file});
     check_side_file(options.json, "--json", options.input, {config.output.file, config.output.csv});
     std::error_code none;
-    if (!options.json.empty()) std::filesystem::remove(options.json, none);  // it tells of a run that has ended
+    if (!options.json.empty()) std::filesystem::remove(options.json, none);  // it describes an earlier run
     Earlier earlier;
-    if (options.resume) earlier = take_up(config, session, points, run);
+    if (options.resume) earlier = resume_from(config, session, points, run);
     for (const PointRecord& point : earlier.points) finished[static_cast<std::size_t>(point.index)] = 'x';
-    output = std::make_unique<Output>(config, options, run, world.size(), std::move(earlier));
+    output = std::make_unique<Output>(config, options, run, session.world.size(), std::move(earlier));
   });
-  finished = world.broadcast(finished);
+  finished = session.world.broadcast(finished);
+  return output;
+}
 
-  const bool all = run_points(session, config, points, finished, output.get());
-  close_run(session, run);
+/// Ends the output on rank 0. `complete`: all points were run. Returns the exit code. Collective.
+ExitCode close_output(const ControlComm& world, bool complete, std::size_t points, RunRecord& run, Output* output) {
   std::int64_t invalid = 0;
   agreed(world, [&] {
-    if (!first) return;
+    if (!output) return;
     std::string interrupted;
-    if (!all) {
-      const auto whole = [](const PointRecord& point) { return point.stop_reason != "interrupted"; };
+    if (!complete) {
+      const auto is_finished = [](const PointRecord& point) { return point.stop_reason != "interrupted"; };
       run.status = "interrupted";
       interrupted = fmt::format("{} of {} points are finished; go on with --resume",
-                                std::ranges::count_if(output->points(), whole), points.size());
+                                std::ranges::count_if(output->points(), is_finished), points);
     }
     output->finish(run, interrupted);
     for (const PointRecord& point : output->points()) invalid += !point.valid;
   });
-  if (!all) return ExitCode::interrupted;
+  if (!complete) return ExitCode::interrupted;
   return world.max(invalid) > 0 ? ExitCode::invalid_result : ExitCode::ok;
+}
+
+}  // namespace
+
+ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& options) {
+  const auto start = std::chrono::steady_clock::now();
+  install_stop_signal_handlers();
+  fault::at("run.start");
+  const Input input = read_input(world, options);
+  const Config& config = input.config;
+  const Cores cores = cores_of_rank(world);
+  set_default_host_threads(cores);
+  watchdog.configure(config.run.deadline, config.output.file);
+
+  Session session =
+      open_session(config, world, [start, limit = input.max_time] { return stop_requested(start, limit); });
+  session.strict = options.strict;
+  if (const int index = session.backend.device->info().index; index >= 0)
+    watchdog.set_device("GPU " + std::to_string(index));
+  RunRecord run = describe_run(session, config, input.text, options.argv);
+  describe_threads(world, cores, run);
+  run.git_commit = build::git_commit;
+  run.compiler = build::compiler;
+
+  const std::vector<Point> points = sweep(config);
+  std::string finished;
+  const std::unique_ptr<Output> output = open_output(session, config, options, points, run, finished);
+  const bool complete = run_points(session, config, points, finished, output.get());
+  close_run(session, run);
+  return close_output(world, complete, points.size(), run, output.get());
 }
 
 void dry_run(const RunOptions& options, int ranks) {

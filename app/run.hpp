@@ -13,22 +13,22 @@ namespace nsa {
 struct RunOptions {
   std::string input;                   ///< path of the TOML
   std::vector<std::string> overrides;  ///< "section.key=value"
-  std::string output, csv;             ///< empty: what the input says
+  std::string output, csv;             ///< empty: as in the input
   std::string json;                    ///< empty: none
-  std::string max_time;                ///< stops after it; empty: no limit
-  bool resume = false;                 ///< goes on with the result file where there is one
+  std::string max_time;                ///< stop after this duration; empty: no limit
+  bool resume = false;                 ///< continue the result file if it exists
   bool strict = false;                 ///< a fallback is an error
-  std::optional<double> deadline;      ///< seconds; empty: what the input says
+  std::optional<double> deadline;      ///< seconds; empty: as in the input
   std::string argv;                    ///< the whole command line, for the result file
 };
 
-/// Runs every point on all ranks; rank 0 prints and writes. Collective. Throws UserError on every rank alike. On
-/// SIGUSR1, SIGTERM, SIGINT and at the end of max_time it stops at the next place that all ranks pass, seals what is
-/// whole and returns ExitCode::interrupted.
+/// Runs every point on all ranks; rank 0 prints and writes. Collective. Throws AgreedError on every rank. On SIGUSR1,
+/// SIGTERM or SIGINT, and at the end of max_time, all ranks stop at the same step, seal the finished points and return
+/// ExitCode::interrupted.
 ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& options);
 
-/// Prints the plan for `ranks` ranks (0: what the input's heads and kv say, 1 where they are "auto") and touches
-/// nothing. No MPI.
+/// Prints the plan for `ranks` ranks (0: heads x kv of the input, with 1 for "auto"). Opens no device and no file but
+/// the input. No MPI.
 void dry_run(const RunOptions& options, int ranks);
 
 }  // namespace nsa

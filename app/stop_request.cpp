@@ -11,9 +11,9 @@ namespace nsa {
 namespace {
 
 std::atomic<bool> signalled{false};
-static_assert(std::atomic<bool>::is_always_lock_free);  // it is set in a signal handler
+static_assert(std::atomic<bool>::is_always_lock_free);  // a signal handler sets it
 
-void remember(int) { signalled = true; }
+void set_flag(int) { signalled = true; }
 
 }  // namespace
 
@@ -34,9 +34,9 @@ double parse_duration(const std::string& text) {
   throw UserError("--max-time " + text + " (not a duration); give seconds, or 90s, 10m, 1.5h, 01:30:00");
 }
 
-void catch_stop_signals() {
+void install_stop_signal_handlers() {
   struct sigaction action {};
-  action.sa_handler = remember;
+  action.sa_handler = set_flag;
   action.sa_flags = SA_RESTART;
   sigaction(SIGUSR1, &action, nullptr);
   sigaction(SIGTERM, &action, nullptr);
@@ -44,7 +44,7 @@ void catch_stop_signals() {
   sigaction(SIGINT, &action, nullptr);
 }
 
-bool asked_to_stop(std::chrono::steady_clock::time_point start, double limit) {
+bool stop_requested(std::chrono::steady_clock::time_point start, double limit) {
   return signalled || std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() >= limit;
 }
 

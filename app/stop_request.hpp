@@ -1,5 +1,5 @@
 #pragma once
-// What asks a run to stop: a signal, or --max-time.
+// Requests to stop a run: a signal, or --max-time.
 
 #include <chrono>
 #include <limits>
@@ -9,13 +9,13 @@ namespace nsa {
 
 constexpr double no_limit = std::numeric_limits<double>::infinity();
 
-/// "90", "90s", "10m", "1.5h", "01:30:00" in seconds; "" is no limit. Throws UserError.
+/// Seconds of "90", "90s", "10m", "1.5h" or "01:30:00"; no_limit for "". Throws UserError.
 double parse_duration(const std::string& text);
 
-/// SIGUSR1, SIGTERM and the first SIGINT no longer end this process but are remembered; a second SIGINT ends it.
-void catch_stop_signals();
+/// From now on SIGUSR1, SIGTERM and the first SIGINT only set a flag. A second SIGINT ends the process.
+void install_stop_signal_handlers();
 
-/// Whether this process got one of them, or `limit` seconds have passed since `start`.
-bool asked_to_stop(std::chrono::steady_clock::time_point start, double limit);
+/// Whether this process has received one of these signals, or `limit` seconds have passed since `start`.
+bool stop_requested(std::chrono::steady_clock::time_point start, double limit);
 
 }  // namespace nsa

@@ -139,9 +139,9 @@ if [[ $ranks -gt 1 ]]; then
   check_stopped 0
   check_run 4 $((overhead + deadline + watchdog_delay)) "rank $last .* is late" "a hanging rank" \
     "decode.step:rank=$last:at=20:hang" decode.toml
-  check_run 4 $overhead "rank $last .*did not do the same" "a skipped gather" \
+  check_run 4 $overhead "rank $last .*does not match the other ranks" "a skipped gather" \
     "comm.all_gather:rank=$last:at=50:skip" decode.toml
-  check_run 4 $overhead "rank $last .*did not do the same" "a short gather" \
+  check_run 4 $overhead "rank $last .*does not match the other ranks" "a short gather" \
     "comm.all_gather:rank=$last:at=50:shorten" decode.toml
 fi
 check_killed $last

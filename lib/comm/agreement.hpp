@@ -1,5 +1,5 @@
 #pragma once
-// Local work whose errors all ranks share.
+// Runs local work and reports its errors on all ranks.
 
 #include <new>
 #include <string>
@@ -8,7 +8,8 @@
 
 namespace nsa {
 
-/// Runs local work that may fail on some ranks only; then all ranks agree. No collective may stand inside.
+/// Runs local work that may fail on some ranks only, then calls ControlComm::agree. The work must not contain a
+/// collective. Collective over `world`.
 template <class Work>
 void agreed(const ControlComm& world, Work&& work) {
   ExitCode code = ExitCode::ok;

@@ -1,5 +1,5 @@
 #pragma once
-// The MPI communicator behind a control group. Only for sources of lib/comm.
+// The MPI communicator of a ControlComm. Only for sources of lib/comm.
 
 #include <mpi.h>
 
@@ -11,11 +11,11 @@ namespace nsa {
 
 struct ControlComm::Impl {
   MPI_Comm comm = MPI_COMM_NULL;
-  MPI_Comm host = MPI_COMM_NULL;  ///< the ranks of `comm` on this host
+  MPI_Comm host_comm = MPI_COMM_NULL;  ///< the ranks of `comm` on this host
   int rank = 0, size = 1, local_rank = 0, local_size = 1;
-  std::uint64_t group;               ///< equal on its ranks: names the group in the log of operations
-  mutable std::uint64_t splits = 0;  ///< made from it
-  Impl(MPI_Comm owned, std::uint64_t group);
+  std::uint64_t group_id;                 ///< equal on its ranks; identifies the group in the operation log
+  mutable std::uint64_t split_count = 0;  ///< groups split from this one
+  Impl(MPI_Comm owned, std::uint64_t group_id);
   ~Impl();
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;

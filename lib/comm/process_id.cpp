@@ -12,21 +12,21 @@ namespace nsa {
 
 namespace {
 
-std::string first_word_of(const std::string& path) {
+std::string read_first_word(const std::string& path) {
   std::ifstream file(path);
   std::string word;
   file >> word;
   return word;
 }
 
-std::string target_of(const char* link) {
+std::string read_link(const char* link) {
   char text[64] = "?";
   if (const ssize_t n = readlink(link, text, sizeof text - 1); n > 0) text[n] = '\0';
   return text;
 }
 
-// Field 22 of stat, the name in parentheses being field 2. "?": there is no such process.
-std::string birth_of(int pid) {
+// Field 22 of /proc/PID/stat. Field 2, the name, is in parentheses and may contain spaces. "?": no such process.
+std::string start_time_of(int pid) {
   std::ifstream file(fmt::format("/proc/{}/stat", pid));
   std::string line;
   std::getline(file, line);
@@ -44,26 +44,28 @@ std::string host_name() {
   return name;
 }
 
-Place own_place() {
-  const std::string machine = first_word_of("/proc/sys/kernel/random/boot_id") + target_of("/proc/self/ns/pid") +
-                              target_of("/proc/self/ns/net");
-  return {host_name(), machine, birth_of(getpid()), getpid()};
+ProcessId own_process_id() {
+  const std::string machine = read_first_word("/proc/sys/kernel/random/boot_id") + read_link("/proc/self/ns/pid") +
+                              read_link("/proc/self/ns/net");
+  return {host_name(), machine, start_time_of(getpid()), getpid()};
 }
 
-std::vector<Place> all_places(const ControlComm& world) {
-  const Place own = own_place();
+std::vector<ProcessId> all_process_ids(const ControlComm& world) {
+  const ProcessId own = own_process_id();
   std::string text;
-  for (const std::string& line : world.gather(fmt::format("{} {} {} {}\n", own.host, own.machine, own.born, own.pid)))
+  for (const std::string& line :
+       world.gather(fmt::format("{} {} {} {}\n", own.host, own.machine, own.start_time, own.pid)))
     text += line;
   std::istringstream lines(world.broadcast(text));
-  std::vector<Place> places(static_cast<std::size_t>(world.size()));
-  for (Place& place : places) lines >> place.host >> place.machine >> place.born >> place.pid;
-  return places;
+  std::vector<ProcessId> processes(static_cast<std::size_t>(world.size()));
+  for (ProcessId& process : processes) lines >> process.host >> process.machine >> process.start_time >> process.pid;
+  return processes;
 }
 
-bool signal_process(const Place& place, int which) {
-  static const std::string here = own_place().machine;
-  return place.pid > 0 && place.machine == here && birth_of(place.pid) == place.born && kill(place.pid, which) == 0;
+bool signal_process(const ProcessId& process, int signal_number) {
+  static const std::string own_machine = own_process_id().machine;
+  return process.pid > 0 && process.machine == own_machine && start_time_of(process.pid) == process.start_time &&
+         kill(process.pid, signal_number) == 0;
 }
 
 }  // namespace nsa

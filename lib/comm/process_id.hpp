@@ -1,5 +1,5 @@
 #pragma once
-// Which process a rank is, for those that may have to signal it or to reach it.
+// Identifies the process of each rank, so that another process can signal it or connect to it.
 
 #include <string>
 #include <vector>
@@ -8,21 +8,22 @@
 
 namespace nsa {
 
-struct Place {
+struct ProcessId {
   std::string host;
-  std::string machine;  ///< equal where process numbers and the loopback device are the same ones
-  std::string born;     ///< when the process was started: its number may come again, with this it does not
+  std::string machine;     ///< boot id and namespaces: equal for processes that share pids and the loopback device
+  std::string start_time;  ///< in clock ticks since boot: distinguishes it from a later process with the same pid
   int pid = 0;
 };
 
-std::string host_name();  ///< as the host calls itself; "?": not at all
+std::string host_name();  ///< of this machine; "?" when the system call fails
 
-Place own_place();
+ProcessId own_process_id();
 
-/// By rank. Collective.
-std::vector<Place> all_places(const ControlComm& world);
+/// The identities of all ranks, by rank. Collective.
+std::vector<ProcessId> all_process_ids(const ControlComm& world);
 
-/// Signals the process if it is one of this machine and still the same. Whether it was there.
-bool signal_process(const Place& place, int which);
+/// Sends the signal (0: only checks for existence) if the process runs on this machine and its pid was not reused.
+/// Returns whether the signal was sent.
+bool signal_process(const ProcessId& process, int signal_number);
 
 }  // namespace nsa

@@ -55,35 +55,36 @@ std::string MpiSession::library_version() {
 
 namespace {
 
-// Equal on the ranks of a group, for all make the same splits in the same order, and on no others (but by chance).
-std::uint64_t group_of(std::uint64_t parent, std::uint64_t split, int color) {
+// Equal on all ranks of a group, because they make the same splits in the same order. A hash: it differs from the id of
+// another group except by chance.
+std::uint64_t split_group_id(std::uint64_t parent, std::uint64_t split, int color) {
   return (parent * 0x9E3779B97F4A7C15u + split) * 0x9E3779B97F4A7C15u + static_cast<std::uint64_t>(color) + 1;
 }
 
-/// The rank is in a collective of the group while this lives.
-class InControl : public Operation {
+/// Logs a collective of the group from construction to destruction.
+class ControlOperation : public Operation {
  public:
-  InControl(const ControlComm::Impl& group, const char* name, std::size_t bytes = 0)
-      : Operation(OperationKind::control, name, bytes, group.group, "") {}
+  ControlOperation(const ControlComm::Impl& group, const char* name, std::size_t bytes = 0)
+      : Operation(OperationKind::control, name, bytes, group.group_id, "") {}
 };
 
 }  // namespace
 
-ControlComm::Impl::Impl(MPI_Comm owned, std::uint64_t id) : comm(owned), group(id) {
+ControlComm::Impl::Impl(MPI_Comm owned, std::uint64_t id) : comm(owned), group_id(id) {
   MPI_Comm_set_errhandler(comm, MPI_ERRORS_RETURN);
   MPI_Comm_rank(comm, &rank);
   MPI_Comm_size(comm, &size);
-  check_mpi(MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &host), "MPI_Comm_split_type");
-  MPI_Comm_rank(host, &local_rank);
-  MPI_Comm_size(host, &local_size);
+  check_mpi(MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &host_comm), "MPI_Comm_split_type");
+  MPI_Comm_rank(host_comm, &local_rank);
+  MPI_Comm_size(host_comm, &local_size);
 }
 
 ControlComm::Impl::~Impl() {
   int finalized = 0;
   MPI_Finalized(&finalized);
-  if (finalized || std::uncaught_exceptions() > 0) return;  // freeing is collective
+  if (finalized || std::uncaught_exceptions() > 0) return;  // MPI_Comm_free is collective
   const Operation operation(OperationKind::wait, "close group");
-  MPI_Comm_free(&host);
+  MPI_Comm_free(&host_comm);
   MPI_Comm_free(&comm);
 }
 
@@ -96,9 +97,9 @@ ControlComm ControlComm::world() {
 
 ControlComm ControlComm::split(int color, int key) const {
   MPI_Comm comm = MPI_COMM_NULL;
-  const InControl operation(*impl_, "split");
+  const ControlOperation operation(*impl_, "split");
   check_mpi(MPI_Comm_split(impl_->comm, color, key, &comm), "MPI_Comm_split");
-  return ControlComm(std::make_shared<const Impl>(comm, group_of(impl_->group, ++impl_->splits, color)));
+  return ControlComm(std::make_shared<const Impl>(comm, split_group_id(impl_->group_id, ++impl_->split_count, color)));
 }
 
 int ControlComm::rank() const { return impl_->rank; }
@@ -107,7 +108,7 @@ int ControlComm::local_rank() const { return impl_->local_rank; }
 int ControlComm::local_size() const { return impl_->local_size; }
 
 std::string ControlComm::broadcast(const std::string& text, int root) const {
-  const InControl operation(*impl_, "broadcast", text.size());
+  const ControlOperation operation(*impl_, "broadcast", text.size());
   std::int64_t length = static_cast<std::int64_t>(text.size());
   check_mpi(MPI_Bcast(&length, 1, MPI_INT64_T, root, impl_->comm), "MPI_Bcast");
   std::string result = impl_->rank == root ? text : std::string(static_cast<std::size_t>(length), '\0');
@@ -116,7 +117,7 @@ std::string ControlComm::broadcast(const std::string& text, int root) const {
 }
 
 std::vector<std::string> ControlComm::gather(const std::string& text) const {
-  const InControl operation(*impl_, "gather", text.size());
+  const ControlOperation operation(*impl_, "gather", text.size());
   const int length = static_cast<int>(text.size());
   std::vector<int> lengths(impl_->size), offsets(impl_->size);
   check_mpi(MPI_Gather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, 0, impl_->comm), "MPI_Gather");
@@ -134,8 +135,8 @@ std::vector<std::string> ControlComm::gather(const std::string& text) const {
 namespace {
 
 template <class T>
-std::vector<T> gather_equal(const ControlComm::Impl& group, const std::vector<T>& values, MPI_Datatype type) {
-  const InControl operation(group, "gather", values.size() * sizeof(T));
+std::vector<T> gather_equal_sizes(const ControlComm::Impl& group, const std::vector<T>& values, MPI_Datatype type) {
+  const ControlOperation operation(group, "gather", values.size() * sizeof(T));
   std::vector<T> all(group.rank == 0 ? values.size() * group.size : 0);
   check_mpi(MPI_Gather(values.data(), static_cast<int>(values.size()), type, all.data(),
                        static_cast<int>(values.size()), type, 0, group.comm),
@@ -144,8 +145,8 @@ std::vector<T> gather_equal(const ControlComm::Impl& group, const std::vector<T>
 }
 
 template <class T>
-T max_over(const ControlComm::Impl& group, T value, MPI_Datatype type) {
-  const InControl operation(group, "max", sizeof(T));
+T all_reduce_max(const ControlComm::Impl& group, T value, MPI_Datatype type) {
+  const ControlOperation operation(group, "max", sizeof(T));
   check_mpi(MPI_Allreduce(MPI_IN_PLACE, &value, 1, type, MPI_MAX, group.comm), "MPI_Allreduce");
   return value;
 }
@@ -153,36 +154,36 @@ T max_over(const ControlComm::Impl& group, T value, MPI_Datatype type) {
 }  // namespace
 
 std::vector<double> ControlComm::gather(const std::vector<double>& values) const {
-  return gather_equal(*impl_, values, MPI_DOUBLE);
+  return gather_equal_sizes(*impl_, values, MPI_DOUBLE);
 }
 
 std::vector<std::int64_t> ControlComm::gather(const std::vector<std::int64_t>& values) const {
-  return gather_equal(*impl_, values, MPI_INT64_T);
+  return gather_equal_sizes(*impl_, values, MPI_INT64_T);
 }
 
 void ControlComm::sum(std::vector<float>& values) const {
-  const InControl operation(*impl_, "sum", values.size() * sizeof(float));
-  constexpr std::size_t piece = std::size_t{1} << 28;  // MPI counts are int
-  for (std::size_t at = 0; at < values.size(); at += piece) {
-    const int count = static_cast<int>(std::min(piece, values.size() - at));
-    const void* send = impl_->rank == 0 ? MPI_IN_PLACE : static_cast<const void*>(values.data() + at);
-    check_mpi(MPI_Reduce(send, values.data() + at, count, MPI_FLOAT, MPI_SUM, 0, impl_->comm), "MPI_Reduce");
+  const ControlOperation operation(*impl_, "sum", values.size() * sizeof(float));
+  constexpr std::size_t chunk = std::size_t{1} << 28;  // floats: MPI counts are int
+  for (std::size_t offset = 0; offset < values.size(); offset += chunk) {
+    const int count = static_cast<int>(std::min(chunk, values.size() - offset));
+    const void* send = impl_->rank == 0 ? MPI_IN_PLACE : static_cast<const void*>(values.data() + offset);
+    check_mpi(MPI_Reduce(send, values.data() + offset, count, MPI_FLOAT, MPI_SUM, 0, impl_->comm), "MPI_Reduce");
   }
 }
 
-double ControlComm::max(double value) const { return max_over(*impl_, value, MPI_DOUBLE); }
-std::int64_t ControlComm::max(std::int64_t value) const { return max_over(*impl_, value, MPI_INT64_T); }
+double ControlComm::max(double value) const { return all_reduce_max(*impl_, value, MPI_DOUBLE); }
+std::int64_t ControlComm::max(std::int64_t value) const { return all_reduce_max(*impl_, value, MPI_INT64_T); }
 void ControlComm::barrier() const {
-  const InControl operation(*impl_, "barrier");
+  const ControlOperation operation(*impl_, "barrier");
   check_mpi(MPI_Barrier(impl_->comm), "MPI_Barrier");
 }
 
 void ControlComm::agree(ExitCode code, const std::string& message) const {
   const int worst = static_cast<int>(max(std::int64_t{static_cast<int>(code)}));
   if (worst == 0) return;
-  const std::int64_t first =
+  const std::int64_t first_failed =
       impl_->size - max(message.empty() ? std::int64_t{0} : std::int64_t{impl_->size - impl_->rank});
-  throw AgreedError(broadcast(message, static_cast<int>(first)), static_cast<ExitCode>(worst));
+  throw AgreedError(broadcast(message, static_cast<int>(first_failed)), static_cast<ExitCode>(worst));
 }
 
 }  // namespace nsa

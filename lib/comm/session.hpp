@@ -1,6 +1,6 @@
 #pragma once
-// MPI's lifetime and its control traffic: configuration, agreement on errors, gathering results. Bulk data
-// between kernels goes through Communicator. No MPI type leaves this folder.
+// The MPI session and control messages between ranks: configuration, agreement on errors, gathering of results.
+// Communicator carries the data of the kernels. No MPI type is visible outside this folder.
 
 #include <cstdint>
 #include <memory>
@@ -12,8 +12,8 @@
 
 namespace nsa {
 
-/// Initialises MPI and finalises it, except while an exception unwinds past it: then the ranks may disagree and
-/// finalising would hang; the catcher prints its message and calls abort().
+/// Initialises MPI and finalises it. It does not finalise while an exception unwinds: the ranks may then disagree and
+/// MPI_Finalize would hang; the handler prints its message and calls abort().
 class MpiSession {
  public:
   MpiSession(int& argc, char**& argv);
@@ -24,10 +24,10 @@ class MpiSession {
   static std::string library_version();
 };
 
-/// A group of ranks and what they tell each other outside of the timed work. Every call is collective.
+/// A group of ranks and its control messages, outside of the timed work. Every call is collective but the getters.
 class ControlComm {
  public:
-  ControlComm() = default;  ///< no group: for planning
+  ControlComm() = default;  ///< no group; for planning without MPI
   static ControlComm world();
   ControlComm split(int color, int key) const;
   int rank() const;
@@ -35,15 +35,15 @@ class ControlComm {
   int local_rank() const;  ///< among the ranks of this host
   int local_size() const;
   std::string broadcast(const std::string& text, int root = 0) const;   ///< root's text
-  std::vector<std::string> gather(const std::string& text) const;       ///< by rank; empty but on rank 0
-  std::vector<double> gather(const std::vector<double>& values) const;  ///< equal lengths, by rank; empty but on rank 0
+  std::vector<std::string> gather(const std::string& text) const;       ///< by rank on rank 0, else empty
+  std::vector<double> gather(const std::vector<double>& values) const;  ///< equal sizes; by rank on rank 0, else empty
   std::vector<std::int64_t> gather(const std::vector<std::int64_t>& values) const;
-  void sum(std::vector<float>& values) const;  ///< elementwise over ranks, the result on rank 0
-  double max(double value) const;              ///< on every rank
+  void sum(std::vector<float>& values) const;  ///< elementwise over ranks; the result is on rank 0 only
+  double max(double value) const;              ///< over ranks; the result is on every rank
   std::int64_t max(std::int64_t value) const;
   void barrier() const;
-  /// Every rank says how it fared (message "" = fine). When any failed, throws AgreedError on every rank, with the
-  /// worst code and the message of the first rank that has one.
+  /// Every rank passes its result (ok and "" when it succeeded). If any rank failed, throws AgreedError on every rank,
+  /// with the largest code and the message of the first rank that has one.
   void agree(ExitCode code, const std::string& message) const;
 
   struct Impl;

@@ -6,24 +6,25 @@
 
 namespace nsa {
 
-constexpr double ask_every = 0.1;  // seconds: often enough to be ten times late where steps get slower all at once
+// Seconds. With this interval a request is noticed within a second even where steps suddenly take ten times as long.
+constexpr double check_interval = 0.1;
 
-bool StopPoll::now() {
-  if (!stopped_) stopped_ = world_.max(std::int64_t{asked_ && asked_()}) > 0;
+bool StopPoll::check() {
+  if (!stopped_) stopped_ = world_.max(std::int64_t{requested_ && requested_()}) > 0;
   return stopped_;
 }
 
-bool StopPoll::now_and_then() {
+bool StopPoll::check_periodically() {
   if (stopped_ || ++calls_ < interval_) return stopped_;
-  // The interval comes out of what all ranks share, or they would ask at different calls.
-  const auto time = std::chrono::steady_clock::now();
-  const double own = std::chrono::duration<double>(time - last_).count();
-  const double seconds = world_.max(asked_ && asked_() ? std::numeric_limits<double>::infinity() : own);
+  // The interval is computed from a reduced value, so that all ranks reduce at the same call.
+  const auto now = std::chrono::steady_clock::now();
+  const double elapsed = std::chrono::duration<double>(now - last_check_).count();
+  const double seconds = world_.max(requested_ && requested_() ? std::numeric_limits<double>::infinity() : elapsed);
   stopped_ = std::isinf(seconds);
-  const double calls = static_cast<double>(calls_) * ask_every / std::max(seconds, 1e-9);
+  const double calls = static_cast<double>(calls_) * check_interval / std::max(seconds, 1e-9);
   interval_ = std::clamp<std::int64_t>(std::llround(std::min(calls, 1e9)), 1, 2 * interval_);
   calls_ = 0;
-  last_ = time;
+  last_check_ = now;
   return stopped_;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
-// Stopping on request. One rank may see a signal or the end of its time before the others do, and these may be inside
-// a collective by then: so a request alone decides nothing. Ranks ask each other where all of them pass anyway.
+// Stopping on request. One rank may see a signal or its time limit before the others, which may already be inside a
+// collective. So a request alone does not stop a rank: the ranks reduce it at points of the program that all of them
+// reach.
 
 #include <chrono>
 #include <cstdint>
@@ -11,7 +12,7 @@
 
 namespace nsa {
 
-/// Thrown on every rank alike when a point is given up because the run was asked to stop.
+/// Thrown on every rank when a point is abandoned because the run was asked to stop.
 class Interrupted : public AgreedError {
  public:
   Interrupted() : AgreedError("stopped on request", ExitCode::interrupted) {}
@@ -19,21 +20,22 @@ class Interrupted : public AgreedError {
 
 class StopPoll {
  public:
-  /// `asked`: whether this rank has been asked to stop; empty: never.
-  StopPoll(const ControlComm& world, std::function<bool()> asked) : world_(world), asked_(std::move(asked)) {}
+  /// `requested`: returns whether this rank was asked to stop; empty: never.
+  StopPoll(const ControlComm& world, std::function<bool()> requested)
+      : world_(world), requested_(std::move(requested)) {}
 
-  /// Whether any rank has been asked. Collective; once true it stays true.
-  bool now();
-  /// The same for loops of short steps: the ranks ask about ten times a second and assume "no" in between. Collective
-  /// in that all ranks must call it equally often.
-  bool now_and_then();
+  /// Whether any rank was asked to stop. Collective. Once true it stays true.
+  bool check();
+  /// For loops of short steps: the ranks reduce about ten times a second and return false in between. All ranks must
+  /// call it equally often.
+  bool check_periodically();
 
  private:
   ControlComm world_;
-  std::function<bool()> asked_;
+  std::function<bool()> requested_;
   bool stopped_ = false;
-  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
-  std::int64_t calls_ = 0, interval_ = 1;  ///< calls since the ranks last asked, and until they ask again
+  std::chrono::steady_clock::time_point last_check_ = std::chrono::steady_clock::now();
+  std::int64_t calls_ = 0, interval_ = 1;  ///< calls since the last reduction, and calls between two reductions
 };
 
 }  // namespace nsa

@@ -1,4 +1,4 @@
-"""Nothing hangs: a rank stopped, late or out of step ends the job, in time, with the rank named."""
+"""No job hangs: a rank that is stopped, late or out of step ends the job in time, and the message names the rank."""
 
 import concurrent.futures
 import json
@@ -13,12 +13,12 @@ import unittest
 
 from harness import BINARY, MPIEXEC, SMALL, AppTest, nsa
 
-DEADLINE = 10  # s, at least: on a busy machine as long as a whole run takes, so that no honest wait is as long
+DEADLINE = 10  # s, at least. On a busy machine it is as long as a whole run takes, so that no normal wait exceeds it
 PROMISED = 15  # s beyond the deadline
-AMPLE = 120  # s, where something else than the deadline is to end the job
+AMPLE = 120  # s, for jobs that something else than the deadline has to end
 DECODE = SMALL.replace("steps = 3", "steps = 40") + "[parallel]\nheads = 1\nkv_chunk_blocks = 1\n"
 PREFILL = DECODE.replace('"decode"', '"prefill"').replace("context = 64", "context = 256")
-STRAYED = "did not do the same as the others"
+MISMATCH = "does not match the other ranks"
 
 
 class Watchdog(AppTest):
@@ -29,7 +29,7 @@ class Watchdog(AppTest):
         return folder
 
     def job(self, fault, text, ranks, deadline, folder=None):
-        """Runs in a folder of its own: several may run at a time. Returns how it ended, where, and after how long."""
+        """Runs a job in its own folder, so that several can run at a time. Returns its end, folder and seconds."""
         folder = folder or self.job_folder(text)
         start = time.monotonic()
         done = nsa("run", "in.toml", "--deadline", str(deadline), "--output", "r.h5", ranks=ranks, cwd=folder,
@@ -39,7 +39,7 @@ class Watchdog(AppTest):
     quiet = {}
 
     def quiet_seconds(self, text, ranks):
-        """What the run takes on this machine when nothing happens. Three times that may pass when others load it."""
+        """Seconds of an undisturbed run on this machine. A run may take three times as long when others load it."""
         if (text, ranks) not in self.quiet:
             done, folder, seconds = self.job("", text, ranks, AMPLE)
             self.assert_ok(done)
@@ -68,8 +68,8 @@ class Watchdog(AppTest):
             self.assert_reports(folder, ranks)
 
     def end(self, faults, text=DECODE, ranks=3, deadline=None, reports=True):
-        """Each fault ends its job with its message. They run at a time: most of it is waiting for the deadline. With a
-        deadline given they are to end long before it."""
+        """Each fault must end its job with its message. The jobs run concurrently, because they mostly wait for the
+        deadline. With a deadline given they must end long before it."""
         whole = len(faults) * self.quiet_seconds(text, ranks)
         limit = 3 * whole + PROMISED + (0 if deadline else max(DEADLINE, whole))
         deadline = deadline or math.ceil(max(DEADLINE, whole))
@@ -80,7 +80,7 @@ class Watchdog(AppTest):
                 self.assert_ended(jobs[fault].result(), limit, message, ranks, reports)
 
     def test_a_stopped_rank(self):
-        self.end({f"decode.step:rank={rank}:at=20:stop":  # both hubs, and a rank that is none
+        self.end({f"decode.step:rank={rank}:at=20:stop":  # both monitors, and a rank without one
                   rf"rank {rank} \(\S+\) is late: no answer for \d+ s, last seen .* "
                   r"\(rank \d \(\S+\): \d+ s in \w+ #\d+ \[\w+, ?\w*\]; the deadline is \d+ s\)"
                   for rank in range(3)})
@@ -89,14 +89,14 @@ class Watchdog(AppTest):
         self.end({"prefill.start:rank=1:at=2:stop": r"rank 1 \(\S+\) is late: no answer"}, PREFILL)
 
     def test_a_stopped_rank_at_the_start(self):
-        # Before the input is read nobody knows where the result is to stand.
+        # Before the input is read the path of the result is unknown.
         self.end({"run.start:rank=1:stop": r"rank 1 \(\S+\) is late: no answer"}, reports=False)
 
-    def test_a_rank_that_lives_and_comes_to_nothing(self):
+    def test_a_rank_that_runs_without_progress(self):
         self.end({"decode.step:rank=1:at=20:hang": r"rank 1 \(\S+\) is late: \d+ s at work \[decode"})
 
-    def test_a_report_that_cannot_be_written_keeps_nobody(self):
-        """A file system that hangs, made of pipes that nobody reads: to open them waits for ever."""
+    def test_a_report_that_cannot_be_written_delays_no_rank(self):
+        """A file system that hangs, imitated by pipes without a reader: opening one waits for ever."""
         quiet = self.quiet_seconds(DECODE, 3)
         deadline = math.ceil(max(DEADLINE, quiet))
         folder = self.job_folder(DECODE)
@@ -105,9 +105,9 @@ class Watchdog(AppTest):
         job = self.job("decode.step:rank=1:at=20:hang", DECODE, 3, deadline, folder)
         self.assert_ended(job, 3 * quiet + deadline + PROMISED, r"rank 1 \(\S+\) is late", 3, reports=False)
 
-    def let_go(self, fault, deadline):
-        """Where the launcher ends nobody (srun --kill-on-bad-exit=0; here mpirun --enable-recovery) and waits for all:
-        what was said, every rank's exit code, seconds."""
+    def lenient_job(self, fault, deadline):
+        """Runs under a launcher that does not end the other ranks (srun --kill-on-bad-exit=0; here mpirun
+        --enable-recovery). Returns stderr, the exit code of every rank, and the seconds."""
         folder = self.job_folder(DECODE)
         save_code = '"$@"; echo $? > code.$OMPI_COMM_WORLD_RANK'
         start = time.monotonic()
@@ -121,13 +121,14 @@ class Watchdog(AppTest):
                 codes.append(int(file.read()))
         return done.stderr, codes, time.monotonic() - start
 
-    def each_let_go(self, action, message, code, deadline=None):
-        """The same happens to both hubs and to a rank that is none, at a time."""
+    def each_lenient_job(self, action, message, code, deadline=None):
+        """Concurrently applies the fault to both ranks with a monitor and to one without."""
         whole = 3 * self.quiet_seconds(DECODE, 3)
         limit = 3 * whole + PROMISED + (0 if deadline else max(DEADLINE, whole))
         deadline = deadline or math.ceil(max(DEADLINE, whole))
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            jobs = [pool.submit(self.let_go, f"decode.step:rank={rank}:at=20:{action}", deadline) for rank in range(3)]
+            jobs = [pool.submit(self.lenient_job, f"decode.step:rank={rank}:at=20:{action}", deadline)
+                    for rank in range(3)]
         for rank, job in enumerate(jobs):
             with self.subTest(rank=rank):
                 said, codes, seconds = job.result()
@@ -136,27 +137,27 @@ class Watchdog(AppTest):
                 self.assertEqual(codes, [4, 4], said)
                 self.assertLess(seconds, limit)
 
-    def test_a_killed_rank_that_the_launcher_lets_go(self):
-        self.each_let_go("kill", "has ended without a word", (137,), AMPLE)
+    def test_a_killed_rank_that_the_launcher_ignores(self):
+        self.each_lenient_job("kill", "ended unexpectedly", (137,), AMPLE)
 
-    def test_a_stopped_rank_that_the_launcher_lets_go(self):
-        """Its neighbours continue and end it: stopped, it would stay for ever."""
-        self.each_let_go("stop", "is late: no answer", (4, 137))
+    def test_a_stopped_rank_that_the_launcher_ignores(self):
+        """The other ranks of its host continue and end it: a stopped rank would remain for ever."""
+        self.each_lenient_job("stop", "is late: no answer", (4, 137))
 
     def test_a_skipped_collective(self):
-        self.end({f"comm.all_gather:rank={rank}:at={at}:skip": rf"rank {rank} \(\S+\) {STRAYED} at operation #\d+ "
+        self.end({f"comm.all_gather:rank={rank}:at={at}:skip": rf"rank {rank} \(\S+\) {MISMATCH} at operation #\d+ "
                   for rank, at in ((1, 50), (0, 7), (2, 120))}, deadline=AMPLE)
 
     def test_a_skipped_collective_of_two_ranks(self):
-        self.end({"comm.all_gather:rank=1:at=50:skip": rf"rank 1 \(\S+\) {STRAYED}"}, ranks=2, deadline=AMPLE)
+        self.end({"comm.all_gather:rank=1:at=50:skip": rf"rank 1 \(\S+\) {MISMATCH}"}, ranks=2, deadline=AMPLE)
 
     def test_a_skipped_sum_over_heads(self):
-        self.end({"comm.all_reduce:rank=1:at=30:skip": rf"(rank 0 \(\S+\) or )?rank 1 \(\S+\) {STRAYED}"},
+        self.end({"comm.all_reduce:rank=1:at=30:skip": rf"(rank 0 \(\S+\) or )?rank 1 \(\S+\) {MISMATCH}"},
                  DECODE.replace("heads = 1", "heads = 2"), ranks=2, deadline=AMPLE)
 
     def test_a_collective_of_the_wrong_size(self):
-        self.end({f"comm.all_gather:rank={rank}:at=50:shorten": rf"rank {rank} \(\S+\) {STRAYED}" for rank in range(3)},
-                 deadline=AMPLE)
+        self.end({f"comm.all_gather:rank={rank}:at=50:shorten": rf"rank {rank} \(\S+\) {MISMATCH}"
+                  for rank in range(3)}, deadline=AMPLE)
 
     def test_no_deadline_no_end(self):
         self.write("in.toml", DECODE)
@@ -169,8 +170,8 @@ class Watchdog(AppTest):
                 job.wait(12)
             job.send_signal(signal.SIGTERM)
 
-    def test_a_job_that_was_stopped_as_a_whole_goes_on(self):
-        """Suspended longer than the deadline, by a user or a scheduler: nobody hung."""
+    def test_a_job_that_was_stopped_as_a_whole_continues(self):
+        """Suspended for longer than the deadline, by a user or a scheduler. No rank hung."""
         deadline = math.ceil(max(8, self.quiet_seconds(DECODE, 2)))
         self.write("in.toml", DECODE.replace("steps = 40", "steps = 40\nmin_time = 6.0"))
         environment = dict(os.environ, NSA_FAULT="", OMP_NUM_THREADS="1")

@@ -1,5 +1,5 @@
 // Gathers and sums through peers' memory, all ranks on one GPU, a stream each: more ranks than a machine may have GPUs.
-// What processes have to do with it is in tests/mpi/test_exchange.cpp.
+// tests/mpi/test_exchange.cpp tests exchanges between processes.
 
 #include <chrono>
 #include <condition_variable>
@@ -20,7 +20,7 @@ using namespace nsa;
 
 using Bytes = std::vector<unsigned char>;
 
-/// Ranks that reach each other's memory, and a flag that lets their kernels go.
+/// Ranks that access each other's memory, and the abort flag of their kernels.
 class Group {
  public:
   explicit Group(int ranks) : size(ranks) {
@@ -33,22 +33,22 @@ class Group {
   }
   ~Group() {
     for (Stream* stream : streams) device.destroy_stream(stream);
-    gpu::free_host_flag(given_up);
+    gpu::free_host_flag(abort_flag);
   }
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
 
   Buffer make(std::size_t bytes) { return {device, account, MemoryKind::workspace, bytes}; }
   gpu::PeerGroup seen_by(int rank) const {
-    gpu::PeerGroup group{rank, size, {}, given_up};
+    gpu::PeerGroup group{rank, size, {}, abort_flag};
     for (int r = 0; r < size; ++r) group.memory[r] = memory[static_cast<std::size_t>(r)].as<std::byte>();
     return group;
   }
   void gather(int rank, const void* send, void* recv, std::size_t bytes) const {
-    gpu::peer_gather(seen_by(rank), send, recv, bytes, streams[static_cast<std::size_t>(rank)]);
+    gpu::peer_all_gather(seen_by(rank), send, recv, bytes, streams[static_cast<std::size_t>(rank)]);
   }
   void sum(int rank, float* data, std::size_t count) const {
-    gpu::peer_sum(seen_by(rank), data, count, streams[static_cast<std::size_t>(rank)]);
+    gpu::peer_all_reduce_sum(seen_by(rank), data, count, streams[static_cast<std::size_t>(rank)]);
   }
   void synchronize() const {
     for (Stream* stream : streams) device.synchronize(stream);
@@ -60,10 +60,10 @@ class Group {
   const int size;
   std::vector<Stream*> streams;
   std::vector<Buffer> memory;
-  int* const given_up = gpu::make_host_flag();
+  int* const abort_flag = gpu::allocate_host_flag();
 };
 
-/// Sets a flag if it still lives after some time.
+/// Sets a flag if it is not destroyed within the given time.
 class Alarm {
  public:
   Alarm(std::chrono::milliseconds time, int* flag)
@@ -84,7 +84,7 @@ class Alarm {
   std::mutex mutex_;
   std::condition_variable over_;
   bool stopped_ = false;
-  std::thread thread_;  // last: it uses the others
+  std::thread thread_;  // the last member: it uses the others
 };
 
 unsigned char byte_of(std::size_t message, int rank, std::size_t i) {
@@ -94,12 +94,12 @@ unsigned char byte_of(std::size_t message, int rank, std::size_t i) {
 
 }  // namespace
 
-TEST_CASE("ranks gather through each other's memory, many at a time and again and again", "[gpu][peers]") {
+TEST_CASE("ranks gather through peer memory, several ranks at a time and repeatedly", "[gpu][peers]") {
   constexpr std::size_t sizes[] = {24, 4096, 20000, 64, 9, 12288, 4112}, messages = 700;
   const int ranks = GENERATE(2, 3, 4, 5, 6);
   CAPTURE(ranks);
   Group g(ranks);
-  const Alarm alarm(std::chrono::seconds(20), g.given_up);
+  const Alarm alarm(std::chrono::seconds(20), g.abort_flag);
   std::vector<Bytes> own(static_cast<std::size_t>(ranks));
   Bytes want;
   for (std::size_t m = 0; m < messages; ++m)
@@ -123,7 +123,7 @@ TEST_CASE("ranks gather through each other's memory, many at a time and again an
                recv[rank].as<char>() + at * static_cast<std::size_t>(ranks), sizes[m % 7]);
     }
   g.synchronize();
-  REQUIRE(*g.given_up == 0);
+  REQUIRE(*g.abort_flag == 0);
   for (const Buffer& buffer : recv) {
     Bytes got(want.size());
     g.device.copy(got.data(), buffer.data(), got.size(), nullptr);
@@ -137,7 +137,7 @@ TEST_CASE("sums are added by rising rank, between gathers of the same ranks", "[
   CAPTURE(ranks);
   constexpr std::size_t count = 2501, rounds = 200;  // three CTAs
   Group g(ranks);
-  const Alarm alarm(std::chrono::seconds(20), g.given_up);
+  const Alarm alarm(std::chrono::seconds(20), g.abort_flag);
   std::vector<std::vector<float>> own(static_cast<std::size_t>(ranks));
   for (int rank = 0; rank < ranks; ++rank)
     for (std::size_t i = 0; i < rounds * count; ++i)
@@ -162,7 +162,7 @@ TEST_CASE("sums are added by rising rank, between gathers of the same ranks", "[
       g.gather(rank, part(data, rank, at), part(all, rank, at * static_cast<std::size_t>(ranks)), count * 4);
     }
   g.synchronize();
-  REQUIRE(*g.given_up == 0);
+  REQUIRE(*g.abort_flag == 0);
   std::vector<float> gathered;
   for (std::size_t at = 0; at < want.size(); at += count)
     for (int rank = 0; rank < ranks; ++rank) gathered.insert(gathered.end(), &want[at], &want[at] + count);
@@ -174,16 +174,16 @@ TEST_CASE("sums are added by rising rank, between gathers of the same ranks", "[
   }
 }
 
-TEST_CASE("a rank whose peer does not come is let go when it is told to", "[gpu][peers]") {
+TEST_CASE("the abort flag releases a rank whose peer does not arrive", "[gpu][peers]") {
   Group g(2);
   const Buffer send = g.make(8192), recv = g.make(2 * 8192);
   const auto begin = std::chrono::steady_clock::now();
   constexpr std::chrono::milliseconds time(200);
   {
-    const Alarm alarm(time, g.given_up);
+    const Alarm alarm(time, g.abort_flag);
     g.gather(0, send.data(), recv.data(), 8192);
     g.synchronize();
   }
   CHECK(std::chrono::steady_clock::now() - begin >= time);  // it did wait
-  CHECK(*g.given_up == 1);
+  CHECK(*g.abort_flag == 1);
 }

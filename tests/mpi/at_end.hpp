@@ -1,7 +1,7 @@
 #pragma once
-// What tests of several ranks keep open from case to case.
+// Closes what tests of several ranks keep open from one test case to the next.
 
 #include <functional>
 
-/// Every rank calls `close` after its last test, while MPI still runs.
+/// Registers `close`: every rank calls it after its last test, before MPI_Finalize.
 void at_end(std::function<void()> close);

@@ -1,5 +1,5 @@
-// The main of tests that need MPI, on one rank or several: every rank runs every test, rank 0 prints, the exit
-// code is the worst of all ranks. What another rank has to say it prints when it failed.
+// The main function of tests that need MPI, on one rank or several. Every rank runs every test, and the exit code is
+// the largest of all ranks. Rank 0 prints; another rank prints only if it failed.
 
 #include <cstdlib>
 #include <iostream>
@@ -14,7 +14,7 @@
 #include <catch2/catch_session.hpp>
 #else
 #define CATCH_CONFIG_RUNNER
-#define CATCH_CONFIG_NO_POSIX_SIGNALS  // a rank that crashes must die, or the others wait for it
+#define CATCH_CONFIG_NO_POSIX_SIGNALS  // a rank that crashes must end, or the others wait for it
 #include <catch2/catch.hpp>
 #endif
 
@@ -43,12 +43,12 @@ int main(int argc, char* argv[]) {
     if (world.rank() == 0) std::cout << "skipped: " << world.size() << " ranks need as many GPUs\n";
     return 77;
   }
-  std::ostringstream quiet;
+  std::ostringstream captured;
   std::streambuf* const terminal = std::cout.rdbuf();
-  if (world.rank() != 0) std::cout.rdbuf(quiet.rdbuf());
+  if (world.rank() != 0) std::cout.rdbuf(captured.rdbuf());
   const int failed = Catch::Session().run(argc, argv);
   for (const auto& close : closings) close();
   std::cout.rdbuf(terminal);
-  if (world.rank() != 0 && failed != 0) std::cout << "rank " << world.rank() << ":\n" << quiet.str() << std::flush;
+  if (world.rank() != 0 && failed != 0) std::cout << "rank " << world.rank() << ":\n" << captured.str() << std::flush;
   return static_cast<int>(world.max(std::int64_t{failed})) == 0 ? 0 : 1;
 }

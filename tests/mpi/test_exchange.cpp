@@ -1,6 +1,6 @@
-// Exchanges among the ranks of the world on the backend that the environment asks for: every byte of every size,
-// through several communicators, thousands in a row with other data each, and out of replayed graphs. No other data
-// will do: a message that is taken from an exchange before shows.
+// Collectives among the ranks of the world, on the backend that the environment selects: every byte of every size,
+// several communicators, thousands of messages in a row, and replayed graphs. Every message has other data, so a
+// message taken from an earlier exchange is detected.
 
 #include <algorithm>
 #include <chrono>
@@ -29,14 +29,14 @@ struct Ranks {
   const DeviceOps& device = *backend.device;
   const int rank = world.rank(), size = world.size();
   const Communicator one{backend, world}, other{backend, world};
-  Stream *const stream = device.create_stream(), *const beside = device.create_stream();
+  Stream *const stream = device.create_stream(), *const side_stream = device.create_stream();
   Event *const forked = device.create_event(), *const joined = device.create_event();
   MemoryAccount account;
 
   ~Ranks() {
     device.destroy_event(joined);
     device.destroy_event(forked);
-    device.destroy_stream(beside);
+    device.destroy_stream(side_stream);
     device.destroy_stream(stream);
   }
   Buffer make(std::size_t bytes) { return {device, account, MemoryKind::workspace, bytes}; }
@@ -63,7 +63,7 @@ Ranks& ranks() {
   return *open;
 }
 
-/// What rank `rank` sends in message `number`.
+/// Appends the data that `rank` sends in message `number`.
 void append_message(Bytes& to, std::uint64_t number, int rank, std::size_t bytes) {
   std::uint64_t state = (number * 64 + static_cast<std::uint64_t>(rank) + 1) * 0x9E3779B97F4A7C15u;
   for (std::size_t i = 0; i < bytes; ++i) {
@@ -75,29 +75,31 @@ void append_gathered(Bytes& to, std::uint64_t number, int size, std::size_t byte
   for (int rank = 0; rank < size; ++rank) append_message(to, number, rank, bytes);
 }
 
-/// Where two of the same length first differ; -1: nowhere.
+/// Index of the first difference of two messages of equal length; -1: none.
 std::ptrdiff_t first_difference(const Bytes& got, const Bytes& want) {
   const auto at = std::mismatch(got.begin(), got.end(), want.begin()).first;
   return at == got.end() ? -1 : at - got.begin();
 }
 
-/// Sizes on both sides of all that a gather through peers' memory treats in another way.
+/// Sizes just below and above each limit of a gather through peer memory.
 std::vector<std::size_t> sizes_of_interest(int ranks) {
   std::vector<std::size_t> sizes = {1, 8, 13, 100, 4104, 66000, 540672};
-  for (const std::size_t edge : {gpu::line_data, 32 * gpu::line_data, gpu::cta_data, gpu::most_exchanged(ranks)})
-    for (const std::size_t bytes : {edge - 1, edge, edge + 1, edge + gpu::line_data}) sizes.push_back(bytes);
+  for (const std::size_t edge :
+       {gpu::thread_bytes, 32 * gpu::thread_bytes, gpu::cta_bytes, gpu::max_exchange_bytes(ranks)})
+    for (const std::size_t bytes : {edge - 1, edge, edge + 1, edge + gpu::thread_bytes}) sizes.push_back(bytes);
   return sizes;
 }
 
 }  // namespace
 
-TEST_CASE("a gather carries every byte, and no other, whatever its size and place", "[mpi][exchange]") {
+TEST_CASE("a gather writes every byte of its result and no other, for every size and alignment", "[mpi][exchange]") {
   Ranks& r = ranks();
   if (r.size == 1) return;
   constexpr std::size_t guard = 64;
   const std::vector<std::size_t> sizes = sizes_of_interest(r.size);
-  const std::size_t most = *std::max_element(sizes.begin(), sizes.end());
-  const Buffer send = r.make(most + guard), recv = r.make(static_cast<std::size_t>(r.size) * most + 2 * guard);
+  const std::size_t max_bytes = *std::max_element(sizes.begin(), sizes.end());
+  const Buffer send = r.make(max_bytes + guard),
+               recv = r.make(static_cast<std::size_t>(r.size) * max_bytes + 2 * guard);
   std::uint64_t number = 0;
   for (const std::size_t bytes : sizes)
     for (const std::size_t off : {std::size_t{0}, std::size_t{3}})
@@ -117,24 +119,24 @@ TEST_CASE("a gather carries every byte, and no other, whatever its size and plac
       }
 }
 
-TEST_CASE("a sum adds what every rank has, whatever its length", "[mpi][exchange]") {
+TEST_CASE("a sum adds the values of all ranks, for every length and alignment", "[mpi][exchange]") {
   Ranks& r = ranks();
   if (r.size == 1) return;
-  const std::size_t most = gpu::most_exchanged(r.size) / 4;
-  const Buffer data = r.make((most + 32) * 4);
-  const auto value = [](std::size_t i, int rank, int round) {  // whole numbers: exact in any order
+  const std::size_t max_count = gpu::max_exchange_bytes(r.size) / 4;
+  const Buffer data = r.make((max_count + 32) * 4);
+  const auto value = [](std::size_t i, int rank, int round) {  // integers: exact in any order of summation
     return static_cast<float>(static_cast<int>((i * 37 + static_cast<std::size_t>(rank * 11 + round)) % 2001) - 1000);
   };
   int round = 0;
   for (const std::size_t count : {std::size_t{1}, std::size_t{3}, std::size_t{4}, std::size_t{1023}, std::size_t{1025},
-                                  std::size_t{20480}, most - 1, most, most + 1})
+                                  std::size_t{20480}, max_count - 1, max_count, max_count + 1})
     for (const std::size_t off : {std::size_t{0}, std::size_t{1}}) {
       CAPTURE(count, off);
       std::vector<float> own(count + 8), want(count + 8);
       ++round;
       for (std::size_t i = 0; i < own.size(); ++i) {
         own[i] = want[i] = value(i, r.rank, round);
-        if (i >= count) continue;  // stays
+        if (i >= count) continue;  // unchanged
         want[i] = 0;
         for (int rank = 0; rank < r.size; ++rank) want[i] += value(i, rank, round);
       }
@@ -145,7 +147,7 @@ TEST_CASE("a sum adds what every rank has, whatever its length", "[mpi][exchange
     }
 }
 
-TEST_CASE("thousands of gathers in a row, ranks in and out of step", "[mpi][exchange]") {
+TEST_CASE("thousands of gathers in a row, with all ranks on time and with one rank late", "[mpi][exchange]") {
   Ranks& r = ranks();
   if (r.size == 1) return;
   constexpr std::size_t sizes[] = {24, 4096, 20000, 64, 12288, 8, 4112};
@@ -177,17 +179,18 @@ namespace {
 constexpr std::int64_t count = 1500;  // floats: 6000 bytes, two CTAs
 constexpr int steps_a_graph = 4;
 
-/// a [count] += what the next rank holds, step after step, by turns through two communicators and on two streams; part
-/// of it summed over ranks in between.
+/// In every step a [count] += a of the next rank. The steps alternate between two communicators and two streams, and
+/// some sum a part of a over all ranks.
 struct Sums {
   Ranks& r;
   Buffer a = r.make(count * 4), all = r.make(static_cast<std::size_t>(r.size) * count * 4);
   void queue() const {
     for (int step = 0; step < steps_a_graph; ++step) {
-      const bool aside = step % 2 == 1;
-      if (aside) r.device.record(r.forked, r.stream), r.device.wait(r.beside, r.forked);
-      (step % 4 < 2 ? r.one : r.other).all_gather("test", a.data(), all.data(), count * 4, aside ? r.beside : r.stream);
-      if (aside) r.device.record(r.joined, r.beside), r.device.wait(r.stream, r.joined);
+      const bool on_side_stream = step % 2 == 1;
+      if (on_side_stream) r.device.record(r.forked, r.stream), r.device.wait(r.side_stream, r.forked);
+      (step % 4 < 2 ? r.one : r.other)
+          .all_gather("test", a.data(), all.data(), count * 4, on_side_stream ? r.side_stream : r.stream);
+      if (on_side_stream) r.device.record(r.joined, r.side_stream), r.device.wait(r.stream, r.joined);
       r.backend.kernels->add(count, a.as<float>(), all.as<float>() + (r.rank + 1) % r.size * count, r.stream);
       if (step == 0) r.one.all_reduce_sum("test", a.as<float>(), 700, r.stream);
     }
@@ -218,7 +221,7 @@ std::vector<std::vector<float>> summed(int round, int ranks, int steps) {
 
 }  // namespace
 
-TEST_CASE("gathers in a graph carry what is new at every replay", "[mpi][exchange]") {
+TEST_CASE("gathers in a graph carry new data at every replay", "[mpi][exchange]") {
   Ranks& r = ranks();
   if (r.size == 1) return;
   Sums sums{r};
@@ -226,7 +229,7 @@ TEST_CASE("gathers in a graph carry what is new at every replay", "[mpi][exchang
   if (r.device.capture)
     graph = r.device.capture(
         r.stream, [](void* self) { static_cast<const Sums*>(self)->queue(); }, &sums);
-  constexpr int replays = 10;  // what is summed over ranks stays exact so long
+  constexpr int replays = 10;  // the sums over ranks stay exact for this many
   for (int round = 0; round < 100; ++round) {
     std::vector<float> first(count);
     for (std::int64_t i = 0; i < count; ++i) first[i] = first_value(round, r.rank, i);
@@ -243,28 +246,28 @@ TEST_CASE("gathers in a graph carry what is new at every replay", "[mpi][exchang
   if (graph) r.device.destroy_graph(graph);
 }
 
-TEST_CASE("what gathers go through is settled for all ranks alike", "[mpi][exchange]") {
+TEST_CASE("all ranks of a communicator use the same transport", "[mpi][exchange]") {
   Ranks& r = ranks();
   if (r.size == 1) return;
-  const auto alike = [&](const std::string& by) { return r.world.broadcast(by) == by; };
-  CHECK(alike(r.one.transport()));
+  const auto equal_on_all_ranks = [&](const std::string& by) { return r.world.broadcast(by) == by; };
+  CHECK(equal_on_all_ranks(r.one.transport()));
   if (r.backend.kind == BackendKind::host) {
     CHECK(r.one.transport() == "MPI");
     CHECK(r.one.memory_bytes() == 0);
     return;
   }
-  if (r.rank == 0) WARN("gathers by " << r.one.transport());
+  if (r.rank == 0) WARN("gathers over " << r.one.transport());
   const char *p2p = std::getenv("NCCL_P2P_DISABLE"), *expected = std::getenv("NSA_EXPECT_EXCHANGE");
   if (p2p && std::atoi(p2p) != 0) CHECK(r.one.transport() == "NCCL");
-  if (expected) CHECK(r.one.transport() == expected);           // of a machine that is known: "peer memory"
-  if (r.rank == r.size - 1) setenv("NSA_EXCHANGE", "nccl", 1);  // one rank is enough
+  if (expected) CHECK(r.one.transport() == expected);           // for a known machine: "peer memory"
+  if (r.rank == r.size - 1) setenv("NSA_EXCHANGE", "nccl", 1);  // one rank suffices
   {
     const Communicator refused(r.backend, r.world);
     CHECK(refused.transport() == "NCCL");
     CHECK(refused.memory_bytes() == 0);
   }
   unsetenv("NSA_EXCHANGE");
-  const Communicator again(r.backend, r.world);  // after another was closed
-  CHECK(again.transport() == r.one.transport());
-  CHECK((again.memory_bytes() > 0) == (again.transport() == "peer memory"));
+  const Communicator reopened(r.backend, r.world);  // after another was closed
+  CHECK(reopened.transport() == r.one.transport());
+  CHECK((reopened.memory_bytes() > 0) == (reopened.transport() == "peer memory"));
 }

@@ -1,5 +1,5 @@
-// The log of operations, which one thread writes and another reads, and watchdogs that join, watch and leave. Built
-// with the preset host-tsan too, which looks at every access to memory.
+// The operation log, which one thread writes and another reads, and watchdogs from their start to their end. The preset
+// host-tsan builds these tests with ThreadSanitizer.
 
 #include <atomic>
 #include <cstring>
@@ -18,7 +18,7 @@ const char* const names[] = {"zero", "one", "two"};
 
 }  // namespace
 
-TEST_CASE("operations are read whole while they are written", "[watchdog]") {
+TEST_CASE("a reader sees only complete operations while they are written", "[watchdog]") {
   const auto before = recent_operations();
   const std::uint64_t first = before.empty() ? 0 : before.back().index;
   std::atomic<bool> done = false, torn = false;
@@ -40,7 +40,7 @@ TEST_CASE("operations are read whole while they are written", "[watchdog]") {
   CHECK_FALSE(torn);
 }
 
-TEST_CASE("the last 64 operations are kept, with their phase, stage and number", "[watchdog]") {
+TEST_CASE("the log keeps the last 64 operations with phase, stage and number", "[watchdog]") {
   const PhaseScope phase("test");
   set_stage("outer");
   for (int i = 0; i < 100; ++i) {
@@ -60,13 +60,13 @@ TEST_CASE("the last 64 operations are kept, with their phase, stage and number",
   CHECK(recent_operations(kept[60].index).size() == 3);
 }
 
-TEST_CASE("a rank's own operations do not stop those that follow it", "[watchdog]") {
+TEST_CASE("a watchdog records the operations of a rank without disturbing them", "[watchdog]") {
   const ControlComm world = ControlComm::world();
   for (int round = 0; round < 3; ++round) {
     Watchdog watchdog(60);
-    // No REQUIRE here: a rank that leaves the test alone keeps the others waiting, and its reason untold.
+    // No REQUIRE: a rank that ends the test alone would keep the others waiting and its message unprinted.
     CHECK(watchdog.join(world) == "");
-    watchdog.set(50, "");
+    watchdog.configure(50, "");
     watchdog.set_device("GPU 0");
     const DeviceOps& device = *open_backend(BackendKind::host, 0).device;
     StageTimer timer(device, nullptr);

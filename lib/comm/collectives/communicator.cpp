@@ -18,8 +18,8 @@ namespace {
 
 MPI_Comm comm_of(void* state) { return static_cast<const ControlComm::Impl*>(state)->comm; }
 
-// MPI counts are int: bytes travel as units of one, or of eight where the message is too long for that.
-void gather_over_mpi(void* state, const void* send, void* recv, std::size_t bytes, Stream*) {
+// MPI counts are int: a message longer than INT_MAX bytes is sent as 8-byte integers.
+void all_gather_mpi(void* state, const void* send, void* recv, std::size_t bytes, Stream*) {
   const auto* group = static_cast<const ControlComm::Impl*>(state);
   char* own = static_cast<char*>(recv) + bytes * group->rank;
   if (send != own) std::memcpy(own, send, bytes);
@@ -31,19 +31,19 @@ void gather_over_mpi(void* state, const void* send, void* recv, std::size_t byte
             "MPI_Allgather");
 }
 
-// By rising rank, so that the sum does not depend on MPI's choice of algorithm.
-void sum_over_mpi(void* state, float* data, std::size_t count, Stream*) {
+// Adds by rising rank, so that the sum does not depend on the algorithm that MPI chooses.
+void all_reduce_sum_mpi(void* state, float* data, std::size_t count, Stream*) {
   const auto* group = static_cast<const ControlComm::Impl*>(state);
-  constexpr std::size_t piece = std::size_t{1} << 20;
-  std::vector<float> all(std::min(piece, count) * group->size);
-  for (std::size_t at = 0; at < count; at += piece) {
-    const std::size_t n = std::min(piece, count - at);
-    check_mpi(MPI_Allgather(data + at, static_cast<int>(n), MPI_FLOAT, all.data(), static_cast<int>(n), MPI_FLOAT,
+  constexpr std::size_t chunk = std::size_t{1} << 20;
+  std::vector<float> all(std::min(chunk, count) * group->size);
+  for (std::size_t offset = 0; offset < count; offset += chunk) {
+    const std::size_t n = std::min(chunk, count - offset);
+    check_mpi(MPI_Allgather(data + offset, static_cast<int>(n), MPI_FLOAT, all.data(), static_cast<int>(n), MPI_FLOAT,
                             comm_of(state)),
               "MPI_Allgather");
-    std::copy_n(all.data(), n, data + at);
+    std::copy_n(all.data(), n, data + offset);
     for (int r = 1; r < group->size; ++r)
-      for (std::size_t i = 0; i < n; ++i) data[at + i] += all[r * n + i];
+      for (std::size_t i = 0; i < n; ++i) data[offset + i] += all[r * n + i];
   }
 }
 
@@ -52,15 +52,15 @@ void close_mpi(void* state) noexcept { delete static_cast<ControlComm::Impl*>(st
 void* open_mpi(const ControlComm::Impl& group, CollectiveOps& ops) {
   MPI_Comm comm = MPI_COMM_NULL;
   check_mpi(MPI_Comm_dup(group.comm, &comm), "MPI_Comm_dup");
-  ops = {gather_over_mpi, sum_over_mpi, close_mpi};
-  return new ControlComm::Impl(comm, group.group);
+  ops = {all_gather_mpi, all_reduce_sum_mpi, close_mpi};
+  return new ControlComm::Impl(comm, group.group_id);
 }
 
 }  // namespace
 
 #if !NSA_CUDA
 void* open_nccl(const ControlComm::Impl&, CollectiveOps&) { throw InternalError("NCCL in a build without CUDA"); }
-void join_peers(const DeviceOps&, const ControlComm::Impl&, void*&, CollectiveOps&) {}
+void open_peer_memory(const DeviceOps&, const ControlComm::Impl&, void*&, CollectiveOps&) {}
 std::string nccl_version() { return {}; }
 #endif
 
@@ -69,14 +69,14 @@ Communicator::Communicator() : impl_(std::make_unique<Impl>()) {}
 Communicator::Communicator(const Backend& backend, const ControlComm& group) : impl_(std::make_unique<Impl>()) {
   impl_->rank = group.rank();
   impl_->size = group.size();
-  impl_->group = group.impl().group;
+  impl_->group_id = group.impl().group_id;
   if (impl_->size == 1) return;
   const bool host = backend.kind == BackendKind::host;
   {
-    const Operation operation(OperationKind::control, "open communicator", 0, impl_->group);
+    const Operation operation(OperationKind::control, "open communicator", 0, impl_->group_id);
     impl_->state = host ? open_mpi(group.impl(), impl_->ops) : open_nccl(group.impl(), impl_->ops);
   }
-  if (!host) join_peers(*backend.device, group.impl(), impl_->state, impl_->ops);
+  if (!host) open_peer_memory(*backend.device, group.impl(), impl_->state, impl_->ops);
 }
 
 Communicator::Impl::~Impl() {
@@ -90,14 +90,14 @@ Communicator& Communicator::operator=(Communicator&&) noexcept = default;
 std::string Communicator::library_version() { return nccl_version(); }
 int Communicator::rank() const { return impl_->rank; }
 int Communicator::size() const { return impl_->size; }
-std::string Communicator::transport() const { return impl_->state ? impl_->ops.by : ""; }
+std::string Communicator::transport() const { return impl_->state ? impl_->ops.transport : ""; }
 std::size_t Communicator::memory_bytes() const { return impl_->ops.memory_bytes; }
 
 void Communicator::all_gather(const char* what, const void* send, void* recv, std::size_t bytes, Stream* stream) const {
   const fault::Fault fault = fault::at("comm.all_gather");
   if (impl_->size == 1 || fault.is(fault::Action::skip)) return;
   if (fault.is(fault::Action::shorten)) bytes /= 2;
-  const Operation operation(OperationKind::exchange, "all_gather", bytes, impl_->group, what);
+  const Operation operation(OperationKind::exchange, "all_gather", bytes, impl_->group_id, what);
   if (bytes > 0) impl_->ops.all_gather(impl_->state, send, recv, bytes, stream);
 }
 
@@ -105,7 +105,7 @@ void Communicator::all_reduce_sum(const char* what, float* data, std::size_t cou
   const fault::Fault fault = fault::at("comm.all_reduce");
   if (impl_->size == 1 || fault.is(fault::Action::skip)) return;
   if (fault.is(fault::Action::shorten)) count /= 2;
-  const Operation operation(OperationKind::exchange, "all_reduce", count * sizeof(float), impl_->group, what);
+  const Operation operation(OperationKind::exchange, "all_reduce", count * sizeof(float), impl_->group_id, what);
   if (count > 0) impl_->ops.all_reduce_sum(impl_->state, data, count, stream);
 }
 

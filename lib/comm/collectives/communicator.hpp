@@ -1,7 +1,7 @@
 #pragma once
-// Collectives on backend memory, queued on a stream: MPI on the host, NCCL on CUDA, and there what is small straight
-// through the GPUs' memory, where a group's ranks reach it: settled for all of them alike when the communicator is
-// opened. A group of one rank copies nothing and calls no library.
+// Collectives on backend memory, queued on a stream: over MPI on the host and over NCCL on CUDA. Small messages on CUDA
+// go through peer memory if all GPUs of the group can access each other; opening the communicator decides this for all
+// of its ranks together. A group of one rank copies nothing and calls no library.
 
 #include <cstddef>
 #include <memory>
@@ -20,18 +20,18 @@ class Communicator {
   ~Communicator();
   Communicator(Communicator&&) noexcept;
   Communicator& operator=(Communicator&&) noexcept;
-  /// Of NCCL; empty in a build without.
+  /// The version of NCCL; empty in a build without it.
   static std::string library_version();
   int rank() const;
   int size() const;
-  /// "MPI", "NCCL", or "peer memory": then NCCL does what is long. Empty for a group of one.
+  /// "MPI", "NCCL", or "peer memory" (NCCL then carries long messages). Empty for a group of one.
   std::string transport() const;
-  /// Of the device, held as long as this.
+  /// Device memory that the communicator holds.
   std::size_t memory_bytes() const;
-  /// recv [size][bytes] on every rank. send may be recv + rank * bytes. `what` travels, a literal: for the log of
-  /// operations.
+  /// recv [size][bytes] on every rank; send [bytes], may be recv + rank * bytes. `what` names the data in the operation
+  /// log; a string literal.
   void all_gather(const char* what, const void* send, void* recv, std::size_t bytes, Stream* stream) const;
-  /// data [count] = sum over ranks, in place; by rising rank, but by NCCL in an order of its own.
+  /// data [count] = sum over ranks, in place. The sum runs by rising rank; over NCCL its order is unspecified.
   void all_reduce_sum(const char* what, float* data, std::size_t count, Stream* stream) const;
 
  private:

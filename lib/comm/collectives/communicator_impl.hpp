@@ -1,5 +1,5 @@
 #pragma once
-// What a Communicator holds: a group's size and three functions of MPI or of NCCL. Only for lib/comm.
+// The state of a Communicator: its group, and three functions over MPI, NCCL or peer memory. Only for lib/comm.
 
 #include <cstddef>
 #include <cstdint>
@@ -13,13 +13,13 @@ struct CollectiveOps {
   void (*all_gather)(void* state, const void* send, void* recv, std::size_t bytes, Stream* stream);
   void (*all_reduce_sum)(void* state, float* data, std::size_t count, Stream* stream);
   void (*close)(void* state) noexcept;
-  const char* by = "MPI";        ///< what does it
-  std::size_t memory_bytes = 0;  ///< of the device, held as long as the state
+  const char* transport = "MPI";
+  std::size_t memory_bytes = 0;  ///< device memory that the state holds
 };
 
 struct Communicator::Impl {
   int rank = 0, size = 1;
-  std::uint64_t group = 0;
+  std::uint64_t group_id = 0;
   void* state = nullptr;  ///< null for a group of one
   CollectiveOps ops{};
   Impl() = default;
@@ -28,12 +28,12 @@ struct Communicator::Impl {
   Impl& operator=(const Impl&) = delete;
 };
 
-/// Collective over `group`; returns the state of a blocking NCCL communicator, bootstrapped over MPI.
+/// Opens a blocking NCCL communicator, bootstrapped over MPI, and returns its state. Collective over `group`.
 void* open_nccl(const ControlComm::Impl& group, CollectiveOps& ops);
 
-/// Collective over `group`. Where all ranks reach each other's GPU memory, `state` and `ops` become those of exchanges
-/// through it, around what they were; else they stay, on all ranks alike.
-void join_peers(const DeviceOps& device, const ControlComm::Impl& group, void*& state, CollectiveOps& ops);
+/// Collective over `group`. If all ranks can access each other's GPU memory, replaces `state` and `ops` on all ranks by
+/// collectives through peer memory, which keep the given ones for long messages. Else changes nothing on any rank.
+void open_peer_memory(const DeviceOps& device, const ControlComm::Impl& group, void*& state, CollectiveOps& ops);
 
 /// "2.28.3"; empty in a build without CUDA.
 std::string nccl_version();

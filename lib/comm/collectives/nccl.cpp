@@ -1,4 +1,4 @@
-// The communicator over NCCL, bootstrapped over MPI: the only source that sees nccl.h.
+// Collectives over NCCL, bootstrapped over MPI. The only source that includes nccl.h.
 
 #include <cuda_runtime_api.h>
 #include <nccl.h>
@@ -24,17 +24,17 @@ void check_nccl(ncclResult_t code, const char* call, ncclComm_t comm = nullptr) 
 ncclComm_t comm_of(void* state) { return static_cast<ncclComm_t>(state); }
 cudaStream_t cuda(Stream* stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
-void gather_over_nccl(void* state, const void* send, void* recv, std::size_t bytes, Stream* stream) {
+void all_gather_nccl(void* state, const void* send, void* recv, std::size_t bytes, Stream* stream) {
   check_nccl(ncclAllGather(send, recv, bytes, ncclUint8, comm_of(state), cuda(stream)), "ncclAllGather",
              comm_of(state));
 }
 
-void sum_over_nccl(void* state, float* data, std::size_t count, Stream* stream) {
+void all_reduce_sum_nccl(void* state, float* data, std::size_t count, Stream* stream) {
   check_nccl(ncclAllReduce(data, data, count, ncclFloat32, ncclSum, comm_of(state), cuda(stream)), "ncclAllReduce",
              comm_of(state));
 }
 
-// While an exception unwinds the peers may never arrive: abort does not wait for them.
+// While an exception unwinds, the peers may never arrive; ncclCommAbort does not wait for them.
 void close_nccl(void* state) noexcept {
   const Operation operation(OperationKind::wait, "close communicator");
   if (std::uncaught_exceptions() > 0)
@@ -43,8 +43,8 @@ void close_nccl(void* state) noexcept {
     (void)ncclCommDestroy(comm_of(state));
 }
 
-// Rank 0's id, or its failure to make one, on every rank.
-ncclUniqueId shared_id(const ControlComm::Impl& group) {
+// Broadcasts the id from rank 0. If rank 0 could not make one, every rank throws.
+ncclUniqueId broadcast_id(const ControlComm::Impl& group) {
   struct Message {
     ncclUniqueId id;
     int code;
@@ -58,13 +58,13 @@ ncclUniqueId shared_id(const ControlComm::Impl& group) {
 }  // namespace
 
 void* open_nccl(const ControlComm::Impl& group, CollectiveOps& ops) {
-  // NVLink multicast needs a fabric manager that some hosts lack, and wedges their GPUs when it goes wrong; the
-  // messages of a decode step are too small to gain from it. A user's own setting stands.
+  // NVLink multicast needs a fabric manager, which some hosts lack, and its failure leaves their GPUs unusable. The
+  // messages of a decode step are too small to gain from it. A value that the user has set is kept.
   setenv("NCCL_NVLS_ENABLE", "0", 0);
-  const ncclUniqueId id = shared_id(group);
+  const ncclUniqueId id = broadcast_id(group);
   ncclComm_t comm = nullptr;
   check_nccl(ncclCommInitRank(&comm, group.size, id, group.rank), "ncclCommInitRank");
-  ops = {gather_over_nccl, sum_over_nccl, close_nccl, "NCCL"};
+  ops = {all_gather_nccl, all_reduce_sum_nccl, close_nccl, "NCCL"};
   return comm;
 }
 

@@ -1,5 +1,5 @@
-// Small exchanges through the memory of the GPUs of one host, where every rank reaches every other's and NCCL is not
-// told to leave it alone; what is long stays NCCL's.
+// Collectives through peer memory for small messages within one host, if every rank can access the GPU memory of every
+// other and the environment does not disable it. NCCL carries long messages.
 
 #include <mpi.h>
 
@@ -19,115 +19,115 @@ namespace nsa {
 
 namespace {
 
-// Closed by all ranks or by none: nobody frees what another still has open.
+// Closed by all ranks or by none: a rank must not free memory that another rank has open.
 struct PeerState {
-  const ControlComm::Impl control;  // of its own: the caller's may be gone before
+  const ControlComm::Impl control;  // a duplicate: the caller's group may be closed earlier
   void* nccl = nullptr;
-  CollectiveOps by_nccl{};
+  CollectiveOps nccl_ops{};
   MemoryAccount account;
   Buffer memory;
-  int* given_up = gpu::make_host_flag();
+  int* abort_flag = gpu::allocate_host_flag();
   gpu::PeerGroup group;
 
-  PeerState(MPI_Comm owned, const ControlComm::Impl& of) : control(owned, of.group) {
+  PeerState(MPI_Comm owned, const ControlComm::Impl& of) : control(owned, of.group_id) {
     group.rank = of.rank;
     group.size = of.size;
-    group.given_up = given_up;
+    group.abort_flag = abort_flag;
   }
   PeerState(const PeerState&) = delete;
   PeerState& operator=(const PeerState&) = delete;
   ~PeerState() {
     const Operation operation(OperationKind::wait, "close communicator");
     for (int rank = 0; rank < group.size; ++rank)
-      if (rank != group.rank && group.memory[rank]) gpu::close_memory(group.memory[rank]);
-    gpu::free_host_flag(given_up);
+      if (rank != group.rank && group.memory[rank]) gpu::close_imported_memory(group.memory[rank]);
+    gpu::free_host_flag(abort_flag);
     if (std::uncaught_exceptions() == 0) (void)MPI_Barrier(control.comm);
   }
 };
 
-struct Offer {
-  gpu::MemoryHandle handle{};
-  bool stands = false;
+struct MemoryOffer {
+  gpu::IpcHandle handle{};
+  bool available = false;
 };
 
-bool refused() {
+bool disabled_by_environment() {
   const char *p2p = std::getenv("NCCL_P2P_DISABLE"), *exchange = std::getenv("NSA_EXCHANGE");
   return (p2p && std::atoi(p2p) != 0) || (exchange && std::string_view(exchange) == "nccl");
 }
 
-Offer offer(const DeviceOps& device, PeerState& peers) {
-  Offer own;
-  if (refused() || !peers.given_up) return own;
+MemoryOffer offer_memory(const DeviceOps& device, PeerState& peers) {
+  MemoryOffer own;
+  if (disabled_by_environment() || !peers.abort_flag) return own;
   try {
     peers.memory = Buffer(device, peers.account, MemoryKind::workspace, gpu::peer_memory_bytes);
   } catch (const UserError&) {
-    return own;  // no room: NCCL may have what it needs
+    return own;  // out of device memory: use NCCL, which may still fit
   }
   device.fill(peers.memory.data(), 0, gpu::peer_memory_bytes, nullptr);
   device.synchronize(nullptr);
-  own.stands = gpu::name_memory(peers.memory.data(), own.handle);
+  own.available = gpu::export_memory(peers.memory.data(), own.handle);
   return own;
 }
 
-// Whether all ranks have opened all memory.
-bool meet(PeerState& peers, const Offer& own) {
-  const Operation operation(OperationKind::control, "meet peers", 0, peers.control.group);
+// Rendezvous of all ranks. Returns whether every rank has opened the memory of all others.
+bool exchange_handles(PeerState& peers, const MemoryOffer& own) {
+  const Operation operation(OperationKind::control, "exchange handles", 0, peers.control.group_id);
   gpu::PeerGroup& group = peers.group;
-  std::vector<Offer> all(static_cast<std::size_t>(group.size));
+  std::vector<MemoryOffer> all(static_cast<std::size_t>(group.size));
   check_mpi(MPI_Allgather(&own, sizeof own, MPI_BYTE, all.data(), sizeof own, MPI_BYTE, peers.control.comm),
             "MPI_Allgather");
-  int reached = std::ranges::all_of(all, &Offer::stands);
-  for (int rank = 0; reached && rank < group.size; ++rank) {
+  int opened = std::ranges::all_of(all, &MemoryOffer::available);
+  for (int rank = 0; opened && rank < group.size; ++rank) {
     group.memory[rank] = rank == group.rank ? peers.memory.as<std::byte>()
-                                            : gpu::open_memory(all[static_cast<std::size_t>(rank)].handle);
-    reached = group.memory[rank] != nullptr;
+                                            : gpu::import_memory(all[static_cast<std::size_t>(rank)].handle);
+    opened = group.memory[rank] != nullptr;
   }
-  check_mpi(MPI_Allreduce(MPI_IN_PLACE, &reached, 1, MPI_INT, MPI_MIN, peers.control.comm), "MPI_Allreduce");
-  return reached != 0;
+  check_mpi(MPI_Allreduce(MPI_IN_PLACE, &opened, 1, MPI_INT, MPI_MIN, peers.control.comm), "MPI_Allreduce");
+  return opened != 0;
 }
 
-void gather_over_peers(void* state, const void* send, void* recv, std::size_t bytes, Stream* stream) {
+void all_gather_peer(void* state, const void* send, void* recv, std::size_t bytes, Stream* stream) {
   const auto* peers = static_cast<const PeerState*>(state);
-  if (bytes <= gpu::most_exchanged(peers->group.size))
-    gpu::peer_gather(peers->group, send, recv, bytes, stream);
+  if (bytes <= gpu::max_exchange_bytes(peers->group.size))
+    gpu::peer_all_gather(peers->group, send, recv, bytes, stream);
   else
-    peers->by_nccl.all_gather(peers->nccl, send, recv, bytes, stream);
+    peers->nccl_ops.all_gather(peers->nccl, send, recv, bytes, stream);
 }
 
-void sum_over_peers(void* state, float* data, std::size_t count, Stream* stream) {
+void all_reduce_sum_peer(void* state, float* data, std::size_t count, Stream* stream) {
   const auto* peers = static_cast<const PeerState*>(state);
-  if (count * sizeof(float) <= gpu::most_exchanged(peers->group.size))
-    gpu::peer_sum(peers->group, data, count, stream);
+  if (count * sizeof(float) <= gpu::max_exchange_bytes(peers->group.size))
+    gpu::peer_all_reduce_sum(peers->group, data, count, stream);
   else
-    peers->by_nccl.all_reduce_sum(peers->nccl, data, count, stream);
+    peers->nccl_ops.all_reduce_sum(peers->nccl, data, count, stream);
 }
 
-// While an exception unwinds the peers may never arrive: a kernel that still waits for them is let go, and the memory
-// stays until the process ends, for those that have not heard of it may still write there. (Where buffers are given
-// back before this they wait for the device; then it is the watchdog that ends a rank whose peer is gone.)
-void close_peers(void* state) noexcept {
+// While an exception unwinds, the peers may never arrive. The abort flag releases a kernel that waits for them, and the
+// memory is kept until the process ends, because peers that do not know of the failure may still write to it. (Buffers
+// released before this call wait for the device; then the watchdog ends a rank whose peer is gone.)
+void close_peer_memory(void* state) noexcept {
   std::unique_ptr<PeerState> peers(static_cast<PeerState*>(state));
   const bool unwinding = std::uncaught_exceptions() > 0;
-  if (unwinding) *static_cast<volatile int*>(peers->given_up) = 1;
-  peers->by_nccl.close(peers->nccl);
+  if (unwinding) *static_cast<volatile int*>(peers->abort_flag) = 1;
+  peers->nccl_ops.close(peers->nccl);
   if (unwinding) (void)peers.release();
 }
 
 }  // namespace
 
-void join_peers(const DeviceOps& device, const ControlComm::Impl& group, void*& state, CollectiveOps& ops) {
-  if (group.local_size < group.size || group.size > gpu::most_peers) return;  // alike on all ranks
+void open_peer_memory(const DeviceOps& device, const ControlComm::Impl& group, void*& state, CollectiveOps& ops) {
+  if (group.local_size < group.size || group.size > gpu::max_peers) return;  // the same on all ranks
   std::unique_ptr<PeerState> peers;
   {
-    const Operation operation(OperationKind::control, "find peers", 0, group.group);
+    const Operation operation(OperationKind::control, "open peer memory", 0, group.group_id);
     MPI_Comm comm = MPI_COMM_NULL;
     check_mpi(MPI_Comm_dup(group.comm, &comm), "MPI_Comm_dup");
     peers = std::make_unique<PeerState>(comm, group);
   }
-  if (!meet(*peers, offer(device, *peers))) return;
+  if (!exchange_handles(*peers, offer_memory(device, *peers))) return;
   peers->nccl = state;
-  peers->by_nccl = ops;
-  ops = {gather_over_peers, sum_over_peers, close_peers, "peer memory", gpu::peer_memory_bytes};
+  peers->nccl_ops = ops;
+  ops = {all_gather_peer, all_reduce_sum_peer, close_peer_memory, "peer memory", gpu::peer_memory_bytes};
   state = peers.release();
 }
 

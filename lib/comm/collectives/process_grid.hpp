@@ -1,6 +1,6 @@
 #pragma once
-// Who a rank talks to in a layout heads x kv. Opening NCCL's communicators takes a second or so, so they are opened
-// once and serve every point of the layout.
+// The communicators of a rank in a layout heads x kv. Opening NCCL communicators takes about a second, so they are
+// opened once and shared by all points of the layout.
 
 #include <map>
 #include <memory>
@@ -9,18 +9,18 @@
 
 namespace nsa {
 
-/// Groups of one by default. In a layout, rank r is rank r % kv of head shard r / kv.
+/// Groups of one rank by default. In a layout, rank r is rank r % kv of head shard r / kv.
 struct GridComms {
-  Communicator heads;  ///< whose outputs are summed: the rank of the same place in every head shard
-  Communicator kv;     ///< who share the sequences: the ranks of this head shard
+  Communicator heads;  ///< the ranks with the same kv rank, one of every head shard: their outputs are summed
+  Communicator kv;     ///< the ranks of this head shard, which share the KV sequence
   ControlComm kv_control;
 };
 
-/// The peers of a group's ranks, by layout, open as long as this lives.
+/// Opens and caches the communicators of each layout of a group.
 class ProcessGrid {
  public:
   ProcessGrid(const Backend& backend, const ControlComm& group) : backend_(backend), group_(group) {}
-  /// `kv` divides the group's size. Collective over the group when a layout is asked for the first time.
+  /// `kv` must divide the size of the group. Collective over the group on the first call for a layout.
   std::shared_ptr<const GridComms> comms(int kv);
 
  private:

@@ -17,56 +17,59 @@ namespace {
 
 constexpr int socket_flags = SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC;
 
-bool would_wait() { return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR; }
+bool would_block() { return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR; }
 
 }  // namespace
 
-void Descriptor::reset() {
+void FileDescriptor::reset() {
   if (fd_ >= 0) ::close(fd_);
   fd_ = -1;
 }
 
-pollfd Link::waiting() const { return {socket_.get(), static_cast<short>(POLLIN | (out_.empty() ? 0 : POLLOUT)), 0}; }
+pollfd Connection::poll_entry() const {
+  return {socket_.get(), static_cast<short>(POLLIN | (out_.empty() ? 0 : POLLOUT)), 0};
+}
 
-void Link::send(const std::string& message) {
-  if (!open()) return;
+void Connection::send(const std::string& message) {
+  if (!is_open()) return;
   const auto length = static_cast<std::uint32_t>(message.size());
   out_.append(reinterpret_cast<const char*>(&length), sizeof length).append(message);
   flush();
 }
 
-void Link::flush() {
-  while (open() && !out_.empty()) {
+void Connection::flush() {
+  while (is_open() && !out_.empty()) {
     const ssize_t sent = ::send(socket_.get(), out_.data(), out_.size(), MSG_NOSIGNAL);
     if (sent > 0)
       out_.erase(0, static_cast<std::size_t>(sent));
-    else if (would_wait())
+    else if (would_block())
       return;
     else
       close();
   }
 }
 
-// No more than a message can hold: whoever sends without end neither fills memory nor keeps its reader from the others.
-void Link::pump() {
+// Buffers at most one message of the largest size: a peer that sends without end neither fills memory nor keeps the
+// thread from its other connections.
+void Connection::progress() {
   flush();
-  char piece[16384];
-  while (open() && in_.size() < longest_ + sizeof(std::uint32_t)) {
-    const ssize_t got = ::recv(socket_.get(), piece, sizeof piece, 0);
+  char buffer[16384];
+  while (is_open() && in_.size() < max_receive_bytes_ + sizeof(std::uint32_t)) {
+    const ssize_t got = ::recv(socket_.get(), buffer, sizeof buffer, 0);
     if (got > 0)
-      in_.append(piece, static_cast<std::size_t>(got));
-    else if (got < 0 && would_wait())
+      in_.append(buffer, static_cast<std::size_t>(got));
+    else if (got < 0 && would_block())
       return;
     else
       close();
   }
 }
 
-std::optional<std::string> Link::next() {
+std::optional<std::string> Connection::next_message() {
   std::uint32_t length = 0;
   if (in_.size() < sizeof length) return {};
   std::memcpy(&length, in_.data(), sizeof length);
-  if (length > longest_) {
+  if (length > max_receive_bytes_) {
     close();
     in_.clear();
     return {};
@@ -77,34 +80,34 @@ std::optional<std::string> Link::next() {
   return message;
 }
 
-Descriptor listen_on(Reach reach, std::uint16_t& port) {
-  Descriptor listener(::socket(AF_INET, socket_flags, 0));
+FileDescriptor listen_on(AddressScope scope, std::uint16_t& port) {
+  FileDescriptor listener(::socket(AF_INET, socket_flags, 0));
   sockaddr_in address{};
   address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(reach == Reach::network ? INADDR_ANY : INADDR_LOOPBACK);
+  address.sin_addr.s_addr = htonl(scope == AddressScope::network ? INADDR_ANY : INADDR_LOOPBACK);
   socklen_t size = sizeof address;
   auto* generic = reinterpret_cast<sockaddr*>(&address);
-  if (!listener.open() || bind(listener.get(), generic, size) != 0 || listen(listener.get(), SOMAXCONN) != 0 ||
+  if (!listener.is_open() || bind(listener.get(), generic, size) != 0 || listen(listener.get(), SOMAXCONN) != 0 ||
       getsockname(listener.get(), generic, &size) != 0)
-    return Descriptor();
+    return FileDescriptor();
   port = ntohs(address.sin_port);
   return listener;
 }
 
-Descriptor accept_from(const Descriptor& listener, bool& more) {
-  Descriptor socket(accept4(listener.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
-  more = socket.open() || would_wait() || errno == ECONNABORTED;
+FileDescriptor accept_from(const FileDescriptor& listener, bool& usable) {
+  FileDescriptor socket(accept4(listener.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+  usable = socket.is_open() || would_block() || errno == ECONNABORTED;
   return socket;
 }
 
-std::vector<std::string> own_addresses(Reach reach) {
+std::vector<std::string> own_addresses(AddressScope scope) {
   std::vector<std::string> addresses;
   ifaddrs* list = nullptr;
   if (getifaddrs(&list) != 0) return {};
   for (const ifaddrs* entry = list; entry; entry = entry->ifa_next) {
     const bool loopback = (entry->ifa_flags & IFF_LOOPBACK) != 0;
     if (!entry->ifa_addr || entry->ifa_addr->sa_family != AF_INET || !(entry->ifa_flags & IFF_UP)) continue;
-    if (loopback != (reach == Reach::this_machine)) continue;
+    if (loopback != (scope == AddressScope::loopback)) continue;
     char text[INET_ADDRSTRLEN] = {};
     inet_ntop(AF_INET, &reinterpret_cast<const sockaddr_in*>(entry->ifa_addr)->sin_addr, text, sizeof text);
     addresses.push_back(text);
@@ -113,28 +116,28 @@ std::vector<std::string> own_addresses(Reach reach) {
   return addresses;
 }
 
-Descriptor connect_to(const std::string& address, std::uint16_t port, double seconds) {
-  Descriptor socket(::socket(AF_INET, socket_flags, 0));
+FileDescriptor connect_to(const std::string& address, std::uint16_t port, double seconds) {
+  FileDescriptor socket(::socket(AF_INET, socket_flags, 0));
   sockaddr_in target{};
   target.sin_family = AF_INET;
   target.sin_port = htons(port);
-  if (!socket.open() || inet_pton(AF_INET, address.c_str(), &target.sin_addr) != 1) return Descriptor();
+  if (!socket.is_open() || inet_pton(AF_INET, address.c_str(), &target.sin_addr) != 1) return FileDescriptor();
   if (connect(socket.get(), reinterpret_cast<const sockaddr*>(&target), sizeof target) != 0) {
-    pollfd waiting{socket.get(), POLLOUT, 0};
+    pollfd entry{socket.get(), POLLOUT, 0};
     int error = errno;
     socklen_t size = sizeof error;
-    if (error != EINPROGRESS || poll(&waiting, 1, static_cast<int>(seconds * 1e3)) != 1 ||
+    if (error != EINPROGRESS || poll(&entry, 1, static_cast<int>(seconds * 1e3)) != 1 ||
         getsockopt(socket.get(), SOL_SOCKET, SO_ERROR, &error, &size) != 0 || error != 0)
-      return Descriptor();
+      return FileDescriptor();
   }
   const int on = 1;
   setsockopt(socket.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
   return socket;
 }
 
-bool wait_readable(const Link& link, double seconds) {
-  pollfd waiting = link.waiting();
-  return link.open() && poll(&waiting, 1, static_cast<int>(seconds * 1e3)) == 1;
+bool wait_readable(const Connection& connection, double seconds) {
+  pollfd entry = connection.poll_entry();
+  return connection.is_open() && poll(&entry, 1, static_cast<int>(seconds * 1e3)) == 1;
 }
 
 }  // namespace nsa

@@ -1,5 +1,5 @@
 #pragma once
-// TCP between the watchdogs of a job: messages of bytes, never blocking, apart from MPI and NCCL.
+// TCP connections between the watchdogs of a job. They carry byte messages, never block, and use neither MPI nor NCCL.
 
 #include <poll.h>
 
@@ -11,18 +11,18 @@
 
 namespace nsa {
 
-/// An owned file descriptor.
-class Descriptor {
+/// Owns a file descriptor.
+class FileDescriptor {
  public:
-  explicit Descriptor(int fd = -1) : fd_(fd) {}
-  ~Descriptor() { reset(); }
-  Descriptor(Descriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-  Descriptor& operator=(Descriptor&& other) noexcept {
+  explicit FileDescriptor(int fd = -1) : fd_(fd) {}
+  ~FileDescriptor() { reset(); }
+  FileDescriptor(FileDescriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  FileDescriptor& operator=(FileDescriptor&& other) noexcept {
     reset();
     fd_ = std::exchange(other.fd_, -1);
     return *this;
   }
-  bool open() const { return fd_ >= 0; }
+  bool is_open() const { return fd_ >= 0; }
   int get() const { return fd_; }
   void reset();
 
@@ -30,40 +30,40 @@ class Descriptor {
   int fd_;
 };
 
-constexpr std::size_t longest_message = 1 << 16;
+constexpr std::size_t max_message_bytes = 1 << 16;
 
-/// One connection. After an error, the other side's end or a message longer than `longest` it is closed and stays so.
-/// Holds a few messages at most, whatever the other side sends.
-class Link {
+/// One connection. It closes for good after an error, when the other side closes it, or when a received message is
+/// longer than `max_receive_bytes`. It buffers a few messages at most, however much the other side sends.
+class Connection {
  public:
-  explicit Link(Descriptor socket = Descriptor(), std::size_t longest = longest_message)
-      : socket_(std::move(socket)), longest_(longest) {}
-  bool open() const { return socket_.open(); }
-  bool has_output() const { return !out_.empty(); }
-  pollfd waiting() const;                 ///< what to poll for
-  void send(const std::string& message);  ///< queues, and sends what goes without waiting
-  void pump();                            ///< sends and receives some of what goes without waiting
-  std::optional<std::string> next();      ///< the next whole message received
-  void trust() { longest_ = longest_message; }
+  explicit Connection(FileDescriptor socket = FileDescriptor(), std::size_t max_receive_bytes = max_message_bytes)
+      : socket_(std::move(socket)), max_receive_bytes_(max_receive_bytes) {}
+  bool is_open() const { return socket_.is_open(); }
+  bool has_unsent() const { return !out_.empty(); }
+  pollfd poll_entry() const;                  ///< the events to poll for
+  void send(const std::string& message);      ///< queues the message and sends as much as does not block
+  void progress();                            ///< sends and receives as much as does not block, within the buffer
+  std::optional<std::string> next_message();  ///< the next complete message received
+  void accept_full_messages() { max_receive_bytes_ = max_message_bytes; }
   void close() { socket_.reset(); }
 
  private:
   void flush();
-  Descriptor socket_;
-  std::size_t longest_;
+  FileDescriptor socket_;
+  std::size_t max_receive_bytes_;
   std::string in_, out_;
 };
 
-enum class Reach { this_machine, network };
-/// Listens on a port of the system's choice, on the loopback device or on every IPv4 address. Closed when that fails.
-Descriptor listen_on(Reach reach, std::uint16_t& port);
-/// A waiting connection, or closed; then `more` says whether others may come.
-Descriptor accept_from(const Descriptor& listener, bool& more);
-/// IPv4 addresses of this host: of its loopback device, or of the others.
-std::vector<std::string> own_addresses(Reach reach);
-/// Connects within `seconds`; closed when that fails.
-Descriptor connect_to(const std::string& address, std::uint16_t port, double seconds);
-/// Waits up to `seconds` for something to read; whether there is.
-bool wait_readable(const Link& link, double seconds);
+enum class AddressScope { loopback, network };
+/// Listens on a port chosen by the system, on the loopback device or on every IPv4 address. Closed on failure.
+FileDescriptor listen_on(AddressScope scope, std::uint16_t& port);
+/// Accepts one pending connection. Closed if there is none; `usable`: whether the listener can still accept others.
+FileDescriptor accept_from(const FileDescriptor& listener, bool& usable);
+/// IPv4 addresses of this host: those of the loopback device, or the others.
+std::vector<std::string> own_addresses(AddressScope scope);
+/// Connects within `seconds`. Closed on failure.
+FileDescriptor connect_to(const std::string& address, std::uint16_t port, double seconds);
+/// Waits up to `seconds` for input. Returns whether there is any.
+bool wait_readable(const Connection& connection, double seconds);
 
 }  // namespace nsa

@@ -9,143 +9,151 @@ namespace nsa {
 
 namespace {
 
-constexpr double second = 1e-9;
+constexpr double seconds_per_ns = 1e-9;
 
-const OperationRecord* last_of(const RankView& view) {
-  return view.operations.empty() ? nullptr : &view.operations.back();
+const OperationRecord* last_operation(const RankStatus& status) {
+  return status.operations.empty() ? nullptr : &status.operations.back();
 }
-const OperationRecord* running_of(const RankView& view) {
-  const OperationRecord* last = last_of(view);
+const OperationRecord* running_operation(const RankStatus& status) {
+  const OperationRecord* last = last_operation(status);
   return last && last->end == 0 ? last : nullptr;
 }
-std::uint64_t number_of(const RankView& view) { return view.operations.empty() ? 0 : view.operations.back().number; }
+std::uint64_t collectives_begun(const RankStatus& status) {
+  return status.operations.empty() ? 0 : status.operations.back().number;
+}
 
-std::string in_place(const char* phase, const char* stage) {
+std::string in_brackets(const char* phase, const char* stage) {
   if (*phase == '\0') return {};
   return *stage == '\0' ? fmt::format(" [{}]", phase) : fmt::format(" [{}, {}]", phase, stage);
 }
 
-/// The ranks as they are at one moment.
-class Court {
+/// All ranks at one moment.
+class JobSnapshot {
  public:
-  Court(const std::vector<RankView>& ranks, std::int64_t now, const WatchTimes& times)
-      : ranks_(ranks), now_(now), times_(times) {}
+  JobSnapshot(const std::vector<RankStatus>& ranks, std::int64_t now, const Timeouts& timeouts)
+      : ranks_(ranks), now_(now), timeouts_(timeouts) {}
 
-  std::optional<Verdict> lost_rank() const {
+  std::optional<HangDiagnosis> find_lost_rank() const {
     for (std::size_t r = 0; r < ranks_.size(); ++r)
-      if (ranks_[r].state == RankView::State::lost && now_ - ranks_[r].changed > times_.grace)
-        return Verdict{{},
-                       fmt::format("{} has ended without a word ({}); look at its output and at its host", name(r),
-                                   last_words(r))};
+      if (ranks_[r].state == RankStatus::State::lost && now_ - ranks_[r].failed_at > timeouts_.grace_period)
+        return HangDiagnosis{
+            {},
+            fmt::format("{} ended unexpectedly ({}); look at its output and at its host", name(r), last_activity(r))};
     return {};
   }
 
-  std::optional<Verdict> failed_rank() const {
+  std::optional<HangDiagnosis> find_failed_rank() const {
     for (std::size_t r = 0; r < ranks_.size(); ++r)
-      if (!ranks_[r].failure.empty() && now_ - ranks_[r].changed > times_.grace)
-        return Verdict{{}, fmt::format("{}: {}", name(r), ranks_[r].failure)};
+      if (!ranks_[r].failure.empty() && now_ - ranks_[r].failed_at > timeouts_.grace_period)
+        return HangDiagnosis{{}, fmt::format("{}: {}", name(r), ranks_[r].failure)};
     return {};
   }
 
-  // The first operation, among those known of all ranks, that is not the same one everywhere.
-  std::optional<Verdict> mismatch(std::uint64_t& compared) const {
-    std::uint64_t first = compared + 1, last = UINT64_MAX;
-    for (const RankView& view : ranks_) {
-      const auto oldest = std::find_if(view.operations.begin(), view.operations.end(), is_collective);
-      if (oldest == view.operations.end()) return {};
+  // The first collective, among those known of all ranks, that is not the same on all of them.
+  std::optional<HangDiagnosis> find_mismatch(std::uint64_t& last_compared) const {
+    std::uint64_t first = last_compared + 1, last = UINT64_MAX;
+    for (const RankStatus& status : ranks_) {
+      const auto oldest = std::find_if(status.operations.begin(), status.operations.end(), is_collective);
+      if (oldest == status.operations.end()) return {};
       first = std::max(first, oldest->number);
-      last = std::min(last, number_of(view));
+      last = std::min(last, collectives_begun(status));
     }
     for (std::uint64_t n = first; n <= last; ++n)
-      if (auto verdict = mismatch_at(n)) return verdict;
-    compared = std::max(compared, last);
+      if (auto diagnosis = mismatch_at(n)) return diagnosis;
+    last_compared = std::max(last_compared, last);
     return {};
   }
 
-  std::optional<Verdict> overdue() const {
-    if (times_.deadline == 0) return {};
+  std::optional<HangDiagnosis> find_overdue_operation() const {
+    if (timeouts_.deadline == 0) return {};
     std::size_t waiter = ranks_.size();
-    std::int64_t longest = times_.deadline + times_.patience;
+    std::int64_t longest = timeouts_.deadline + timeouts_.deadline_margin;
     for (std::size_t r = 0; r < ranks_.size(); ++r)
-      if (active(r) && running_of(ranks_[r]) && age(r) > longest && !is_silent(r)) longest = age(r), waiter = r;
+      if (is_running(r) && running_operation(ranks_[r]) && age(r) > longest && !is_silent(r))
+        longest = age(r), waiter = r;
     if (waiter == ranks_.size()) return {};
     const std::vector<int> silent = select([&](std::size_t r) { return is_silent(r); });
-    const std::vector<int> late = silent.empty() ? behind() : silent;
-    const std::string deadline = fmt::format("the deadline is {:.4g} s", static_cast<double>(times_.deadline) * second);
+    const std::vector<int> late = silent.empty() ? late_ranks() : silent;
+    const std::string deadline =
+        fmt::format("the deadline is {:.4g} s", static_cast<double>(timeouts_.deadline) * seconds_per_ns);
     constexpr const char* advice = "look at its host and its device, or raise --deadline";
     if (late.empty())
-      return Verdict{{},
-                     fmt::format("{}: {}, and so are all ranks ({}); look at the network, or raise --deadline",
-                                 name(waiter), doing(waiter), deadline)};
+      return HangDiagnosis{{},
+                           fmt::format("{}: {}, and so are all ranks ({}); look at the network, or raise --deadline",
+                                       name(waiter), activity(waiter), deadline)};
     if (late.size() == 1 && late[0] == static_cast<int>(waiter))
-      return Verdict{{}, fmt::format("{} is late: {} ({}); {}", name(waiter), doing(waiter), deadline, advice)};
-    return Verdict{silent,
-                   fmt::format("{} ({}: {}; {}); {}", list_late(late), name(waiter), doing(waiter), deadline, advice)};
+      return HangDiagnosis{{},
+                           fmt::format("{} is late: {} ({}); {}", name(waiter), activity(waiter), deadline, advice)};
+    return HangDiagnosis{
+        silent, fmt::format("{} ({}: {}; {}); {}", list_late(late), name(waiter), activity(waiter), deadline, advice)};
   }
 
  private:
   static bool is_collective(const OperationRecord& operation) { return operation.kind != OperationKind::wait; }
 
-  bool active(std::size_t r) const { return ranks_[r].state == RankView::State::running; }
-  bool is_silent(std::size_t r) const { return active(r) && now_ - ranks_[r].heard > times_.silence; }
+  bool is_running(std::size_t r) const { return ranks_[r].state == RankStatus::State::running; }
+  bool is_silent(std::size_t r) const {
+    return is_running(r) && now_ - ranks_[r].received_at > timeouts_.heartbeat_timeout;
+  }
 
-  /// ns since the rank's newest operation began, or ended if it has.
+  /// ns since the newest operation of the rank began, or since it ended if it has.
   std::int64_t age(std::size_t r) const {
-    const OperationRecord* last = last_of(ranks_[r]);
+    const OperationRecord* last = last_operation(ranks_[r]);
     if (!last) return 0;
-    return ranks_[r].told - (last->end == 0 ? last->begin : last->end) + (now_ - ranks_[r].heard);
+    return ranks_[r].sent_at - (last->end == 0 ? last->begin : last->end) + (now_ - ranks_[r].received_at);
   }
 
   std::string name(std::size_t r) const {
-    const RankView& view = ranks_[r];
-    return fmt::format("rank {} ({}{}{})", view.rank, view.host, view.device.empty() ? "" : ", ", view.device);
+    const RankStatus& status = ranks_[r];
+    return fmt::format("rank {} ({}{}{})", status.rank, status.host, status.device.empty() ? "" : ", ", status.device);
   }
 
-  std::string last_words(std::size_t r) const {
-    const OperationRecord* last = last_of(ranks_[r]);
+  std::string last_activity(std::size_t r) const {
+    const OperationRecord* last = last_operation(ranks_[r]);
     if (!last) return "before its first operation";
     return fmt::format("{} {}", last->end == 0 ? "in" : "after", describe(*last));
   }
 
-  std::string doing(std::size_t r) const {
-    const double seconds = static_cast<double>(age(r)) * second;
+  std::string activity(std::size_t r) const {
+    const double seconds = static_cast<double>(age(r)) * seconds_per_ns;
     if (is_silent(r))
-      return fmt::format("no answer for {:.0f} s, last seen {}", static_cast<double>(now_ - ranks_[r].heard) * second,
-                         last_words(r));
-    if (const OperationRecord* running = running_of(ranks_[r]))
+      return fmt::format("no answer for {:.0f} s, last seen {}",
+                         static_cast<double>(now_ - ranks_[r].received_at) * seconds_per_ns, last_activity(r));
+    if (const OperationRecord* running = running_operation(ranks_[r]))
       return fmt::format("{:.0f} s in {}", seconds, describe(*running));
-    return fmt::format("{:.0f} s at work{} after #{}", seconds, in_place(ranks_[r].place.phase, ranks_[r].place.stage),
-                       number_of(ranks_[r]));
+    return fmt::format("{:.0f} s at work{} after #{}", seconds,
+                       in_brackets(ranks_[r].location.phase, ranks_[r].location.stage), collectives_begun(ranks_[r]));
   }
 
   template <class Condition>
   std::vector<int> select(Condition&& condition) const {
-    std::vector<int> list;
+    std::vector<int> selected;
     for (std::size_t r = 0; r < ranks_.size(); ++r)
-      if (active(r) && condition(r)) list.push_back(static_cast<int>(r));
-    return list;
+      if (is_running(r) && condition(r)) selected.push_back(static_cast<int>(r));
+    return selected;
   }
 
-  /// Those that have begun fewer collectives than others; where all are equal, those that wait for their own device.
-  std::vector<int> behind() const {
-    std::uint64_t least = UINT64_MAX, most = 0;
+  /// The ranks that have begun the fewest collectives. If all have begun equally many: those that wait for their
+  /// device.
+  std::vector<int> late_ranks() const {
+    std::uint64_t fewest = UINT64_MAX, most = 0;
     for (const int r : select([](std::size_t) { return true; })) {
-      least = std::min(least, number_of(ranks_[r]));
-      most = std::max(most, number_of(ranks_[r]));
+      fewest = std::min(fewest, collectives_begun(ranks_[r]));
+      most = std::max(most, collectives_begun(ranks_[r]));
     }
-    if (least < most) return select([&](std::size_t r) { return number_of(ranks_[r]) == least; });
+    if (fewest < most) return select([&](std::size_t r) { return collectives_begun(ranks_[r]) == fewest; });
     return select([&](std::size_t r) {
-      const OperationRecord* running = running_of(ranks_[r]);
-      return running && running->kind == OperationKind::wait && age(r) > times_.deadline;
+      const OperationRecord* running = running_operation(ranks_[r]);
+      return running && running->kind == OperationKind::wait && age(r) > timeouts_.deadline;
     });
   }
 
   std::string list_late(const std::vector<int>& late) const {
-    constexpr std::size_t named = 4;
+    constexpr std::size_t max_named = 4;
     std::string text;
-    for (std::size_t i = 0; i < std::min(late.size(), named); ++i)
-      text += fmt::format("{}{} is late: {}", i ? ", " : "", name(late[i]), doing(late[i]));
-    if (late.size() > named) text += fmt::format(", and {} more", late.size() - named);
+    for (std::size_t i = 0; i < std::min(late.size(), max_named); ++i)
+      text += fmt::format("{}{} is late: {}", i ? ", " : "", name(late[i]), activity(late[i]));
+    if (late.size() > max_named) text += fmt::format(", and {} more", late.size() - max_named);
     return text;
   }
 
@@ -161,90 +169,92 @@ class Court {
                                                       : operation->name;
   }
 
-  std::optional<Verdict> mismatch_at(std::uint64_t n) const {
-    std::map<std::string, std::vector<int>> labels;
-    std::map<std::uint64_t, std::vector<int>> sizes;
+  std::optional<HangDiagnosis> mismatch_at(std::uint64_t n) const {
+    std::map<std::string, std::vector<int>> ranks_by_label;
+    std::map<std::uint64_t, std::vector<int>> ranks_by_size;
     std::map<std::uint64_t, std::uint64_t> size_of_group;
     bool sizes_differ = false;
     for (std::size_t r = 0; r < ranks_.size(); ++r) {
       const OperationRecord* operation = collective(r, n);
       if (!operation) return {};
-      labels[label(operation)].push_back(static_cast<int>(r));
+      ranks_by_label[label(operation)].push_back(static_cast<int>(r));
       if (operation->kind != OperationKind::exchange) continue;
-      sizes[operation->bytes].push_back(static_cast<int>(r));
+      ranks_by_size[operation->bytes].push_back(static_cast<int>(r));
       sizes_differ |= size_of_group.try_emplace(operation->group, operation->bytes).first->second != operation->bytes;
     }
-    if (labels.size() > 1) return stray(n, labels, left_out(n, labels));
-    if (sizes_differ) return stray(n, sizes, {});
+    if (ranks_by_label.size() > 1) return report_mismatch(n, ranks_by_label, ranks_that_skipped(n, ranks_by_label));
+    if (sizes_differ) return report_mismatch(n, ranks_by_size, {});
     return {};
   }
 
-  /// Of kinds that as many ranks stand for: one whose operations are those of the others, further on, left some out.
-  std::vector<int> left_out(std::uint64_t n, const std::map<std::string, std::vector<int>>& labels) const {
+  /// The ranks whose collective `n` is one that the others run up to three collectives later: they skipped some.
+  std::vector<int> ranks_that_skipped(std::uint64_t n,
+                                      const std::map<std::string, std::vector<int>>& ranks_by_label) const {
     for (std::uint64_t shift = 1; shift < 4; ++shift)
-      for (const auto& [own, members] : labels)
-        for (const auto& [other, others] : labels)
-          if (own != other && label(collective(others[0], n + shift)) == own) return members;
+      for (const auto& [own_label, members] : ranks_by_label)
+        for (const auto& [other_label, others] : ranks_by_label)
+          if (own_label != other_label && label(collective(others[0], n + shift)) == own_label) return members;
     return {};
   }
 
-  /// The ranks outside of the largest class. Of equal classes the suspects stand outside; without any, nobody knows.
+  /// Reports the ranks outside of the largest class. If several classes are largest, the suspects are outside; without
+  /// suspects the message leaves open which class is at fault.
   template <class Key>
-  std::optional<Verdict> stray(std::uint64_t n, const std::map<Key, std::vector<int>>& classes,
-                               const std::vector<int>& suspects) const {
+  std::optional<HangDiagnosis> report_mismatch(std::uint64_t n, const std::map<Key, std::vector<int>>& classes,
+                                               const std::vector<int>& suspects) const {
     std::size_t largest = 0;
     for (const auto& [key, members] : classes) largest = std::max(largest, members.size());
-    std::vector<int> usual;
+    std::vector<int> majority;
     bool tie = false;
     for (const auto& [key, members] : classes) {
       if (members.size() < largest || members == suspects) continue;
-      tie = !usual.empty();
-      usual = members;
+      tie = !majority.empty();
+      majority = members;
     }
-    std::string who, what;
+    std::string names, details;
     for (const auto& [key, members] : classes) {
-      if (members == usual) continue;
-      for (const int r : members) who += (who.empty() ? "" : ", ") + name(r);
-      what += fmt::format("{}: {}, ", name(members[0]), with_bytes(*collective(members[0], n)));
+      if (members == majority) continue;
+      for (const int r : members) names += (names.empty() ? "" : ", ") + name(r);
+      details += fmt::format("{}: {}, ", name(members[0]), with_bytes(*collective(members[0], n)));
     }
-    what += fmt::format("{}: {}", name(usual[0]), with_bytes(*collective(usual[0], n)));
-    return Verdict{
+    details += fmt::format("{}: {}", name(majority[0]), with_bytes(*collective(majority[0], n)));
+    return HangDiagnosis{
         {},
-        fmt::format("{} did not do the same as the others at operation #{} ({}); please report it with the operations",
-                    tie ? who + " or " + name(usual[0]) : who, n, what)};
+        fmt::format("{} does not match the other ranks at operation #{} ({}); please report it with the operations",
+                    tie ? names + " or " + name(majority[0]) : names, n, details)};
   }
 
   static std::string with_bytes(const OperationRecord& operation) {
     return fmt::format("{} of {} bytes", describe(operation), operation.bytes);
   }
 
-  const std::vector<RankView>& ranks_;
+  const std::vector<RankStatus>& ranks_;
   const std::int64_t now_;
-  const WatchTimes& times_;
+  const Timeouts& timeouts_;
 };
 
 }  // namespace
 
-void RankView::take(const std::vector<OperationRecord>& news) {
-  if (news.empty()) return;
-  std::erase_if(operations, [&](const OperationRecord& known) { return known.index >= news.front().index; });
-  operations.insert(operations.end(), news.begin(), news.end());
+void RankStatus::merge_operations(const std::vector<OperationRecord>& reported) {
+  if (reported.empty()) return;
+  std::erase_if(operations, [&](const OperationRecord& known) { return known.index >= reported.front().index; });
+  operations.insert(operations.end(), reported.begin(), reported.end());
   if (operations.size() > operation_log_capacity)
     operations.erase(operations.begin(), operations.end() - static_cast<std::ptrdiff_t>(operation_log_capacity));
 }
 
-std::optional<Verdict> judge(const std::vector<RankView>& ranks, std::int64_t now, const WatchTimes& times,
-                             std::uint64_t& compared) {
-  const Court court(ranks, now, times);
-  if (auto verdict = court.mismatch(compared)) return verdict;
-  if (auto verdict = court.failed_rank()) return verdict;
-  if (auto verdict = court.lost_rank()) return verdict;
-  return court.overdue();
+std::optional<HangDiagnosis> diagnose(const std::vector<RankStatus>& ranks, std::int64_t now, const Timeouts& timeouts,
+                                      std::uint64_t& last_compared) {
+  const JobSnapshot job(ranks, now, timeouts);
+  if (auto diagnosis = job.find_mismatch(last_compared)) return diagnosis;
+  if (auto diagnosis = job.find_failed_rank()) return diagnosis;
+  if (auto diagnosis = job.find_lost_rank()) return diagnosis;
+  return job.find_overdue_operation();
 }
 
 std::string describe(const OperationRecord& operation) {
   return fmt::format("{} {}#{}{}", operation.name, operation.kind == OperationKind::wait ? "after " : "",
-                     operation.number, in_place(operation.phase, operation.stage));
+                     operation.number, in_brackets(operation.phase, operation.stage));
 }
 
 }  // namespace nsa

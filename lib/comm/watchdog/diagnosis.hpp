@@ -1,5 +1,5 @@
 #pragma once
-// From what the ranks tell of their operations to who is at fault: pure, no clock, no sockets.
+// Diagnoses a hang from the operations that the ranks reported. A pure function of its arguments: no clock, no sockets.
 
 #include <cstdint>
 #include <optional>
@@ -10,42 +10,44 @@
 
 namespace nsa {
 
-/// What is known of one rank.
-struct RankView {
-  enum class State { running, left, lost };  ///< left: said so; lost: its connection ended without a word
+/// What a watchdog knows of one rank. Times in ns.
+struct RankStatus {
+  /// finished: the rank sent goodbye or never connected. lost: its connection closed without a goodbye.
+  enum class State { running, finished, lost };
   State state = State::running;
   int rank = 0;
   std::string host, device;                 ///< device: "GPU 1", or empty
-  std::vector<OperationRecord> operations;  ///< at most the last 64, by rising index
-  Activity place;
-  std::string failure;       ///< what its library said; empty: nothing
-  std::int64_t told = 0;     ///< its clock when it last spoke
-  std::int64_t heard = 0;    ///< our clock then; 0: never
-  std::int64_t changed = 0;  ///< our clock when it was lost or told its failure
-  /// Adds news: those known already are replaced, since they may have ended.
-  void take(const std::vector<OperationRecord>& news);
+  std::vector<OperationRecord> operations;  ///< the last 64 at most, by rising index
+  Activity location;                        ///< current phase and stage
+  std::string failure;                      ///< error message of a library on that rank; empty: none
+  std::int64_t sent_at = 0;                 ///< clock of the rank when it sent its last heartbeat
+  std::int64_t received_at = 0;             ///< own clock when that heartbeat arrived; 0: never
+  std::int64_t failed_at = 0;               ///< own clock when the rank was lost or reported its failure
+  /// Adds reported operations. They replace the known ones from the first reported index on, which may have ended.
+  void merge_operations(const std::vector<OperationRecord>& reported);
 };
 
-/// ns.
-struct WatchTimes {
-  std::int64_t deadline = 0;  ///< of an operation; 0: none
-  std::int64_t patience = 0;  ///< beyond the deadline: somebody else may judge first
-  std::int64_t silence = 0;   ///< a rank that has said nothing for so long does not answer
-  std::int64_t grace = 0;     ///< between a failure or a loss and the verdict: the others catch up
+/// In ns.
+struct Timeouts {
+  std::int64_t deadline = 0;           ///< of one operation; 0: none
+  std::int64_t deadline_margin = 0;    ///< beyond the deadline: another watchdog may diagnose first
+  std::int64_t heartbeat_timeout = 0;  ///< a rank without a heartbeat for longer is silent
+  std::int64_t grace_period = 0;       ///< between a failure or loss and its diagnosis: the other ranks catch up
 };
 
-struct Verdict {
-  std::vector<int> silent;  ///< ranks that do not answer
-  std::string message;      ///< "<what> (<why>); <what to do>"
+struct HangDiagnosis {
+  std::vector<int> silent_ranks;  ///< ranks that send no heartbeats
+  std::string message;            ///< "<what> (<why>); <what to do>"
 };
 
-/// Whether the job has to end, and why: a rank was lost; ranks did different things in one place; a library
-/// failed; or an operation is older than the deadline, and then who is behind. Ranks that left count no more.
-/// `compared`: the last collective found to be the same on all ranks, 0 at first; carried from call to call.
-std::optional<Verdict> judge(const std::vector<RankView>& ranks, std::int64_t now, const WatchTimes& times,
-                             std::uint64_t& compared);
+/// Decides whether the job has to end, and why. The reasons, in this order: the ranks' collectives do not match; a
+/// library failed; a rank was lost; an operation is older than the deadline, and then the ranks that are late are
+/// named. Ranks that finished are ignored for the last reason. `last_compared`: number of the last collective found
+/// equal on all ranks, 0 at first; in and out.
+std::optional<HangDiagnosis> diagnose(const std::vector<RankStatus>& ranks, std::int64_t now, const Timeouts& timeouts,
+                                      std::uint64_t& last_compared);
 
-/// "all_gather #217 [decode, lse]"; a wait: "device wait after #217 [decode, attend_sel]".
+/// "all_gather #217 [decode, lse]"; for a wait "device wait after #217 [decode, attend_sel]".
 std::string describe(const OperationRecord& operation);
 
 }  // namespace nsa

@@ -9,121 +9,123 @@ namespace nsa {
 
 namespace {
 
-constexpr std::int64_t stranger_stays = 10'000'000'000;  // ns
-constexpr double join_seconds = 12, address_seconds = 4;
+constexpr std::int64_t handshake_timeout = 10'000'000'000;  // ns
+constexpr double connect_seconds = 12, address_seconds = 4;
 
 }  // namespace
 
-Hub::Hub(Descriptor listener, std::string token, int rank, const std::vector<std::string>& hosts)
-    : listener_(std::move(listener)), token_(std::move(token)), rank_(rank), views_(hosts.size()) {
+Monitor::Monitor(FileDescriptor listener, std::string token, int rank, const std::vector<std::string>& hosts)
+    : listener_(std::move(listener)), token_(std::move(token)), rank_(rank), ranks_(hosts.size()) {
   for (std::size_t r = 0; r < hosts.size(); ++r) {
-    views_[r].rank = static_cast<int>(r);
-    views_[r].host = hosts[r];
-    views_[r].state = RankView::State::left;
+    ranks_[r].rank = static_cast<int>(r);
+    ranks_[r].host = hosts[r];
+    ranks_[r].state = RankStatus::State::finished;
   }
-  own_view().state = RankView::State::running;
+  own_status().state = RankStatus::State::running;
 }
 
-void Hub::listen(std::int64_t now) {
-  accept_all(now);
-  for (Peer& peer : peers_) {
-    peer.link.pump();
-    while (const auto message = peer.link.next()) {
-      if (hear(peer, *message, now)) continue;
-      peer.link.close();
+void Monitor::progress(std::int64_t now) {
+  accept_connections(now);
+  for (Client& client : clients_) {
+    client.connection.progress();
+    while (const auto message = client.connection.next_message()) {
+      if (handle_message(client, *message, now)) continue;
+      client.connection.close();
       break;
     }
-    if (peer.link.open() || peer.rank < 0) continue;
-    RankView& view = views_[static_cast<std::size_t>(peer.rank)];
-    if (view.state == RankView::State::running) view.state = RankView::State::lost, view.changed = now;
+    if (client.connection.is_open() || client.rank < 0) continue;
+    RankStatus& status = ranks_[static_cast<std::size_t>(client.rank)];
+    if (status.state == RankStatus::State::running) status.state = RankStatus::State::lost, status.failed_at = now;
   }
-  drop_silent_strangers(now);
-  std::erase_if(peers_, [](const Peer& peer) { return !peer.link.open(); });
+  drop_unauthenticated(now);
+  std::erase_if(clients_, [](const Client& client) { return !client.connection.is_open(); });
 }
 
-void Hub::accept_all(std::int64_t now) {
-  const std::size_t most = 2 * views_.size() + 64;
-  for (std::size_t taken = 0; taken < most && listener_.open(); ++taken) {
-    bool more = true;
-    Descriptor socket = accept_from(listener_, more);
-    if (!more) return stop_accepting();  // no descriptors are left: polled on, the port would keep this thread busy
-    if (!socket.open()) return;
-    if (peers_.size() < most) peers_.push_back({Link(std::move(socket), longest_hello), now, -1});
+void Monitor::accept_connections(std::int64_t now) {
+  const std::size_t max_clients = 2 * ranks_.size() + 64;
+  for (std::size_t accepted = 0; accepted < max_clients && listener_.is_open(); ++accepted) {
+    bool usable = true;
+    FileDescriptor socket = accept_from(listener_, usable);
+    if (!usable) return stop_accepting();  // no file descriptors are left: poll() would return for the port every time
+    if (!socket.is_open()) return;
+    if (clients_.size() < max_clients)
+      clients_.push_back({Connection(std::move(socket), max_handshake_bytes), now, -1});
   }
 }
 
-void Hub::drop_silent_strangers(std::int64_t now) {
-  for (Peer& peer : peers_)
-    if (peer.rank < 0 && now - peer.since > stranger_stays) peer.link.close();
+void Monitor::drop_unauthenticated(std::int64_t now) {
+  for (Client& client : clients_)
+    if (client.rank < 0 && now - client.accepted_at > handshake_timeout) client.connection.close();
 }
 
-// Whether the message is one of ours.
-bool Hub::hear(Peer& peer, const std::string& message, std::int64_t now) {
+// Returns whether the message follows the protocol.
+bool Monitor::handle_message(Client& client, const std::string& message, std::int64_t now) {
   if (message.empty()) return false;
-  if (peer.rank < 0) return welcome(peer, message, now);
-  RankView& view = views_[static_cast<std::size_t>(peer.rank)];
-  if (kind_of(message) == MessageKind::bye) view.state = RankView::State::left;
-  return kind_of(message) != MessageKind::beat || read_beat(message, now, view);
+  if (client.rank < 0) return handle_handshake(client, message, now);
+  RankStatus& status = ranks_[static_cast<std::size_t>(client.rank)];
+  if (type_of(message) == MessageType::goodbye) status.state = RankStatus::State::finished;
+  return type_of(message) != MessageType::heartbeat || decode_heartbeat(message, now, status);
 }
 
-bool Hub::welcome(Peer& peer, const std::string& message, std::int64_t now) {
-  const auto rank = read_hello(message, token_);
-  if (!rank || *rank >= std::ssize(views_)) return false;
-  for (Peer& other : peers_)  // it gave up waiting there, and came by another address
-    if (other.rank == *rank) other.rank = -1, other.link.close();
-  peer.rank = *rank;
-  peer.link.trust();
-  RankView& view = views_[static_cast<std::size_t>(*rank)];
-  view.state = RankView::State::running;
-  view.heard = now;
-  peer.link.send(welcome_message(token_));
+bool Monitor::handle_handshake(Client& client, const std::string& message, std::int64_t now) {
+  const auto rank = decode_handshake_request(message, token_);
+  if (!rank || *rank >= std::ssize(ranks_)) return false;
+  for (Client& other : clients_)  // after a timeout the rank connects again, by another address
+    if (other.rank == *rank) other.rank = -1, other.connection.close();
+  client.rank = *rank;
+  client.connection.accept_full_messages();
+  RankStatus& status = ranks_[static_cast<std::size_t>(*rank)];
+  status.state = RankStatus::State::running;
+  status.received_at = now;
+  client.connection.send(encode_handshake_reply(token_));
   return true;
 }
 
-void Hub::tell_all(const std::string& message) {
-  for (Peer& peer : peers_)
-    if (peer.rank >= 0) peer.link.send(message);
+void Monitor::send_to_all(const std::string& message) {
+  for (Client& client : clients_)
+    if (client.rank >= 0) client.connection.send(message);
 }
 
-bool Hub::hears_anyone() const {
-  return std::any_of(peers_.begin(), peers_.end(), [&](const Peer& peer) {
-    return peer.rank >= 0 && peer.link.open() &&
-           views_[static_cast<std::size_t>(peer.rank)].state != RankView::State::left;
+bool Monitor::has_running_ranks() const {
+  return std::any_of(clients_.begin(), clients_.end(), [&](const Client& client) {
+    return client.rank >= 0 && client.connection.is_open() &&
+           ranks_[static_cast<std::size_t>(client.rank)].state != RankStatus::State::finished;
   });
 }
 
-void Hub::add_waiting(std::vector<pollfd>& list) const {
-  if (listener_.open()) list.push_back({listener_.get(), POLLIN, 0});
-  for (const Peer& peer : peers_) list.push_back(peer.link.waiting());
+void Monitor::append_poll_entries(std::vector<pollfd>& entries) const {
+  if (listener_.is_open()) entries.push_back({listener_.get(), POLLIN, 0});
+  for (const Client& client : clients_) entries.push_back(client.connection.poll_entry());
 }
 
-std::string open_hub(const std::vector<Place>& places, Descriptor& listener) {
-  const bool one_machine =
-      std::all_of(places.begin(), places.end(), [&](const Place& place) { return place.machine == places[0].machine; });
+std::string open_monitor_port(const std::vector<ProcessId>& processes, FileDescriptor& listener) {
+  const bool one_machine = std::all_of(processes.begin(), processes.end(), [&](const ProcessId& process) {
+    return process.machine == processes[0].machine;
+  });
   std::uint16_t port = 0;
-  listener = listen_on(one_machine ? Reach::this_machine : Reach::network, port);
-  if (!listener.open()) return {};
-  std::string text = std::to_string(port);
-  for (const Reach reach : {Reach::this_machine, Reach::network})
-    for (const std::string& address : own_addresses(reach))
-      if (reach == Reach::this_machine || !one_machine) text += " " + address;
-  return text;
+  listener = listen_on(one_machine ? AddressScope::loopback : AddressScope::network, port);
+  if (!listener.is_open()) return {};
+  std::string endpoint = std::to_string(port);
+  for (const AddressScope scope : {AddressScope::loopback, AddressScope::network})
+    for (const std::string& address : own_addresses(scope))
+      if (scope == AddressScope::loopback || !one_machine) endpoint += " " + address;
+  return endpoint;
 }
 
-Link join_hub(const std::string& where, bool same_machine, const std::string& token, int rank) {
-  std::istringstream words(where);
+Connection connect_to_monitor(const std::string& endpoint, bool same_machine, const std::string& token, int rank) {
+  std::istringstream words(endpoint);
   std::uint16_t port = 0;
   words >> port;
-  const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(join_seconds);
+  const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(connect_seconds);
   for (std::string address; words >> address && std::chrono::steady_clock::now() < until;) {
     if (same_machine != address.starts_with("127.")) continue;
-    Link link(connect_to(address, port, address_seconds));
-    link.send(hello_message(token, rank));
-    if (!wait_readable(link, address_seconds)) continue;
-    link.pump();
-    if (link.next() == welcome_message(token)) return link;
+    Connection connection(connect_to(address, port, address_seconds));
+    connection.send(encode_handshake_request(token, rank));
+    if (!wait_readable(connection, address_seconds)) continue;
+    connection.progress();
+    if (connection.next_message() == encode_handshake_reply(token)) return connection;
   }
-  return Link();
+  return Connection();
 }
 
 }  // namespace nsa

@@ -1,9 +1,10 @@
 #pragma once
-// Where the watchdogs of all ranks report: the first and the last rank of a job are hubs, so that one may be lost.
+// The monitor collects the heartbeats of all ranks. The first and the last rank of a job run one each, so that one may
+// fail.
 //
-// A hub's port is open to whoever reaches it, from the start of the job until all ranks have joined: on the loopback
-// device alone where all ranks share a machine. Whoever does not begin with the token that the ranks share over MPI is
-// shut out; until then little is read, and there are not many such connections, nor for long.
+// The port of a monitor is open from the start of the job until all ranks have connected, on the loopback device alone
+// if all ranks share a machine. The monitor closes a connection whose first message does not hold the token that the
+// ranks share over MPI. It limits the size of that message and the number and lifetime of such connections.
 
 #include <cstdint>
 #include <string>
@@ -16,46 +17,46 @@
 
 namespace nsa {
 
-class Hub {
+class Monitor {
  public:
-  /// Of rank `rank`; `hosts`: of all ranks.
-  Hub(Descriptor listener, std::string token, int rank, const std::vector<std::string>& hosts);
+  /// `rank`: the rank that runs the monitor. `hosts`: host names of all ranks.
+  Monitor(FileDescriptor listener, std::string token, int rank, const std::vector<std::string>& hosts);
 
-  /// Takes connections and hears what has come; never waits. `now`: ns.
-  void listen(std::int64_t now);
-  /// All who will join have.
+  /// Accepts connections and handles the messages that have arrived. Never blocks. `now`: ns.
+  void progress(std::int64_t now);
+  /// Closes the port: all ranks have connected.
   void stop_accepting() { listener_.reset(); }
-  void tell_all(const std::string& message);
-  bool hears_anyone() const;  ///< a rank is connected that has not left
+  void send_to_all(const std::string& message);
+  bool has_running_ranks() const;  ///< a rank is connected that has not sent goodbye
 
-  std::vector<RankView>& views() { return views_; }  ///< by rank; those that never joined count as left
-  RankView& own_view() { return views_[static_cast<std::size_t>(rank_)]; }
-  void add_waiting(std::vector<pollfd>& list) const;
+  std::vector<RankStatus>& ranks() { return ranks_; }  ///< by rank; one that never connected is `finished`
+  RankStatus& own_status() { return ranks_[static_cast<std::size_t>(rank_)]; }
+  void append_poll_entries(std::vector<pollfd>& entries) const;
 
  private:
-  struct Peer {
-    Link link;
-    std::int64_t since = 0;
-    int rank = -1;  ///< until it has said so
+  struct Client {
+    Connection connection;
+    std::int64_t accepted_at = 0;
+    int rank = -1;  ///< -1 until authenticated
   };
-  void accept_all(std::int64_t now);
-  void drop_silent_strangers(std::int64_t now);
-  bool hear(Peer& peer, const std::string& message, std::int64_t now);
-  bool welcome(Peer& peer, const std::string& message, std::int64_t now);
+  void accept_connections(std::int64_t now);
+  void drop_unauthenticated(std::int64_t now);
+  bool handle_message(Client& client, const std::string& message, std::int64_t now);
+  bool handle_handshake(Client& client, const std::string& message, std::int64_t now);
 
-  Descriptor listener_;
+  FileDescriptor listener_;
   std::string token_;
   int rank_;
-  std::vector<RankView> views_;
-  std::vector<Peer> peers_;
+  std::vector<RankStatus> ranks_;
+  std::vector<Client> clients_;
 };
 
-/// Opens the port of a hub that the ranks in these places can reach. Returns "PORT ADDRESS ADDRESS ...", for join_hub;
-/// empty, and `listener` closed, where that cannot be.
-std::string open_hub(const std::vector<Place>& places, Descriptor& listener);
+/// Opens a port that all these processes can reach. Returns "PORT ADDRESS ADDRESS ..." for connect_to_monitor; "", with
+/// `listener` closed, on failure.
+std::string open_monitor_port(const std::vector<ProcessId>& processes, FileDescriptor& listener);
 
-/// Joins the hub at `where`, over the loopback device on its own machine, which no firewall minds. Closed when no
-/// address of it answers within some seconds.
-Link join_hub(const std::string& where, bool same_machine, const std::string& token, int rank);
+/// Connects rank `rank` to the monitor at `endpoint`: over the loopback device, which firewalls let through, on the
+/// same machine. Closed if none of the addresses answers within 12 s.
+Connection connect_to_monitor(const std::string& endpoint, bool same_machine, const std::string& token, int rank);
 
 }  // namespace nsa

@@ -8,23 +8,23 @@ namespace nsa {
 
 namespace {
 
-constexpr double second = 1e-9;
+constexpr double seconds_per_ns = 1e-9;
 
 }  // namespace
 
-std::string operations_json(const RankView& view, std::int64_t now, const std::string& verdict) {
+std::string operations_json(const RankStatus& status, std::int64_t now, const std::string& diagnosis) {
   std::string text = fmt::format(
       "{{\n  \"rank\": {},\n  \"host\": {},\n  \"device\": {},\n  \"verdict\": {},\n"
       "  \"operations\": [",
-      view.rank, json_quote(view.host), json_quote(view.device), json_quote(verdict));
-  for (const OperationRecord& o : view.operations) {
-    const double begun = static_cast<double>(now - o.begin) * second;
+      status.rank, json_quote(status.host), json_quote(status.device), json_quote(diagnosis));
+  for (const OperationRecord& o : status.operations) {
+    const double seconds_ago = static_cast<double>(now - o.begin) * seconds_per_ns;
     text += fmt::format(
         "{}\n    {{\"number\": {}, \"collective\": {}, \"name\": {}, \"phase\": {}, \"stage\": {}, \"bytes\": {}, "
         "\"seconds_ago\": {:.3f}, \"seconds\": {}}}",
-        &o == &view.operations.front() ? "" : ",", o.number, o.kind != OperationKind::wait, json_quote(o.name),
-        json_quote(o.phase), json_quote(o.stage), o.bytes, begun,
-        o.end == 0 ? "null" : fmt::format("{:.3f}", static_cast<double>(o.end - o.begin) * second));
+        &o == &status.operations.front() ? "" : ",", o.number, o.kind != OperationKind::wait, json_quote(o.name),
+        json_quote(o.phase), json_quote(o.stage), o.bytes, seconds_ago,
+        o.end == 0 ? "null" : fmt::format("{:.3f}", static_cast<double>(o.end - o.begin) * seconds_per_ns));
   }
   return text + "\n  ]\n}\n";
 }

@@ -1,5 +1,5 @@
 #pragma once
-// What is left beside the result of a job that hung.
+// The dump of the operation log (the flight recorder) that a hung job leaves next to its result file.
 
 #include <cstdint>
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace nsa {
 
-/// The operations of a rank as a JSON document; seconds are counted back from `now`, on the rank's clock.
-std::string operations_json(const RankView& view, std::int64_t now, const std::string& verdict);
+/// The logged operations of a rank as a JSON document. "seconds_ago" counts back from `now`, on the clock of the rank.
+std::string operations_json(const RankStatus& status, std::int64_t now, const std::string& diagnosis);
 
 }  // namespace nsa

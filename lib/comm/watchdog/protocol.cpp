@@ -12,35 +12,35 @@ namespace nsa {
 
 namespace {
 
-struct BeatHeader {
-  std::int64_t told = 0;
-  std::int64_t operations = 0;
-  Activity place;
+struct HeartbeatHeader {
+  std::int64_t sent_at = 0;
+  std::int64_t operation_count = 0;
+  Activity location;
   char device[24] = {};
 };
-// No padding: nothing of this process' memory travels that is not meant to.
-static_assert(std::has_unique_object_representations_v<BeatHeader> &&
+// Without padding: a message contains no uninitialised memory.
+static_assert(std::has_unique_object_representations_v<HeartbeatHeader> &&
               std::has_unique_object_representations_v<OperationRecord>);
 
-constexpr std::size_t longest_text = 4096;  // of a failure or a verdict
+constexpr std::size_t max_text_bytes = 4096;  // of a failure or a diagnosis
 
-std::string start_of(MessageKind kind) { return std::string(1, static_cast<char>(kind)); }
+std::string prefix_of(MessageType type) { return std::string(1, static_cast<char>(type)); }
 
 template <class T>
-void put(std::string& message, const T* values, std::size_t count) {
+void append(std::string& message, const T* values, std::size_t count) {
   message.append(reinterpret_cast<const char*>(values), count * sizeof(T));
 }
 
 template <class T>
-bool get(const std::string& message, std::size_t& at, T* values, std::size_t count) {
-  if (at > message.size() || count > (message.size() - at) / sizeof(T)) return false;
-  if (count > 0) std::memcpy(values, message.data() + at, count * sizeof(T));
-  at += count * sizeof(T);
+bool read(const std::string& message, std::size_t& offset, T* values, std::size_t count) {
+  if (offset > message.size() || count > (message.size() - offset) / sizeof(T)) return false;
+  if (count > 0) std::memcpy(values, message.data() + offset, count * sizeof(T));
+  offset += count * sizeof(T);
   return true;
 }
 
 template <std::size_t N>
-void end_text(char (&text)[N]) {
+void null_terminate(char (&text)[N]) {
   text[N - 1] = '\0';
 }
 
@@ -51,68 +51,70 @@ std::string new_token() {
   return fmt::format("{:08x}{:08x}{:08x}{:08x}", random(), random(), random(), random());
 }
 
-std::string hello_message(const std::string& token, int rank) {
-  return start_of(MessageKind::hello) + token + fmt::format(" {}", rank);
+std::string encode_handshake_request(const std::string& token, int rank) {
+  return prefix_of(MessageType::handshake_request) + token + fmt::format(" {}", rank);
 }
 
-std::optional<int> read_hello(const std::string& message, const std::string& token) {
-  const std::string start = start_of(MessageKind::hello) + token + ' ';
-  if (token.empty() || !message.starts_with(start) || message.size() == start.size() ||
-      message.size() > start.size() + 9 || message.find_first_not_of("0123456789", start.size()) != std::string::npos)
+std::optional<int> decode_handshake_request(const std::string& message, const std::string& token) {
+  const std::string prefix = prefix_of(MessageType::handshake_request) + token + ' ';
+  if (token.empty() || !message.starts_with(prefix) || message.size() == prefix.size() ||
+      message.size() > prefix.size() + 9 || message.find_first_not_of("0123456789", prefix.size()) != std::string::npos)
     return {};
-  return std::stoi(message.substr(start.size()));
+  return std::stoi(message.substr(prefix.size()));
 }
 
-std::string welcome_message(const std::string& token) { return start_of(MessageKind::welcome) + token; }
-std::string bye_message() { return start_of(MessageKind::bye); }
+std::string encode_handshake_reply(const std::string& token) { return prefix_of(MessageType::handshake_reply) + token; }
+std::string encode_goodbye() { return prefix_of(MessageType::goodbye); }
 
-std::string beat_message(const RankView& view, const std::vector<OperationRecord>& news) {
-  BeatHeader header{view.told, std::ssize(news), view.place, {}};
-  std::strncpy(header.device, view.device.c_str(), sizeof header.device - 1);
-  std::string message = start_of(MessageKind::beat);
-  put(message, &header, 1);
-  put(message, news.data(), news.size());
-  return message + view.failure.substr(0, longest_text);
+std::string encode_heartbeat(const RankStatus& status, const std::vector<OperationRecord>& operations) {
+  HeartbeatHeader header{status.sent_at, std::ssize(operations), status.location, {}};
+  std::strncpy(header.device, status.device.c_str(), sizeof header.device - 1);
+  std::string message = prefix_of(MessageType::heartbeat);
+  append(message, &header, 1);
+  append(message, operations.data(), operations.size());
+  return message + status.failure.substr(0, max_text_bytes);
 }
 
-bool read_beat(const std::string& message, std::int64_t now, RankView& view) {
-  std::size_t at = 1;
-  BeatHeader header;
-  if (!get(message, at, &header, 1)) return false;
-  if (header.operations < 0 || header.operations > std::int64_t{operation_log_capacity}) return false;
-  std::vector<OperationRecord> news(static_cast<std::size_t>(header.operations));
-  if (!get(message, at, news.data(), news.size())) return false;
-  for (OperationRecord& operation : news)
-    end_text(operation.name), end_text(operation.phase), end_text(operation.stage);
-  end_text(header.device), end_text(header.place.phase), end_text(header.place.stage);
-  view.take(news);
-  view.told = header.told;
-  view.heard = now;
-  view.place = header.place;
-  view.device = header.device;
-  if (view.failure.empty() && at < message.size()) view.failure = message.substr(at), view.changed = now;
+bool decode_heartbeat(const std::string& message, std::int64_t now, RankStatus& status) {
+  std::size_t offset = 1;
+  HeartbeatHeader header;
+  if (!read(message, offset, &header, 1)) return false;
+  if (header.operation_count < 0 || header.operation_count > std::int64_t{operation_log_capacity}) return false;
+  std::vector<OperationRecord> operations(static_cast<std::size_t>(header.operation_count));
+  if (!read(message, offset, operations.data(), operations.size())) return false;
+  for (OperationRecord& operation : operations)
+    null_terminate(operation.name), null_terminate(operation.phase), null_terminate(operation.stage);
+  null_terminate(header.device), null_terminate(header.location.phase), null_terminate(header.location.stage);
+  status.merge_operations(operations);
+  status.sent_at = header.sent_at;
+  status.received_at = now;
+  status.location = header.location;
+  status.device = header.device;
+  if (status.failure.empty() && offset < message.size())
+    status.failure = message.substr(offset), status.failed_at = now;
   return true;
 }
 
-std::string end_message(const Verdict& verdict) {
-  std::string message = start_of(MessageKind::end);
-  constexpr std::size_t most_silent = 8192;  // a message has an end; who is not named in it stays as it is
-  const auto count = static_cast<std::int32_t>(std::min(verdict.silent.size(), most_silent));
-  put(message, &count, 1);
-  put(message, verdict.silent.data(), static_cast<std::size_t>(count));
-  return message + verdict.message.substr(0, longest_text);
+std::string encode_end_job(const HangDiagnosis& diagnosis) {
+  std::string message = prefix_of(MessageType::end_job);
+  // Keeps the message below max_message_bytes. Further ranks are not signalled.
+  constexpr std::size_t max_silent_ranks = 8192;
+  const auto count = static_cast<std::int32_t>(std::min(diagnosis.silent_ranks.size(), max_silent_ranks));
+  append(message, &count, 1);
+  append(message, diagnosis.silent_ranks.data(), static_cast<std::size_t>(count));
+  return message + diagnosis.message.substr(0, max_text_bytes);
 }
 
-Verdict read_end(const std::string& message) {
-  std::size_t at = 1;
+HangDiagnosis decode_end_job(const std::string& message) {
+  std::size_t offset = 1;
   std::int32_t count = 0;
-  Verdict verdict;
-  if (!get(message, at, &count, 1) || count < 0 || static_cast<std::size_t>(count) > message.size() / sizeof count)
-    return verdict;
-  verdict.silent.resize(static_cast<std::size_t>(count));
-  if (!get(message, at, verdict.silent.data(), verdict.silent.size())) return {};
-  verdict.message = message.substr(at);
-  return verdict;
+  HangDiagnosis diagnosis;
+  if (!read(message, offset, &count, 1) || count < 0 || static_cast<std::size_t>(count) > message.size() / sizeof count)
+    return diagnosis;
+  diagnosis.silent_ranks.resize(static_cast<std::size_t>(count));
+  if (!read(message, offset, diagnosis.silent_ranks.data(), diagnosis.silent_ranks.size())) return {};
+  diagnosis.message = message.substr(offset);
+  return diagnosis;
 }
 
 }  // namespace nsa

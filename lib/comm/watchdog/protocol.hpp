@@ -1,6 +1,6 @@
 #pragma once
-// What the watchdogs of a job tell each other, as bytes: the same program runs on all ranks, of one byte order. What
-// arrives is held against its size before it is read.
+// The messages between the watchdogs of a job, as bytes. All ranks run the same program, so the byte order is the same.
+// A receiver checks every length against the size of the message before it reads.
 
 #include <optional>
 #include <string>
@@ -10,32 +10,33 @@
 
 namespace nsa {
 
-enum class MessageKind : char {
-  hello = 'h',    ///< a rank to its hub, first of all: the token, and which rank it is
-  welcome = 'w',  ///< the hub's answer: the token
-  beat = 'b',     ///< a rank to its hub: where it is
-  bye = 'y',      ///< a rank that leaves in order
-  end = 'e'       ///< a hub to all: the job ends, and why
+enum class MessageType : char {
+  handshake_request = 'h',  ///< first message of a rank to a monitor: the token and its rank
+  handshake_reply = 'w',    ///< answer of the monitor: the token
+  heartbeat = 'b',          ///< rank to monitor: its new operations, phase and stage, device and failure
+  goodbye = 'y',            ///< from a rank that ends normally
+  end_job = 'e'             ///< monitor to all ranks: the job ends, and why
 };
 
-/// Of a message that is not empty.
-inline MessageKind kind_of(const std::string& message) { return static_cast<MessageKind>(message[0]); }
+/// The message must not be empty.
+inline MessageType type_of(const std::string& message) { return static_cast<MessageType>(message[0]); }
 
-/// 128 bits that others cannot guess, as text: a port is open to anyone.
+/// 128 random bits as text: they authenticate a rank, because any process may connect to a monitor's port.
 std::string new_token();
-constexpr std::size_t longest_hello = 64;  ///< all that is read from whom is not known yet
+constexpr std::size_t max_handshake_bytes = 64;  ///< longest message read before a connection is authenticated
 
-std::string hello_message(const std::string& token, int rank);
-std::optional<int> read_hello(const std::string& message, const std::string& token);  ///< the rank
-std::string welcome_message(const std::string& token);
-std::string bye_message();
+std::string encode_handshake_request(const std::string& token, int rank);
+/// The rank; nothing when the message is not a request with this token.
+std::optional<int> decode_handshake_request(const std::string& message, const std::string& token);
+std::string encode_handshake_reply(const std::string& token);
+std::string encode_goodbye();
 
-/// `view` without its operations, and those that are news.
-std::string beat_message(const RankView& view, const std::vector<OperationRecord>& news);
-/// Adds what it says to the view; false, and nothing, where it is not whole.
-bool read_beat(const std::string& message, std::int64_t now, RankView& view);
+/// `status` without its operations, and the operations to report.
+std::string encode_heartbeat(const RankStatus& status, const std::vector<OperationRecord>& operations);
+/// Updates `status`, with `now` as the time of receipt. Returns false and changes nothing when the message is invalid.
+bool decode_heartbeat(const std::string& message, std::int64_t now, RankStatus& status);
 
-std::string end_message(const Verdict& verdict);
-Verdict read_end(const std::string& message);
+std::string encode_end_job(const HangDiagnosis& diagnosis);
+HangDiagnosis decode_end_job(const std::string& message);
 
 }  // namespace nsa

@@ -16,59 +16,61 @@ Watchdog::~Watchdog() = default;
 
 std::string Watchdog::join(const ControlComm& world) {
   const int rank = world.rank(), last = world.size() - 1;
-  const std::vector<Place> places = all_places(world);
+  const std::vector<ProcessId> processes = all_process_ids(world);
   const std::string token = world.broadcast(rank == 0 ? new_token() : std::string());
-  std::string address;
-  WatchJob arrival{rank, places, nullptr, {}};
+  std::string own_endpoint;
+  WatchdogJob job{rank, processes, nullptr, {}};
   if (rank == 0 || rank == last) {
     std::vector<std::string> hosts;
-    for (const Place& place : places) hosts.push_back(place.host);
-    Descriptor listener;
-    address = open_hub(places, listener);
-    arrival.hub = std::make_unique<Hub>(std::move(listener), token, rank, hosts);
+    for (const ProcessId& process : processes) hosts.push_back(process.host);
+    FileDescriptor listener;
+    own_endpoint = open_monitor_port(processes, listener);
+    job.monitor = std::make_unique<Monitor>(std::move(listener), token, rank, hosts);
   }
-  thread_->change([&](WatchSettings&, WatchJob& arrived) { arrived = std::move(arrival); });
-  std::string missed;
-  for (const int hub : {0, last}) {
-    const std::string where = world.broadcast(address, hub);
-    if (hub == rank) continue;
-    const Place& own = places[static_cast<std::size_t>(rank)];
-    const Place& other = places[static_cast<std::size_t>(hub)];
-    Link link = join_hub(where, own.machine == other.machine, token, rank);
-    if (!link.open())
-      missed = fmt::format("rank {} ({}) does not reach the watchdog of rank {} ({})", rank, own.host, hub, other.host);
-    thread_->change([&](WatchSettings&, WatchJob& arrived) { arrived.hubs.push_back(std::move(link)); });
+  thread_->update([&](WatchdogSettings&, WatchdogJob& pending) { pending = std::move(job); });
+  std::string unreachable;
+  for (const int monitor : {0, last}) {
+    const std::string endpoint = world.broadcast(own_endpoint, monitor);
+    if (monitor == rank) continue;
+    const ProcessId& own = processes[static_cast<std::size_t>(rank)];
+    const ProcessId& other = processes[static_cast<std::size_t>(monitor)];
+    Connection connection = connect_to_monitor(endpoint, own.machine == other.machine, token, rank);
+    if (!connection.is_open())
+      unreachable =
+          fmt::format("rank {} ({}) cannot reach the watchdog of rank {} ({})", rank, own.host, monitor, other.host);
+    thread_->update(
+        [&](WatchdogSettings&, WatchdogJob& pending) { pending.connections.push_back(std::move(connection)); });
   }
-  const bool any_missed = world.max(std::int64_t{!missed.empty()}) > 0;  // all have tried by now
-  thread_->change([](WatchSettings& settings, WatchJob&) { settings.all_joined = true; });
-  if (!any_missed) return {};
-  for (const std::string& text : world.gather(missed))
-    if (!text.empty()) return text + "; a hang will still end the job, but may be laid to the wrong rank";
+  const bool any_unreachable = world.max(std::int64_t{!unreachable.empty()}) > 0;  // all ranks have tried by now
+  thread_->update([](WatchdogSettings& settings, WatchdogJob&) { settings.all_joined = true; });
+  if (!any_unreachable) return {};
+  for (const std::string& text : world.gather(unreachable))
+    if (!text.empty()) return text + "; a hang will still end the job, but the message may name the wrong rank";
   return {};
 }
 
-void Watchdog::set(double deadline, const std::string& result_path) {
-  thread_->change([&](WatchSettings& settings, WatchJob&) {
-    settings.deadline = static_cast<std::int64_t>(deadline * ns_a_second);
-    settings.path = result_path;
+void Watchdog::configure(double deadline, const std::string& result_path) {
+  thread_->update([&](WatchdogSettings& settings, WatchdogJob&) {
+    settings.deadline = static_cast<std::int64_t>(deadline * ns_per_second);
+    settings.result_path = result_path;
   });
 }
 
 void Watchdog::set_device(const std::string& name) {
-  thread_->change([&](WatchSettings& settings, WatchJob&) { settings.device = name; });
+  thread_->update([&](WatchdogSettings& settings, WatchdogJob&) { settings.device = name; });
 }
 
-void Watchdog::fail(const std::string& message) {
+void Watchdog::report_failure(const std::string& message) {
   bool on = false;
-  thread_->change([&](WatchSettings& settings, WatchJob&) {
+  thread_->update([&](WatchdogSettings& settings, WatchdogJob&) {
     settings.failure = message;
     on = settings.deadline > 0;
   });
-  if (on) std::this_thread::sleep_for(std::chrono::nanoseconds(failure_ends_job_within));
+  if (on) std::this_thread::sleep_for(std::chrono::nanoseconds(failure_timeout));
 }
 
-void Watchdog::aborting(ExitCode code) {
-  thread_->change([&](WatchSettings& settings, WatchJob&) {
+void Watchdog::notify_abort(ExitCode code) {
+  thread_->update([&](WatchdogSettings& settings, WatchdogJob&) {
     settings.abort_at = coarse_now();
     settings.abort_code = code;
   });

@@ -1,14 +1,15 @@
 #pragma once
-// Ends a job that hangs: a thread a rank that looks at what the rank does (kernels/diagnostics/operation_log.hpp),
-// tells it to two hubs, the first and the last rank, over TCP of its own, and hears from them when the job has to end.
-// It calls no MPI, NCCL, CUDA or HDF5, so none of them can block it; what may block in a report (a file, a terminal) is
-// done by yet another thread, which is not waited for long. The end is _exit: whoever is stuck cannot do it in order.
+// Ends a job that hangs. Every rank has a watchdog thread that reads the rank's operation log
+// (kernels/diagnostics/operation_log.hpp), sends heartbeats to two monitors, on the first and the last rank, over its
+// own TCP connections, and receives from them when the job has to end. The thread calls no MPI, NCCL, CUDA or HDF5, so
+// none of them can block it. A report may block (on a file or a terminal), so another thread writes it, and the wait
+// for that thread is limited. The job ends by _exit, because a rank that is stuck cannot end normally.
 //
-// Promised: an operation older than the deadline ends all ranks with exit code 4 within the deadline plus 15 s, and
-// names the rank that is late. A rank that was stopped (SIGSTOP) is continued to end too, where a watchdog of its
-// host can; then killed. A rank that hears from no hub ends by itself.
+// Guarantees: an operation older than the deadline ends all ranks with exit code 4 within the deadline plus 15 s, and
+// the message names the rank that is late. A stopped rank (SIGSTOP) is continued so that it can end, if a watchdog runs
+// on its host, and then killed. A rank without a connection to any monitor ends by itself.
 //
-// Waits for a device need no polling: the rank may sit in cudaStreamSynchronize, the watchdog ends its process.
+// Waits for a device need no polling: the rank may block in cudaStreamSynchronize, and the watchdog ends its process.
 
 #include <memory>
 #include <string>
@@ -21,26 +22,28 @@ class WatchdogThread;
 
 class Watchdog {
  public:
-  /// Starts to watch, this rank alone at first: MPI's start may hang too. `deadline`: s; 0: off.
+  /// Starts the thread. Until join() it watches this rank alone, because MPI_Init may hang too. `deadline`: s; 0: off.
   explicit Watchdog(double deadline);
-  /// Tells the others that this rank leaves in order.
+  /// Sends goodbye: the rank ends normally.
   ~Watchdog();
   Watchdog(const Watchdog&) = delete;
   Watchdog& operator=(const Watchdog&) = delete;
 
-  /// Collective. Makes the hubs known and joins them. Returns what stands in the way, on rank 0: "" or a warning.
+  /// Starts the monitors and connects all ranks to them. Collective. Returns on rank 0 a warning if a rank could not
+  /// connect, else "".
   std::string join(const ControlComm& world);
 
-  /// What the input says: the deadline, and the result file, beside which the operations are left.
-  void set(double deadline, const std::string& result_path);
+  /// Sets the values of the input: the deadline in s, and the result file, next to which the operation dumps are
+  /// written.
+  void configure(double deadline, const std::string& result_path);
   void set_device(const std::string& name);  ///< "GPU 1", for messages
 
-  /// A library failed between ranks: waits until the watchdogs have found out why and ended the job. Returns only
-  /// when they cannot.
-  void fail(const std::string& message);
+  /// Reports that a library failed in a collective, and waits until the watchdogs have diagnosed it and ended the job.
+  /// Returns only if they cannot, or if the watchdog is off.
+  void report_failure(const std::string& message);
 
-  /// The rank is about to abort the job with `code`; when it still lives after some seconds it is ended.
-  void aborting(ExitCode code);
+  /// Announces that the rank aborts the job with `code`. If its process still runs 10 s later, the watchdog ends it.
+  void notify_abort(ExitCode code);
 
  private:
   std::unique_ptr<WatchdogThread> thread_;

@@ -17,23 +17,23 @@ namespace nsa {
 
 namespace {
 
-constexpr std::int64_t s = ns_a_second;
-constexpr std::int64_t lost_grace = 3 * s;  // the launcher usually ends the job before
-constexpr std::int64_t second_hub_waits = 3 * s;
-constexpr std::int64_t alone_waits = 8 * s;  // a rank that no hub tells anything
-constexpr std::int64_t end_waits = 3 * s;    // for the others' reports
-constexpr std::int64_t abort_waits = 10 * s;
-constexpr std::int64_t pause = 5 * s;  // a thread that wakes so late was stopped with its process
-static_assert(lost_grace + alone_waits + s < failure_ends_job_within);
+constexpr std::int64_t second = ns_per_second;
+constexpr std::int64_t lost_rank_grace = 3 * second;       // the launcher usually ends the job earlier
+constexpr std::int64_t second_monitor_delay = 3 * second;  // the monitor of rank 0 speaks first
+constexpr std::int64_t self_diagnosis_delay = 8 * second;  // of a connected rank: a monitor would act earlier
+constexpr std::int64_t report_timeout = 3 * second;        // for the reports of the other ranks
+constexpr std::int64_t abort_timeout = 10 * second;
+constexpr std::int64_t max_wakeup_delay = 5 * second;  // a thread that wakes up later was stopped with its process
+static_assert(lost_rank_grace + self_diagnosis_delay + second < failure_timeout);
 
 }  // namespace
 
 WatchdogThread::WatchdogThread(double deadline) {
-  shared_.deadline = static_cast<std::int64_t>(deadline * s);
-  news_ = true;
-  alone_.host = own_place().host;
-  if (pipe2(wake_.data(), O_NONBLOCK | O_CLOEXEC) != 0) throw InternalError("pipe2 failed");
-  sigset_t all, before;  // signals are for the threads that have handlers in mind
+  pending_settings_.deadline = static_cast<std::int64_t>(deadline * second);
+  has_update_ = true;
+  own_status_.host = host_name();
+  if (pipe2(wake_pipe_.data(), O_NONBLOCK | O_CLOEXEC) != 0) throw InternalError("pipe2 failed");
+  sigset_t all, before;  // the watchdog thread blocks all signals: the handlers run in the other threads
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   thread_ = std::thread([this] { run(); });
@@ -41,181 +41,188 @@ WatchdogThread::WatchdogThread(double deadline) {
 }
 
 WatchdogThread::~WatchdogThread() {
-  change([](WatchSettings& settings, WatchJob&) { settings.leaving = true; });
+  update([](WatchdogSettings& settings, WatchdogJob&) { settings.leaving = true; });
   thread_.join();
-  for (const int end_of_pipe : wake_) ::close(end_of_pipe);
+  for (const int pipe_end : wake_pipe_) ::close(pipe_end);
 }
 
-void WatchdogThread::wake_up() { (void)!::write(wake_[1], "!", 1); }
+void WatchdogThread::wake_up() { (void)!::write(wake_pipe_[1], "!", 1); }
 
-std::int64_t WatchdogThread::beat_every() const { return std::clamp(set_.deadline / 10, s / 10, s); }
-WatchTimes WatchdogThread::times() const { return {set_.deadline, 0, 7 * beat_every() / 2, lost_grace}; }
+std::int64_t WatchdogThread::heartbeat_interval() const {
+  return std::clamp(settings_.deadline / 10, second / 10, second);
+}
+Timeouts WatchdogThread::timeouts() const {
+  return {settings_.deadline, 0, 7 * heartbeat_interval() / 2, lost_rank_grace};
+}
 
 void WatchdogThread::run() {
   for (std::int64_t before = coarse_now();;) {
-    wait(next_beat_ - before);
+    wait(next_heartbeat_ - before);
     const std::int64_t now = coarse_now();
-    if (now - before > s + pause) go_on_after_stop(now);
+    if (now - before > second + max_wakeup_delay) resume_after_stop(now);
     before = now;
-    take_news();
-    listen(now);
-    if (set_.leaving) return leave();
-    if (set_.abort_at > 0 && now - set_.abort_at > abort_waits) _exit(static_cast<int>(set_.abort_code));
-    if (now < next_beat_) continue;
-    next_beat_ = now + beat_every();
-    tell(now);
-    if (set_.deadline == 0 || set_.abort_at > 0) continue;
-    if (job_.hub) judge_all(now);
-    judge_alone(now);
+    apply_updates();
+    receive_messages(now);
+    if (settings_.leaving) return send_goodbye();
+    if (settings_.abort_at > 0 && now - settings_.abort_at > abort_timeout)
+      _exit(static_cast<int>(settings_.abort_code));
+    if (now < next_heartbeat_) continue;
+    next_heartbeat_ = now + heartbeat_interval();
+    send_heartbeat(now);
+    if (settings_.deadline == 0 || settings_.abort_at > 0) continue;
+    if (job_.monitor) diagnose_job(now);
+    diagnose_self(now);
   }
 }
 
 void WatchdogThread::wait(std::int64_t ns) {
-  std::vector<pollfd> list{{wake_[0], POLLIN, 0}};
-  if (job_.hub) job_.hub->add_waiting(list);
-  for (const Link& link : job_.hubs) list.push_back(link.waiting());
+  std::vector<pollfd> entries{{wake_pipe_[0], POLLIN, 0}};
+  if (job_.monitor) job_.monitor->append_poll_entries(entries);
+  for (const Connection& connection : job_.connections) entries.push_back(connection.poll_entry());
   const std::int64_t milliseconds = std::clamp<std::int64_t>(ns / 1'000'000 + 1, 1, 1000);
-  poll(list.data(), list.size(), static_cast<int>(milliseconds));
+  poll(entries.data(), entries.size(), static_cast<int>(milliseconds));
   char drain[64];
-  while (::read(wake_[0], drain, sizeof drain) > 0) {
+  while (::read(wake_pipe_[0], drain, sizeof drain) > 0) {
   }
 }
 
-// Whoever stopped the whole job did not hang it: ages count from here.
-void WatchdogThread::go_on_after_stop(std::int64_t now) {
-  resumed_ = now;
-  if (!job_.hub) return;
-  for (RankView& view : job_.hub->views()) view.heard = std::max(view.heard, now);
+// A job that was stopped as a whole did not hang: ages count from the moment it continues.
+void WatchdogThread::resume_after_stop(std::int64_t now) {
+  resumed_at_ = now;
+  if (!job_.monitor) return;
+  for (RankStatus& status : job_.monitor->ranks()) status.received_at = std::max(status.received_at, now);
 }
 
-void WatchdogThread::take_news() {
+void WatchdogThread::apply_updates() {
   const std::lock_guard guard(lock_);
-  if (!std::exchange(news_, false)) return;
-  set_ = shared_;
-  next_beat_ = 0;
-  if (!arrived_.places.empty()) {
-    job_.rank = alone_.rank = arrived_.rank;
-    job_.places = std::exchange(arrived_.places, {});
-    job_.hub = std::move(arrived_.hub);
-    told_index_ = 0;
+  if (!std::exchange(has_update_, false)) return;
+  settings_ = pending_settings_;
+  next_heartbeat_ = 0;
+  if (!pending_job_.processes.empty()) {
+    job_.rank = own_status_.rank = pending_job_.rank;
+    job_.processes = std::exchange(pending_job_.processes, {});
+    job_.monitor = std::move(pending_job_.monitor);
+    last_sent_ = 0;
   }
-  if (!arrived_.hubs.empty()) told_index_ = 0;  // a new listener has heard nothing yet
-  for (Link& link : arrived_.hubs) job_.hubs.push_back(std::move(link));
-  arrived_.hubs.clear();
-  if (set_.all_joined && job_.hub) job_.hub->stop_accepting();
+  if (!pending_job_.connections.empty()) last_sent_ = 0;  // a new connection has received nothing yet
+  for (Connection& connection : pending_job_.connections) job_.connections.push_back(std::move(connection));
+  pending_job_.connections.clear();
+  if (settings_.all_joined && job_.monitor) job_.monitor->stop_accepting();
 }
 
-void WatchdogThread::listen(std::int64_t now) {
-  if (job_.hub) job_.hub->listen(now);
-  for (Link& link : job_.hubs) {
-    link.pump();
-    while (const auto message = link.next())
-      if (!message->empty() && kind_of(*message) == MessageKind::end) obey(read_end(*message), link);
+void WatchdogThread::receive_messages(std::int64_t now) {
+  if (job_.monitor) job_.monitor->progress(now);
+  for (Connection& connection : job_.connections) {
+    connection.progress();
+    while (const auto message = connection.next_message())
+      if (!message->empty() && type_of(*message) == MessageType::end_job) follow(decode_end_job(*message), connection);
   }
-  std::erase_if(job_.hubs, [](const Link& link) { return !link.open(); });
+  std::erase_if(job_.connections, [](const Connection& connection) { return !connection.is_open(); });
 }
 
-void WatchdogThread::tell(std::int64_t now) {
-  std::vector<OperationRecord> recent = recent_operations(told_index_ > 0 ? told_index_ - 1 : 0);
-  if (!recent.empty()) told_index_ = recent.back().index;
-  if (!recent.empty() && recent.back().end == 0) recent.back().begin = std::max(recent.back().begin, resumed_);
-  RankView& view = own_view();
-  view.take(recent);
-  view.told = view.heard = now;
-  view.place = current_activity();
-  view.device = set_.device;
-  if (view.failure.empty() && !set_.failure.empty()) view.failure = set_.failure, view.changed = now;
-  const std::string message = beat_message(view, recent);
-  for (Link& link : job_.hubs)
-    if (!link.has_output()) link.send(message);  // a hub that reads nothing gets no more
+void WatchdogThread::send_heartbeat(std::int64_t now) {
+  std::vector<OperationRecord> recent = recent_operations(last_sent_ > 0 ? last_sent_ - 1 : 0);
+  if (!recent.empty()) last_sent_ = recent.back().index;
+  if (!recent.empty() && recent.back().end == 0) recent.back().begin = std::max(recent.back().begin, resumed_at_);
+  RankStatus& status = own_status();
+  status.merge_operations(recent);
+  status.sent_at = status.received_at = now;
+  status.location = current_activity();
+  status.device = settings_.device;
+  if (status.failure.empty() && !settings_.failure.empty()) status.failure = settings_.failure, status.failed_at = now;
+  const std::string message = encode_heartbeat(status, recent);
+  for (Connection& connection : job_.connections)
+    if (!connection.has_unsent()) connection.send(message);  // a monitor that does not read gets no more
 }
 
-void WatchdogThread::leave() {
-  for (Link& link : job_.hubs) link.send(bye_message());
+void WatchdogThread::send_goodbye() {
+  for (Connection& connection : job_.connections) connection.send(encode_goodbye());
 }
 
-// --- the end
-
-// The second hub leaves it to the first for a while: one of them speaks.
-void WatchdogThread::judge_all(std::int64_t now) {
-  const auto verdict = judge(job_.hub->views(), now, times(), compared_);
-  if (!verdict) return;
-  if (suspected_ == 0) suspected_ = now;
-  if (job_.rank == 0 || now - suspected_ > second_hub_waits) end_job(*verdict);
+// The second monitor waits for the first: one of them prints the message.
+void WatchdogThread::diagnose_job(std::int64_t now) {
+  const auto diagnosis = diagnose(job_.monitor->ranks(), now, timeouts(), last_compared_);
+  if (!diagnosis) return;
+  if (diagnosed_at_ == 0) diagnosed_at_ = now;
+  if (job_.rank == 0 || now - diagnosed_at_ > second_monitor_delay) end_job(*diagnosis);
 }
 
-// What this rank knows of itself. A hub that lives would have decided by now.
-void WatchdogThread::judge_alone(std::int64_t now) {
-  const bool connected = !job_.hubs.empty() || job_.hub;
-  WatchTimes t = times();
-  t.patience = connected ? alone_waits : 0;
-  t.grace = connected ? lost_grace + alone_waits : 0;
-  std::uint64_t nothing_compared = 0;
-  if (const auto verdict = judge({own_view()}, now, t, nothing_compared)) end_job(*verdict);
+// Diagnoses from this rank's own operations. A connected rank waits longer, so that a monitor that runs acts first.
+void WatchdogThread::diagnose_self(std::int64_t now) {
+  const bool connected = !job_.connections.empty() || job_.monitor;
+  Timeouts later = timeouts();
+  later.deadline_margin = connected ? self_diagnosis_delay : 0;
+  later.grace_period = connected ? lost_rank_grace + self_diagnosis_delay : 0;
+  std::uint64_t last_compared = 0;
+  if (const auto diagnosis = diagnose({own_status()}, now, later, last_compared)) end_job(*diagnosis);
 }
 
-void WatchdogThread::end_job(const Verdict& verdict) {
-  if (job_.hub) job_.hub->tell_all(end_message(verdict));
-  signal_ranks(verdict.silent, SIGCONT);
-  std::string text = "nsa: error: " + verdict.message;
-  if (!set_.path.empty()) text += fmt::format("; last operations: {}.rank*.ops.json", set_.path);
-  run_beside([text, path = set_.path, rank = job_.rank, json = own_json(verdict.message)] {
+void WatchdogThread::end_job(const HangDiagnosis& diagnosis) {
+  if (job_.monitor) job_.monitor->send_to_all(encode_end_job(diagnosis));
+  signal_ranks(diagnosis.silent_ranks, SIGCONT);
+  std::string text = "nsa: error: " + diagnosis.message;
+  if (!settings_.result_path.empty())
+    text += fmt::format("; last operations: {}.rank*.ops.json", settings_.result_path);
+  run_detached([text, path = settings_.result_path, rank = job_.rank, json = own_operations_json(diagnosis.message)] {
     write_to_stderr(text + "\n");
     save_operations(path, rank, json);
   });
-  for (const std::int64_t until = coarse_now() + end_waits;
-       job_.hub && job_.hub->hears_anyone() && coarse_now() < until;) {
-    wait(s / 10);
-    job_.hub->listen(coarse_now());
+  for (const std::int64_t until = coarse_now() + report_timeout;
+       job_.monitor && job_.monitor->has_running_ranks() && coarse_now() < until;) {
+    wait(second / 10);
+    job_.monitor->progress(coarse_now());
   }
-  save_for_others(verdict.message);
-  std::vector<int> stuck = verdict.silent;  // whoever has said goodbye ends by itself, with the right code
+  save_remote_operations(diagnosis.message);
+  std::vector<int> stuck = diagnosis.silent_ranks;  // a rank that sent goodbye ends by itself, with its own exit code
   std::erase_if(stuck, [&](int r) {
-    return job_.hub && job_.hub->views()[static_cast<std::size_t>(r)].state == RankView::State::left;
+    return job_.monitor && job_.monitor->ranks()[static_cast<std::size_t>(r)].state == RankStatus::State::finished;
   });
   signal_ranks(stuck, SIGKILL);
   _exit(static_cast<int>(ExitCode::communication));
 }
 
-void WatchdogThread::obey(const Verdict& verdict, Link& judge) {
-  signal_ranks(verdict.silent, SIGCONT);
-  run_beside(
-      [path = set_.path, rank = job_.rank, json = own_json(verdict.message)] { save_operations(path, rank, json); });
-  leave();
-  // The one that judged goes first: the launcher may end all at the first that goes, and it has to say why.
-  for (const std::int64_t until = coarse_now() + end_waits + s; judge.open() && coarse_now() < until;) {
-    wait_readable(judge, 0.1);
-    judge.pump();
+void WatchdogThread::follow(const HangDiagnosis& diagnosis, Connection& monitor) {
+  signal_ranks(diagnosis.silent_ranks, SIGCONT);
+  run_detached([path = settings_.result_path, rank = job_.rank, json = own_operations_json(diagnosis.message)] {
+    save_operations(path, rank, json);
+  });
+  send_goodbye();
+  // The monitor that made the diagnosis ends first: the launcher may end all ranks when the first one ends, and that
+  // rank has to print the reason.
+  for (const std::int64_t until = coarse_now() + report_timeout + second; monitor.is_open() && coarse_now() < until;) {
+    wait_readable(monitor, 0.1);
+    monitor.progress();
   }
-  if (signal_ranks(verdict.silent, 0)) usleep(500'000);  // it ends by itself if it can
-  signal_ranks(verdict.silent, SIGKILL);
+  if (signal_ranks(diagnosis.silent_ranks, 0)) usleep(500'000);  // time to end by themselves
+  signal_ranks(diagnosis.silent_ranks, SIGKILL);
   _exit(static_cast<int>(ExitCode::communication));
 }
 
-std::string WatchdogThread::own_json(const std::string& verdict) {
-  RankView view = own_view();
-  view.take(recent_operations());
-  return operations_json(view, coarse_now(), verdict);
+std::string WatchdogThread::own_operations_json(const std::string& diagnosis) {
+  RankStatus status = own_status();
+  status.merge_operations(recent_operations());
+  return operations_json(status, coarse_now(), diagnosis);
 }
 
-// What those that cannot report have told before.
-void WatchdogThread::save_for_others(const std::string& verdict) {
-  if (!job_.hub) return;
-  std::vector<std::pair<int, std::string>> list;
-  for (const RankView& view : job_.hub->views())
-    if (view.rank != job_.rank && view.state != RankView::State::left)
-      list.emplace_back(view.rank, operations_json(view, view.told + coarse_now() - view.heard, verdict));
-  run_beside([path = set_.path, list] {
-    for (const auto& [rank, json] : list) save_operations(path, rank, json);
+// Dumps what the ranks that cannot write their own reports had sent before.
+void WatchdogThread::save_remote_operations(const std::string& diagnosis) {
+  if (!job_.monitor) return;
+  std::vector<std::pair<int, std::string>> dumps;
+  for (const RankStatus& status : job_.monitor->ranks())
+    if (status.rank != job_.rank && status.state != RankStatus::State::finished)
+      dumps.emplace_back(status.rank,
+                         operations_json(status, status.sent_at + coarse_now() - status.received_at, diagnosis));
+  run_detached([path = settings_.result_path, dumps] {
+    for (const auto& [rank, json] : dumps) save_operations(path, rank, json);
   });
 }
 
-// Those of this machine. Whether any was there.
-bool WatchdogThread::signal_ranks(const std::vector<int>& ranks, int which) const {
+// Signals those of the ranks that run on this machine. Returns whether there was any.
+bool WatchdogThread::signal_ranks(const std::vector<int>& ranks, int signal_number) const {
   bool any = false;
   for (const int r : ranks)
-    if (r >= 0 && r < std::ssize(job_.places) && r != job_.rank)
-      any |= signal_process(job_.places[static_cast<std::size_t>(r)], which);
+    if (r >= 0 && r < std::ssize(job_.processes) && r != job_.rank)
+      any |= signal_process(job_.processes[static_cast<std::size_t>(r)], signal_number);
   return any;
 }
 

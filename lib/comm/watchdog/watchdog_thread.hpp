@@ -1,5 +1,5 @@
 #pragma once
-// The thread of a rank that watches it, and what it is told. See watchdog/watchdog.hpp.
+// The watchdog thread of a rank, its settings and its view of the job. See watchdog/watchdog.hpp.
 
 #include <array>
 #include <cstdint>
@@ -16,42 +16,43 @@
 
 namespace nsa {
 
-constexpr std::int64_t ns_a_second = 1'000'000'000;
+constexpr std::int64_t ns_per_second = 1'000'000'000;
 /// ns from a rank's failure until the watchdogs have ended the job, if they can.
-constexpr std::int64_t failure_ends_job_within = 21 * ns_a_second;
+constexpr std::int64_t failure_timeout = 21 * ns_per_second;
 
-/// What the rank has told its watchdog; times in ns.
-struct WatchSettings {
+/// Set by the other threads of the rank. Times in ns.
+struct WatchdogSettings {
   std::int64_t deadline = 0;
-  std::string path, device, failure;
+  std::string result_path, device, failure;
   bool leaving = false, all_joined = false;
-  std::int64_t abort_at = 0;
+  std::int64_t abort_at = 0;  ///< when the rank announced its abort; 0: it did not
   ExitCode abort_code = ExitCode::communication;
 };
 
 /// The job as the watchdog knows it.
-struct WatchJob {
+struct WatchdogJob {
   int rank = 0;
-  std::vector<Place> places;  ///< of all ranks; empty until they have joined
-  std::unique_ptr<Hub> hub;   ///< where the rank is one
-  std::vector<Link> hubs;     ///< its connections to the others
+  std::vector<ProcessId> processes;     ///< by rank; empty until join()
+  std::unique_ptr<Monitor> monitor;     ///< on the first and the last rank
+  std::vector<Connection> connections;  ///< to the monitors of other ranks
 };
 
 class WatchdogThread {
  public:
   explicit WatchdogThread(double deadline);
-  /// Leaves in order.
+  /// Sends goodbye to the monitors and joins the thread.
   ~WatchdogThread();
   WatchdogThread(const WatchdogThread&) = delete;
   WatchdogThread& operator=(const WatchdogThread&) = delete;
 
-  /// Any thread: `apply(settings, arrived)`; what has arrived is added to what the thread knows of its job.
+  /// Calls `apply(settings, job)` under the lock and wakes the thread. The thread then takes the settings, and adds to
+  /// its job what `apply` has put into this one. May be called by any thread.
   template <class Change>
-  void change(Change&& apply) {
+  void update(Change&& apply) {
     {
       const std::lock_guard guard(lock_);
-      apply(shared_, arrived_);
-      news_ = true;
+      apply(pending_settings_, pending_job_);
+      has_update_ = true;
     }
     wake_up();
   }
@@ -60,38 +61,38 @@ class WatchdogThread {
   void wake_up();
   void run();
   void wait(std::int64_t ns);
-  void go_on_after_stop(std::int64_t now);
-  void take_news();
-  void listen(std::int64_t now);
-  void tell(std::int64_t now);
-  void leave();
-  void judge_all(std::int64_t now);
-  void judge_alone(std::int64_t now);
-  [[noreturn]] void end_job(const Verdict& verdict);
-  [[noreturn]] void obey(const Verdict& verdict, Link& judge);
-  void save_for_others(const std::string& verdict);
-  bool signal_ranks(const std::vector<int>& ranks, int which) const;
-  std::string own_json(const std::string& verdict);
-  RankView& own_view() { return job_.hub ? job_.hub->own_view() : alone_; }
-  std::int64_t beat_every() const;
-  WatchTimes times() const;
+  void resume_after_stop(std::int64_t now);
+  void apply_updates();
+  void receive_messages(std::int64_t now);
+  void send_heartbeat(std::int64_t now);
+  void send_goodbye();
+  void diagnose_job(std::int64_t now);
+  void diagnose_self(std::int64_t now);
+  [[noreturn]] void end_job(const HangDiagnosis& diagnosis);
+  [[noreturn]] void follow(const HangDiagnosis& diagnosis, Connection& monitor);
+  void save_remote_operations(const std::string& diagnosis);
+  bool signal_ranks(const std::vector<int>& ranks, int signal_number) const;
+  std::string own_operations_json(const std::string& diagnosis);
+  RankStatus& own_status() { return job_.monitor ? job_.monitor->own_status() : own_status_; }
+  std::int64_t heartbeat_interval() const;
+  Timeouts timeouts() const;
 
-  std::mutex lock_;  // of the next three
-  WatchSettings shared_;
-  WatchJob arrived_;
-  bool news_ = false;
-  std::array<int, 2> wake_{-1, -1};  // a pipe
+  std::mutex lock_;  // guards the next three
+  WatchdogSettings pending_settings_;
+  WatchdogJob pending_job_;
+  bool has_update_ = false;
+  std::array<int, 2> wake_pipe_{-1, -1};
 
-  // The thread's own.
-  WatchSettings set_;
-  WatchJob job_;
-  RankView alone_;  // of this rank, where it is no hub
-  std::uint64_t told_index_ = 0, compared_ = 0;
-  std::int64_t next_beat_ = 0;
-  std::int64_t resumed_ = 0;    // when this process last went on after a stop
-  std::int64_t suspected_ = 0;  // when the second hub first saw a reason to end the job
+  // Used by the watchdog thread alone.
+  WatchdogSettings settings_;
+  WatchdogJob job_;
+  RankStatus own_status_;                            // on a rank without a monitor
+  std::uint64_t last_sent_ = 0, last_compared_ = 0;  // index of an operation; number of a collective
+  std::int64_t next_heartbeat_ = 0;
+  std::int64_t resumed_at_ = 0;    // when this process last continued after a stop
+  std::int64_t diagnosed_at_ = 0;  // when this monitor first diagnosed a reason to end the job; 0: it has not
 
-  std::thread thread_;  // last: it uses all of the above
+  std::thread thread_;  // the last member: it uses all of the above
 };
 
 }  // namespace nsa

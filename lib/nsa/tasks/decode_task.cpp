@@ -86,7 +86,7 @@ StepOutput record_pass(const Session& session, ModelShard& e, DecodeRunner& deco
   std::string problem;
   decode.restore();
   for (std::int64_t step = 0; step < e.config.run.steps; ++step) {
-    if (session.stop->now_and_then()) throw Interrupted();
+    if (session.stop->check_periodically()) throw Interrupted();
     decode.load(step, options);
     decode.step(options, untimed);
     const StepContext ctx = decode.last_layer(options);
@@ -184,7 +184,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
       WholeStep whole(e, decode, timer, run);
       decode.restore();
       for (std::int64_t step = 0; step < config.run.steps; ++step) {
-        if (session.stop->now_and_then()) return false;
+        if (session.stop->check_periodically()) return false;
         decode.load(step, run.options);
         e.device().synchronize(e.streams.compute);
         fault::flip("cache.k", e.device(), e.caches[0].sel.k_memory.data(), e.caches[0].sel.k_memory.bytes(),

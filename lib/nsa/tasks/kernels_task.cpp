@@ -129,7 +129,7 @@ MemoryAccount run_kernels(const Session& session, const Config& config, const Po
   const std::int64_t count = std::ssize(choices), reps = config.run.steps;
   std::vector<double> seconds(static_cast<std::size_t>(count * reps));
   for (std::int64_t rep = 0; rep < reps; ++rep) {
-    if (session.stop->now_and_then()) throw Interrupted();
+    if (session.stop->check_periodically()) throw Interrupted();
     world.barrier();
     for (std::int64_t i = 0; i < count; ++i) {
       const std::int64_t turn = (i + rep) % count;  // the order rotates, and turns round every other time

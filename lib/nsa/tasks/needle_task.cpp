@@ -123,7 +123,7 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
   samples.modes = {"total"};
   samples.times.emplace_back();
   for (std::size_t i = 0; i < config.needle.depths.size(); ++i) {
-    if (session.stop->now_and_then()) throw Interrupted();
+    if (session.stop->check_periodically()) throw Interrupted();
     const double depth = config.needle.depths[i];
     const Needle needle = make_needle(e, source, q, std::llround(depth * static_cast<double>(point.context - 1)));
     for (const Branch branch : kv_column_order) {

@@ -128,7 +128,7 @@ MemoryAccount run_prefill(const Session& session, const Config& config, const Po
       const bool same_step = run.options.leave_out < 0 && run.options.force_branch == base.force_branch;
       std::string problem;
       for (std::int64_t rep = 0; rep < config.run.steps; ++rep) {
-        if (session.stop->now_and_then()) return false;
+        if (session.stop->check_periodically()) return false;
         if (config.model.layers > 1) prefill.load_rows(source);  // the residual stream was written over
         sink(timer.step([&] { prefill.run(timer, run.options); }));
         progress(std::min(passes += 1 / steps, all), all, run.name);
