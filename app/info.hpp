@@ -5,7 +5,7 @@
 
 namespace nsa {
 
-/// The build, its libraries and the devices it sees here. No MPI launch.
+/// Prints the build, its libraries and the devices of this machine. Needs no MPI launch.
 void print_info(std::ostream& out);
 
 }  // namespace nsa

@@ -99,7 +99,7 @@ Earlier take_up(const Config& config, const Session& session, const std::vector<
   check_same_run(path, before, run, make_partition(config, session.world.size(), 0));
   std::vector<std::string> fingerprints;
   for (const Point& point : points) fingerprints.push_back(fingerprint(session, config, point));
-  run = continued(before.run, std::move(run));
+  run = resumed_record(before.run, std::move(run));
   const bool ended = before.run.status == "complete";
   std::vector<PointRecord> finished = finished_points(path, std::move(before), fingerprints);
   return {true, ended && finished.size() == points.size(), std::move(finished)};

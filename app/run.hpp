@@ -13,22 +13,22 @@ namespace nsa {
 struct RunOptions {
   std::string input;                   ///< path of the TOML
   std::vector<std::string> overrides;  ///< "section.key=value"
-  std::string output, csv;             ///< empty: what the input says
+  std::string output, csv;             ///< empty: the value of the input
   std::string json;                    ///< empty: none
   std::string max_time;                ///< stops after it; empty: no limit
-  bool resume = false;                 ///< goes on with the result file where there is one
+  bool resume = false;                 ///< resumes from the result file where it exists
   bool strict = false;                 ///< a fallback is an error
-  std::optional<double> deadline;      ///< seconds; empty: what the input says
+  std::optional<double> deadline;      ///< seconds; empty: the value of the input
   std::string argv;                    ///< the whole command line, for the result file
 };
 
-/// Runs every point on all ranks; rank 0 prints and writes. Collective. Throws UserError on every rank alike. On
-/// SIGUSR1, SIGTERM, SIGINT and at the end of max_time it stops at the next place that all ranks pass, seals what is
-/// whole and returns ExitCode::interrupted.
+/// Runs every point on all ranks; rank 0 prints and writes. Collective. Throws the same UserError on every rank. After
+/// SIGUSR1, SIGTERM, SIGINT or max_time it stops at the next step boundary that all ranks reach, seals the points that
+/// are complete and returns ExitCode::interrupted.
 ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& options);
 
-/// Prints the plan for `ranks` ranks (0: what the input's heads and kv say, 1 where they are "auto") and touches
-/// nothing. No MPI.
+/// Prints the plan for `ranks` ranks (0: heads * kv of the input, each 1 where it is "auto") and writes no file. Needs
+/// no MPI.
 void dry_run(const RunOptions& options, int ranks);
 
 }  // namespace nsa

@@ -240,7 +240,7 @@ bool attend_at_once(StepContext& w) {
     works = false;  // the stages one by one do the same, and fall back where they must
     return false;
   }
-  for (const Branch b : {cmp, sel, win}) w.engine.routes.of(w.phase, b).note("step");
+  for (const Branch b : {cmp, sel, win}) w.engine.routes.of(w.phase, b).record_kernel("step");
   flip("kernel.combine", w, w.buffers.o);
   return true;
 }
@@ -257,7 +257,7 @@ void open_shard(StepContext& w) {
   fault::refuse_launch("attend.shard", w.engine.device(), w.engine.streams.compute);
   w.engine.kernels().sharded->open(shard_args(w), w.engine.streams.compute);
   w.opened = true;
-  for (const Branch b : {cmp, win}) w.engine.routes.of(w.phase, b).note("shard");
+  for (const Branch b : {cmp, win}) w.engine.routes.of(w.phase, b).record_kernel("shard");
 }
 void weigh_shard(StepContext& w, Stream* stream) { w.engine.kernels().sharded->weigh(shard_args(w), stream); }
 
