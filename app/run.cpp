@@ -34,8 +34,8 @@ namespace {
 std::string read_text(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::ostringstream text;
-  std::error_code none;
-  const bool opened = file.is_open() && !std::filesystem::is_directory(path, none);
+  std::error_code ignored;
+  const bool opened = file.is_open() && !std::filesystem::is_directory(path, ignored);
   if (opened) text << file.rdbuf();
   if (!opened || file.bad())
     throw UserError("cannot read " + path + " (" + (file.is_open() ? "not a file" : std::strerror(errno)) +
@@ -52,24 +52,25 @@ Config configure(const std::string& text, const RunOptions& options) {
   return config;
 }
 
-/// A CSV or JSON is small and comes last: what would stop it is found out first. `taken`: files of this run.
+/// Checks before the run that a CSV or JSON file can be written at its end. `taken`: other files of this run.
 void check_side_file(const std::string& path, const char* option, const std::string& input,
                      const std::vector<std::string>& taken) {
   if (path.empty()) return;
   const std::filesystem::path parent = std::filesystem::absolute(path).parent_path();
-  std::error_code none;
+  std::error_code ignored;
   const char* why = nullptr;
-  if (!std::filesystem::is_directory(parent, none)) {
+  if (!std::filesystem::is_directory(parent, ignored)) {
     why = "no such folder";
-  } else if (std::filesystem::is_directory(path, none)) {
+  } else if (std::filesystem::is_directory(path, ignored)) {
     why = "it is a folder";
-  } else if (access(std::filesystem::exists(path, none) ? path.c_str() : parent.c_str(), W_OK) != 0) {
+  } else if (access(std::filesystem::exists(path, ignored) ? path.c_str() : parent.c_str(), W_OK) != 0) {
     why = std::strerror(errno);
   }
-  if (std::filesystem::exists(path, none) && !std::filesystem::is_regular_file(path, none)) why = "not a plain file";
-  if (std::filesystem::equivalent(path, input, none)) why = "it is the input";
+  if (std::filesystem::exists(path, ignored) && !std::filesystem::is_regular_file(path, ignored))
+    why = "not a plain file";
+  if (std::filesystem::equivalent(path, input, ignored)) why = "it is the input";
   for (const std::string& other : taken)
-    if (std::filesystem::weakly_canonical(path, none) == std::filesystem::weakly_canonical(other, none))
+    if (std::filesystem::weakly_canonical(path, ignored) == std::filesystem::weakly_canonical(other, ignored))
       why = other == taken.front() ? "it is the result file" : "it is the CSV";
   if (why)
     throw UserError(std::string("cannot write ") + path + " (" + why + "); choose another " + option, ExitCode::file);
@@ -84,17 +85,18 @@ void write_side_file(const std::string& path, const char* option, const std::str
                     ExitCode::file);
 }
 
-/// What an earlier run left in the result file.
-struct Earlier {
+/// The content of the result file before this run.
+struct EarlierResult {
   bool file = false, complete = false;
   std::vector<PointRecord> points;  ///< finished
 };
 
-/// With --resume and a file: checks that this run may go on with it, and makes `run` its continuation. On rank 0.
-Earlier take_up(const Config& config, const Session& session, const std::vector<Point>& points, RunRecord& run) {
+/// With --resume and an existing file: checks that this run may resume it, and makes `run` its continuation. On rank 0.
+EarlierResult read_earlier_result(const Config& config, const Session& session, const std::vector<Point>& points,
+                                  RunRecord& run) {
   const std::string& path = config.output.file;
-  std::error_code none;
-  if (!std::filesystem::exists(path, none)) return {};
+  std::error_code ignored;
+  if (!std::filesystem::exists(path, ignored)) return {};
   ResultFile before = read_result(path);
   check_same_run(path, before, run, make_partition(config, session.world.size(), 0));
   std::vector<std::string> fingerprints;
@@ -105,15 +107,16 @@ Earlier take_up(const Config& config, const Session& session, const std::vector<
   return {true, ended && finished.size() == points.size(), std::move(finished)};
 }
 
-/// What rank 0 shows and writes while the points run, and at the end.
+/// Prints and writes the results on rank 0, during the run and at its end.
 class Output {
  public:
-  Output(const Config& config, const RunOptions& options, const RunRecord& run, int ranks, Earlier earlier)
+  Output(const Config& config, const RunOptions& options, const RunRecord& run, int ranks, EarlierResult earlier)
       : config_(config), json_(options.json) {
     if (!earlier.complete)
       writer_.emplace(config.output.file, run, planned_result_bytes(config, ranks), options.resume);
     for (const std::int64_t batch : config.run.batch) columns_.batch |= batch != 1;
     for (const std::int32_t branch : config.run.force_branch) columns_.forced |= branch >= 0;
+    columns_.nsa_vibe = !config.output.csv.empty();
     if (const std::string note = oversubscribed(run); !note.empty()) std::cout << "note: " << note << "\n";
     if (earlier.file)
       std::cout << config.output.file << (earlier.complete ? " is complete: " : ": going on after ")
@@ -129,7 +132,7 @@ class Output {
 
   void add(PointRecord record) {
     writer_->seal(record);
-    record.tensors.clear();  // they may be large and are in the file now
+    record.tensors.clear();  // they may be large, and the file holds them
     show(std::move(record));
   }
 
@@ -142,7 +145,7 @@ class Output {
     if (!points_.empty())
       std::cout << "result: " << config_.output.file << (config_.output.csv.empty() ? "" : ", " + config_.output.csv)
                 << (json ? ", " + json_ : "") << "\n";
-    print_figures(std::cout, points_, interrupted);
+    print_metrics(std::cout, points_, interrupted);
     std::cout.flush();
   }
 
@@ -156,13 +159,13 @@ class Output {
 
   const Config& config_;
   std::string json_;
-  std::optional<ResultWriter> writer_;  ///< none where the file is complete
+  std::optional<ResultWriter> writer_;  ///< empty where the file is complete
   TableColumns columns_;
   ProgressLine progress_;
   std::vector<PointRecord> points_;
 };
 
-/// Runs the points that are not `finished`. Whether all were run; if not, the run was asked to stop.
+/// Runs the points that are not `finished`. Returns false where the run was asked to stop before the last one.
 bool run_points(const Session& session, const Config& config, const std::vector<Point>& points,
                 const std::string& finished, Output* output) {
   for (std::size_t i = 0; i < points.size(); ++i) {
@@ -186,6 +189,46 @@ bool run_points(const Session& session, const Config& config, const std::vector<
   return true;
 }
 
+/// The input as every rank has it.
+struct Setup {
+  std::string text;  ///< the TOML
+  Config config;
+  double max_time = no_limit;  ///< seconds
+};
+
+/// Rank 0 reads the input; every rank parses and validates it. Collective.
+Setup read_setup(const ControlComm& world, const RunOptions& options) {
+  Setup setup;
+  agreed(world, [&] {
+    if (world.rank() == 0) setup.text = read_text(options.input);
+  });
+  setup.text = world.broadcast(setup.text);
+  const std::string routes = world.broadcast(route_environment_text());
+  agreed(world, [&] {
+    setup.config = configure(setup.text, options);
+    route_environment();
+    if (route_environment_text() != routes)
+      throw UserError("this rank's environment holds " + route_environment_text() + "(rank 0's: " + routes +
+                      "); set the same on all ranks");
+    setup.max_time = parse_duration(options.max_time);
+    factorise(setup.config, world.size());  // before anything is opened
+  });
+  return setup;
+}
+
+/// Writes the end of the run on rank 0; `all`: every point was run. Returns the number of invalid points.
+std::int64_t finish_output(Output& output, RunRecord& run, bool all, std::size_t points) {
+  std::string interrupted;
+  if (!all) {
+    const auto finished = [](const PointRecord& point) { return point.stop_reason != "interrupted"; };
+    run.status = "interrupted";
+    interrupted = fmt::format("{} of {} points are finished; go on with --resume",
+                              std::ranges::count_if(output.points(), finished), points);
+  }
+  output.finish(run, interrupted);
+  return std::ranges::count_if(output.points(), [](const PointRecord& point) { return !point.valid; });
+}
+
 }  // namespace
 
 ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& options) {
@@ -193,32 +236,18 @@ ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& opt
   catch_stop_signals();
   const bool first = world.rank() == 0;
   fault::at("run.start");
-  std::string text;
-  agreed(world, [&] {
-    if (first) text = read_text(options.input);
-  });
-  text = world.broadcast(text);
-  const std::string routes = world.broadcast(route_environment_text());
-  Config config;
-  double max_time = no_limit;
-  agreed(world, [&] {
-    config = configure(text, options);
-    route_environment();
-    if (route_environment_text() != routes)
-      throw UserError("this rank's environment holds " + route_environment_text() + "(rank 0's: " + routes +
-                      "); set the same on all ranks");
-    max_time = parse_duration(options.max_time);
-    factorise(config, world.size());  // before anything is opened
-  });
+  const Setup setup = read_setup(world, options);
+  const Config& config = setup.config;
   const Cores cores = cores_of_rank(world);
   choose_host_threads(cores);
   watchdog.set(config.run.deadline, config.output.file);
 
-  Session session = open_session(config, world, [=] { return asked_to_stop(start, max_time); });
+  Session session =
+      open_session(config, world, [start, limit = setup.max_time] { return asked_to_stop(start, limit); });
   session.strict = options.strict;
   if (const int index = session.backend.device->info().index; index >= 0)
     watchdog.set_device("GPU " + std::to_string(index));
-  RunRecord run = describe_run(session, config, text, options.argv);
+  RunRecord run = describe_run(session, config, setup.text, options.argv);
   describe_threads(world, cores, run);
   run.git_commit = build::git_commit;
   run.compiler = build::compiler;
@@ -229,10 +258,11 @@ ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& opt
     if (!first) return;
     check_side_file(config.output.csv, "--csv", options.input, {config.output.file});
     check_side_file(options.json, "--json", options.input, {config.output.file, config.output.csv});
-    std::error_code none;
-    if (!options.json.empty()) std::filesystem::remove(options.json, none);  // it tells of a run that has ended
-    Earlier earlier;
-    if (options.resume) earlier = take_up(config, session, points, run);
+    std::error_code ignored;
+    if (!options.json.empty())
+      std::filesystem::remove(options.json, ignored);  // the file exists only after a finished run
+    EarlierResult earlier;
+    if (options.resume) earlier = read_earlier_result(config, session, points, run);
     for (const PointRecord& point : earlier.points) finished[static_cast<std::size_t>(point.index)] = 'x';
     output = std::make_unique<Output>(config, options, run, world.size(), std::move(earlier));
   });
@@ -242,16 +272,7 @@ ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& opt
   close_run(session, run);
   std::int64_t invalid = 0;
   agreed(world, [&] {
-    if (!first) return;
-    std::string interrupted;
-    if (!all) {
-      const auto whole = [](const PointRecord& point) { return point.stop_reason != "interrupted"; };
-      run.status = "interrupted";
-      interrupted = fmt::format("{} of {} points are finished; go on with --resume",
-                                std::ranges::count_if(output->points(), whole), points.size());
-    }
-    output->finish(run, interrupted);
-    for (const PointRecord& point : output->points()) invalid += !point.valid;
+    if (first) invalid = finish_output(*output, run, all, points.size());
   });
   if (!all) return ExitCode::interrupted;
   return world.max(invalid) > 0 ? ExitCode::invalid_result : ExitCode::ok;
