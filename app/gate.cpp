@@ -20,7 +20,7 @@ int exit_code_of(Verdict verdict) {
   return verdict == Verdict::proceed ? 0 : verdict == Verdict::stay ? stay : inconclusive;
 }
 
-/// A CSV is recognised by its name, unless the content is HDF5.
+/// Whether the name ends in .csv and the content is not HDF5.
 bool is_csv(const std::string& path) {
   std::array<char, 4> begin{};
   std::ifstream(path, std::ios::binary).read(begin.data(), begin.size());

@@ -15,6 +15,7 @@
 #include "app/run.hpp"
 #include "comm/watchdog/watchdog.hpp"
 #include "nsa/config/config.hpp"
+#include "nsa/config/reference.hpp"
 #include "nsa/report/diff.hpp"
 #include "nsa/routing/router.hpp"
 
@@ -40,7 +41,7 @@ Exit codes: 0 ok, 2 input or usage, 3 result invalid (diff: results differ), 4 c
 struct CommandLine {
   nsa::RunOptions run;
   bool dry_run = false;
-  bool routes = false;
+  bool routes = false, keys = false;
   int ranks = 0;
   nsa::GateOptions gate;
   std::vector<std::string> reported;
@@ -89,6 +90,7 @@ void describe(CLI::App& app, CommandLine& line) {
 
   CLI::App* info = app.add_subcommand("info", "What this build is made of and the devices it sees");
   info->add_flag("--routes", line.routes, "which implementations would run here instead, and why; needs no GPU");
+  info->add_flag("--keys", line.keys, "the keys of an input and the environment variables instead (docs/INPUT.md)");
 }
 
 // The message for a wrong command line. CLI11 reports a misspelt command as a missing one; this names it.
@@ -191,6 +193,8 @@ int main(int argc, char** argv) {
     return run_local([&] {
       if (line.routes)
         nsa::print_routes(std::cout);
+      else if (line.keys)
+        nsa::print_input_reference(std::cout);
       else
         nsa::print_info(std::cout);
       return nsa::ExitCode::ok;

@@ -9,8 +9,8 @@
 
 namespace nsa {
 
-/// What `nsa run` printed of these result files, each below what it ran on. invalid_result where a point of any is
-/// INVALID. Throws UserError for files that cannot be read. No MPI launch.
+/// Prints of each file the device it ran on, then what `nsa run` printed. Returns invalid_result where any point is
+/// INVALID. Throws UserError for files that cannot be read. Needs no MPI launch.
 ExitCode report_results(std::ostream& out, const std::vector<std::string>& paths);
 
 }  // namespace nsa

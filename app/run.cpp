@@ -99,7 +99,7 @@ Earlier resume_from(const Config& config, const Session& session, const std::vec
   check_same_run(path, before, run, make_partition(config, session.world.size(), 0));
   std::vector<std::string> fingerprints;
   for (const Point& point : points) fingerprints.push_back(fingerprint(session, config, point));
-  run = continued(before.run, std::move(run));
+  run = resumed_record(before.run, std::move(run));
   const bool complete = before.run.status == "complete";
   std::vector<PointRecord> finished = finished_points(path, std::move(before), fingerprints);
   return {true, complete && finished.size() == points.size(), std::move(finished)};
@@ -114,6 +114,7 @@ class Output {
       writer_.emplace(config.output.file, run, planned_result_bytes(config, ranks), options.resume);
     for (const std::int64_t batch : config.run.batch) columns_.batch |= batch != 1;
     for (const std::int32_t branch : config.run.force_branch) columns_.forced |= branch >= 0;
+    columns_.nsa_vibe = !config.output.csv.empty();
     if (const std::string note = oversubscribed(run); !note.empty()) std::cout << "note: " << note << "\n";
     if (earlier.file)
       std::cout << config.output.file << (earlier.complete ? " is complete: " : ": going on after ")
@@ -142,7 +143,7 @@ class Output {
     if (!points_.empty())
       std::cout << "result: " << config_.output.file << (config_.output.csv.empty() ? "" : ", " + config_.output.csv)
                 << (json ? ", " + json_ : "") << "\n";
-    print_figures(std::cout, points_, interrupted);
+    print_metrics(std::cout, points_, interrupted);
     std::cout.flush();
   }
 

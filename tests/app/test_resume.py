@@ -14,6 +14,8 @@ import h5py
 from harness import BINARY, HANG, MPIEXEC, SMALL, AppTest
 from same_result import differences
 
+DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
+
 OK, USAGE, FILE, INTERRUPTED = 0, 2, 6, 75
 
 # Prefills, so that a point is many short repetitions: a quarter of a second each, and the same samples in every run.
@@ -272,6 +274,35 @@ class Resuming(ResumeTest):
         self.assertEqual(self.attributes("result.h5")[0]["status"], "running")
         self.assert_ok(self.nsa("run", "in.toml", "--resume", ranks=2))
         self.assert_as_undisturbed()
+
+    def test_a_file_of_an_earlier_version_is_resumed_where_only_program_and_machine_differ(self):
+        """data/stopped_run.h5 is of commit 082e9f80b750 and holds one of two points. Only the same program on the same kind
+        of machine may resume it (test_earlier_files.py has the refusal): here the file gets the facts of this one."""
+        for name in ("stopped_run.toml", "stopped_run.h5"):
+            shutil.copy(os.path.join(DATA, name), self.folder)
+        self.assert_ok(self.nsa("run", "stopped_run.toml", "--output", "here.h5"))
+        with h5py.File(self.path("stopped_run.h5"), "r+") as file, h5py.File(self.path("here.h5")) as here:
+            same_device = file["system/cpu"][0] == here["system/cpu"][0]
+            for name in ("git_commit", "compiler"):
+                file.attrs[name] = here.attrs[name]
+            for name in ("cpu", "gpu", "driver", "cuda", "nccl", "mpi"):
+                file[f"system/{name}"][0] = here[f"system/{name}"][0]
+            if not same_device:
+                file["points/0000"].attrs["fingerprint"] = here["points/0000"].attrs["fingerprint"]
+        shutil.copy(self.path("stopped_run.h5"), self.path("before.h5"))
+        done = self.assert_ok(self.nsa("run", "stopped_run.toml", "--resume"))
+        self.assertIn("stopped_run.h5: going on after 1 points", done.out)
+        self.assertEqual(done.out.splitlines()[-1], "RESULT: VALID")
+        root, points = self.attributes("stopped_run.h5")
+        self.assertEqual((root["status"], root["resumed"], len(points)), ("complete", 1, 2))
+        for name in ("before.h5", "stopped_run.h5"):  # the point of before is untouched
+            with h5py.File(self.path(name), "r+") as file:
+                for group in [group for group in file["points"] if group != "0000"]:
+                    del file["points"][group]
+        found = differences(self.path("before.h5"), self.path("stopped_run.h5"))
+        self.assertEqual([line for line in found if "points" in line], [])
+        with h5py.File(self.path("before.h5")) as before, h5py.File(self.path("stopped_run.h5")) as after:
+            self.assertEqual(before["points/0000/time"][()].tobytes(), after["points/0000/time"][()].tobytes())
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ TEST_CASE("an unknown key names the nearest known one", "[config]") {
         "in.toml:4:1: unknown key run.contxt; did you mean context in [run]?");
   has(parse_error(decode + "[model]\nn_sel = 8\n"), "did you mean n_sel in [nsa]?");
   has(parse_error(decode + "[modle]\ndim = 8\n"), "in.toml:3:2: unknown section [modle]; did you mean [model]?");
-  has(parse_error("dim = 8\n" + decode), "in.toml:1:1: dim stands outside a section; did you mean model.dim?");
+  has(parse_error("dim = 8\n" + decode), "in.toml:1:1: dim is outside a section; did you mean model.dim?");
   has(parse_error("model = 8\n" + decode), "in.toml:1:1: model is a section (found a value); write [model]");
 }
 

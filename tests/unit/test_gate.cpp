@@ -205,9 +205,9 @@ TEST_CASE("gate: stages and ablation on opposite sides leave the share open", "[
   CHECK(contains(v.why, "the stages say 40.0%, leaving selection out saves 10.0%: on opposite sides of 25%"));
 }
 
-TEST_CASE("gate: what the two accounts of a step differ by, and why", "[gate]") {
+TEST_CASE("gate: by how much the two costs of a step differ, and why", "[gate]") {
   DeviceVerdict v = verdict({40, 80, 40}, {});  // the stages add up to 100 us, the step takes 80
-  const std::vector<Account>& a = v.contexts[0].accounts;
+  const std::vector<CostBreakdown>& a = v.contexts[0].costs;
   REQUIRE(a.size() == 4);
   CHECK(a[0].name == "step");
   CHECK(a[0].stages.value == Approx(100e-6));
@@ -224,7 +224,7 @@ TEST_CASE("gate: what the two accounts of a step differ by, and why", "[gate]") 
                  "* step (stages timed one by one neither overlap nor share a launch, and may wait for theirs): first "
                  "minus second +20.0 us at 1024"));
   CHECK(contains(page.str(),
-                 "selection's share by one account and by the other: 10.0 to 10.0 points apart, on one side "
+                 "selection's share by its stages and by leaving it out: 10.0 to 10.0 points apart, on one side "
                  "of 25% at 1 of 1 contexts"));
   CHECK(page.str().find("nsa-vibe's way") == std::string::npos);
 }

@@ -48,8 +48,8 @@ std::string printed(Print&& print) {
   return out.str();
 }
 
-std::string figures(const std::vector<PointRecord>& points) {
-  return printed([&](std::ostream& out) { print_figures(out, points); });
+std::string metrics(const std::vector<PointRecord>& points) {
+  return printed([&](std::ostream& out) { print_metrics(out, points); });
 }
 
 bool has(const std::string& text, const std::string& part) {
@@ -87,7 +87,7 @@ TEST_CASE("selection's share counts ranking and attending", "[report]") {
 }
 
 TEST_CASE("reads are those of the last step, for one sequence and group", "[report]") {
-  const ReadFigures reads = last_reads(a_point());
+  const ReadCounts reads = last_reads(a_point());
   CHECK(reads.counted == 329);
   CHECK(reads.expected == 329);
   CHECK(reads.nsa_vibe == 1193);
@@ -117,7 +117,7 @@ TEST_CASE("what exchanges went through is said where it might have been somethin
   has(notes({"peer memory"}), "\nsmall exchanges went through peer memory\n");
   has(notes({"", "NCCL"}), "\nsmall exchanges went through NCCL\n");
   has(notes({"peer memory", "NCCL", "peer memory"}), "\nsmall exchanges went through NCCL, peer memory\n");
-  for (const char* exchange : {"", "MPI"}) CHECK(notes({exchange}).find("exchanges") == std::string::npos);
+  for (const char* exchange : {"", "MPI"}) CHECK(notes({exchange}).find("went through") == std::string::npos);
 }
 
 TEST_CASE("the share of the copy rate takes the busiest rank, without what peers sent", "[report]") {
@@ -145,8 +145,14 @@ TEST_CASE("the table has a line a point, and columns only where a point needs th
   PointRecord p = a_point();
   std::string text = printed([&](std::ostream& out) { print_points(out, {p}); });
   has(text,
-      " context    total      cmp     rank      sel      win     comm    other  share           reads nsa-vibe\n"
-      "     128  50.0 us  8.00 us  10.0 us  12.0 us  14.0 us  20.0 us  46.0 us  20.0%         329/329     1193\n");
+      " context    total      cmp     rank      sel      win     comm    other  share           reads\n"
+      "     128  50.0 us  8.00 us  10.0 us  12.0 us  14.0 us  20.0 us  46.0 us  20.0%         329/329\n"
+      "total: ");
+  for (const char* column : {"cmp: compressed attention", "rank: block scoring and top-n", "sel: selected attention",
+                             "win: window attention", "comm: exchanges among ranks", "other: ", "share: ", "reads: "})
+    has(text, column);
+  CHECK(text.find("nsa-vibe") == std::string::npos);
+  CHECK(text.find("batch: ") == std::string::npos);
   p.parameters[2].second = std::int64_t{4};
   p.parameters[3].second = "sel";
   p.valid = false;
@@ -154,6 +160,16 @@ TEST_CASE("the table has a line a point, and columns only where a point needs th
   has(text, " context  batch forced    total");
   has(text, "     128      4    sel  50.0 us");
   has(text, "  INVALID\n");
+  has(text, "batch: sequences\nforced: the branch whose gate is 1");
+}
+
+TEST_CASE("nsa-vibe's formula is in the table of a run that writes a CSV", "[report]") {
+  PointRecord p = a_point();
+  p.parameters.emplace_back("output.csv", "decode.csv");
+  const std::string text = printed([&](std::ostream& out) { print_points(out, {p}); });
+  has(text, "  share           reads nsa-vibe\n");
+  has(text, "  20.0%         329/329     1193\n");
+  has(text, "\nnsa-vibe: tokens by the formula of that project");
 }
 
 TEST_CASE("what was not measured shows as a dash", "[report]") {
@@ -161,16 +177,15 @@ TEST_CASE("what was not measured shows as a dash", "[report]") {
   p.time = {};
   p.reads = {};
   const std::string text = printed([&](std::ostream& out) { print_points(out, {p}); });
-  has(text,
-      "     128        -        -        -        -        -        -        -      -             -/-        -\n");
+  has(text, "     128        -        -        -        -        -        -        -      -             -/-\n");
 }
 
-TEST_CASE("figures have stable names, and the verdict comes last", "[report]") {
+TEST_CASE("metrics have stable names, and the result comes last", "[report]") {
   PointRecord p = a_point();
   p.max_abs_err = 1.5e-7;
   p.memory.kinds = {"weights", "total"};
   p.memory.measured_peak = {1, 2, 3'000'000, 4'000'000};
-  CHECK(figures({p}) ==
+  CHECK(metrics({p}) ==
         "FOM decode_time_context_128 = 50.000 us\n"
         "FOM decode_rate_context_128 = 20000.0 tokens/s\n"
         "FOM decode_selection_share_context_128 = 20.00 %\n"
@@ -181,14 +196,14 @@ TEST_CASE("figures have stable names, and the verdict comes last", "[report]") {
   p.parameters[3].second = "sel";
   p.valid = false;
   p.reason = "reads differ";
-  has(figures({a_point(), p}), "FOM decode_rate_context_128_batch_4_force_sel = 80000.0 tokens/s\n");
-  has(figures({a_point(), p}), "\nRESULT: INVALID (context_128_batch_4_force_sel: reads differ)\n");
+  has(metrics({a_point(), p}), "FOM decode_rate_context_128_batch_4_force_sel = 80000.0 tokens/s\n");
+  has(metrics({a_point(), p}), "\nRESULT: INVALID (context_128_batch_4_force_sel: reads differ)\n");
 }
 
-TEST_CASE("a prefill's figures count its whole context, and nsa-vibe has no formula for it", "[report]") {
+TEST_CASE("a prefill's metrics count its whole context, and nsa-vibe has no formula for it", "[report]") {
   PointRecord p = a_point();
   p.parameters[0].second = "prefill";
-  has(figures({p}), "FOM prefill_time_context_128 = 0.050 ms\nFOM prefill_rate_context_128 = 2560000.0 tokens/s\n");
+  has(metrics({p}), "FOM prefill_time_context_128 = 0.050 ms\nFOM prefill_rate_context_128 = 2560000.0 tokens/s\n");
   has(to_csv({p}), "\n128,0.050000,0.008000,0.022000,0.014000,329,329,,,\n");
 }
 
@@ -198,7 +213,7 @@ TEST_CASE("needles: a line a depth, and how many were found", "[report]") {
   p.needle = {{"depth", {0, 0.5}}, {"position", {0, 64}}, {"block", {0, 1}}, {"found", {1, 0}}, {"abs_err", {0, 2.5}}};
   const std::string text = printed([&](std::ostream& out) { print_needles(out, {p}); });
   has(text, "   0.000          0        0    yes   0.00e+00\n   0.500         64        1     no   2.50e+00\n");
-  has(figures({p}), "FOM needle_found_context_128 = 50.00 %\n");
+  has(metrics({p}), "FOM needle_found_context_128 = 50.00 %\n");
 }
 
 TEST_CASE("the CSV has nsa-vibe's columns, then its formula", "[report]") {

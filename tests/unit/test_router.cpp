@@ -60,7 +60,7 @@ const QueryTile tile{0, 1, 1, nullptr, 100};
 
 }  // namespace
 
-TEST_CASE("the table: each answer has its reason") {
+TEST_CASE("the table: each choose_route has its reason") {
   for (const Branch branch : {cmp, sel, win}) {
     CHECK(default_route(cuda(90, branch, 1024)).name == "fused");
     for (const std::int64_t length : {1, 1024, 1 << 20}) CHECK(default_route(cuda(89, branch, length)).name == "sdpa");
@@ -75,30 +75,31 @@ TEST_CASE("the table: each answer has its reason") {
 TEST_CASE("environment over [route] over [runtime] over the table") {
   const RouteKey q = cuda(90, sel, 1024);
   RouteEnvironment environment;
-  CHECK(answer(q, with(""), environment).name == "fused");
-  CHECK(answer(q, with("[runtime]\nsel_triton_min_L = 4096\n"), environment).name == "sdpa");
-  CHECK(answer(q, with("[runtime]\nsel_triton_min_L = 4096\n[route]\nsel = \"fused\"\n"), environment).name == "fused");
+  CHECK(choose_route(q, with(""), environment).name == "fused");
+  CHECK(choose_route(q, with("[runtime]\nsel_triton_min_L = 4096\n"), environment).name == "sdpa");
+  CHECK(choose_route(q, with("[runtime]\nsel_triton_min_L = 4096\n[route]\nsel = \"fused\"\n"), environment).name ==
+        "fused");
   environment.implementation[sel] = "masked";
-  const RouteChoice masked = answer(q, with("[route]\nsel = \"sdpa\"\n"), environment);
+  const RouteChoice masked = choose_route(q, with("[route]\nsel = \"sdpa\"\n"), environment);
   CHECK(masked.name == "masked");
   CHECK(masked.reason == "asked for by NSA_ROUTE_SEL");
   environment.implementation[sel] = "auto";
-  CHECK(answer(q, with("[route]\nsel = \"sdpa\"\n"), environment).name == "fused");
+  CHECK(choose_route(q, with("[route]\nsel = \"sdpa\"\n"), environment).name == "fused");
 }
 
 TEST_CASE("the thresholds count K/V rows that a query attends") {
   const RouteEnvironment none_set;
   const Config at_1024 = with("[runtime]\nsel_triton_min_L = 1024\nfa2_min_len_win = 512\nfa2_min_len_cmp = 32\n");
-  CHECK(answer(cuda(90, sel, 1023), at_1024, none_set).name == "sdpa");
-  CHECK(answer(cuda(90, sel, 1024), at_1024, none_set).name == "fused");
-  CHECK(answer(cuda(90, win, 511), at_1024, none_set).name == "fused");
-  CHECK(answer(cuda(90, win, 512), at_1024, none_set).name == "flash");
-  CHECK(answer(cuda(90, cmp, 31), at_1024, none_set).name == "fused");
-  CHECK(answer(cuda(90, cmp, 32), at_1024, none_set).name == "flash");
+  CHECK(choose_route(cuda(90, sel, 1023), at_1024, none_set).name == "sdpa");
+  CHECK(choose_route(cuda(90, sel, 1024), at_1024, none_set).name == "fused");
+  CHECK(choose_route(cuda(90, win, 511), at_1024, none_set).name == "fused");
+  CHECK(choose_route(cuda(90, win, 512), at_1024, none_set).name == "flash");
+  CHECK(choose_route(cuda(90, cmp, 31), at_1024, none_set).name == "fused");
+  CHECK(choose_route(cuda(90, cmp, 32), at_1024, none_set).name == "flash");
   const Config theirs = with("[runtime]\nsel_triton_min_L = 4096\nfa2_min_len_win = 999999\nfa2_min_len_cmp = -1\n");
-  CHECK(answer(cuda(90, sel, 1024), theirs, none_set).name == "sdpa");  // n = 16 blocks of 64: never reached
-  CHECK(answer(cuda(90, win, 512), theirs, none_set).name == "fused");
-  CHECK(answer(cuda(90, cmp, 65536), theirs, none_set).name == "fused");
+  CHECK(choose_route(cuda(90, sel, 1024), theirs, none_set).name == "sdpa");  // n = 16 blocks of 64: never reached
+  CHECK(choose_route(cuda(90, win, 512), theirs, none_set).name == "fused");
+  CHECK(choose_route(cuda(90, cmp, 65536), theirs, none_set).name == "fused");
 
   const BlockRules paper;
   CHECK(attended_rows(paper, sel, 65536) == 1024);
@@ -110,18 +111,19 @@ TEST_CASE("the thresholds count K/V rows that a query attends") {
 TEST_CASE("a guard holds unless it is forced, and then says so") {
   RouteEnvironment environment;
   const Config fused = with("[route]\nsel = \"fused\"\n"), flash = with("[runtime]\nfa2_min_len_win = 1\n");
-  const std::string message = refusal([&] { answer(cuda(89, sel, 1024), fused, environment); });
+  const std::string message = refusal([&] { choose_route(cuda(89, sel, 1024), fused, environment); });
   CHECK(message.find("route.sel = \"fused\" (custom kernels are off on compute capability 8.9") == 0);
   CHECK(message.find("; set NSA_FORCE=1") != std::string::npos);
-  CHECK(answer(cuda(89, sel, 1024), with("[route]\nsel = \"masked\"\n"), environment).name == "masked");
-  const RouteChoice held = answer(cuda(89, win, 512), flash, environment);  // nobody asked by name: no error
+  CHECK(choose_route(cuda(89, sel, 1024), with("[route]\nsel = \"masked\"\n"), environment).name == "masked");
+  const RouteChoice held = choose_route(cuda(89, win, 512), flash, environment);  // nobody asked by name: no error
   CHECK(held.name == "sdpa");
   CHECK(held.reason.find("8.9") != std::string::npos);
   environment.implementation[win] = "flash";
-  CHECK(refusal([&] { answer(cuda(89, win, 512), with(""), environment); }).find("NSA_ROUTE_WIN = \"flash\"") == 0);
+  CHECK(refusal([&] { choose_route(cuda(89, win, 512), with(""), environment); }).find("NSA_ROUTE_WIN = \"flash\"") ==
+        0);
   environment.force = true;
-  CHECK(answer(cuda(89, win, 512), with(""), environment).reason.find("forced") != std::string::npos);
-  CHECK(answer(cuda(89, sel, 1024), fused, environment).name == "fused");
+  CHECK(choose_route(cuda(89, win, 512), with(""), environment).reason.find("forced") != std::string::npos);
+  CHECK(choose_route(cuda(89, sel, 1024), fused, environment).name == "fused");
 }
 
 TEST_CASE("the environment is read, and what it may not hold is named") {

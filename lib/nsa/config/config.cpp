@@ -1,4 +1,4 @@
-// Config to text: the points of a sweep, their parameters, and TOML.
+// The points of a sweep, their parameters, and a config as TOML.
 
 #include "nsa/config/config.hpp"
 
@@ -12,8 +12,8 @@ namespace {
 
 using Value = decltype(Parameter::second);
 
-Value value_of(bool value, Any) { return std::int64_t{value}; }
-Value value_of(const std::string& value, Any) { return value; }
+Value value_of(bool value, AnyValue) { return std::int64_t{value}; }
+Value value_of(const std::string& value, AnyValue) { return value; }
 Value value_of(std::int64_t value, Range) { return value; }
 Value value_of(double value, RealRange) { return value; }
 Value value_of(std::int64_t value, AutoOr) { return value == 0 ? Value("auto") : Value(value); }
@@ -22,7 +22,7 @@ Value value_of(const T& value, const Choice<T> (&choices)[n]) {
   return name_of_choice(value, choices);
 }
 
-/// A double that reads back as the same double.
+/// The text of a double that parses back to the same double.
 std::string text_of(double value) {
   const std::string text = fmt::format("{}", value);
   return text.find_first_of(".einf") == std::string::npos ? text + ".0" : text;
@@ -43,7 +43,7 @@ template <class T, class Spec>
 std::string toml_of(const T& field, const Spec& spec) {
   return as_toml(value_of(field, spec));
 }
-std::string toml_of(bool field, Any) { return field ? "true" : "false"; }
+std::string toml_of(bool field, AnyValue) { return field ? "true" : "false"; }
 template <class T, class Spec>
 std::string toml_of(const std::vector<T>& field, const Spec& spec) {
   std::vector<std::string> list;
@@ -51,7 +51,7 @@ std::string toml_of(const std::vector<T>& field, const Spec& spec) {
   return fmt::format("[{}]", fmt::join(list, ", "));
 }
 
-/// A swept key is its one value at a point; the other lists (modes, depths) stand as text: "branches,total".
+/// At a point a swept key has one value. Other lists (modes, depths) become text: "branches,total".
 template <class T, class Spec>
 Value value_of(const std::vector<T>& field, const Spec& spec) {
   if (field.size() == 1 && !std::is_same_v<T, double>) return value_of(field[0], spec);
@@ -60,15 +60,11 @@ Value value_of(const std::vector<T>& field, const Spec& spec) {
   return fmt::format("{}", fmt::join(list, ","));
 }
 
-}  // namespace
-
-namespace {
-
 std::vector<Point> kernel_sweep(const Config& config) {
   const KernelsConfig& k = config.kernels;
   std::vector<Point> points;
   for (const std::int32_t branch : k.branch)
-    for (const Spans spans : branch == sel ? k.spans : std::vector{k.spans.front()})  // only selection has them
+    for (const Spans spans : branch == sel ? k.spans : std::vector{k.spans.front()})  // other branches have none
       for (const std::int64_t head_size : k.head_size)
         for (const std::int64_t heads : k.heads)
           for (const std::int64_t blocks : branch == sel ? k.blocks : std::vector{k.blocks.front()})

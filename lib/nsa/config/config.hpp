@@ -1,5 +1,6 @@
 #pragma once
-// The input of a run: one TOML file, everything defaulted but [task] kind. Units: tokens, seconds, bytes.
+// The input of a run: one TOML file; every key but task.kind has a default. docs/INPUT.md describes every key. Units:
+// tokens, seconds, bytes.
 
 #include <cstdint>
 #include <map>
@@ -17,7 +18,7 @@ enum class TaskKind { decode, prefill, kernels, needle };
 enum class Scope { layer, attention };        ///< attention: q, k, v and gates are given
 enum class CacheFill { prefill, synthetic };  ///< synthetic: caches filled directly
 enum class BackendChoice { automatic, host, cuda };
-enum class Spans { contiguous, mixed, scattered };  ///< how a row's selected blocks lie
+enum class Spans { contiguous, mixed, scattered };  ///< positions of a row's selected blocks
 enum class Mode { branches, total, ablation, one_hot };
 
 struct ModelConfig {
@@ -32,13 +33,13 @@ struct RunConfig {
   BackendChoice backend = BackendChoice::automatic;
   std::vector<std::int64_t> context = {128, 256, 512, 1024};  ///< swept
   std::vector<std::int64_t> batch = {1};                      ///< swept
-  std::int64_t steps = 32;  ///< decode steps, warm-up among them; of prefill: repetitions
+  std::int64_t steps = 32;  ///< decode steps, or repetitions of a prefill; including the warm-up
   std::int64_t warmup = 8;
   std::vector<Mode> modes = {Mode::branches, Mode::total};
   std::vector<std::int32_t> force_branch = {-1};  ///< swept; -1 none, else a Branch
   std::int64_t seed = 1;
-  double min_time = 0.0;    ///< seconds a mode is measured at least, by repeating its steps
-  double deadline = 300.0;  ///< seconds that an operation between ranks or a wait for a device may take; 0: any
+  double min_time = 0.0;    ///< seconds that each mode measures at least, by repeating its steps
+  double deadline = 300.0;  ///< seconds that an operation between ranks or a wait for a device may take; 0: no limit
   bool check = true;
   Scope scope = Scope::layer;
   CacheFill fill = CacheFill::prefill;
@@ -53,8 +54,8 @@ struct RouteConfig {
   std::string implementation[branches] = {"auto", "auto", "auto"};
 };
 
-/// nsa-vibe's thresholds, in K/V rows that one query attends: from so many on `flash` for win and cmp, a custom kernel
-/// for sel. 0: auto, the device's table decides; -1: never.
+/// nsa-vibe's thresholds, in K/V rows that one query attends: from this length on `flash` runs for win and cmp, a
+/// custom kernel for sel. 0: auto, the default table decides; -1: never.
 struct RuntimeConfig {
   std::int64_t fa2_min_len_win = 0, fa2_min_len_cmp = 0, sel_triton_min_l = 0;
 };
@@ -63,12 +64,12 @@ struct NeedleConfig {
   std::vector<double> depths = {0.0, 0.25, 0.5, 0.75, 1.0};  ///< fraction of the context
 };
 
-struct KernelsConfig {  ///< kind = "kernels"; every list but the last is swept
+struct KernelsConfig {  ///< kind = "kernels"; every list but `implementations` is swept
   std::vector<std::int32_t> branch = {sel};
   std::vector<std::int64_t> rows = {256};      ///< query rows N at the end of the context; 0: every position of it
-  std::vector<std::int64_t> heads = {4};       ///< that share one K and V
+  std::vector<std::int64_t> heads = {4};       ///< query heads that share one K and V
   std::vector<std::int64_t> head_size = {64};  ///< Dk = Dv
-  std::vector<std::int64_t> blocks = {16};     ///< n, selected for each row
+  std::vector<std::int64_t> blocks = {16};     ///< n, selected blocks of each row
   std::vector<Spans> spans = {Spans::scattered};
   bool cold = true;  ///< no execution finds its K and V in a cache
   std::vector<std::string> implementations = {"fused", "sdpa", "sdpa_packed"};
@@ -80,7 +81,7 @@ struct OutputConfig {
   std::string csv;
 };
 
-/// Where a key was set. line 0: on the command line, `path` is then the whole "--set key=value".
+/// Where a key was set. line 0: on the command line; `path` is then the whole "--set key=value".
 struct SourcePosition {
   std::string path;
   std::int64_t line = 0, column = 0;
@@ -100,10 +101,11 @@ struct Config {
   KernelsConfig kernels;
   std::string input_file;
   OutputConfig output;
-  std::map<std::string, SourcePosition> origin;  ///< "model.d_k" -> where it was set; defaults are not in it
+  std::map<std::string, SourcePosition>
+      origin;  ///< "model.d_k" -> where it was set; without keys left at their default
 };
 
-/// What a point of kind = "kernels" measures.
+/// The shape that a point of kind = "kernels" measures.
 struct KernelShape {
   Branch branch = sel;
   std::int64_t rows = 0, heads = 1, head_size = 64, blocks = 1;
@@ -118,16 +120,16 @@ struct Point {
 };
 
 /// Reads `text` (named `path` in messages) after applying `overrides` ("section.key=value", TOML values).
-/// Throws UserError "path:line:column: ..." for a syntax error, an unknown key (naming the nearest known one)
-/// or a wrong type; several are listed at once. Does not check constraints.
+/// Throws UserError "path:line:column: ..." for a syntax error, unknown keys (the message names the nearest known one)
+/// and wrong types, all in one message. Does not check constraints.
 Config parse_config(std::string_view text, const std::string& path, const std::vector<std::string>& overrides);
 
-/// Throws UserError listing every violated constraint at once, each with its place in the input, key, value, rule.
+/// Throws one UserError that lists every violated constraint: position in the input, key, value, rule.
 void validate(const Config& config);
 
 std::vector<Point> sweep(const Config& config);
 
-/// A parameter of a run, as it stands on its points: "model.d_k" -> value. Stable order, every key.
+/// A parameter of a point as the result file holds it: "model.d_k" -> value. Stable order, every key.
 using Parameter = std::pair<std::string, std::variant<std::int64_t, double, std::string>>;
 std::vector<Parameter> parameters(const Config& config, const Point& point);
 

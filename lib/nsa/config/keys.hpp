@@ -1,6 +1,6 @@
 #pragma once
-// Every key of the input, once: its name, its field and what it may hold. Reading, unknown-key suggestions,
-// range checks, parameters and to_toml are visitors of this list.
+// The one list of the keys of the input: name, field, allowed values, unit and meaning. Parsing, suggestions for
+// unknown keys, range checks, parameters, to_toml and `nsa info --keys` are visitors of this list.
 
 #include <cstdint>
 #include <limits>
@@ -10,20 +10,20 @@
 
 namespace nsa {
 
-/// A word of the input and what it means.
+/// A name in the input and its value.
 template <class T>
 struct Choice {
   const char* name;
   T value;
 };
 
-struct Any {};  ///< bool, string: whatever it is
+struct AnyValue {};  ///< bool or string: every value is allowed
 
 struct Range {
   std::int64_t least = 1, most = std::numeric_limits<std::int32_t>::max();
 };
 
-struct AutoOr {  ///< "auto", stored as 0, or an integer
+struct AutoOr {  ///< "auto" (stored as 0), or an integer of the range but 0
   Range range;
 };
 
@@ -60,85 +60,148 @@ inline const Choice<std::string> sel_routes[] = {
     {"auto", "auto"}, {"sdpa", "sdpa"}, {"masked", "masked"}, {"fused", "fused"}};
 inline const Choice<std::string> win_routes[] = {
     {"auto", "auto"}, {"sdpa", "sdpa"}, {"masked", "masked"}, {"fused", "fused"}, {"flash", "flash"}};
-// No masked one: the compressed branch attends every token it has, so that sdpa is dense already.
+// Without "masked": the compressed branch attends every compressed token, so that its sdpa is dense already.
 inline const Choice<std::string> cmp_routes[] = {
     {"auto", "auto"}, {"sdpa", "sdpa"}, {"fused", "fused"}, {"flash", "flash"}};
 
-/// Calls visit("section.key", field, what it may hold) for every key, in the order of the input file. The upper
-/// bounds keep every index and byte count inside 64 bits and every per-row size inside 32.
+// The keys by section: visit("section.key", field, allowed values, unit, meaning). The upper bounds keep every index
+// and byte count within 64 bits and every per-row size within 32 bits.
+
+inline constexpr Range token_range{1, 1 << 30}, head_range{1, 4096}, head_size_range{1, 4096}, small_range{1, 65536},
+    step_range{1, 10'000'000};
+
 template <class ConfigOrConst, class Visitor>
-void visit_keys(ConfigOrConst& c, Visitor&& visit) {
-  constexpr std::int64_t million = 1'000'000;
-  constexpr Range tokens{1, 1 << 30}, heads{1, 4096}, head_size{1, 4096}, small{1, 65536};
-
-  visit("task.kind", c.kind, task_kinds);
-
-  visit("model.dim", c.model.dim, Range{1, 1 << 20});
-  visit("model.n_heads", c.model.n_heads, heads);
-  visit("model.n_kv_groups", c.model.n_kv_groups, heads);
-  visit("model.d_k", c.model.d_k, head_size);
-  visit("model.d_v", c.model.d_v, head_size);
-  visit("model.layers", c.model.layers, Range{1, 1024});
-  visit("model.precision", c.model.precision, precisions);
-  visit("model.gate", c.model.gate, gate_kinds);
-  visit("model.shared_kv", c.model.shared_kv, Any{});
-  visit("model.rope_base", c.model.rope_base, RealRange{1.0, 1e12});
-
-  visit("nsa.l", c.nsa.l, small);
-  visit("nsa.d", c.nsa.d, small);
-  visit("nsa.l_sel", c.nsa.l_sel, small);
-  visit("nsa.n_sel", c.nsa.n_sel, small);
-  visit("nsa.n_init", c.nsa.n_init, Range{0, 65536});
-  visit("nsa.n_local", c.nsa.n_local, Range{1, 65536});  // the query's own block is always chosen
-  visit("nsa.w", c.nsa.w, tokens);
-  visit("nsa.phi", c.phi, phi_kinds);
-  visit("nsa.phi_hidden", c.phi_hidden, Range{0, 65536});
-
-  visit("run.backend", c.run.backend, backend_choices);
-  visit("run.context", c.run.context, tokens);
-  visit("run.batch", c.run.batch, small);
-  visit("run.steps", c.run.steps, Range{1, 10 * million});
-  visit("run.warmup", c.run.warmup, Range{0, 10 * million});
-  visit("run.modes", c.run.modes, mode_names);
-  visit("run.force_branch", c.run.force_branch, forced_branches);
-  visit("run.seed", c.run.seed, Range{0, std::numeric_limits<std::int64_t>::max()});
-  visit("run.min_time", c.run.min_time, RealRange{0.0, 86400.0});
-  visit("run.deadline", c.run.deadline, RealRange{0.0, 86400.0});
-  visit("run.check", c.run.check, Any{});
-  visit("run.scope", c.run.scope, scopes);
-  visit("run.fill", c.run.fill, fills);
-
-  visit("parallel.heads", c.parallel.heads, AutoOr{heads});
-  visit("parallel.kv", c.parallel.kv, AutoOr{small});
-  visit("parallel.kv_chunk_blocks", c.parallel.kv_chunk_blocks, Range{1, million});
-
-  visit("route.cmp", c.route.implementation[cmp], cmp_routes);
-  visit("route.sel", c.route.implementation[sel], sel_routes);
-  visit("route.win", c.route.implementation[win], win_routes);
-
-  visit("runtime.fa2_min_len_win", c.runtime.fa2_min_len_win, AutoOr{{-1, 1 << 30}});
-  visit("runtime.fa2_min_len_cmp", c.runtime.fa2_min_len_cmp, AutoOr{{-1, 1 << 30}});
-  visit("runtime.sel_triton_min_L", c.runtime.sel_triton_min_l, AutoOr{{-1, 1 << 30}});
-
-  visit("needle.depths", c.needle.depths, RealRange{0.0, 1.0});
-
-  visit("kernels.branch", c.kernels.branch, branch_choices);
-  visit("kernels.rows", c.kernels.rows, Range{0, 1 << 24});
-  visit("kernels.heads", c.kernels.heads, heads);
-  visit("kernels.head_size", c.kernels.head_size, head_size);
-  visit("kernels.blocks", c.kernels.blocks, small);
-  visit("kernels.spans", c.kernels.spans, span_choices);
-  visit("kernels.cold", c.kernels.cold, Any{});
-  visit("kernels.implementations", c.kernels.implementations, implementation_choices);
-
-  visit("input.file", c.input_file, Any{});
-
-  visit("output.file", c.output.file, Any{});
-  visit("output.tensors", c.output.tensors, Any{});
-  visit("output.csv", c.output.csv, Any{});
+void visit_model_keys(ConfigOrConst& c, Visitor&& visit) {
+  visit("model.dim", c.model.dim, Range{1, 1 << 20}, "", "Width of the model: values of x and y for each token.");
+  visit("model.n_heads", c.model.n_heads, head_range, "heads", "Query heads, H.");
+  visit("model.n_kv_groups", c.model.n_kv_groups, head_range, "groups", "KV groups (KV heads), G; divides n_heads.");
+  visit("model.d_k", c.model.d_k, head_size_range, "", "Head size of q and K, Dk; even, because RoPE rotates pairs.");
+  visit("model.d_v", c.model.d_v, head_size_range, "", "Head size of V, Dv.");
+  visit("model.layers", c.model.layers, Range{1, 1024}, "layers", "Layers, all of the same shape.");
+  visit("model.precision", c.model.precision, precisions, "", "Storage type of weights, activations, K and V.");
+  visit("model.gate", c.model.gate, gate_kinds, "",
+        "Gates of the three branches: one softmax over them, or a sigmoid for each.");
+  visit("model.shared_kv", c.model.shared_kv, AnyValue{}, "", "All branches share one projection to K and one to V.");
+  visit("model.rope_base", c.model.rope_base, RealRange{1.0, 1e12}, "",
+        "Base of the rotary position embedding (RoPE).");
 }
 
-/// The word for a value.
+template <class ConfigOrConst, class Visitor>
+void visit_nsa_keys(ConfigOrConst& c, Visitor&& visit) {
+  visit("nsa.l", c.nsa.l, small_range, "tokens", "Length of a compression block, l; at most l_sel.");
+  visit("nsa.d", c.nsa.d, small_range, "tokens", "Stride of compression blocks, d; divides l and l_sel.");
+  visit("nsa.l_sel", c.nsa.l_sel, small_range, "tokens", "Length of a selection block, l'.");
+  visit("nsa.n_sel", c.nsa.n_sel, small_range, "blocks",
+        "Selected blocks of each query, n, including those that are always selected.");
+  visit("nsa.n_init", c.nsa.n_init, Range{0, 65536}, "blocks", "First blocks, which are always selected.");
+  visit("nsa.n_local", c.nsa.n_local, Range{1, 65536}, "blocks",
+        "Most recent blocks, which are always selected; the block of the query is one of them.");
+  visit("nsa.w", c.nsa.w, token_range, "tokens", "Length of the sliding window, w.");
+  visit("nsa.phi", c.phi, phi_kinds, "", "How a block is compressed to one token: by its mean, or by an MLP.");
+  visit("nsa.phi_hidden", c.phi_hidden, Range{0, 65536}, "", "Hidden width of the MLP; 0: 2 * d_k.");
+}
+
+template <class ConfigOrConst, class Visitor>
+void visit_run_keys(ConfigOrConst& c, Visitor&& visit) {
+  visit("run.backend", c.run.backend, backend_choices, "",
+        "Where the kernels run; auto: CUDA where the build has it and every rank has a GPU, else host.");
+  visit("run.context", c.run.context, token_range, "tokens",
+        "Tokens before the first decode step; for the other kinds, tokens of the sequence. Swept.");
+  visit("run.batch", c.run.batch, small_range, "sequences", "Sequences that run together. Swept.");
+  visit("run.steps", c.run.steps, step_range, "steps",
+        "Decode steps of each mode, or repetitions of a prefill or kernel; including the warm-up.");
+  visit("run.warmup", c.run.warmup, Range{0, step_range.most}, "steps",
+        "First steps of each mode, which no statistic uses; fewer than steps.");
+  visit(
+      "run.modes", c.run.modes, mode_names, "",
+      "What is timed: every stage (branches), the whole step (total), the step without one branch (ablation), the step "
+      "with the gates forced to one branch (one_hot).");
+  visit("run.force_branch", c.run.force_branch, forced_branches, "",
+        "The branch whose gate is 1 while the other gates are 0; none: gates as computed. Swept.");
+  visit("run.seed", c.run.seed, Range{0, std::numeric_limits<std::int64_t>::max()}, "",
+        "Seed of synthetic inputs and weights.");
+  visit("run.min_time", c.run.min_time, RealRange{0.0, 86400.0}, "s",
+        "Shortest time that each mode measures; its steps are repeated until then.");
+  visit("run.deadline", c.run.deadline, RealRange{0.0, 86400.0}, "s",
+        "Longest wait for other ranks or for a device before the job ends; 0: no limit.");
+  visit("run.check", c.run.check, AnyValue{}, "", "Recomputes sampled rows in float64 and compares them.");
+  visit("run.scope", c.run.scope, scopes, "",
+        "layer: the whole layer; attention: q, K, V and gates are given, and no projection runs.");
+  visit("run.fill", c.run.fill, fills, "",
+        "How decode gets its caches: by a prefill, or filled with synthetic values.");
+}
+
+template <class ConfigOrConst, class Visitor>
+void visit_parallel_and_route_keys(ConfigOrConst& c, Visitor&& visit) {
+  visit(
+      "parallel.heads", c.parallel.heads, AutoOr{head_range}, "shards",
+      "Shards of KV groups with their heads (tensor parallel); divides n_kv_groups. heads * kv is the number of ranks. "
+      "auto: ranks / kv; where kv is auto too, the greatest common divisor of ranks and n_kv_groups.");
+  visit("parallel.kv", c.parallel.kv, AutoOr{small_range}, "shards",
+        "Shards of each sequence (decode context parallel); auto: ranks / heads.");
+  visit("parallel.kv_chunk_blocks", c.parallel.kv_chunk_blocks, Range{1, 1'000'000}, "blocks",
+        "Selection blocks of a chunk; KV shards own chunks round-robin.");
+
+  visit("route.cmp", c.route.implementation[cmp], cmp_routes, "",
+        "Implementation of compressed attention; auto: the router chooses (ROUTES.md).");
+  visit("route.sel", c.route.implementation[sel], sel_routes, "",
+        "Implementation of selected attention; auto: the router chooses.");
+  visit("route.win", c.route.implementation[win], win_routes, "",
+        "Implementation of window attention; auto: the router chooses.");
+
+  visit("runtime.fa2_min_len_win", c.runtime.fa2_min_len_win, AutoOr{{-1, 1 << 30}}, "K/V rows of a query",
+        "Window attention runs as flash from this length on; auto: the default table decides; -1: never.");
+  visit("runtime.fa2_min_len_cmp", c.runtime.fa2_min_len_cmp, AutoOr{{-1, 1 << 30}}, "K/V rows of a query",
+        "Compressed attention runs as flash from this length on; auto: the default table decides; -1: never.");
+  visit("runtime.sel_triton_min_L", c.runtime.sel_triton_min_l, AutoOr{{-1, 1 << 30}}, "K/V rows of a query",
+        "Selected attention runs as sdpa below this length; auto: the default table decides; -1: at every length.");
+}
+
+template <class ConfigOrConst, class Visitor>
+void visit_kernels_keys(ConfigOrConst& c, Visitor&& visit) {
+  visit("kernels.branch", c.kernels.branch, branch_choices, "", "Branch of attention. Swept.");
+  visit("kernels.rows", c.kernels.rows, Range{0, 1 << 24}, "rows",
+        "Query rows at the end of the context, N; 0: all positions. Swept.");
+  visit("kernels.heads", c.kernels.heads, head_range, "heads", "Query heads that share one K and V, H. Swept.");
+  visit("kernels.head_size", c.kernels.head_size, head_size_range, "", "Head size, Dk = Dv. Swept.");
+  visit("kernels.blocks", c.kernels.blocks, small_range, "blocks", "Selected blocks of each row, n; only sel. Swept.");
+  visit("kernels.spans", c.kernels.spans, span_choices, "",
+        "Positions of a row's selected blocks: n neighbours (contiguous), n/2 neighbours and the rest drawn at random "
+        "(mixed), all drawn at random (scattered); only sel. Swept.");
+  visit("kernels.cold", c.kernels.cold, AnyValue{}, "", "No execution finds its K and V in a cache.");
+  visit("kernels.implementations", c.kernels.implementations, implementation_choices, "",
+        "Implementations that are measured (METRICS.md, \"Kernels beside one another\").");
+}
+
+/// Calls visit("section.key", field, allowed values, unit, meaning) for every key, in the order of the input file.
+template <class ConfigOrConst, class Visitor>
+void visit_documented_keys(ConfigOrConst& c, Visitor&& visit) {
+  visit(
+      "task.kind", c.kind, task_kinds, "",
+      "What the run does: decode steps, prefill, kernels of one branch measured side by side, or a search for planted "
+      "keys (needle). The only key without a default.");
+  visit_model_keys(c, visit);
+  visit_nsa_keys(c, visit);
+  visit_run_keys(c, visit);
+  visit_parallel_and_route_keys(c, visit);
+  visit("needle.depths", c.needle.depths, RealRange{0.0, 1.0}, "of the context", "Positions of the planted keys.");
+  visit_kernels_keys(c, visit);
+  visit("input.file", c.input_file, AnyValue{}, "",
+        "HDF5 file with x and weights (SCHEMA.md, \"Tensors\"); empty: synthetic values.");
+
+  visit("output.file", c.output.file, AnyValue{}, "", "Result file, HDF5 (SCHEMA.md).");
+  visit("output.tensors", c.output.tensors, AnyValue{}, "", "The result file also holds the tensors of the run.");
+  visit("output.csv", c.output.csv, AnyValue{}, "", "CSV file with the columns of nsa-vibe's benchmark; empty: none.");
+}
+
+/// Calls visit("section.key", field, allowed values) for every key.
+template <class ConfigOrConst, class Visitor>
+void visit_keys(ConfigOrConst& c, Visitor&& visit) {
+  visit_documented_keys(c, [&](const char* key, auto& field, const auto& spec, const char* /*unit*/,
+                               const char* /*meaning*/) { visit(key, field, spec); });
+}
+
+/// The name of a value in the input.
 template <class T, std::size_t n>
 std::string name_of_choice(const T& value, const Choice<T> (&choices)[n]) {
   for (const Choice<T>& choice : choices) {
@@ -147,16 +210,17 @@ std::string name_of_choice(const T& value, const Choice<T> (&choices)[n]) {
   return "?";
 }
 
-/// Something wrong with the input, and where it was set.
+/// An error in the input, and where the value was set.
 struct Problem {
-  SourcePosition where;  ///< empty path: a default, or no single place
+  SourcePosition where;  ///< empty path: a default, or no single position
   std::string what;
 };
 
-/// "in.toml:3:1: ", "--set run.seed=x: ", or "" for no place.
-std::string place_text(const SourcePosition& at);
+/// "in.toml:3:1: ", "--set run.seed=x: ", or "" for no position.
+std::string location_text(const SourcePosition& at);
 
-/// One UserError for all of them: file order, then the command line, then what has no place. Returns if there are none.
+/// Throws one UserError that lists all problems: in file order, then those of the command line, then those without a
+/// position. Returns if there are none.
 void throw_problems(std::vector<Problem> problems);
 
 }  // namespace nsa

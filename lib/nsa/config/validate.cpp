@@ -1,4 +1,4 @@
-// What an input may hold. One error lists everything that is wrong.
+// Checks the constraints of an input. One error lists every violation.
 
 #include <fmt/format.h>
 
@@ -13,7 +13,7 @@
 
 namespace nsa {
 
-std::string place_text(const SourcePosition& at) {
+std::string location_text(const SourcePosition& at) {
   if (at.path.empty()) return "";
   return at.line > 0 ? fmt::format("{}:{}:{}: ", at.path, at.line, at.column) : fmt::format("{}: ", at.path);
 }
@@ -29,7 +29,7 @@ void throw_problems(std::vector<Problem> problems) {
   std::string text = problems.size() > 1 ? fmt::format("{} problems in the input", problems.size()) : "";
   for (const Problem& problem : problems) {
     if (!text.empty()) text += "\n  ";
-    text += place_text(problem.where) + problem.what;
+    text += location_text(problem.where) + problem.what;
   }
   throw UserError(text);
 }
@@ -40,7 +40,7 @@ class Checker {
  public:
   explicit Checker(const Config& config) : config_(config) {}
 
-  // Every number within its range. A list must hold something, and nothing twice: its values are a sweep.
+  // Checks that every number is in its range. A list must not be empty or hold a value twice: its values are a sweep.
   template <class T, class Spec>
   void operator()(const char* key, const T& field, const Spec& spec) {
     check_value(key, field, spec);
@@ -53,7 +53,7 @@ class Checker {
       add({key}, fmt::format("{} holds a value twice; give each once", key));
   }
 
-  /// A violated rule over several keys; it is placed at the first of them that was set.
+  /// Adds a violated rule over several keys, at the position of the first key that was set.
   void add(std::initializer_list<const char*> keys, std::string what) {
     for (const char* key : keys) {
       const auto at = config_.origin.find(key);
@@ -62,16 +62,16 @@ class Checker {
     problems_.push_back({{}, std::move(what)});
   }
 
-  /// Whether the keys hold what they may by themselves: a rule over one that does not says nothing new.
-  bool fine(std::initializer_list<const char*> keys) const {
-    return std::none_of(keys.begin(), keys.end(), [&](const char* key) { return bad_.count(key) > 0; });
+  /// Whether each of the keys is valid by itself. Rules over a key that is not are skipped.
+  bool valid(std::initializer_list<const char*> keys) const {
+    return std::none_of(keys.begin(), keys.end(), [&](const char* key) { return invalid_.count(key) > 0; });
   }
 
   void finish() { throw_problems(std::move(problems_)); }
 
  private:
   void refuse(const char* key, std::string what) {
-    bad_.insert(key);
+    invalid_.insert(key);
     add({key}, std::move(what));
   }
   template <class T, class Spec>
@@ -87,27 +87,27 @@ class Checker {
     if (value != 0) check_value(key, value, spec.range);
   }
   void check_value(const char* key, double value, const RealRange& range) {
-    if (!(value >= range.least && value <= range.most))  // so that NaN is out of it
+    if (!(value >= range.least && value <= range.most))  // NaN is out of range
       refuse(key, fmt::format("{} = {} is out of range; give {} to {}", key, value, range.least, range.most));
   }
 
   const Config& config_;
-  std::set<std::string> bad_;
+  std::set<std::string> invalid_;
   std::vector<Problem> problems_;
 };
 
 void check_layer(const Config& c, Checker& check) {
   const ModelConfig& m = c.model;
   const BlockRules& n = c.nsa;
-  if (check.fine({"model.n_heads", "model.n_kv_groups"}) && m.n_heads % m.n_kv_groups != 0)
+  if (check.valid({"model.n_heads", "model.n_kv_groups"}) && m.n_heads % m.n_kv_groups != 0)
     check.add({"model.n_kv_groups", "model.n_heads"},
               fmt::format("model.n_kv_groups = {} must divide model.n_heads = {} (a group has equally many heads)",
                           m.n_kv_groups, m.n_heads));
-  if (check.fine({"model.d_k"}) && m.d_k % 2 != 0)
+  if (check.valid({"model.d_k"}) && m.d_k % 2 != 0)
     check.add({"model.d_k"}, fmt::format("model.d_k = {} must be even (RoPE turns pairs)", m.d_k));
-  if (check.fine({"nsa.d", "nsa.l"}) && n.l % n.d != 0)
+  if (check.valid({"nsa.d", "nsa.l"}) && n.l % n.d != 0)
     check.add({"nsa.d", "nsa.l"}, fmt::format("nsa.d = {} must divide nsa.l = {}", n.d, n.l));
-  if (check.fine({"nsa.d", "nsa.l_sel"}) && n.l_sel % n.d != 0)
+  if (check.valid({"nsa.d", "nsa.l_sel"}) && n.l_sel % n.d != 0)
     check.add({"nsa.d", "nsa.l_sel"}, fmt::format("nsa.d = {} must divide nsa.l_sel = {}", n.d, n.l_sel));
   if (n.l > n.l_sel)
     check.add({"nsa.l", "nsa.l_sel"}, fmt::format("nsa.l = {} must be at most nsa.l_sel = {}", n.l, n.l_sel));
@@ -124,7 +124,7 @@ void check_run(const Config& c, Checker& check) {
     check.add({"run.warmup", "run.steps"},
               fmt::format("run.warmup = {} must be less than run.steps = {} (warm-up counts among the steps)", r.warmup,
                           r.steps));
-  if (check.fine({"parallel.heads", "model.n_kv_groups"}) && c.parallel.heads > 0 &&
+  if (check.valid({"parallel.heads", "model.n_kv_groups"}) && c.parallel.heads > 0 &&
       c.model.n_kv_groups % c.parallel.heads != 0)
     check.add({"parallel.heads", "model.n_kv_groups"},
               fmt::format("parallel.heads = {} must divide model.n_kv_groups = {} (a shard owns whole groups)",
@@ -139,14 +139,14 @@ void check_run(const Config& c, Checker& check) {
   if (c.output.file.empty()) check.add({"output.file"}, "output.file is empty; name the result file");
 }
 
-/// A needle run is scope = "attention": it has no weights. One key has to point along all queries of its group.
+/// A needle run has scope = "attention", without weights. One key has to point along all queries of its group.
 void check_needle(const Config& c, Checker& check) {
   if (c.kind != TaskKind::needle) return;
   if (c.phi == PhiKind::mlp)
     check.add({"nsa.phi"}, "task.kind = \"needle\" needs nsa.phi = \"mean\" (it has no weights)");
-  if (check.fine({"run.context"}) && std::count(c.run.context.begin(), c.run.context.end(), 1) > 0)
+  if (check.valid({"run.context"}) && std::count(c.run.context.begin(), c.run.context.end(), 1) > 0)
     check.add({"run.context"}, "run.context = 1 holds no needle (its last position asks); give at least 2");
-  if (check.fine({"model.n_heads", "model.n_kv_groups", "model.d_k"}) &&
+  if (check.valid({"model.n_heads", "model.n_kv_groups", "model.d_k"}) &&
       2 * c.model.n_heads > c.model.d_k * c.model.n_kv_groups)
     check.add({"model.n_heads", "model.d_k"},
               fmt::format("task.kind = \"needle\" needs at most d_k / 2 = {} heads a group (one key points along all "
@@ -154,7 +154,7 @@ void check_needle(const Config& c, Checker& check) {
                           c.model.d_k / 2));
 }
 
-/// Rows lie within the context, and in front of them are blocks enough to choose from.
+/// Rows lie within the context, with enough selection blocks before the first row.
 void check_kernels(const Config& c, Checker& check) {
   if (c.kind != TaskKind::kernels) return;
   const KernelsConfig& k = c.kernels;
@@ -166,7 +166,7 @@ void check_kernels(const Config& c, Checker& check) {
   if (!c.output.csv.empty() || c.output.tensors)
     check.add({"output.csv", "output.tensors"},
               "task.kind = \"kernels\" has no CSV and no tensors; leave output.csv and output.tensors out");
-  if (!check.fine({"run.context", "kernels.rows", "kernels.blocks", "kernels.branch", "nsa.l_sel"})) return;
+  if (!check.valid({"run.context", "kernels.rows", "kernels.blocks", "kernels.branch", "nsa.l_sel"})) return;
   const std::int64_t context = *std::min_element(c.run.context.begin(), c.run.context.end());
   const std::int64_t rows = *std::max_element(k.rows.begin(), k.rows.end());
   if (rows > context)
@@ -183,9 +183,9 @@ void check_kernels(const Config& c, Checker& check) {
                           blocks, c.nsa.l_sel, context, all ? 0 : rows));
 }
 
-/// Elements of the largest tensor of any point stay below 2^50, so that no index or byte count overflows.
+/// The largest tensor of any point has at most 2^50 elements, so that no index or byte count overflows.
 void check_sizes(const Config& c, Checker& check) {
-  if (!check.fine({"run.context", "run.batch", "run.steps", "model.n_heads", "model.d_k", "model.d_v", "model.dim"}))
+  if (!check.valid({"run.context", "run.batch", "run.steps", "model.n_heads", "model.d_k", "model.d_v", "model.dim"}))
     return;
   const double positions = static_cast<double>(*std::max_element(c.run.context.begin(), c.run.context.end())) +
                            static_cast<double>(c.run.steps);

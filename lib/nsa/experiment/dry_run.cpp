@@ -26,29 +26,29 @@ std::string span_text(std::int64_t first, std::int64_t count) {
   return count == 1 ? fmt::format("{}", first) : fmt::format("{}-{}", first, first + count - 1);
 }
 
-/// The kernels that say how much scratch a step takes: the device's where there is one, else the host's.
+/// The backend whose kernels say how much scratch a step needs: CUDA where there is a device, else host.
 Backend planning_backend(const Config& config) {
   if (config.run.backend != BackendChoice::host && cuda_built()) {
     try {
       return open_backend(BackendKind::cuda, 0);
     } catch (const UserError&) {
-      // no device here: a plan needs none
+      // no device: the plan uses the host's kernels
     }
   }
   return open_backend(BackendKind::host, 0);
 }
 
-/// The selection blocks of the chunks a rank owns: "0-3 8-11", at most four chunks spelt out.
+/// The selection blocks of the chunks that a rank owns: "0-3 8-11"; at most four chunks are listed.
 std::string blocks_text(const Config& config, const Partition& p, std::int64_t positions) {
   const std::int64_t blocks = eligible_blocks(p.shape.rules, positions - 1);
   if (p.kv == 1) return span_text(0, blocks);
-  const std::int64_t a_chunk = config.parallel.kv_chunk_blocks;
+  const std::int64_t chunk_blocks = config.parallel.kv_chunk_blocks;
   const std::int64_t chunks = owned_chunks(p.tokens(false), positions, p.kv_rank);
   std::string text = chunks == 0 ? "none" : "";
   for (std::int64_t i = 0; i < std::min<std::int64_t>(chunks, 4); ++i) {
-    const std::int64_t first = (i * p.kv + p.kv_rank) * a_chunk;
+    const std::int64_t first = (i * p.kv + p.kv_rank) * chunk_blocks;
     if (i > 0) text += ' ';
-    text += span_text(first, std::min(a_chunk, blocks - first));
+    text += span_text(first, std::min(chunk_blocks, blocks - first));
   }
   return chunks > 4 ? text + fmt::format(" and {} chunks more", chunks - 4) : text;
 }
@@ -65,13 +65,13 @@ void print_owners(std::ostream& out, const Config& config, int ranks, std::int64
   }
 }
 
-/// One line for neighbouring ranks that need the same.
+/// One line for neighbouring ranks that need the same amounts.
 void print_memory(std::ostream& out, const Config& config, const KernelTable& kernels, const Point& point, int ranks) {
   fmt::print(out, "{:>10}", "rank");
   for (const char* kind : memory_kind_names) fmt::print(out, " {:>12}", kind);
   fmt::print(out, " {:>12}\n", "peak");
   double sum = 0;
-  std::string held;  // of the ranks since `first`
+  std::string pending;  // line of the ranks since `first`
   int first = 0;
   for (int rank = 0; rank < ranks; ++rank) {
     const MemoryAccount account = planned_memory(kernels, config, make_partition(config, ranks, rank), point);
@@ -79,13 +79,13 @@ void print_memory(std::ostream& out, const Config& config, const KernelTable& ke
     for (const std::size_t bytes : account.peak) text += fmt::format(" {:>12}", bytes_text(static_cast<double>(bytes)));
     text += fmt::format(" {:>12}", bytes_text(static_cast<double>(account.total_peak)));
     sum += static_cast<double>(account.total_peak);
-    if (rank > 0 && text != held) {
-      fmt::print(out, "{:>10}{}\n", span_text(first, rank - first), held);
+    if (rank > 0 && text != pending) {
+      fmt::print(out, "{:>10}{}\n", span_text(first, rank - first), pending);
       first = rank;
     }
-    held = std::move(text);
+    pending = std::move(text);
   }
-  fmt::print(out, "{:>10}{}\n", span_text(first, ranks - first), held);
+  fmt::print(out, "{:>10}{}\n", span_text(first, ranks - first), pending);
   if (ranks > 1) fmt::print(out, "{:>10} {:>64}\n", "all", bytes_text(sum));
 }
 
@@ -101,7 +101,7 @@ void print_exchanges(std::ostream& out, const Config& config, const Point& point
                e.ranks, bytes_text(static_cast<double>(e.bytes)));
 }
 
-/// Every rank measures every shape by itself.
+/// Every rank measures every shape independently of the others.
 void print_kernels_plan(std::ostream& out, const Config& config, const KernelTable& kernels, int ranks) {
   const std::vector<Point> points = sweep(config);
   std::size_t most = 0;
@@ -115,7 +115,7 @@ void print_kernels_plan(std::ostream& out, const Config& config, const KernelTab
 }  // namespace
 
 std::size_t planned_result_bytes(const Config& config, int ranks) {
-  double total = 1e5;  // attributes, the input itself, HDF5's own
+  double total = 1e5;  // attributes, the input, HDF5's metadata
   for (const Point& point : sweep(config)) {
     const double modes = 2.0 + 6.0, reps = static_cast<double>(config.run.steps);
     total += 1e5 + 8.0 * ranks * (modes * stage_count * reps + 2.0 * branches * reps);
@@ -128,18 +128,18 @@ std::size_t planned_result_bytes(const Config& config, int ranks) {
     const double blocks = positions / config.nsa.l_sel + 1;
     const double weights = dim * (heads * (d_k + d_v) + 3 * groups * (d_k + d_v)) +
                            2.0 * static_cast<double>(config.phi_hidden + 2 * m.d_k) * config.nsa.l * (d_k + d_v);
-    const double a_row = heads * (d_k + 4 * d_v) + dim + groups * (3 + blocks + config.nsa.n_sel) + 2;
-    const double given = config.run.scope == Scope::layer ? dim : heads * d_k + 3 * groups * (d_k + d_v + 1);
-    const double a_position = given + groups * (d_k + d_v) / config.nsa.d + 2;
+    const double values_per_row = heads * (d_k + 4 * d_v) + dim + groups * (3 + blocks + config.nsa.n_sel) + 2;
+    const double given_values = config.run.scope == Scope::layer ? dim : heads * d_k + 3 * groups * (d_k + d_v + 1);
+    const double values_per_position = given_values + groups * (d_k + d_v) / config.nsa.d + 2;
     total += 4.0 * (static_cast<double>(m.layers) * weights +
-                    static_cast<double>(point.batch) * (rows * a_row + positions * a_position));
+                    static_cast<double>(point.batch) * (rows * values_per_row + positions * values_per_position));
   }
   return static_cast<std::size_t>(std::min(total, 9e18));
 }
 
 void print_plan(std::ostream& out, const Config& config, int ranks) {
   const auto [heads, kv] = factorise(config, ranks);
-  route_environment();  // what is wrong there is said before anything is printed
+  route_environment();  // throws before anything is printed
   const std::vector<Point> points = sweep(config);
   const Backend backend = planning_backend(config);
   if (config.kind == TaskKind::kernels) return print_kernels_plan(out, config, *backend.kernels, ranks);
@@ -153,7 +153,7 @@ void print_plan(std::ostream& out, const Config& config, int ranks) {
                kv);
   print_owners(out, config, ranks, positions);
   for (const Point& point : points) {
-    if (point.force_branch != points.front().force_branch) break;  // the same memory and exchanges again
+    if (point.force_branch != points.front().force_branch) break;  // later points repeat memory and exchanges
     fmt::print(out, "\ncontext {}, batch {}\n", point.context, point.batch);
     print_memory(out, config, *backend.kernels, point, ranks);
     print_exchanges(out, config, point, ranks);

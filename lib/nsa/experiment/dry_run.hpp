@@ -1,5 +1,6 @@
 #pragma once
-// `nsa run --dry-run`: who owns what, bytes a rank by kind, exchanges and their sizes. No MPI launch, no GPU.
+// `nsa run --dry-run`: heads and blocks of each rank, bytes per rank by kind, exchanges and their sizes. Needs no MPI
+// launch and no GPU.
 
 #include <cstddef>
 #include <ostream>
@@ -11,8 +12,8 @@ namespace nsa {
 /// Throws UserError when the input's heads and kv do not multiply to `ranks`.
 void print_plan(std::ostream& out, const Config& config, int ranks);
 
-/// Bytes that the result file of a run will hold at most, for the check that there is room. A run that repeats its
-/// steps for run.min_time may hold more.
+/// Upper bound of the result file's bytes, for the check of free disk space. A run that repeats its steps for
+/// run.min_time may exceed it.
 std::size_t planned_result_bytes(const Config& config, int ranks);
 
 }  // namespace nsa

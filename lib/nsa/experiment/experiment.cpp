@@ -52,15 +52,16 @@ std::int64_t status_bytes(const std::string& key) {
   return 0;
 }
 
-// The input file may be large: rank 0 reads it, once. What is wrong with it is found out where it is used.
+// The input file may be large: rank 0 reads it, once. A file that cannot be read is an error where it is used.
 std::string hash_of(const std::string& path, const ControlComm& world) {
   std::ifstream file;
   if (!path.empty() && world.rank() == 0) file.open(path, std::ios::binary);
   return file.is_open() ? sha256(file) : "";
 }
 
-/// Ranks of one host draw on one memory, and Linux kills instead of refusing: whether all fit is found out first.
-void check_room(const Session& session, const MemoryAccount& planned) {
+/// Ranks of one host share one memory, and Linux kills a process instead of refusing an allocation: this checks first
+/// whether the point fits on all ranks.
+void check_memory(const Session& session, const MemoryAccount& planned) {
   const bool host = session.backend.kind == BackendKind::host;
   const std::int64_t free = session.backend.device->info().memory_free, sharers = host ? session.world.local_size() : 1;
   agreed(session.world, [&] {
@@ -72,8 +73,8 @@ void check_room(const Session& session, const MemoryAccount& planned) {
   });
 }
 
-/// A GPU that failed or counts new memory errors may have given any numbers: the point is not kept. Asking also brings
-/// out an error that a kernel left behind.
+/// The numbers of a GPU that failed or counted new memory errors cannot be trusted: the point is not kept. The
+/// synchronisation also reports the pending error of a kernel.
 void check_device(const Session& session, std::int64_t errors_before) {
   agreed(session.world, [&] {
     session.backend.device->synchronize(nullptr);
@@ -126,7 +127,7 @@ Session open_session(const Config& config, const ControlComm& world, std::functi
   }
   Backend backend{};
   agreed(world, [&] { backend = open_backend(kind, world.local_rank()); });
-  backend.capability = static_cast<int>(-world.max(-std::int64_t{backend.capability}));  // all take the same routes
+  backend.capability = static_cast<int>(-world.max(-std::int64_t{backend.capability}));  // all ranks choose alike
   return {world, backend, std::make_shared<ProcessGrid>(backend, world),
           std::make_shared<StopPoll>(world, std::move(asked_to_stop)), hash_of(config.input_file, world)};
 }
@@ -178,7 +179,7 @@ MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, c
     DecodeRunner decode(e, nullptr, true);
   } else {
     if (planned.run.fill == CacheFill::prefill) {
-      PrefillRunner prefill(e, at.context, false);  // gone again before decode's buffers are made
+      PrefillRunner prefill(e, at.context, false);  // freed before decode allocates its buffers
     }
     DecodeRunner decode(e, nullptr, record);
   }
@@ -198,9 +199,9 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
   const std::int64_t errors_before = session.backend.device->info().ecc_errors;
   MemoryAccount planned;
   agreed(session.world, [&] { planned = planned_memory(*session.backend.kernels, config, partition, point); });
-  check_room(session, planned);
+  check_memory(session, planned);
   record.copy_bandwidth = -session.world.max(-copy_bandwidth(session.backend, session.world));
-  std::ofstream("/proc/self/clear_refs") << "5";  // the resident peak starts anew, where the kernel lets us
+  std::ofstream("/proc/self/clear_refs") << "5";  // resets the peak of the resident set, where Linux allows it
   const std::int64_t resident = status_bytes("VmRSS");
   MemoryAccount used;
   if (config.kind == TaskKind::needle) {

@@ -21,7 +21,7 @@ std::string difference(const std::string& what, const std::string& there, const 
   return fmt::format("{}: {} there, {} here", what, text(there), text(here));
 }
 
-/// Both from the same program, so that their keys are the same.
+/// Both runs are of the same program, so that their keys are the same.
 void compare_settings(const std::string& path, const RunRecord& before, const RunRecord& now,
                       std::vector<std::string>& list) {
   const std::vector<Setting> there = settings(parse_config(before.config, path, {})),
@@ -32,7 +32,7 @@ void compare_settings(const std::string& path, const RunRecord& before, const Ru
   }
 }
 
-/// The first rank that differs is named; a host may be another of the same kind.
+/// Names the first rank that differs. Host names and GPU UUIDs may differ: another host of the same kind is accepted.
 void compare_machines(const RunRecord& before, const RunRecord& now, std::vector<std::string>& list) {
   for (const auto& entry : system_texts) {
     if (entry.field == &RankSystem::host || entry.field == &RankSystem::uuid) continue;
@@ -62,7 +62,7 @@ void check_same_run(const std::string& path, const ResultFile& before, const Run
   };
   compare("commit", before.run.git_commit, now.git_commit);
   compare("compiler", before.run.compiler, now.compiler);
-  if (list.empty() && before.run.config.empty()) list.push_back("it does not say its configuration");
+  if (list.empty() && before.run.config.empty()) list.push_back("the file does not hold its configuration");
   if (list.empty()) compare_settings(path, before.run, now, list);
   compare("content of [input] file (SHA-256)", before.run.input_file_sha256, now.input_file_sha256);
   compare("backend", before.run.backend, now.backend);
@@ -91,7 +91,7 @@ std::vector<PointRecord> finished_points(const std::string& path, ResultFile bef
   return finished;
 }
 
-RunRecord continued(const RunRecord& before, RunRecord now) {
+RunRecord resumed_record(const RunRecord& before, RunRecord now) {
   RunRecord run = std::move(now);
   run.run_uuid = before.run_uuid;
   run.start = before.start;

@@ -1,5 +1,5 @@
 #pragma once
-// Taking up a result file where an earlier run left it.
+// Resuming a run from its result file.
 
 #include <string>
 #include <vector>
@@ -9,20 +9,20 @@
 
 namespace nsa {
 
-/// Whether a key of the input decides what a point holds. The others name files, or the file says what they led to:
-/// backend, shards, what the input file holds.
+/// Whether a key of the input decides what a point holds. The others name files, or the result file records their
+/// effect: backend, shards, content of the input file.
 bool decides_point(const std::string& key);
 
-/// Throws UserError(usage) that names everything in which this run would not be the one that began the file: effective
-/// input, program, ranks and shards, and on any rank processor, GPU and library versions. Hosts may differ.
+/// Throws UserError(usage) unless this run equals the one that began the file; the message names every difference:
+/// effective input, program, ranks and shards, and on any rank processor, GPU and library versions. Hosts may differ.
 void check_same_run(const std::string& path, const ResultFile& before, const RunRecord& now, const Partition& shards);
 
-/// The finished points of the file, which stay; fingerprints[i] is that of point i now. One that was cut short is not
-/// among them. Throws UserError(usage) where a fingerprint differs.
+/// The finished points of the file, which are kept; fingerprints[i] is that of point i in this run. An interrupted
+/// point is left out. Throws UserError(usage) where a fingerprint differs.
 std::vector<PointRecord> finished_points(const std::string& path, ResultFile before,
                                          const std::vector<std::string>& fingerprints);
 
-/// What the file says of the run from now on: it keeps its name, start and input; a rank's host lists all it ran on.
-RunRecord continued(const RunRecord& before, RunRecord now);
+/// The run record after a resume: it keeps uuid, start and input of the first run; a rank's host lists all its hosts.
+RunRecord resumed_record(const RunRecord& before, RunRecord now);
 
 }  // namespace nsa

@@ -1,4 +1,4 @@
-// Routes for people: `nsa info --routes` and the dry run.
+// Prints routes: `nsa info --routes` and the dry run.
 
 #include <fmt/format.h>
 #include <fmt/ostream.h>
@@ -17,39 +17,39 @@ constexpr std::int64_t contexts[] = {128, 1024, 8192, 65536, 1048576};
 constexpr DType types[] = {DType::bf16, DType::f16, DType::f32};
 constexpr std::pair<std::int32_t, std::int32_t> head_sizes[] = {{64, 64}, {128, 128}, {192, 128}, {96, 96}};
 
-/// What runs at each context, a line for each run of contexts with one answer: "any length: fused (why)".
-std::string answers(RouteKey q, const Config& config, const RouteEnvironment& environment) {
-  std::vector<std::string> at;
+/// The choice at each context; neighbouring contexts of one choice are joined: "any length: fused (why)".
+std::string choices_by_context(RouteKey q, const Config& config, const RouteEnvironment& environment) {
+  std::vector<std::string> choices;
   for (const std::int64_t context : contexts) {
     q.length = attended_rows(config.nsa, q.branch, context);
     try {
-      const RouteChoice a = answer(q, config, environment);
-      at.push_back(fmt::format("{} ({})", a.name, a.reason));
+      const RouteChoice choice = choose_route(q, config, environment);
+      choices.push_back(fmt::format("{} ({})", choice.name, choice.reason));
     } catch (const UserError& error) {
-      at.push_back(fmt::format("refused: {}", error.what()));
+      choices.push_back(fmt::format("refused: {}", error.what()));
     }
   }
   std::string text;
-  for (std::size_t first = 0, end; first < at.size(); first = end) {
-    for (end = first + 1; end < at.size() && at[end] == at[first];) ++end;
-    const bool all = first == 0 && end == at.size();
+  for (std::size_t first = 0, end; first < choices.size(); first = end) {
+    for (end = first + 1; end < choices.size() && choices[end] == choices[first];) ++end;
+    const bool all = first == 0 && end == choices.size();
     if (!text.empty()) text += "; ";
     text += all ? "any length: " : fmt::format("context {} and on: ", contexts[first]);
-    text += at[first];
+    text += choices[first];
   }
   return text;
 }
 
-/// Types and head sizes with one answer: (answer, "bf16, heads 64/64 128/128; fp16").
+/// Types and head sizes with the same choices: (choices, "bf16, heads 64/64 128/128; fp16").
 using Lines = std::vector<std::pair<std::string, std::string>>;
 
-void add(Lines& lines, const std::string& text, const std::string& who, const char* between) {
+void add(Lines& lines, const std::string& text, const std::string& shape, const char* separator) {
   for (auto& line : lines)
     if (line.first == text) {
-      line.second += between + who;
+      line.second += separator + shape;
       return;
     }
-  lines.emplace_back(text, who);
+  lines.emplace_back(text, shape);
 }
 
 Lines lines_of(RouteKey q, const RouteEnvironment& environment) {
@@ -61,7 +61,8 @@ Lines lines_of(RouteKey q, const RouteEnvironment& environment) {
       q.dtype = type;
       q.d_k = d_k;
       q.d_v = d_v;
-      add(of_type, answers(q, config, environment), d_k == 96 ? "others" : fmt::format("{}/{}", d_k, d_v), " ");
+      add(of_type, choices_by_context(q, config, environment), d_k == 96 ? "others" : fmt::format("{}/{}", d_k, d_v),
+          " ");
     }
     for (const auto& [text, sizes] : of_type)
       add(lines, text, std::string(name_of(type)) + (of_type.size() == 1 ? "" : ", Dk/Dv " + sizes), "; ");
@@ -71,22 +72,22 @@ Lines lines_of(RouteKey q, const RouteEnvironment& environment) {
 
 void print_device_routes(std::ostream& out, BackendKind backend, int capability, const RouteEnvironment& environment) {
   for (const Phase phase : {Phase::prefill, Phase::decode}) {
-    std::vector<std::pair<Lines, std::string>> groups;  // branches that have the same lines
+    std::vector<std::pair<Lines, std::string>> groups;  // branches with the same lines
     for (const Branch branch : {cmp, sel, win}) {
-      RouteKey question;
-      question.backend = backend;
-      question.capability = capability;
-      question.phase = phase;
-      question.branch = branch;
-      Lines lines = lines_of(question, environment);
+      RouteKey key;
+      key.backend = backend;
+      key.capability = capability;
+      key.phase = phase;
+      key.branch = branch;
+      Lines lines = lines_of(key, environment);
       if (!groups.empty() && groups.back().first == lines)
         groups.back().second += std::string(" ") + branch_names[branch];
       else
         groups.emplace_back(std::move(lines), branch_names[branch]);
     }
     for (const auto& [lines, names] : groups)
-      for (const auto& [text, who] : lines)
-        fmt::print(out, "  {} {} ({})\n    {}\n", phase_names[static_cast<int>(phase)], names, who, text);
+      for (const auto& [text, shapes] : lines)
+        fmt::print(out, "  {} {} ({})\n    {}\n", phase_names[static_cast<int>(phase)], names, shapes, text);
   }
 }
 
@@ -94,8 +95,8 @@ void print_device_routes(std::ostream& out, BackendKind backend, int capability,
 
 void print_routes(std::ostream& out) {
   const RouteEnvironment environment = route_environment();
-  fmt::print(out, "routes by default and environment; [route] and [runtime] of an input come on top\n");
-  if (environment.force) fmt::print(out, "NSA_FORCE=1: guards do not hold\n");
+  fmt::print(out, "routes by default and environment; [route] and [runtime] of an input override the defaults\n");
+  if (environment.force) fmt::print(out, "NSA_FORCE=1: guards are off\n");
   fmt::print(out, "\nhost\n");
   print_device_routes(out, BackendKind::host, 0, environment);
   int here = 0;
@@ -103,7 +104,7 @@ void print_routes(std::ostream& out) {
     try {
       here = open_backend(BackendKind::cuda, 0).capability;
     } catch (const UserError&) {
-      // no GPU: the tables below are what one would get
+      // no GPU: the tables below show what each known one would run
     }
   }
   for (const int capability : {80, 89, 90, 100}) {

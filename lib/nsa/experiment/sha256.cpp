@@ -11,7 +11,7 @@ namespace nsa {
 
 namespace {
 
-// First 32 bits of the fractional part of a root of the first primes (the standard's definition of its tables).
+// First 32 bits of the fractional part of a root of the first primes: FIPS 180-4's definition of its tables.
 template <std::size_t N>
 std::array<std::uint32_t, N> root_bits(long double (*root)(long double)) {
   std::array<std::uint32_t, N> table;
@@ -59,7 +59,7 @@ void absorb_all(State& state, std::string_view blocks) {
     absorb(state, reinterpret_cast<const unsigned char*>(blocks.data()) + at);
 }
 
-/// `tail`: what follows the last whole block; `length`: bytes in all.
+/// `tail`: the bytes after the last whole block; `length`: total bytes.
 std::string finish(State& state, std::string_view tail, std::uint64_t length) {
   std::string padded(tail);
   padded += '\x80';
@@ -83,15 +83,15 @@ std::string sha256(std::string_view text) {
 
 std::string sha256(std::istream& in) {
   State state = initial();
-  std::vector<char> piece(std::size_t{1} << 20);  // whole blocks
+  std::vector<char> buffer(std::size_t{1} << 20);  // whole blocks
   std::uint64_t length = 0;
   for (;;) {
-    in.read(piece.data(), static_cast<std::streamsize>(piece.size()));
-    const std::string_view got(piece.data(), static_cast<std::size_t>(in.gcount()));
-    length += got.size();
-    const std::size_t whole = got.size() / 64 * 64;
-    absorb_all(state, got.substr(0, whole));
-    if (got.size() < piece.size()) return finish(state, got.substr(whole), length);
+    in.read(buffer.data(), static_cast<std::streamsize>(buffer.size()));
+    const std::string_view bytes_read(buffer.data(), static_cast<std::size_t>(in.gcount()));
+    length += bytes_read.size();
+    const std::size_t whole = bytes_read.size() / 64 * 64;
+    absorb_all(state, bytes_read.substr(0, whole));
+    if (bytes_read.size() < buffer.size()) return finish(state, bytes_read.substr(whole), length);
   }
 }
 

@@ -9,6 +9,6 @@ namespace nsa {
 
 /// 64 lower-case hexadecimal digits.
 std::string sha256(std::string_view text);
-std::string sha256(std::istream& in);  ///< to its end
+std::string sha256(std::istream& in);  ///< of the stream up to its end
 
 }  // namespace nsa

@@ -231,7 +231,7 @@ bool has_fused_attention(const StepContext& ctx) {
 void fused_attention(const StepContext& ctx) {
   fault::refuse_launch("attend.step", ctx.shard.device(), ctx.stream());
   attention_op(ctx).run(attention_args(ctx), ctx.stream());
-  for (const Branch b : {cmp, sel, win}) ctx.shard.routes.of(ctx.phase, b).note("step");
+  for (const Branch b : {cmp, sel, win}) ctx.shard.routes.of(ctx.phase, b).record_kernel("step");
   flip("kernel.combine", ctx, ctx.buffers.o);
 }
 
@@ -243,7 +243,7 @@ bool has_sharded_attention(const StepContext& ctx) {
 void local_attention(const StepContext& ctx) {
   fault::refuse_launch("attend.shard", ctx.shard.device(), ctx.stream());
   ctx.shard.kernels().sharded_attention.local_attention(sharded_args(ctx), ctx.stream());
-  for (const Branch b : {cmp, win}) ctx.shard.routes.of(ctx.phase, b).note("shard");
+  for (const Branch b : {cmp, win}) ctx.shard.routes.of(ctx.phase, b).record_kernel("shard");
 }
 
 void normalise_partials(const StepContext& ctx, Stream* stream) {

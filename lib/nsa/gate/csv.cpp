@@ -16,7 +16,7 @@
 namespace nsa {
 namespace {
 
-constexpr std::uintmax_t most_bytes = std::uintmax_t{4} << 20;
+constexpr std::uintmax_t max_bytes = std::uintmax_t{4} << 20;
 
 [[noreturn]] void fail(const std::string& where, const std::string& what, const std::string& advice) {
   throw UserError(fmt::format("cannot read {} ({}); {}", where, what, advice), ExitCode::file);
@@ -28,15 +28,15 @@ std::string trimmed(std::string_view text) {
   return std::string(text.substr(first, text.find_last_not_of(" \t") - first + 1));
 }
 
-/// What a message shows of a cell: it may be anything, of any length.
-std::string shown(const std::string& cell) {
+/// The cell as a message shows it: at most 40 characters, printable ASCII.
+std::string printable(const std::string& cell) {
   std::string text = cell.substr(0, 40);
   std::replace_if(
       text.begin(), text.end(), [](unsigned char c) { return c < 0x20 || c > 0x7e; }, '?');
   return "'" + text + (cell.size() > 40 ? "..." : "") + "'";
 }
 
-/// Takes one line of cells off the text; a quoted cell may span lines.
+/// Reads the text row by row; a quoted cell may span lines.
 class Reader {
  public:
   Reader(std::string_view text, const std::string& path) : text_(text), path_(path) {
@@ -46,7 +46,7 @@ class Reader {
   CsvRow row() {
     CsvRow row{line_, {}};
     while (true) {
-      row.cells.push_back(text_.starts_with('"') ? quoted() : plain());
+      row.cells.push_back(text_.starts_with('"') ? json_quote() : plain());
       if (text_.starts_with(',')) {
         text_.remove_prefix(1);
         continue;
@@ -62,21 +62,21 @@ class Reader {
     text_.remove_prefix(cell.size());
     return trimmed(cell);
   }
-  std::string quoted() {
+  std::string json_quote() {
     std::string cell;
-    const std::int64_t opened = line_;
+    const std::int64_t first_line = line_;
     for (text_.remove_prefix(1); !text_.empty(); text_.remove_prefix(1)) {
       if (text_.starts_with("\"\"")) {
         text_.remove_prefix(1);
       } else if (text_.front() == '"') {
         text_.remove_prefix(1);
         if (text_.empty() || std::string_view(",\r\n").find(text_.front()) != std::string_view::npos) return cell;
-        fail(fmt::format("{}:{}", path_, line_), "text behind a closing quote", "mend the line");
+        fail(fmt::format("{}:{}", path_, line_), "text behind a closing quote", "fix the line");
       }
       line_ += text_.front() == '\n';
       cell += text_.front();
     }
-    fail(fmt::format("{}:{}", path_, opened), "a quote is not closed", "mend the line");
+    fail(fmt::format("{}:{}", path_, first_line), "a quote is not closed", "fix the line");
   }
   void end_of_line() {
     if (text_.starts_with('\r')) text_.remove_prefix(1);
@@ -109,8 +109,8 @@ std::vector<double> Csv::numbers(std::string_view column) const {
     const auto [end, error] = std::from_chars(cell.data(), cell.data() + cell.size(), value);
     if (!cell.empty() && (error != std::errc{} || end != cell.data() + cell.size() || !std::isfinite(value)))
       fail(fmt::format("{}:{}", path, row.line),
-           fmt::format("column {} holds {}, which is no number", column, shown(cell)),
-           "mend the line or leave the cell empty");
+           fmt::format("column {} holds {}, which is no number", column, printable(cell)),
+           "fix the line or leave the cell empty");
     values.push_back(value);
   }
   return values;
@@ -128,13 +128,13 @@ Csv parse_csv(std::string_view text, const std::string& path) {
     }
     if (row.cells.size() != csv.columns.size())
       fail(fmt::format("{}:{}", path, row.line),
-           fmt::format("{} cells, the header has {} columns", row.cells.size(), csv.columns.size()), "mend the line");
+           fmt::format("{} cells, the header has {} columns", row.cells.size(), csv.columns.size()), "fix the line");
     csv.rows.push_back(std::move(row));
   }
-  std::set<std::string_view> seen;
+  std::set<std::string_view> unique;
   for (const std::string& column : csv.columns)
-    if (!seen.insert(column).second)
-      fail(path, fmt::format("column {} stands twice in the header", shown(column)), "give each column once");
+    if (!unique.insert(column).second)
+      fail(path, fmt::format("column {} stands twice in the header", printable(column)), "give each column once");
   if (csv.rows.empty()) fail(path, "it has no row of data", "give the CSV of a benchmark");
   return csv;
 }
@@ -144,12 +144,12 @@ Csv read_csv(const std::string& path) {
   const auto status = std::filesystem::status(path, error);
   if (!std::filesystem::exists(status)) fail(path, "no such file", "give the CSV of a benchmark");
   if (!std::filesystem::is_regular_file(status)) fail(path, "not a plain file", "give the CSV of a benchmark");
-  if (std::filesystem::file_size(path, error) > most_bytes)
+  if (std::filesystem::file_size(path, error) > max_bytes)
     fail(path, "larger than 4 MiB", "give the CSV of a benchmark");
   std::ifstream file(path, std::ios::binary);
   std::ostringstream text;
   text << file.rdbuf();
-  if (!file.is_open() || file.bad()) fail(path, "it cannot be opened", "check its permissions");
+  if (!file.is_open() || file.bad()) fail(path, "it cannot be first_line", "check its permissions");
   return parse_csv(text.str(), path);
 }
 

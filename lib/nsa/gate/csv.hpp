@@ -1,6 +1,6 @@
 #pragma once
-// Comma-separated values with a header line, as benchmarks write them: quotes, CRLF, a byte order mark and blank
-// lines are understood. What cannot be read is a UserError(file) that names file, line and column.
+// Reads comma-separated values with a header line. The reader accepts quotes, CRLF, a byte order mark and blank lines.
+// Errors are UserError(file) and name file, line and column.
 
 #include <cstdint>
 #include <string>
@@ -10,7 +10,7 @@
 namespace nsa {
 
 struct CsvRow {
-  std::int64_t line;  ///< 1-based, of the file
+  std::int64_t line;  ///< line number in the file, from 1
   std::vector<std::string> cells;
 };
 
@@ -20,15 +20,15 @@ struct Csv {
   std::vector<CsvRow> rows;
 
   bool has(std::string_view column) const;
-  /// The column as numbers, NaN where a cell is empty. Throws when the column is missing or a cell is no finite
-  /// number.
+  /// The column as numbers; an empty cell is NaN. Throws when the column is missing or a cell is not a finite number.
   std::vector<double> numbers(std::string_view column) const;
 };
 
-/// Throws when a row has not as many cells as the header, a quote stays open, or the header repeats a name.
+/// Throws when the number of cells in a row differs from the header, a quote is not closed, or the header repeats a
+/// name.
 Csv parse_csv(std::string_view text, const std::string& path);
 
-/// Throws when the file is missing, not plain or larger than 4 MiB.
+/// Throws when the file is missing, not a regular file or larger than 4 MiB.
 Csv read_csv(const std::string& path);
 
 }  // namespace nsa

@@ -13,10 +13,10 @@
 namespace nsa {
 namespace {
 
-// Stages that are timed apart neither overlap nor share a launch, so honest parts may exceed the step they are parts
-// of, most of all where it takes microseconds. Three whole steps reach 300%.
-constexpr double most_sum = 2.0;
-constexpr double whole_step = 0.9;  ///< a part of at least this share in every row is no part
+// Stages timed one by one neither overlap nor share a launch, so that their correct sum may exceed the step, most of
+// all where a step takes microseconds. Three whole steps reach 300%.
+constexpr double max_branch_sum = 2.0;
+constexpr double whole_step_share = 0.9;  ///< a column of at least this share in every row holds whole steps
 
 std::string range_text(double low, double high, int decimals = 0) {
   const std::string first = fmt::format("{:.{}f}", low, decimals), last = fmt::format("{:.{}f}", high, decimals);
@@ -48,10 +48,10 @@ std::vector<CsvAuditRow> audit_rows(const Csv& csv) {
   return rows;
 }
 
-/// The contexts for which nsa-vibe's formula at the paper's block sizes gives `reads`; 0: none below `most`.
-std::int64_t formula_context(double reads, double most) {
+/// The context for which nsa-vibe's formula at the paper's block sizes gives `reads`; 0: none up to `max_context`.
+std::int64_t formula_context(double reads, double max_context) {
   const BlockRules paper;
-  const auto limit = static_cast<std::int64_t>(std::min(most, 1e7));
+  const auto limit = static_cast<std::int64_t>(std::min(max_context, 1e7));
   for (std::int64_t tokens = 1; tokens <= limit; ++tokens)
     if (static_cast<double>(nsa_vibe_reads(paper, tokens - 1)) == reads) return tokens;
   return 0;
@@ -69,11 +69,11 @@ void find_additivity(CsvAudit& audit) {
     audit.findings.push_back("no row has ms_total, ms_cmp, ms_sel and ms_win: there is no share to see");
     return;
   }
-  if (high <= most_sum) return;
+  if (high <= max_branch_sum) return;
   std::string text =
       fmt::format("cmp + sel + win add up to {:.0f}% of the total ({}%): parts of a step cannot exceed it",
                   100 * mean / rows, range_text(100 * low, 100 * high, 1));
-  if (least_part >= whole_step)
+  if (least_part >= whole_step_share)
     text +=
         ". Every branch column is a whole step: that is what one-hot gates give, which force a gate and skip no work. "
         "Their difference from the total is noise, not a branch's overhead";

@@ -1,6 +1,6 @@
 #pragma once
-// What the numbers of a benchmark CSV in nsa-vibe's format (S, ms_total, ms_cmp, ms_sel, ms_win, reads_actual,
-// reads_expected) can and cannot say about the share of selection. From the numbers alone: docs/METRICS.md.
+// Audits a benchmark CSV in nsa-vibe's format (S, ms_total, ms_cmp, ms_sel, ms_win, reads_actual, reads_expected):
+// whether its numbers can support a conclusion about the share of selection. The rules are in docs/METRICS.md.
 
 #include <ostream>
 #include <string>
@@ -18,12 +18,12 @@ struct CsvAuditRow {
 struct CsvAudit {
   std::string path;
   std::vector<CsvAuditRow> rows;
-  std::vector<std::string> findings;  ///< each by itself disqualifies the file
+  std::vector<std::string> findings;  ///< each one disqualifies the file
   std::vector<std::string> notes;
   bool evidence() const { return findings.empty(); }
 };
 
-/// Throws UserError(file) naming file, line and column when a column is missing or holds what is no time or count.
+/// Throws UserError(file) that names file, line and column when a column is missing or a cell is not a time or count.
 CsvAudit audit_csv(const Csv& csv);
 
 void print_audit(std::ostream& out, const CsvAudit& audit);

@@ -14,8 +14,8 @@ namespace {
 
 using Value = decltype(Parameter::second);
 
-/// Parameters that points of one verdict may not differ in; the rest is swept, or says how long it was measured.
-bool must_agree(const std::string& key) {
+/// Parameters that must be equal in all points of one verdict. The others are swept, or say how long was measured.
+bool must_be_equal(const std::string& key) {
   for (const char* prefix : {"model.", "nsa.", "route.", "run.scope", "run.fill", "run.seed", "input."})
     if (key.starts_with(prefix)) return true;
   return false;
@@ -47,36 +47,36 @@ std::string device_of(const GateFile& file) {
   return device.empty() ? "unknown device" : device;
 }
 
-/// Seen so far of one device, with the file that showed it.
-struct Seen {
+/// Values of one device in the files read so far, each with the file that holds it.
+struct DeviceInputs {
   std::string commit_file;
-  std::map<std::string, std::pair<std::string, std::string>> values;  ///< what -> value, file
+  std::map<std::string, std::pair<std::string, std::string>> values;  ///< name -> value, file
   std::map<std::string, std::string> points;                          ///< kind and key -> file
 
-  void agree(const std::string& what, const std::string& value, const std::string& path) {
-    const auto [at, fresh] = values.emplace(what, std::pair(value, path));
-    if (!fresh && at->second.first != value)
+  void require_equal(const std::string& what, const std::string& value, const std::string& path) {
+    const auto [entry, inserted] = values.emplace(what, std::pair(value, path));
+    if (!inserted && entry->second.first != value)
       throw UserError(
           fmt::format("{}: {} in {}, {} in {} (one device's verdict needs one input a kind of run); give "
                       "files that agree, or judge them apart",
-                      what, at->second.first, at->second.second, value, path));
+                      what, entry->second.first, entry->second.second, value, path));
   }
 };
 
-void check_same_input(Seen& seen, const PointRecord& point, const std::string& path) {
+void check_same_input(DeviceInputs& inputs, const PointRecord& point, const std::string& path) {
   const std::string kind = kind_of(point);
   for (const auto& [key, value] : point.parameters)
-    if (must_agree(key)) seen.agree(kind + " " + key, text_of(value), path);
-  seen.agree(kind + " heads x kv", fmt::format("{} x {}", point.heads, point.kv), path);
-  for (const char* key : {"model.precision", "nsa.l_sel"})  // of every kind alike
+    if (must_be_equal(key)) inputs.require_equal(kind + " " + key, text_of(value), path);
+  inputs.require_equal(kind + " heads x kv", fmt::format("{} x {}", point.heads, point.kv), path);
+  for (const char* key : {"model.precision", "nsa.l_sel"})  // equal over all kinds
     for (const auto& [name, value] : point.parameters)
-      if (name == key) seen.agree(key, text_of(value), path);
-  const auto [at, fresh] = seen.points.emplace(kind + ", " + point_key(point), path);
-  if (!fresh)
+      if (name == key) inputs.require_equal(key, text_of(value), path);
+  const auto [entry, inserted] = inputs.points.emplace(kind + ", " + point_key(point), path);
+  if (!inserted)
     throw UserError(
         fmt::format("{} and {} both hold {} (a verdict takes each point once, with all its modes); give one "
                     "of them",
-                    at->second, path, at->first));
+                    entry->second, path, entry->first));
 }
 
 void add_point(DevicePoints& device, const PointRecord& point, const std::string& path,
@@ -111,7 +111,7 @@ std::string shape_name(const PointRecord& p) {
 
 std::vector<DevicePoints> sort_files(const std::vector<GateFile>& files) {
   std::vector<DevicePoints> devices;
-  std::map<std::string, Seen> seen_of;
+  std::map<std::string, DeviceInputs> inputs_of;
   std::set<std::string> ignored;
   for (const GateFile& file : files) {
     const RunRecord& run = file.result.run;
@@ -119,38 +119,38 @@ std::vector<DevicePoints> sort_files(const std::vector<GateFile>& files) {
       throw UserError(file.path + " holds no point (its run was stopped before the first one ended); give a run's file",
                       ExitCode::file);
     const std::string name = device_of(file), key = run.backend + " " + name;
-    auto at = std::find_if(devices.begin(), devices.end(),
-                           [&](const DevicePoints& d) { return d.backend + " " + d.device == key; });
-    Seen& seen = seen_of[key];
-    if (at == devices.end()) {
-      DevicePoints fresh;
-      fresh.device = name;
-      fresh.backend = run.backend;
-      fresh.git_commit = run.git_commit;
-      fresh.precision = text_parameter(file.result.points[0], "model.precision");
-      at = devices.insert(at, std::move(fresh));
-      seen.commit_file = file.path;
+    auto device = std::find_if(devices.begin(), devices.end(),
+                               [&](const DevicePoints& d) { return d.backend + " " + d.device == key; });
+    DeviceInputs& inputs = inputs_of[key];
+    if (device == devices.end()) {
+      DevicePoints added;
+      added.device = name;
+      added.backend = run.backend;
+      added.git_commit = run.git_commit;
+      added.precision = text_parameter(file.result.points[0], "model.precision");
+      device = devices.insert(device, std::move(added));
+      inputs.commit_file = file.path;
       if (run.git_commit.ends_with("-dirty"))
-        at->notes.push_back(fmt::format("commit {}: the program had changes that no commit holds", run.git_commit));
-    } else if (at->git_commit != run.git_commit) {
+        device->notes.push_back(fmt::format("commit {}: the program had changes that no commit holds", run.git_commit));
+    } else if (device->git_commit != run.git_commit) {
       throw UserError(
           fmt::format("{}: {} is of commit {}, {} of {} (one verdict needs one program); run them again with "
                       "one build, or judge them apart",
-                      name, seen.commit_file, at->git_commit, file.path, run.git_commit));
+                      name, inputs.commit_file, device->git_commit, file.path, run.git_commit));
     }
-    at->files.push_back(file.path);
-    at->commands.push_back(run.argv);
-    at->measured = std::max(at->measured, run.end);
+    device->files.push_back(file.path);
+    device->commands.push_back(run.argv);
+    device->measured = std::max(device->measured, run.end);
     if (run.status != "complete")
-      at->notes.push_back(
+      device->notes.push_back(
           fmt::format("{}: its run did not end (status {}); the points it has are whole", file.path, run.status));
     for (const PointRecord& point : file.result.points) {
-      check_same_input(seen, point, file.path);
-      add_point(*at, point, file.path, ignored);
+      check_same_input(inputs, point, file.path);
+      add_point(*device, point, file.path, ignored);
     }
   }
-  for (DevicePoints& device : devices)
-    std::stable_sort(device.decode.begin(), device.decode.end(), [](const PointRecord* a, const PointRecord* b) {
+  for (DevicePoints& points : devices)
+    std::stable_sort(points.decode.begin(), points.decode.end(), [](const PointRecord* a, const PointRecord* b) {
       const auto order = [](const PointRecord* p) {
         return std::pair(integer_parameter(*p, "run.batch", 1), integer_parameter(*p, "run.context", 0));
       };

@@ -1,5 +1,5 @@
 #pragma once
-// The files a gate is given, sorted into devices; what may not be mixed is refused.
+// Sorts the result files of a gate by device. Files that must not be mixed are an error.
 
 #include <string>
 #include <vector>
@@ -11,9 +11,9 @@ namespace nsa {
 struct DevicePoints {
   std::string device, backend, git_commit, precision, measured;
   std::vector<std::string> files, commands;
-  std::vector<const PointRecord*> dense;            ///< kernels of the other branches
-  std::vector<const PointRecord*> decode, kernels;  ///< valid ones, kernels of the selected branch
-  std::vector<std::string> invalid_shapes;          ///< kernel points that are INVALID
+  std::vector<const PointRecord*> dense;            ///< kernel points of cmp and win
+  std::vector<const PointRecord*> decode, kernels;  ///< valid decode points; valid kernel points of sel
+  std::vector<std::string> invalid_shapes;          ///< shapes of INVALID kernel points of sel
   std::vector<std::string> notes;
 };
 

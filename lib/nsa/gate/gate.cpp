@@ -17,18 +17,18 @@ namespace nsa {
 namespace {
 
 constexpr double none = std::numeric_limits<double>::quiet_NaN();
-constexpr double miss = 0.05;  ///< all intervals of a condition hold together with 95% (Bonferroni)
+constexpr double family_alpha = 0.05;  ///< all intervals of a condition hold together with 95% (Bonferroni)
 constexpr const char* decode_run = "nsa run inputs/m4_decode.toml";
 constexpr const char* kernels_run = "nsa run inputs/m4_kernels.toml";
 
 using Samples = std::vector<double>;
 
-Measured measured(const Samples& samples, double missing) {
-  const Summary s = summarise(samples, missing);
+Measured measured(const Samples& samples, double alpha) {
+  const Summary s = summarise(samples, alpha);
   return {s.median, s.low, s.high, s.n};
 }
 
-/// f(a[i], b[i]) for every repetition that both have.
+/// f(a[i], b[i]) for every repetition i that both have.
 Samples paired(const Samples& a, const Samples& b, const std::function<double(double, double)>& f) {
   Samples result;
   for (std::size_t i = 0; i < std::min(a.size(), b.size()); ++i) result.push_back(f(a[i], b[i]));
@@ -37,7 +37,7 @@ Samples paired(const Samples& a, const Samples& b, const std::function<double(do
 
 Samples step_samples(const PointRecord& point, const char* mode) { return slowest_samples(point, mode, Stage::step); }
 
-/// Sum of stages, repetition by repetition; stages that the mode does not time are left out.
+/// Sum of stages for each repetition; stages that the mode does not time are left out.
 Samples stage_sum(const PointRecord& point, std::initializer_list<Stage> stages) {
   Samples sum;
   for (const Stage stage : stages) {
@@ -62,13 +62,13 @@ Outcome outcome_of(const Measured& m, double threshold, bool at_least) {
   return m.high <= threshold ? Outcome::met : m.low > threshold ? Outcome::not_met : Outcome::open;
 }
 
-std::string too_few(std::int64_t n, double missing) {
-  return fmt::format("{} samples give no interval here, {} do; raise run.steps", n, samples_needed(missing));
+std::string too_few(std::int64_t n, double alpha) {
+  return fmt::format("{} samples give no interval here, {} do; raise run.steps", n, samples_needed(alpha));
 }
 
 // Condition 1
 
-/// Why a point cannot say anything about the share; empty when it can.
+/// Why the share cannot be judged by this point; empty when it can.
 std::string share_gap(const PointRecord& point) {
   const std::int64_t context = integer_parameter(point, "run.context", 0);
   const auto lacks = [&](const char* mode) { return step_samples(point, mode).empty(); };
@@ -85,13 +85,13 @@ std::string share_gap(const PointRecord& point) {
                      missing, decode_run, context);
 }
 
-Condition share_condition(const PointRecord& point, const ContextVerdict& v, double threshold, double missing) {
+Condition share_condition(const PointRecord& point, const ContextVerdict& v, double threshold, double alpha) {
   Condition c{
       fmt::format("selection's share of the step >= {:.0f}%", 100 * threshold), threshold, true, {}, Outcome::open, {}};
-  c.measured = measured(paired(stage_sum(point, selection), stage_sum(point, all_stages), std::divides<>()), missing);
+  c.measured = measured(paired(stage_sum(point, selection), stage_sum(point, all_stages), std::divides<>()), alpha);
   if (c.why = share_gap(point); !c.why.empty()) return c;
   if (std::isnan(c.measured.low)) {
-    c.why = too_few(c.measured.n, missing);
+    c.why = too_few(c.measured.n, alpha);
     return c;
   }
   c.outcome = outcome_of(c.measured, threshold, true);
@@ -107,28 +107,28 @@ Condition share_condition(const PointRecord& point, const ContextVerdict& v, dou
   return c;
 }
 
-Account account(const std::string& name, const Samples& stages, const Samples& step, double missing) {
-  Account a{name, measured(stages, missing), measured(step, missing), true, {}};
-  if (std::isnan(a.stages.low) || std::isnan(a.step.low)) return a;
-  a.agree = a.stages.low <= a.step.high && a.step.low <= a.stages.high;
-  if (a.agree) return a;
-  const bool more = a.stages.value > a.step.value;
+CostBreakdown cost_breakdown(const std::string& name, const Samples& stages, const Samples& step, double alpha) {
+  CostBreakdown cost{name, measured(stages, alpha), measured(step, alpha), true, {}};
+  if (std::isnan(cost.stages.low) || std::isnan(cost.step.low)) return cost;
+  cost.agree = cost.stages.low <= cost.step.high && cost.step.low <= cost.stages.high;
+  if (cost.agree) return cost;
+  const bool more = cost.stages.value > cost.step.value;
   if (name == "cmp" && more)
-    a.why = "left out, its scores are still formed, because selection needs them";
+    cost.why = "left out, its scores are still formed, because selection needs them";
   else if (more)
-    a.why = "stages timed one by one neither overlap nor share a launch, and may wait for theirs";
+    cost.why = "stages timed one by one neither overlap nor share a launch, and may wait for theirs";
   else
-    a.why = name == "step" ? "what lies between two stages is in none of them"
-                           : "leaving it out also leaves more of the caches to the rest of the step";
-  return a;
+    cost.why = name == "step" ? "what lies between two stages is in none of them"
+                              : "leaving it out also leaves more of the caches to the rest of the step";
+  return cost;
 }
 
-std::vector<Account> accounts(const PointRecord& point, double missing) {
+std::vector<CostBreakdown> cost_breakdowns(const PointRecord& point, double alpha) {
   const Samples total = step_samples(point, "total");
-  std::vector<Account> list{account("step", stage_sum(point, all_stages), total, missing)};
+  std::vector<CostBreakdown> list{cost_breakdown("step", stage_sum(point, all_stages), total, alpha)};
   const auto branch = [&](const char* name, std::initializer_list<Stage> stages) {
     const Samples without = step_samples(point, (std::string("ablation_") + name).c_str());
-    list.push_back(account(name, stage_sum(point, stages), paired(total, without, std::minus<>()), missing));
+    list.push_back(cost_breakdown(name, stage_sum(point, stages), paired(total, without, std::minus<>()), alpha));
   };
   branch("cmp", {Stage::attend_cmp});
   branch("sel", selection);
@@ -143,36 +143,36 @@ std::int64_t find_implementation(const KernelRecord& k, const char* name) {
   return at == k.implementations.end() ? -1 : at - k.implementations.begin();
 }
 
-Measured ratio(const PointRecord& point, const char* of, const char* to, double missing) {
-  const Summary s = kernel_ratio(point, of, to, missing);
+Measured ratio(const PointRecord& point, const char* of, const char* to, double alpha) {
+  const Summary s = kernel_ratio(point, of, to, alpha);
   return {s.median, s.low, s.high, s.n};
 }
 
-Measured mean_error(const KernelRecord& k, double missing) {
+Measured mean_error(const KernelRecord& k, double alpha) {
   const std::int64_t at = find_implementation(k, "fused");
   if (at < 0) return {none, none, none, 0};
   const double mean = k.mean_abs_err[static_cast<std::size_t>(at)];
   if (std::isnan(mean)) return {none, none, none, 0};  // run.check was off
-  const double half = normal_quantile(missing) * k.mean_abs_err_se[static_cast<std::size_t>(at)];
+  const double half = normal_quantile(alpha) * k.mean_abs_err_se[static_cast<std::size_t>(at)];
   return {mean, std::max(0.0, mean - half), mean + half, 1};
 }
 
 std::vector<ShapeResult> shape_results(const DevicePoints& points) {
-  const double missing = miss / static_cast<double>(std::max<std::size_t>(1, points.kernels.size()));
+  const double alpha = family_alpha / static_cast<double>(std::max<std::size_t>(1, points.kernels.size()));
   std::vector<ShapeResult> shapes;
   for (const PointRecord* p : points.kernels)
-    shapes.push_back({shape_name(*p), kernel_variant(*p, "fused"), ratio(*p, "sdpa", "fused", missing),
-                      ratio(*p, fastest_packed(*p), "fused", missing), mean_error(p->kernels, missing)});
+    shapes.push_back({shape_name(*p), kernel_variant(*p, "fused"), ratio(*p, "sdpa", "fused", alpha),
+                      ratio(*p, fastest_packed(*p), "fused", alpha), mean_error(p->kernels, alpha)});
   return shapes;
 }
 
-/// A condition that every shape has to meet: the worst shape's value, and the bounds that hold for all of them.
+/// A condition that every shape has to meet: the worst value of all shapes, and the worst bounds.
 Condition over_shapes(const DevicePoints& points, const std::vector<ShapeResult>& shapes, Measured ShapeResult::*field,
                       Condition c) {
   c.measured = {none, none, none, 0};
   if (shapes.empty()) {
     c.why = points.invalid_shapes.empty() ? fmt::format("not measured: {}", kernels_run)
-                                          : "every shape is INVALID; mend the kernel and run them again";
+                                          : "every shape is INVALID; fix the kernel and run them again";
     return c;
   }
   const ShapeResult* worst = nullptr;
@@ -182,7 +182,8 @@ Condition over_shapes(const DevicePoints& points, const std::vector<ShapeResult>
     if (std::isnan(m.low)) {
       if (unknown.empty())
         unknown = m.n == 0 ? fmt::format("{} lacks an implementation, or was not checked", shape.name)
-                           : fmt::format("{}: {}", shape.name, too_few(m.n, miss / static_cast<double>(shapes.size())));
+                           : fmt::format("{}: {}", shape.name,
+                                         too_few(m.n, family_alpha / static_cast<double>(shapes.size())));
       continue;
     }
     if (!worst || (c.at_least ? m.value < (worst->*field).value : m.value > (worst->*field).value)) worst = &shape;
@@ -195,7 +196,7 @@ Condition over_shapes(const DevicePoints& points, const std::vector<ShapeResult>
   if (worst) c.why = "worst: " + worst->name;
   if (c.outcome == Outcome::not_met) return c;
   if (unknown.empty() && !points.invalid_shapes.empty())
-    unknown = fmt::format("{} is INVALID; mend it and run the shapes again", points.invalid_shapes.front());
+    unknown = fmt::format("{} is INVALID; fix it and run the shapes again", points.invalid_shapes.front());
   if (!unknown.empty()) {
     c.outcome = Outcome::open;
     c.why = unknown;
@@ -230,26 +231,25 @@ void decide(ContextVerdict& v, const Condition& speedup, const Condition& error)
                                 number_of(v.share), number_of(speedup), number_of(error));
 }
 
-ContextVerdict judge_context(const PointRecord& point, double missing, const Condition& speedup,
-                             const Condition& error) {
+ContextVerdict judge_context(const PointRecord& point, double alpha, const Condition& speedup, const Condition& error) {
   ContextVerdict v;
   v.context = integer_parameter(point, "run.context", 0);
   v.batch = integer_parameter(point, "run.batch", 1);
   v.share_ablation = measured(paired(step_samples(point, "ablation_sel"), step_samples(point, "total"),
                                      [](double without, double whole) { return 1 - without / whole; }),
-                              missing);
+                              alpha);
   v.one_hot =
-      measured(paired(step_samples(point, "one_hot_sel"), step_samples(point, "total"), std::divides<>()), missing);
+      measured(paired(step_samples(point, "one_hot_sel"), step_samples(point, "total"), std::divides<>()), alpha);
   v.share_attention =
-      measured(paired(stage_sum(point, selection), stage_sum(point, attention), std::divides<>()), missing);
-  v.share = share_condition(point, v, gate_share, missing);
-  v.share_high = share_condition(point, v, gate_share_high, missing);
-  v.accounts = accounts(point, missing);
+      measured(paired(stage_sum(point, selection), stage_sum(point, attention), std::divides<>()), alpha);
+  v.share = share_condition(point, v, gate_share, alpha);
+  v.share_high = share_condition(point, v, gate_share_high, alpha);
+  v.costs = cost_breakdowns(point, alpha);
   decide(v, speedup, error);
   return v;
 }
 
-/// One word for the device: a kernel is routed by length, so a context where it pays is enough.
+/// The verdict of the device: a kernel is routed by length, so that one context where it pays is enough.
 void decide(DeviceVerdict& device) {
   const auto with = [&](Verdict verdict) {
     std::string list;
@@ -311,9 +311,8 @@ DeviceVerdict judge_device(const DevicePoints& points, const std::vector<std::in
     const std::int64_t context = integer_parameter(*p, "run.context", 0);
     if (contexts.empty() || std::find(contexts.begin(), contexts.end(), context) != contexts.end()) decode.push_back(p);
   }
-  const double missing = miss / static_cast<double>(std::max<std::size_t>(1, decode.size()));
-  for (const PointRecord* p : decode)
-    device.contexts.push_back(judge_context(*p, missing, device.speedup, device.error));
+  const double alpha = family_alpha / static_cast<double>(std::max<std::size_t>(1, decode.size()));
+  for (const PointRecord* p : decode) device.contexts.push_back(judge_context(*p, alpha, device.speedup, device.error));
   decide(device);
   return device;
 }

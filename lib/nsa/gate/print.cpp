@@ -1,4 +1,4 @@
-// The gate's page of a device, as text and as JSON.
+// Prints the gate's page of a device as text, as a decision record and as JSON.
 
 #include <fmt/format.h>
 #include <fmt/ostream.h>
@@ -69,32 +69,32 @@ void print_shapes(std::ostream& out, const DeviceVerdict& device) {
   line("error", device.error, error_text(device.error.measured), "<=");
 }
 
-std::string account_cell(const Account& a) {
+std::string cost_cell(const CostBreakdown& a) {
   if (std::isnan(a.stages.value) || std::isnan(a.step.value)) return "-";
   return fmt::format("{}, {}{}", time_text(a.stages.value), time_text(a.step.value), a.agree ? "" : " *");
 }
 
 std::string signed_time(double seconds) { return (seconds < 0 ? "-" : "+") + time_text(std::abs(seconds)); }
 
-/// Where the two accounts of something lie apart for one reason, and by how much.
-struct Apart {
+/// The contexts in which two measurements of a cost differ for one reason, and by how much.
+struct Disagreement {
   double least = INFINITY, most = -INFINITY;
   std::vector<std::string> contexts;
 
-  void add(const Account& a, std::int64_t context) {
+  void add(const CostBreakdown& a, std::int64_t context) {
     const double more = a.stages.value - a.step.value;
     least = std::min(least, more), most = std::max(most, more);
     contexts.push_back(std::to_string(context));
   }
   std::string text(std::size_t all) const {
-    const std::string by = signed_time(least), to = signed_time(most);
-    return fmt::format("{}{} at {}", by, by == to ? "" : " to " + to,
+    const std::string low = signed_time(least), high = signed_time(most);
+    return fmt::format("{}{} at {}", low, low == high ? "" : " to " + high,
                        contexts.size() == all && all > 1 ? "every context" : joined(contexts));
   }
 };
 
-/// How far the two shares of selection lie apart, and whether that matters for the first condition.
-void print_share_accounts(std::ostream& out, const std::vector<ContextVerdict>& contexts) {
+/// The difference of the two shares of selection, and whether it matters for the first condition.
+void print_share_difference(std::ostream& out, const std::vector<ContextVerdict>& contexts) {
   double least = INFINITY, most = 0;
   int counted = 0, same_side = 0;
   for (const ContextVerdict& v : contexts) {
@@ -105,38 +105,39 @@ void print_share_accounts(std::ostream& out, const std::vector<ContextVerdict>& 
     same_side += (stages >= gate_share) == (ablation >= gate_share);
   }
   if (counted > 0)
-    fmt::print(out,
-               "   selection's share by one account and by the other: {:.1f} to {:.1f} points apart, on one side of "
-               "{:.0f}% at {} of {} contexts\n",
-               100 * least, 100 * most, 100 * gate_share, same_side, counted);
+    fmt::print(
+        out,
+        "   selection's share by its stages and by leaving it out: {:.1f} to {:.1f} points apart, on one side of "
+        "{:.0f}% at {} of {} contexts\n",
+        100 * least, 100 * most, 100 * gate_share, same_side, counted);
 }
 
-void print_accounts(std::ostream& out, const DeviceVerdict& device) {
+void print_costs(std::ostream& out, const DeviceVerdict& device) {
   if (device.contexts.empty()) return;
   fmt::print(
       out,
       "Do the parts add up? step: the sum of its stages, each timed by itself, and the step as it runs. cmp, sel, "
       "win: the\nbranch's stages, and what the step saves when the branch is left out. *: the intervals of the "
-      "two do not meet.\n");
+      "two do not overlap.\n");
   fmt::print(out, "{:>9} {:>5}", "context", "batch");
-  for (const Account& a : device.contexts[0].accounts) fmt::print(out, "  {:<21}", a.name);
+  for (const CostBreakdown& a : device.contexts[0].costs) fmt::print(out, "  {:<21}", a.name);
   fmt::print(out, "\n");
-  std::map<std::string, Apart> reasons;  // by name and why
+  std::map<std::string, Disagreement> reasons;  // by name and reason
   for (const ContextVerdict& v : device.contexts) {
     fmt::print(out, "{:>9} {:>5}", v.context, v.batch);
-    for (const Account& a : v.accounts) {
-      fmt::print(out, "  {:<21}", account_cell(a));
+    for (const CostBreakdown& a : v.costs) {
+      fmt::print(out, "  {:<21}", cost_cell(a));
       if (a.agree) continue;
       reasons[fmt::format("{} ({})", a.name, a.why)].add(a, v.context);
     }
     fmt::print(out, "\n");
   }
-  for (const auto& [what, apart] : reasons)
-    fmt::print(out, "   * {}: first minus second {}\n", what, apart.text(device.contexts.size()));
-  print_share_accounts(out, device.contexts);
+  for (const auto& [what, disagreement] : reasons)
+    fmt::print(out, "   * {}: first minus second {}\n", what, disagreement.text(device.contexts.size()));
+  print_share_difference(out, device.contexts);
 }
 
-// JSON. Numbers that are not there are null.
+// JSON. Numbers that were not measured are null.
 
 std::string number(double value) { return std::isfinite(value) ? fmt::format("{}", value) : "null"; }
 
@@ -163,7 +164,7 @@ std::string context_json(const ContextVerdict& v) {
       R"("share_attention": {}, "one_hot": {}, "accounts": {}}})",
       v.context, v.batch, json_quote(word_of(v.verdict)), json_quote(v.why), condition_json(v.share),
       condition_json(v.share_high), measured_json(v.share_ablation), measured_json(v.share_attention),
-      measured_json(v.one_hot), list_json(v.accounts, [](const Account& a) {
+      measured_json(v.one_hot), list_json(v.costs, [](const CostBreakdown& a) {
         return fmt::format(R"({{"name": {}, "stages": {}, "step": {}, "agree": {}, "why": {}}})", json_quote(a.name),
                            measured_json(a.stages), measured_json(a.step), a.agree, json_quote(a.why));
       }));
@@ -205,8 +206,8 @@ void print_gate(std::ostream& out, const DeviceVerdict& device) {
              device.git_commit, joined(device.files));
   print_shares(out, device);
   print_shapes(out, device);
-  fmt::print(out, "Intervals: 95% for all contexts, or shapes, of a condition at once.\n\n");
-  print_accounts(out, device);
+  fmt::print(out, "Intervals: 95% for all contexts, or shapes, of a condition together.\n\n");
+  print_costs(out, device);
   if (!device.guards.empty()) fmt::print(out, "\n{}", device.guards);
   for (const std::string& note : device.notes) fmt::print(out, "note: {}\n", note);
   fmt::print(out, "\nVERDICT: {} ({})\n", word_of(device.verdict), device.why);

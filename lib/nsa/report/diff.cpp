@@ -31,7 +31,7 @@ std::string text_of(const decltype(Parameter::second)& value) {
   return std::visit([](const auto& v) { return fmt::format("{}", v); }, value);
 }
 
-/// "key: a, b" for every parameter that differs, of those that decide the result or of the others.
+/// "key: a, b" for every parameter that differs; `deciding`: of those that decide the result, else of the others.
 std::vector<std::string> different_parameters(const PointRecord& a, const PointRecord& b, bool deciding) {
   const std::map<std::string, decltype(Parameter::second)> of_a(a.parameters.begin(), a.parameters.end()),
       of_b(b.parameters.begin(), b.parameters.end());
@@ -50,7 +50,7 @@ std::vector<std::string> different_parameters(const PointRecord& a, const PointR
   return list;
 }
 
-/// Reads by branch and step, summed over ranks: the same on every layout.
+/// Reads by branch and step, summed over ranks: equal for all layouts.
 std::vector<std::int64_t> summed_over_ranks(const ReadTable& reads) {
   std::vector<std::int64_t> sums(static_cast<std::size_t>(branches * reads.steps), 0);
   for (std::int64_t branch = 0; branch < branches; ++branch)
@@ -60,7 +60,7 @@ std::vector<std::int64_t> summed_over_ranks(const ReadTable& reads) {
   return sums;
 }
 
-/// What makes the results differ; empty when they agree.
+/// The differences of the results; empty when they agree.
 std::vector<std::string> differences(const PointRecord& a, const PointRecord& b) {
   std::vector<std::string> list = different_parameters(a, b, true);
   if (summed_over_ranks(a.reads) != summed_over_ranks(b.reads))
@@ -72,8 +72,8 @@ std::vector<std::string> differences(const PointRecord& a, const PointRecord& b)
   return list;
 }
 
-/// Where both files kept the output, how far they are apart: "" when rounding explains it. The mean, since a near tie
-/// may choose another block in a few rows.
+/// The difference of the outputs where both files hold them; "" where rounding explains it. It is a mean, because a
+/// near tie may select another block in a few rows.
 std::string output_difference(const std::string& path_a, const PointRecord& a, const std::string& path_b,
                               const PointRecord& b) {
   const TensorFile of_a(path_a, a.index), of_b(path_b, b.index);
@@ -82,15 +82,15 @@ std::string output_difference(const std::string& path_a, const PointRecord& a, c
     const std::vector<std::int64_t> shape = of_a.shape(name), zero(shape.size(), 0);
     if (of_b.shape(name) != shape) return fmt::format("{}: of another shape", name);
     const std::vector<float> x = of_a.read(name, shape, zero, shape), y = of_b.read(name, shape, zero, shape);
-    double apart = 0, size = 0;
+    double difference = 0, size = 0;
     for (std::size_t i = 0; i < x.size(); ++i) {
-      apart += std::abs(double{x[i]} - y[i]);
+      difference += std::abs(double{x[i]} - y[i]);
       size += std::abs(double{x[i]});
     }
     const double bound =
         error_bound(text_parameter(a, "model.precision") == name_of(DType::f32) ? DType::f32 : DType::bf16);
-    if (!(apart <= bound * size))
-      return fmt::format("{}: mean difference {:.3g} of the mean (rounding: {:.3g})", name, apart / size, bound);
+    if (!(difference <= bound * size))
+      return fmt::format("{}: mean difference {:.3g} of the mean (rounding: {:.3g})", name, difference / size, bound);
     return {};
   }
   return {};
@@ -101,7 +101,7 @@ std::string interval_text(const Summary& s) {
   return fmt::format("{} [{}, {}]", time_text(s.median), time_text(s.low), time_text(s.high));
 }
 
-/// Slower or faster only where the 95% intervals of the medians are apart.
+/// "slower" or "faster" only where the 95% intervals of the medians do not overlap.
 const char* verdict(const Summary& a, const Summary& b) {
   if (std::isnan(a.low) || std::isnan(b.low)) return "too few samples";
   return b.low > a.high ? "slower" : b.high < a.low ? "faster" : "no difference shown";
@@ -127,7 +127,7 @@ void print_times(std::ostream& out, const PointRecord& a, const PointRecord& b) 
     print_time(out, "kernels", name, summarise(kernel_samples(a, name)), summarise(kernel_samples(b, name)));
 }
 
-/// What pairs points of two files.
+/// The key by which points of two files are paired.
 std::string sweep_key(const PointRecord& p) {
   if (is_kernels(p))
     return fmt::format("kernels, {}, batch {}", kernel_point_name(p), integer_parameter(p, "run.batch", 1));

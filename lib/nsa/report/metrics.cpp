@@ -9,7 +9,7 @@
 namespace nsa {
 namespace {
 
-constexpr double none = std::numeric_limits<double>::quiet_NaN();
+constexpr double not_measured = std::numeric_limits<double>::quiet_NaN();
 
 /// The samples of one mode: at(stage, rank, rep), NaN where not timed.
 struct ModeTable {
@@ -50,9 +50,9 @@ std::vector<double> slowest_samples(const PointRecord& point, std::string_view m
   std::vector<double> slowest;
   if (samples.mode < 0) return slowest;
   for (std::int64_t rep = point.warmup_reps; rep < table.reps; ++rep) {
-    double most = none;
-    for (std::int64_t rank = 0; rank < table.ranks; ++rank) most = std::fmax(most, samples.at(stage, rank, rep));
-    if (!std::isnan(most)) slowest.push_back(most);
+    double maximum = not_measured;
+    for (std::int64_t rank = 0; rank < table.ranks; ++rank) maximum = std::fmax(maximum, samples.at(stage, rank, rep));
+    if (!std::isnan(maximum)) slowest.push_back(maximum);
   }
   return slowest;
 }
@@ -64,20 +64,20 @@ std::vector<double> kernel_samples(const PointRecord& point, std::string_view im
   if (at == k.implementations.end()) return slowest;
   const std::int64_t first = (at - k.implementations.begin()) * k.ranks;
   for (std::int64_t rep = point.warmup_reps; rep < k.reps; ++rep) {
-    double most = none;
+    double maximum = not_measured;
     for (std::int64_t rank = 0; rank < k.ranks; ++rank)
-      most = std::fmax(most, k.seconds[static_cast<std::size_t>((first + rank) * k.reps + rep)]);
-    slowest.push_back(most);
+      maximum = std::fmax(maximum, k.seconds[static_cast<std::size_t>((first + rank) * k.reps + rep)]);
+    slowest.push_back(maximum);
   }
   return slowest;
 }
 
-Summary kernel_ratio(const PointRecord& point, std::string_view of, std::string_view to, double miss) {
+Summary kernel_ratio(const PointRecord& point, std::string_view of, std::string_view to, double alpha) {
   std::vector<double> ratio = kernel_samples(point, of);
   const std::vector<double> below = kernel_samples(point, to);
   ratio.resize(std::min(ratio.size(), below.size()));
   for (std::size_t i = 0; i < ratio.size(); ++i) ratio[i] /= below[i];
-  return summarise(std::move(ratio), miss);
+  return summarise(std::move(ratio), alpha);
 }
 
 std::string kernel_variant(const PointRecord& point, std::string_view implementation) {
@@ -111,7 +111,7 @@ double selection_share(const PointRecord& point) {
     all += median;
     if (stage == Stage::rank || stage == Stage::attend_sel) selection += median;
   }
-  return all > 0 ? selection / all : none;
+  return all > 0 ? selection / all : not_measured;
 }
 
 std::vector<double> rank_work(const PointRecord& point) {
@@ -126,7 +126,7 @@ std::vector<double> rank_work(const PointRecord& point) {
         reps.push_back(ModeTable{table, whole}.at(Stage::step, rank, rep));
         continue;
       }
-      double sum = none;
+      double sum = not_measured;
       for (int i = 0; i < static_cast<int>(Stage::comm); ++i) {
         const double seconds = ModeTable{table, stages}.at(static_cast<Stage>(i), rank, rep);
         if (!std::isnan(seconds)) sum = (std::isnan(sum) ? 0 : sum) + seconds;
@@ -139,27 +139,27 @@ std::vector<double> rank_work(const PointRecord& point) {
 }
 
 double copy_rate_fraction(const PointRecord& point) {
-  if (point.copy_bandwidth <= 0 || point.bytes.empty()) return none;
+  if (point.copy_bandwidth <= 0 || point.bytes.empty()) return not_measured;
   const std::size_t ranks = point.bytes.size() / stage_count;
-  std::int64_t most = 0;
+  std::int64_t maximum = 0;
   for (std::size_t rank = 0; rank < ranks; ++rank) {
     const std::int64_t whole = point.bytes[static_cast<std::size_t>(Stage::step) * ranks + rank];
     const std::int64_t received = point.bytes[static_cast<std::size_t>(Stage::comm) * ranks + rank];
-    most = std::max(most, whole - received);
+    maximum = std::max(maximum, whole - received);
   }
-  return static_cast<double>(most) / step_time(point).median / point.copy_bandwidth;
+  return static_cast<double>(maximum) / step_time(point).median / point.copy_bandwidth;
 }
 
-ReadFigures last_reads(const PointRecord& point) {
+ReadCounts last_reads(const PointRecord& point) {
   const ReadTable& reads = point.reads;
-  if (reads.steps == 0 || reads.counted.empty()) return {none, none, none};
-  const double lists =
+  if (reads.steps == 0 || reads.counted.empty()) return {not_measured, not_measured, not_measured};
+  const double divisor =
       static_cast<double>(integer_parameter(point, "run.batch", 1) * integer_parameter(point, "model.n_kv_groups", 1) *
                           integer_parameter(point, "model.layers", 1));
-  return {static_cast<double>(sum_at_last_step(reads, reads.counted)) / lists,
-          static_cast<double>(sum_at_last_step(reads, reads.expected)) / lists,
+  return {static_cast<double>(sum_at_last_step(reads, reads.counted)) / divisor,
+          static_cast<double>(sum_at_last_step(reads, reads.expected)) / divisor,
           reads.nsa_vibe.empty() || text_parameter(point, "task.kind") == "prefill"
-              ? none
+              ? not_measured
               : static_cast<double>(reads.nsa_vibe.back())};
 }
 

@@ -15,7 +15,7 @@ namespace {
 
 double median_of(const PointRecord& point, Stage stage) { return stage_time(point, "branches", stage).median; }
 
-/// The stages that have no column of their own.
+/// Sum of the medians of the stages without a column.
 double other_stages(const PointRecord& point) {
   double sum = 0;
   for (const Stage stage : {Stage::project, Stage::append, Stage::compress, Stage::combine, Stage::output}) {
@@ -28,8 +28,7 @@ double other_stages(const PointRecord& point) {
 std::string count_text(double count) { return std::isnan(count) ? "-" : fmt::format("{:.10g}", count); }
 std::string percent_text(double share) { return std::isnan(share) ? "-" : fmt::format("{:.1f}%", 100 * share); }
 
-/// What tells a point from the others of a sweep, as the tail of a name: "context_1024",
-/// "context_64_batch_4_force_sel".
+/// The end of a metric's name, unique among the points of a sweep: "context_1024", "context_64_batch_4_force_sel".
 std::string point_name(const PointRecord& point) {
   if (text_parameter(point, "task.kind") == "kernels") return kernel_point_name(point);
   std::string name = fmt::format("context_{}", integer_parameter(point, "run.context", 0));
@@ -40,53 +39,53 @@ std::string point_name(const PointRecord& point) {
   return name;
 }
 
-using Figures = std::vector<Figure>;
+using Metrics = std::vector<Metric>;
 
-void add_time_figures(Figures& figures, const PointRecord& point) {
+void add_time_metrics(Metrics& metrics, const PointRecord& point) {
   const double seconds = step_time(point).median;
   if (std::isnan(seconds)) return;
   const std::string kind = text_parameter(point, "task.kind", "step"), name = point_name(point);
-  if (kind == "needle") return;  // its steps are asked for an answer, not timed
+  if (kind == "needle") return;  // its steps are checked, not timed
   const bool prefill = kind == "prefill";
   const double tokens = static_cast<double>(integer_parameter(point, "run.batch", 1) *
                                             (prefill ? integer_parameter(point, "run.context", 0) : 1));
-  figures.push_back(
+  metrics.push_back(
       {kind + "_time_" + name, fmt::format("{:.3f}", seconds * (prefill ? 1e3 : 1e6)), prefill ? "ms" : "us"});
-  figures.push_back({kind + "_rate_" + name, fmt::format("{:.1f}", tokens / seconds), "tokens/s"});
+  metrics.push_back({kind + "_rate_" + name, fmt::format("{:.1f}", tokens / seconds), "tokens/s"});
   if (const double share = selection_share(point); !std::isnan(share))
-    figures.push_back({kind + "_selection_share_" + name, fmt::format("{:.2f}", 100 * share), "%"});
+    metrics.push_back({kind + "_selection_share_" + name, fmt::format("{:.2f}", 100 * share), "%"});
   if (const double fraction = copy_rate_fraction(point); !std::isnan(fraction))
-    figures.push_back({kind + "_copy_rate_" + name, fmt::format("{:.2f}", 100 * fraction), "%"});
+    metrics.push_back({kind + "_copy_rate_" + name, fmt::format("{:.2f}", 100 * fraction), "%"});
 }
 
-/// Largest total over ranks; the kinds are [kind][rank] and "total" is the last.
+/// The largest total over ranks. The table is [kind][rank]; "total" is the last kind.
 double peak_memory(const MemoryRecord& memory) {
   if (memory.measured_peak.empty() || memory.kinds.empty()) return std::nan("");
   const std::size_t ranks = memory.measured_peak.size() / memory.kinds.size();
   return static_cast<double>(*std::max_element(memory.measured_peak.end() - ranks, memory.measured_peak.end()));
 }
 
-Figures figures_of(const PointRecord& point) {
+Metrics metrics_of(const PointRecord& point) {
   const std::string kind = text_parameter(point, "task.kind", "step"), name = point_name(point);
-  Figures figures;
-  add_time_figures(figures, point);
-  if (kind == "kernels") figures = kernel_figures(point);
+  Metrics metrics;
+  add_time_metrics(metrics, point);
+  if (kind == "kernels") metrics = kernel_metrics(point);
   if (const auto found = point.needle.find("found"); found != point.needle.end() && !found->second.empty()) {
     const auto hits = std::count(found->second.begin(), found->second.end(), 1.0);
     const double share = static_cast<double>(hits) / static_cast<double>(found->second.size());
-    figures.push_back({"needle_found_" + name, fmt::format("{:.2f}", 100 * share), "%"});
+    metrics.push_back({"needle_found_" + name, fmt::format("{:.2f}", 100 * share), "%"});
   }
   if (point.max_abs_err >= 0)
-    figures.push_back({kind + "_max_abs_err_" + name, fmt::format("{:.3e}", point.max_abs_err), "1"});
+    metrics.push_back({kind + "_max_abs_err_" + name, fmt::format("{:.3e}", point.max_abs_err), "1"});
   if (const double peak = peak_memory(point.memory); !std::isnan(peak))
-    figures.push_back({kind + "_peak_memory_" + name, fmt::format("{:.3f}", peak / 1e6), "MB"});
-  return figures;
+    metrics.push_back({kind + "_peak_memory_" + name, fmt::format("{:.3f}", peak / 1e6), "MB"});
+  return metrics;
 }
 
-/// "point: reason" of the first point that is not valid; empty: all are.
+/// "point: reason" of the first invalid point; empty: all points are valid.
 std::string first_invalid(const std::vector<PointRecord>& points) {
-  const auto bad = std::find_if(points.begin(), points.end(), [](const PointRecord& p) { return !p.valid; });
-  return bad == points.end() ? "" : point_name(*bad) + ": " + bad->reason;
+  const auto invalid = std::find_if(points.begin(), points.end(), [](const PointRecord& p) { return !p.valid; });
+  return invalid == points.end() ? "" : point_name(*invalid) + ": " + invalid->reason;
 }
 
 std::string csv_time(double seconds) { return std::isnan(seconds) ? "" : fmt::format("{:.6f}", 1e3 * seconds); }
@@ -99,6 +98,7 @@ TableColumns table_columns(const std::vector<PointRecord>& points) {
   for (const PointRecord& point : points) {
     columns.batch |= integer_parameter(point, "run.batch", 1) != 1;
     columns.forced |= text_parameter(point, "run.force_branch", "none") != "none";
+    columns.nsa_vibe |= !text_parameter(point, "output.csv").empty();
   }
   return columns;
 }
@@ -110,7 +110,9 @@ void print_table_header(std::ostream& out, const TableColumns& columns) {
   if (columns.batch) fmt::print(out, " {:>6}", "batch");
   if (columns.forced) fmt::print(out, " {:>6}", "forced");
   for (const char* name : {"total", "cmp", "rank", "sel", "win", "comm", "other"}) fmt::print(out, " {:>8}", name);
-  fmt::print(out, " {:>6} {:>15} {:>8}\n", "share", "reads", "nsa-vibe");
+  fmt::print(out, " {:>6} {:>15}", "share", "reads");
+  if (columns.nsa_vibe) fmt::print(out, " {:>8}", "nsa-vibe");
+  fmt::print(out, "\n");
 }
 
 void print_table_row(std::ostream& out, const TableColumns& columns, const PointRecord& point) {
@@ -121,17 +123,29 @@ void print_table_row(std::ostream& out, const TableColumns& columns, const Point
                                median_of(point, Stage::rank), median_of(point, Stage::attend_sel),
                                median_of(point, Stage::attend_win), median_of(point, Stage::comm), other_stages(point)})
     fmt::print(out, " {:>8}", time_text(seconds));
-  const ReadFigures reads = last_reads(point);
-  fmt::print(out, " {:>6} {:>15} {:>8}", percent_text(selection_share(point)),
-             count_text(reads.counted) + "/" + count_text(reads.expected), count_text(reads.nsa_vibe));
+  const ReadCounts reads = last_reads(point);
+  fmt::print(out, " {:>6} {:>15}", percent_text(selection_share(point)),
+             count_text(reads.counted) + "/" + count_text(reads.expected));
+  if (columns.nsa_vibe) fmt::print(out, " {:>8}", count_text(reads.nsa_vibe));
   fmt::print(out, "{}{}\n", point.fallbacks.empty() ? "" : "  FALLBACK", point.valid ? "" : "  INVALID");
 }
 
-void print_table_notes(std::ostream& out) {
+void print_table_notes(std::ostream& out, const TableColumns& columns) {
+  if (columns.batch) fmt::print(out, "batch: sequences\n");
+  if (columns.forced) fmt::print(out, "forced: the branch whose gate is 1 (the other gates are 0)\n");
   fmt::print(out,
-             "total: a step as it runs; cmp to other: the stages one after the other. Medians of the slowest rank.\n"
-             "share: (rank + sel) / all stages. reads: tokens counted/expected at the last step for one sequence and\n"
-             "group; nsa-vibe: what the formula cmp + n*l' + min(w,S) gives.\n");
+             "total: the whole step as it runs; the columns to its right: stages of the step, timed one by one\n"
+             "cmp: compressed attention   rank: block scoring and top-n   sel: selected attention\n"
+             "win: window attention       comm: exchanges among ranks     other: all other stages\n"
+             "share: (rank + sel) / all stages   reads: tokens counted/expected, last step, one sequence and group\n");
+  if (columns.nsa_vibe) fmt::print(out, "nsa-vibe: tokens by the formula of that project, cmp + n*l' + min(w, S)\n");
+  fmt::print(out, "Times are medians over steps; the time of a step is that of its slowest rank.\n");
+}
+
+void print_needle_notes(std::ostream& out) {
+  fmt::print(out,
+             "depth: place of the needle as a fraction of the context   block: the selection block that holds it\n"
+             "found: every sequence and group selected that block   abs_err: largest error of the selected branch\n");
 }
 
 void print_fallbacks(std::ostream& out, const std::vector<PointRecord>& points) {
@@ -140,10 +154,10 @@ void print_fallbacks(std::ostream& out, const std::vector<PointRecord>& points) 
 }
 
 void print_exchange(std::ostream& out, const std::vector<PointRecord>& points) {
-  std::set<std::string> ways;
+  std::set<std::string> transports;
   for (const PointRecord& point : points)
-    if (!point.exchange.empty() && point.exchange != "MPI") ways.insert(point.exchange);
-  if (!ways.empty()) fmt::print(out, "small exchanges went through {}\n", fmt::join(ways, ", "));
+    if (!point.exchange.empty() && point.exchange != "MPI") transports.insert(point.exchange);
+  if (!transports.empty()) fmt::print(out, "small exchanges went through {}\n", fmt::join(transports, ", "));
 }
 
 void print_slowest(std::ostream& out, const std::vector<PointRecord>& points) {
@@ -179,8 +193,10 @@ void print_notes(std::ostream& out, const std::vector<PointRecord>& points) {
   const std::string kind = kind_of(points.front());
   if (kind == "kernels") {
     print_kernels_notes(out, points);
-  } else if (kind != "needle") {
-    print_table_notes(out);
+  } else if (kind == "needle") {
+    print_needle_notes(out);
+  } else {
+    print_table_notes(out, table_columns(points));
     print_slowest(out, points);
     print_exchange(out, points);
   }
@@ -191,13 +207,13 @@ void print_points(std::ostream& out, const std::vector<PointRecord>& points, con
   const TableColumns columns = table_columns(points);
   for (const PointRecord& point : points) print_point(out, columns, point, &point == &points.front());
   print_notes(out, points);
-  print_figures(out, points, interrupted);
+  print_metrics(out, points, interrupted);
 }
 
-void print_figures(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted) {
+void print_metrics(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted) {
   for (const PointRecord& point : points)
-    for (const Figure& figure : figures_of(point))
-      fmt::print(out, "FOM {} = {} {}\n", figure.name, figure.value, figure.unit);
+    for (const Metric& metric : metrics_of(point))
+      fmt::print(out, "FOM {} = {} {}\n", metric.name, metric.value, metric.unit);
   const std::string why = first_invalid(points);
   if (!interrupted.empty()) {
     fmt::print(out, "RESULT: INTERRUPTED ({})\n", interrupted);
@@ -224,9 +240,9 @@ std::string to_json(const RunRecord& run, const std::string& file, const std::ve
                       points.empty() ? 0 : points.front().heads, points.empty() ? 0 : points.front().kv);
   const char* before = "\n";
   for (const PointRecord& point : points)
-    for (const Figure& figure : figures_of(point)) {
-      json += fmt::format("{}    {}: {{\"value\": {}, \"unit\": {}}}", before, json_quote(figure.name), figure.value,
-                          json_quote(figure.unit));
+    for (const Metric& metric : metrics_of(point)) {
+      json += fmt::format("{}    {}: {{\"value\": {}, \"unit\": {}}}", before, json_quote(metric.name), metric.value,
+                          json_quote(metric.unit));
       before = ",\n";
     }
   return json + "\n  }\n}\n";
@@ -253,7 +269,7 @@ std::string to_csv(const std::vector<PointRecord>& points) {
       "S,ms_total,ms_cmp,ms_sel,ms_win,reads_actual,reads_expected,reads_actual_decode,reads_expected_decode,"
       "reads_nsa_vibe\n";
   for (const PointRecord& point : points) {
-    const ReadFigures reads = last_reads(point);
+    const ReadCounts reads = last_reads(point);
     const bool decode = text_parameter(point, "task.kind", "decode") == "decode";
     const std::string counted = csv_count(reads.counted), expected = csv_count(reads.expected);
     csv += fmt::format("{},{},{},{},{},{},{},{},{},{}\n", integer_parameter(point, "run.context", 0),

@@ -1,5 +1,5 @@
 #pragma once
-// What a run prints: the branch table, the slowest rank, FOM lines, the verdict; and the seeds' CSV and a JSON summary.
+// What a run prints: the table of points, the slowest rank, FOM lines, the result; and the CSV and JSON files.
 
 #include <ostream>
 #include <string>
@@ -9,60 +9,61 @@
 
 namespace nsa {
 
-/// Columns that a table has only where a point needs them.
+/// Columns that the table has only where a point needs them. `nsa_vibe`: the run writes a CSV for comparison with that
+/// project.
 struct TableColumns {
-  bool batch = false, forced = false;
+  bool batch = false, forced = false, nsa_vibe = false;
 };
 TableColumns table_columns(const std::vector<PointRecord>& points);
 
-/// A point as it finishes, under a header before the first. A table with one line a point: context, total, cmp, rank,
-/// sel, win, comm, other stages, share of selection, reads counted/expected, nsa-vibe's formula; kind = "needle" and
-/// "kernels" have tables of their own.
+/// Prints one line of the table, with the header before the `first` point: context, total, cmp, rank, sel, win, comm,
+/// other stages, share of selection, reads counted/expected. kind = "needle" and "kernels" have their own tables.
 void print_point(std::ostream& out, const TableColumns& columns, const PointRecord& point, bool first);
 
-/// What stands below the points: what the columns are; the slowest rank of each point and by how much (max / median
-/// over ranks of their own work), where there are several; a line for each fallback: where, from what, why, how often.
+/// Prints the notes below the table: the meaning of each column; with several ranks, the slowest rank of each point and
+/// the ratio of its own work to the median over ranks; one line for each fallback: point, implementation, reason,
+/// calls.
 void print_notes(std::ostream& out, const std::vector<PointRecord>& points);
 
-/// All of it as `nsa run` prints it, the figures included.
+/// Prints table, notes and metrics as `nsa run` does.
 void print_points(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted = "");
 
-/// A FOM line.
-struct Figure {
+/// The content of a FOM line.
+struct Metric {
   std::string name, value, unit;
 };
 
-/// "FOM name = value unit" lines, then "RESULT: VALID", "RESULT: INVALID (reason)" or, where the run was stopped before
-/// its end, "RESULT: INTERRUPTED (how far it came)". Names and order are stable.
-void print_figures(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted = "");
+/// Prints "FOM name = value unit" lines, then "RESULT: VALID", "RESULT: INVALID (reason)" or, for a run that was
+/// stopped before its end, "RESULT: INTERRUPTED (finished points)". Names and order are stable.
+void print_metrics(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted = "");
 
-/// One JSON object that says what the FOM lines say: file, result, ranks, heads, kv, backend, commit and
-/// figures {name: {value, unit}}; docs/METRICS.md. `file` is the result file's path.
+/// One JSON object with the content of the FOM lines: file, result, ranks, heads, kv, backend, commit and
+/// figures {name: {value, unit}}; docs/METRICS.md. `file` is the path of the result file.
 std::string to_json(const RunRecord& run, const std::string& file, const std::vector<PointRecord>& points);
 
-/// kind = "needle": depth x found.
+/// kind = "needle": one line for each depth.
 void print_needles(std::ostream& out, const std::vector<PointRecord>& points);
 
-/// kind = "kernels": one line a point, the implementations' times, the speed of the custom one (fused for sel, else
-/// flash) over sdpa with its interval, and its errors. The notes end with print_guards.
+/// kind = "kernels": one line for each point: the time of each implementation, the speedup of the custom one (fused for
+/// sel, else flash) over sdpa with its interval, and its errors. The notes end with print_guards.
 void print_kernels_header(std::ostream& out);
 void print_kernels_row(std::ostream& out, const PointRecord& point);
 void print_kernels_notes(std::ostream& out, const std::vector<PointRecord>& points);
 
-/// From which length on flash is at least 1.2 times as fast as sdpa at every length measured, for win and cmp, as lines
-/// of [runtime]; nothing where it was not measured.
+/// Prints the length from which on flash is at least 1.2 times as fast as sdpa at every measured length, for win and
+/// cmp, as lines for [runtime]; prints nothing where it was not measured.
 void print_guards(std::ostream& out, const std::vector<const PointRecord*>& points);
 
-/// FOM lines of such a point.
-std::vector<Figure> kernel_figures(const PointRecord& point);
-/// "sel_N256_H4_D64_n8_scattered_context_8192": what tells it from the others of its sweep.
+/// The FOM lines of such a point.
+std::vector<Metric> kernel_metrics(const PointRecord& point);
+/// "sel_N256_H4_D64_n8_scattered_context_8192": unique among the points of a sweep.
 std::string kernel_point_name(const PointRecord& point);
 
 /// nsa-vibe's columns S, ms_total, ms_cmp, ms_sel (rank + attend_sel), ms_win, reads_actual, reads_expected,
 /// reads_actual_decode, reads_expected_decode, and reads_nsa_vibe. Reads are those of last_reads (report/metrics.hpp):
-/// counted where the kernels load, and expected from the shape. nsa-vibe's own formula, which its CSV has under
-/// reads_expected, stands in reads_nsa_vibe. The _decode pair repeats the counts in decode and is empty otherwise:
-/// nothing here mixes a prefill's reads with a step's. Times of stages that were not timed are empty.
+/// counted in the kernels at the load, and expected from the shape. reads_nsa_vibe is nsa-vibe's own formula, which its
+/// CSV has under reads_expected. The _decode columns repeat the counts in decode and are empty otherwise, so that no
+/// column mixes reads of a prefill with those of a step. Times of stages that were not timed are empty.
 std::string to_csv(const std::vector<PointRecord>& points);
 
 }  // namespace nsa

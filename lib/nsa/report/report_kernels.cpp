@@ -1,4 +1,4 @@
-// What a run of kind = "kernels" prints.
+// Prints points of kind = "kernels".
 
 #include <fmt/format.h>
 #include <fmt/ostream.h>
@@ -13,14 +13,14 @@
 namespace nsa {
 namespace {
 
-constexpr double guard_speedup = 1.2;   ///< nsa-vibe's production threshold for FA-2 too
-constexpr std::int64_t never = 999999;  ///< its word for "not at any length"
+constexpr double guard_speedup = 1.2;   ///< nsa-vibe's production threshold for FA-2
+constexpr std::int64_t never = 999999;  ///< nsa-vibe's value for "not at any length"
 constexpr const char* columns[] = {"fused", "sdpa", "sdpa_packed", "flash_packed", "masked", "flash"};
-constexpr const char* variants[] = {"tiled", "rows"};  ///< of fused, where they were asked for by name
+constexpr const char* variants[] = {"tiled", "rows"};  ///< kernels of fused, where the input names them
 
 std::string branch_of(const PointRecord& p) { return text_parameter(p, "kernels.branch", "sel"); }
 
-/// The tiled kernel: of cmp and win `flash`, or `fused` where the backend has none of that name.
+/// The custom implementation: `fused` for sel; `flash` for cmp and win, or `fused` where the backend has no `flash`.
 const char* custom_of(const PointRecord& p) {
   return branch_of(p) == "sel" || kernel_samples(p, "flash").empty() ? "fused" : "flash";
 }
@@ -39,15 +39,15 @@ std::string error_text(const PointRecord& p, std::vector<double> KernelRecord::*
   return std::isnan(error) ? "-" : fmt::format("{:.1e}", error);
 }
 
-/// Contexts of one branch, each with its worst ratio of sdpa's time over flash's.
+/// Context -> the smallest ratio of the time of sdpa to that of flash, for one branch.
 std::map<std::int64_t, Summary> flash_ratios(const std::vector<const PointRecord*>& points, const std::string& branch) {
   std::map<std::int64_t, Summary> worst;
   for (const PointRecord* p : points) {
     if (branch_of(*p) != branch || !p->valid) continue;
     const Summary ratio = kernel_ratio(*p, "sdpa", custom_of(*p));
     if (std::isnan(ratio.low)) continue;
-    const auto [at, fresh] = worst.emplace(integer_parameter(*p, "run.context", 0), ratio);
-    if (!fresh && ratio.low < at->second.low) at->second = ratio;
+    const auto [entry, inserted] = worst.emplace(integer_parameter(*p, "run.context", 0), ratio);
+    if (!inserted && ratio.low < entry->second.low) entry->second = ratio;
   }
   return worst;
 }
@@ -64,11 +64,11 @@ std::string kernel_point_name(const PointRecord& p) {
   return name + fmt::format("_context_{}", integer_parameter(p, "run.context", 0));
 }
 
-std::vector<Figure> kernel_figures(const PointRecord& p) {
+std::vector<Metric> kernel_metrics(const PointRecord& p) {
   const std::string name = kernel_point_name(p), custom = custom_of(p);
-  std::vector<Figure> figures;
+  std::vector<Metric> metrics;
   const auto add = [&](const std::string& what, double value, int decimals, const char* unit) {
-    if (!std::isnan(value)) figures.push_back({what + "_" + name, fmt::format("{:.{}f}", value, decimals), unit});
+    if (!std::isnan(value)) metrics.push_back({what + "_" + name, fmt::format("{:.{}f}", value, decimals), unit});
   };
   const auto add_time = [&](const char* implementation) {
     add(fmt::format("kernels_{}_time", implementation), 1e6 * summarise(kernel_samples(p, implementation)).median, 3,
@@ -79,8 +79,8 @@ std::vector<Figure> kernel_figures(const PointRecord& p) {
   add("kernels_speedup", kernel_ratio(p, "sdpa", custom).median, 3, "1");
   add("kernels_speedup_packed", kernel_ratio(p, fastest_packed(p), custom).median, 3, "1");
   if (const std::string error = error_text(p, &KernelRecord::mean_abs_err); error != "-")
-    figures.push_back({"kernels_mean_abs_err_" + name, error, "1"});
-  return figures;
+    metrics.push_back({"kernels_mean_abs_err_" + name, error, "1"});
+  return metrics;
 }
 
 void print_kernels_header(std::ostream& out) {
@@ -109,10 +109,12 @@ void print_kernels_row(std::ostream& out, const PointRecord& p) {
 
 void print_kernels_notes(std::ostream& out, const std::vector<PointRecord>& points) {
   fmt::print(out,
-             "N rows whose H heads share one K and V; medians of the slowest rank. sdpa: gather and packed SDPA;\n"
-             "sdpa_packed, flash_packed: packed before; the faster one counts. custom: fused for sel, else flash "
-             "(fused where\n"
-             "there is no flash); its errors are against float64, and it ran as that kernel of the backend.\n");
+             "N: query rows   H: heads that share one K and V   D: head size   n: selected blocks   spans: their "
+             "positions\n"
+             "fused to flash: time of each implementation, median of the slowest rank\n"
+             "  sdpa: gather, then SDPA   sdpa_packed, flash_packed: K and V packed before; the faster one counts\n"
+             "custom: fused for sel, else flash (fused where there is no flash)   ran as: its kernel in the backend\n"
+             "mean err, max err: of the custom implementation, against float64\n");
   std::vector<const PointRecord*> all;
   for (const PointRecord& point : points) all.push_back(&point);
   print_guards(out, all);

@@ -1,5 +1,5 @@
 #pragma once
-// Order statistics of samples: definitions in docs/METRICS.md.
+// Order statistics of samples; docs/METRICS.md defines them.
 
 #include <cstdint>
 #include <vector>
@@ -13,21 +13,21 @@ struct Summary {
   double cv = 0;                         ///< sample standard deviation / mean; NaN below n = 2
 };
 
-/// NaN samples are left out. All fields NaN when none is left. `miss`: the interval misses the median with at most
-/// this probability.
-Summary summarise(std::vector<double> samples, double miss = 0.05);
+/// NaN samples are left out; without any other sample all fields are NaN. The interval misses the median with
+/// probability `alpha` at most.
+Summary summarise(std::vector<double> samples, double alpha = 0.05);
 
-/// 1-based ranks (low, high) of the order statistics that bound the median with probability >= 1 - miss; {0, 0} where n
-/// is too small (at 95% below 6). At 95%: n=10 (2,9), 20 (6,15), 30 (10,21), 50 (18,33), 100 (40,61).
+/// 1-based ranks (low, high) of the order statistics that bound the median with probability >= 1 - alpha; {0, 0} where
+/// n is too small (at 95% below 6). At 95%: n=10 (2,9), 20 (6,15), 30 (10,21), 50 (18,33), 100 (40,61).
 struct IntervalRanks {
   std::int64_t low, high;
 };
-IntervalRanks median_interval(std::int64_t n, double miss = 0.05);
+IntervalRanks median_interval(std::int64_t n, double alpha = 0.05);
 
-/// Smallest n that has such an interval.
-std::int64_t samples_needed(double miss);
+/// Smallest n for which such an interval exists.
+std::int64_t samples_needed(double alpha);
 
-/// z with P(|Z| > z) = miss for a standard normal Z: 1.96 at 0.05.
-double normal_quantile(double miss);
+/// z with P(|Z| > z) = alpha for a standard normal Z: 1.96 at 0.05.
+double normal_quantile(double alpha);
 
 }  // namespace nsa

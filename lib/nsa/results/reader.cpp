@@ -1,4 +1,4 @@
-// The result file, read back: docs/SCHEMA.md. Tensors stay in the file.
+// Reads the result file (docs/SCHEMA.md), except its tensors.
 
 #include <fmt/format.h>
 
@@ -32,7 +32,7 @@ void read_system_columns(const h5::Handle& group, RunRecord& run, const Named<Ra
   }
 }
 
-/// -1 unless the text begins with a number.
+/// The number that the text begins with; -1 where it begins with none.
 int leading_number(const std::string& text) {
   int number = -1;
   std::from_chars(text.data(), text.data() + text.size(), number);
@@ -68,7 +68,7 @@ RunRecord read_run(const h5::Handle& file) {
   return run;
 }
 
-/// A column and its shape as read; empty where the task did not fill it.
+/// A dataset of the given shape; empty where the task did not fill it.
 template <class T>
 std::vector<T> column(const h5::Handle& group, const char* name, const std::vector<std::int64_t>& shape) {
   if (!h5::has(group, name)) return {};
@@ -207,7 +207,7 @@ ResultFile read_result(const std::string& path) {
   if (!std::filesystem::exists(path, error))
     throw UserError("cannot read " + path + " (no such file); give the result file of a run", ExitCode::file);
   try {
-    return from_bytes(h5::ask_child([&] { return to_bytes(read_file(h5::open_file(path))); }));
+    return deserialize(h5::run_sandboxed([&] { return serialize(read_file(h5::open_file(path))); }));
   } catch (const h5::Error& wrong) {
     h5::user_error(wrong, "read", path, "give the result file of a run");
   }

@@ -1,6 +1,6 @@
 #pragma once
-// What one point of a run leaves behind: plain data, gathered on rank 0, written by result_file, printed by
-// the report. Definitions of every number: docs/METRICS.md; their place in the file: docs/SCHEMA.md.
+// The record of a point and of a run: plain data, gathered on rank 0, written by ResultWriter, printed by the report.
+// docs/METRICS.md defines every number; docs/SCHEMA.md says where the result file holds it.
 
 #include <array>
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace nsa {
 
-/// Stages of a step in the order they run. `step` is the whole of it.
+/// Stages of a step in the order in which they run. `step` is the whole step.
 enum class Stage : int {
   project,
   append,
@@ -31,24 +31,24 @@ constexpr std::array stage_names = {"project",    "append",  "compress", "attend
 constexpr int stage_count = static_cast<int>(stage_names.size());
 
 /// Raw samples: seconds[mode][stage][rank][rep], NaN where a mode does not time a stage.
-/// Modes by name: "branches", "total", "ablation_cmp|sel|win" (that branch left out), "one_hot_cmp|sel|win".
+/// Names of modes: "branches", "total", "ablation_cmp|sel|win" (that branch left out), "one_hot_cmp|sel|win".
 struct TimeTable {
   std::vector<std::string> modes;
   std::int64_t ranks = 0, reps = 0;
   std::vector<double> seconds;
 };
 
-/// Tokens read, counted where they were loaded, summed over the rank's sequences, groups and layers:
-/// counted[branch][rank][step], expected likewise from the shape alone.
+/// Tokens read, counted in the kernels at the load, summed over the rank's sequences, groups and layers:
+/// counted[branch][rank][step]; expected[branch][rank][step] follows from the shape alone.
 struct ReadTable {
   std::int64_t ranks = 0, steps = 0;
   std::vector<std::int64_t> counted, expected;
-  std::vector<std::int64_t> nsa_vibe;  ///< [step]: cmp + n*l' + min(w, S), their formula, for one (b, g)
+  std::vector<std::int64_t> nsa_vibe;  ///< [step]: nsa-vibe's formula cmp + n*l' + min(w, S), for one (b, g)
 };
 
-/// A tensor of the run, whole (gathered over ranks), row-major.
+/// A tensor of the run, gathered over ranks, row-major.
 struct TensorRecord {
-  std::string name;  ///< "x", "weights/w_q", "q", ... (design section 7)
+  std::string name;  ///< "x", "weights/w_q", "q", ... (docs/SCHEMA.md, "Tensors")
   std::vector<std::int64_t> shape;
   std::vector<std::string> dims;  ///< "batch", "row", "head", ...
   std::vector<float> values;      ///< used unless integers is not empty
@@ -61,11 +61,11 @@ struct MemoryRecord {                                ///< bytes, by rank
   std::vector<std::int64_t> process_peak;            ///< [rank], growth of the resident set at its peak
 };
 
-/// kind = "kernels": implementations of one branch on one shape, measured repetition beside repetition, and how far
-/// each is from attention in float64 over all of its outputs.
+/// kind = "kernels": implementations of one branch on one shape, measured in alternation, and the error of each against
+/// attention in float64 over all of its outputs.
 struct KernelRecord {
   std::vector<std::string>
-      implementations;  ///< "fused", "sdpa" (gather and packed), "sdpa_packed" (packed before), ...
+      implementations;  ///< "fused", "sdpa" (gather, then attention), "sdpa_packed" (K and V packed before), ...
   std::int64_t ranks = 0, reps = 0;
   std::vector<double> seconds;                    ///< [implementation][rank][rep], of one execution
   std::vector<double> mean_abs_err, max_abs_err;  ///< [implementation]
@@ -76,9 +76,9 @@ struct KernelRecord {
 struct PointRecord {
   std::int64_t index = 0;
   std::vector<Parameter> parameters;
-  std::string fingerprint;  ///< hash of all that decides the result: parameters, sharding, backend, input
+  std::string fingerprint;  ///< hash of what decides the result: parameters, sharding, backend, input
   bool valid = true;
-  std::string reason;       ///< why not valid
+  std::string reason;       ///< why the point is not valid
   std::string stop_reason;  ///< "steps" or "min_time" (or "interrupted")
   std::int64_t heads = 1, kv = 1, first_position = 0, warmup_reps = 0;
   TimeTable time;
@@ -86,14 +86,14 @@ struct PointRecord {
   std::vector<std::int64_t> bytes;  ///< modelled bytes moved a step [stage][rank]
   double copy_bandwidth = 0;        ///< bytes/s read + written, measured on the slowest rank
   MemoryRecord memory;
-  std::array<std::string, branches> routes, route_reasons;  ///< what ran, and why it was chosen
-  std::array<std::string, branches> route_kernels;          ///< as which kernels of the backend: "tiled, rows"
-  std::string exchange;  ///< what small exchanges went through: "MPI", "NCCL", "peer memory"; "": one rank
+  std::array<std::string, branches> routes, route_reasons;  ///< the implementation that ran, and why it was chosen
+  std::array<std::string, branches> route_kernels;          ///< the backend's kernels that it ran: "tiled, rows"
+  std::string exchange;  ///< transport of small exchanges: "MPI", "NCCL", "peer memory"; "": one rank
   std::vector<std::string>
       fallbacks;            ///< "sel: fused -> sdpa: reason (12 calls)", "prefill sel: ..." in a decode point
   double max_abs_err = -1;  ///< against float64 at sampled rows; < 0: not checked
   std::vector<TensorRecord> tensors;
-  void fail(const std::string& why) {  ///< the first reason stands; "" is none
+  void fail(const std::string& why) {  ///< keeps the first reason; "" is no failure
     if (why.empty()) return;
     valid = false;
     if (reason.empty()) reason = why;
@@ -106,15 +106,15 @@ struct RankSystem {
   std::string host, cpu, gpu, uuid, driver, cuda, nccl, mpi;
   double clock_mhz_before = 0, clock_mhz_after = 0;
   std::int64_t ecc_before = -1, ecc_after = -1;
-  std::string environment;  ///< variables that change times: "OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive"
+  std::string environment;  ///< variables that affect times: "OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive"
   std::int64_t threads = 0, cores = 0, sharers = 0;  ///< host threads; cores they may use; ranks on these cores
 };
 
 struct RunRecord {
   std::string run_uuid, start, end, argv, input_toml, input_sha256, git_commit, compiler, backend, status;
-  std::string config;              ///< the input as it took effect, every key, with --set; TOML
-  std::string input_file_sha256;   ///< of what [input] file holds; empty without one
-  std::int64_t resumed = 0;        ///< how often the run was taken up again
+  std::string config;              ///< the effective input: every key, with --set; TOML
+  std::string input_file_sha256;   ///< of the content of [input] file; empty without one
+  std::int64_t resumed = 0;        ///< how often the run was resumed
   std::vector<RankSystem> system;  ///< by rank
 };
 

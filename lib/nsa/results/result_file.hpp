@@ -1,5 +1,6 @@
 #pragma once
-// The result file: HDF5, schema in docs/SCHEMA.md. The only room that knows HDF5, also for reading tensors.
+// The result file: HDF5, schema in docs/SCHEMA.md. All reading and writing of HDF5 is in this folder, that of tensors
+// too.
 
 #include <memory>
 #include <optional>
@@ -10,16 +11,17 @@
 
 namespace nsa {
 
-/// Writes a run on rank 0. The file appears under its name only with sealed points in it: every point is
-/// written to a temporary file beside it, flushed, fsynced, renamed.
+/// Writes a run on rank 0. The file under its final name holds sealed points only: every point is written to a
+/// temporary file in the same folder, which is flushed, synced to disk (fsync) and renamed.
 class ResultWriter {
  public:
-  /// Checks before any computing that `path` can be made: parent exists and is writable, the file does not
-  /// exist, `expected_bytes` fit. `resume`: where it exists, points are added to it. Throws UserError(ExitCode::file).
+  /// Checks before any computing that `path` can be created: the parent exists and is writable, the file does not
+  /// exist, `expected_bytes` fit on the disk. `resume`: adds points to an existing file. Throws
+  /// UserError(ExitCode::file).
   ResultWriter(const std::string& path, const RunRecord& run, std::size_t expected_bytes, bool resume = false);
   ~ResultWriter();
-  void seal(const PointRecord& point);  ///< in place of one of the same index
-  void finish(const RunRecord& run);    ///< end time, status, clocks after
+  void seal(const PointRecord& point);  ///< adds the point, or replaces the point of the same index
+  void finish(const RunRecord& run);    ///< writes end time, status and the clocks after the run
 
  private:
   struct Impl;
@@ -31,20 +33,21 @@ struct ResultFile {
   std::vector<PointRecord> points;  ///< without tensors
 };
 
-/// Throws UserError(file): missing, truncated, not HDF5, not a result, unknown schema major; names the file.
+/// Throws UserError(file) that names the file: missing, truncated, not HDF5, not a result, unknown major schema
+/// version.
 ResultFile read_result(const std::string& path);
 
-/// Tensors x and weights that another program wrote, under "/" or under a point's "tensors" group.
+/// Tensors x and weights of a file that another program or a run wrote, under "/" or under a point's "tensors" group.
 class TensorFile {
  public:
   explicit TensorFile(const std::string& path);
-  /// The tensors of one point of a result file; has() is false for all where it kept none.
+  /// The tensors of one point of a result file; has() is always false where the file holds none.
   TensorFile(const std::string& path, std::int64_t point);
   ~TensorFile();
   bool has(const std::string& name) const;
-  /// The whole shape. Throws UserError(file) when missing or not floating point.
+  /// The shape of the tensor. Throws UserError(file) when it is missing or not floating point.
   std::vector<std::int64_t> shape(const std::string& name) const;
-  /// A slab, row-major. Throws UserError(file): missing, not this shape (says both), not finite (says where).
+  /// A slab, row-major. Throws UserError(file): missing, another shape (names both), not finite (names the index).
   std::vector<float> read(const std::string& name, const std::vector<std::int64_t>& expected_shape,
                           const std::vector<std::int64_t>& begin, const std::vector<std::int64_t>& count) const;
 

@@ -1,5 +1,5 @@
 #pragma once
-// Names in the result file, one list for its writer and its reader. What they mean: docs/SCHEMA.md.
+// Names in the result file: one list for writer and reader. docs/SCHEMA.md says what they mean.
 
 #include <cstdint>
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace nsa {
 
-/// Major: a reader of another major refuses. Minor: something was added.
+/// A reader refuses another major version. A new minor version only adds names.
 constexpr int schema_major = 1;
 constexpr const char* schema_version = "1.4";
 
@@ -34,7 +34,7 @@ constexpr Named<RunRecord, std::string> run_attributes[] = {
     {"backend", &RunRecord::backend},
 };
 
-/// Those that came with schema 1.1: a file of 1.0 lacks them.
+/// Added by schema 1.1: a file of 1.0 lacks them.
 constexpr Named<RunRecord, std::string> run_attributes_1_1[] = {
     {"config", &RunRecord::config},
     {"input_file_sha256", &RunRecord::input_file_sha256},
@@ -63,7 +63,7 @@ constexpr Named<RankSystem, std::int64_t> system_counts[] = {
     {"ecc_after", &RankSystem::ecc_after, "1", "uncorrected memory errors after the last point, -1 if unknown"},
 };
 
-/// Those that came with schema 1.2: a file of 1.0 or 1.1 lacks them.
+/// Added by schema 1.2: a file of 1.0 or 1.1 lacks them.
 constexpr Named<RankSystem, std::string> system_texts_1_2[] = {
     {"environment", &RankSystem::environment, "1", "environment variables that change times"},
 };

@@ -13,7 +13,7 @@ namespace {
 template <class R, class T>
 concept Is = std::same_as<std::remove_const_t<R>, T>;
 
-// Every member of a record. One that gains a member no longer fits its binding and does not compile.
+// Every member of a record. A record that gains a member no longer fits its binding and does not compile.
 
 template <Is<RankSystem> R>
 auto members(R& r) {
@@ -77,100 +77,100 @@ auto members(R& r) {
   return std::tie(run, points);
 }
 
-class Packer {
+class Serializer {
  public:
   std::string bytes;
 
   template <class T>
   requires std::is_arithmetic_v<T>
-  void put(const T& value) { bytes.append(reinterpret_cast<const char*>(&value), sizeof value); }
-  void put(const std::string& text) {
-    put(text.size());
+  void write(const T& value) { bytes.append(reinterpret_cast<const char*>(&value), sizeof value); }
+  void write(const std::string& text) {
+    write(text.size());
     bytes += text;
   }
   template <class T>
-  void put(const std::vector<T>& values) {
-    put(values.size());
-    for (const T& value : values) put(value);
+  void write(const std::vector<T>& values) {
+    write(values.size());
+    for (const T& value : values) write(value);
   }
   template <class T, std::size_t n>
-  void put(const std::array<T, n>& values) {
-    for (const T& value : values) put(value);
+  void write(const std::array<T, n>& values) {
+    for (const T& value : values) write(value);
   }
   template <class K, class V>
-  void put(const std::map<K, V>& map) {
-    put(map.size());
-    for (const auto& [key, value] : map) put(key), put(value);
+  void write(const std::map<K, V>& map) {
+    write(map.size());
+    for (const auto& [key, value] : map) write(key), write(value);
   }
-  void put(const Parameter& parameter) {
-    put(parameter.first);
-    put(static_cast<char>(parameter.second.index()));
-    std::visit([&](const auto& value) { put(value); }, parameter.second);
+  void write(const Parameter& parameter) {
+    write(parameter.first);
+    write(static_cast<char>(parameter.second.index()));
+    std::visit([&](const auto& value) { write(value); }, parameter.second);
   }
   template <class R>
   requires requires(const R& r) { members(r); }
-  void put(const R& record) {
-    std::apply([&](const auto&... member) { (put(member), ...); }, members(record));
+  void write(const R& record) {
+    std::apply([&](const auto&... member) { (write(member), ...); }, members(record));
   }
 };
 
-class Unpacker {
+class Deserializer {
  public:
-  explicit Unpacker(std::string_view bytes) : rest_(bytes) {}
+  explicit Deserializer(std::string_view bytes) : rest_(bytes) {}
   bool done() const { return rest_.empty(); }
 
   template <class T>
   requires std::is_arithmetic_v<T>
-  void get(T& value) { std::memcpy(&value, take(sizeof value).data(), sizeof value); }
-  void get(std::string& text) { text = take(size()); }
+  void read(T& value) { std::memcpy(&value, consume(sizeof value).data(), sizeof value); }
+  void read(std::string& text) { text = consume(size()); }
   template <class T>
-  void get(std::vector<T>& values) {
-    for (std::size_t n = size(); n > 0; --n) get(values.emplace_back());
+  void read(std::vector<T>& values) {
+    for (std::size_t n = size(); n > 0; --n) read(values.emplace_back());
   }
   template <class T, std::size_t n>
-  void get(std::array<T, n>& values) {
-    for (T& value : values) get(value);
+  void read(std::array<T, n>& values) {
+    for (T& value : values) read(value);
   }
   template <class K, class V>
-  void get(std::map<K, V>& map) {
+  void read(std::map<K, V>& map) {
     for (std::size_t n = size(); n > 0; --n) {
       K key;
-      get(key);
-      get(map[key]);
+      read(key);
+      read(map[key]);
     }
   }
-  void get(Parameter& parameter) {
-    get(parameter.first);
+  void read(Parameter& parameter) {
+    read(parameter.first);
     char kind = 0;
-    get(kind);
-    if (kind == 0) parameter.second = get<std::int64_t>();
-    if (kind == 1) parameter.second = get<double>();
-    if (kind == 2) parameter.second = get<std::string>();
+    read(kind);
+    if (kind == 0) parameter.second = read<std::int64_t>();
+    if (kind == 1) parameter.second = read<double>();
+    if (kind == 2) parameter.second = read<std::string>();
   }
   template <class R>
   requires requires(R& r) { members(r); }
-  void get(R& record) {
-    std::apply([&](auto&... member) { (get(member), ...); }, members(record));
+  void read(R& record) {
+    std::apply([&](auto&... member) { (read(member), ...); }, members(record));
   }
 
  private:
   template <class T>
-  T get() {
+  T read() {
     T value{};
-    get(value);
+    read(value);
     return value;
   }
-  /// Of a string or a list, whose elements are bytes each.
+  /// Length of a string or list. Every element takes at least one byte.
   std::size_t size() {
-    const auto n = get<std::size_t>();
+    const auto n = read<std::size_t>();
     if (n > rest_.size()) throw h5::Error("damaged: what was read of it ends early");
     return n;
   }
-  std::string_view take(std::size_t n) {
+  std::string_view consume(std::size_t n) {
     if (n > rest_.size()) throw h5::Error("damaged: what was read of it ends early");
-    const std::string_view taken = rest_.substr(0, n);
+    const std::string_view consumed = rest_.substr(0, n);
     rest_.remove_prefix(n);
-    return taken;
+    return consumed;
   }
 
   std::string_view rest_;
@@ -178,17 +178,17 @@ class Unpacker {
 
 }  // namespace
 
-std::string to_bytes(const ResultFile& result) {
-  Packer packer;
-  packer.put(result);
-  return std::move(packer.bytes);
+std::string serialize(const ResultFile& result) {
+  Serializer serializer;
+  serializer.write(result);
+  return std::move(serializer.bytes);
 }
 
-ResultFile from_bytes(std::string_view bytes) {
-  Unpacker unpacker(bytes);
+ResultFile deserialize(std::string_view bytes) {
+  Deserializer deserializer(bytes);
   ResultFile result;
-  unpacker.get(result);
-  if (!unpacker.done()) throw h5::Error("damaged: what was read of it has no end");
+  deserializer.read(result);
+  if (!deserializer.done()) throw h5::Error("damaged: what was read of it has no end");
   return result;
 }
 

@@ -1,5 +1,5 @@
 #pragma once
-// A result as bytes, for the pipe between the process that reads a file with HDF5 and the one that uses what it read.
+// Serialises a result for the pipe between the sandboxed process, which reads a file with HDF5, and its parent.
 
 #include <string>
 #include <string_view>
@@ -8,10 +8,10 @@
 
 namespace nsa {
 
-/// In this machine's byte order; no format to keep.
-std::string to_bytes(const ResultFile& result);
+/// In this machine's byte order; the format is not stored anywhere and may change.
+std::string serialize(const ResultFile& result);
 
-/// Throws h5::Error where the bytes are not to_bytes' of a result.
-ResultFile from_bytes(std::string_view bytes);
+/// Throws h5::Error where the bytes are not those of a serialised result.
+ResultFile deserialize(std::string_view bytes);
 
 }  // namespace nsa

@@ -1,4 +1,4 @@
-// Tensors that another program, or a run of ours with output.tensors, wrote: docs/SCHEMA.md, "Tensors".
+// Reads tensors that another program, or a run with output.tensors, wrote: docs/SCHEMA.md, "Tensors".
 
 #include <fmt/format.h>
 
@@ -24,18 +24,18 @@ std::vector<std::int64_t> index_of(std::int64_t flat, const std::vector<std::int
   return index;
 }
 
-/// Looks at every tensor that stands below the group, and at the first element of each.
-void visit(const h5::Handle& group, int depth = 0) {
+/// Opens every tensor below the group and reads its first element.
+void probe_tensors(const h5::Handle& group, int depth = 0) {
   constexpr int deepest = 4;  // weights/layer0/w_q is 2; a damaged file may link a group into itself
   for (const std::string& name : h5::names(group)) {
     try {
       if (!h5::is_dataset(group, name)) {
-        if (depth < deepest) visit(h5::open_group(group, name), depth + 1);
+        if (depth < deepest) probe_tensors(h5::open_group(group, name), depth + 1);
       } else if (h5::is_floating_point(group, name)) {
         const std::size_t rank = h5::shape(group, name).size();
         h5::read_slab(group, name, std::vector<std::int64_t>(rank, 0), std::vector<std::int64_t>(rank, 1));
       }
-    } catch (const std::exception&) {  // whoever asks for this tensor is told
+    } catch (const std::exception&) {  // reading this tensor reports the error
     }
   }
 }
@@ -45,15 +45,15 @@ void visit(const h5::Handle& group, int depth = 0) {
 struct TensorFile::Impl {
   std::string path;
   h5::Handle file, tensors;
-  bool kept = true;  ///< whether there is a group of tensors at all
+  bool has_tensors = true;  ///< the file has a group of tensors
 
   [[noreturn]] void fail(const std::string& why) const {
     throw UserError(fmt::format("cannot use {} ({}); {}", path, why, advice), ExitCode::file);
   }
-  template <class Work>
-  auto attempt(Work&& work) const {
+  template <class Action>
+  auto attempt(Action&& action) const {
     try {
-      return work();
+      return action();
     } catch (const h5::Error& error) {
       h5::user_error(error, "use", path, advice);
     }
@@ -72,9 +72,9 @@ TensorFile::TensorFile(const std::string& path) : impl_(std::make_unique<Impl>()
     impl_->tensors = h5::open_group(impl_->file, plain ? "/" : dump);
   };
   impl_->attempt([&] {
-    h5::ask_child([&] {  // tensors are too large for a pipe: what a child survives is then read here
+    h5::run_sandboxed([&] {  // tensors are too large for a pipe: what the sandbox reads without damage is read here
       open();
-      visit(impl_->tensors);
+      probe_tensors(impl_->tensors);
       return std::string();
     });
     open();
@@ -86,13 +86,13 @@ TensorFile::TensorFile(const std::string& path, std::int64_t point) : impl_(std:
   impl_->attempt([&] {
     impl_->file = h5::open_file(path);
     const std::string group = fmt::format("points/{:04}/tensors", point);
-    impl_->kept = h5::has(impl_->file, group);
-    if (impl_->kept) impl_->tensors = h5::open_group(impl_->file, group);
+    impl_->has_tensors = h5::has(impl_->file, group);
+    if (impl_->has_tensors) impl_->tensors = h5::open_group(impl_->file, group);
   });
 }
 TensorFile::~TensorFile() = default;
 
-bool TensorFile::has(const std::string& name) const { return impl_->kept && h5::has(impl_->tensors, name); }
+bool TensorFile::has(const std::string& name) const { return impl_->has_tensors && h5::has(impl_->tensors, name); }
 
 std::vector<std::int64_t> TensorFile::shape(const std::string& name) const {
   if (!has(name)) impl_->fail("no tensor '" + name + "'");

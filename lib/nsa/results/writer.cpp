@@ -1,9 +1,9 @@
-// The result file, written: docs/SCHEMA.md.
+// Writes the result file: docs/SCHEMA.md.
 //
-// A file under its final name is always complete. Every point goes into a copy beside it (the first into an
-// empty one), which is flushed, closed, fsynced and renamed over it: a reader, or a run killed at any moment,
-// sees the points before or the points after. HDF5 rewrites metadata in place, so nothing less than a copy is
-// safe; it costs one write of the file a point, which only `tensors = true` makes noticeable.
+// A file under its final name is always complete. Every point is written to a copy in the same folder (the first point
+// to a new file), which is flushed, closed, synced to disk and renamed over the file: a reader, or a run killed at any
+// moment, sees the points before or the points after. HDF5 rewrites metadata in place, so nothing less than a copy is
+// safe. The copy costs one write of the file for each point, which is noticeable only with `tensors = true`.
 
 #include <fcntl.h>
 #include <fmt/format.h>
@@ -34,26 +34,26 @@ namespace {
   throw UserError(fmt::format("{} ({}); {}", problem, why, advice), ExitCode::file);
 }
 
-/// Of a failure while the run goes on: finished points are safe.
-constexpr const char* then_resume = "mend that, then go on with --resume";
+/// Advice for a failure during the run: finished points are safe.
+constexpr const char* resume_advice = "fix that, then go on with --resume";
 
 std::string parent_of(const std::string& path) {
   const fs::path parent = fs::path(path).parent_path();
   return parent.empty() ? "." : parent.string();
 }
 
-void check_can_be_made(const std::string& path, std::size_t expected_bytes, bool resume) {
+void check_writable(const std::string& path, std::size_t expected_bytes, bool resume) {
   const std::string parent = parent_of(path), problem = "cannot write " + path;
-  std::error_code none;
-  if (!fs::exists(parent, none)) fail(problem, "no folder " + parent, "make the folder or choose another --output");
-  if (!fs::is_directory(parent, none)) fail(problem, parent + " is not a folder");
-  if (!resume && fs::symlink_status(path, none).type() != fs::file_type::not_found)
+  std::error_code ignored;
+  if (!fs::exists(parent, ignored)) fail(problem, "no folder " + parent, "make the folder or choose another --output");
+  if (!fs::is_directory(parent, ignored)) fail(problem, parent + " is not a folder");
+  if (!resume && fs::symlink_status(path, ignored).type() != fs::file_type::not_found)
     fail(path + " exists", "results are never overwritten",
          "choose another --output, remove it, or go on with --resume");
   if (access(parent.c_str(), W_OK | X_OK) != 0) fail(problem, parent + ": " + std::strerror(errno));
-  struct statvfs room {};
-  if (statvfs(parent.c_str(), &room) != 0) fail(problem, parent + ": " + std::strerror(errno));
-  const double available = static_cast<double>(room.f_bavail) * static_cast<double>(room.f_frsize);
+  struct statvfs disk {};
+  if (statvfs(parent.c_str(), &disk) != 0) fail(problem, parent + ": " + std::strerror(errno));
+  const double available = static_cast<double>(disk.f_bavail) * static_cast<double>(disk.f_frsize);
   const double needed = 2.0 * static_cast<double>(expected_bytes);  // the file and the copy that replaces it
   if (available < needed)
     fail(problem,
@@ -61,16 +61,17 @@ void check_can_be_made(const std::string& path, std::size_t expected_bytes, bool
          "make room, choose another --output or set output.tensors=false");
 }
 
-/// No other process has it: pids repeat, on one file system, from host to host.
+/// Unique among processes: hosts that share a file system may use the same pid.
 std::string temporary_name(const std::string& path) { return fmt::format("{}.{}.{}.tmp", path, host_name(), getpid()); }
 
-/// What killed runs of this file left. One that still runs fails when it finds its copy gone, and that is right.
+/// Removes the temporary files of killed runs. A run that is still active fails when its copy is missing, as it should:
+/// two runs must not write one file.
 void remove_leftovers(const std::string& path) {
   const std::string begin = fs::path(path).filename().string() + ".";
-  std::error_code none;
-  for (const auto& entry : fs::directory_iterator(parent_of(path), none)) {
+  std::error_code ignored;
+  for (const auto& entry : fs::directory_iterator(parent_of(path), ignored)) {
     const std::string name = entry.path().filename();
-    if (name.starts_with(begin) && name.ends_with(".tmp")) fs::remove(entry.path(), none);
+    if (name.starts_with(begin) && name.ends_with(".tmp")) fs::remove(entry.path(), ignored);
   }
 }
 
@@ -79,18 +80,18 @@ void sync_path(const std::string& path, int flags) {
   const bool done = file >= 0 && (fsync(file) == 0 || errno == EINVAL);  // EINVAL: a file system that syncs no folders
   const std::string why = std::strerror(errno);
   if (file >= 0) close(file);
-  if (!done) fail("cannot sync " + path, why, then_resume);
+  if (!done) fail("cannot sync " + path, why, resume_advice);
 }
 
-/// Gives the finished temporary file its name. The first time it must be new: another run may have taken it.
+/// Renames the finished temporary file. Without `replace` the final name must be new: another run may have created it.
 void publish(const std::string& temporary, const std::string& path, bool replace) {
   sync_path(temporary, 0);
   if (!replace && link(temporary.c_str(), path.c_str()) == 0) {
     unlink(temporary.c_str());
   } else if (!replace && errno == EEXIST) {
     fail(path + " exists", "another program has made it since this run began");
-  } else if (rename(temporary.c_str(), path.c_str()) != 0) {  // and where the file system has no links
-    fail("cannot rename " + temporary + " to " + path, std::strerror(errno), then_resume);
+  } else if (rename(temporary.c_str(), path.c_str()) != 0) {  // also where the file system has no hard links
+    fail("cannot rename " + temporary + " to " + path, std::strerror(errno), resume_advice);
   }
   sync_path(parent_of(path), O_DIRECTORY);
 }
@@ -139,13 +140,13 @@ void write_dimensions(const h5::Handle& group, const PointRecord& p) {
     h5::write_scale(group, "mode", p.time.modes, {"1", "way of timing"});
     h5::write_scale(group, "rep", indices(p.time.reps), {"1", "repetition, warm-up first"});
   }
-  // Modes that all leave a branch out count no reads and still have the formula's.
+  // Modes that leave a branch out count no reads, but the formula's dataset needs the dimension.
   if (const std::int64_t steps = std::max(p.reads.steps, std::ssize(p.reads.nsa_vibe)); steps > 0)
     h5::write_scale(group, "step", indices(steps), {"1", "step"});
   if (!p.memory.kinds.empty()) h5::write_scale(group, "kind", p.memory.kinds, {"1", "what the memory holds"});
 }
 
-/// A table that the task does not fill has no dataset.
+/// Writes one dataset for each table that the task has filled.
 void write_columns(const h5::Handle& group, const PointRecord& p) {
   const auto column = [&](const char* name, const auto& values, const std::vector<std::string>& dimensions,
                           const h5::Text& text) {
@@ -174,7 +175,7 @@ void write_point_attributes(const h5::Handle& group, const PointRecord& p) {
   h5::write_attribute(group, "fallbacks", fmt::format("{}", fmt::join(p.fallbacks, "\n")));
 }
 
-/// Depth is the dimension, the rest are columns over it.
+/// Writes `depth` as the dimension and every other column over it.
 void write_needle(const h5::Handle& point_group, const PointRecord& p) {
   const h5::Handle group = h5::create_group(point_group, "needle");
   h5::write_scale(group, "depth", p.needle.at("depth"), {"1", "place of the needle as a fraction of the context"});
@@ -183,7 +184,7 @@ void write_needle(const h5::Handle& point_group, const PointRecord& p) {
   }
 }
 
-/// Implementations side by side: their times and their errors.
+/// Writes times and errors over implementations.
 void write_kernels(const h5::Handle& point_group, const KernelRecord& k) {
   const h5::Handle group = h5::create_group(point_group, "kernels");
   h5::write_scale(group, "implementation", k.implementations, {"1", "implementation of the branch"});
@@ -197,8 +198,8 @@ void write_kernels(const h5::Handle& point_group, const KernelRecord& k) {
   h5::write(group, "variant", k.variants, {"implementation"}, {"1", "kernel of the backend that ran"});
 }
 
-/// The group that a tensor's name leads to, made where missing.
-h5::Handle folder_of(const h5::Handle& tensors, const std::string& name) {
+/// The group that holds the tensor of this name, created where missing.
+h5::Handle parent_group(const h5::Handle& tensors, const std::string& name) {
   for (auto slash = name.find('/'); slash != std::string::npos; slash = name.find('/', slash + 1)) {
     if (!h5::has(tensors, name.substr(0, slash))) h5::create_group(tensors, name.substr(0, slash));
   }
@@ -206,18 +207,18 @@ h5::Handle folder_of(const h5::Handle& tensors, const std::string& name) {
   return h5::open_group(tensors, last == std::string::npos ? "." : name.substr(0, last));
 }
 
-void write_tensor(const h5::Handle& tensors, const TensorRecord& t, const std::set<std::string>& taken) {
+void write_tensor(const h5::Handle& tensors, const TensorRecord& t, const std::set<std::string>& tensor_names) {
   if (t.dims.size() != t.shape.size())
     throw InternalError(
         fmt::format("tensor '{}' has {} dimensions and {} names", t.name, t.shape.size(), t.dims.size()));
-  const h5::Handle group = folder_of(tensors, t.name);
+  const h5::Handle group = parent_group(tensors, t.name);
   const std::size_t base = t.name.rfind('/') + 1;  // npos + 1 = 0
   std::vector<std::string> dimensions;
   for (std::size_t i = 0; i < t.shape.size(); ++i) {
     std::string name = t.dims[i];
-    // A name that a tensor has, or a dimension of another length, gets the length appended.
+    // The name gets the length appended where a tensor has it, or a dimension of another length.
     const bool other_length = h5::has(group, name) && h5::shape(group, name) != std::vector{t.shape[i]};
-    if (other_length || taken.count(t.name.substr(0, base) + name) > 0) name += "_" + std::to_string(t.shape[i]);
+    if (other_length || tensor_names.count(t.name.substr(0, base) + name) > 0) name += "_" + std::to_string(t.shape[i]);
     if (!h5::has(group, name)) h5::write_scale(group, name, indices(t.shape[i]), {"1", "index of " + t.dims[i]});
     dimensions.push_back(name);
   }
@@ -232,7 +233,7 @@ void write_tensor(const h5::Handle& tensors, const TensorRecord& t, const std::s
 void write_point(const h5::Handle& file, const PointRecord& p) {
   const h5::Handle points = h5::has(file, "points") ? h5::open_group(file, "points") : h5::create_group(file, "points");
   const std::string name = fmt::format("{:04d}", p.index);
-  if (h5::has(points, name)) h5::remove(points, name);  // it was cut short
+  if (h5::has(points, name)) h5::remove(points, name);  // an interrupted point
   const h5::Handle group = h5::create_group(points, name);
   write_point_attributes(group, p);
   write_dimensions(group, p);
@@ -242,9 +243,9 @@ void write_point(const h5::Handle& file, const PointRecord& p) {
   if (p.tensors.empty()) return;
   const h5::Handle tensors = h5::create_group(group, "tensors");
   h5::write_attribute(tensors, "first_position", p.first_position);
-  std::set<std::string> taken;
-  for (const TensorRecord& t : p.tensors) taken.insert(t.name);
-  for (const TensorRecord& t : p.tensors) write_tensor(tensors, t, taken);
+  std::set<std::string> tensor_names;
+  for (const TensorRecord& t : p.tensors) tensor_names.insert(t.name);
+  for (const TensorRecord& t : p.tensors) write_tensor(tensors, t, tensor_names);
 }
 
 }  // namespace
@@ -252,17 +253,17 @@ void write_point(const h5::Handle& file, const PointRecord& p) {
 struct ResultWriter::Impl {
   std::string path, temporary;
   RunRecord run;
-  bool sealed = false;     ///< the file exists and is ours,
-  struct stat ours {};     ///< which is how it was when we last had it
-  bool described = false;  ///< and says what `run` says
+  bool sealed = false;      ///< the file exists and this run wrote or resumed it
+  struct stat identity {};  ///< device, inode and size of the file after the last write
+  bool described = false;   ///< the file holds `run`
 
   ~Impl() { unlink(temporary.c_str()); }
 
-  /// `change(file)` on the temporary file; what HDF5 objects to names the file that was to be.
+  /// Calls `change(file)` on the temporary file; an error of HDF5 names the final file.
   template <class Change>
-  void edit(bool fresh, Change&& change) {
+  void edit(bool create, Change&& change) {
     try {
-      h5::Handle file = fresh ? h5::create_file(temporary) : h5::open_file(temporary, true);
+      h5::Handle file = create ? h5::create_file(temporary) : h5::open_file(temporary, true);
       change(file);
       h5::flush_and_close(std::move(file));
     } catch (const h5::Error& error) {
@@ -270,30 +271,31 @@ struct ResultWriter::Impl {
     }
   }
 
-  void take(const std::string& from) {
-    if (stat(from.c_str(), &ours) != 0) fail("cannot find " + from, std::strerror(errno), then_resume);
+  void record_identity(const std::string& from) {
+    if (stat(from.c_str(), &identity) != 0) fail("cannot find " + from, std::strerror(errno), resume_advice);
   }
 
-  /// Points that another run has written are not to be lost, nor mixed with ours.
-  void check_ours() const {
+  /// Throws where another program has written the file: its points must neither be lost nor mixed with those of this
+  /// run.
+  void check_identity() const {
     struct stat now {};
     if (stat(path.c_str(), &now) != 0)
       fail("cannot add a point to " + path, std::strerror(errno), "put it back, then go on with --resume");
-    if (now.st_dev != ours.st_dev || now.st_ino != ours.st_ino || now.st_size != ours.st_size)
+    if (now.st_dev != identity.st_dev || now.st_ino != identity.st_ino || now.st_size != identity.st_size)
       fail("cannot add a point to " + path, "another program has written or replaced it since this run last did",
            "let one run at a time write it");
   }
 
-  /// `change(file)` on a copy that then takes the file's place.
+  /// Calls `change(file)` on a copy and renames the copy over the file.
   template <class Change>
   void replace(Change&& change) {
     std::error_code error;
-    if (sealed) check_ours();
+    if (sealed) check_identity();
     if (sealed && !fs::copy_file(path, temporary, error))
-      fail("cannot copy " + path + " to " + temporary, error.message(), then_resume);
+      fail("cannot copy " + path + " to " + temporary, error.message(), resume_advice);
     edit(!sealed, change);
-    if (sealed) check_ours();
-    take(temporary);  // it keeps its identity under the other name
+    if (sealed) check_identity();
+    record_identity(temporary);  // renaming keeps device and inode
     fault::at("result.publish");
     publish(temporary, path, sealed);
     sealed = described = true;
@@ -302,14 +304,14 @@ struct ResultWriter::Impl {
 
 ResultWriter::ResultWriter(const std::string& path, const RunRecord& run, std::size_t expected_bytes, bool resume)
     : impl_(std::make_unique<Impl>()) {
-  check_can_be_made(path, expected_bytes, resume);
+  check_writable(path, expected_bytes, resume);
   impl_->sealed = fs::exists(path);
-  impl_->path = impl_->sealed ? fs::canonical(path).string() : path;  // a link stays one
+  impl_->path = impl_->sealed ? fs::canonical(path).string() : path;  // a symbolic link is kept
   impl_->temporary = temporary_name(impl_->path);
   impl_->run = run;
   if (resume) remove_leftovers(impl_->path);
-  if (impl_->sealed) impl_->take(impl_->path);
-  // Whether HDF5 can write here is found out before any computing, too.
+  if (impl_->sealed) impl_->record_identity(impl_->path);
+  // Checks before any computing that HDF5 can write here.
   impl_->edit(true, [&](const h5::Handle& file) { write_run(file, run, "running"); });
   unlink(impl_->temporary.c_str());
 }
@@ -325,8 +327,8 @@ void ResultWriter::seal(const PointRecord& point) {
 
 void ResultWriter::finish(const RunRecord& run) {
   if (!impl_->sealed) return;
-  const bool plain = run.status.empty() || run.status == "running";
-  impl_->replace([&](const h5::Handle& file) { write_run(file, run, plain ? "complete" : run.status); });
+  const bool complete = run.status.empty() || run.status == "running";
+  impl_->replace([&](const h5::Handle& file) { write_run(file, run, complete ? "complete" : run.status); });
 }
 
 }  // namespace nsa

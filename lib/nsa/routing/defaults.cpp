@@ -1,5 +1,5 @@
-// The defaults and the guards, each with its reason. A row that was measured says where; a new device begins with
-// `sdpa` until a file from it says otherwise (nsa gate).
+// The default routes and the guards, each with its reason. A measured rule names the measurement; a new device takes
+// `sdpa` until a result file of that device shows a better route (nsa gate).
 
 #include "nsa/routing/router.hpp"
 
@@ -10,20 +10,20 @@ constexpr bool cuda_on(const RouteKey& q, int capability) {
   return q.backend == BackendKind::cuda && q.capability == capability;
 }
 
-/// What the tensor-core kernels were built for; the rest of `fused` is scalar arithmetic.
+/// Types and head sizes that the tensor-core kernels cover; everything else in `fused` is scalar arithmetic.
 constexpr bool tuned(const RouteKey& q) {
   const bool sized = (q.d_k == 64 && q.d_v == 64) || ((q.d_k == 128 || q.d_k == 192) && q.d_v == 128);
   return sized && q.dtype != DType::f32;
 }
 
-struct Row {
+struct Rule {
   bool (*applies)(const RouteKey&);
   const char* name;
   const char* reason;
 };
 
-/// The first that applies.
-constexpr Row rows[] = {
+/// The first rule that applies decides.
+constexpr Rule defaults[] = {
     {[](const RouteKey& q) { return q.backend == BackendKind::host; }, "fused",
      "no gather and weights that stay in the cache: 2.2 to 8.2 times as fast as sdpa on two cores of an AMD EPYC "
      "(docs/M4.md)"},
@@ -41,7 +41,7 @@ constexpr Row rows[] = {
     {[](const RouteKey&) { return true; }, "sdpa", "not measured: no result file of ours for this case"},
 };
 
-constexpr Row guards[] = {
+constexpr Rule guards[] = {
     {[](const RouteKey& q) { return cuda_on(q, 89); }, "fused",
      "custom kernels are off on compute capability 8.9 (ADR-2025-08-M4-02: slower than SDPA there)"},
     {[](const RouteKey& q) { return cuda_on(q, 89); }, "flash",
@@ -50,15 +50,15 @@ constexpr Row guards[] = {
 
 }  // namespace
 
-RouteChoice default_route(const RouteKey& question) {
-  const Row* row = rows;
-  while (!row->applies(question)) ++row;
-  return {row->name, row->reason, false};
+RouteChoice default_route(const RouteKey& key) {
+  const Rule* rule = defaults;
+  while (!rule->applies(key)) ++rule;
+  return {rule->name, rule->reason, false};
 }
 
-std::string guard(const RouteKey& question, const std::string& name) {
-  for (const Row& row : guards)
-    if (row.name == name && row.applies(question)) return row.reason;
+std::string guard(const RouteKey& key, const std::string& name) {
+  for (const Rule& rule : guards)
+    if (rule.name == name && rule.applies(key)) return rule.reason;
   return "";
 }
 

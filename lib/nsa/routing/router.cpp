@@ -14,9 +14,9 @@
 namespace nsa {
 namespace {
 
-constexpr const char* variables[branches] = {"NSA_ROUTE_CMP", "NSA_ROUTE_SEL", "NSA_ROUTE_WIN"};
+constexpr const char* environment_variables[branches] = {"NSA_ROUTE_CMP", "NSA_ROUTE_SEL", "NSA_ROUTE_WIN"};
 
-void may_be_refused(Branch branch, const DeviceOps& device, Stream* stream) {
+void maybe_refuse_launch(Branch branch, const DeviceOps& device, Stream* stream) {
   if (branch == cmp)
     fault::refuse_launch("attend.cmp", device, stream);
   else if (branch == sel)
@@ -32,12 +32,12 @@ bool accepts(const AttendKernel& kernel, Branch branch, const LayerShape& shape,
   return !fault.is(fault::Action::fail) && kernel.accepts(shape, tile);
 }
 
-std::string from_environment(const char* name) {
+std::string environment_value(const char* name) {
   const char* value = std::getenv(name);
   return value ? value : "";
 }
 
-/// Names that [route] knows for the branch, "auto" among them.
+/// Names that [route] accepts for the branch, including "auto".
 std::vector<std::string> known_names(Branch branch) {
   std::vector<std::string> names;
   const auto add = [&](const auto& choices) {
@@ -52,20 +52,20 @@ std::vector<std::string> known_names(Branch branch) {
   return names;
 }
 
-/// The threshold's answer, or none: name "".
-RouteChoice by_length(const RouteKey& q, const char* key, std::int64_t threshold) {
+/// The choice of the threshold; its name is "" where the threshold decides nothing.
+RouteChoice by_threshold(const RouteKey& q, const char* key, std::int64_t threshold) {
   if (threshold == 0) return {};
   const bool reached = threshold > 0 && q.length >= threshold;
   const std::string rows = threshold < 0 ? fmt::format("runtime.{} = -1: never", key)
                                          : fmt::format("{} rows {} runtime.{} = {}", q.length,
                                                        reached ? "reach" : "are fewer than", key, threshold);
-  const RouteChoice usual = default_route(q);
+  const RouteChoice default_choice = default_route(q);
   if (q.branch == sel) return reached ? RouteChoice{} : RouteChoice{"sdpa", rows};
   if (reached) {
     const std::string why_not = guard(q, "flash");
-    return why_not.empty() ? RouteChoice{"flash", rows} : RouteChoice{usual.name, rows + ", but " + why_not};
+    return why_not.empty() ? RouteChoice{"flash", rows} : RouteChoice{default_choice.name, rows + ", but " + why_not};
   }
-  return usual.name == "flash" ? RouteChoice{"sdpa", rows} : RouteChoice{};
+  return default_choice.name == "flash" ? RouteChoice{"sdpa", rows} : RouteChoice{};
 }
 
 const AttendKernel* find(std::span<const AttendKernel> list, const std::string& name) {
@@ -73,7 +73,7 @@ const AttendKernel* find(std::span<const AttendKernel> list, const std::string& 
   return at == list.end() ? nullptr : &*at;
 }
 
-RouteKey question_of(const Backend& backend, const LayerShape& s, Phase phase, Branch branch, std::int64_t positions) {
+RouteKey route_key(const Backend& backend, const LayerShape& s, Phase phase, Branch branch, std::int64_t positions) {
   return {backend.kind, backend.capability,
           phase,        branch,
           s.dtype,      s.d_k,
@@ -84,44 +84,47 @@ RouteKey question_of(const Backend& backend, const LayerShape& s, Phase phase, B
 
 std::string route_environment_text() {
   std::string text;
-  for (const char* name : {variables[cmp], variables[sel], variables[win], "NSA_FORCE"})
-    text += fmt::format("{}={} ", name, from_environment(name));
+  for (const char* name :
+       {environment_variables[cmp], environment_variables[sel], environment_variables[win], "NSA_FORCE"})
+    text += fmt::format("{}={} ", name, environment_value(name));
   return text;
 }
 
 RouteEnvironment route_environment() {
   RouteEnvironment environment;
   for (const Branch branch : {cmp, sel, win}) {
-    const std::string value = from_environment(variables[branch]);
+    const std::string value = environment_value(environment_variables[branch]);
     const std::vector<std::string> known = known_names(branch);
     if (!value.empty() && std::find(known.begin(), known.end(), value) == known.end())
       throw UserError(fmt::format("{}={} in the environment (no such implementation of {}); set one of {}, or unset it",
-                                  variables[branch], value, branch_names[branch], fmt::join(known, ", ")));
+                                  environment_variables[branch], value, branch_names[branch], fmt::join(known, ", ")));
     environment.implementation[branch] = value;
   }
-  const std::string force = from_environment("NSA_FORCE");
+  const std::string force = environment_value("NSA_FORCE");
   if (!force.empty() && force != "0" && force != "1")
     throw UserError("NSA_FORCE=" + force + " in the environment (it is 0 or 1); set 1 to go against a guard");
   environment.force = force == "1";
   return environment;
 }
 
-RouteChoice answer(const RouteKey& q, const Config& config, const RouteEnvironment& environment) {
+RouteChoice choose_route(const RouteKey& q, const Config& config, const RouteEnvironment& environment) {
   const std::string& set = environment.implementation[q.branch];
   const std::string& input = config.route.implementation[q.branch];
-  const std::string where = set.empty() ? fmt::format("route.{}", branch_names[q.branch]) : variables[q.branch];
-  const std::string& asked = set.empty() ? input : set;
-  if (asked != "auto") {
-    const std::string why_not = guard(q, asked);
+  const std::string where =
+      set.empty() ? fmt::format("route.{}", branch_names[q.branch]) : environment_variables[q.branch];
+  const std::string& requested = set.empty() ? input : set;
+  if (requested != "auto") {
+    const std::string why_not = guard(q, requested);
     if (!why_not.empty() && !environment.force)
-      throw UserError(
-          fmt::format("{} = \"{}\" ({}); set NSA_FORCE=1 to run it all the same, or \"auto\"", where, asked, why_not));
-    return {asked, why_not.empty() ? "asked for by " + where : "asked for by " + where + ", forced: " + why_not, true};
+      throw UserError(fmt::format("{} = \"{}\" ({}); set NSA_FORCE=1 to run it all the same, or \"auto\"", where,
+                                  requested, why_not));
+    return {requested, why_not.empty() ? "asked for by " + where : "asked for by " + where + ", forced: " + why_not,
+            true};
   }
   const RuntimeConfig& r = config.runtime;
-  const RouteChoice limit = q.branch == win   ? by_length(q, "fa2_min_len_win", r.fa2_min_len_win)
-                            : q.branch == cmp ? by_length(q, "fa2_min_len_cmp", r.fa2_min_len_cmp)
-                                              : by_length(q, "sel_triton_min_L", r.sel_triton_min_l);
+  const RouteChoice limit = q.branch == win   ? by_threshold(q, "fa2_min_len_win", r.fa2_min_len_win)
+                            : q.branch == cmp ? by_threshold(q, "fa2_min_len_cmp", r.fa2_min_len_cmp)
+                                              : by_threshold(q, "sel_triton_min_L", r.sel_triton_min_l);
   return limit.name.empty() ? default_route(q) : limit;
 }
 
@@ -130,7 +133,7 @@ std::int64_t attended_rows(const BlockRules& rules, Branch branch, std::int64_t 
   return std::min<std::int64_t>(positions, branch == win ? rules.w : std::int64_t{rules.n_sel} * rules.l_sel);
 }
 
-void Route::note(const char* name) {
+void Route::record_kernel(const char* name) {
   if (std::find(ran.begin(), ran.end(), name) == ran.end()) ran.push_back(name);
 }
 
@@ -138,9 +141,9 @@ void Route::run(Branch branch, const AttendArgs& args, Stream* stream) {
   if (!fallback.empty()) ++fallbacks;
   if (kernel != sdpa) {
     try {
-      if constexpr (fault::built) may_be_refused(branch, *device, stream);
+      if constexpr (fault::built) maybe_refuse_launch(branch, *device, stream);
       kernel->run(args, stream);
-      return note(kernel->variant_name(args));
+      return record_kernel(kernel->variant_name(args));
     } catch (const LaunchError& error) {
       fallback = error.what();
       ++fallbacks;
@@ -148,7 +151,7 @@ void Route::run(Branch branch, const AttendArgs& args, Stream* stream) {
     }
   }
   kernel->run(args, stream);
-  note(kernel->name);
+  record_kernel(kernel->name);
 }
 
 void Routes::choose(const Backend& backend, const Config& config, Phase phase, const LayerShape& shape,
@@ -158,19 +161,19 @@ void Routes::choose(const Backend& backend, const Config& config, Phase phase, c
     Route& route = of(phase, branch);
     const auto list = backend.kernels->attend[branch];
     const RouteChoice wanted =
-        answer(question_of(backend, shape, phase, branch, tile.max_positions), config, environment);
+        choose_route(route_key(backend, shape, phase, branch, tile.max_positions), config, environment);
     route = {find(list, wanted.name), find(list, "sdpa"), wanted.name, wanted.reason, "", 0, backend.device};
     agreed_[static_cast<int>(phase)][branch] = false;
-    if (!route.kernel && wanted.asked) {
+    if (!route.kernel && wanted.requested) {
       std::vector<std::string> names;
       for (const AttendKernel& kernel : list) names.push_back(kernel.name);
       throw UserError(fmt::format("route.{} = \"{}\" (this backend has {}); choose one of these or \"auto\"",
                                   branch_names[branch], wanted.name, fmt::join(names, ", ")));
     }
     if (route.kernel && (route.kernel == route.sdpa || accepts(*route.kernel, branch, shape, tile))) continue;
-    const bool there = route.kernel != nullptr;
+    const bool exists = route.kernel != nullptr;
     route.kernel = route.sdpa;
-    if (there)
+    if (exists)
       route.fallback = fmt::format("refuses this shape (Dk = {}, Dv = {}, {}, {} positions)", shape.d_k, shape.d_v,
                                    name_of(shape.dtype), tile.max_positions);
     else
@@ -187,12 +190,12 @@ std::size_t Routes::scratch_bytes(const KernelTable& kernels, Phase phase, const
 }
 
 bool Routes::agree(const ControlComm& world) {
-  bool news = false;
+  bool new_failure = false;
   for (std::size_t phase = 0; phase < phase_names.size(); ++phase) {
     for (const Branch branch : {cmp, sel, win}) {
       Route& route = routes_[phase][branch];
-      bool& known = agreed_[phase][branch];
-      if (world.max(std::int64_t{!route.fallback.empty() && !known}) == 0) continue;
+      bool& agreed_here = agreed_[phase][branch];
+      if (world.max(std::int64_t{!route.fallback.empty() && !agreed_here}) == 0) continue;
       const std::vector<std::string> reasons = world.gather(route.fallback);
       const auto first =
           std::find_if(reasons.begin(), reasons.end(), [](const std::string& text) { return !text.empty(); });
@@ -200,11 +203,11 @@ bool Routes::agree(const ControlComm& world) {
           world.broadcast(first == reasons.end() ? "" : fmt::format("{} on rank {}", *first, first - reasons.begin()));
       if (route.fallback.empty()) route.fallback = reason;
       route.kernel = route.sdpa;
-      known = true;
-      news = true;
+      agreed_here = true;
+      new_failure = true;
     }
   }
-  return news;
+  return new_failure;
 }
 
 void Routes::count(const ControlComm& world) {

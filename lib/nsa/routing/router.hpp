@@ -1,7 +1,7 @@
 #pragma once
-// Which implementation attends a branch: chosen once for each phase, before its first step, from a table of defaults by
-// device, type, head sizes and length; overridden by the input and the environment, held back by guards. An
-// implementation that refuses the shape or cannot be launched is replaced by `sdpa`, and that is counted.
+// The router chooses the implementation of each branch, once for each phase, before its first step. The default comes
+// from a table by device, type, head sizes and length; the input and the environment override it, guards forbid it. An
+// implementation that refuses the shape or cannot be launched is replaced by `sdpa`, and those calls are counted.
 
 #include <array>
 #include <cstdint>
@@ -18,7 +18,7 @@ namespace nsa {
 enum class Phase : int { prefill, decode };
 constexpr std::array phase_names = {"prefill", "decode"};
 
-/// What a default is looked up by.
+/// The key of the default table.
 struct RouteKey {
   BackendKind backend = BackendKind::host;
   int capability = 0;  ///< of the GPU, 10 * major + minor
@@ -26,13 +26,13 @@ struct RouteKey {
   Branch branch = cmp;
   DType dtype = DType::bf16;
   std::int32_t d_k = 64, d_v = 64;
-  std::int64_t length = 0;  ///< K/V rows that one query attends, at most
+  std::int64_t length = 0;  ///< most K/V rows that one query attends
 };
 
-/// A chosen name, and the reason for it in a few words.
+/// The name of the chosen implementation, and the reason in a few words.
 struct RouteChoice {
   std::string name, reason;
-  bool asked = false;  ///< for by the user, in so many words
+  bool requested = false;  ///< the user named this implementation
 };
 
 /// NSA_ROUTE_CMP, NSA_ROUTE_SEL, NSA_ROUTE_WIN ("" where not set) and NSA_FORCE.
@@ -40,42 +40,42 @@ struct RouteEnvironment {
   std::string implementation[branches];
   bool force = false;
 };
-/// Throws UserError where a variable holds what it may not.
+/// Throws UserError where a variable has a value that is not allowed.
 RouteEnvironment route_environment();
 
-/// All of it as it stands in this rank's environment: ranks that differ would take different routes.
+/// These variables of this rank as one line, for comparison among ranks: ranks that differ would take different routes.
 std::string route_environment_text();
 
-/// The table's answer alone.
-RouteChoice default_route(const RouteKey& question);
-/// Why this implementation is not to be run there; "" where nothing speaks against it.
-std::string guard(const RouteKey& question, const std::string& name);
-/// Environment, then [route], then [runtime], then the table. Throws UserError for what a guard forbids and the user
-/// asked for without NSA_FORCE=1.
-RouteChoice answer(const RouteKey& question, const Config& config, const RouteEnvironment& environment);
+/// The choice of the table alone.
+RouteChoice default_route(const RouteKey& key);
+/// Why a guard forbids this implementation; "" where none does.
+std::string guard(const RouteKey& key, const std::string& name);
+/// The first of these that decides: environment, [route], [runtime], table. Throws UserError where the user requests an
+/// implementation that a guard forbids, without NSA_FORCE=1.
+RouteChoice choose_route(const RouteKey& key, const Config& config, const RouteEnvironment& environment);
 
 /// Rows of K and V that a query at the last of `positions` positions attends.
 std::int64_t attended_rows(const BlockRules& rules, Branch branch, std::int64_t positions);
 
 /// The implementation of one branch in one phase.
 struct Route {
-  const AttendKernel* kernel = nullptr;  ///< what runs
+  const AttendKernel* kernel = nullptr;  ///< the implementation that runs
   const AttendKernel* sdpa = nullptr;
-  std::string chosen, reason;  ///< what was to run, and why
-  std::string fallback;        ///< why `sdpa` runs in its place; "": it does not
-  std::int64_t fallbacks = 0;  ///< calls of this rank that sdpa served in its place; a captured one once
+  std::string chosen, reason;  ///< the implementation that was chosen, and why
+  std::string fallback;        ///< why `sdpa` replaces it; "": it does not
+  std::int64_t fallbacks = 0;  ///< calls of this rank that sdpa served instead; a captured call counts once
   const DeviceOps* device = nullptr;
-  std::vector<std::string> ran = {};  ///< the kernels behind the name that this rank has run, each once, in order
+  std::vector<std::string> ran = {};  ///< kernels of the implementation that this rank has run, each once, in order
 
-  /// Runs the branch. A LaunchError makes sdpa run instead, now and from now on.
+  /// Runs the branch. After a LaunchError sdpa runs it, this time and every later time.
   void run(Branch branch, const AttendArgs& args, Stream* stream);
   /// Adds to `ran`.
-  void note(const char* name);
+  void record_kernel(const char* name);
 };
 
 class Routes {
  public:
-  /// Throws UserError as `answer` does, and for a name that the backend does not have.
+  /// Throws UserError as choose_route does, and for a requested name that the backend does not have.
   void choose(const Backend& backend, const Config& config, Phase phase, const LayerShape& shape,
               const QueryTile& tile);
   Route& of(Phase phase, Branch branch) { return routes_[static_cast<int>(phase)][branch]; }
@@ -83,11 +83,12 @@ class Routes {
   /// Bytes of scratch that the phase's stages need.
   std::size_t scratch_bytes(const KernelTable& kernels, Phase phase, const LayerShape& shape, const QueryTile& tile,
                             const AttentionPolicy& policy) const;
-  /// What failed on one rank is replaced on all. Collective; whether something new had failed on any.
+  /// An implementation that failed on one rank is replaced on all ranks. Collective. Returns whether any rank had a new
+  /// failure.
   bool agree(const ControlComm& world);
-  /// The most calls of any rank, on every rank. Collective.
+  /// Sets `fallbacks` of every route to the largest of all ranks. Collective.
   void count(const ControlComm& world);
-  /// "sel: fused -> sdpa: reason (12 calls)", of `main` first; the other phase's begin with its name.
+  /// "sel: fused -> sdpa: reason (12 calls)", first those of `main`; those of the other phase begin with its name.
   std::vector<std::string> fallbacks(Phase main) const;
 
  private:
@@ -95,9 +96,10 @@ class Routes {
   bool agreed_[phase_names.size()][branches] = {};
 };
 
-/// `nsa info --routes`: what would run, by phase, branch, type and length, and why; without a GPU for every kind known.
+/// `nsa info --routes`: the choice and its reason by phase, branch, type and length, for every known device. Needs no
+/// GPU.
 void print_routes(std::ostream& out);
-/// The same for one point of an input, on `backend`; a line a branch.
+/// The same for one point of an input, on `backend`; one line for each branch.
 void print_routes(std::ostream& out, const Backend& backend, const Config& config, const Point& point, int ranks);
 
 }  // namespace nsa

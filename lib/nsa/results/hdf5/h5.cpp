@@ -1,20 +1,16 @@
-#include "nsa/results/hdf5/h5.hpp"
+// Files, groups and datasets.
 
-#include <hdf5.h>
 #include <hdf5_hl.h>
 
 #include <algorithm>
-#include <functional>
 #include <memory>
 #include <numeric>
 
 #include "kernels/diagnostics/error.hpp"
+#include "nsa/results/hdf5/library.hpp"
 
 namespace nsa::h5 {
-namespace {
 
-/// The innermost reason on HDF5's error stack: "unable to open file: ..., error message = 'Permission denied'"
-/// is shortened to what is quoted.
 std::string last_reason() {
   std::string reason;
   const auto keep_first = [](unsigned n, const H5E_error2_t* entry, void* out) -> herr_t {
@@ -32,31 +28,6 @@ std::string last_reason() {
   return reason;
 }
 
-/// The one check of every HDF5 return code: negative is failure.
-template <class T>
-T check(T result, const std::string& doing) {
-  if (result < 0) throw Error(doing + ": " + last_reason());
-  return result;
-}
-
-Handle own(hid_t id, const std::string& doing) { return Handle(check(id, doing)); }
-
-/// What a handle could not write when it was closed: HDF5 keeps small datasets back until then, and a destructor
-/// cannot say so. flush_and_close does.
-std::string lost;
-
-/// HDF5 prints its stack by default; ours goes into the exception. Its own work at exit is to close what was left open,
-/// which is nothing, or what could not be written: on that it crashes.
-void begin() {
-  static const bool done = [] {
-    H5dont_atexit();
-    return true;
-  }();
-  static_cast<void>(done);
-  H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
-  lost.clear();
-}
-
 Handle string_type() {
   Handle type = own(H5Tcopy(H5T_C_S1), "string type");
   check(H5Tset_size(type.id(), H5T_VARIABLE), "string type");
@@ -64,20 +35,48 @@ Handle string_type() {
   return type;
 }
 
-template <class T>
-Handle memory_type() {
-  if constexpr (std::is_same_v<T, std::string>) {
-    return string_type();
-  } else {
-    const hid_t type = std::is_same_v<T, float>          ? H5T_NATIVE_FLOAT
-                       : std::is_same_v<T, double>       ? H5T_NATIVE_DOUBLE
-                       : std::is_same_v<T, std::int32_t> ? H5T_NATIVE_INT32
-                                                         : H5T_NATIVE_INT64;
-    return own(H5Tcopy(type), "type");
-  }
+std::vector<const char*> pointers(const std::vector<std::string>& strings) {
+  std::vector<const char*> result(strings.size());
+  std::transform(strings.begin(), strings.end(), result.begin(), [](const std::string& s) { return s.c_str(); });
+  return result;
 }
 
-/// Groups, and files as their root groups, remember the order of links and attributes.
+std::vector<std::string> fetch_strings(std::size_t count, const Handle& file_type, const std::string& what,
+                                       const std::function<herr_t(hid_t, void*)>& fetch) {
+  if (check(H5Tis_variable_str(file_type.id()), what) == 0) throw Error(what + " is no string of variable length");
+  // The type in memory has the character set of the file: HDF5 does not convert between them.
+  const Handle type = own(H5Tcopy(H5T_C_S1), what);
+  check(H5Tset_size(type.id(), H5T_VARIABLE), what);
+  check(H5Tset_cset(type.id(), H5Tget_cset(file_type.id())), what);
+  std::vector<char*> buffer(count, nullptr);
+  check(fetch(type.id(), buffer.data()), what);
+  std::vector<std::string> result(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::unique_ptr<char, herr_t (*)(void*)> text(buffer[i], [](void* p) { return H5free_memory(p); });
+    if (text) result[i] = text.get();
+  }
+  return result;
+}
+
+namespace {
+
+/// The error of a handle that could not be written when it was closed: HDF5 writes small datasets only then, and a
+/// destructor cannot throw. flush_and_close throws it.
+std::string unwritten_error;
+
+/// HDF5 prints its error stack by default; here the exception holds the reason. The library's exit handler is disabled:
+/// it would only close objects that could not be written, and crashes on those.
+void initialise() {
+  static const bool done = [] {
+    H5dont_atexit();
+    return true;
+  }();
+  static_cast<void>(done);
+  H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
+  unwritten_error.clear();
+}
+
+/// Properties of a group, or of a file's root group, that record the creation order of links and attributes.
 Handle ordered(hid_t property_class) {
   constexpr unsigned order = H5P_CRT_ORDER_TRACKED | H5P_CRT_ORDER_INDEXED;
   Handle properties = own(H5Pcreate(property_class), "properties");
@@ -86,7 +85,7 @@ Handle ordered(hid_t property_class) {
   return properties;
 }
 
-/// Files close with everything in them, so that a handle left over cannot keep bytes back.
+/// Closing a file closes all its objects, so that a remaining handle cannot hold back bytes.
 Handle file_access() {
   Handle properties = own(H5Pcreate(H5P_FILE_ACCESS), "file access");
   check(H5Pset_fclose_degree(properties.id(), H5F_CLOSE_STRONG), "file access");
@@ -103,30 +102,6 @@ std::vector<hsize_t> extent(const Handle& dataset, const std::string& path) {
   std::vector<hsize_t> dims(check(H5Sget_simple_extent_ndims(space.id()), "rank of '" + path + "'"));
   check(H5Sget_simple_extent_dims(space.id(), dims.data(), nullptr), "shape of '" + path + "'");
   return dims;
-}
-
-std::vector<const char*> pointers(const std::vector<std::string>& strings) {
-  std::vector<const char*> result(strings.size());
-  std::transform(strings.begin(), strings.end(), result.begin(), [](const std::string& s) { return s.c_str(); });
-  return result;
-}
-
-/// Reads `count` strings of variable length through `fetch(type, buffer)`.
-std::vector<std::string> fetch_strings(std::size_t count, const Handle& file_type, const std::string& what,
-                                       const std::function<herr_t(hid_t, void*)>& fetch) {
-  if (check(H5Tis_variable_str(file_type.id()), what) == 0) throw Error(what + " is no string of variable length");
-  // The type in memory has the character set of the file: HDF5 does not convert between them.
-  const Handle type = own(H5Tcopy(H5T_C_S1), what);
-  check(H5Tset_size(type.id(), H5T_VARIABLE), what);
-  check(H5Tset_cset(type.id(), H5Tget_cset(file_type.id())), what);
-  std::vector<char*> buffer(count, nullptr);
-  check(fetch(type.id(), buffer.data()), what);
-  std::vector<std::string> result(count);
-  for (std::size_t i = 0; i < count; ++i) {
-    const std::unique_ptr<char, herr_t (*)(void*)> text(buffer[i], [](void* p) { return H5free_memory(p); });
-    if (text) result[i] = text.get();
-  }
-  return result;
 }
 
 Handle create_dataset(const Handle& group, const std::string& name, hid_t type, const std::vector<hsize_t>& dims) {
@@ -155,7 +130,7 @@ Handle store(const Handle& group, const std::string& name, const std::vector<T>&
   return dataset;
 }
 
-/// No dataset of a sound file is larger than the file; deflate reaches 1032 : 1 at most.
+/// Throws where a dataset claims to be larger than its file can hold; deflate compresses by 1032 : 1 at most.
 void check_plausible(const Handle& dataset, const std::string& path, const std::vector<hsize_t>& dims) {
   const Handle file = own(H5Iget_file_id(dataset.id()), path);
   hsize_t limit = 0;
@@ -183,23 +158,23 @@ void user_error(const Error& error, const std::string& doing, const std::string&
 }
 
 Handle::~Handle() {
-  if (id_ >= 0 && H5Idec_ref(id_) < 0 && lost.empty()) lost = last_reason();
+  if (id_ >= 0 && H5Idec_ref(id_) < 0 && unwritten_error.empty()) unwritten_error = last_reason();
 }
 
 Handle create_file(const std::string& path) {
-  begin();
+  initialise();
   const Handle creation = ordered(H5P_FILE_CREATE), access = file_access();
   return own(H5Fcreate(path.c_str(), H5F_ACC_EXCL, creation.id(), access.id()), "creating");
 }
 
 Handle open_file(const std::string& path, bool writable) {
-  begin();
+  initialise();
   const Handle access = file_access();
   return own(H5Fopen(path.c_str(), writable ? H5F_ACC_RDWR : H5F_ACC_RDONLY, access.id()), "opening");
 }
 
 void flush_and_close(Handle file) {
-  const std::string unwritten = std::exchange(lost, {});
+  const std::string unwritten = std::exchange(unwritten_error, {});
   if (!unwritten.empty()) throw Error("writing: " + unwritten);
   check(H5Fflush(file.id(), H5F_SCOPE_GLOBAL), "flushing");
   check(H5Fclose(file.release()), "closing");
@@ -245,83 +220,6 @@ std::vector<std::string> names(const Handle& group) {
 bool is_dataset(const Handle& at, const std::string& name) {
   const Handle object = own(H5Oopen(at.id(), name.c_str(), H5P_DEFAULT), "'" + name + "'");
   return H5Iget_type(object.id()) == H5I_DATASET;
-}
-
-void write_attribute(const Handle& at, const std::string& name, const std::vector<std::string>& values) {
-  const std::string what = "attribute '" + name + "'";
-  if (check(H5Aexists(at.id(), name.c_str()), what) > 0) check(H5Adelete(at.id(), name.c_str()), what);
-  const hsize_t size = values.size();
-  const Handle type = string_type(), space = own(H5Screate_simple(1, &size, nullptr), what);
-  const Handle made = own(H5Acreate2(at.id(), name.c_str(), type.id(), space.id(), H5P_DEFAULT, H5P_DEFAULT), what);
-  check(H5Awrite(made.id(), type.id(), pointers(values).data()), what);
-}
-
-void write_attribute(const Handle& at, const std::string& name, const Value& value) {
-  const std::string what = "attribute '" + name + "'";
-  if (check(H5Aexists(at.id(), name.c_str()), what) > 0) check(H5Adelete(at.id(), name.c_str()), what);
-  const Handle space = own(H5Screate(H5S_SCALAR), what);
-  std::visit(
-      [&](const auto& v) {
-        using T = std::decay_t<decltype(v)>;
-        const Handle type = memory_type<T>();
-        const Handle made =
-            own(H5Acreate2(at.id(), name.c_str(), type.id(), space.id(), H5P_DEFAULT, H5P_DEFAULT), what);
-        const void* data = &v;
-        const char* text = nullptr;
-        if constexpr (std::is_same_v<T, std::string>) {
-          text = v.c_str();
-          data = &text;
-        }
-        check(H5Awrite(made.id(), type.id(), data), what);
-      },
-      value);
-}
-
-std::vector<std::string> attribute_names(const Handle& at) {
-  std::vector<std::string> result;
-  const auto keep = [](hid_t, const char* name, const H5A_info_t*, void* out) -> herr_t {
-    static_cast<std::vector<std::string>*>(out)->push_back(name);
-    return 0;
-  };
-  // Only a file that another tool has rewritten may have forgotten the order.
-  if (H5Aiterate2(at.id(), H5_INDEX_CRT_ORDER, H5_ITER_INC, nullptr, keep, &result) >= 0) return result;
-  result.clear();
-  check(H5Aiterate2(at.id(), H5_INDEX_NAME, H5_ITER_INC, nullptr, keep, &result), "attributes");
-  return result;
-}
-
-std::vector<std::string> string_attributes(const Handle& at, const std::string& name) {
-  const std::string what = "attribute '" + name + "'";
-  if (check(H5Aexists(at.id(), name.c_str()), what) == 0) throw Error(what + " is missing");
-  const Handle attribute = own(H5Aopen(at.id(), name.c_str(), H5P_DEFAULT), what);
-  const Handle type = own(H5Aget_type(attribute.id()), what), space = own(H5Aget_space(attribute.id()), what);
-  const auto count = check(H5Sget_simple_extent_npoints(space.id()), what);
-  // Ours are short; a broken file may say anything.
-  if (H5Tget_class(type.id()) != H5T_STRING || count > 4096) throw Error(what + " is no list of strings");
-  return fetch_strings(static_cast<std::size_t>(count), type, what,
-                       [&](hid_t t, void* to) { return H5Aread(attribute.id(), t, to); });
-}
-
-Value attribute(const Handle& at, const std::string& name) {
-  const std::string what = "attribute '" + name + "'";
-  if (check(H5Aexists(at.id(), name.c_str()), what) == 0) throw Error(what + " is missing");
-  const Handle attribute = own(H5Aopen(at.id(), name.c_str(), H5P_DEFAULT), what);
-  const Handle type = own(H5Aget_type(attribute.id()), what), space = own(H5Aget_space(attribute.id()), what);
-  if (check(H5Sget_simple_extent_npoints(space.id()), what) != 1) throw Error(what + " is no single value");
-  std::int64_t integer = 0;
-  double real = 0;
-  switch (H5Tget_class(type.id())) {
-    case H5T_INTEGER:
-      check(H5Aread(attribute.id(), H5T_NATIVE_INT64, &integer), what);
-      return integer;
-    case H5T_FLOAT:
-      check(H5Aread(attribute.id(), H5T_NATIVE_DOUBLE, &real), what);
-      return real;
-    case H5T_STRING:
-      return string_attributes(at, name)[0];
-    default:
-      throw Error(what + " is no number and no string");
-  }
 }
 
 template <class T>

@@ -1,6 +1,6 @@
 #pragma once
-// HDF5, as much of it as the result file needs: handles that close themselves, attributes, columns with named
-// and labelled dimensions. hdf5.h is seen in results/hdf5/h5.cpp alone. Everything here throws h5::Error.
+// The part of HDF5 that the result file needs: handles that close themselves, attributes, datasets with named and
+// labelled dimensions. Only the sources of this folder include hdf5.h. Every function here may throw h5::Error.
 
 #include <cstdint>
 #include <functional>
@@ -12,23 +12,23 @@
 
 namespace nsa::h5 {
 
-/// What HDF5 objects to. Whoever knows the file's name turns it into a UserError: see user_error.
+/// An error of HDF5, without the file's name. The caller that knows the name turns it into a UserError: user_error.
 class Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 
-/// "cannot <doing> <path> (<what HDF5 said>); <advice>", as UserError(ExitCode::file). A lock that was refused
-/// gets its own advice.
+/// Throws UserError(ExitCode::file): "cannot <doing> <path> (<message of HDF5>); <advice>". The advice for a refused
+/// file lock names HDF5_USE_FILE_LOCKING.
 [[noreturn]] void user_error(const Error& error, const std::string& doing, const std::string& path,
                              const std::string& advice);
 
-/// What `answer` returns, called in a forked process: a damaged file may crash HDF5, keep it in a loop or make it write
-/// where it should not, and the caller's memory stays as it is. Throws Error: what `answer` threw, or how the child
-/// ended. The child has `cpu_seconds` of processor time; waiting for a disk does not count.
-std::string ask_child(const std::function<std::string()>& answer, int cpu_seconds = 10);
+/// Runs `action` in a forked child process and returns its result. A damaged file may crash HDF5, keep it in a loop or
+/// make it write out of bounds; the caller's memory is safe. Throws Error: what `action` threw, or how the child ended.
+/// The child has `cpu_seconds` of processor time; waiting for a disk does not count.
+std::string run_sandboxed(const std::function<std::string()>& action, int cpu_seconds = 10);
 
-/// An open file, group, dataset, type or space; closed when it goes.
+/// An open file, group, dataset, type or dataspace. The destructor closes it.
 class Handle {
  public:
   Handle() = default;
@@ -46,22 +46,22 @@ class Handle {
   std::int64_t id_ = -1;
 };
 
-Handle create_file(const std::string& path);  ///< must not exist
+Handle create_file(const std::string& path);  ///< throws where the file exists
 Handle open_file(const std::string& path, bool writable = false);
-void flush_and_close(Handle file);  ///< and says so when not every byte could be written
+void flush_and_close(Handle file);  ///< throws where not every byte could be written
 
 Handle create_group(const Handle& at, const std::string& name);
 Handle open_group(const Handle& at, const std::string& path);
 void remove(const Handle& at, const std::string& name);
-bool has(const Handle& at, const std::string& path);  ///< every link on the way exists
-std::vector<std::string> names(const Handle& group);  ///< what it holds, by name
+bool has(const Handle& at, const std::string& path);  ///< whether every link of the path exists
+std::vector<std::string> names(const Handle& group);  ///< names of its members, in alphabetical order
 bool is_dataset(const Handle& at, const std::string& name);
 
 /// Attributes. Strings are of variable length, UTF-8.
 using Value = std::variant<std::int64_t, double, std::string>;
-void write_attribute(const Handle& at, const std::string& name, const Value& value);  ///< replaces
+void write_attribute(const Handle& at, const std::string& name, const Value& value);  ///< replaces an existing one
 void write_attribute(const Handle& at, const std::string& name, const std::vector<std::string>& values);
-std::vector<std::string> attribute_names(const Handle& at);  ///< in the order they were written, where known
+std::vector<std::string> attribute_names(const Handle& at);  ///< in creation order, where the file records it
 Value attribute(const Handle& at, const std::string& name);
 std::vector<std::string> string_attributes(const Handle& at, const std::string& name);
 /// T: std::int64_t, double, std::string.
@@ -72,23 +72,23 @@ T attribute_as(const Handle& at, const std::string& name) {
   throw Error("attribute '" + name + "' has another type");
 }
 
-/// What `units` and `long_name` of a dataset say.
+/// The attributes `units` and `long_name` of a dataset.
 struct Text {
   std::string units, long_name;
 };
 
-/// A dimension of `group`, called `name`, with a label for each index. T: std::string, std::int64_t, double.
+/// Writes a dimension scale `name` of `group`, with a label for each index. T: std::string, std::int64_t, double.
 template <class T>
 void write_scale(const Handle& group, const std::string& name, const std::vector<T>& labels, const Text& text);
-/// A row-major dataset over dimensions that the group has: they give its shape, which must fit the values.
-/// T: those of write_scale, float, std::int32_t.
+/// Writes a row-major dataset over existing dimension scales of the group: they give its shape, which must match the
+/// number of values. T: those of write_scale, float, std::int32_t.
 template <class T>
 void write(const Handle& group, const std::string& name, const std::vector<T>& values,
            const std::vector<std::string>& dimensions, const Text& text);
 
 std::vector<std::int64_t> shape(const Handle& at, const std::string& path);
-bool is_floating_point(const Handle& at, const std::string& path);  ///< of whatever width
-/// A whole dataset, converted to T. Refuses to allocate more than the file can hold.
+bool is_floating_point(const Handle& at, const std::string& path);  ///< of any width
+/// A whole dataset, converted to T. Throws where the dataset claims to be larger than the file can be.
 template <class T>
 std::vector<T> read(const Handle& at, const std::string& path);
 /// Elements [begin, begin + count) in each dimension, row-major.

@@ -1,4 +1,4 @@
-// What reads a file that we have not written lets a child talk to HDF5.
+// Reads of files from elsewhere run HDF5 in a child process.
 
 #include <fcntl.h>
 #include <sys/resource.h>
@@ -15,7 +15,7 @@
 namespace nsa::h5 {
 namespace {
 
-constexpr char answered = 'a', refused = 'r';  ///< the first byte of what a child says
+constexpr char succeeded = 'a', failed = 'r';  ///< the first byte of the child's reply
 
 bool write_all(int pipe, std::string_view bytes) {
   while (!bytes.empty()) {
@@ -36,42 +36,42 @@ std::string read_all(int pipe) {
   }
 }
 
-[[noreturn]] void run_child(const std::function<std::string()>& answer, rlim_t cpu_seconds, int pipe) {
+[[noreturn]] void run_child(const std::function<std::string()>& action, rlim_t cpu_seconds, int pipe) {
   for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGABRT, SIGXCPU, SIGPIPE}) std::signal(signal, SIG_DFL);
   const rlimit limit{cpu_seconds, cpu_seconds + 1}, none{0, 0};
   setrlimit(RLIMIT_CPU, &limit);
   setrlimit(RLIMIT_CORE, &none);
-  const int nowhere = open("/dev/null", O_WRONLY);  // the parent says what is to be said
-  dup2(nowhere, STDOUT_FILENO);
-  dup2(nowhere, STDERR_FILENO);
-  std::string said;
+  const int null_device = open("/dev/null", O_WRONLY);  // the parent prints all messages
+  dup2(null_device, STDOUT_FILENO);
+  dup2(null_device, STDERR_FILENO);
+  std::string reply;
   try {
-    said = answered + answer();
+    reply = succeeded + action();
   } catch (const std::exception& error) {
-    said = std::string(1, refused) + error.what();
+    reply = std::string(1, failed) + error.what();
   }
-  _exit(write_all(pipe, said) ? 0 : 1);
+  _exit(write_all(pipe, reply) ? 0 : 1);
 }
 
 }  // namespace
 
-std::string ask_child(const std::function<std::string()>& answer, int cpu_seconds) {
+std::string run_sandboxed(const std::function<std::string()>& action, int cpu_seconds) {
   int ends[2];
-  if (pipe2(ends, O_CLOEXEC) != 0) return answer();  // without a child to ask we read it ourselves
+  if (pipe2(ends, O_CLOEXEC) != 0) return action();  // without a child this process reads the file
   const pid_t child = fork();
-  if (child == 0) run_child(answer, static_cast<rlim_t>(cpu_seconds), ends[1]);
+  if (child == 0) run_child(action, static_cast<rlim_t>(cpu_seconds), ends[1]);
   close(ends[1]);
-  std::string said = child > 0 ? read_all(ends[0]) : "";
+  std::string reply = child > 0 ? read_all(ends[0]) : "";
   close(ends[0]);
-  if (child < 0) return answer();
+  if (child < 0) return action();
   int status = 0;
   while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
   }
-  if (status == 0 && !said.empty()) {
-    const bool good = said[0] == answered;
-    said.erase(0, 1);
-    if (good) return said;
-    throw Error(said);
+  if (status == 0 && !reply.empty()) {
+    const bool success = reply[0] == succeeded;
+    reply.erase(0, 1);
+    if (success) return reply;
+    throw Error(reply);
   }
   throw Error("damaged: the HDF5 library " +
               (WIFSIGNALED(status) && WTERMSIG(status) == SIGXCPU ? "does not come to an end"
