@@ -199,7 +199,7 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
   MemoryAccount planned;
   agreed(session.world, [&] { planned = planned_memory(*session.backend.kernels, config, partition, point); });
   check_room(session, planned);
-  record.copy_bandwidth = -session.world.max(-copy_bandwidth(session.backend, session.world));
+  record.copy_bandwidth = -session.world.max(-copy_bandwidth(session.backend, session.world, session.copy_bytes));
   std::ofstream("/proc/self/clear_refs") << "5";  // the resident peak starts anew, where the kernel lets us
   const std::int64_t resident = status_bytes("VmRSS");
   MemoryAccount used;
