@@ -106,11 +106,9 @@ std::string usage_error(const CLI::App& app, const CLI::ParseError& error, int a
 }
 
 int print_error(const std::exception& error, nsa::ExitCode code) {
-  if (code == bug) {
-    std::cerr << "nsa: internal error: " << error.what() << "; please report it\n";
-  } else {
-    std::cerr << "nsa: error: " << error.what() << "\n";
-  }
+  const std::string what = error.what();
+  // One write: what the launcher prints at the same time does not come between.
+  std::cerr << (code == bug ? "nsa: internal error: " + what + "; please report it\n" : "nsa: error: " + what + "\n");
   return static_cast<int>(code);
 }
 

@@ -11,9 +11,8 @@ skip() {
   exit 77
 }
 
-command -v python3 >/dev/null || skip "no python3; install it"
-if ! "$venv/bin/python" -c "$imports" 2>/dev/null; then
-  mkdir -p "$(dirname "$venv")"
+install() {
+  [ "$venv/.complete" -nt "$root/analysis/pyproject.toml" ] && return
   log=$venv.log
   python3 -m venv "$venv" >"$log" 2>&1 ||
     skip "python3 cannot make a virtual environment ($(tail -n 1 "$log")); on Debian and Ubuntu install python3-venv"
@@ -22,6 +21,18 @@ if ! "$venv/bin/python" -c "$imports" 2>/dev/null; then
     skip "pip cannot install analysis[test] ($(tail -n 1 "$log")); connect to a package index"
   # What is installed and does not run is no reason to skip.
   "$venv/bin/python" -c "$imports" || exit 1
+  touch "$venv/.complete"
+}
+
+command -v python3 >/dev/null || skip "no python3; install it"
+mkdir -p "$(dirname "$venv")"
+if command -v flock >/dev/null; then # tests run side by side: one of them installs, the others wait
+  exec 9>"$venv.lock"
+  flock 9
+  install
+  exec 9>&-
+else
+  install
 fi
 PYTHONDONTWRITEBYTECODE=1
 export PYTHONDONTWRITEBYTECODE

@@ -73,11 +73,11 @@ static int faulty(const char* function) {
   return 1;
 }
 
-#define GUARD(condition, function, call)                  \
-  if (!(condition)) return call;                          \
-  if (faulty(function)) return -1;                        \
-  const __typeof__(call) result = call;                   \
-  if (kill_after) raise(SIGKILL);                         \
+#define GUARD(condition, function, call) \
+  if (!(condition)) return call;         \
+  if (faulty(function)) return -1;       \
+  const __typeof__(call) result = call;  \
+  if (kill_after) raise(SIGKILL);        \
   return result
 
 int open(const char* path, int flags, ...) {

@@ -1,7 +1,7 @@
 """The quick start on four ranks again and again: no failure, no growth in memory, nothing left behind.
 
-NSA_RUNS says how often: 20 in the ordinary tests; 1000 by `ctest --preset host -C Long -R many_runs_long -V`,
-which prints what it saw. Standard library only."""
+NSA_RUNS says how often: 10 in the ordinary tests, 20 in those of ./test.sh --all; 1000 by
+`./test.sh --all -R many_runs_long -V`, which prints what it saw. Standard library only."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import unittest
 
 from harness import BINARY, INPUTS, MPIEXEC, SMALL, AppTest
 
-RUNS = int(os.environ.get("NSA_RUNS", "20"))
+RUNS = int(os.environ.get("NSA_RUNS", "20" if "NSA_TEST_ALL" in os.environ else "10"))
 
 
 class ManyRuns(AppTest):

@@ -13,7 +13,7 @@ import unittest
 
 from harness import BINARY, MPIEXEC, SMALL, AppTest, nsa
 
-DEADLINE = 10  # s, at least. On a busy machine it is as long as a whole run takes, so that no normal wait exceeds it
+DEADLINE = 6  # s, at least. On a busy machine it is as long as a whole run takes, so that no normal wait exceeds it
 PROMISED = 15  # s beyond the deadline
 AMPLE = 120  # s, for jobs that something else than the deadline has to end
 DECODE = SMALL.replace("steps = 3", "steps = 40") + "[parallel]\nheads = 1\nkv_chunk_blocks = 1\n"
@@ -167,12 +167,12 @@ class Watchdog(AppTest):
                                "--deadline", "0"], cwd=self.folder, env=environment, stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL) as job:
             with self.assertRaises(subprocess.TimeoutExpired):
-                job.wait(12)
+                job.wait(DEADLINE + 2)
             job.send_signal(signal.SIGTERM)
 
     def test_a_job_that_was_stopped_as_a_whole_continues(self):
         """Suspended for longer than the deadline, by a user or a scheduler. No rank hung."""
-        deadline = math.ceil(max(8, self.quiet_seconds(DECODE, 2)))
+        deadline = math.ceil(max(DEADLINE, self.quiet_seconds(DECODE, 2)))
         self.write("in.toml", DECODE.replace("steps = 40", "steps = 40\nmin_time = 6.0"))
         environment = dict(os.environ, NSA_FAULT="", OMP_NUM_THREADS="1")
         with subprocess.Popen([MPIEXEC, "-n", "2", "--oversubscribe", "--allow-run-as-root", BINARY, "run", "in.toml",

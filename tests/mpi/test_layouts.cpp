@@ -25,7 +25,7 @@ struct Ranks {
   const nsa::Session together = open(world);
   const std::optional<nsa::Session> rank_0 = world.rank() == 0 ? std::optional(open(alone)) : std::nullopt;
   static nsa::Session open(const nsa::ControlComm& group) {
-    return nsa::open_session(config_of({"any", 1, 1, {}}, nsa::TaskKind::decode), group);
+    return open_test_session(config_of({"any", 1, 1, {}}, nsa::TaskKind::decode), group);
   }
 };
 

@@ -69,12 +69,18 @@ nsa::Config config_of(const Shape& shape, nsa::TaskKind kind) {
   return config;
 }
 
+nsa::Session open_test_session(const nsa::Config& config, const nsa::ControlComm& group) {
+  nsa::Session session = nsa::open_session(config, group);
+  session.copy_bytes = std::size_t{64} << 10;
+  return session;
+}
+
 nsa::PointRecord run(const nsa::Config& config, const nsa::Session& session) {
   return nsa::run_point(session, config, nsa::sweep(config).at(0), 0, [](double, double, const std::string&) {});
 }
 
 nsa::PointRecord run(const nsa::Config& config, const nsa::ControlComm& group) {
-  return run(config, nsa::open_session(config, group));
+  return run(config, open_test_session(config, group));
 }
 
 bool has(const nsa::PointRecord& record, const std::string& name) { return find(record, name) != nullptr; }

@@ -23,6 +23,8 @@ struct Shape {
 /// Decode of the shape's steps, or prefill of context + steps tokens: the same tokens either way.
 nsa::Config config_of(const Shape& shape, nsa::TaskKind kind);
 
+/// A session that copies little to measure the copy bandwidth: at full size that takes longer than all else in a point.
+nsa::Session open_test_session(const nsa::Config& config, const nsa::ControlComm& group);
 /// Runs the one point of a config over the session's ranks. The record is complete on its rank 0.
 nsa::PointRecord run(const nsa::Config& config, const nsa::Session& session);
 /// The same in a session of its own over the ranks of `group`.

@@ -200,7 +200,7 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
   MemoryAccount planned;
   agreed(session.world, [&] { planned = planned_memory(*session.backend.kernels, config, partition, point); });
   check_memory(session, planned);
-  record.copy_bandwidth = -session.world.max(-copy_bandwidth(session.backend, session.world));
+  record.copy_bandwidth = -session.world.max(-copy_bandwidth(session.backend, session.world, session.copy_bytes));
   std::ofstream("/proc/self/clear_refs") << "5";  // resets the peak of the resident set, where Linux allows it
   const std::int64_t resident = status_bytes("VmRSS");
   MemoryAccount used;

@@ -52,8 +52,7 @@ TimeTable gather_times(const ControlComm& world, const Samples& samples) {
   return table;
 }
 
-double copy_bandwidth(const Backend& backend, const ControlComm& world) {
-  constexpr std::size_t bytes = std::size_t{128} << 20;
+double copy_bandwidth(const Backend& backend, const ControlComm& world, std::size_t bytes) {
   const DeviceOps& device = *backend.device;
   MemoryAccount account;
   Buffer from, to;
@@ -73,7 +72,7 @@ double copy_bandwidth(const Backend& backend, const ControlComm& world) {
   }
   device.destroy_stream(stream);
   seconds.erase(seconds.begin());
-  return 2.0 * bytes / summarise(seconds).median;
+  return 2.0 * static_cast<double>(bytes) / summarise(seconds).median;
 }
 
 }  // namespace nsa

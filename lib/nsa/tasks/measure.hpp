@@ -60,7 +60,7 @@ std::string measure(const ControlComm& world, const std::vector<ModeRun>& runs, 
 /// Samples of all ranks, on rank 0.
 TimeTable gather_times(const ControlComm& world, const Samples& samples);
 
-/// Bytes/s, read and written, of a large copy on this rank's device while all ranks copy.
-double copy_bandwidth(const Backend& backend, const ControlComm& world);
+/// Bytes/s, read and written, of a copy of `bytes` on this rank's device while all ranks copy.
+double copy_bandwidth(const Backend& backend, const ControlComm& world, std::size_t bytes);
 
 }  // namespace nsa

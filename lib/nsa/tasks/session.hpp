@@ -1,6 +1,7 @@
 #pragma once
 // What a rank holds while the points of an input run.
 
+#include <cstddef>
 #include <functional>
 #include <memory>
 #include <string>
@@ -19,6 +20,8 @@ struct Session {
   std::shared_ptr<StopPoll> stop;     ///< asked between steps and points
   std::string input_hash;             ///< SHA-256 of [input] file, on rank 0; empty without one
   bool strict = false;                ///< a fallback makes the point INVALID
+  /// Size of the copies that measure copy_bandwidth. Tests that do not read it set a small one.
+  std::size_t copy_bytes = std::size_t{128} << 20;
 };
 
 /// `progress(done, total, what)` is called on every rank now and then.
