@@ -59,7 +59,9 @@ case ${1:-} in
 import json, pathlib, sys
 for entry in json.load(open(sys.argv[1])):
     path = pathlib.Path(entry["file"]).resolve()
-    if path.suffix == ".cpp" and path.relative_to(pathlib.Path.cwd()).parts[0] in ("app", "lib"):
+    if path.suffix != ".cpp" or path.relative_to(pathlib.Path.cwd()).parts[0] not in ("app", "lib"):
+        continue
+    if "__builtin_cpu_supports" not in path.read_text():  # clang 14 does not know its x86-64-v3
         print(path, end="\0")
 PYTHON
     ;;
