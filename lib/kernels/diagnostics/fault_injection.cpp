@@ -22,7 +22,7 @@ enum class Kind { kill, stop, hang, delay, site };
 
 struct Rule {
   std::string site;
-  std::int64_t rank = -1, call = 1;  // call 0: every one
+  std::int64_t rank = -1, call = 1;  // call 0: all calls
   Kind kind = Kind::site;
   Fault fault;
   double seconds = 0;
@@ -31,10 +31,10 @@ struct Rule {
 std::atomic<int> own_rank = 0;
 
 [[noreturn]] void refuse(const std::string& rule, const std::string& why) {
-  throw UserError("NSA_FAULT: \"" + rule + "\" (" + why + "); see lib/kernels/fault.hpp");
+  throw UserError("NSA_FAULT: \"" + rule + "\" (" + why + "); see lib/kernels/diagnostics/fault_injection.hpp");
 }
 
-double number(const std::string& rule, const std::string& text) {
+double parse_number(const std::string& rule, const std::string& text) {
   char* end = nullptr;
   const double value = std::strtod(text.c_str(), &end);
   if (text.empty() || *end != '\0') refuse(rule, "\"" + text + "\" is no number");
@@ -43,41 +43,42 @@ double number(const std::string& rule, const std::string& text) {
 
 /// Sets the action if the word names one.
 bool set_action(Rule& rule, const std::string& word, double value) {
-  static const std::map<std::string, Kind> done_here = {
+  static const std::map<std::string, Kind> hook_actions = {
       {"kill", Kind::kill}, {"stop", Kind::stop}, {"hang", Kind::hang}, {"delay", Kind::delay}};
-  static const std::map<std::string, Action> done_there = {
+  static const std::map<std::string, Action> site_actions = {
       {"fail", Action::fail}, {"skip", Action::skip}, {"shorten", Action::shorten}, {"flip", Action::flip}};
-  if (const auto found = done_here.find(word); found != done_here.end()) {
+  if (const auto found = hook_actions.find(word); found != hook_actions.end()) {
     rule.kind = found->second;
     rule.seconds = value;
     return true;
   }
-  const auto found = done_there.find(word);
-  if (found == done_there.end()) return false;
+  const auto found = site_actions.find(word);
+  if (found == site_actions.end()) return false;
   rule.fault = {found->second, static_cast<std::int64_t>(value)};
   return true;
 }
 
 Rule parse_rule(const std::string& text) {
   Rule rule;
-  bool acts = false;
-  std::istringstream parts(text);
-  std::getline(parts, rule.site, ':');
-  for (std::string part; std::getline(parts, part, ':');) {
-    const auto equals = part.find('=');
-    const std::string word = part.substr(0, equals), value = equals == std::string::npos ? "" : part.substr(equals + 1);
+  bool has_action = false;
+  std::istringstream fields(text);
+  std::getline(fields, rule.site, ':');
+  for (std::string field; std::getline(fields, field, ':');) {
+    const auto equals = field.find('=');
+    const std::string word = field.substr(0, equals),
+                      value = equals == std::string::npos ? "" : field.substr(equals + 1);
     if (word == "rank") {
-      rule.rank = static_cast<std::int64_t>(number(text, value));
+      rule.rank = static_cast<std::int64_t>(parse_number(text, value));
     } else if (word == "at") {
-      rule.call = value == "every" ? 0 : static_cast<std::int64_t>(number(text, value));
-    } else if (set_action(rule, word, equals == std::string::npos ? 0 : number(text, value))) {
-      acts = true;
+      rule.call = value == "every" ? 0 : static_cast<std::int64_t>(parse_number(text, value));
+    } else if (set_action(rule, word, equals == std::string::npos ? 0 : parse_number(text, value))) {
+      has_action = true;
     } else {
       refuse(text, "unknown word \"" + word + "\"");
     }
   }
   if (rule.site.find('.') == std::string::npos) refuse(text, "it starts with no site");
-  if (!acts) refuse(text, "it has no action");
+  if (!has_action) refuse(text, "it has no action");
   return rule;
 }
 
@@ -125,13 +126,13 @@ void flip(const char* site, const DeviceOps& device, void* data, std::size_t byt
   const Fault fault = at(site);
   if (!fault.is(Action::flip) || bytes == 0) return;
   const std::size_t bit = static_cast<std::size_t>(fault.value) % (8 * bytes);
-  auto* place = static_cast<unsigned char*>(data) + bit / 8;
+  auto* address = static_cast<unsigned char*>(data) + bit / 8;
   unsigned char byte = 0;
   device.synchronize(stream);
-  device.copy(&byte, place, 1, stream);
+  device.copy(&byte, address, 1, stream);
   device.synchronize(stream);
   byte ^= static_cast<unsigned char>(1u << bit % 8);
-  device.copy(place, &byte, 1, stream);
+  device.copy(address, &byte, 1, stream);
   device.synchronize(stream);
 }
 

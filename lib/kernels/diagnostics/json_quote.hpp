@@ -1,5 +1,5 @@
 #pragma once
-// Text as a string of JSON and of TOML, which agree on what has to be escaped.
+// Quoted strings of JSON and TOML, which escape the same characters.
 
 #include <fmt/format.h>
 
@@ -7,7 +7,7 @@
 
 namespace nsa {
 
-/// With its quotes.
+/// `text` escaped and in double quotes.
 inline std::string json_quote(const std::string& text) {
   std::string out = "\"";
   for (const char c : text) {

@@ -10,10 +10,11 @@ namespace nsa {
 
 namespace {
 
-// Written by one thread, read by another without a lock: a reader takes a slot whose index is the same before and
-// after, and the index is 0 while the slot changes. Release and acquire on every field keep that order.
+// A sequence lock: one thread writes, another reads without a lock. A reader accepts a slot whose index is the same
+// before and after reading; the index is 0 while the slot changes. Release and acquire on every field order the
+// accesses.
 template <class T>
-class Shared {
+class AtomicField {
  public:
   void set(T value) noexcept { value_.store(value, std::memory_order_release); }
   T get() const noexcept { return value_.load(std::memory_order_acquire); }
@@ -23,21 +24,21 @@ class Shared {
 };
 
 struct Slot {
-  Shared<std::uint64_t> index, number, bytes, group;
-  Shared<std::int64_t> begin, end;
-  Shared<OperationKind> kind;
-  Shared<const char*> name, phase, stage;
+  AtomicField<std::uint64_t> index, number, bytes, group;
+  AtomicField<std::int64_t> begin, end;
+  AtomicField<OperationKind> kind;
+  AtomicField<const char*> name, phase, stage;
 };
 
 std::array<Slot, operation_log_capacity> slots;
-Shared<std::uint64_t> begun;  // index of the newest
+AtomicField<std::uint64_t> newest_index;  // of the newest operation
 std::uint64_t collectives = 0;
 bool capturing = false;
-Shared<const char*> phase, stage;
+AtomicField<const char*> phase, stage;
 
 Slot& slot_of(std::uint64_t index) { return slots[index % operation_log_capacity]; }
 
-void keep(char (&to)[20], const char* from) { std::strncpy(to, from ? from : "", sizeof to - 1); }
+void copy_name(char (&to)[20], const char* from) { std::strncpy(to, from ? from : "", sizeof to - 1); }
 
 bool read(const Slot& slot, std::uint64_t index, OperationRecord& record) {
   if (slot.index.get() != index) return false;
@@ -50,9 +51,9 @@ bool read(const Slot& slot, std::uint64_t index, OperationRecord& record) {
   record.kind = slot.kind.get();
   const char *name = slot.name.get(), *in_phase = slot.phase.get(), *in_stage = slot.stage.get();
   if (slot.index.get() != index) return false;
-  keep(record.name, name);
-  keep(record.phase, in_phase);
-  keep(record.stage, in_stage);
+  copy_name(record.name, name);
+  copy_name(record.phase, in_phase);
+  copy_name(record.stage, in_stage);
   return true;
 }
 
@@ -68,7 +69,7 @@ Operation::Operation(OperationKind kind, const char* name, std::uint64_t bytes, 
                      const char* in_stage) noexcept {
   if (capturing) kind = OperationKind::wait;
   if (kind != OperationKind::wait) ++collectives;
-  const std::uint64_t index = begun.get() + 1;
+  const std::uint64_t index = newest_index.get() + 1;
   Slot& slot = slot_of(index);
   slot.index.set(0);
   slot.number.set(collectives);
@@ -81,10 +82,10 @@ Operation::Operation(OperationKind kind, const char* name, std::uint64_t bytes, 
   slot.phase.set(phase.get());
   slot.stage.set(in_stage ? in_stage : stage.get());
   slot.index.set(index);
-  begun.set(index);
+  newest_index.set(index);
 }
 
-Operation::~Operation() { slot_of(begun.get()).end.set(coarse_now()); }
+Operation::~Operation() { slot_of(newest_index.get()).end.set(coarse_now()); }
 
 PhaseScope::PhaseScope(const char* name) noexcept : outer_(phase.get()) {
   phase.set(name);
@@ -98,14 +99,14 @@ CaptureScope::~CaptureScope() { capturing = false; }
 void set_stage(const char* name) noexcept { stage.set(name); }
 
 Activity current_activity() {
-  Activity place;
-  keep(place.phase, phase.get());
-  keep(place.stage, stage.get());
-  return place;
+  Activity activity;
+  copy_name(activity.phase, phase.get());
+  copy_name(activity.stage, stage.get());
+  return activity;
 }
 
 std::vector<OperationRecord> recent_operations(std::uint64_t after) {
-  const std::uint64_t last = begun.get();
+  const std::uint64_t last = newest_index.get();
   std::vector<OperationRecord> records;
   for (std::uint64_t index = last > operation_log_capacity ? last - operation_log_capacity + 1 : 1; index <= last;
        ++index) {

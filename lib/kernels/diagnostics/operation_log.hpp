@@ -1,7 +1,7 @@
 #pragma once
-// What a rank does that may wait for another rank or for its device: the last 64 operations, kept where another
-// thread can read them at any moment. The watchdog (comm/watchdog/watchdog.hpp) is that thread. Beginning and ending an
-// operation costs a coarse clock reading and a few stores each, no lock and no memory.
+// The operation log, a flight recorder: the last 64 operations of a rank that may wait for another rank or for its
+// device. Another thread, the watchdog (comm/watchdog/watchdog.hpp), may read it at any time. The begin and the end of
+// an operation cost a coarse clock reading and a few stores each, no lock and no allocation.
 //
 // One thread of a process, the one that calls MPI and the device, begins and ends operations, one at a time.
 
@@ -12,28 +12,29 @@
 namespace nsa {
 
 enum class OperationKind : std::int32_t {
-  wait,     ///< of this rank alone: for its device, or in a library
-  control,  ///< collective, ranks telling each other how they fare
-  exchange  ///< collective, of the algorithm: the same name, stage and bytes on every rank of its group
+  wait,     ///< local: waits for the device or in a library
+  control,  ///< collective that exchanges the ranks' status
+  exchange  ///< collective of the algorithm: same name, stage and bytes on every rank of its group
 };
 
-/// An operation as others see it: plain bytes, so that processes of one program can send it as it is.
+/// A logged operation: trivially copyable, so that processes of one program can send it as bytes.
 struct OperationRecord {
-  std::uint64_t index = 0;   ///< of all operations of this rank, from 1
-  std::uint64_t number = 0;  ///< collectives this rank has begun, this one among them: alike on all ranks
+  std::uint64_t index = 0;   ///< among all operations of this rank, from 1
+  std::uint64_t number = 0;  ///< collectives begun so far, this one included: equal on all ranks
   std::uint64_t bytes = 0;
-  std::uint64_t group = 0;          ///< equal on the ranks that take part; 0: alone
-  std::int64_t begin = 0, end = 0;  ///< ns on this rank's clock; end 0: not over
+  std::uint64_t group = 0;          ///< equal on the participating ranks; 0: a local operation
+  std::int64_t begin = 0, end = 0;  ///< ns on this rank's clock; end 0: in progress
   OperationKind kind = OperationKind::wait;
   char name[20] = {}, phase[20] = {}, stage[20] = {};  ///< "all_gather", "decode", "lse"
 };
 
 constexpr std::size_t operation_log_capacity = 64;
 
-/// ns of a clock that never jumps; coarse (a few ms), and cheap to read.
+/// ns of a monotonic, coarse clock (a few ms), cheap to read.
 std::int64_t coarse_now() noexcept;
 
-/// In an operation while it lives. Names are literals: the pointers are kept. Without a stage: the current one.
+/// Logs an operation from construction to destruction. Names must be literals: the log stores the pointers. Default
+/// stage: the current one.
 class Operation {
  public:
   explicit Operation(OperationKind kind, const char* name, std::uint64_t bytes = 0, std::uint64_t group = 0,
@@ -43,7 +44,7 @@ class Operation {
   Operation& operator=(const Operation&) = delete;
 };
 
-/// What the rank works on while it lives: "prefill", "decode", ...
+/// Sets the rank's phase ("prefill", "decode", ...) during its lifetime.
 class PhaseScope {
  public:
   explicit PhaseScope(const char* name) noexcept;
@@ -55,8 +56,8 @@ class PhaseScope {
   const char* outer_;
 };
 
-/// While it lives collectives are logged as waits and not counted: they are only being captured, and where a capture
-/// fails again.
+/// During its lifetime collectives are logged as waits and not counted: they are only being captured into a graph, and
+/// captured again after a failed capture.
 class CaptureScope {
  public:
   CaptureScope() noexcept;
@@ -65,14 +66,17 @@ class CaptureScope {
   CaptureScope& operator=(const CaptureScope&) = delete;
 };
 
+/// Sets the rank's stage; a literal.
 void set_stage(const char* name) noexcept;
 
+/// What the rank is doing.
 struct Activity {
   char phase[20] = {}, stage[20] = {};
 };
-Activity current_activity();  ///< any thread
+/// Any thread.
+Activity current_activity();
 
-/// Those kept, with an index above `after`, by rising index. Any thread.
+/// The logged operations with an index above `after`, by rising index. Any thread.
 std::vector<OperationRecord> recent_operations(std::uint64_t after = 0);
 
 }  // namespace nsa
