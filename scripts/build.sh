@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Configures and builds one preset (host, host-faults, host-asan, host-tsan, cuda, cuda-faults,
-# cuda-debug; default host) after seeing to the packages.
+# cuda-debug; default host) after installing missing packages (scripts/setup.sh).
 #   scripts/build.sh [PRESET] [-DNAME=VALUE ...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,5 +14,5 @@ scripts/setup.sh
 cmake --preset "$preset" "$@" >/dev/null
 cmake --build --preset "$preset"
 if [[ $preset == host ]] && command -v nvcc >/dev/null; then
-  echo "build: a CUDA compiler is here; scripts/build.sh cuda builds the GPU backend too"
+  echo "build: found a CUDA compiler; scripts/build.sh cuda also builds the GPU backend"
 fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fuzzes the readers with libFuzzer, ASan and UBSan (needs clang): each target for SECONDS (default 60), one after the
-# other. What it learns goes to build/fuzz/found/TARGET, what crashes to build/fuzz/artifacts, and both belong into
-# tests/fuzz/corpus/TARGET (finds minimised by -merge=1), where the tests replay them.
+# other. New inputs go to build/fuzz/found/TARGET, crashing inputs to build/fuzz/artifacts. Add both to
+# tests/fuzz/corpus/TARGET (new inputs minimised with -merge=1); the tests replay that corpus.
 #   scripts/fuzz.sh [SECONDS] [TARGET ...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +13,7 @@ targets=("$@")
 CC=clang CXX=clang++ cmake --preset host -B build/fuzz -DNSA_FUZZ=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
 cmake --build build/fuzz --target "${targets[@]/#/fuzz_}"
 mkdir -p build/fuzz/artifacts
-# HDF5 keeps memory after a refused file, and copies within overlapping ranges; both are its own.
+# HDF5 leaks after a rejected file and copies between overlapping ranges; both are suppressed.
 export LSAN_OPTIONS=suppressions=$PWD/tests/fuzz/leaks.supp:print_suppressions=0
 export ASAN_OPTIONS=fast_unwind_on_malloc=0:suppressions=$PWD/tests/fuzz/asan.supp
 for target in "${targets[@]}"; do

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Builds nsa under AddressSanitizer with UBSan, and under ThreadSanitizer, and runs the tests they are for (the presets
-# host-asan and host-tsan say which). Whatever is found fails them. What Open MPI keeps is suppressed by name:
-# tests/suppressions.
+# Builds nsa with AddressSanitizer and UBSan, and with ThreadSanitizer, and runs the tests that the presets host-asan
+# and host-tsan list. Any finding fails the test. Leaks of Open MPI are suppressed by name: tests/suppressions.
 #   scripts/test_sanitizers.sh [CTEST OPTIONS]     e.g. -R '^unit$'
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
