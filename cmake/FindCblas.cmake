@@ -1,5 +1,5 @@
-# Finds a CBLAS (cblas.h and a library that has cblas_sgemm). Sets NSA_CBLAS_FOUND and the target nsa_cblas.
-# The program builds and is right without one.
+# Finds a CBLAS (cblas.h and a library with cblas_sgemm). Sets NSA_CBLAS_FOUND and the target nsa_cblas. Optional:
+# without it the host uses its own matrix product.
 find_path(NSA_CBLAS_INCLUDE_DIR NAMES cblas.h PATH_SUFFIXES openblas openblas-pthread)
 find_library(NSA_CBLAS_LIBRARY NAMES openblas blis cblas)
 if(NSA_CBLAS_INCLUDE_DIR AND NSA_CBLAS_LIBRARY)
@@ -10,5 +10,5 @@ if(NSA_CBLAS_INCLUDE_DIR AND NSA_CBLAS_LIBRARY)
   message(STATUS "CBLAS: ${NSA_CBLAS_LIBRARY}")
 else()
   set(NSA_CBLAS_FOUND FALSE)
-  message(STATUS "CBLAS: none found, matrix products use our own loops")
+  message(STATUS "CBLAS: not found, matrix products use the built-in loops")
 endif()

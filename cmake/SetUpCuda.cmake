@@ -1,11 +1,11 @@
-# CUDA, cuBLAS and NCCL for NSA_CUDA=ON: all there, or a clear error; never dropped silently.
-# NSA_CUDA_ARCHITECTURES picks what the kernels are compiled for (CI builds one). Makes the target nsa_nccl.
+# Finds CUDA, cuBLAS and NCCL for NSA_CUDA=ON; a missing one is an error, never a silent fallback.
+# NSA_CUDA_ARCHITECTURES lists the targets of the kernels (CI builds one). Defines the target nsa_nccl.
 set(NSA_CUDA_ARCHITECTURES "80;89;90" CACHE STRING "Compute capabilities the CUDA kernels are compiled for")
 set(CMAKE_CUDA_ARCHITECTURES ${NSA_CUDA_ARCHITECTURES})
 
 include(CheckLanguage)
 if(NOT CMAKE_CUDA_COMPILER)
-  # nvcc is often installed without being on the PATH.
+  # nvcc is often installed outside of the PATH.
   find_program(NSA_NVCC nvcc PATHS $ENV{CUDA_HOME} $ENV{CUDA_PATH} /usr/local/cuda PATH_SUFFIXES bin)
   if(NSA_NVCC)
     set(CMAKE_CUDA_COMPILER ${NSA_NVCC})
@@ -17,7 +17,7 @@ if(NOT CMAKE_CUDA_COMPILER)
                       "/usr/local/cuda); install the CUDA toolkit, set CMAKE_CUDA_COMPILER, or use the host preset")
 endif()
 enable_language(CUDA)
-# CMake 3.25.1 (Debian 12) does not know that nvcc 12 and later speak C++20.
+# CMake 3.25.1 (Debian 12) does not know that nvcc 12 and later support C++20.
 if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
   set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
   set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
@@ -28,7 +28,8 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_EXTENSIONS OFF)
 find_package(CUDAToolkit 12.0 REQUIRED)
 
-find_path(NSA_NCCL_INCLUDE_DIR nccl.h HINTS ${NCCL_ROOT} $ENV{NCCL_ROOT} ${CUDAToolkit_INCLUDE_DIRS} PATH_SUFFIXES include)
+find_path(NSA_NCCL_INCLUDE_DIR nccl.h HINTS ${NCCL_ROOT} $ENV{NCCL_ROOT} ${CUDAToolkit_INCLUDE_DIRS}
+          PATH_SUFFIXES include)
 find_library(NSA_NCCL_LIBRARY NAMES nccl libnccl.so.2 HINTS ${NCCL_ROOT} $ENV{NCCL_ROOT} ${CUDAToolkit_LIBRARY_DIR}
              PATH_SUFFIXES lib lib64)
 if(NOT NSA_NCCL_INCLUDE_DIR OR NOT NSA_NCCL_LIBRARY)
