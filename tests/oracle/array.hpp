@@ -1,5 +1,5 @@
 #pragma once
-// A row-major array that knows its shape, for code where clarity beats speed.
+// A row-major array with its shape, for code that prefers clarity to speed.
 
 #include <cstddef>
 #include <cstdint>

@@ -14,19 +14,19 @@ double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 double silu(double x) { return x * sigmoid(x); }
 
 /// in [n] times matrix [n, m].
-Vector times(const Vector& in, const Reals& matrix) {
+Vector multiply(const Vector& in, const Reals& matrix) {
   Vector out(matrix.shape[1], 0.0);
   for (Index i = 0; i < matrix.shape[0]; ++i)
     for (Index j = 0; j < matrix.shape[1]; ++j) out[j] += in.at(i) * matrix(i, j);
   return out;
 }
 
-/// `stored`: what the weights are rounded to, relative to the largest, once their sum is taken.
+/// `stored`: rounding of exp(score - max) after their sum is taken.
 Vector softmax(const Vector& scores, Storage stored = Storage::exact) {
-  const double top = *std::max_element(scores.begin(), scores.end());
+  const double max_score = *std::max_element(scores.begin(), scores.end());
   Vector p;
   double sum = 0;
-  for (const double s : scores) sum += p.emplace_back(std::exp(s - top));
+  for (const double s : scores) sum += p.emplace_back(std::exp(s - max_score));
   for (double& value : p) value = round_to(stored, value) / sum;
   return p;
 }
@@ -57,7 +57,7 @@ Reals project_heads(const Options& o, const Reals& x, const Reals& w, Index head
     for (Index t = 0; t < o.tokens; ++t) {
       Vector row;
       for (Index c = 0; c < o.dim; ++c) row.push_back(x(b, t, c));
-      const Vector all = times(row, w);
+      const Vector all = multiply(row, w);
       for (Index j = 0; j < heads; ++j) {
         Vector head(all.begin() + j * width, all.begin() + (j + 1) * width);
         if (rotated) rotate(head, t, o.rope_base);
@@ -73,16 +73,16 @@ Vector gates(const Options& o, const Weights& w, const Reals& q, Index b, Index 
   const Index h = o.heads / o.groups;
   for (Index head = g * h; head < (g + 1) * h; ++head)
     for (Index e = 0; e < o.d_k; ++e) mean[e] += q(b, t, head, e) / static_cast<double>(h);
-  Vector hidden = times(mean, w.gate_w1);
+  Vector hidden = multiply(mean, w.gate_w1);
   for (std::size_t i = 0; i < hidden.size(); ++i) hidden[i] = silu(hidden[i] + w.gate_b1.values[i]);
-  Vector logits = times(hidden, w.gate_w2);
+  Vector logits = multiply(hidden, w.gate_w2);
   for (std::size_t c = 0; c < 3; ++c) logits[c] += w.gate_b2.values[c];
   if (!o.sigmoid_gate) return softmax(logits);
   for (double& logit : logits) logit = sigmoid(logit);
   return logits;
 }
 
-/// Compressed tokens [B, N, G, D] of k or v [B, T, G, D]: all whose positions exist.
+/// Compressed tokens [B, N, G, D] of k or v [B, T, G, D]: those with all positions.
 Reals compress(const Options& o, const PhiWeights& phi, const Reals& raw) {
   Index complete = 0;
   while (complete * o.d + o.l <= o.tokens) ++complete;
@@ -96,9 +96,9 @@ Reals compress(const Options& o, const PhiWeights& phi, const Reals& raw) {
           Vector flat;
           for (Index m = 0; m < o.l; ++m)
             for (Index e = 0; e < width; ++e) flat.push_back(raw(b, i * o.d + m, g, e) + phi.pos(m, e));
-          Vector hidden = times(flat, phi.w1);
+          Vector hidden = multiply(flat, phi.w1);
           for (double& value : hidden) value = silu(value);
-          token = times(hidden, phi.w2);
+          token = multiply(hidden, phi.w2);
         } else {
           for (Index m = 0; m < o.l; ++m)
             for (Index e = 0; e < width; ++e) token[e] += raw(b, i * o.d + m, g, e) / static_cast<double>(o.l);
@@ -123,7 +123,7 @@ Vector probabilities(const Vector& q, const Reals& k, Index b, Index g, const st
 /// Attention of group g's heads at (b, t) over the listed rows; no rows: zero.
 void attend_rows(const Options& o, Branch c, const Reals& q, const Reals& k, const Reals& v, Index b, Index t, Index g,
                  const std::vector<Index>& rows, Reals& out, Reals& rounding) {
-  const Storage stored = o.stores_weights[c] ? o.storage : Storage::exact;
+  const Storage stored = o.rounds_p[c] ? o.storage : Storage::exact;
   const Index h = o.heads / o.groups;
   for (Index head = g * h; head < (g + 1) * h; ++head) {
     const Vector p = probabilities(vector_at(q, b, t, head), k, b, g, rows, stored);
@@ -160,8 +160,8 @@ Vector importance(const Options& o, const Reals& overlaps, const Reals& q, const
   return s;
 }
 
-/// Blocks chosen at t: the first, the most recent, then the most important; ascending.
-std::vector<Index> choose(const Options& o, const Vector& s, Index t) {
+/// Blocks selected at t: the first, the most recent, then the most important; ascending.
+std::vector<Index> select_blocks(const Options& o, const Vector& s, Index t) {
   std::vector<Index> eligible;
   for (Index j = 0; j * o.l_sel <= t; ++j) eligible.push_back(j);
   const Index count = static_cast<Index>(eligible.size());
@@ -174,7 +174,7 @@ std::vector<Index> choose(const Options& o, const Vector& s, Index t) {
   return {chosen.begin(), chosen.end()};
 }
 
-/// Positions <= t of the listed blocks; -1 is no block.
+/// Positions <= t of the listed blocks; -1: no block.
 std::vector<Index> positions_of(const Options& o, const std::vector<Index>& blocks, Index t) {
   std::vector<Index> rows;
   for (const Index j : blocks)
@@ -196,8 +196,8 @@ std::vector<Index> window(const Options& o, Index t) {
   return rows;
 }
 
-/// Sum of the branches' outputs, each times its gate; stored.
-Reals weigh(const Options& o, const Reals& gate, const Reals (&o_branch)[3]) {
+/// Sum of the branches' outputs times their gates, rounded to storage.
+Reals gated_sum(const Options& o, const Reals& gate, const Reals (&o_branch)[3]) {
   const Index h = o.heads / o.groups;
   Reals out({o.batch, o.tokens, o.heads, o.d_v});
   for (Index b = 0; b < o.batch; ++b)
@@ -269,7 +269,7 @@ Attended attend(const Options& o, const PhiWeights& phi_k, const PhiWeights& phi
       for (Index g = 0; g < o.groups; ++g) {
         const Vector s = importance(o, overlaps, in.q, out.k_cmp_tokens, b, t, g);
         for (Index j = 0; j < blocks; ++j) out.p_slc(b, t, g, j) = s[j];
-        std::vector<Index> chosen = choose(o, s, t);
+        std::vector<Index> chosen = select_blocks(o, s, t);
         for (std::size_t c = 0; c < chosen.size(); ++c) out.selected(b, t, g, c) = chosen[c];
         if (given && t >= given->first_position) chosen = given_blocks(o, *given, b, t, g);
 
@@ -281,7 +281,7 @@ Attended attend(const Options& o, const PhiWeights& phi_k, const PhiWeights& phi
           out.reads(b, t, g, c) = static_cast<Index>(rows[c].size());
         }
       }
-  out.o = weigh(o, in.gate, out.o_branch);
+  out.o = gated_sum(o, in.gate, out.o_branch);
   return out;
 }
 
@@ -292,7 +292,7 @@ Reals output(const Options& o, const Reals& w_o, const Reals& heads) {
       Vector row;
       for (Index head = 0; head < o.heads; ++head)
         for (Index e = 0; e < o.d_v; ++e) row.push_back(heads(b, t, head, e));
-      const Vector out = times(row, w_o);
+      const Vector out = multiply(row, w_o);
       for (Index c = 0; c < o.dim; ++c) y(b, t, c) = out[c];
     }
   return y;

@@ -1,7 +1,7 @@
 #pragma once
-// Native Sparse Attention (arXiv 2502.11089) in float64, by definition: every sum is a loop over the positions
-// it is a sum of. Shares no code with the program. The layer is that of the design, section 2; arrays are
-// [batch, position, ...] for all positions 0 .. tokens-1, weights are [in, out].
+// Native Sparse Attention (arXiv 2502.11089) in float64, by definition: every sum is a loop over its positions. Shares
+// no code with the program. The layer is that of the design, section 2. Arrays are [batch, position, ...] for all
+// positions 0 .. tokens-1, weights are [in, out].
 
 #include <optional>
 #include <vector>
@@ -22,9 +22,8 @@ struct Options {
   double rope_base = 10000;
   int force_branch = -1;  ///< a Branch: one-hot gates
   Storage storage = Storage::exact;
-  /// By branch: softmax weights, relative to the largest, are stored before they meet V; their sum is not of the
-  /// stored.
-  bool stores_weights[3] = {};
+  /// By branch: P = exp(score - max) is rounded to storage before P V; the softmax sum is that of the unrounded P.
+  bool rounds_p[3] = {};
 };
 
 struct PhiWeights {
@@ -46,7 +45,7 @@ struct Weights {
   PhiWeights phi_v;
 };
 
-/// What a layer attends with.
+/// Inputs of a layer's attention.
 struct Projected {
   Reals q;     ///< [B, T, H, Dk], rotated
   Reals k[3];  ///< [B, T, G, Dk], rotated
@@ -60,11 +59,11 @@ struct Attended {
   Reals p_slc;         ///< [B, T, G, blocks]: importance
   Integers selected;   ///< [B, T, G, n], ascending, -1 padded
   Reals o_branch[3];   ///< [B, T, H, Dv]
-  /// [B, T, H, Dv]: how far o_branch moves, as a standard deviation, when every softmax weight is rounded to storage
-  /// once, whatever it is relative to. Each is off by at most a unit roundoff u of itself, evenly: u / sqrt(3); the sum
-  /// of such p v has the root of the sum of squares.
+  /// [B, T, H, Dv]: standard deviation of o_branch when every element of P is rounded to storage once. The relative
+  /// error of an element is uniform within a unit roundoff u: its standard deviation is u / sqrt(3). A sum of such p v
+  /// has the root of the sum of squares.
   Reals rounding[3];
-  Reals o;         ///< [B, T, H, Dv], weighed with the gates
+  Reals o;         ///< [B, T, H, Dv], sum over branches of gate x o_branch
   Integers reads;  ///< [B, T, G, 3]: rows attended
 };
 
@@ -76,10 +75,10 @@ struct Layer {
 
 struct Result {
   std::vector<Layer> layers;
-  Reals x;  ///< [B, T, dim] after the last layer; of one layer alone its y
+  Reals x;  ///< [B, T, dim] after the last layer; of a one-layer model its y
 };
 
-/// Blocks that o_sel attends instead of the oracle's own choice, from `first_position` on.
+/// Blocks that o_sel attends in place of the oracle's own selection, from `first_position` on.
 struct Chosen {
   Integers blocks;  ///< [B, R, G, n], -1 padded
   std::int64_t first_position = 0;
@@ -89,13 +88,14 @@ struct Chosen {
 double overlap(const Options& options, std::int64_t i, std::int64_t j);
 
 Projected project(const Options& options, const Weights& weights, const Reals& x);
-/// phi_k and phi_v are read with mlp_phi only. `selected` stays the oracle's own with `chosen`, too.
+/// phi_k and phi_v are read with mlp_phi only. `selected` is the oracle's own selection also with `chosen`.
 Attended attend(const Options& options, const PhiWeights& phi_k, const PhiWeights& phi_v, const Projected& given,
                 const std::optional<Chosen>& chosen = {});
 /// y = o W_O.
 Reals output(const Options& options, const Reals& w_o, const Reals& o);
 
-/// The whole model: x <- x + layer(rmsnorm(x)) with several layers, layer(x) with one. `chosen`: of the last layer.
+/// The whole model: x <- x + layer(rmsnorm(x)) with several layers, layer(x) with one. `chosen` applies to the last
+/// layer.
 Result run(const Options& options, const std::vector<Weights>& weights, const Reals& x,
            const std::optional<Chosen>& chosen = {});
 

@@ -32,7 +32,7 @@ Format format_of(Storage storage) {
 double round_to(Storage storage, double value) {
   if (storage == Storage::exact || value == 0 || !std::isfinite(value)) return value;
   const Format format = format_of(storage);
-  const int exponent = std::max(std::ilogb(value), format.min_exponent);  // below: subnormal, same spacing
+  const int exponent = std::max(std::ilogb(value), format.min_exponent);  // below it: subnormals with the same spacing
   const double spacing = std::ldexp(1, exponent - (format.digits - 1));
   const double rounded = std::nearbyint(value / spacing) * spacing;
   return std::abs(rounded) > format.largest ? std::copysign(std::numeric_limits<double>::infinity(), value) : rounded;

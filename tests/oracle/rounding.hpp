@@ -1,5 +1,5 @@
 #pragma once
-// Rounding of a float64 to what a storage type can hold, to nearest, ties to even.
+// Rounding of a float64 to a storage type, to nearest, ties to even.
 
 #include "oracle/array.hpp"
 
@@ -7,7 +7,7 @@ namespace oracle {
 
 enum class Storage { exact, fp32, bf16, fp16 };
 
-/// Nearest value of the format; infinity past its largest.
+/// Nearest value of the format; infinity above its largest finite value.
 double round_to(Storage storage, double value);
 void round_to(Storage storage, Reals& array);
 

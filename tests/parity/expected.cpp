@@ -13,7 +13,7 @@ Options options_of(const Phase& phase) {
   Options options = parity::options_of(phase.config);
   if (phase.config.run.backend != nsa::BackendChoice::cuda) return options;
   for (const int c : {oracle::cmp, oracle::sel, oracle::win})
-    options.stores_weights[c] = phase.record.routes[c] == "sdpa" || phase.record.routes[c] == "masked";
+    options.rounds_p[c] = phase.record.routes[c] == "sdpa" || phase.record.routes[c] == "masked";
   return options;
 }
 
@@ -30,7 +30,7 @@ oracle::Layer expect(const Phase& phase, const std::optional<oracle::Chosen>& ch
 bool rounds_weights(const Phase& phase, int c, Against against) {
   const Options options = options_of(phase);
   if (phase.config.run.backend != nsa::BackendChoice::cuda || options.storage == oracle::Storage::fp32) return false;
-  bool rounds = against == Against::layout && options.stores_weights[c];
+  bool rounds = against == Against::layout && options.rounds_p[c];
   for (const char* name : {"step", "shard", "decode", "tiled", "rows", "flash"})
     rounds |= phase.record.route_kernels[c].find(name) != std::string::npos;
   return rounds;

@@ -1,4 +1,4 @@
-// The oracle against cases small enough to compute by hand.
+// The oracle against cases computed by hand.
 
 #include <cmath>
 #include <limits>
@@ -13,7 +13,7 @@ using oracle::Options;
 using oracle::Reals;
 using oracle::Storage;
 
-/// One head, one group, Dk = 2, Dv = 1; q = k = 0, so that every attention is a plain average; v[t] = t + 1.
+/// One head, one group, Dk = 2, Dv = 1; q = k = 0, so that every attention is an average; v[t] = t + 1.
 oracle::Projected uniform(const Options& o) {
   oracle::Projected p;
   p.q = Reals({o.batch, o.tokens, o.heads, o.d_k});
@@ -45,7 +45,7 @@ Options tiny(std::int64_t tokens) {
   return o;
 }
 
-/// Weights that take q = k = x, v = x[0], no gate logits, y = (o, 0).
+/// Weights that give q = k = x, v = x[0], no gate logits, y = (o, 0).
 oracle::Weights plain() {
   oracle::Weights w;
   const Reals identity({2, 2}, std::vector<double>{1, 0, 0, 1});
@@ -74,7 +74,7 @@ oracle::Attended attend(const Options& o, const oracle::Projected& p, std::optio
 
 }  // namespace
 
-TEST_CASE("oracle rounding goes to the nearest, ties to even", "[oracle]") {
+TEST_CASE("oracle rounds to nearest, ties to even", "[oracle]") {
   CHECK(oracle::round_to(Storage::bf16, 1 + std::ldexp(1, -8)) == 1);
   CHECK(oracle::round_to(Storage::bf16, 1 + std::ldexp(3, -8)) == 1 + std::ldexp(1, -6));
   CHECK(oracle::round_to(Storage::bf16, -(1 + std::ldexp(1.01, -8))) == -(1 + std::ldexp(1, -7)));
@@ -99,7 +99,7 @@ TEST_CASE("oracle overlap weights are 1,2,2,2,1 at the paper's sizes", "[oracle]
     for (int j = 0; j < 4; ++j) CHECK(oracle::overlap(equal, i, j) == (i == j ? 1 : 0));
 }
 
-TEST_CASE("oracle averages when every score is equal", "[oracle]") {
+TEST_CASE("oracle averages V when every score is equal", "[oracle]") {
   const Options o = tiny(4);
   const oracle::Attended a = attend(o, uniform(o));
   CHECK(a.v_cmp_tokens.shape == std::vector<std::int64_t>{1, 3, 1, 1});
@@ -108,39 +108,39 @@ TEST_CASE("oracle averages when every score is equal", "[oracle]") {
   CHECK(a.o_branch[oracle::cmp](0, 0, 0, 0) == 0);  // no token has both positions
   CHECK(a.o_branch[oracle::cmp](0, 3, 0, 0) == Approx(2.5));
   CHECK(a.o_branch[oracle::sel](0, 3, 0, 0) == Approx(3.5));  // block 1: positions 2, 3
-  CHECK(a.o_branch[oracle::sel](0, 2, 0, 0) == Approx(3));    // of block 1 only position 2 is seen
+  CHECK(a.o_branch[oracle::sel](0, 2, 0, 0) == Approx(3));    // of block 1 only position 2 is valid
   CHECK(a.o_branch[oracle::win](0, 3, 0, 0) == Approx(3));    // positions 1, 2, 3
   CHECK(a.o_branch[oracle::win](0, 1, 0, 0) == Approx(1.5));
   CHECK(a.o(0, 3, 0, 0) == Approx(9));
 
-  // Tokens 0, 1, 2 with probability 1/3; token 1 lies half in each block.
+  // Tokens 0, 1, 2 with probability 1/3; half of token 1 is in each block.
   CHECK(a.p_slc(0, 3, 0, 0) == Approx(1));
   CHECK(a.p_slc(0, 3, 0, 1) == Approx(1));
   CHECK(a.p_slc(0, 1, 0, 0) == Approx(2));
 }
 
-TEST_CASE("oracle stores the softmax weights of a branch and sums them before", "[oracle]") {
+TEST_CASE("oracle rounds P of a branch after its softmax sum", "[oracle]") {
   Options o = tiny(3);
   o.storage = Storage::bf16;
   oracle::Projected p = uniform(o);
   p.q(0, 2, 0, 0) = std::sqrt(2.0);
   p.k[oracle::win](0, 1, 0, 0) = -1;  // scores at t = 2: 0, -1, 0
-  const double weight = std::exp(-1.0), sum = 2 + weight, stored = oracle::round_to(Storage::bf16, weight);
-  REQUIRE(stored != weight);
+  const double p_1 = std::exp(-1.0), sum = 2 + p_1, rounded = oracle::round_to(Storage::bf16, p_1);
+  REQUIRE(rounded != p_1);
   const auto at_2 = [&] { return attend(o, p).o_branch[oracle::win](0, 2, 0, 0); };
-  CHECK(at_2() == Approx((1 + 2 * weight + 3) / sum).epsilon(1e-14));
-  o.stores_weights[oracle::sel] = true;
-  CHECK(at_2() == Approx((1 + 2 * weight + 3) / sum).epsilon(1e-14));
-  o.stores_weights[oracle::win] = true;
-  CHECK(at_2() == Approx((1 + 2 * stored + 3) / sum).epsilon(1e-14));
+  CHECK(at_2() == Approx((1 + 2 * p_1 + 3) / sum).epsilon(1e-14));
+  o.rounds_p[oracle::sel] = true;
+  CHECK(at_2() == Approx((1 + 2 * p_1 + 3) / sum).epsilon(1e-14));
+  o.rounds_p[oracle::win] = true;
+  CHECK(at_2() == Approx((1 + 2 * rounded + 3) / sum).epsilon(1e-14));
 }
 
-TEST_CASE("oracle tells how far rounded weights move an output", "[oracle]") {
+TEST_CASE("oracle gives the standard deviation of an output under rounded P", "[oracle]") {
   Options o = tiny(3);
   o.storage = Storage::bf16;
-  const auto moves = attend(o, uniform(o)).rounding[oracle::win];  // a third each of 1, 2, 3 at t = 2
-  CHECK(moves(0, 2, 0, 0) == Approx(std::ldexp(1, -8) / std::sqrt(3) * std::sqrt(14) / 3).epsilon(1e-14));
-  CHECK(moves(0, 0, 0, 0) == Approx(std::ldexp(1, -8) / std::sqrt(3)).epsilon(1e-14));
+  const auto deviation = attend(o, uniform(o)).rounding[oracle::win];  // a third each of 1, 2, 3 at t = 2
+  CHECK(deviation(0, 2, 0, 0) == Approx(std::ldexp(1, -8) / std::sqrt(3) * std::sqrt(14) / 3).epsilon(1e-14));
+  CHECK(deviation(0, 0, 0, 0) == Approx(std::ldexp(1, -8) / std::sqrt(3)).epsilon(1e-14));
 }
 
 TEST_CASE("oracle importance follows the scores and sums over heads", "[oracle]") {
@@ -155,7 +155,7 @@ TEST_CASE("oracle importance follows the scores and sums over heads", "[oracle]"
   CHECK(a.o_branch[oracle::cmp](0, 3, 0, 0) == Approx(1.5 / 4 + 2.5 / 4 + 3.5 / 2));
 }
 
-TEST_CASE("oracle chooses forced blocks, then the best, ties to the lower index", "[oracle]") {
+TEST_CASE("oracle selects forced blocks, then the best, ties to the lower index", "[oracle]") {
   Options o = tiny(12);
   o.l = o.d = o.l_sel = 2;
   o.n_sel = 3;
@@ -165,7 +165,7 @@ TEST_CASE("oracle chooses forced blocks, then the best, ties to the lower index"
   oracle::Projected p = uniform(o);
   const oracle::Attended tied = attend(o, p);
   CHECK(selected_at(tied, 0) == Blocks{0, -1, -1});
-  CHECK(selected_at(tied, 5) == Blocks{0, 1, 2});  // as many as there are
+  CHECK(selected_at(tied, 5) == Blocks{0, 1, 2});  // all eligible blocks
   CHECK(selected_at(tied, 11) == Blocks{0, 1, 5});
   for (int t = 0; t < 12; ++t) p.q(0, t, 0, 0) = 1;
   p.k[oracle::cmp](0, 6, 0, 0) = 1;
@@ -177,7 +177,7 @@ TEST_CASE("oracle chooses forced blocks, then the best, ties to the lower index"
   CHECK(selected_at(attend(o, p), 11) == Blocks{3, 4, 5});
 }
 
-TEST_CASE("oracle attends given blocks instead of its own", "[oracle]") {
+TEST_CASE("oracle attends given blocks in place of its own", "[oracle]") {
   const Options o = tiny(4);
   const oracle::Chosen first{Integers({1, 1, 1, 1}, 0), 3};
   const oracle::Attended a = attend(o, uniform(o), first);
@@ -186,7 +186,7 @@ TEST_CASE("oracle attends given blocks instead of its own", "[oracle]") {
   CHECK(a.selected(0, 3, 0, 0) == 1);
 }
 
-TEST_CASE("oracle counts the reads of the seeds' run", "[oracle]") {
+TEST_CASE("oracle counts the reads at contexts 128 to 1024", "[oracle]") {
   Options o;
   o.heads = o.groups = 1;
   o.d_k = 2;
@@ -260,7 +260,7 @@ TEST_CASE("oracle learned compression is W2 SiLU(W1 (k + pos))", "[oracle]") {
   CHECK(a.k_cmp_tokens(0, 1, 0, 1) == 0);
 }
 
-TEST_CASE("oracle adds normalised layers to a residual stream, one layer alone does not", "[oracle]") {
+TEST_CASE("oracle adds normalised layers to a residual stream; one layer has no residual", "[oracle]") {
   Options o = tiny(1);
   Reals x({1, 1, 2});
   x(0, 0, 0) = 3;
