@@ -1,4 +1,4 @@
-// The stages around attention on the host: project, append, compress, output, combine's gates, rows and counters.
+// The host stages other than attention: project, append, compress, output, combine, rows of caches and counters.
 
 #include <cmath>
 #include <cstring>
@@ -16,7 +16,9 @@ namespace {
 
 const KernelTable& table() { return host_kernels(); }
 
+/// Synthetic values in storage type, and as read back; or room for an output.
 struct Tensor {
+  Tensor() = default;
   Tensor(DType type, const char* name, std::int64_t n, float scale = 1.0f) : bytes(n * size_of(type)), values(n) {
     for (std::int64_t i = 0; i < n; ++i)
       values[i] = scale * synthetic_value(tensor_key(7, name), 0, static_cast<std::uint64_t>(i), 0);
@@ -45,100 +47,129 @@ LayerShape shape_of(DType type) {
   return s;
 }
 
-/// Half a unit in the last place of storage, relative, and a little for fp32 sums of order 1.
+/// Half a unit in the last place of storage, relative; for fp32 the rounding of sums of order 1.
 double bound(DType type) { return type == DType::f32 ? 1e-5 : type == DType::bf16 ? 0x1p-8 : 0x1p-11; }
 
 }  // namespace
 
-TEST_CASE("project rotates q and k, leaves v alone and forms the gates") {
+namespace {
+
+/// project() on two sequences at a position where fp32 angles would be off by 0.06, and its inputs and outputs.
+struct ProjectCase {
+  ProjectCase(DType type, bool shared, std::int32_t tokens)
+      : s(shape_of(type)), tile{0, 2, tokens, &first, first + tokens}, rows(tile.rows()) {
+    s.shared_kv = shared;
+    s.gate = shared ? GateKind::sigmoid : GateKind::softmax;
+    cols = qkv_columns(s);
+    x = Tensor(type, "x", rows * s.dim);
+    w = Tensor(type, "w", s.dim * cols, 0.15f);
+    args.shape = s;
+    args.tile = tile;
+    args.weights.w_qkv = w.bytes.data();
+    args.weights.gate_w1 = w1.values.data();
+    args.weights.gate_b1 = b1.values.data();
+    args.weights.gate_w2 = w2.values.data();
+    args.weights.gate_b2 = b2.values.data();
+    args.x = x.bytes.data();
+    q = Tensor(type, rows * s.heads() * s.d_k);
+    k.assign(3, Tensor(type, rows * s.groups * s.d_k));
+    v.assign(3, Tensor(type, rows * s.groups * s.d_v));
+    gate.resize(rows * s.groups * 3);
+    args.q = q.bytes.data();
+    for (int c = 0; c < branches; ++c) {
+      args.k[c] = k[c].bytes.data();
+      args.v[c] = v[c].bytes.data();
+    }
+    args.gate = gate.data();
+    scratch.resize(table().scratch_bytes(s, tile));
+    args.scratch = scratch.data();
+    args.scratch_bytes = scratch.size();
+  }
+  double product(std::int64_t row, std::int64_t column) const {
+    double sum = 0;
+    for (int e = 0; e < s.dim; ++e) sum += double{x.values[row * s.dim + e]} * w.values[e * cols + column];
+    return sum;
+  }
+  LayerShape s;
+  std::int64_t first = 1'000'003;
+  QueryTile tile;
+  std::int64_t rows, cols = 0;
+  Tensor x, w, w1{DType::f32, "w1", s.d_k*s.d_k / 2, 0.3f}, b1{DType::f32, "b1", s.d_k / 2},
+      w2{DType::f32, "w2", s.d_k / 2 * 3}, b2{DType::f32, "b2", 3};
+  Tensor q;
+  std::vector<Tensor> k, v;
+  std::vector<float> gate;
+  std::vector<std::byte> scratch;
+  ProjectArgs args;
+};
+
+/// Heads that project wrote from the columns [column0, column0 + heads * width) of w_qkv.
+void check_heads(const ProjectCase& c, Tensor& got, std::int64_t column0, std::int64_t heads, std::int32_t width,
+                 bool rotate) {
+  const DType type = c.s.dtype;
+  const std::vector<float>& values = got.read(type);
+  for (std::int64_t row = 0; row < c.rows; ++row) {
+    for (std::int64_t i = 0; i < heads * width; i += 2) {
+      double a = c.product(row, column0 + i), b = c.product(row, column0 + i + 1);
+      if (rotate) {
+        const double angle =
+            static_cast<double>(c.first + row % c.tile.tokens) * std::pow(c.s.rope_base, -double(i % width) / width);
+        const double a2 = a * std::cos(angle) - b * std::sin(angle);
+        b = a * std::sin(angle) + b * std::cos(angle);
+        a = a2;
+      }
+      CHECK(values[row * heads * width + i] == Approx(a).margin(3 * bound(type)));  // values up to 3
+      CHECK(values[row * heads * width + i + 1] == Approx(b).margin(3 * bound(type)));
+    }
+  }
+}
+
+/// Gates from the stored q, which check_heads has read.
+void check_gates(const ProjectCase& c) {
+  const LayerShape& s = c.s;
+  for (std::int64_t rg = 0; rg < c.rows * s.groups; ++rg) {
+    double z[3], sum = 0;
+    for (int i = 0; i < 3; ++i) z[i] = c.b2.values[i];
+    for (int i = 0; i < s.d_k / 2; ++i) {
+      double hidden = c.b1.values[i];
+      for (int e = 0; e < s.d_k; ++e)
+        for (int j = 0; j < s.heads_per_group; ++j)
+          hidden += c.q.values[(rg * s.heads_per_group + j) * s.d_k + e] / s.heads_per_group *
+                    double{c.w1.values[e * s.d_k / 2 + i]};
+      for (int n = 0; n < 3; ++n) z[n] += hidden / (1 + std::exp(-hidden)) * c.w2.values[i * 3 + n];
+    }
+    for (double logit : z) sum += std::exp(logit);
+    for (int n = 0; n < 3; ++n)
+      CHECK(c.gate[rg * 3 + n] == Approx(s.shared_kv ? 1 / (1 + std::exp(-z[n])) : std::exp(z[n]) / sum).margin(1e-5));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("project rotates q and k, does not rotate v, and forms the gates") {
   for (const DType type : {DType::f32, DType::bf16}) {
     for (const bool shared : {false, true}) {
       for (const std::int32_t tokens : {1, 9}) {
-        LayerShape s = shape_of(type);
-        s.shared_kv = shared;
-        s.gate = shared ? GateKind::sigmoid : GateKind::softmax;
-        const std::int64_t first = 1'000'003;  // where fp32 angles would be off by 0.06
-        const QueryTile tile{0, 2, tokens, &first, first + tokens};
-        const std::int64_t rows = tile.rows(), cols = qkv_columns(s);
-        const Tensor x(type, "x", rows * s.dim), w(type, "w", s.dim * cols, 0.15f);
-        const Tensor w1(DType::f32, "w1", s.d_k * s.d_k / 2, 0.3f), b1(DType::f32, "b1", s.d_k / 2);
-        const Tensor w2(DType::f32, "w2", s.d_k / 2 * 3), b2(DType::f32, "b2", 3);
-        ProjectArgs args;
-        args.shape = s;
-        args.tile = tile;
-        args.weights.w_qkv = w.bytes.data();
-        args.weights.gate_w1 = w1.values.data();
-        args.weights.gate_b1 = b1.values.data();
-        args.weights.gate_w2 = w2.values.data();
-        args.weights.gate_b2 = b2.values.data();
-        args.x = x.bytes.data();
-        Tensor q(type, rows * s.heads() * s.d_k);
-        std::vector<Tensor> k(3, Tensor(type, rows * s.groups * s.d_k)), v(3, Tensor(type, rows * s.groups * s.d_v));
-        std::vector<float> gate(rows * s.groups * 3);
-        args.q = q.bytes.data();
-        for (int c = 0; c < branches; ++c) {
-          args.k[c] = k[c].bytes.data();
-          args.v[c] = v[c].bytes.data();
-        }
-        args.gate = gate.data();
-        std::vector<std::byte> scratch(table().scratch_bytes(s, tile));
-        args.scratch = scratch.data();
-        args.scratch_bytes = scratch.size();
-        table().project(args, nullptr);
-
-        const auto product = [&](std::int64_t row, std::int64_t column) {
-          double sum = 0;
-          for (int e = 0; e < s.dim; ++e) sum += double{x.values[row * s.dim + e]} * w.values[e * cols + column];
-          return sum;
-        };
-        const auto check = [&](Tensor& got, std::int64_t column0, std::int64_t heads, std::int32_t width, bool rotate) {
-          const std::vector<float>& values = got.read(type);
-          for (std::int64_t row = 0; row < rows; ++row) {
-            for (std::int64_t i = 0; i < heads * width; i += 2) {
-              double a = product(row, column0 + i), b = product(row, column0 + i + 1);
-              if (rotate) {
-                const double angle =
-                    static_cast<double>(first + row % tokens) * std::pow(s.rope_base, -double(i % width) / width);
-                const double a2 = a * std::cos(angle) - b * std::sin(angle);
-                b = a * std::sin(angle) + b * std::cos(angle);
-                a = a2;
-              }
-              CHECK(values[row * heads * width + i] == Approx(a).margin(3 * bound(type)));  // values up to 3
-              CHECK(values[row * heads * width + i + 1] == Approx(b).margin(3 * bound(type)));
-            }
-          }
-        };
-        check(q, 0, s.heads(), s.d_k, true);
+        ProjectCase c(type, shared, tokens);
+        const LayerShape& s = c.s;
+        table().project(c.args, nullptr);
+        check_heads(c, c.q, 0, s.heads(), s.d_k, true);
         std::int64_t column = s.heads() * s.d_k;
-        for (int c = 0; c < (shared ? 1 : branches); ++c) {
-          check(k[kv_column_order[c]], column, s.groups, s.d_k, true);
-          check(v[kv_column_order[c]], column + s.groups * s.d_k, s.groups, s.d_v, false);
+        for (int b = 0; b < (shared ? 1 : branches); ++b) {
+          check_heads(c, c.k[kv_column_order[b]], column, s.groups, s.d_k, true);
+          check_heads(c, c.v[kv_column_order[b]], column + s.groups * s.d_k, s.groups, s.d_v, false);
           column += s.groups * (s.d_k + s.d_v);
         }
-        for (std::int64_t rg = 0; rg < rows * s.groups; ++rg) {
-          double z[3], sum = 0;
-          for (int c = 0; c < 3; ++c) z[c] = b2.values[c];
-          for (int i = 0; i < s.d_k / 2; ++i) {
-            double hidden = b1.values[i];
-            for (int e = 0; e < s.d_k; ++e)
-              for (int j = 0; j < s.heads_per_group; ++j)
-                hidden += q.values[(rg * s.heads_per_group + j) * s.d_k + e] / s.heads_per_group *
-                          double{w1.values[e * s.d_k / 2 + i]};
-            for (int c = 0; c < 3; ++c) z[c] += hidden / (1 + std::exp(-hidden)) * w2.values[i * 3 + c];
-          }
-          for (double x : z) sum += std::exp(x);
-          for (int c = 0; c < 3; ++c)
-            CHECK(gate[rg * 3 + c] == Approx(shared ? 1 / (1 + std::exp(-z[c])) : std::exp(z[c]) / sum).margin(1e-5));
-        }
-        args.force_branch = win;
-        table().project(args, nullptr);
-        for (std::size_t i = 0; i < gate.size(); ++i) CHECK(gate[i] == (i % 3 == win ? 1.0f : 0.0f));
+        check_gates(c);
+        c.args.force_branch = win;
+        table().project(c.args, nullptr);
+        for (std::size_t i = 0; i < c.gate.size(); ++i) CHECK(c.gate[i] == (i % 3 == win ? 1.0f : 0.0f));
       }
     }
   }
 }
 
-TEST_CASE("append writes what the cache holds and nothing else; a ring keeps the last rows") {
+TEST_CASE("append writes only rows that the cache holds; a ring keeps the last rows") {
   const LayerShape s = shape_of(DType::f32);
   const std::int64_t first = 30;
   const QueryTile tile{1, 1, 9, &first, 64};
@@ -162,6 +193,29 @@ TEST_CASE("append writes what the cache holds and nothing else; a ring keeps the
   }
 }
 
+namespace {
+
+/// Compressed token i of V in float64. `weights`: pos, w1 and w2 of V.
+std::vector<double> compressed_value(const LayerShape& s, const Tensor& raw, const Tensor* weights,
+                                     std::int64_t first_row) {
+  const std::int32_t l = s.rules.l, units = s.phi_hidden;
+  std::vector<double> hidden(units, 0.0), value(s.d_v, 0.0);
+  for (int m = 0; m < l; ++m) {
+    for (int e = 0; e < s.d_v; ++e) {
+      const double x = raw.values[(first_row + m) * s.d_v + e];
+      if (s.phi == PhiKind::mean) value[e] += x / l;
+      for (int u = 0; u < units && s.phi == PhiKind::mlp; ++u)
+        hidden[u] += (x + weights[0].values[m * s.d_v + e]) * weights[1].values[(m * s.d_v + e) * units + u];
+    }
+  }
+  for (int u = 0; u < units; ++u)
+    for (int e = 0; e < s.d_v; ++e)
+      value[e] += hidden[u] / (1 + std::exp(-hidden[u])) * weights[2].values[u * s.d_v + e];
+  return value;
+}
+
+}  // namespace
+
 TEST_CASE("compressed tokens: mean and learned, one position or a sequence, with halo copies") {
   for (const DType type : {DType::f32, DType::bf16}) {
     for (const PhiKind phi : {PhiKind::mean, PhiKind::mlp}) {
@@ -182,12 +236,12 @@ TEST_CASE("compressed tokens: mean and learned, one position or a sequence, with
       args.phi_v = {weights[3].bytes.data(), weights[4].bytes.data(), weights[5].bytes.data()};
       args.k_raw = {raw_k.bytes.data(), {}, positions * s.d_k, 0, s.d_k};
       args.v_raw = {raw_v.bytes.data(), {}, positions * s.d_v, 0, s.d_v};
-      const std::int64_t room = 2 * (s.lse.segment + 1);
-      Tensor k(type, batch * s.groups * room * s.d_k), v(type, batch * s.groups * room * s.d_v);
+      const std::int64_t plane_rows = 2 * (s.lse.segment + 1);
+      Tensor k(type, batch * s.groups * plane_rows * s.d_k), v(type, batch * s.groups * plane_rows * s.d_v);
       // Rank 1 of 2: chunk 1 (tokens 8..15) with a copy of token 7 in front; chunks 3.. do not complete.
       const RowMap map{.chunk = s.lse.segment, .stride = s.lse.segment + 1, .halo = 1, .kv = 2, .rank = 1};
-      args.k_cmp = {k.bytes.data(), map, room * s.d_k, 0, s.d_k};
-      args.v_cmp = {v.bytes.data(), map, room * s.d_v, 0, s.d_v};
+      args.k_cmp = {k.bytes.data(), map, plane_rows * s.d_k, 0, s.d_k};
+      args.v_cmp = {v.bytes.data(), map, plane_rows * s.d_v, 0, s.d_v};
       args.fill_halo = true;
       for (const bool stepwise : {false, true}) {
         std::fill(v.bytes.begin(), v.bytes.end(), std::byte{0xFF});
@@ -202,28 +256,18 @@ TEST_CASE("compressed tokens: mean and learned, one position or a sequence, with
         for (std::int64_t plane = 0; plane < batch * s.groups; ++plane) {
           for (std::int64_t i = 7; i < std::min<std::int64_t>(16, tokens); ++i) {
             const float* got = v.values.data() + offset_in_chunk(args.v_cmp, plane, 1, i);
-            std::vector<double> hidden(30, 0.0), expected(s.d_v, 0.0);
-            for (int m = 0; m < l; ++m) {
-              for (int e = 0; e < s.d_v; ++e) {
-                const double x = raw_v.values[(plane * positions + i * s.rules.d + m) * s.d_v + e];
-                if (phi == PhiKind::mean) expected[e] += x / l;
-                for (int u = 0; u < 30 && phi == PhiKind::mlp; ++u)
-                  hidden[u] += (x + weights[3].values[m * s.d_v + e]) * weights[4].values[(m * s.d_v + e) * 30 + u];
-              }
-            }
-            for (int u = 0; u < 30; ++u)
-              for (int e = 0; e < s.d_v; ++e)
-                expected[e] += hidden[u] / (1 + std::exp(-hidden[u])) * weights[5].values[u * s.d_v + e];
+            const std::vector<double> expected =
+                compressed_value(s, raw_v, &weights[3], plane * positions + i * s.rules.d);
             for (int e = 0; e < s.d_v; ++e) CHECK(got[e] == Approx(expected[e]).margin(4 * bound(type)));  // up to 4
           }
-          CHECK(std::isnan(v.values[plane * room * s.d_v + (s.lse.segment + 1) * s.d_v]));  // chunk 3 untouched
+          CHECK(std::isnan(v.values[plane * plane_rows * s.d_v + (s.lse.segment + 1) * s.d_v]));  // chunk 3 unwritten
         }
       }
     }
   }
 }
 
-TEST_CASE("combine weighs the normalised branches; an empty branch counts as zero") {
+TEST_CASE("combine multiplies normalised branches with their gates; an empty branch is zero") {
   const LayerShape s = shape_of(DType::f32);
   const std::int64_t position = 0;
   const QueryTile tile{0, 1, 1, &position, 1};
@@ -280,26 +324,27 @@ TEST_CASE("output, rmsnorm and add") {
   }
 }
 
-TEST_CASE("rows are copied between maps, halos included, and filled alike everywhere") {
+TEST_CASE("copy_rows and fill_rows give the same rows on every map, halos included") {
   const std::int64_t rows = 45;
   const RowMap local{.chunk = 8, .stride = 10, .halo = 2, .kv = 2, .rank = 1};
-  std::vector<float> whole(2 * rows * 3), part(2 * 30 * 3, -1.0f), copied(2 * 30 * 3, -1.0f), ring(2 * 7 * 3, -1.0f);
-  const KvView src{whole.data(), {}, rows * 3, 0, 3}, dst{part.data(), local, 90, 0, 3},
+  std::vector<float> whole(2 * rows * 3), local_rows(2 * 30 * 3, -1.0f), copied(2 * 30 * 3, -1.0f),
+      ring(2 * 7 * 3, -1.0f);
+  const KvView src{whole.data(), {}, rows * 3, 0, 3}, dst{local_rows.data(), local, 90, 0, 3},
       dst2{copied.data(), local, 90, 0, 3};
   const KvView last{ring.data(), {.ring = 7}, 21, 0, 3};
   const FillRowsArgs fill{DType::f32, src, 1, 2, 4, 0, rows, 99, 0.5f};
   table().fill_rows(fill, nullptr);
   CHECK(whole[rows * 3 + 7 * 3 + 1] == 0.5f * synthetic_value(99, 0, 7, 5 * 3 + 1));
-  FillRowsArgs fill_part = fill;
-  fill_part.dst = dst;
-  table().fill_rows(fill_part, nullptr);
+  FillRowsArgs fill_local = fill;
+  fill_local.dst = dst;
+  table().fill_rows(fill_local, nullptr);
   table().copy_rows({DType::f32, src, dst2, 2, 0, rows, -2, 8}, nullptr);
-  CHECK(part == copied);
-  for (std::int64_t i = 6; i < 16; ++i) CHECK(part[offset_in_chunk(dst, 1, 1, i)] == whole[offset_of(src, 1, i)]);
-  CHECK(std::count(part.begin(), part.end(), -1.0f) == 2 * 3 * (30 - 10 - 10 - 7));  // chunk 5: 38..44
+  CHECK(local_rows == copied);
+  for (std::int64_t i = 6; i < 16; ++i) CHECK(local_rows[offset_in_chunk(dst, 1, 1, i)] == whole[offset_of(src, 1, i)]);
+  CHECK(std::count(local_rows.begin(), local_rows.end(), -1.0f) == 2 * 3 * (30 - 10 - 10 - 7));  // chunk 5: 38..44
   table().copy_rows({DType::f32, src, last, 2, 0, rows, 0, INT64_MAX}, nullptr);
   for (std::int64_t i = rows - 7; i < rows; ++i) CHECK(ring[21 + i % 7 * 3] == whole[offset_of(src, 1, i)]);
-  // From a gathered buffer, each rank's rows behind one another, back to the whole.
+  // From a gathered buffer, rank after rank, back to the whole sequence.
   std::vector<float> gathered(2 * 2 * 24 * 3), back(2 * rows * 3, -1.0f);
   const KvView all{gathered.data(), {.chunk = 8, .stride = 8, .kv = 2}, 24 * 3, 2 * 24 * 3, 3};
   const KvView again{back.data(), {}, rows * 3, 0, 3};
@@ -308,7 +353,7 @@ TEST_CASE("rows are copied between maps, halos included, and filled alike everyw
   CHECK(back == whole);
 }
 
-TEST_CASE("advance logs the counters of a step and moves on") {
+TEST_CASE("advance logs the counters of a step and increments position and step") {
   std::int64_t position = 10, step = 0, reads[2] = {3, 4}, log[4] = {-1, -1, -1, -1};
   std::int32_t selected[2] = {5, 6}, selected_log[4] = {};
   const AdvanceArgs args{&position, &step, reads, log, 2, 2, selected, selected_log, 2};
@@ -318,7 +363,7 @@ TEST_CASE("advance logs the counters of a step and moves on") {
   CHECK(reads[0] == 0);
   reads[0] = 8;
   table().advance(args, nullptr);
-  table().advance(args, nullptr);  // past the log: counted, not written
+  table().advance(args, nullptr);  // past the log: not logged
   CHECK(step == 3);
   CHECK(log[0] == 3);
   CHECK(log[1] == 4);

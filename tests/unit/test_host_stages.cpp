@@ -1,5 +1,5 @@
-// Every stage of the host backend against a few lines of float64, on one rank and on the ranks of a kv layout
-// played one after the other in this process.
+// Attention, rank, select and combine of the host backend against float64, on one rank and on the ranks of a kv layout,
+// which run one after the other in this process.
 
 #include <algorithm>
 #include <cmath>
@@ -38,7 +38,7 @@ std::vector<std::byte> scratch_for(const LayerShape& s, const QueryTile& tile) {
   return std::vector<std::byte>(table().scratch_bytes(s, tile));
 }
 
-/// `n` synthetic values in storage type, as bytes and as what they read back as.
+/// `n` synthetic values in storage type, as bytes and as read back.
 struct Tensor {
   Tensor(DType type, const char* name, std::int64_t n, float scale = 1.0f) : bytes(n * size_of(type)), values(n) {
     for (std::int64_t i = 0; i < n; ++i)
@@ -62,7 +62,7 @@ struct Cache {
   KvView view;
 };
 
-/// A row that fill_rows wrote, in storage precision: formed here once a name and type.
+/// A row that fill_rows writes, in storage precision. Formed once a name and type.
 const float* cache_row(const LayerShape& s, const char* name, std::int64_t plane, std::int64_t row,
                        std::int32_t width) {
   constexpr std::int64_t planes = 6, rows = 400;
@@ -96,9 +96,9 @@ struct Layout {
   std::int32_t kv = 1, rank = 0, batch = 1;
   std::int64_t positions = 0;  ///< tokens in the caches
 
-  RowMap map(std::int64_t chunk, std::int32_t before) const {
+  RowMap map(std::int64_t chunk, std::int32_t halo) const {
     if (kv == 1) return {};
-    return {.chunk = chunk, .stride = chunk + before, .halo = before, .kv = kv, .rank = rank};
+    return {.chunk = chunk, .stride = chunk + halo, .halo = halo, .kv = kv, .rank = rank};
   }
   RowMap tokens() const { return map(shape.lse.segment * shape.rules.d, 0); }
   RowMap compressed() const { return map(shape.lse.segment, shape.rules.l / shape.rules.d - 1); }
@@ -116,114 +116,144 @@ struct Layout {
   }
 };
 
-struct Ranks {
-  std::vector<Step> steps;  ///< by rank; the results after the exchanges are in each
+struct LayoutResult {
+  std::vector<Step> steps;  ///< by rank; each has the results after the exchanges
 };
 
-/// Plays the ranks of a layout; q is [rows, H, Dk]. `route`: which implementation of sel.
-Ranks play(const Layout& base, const QueryTile& tile, const void* q, const std::vector<float>& gate, int route = 0) {
-  const LayerShape& s = base.shape;
-  const std::int64_t rows = tile.rows(), n = compressed_tokens(s.rules, base.positions - 1);
-  const std::int32_t kv = base.kv;
-  std::vector<std::byte> scratch = scratch_for(s, tile);
-  Ranks all{std::vector<Step>(kv)};
-  std::vector<float> lse;
-  std::vector<Candidate> candidates;
-  std::vector<float> partials;
-  const auto layout_of = [&](std::int32_t rank) {
-    Layout layout = base;
+/// Runs all ranks of a layout stage by stage, exchanges included. q is [rows, H, Dk]; `route`: the sel implementation.
+class LayoutRun {
+ public:
+  LayoutRun(const Layout& base, const QueryTile& tile, const void* q, const std::vector<float>& gate, int route)
+      : base_(base), s_(base.shape), tile_(tile), q_(q), gate_(gate), route_(route), scratch_(scratch_for(s_, tile)) {
+    result_.steps.resize(base.kv);
+  }
+
+  LayoutResult run() {
+    for (std::int32_t r = 0; r < base_.kv; ++r) attend_cmp(r);
+    for (std::int32_t r = 0; r < base_.kv; ++r) rank(r);
+    for (std::int32_t r = 0; r < base_.kv; ++r) attend_selected_and_window(r);
+    for (Step& step : result_.steps) combine(step);
+    return std::move(result_);
+  }
+
+ private:
+  Layout layout_of(std::int32_t rank) const {
+    Layout layout = base_;
     layout.rank = rank;
     return layout;
-  };
-  const auto attend = [&](Branch branch, int which, const Cache& k, const Cache& v, Step& step) {
+  }
+
+  void attend(Branch branch, int which, const Cache& k, const Cache& v, Step& step) {
     AttendArgs args;
-    args.shape = s;
-    args.tile = tile;
-    args.q = q;
+    args.shape = s_;
+    args.tile = tile_;
+    args.q = q_;
     args.k = k.view;
     args.v = v.view;
-    args.out = partials_at(step.partials.data(), s, rows, branch);
-    args.reads = step.reads.data() + branch * tile.batches * s.groups;
+    args.out = partials_at(step.partials.data(), s_, tile_.rows(), branch);
+    args.reads = step.reads.data() + branch * tile_.batches * s_.groups;
     args.selected = step.selected.data();
     args.lse = step.lse.data();
     args.scores = step.scores.data();
-    args.scratch = scratch.data();
-    args.scratch_bytes = scratch.size();
+    args.scratch = scratch_.data();
+    args.scratch_bytes = scratch_.size();
     table().attend[branch][which].run(args, nullptr);
-  };
-  for (std::int32_t r = 0; r < kv; ++r) {
-    const Layout layout = layout_of(r);
-    Step& step = all.steps[r];
-    step.partials.assign(partial_floats(s, rows), unset);
-    step.lse.assign(lse_slots(s, kv) * rows * s.heads() * 2, unset);
-    step.reads.assign(branches * tile.batches * s.groups, 0);
-    step.selected.assign(rows * s.groups * s.rules.n_sel, -7);
-    const Cache k = layout.cache("k_cmp", layout.compressed(), n, s.d_k);
-    const Cache v = layout.cache("v_cmp", layout.compressed(), n, s.d_v);
-    step.scores.assign(table().score_bytes(s, tile, layout.memory_rows(layout.compressed(), n)), std::byte{0xFF});
-    attend(cmp, 0, k, v, step);
-    lse.insert(lse.end(), step.lse.begin(), step.lse.end());
   }
-  const std::int64_t blocks = eligible_blocks(s.rules, base.positions - 1);
-  for (std::int32_t r = 0; r < kv; ++r) {
+
+  void attend_cmp(std::int32_t r) {
     const Layout layout = layout_of(r);
-    Step& step = all.steps[r];
-    step.candidates.resize(rows * s.groups * s.rules.n_sel);
-    step.p_slc.assign(rows * s.groups * blocks, unset);
+    const std::int64_t rows = tile_.rows(), n = compressed_tokens(s_.rules, base_.positions - 1);
+    Step& step = result_.steps[r];
+    step.partials.assign(partial_floats(s_, rows), unset);
+    step.lse.assign(lse_slots(s_, base_.kv) * rows * s_.heads() * 2, unset);
+    step.reads.assign(branches * tile_.batches * s_.groups, 0);
+    step.selected.assign(rows * s_.groups * s_.rules.n_sel, -7);
+    const Cache k = layout.cache("k_cmp", layout.compressed(), n, s_.d_k);
+    const Cache v = layout.cache("v_cmp", layout.compressed(), n, s_.d_v);
+    step.scores.assign(table().score_bytes(s_, tile_, layout.memory_rows(layout.compressed(), n)), std::byte{0xFF});
+    attend(cmp, 0, k, v, step);
+    lse_.insert(lse_.end(), step.lse.begin(), step.lse.end());
+  }
+
+  void rank(std::int32_t r) {
+    const Layout layout = layout_of(r);
+    const std::int64_t blocks = eligible_blocks(s_.rules, base_.positions - 1);
+    Step& step = result_.steps[r];
+    step.candidates.resize(tile_.rows() * s_.groups * s_.rules.n_sel);
+    step.p_slc.assign(tile_.rows() * s_.groups * blocks, unset);
     RankArgs args;
-    args.shape = s;
-    args.tile = tile;
+    args.shape = s_;
+    args.tile = tile_;
     args.scores = step.scores.data();
-    args.lse = lse.data();
-    args.lse_ranks = kv;
+    args.lse = lse_.data();
+    args.lse_ranks = base_.kv;
     args.cmp_map = layout.compressed();
     args.token_map = layout.tokens();
-    args.candidates = kv > 1 ? step.candidates.data() : nullptr;
-    args.selected = kv > 1 ? nullptr : step.selected.data();
+    args.candidates = base_.kv > 1 ? step.candidates.data() : nullptr;
+    args.selected = base_.kv > 1 ? nullptr : step.selected.data();
     args.p_slc = step.p_slc.data();
     args.p_slc_blocks = blocks;
-    args.scratch = scratch.data();
-    args.scratch_bytes = scratch.size();
+    args.scratch = scratch_.data();
+    args.scratch_bytes = scratch_.size();
     table().rank(args, nullptr);
-    candidates.insert(candidates.end(), step.candidates.begin(), step.candidates.end());
+    candidates_.insert(candidates_.end(), step.candidates.begin(), step.candidates.end());
   }
-  for (std::int32_t r = 0; r < kv; ++r) {
+
+  void attend_selected_and_window(std::int32_t r) {
     const Layout layout = layout_of(r);
-    Step& step = all.steps[r];
-    if (kv > 1) table().select({s, tile, candidates.data(), kv, step.selected.data()}, nullptr);
-    attend(sel, route, layout.cache("k_sel", layout.tokens(), base.positions, s.d_k),
-           layout.cache("v_sel", layout.tokens(), base.positions, s.d_v), step);
-    attend(win, 0, layout.cache("k_win", layout.window(), base.positions, s.d_k),
-           layout.cache("v_win", layout.window(), base.positions, s.d_v), step);
-    partials.insert(partials.end(), step.partials.begin(), step.partials.end());
+    Step& step = result_.steps[r];
+    if (base_.kv > 1) table().select({s_, tile_, candidates_.data(), base_.kv, step.selected.data()}, nullptr);
+    attend(sel, route_, layout.cache("k_sel", layout.tokens(), base_.positions, s_.d_k),
+           layout.cache("v_sel", layout.tokens(), base_.positions, s_.d_v), step);
+    attend(win, 0, layout.cache("k_win", layout.window(), base_.positions, s_.d_k),
+           layout.cache("v_win", layout.window(), base_.positions, s_.d_v), step);
+    partials_.insert(partials_.end(), step.partials.begin(), step.partials.end());
   }
-  for (Step& step : all.steps) {
-    CombineArgs args{.shape = s, .tile = tile, .partials = partials.data(), .ranks = kv, .gate = gate.data()};
-    step.o.resize(rows * s.heads() * s.d_v * size_of(s.dtype));
+
+  void combine(Step& step) {
+    const std::int64_t values = tile_.rows() * s_.heads() * s_.d_v;
+    CombineArgs args{.shape = s_, .tile = tile_, .partials = partials_.data(), .ranks = base_.kv, .gate = gate_.data()};
+    step.o.resize(values * size_of(s_.dtype));
     args.o = step.o.data();
     for (int c = 0; c < branches; ++c) {
-      step.o_branch[c].assign(rows * s.heads() * s.d_v, unset);
+      step.o_branch[c].assign(values, unset);
       args.o_branch[c] = step.o_branch[c].data();
     }
     table().combine(args, nullptr);
   }
-  return all;
+
+  const Layout& base_;
+  const LayerShape& s_;
+  const QueryTile& tile_;
+  const void* q_;
+  const std::vector<float>& gate_;
+  int route_;
+  std::vector<std::byte> scratch_;
+  LayoutResult result_;
+  std::vector<float> lse_, partials_;  ///< gathered from all ranks
+  std::vector<Candidate> candidates_;  ///< gathered from all ranks
+};
+
+LayoutResult run_layout(const Layout& base, const QueryTile& tile, const void* q, const std::vector<float>& gate,
+                        int route = 0) {
+  return LayoutRun(base, tile, q, gate, route).run();
 }
 
-/// Softmax attention of one head over the given rows; probabilities come back in `p`.
-std::vector<double> naive(const LayerShape& s, const float* q, const char* k_name, const char* v_name,
-                          std::int64_t plane, const std::vector<std::int64_t>& rows, std::vector<double>& p) {
+/// Softmax attention of one head over the given rows in float64; returns the probabilities in `p`.
+std::vector<double> reference_attention(const LayerShape& s, const float* q, const char* k_name, const char* v_name,
+                                        std::int64_t plane, const std::vector<std::int64_t>& rows,
+                                        std::vector<double>& p) {
   std::vector<double> o(s.d_v, 0.0);
   p.clear();
-  double top = -INFINITY, sum = 0;
+  double max_score = -INFINITY, sum = 0;
   for (const std::int64_t i : rows) {
     double dot = 0;
     const float* k = cache_row(s, k_name, plane, i, s.d_k);
     for (int e = 0; e < s.d_k; ++e) dot += double{q[e]} * k[e];
     p.push_back(dot / std::sqrt(s.d_k));
-    top = std::max(top, p.back());
+    max_score = std::max(max_score, p.back());
   }
-  for (double& x : p) sum += x = std::exp(x - top);
+  for (double& x : p) sum += x = std::exp(x - max_score);
   for (std::size_t i = 0; i < p.size(); ++i) {
     p[i] /= sum;
     const float* v = cache_row(s, v_name, plane, rows[i], s.d_v);
@@ -233,9 +263,9 @@ std::vector<double> naive(const LayerShape& s, const float* q, const char* k_nam
 }
 
 std::vector<std::int64_t> range(std::int64_t begin, std::int64_t end) {
-  std::vector<std::int64_t> list;
-  for (std::int64_t i = begin; i < end; ++i) list.push_back(i);
-  return list;
+  std::vector<std::int64_t> values;
+  for (std::int64_t i = begin; i < end; ++i) values.push_back(i);
+  return values;
 }
 
 double worst_difference(const std::vector<double>& exact, const float* got) {
@@ -264,7 +294,7 @@ void check_step(const Layout& layout, const QueryTile& tile, const std::vector<f
       const auto head_of = [&](std::int32_t j) { return row * s.heads() + g * s.heads_per_group + j; };
       for (std::int32_t j = 0; j < s.heads_per_group; ++j) {
         const std::vector<double> o =
-            naive(s, q.data() + head_of(j) * s.d_k, "k_cmp", "v_cmp", plane, range(0, valid), p);
+            reference_attention(s, q.data() + head_of(j) * s.d_k, "k_cmp", "v_cmp", plane, range(0, valid), p);
         CHECK(worst_difference(o, step.o_branch[cmp].data() + head_of(j) * s.d_v) < fp32_bound);
         for (std::int64_t i = 0; i < valid; ++i)
           for (std::int64_t b = 0; b < eligible_blocks(rules, t); ++b) score[b] += p[i] * overlap(rules, i, b);
@@ -291,8 +321,8 @@ void check_step(const Layout& layout, const QueryTile& tile, const std::vector<f
         const auto check = [&](Branch c, const std::vector<double>& o) {
           CHECK(worst_difference(o, step.o_branch[c].data() + head_of(j) * s.d_v) < fp32_bound);
         };
-        check(sel, naive(s, head, "k_sel", "v_sel", plane, tokens, p));
-        check(win, naive(s, head, "k_win", "v_win", plane, range(window_begin(rules, t), t + 1), p));
+        check(sel, reference_attention(s, head, "k_sel", "v_sel", plane, tokens, p));
+        check(win, reference_attention(s, head, "k_win", "v_win", plane, range(window_begin(rules, t), t + 1), p));
       }
     }
   }
@@ -330,7 +360,7 @@ TEST_CASE("attention, importance and selection agree with float64 on one rank") 
           const Tensor q(type, "q", tile.rows() * layout.shape.heads() * layout.shape.d_k);
           const std::vector<float> gate(tile.rows() * layout.shape.groups * 3, 1.0f);
           for (const int route : {0, 1}) {
-            const Ranks one = play(layout, tile, q.bytes.data(), gate, route);
+            const LayoutResult one = run_layout(layout, tile, q.bytes.data(), gate, route);
             check_step(layout, tile, q.values, one.steps[0], one.steps[0].p_slc);
             CHECK(one.steps[0].reads == expected_reads_of(layout.shape, tile));
           }
@@ -340,7 +370,7 @@ TEST_CASE("attention, importance and selection agree with float64 on one rank") 
   }
 }
 
-TEST_CASE("every kv layout forms the same lanes and chooses the same blocks, bit for bit") {
+TEST_CASE("every kv layout forms the same LSE buckets and selects the same blocks, bit for bit") {
   for (const std::int64_t position : {0, 6, 7, 63, 64, 65, 66, 67, 150, 391}) {
     Layout layout{small_shape()};
     layout.batch = 2;
@@ -349,10 +379,10 @@ TEST_CASE("every kv layout forms the same lanes and chooses the same blocks, bit
     const LayerShape& s = layout.shape;
     const Tensor q(DType::f32, "q", tile.rows() * s.heads() * s.d_k);
     const std::vector<float> gate(tile.rows() * s.groups * 3, 1.0f);
-    const Ranks one = play(layout, tile, q.bytes.data(), gate);
+    const LayoutResult one = run_layout(layout, tile, q.bytes.data(), gate);
     for (const std::int32_t kv : {2, 3, 8}) {
       layout.kv = kv;
-      const Ranks many = play(layout, tile, q.bytes.data(), gate);
+      const LayoutResult many = run_layout(layout, tile, q.bytes.data(), gate);
       std::vector<std::int64_t> reads(one.steps[0].reads.size(), 0);
       std::vector<float> p_slc(one.steps[0].p_slc.size(), 0.0f);
       for (std::int32_t r = 0; r < kv; ++r) {
@@ -360,9 +390,9 @@ TEST_CASE("every kv layout forms the same lanes and chooses the same blocks, bit
         CHECK(step.selected == one.steps[0].selected);
         for (std::size_t i = 0; i < reads.size(); ++i) reads[i] += step.reads[i];
         for (std::size_t i = 0; i < p_slc.size(); ++i) p_slc[i] += step.p_slc[i];
-        const std::size_t lane = one.steps[0].lse.size() / s.lse.buckets;
+        const std::size_t bucket = one.steps[0].lse.size() / s.lse.buckets;
         for (std::int32_t x = r; x < s.lse.buckets; x += kv)
-          CHECK(std::memcmp(step.lse.data() + x / kv * lane, one.steps[0].lse.data() + x * lane, lane * 4) == 0);
+          CHECK(std::memcmp(step.lse.data() + x / kv * bucket, one.steps[0].lse.data() + x * bucket, bucket * 4) == 0);
       }
       CHECK(reads == one.steps[0].reads);
       CHECK(std::memcmp(p_slc.data(), one.steps[0].p_slc.data(), p_slc.size() * 4) == 0);
@@ -371,7 +401,7 @@ TEST_CASE("every kv layout forms the same lanes and chooses the same blocks, bit
   }
 }
 
-TEST_CASE("neither the thread count nor prefill against decode shows in scores and selection") {
+TEST_CASE("scores and selection do not depend on the thread count, nor on prefill or decode") {
   Layout layout{small_shape()};
   const std::int64_t first = 100;
   const std::int32_t tokens = 29;
@@ -382,19 +412,19 @@ TEST_CASE("neither the thread count nor prefill against decode shows in scores a
   const std::vector<float> gate(tile.rows() * s.groups * 3, 0.5f);
   const int before = host_device().info().units;
   set_host_threads(1);
-  const Step alone = play(layout, tile, q.bytes.data(), gate).steps[0];
-  const Step shared = play(layout, tile, q.bytes.data(), gate, 1).steps[0];
+  const Step alone = run_layout(layout, tile, q.bytes.data(), gate).steps[0];
+  const Step shared = run_layout(layout, tile, q.bytes.data(), gate, 1).steps[0];
   for (const int threads : {2, 5, 64}) {
     set_host_threads(threads);
-    const Step step = play(layout, tile, q.bytes.data(), gate).steps[0];
+    const Step step = run_layout(layout, tile, q.bytes.data(), gate).steps[0];
     CHECK(step.o == alone.o);
-    CHECK(play(layout, tile, q.bytes.data(), gate, 1).steps[0].o == shared.o);
+    CHECK(run_layout(layout, tile, q.bytes.data(), gate, 1).steps[0].o == shared.o);
     CHECK(step.selected == alone.selected);
     for (std::int32_t j = 0; j < tokens; j += 7) {
       const std::int64_t t = first + j, width = s.groups * eligible_blocks(s.rules, layout.positions - 1);
       const QueryTile row{0, 1, 1, &t, layout.positions};
       const void* q_row = q.bytes.data() + j * s.heads() * s.d_k * 4;
-      const Step decode = play(layout, row, q_row, {0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f}).steps[0];
+      const Step decode = run_layout(layout, row, q_row, {0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f}).steps[0];
       CHECK(std::memcmp(decode.p_slc.data(), alone.p_slc.data() + j * width, width * 4) == 0);
       for (std::int64_t k = 0; k < s.groups * s.rules.n_sel; ++k)
         CHECK(decode.selected[k] == alone.selected[j * s.groups * s.rules.n_sel + k]);
@@ -403,14 +433,14 @@ TEST_CASE("neither the thread count nor prefill against decode shows in scores a
   set_host_threads(before);
 }
 
-TEST_CASE("scores alone leave the same lanes and no output") {
+TEST_CASE("scores_only stores the same LSE buckets and no output") {
   Layout layout{small_shape()};
   const std::int64_t position = 200;
   layout.positions = position + 1;
   const LayerShape& s = layout.shape;
   const QueryTile tile{0, 1, 1, &position, layout.positions};
   const Tensor q(DType::f32, "q", s.heads() * s.d_k);
-  const Step whole = play(layout, tile, q.bytes.data(), std::vector<float>(s.groups * 3, 1.0f)).steps[0];
+  const Step whole = run_layout(layout, tile, q.bytes.data(), std::vector<float>(s.groups * 3, 1.0f)).steps[0];
   const std::int64_t n = compressed_tokens(s.rules, position);
   const Cache k = layout.cache("k_cmp", layout.compressed(), n, s.d_k), v = layout.cache("v_cmp", {}, n, s.d_v);
   std::vector<float> partials(partial_floats(s, 1), unset), lse(whole.lse.size(), unset);

@@ -1,4 +1,4 @@
-// kind = "kernels": what is drawn, what is compared, and that a wrong kernel shows.
+// kind = "kernels": the drawn blocks, the comparison with the oracle, and the detection of a wrong kernel.
 
 #include <algorithm>
 #include <set>
@@ -56,7 +56,7 @@ void slightly_wrong(const AttendArgs& args, Stream* stream) {
 
 }  // namespace
 
-TEST_CASE("kernels: blocks are drawn as the spans say, the same each time", "[kernels]") {
+TEST_CASE("kernels: blocks are drawn by their span, the same on every draw", "[kernels]") {
   constexpr std::int32_t n = 8;
   constexpr std::int64_t blocks = 100, rows = 50;
   for (const Spans spans : {Spans::contiguous, Spans::mixed, Spans::scattered}) {
@@ -76,7 +76,7 @@ TEST_CASE("kernels: blocks are drawn as the spans say, the same each time", "[ke
         neighbours += of[i] == of[i - 1] + 1;
       }
     }
-    CHECK(firsts.size() > 10);  // rows choose for themselves
+    CHECK(firsts.size() > 10);  // rows draw independently
     if (spans == Spans::contiguous) CHECK(neighbours == rows * (n - 1));
     if (spans == Spans::mixed) CHECK((neighbours >= rows * (n / 2 - 1) && neighbours < rows * (n - 2)));
     if (spans == Spans::scattered) CHECK(neighbours < rows * 2);
@@ -84,7 +84,7 @@ TEST_CASE("kernels: blocks are drawn as the spans say, the same each time", "[ke
   CHECK(choose_blocks(Spans::scattered, 1, 4, 4, 1) == std::vector<std::int32_t>{0, 1, 2, 3});
 }
 
-TEST_CASE("kernels: the variant is the one that these arguments get", "[kernels]") {
+TEST_CASE("kernels: variant() names the kernel that the arguments select", "[kernels]") {
   const AttendKernel by_rows{
       "fused", nullptr, nullptr,
       nullptr, nullptr, [](const AttendArgs& a) { return a.tile.rows() > 39 && a.selected && a.q ? "tiled" : "rows"; }};
@@ -93,7 +93,7 @@ TEST_CASE("kernels: the variant is the one that these arguments get", "[kernels]
   CHECK(many.bench.variant({"fused", &by_rows, false}) == "tiled");
 }
 
-TEST_CASE("kernels: every implementation is right on every branch, and reads what it should", "[kernels]") {
+TEST_CASE("kernels: every implementation is correct on every branch and reads the expected tokens", "[kernels]") {
   for (const DType precision : {DType::f32, DType::bf16})
     for (const Branch branch : {cmp, sel, win}) {
       const Config config = small_config(precision);
@@ -104,11 +104,11 @@ TEST_CASE("kernels: every implementation is right on every branch, and reads wha
       REQUIRE(choices.size() >= (branch == sel ? 3u : 1u));
       for (const KernelChoice& choice : choices) {
         INFO(branch_names[branch] << " " << choice.label);
-        const KernelError error = b.error_of(choice, b.bench.copies() - 1);  // the copies hold the same
+        const KernelError error = b.error_of(choice, b.bench.copies() - 1);  // all copies have the same values
         CHECK(error.largest < 1e-5);  // fp32 accumulation over 256 values of order one
         CHECK(error.mean < error.largest);
         CHECK(b.bench.reads(b.stream) == b.bench.expected_reads_total());
-        CHECK(b.bench.variant(choice) == choice.kernel->name);  // on the host each is one kernel
+        CHECK(b.bench.variant(choice) == choice.kernel->name);  // on the host each implementation is one kernel
       }
     }
   Bench b(small_config(), small_point(sel));
@@ -119,7 +119,7 @@ TEST_CASE("kernels: every implementation is right on every branch, and reads wha
   CHECK(Bench(warm, small_point(sel)).bench.copies() == 1);
 }
 
-TEST_CASE("kernels: one wrong output shows in the errors", "[kernels]") {
+TEST_CASE("kernels: one wrong output raises the errors", "[kernels]") {
   const Config config = small_config();
   Bench b(config, small_point(sel));
   KernelChoice choice = kernel_choices(*open_backend(BackendKind::host, 0).kernels, config, small_point(sel)).at(0);
@@ -140,7 +140,7 @@ TEST_CASE("kernels: mean, standard error and largest error of known outputs", "[
   CHECK(std::isinf(kernel_error({std::nanf("")}, {0.0}, 1).largest));
 }
 
-TEST_CASE("kernels: memory is planned as it is used", "[kernels]") {
+TEST_CASE("kernels: planned memory equals used memory", "[kernels]") {
   for (const Branch branch : {cmp, sel, win}) {
     MemoryAccount planned;
     KernelBench(Allocator{dry_device(), planned}, *open_backend(BackendKind::host, 0).kernels, small_config(),
@@ -158,7 +158,7 @@ TEST_CASE("kernels: the sweep, its parameters and its names", "[kernels]") {
   c.kernels.blocks = {2, 4};
   c.kernels.spans = {Spans::contiguous, Spans::scattered};
   const std::vector<Point> points = sweep(c);
-  REQUIRE(points.size() == 8 + 2);  // a window has neither blocks nor spans
+  REQUIRE(points.size() == 8 + 2);  // win has neither blocks nor spans
   PointRecord p;
   p.parameters = parameters(c, points[7]);
   CHECK(kernel_point_name(p) == "sel_N40_H8_D64_n4_scattered_context_640");
@@ -166,7 +166,7 @@ TEST_CASE("kernels: the sweep, its parameters and its names", "[kernels]") {
   CHECK(kernel_point_name(p) == "win_N40_H4_D64_context_640");
 }
 
-TEST_CASE("kernels: the guard lies where flash stays fast enough", "[kernels][report]") {
+TEST_CASE("kernels: the guard is the length from which flash is fast enough", "[kernels][report]") {
   const auto point = [](const char* branch, std::int64_t context, double speed) {
     PointRecord p;
     p.parameters = {{"task.kind", "kernels"}, {"kernels.branch", branch}, {"run.context", context}};

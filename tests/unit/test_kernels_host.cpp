@@ -1,4 +1,4 @@
-// Pieces of the host backend: storage types, index rules, row maps, synthetic values and the leaf loops.
+// Parts of the host backend: storage types, block rules, row maps, synthetic values, inner loops, memory.
 
 #include <bit>
 #include <cmath>
@@ -35,7 +35,7 @@ std::uint32_t bits(float x) { return std::bit_cast<std::uint32_t>(x); }
 
 }  // namespace
 
-TEST_CASE("every 16-bit value survives the way to fp32 and back") {
+TEST_CASE("every 16-bit value converts to fp32 and back unchanged") {
   for (std::uint32_t u = 0; u < 65536; ++u) {
     const auto h = static_cast<std::uint16_t>(u);
     const float b = to_float(Bf16{h}), f = to_float(Fp16{h});
@@ -54,7 +54,7 @@ TEST_CASE("conversions round to nearest, ties to even") {
   CHECK(from_float<Bf16>(1.0f + 0x1p-8f).bits == 0x3F80);      // tie, down to even
   CHECK(from_float<Bf16>(1.0f + 3 * 0x1p-8f).bits == 0x3F82);  // tie, up to even
   CHECK(from_float<Bf16>(1.0f + 0x1p-8f + 0x1p-20f).bits == 0x3F81);
-  CHECK(from_float<Fp16>(65520.0f).bits == 0x7C00);  // past the largest finite by half a step
+  CHECK(from_float<Fp16>(65520.0f).bits == 0x7C00);  // half a step above the largest finite value
   CHECK(from_float<Fp16>(65519.0f).bits == 0x7BFF);
   CHECK(from_float<Fp16>(-0x1p-25f).bits == 0x8000);  // tie between 0 and the least subnormal
   for (std::uint32_t h = 0; h < 0x7BFF; ++h) {        // between every two neighbours
@@ -67,7 +67,7 @@ TEST_CASE("conversions round to nearest, ties to even") {
   }
 }
 
-TEST_CASE("compressed tokens and blocks overlap as counted position by position") {
+TEST_CASE("overlap of compressed tokens and blocks equals a count by position") {
   for (const BlockRules r : {BlockRules{}, BlockRules{8, 4, 16, 4, 1, 2, 8}, BlockRules{4, 4, 4, 4, 0, 1, 1},
                              BlockRules{12, 2, 12, 4, 1, 1, 3}}) {
     for (std::int64_t j = 0; j < 5; ++j) {
@@ -99,20 +99,20 @@ TEST_CASE("valid tokens, eligible and forced blocks by position") {
   for (std::int64_t j = 0; j <= 10; ++j) CHECK(is_forced(r, j, t) == (j == 0 || j == 9 || j == 10));
 }
 
-TEST_CASE("a sharded sequence has every row once, and halos point at the same row") {
+TEST_CASE("a sharded sequence has every row once, and halos map to the same row") {
   for (const std::int32_t kv : {1, 2, 3}) {
-    std::set<std::pair<std::int32_t, std::int64_t>> places;
+    std::set<std::pair<std::int32_t, std::int64_t>> locations;
     std::int64_t owned = 0;
     for (std::int32_t rank = 0; rank < kv; ++rank) {
       const RowMap map{.chunk = 8, .stride = 11, .halo = 2, .kv = kv, .rank = rank};
       owned += owned_chunks(map, 100, rank);
       for (std::int64_t i = 0; i < 100; ++i) {
         if (!has_row(map, i)) continue;
-        CHECK(places.insert({rank, row_of(map, i)}).second);
+        CHECK(locations.insert({rank, row_of(map, i)}).second);
         CHECK(row_in_chunk(map, i / 8, i) - row_in_chunk(map, i / 8, i / 8 * 8 - 2) == i % 8 + 2);
       }
     }
-    CHECK(places.size() == 100);
+    CHECK(locations.size() == 100);
     CHECK(owned == 13);
   }
   const RowMap whole;
@@ -123,7 +123,7 @@ TEST_CASE("a sharded sequence has every row once, and halos point at the same ro
   CHECK_FALSE(has_row(ring, 17));
 }
 
-TEST_CASE("Philox gives the published values, and synthetic values are standard") {
+TEST_CASE("Philox gives the published values, and synthetic values have mean 0 and variance 1") {
   // Random123's known-answer tests for philox4x32-10.
   const Philox4 zero = philox(0, {{0, 0, 0, 0}});
   CHECK(zero.v[0] == 0x6627e8d5u);
@@ -148,7 +148,7 @@ TEST_CASE("Philox gives the published values, and synthetic values are standard"
   CHECK(tensor_key(1, "x") != tensor_key(1, "y"));
 }
 
-TEST_CASE("the exponential is right to 2 ulp and exact at its ends") {
+TEST_CASE("the exponential is correct to 2 ulp and exact at its limits") {
   for (float x = -87.0f; x < 20.0f; x += 0.00037f) {
     const double exact = std::exp(static_cast<double>(x));
     const double ulp = std::ldexp(1.0, std::ilogb(exact) - 23);
@@ -160,7 +160,7 @@ TEST_CASE("the exponential is right to 2 ulp and exact at its ends") {
   CHECK(std::isnan(host::exponential(std::numeric_limits<float>::quiet_NaN())));
 }
 
-TEST_CASE("a product's element has the same bits wherever it stands") {
+TEST_CASE("an element of a product has the same bits at every position") {
   const int inner = 72, n = 80;
   const std::vector<float> a = random_floats(64 * inner, 1), b = random_floats(inner * n, 2);
   std::vector<float> whole(64 * n);
@@ -174,11 +174,11 @@ TEST_CASE("a product's element has the same bits wherever it stands") {
   }
   for (int rows = 1; rows < 64; ++rows) {
     for (int first = 0; first + 16 <= n; first += 16) {
-      std::vector<float> part(64 * 16);
+      std::vector<float> slice(64 * 16);
       const int begin = 64 - rows;
-      host::product(rows, 16, inner, a.data() + begin * inner, inner, 1, b.data() + first, n, part.data(), 16);
+      host::product(rows, 16, inner, a.data() + begin * inner, inner, 1, b.data() + first, n, slice.data(), 16);
       for (int i = 0; i < rows; ++i)
-        if (std::memcmp(part.data() + i * 16, whole.data() + (begin + i) * n + first, 64) != 0)
+        if (std::memcmp(slice.data() + i * 16, whole.data() + (begin + i) * n + first, 64) != 0)
           FAIL("row " << begin + i << " of " << rows);
     }
   }
@@ -190,16 +190,16 @@ TEST_CASE("softmax by column, masked, is the same in a narrow and in a wide tile
   std::vector<std::int32_t> first(columns, 0), last(columns, tokens);
   first[3] = 5;
   last[4] = 20;
-  last[5] = 0;  // nothing
+  last[5] = 0;  // masks every token
   const std::vector<float> raw = s;
   host::mask_columns(tokens, columns, s.data(), first.data(), last.data());
   std::vector<float> m(columns), sum(columns);
   host::softmax_columns(tokens, columns, s.data(), m.data(), sum.data());
   for (int c = 0; c < columns; ++c) {
-    double top = -INFINITY, total = 0;
-    for (int t = first[c]; t < last[c]; ++t) top = std::max<double>(top, raw[t * columns + c]);
-    for (int t = first[c]; t < last[c]; ++t) total += std::exp(raw[t * columns + c] - top);
-    CHECK(m[c] == static_cast<float>(top));
+    double column_max = -INFINITY, total = 0;
+    for (int t = first[c]; t < last[c]; ++t) column_max = std::max<double>(column_max, raw[t * columns + c]);
+    for (int t = first[c]; t < last[c]; ++t) total += std::exp(raw[t * columns + c] - column_max);
+    CHECK(m[c] == static_cast<float>(column_max));
     CHECK(sum[c] == Approx(total).epsilon(1e-5));
     if (c == 5) CHECK(s[c] == 0.0f);
   }
@@ -207,7 +207,7 @@ TEST_CASE("softmax by column, masked, is the same in a narrow and in a wide tile
   for (int t = 0; t < tokens; ++t) std::copy_n(raw.data() + t * columns + 16, 16, narrow.data() + t * 16);
   host::softmax_columns(tokens, 16, narrow.data(), m2.data(), sum2.data());
   for (int c = 0; c < 16; ++c) CHECK(bits(sum2[c]) == bits(sum[16 + c]));
-  // Scoring for selection: any run of a column, of any length, adds the same probabilities.
+  // Scores for selection: a run of any length of a column adds the same probabilities.
   std::vector<float> column(tokens), longer(tokens, 0.0f);
   for (int t = 0; t < tokens; ++t) column[t] = raw[t * columns];
   host::add_probabilities(tokens, column.data(), m[0], 1.0f / sum[0], longer.data());
@@ -245,7 +245,7 @@ TEST_CASE("matmul agrees with float64 for few rows and many, in every storage ty
   }
 }
 
-TEST_CASE("host memory starts as NaN, is accounted, and a build without CUDA says so") {
+TEST_CASE("host memory starts as NaN and is accounted; a build without CUDA refuses the CUDA backend") {
   const Backend backend = open_backend(BackendKind::host, 0);
   MemoryAccount account;
   {
@@ -260,7 +260,7 @@ TEST_CASE("host memory starts as NaN, is accounted, and a build without CUDA say
   CHECK(account.total_peak == 1000);
   try {
     backend.device->allocate(std::size_t{1} << 60);
-    FAIL("2^60 bytes were granted");
+    FAIL("2^60 bytes were allocated");
   } catch (const UserError& e) {
     CHECK(e.code() == ExitCode::device);
   }
