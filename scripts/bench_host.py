@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Host backend against the machine's copy rate and against dense attention through torch, on the same threads.
+"""Compares the host backend with the machine's copy rate and with dense attention in torch, on the same threads.
 
-Runs the program bench_host, then torch in a virtual environment that this script makes (pip's own settings say
-where packages come from), and prints the ratios. Exits 1 when a target of docs is missed.
+Runs the program bench_host, then torch in a virtual environment that this script creates (packages come from pip's
+configured index), and prints the ratios. Exits 1 when a target is missed.
 
 usage: bench_host.py BENCH_HOST [--threads N] [--venv DIR]
 """
@@ -22,7 +22,7 @@ PREFILL_SPEEDUP = 1.0
 
 
 def torch_seconds(case, threads):
-    """Dense attention of the same shape, the fastest way torch offers: median of a few calls."""
+    """Seconds of dense attention of the same shape by the fastest method of torch: median over its repeats."""
     import torch
     import torch.nn.functional as functional
 
@@ -31,26 +31,26 @@ def torch_seconds(case, threads):
     batch, heads, groups, d, context = (case[k] for k in ("batch", "heads", "groups", "d", "context"))
     k, v = (torch.randn(batch, groups, context, d).to(dtype) for _ in range(2))
     if case["what"] == "decode":
-        # The heads of a group as query rows over their one K: the same sums, K and V read once.
+        # The heads of a group are query rows over their K: the same sums, K and V read once.
         q = torch.randn(batch, groups, heads // groups, d).to(dtype)
-        ways = [lambda: functional.scaled_dot_product_attention(q, k, v)]
+        methods = [lambda: functional.scaled_dot_product_attention(q, k, v)]
         repeats = 9
     else:
         q = torch.randn(batch, heads, context, d).to(dtype)
         wide = [x.repeat_interleave(heads // groups, dim=1) for x in (k, v)]
-        ways = [
+        methods = [
             lambda: functional.scaled_dot_product_attention(q, *wide, is_causal=True),
             lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
         ]
         repeats = 3
     best = float("inf")
     with torch.no_grad():
-        for way in ways:
-            way()
+        for method in methods:
+            method()
             samples = []
             for _ in range(repeats):
                 start = time.perf_counter()
-                way()
+                method()
                 samples.append(time.perf_counter() - start)
             best = min(best, statistics.median(samples))
     return best
@@ -71,7 +71,7 @@ def torch_python(folder):
 
 
 def report(copy, cases, dense):
-    """Prints the table; returns whether every target is met."""
+    """Prints the table; returns whether all targets are met."""
     met = True
     print(f"copy {copy / 1e9:.1f} GB/s (read and written)")
     print("what     dtype  B   H  G    d  context |      NSA s   GB/s  of copy |  torch s  speedup | target")
@@ -98,15 +98,15 @@ def main():
     parser.add_argument("bench_host", nargs="?", type=pathlib.Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--venv", type=pathlib.Path, default=pathlib.Path("build/torch-venv"))
-    parser.add_argument("--torch", action="store_true", help="measure the cases on standard input (used by the script itself)")
+    parser.add_argument("--torch", action="store_true", help="measure the cases of standard input (internal)")
     args = parser.parse_args()
     if args.torch:
         return measure_torch(args.threads)
     if not args.bench_host:
-        parser.error("the program bench_host is needed; build its target and give its path")
+        parser.error("BENCH_HOST is missing; build the target bench_host and pass its path")
     python = torch_python(args.venv)
-    ours = subprocess.run([args.bench_host, str(args.threads)], check=True, capture_output=True, text=True).stdout
-    lines = [json.loads(line) for line in ours.splitlines()]
+    result = subprocess.run([args.bench_host, str(args.threads)], check=True, capture_output=True, text=True).stdout
+    lines = [json.loads(line) for line in result.splitlines()]
     copy = next(line["bytes_per_second"] for line in lines if line["what"] == "copy")
     cases = [line for line in lines if line["what"] in ("decode", "prefill")]
     dense = subprocess.run(

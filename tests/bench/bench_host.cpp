@@ -1,6 +1,6 @@
-// Speed of the host backend: a STREAM-like copy, decode attention at 64K context and prefill at 16K, stage by stage,
-// with the bytes that must be read. One JSON object a line; scripts/bench_host.py runs it beside torch and prints the
-// ratios.   usage: bench_host [threads]
+// Speed of the host backend: a STREAM-like copy, decode attention at 64K context and prefill at 16K, by stage, with the
+// bytes read. Prints one JSON object a line; scripts/bench_host.py compares it with torch and prints the ratios.
+//   usage: bench_host [threads]
 
 #include <algorithm>
 #include <chrono>
@@ -30,7 +30,7 @@ double median(std::vector<double> samples) {
   return samples[samples.size() / 2];
 }
 
-/// Bytes read and written a second by `to[i] = from[i]`, far beyond the caches; best of five.
+/// Bytes read and written per second by `to[i] = from[i]` on arrays much larger than the caches; best of five.
 double copy_rate() {
   const std::int64_t n = std::int64_t{1} << 26;
   MemoryAccount account;
@@ -53,8 +53,8 @@ struct Case {
   DType dtype;
 };
 
-/// Everything one attention layer needs. `copies` of the compressed and window caches take turns, so that a step
-/// finds them in memory and not in the last cache level; the chosen blocks change with q.
+/// The caches and buffers of one attention layer. Steps rotate over `copies` of the compressed and window caches, so
+/// that they are in memory and not in the last cache level; the selected blocks change with q.
 class Bench {
  public:
   Bench(const Case& c, std::int64_t positions, std::int32_t tokens, int copies) : positions_(positions) {
@@ -68,9 +68,9 @@ class Bench {
     sel_ = {cache("sel.k", positions), cache("sel.v", positions)};
     for (int i = 0; i < copies; ++i) {
       cmp_.push_back({cache("cmp.k", n), cache("cmp.v", n)});
-      win_.push_back(tokens > 1
-                         ? sel_
-                         : Pair{cache("win.k", positions, shape_.rules.w), cache("win.v", positions, shape_.rules.w)});
+      win_.push_back(
+          tokens > 1 ? sel_
+                     : KvCaches{cache("win.k", positions, shape_.rules.w), cache("win.v", positions, shape_.rules.w)});
     }
     for (int i = 0; i < queries; ++i)
       q_.push_back(filled(rows * c.heads * c.width, std::string(1, static_cast<char>('a' + i))));
@@ -86,15 +86,15 @@ class Bench {
     std::fill_n(reads_->as<std::int64_t>(), branches * c.batch * c.groups, 0);
   }
 
-  /// One pass over the stages at `position`; adds each stage's seconds.
-  void step(std::int64_t position, int turn, double seconds[5]) {
+  /// Runs the stages at `position` on cache copy `iteration` modulo copies; adds each stage's seconds.
+  void step(std::int64_t position, int iteration, double seconds[5]) {
     position_ = position;
-    turn_ = turn;
+    iteration_ = iteration;
     const KernelTable& table = host_kernels();
-    seconds[0] += seconds_of([&] { attend(cmp, cmp_[turn % cmp_.size()]); });
+    seconds[0] += seconds_of([&] { attend(cmp, cmp_[iteration % cmp_.size()]); });
     seconds[1] += seconds_of([&] { rank(); });
     seconds[2] += seconds_of([&] { attend(sel, sel_); });
-    seconds[3] += seconds_of([&] { attend(win, win_[turn % win_.size()]); });
+    seconds[3] += seconds_of([&] { attend(win, win_[iteration % win_.size()]); });
     seconds[4] += seconds_of([&] {
       CombineArgs args;
       args.shape = shape_;
@@ -106,7 +106,7 @@ class Bench {
     });
   }
 
-  /// K and V bytes read so far by branch, as the kernels counted them.
+  /// K and V bytes of a branch that the kernels have counted as read so far.
   std::int64_t bytes(int branch) const {
     std::int64_t tokens = 0;
     const std::int64_t planes = std::int64_t{tile_.batches} * shape_.groups;
@@ -116,16 +116,16 @@ class Bench {
 
  private:
   static constexpr int queries = 8;
-  using Memory = std::shared_ptr<Buffer>;
+  using SharedBuffer = std::shared_ptr<Buffer>;
   struct Cache {
-    Memory memory;
+    SharedBuffer buffer;
     KvView view;
   };
-  struct Pair {
+  struct KvCaches {
     Cache k, v;
   };
 
-  Memory make(std::int64_t bytes) {
+  SharedBuffer make(std::int64_t bytes) {
     return std::make_shared<Buffer>(host_device(), account_, MemoryKind::workspace, static_cast<std::size_t>(bytes));
   }
 
@@ -137,26 +137,26 @@ class Bench {
     Cache result{
         make(tile_.batches * shape_.groups * memory_rows * width * static_cast<std::int64_t>(size_of(shape_.dtype))),
         {}};
-    result.view = {result.memory->data(), map, memory_rows * width, 0, width};
+    result.view = {result.buffer->data(), map, memory_rows * width, 0, width};
     host_kernels().fill_rows(
         {shape_.dtype, result.view, tile_.batches, shape_.groups, 0, 0, rows, tensor_key(1, name.c_str()), 1.0f},
         nullptr);
     return result;
   }
 
-  Memory filled(std::int64_t count, const std::string& name) {
-    Memory memory = make(count * static_cast<std::int64_t>(size_of(shape_.dtype)));
-    const KvView rows{memory->data(), {}, count, 0, shape_.d_k};
+  SharedBuffer filled(std::int64_t count, const std::string& name) {
+    SharedBuffer buffer = make(count * static_cast<std::int64_t>(size_of(shape_.dtype)));
+    const KvView rows{buffer->data(), {}, count, 0, shape_.d_k};
     host_kernels().fill_rows({shape_.dtype, rows, 1, 1, 0, 0, count / shape_.d_k, tensor_key(1, name.c_str()), 1.0f},
                              nullptr);
-    return memory;
+    return buffer;
   }
 
-  void attend(Branch branch, const Pair& kv) {
+  void attend(Branch branch, const KvCaches& kv) {
     AttendArgs args;
     args.shape = shape_;
     args.tile = tile_;
-    args.q = q_[turn_ % queries]->data();
+    args.q = q_[iteration_ % queries]->data();
     args.k = kv.k.view;
     args.v = kv.v.view;
     args.out = partials_at(partials_->as<float>(), shape_, tile_.rows(), branch);
@@ -184,12 +184,12 @@ class Bench {
   LayerShape shape_;
   QueryTile tile_;
   std::int64_t position_ = 0, positions_;
-  int turn_ = 0;
+  int iteration_ = 0;
   MemoryAccount account_;
-  Pair sel_;
-  std::vector<Pair> cmp_, win_;
-  std::vector<Memory> q_;
-  Memory partials_, lse_, scores_, scratch_, selected_, reads_, gate_, o_;
+  KvCaches sel_;
+  std::vector<KvCaches> cmp_, win_;
+  std::vector<SharedBuffer> q_;
+  SharedBuffer partials_, lse_, scores_, scratch_, selected_, reads_, gate_, o_;
 };
 
 constexpr const char* stage_names[5] = {"attend_cmp", "rank", "attend_sel", "attend_win", "combine"};
@@ -205,7 +205,7 @@ void print_stages(const double seconds[5]) {
   for (int i = 0; i < 5; ++i) std::printf(", \"%s\": %.3e", stage_names[i], seconds[i]);
 }
 
-/// Median over steps of each stage and of their sum, after a few that warm up.
+/// Medians of each stage and of their sum over the steps after a warm-up.
 void decode(const Case& c, std::int64_t context) {
   const std::int64_t bytes =
       (context / 16 + 512) * 2 * c.width * c.groups * c.batch * static_cast<std::int64_t>(size_of(c.dtype));
