@@ -1,3 +1,5 @@
+// Opens the backend of a rank: the only place that chooses between host and CUDA.
+
 #include "kernels/diagnostics/error.hpp"
 #include "kernels/host/runtime/host.hpp"
 #include "kernels/interface/backend.hpp"
