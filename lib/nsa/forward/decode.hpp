@@ -5,6 +5,7 @@
 
 #include "nsa/forward/stage_timer.hpp"
 #include "nsa/forward/stages.hpp"
+#include "nsa/model/inputs.hpp"
 
 namespace nsa {
 
@@ -40,8 +41,11 @@ class DecodeRunner {
   std::int64_t selected_count() const { return selected_count_; }
 
  private:
+  /// What the steps take from the source, with the memory of all steps.
+  std::vector<GivenTensor> step_inputs() const;
   void load_inputs(const TensorSource& source);
-  void make_inputs(const TensorSource& source);
+  void load_from_file(const TensorSource& source, const GivenTensor& input);
+  void generate(const TensorSource& source, const GivenTensor& input);
   StepContext context(std::int64_t layer, const StepOptions& options, Attention attention);
   StepPlan probe();
   void staged_prologue(const StepContext& ctx, StageTimer& timer);

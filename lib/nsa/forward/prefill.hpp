@@ -8,6 +8,7 @@
 
 #include "nsa/forward/stage_timer.hpp"
 #include "nsa/forward/stages.hpp"
+#include "nsa/model/inputs.hpp"
 
 namespace nsa {
 
@@ -52,6 +53,10 @@ class PrefillRunner {
     KvView k[branches], v[branches];
   };
 
+  /// What load_rows takes from the source.
+  std::vector<GivenTensor> row_inputs() const;
+  void load_from_file(const TensorSource& source, const GivenTensor& input);
+  void generate(const TensorSource& source, const GivenTensor& input);
   StepContext context(std::int64_t layer, const StepOptions& options, const CacheViews& caches, const QueryTile& rows,
                       std::int64_t first_row);
   void start();
