@@ -12,7 +12,7 @@ namespace nsa {
 
 /// Of this rank's cached rows of the first `positions` positions, in the first `layers` layers: K and V of sel and cmp,
 /// and the rings as they stand. One bit more or less changes it.
-std::uint64_t cache_checksum(ModelShard& engine, std::int64_t positions, std::int64_t layers);
+std::uint64_t cache_checksum(ModelShard& shard, std::int64_t positions, std::int64_t layers);
 
 /// What the last step or tile gave on this rank: o [rows, heads, d_v] and, in decode of whole layers, y [rows, dim].
 struct StepOutput {
@@ -20,7 +20,7 @@ struct StepOutput {
   std::vector<std::int32_t> selected;  ///< decode: the blocks that every step chose
   std::size_t fallbacks = 0;           ///< how many there had been by then
 };
-StepOutput latest_output(ModelShard& engine, const StepBuffers& buffers, std::int64_t rows, bool with_y);
+StepOutput latest_output(ModelShard& shard, const StepBuffers& buffers, std::int64_t rows, bool with_y);
 
 /// "" or what is wrong: a value that is not finite; and, where `expected` is not empty, one that differs from it by
 /// more than rounding.
@@ -31,7 +31,7 @@ std::string output_problem(const StepOutput& output, const StepOutput& expected,
 /// alike to rounding it may choose the other one: its output then differs by more than rounding and is right. So values
 /// are compared where all ranks chose the same blocks all along, and another choice is a problem only where the same
 /// arithmetic made it. Collective.
-std::string pass_problem(const ControlComm& world, const ModelShard& engine, const StepOutput& output,
+std::string pass_problem(const ControlComm& world, const ModelShard& shard, const StepOutput& output,
                          const StepOutput& expected);
 
 }  // namespace nsa

@@ -27,7 +27,7 @@ class SharedTensor {
 /// The stage tensors of R recorded positions (design section 7): q, gate, p_slc, selected, o_cmp, o_sel, o_win, o, y.
 class StepTensors {
  public:
-  StepTensors(ModelShard& engine, std::int64_t positions);
+  StepTensors(ModelShard& shard, std::int64_t positions);
   /// Takes the work's tile, whose row of sequence b at position first + j is recorded as row `row` + j.
   /// `shared`: every kv rank computed these rows (decode), so that one of them speaks.
   void take(const StepContext& ctx, std::int64_t row, bool shared);
@@ -40,7 +40,7 @@ class StepTensors {
 };
 
 /// x and weights (or q, k, v, gates) as the run used them, rounded to storage; and the compressed tokens.
-std::vector<TensorRecord> input_tensors(const ModelShard& engine, const TensorSource& source, bool on_this_rank);
-std::vector<TensorRecord> compressed_tensors(ModelShard& engine, std::int64_t positions, const ControlComm& world);
+std::vector<TensorRecord> input_tensors(const ModelShard& shard, const TensorSource& source, bool on_this_rank);
+std::vector<TensorRecord> compressed_tensors(ModelShard& shard, std::int64_t positions, const ControlComm& world);
 
 }  // namespace nsa
