@@ -8,9 +8,9 @@
 #include "kernels/diagnostics/error.hpp"
 #include "kernels/diagnostics/operation_log.hpp"
 #include "nsa/forward/stage_timer.hpp"
+#include "nsa/results/error_bound.hpp"
 #include "nsa/tasks/kernel_bench.hpp"
 #include "nsa/tasks/task.hpp"
-#include "nsa/verify/float64_check.hpp"
 
 namespace nsa {
 namespace {
