@@ -196,7 +196,7 @@ void DecodeRunner::wait_side_stream() { shard_.device().wait(shard_.streams.comp
 
 void DecodeRunner::staged_attention(const StepContext& ctx, StageTimer& timer) {
   timer.time(Stage::attend_cmp, [&] { attend(ctx, cmp); });
-  const bool overlap = ctx.exchanges && !timer.per_stage();  // the window's work hides the exchange of lse
+  const bool overlap = ctx.exchanges && !timer.per_stage();  // the window branch hides the exchange of lse
   overlap ? on_side_stream(ctx, exchange_lse) : exchange(ctx, timer, exchange_lse);
   if (!ctx.leaves_out(win)) timer.time(Stage::attend_win, [&] { attend(ctx, win); });
   if (overlap) wait_side_stream();
@@ -218,7 +218,7 @@ void DecodeRunner::sharded_attention(const StepContext& ctx, StageTimer& timer) 
     if (gated) normalise_partials(ctx, ctx.stream());
   } else {
     score_blocks(ctx);
-    if (gated) on_side_stream(ctx, normalise_partials);  // only the last exchange needs it
+    if (gated) on_side_stream(ctx, normalise_partials);  // only the last exchange waits for it
     exchange(ctx, timer, exchange_candidates);
     select_blocks(ctx);
     attend(ctx, sel);

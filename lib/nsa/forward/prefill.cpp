@@ -13,7 +13,7 @@ AttentionPolicy policy_of(const ModelShard& shard) {
   return {recompute && recompute(shard.shape())};
 }
 
-// Rows attended at a time: as many as keep a tile's scores within the backend's budget.
+// The most rows whose scores are within the backend's budget.
 QueryTile widest_tile(const ModelShard& shard, std::int64_t positions) {
   const KernelTable& kernels = *shard.backend.kernels;
   QueryTile tile;
@@ -79,7 +79,7 @@ PrefillRunner::PrefillRunner(ModelShard& shard, std::int64_t positions, bool rec
   raw_ = make(p.raw_cmp(), p.capacity(p.raw_cmp(), positions));
   if (!p.shape.shared_kv) win_ = make(p.tokens(false), tokens);
   if (p.kv == 1) return;
-  // The caches have room for the decode steps too; a gathered copy has the caches' own row count.
+  // The caches also hold the decode steps; a gathered copy has the row count of the caches.
   const std::int64_t cached = p.capacity(p.tokens(false), total_positions(shard.config, shard.point));
   const std::int64_t compressed =
       p.capacity(p.compressed(false), compressed_tokens(p.shape.rules, total_positions(shard.config, shard.point) - 1));
@@ -218,17 +218,18 @@ PrefillRunner::CacheViews PrefillRunner::gather(std::int64_t layer) {
   gather_pair("k_cmp, v_cmp", shard_, cache.cmp, cmp_all_, stream);
   gather_pair("k_sel, v_sel", shard_, cache.sel, sel_all_, stream);
   if (!shared) gather_pair("k_win, v_win", shard_, win_, win_all_, stream);
-  // Decode scores the tokens in front of each chunk that reach into its first block.
-  const std::int64_t before = cache.cmp.k.map.halo;
+  // Decode also scores the compressed tokens before each chunk that reach into its first block.
+  const std::int64_t halo = cache.cmp.k.map.halo;
   const std::int64_t tokens = compressed_tokens(shard_.shape().rules, positions_ - 1);
   for (const bool value : {false, true})
     shard_.kernels().copy_rows({shard_.shape().dtype, value ? cmp_all_.v : cmp_all_.k,
-                                value ? cache.cmp.v : cache.cmp.k, shard_.planes(), 0, tokens, -before, 0},
+                                value ? cache.cmp.v : cache.cmp.k, shard_.planes(), 0, tokens, -halo, 0},
                                stream);
   return views(cmp_all_, sel_all_, shared ? sel_all_ : win_all_);
 }
 
-// What decode starts from: the last w tokens of the window, the last l of the cmp projections, on every rank.
+// Fills the rings that decode starts from: the last w tokens of the window, the last l of the cmp projections, on every
+// rank.
 void PrefillRunner::fill_rings(std::int64_t layer, const CacheViews& caches) {
   LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
   const BlockRules& r = shard_.shape().rules;
@@ -263,8 +264,8 @@ void PrefillRunner::staged_attention(const StepContext& ctx, StageTimer& timer) 
   timer.time(Stage::combine, [&] { combine(ctx); });
 }
 
-// The fused operation accepts some tiles and options only. Where it cannot be launched, the stages do the same from
-// then on; ranks depend on each other between layers, not between tiles, so each decides alone.
+// The fused operation accepts some tiles and options only. After a launch that fails, tiles run stage by stage. Ranks
+// depend on each other between layers, not between tiles, so each rank decides alone.
 void PrefillRunner::attention(const StepContext& ctx, StageTimer& timer) {
   if (fuses_attention_ && !timer.per_stage() && has_fused_attention(ctx)) {
     try {

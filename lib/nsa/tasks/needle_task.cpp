@@ -15,10 +15,10 @@ namespace nsa {
 
 namespace {
 
-// The needle's key is this much longer than a unit-variance key along each query. The mean over l positions
-// leaves a compressed score near `strength` (other compressed scores stay below one), so that its block outweighs
-// the rest of any context up to e^8 blocks; the token's own score is l times that, so that its weight in o_sel is one
-// to fp32 rounding and the output equals the planted value.
+// The needle's key is longer than a unit-variance key along each query. The mean over l positions leaves a compressed
+// score near `strength`, while other compressed scores are below one, so that its block outweighs all others in a
+// context of up to e^8 blocks. The token's own score is l times that, so that its weight in o_sel is one to fp32
+// rounding and the output equals the planted value.
 constexpr double strength = 8.0;
 constexpr double bound = 1e-5;  // |o_sel - v|, for |v| < 3.5
 
@@ -30,7 +30,7 @@ struct Needle {
 Needle make_needle(ModelShard& shard, const TensorSource& source, const std::vector<float>& q, std::int64_t position) {
   const LayerShape& s = shard.shape();
   Needle needle{position, std::vector<float>(shard.planes() * s.d_k, 0.0f), {}};
-  // Kaczmarz: head after head, the key is moved along the head's query until their product is what is wanted.
+  // Kaczmarz: for head after head, moves the key along the head's query until their product is `wanted`.
   const double wanted = strength * s.rules.l * std::sqrt(static_cast<double>(s.d_k));
   for (int sweep = 0; sweep < 200; ++sweep)
     for (std::int64_t row = 0; row < shard.planes() * s.heads_per_group; ++row) {
@@ -63,7 +63,7 @@ struct Finding {
   double error = 0;
 };
 
-Finding look(ModelShard& shard, const StepBuffers& b, const Needle& needle) {
+Finding examine(ModelShard& shard, const StepBuffers& b, const Needle& needle) {
   const LayerShape& s = shard.shape();
   const std::int64_t n = s.rules.n_sel, block = needle.position / s.rules.l_sel;
   const auto chosen = download_ints(shard, b.selected.data(), shard.planes() * n);
@@ -138,7 +138,7 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
     options.record = true;
     decode.load(0, options);
     samples.times.back().push_back(timer.step([&] { decode.step(options, timer); }));
-    const Finding finding = look(shard, decode.buffers(), needle);
+    const Finding finding = examine(shard, decode.buffers(), needle);
     const bool found = session.world.max(std::int64_t{!finding.found}) == 0;
     const double error = session.world.max(finding.error);
     record.needle["depth"].push_back(depth);

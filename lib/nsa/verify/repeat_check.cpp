@@ -29,9 +29,9 @@ double difference(const std::vector<float>& got, const std::vector<float>& expec
 }
 
 double largest(const std::vector<float>& values) {
-  double most = 0;
-  for (const float value : values) most = std::max(most, std::abs(double{value}));
-  return most;
+  double max = 0;
+  for (const float value : values) max = std::max(max, std::abs(double{value}));
+  return max;
 }
 
 }  // namespace
@@ -61,7 +61,7 @@ StepOutput latest_output(ModelShard& shard, const StepBuffers& b, std::int64_t r
 std::string output_problem(const StepOutput& output, const StepOutput& expected, DType type) {
   const double o = difference(output.o, expected.o), y = difference(output.y, expected.y);
   if (std::isinf(o) || std::isinf(y)) return "the output is not finite";
-  // Values of o are of order one, as V is; those of y are sums over all heads.
+  // Values of o are of order one, like V; those of y are sums over all heads.
   const bool same = o <= error_bound(type) && y <= error_bound(type) * (1 + largest(expected.y));
   return same ? ""
               : "a measured step gave another output (by " + std::to_string(std::max(o, y)) + ") than the checked one";
@@ -73,10 +73,10 @@ std::string pass_problem(const ControlComm& world, const ModelShard& shard, cons
   const bool other_blocks = output.selected != expected.selected;
   const bool other_arithmetic =
       kernels.prologue.accepts || kernels.decode_attention.accepts || output.fallbacks != expected.fallbacks;
-  const bool alike = world.max(std::int64_t{other_blocks}) == 0,
-             same_way = world.max(std::int64_t{other_arithmetic}) == 0;
-  if (other_blocks && same_way) return "a measured pass chose other blocks than the checked one";
-  return output_problem(output, alike ? expected : StepOutput(), shard.shape().dtype);
+  const bool same_blocks = world.max(std::int64_t{other_blocks}) == 0,
+             same_arithmetic = world.max(std::int64_t{other_arithmetic}) == 0;
+  if (other_blocks && same_arithmetic) return "a measured pass chose other blocks than the checked one";
+  return output_problem(output, same_blocks ? expected : StepOutput(), shard.shape().dtype);
 }
 
 }  // namespace nsa

@@ -14,7 +14,8 @@ SharedTensor::SharedTensor(std::string name, std::vector<std::int64_t> shape, st
   record_ = {std::move(name), std::move(shape), std::move(dims), std::vector<float>(elements), {}};
 }
 
-void SharedTensor::put(std::int64_t b, std::int64_t row, std::int64_t column, const float* values, std::int64_t count) {
+void SharedTensor::store(std::int64_t b, std::int64_t row, std::int64_t column, const float* values,
+                         std::int64_t count) {
   std::copy_n(values, count, record_.values.begin() + (b * rows_ + row) * columns_ + column);
 }
 
@@ -55,31 +56,31 @@ void StepTensors::take(const StepContext& ctx, std::int64_t row, bool shared) {
   const StepBuffers& b = ctx.buffers;
   const std::int64_t rows = ctx.stage.tile.rows(), heads = s.heads(),
                      first_head = std::int64_t{shard_.partition.group_begin} * s.heads_per_group;
-  const auto put = [&](SharedTensor& to, const std::vector<float>& values, std::int64_t column) {
+  const auto store = [&](SharedTensor& to, const std::vector<float>& values, std::int64_t column) {
     const std::int64_t width = static_cast<std::int64_t>(values.size()) / rows;
     for (std::int64_t r = 0; r < rows; ++r)
-      to.put(ctx.stage.tile.batch_begin + r / ctx.stage.tile.tokens, row + r % ctx.stage.tile.tokens, column,
-             values.data() + r * width, width);
+      to.store(ctx.stage.tile.batch_begin + r / ctx.stage.tile.tokens, row + r % ctx.stage.tile.tokens, column,
+               values.data() + r * width, width);
   };
   if (!ctx.leaves_out(sel))
-    put(p_slc_, download(shard_, b.p_slc.data(), rows * s.groups * b.p_slc_blocks, DType::f32),
-        shard_.partition.group_begin * b.p_slc_blocks);
+    store(p_slc_, download(shard_, b.p_slc.data(), rows * s.groups * b.p_slc_blocks, DType::f32),
+          shard_.partition.group_begin * b.p_slc_blocks);
   if (shared && shard_.partition.kv_rank != 0) return;
   const std::int64_t q_width = heads * s.d_k, size = static_cast<std::int64_t>(size_of(s.dtype));
-  put(q_, download(shard_, b.q.as<std::byte>() + ctx.first_row * q_width * size, rows * q_width, s.dtype),
-      first_head * s.d_k);
-  put(gate_, download(shard_, b.gate.as<float>() + ctx.first_row * s.groups * 3, rows * s.groups * 3, DType::f32),
-      shard_.partition.group_begin * 3);
+  store(q_, download(shard_, b.q.as<std::byte>() + ctx.first_row * q_width * size, rows * q_width, s.dtype),
+        first_head * s.d_k);
+  store(gate_, download(shard_, b.gate.as<float>() + ctx.first_row * s.groups * 3, rows * s.groups * 3, DType::f32),
+        shard_.partition.group_begin * 3);
   const std::int64_t choices = rows * s.groups * s.rules.n_sel;
   const auto selected =
       download_ints(shard_, b.selected.as<std::int32_t>() + (shard_.config.model.layers - 1) * choices, choices);
-  put(selected_, {selected.begin(), selected.end()}, std::int64_t{shard_.partition.group_begin} * s.rules.n_sel);
-  put(o_, download(shard_, b.o.data(), rows * heads * s.d_v, s.dtype), first_head * s.d_v);
+  store(selected_, {selected.begin(), selected.end()}, std::int64_t{shard_.partition.group_begin} * s.rules.n_sel);
+  store(o_, download(shard_, b.o.data(), rows * heads * s.d_v, s.dtype), first_head * s.d_v);
   for (int c = 0; c < branches; ++c)
-    put(o_branch_[c], download(shard_, b.o_branch[c].data(), rows * heads * s.d_v, DType::f32), first_head * s.d_v);
-  // Prefill records a tile before the head shards' outputs are summed: then each puts its part.
+    store(o_branch_[c], download(shard_, b.o_branch[c].data(), rows * heads * s.d_v, DType::f32), first_head * s.d_v);
+  // Prefill records a tile before the outputs of the head shards are summed; each head shard stores its own.
   if (ctx.whole_layer() && (!shared || shard_.partition.head_shard == 0))
-    put(y_, download(shard_, b.y.as<float>() + ctx.first_row * s.dim, rows * s.dim, DType::f32), 0);
+    store(y_, download(shard_, b.y.as<float>() + ctx.first_row * s.dim, rows * s.dim, DType::f32), 0);
 }
 
 std::vector<TensorRecord> StepTensors::reduce(const ControlComm& world) {
@@ -146,7 +147,7 @@ std::vector<TensorRecord> compressed_tensors(ModelShard& shard, std::int64_t pos
         const auto* from = static_cast<std::byte*>(view.data) +
                            offset_of(view, plane, i) * static_cast<std::int64_t>(size_of(s.dtype));
         const std::vector<float> row = download(shard, from, view.width, s.dtype);
-        all.put(plane / s.groups, i, (p.group_begin + plane % s.groups) * view.width, row.data(), view.width);
+        all.store(plane / s.groups, i, (p.group_begin + plane % s.groups) * view.width, row.data(), view.width);
       }
     list.push_back(all.reduce(world));
   }

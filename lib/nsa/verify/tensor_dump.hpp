@@ -1,5 +1,5 @@
 #pragma once
-// Collects the tensors of a run from all ranks: every rank puts down what it owns, rank 0 gets the sum.
+// Collects the tensors of a run from all ranks: every rank stores what it owns, rank 0 gets the sum.
 
 #include <string>
 #include <vector>
@@ -15,7 +15,7 @@ class SharedTensor {
  public:
   SharedTensor(std::string name, std::vector<std::int64_t> shape, std::vector<std::string> dims, std::int64_t rows);
   /// values: consecutive columns from `column` on of row `row` of sequence `b`.
-  void put(std::int64_t b, std::int64_t row, std::int64_t column, const float* values, std::int64_t count);
+  void store(std::int64_t b, std::int64_t row, std::int64_t column, const float* values, std::int64_t count);
   /// Collective; complete on rank 0.
   TensorRecord reduce(const ControlComm& world, bool as_integers = false);
 
@@ -28,8 +28,8 @@ class SharedTensor {
 class StepTensors {
  public:
   StepTensors(ModelShard& shard, std::int64_t positions);
-  /// Takes the work's tile, whose row of sequence b at position first + j is recorded as row `row` + j.
-  /// `shared`: every kv rank computed these rows (decode), so that one of them speaks.
+  /// Records the context's tile: row j of each sequence becomes row `row` + j of the tensors.
+  /// `shared`: every kv rank computed these rows (decode), and only one of them stores them.
   void take(const StepContext& ctx, std::int64_t row, bool shared);
   std::vector<TensorRecord> reduce(const ControlComm& world);
 
