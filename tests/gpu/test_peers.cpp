@@ -1,5 +1,5 @@
-// Gathers and sums through peers' memory, all ranks on one GPU, a stream each: more ranks than a machine may have GPUs.
-// What processes have to do with it is in tests/mpi/test_exchange.cpp.
+// Gathers and sums through peer memory, with all ranks on one GPU and a stream per rank, so that there may be more
+// ranks than GPUs. tests/mpi/test_exchange.cpp tests them over processes.
 
 #include <chrono>
 #include <condition_variable>
@@ -20,7 +20,7 @@ using namespace nsa;
 
 using Bytes = std::vector<unsigned char>;
 
-/// Ranks that reach each other's memory, and a flag that lets their kernels go.
+/// Ranks that access each other's memory, and a flag that releases their kernels.
 class Group {
  public:
   explicit Group(int ranks) : size(ranks) {
@@ -63,7 +63,7 @@ class Group {
   int* const given_up = gpu::make_host_flag();
 };
 
-/// Sets a flag if it still lives after some time.
+/// Sets a flag if it still exists after some time.
 class Alarm {
  public:
   Alarm(std::chrono::milliseconds time, int* flag)
@@ -84,7 +84,7 @@ class Alarm {
   std::mutex mutex_;
   std::condition_variable over_;
   bool stopped_ = false;
-  std::thread thread_;  // last: it uses the others
+  std::thread thread_;  // the last member: it uses the others
 };
 
 unsigned char byte_of(std::size_t message, int rank, std::size_t i) {
@@ -94,7 +94,7 @@ unsigned char byte_of(std::size_t message, int rank, std::size_t i) {
 
 }  // namespace
 
-TEST_CASE("ranks gather through each other's memory, many at a time and again and again", "[gpu][peers]") {
+TEST_CASE("ranks gather through peer memory, many at a time and repeatedly", "[gpu][peers]") {
   constexpr std::size_t sizes[] = {24, 4096, 20000, 64, 9, 12288, 4112}, messages = 700;
   const int ranks = GENERATE(2, 3, 4, 5, 6);
   CAPTURE(ranks);
@@ -132,7 +132,7 @@ TEST_CASE("ranks gather through each other's memory, many at a time and again an
   }
 }
 
-TEST_CASE("sums are added by rising rank, between gathers of the same ranks", "[gpu][peers]") {
+TEST_CASE("sums are added in the order of ranks, between gathers of the same ranks", "[gpu][peers]") {
   const int ranks = GENERATE(2, 3, 4, 5, 6);
   CAPTURE(ranks);
   constexpr std::size_t count = 2501, rounds = 200;  // three CTAs
@@ -174,7 +174,7 @@ TEST_CASE("sums are added by rising rank, between gathers of the same ranks", "[
   }
 }
 
-TEST_CASE("a rank whose peer does not come is let go when it is told to", "[gpu][peers]") {
+TEST_CASE("a rank whose peer does not arrive is released by the abort flag", "[gpu][peers]") {
   Group g(2);
   const Buffer send = g.make(8192), recv = g.make(2 * 8192);
   const auto begin = std::chrono::steady_clock::now();
@@ -184,6 +184,6 @@ TEST_CASE("a rank whose peer does not come is let go when it is told to", "[gpu]
     g.gather(0, send.data(), recv.data(), 8192);
     g.synchronize();
   }
-  CHECK(std::chrono::steady_clock::now() - begin >= time);  // it did wait
+  CHECK(std::chrono::steady_clock::now() - begin >= time);  // it has waited
   CHECK(*g.given_up == 1);
 }

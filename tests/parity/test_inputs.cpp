@@ -1,5 +1,5 @@
-// Synthetic inputs are made by the backend where they live; a file of them would be written from the source on the
-// host. Both have to be the same to the last bit, or a run could not be repeated from its own tensors.
+// Synthetic inputs are generated in backend memory; a file of them is written from the source on the host. Both must
+// have the same bits, or a run could not be repeated from its own tensors.
 
 #include "catch.hpp"
 #include "nsa/forward/decode.hpp"
