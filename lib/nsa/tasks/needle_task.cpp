@@ -80,6 +80,22 @@ Finding examine(ModelShard& shard, const StepBuffers& b, const Needle& needle) {
   return finding;
 }
 
+// Collective.
+void record_finding(const ControlComm& world, const ModelShard& shard, const Finding& finding, const Needle& needle,
+                    double depth, PointRecord& record) {
+  const bool found = world.max(std::int64_t{!finding.found}) == 0;
+  const double error = world.max(finding.error);
+  record.needle["depth"].push_back(depth);
+  record.needle["position"].push_back(static_cast<double>(needle.position));
+  record.needle["block"].push_back(static_cast<double>(needle.position / shard.shape().rules.l_sel));
+  record.needle["found"].push_back(found);
+  record.needle["abs_err"].push_back(error);
+  record.max_abs_err = std::max(record.max_abs_err, error);
+  if (!found || error > bound)
+    record.fail("needle at depth " + std::to_string(depth) +
+                (found ? ": output differs by " + std::to_string(error) : " not found"));
+}
+
 }  // namespace
 
 Config needle_config(const Config& config) {
@@ -117,8 +133,8 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
   DecodeRunner& decode = *held_decode;
   StageTimer timer(shard.device(), shard.streams.compute);
   prefill.load_kv(source);
-  const Partition& p = shard.partition;
-  const std::vector<float> q = given_rows(source, "given/q", q_columns(config, point, p), point.context, 1);
+  const std::vector<float> q =
+      given_rows(source, "given/q", q_columns(config, point, shard.partition), point.context, 1);
 
   Samples samples;
   samples.modes = {"total"};
@@ -138,18 +154,7 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
     options.record = true;
     decode.load(0, options);
     samples.times.back().push_back(timer.step([&] { decode.step(options, timer); }));
-    const Finding finding = examine(shard, decode.buffers(), needle);
-    const bool found = session.world.max(std::int64_t{!finding.found}) == 0;
-    const double error = session.world.max(finding.error);
-    record.needle["depth"].push_back(depth);
-    record.needle["position"].push_back(static_cast<double>(needle.position));
-    record.needle["block"].push_back(static_cast<double>(needle.position / p.shape.rules.l_sel));
-    record.needle["found"].push_back(found);
-    record.needle["abs_err"].push_back(error);
-    record.max_abs_err = std::max(record.max_abs_err, error);
-    if (!found || error > bound)
-      record.fail("needle at depth " + std::to_string(depth) +
-                  (found ? ": output differs by " + std::to_string(error) : " not found"));
+    record_finding(session.world, shard, examine(shard, decode.buffers(), needle), needle, depth, record);
     for (const Branch branch : kv_column_order)
       fill_kv(shard, source, branch, prefill.rows(branch), needle.position, needle.position + 1);
     if (progress) progress(static_cast<double>(i + 1), static_cast<double>(config.needle.depths.size()), "needles");
