@@ -1,10 +1,10 @@
-// Decode, attention only: microseconds a step and the ratio to the floor, by batch and context, and by stage.
+// Decode, attention only: microseconds per step and the ratio to the floor, by batch and context, and by stage.
 //
 // A graph holds `steps` steps; its replays are timed with events, and the median is divided by the steps. The steps
-// rotate over so many sets of caches that what one reads has left the L2 before it comes round again. The floor is the
-// K and V bytes a step must read at 4.3 TB/s (the H200's measured copy rate). Output: one line a row of the table; the
-// columns behind the bar are the stages one by one, each launched alone.
-// Usage: bench_decode [batch context]   one row alone, say for a profiler
+// rotate over enough sets of caches that the L2 holds nothing of a set when it is used again. The floor is the time to
+// read the K and V bytes of a step at 4.3 TB/s (the H200's measured copy rate). Output: one line per row of the table;
+// the columns after the bar are the stages, each measured by itself.
+// Usage: bench_decode [batch context]   that row only, for a profiler
 
 #include <algorithm>
 #include <cstdio>
@@ -22,7 +22,7 @@ namespace {
 
 constexpr double floor_rate = 4.3e12;  // bytes/s
 constexpr double cold_bytes = 250e6;   // read between two uses of a set: several times the L2
-constexpr int steps_at_least = 16, replays = 25;
+constexpr int min_steps = 16, replays = 25;
 
 struct Row {
   int batch;
@@ -37,9 +37,9 @@ void queue(const WholeDecode& whole, const WholeDecode::Set& set, const std::str
   what == "step" ? whole.run_fused(set) : whole.run_stage(set, what);
 }
 
-// Seconds a step, or a stage of it.
+// Seconds of a step, or of one of its stages.
 double measure(const WholeDecode& whole, const std::string& what) {
-  const int rounds = std::max(1, steps_at_least / static_cast<int>(whole.sets.size()));
+  const int rounds = std::max(1, min_steps / static_cast<int>(whole.sets.size()));
   struct Context {
     const WholeDecode& whole;
     const std::string& what;

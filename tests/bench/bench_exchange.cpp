@@ -1,8 +1,8 @@
-// Microseconds of an all-gather and of a sum over all ranks in a graph, by bytes a rank: NCCL's against those through
-// peers' memory.
+// Microseconds of an all-gather and of a sum over all ranks in a graph, by bytes per rank: NCCL compared with peer
+// memory.
 //
-// First two columns: gathers one behind the other. between kernels: what a gather adds to a chain of small kernels, of
-// which each reads what was gathered, as in a decode step. Medians of replays, the slowest rank's.
+// First two columns: gathers one after the other. between kernels: the time that a gather adds to a chain of small
+// kernels which each read the gathered values, as in a decode step. Medians of replays, of the slowest rank.
 // Usage: mpirun -np N bench_exchange
 
 #include <algorithm>
@@ -25,7 +25,7 @@ struct Bench {
   const Backend& backend;
   Stream* stream;
 
-  /// us of each of the steps of a graph.
+  /// us per step of a graph.
   double measure(const std::function<void()>& step) const {
     const DeviceOps& device = *backend.device;
     const auto body = [](void* context) {
@@ -56,27 +56,27 @@ int main(int argc, char** argv) {
   MpiSession mpi(argc, argv);
   const ControlComm world = ControlComm::world();
   const Backend backend = open_backend(BackendKind::cuda, world.local_rank());
-  const bool speaks = world.rank() == 0;
+  const bool prints = world.rank() == 0;
   {
     const Communicator through(backend, world);
     setenv("NSA_EXCHANGE", "nccl", 1);
     const Communicator nccl(backend, world);
     const Bench bench{world, backend, backend.device->create_stream()};
-    constexpr std::size_t most = std::size_t{4} << 20;
+    constexpr std::size_t max_bytes = std::size_t{4} << 20;
     MemoryAccount account;
-    const Buffer send(*backend.device, account, MemoryKind::workspace, most),
-        recv(*backend.device, account, MemoryKind::workspace, most * static_cast<std::size_t>(world.size())),
-        sum(*backend.device, account, MemoryKind::workspace, most);
-    backend.device->fill(sum.data(), 0, most, bench.stream);
+    const Buffer send(*backend.device, account, MemoryKind::workspace, max_bytes),
+        recv(*backend.device, account, MemoryKind::workspace, max_bytes * static_cast<std::size_t>(world.size())),
+        sum(*backend.device, account, MemoryKind::workspace, max_bytes);
+    backend.device->fill(sum.data(), 0, max_bytes, bench.stream);
     const auto kernel = [&] { backend.kernels->add(1024, sum.as<float>(), recv.as<float>(), bench.stream); };
     const double alone = bench.measure(kernel);
-    if (speaks)
+    if (prints)
       std::printf(
           "%d ranks on %s, %s against NCCL %s, us; a small kernel alone %.2f\n%9s %9s %9s   between kernels: %9s %9s   "
           "sum: %9s %9s\n",
           world.size(), backend.device->info().name.c_str(), through.transport().c_str(),
           Communicator::library_version().c_str(), alone, "bytes", "NCCL", "peers", "NCCL", "peers", "NCCL", "peers");
-    for (std::size_t bytes = 1024; bytes <= most; bytes *= 2) {
+    for (std::size_t bytes = 1024; bytes <= max_bytes; bytes *= 2) {
       double us[6];
       int column = 0;
       for (const bool between : {false, true})
@@ -89,7 +89,7 @@ int main(int argc, char** argv) {
         }
       for (const Communicator* by : {&nccl, &through})
         us[column++] = bench.measure([&] { by->all_reduce_sum("bench", sum.as<float>(), bytes / 4, bench.stream); });
-      if (speaks)
+      if (prints)
         std::printf("%9zu %9.2f %9.2f   %16s %9.2f %9.2f   %4s %9.2f %9.2f\n", bytes, us[0], us[1], "", us[2], us[3],
                     "", us[4], us[5]);
       std::fflush(stdout);

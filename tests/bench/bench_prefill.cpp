@@ -1,11 +1,12 @@
 // Prefill, attention only, batch 1: milliseconds by context and by stage, and the ratio to the floor.
 //
-// A run goes over all tiles as lib/nsa's prefill does on one GPU: at once, and stage by stage (cmp, rank, sel, win,
-// combine), tile by tile. Both are timed with events around a run, runs of the two taking turns; the stages with events
-// around each (in runs of their own); medians. The floor is
-// the FLOPs a prefill must do, the scores once more for rank, at 788 TFLOP/s (the H200's measured bf16 matrix product).
-// Neighbouring rows of the synthetic q agree in nothing, so their choices do not either: the worst case for the
-// selected branch. Usage: bench_prefill [tile tokens [context]]; 0: as lib/nsa would choose. NSA_ROWS=1: row by row.
+// A run covers all tiles as lib/nsa's prefill does on one GPU: fused, and stage by stage (cmp, rank, sel, win,
+// combine), tile by tile. Both are timed with events around a run, in alternating runs; the stages with events around
+// each, in separate runs; medians. The floor is the time of the FLOPs of a prefill, with the scores a second time for
+// rank, at 788 TFLOP/s (the H200's measured bf16 matrix product). Neighbouring rows of the synthetic q are independent,
+// and so are their selections: the worst case for the selected branch.
+//
+// Usage: bench_prefill [tile tokens [context]]; 0: the tile of lib/nsa. NSA_ROWS=1: row by row.
 
 #include <algorithm>
 #include <cstdio>

@@ -1,11 +1,12 @@
-// One rank's share of a sharded decode step, attention only, without the exchanges: microseconds by layout, stage by
-// stage and in the launches of ShardedStep (one rank: at once), attend_cmp and each of those launches alone, the floor
-// of attend_cmp's bytes at 4.3 TB/s.
+// One rank's part of a sharded decode step, attention only, without the exchanges: microseconds by layout, stage by
+// stage and in the phases of ShardedAttention (one rank: fused), attend_cmp and each of those phases by itself, and the
+// floor of attend_cmp's bytes at 4.3 TB/s.
 //
-// What the other ranks would send is there once (this rank's own, copied to every place), so the launches do all their
-// work on numbers of the right kind. Graphs of 16 steps over so many sets of caches that each has left the L2 before it
-// comes round again; medians of replays.
-// Usage: bench_shard [batch context heads kv]   those rows alone; 0: any
+// The data of the other ranks are written once beforehand, as copies of this rank's data, so that the launches do all
+// their work on realistic values. Graphs of 16 steps rotate over enough sets of caches that the L2 holds nothing of a
+// set when it is used again; medians of replays.
+//
+// Usage: bench_shard [batch context heads kv]   those rows only; 0: any
 
 #include <algorithm>
 #include <cstdio>
@@ -39,19 +40,19 @@ struct Caches {
   KvView k[branches], v[branches];
 };
 
-class Share {
+class RankStep {
  public:
-  Share(const Backend& backend, const Row& row);
+  RankStep(const Backend& backend, const Row& row);
   void stages(const Caches& c);
   void fused(const Caches& c);
-  void cmp_alone(const Caches& c) { attend(cmp, c); }
+  void attend_cmp(const Caches& c) { attend(cmp, c); }
   void local(const Caches& c) { b.kernels->sharded_attention.local_attention(shard_args(c), stream); }
   void rank(const Caches& c) { b.kernels->rank(rank_args(c, kv > 1), stream); }  // after local()
   void normalise(const Caches& c) { b.kernels->sharded_attention.normalise_partials(shard_args(c), stream); }
   void select(const Caches& c) {
     if (kv > 1) b.kernels->select(step(c).select_args(), stream);
   }
-  void sel_alone(const Caches& c) {
+  void attend_sel(const Caches& c) {
     AttendArgs a = step(c).attend_args(sel);
     if (kv > 1) a.out = gated_partial_sel(partials, s, tile.rows());
     b.kernels->attend[sel][0].run(a, stream);
@@ -62,11 +63,11 @@ class Share {
     else
       b.kernels->combine(step(c).combine_args(), stream);
   }
-  double measure(const std::function<void(Share&, const Caches&)>& step);
+  double measure(const std::function<void(RankStep&, const Caches&)>& step);
   double cmp_bytes = 0;
 
  private:
-  RowMap map(std::int64_t chunk, int before) const;
+  RowMap map(std::int64_t chunk, int halo) const;
   Caches make_caches(int number);
   test::StepMemory step(const Caches& c) const;
   void attend(Branch branch, const Caches& c) const {
@@ -91,14 +92,14 @@ class Share {
   Stream* stream;
 };
 
-RowMap Share::map(std::int64_t chunk, int before) const {
+RowMap RankStep::map(std::int64_t chunk, int halo) const {
   RowMap m;
   if (kv == 1) return m;
-  m.chunk = chunk, m.stride = chunk + before, m.halo = before, m.kv = kv, m.rank = 0;
+  m.chunk = chunk, m.stride = chunk + halo, m.halo = halo, m.kv = kv, m.rank = 0;
   return m;
 }
 
-Caches Share::make_caches(int number) {
+Caches RankStep::make_caches(int number) {
   Caches c;
   const int planes = tile.batches * s.groups;
   const std::int64_t chunk = 16 * s.rules.l_sel;
@@ -124,7 +125,7 @@ Caches Share::make_caches(int number) {
   return c;
 }
 
-Share::Share(const Backend& backend, const Row& row)
+RankStep::RankStep(const Backend& backend, const Row& row)
     : b(backend), memory{backend, {}, {}}, kv(row.kv), tokens(row.context) {
   memory.buffers.reserve(4096);
   stream = b.device->create_stream();
@@ -168,7 +169,7 @@ Share::Share(const Backend& backend, const Row& row)
   b.device->synchronize(stream);
 }
 
-test::StepMemory Share::step(const Caches& c) const {
+test::StepMemory RankStep::step(const Caches& c) const {
   test::StepMemory m{.stage = {s, tile, {}, scratch, scratch_bytes}};
   m.q = q;
   std::copy_n(c.k, branches, m.k);
@@ -181,13 +182,13 @@ test::StepMemory Share::step(const Caches& c) const {
   return m;
 }
 
-RankArgs Share::rank_args(const Caches& c, bool local_attention) const {
+RankArgs RankStep::rank_args(const Caches& c, bool local_attention) const {
   RankArgs a = step(c).rank_args();
   a.local_attention = local_attention;
   return a;
 }
 
-ShardedAttentionArgs Share::shard_args(const Caches& c) const {
+ShardedAttentionArgs RankStep::shard_args(const Caches& c) const {
   ShardedAttentionArgs a;
   for (const Branch branch : {cmp, win}) a.attend[branch] = step(c).attend_args(branch);
   a.lse_all = lse;
@@ -197,7 +198,7 @@ ShardedAttentionArgs Share::shard_args(const Caches& c) const {
   return a;
 }
 
-void Share::stages(const Caches& c) {
+void RankStep::stages(const Caches& c) {
   attend(cmp, c);
   attend(win, c);
   b.kernels->rank(rank_args(c, false), stream);
@@ -206,20 +207,20 @@ void Share::stages(const Caches& c) {
   b.kernels->combine(step(c).combine_args(), stream);
 }
 
-void Share::fused(const Caches& c) {
+void RankStep::fused(const Caches& c) {
   if (kv == 1) return test::run_fused(b.kernels->decode_attention, step(c).attention_args(), stream);
   local(c);
   rank(c);
   normalise(c);
   select(c);
-  sel_alone(c);
+  attend_sel(c);
   combine(c);
 }
 
-double Share::measure(const std::function<void(Share&, const Caches&)>& step) {
+double RankStep::measure(const std::function<void(RankStep&, const Caches&)>& step) {
   struct Context {
-    Share* share;
-    const std::function<void(Share&, const Caches&)>* step;
+    RankStep* rank;
+    const std::function<void(RankStep&, const Caches&)>* step;
     int rounds;
   } context{this, &step, std::max(1, 16 / static_cast<int>(sets.size()))};
   step(*this, sets[0]);
@@ -229,7 +230,7 @@ double Share::measure(const std::function<void(Share&, const Caches&)>& step) {
       [](void* c) {
         const auto* at = static_cast<const Context*>(c);
         for (int round = 0; round < at->rounds; ++round)
-          for (const Caches& set : at->share->sets) (*at->step)(*at->share, set);
+          for (const Caches& set : at->rank->sets) (*at->step)(*at->rank, set);
       },
       &context);
   Event *from = b.device->create_event(), *to = b.device->create_event();
@@ -250,13 +251,14 @@ double Share::measure(const std::function<void(Share&, const Caches&)>& step) {
 
 struct Column {
   const char* name;
-  void (Share::*run)(const Caches&);
-  bool of_shards;  // only where ranks share the sequences
+  void (RankStep::*run)(const Caches&);
+  bool sharded_only;  // only where ranks share the sequences
 };
-constexpr Column columns[] = {
-    {"staged", &Share::stages, false}, {"fused", &Share::fused, false},   {"cmp", &Share::cmp_alone, false},
-    {"local", &Share::local, true},    {"rank", &Share::rank, false},     {"normalise", &Share::normalise, true},
-    {"select", &Share::select, true},  {"sel", &Share::sel_alone, false}, {"combine", &Share::combine, false}};
+constexpr Column columns[] = {{"staged", &RankStep::stages, false},  {"fused", &RankStep::fused, false},
+                              {"cmp", &RankStep::attend_cmp, false}, {"local", &RankStep::local, true},
+                              {"rank", &RankStep::rank, false},      {"normalise", &RankStep::normalise, true},
+                              {"select", &RankStep::select, true},   {"sel", &RankStep::attend_sel, false},
+                              {"combine", &RankStep::combine, false}};
 
 bool is_wanted(const Row& row, int argc, char** argv) {
   if (argc != 5) return true;
@@ -276,15 +278,15 @@ int main(int argc, char** argv) {
   std::printf(" %9s\n", "floor");
   for (const Row& row : table) {
     if (!is_wanted(row, argc, argv)) continue;
-    Share share(backend, row);
+    RankStep step(backend, row);
     std::printf("%4d x %5lldK %6d x %d", row.batch, static_cast<long long>(row.context / 1024), row.heads, row.kv);
     for (const Column& column : columns) {
-      if (column.of_shards && row.kv == 1)
+      if (column.sharded_only && row.kv == 1)
         std::printf(" %9s", "-");
       else
-        std::printf(" %9.1f", share.measure([&](Share& of, const Caches& c) { (of.*column.run)(c); }));
+        std::printf(" %9.1f", step.measure([&](RankStep& of, const Caches& c) { (of.*column.run)(c); }));
     }
-    std::printf(" %9.1f\n", share.cmp_bytes / floor_rate * 1e6);
+    std::printf(" %9.1f\n", step.cmp_bytes / floor_rate * 1e6);
     std::fflush(stdout);
   }
 }

@@ -1,5 +1,5 @@
 #pragma once
-// Two buffers of the GPU compared there: hundreds of MB, thousands of times.
+// Compares two GPU buffers on the GPU: hundreds of MB, thousands of times.
 
 #include <cstddef>
 #include <cstdint>
@@ -13,7 +13,7 @@ struct Differences {
   std::uint64_t first;  ///< the first such word
 };
 
-/// Of `bytes` (a multiple of 4), behind what `stream` has queued; waits for it.
+/// Compares `bytes` (a multiple of 4) after the work that `stream` has queued; waits for it.
 Differences differences(const void* a, const void* b, std::size_t bytes, Stream* stream);
 
 }  // namespace nsa::test

@@ -1,5 +1,5 @@
 #pragma once
-// The arguments of a step's stages over plain memory of one GPU: what benches and the test of repetitions run.
+// The arguments of a step's stages over memory of one GPU, for benchmarks and the test of repeated runs.
 
 #include <cstdint>
 #include <vector>
@@ -10,7 +10,7 @@
 
 namespace nsa::test {
 
-/// Owns what it makes.
+/// Owns the buffers that it allocates.
 struct WorkMemory {
   const Backend& backend;
   MemoryAccount account;
@@ -22,7 +22,7 @@ struct WorkMemory {
   }
 };
 
-/// Pointers to what the stages of one rank read and write. Rows count from the tile's first one.
+/// The memory that the stages of one rank read and write. Rows count from the first row of the tile.
 struct StepMemory {
   StageArgs stage;
   const void* q = nullptr;  ///< [rows, H, Dk]
@@ -88,7 +88,7 @@ struct StepMemory {
   }
 };
 
-/// Runs a fused operation, which has to accept the arguments.
+/// Runs a fused operation. Throws InternalError when it does not accept the arguments.
 template <class Args>
 void run_fused(const FusedOp<Args>& op, const Args& args, Stream* stream) {
   if (!op.accepts || !op.accepts(args)) throw InternalError("the fused operation does not accept these arguments");

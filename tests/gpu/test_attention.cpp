@@ -1,5 +1,5 @@
-// Every attention stage of the CUDA backend against its host twin, on random inputs and NaN-poisoned buffers, over
-// head counts, head sizes, lengths, layouts of the KV shards and types.
+// Compares every attention stage of the CUDA backend with that of the host, on random inputs and NaN-filled buffers,
+// over head counts, head sizes, lengths, layouts of the KV shards and types.
 
 #include <algorithm>
 #include <limits>
@@ -7,7 +7,7 @@
 #include <string>
 
 #include "catch.hpp"
-#include "gpu/twin.hpp"
+#include "gpu/mirrored.hpp"
 
 using namespace nsa;
 using namespace nsa::test;
@@ -22,9 +22,9 @@ struct Case {
   std::int32_t chunk_blocks = 2;
   bool gathered = false;  // prefill: K/V of all ranks in one buffer
   bool ring = false;      // decode: the window in a ring
-  bool scored = false;    // prefill: cmp leaves raw scores, even where rank could form them itself
-  float q_scale = 2.0f;   // of q's elements: how far apart scores lie
-  int left_out = -1;      // the branch that the step at once leaves out; its stages still do all three
+  bool scored = false;    // prefill: cmp stores raw scores, even where rank could recompute them
+  float q_scale = 2.0f;   // of q's elements: sets the spread of the scores
+  int left_out = -1;      // the branch that the fused step leaves out; the stages compute all three
   std::int64_t positions() const { return first + tokens; }
 };
 
@@ -38,40 +38,41 @@ LayerShape shape_of(DType type, int groups, int h, int d_k, int d_v) {
   return s;
 }
 
-RowMap chunked(const Case& c, std::int64_t chunk, std::int32_t before, std::int32_t rank) {
+RowMap chunked(const Case& c, std::int64_t chunk, std::int32_t halo, std::int32_t rank) {
   RowMap m;
   if (c.kv == 1) return m;
   m.chunk = chunk;
-  m.stride = chunk + before;
-  m.halo = before;
+  m.stride = chunk + halo;
+  m.halo = halo;
   m.kv = c.kv;
   m.rank = c.gathered ? all_ranks : rank;
   return m;
 }
 
-// fp32 and 16-bit inputs alike are multiplied and summed in fp32, in another order and with another exponential: a
-// few times 2^-24 a step over at most a few thousand steps. Tensor cores round the weights P to storage once more:
-// 2^-9 (bf16) or 2^-12 (fp16) an element, random in sign.
+// fp32 and 16-bit inputs are multiplied and summed in fp32, in another order and with another exponential: a few times
+// 2^-24 per step over at most a few thousand steps. Tensor cores also round the weights P to storage: 2^-9 (bf16) or
+// 2^-12 (fp16) per element, random in sign.
 double tolerance(DType type) { return type == DType::f32 ? 2e-5 : type == DType::bf16 ? 4e-3 : 6e-4; }
 
-// What all ranks of a layout computed, by the GPU and by the host.
+// The results of all ranks of a layout, on the GPU and on the host.
 struct Run {
-  /// `kernel`: which of the GPU's implementations (of those that accept the shape).
+  /// `kernel`: index of the GPU's implementation, where that accepts the shape; else the first one runs.
   explicit Run(const Case& c, std::size_t kernel = 0);
   Case c;
   LayerShape s;
   std::int64_t rows, lists, blocks;
-  std::vector<std::unique_ptr<Twin>> partials, lse, p_slc, candidates, reads;
-  std::unique_ptr<Twin> selected, gate, o, o_branch;
+  std::vector<std::unique_ptr<MirroredBuffer>> partials, lse, p_slc, candidates, reads;
+  std::unique_ptr<MirroredBuffer> selected, gate, o, o_branch;
   std::vector<std::int32_t> gpu_selected;
-  // The same by the fused operation where it accepts the case, on the GPU alone.
+  // The results of the fused operation where it accepts the case, on the GPU only.
   bool fused = false;
-  std::unique_ptr<Twin> fused_selected, fused_o, fused_o_branch, fused_p_slc, fused_reads;
+  std::unique_ptr<MirroredBuffer> fused_selected, fused_o, fused_o_branch, fused_p_slc, fused_reads;
 };
 
-void attend_on(const Backend& b, Branch branch, const Case& c, const StageArgs& stage, const Twin& q, const TwinKv& k,
-               const TwinKv& v, const Twin& partials, const Twin& reads, const Twin* selected, const Twin* lse,
-               const Twin* scores, const Twin& scratch, const AttendKernel& kernel) {
+void attend_on(const Backend& b, Branch branch, const Case& c, const StageArgs& stage, const MirroredBuffer& q,
+               const MirroredKv& k, const MirroredKv& v, const MirroredBuffer& partials, const MirroredBuffer& reads,
+               const MirroredBuffer* selected, const MirroredBuffer* lse, const MirroredBuffer* scores,
+               const MirroredBuffer& scratch, const AttendKernel& kernel) {
   AttendArgs a{stage};
   a.q = q.on<void>(b);
   a.k = k.on(b);
@@ -108,21 +109,21 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   lists = rows * s.groups;
   blocks = eligible_blocks(r, T - 1);
   const int ranks = c.gathered ? 1 : c.kv;
-  Twin position(8);
+  MirroredBuffer position(8);
   *position.host<std::int64_t>() = c.first;
   position.to_gpu();
   const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
-  TwinKv q(s.dtype, RowMap{}, 1, rows, s.heads() * s.d_k);
+  MirroredKv q(s.dtype, RowMap{}, 1, rows, s.heads() * s.d_k);
   q.fill(1, 1, rows, "q", c.q_scale);
-  gate = std::make_unique<Twin>(lists * 3 * 4);
+  gate = std::make_unique<MirroredBuffer>(lists * 3 * 4);
   for (std::int64_t i = 0; i < lists * 3; ++i) gate->host<float>()[i] = 0.1f + 0.2f * static_cast<float>(i % 4);
   gate->to_gpu();
-  selected = std::make_unique<Twin>(lists * r.n_sel * 4);
+  selected = std::make_unique<MirroredBuffer>(lists * r.n_sel * 4);
   const std::int64_t lse_floats = lse_slots(s, ranks) * rows * s.heads() * 2;
-  Twin lse_all(ranks * lse_floats * 4), partials_all(ranks * partial_floats(s, rows) * 4),
+  MirroredBuffer lse_all(ranks * lse_floats * 4), partials_all(ranks * partial_floats(s, rows) * 4),
       candidates_all(ranks * lists * r.n_sel * 8);
-  std::vector<std::unique_ptr<Twin>> scores, scratch;
-  std::vector<std::unique_ptr<TwinKv>> k_cmp, v_cmp, k_sel, v_sel, k_win, v_win;
+  std::vector<std::unique_ptr<MirroredBuffer>> scores, scratch;
+  std::vector<std::unique_ptr<MirroredKv>> k_cmp, v_cmp, k_sel, v_sel, k_win, v_win;
   const auto tile_on = [&](const Backend& b) {
     QueryTile t = tile;
     t.first_position = position.on<std::int64_t>(b);
@@ -147,7 +148,7 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
       win_map.slot_end = std::int64_t{rank + 1} * r.w / ranks;
     }
     const auto cache = [&](const RowMap& map, std::int64_t count, int width, const char* name) {
-      auto kv = std::make_unique<TwinKv>(s.dtype, map, planes, std::max<std::int64_t>(count, 1), width);
+      auto kv = std::make_unique<MirroredKv>(s.dtype, map, planes, std::max<std::int64_t>(count, 1), width);
       if (name[0] == 'v') kv->memory.clear();
       if (count > 0) kv->fill(c.batch, s.groups, count, name);
       return kv;
@@ -158,21 +159,22 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
     v_sel.push_back(cache(token_map, T, s.d_v, "v_sel"));
     k_win.push_back(cache(win_map, T, s.d_k, "k_win"));
     v_win.push_back(cache(win_map, T, s.d_v, "v_win"));
-    const std::int64_t cmp_rows = ranks == 1 ? n : TwinKv::capacity(cmp_map, std::max<std::int64_t>(n, 1));
+    const std::int64_t cmp_rows = ranks == 1 ? n : MirroredKv::capacity(cmp_map, std::max<std::int64_t>(n, 1));
     const std::int64_t score_bytes =
         static_cast<std::int64_t>(std::max(cpu().kernels->score_bytes(s, tile_on(cpu()), cmp_rows),
                                            gpu().kernels->score_bytes(s, tile_on(gpu()), cmp_rows)));
-    scores.push_back(std::make_unique<Twin>(std::max<std::int64_t>(score_bytes, 16)));
-    scratch.push_back(std::make_unique<Twin>(scratch_bytes));
-    partials.push_back(std::make_unique<Twin>(partial_floats(s, rows) * 4));
-    lse.push_back(std::make_unique<Twin>(lse_floats * 4));
-    p_slc.push_back(std::make_unique<Twin>(lists * blocks * 4));
-    candidates.push_back(std::make_unique<Twin>(lists * r.n_sel * 8));
-    reads.push_back(std::make_unique<Twin>(branches * planes * 8));
+    scores.push_back(std::make_unique<MirroredBuffer>(std::max<std::int64_t>(score_bytes, 16)));
+    scratch.push_back(std::make_unique<MirroredBuffer>(scratch_bytes));
+    partials.push_back(std::make_unique<MirroredBuffer>(partial_floats(s, rows) * 4));
+    lse.push_back(std::make_unique<MirroredBuffer>(lse_floats * 4));
+    p_slc.push_back(std::make_unique<MirroredBuffer>(lists * blocks * 4));
+    candidates.push_back(std::make_unique<MirroredBuffer>(lists * r.n_sel * 8));
+    reads.push_back(std::make_unique<MirroredBuffer>(branches * planes * 8));
     std::memset(reads.back()->host<void>(), 0, reads.back()->bytes());
     reads.back()->to_gpu();
   }
-  const auto gather = [&](const Backend& b, const std::vector<std::unique_ptr<Twin>>& from, const Twin& to) {
+  const auto gather = [&](const Backend& b, const std::vector<std::unique_ptr<MirroredBuffer>>& from,
+                          const MirroredBuffer& to) {
     for (int rank = 0; rank < ranks; ++rank)
       b.device->copy(to.on<char>(b) + rank * from[rank]->bytes(), from[rank]->on<void>(b), from[rank]->bytes(),
                      nullptr);
@@ -209,9 +211,9 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
       b->kernels->select({stage, candidates_all.on<Candidate>(*b), ranks, selected->on<std::int32_t>(*b)}, nullptr);
   }
   gpu_selected = selected->from_gpu<std::int32_t>();
-  selected->to_gpu();  // both attend the same blocks, so that near ties do not count as differences
-  o = std::make_unique<Twin>(rows * s.heads() * s.d_v * size);
-  o_branch = std::make_unique<Twin>(branches * rows * s.heads() * s.d_v * 4);
+  selected->to_gpu();  // both attend the same blocks, so that near ties do not become differences
+  o = std::make_unique<MirroredBuffer>(rows * s.heads() * s.d_v * size);
+  o_branch = std::make_unique<MirroredBuffer>(branches * rows * s.heads() * s.d_v * 4);
   for (const Backend* b : {&cpu(), &gpu()}) {
     const StageArgs stage{s, tile_on(*b), policy(*b)};
     for (int rank = 0; rank < ranks; ++rank)
@@ -231,19 +233,19 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   const bool prefill = c.tokens > 1;
   if (kernel > 0 || ranks > 1 || (c.gathered && !prefill)) return;
 
-  fused_selected = std::make_unique<Twin>(selected->bytes());
-  fused_o = std::make_unique<Twin>(o->bytes());
-  fused_o_branch = std::make_unique<Twin>(o_branch->bytes());
-  fused_p_slc = std::make_unique<Twin>(p_slc[0]->bytes());
-  fused_reads = std::make_unique<Twin>(reads[0]->bytes());
+  fused_selected = std::make_unique<MirroredBuffer>(selected->bytes());
+  fused_o = std::make_unique<MirroredBuffer>(o->bytes());
+  fused_o_branch = std::make_unique<MirroredBuffer>(o_branch->bytes());
+  fused_p_slc = std::make_unique<MirroredBuffer>(p_slc[0]->bytes());
+  fused_reads = std::make_unique<MirroredBuffer>(reads[0]->bytes());
   std::memset(fused_reads->host<void>(), 0, fused_reads->bytes());
   fused_reads->to_gpu();
   const Backend& b = gpu();
   const StageArgs stage{s, tile_on(b), policy(b), scratch[0]->on<void>(b), scratch[0]->bytes()};
-  Twin fused_partials(partials[0]->bytes()), fused_lse(lse[0]->bytes()), fused_scores(scores[0]->bytes());
+  MirroredBuffer fused_partials(partials[0]->bytes()), fused_lse(lse[0]->bytes()), fused_scores(scores[0]->bytes());
   AttentionArgs a;
-  const TwinKv* k[branches] = {k_cmp[0].get(), k_sel[0].get(), k_win[0].get()};
-  const TwinKv* v[branches] = {v_cmp[0].get(), v_sel[0].get(), v_win[0].get()};
+  const MirroredKv* k[branches] = {k_cmp[0].get(), k_sel[0].get(), k_win[0].get()};
+  const MirroredKv* v[branches] = {v_cmp[0].get(), v_sel[0].get(), v_win[0].get()};
   for (int branch = 0; branch < branches; ++branch) {
     AttendArgs& of = a.attend[branch];
     static_cast<StageArgs&>(of) = stage;
@@ -281,7 +283,7 @@ Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   b.device->synchronize(nullptr);
 }
 
-// The order of choice, applied to the GPU's own scores.
+// The selection rule, applied to the scores of the GPU.
 std::vector<std::int32_t> best_blocks(const BlockRules& r, std::int64_t t, const std::vector<float>& score) {
   std::vector<std::int32_t> order;
   for (std::int64_t j = 0; j < eligible_blocks(r, t); ++j) order.push_back(static_cast<std::int32_t>(j));
@@ -305,28 +307,29 @@ void check_same(const std::vector<T>& ours, const std::vector<T>& theirs) {
   CHECK(different == 0);
 }
 
-// The step at once: the very blocks and scores of its stages, outputs near the host's (o_branch: `host`).
-void check_once(const Run& run, const std::vector<float>& host) {
+// The fused step must have the same blocks and scores as the stages, and outputs near the host's (o_branch: `host`).
+void check_fused(const Run& run, const std::vector<float>& host) {
   const Case& c = run.c;
   const LayerShape& s = run.s;
-  INFO("at once, left out: " << c.left_out);
+  INFO("fused, left out: " << c.left_out);
   if (c.left_out != sel) {
     check_same(run.fused_selected->from_gpu<std::int32_t>(), run.gpu_selected);
     check_same(run.fused_p_slc->from_gpu<float>(), run.p_slc[0]->from_gpu<float>());
   }
   const std::int64_t planes = std::int64_t{c.batch} * s.groups, branch_floats = run.rows * s.heads() * s.d_v;
-  const auto once = run.fused_o_branch->from_gpu<float>();
+  const auto fused_o = run.fused_o_branch->from_gpu<float>();
   const auto gate = run.gate->from_gpu<float>();
   std::vector<float> sum(branch_floats, 0.0f);
   for (int b = 0; b < branches; ++b) {
     INFO("branch " << branch_names[b]);
     const auto reads = run.fused_reads->from_gpu<std::int64_t>(), expected = run.reads[0]->from_gpu<std::int64_t>();
-    const bool is_read = b != c.left_out || b == cmp;  // of cmp the scores remain
+    const bool is_read = b != c.left_out || b == cmp;  // cmp still computes its scores
     for (std::int64_t i = b * planes; i < (b + 1) * planes; ++i) CHECK(reads[i] == (is_read ? expected[i] : 0));
     if (b == c.left_out) continue;
-    const std::vector<float> ours(once.begin() + b * branch_floats, once.begin() + (b + 1) * branch_floats);
+    const std::vector<float> ours(fused_o.begin() + b * branch_floats, fused_o.begin() + (b + 1) * branch_floats);
     const std::vector<float> theirs(host.begin() + b * branch_floats, host.begin() + (b + 1) * branch_floats);
-    if (c.tokens == 1) CHECK(relative_error(ours, theirs) < tolerance(s.dtype));  // a prefill tile leaves o alone
+    if (c.tokens == 1)
+      CHECK(relative_error(ours, theirs) < tolerance(s.dtype));  // a prefill tile does not write o_branch
     for (std::int64_t i = 0; i < branch_floats; ++i)
       sum[i] += gate[i / s.d_v / s.heads_per_group * branches + b] * theirs[i];
   }
@@ -348,7 +351,7 @@ void check(const Run& run) {
     const std::vector<float> theirs(host.begin() + b * branch_floats, host.begin() + (b + 1) * branch_floats);
     CHECK(relative_error(ours, theirs) < tolerance(s.dtype));
   }
-  // o is rounded to storage on both sides: one unit in the last place more.
+  // o is rounded to storage on both sides, which adds one ulp.
   CHECK(relative_error(*run.o, s.dtype) < 2 * tolerance(s.dtype));
   std::vector<float> gpu_scores(run.lists * run.blocks, 0.0f), host_scores = gpu_scores;
   for (std::size_t rank = 0; rank < run.p_slc.size(); ++rank) {
@@ -367,7 +370,7 @@ void check(const Run& run) {
     chosen_by_rule &= std::equal(expected.begin(), expected.end(), run.gpu_selected.begin() + list * s.rules.n_sel);
   }
   CHECK(chosen_by_rule);
-  if (run.fused) check_once(run, host);
+  if (run.fused) check_fused(run, host);
 }
 
 void run_and_check(const Case& c) {
@@ -437,7 +440,7 @@ TEST_CASE("cuda attention equals the host's for other block geometries") {
       }
 }
 
-TEST_CASE("every kv layout chooses the same blocks bit for bit and gives the same outputs") {
+TEST_CASE("every kv layout selects the same blocks bit for bit and has the same outputs") {
   const int chunk_blocks = GENERATE(2, 8);  // without and with whole tiles
   for (const DType type : {DType::f32, DType::bf16})
     for (const std::int64_t first : {20, 130, 257, 1023, 1038, 1040, 5000, 33008}) {
@@ -452,15 +455,15 @@ TEST_CASE("every kv layout chooses the same blocks bit for bit and gives the sam
         for (const int kv : {2, 3, 4, 8}) {
           c.kv = kv;
           c.ring = true;
-          const Run many(c, kernel);
-          check(many);
+          const Run tiled(c, kernel);
+          check(tiled);
           INFO("first=" << first << " kv=" << kv << " " << name_of(type) << " "
                         << gpu().kernels->attend[cmp][kernel].name);
-          CHECK(many.gpu_selected == one.gpu_selected);
+          CHECK(tiled.gpu_selected == one.gpu_selected);
           std::vector<float> sum(one_scores.size(), 0.0f);
-          for (const auto& part : many.p_slc) {
-            const auto values = part->from_gpu<float>();
-            for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += values[i];  // each block is one rank's
+          for (const auto& p_slc : tiled.p_slc) {
+            const auto values = p_slc->from_gpu<float>();
+            for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += values[i];  // each block belongs to one rank
           }
           CHECK(sum == one_scores);
         }
@@ -475,8 +478,8 @@ TEST_CASE("every kv layout chooses the same blocks bit for bit and gives the sam
     }
 }
 
-// Prefill tiles of the tuned kernels' head sizes: beginnings, ends and lengths that divide nothing; few heads; chunks
-// of one block to many; more than a tile of 128 tokens of everything.
+// Prefill tiles of the head sizes of the tuned kernels: starts, ends and lengths that are no multiple of a tile; few
+// heads; chunks of one block to many; more than one tile of 128 tokens in every branch.
 TEST_CASE("cuda prefill tiles equal the host's", "[prefill]") {
   for (const DType type : {DType::bf16, DType::f16})
     for (const int d : {64, 128})
@@ -492,7 +495,7 @@ TEST_CASE("cuda prefill tiles equal the host's", "[prefill]") {
         }
 }
 
-// More chosen blocks than the kernel for few of them plans for; rows enough for tiles.
+// More chosen blocks than the single-pass kernel holds, and enough rows for tiles.
 TEST_CASE("cuda prefill of many chosen blocks equals the host's", "[prefill]") {
   for (const int d : {64, 128})
     for (const int n : {17, 32}) {
@@ -502,8 +505,8 @@ TEST_CASE("cuda prefill of many chosen blocks equals the host's", "[prefill]") {
     }
 }
 
-// Scores that lie tens of powers of two apart: rows whose reference has to rise behind the first tile, by much and by
-// little, beside rows where it stands.
+// Scores whose spread is tens of powers of two: rows whose running maximum rises after the first tile, by much and by
+// little, next to rows where it stays.
 TEST_CASE("cuda prefill equals the host's where scores rise", "[prefill]") {
   for (const DType type : {DType::bf16, DType::f16})
     for (const int d : {64, 128})
@@ -513,7 +516,8 @@ TEST_CASE("cuda prefill equals the host's where scores rise", "[prefill]") {
           c.q_scale = scale;
           run_and_check(c);
         }
-  // At once the GPU's own choice is attended: with 80, most block scores are 0 on one side and 1e-40 on the other.
+  // The fused operation attends the selection of the GPU: with 80, most block scores are 0 on one side and 1e-40 on the
+  // other.
   Case c{shape_of(DType::bf16, 4, 16, 128, 128), 1, 203, 2000};
   c.q_scale = 20.0f;
   const Run run(c);
@@ -521,7 +525,7 @@ TEST_CASE("cuda prefill equals the host's where scores rise", "[prefill]") {
   CHECK(run.fused);
 }
 
-TEST_CASE("cuda prefill chooses the same blocks on every layout and tile", "[prefill]") {
+TEST_CASE("cuda prefill selects the same blocks on every layout and tile", "[prefill]") {
   for (const int chunk_blocks : {2, 4, 16})
     for (const auto& [first, tokens] : {std::pair{0, 100}, {1020, 77}, {6007, 50}}) {
       Case c{shape_of(DType::bf16, 1, 16, 128, 128), 1, tokens, first};
@@ -532,18 +536,18 @@ TEST_CASE("cuda prefill chooses the same blocks on every layout and tile", "[pre
       const auto scores = one.p_slc[0]->from_gpu<float>();
       for (const int kv : {2, 3, 8}) {
         c.kv = kv;
-        const Run many(c);
-        check(many);
+        const Run tiled(c);
+        check(tiled);
         INFO("first=" << first << " kv=" << kv << " chunk_blocks=" << chunk_blocks);
-        CHECK(many.gpu_selected == one.gpu_selected);
-        CHECK(many.p_slc[0]->from_gpu<float>() == scores);
+        CHECK(tiled.gpu_selected == one.gpu_selected);
+        CHECK(tiled.p_slc[0]->from_gpu<float>() == scores);
       }
     }
 }
 
-// A prefill tile at once, which takes tiles of enough rows to fill the GPU: beginnings before the first compressed
-// token, ends that divide nothing, few heads, chunks gathered from several ranks.
-TEST_CASE("cuda prefill at once equals the host's and chooses what the stages choose", "[prefill][once]") {
+// The fused prefill tile, which accepts tiles with enough rows to fill the GPU: starts before the first compressed
+// token, ends that are no multiple of a tile, few heads, chunks gathered from several ranks.
+TEST_CASE("fused cuda prefill equals the host's and selects what the stages select", "[prefill][once]") {
   const auto run_fused = [](const Case& c) {
     const Run run(c);
     check(run);
@@ -572,10 +576,10 @@ TEST_CASE("cuda prefill at once equals the host's and chooses what the stages ch
   CHECK_FALSE(Run(c).fused);
 }
 
-// A step at once by clusters of every size: lists enough for each, and so many tiles that warps have several of them;
-// every count of blocks around those that a warp scores together; a branch left out. Chunks of 16 blocks have whole
-// tiles, so that blocks are scored by those; of 2 they have not.
-TEST_CASE("a decode step at once equals its stages", "[step]") {
+// The fused step on clusters of every size: enough work items for each, and enough tiles that warps have several of
+// them; every count of blocks around those that a warp scores together; a branch left out. Chunks of 16 blocks have
+// whole tiles, by which their blocks are scored; chunks of 2 blocks have none.
+TEST_CASE("a fused decode step equals its stages", "[step]") {
   const int chunk_blocks = GENERATE(2, 16);
   for (const DType type : {DType::bf16, DType::f16, DType::f32})
     for (const auto& [batch, first] : {std::pair{1, 33},
@@ -616,10 +620,11 @@ TEST_CASE("a decode step at once equals its stages", "[step]") {
     }
 }
 
-// Blocks scored by tile: leaves of one tile, two and three, and of one and a half, which have none; every count of
-// tokens around a tile's end; heads that fill no four; scores so far apart that a tile's tokens hardly show beside its
-// maximum; other geometries, of which only the first two are scored so.
-TEST_CASE("blocks are scored by tile where leaves have whole ones", "[step]") {
+// Blocks scored by tile: lse segments of one, two and three tiles, and of one and a half, which have no whole tiles;
+// every count of tokens around the end of a tile; head counts that are no multiple of four; scores spread so far that
+// the tokens of a tile are negligible next to its maximum; other geometries, of which only the first two are scored by
+// tile.
+TEST_CASE("blocks are scored by tile where lse segments have whole tiles", "[step]") {
   for (const DType type : {DType::bf16, DType::f32})
     for (const int chunk_blocks : {8, 12, 16, 24})
       for (const int h : {1, 3, 4})
@@ -645,8 +650,8 @@ TEST_CASE("blocks are scored by tile where leaves have whole ones", "[step]") {
       }
 }
 
-// `fused` gives sel to the tiled kernel only where the rows of all groups and sequences fill it; both sides of that.
-TEST_CASE("cuda selected attention goes row by row where rows are few", "[prefill][variant]") {
+// `fused` runs sel on the tiled kernel only where the rows of all groups and sequences fill it; cases on both sides.
+TEST_CASE("cuda selected attention runs row by row where rows are few", "[prefill][variant]") {
   const AttendKernel& fused = gpu().kernels->attend[sel][0];
   for (const auto& [groups, batch] : {std::pair{1, 1}, {4, 1}, {1, 3}}) {
     Case c{shape_of(DType::bf16, groups, 4, 64, 64), batch, 1, 4000};

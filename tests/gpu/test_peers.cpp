@@ -132,7 +132,7 @@ TEST_CASE("ranks gather through peer memory, several ranks at a time and repeate
   }
 }
 
-TEST_CASE("sums are added by rising rank, between gathers of the same ranks", "[gpu][peers]") {
+TEST_CASE("sums are added in the order of ranks, between gathers of the same ranks", "[gpu][peers]") {
   const int ranks = GENERATE(2, 3, 4, 5, 6);
   CAPTURE(ranks);
   constexpr std::size_t count = 2501, rounds = 200;  // three CTAs

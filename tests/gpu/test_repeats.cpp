@@ -1,10 +1,10 @@
-// The same inputs give the same bits, however often. A race shows here long before a result leaves its tolerance: when
-// slots were given back while an ldmatrix was still under way, one query and group in a thousand prefills was off by a
-// few percent, and every other test passed.
+// The same inputs must give the same bits in every run. This finds races whose results are within the tolerances: when
+// slots were released before an ldmatrix had completed, one query and group in a thousand prefills was off by a few
+// percent, and every other test passed.
 
 #include "catch.hpp"
 #include "gpu/differences.hpp"
-#include "gpu/twin.hpp"
+#include "gpu/mirrored.hpp"
 #include "gpu/whole_decode.hpp"
 #include "gpu/whole_prefill.hpp"
 
@@ -22,7 +22,7 @@ LayerShape shape_of(DType type, int d) {
   return s;
 }
 
-// Runs that left `out` other than the first run did, of `times`. `out` is poisoned before each.
+// The number of runs, of `times`, whose `out` differs from that of the first run. `out` is filled with NaN before each.
 template <class Whole, class Queue>
 int runs_that_differ(Whole& whole, void* out, std::int64_t bytes, int times, Queue queue) {
   const auto size = static_cast<std::size_t>(bytes);
@@ -44,8 +44,8 @@ int runs_that_differ(Whole& whole, void* out, std::int64_t bytes, int times, Que
 
 }  // namespace
 
-// 8K, whose groups go side by side, and contexts where they follow one another.
-TEST_CASE("a prefill at once gives the same bits every time", "[prefill][repeats]") {
+// A context of 8K, where groups run concurrently, and contexts where they run one after the other.
+TEST_CASE("a fused prefill gives the same bits every time", "[prefill][repeats]") {
   for (const DType type : {DType::bf16, DType::f16})
     for (const auto& [d, context, times] :
          {std::tuple{64, 8192, 1000}, {128, 8192, 1000}, {64, 32768, 100}, {128, 16384, 200}}) {
@@ -56,7 +56,7 @@ TEST_CASE("a prefill at once gives the same bits every time", "[prefill][repeats
     }
 }
 
-// So few rows that they go row by row: bulk copies into a ring that warps read by plain loads.
+// So few rows that the kernel runs row by row: bulk copies into a ring that warps read with ordinary loads.
 TEST_CASE("selected attention row by row gives the same bits every time", "[prefill][repeats]") {
   for (const int d : {64, 128}) {
     WholePrefill whole(gpu(), shape_of(DType::bf16, d), 4096, 192, false);
@@ -72,9 +72,9 @@ TEST_CASE("selected attention row by row gives the same bits every time", "[pref
   }
 }
 
-// A decode step in one kernel, by clusters of 16 CTAs a list to one, and by CTAs of 4 warps, two an SM; so many tiles
-// that warps have several, and fewer than warps. What CTAs hand each other through the L2 is poisoned, too.
-TEST_CASE("a decode step at once gives the same bits every time", "[step][repeats]") {
+// A decode step in one kernel, on clusters of 16 CTAs per work item to one, and on CTAs of 4 warps, two per SM; with
+// more tiles than warps, and with fewer. The memory that CTAs exchange through the L2 is filled with NaN, too.
+TEST_CASE("a fused decode step gives the same bits every time", "[step][repeats]") {
   for (const DType type : {DType::bf16, DType::f16})
     for (const auto& [batch, context, d, times] : {std::tuple{1, 1024, 128, 2000},
                                                    {1, 8192, 64, 2000},
@@ -87,13 +87,13 @@ TEST_CASE("a decode step at once gives the same bits every time", "[step][repeat
       if (type == DType::f16 && batch > 1) continue;
       WholeDecode whole(gpu(), shape_of(type, d), batch, context, 1);
       INFO(batch << " x " << context << " d=" << d << " type=" << static_cast<int>(type));
-      const auto poison = [&](void* what, auto bytes) {
+      const auto fill_nan = [&](void* what, auto bytes) {
         gpu().device->fill(what, 0xFF, static_cast<std::size_t>(bytes), whole.stream);
       };
       const auto run = [&] {
-        poison(whole.scores, whole.score_bytes);
-        poison(whole.scratch, whole.scratch_bytes);
-        poison(whole.selected, whole.selected_bytes());
+        fill_nan(whole.scores, whole.score_bytes);
+        fill_nan(whole.scratch, whole.scratch_bytes);
+        fill_nan(whole.selected, whole.selected_bytes());
         whole.run_fused(whole.sets[0]);
       };
       CHECK(runs_that_differ(whole, whole.o, whole.o_bytes(), times, run) == 0);

@@ -1,12 +1,12 @@
-// A decode step's attention where ranks share the sequences, all of them on one GPU, exchanges made by copies: the
-// launches of ShardedStep against the stages one by one, which test_attention.cpp holds against the host.
+// The attention of a decode step where ranks share the sequences, with all ranks on one GPU and copies as exchanges.
+// Compares the fused phases of ShardedAttention with the stages, which test_attention.cpp compares with the host.
 
 #include <algorithm>
 #include <memory>
 #include <string>
 
 #include "catch.hpp"
-#include "gpu/twin.hpp"
+#include "gpu/mirrored.hpp"
 
 using namespace nsa;
 using namespace nsa::test;
@@ -34,28 +34,28 @@ LayerShape shape_of(const Case& c) {
   return s;
 }
 
-// What one rank holds, and what a way of running the step leaves on it.
+// The caches of one rank, and the results of a step on it.
 struct Rank {
-  std::unique_ptr<TwinKv> k[branches], v[branches];
+  std::unique_ptr<MirroredKv> k[branches], v[branches];
 };
-struct Left {
-  std::unique_ptr<Twin> scores, scratch, lse, candidates, selected, partials, reads;
+struct RankResults {
+  std::unique_ptr<MirroredBuffer> scores, scratch, lse, candidates, selected, partials, reads;
 };
 
 class Shards {
  public:
   Shards(const Case& c, int kv);
-  /// Both fill what the ranks leave, and o.
+  /// Both fill the results of the ranks, and o.
   void staged(int leave_out = -1);
-  void sharded(bool weighted, int leave_out = -1);
+  void sharded(bool gated, int leave_out = -1);
 
   const LayerShape s;
   const int kv;
-  std::vector<Left> left;
-  std::unique_ptr<Twin> lse_all, candidates_all, partials_all, o;
+  std::vector<RankResults> results;
+  std::unique_ptr<MirroredBuffer> lse_all, candidates_all, partials_all, o;
 
  private:
-  RowMap map(std::int64_t chunk, int before, int rank) const;
+  RowMap map(std::int64_t chunk, int halo, int rank) const;
   void start();
   StageArgs stage(int rank) const;
   AttendArgs attend_args(Branch branch, int rank, int leave_out) const;
@@ -63,14 +63,14 @@ class Shards {
   void rank_and_select(int rank, bool local_attention) const;
   void select(int rank) const;
   CombineArgs combine_args(int leave_out) const;
-  void gather(std::unique_ptr<Twin> Left::*from, const Twin& to, std::int64_t bytes) const;
+  void gather(std::unique_ptr<MirroredBuffer> RankResults::*from, const MirroredBuffer& to, std::int64_t bytes) const;
 
   const Backend& b = gpu();
   const Case c_;
   QueryTile tile_;
   std::int64_t rows_, cmp_rows_ = 0;
-  Twin position_, gate_;
-  TwinKv q_;
+  MirroredBuffer position_, gate_;
+  MirroredKv q_;
   std::vector<Rank> ranks_;
 };
 
@@ -102,39 +102,41 @@ Shards::Shards(const Case& c, int ranks)
     for (int branch = 0; branch < branches; ++branch)
       for (const bool value : {false, true}) {
         auto& cache = value ? held.v[branch] : held.k[branch];
-        cache = std::make_unique<TwinKv>(c.type, maps[branch], std::int64_t{c.batch} * s.groups,
-                                         std::max<std::int64_t>(counts[branch], 1), value ? s.d_v : s.d_k);
+        cache = std::make_unique<MirroredKv>(c.type, maps[branch], std::int64_t{c.batch} * s.groups,
+                                             std::max<std::int64_t>(counts[branch], 1), value ? s.d_v : s.d_k);
         if (value) cache->memory.clear();
         const std::string name = (value ? "v_" : "k_") + std::string(branch_names[branch]);
         if (counts[branch] > 0) cache->fill(c.batch, s.groups, counts[branch], name.c_str());
       }
-    cmp_rows_ = std::max(cmp_rows_, kv == 1 ? n : TwinKv::capacity(maps[cmp], std::max<std::int64_t>(n, 1)));
+    cmp_rows_ = std::max(cmp_rows_, kv == 1 ? n : MirroredKv::capacity(maps[cmp], std::max<std::int64_t>(n, 1)));
   }
 }
 
-RowMap Shards::map(std::int64_t chunk, int before, int rank) const {
+RowMap Shards::map(std::int64_t chunk, int halo, int rank) const {
   RowMap m;
   if (kv == 1) return m;
   m.chunk = chunk;
-  m.stride = chunk + before;
-  m.halo = before;
+  m.stride = chunk + halo;
+  m.halo = halo;
   m.kv = kv;
   m.rank = rank;
   return m;
 }
 
-// Fresh memory, poisoned.
+// Allocates memory filled with NaN.
 void Shards::start() {
   const std::int64_t planes = std::int64_t{c_.batch} * s.groups;
-  const auto make = [](std::size_t bytes) { return std::make_unique<Twin>(std::max<std::int64_t>(bytes, 16)); };
+  const auto make = [](std::size_t bytes) {
+    return std::make_unique<MirroredBuffer>(std::max<std::int64_t>(bytes, 16));
+  };
   const std::int64_t lse_bytes = lse_slots(s, kv) * rows_ * s.heads() * 8,
                      candidate_bytes = planes * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate));
-  left.clear();
+  results.clear();
   for (int rank = 0; rank < kv; ++rank) {
-    left.push_back({make(b.kernels->score_bytes(s, tile_, cmp_rows_)), make(b.kernels->scratch_bytes(s, tile_, {})),
-                    make(lse_bytes), make(candidate_bytes), make(planes * s.rules.n_sel * 4),
-                    make(partial_floats(s, rows_) * 4), make(branches * planes * 8)});
-    left.back().reads->clear();
+    results.push_back({make(b.kernels->score_bytes(s, tile_, cmp_rows_)), make(b.kernels->scratch_bytes(s, tile_, {})),
+                       make(lse_bytes), make(candidate_bytes), make(planes * s.rules.n_sel * 4),
+                       make(partial_floats(s, rows_) * 4), make(branches * planes * 8)});
+    results.back().reads->clear();
   }
   lse_all = make(kv * lse_bytes);
   candidates_all = make(kv * candidate_bytes);
@@ -143,11 +145,11 @@ void Shards::start() {
 }
 
 StageArgs Shards::stage(int rank) const {
-  return {s, tile_, {}, left[rank].scratch->on<void>(b), left[rank].scratch->bytes()};
+  return {s, tile_, {}, results[rank].scratch->on<void>(b), results[rank].scratch->bytes()};
 }
 
 AttendArgs Shards::attend_args(Branch branch, int rank, int leave_out) const {
-  const Left& to = left[rank];
+  const RankResults& to = results[rank];
   AttendArgs a{stage(rank)};
   a.q = q_.memory.on<void>(b);
   a.k = ranks_[rank].k[branch]->on(b);
@@ -167,22 +169,22 @@ void Shards::attend(Branch branch, int rank, int leave_out) const {
 
 void Shards::rank_and_select(int rank, bool local_attention) const {
   RankArgs a{stage(rank)};
-  a.scores = left[rank].scores->on<void>(b);
+  a.scores = results[rank].scores->on<void>(b);
   a.local_attention = local_attention;
   a.lse = lse_all->on<float>(b);
   a.lse_ranks = kv;
   a.cmp_map = ranks_[rank].k[cmp]->view.map;
   a.token_map = ranks_[rank].k[sel]->view.map;
   if (kv == 1)
-    a.selected = left[rank].selected->on<std::int32_t>(b);
+    a.selected = results[rank].selected->on<std::int32_t>(b);
   else
-    a.candidates = left[rank].candidates->on<Candidate>(b);
+    a.candidates = results[rank].candidates->on<Candidate>(b);
   b.kernels->rank(a, nullptr);
 }
 
 void Shards::select(int rank) const {
   if (kv > 1)
-    b.kernels->select({stage(rank), candidates_all->on<Candidate>(b), kv, left[rank].selected->on<std::int32_t>(b)},
+    b.kernels->select({stage(rank), candidates_all->on<Candidate>(b), kv, results[rank].selected->on<std::int32_t>(b)},
                       nullptr);
 }
 
@@ -196,9 +198,10 @@ CombineArgs Shards::combine_args(int leave_out) const {
   return a;
 }
 
-void Shards::gather(std::unique_ptr<Twin> Left::*from, const Twin& to, std::int64_t bytes) const {
+void Shards::gather(std::unique_ptr<MirroredBuffer> RankResults::*from, const MirroredBuffer& to,
+                    std::int64_t bytes) const {
   for (int rank = 0; rank < kv; ++rank)
-    b.device->copy(to.on<char>(b) + rank * bytes, (left[rank].*from)->on<void>(b), static_cast<std::size_t>(bytes),
+    b.device->copy(to.on<char>(b) + rank * bytes, (results[rank].*from)->on<void>(b), static_cast<std::size_t>(bytes),
                    nullptr);
 }
 
@@ -208,18 +211,18 @@ void Shards::staged(int leave_out) {
     attend(cmp, rank, leave_out);
     if (leave_out != win) attend(win, rank, leave_out);
   }
-  gather(&Left::lse, *lse_all, left[0].lse->bytes());
+  gather(&RankResults::lse, *lse_all, results[0].lse->bytes());
   if (leave_out != sel) {
     for (int rank = 0; rank < kv; ++rank) rank_and_select(rank, false);
-    gather(&Left::candidates, *candidates_all, left[0].candidates->bytes());
+    gather(&RankResults::candidates, *candidates_all, results[0].candidates->bytes());
     for (int rank = 0; rank < kv; ++rank) select(rank), attend(sel, rank, leave_out);
   }
-  gather(&Left::partials, *partials_all, left[0].partials->bytes());
+  gather(&RankResults::partials, *partials_all, results[0].partials->bytes());
   b.kernels->combine(combine_args(leave_out), nullptr);
   b.device->synchronize(nullptr);
 }
 
-void Shards::sharded(bool weighted, int leave_out) {
+void Shards::sharded(bool gated, int leave_out) {
   start();
   const ShardedAttention& op = b.kernels->sharded_attention;
   std::vector<ShardedAttentionArgs> args;
@@ -227,34 +230,35 @@ void Shards::sharded(bool weighted, int leave_out) {
     ShardedAttentionArgs& a = args.emplace_back();
     for (const Branch branch : {cmp, win}) a.attend[branch] = attend_args(branch, rank, leave_out);
     a.lse_all = lse_all->on<float>(b);
-    if (weighted) a.gated = left[rank].partials->on<float>(b);
+    if (gated) a.gated = results[rank].partials->on<float>(b);
     a.gated_all = partials_all->on<float>(b);
     a.combine = combine_args(leave_out);
     REQUIRE(op.accepts(a));
     op.local_attention(a, nullptr);
   }
-  gather(&Left::lse, *lse_all, left[0].lse->bytes());
+  gather(&RankResults::lse, *lse_all, results[0].lse->bytes());
   if (leave_out != sel) {
     for (int rank = 0; rank < kv; ++rank) rank_and_select(rank, true);
-    gather(&Left::candidates, *candidates_all, left[0].candidates->bytes());
+    gather(&RankResults::candidates, *candidates_all, results[0].candidates->bytes());
   }
   for (int rank = 0; rank < kv; ++rank) {
-    if (weighted) op.normalise_partials(args[rank], nullptr);
+    if (gated) op.normalise_partials(args[rank], nullptr);
     if (leave_out == sel) continue;
     select(rank);
     AttendArgs a = attend_args(sel, rank, leave_out);
-    if (weighted) a.out = gated_partial_sel(args[rank].gated, s, rows_);
+    if (gated) a.out = gated_partial_sel(args[rank].gated, s, rows_);
     b.kernels->attend[sel][0].run(a, nullptr);
   }
-  gather(&Left::partials, *partials_all, (weighted ? gated_partial_floats(s, rows_) : partial_floats(s, rows_)) * 4);
-  if (weighted)
+  gather(&RankResults::partials, *partials_all,
+         (gated ? gated_partial_floats(s, rows_) : partial_floats(s, rows_)) * 4);
+  if (gated)
     op.merge_ranks(args[0], nullptr);
   else
     b.kernels->combine(combine_args(leave_out), nullptr);
   b.device->synchronize(nullptr);
 }
 
-// 16-bit: parts are summed in another order, o is rounded to storage on both sides.
+// 16-bit: partials are summed in another order, and o is rounded to storage on both sides.
 double tolerance(DType type) { return type == DType::f32 ? 2e-5 : type == DType::bf16 ? 8e-3 : 1.2e-3; }
 
 std::vector<float> values(const Shards& shards) {
@@ -265,8 +269,8 @@ std::vector<float> values(const Shards& shards) {
   return out;
 }
 
-// The lanes of all ranks in the order of one that holds everything.
-std::vector<float> lanes(const Shards& shards) {
+// The lse buckets of all ranks in the order of a single rank.
+std::vector<float> lse_buckets(const Shards& shards) {
   const auto all = shards.lse_all->from_gpu<float>();
   const std::int64_t slots = lse_slots(shards.s, shards.kv), lane = std::ssize(all) / (slots * shards.kv);
   std::vector<float> out;
@@ -278,10 +282,10 @@ std::vector<float> lanes(const Shards& shards) {
 }
 
 template <class T>
-std::vector<T> of_ranks(const Shards& shards, std::unique_ptr<Twin> Left::*what) {
+std::vector<T> of_ranks(const Shards& shards, std::unique_ptr<MirroredBuffer> RankResults::*what) {
   std::vector<T> out;
-  for (const Left& left : shards.left) {
-    const auto values = (left.*what)->from_gpu<T>();
+  for (const RankResults& rank : shards.results) {
+    const auto values = (rank.*what)->from_gpu<T>();
     out.insert(out.end(), values.begin(), values.end());
   }
   return out;
@@ -293,8 +297,8 @@ struct Answer {
   std::vector<std::int64_t> reads, candidates;
 };
 Answer answer(const Shards& s) {
-  return {lanes(s), values(s), of_ranks<std::int32_t>(s, &Left::selected), of_ranks<std::int64_t>(s, &Left::reads),
-          of_ranks<std::int64_t>(s, &Left::candidates)};
+  return {lse_buckets(s), values(s), of_ranks<std::int32_t>(s, &RankResults::selected),
+          of_ranks<std::int64_t>(s, &RankResults::reads), of_ranks<std::int64_t>(s, &RankResults::candidates)};
 }
 
 void compare(const Answer& got, const Answer& want, DType type, int leave_out) {
@@ -323,9 +327,9 @@ void check(const Case& c, std::initializer_list<int> grid, std::initializer_list
       if (leave_out != sel)
         CHECK(std::vector(staged.selected.begin(), staged.selected.begin() + std::ssize(one.selected)) == one.selected);
       if (leave_out < 0) CHECK(relative_error(staged.o, one.o) < tolerance(c.type));
-      for (const bool weighted : {true, false}) {
-        INFO((weighted ? "weighted" : "ordinary partials"));
-        shards.sharded(weighted, leave_out);
+      for (const bool gated : {true, false}) {
+        INFO((gated ? "gated partials" : "ordinary partials"));
+        shards.sharded(gated, leave_out);
         compare(answer(shards), staged, c.type, leave_out);
       }
     }
@@ -333,7 +337,7 @@ void check(const Case& c, std::initializer_list<int> grid, std::initializer_list
 
 }  // namespace
 
-TEST_CASE("a sharded step in few launches is its stages one by one", "[shards]") {
+TEST_CASE("a fused sharded step equals its stages", "[shards]") {
   for (const DType type : {DType::bf16, DType::f32})
     for (const std::int64_t position : {0, 20, 130, 1023, 1040, 5000})
       for (const int chunk_blocks : {2, 8}) check({type, 1, 16, 128, 128, 2, position, chunk_blocks}, {2, 3, 8});
@@ -349,16 +353,16 @@ TEST_CASE("a sharded step of other head counts and sizes, and without a branch",
       check({type, 2, h, d_k, d_v, 3, 2333, chunk_blocks}, {2, 4}, {-1, cmp, sel, win});
 }
 
-// Many splits a list, and lists of more tiles than a last CTA merges: the parts meet in a launch of their own, the
-// lanes of a layout whose lists are short are formed by their last CTA.
-TEST_CASE("long lists are cut into many pieces and choose the same blocks", "[shards]") {
+// Many splits per work item, and work items of more tiles than the last CTA merges: a separate launch merges the
+// partials. In a layout of short work items the last CTA forms the lse buckets.
+TEST_CASE("long work items are split into many and select the same blocks", "[shards]") {
   check({DType::bf16, 1, 4, 64, 64, 1, 40000, 16}, {2, 4});
   check({DType::bf16, 2, 16, 64, 64, 1, 300000, 16}, {2, 8});
   check({DType::f32, 1, 4, 64, 64, 1, 300000, 4}, {2, 3});
 }
 
-// None, one or several rows in front of a chunk; chunks that end within a sector of scores; a sequence that ends where
-// a chunk does, so that one rank has the row in front of the next and no token of it.
+// Halos of no, one or several rows; chunks that end within a sector of scores; a sequence that ends with a chunk, so
+// that one rank has the halo of the next chunk and no token of it.
 TEST_CASE("a sharded step of other block geometries", "[shards]") {
   for (const DType type : {DType::bf16, DType::f32})
     for (const BlockRules& rules : {BlockRules{32, 32, 64, 8, 1, 1, 128},
@@ -370,7 +374,7 @@ TEST_CASE("a sharded step of other block geometries", "[shards]") {
         check({type, 1, 16, 128, 128, 2, position, 3, rules}, {2, 4});
   for (const std::int64_t position : {1024 * 2 + 15, 1024 * 2 + 31, 1024 * 3 + 15})
     check({DType::bf16, 1, 16, 128, 128, 1, position, 16}, {2, 4});
-  // Blocks scored by tile, by sums that the walk leaves and, because so many are chosen, by raw scores.
+  // Blocks scored by tile, by sums of the KV mainloop and, because so many are chosen, by raw scores.
   for (const DType type : {DType::bf16, DType::f32})
     for (const BlockRules& rules : {BlockRules{8, 4, 16, 12, 0, 1, 128}, {32, 16, 64, 20, 1, 2, 512}})
       for (const std::int64_t position : {511, 1039, 2063, 9000})

@@ -1,11 +1,11 @@
-// The CUDA stages around the attention against their host twins: projections, gates, caches, compression, vectors,
-// graphs.
+// Compares the CUDA stages other than attention with those of the host: projections, gates, caches, compression,
+// vectors, graphs.
 
 #include <string>
 #include <vector>
 
 #include "catch.hpp"
-#include "gpu/twin.hpp"
+#include "gpu/mirrored.hpp"
 #include "kernels/shared/random.hpp"
 
 using namespace nsa;
@@ -13,12 +13,13 @@ using namespace nsa::test;
 
 namespace {
 
-void fill_matrix(const Twin& twin, DType type, std::int64_t rows, std::int64_t columns, const char* name, float scale) {
+void fill_matrix(const MirroredBuffer& matrix, DType type, std::int64_t rows, std::int64_t columns, const char* name,
+                 float scale) {
   KvView view;
   view.plane_stride = rows * columns;
   view.width = static_cast<std::int32_t>(columns);
   for (const Backend* b : {&cpu(), &gpu()}) {
-    view.data = twin.on<void>(*b);
+    view.data = matrix.on<void>(*b);
     b->kernels->fill_rows({type, view, 1, 1, 0, 0, rows, tensor_key(3, name), scale}, nullptr);
   }
   gpu().device->synchronize(nullptr);
@@ -29,7 +30,7 @@ struct Position {
     *memory.host<std::int64_t>() = t;
     memory.to_gpu();
   }
-  Twin memory;
+  MirroredBuffer memory;
 };
 
 }  // namespace
@@ -42,13 +43,13 @@ TEST_CASE("cuda fills caches with the host's bits, halos and rings too") {
     sharded.halo = 3;
     sharded.kv = 3;
     sharded.rank = 1;
-    RowMap behind = sharded;
-    behind.halo = 0;
+    RowMap without_halo = sharded;
+    without_halo.halo = 0;
     RowMap ring;
     ring.ring = 37;
-    for (const RowMap& map : {RowMap{}, sharded, behind, ring})
+    for (const RowMap& map : {RowMap{}, sharded, without_halo, ring})
       for (const std::int64_t rows : {1, 19, 20, 63, 100}) {
-        const TwinKv cache(type, map, 6, rows, 24);
+        const MirroredKv cache(type, map, 6, rows, 24);
         cache.fill(2, 3, rows, "x", 0.5f);
         INFO(name_of(type) << " rows=" << rows << " chunk=" << map.chunk << " ring=" << map.ring);
         CHECK(same_bits(cache.memory));
@@ -71,12 +72,12 @@ TEST_CASE("cuda copies and appends rows as the host does") {
   for (const std::int64_t rows : {5, 20, 21, 47, 90, 130})
     for (int rank = 0; rank < 3; ++rank) {
       own.rank = heads.rank = halo.rank = rank;
-      const TwinKv whole(type, RowMap{}, 2, rows, 8);
+      const MirroredKv whole(type, RowMap{}, 2, rows, 8);
       whole.fill(2, 1, rows, "x");
-      const TwinKv chunks(type, own, 2, rows, 8), first(type, heads, 2, rows, 8), before(type, halo, 2, rows, 8),
+      const MirroredKv chunks(type, own, 2, rows, 8), first(type, heads, 2, rows, 8), before(type, halo, 2, rows, 8),
           last(type, ring, 2, rows, 8);
       struct Copy {
-        const TwinKv* to;
+        const MirroredKv* to;
         std::int64_t begin, end;
       };
       for (const Copy& copy : {Copy{&chunks, 0, 20}, Copy{&chunks, 20, 26}, Copy{&first, 0, 6}, Copy{&before, -4, 0},
@@ -96,10 +97,10 @@ TEST_CASE("cuda copies and appends rows as the host does") {
   for (const RowMap& map : {RowMap{}, own, ring})
     for (const int tokens : {1, 7, 50}) {
       const Position position(33);
-      Twin k(2 * tokens * 2 * 8 * 2), v(2 * tokens * 2 * 4 * 2);
+      MirroredBuffer k(2 * tokens * 2 * 8 * 2), v(2 * tokens * 2 * 4 * 2);
       fill_matrix(k, type, 2 * tokens, 16, "k", 1.0f);
       fill_matrix(v, type, 2 * tokens, 8, "v", 1.0f);
-      const TwinKv k_cache(type, map, 6, 33 + tokens, 8), v_cache(type, map, 6, 33 + tokens, 4);
+      const MirroredKv k_cache(type, map, 6, 33 + tokens, 8), v_cache(type, map, 6, 33 + tokens, 4);
       for (const Backend* b : {&cpu(), &gpu()}) {
         const QueryTile tile{1, 2, tokens, position.memory.on<std::int64_t>(*b), 33 + tokens};
         b->kernels->append({{s, tile}, k.on<void>(*b), v.on<void>(*b), k_cache.on(*b), v_cache.on(*b)}, nullptr);
@@ -127,13 +128,13 @@ TEST_CASE("cuda compresses as the host does, halo copies too") {
             RowMap cmp_map;
             if (kv > 1) cmp_map = {8, 9, 1, kv, 1, 0, 0, INT64_MAX};
             const RowMap raw_map{};
-            const TwinKv k_raw(type, raw_map, 4, positions, s.d_k), v_raw(type, raw_map, 4, positions, s.d_v);
+            const MirroredKv k_raw(type, raw_map, 4, positions, s.d_k), v_raw(type, raw_map, 4, positions, s.d_v);
             k_raw.fill(2, 2, positions, "k");
             v_raw.fill(2, 2, positions, "v");
-            const TwinKv k_cmp(type, cmp_map, 4, n + 1, s.d_k), v_cmp(type, cmp_map, 4, n + 1, s.d_v);
+            const MirroredKv k_cmp(type, cmp_map, 4, n + 1, s.d_k), v_cmp(type, cmp_map, 4, n + 1, s.d_v);
             const std::int64_t size = static_cast<std::int64_t>(size_of(type)), l = s.rules.l;
-            Twin k_pos(l * s.d_k * size), k_w1(l * s.d_k * 40 * size), k_w2(40 * s.d_k * size);
-            Twin v_pos(l * s.d_v * size), v_w1(l * s.d_v * 40 * size), v_w2(40 * s.d_v * size);
+            MirroredBuffer k_pos(l * s.d_k * size), k_w1(l * s.d_k * 40 * size), k_w2(40 * s.d_k * size);
+            MirroredBuffer v_pos(l * s.d_v * size), v_w1(l * s.d_v * 40 * size), v_w2(40 * s.d_v * size);
             fill_matrix(k_pos, type, l, s.d_k, "kp", 0.3f);
             fill_matrix(k_w1, type, l * s.d_k, 40, "k1", 0.05f);
             fill_matrix(k_w2, type, 40, s.d_k, "k2", 0.2f);
@@ -152,7 +153,7 @@ TEST_CASE("cuda compresses as the host does, halo copies too") {
               a.k_cmp = k_cmp.on(*b);
               a.v_cmp = v_cmp.on(*b);
               a.fill_halo = true;
-              Twin scratch(static_cast<std::int64_t>(b->kernels->scratch_bytes(s, a.tile, {})) + 16);
+              MirroredBuffer scratch(static_cast<std::int64_t>(b->kernels->scratch_bytes(s, a.tile, {})) + 16);
               a.scratch = scratch.on<void>(*b);
               a.scratch_bytes = scratch.bytes();
               b->kernels->compress(a, nullptr);
@@ -160,8 +161,8 @@ TEST_CASE("cuda compresses as the host does, halo copies too") {
             }
             INFO((phi == PhiKind::mean ? "mean " : "mlp ")
                  << name_of(type) << " kv=" << kv << " first=" << first << " tokens=" << tokens);
-            // Rows nothing completes in keep the poison on both sides: compare what the host wrote.
-            for (const TwinKv* cache : {&k_cmp, &v_cmp}) {
+            // Rows that no token completes stay NaN on both sides: compare the rows that the host wrote.
+            for (const MirroredKv* cache : {&k_cmp, &v_cmp}) {
               const auto [ours, theirs] =
                   values_of(cache->memory, type, static_cast<std::int64_t>(cache->memory.bytes() / size_of(type)));
               bool same_places = true;
@@ -171,13 +172,13 @@ TEST_CASE("cuda compresses as the host does, halo copies too") {
                 if (!std::isnan(theirs[i])) a.push_back(ours[i]), b.push_back(theirs[i]);
               }
               CHECK(same_places);
-              // fp32 sums in another order; where they fall on a rounding boundary of bf16, one unit (2^-8).
+              // fp32 sums in another order; at a rounding boundary of bf16 they differ by one ulp (2^-8).
               CHECK(relative_error(a, b) < (type == DType::f32 ? 1e-5 : 4e-3));
             }
           }
 }
 
-TEST_CASE("cuda projects, rotates, gates and puts out as the host does") {
+TEST_CASE("cuda projects, rotates, gates and computes the output as the host does") {
   for (const DType type : {DType::f32, DType::bf16, DType::f16})
     for (const GateKind gate_kind : {GateKind::softmax, GateKind::sigmoid})
       for (const bool shared_kv : {false, true})
@@ -193,21 +194,21 @@ TEST_CASE("cuda projects, rotates, gates and puts out as the host does") {
           s.shared_kv = shared_kv;
           const std::int64_t size = static_cast<std::int64_t>(size_of(type)), rows = 2 * tokens;
           const std::int64_t columns = qkv_columns(s), half = s.d_k / 2;
-          Twin x(rows * s.dim * size), w(s.dim * columns * size), w_o(s.heads() * s.d_v * s.dim * size);
+          MirroredBuffer x(rows * s.dim * size), w(s.dim * columns * size), w_o(s.heads() * s.d_v * s.dim * size);
           fill_matrix(x, type, rows, s.dim, "x", 1.0f);
           fill_matrix(w, type, s.dim, columns, "w", 0.1f);
           fill_matrix(w_o, type, s.heads() * s.d_v, s.dim, "wo", 0.1f);
-          Twin w1(s.d_k * half * 4), b1(half * 4), w2(half * 3 * 4), b2(3 * 4);
+          MirroredBuffer w1(s.d_k * half * 4), b1(half * 4), w2(half * 3 * 4), b2(3 * 4);
           fill_matrix(w1, DType::f32, s.d_k, half, "g1", 0.2f);
           fill_matrix(b1, DType::f32, 1, half, "b1", 0.2f);
           fill_matrix(w2, DType::f32, half, 3, "g2", 0.5f);
           fill_matrix(b2, DType::f32, 1, 3, "b2", 0.2f);
-          Twin q(rows * s.heads() * s.d_k * size), gate(rows * s.groups * 3 * 4), y(rows * s.dim * 4),
+          MirroredBuffer q(rows * s.heads() * s.d_k * size), gate(rows * s.groups * 3 * 4), y(rows * s.dim * 4),
               o(rows * s.heads() * s.d_v * size);
           fill_matrix(o, type, rows, s.heads() * s.d_v, "o", 1.0f);
-          Twin k0(rows * s.groups * s.d_k * size), k1(rows * s.groups * s.d_k * size),
+          MirroredBuffer k0(rows * s.groups * s.d_k * size), k1(rows * s.groups * s.d_k * size),
               k2(rows * s.groups * s.d_k * size);
-          Twin v0(rows * s.groups * s.d_v * size), v1(rows * s.groups * s.d_v * size),
+          MirroredBuffer v0(rows * s.groups * s.d_v * size), v1(rows * s.groups * s.d_v * size),
               v2(rows * s.groups * s.d_v * size);
           const Position position(123457);
           for (const Backend* b : {&cpu(), &gpu()}) {
@@ -222,13 +223,13 @@ TEST_CASE("cuda projects, rotates, gates and puts out as the host does") {
             a.x = x.on<void>(*b);
             a.q = q.on<void>(*b);
             a.gate = gate.on<float>(*b);
-            const Twin* k[] = {&k0, &k1, &k2};
-            const Twin* v[] = {&v0, &v1, &v2};
+            const MirroredBuffer* k[] = {&k0, &k1, &k2};
+            const MirroredBuffer* v[] = {&v0, &v1, &v2};
             for (int c = 0; c < branches; ++c) {
               a.k[c] = k[c]->on<void>(*b);
               a.v[c] = v[c]->on<void>(*b);
             }
-            Twin scratch(static_cast<std::int64_t>(b->kernels->scratch_bytes(s, a.tile, {})) + 16);
+            MirroredBuffer scratch(static_cast<std::int64_t>(b->kernels->scratch_bytes(s, a.tile, {})) + 16);
             a.scratch = scratch.on<void>(*b);
             a.scratch_bytes = scratch.bytes();
             b->kernels->project(a, nullptr);
@@ -236,7 +237,7 @@ TEST_CASE("cuda projects, rotates, gates and puts out as the host does") {
             gpu().device->synchronize(nullptr);
           }
           INFO(name_of(type) << " shared_kv=" << shared_kv << " tokens=" << tokens);
-          // fp32 sums in another order, then one rounding to storage, which may fall on the other side (1 ulp).
+          // fp32 sums in another order, then one rounding to storage, which may go the other way (1 ulp).
           const double bound = type == DType::f32 ? 1e-5 : type == DType::bf16 ? 4e-3 : 5e-4;
           CHECK(relative_error(q, type) < bound);
           CHECK(relative_error(gate, DType::f32) < bound);
@@ -252,8 +253,8 @@ TEST_CASE("cuda projects, rotates, gates and puts out as the host does") {
         }
 }
 
-// project, append and compress at once leave the bits that they leave one by one.
-TEST_CASE("cuda enters a decode step at once as by its stages") {
+// The fused prologue must write the same bits as project, append and compress one by one.
+TEST_CASE("the fused cuda decode prologue equals its stages") {
   for (const DType type : {DType::f32, DType::bf16})
     for (const PhiKind phi : {PhiKind::mean, PhiKind::mlp})
       for (const int kv : {1, 2})
@@ -270,7 +271,7 @@ TEST_CASE("cuda enters a decode step at once as by its stages") {
             s.phi_hidden = 40;
             const std::int64_t size = static_cast<std::int64_t>(size_of(type)), batch = 2, planes = batch * s.groups;
             const std::int64_t columns = qkv_columns(s), half = s.d_k / 2, n = compressed_tokens(s.rules, t) + 1;
-            Twin x(batch * s.dim * size), w(s.dim * columns * size), w1(s.d_k * half * 4), b1(half * 4),
+            MirroredBuffer x(batch * s.dim * size), w(s.dim * columns * size), w1(s.d_k * half * 4), b1(half * 4),
                 w2(half * 3 * 4), b2(3 * 4), phi_w(s.rules.l * s.d_k * 40 * size);
             fill_matrix(x, type, batch, s.dim, "x", 1.0f);
             fill_matrix(w, type, s.dim, columns, "w", 0.1f);
@@ -286,19 +287,20 @@ TEST_CASE("cuda enters a decode step at once as by its stages") {
               cmp_map = {8, 9, 1, kv, 1, 0, 0, INT64_MAX};
             }
             ring.ring = 40;
-            std::vector<std::vector<unsigned char>> left[2];
+            std::vector<std::vector<unsigned char>> written[2];
             for (const bool fused : {false, true}) {
               const Backend& b = gpu();
-              Twin q(batch * s.heads() * s.d_k * size), gate(planes * 3 * 4), k(3 * planes * s.d_k * size),
+              MirroredBuffer q(batch * s.heads() * s.d_k * size), gate(planes * 3 * 4), k(3 * planes * s.d_k * size),
                   v(3 * planes * s.d_v * size);
               fill_matrix(k, type, 3 * planes, s.d_k, "k", 1.0f);
               fill_matrix(v, type, 3 * planes, s.d_v, "v", 1.0f);
-              const TwinKv k_raw(type, RowMap{}, planes, t + 1, s.d_k), v_raw(type, RowMap{}, planes, t + 1, s.d_v);
+              const MirroredKv k_raw(type, RowMap{}, planes, t + 1, s.d_k), v_raw(type, RowMap{}, planes, t + 1, s.d_v);
               k_raw.fill(2, 2, t + 1, "kr");
               v_raw.fill(2, 2, t + 1, "vr");
-              const TwinKv k_sel(type, token_map, planes, t + 1, s.d_k), v_sel(type, token_map, planes, t + 1, s.d_v);
-              const TwinKv k_win(type, ring, planes, t + 1, s.d_k), v_win(type, ring, planes, t + 1, s.d_v);
-              const TwinKv k_cmp(type, cmp_map, planes, n, s.d_k), v_cmp(type, cmp_map, planes, n, s.d_v);
+              const MirroredKv k_sel(type, token_map, planes, t + 1, s.d_k),
+                  v_sel(type, token_map, planes, t + 1, s.d_v);
+              const MirroredKv k_win(type, ring, planes, t + 1, s.d_k), v_win(type, ring, planes, t + 1, s.d_v);
+              const MirroredKv k_cmp(type, cmp_map, planes, n, s.d_k), v_cmp(type, cmp_map, planes, n, s.d_v);
               PrologueArgs a;
               a.projects = projects;
               ProjectArgs& project = a.project;
@@ -312,11 +314,11 @@ TEST_CASE("cuda enters a decode step at once as by its stages") {
               project.x = x.on<void>(b);
               project.q = q.on<void>(b);
               project.gate = gate.on<float>(b);
-              Twin scratch(static_cast<std::int64_t>(b.kernels->scratch_bytes(s, project.tile, {})) + 16);
+              MirroredBuffer scratch(static_cast<std::int64_t>(b.kernels->scratch_bytes(s, project.tile, {})) + 16);
               project.scratch = scratch.on<void>(b);
               project.scratch_bytes = scratch.bytes();
-              const TwinKv* to_k[] = {&k_raw, &k_sel, &k_win};
-              const TwinKv* to_v[] = {&v_raw, &v_sel, &v_win};
+              const MirroredKv* to_k[] = {&k_raw, &k_sel, &k_win};
+              const MirroredKv* to_v[] = {&v_raw, &v_sel, &v_win};
               for (int c = 0; c < branches; ++c) {
                 project.k[c] = k.on<char>(b) + c * planes * s.d_k * size;
                 project.v[c] = v.on<char>(b) + c * planes * s.d_v * size;
@@ -337,14 +339,14 @@ TEST_CASE("cuda enters a decode step at once as by its stages") {
                 for (const AppendArgs& append : a.append) b.kernels->append(append, nullptr);
                 b.kernels->compress(compress, nullptr);
               }
-              for (const Twin* twin : std::initializer_list<const Twin*>{
+              for (const MirroredBuffer* buffer : std::initializer_list<const MirroredBuffer*>{
                        &q, &gate, &k, &v, &k_raw.memory, &v_raw.memory, &k_sel.memory, &v_sel.memory, &k_win.memory,
                        &v_win.memory, &k_cmp.memory, &v_cmp.memory})
-                left[fused].push_back(twin->from_gpu<unsigned char>());
+                written[fused].push_back(buffer->from_gpu<unsigned char>());
             }
             INFO(name_of(type) << (phi == PhiKind::mean ? " mean" : " mlp") << " kv=" << kv << " t=" << t
                                << (projects ? " projects" : ""));
-            CHECK(left[0] == left[1]);
+            CHECK(written[0] == written[1]);
           }
 }
 
@@ -352,7 +354,7 @@ TEST_CASE("cuda normalises and adds as the host does") {
   LayerShape s;
   s.dim = 100;
   s.dtype = DType::bf16;
-  Twin x(7 * 100 * 4), y(7 * 100 * 4), out(7 * 100 * 2);
+  MirroredBuffer x(7 * 100 * 4), y(7 * 100 * 4), out(7 * 100 * 2);
   fill_matrix(x, DType::f32, 7, 100, "x", 3.0f);
   fill_matrix(y, DType::f32, 7, 100, "y", 3.0f);
   for (const bool normalise : {true, false}) {
@@ -365,9 +367,9 @@ TEST_CASE("cuda normalises and adds as the host does") {
   }
 }
 
-TEST_CASE("a captured cuda graph moves on by the position in memory") {
+TEST_CASE("a captured cuda graph advances the position in memory") {
   const DeviceOps& device = *gpu().device;
-  Twin position(8), step(8), reads(3 * 8), log(4 * 3 * 8);
+  MirroredBuffer position(8), step(8), reads(3 * 8), log(4 * 3 * 8);
   std::memset(position.host<void>(), 0, 8);
   std::memset(step.host<void>(), 0, 8);
   std::int64_t* counted = reads.host<std::int64_t>();
@@ -406,7 +408,7 @@ TEST_CASE("a captured cuda graph moves on by the position in memory") {
   CHECK(logged[3] == 0);
 }
 
-TEST_CASE("the gpu says what it is") {
+TEST_CASE("the gpu reports its properties") {
   const DeviceInfo info = gpu().device->info();
   CHECK(info.uuid.substr(0, 4) == "GPU-");
   CHECK(info.units > 0);

@@ -1,6 +1,5 @@
 #pragma once
-// A decode step's attention on one GPU, on synthetic inputs: what the bench times and what the test of repetitions
-// runs.
+// The attention of a decode step on one GPU, on synthetic inputs, for the benchmark and the test of repeated runs.
 
 #include <algorithm>
 #include <cstdint>
@@ -12,8 +11,8 @@
 
 namespace nsa::test {
 
-/// `batch` sequences of `context` positions; the step is the last one's. Several sets of q and caches, so that what a
-/// step reads may have left the L2 before its set comes round again.
+/// `batch` sequences of `context` positions; the step is at the last position. There are several sets of q and caches:
+/// steps that rotate over enough sets find nothing of their inputs in the L2.
 struct WholeDecode {
   struct Set {
     KvView k[branches], v[branches];

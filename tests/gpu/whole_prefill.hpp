@@ -1,5 +1,5 @@
 #pragma once
-// A whole prefill of one GPU, batch 1, on synthetic inputs: what the bench times and what the test of repetitions runs.
+// A whole prefill on one GPU, batch 1, on synthetic inputs, for the benchmark and the test of repeated runs.
 
 #include <algorithm>
 #include <cstdint>
@@ -13,14 +13,14 @@
 namespace nsa::test {
 
 struct WholePrefill {
-  /// `tile_tokens` 0: as lib/nsa would choose; `by_rows`: rank reads raw scores.
+  /// `tile_tokens` 0: the tile of lib/nsa; `by_rows`: rank reads raw scores.
   WholePrefill(const Backend& b, const LayerShape& shape, std::int64_t T, int tile_tokens, bool by_rows);
   ~WholePrefill() { backend.device->destroy_stream(stream); }
   WholePrefill(const WholePrefill&) = delete;
   WholePrefill& operator=(const WholePrefill&) = delete;
   void run(const std::vector<Event*>* events);
   void run_fused();
-  /// What the stages of a tile read and write; `row` is its first position.
+  /// The memory of the stages on a tile whose first position is `row`.
   StepMemory step(const QueryTile& tile, std::int64_t row) const;
   template <class Body>
   void each_tile(Body&& body) const;
@@ -109,26 +109,26 @@ inline void WholePrefill::each_tile(Body&& body) const {
   }
 }
 
-// One prefill, stage by stage; with events, one is recorded before every stage of every tile and one at the end.
+// One prefill, stage by stage. Records one of `events` before every stage of every tile and one at the end.
 inline void WholePrefill::run(const std::vector<Event*>* events) {
   std::size_t at = 0;
-  const auto mark = [&] {
+  const auto record_event = [&] {
     if (events) backend.device->record((*events)[at++], stream);
   };
   const auto attend = [&](Branch branch, const QueryTile& tile, std::int64_t first) {
-    mark();
+    record_event();
     backend.kernels->attend[branch][0].run(step(tile, first).attend_args(branch), stream);
   };
   each_tile([&](const QueryTile& tile, std::int64_t first) {
     attend(cmp, tile, first);
-    mark();
+    record_event();
     backend.kernels->rank(step(tile, first).rank_args(), stream);
     attend(sel, tile, first);
     attend(win, tile, first);
-    mark();
+    record_event();
     backend.kernels->combine(step(tile, first).combine_args(), stream);
   });
-  mark();
+  record_event();
 }
 
 inline void WholePrefill::run_fused() {

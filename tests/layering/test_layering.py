@@ -51,7 +51,7 @@ ALLOWED = {
                  "nsa/routing",
     "nsa/forward": "comm kernels/diagnostics kernels/interface nsa/model nsa/results",
     "nsa/verify": "comm nsa/forward nsa/model nsa/results",
-    "nsa/report": "kernels/diagnostics nsa/results nsa/verify",
+    "nsa/report": "kernels/diagnostics nsa/results",
     "nsa/tasks": "comm comm/collectives kernels/diagnostics kernels/interface kernels/shared nsa/config nsa/forward "
                  "nsa/model nsa/report nsa/results nsa/verify",
     "nsa/gate": "kernels/diagnostics kernels/shared nsa/model nsa/report nsa/results",

@@ -20,7 +20,7 @@ std::vector<std::int64_t> blocks_at(const Integers& selected, std::int64_t b, st
   return blocks;
 }
 
-/// Ascending, then -1 to the end, and as many blocks as there are to choose.
+/// Ascending, then -1 to the end, with the required number of blocks.
 bool well_formed(const Options& o, std::vector<std::int64_t> blocks, std::int64_t t) {
   const std::int64_t recent = t / o.l_sel;
   const auto end = std::find(blocks.begin(), blocks.end(), -1);
@@ -46,7 +46,7 @@ Deviation deviation(const Reals& a, const Reals& b) {
     d.mean += difference / static_cast<double>(b.values.size());
     scale = std::max(scale, std::abs(b.values[i]));
   }
-  if (scale == 0) return d;  // all zero is to be met exactly
+  if (scale == 0) return d;  // all zero must be equal exactly
   return {d.largest / scale, d.mean / scale};
 }
 

@@ -1,15 +1,15 @@
 #pragma once
 // How far the program may be from the oracle, and why.
 //
-// fp32: every number is a chain of a few sums of at most n terms, each rounded to 2^-24: sqrt(n) 2^-24 a sum
-// for independent errors, relative to the tensor's largest value. `links` of them, at two sigma each.
+// fp32: every number comes from a chain of a few sums of at most n terms, each rounded to 2^-24. Independent errors
+// make sqrt(n) 2^-24 per sum, relative to the tensor's largest value. `links` is the number of sums, at two sigma each.
 //
-// bf16, fp16 (unit roundoff u): the oracle rounds where the program stores. Both then hold the same numbers,
-// except where an fp32 error carries a value over the middle between two neighbours: that flips a stored
-// element by one ulp, at most 2u of the largest value. Flips are rare (fp32 error over ulp), so the largest
-// difference is a few ulps, and the mean difference far below one: a rounding at a wrong place moves every
-// element, by a quarter ulp of its own, and the mean by a sixteenth of the largest value's. Behind the first
-// of several layers the inputs differ already, and more elements flip.
+// bf16, fp16 (unit roundoff u): the oracle rounds where the program stores. Both then hold the same numbers, except
+// where an fp32 error carries a value past the midpoint of two neighbours: that changes a stored element by one ulp, at
+// most 2u of the largest value. Such flips are rare (fp32 error over ulp), so the largest difference is a few ulps, and
+// the mean difference is far below one ulp. A rounding at a wrong place changes every element by a quarter of its ulp,
+// and the mean by a sixteenth of the largest value's ulp. After the first of several layers the inputs already differ,
+// and more elements flip.
 
 #include <cstdint>
 #include <string>
@@ -28,10 +28,10 @@ struct Bound {
   double largest = 0, mean = 0;
 };
 
-/// The bound of `values` where each moves by a random amount besides, `moves` its standard deviation: the mean of |x|
-/// is at most that. The largest difference has room for it: it is a sum of many such, each below an ulp.
+/// The bound of `values` that also change by random amounts with standard deviation `moves`: the mean of |x| is at most
+/// that. The largest difference keeps its bound: such a change is a sum of many amounts below one ulp.
 Bound moved(const Bound& bound, const oracle::Reals& values, const oracle::Reals& moves);
-/// For any tensor of a model with these options.
+/// The bound of any tensor of a model with these options.
 Bound bound_of(const oracle::Options& options);
 
 /// Rows [first, first + rows) of axis 1.
@@ -41,9 +41,9 @@ oracle::Array<T> rows_of(const oracle::Array<T>& array, std::int64_t first, std:
 /// How two selections [B, R, G, n] differ, judged by scores [B, R, G, blocks].
 struct SelectionDifference {
   std::int64_t total = 0;      ///< (b, r, g) compared
-  std::int64_t differing = 0;  ///< of these, other blocks chosen
-  double widest_gap = 0;       ///< most that a block left out scores above one taken in its place
-  bool well_formed = true;     ///< ascending, -1 padded, as many blocks, forced ones among them
+  std::int64_t differing = 0;  ///< those with different blocks
+  double widest_gap = 0;       ///< largest excess of a left-out block's score over that of a block chosen instead
+  bool well_formed = true;     ///< ascending, -1 padded, the right number of blocks, with the forced ones
 };
 SelectionDifference compare_selections(const oracle::Options& options, const oracle::Integers& a,
                                        const oracle::Integers& b, const oracle::Reals& scores,

@@ -38,7 +38,7 @@ bool rounds_weights(const Phase& phase, int c, Against against) {
 
 Reals moves_of(const Phase& phase, const oracle::Attended& attended, int c, Against against) {
   if (!rounds_weights(phase, c, against)) return Reals(attended.rounding[c].shape);
-  REQUIRE(phase.config.model.layers == 1);  // behind them nobody knows
+  REQUIRE(phase.config.model.layers == 1);  // after several layers the change is unknown
   return attended.rounding[c];
 }
 

@@ -1,5 +1,5 @@
 #pragma once
-// What the oracle says to a phase of the program, and how far rounded softmax weights may move that.
+// The results that the oracle expects of a phase, and how far rounded softmax weights may change them.
 
 #include <optional>
 
@@ -8,30 +8,30 @@
 
 namespace parity {
 
-/// A phase of the program and what it recorded.
+/// A phase of the program and its record.
 struct Phase {
   nsa::Config config;
   nsa::PointRecord record;
 };
 
-/// The oracle does as the program: by matrix products on a GPU (sdpa, masked) softmax weights are stored, as frameworks
-/// without custom kernels have them.
+/// The options under which the oracle rounds like the program: matrix products on a GPU (sdpa, masked) store the
+/// softmax weights, as frameworks without custom kernels do.
 oracle::Options options_of(const Phase& phase);
 
 /// The oracle's last layer from the phase's own x and weights, or from its given q, k, v, gates.
 oracle::Layer expect(const Phase& phase, const std::optional<oracle::Chosen>& chosen = {});
 
-/// The phase's positions of a tensor of all.
+/// The rows of `all` positions that the phase recorded.
 oracle::Reals recorded_rows(const Phase& phase, const oracle::Reals& all);
 
 enum class Against { oracle, layout };
 
-/// Whether branch c rounds softmax weights as the other side does not: kernels on tensor cores relative to a running
-/// maximum, which neither the oracle nor another layout follows; matrix products, which store them, relative to the
-/// maximum of what a rank holds, which the oracle does follow on one rank.
+/// Whether branch c rounds softmax weights in a way that the other side does not reproduce. Kernels on tensor cores
+/// round relative to a running maximum, which neither the oracle nor another layout reproduces. Matrix products store
+/// the weights relative to the maximum of a rank's rows, which the oracle reproduces on one rank.
 bool rounds_weights(const Phase& phase, int c, Against against = Against::oracle);
 
-/// [B, T, H, Dv]: how far that moves o_branch, as a standard deviation; zero where it does not.
+/// [B, T, H, Dv]: the standard deviation of the change of o_branch by that rounding; zero where there is none.
 oracle::Reals moves_of(const Phase& phase, const oracle::Attended& attended, int c, Against against = Against::oracle);
 
 /// The same of o, the sum of the branches by their gates.

@@ -1,5 +1,5 @@
 #pragma once
-// Runs the program in process on a shape of the tests and hands its tensors to the oracle.
+// Runs the program in process on a shape of the tests and passes its tensors to the oracle.
 
 #include <cstdint>
 #include <string>
@@ -13,7 +13,7 @@
 
 namespace parity {
 
-/// A case: decode of `steps` tokens behind `context`, or prefill of both together.
+/// A case: decode of `steps` tokens after `context`, or prefill of both together.
 struct Shape {
   std::string name;
   std::int64_t context = 0, steps = 0;

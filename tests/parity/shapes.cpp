@@ -2,7 +2,7 @@
 
 namespace parity {
 
-// The base (simd/product.cpp): dim 32, H = 4, G = 2, Dk = Dv = 16, l/d/l' = 8/4/16, n = 5 (1 + 2 forced), w = 24.
+// The base (parity/product.cpp): dim 32, H = 4, G = 2, Dk = Dv = 16, l/d/l' = 8/4/16, n = 5 (1 + 2 forced), w = 24.
 const std::vector<Shape>& layer_shapes() {
   static const std::vector<Shape> shapes = {
       {"T a multiple of everything", 128, 16, {}},

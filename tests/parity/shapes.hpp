@@ -1,5 +1,5 @@
 #pragma once
-// The shapes that parity is shown on: one thing unusual at a time, then together.
+// The shapes of the parity tests: first one unusual property at a time, then several together.
 
 #include <vector>
 

@@ -1,4 +1,4 @@
-// The comparison itself: it must see what it is there to see.
+// Tests of the comparison: it must find the differences that it is made for.
 
 #include <limits>
 
@@ -8,7 +8,7 @@
 using oracle::Integers;
 using oracle::Reals;
 
-TEST_CASE("deviation is relative to the largest expected value and sees NaN", "[compare]") {
+TEST_CASE("deviation is relative to the largest expected value and detects NaN", "[compare]") {
   const Reals b({1, 2, 2}, std::vector<double>{1, -4, 0, 2});
   Reals a = b;
   CHECK(parity::deviation(a, b).largest == 0);

@@ -1,5 +1,5 @@
-// Synthetic inputs are made by the backend where they live; a file of them would be written from the source on the
-// host. Both have to be the same to the last bit, or a run could not be repeated from its own tensors.
+// Synthetic inputs are generated in backend memory; a file of them is written from the source on the host. Both must
+// have the same bits, or a run could not be repeated from its own tensors.
 
 #include "catch.hpp"
 #include "nsa/forward/decode.hpp"
@@ -16,19 +16,19 @@ struct Case {
   Point point;
   Session session;
   TensorSource source;
-  ModelShard engine;
+  ModelShard shard;
   explicit Case(const Config& c)
       : config(c),
         point(sweep(c).at(0)),
         session(open_session(config, ControlComm::world())),
         source(config, ""),
-        engine(session.backend, session.world, config, point, source) {}
+        shard(session.backend, session.world, config, point, source) {}
 
   /// `buffer` [batch][rows][columns] against the source's rows [first, first + rows).
   bool same(const std::string& name, const Columns& columns, DType type, const Buffer& buffer, std::int64_t first,
             std::int64_t rows) {
     const std::vector<float> wanted = given_rows(source, name, columns, first, rows);
-    const std::vector<float> made = download(engine, buffer.data(), std::ssize(wanted), type);
+    const std::vector<float> made = download(shard, buffer.data(), std::ssize(wanted), type);
     return made == from_storage(to_storage(wanted, type).data(), wanted.size(), type);
   }
 };
@@ -48,7 +48,7 @@ TEST_CASE("a prefill's synthetic rows are the source's, bit for bit", "[inputs]"
   for (const parity::Shape& shape : shapes) {
     INFO(shape.name);
     Case c(parity::config_of(shape, TaskKind::prefill));
-    PrefillRunner prefill(c.engine, c.point.context, false);
+    PrefillRunner prefill(c.shard, c.point.context, false);
     prefill.load_rows(c.source);
     const StepBuffers& b = prefill.buffers();
     const DType storage = c.config.model.precision;
@@ -58,7 +58,7 @@ TEST_CASE("a prefill's synthetic rows are the source's, bit for bit", "[inputs]"
                    c.point.context));
       continue;
     }
-    const Partition& p = c.engine.partition;
+    const Partition& p = c.shard.partition;
     CHECK(c.same("given/q", q_columns(c.config, c.point, p), storage, b.q, 0, c.point.context));
     CHECK(c.same("given/gate", gate_columns(c.config, c.point, p), DType::f32, b.gate, 0, c.point.context));
   }
@@ -68,11 +68,11 @@ TEST_CASE("a decode step's synthetic rows are the source's, bit for bit", "[inpu
   for (const parity::Shape& shape : shapes) {
     INFO(shape.name);
     Case c(parity::config_of(shape, TaskKind::decode));
-    DecodeRunner decode(c.engine, &c.source, false);
+    DecodeRunner decode(c.shard, &c.source, false);
     const StepBuffers& b = decode.buffers();
     const DType storage = c.config.model.precision;
     const bool residual = c.config.model.layers > 1;
-    const Partition& p = c.engine.partition;
+    const Partition& p = c.shard.partition;
     for (std::int64_t step = 0; step < c.config.run.steps; ++step) {
       const std::int64_t at = c.point.context + step;
       decode.load(step, {});
@@ -85,7 +85,7 @@ TEST_CASE("a decode step's synthetic rows are the source's, bit for bit", "[inpu
       CHECK(c.same("given/gate", gate_columns(c.config, c.point, p), DType::f32, b.gate, at, 1));
       for (const Branch branch : kv_column_order) {
         if (c.config.model.shared_kv && branch != sel) continue;
-        const LayerShape& s = c.engine.shape();
+        const LayerShape& s = c.shard.shape();
         CHECK(c.same(kv_name(s, branch, false), kv_columns(c.config, c.point, p, false), storage, b.k[branch], at, 1));
         CHECK(c.same(kv_name(s, branch, true), kv_columns(c.config, c.point, p, true), storage, b.v[branch], at, 1));
       }

@@ -1,4 +1,4 @@
-// Memory: linear in the context, as planned, and within what was promised.
+// Memory is linear in the context, as planned, and within the stated limit.
 
 #include "catch.hpp"
 #include "kernels/host/runtime/host.hpp"
@@ -40,7 +40,7 @@ TEST_CASE("planned memory grows no faster than the context") {
     }
 }
 
-// On any number of ranks, as the launch has them: every rank's growth against its plan.
+// Runs on any number of ranks and compares the memory of each with its plan.
 TEST_CASE("64K tokens take the memory that was planned, under 4 GiB") {
   const ControlComm world = ControlComm::world();
   for (const char* kind : {"prefill", "decode"}) {

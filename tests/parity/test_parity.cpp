@@ -1,4 +1,4 @@
-// Every stage and the output of the program against the float64 oracle, and decode against prefill.
+// Compares every stage and the output of the program with the float64 oracle, and decode with prefill.
 
 #include <map>
 
@@ -33,10 +33,10 @@ void check_reads(const Phase& phase, const oracle::Attended& expected) {
     }
 }
 
-/// By how much rounded weights widen the mean bound of a tensor.
+/// The amount by which rounded softmax weights widen the mean bound of a tensor.
 using Moves = std::map<std::string, double>;
 
-/// Every recorded tensor of a phase against the oracle.
+/// Compares every recorded tensor of a phase with the oracle.
 Moves check_phase(const Phase& phase) {
   const Options options = options_of(phase);
   const std::int64_t first = phase.record.first_position;
@@ -76,7 +76,7 @@ Moves check_phase(const Phase& phase) {
   if (phase.config.run.scope == nsa::Scope::layer) {
     check("q", expected.projected.q);
     check("gate", expected.projected.gate);
-    // Where o has moved, y is held against the product of what o came to be.
+    // Where o has changed, y is compared with the product of the recorded o.
     Options recorded = options;
     recorded.tokens = options.tokens - first;
     if (moves["o"] == 0)
@@ -90,8 +90,8 @@ Moves check_phase(const Phase& phase) {
   return moves;
 }
 
-/// The rows of `decode` against the same rows of `prefill`. Both stand within the bound of the oracle; `moves` is of
-/// decode, and prefill's kernels round alike.
+/// Compares the rows of `decode` with the same rows of `prefill`. Both are within the bound of the oracle; `moves` is
+/// that of decode, and the kernels of prefill round in the same way.
 void check_continuation(const Phase& prefill, const Phase& decode, Moves moves) {
   const Options options = options_of(prefill);
   const std::int64_t first = decode.record.first_position, rows = options.tokens - first;
@@ -102,7 +102,7 @@ void check_continuation(const Phase& prefill, const Phase& decode, Moves moves) 
   const bool layer = prefill.config.run.scope == nsa::Scope::layer;
   const Bound one = bound_of(options), bound{2 * one.largest, 2 * one.mean};
   for (const char* name : {"q", "gate", "p_slc", "o_cmp", "o_sel", "o_win", layer && moves["o"] == 0 ? "y" : "o"}) {
-    // Other blocks, chosen in a tie, make another output.
+    // Other blocks, chosen in a tie, have another output.
     const bool follows_selection = std::string(name) == "o_sel" || std::string(name) == "y" || std::string(name) == "o";
     if (difference.differing > 0 && follows_selection) continue;
     check_close(name, reals(decode.record, name), rows_of(reals(prefill.record, name), first, rows),
@@ -169,7 +169,7 @@ TEST_CASE("every route agrees with the oracle, prefill and decode", "[parity][ro
     }
 }
 
-TEST_CASE("the same tokens and weights whatever the phase", "[parity]") {
+TEST_CASE("the same tokens and weights in both phases", "[parity]") {
   const Shape shape{"", 29, 6, {}};
   const Phase prefill = run_phase(shape, nsa::TaskKind::prefill);
   const Phase decode = run_phase(shape, nsa::TaskKind::decode);

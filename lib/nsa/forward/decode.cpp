@@ -3,14 +3,13 @@
 #include <algorithm>
 
 #include "comm/agreement.hpp"
-#include "nsa/model/inputs.hpp"
 
 namespace nsa {
 
 namespace {
 
-QueryTile decode_tile(const ModelShard& e, const std::int64_t* position) {
-  return {0, static_cast<std::int32_t>(e.point.batch), 1, position, total_positions(e.config, e.point)};
+QueryTile decode_tile(const ModelShard& shard, const std::int64_t* position) {
+  return {0, static_cast<std::int32_t>(shard.point.batch), 1, position, total_positions(shard.config, shard.point)};
 }
 
 // [batch][steps][width] -> [steps][batch][width]
@@ -29,82 +28,74 @@ std::vector<Buffer*> rings_of(LayerCaches& cache) {
 
 }  // namespace
 
-DecodeRunner::DecodeRunner(ModelShard& e, const TensorSource* source, bool record)
-    : shard_(e),
-      buffers_(e.allocator(), e.kernels(), e.config, e.partition, e.point, e.point.batch, decode_tile(e, nullptr),
-               e.partition.kv > 1, record, {}, e.choose_routes(Phase::decode, decode_tile(e, nullptr), {})),
-      position_(e.allocator()(MemoryKind::workspace, 8)),
-      step_(e.allocator()(MemoryKind::workspace, 8)) {
-  const LayerShape& s = e.shape();
-  const std::int64_t steps = e.config.run.steps, batch = e.point.batch,
+DecodeRunner::DecodeRunner(ModelShard& shard, const TensorSource* source, bool record)
+    : shard_(shard),
+      buffers_(shard.allocator(), shard.kernels(), shard.config, shard.partition, shard.point, shard.point.batch,
+               decode_tile(shard, nullptr), shard.partition.kv > 1, record, {},
+               shard.choose_routes(Phase::decode, decode_tile(shard, nullptr), {})),
+      position_(shard.allocator()(MemoryKind::workspace, 8)),
+      step_(shard.allocator()(MemoryKind::workspace, 8)) {
+  const LayerShape& s = shard.shape();
+  const std::int64_t steps = shard.config.run.steps, batch = shard.point.batch,
                      storage = static_cast<std::int64_t>(size_of(s.dtype));
-  const auto make = [&](std::int64_t bytes) { return e.allocator()(MemoryKind::activations, bytes); };
-  selected_count_ = e.config.model.layers * e.planes() * s.rules.n_sel;
-  reads_log_ = make(steps * branches * e.planes() * 8);
+  const auto make = [&](std::int64_t bytes) { return shard.allocator()(MemoryKind::activations, bytes); };
+  selected_count_ = shard.config.model.layers * shard.planes() * s.rules.n_sel;
+  reads_log_ = make(steps * branches * shard.planes() * 8);
   selected_log_ = make(steps * selected_count_ * 4);
-  if (e.config.run.scope == Scope::layer) {
-    x_steps_ = make(steps * batch * s.dim * (e.config.model.layers > 1 ? 4 : storage));
+  if (shard.config.run.scope == Scope::layer) {
+    x_steps_ = make(steps * batch * s.dim * (shard.config.model.layers > 1 ? 4 : storage));
   } else {
     q_steps_ = make(steps * batch * s.heads() * s.d_k * storage);
-    gate_steps_ = make(steps * e.planes() * 3 * 4);
+    gate_steps_ = make(steps * shard.planes() * 3 * 4);
     for (const Branch c : kv_column_order) {
       if (s.shared_kv && c != sel) continue;
-      k_steps_[c] = make(steps * e.planes() * s.d_k * storage);
-      v_steps_[c] = make(steps * e.planes() * s.d_v * storage);
+      k_steps_[c] = make(steps * shard.planes() * s.d_k * storage);
+      v_steps_[c] = make(steps * shard.planes() * s.d_v * storage);
     }
   }
-  for (LayerCaches& cache : e.caches)
+  for (LayerCaches& cache : shard.caches)
     for (const Buffer* ring : rings_of(cache)) snapshot_.push_back(make(static_cast<std::int64_t>(ring->bytes())));
   if (source) load_inputs(*source);
 }
 
-void DecodeRunner::load_inputs(const TensorSource& source) {
-  ModelShard& e = shard_;
-  if (!source.from_file()) return make_inputs(source);
-  const std::int64_t steps = e.config.run.steps, batch = e.point.batch;
-  const auto rows = [&](const std::string& name, const Columns& columns) {
-    return by_step(given_rows(source, name, columns, e.point.context, steps), batch, steps);
-  };
-  const auto upload_floats = [&](const std::vector<float>& values, const Buffer& to) {
-    e.device().copy(to.data(), values.data(), values.size() * 4, e.streams.compute);
-    e.device().synchronize(e.streams.compute);
-  };
-  if (e.config.run.scope == Scope::layer) {
-    const std::vector<float> x = rows("x", x_columns(e.config, e.point));
-    return e.config.model.layers > 1 ? upload_floats(x, x_steps_) : upload(e, x, x_steps_.data());
-  }
-  upload(e, rows("given/q", q_columns(e.config, e.point, e.partition)), q_steps_.data());
-  upload_floats(rows("given/gate", gate_columns(e.config, e.point, e.partition)), gate_steps_);
+std::vector<GivenTensor> DecodeRunner::step_inputs() const {
+  const Config& config = shard_.config;
+  const Point& point = shard_.point;
+  const Partition& p = shard_.partition;
+  const DType storage = p.shape.dtype;
+  if (config.run.scope == Scope::layer)
+    return {{"x", x_columns(config, point), config.model.layers > 1 ? DType::f32 : storage, &x_steps_}};
+  std::vector<GivenTensor> inputs = {{"given/q", q_columns(config, point, p), storage, &q_steps_},
+                                     {"given/gate", gate_columns(config, point, p), DType::f32, &gate_steps_}};
   for (const Branch c : kv_column_order) {
-    if (e.shape().shared_kv && c != sel) continue;
-    upload(e, rows(kv_name(e.shape(), c, false), kv_columns(e.config, e.point, e.partition, false)),
-           k_steps_[c].data());
-    upload(e, rows(kv_name(e.shape(), c, true), kv_columns(e.config, e.point, e.partition, true)), v_steps_[c].data());
+    if (p.shape.shared_kv && c != sel) continue;
+    inputs.push_back({kv_name(p.shape, c, false), kv_columns(config, point, p, false), storage, &k_steps_[c]});
+    inputs.push_back({kv_name(p.shape, c, true), kv_columns(config, point, p, true), storage, &v_steps_[c]});
   }
+  return inputs;
 }
 
-void DecodeRunner::make_inputs(const TensorSource& source) {
-  ModelShard& e = shard_;
-  const DType storage = e.shape().dtype;
-  const auto make = [&](const std::string& name, const Columns& columns, DType type, const Buffer& steps) {
-    KvView rows;  // of one step: position i, wherever it is, is the only row
-    rows.map.ring = 1;
-    rows.width = static_cast<std::int32_t>(elements_of(columns.count));
-    rows.plane_stride = rows.width;
-    const std::int64_t bytes = e.point.batch * rows.width * static_cast<std::int64_t>(size_of(type));
-    for (std::int64_t step = 0; step < e.config.run.steps; ++step) {
-      rows.data = steps.as<std::byte>() + step * bytes;
-      make_rows(e, source, name, columns, type, rows, e.point.context + step, e.point.context + step + 1);
-    }
-  };
-  if (e.config.run.scope == Scope::layer)
-    return make("x", x_columns(e.config, e.point), e.config.model.layers > 1 ? DType::f32 : storage, x_steps_);
-  make("given/q", q_columns(e.config, e.point, e.partition), storage, q_steps_);
-  make("given/gate", gate_columns(e.config, e.point, e.partition), DType::f32, gate_steps_);
-  for (const Branch c : kv_column_order) {
-    if (e.shape().shared_kv && c != sel) continue;
-    make(kv_name(e.shape(), c, false), kv_columns(e.config, e.point, e.partition, false), storage, k_steps_[c]);
-    make(kv_name(e.shape(), c, true), kv_columns(e.config, e.point, e.partition, true), storage, v_steps_[c]);
+void DecodeRunner::load_inputs(const TensorSource& source) {
+  for (const GivenTensor& input : step_inputs())
+    source.from_file() ? load_from_file(source, input) : generate(source, input);
+}
+
+void DecodeRunner::load_from_file(const TensorSource& source, const GivenTensor& input) {
+  const std::int64_t steps = shard_.config.run.steps;
+  const std::vector<float> rows = given_rows(source, input.name, input.columns, shard_.point.context, steps);
+  upload(shard_, by_step(rows, shard_.point.batch, steps), input.type, input.memory->data());
+}
+
+void DecodeRunner::generate(const TensorSource& source, const GivenTensor& input) {
+  KvView rows;  // of one step: a ring of one row, which every position maps to
+  rows.map.ring = 1;
+  rows.width = static_cast<std::int32_t>(elements_of(input.columns.count));
+  rows.plane_stride = rows.width;
+  const std::int64_t bytes = shard_.point.batch * rows.width * static_cast<std::int64_t>(size_of(input.type));
+  for (std::int64_t step = 0; step < shard_.config.run.steps; ++step) {
+    const std::int64_t position = shard_.point.context + step;
+    rows.data = input.memory->as<std::byte>() + step * bytes;
+    make_rows(shard_, source, input.name, input.columns, input.type, rows, position, position + 1);
   }
 }
 
@@ -205,7 +196,7 @@ void DecodeRunner::wait_side_stream() { shard_.device().wait(shard_.streams.comp
 
 void DecodeRunner::staged_attention(const StepContext& ctx, StageTimer& timer) {
   timer.time(Stage::attend_cmp, [&] { attend(ctx, cmp); });
-  const bool overlap = ctx.exchanges && !timer.per_stage();  // the window's work hides the exchange of lse
+  const bool overlap = ctx.exchanges && !timer.per_stage();  // the window branch hides the exchange of lse
   overlap ? on_side_stream(ctx, exchange_lse) : exchange(ctx, timer, exchange_lse);
   if (!ctx.leaves_out(win)) timer.time(Stage::attend_win, [&] { attend(ctx, win); });
   if (overlap) wait_side_stream();
@@ -227,7 +218,7 @@ void DecodeRunner::sharded_attention(const StepContext& ctx, StageTimer& timer) 
     if (gated) normalise_partials(ctx, ctx.stream());
   } else {
     score_blocks(ctx);
-    if (gated) on_side_stream(ctx, normalise_partials);  // only the last exchange needs it
+    if (gated) on_side_stream(ctx, normalise_partials);  // only the last exchange waits for it
     exchange(ctx, timer, exchange_candidates);
     select_blocks(ctx);
     attend(ctx, sel);

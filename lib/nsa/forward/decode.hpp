@@ -1,10 +1,11 @@
 #pragma once
-// Decode: one token of every sequence a step, on caches that a prefill or a synthetic fill made.
+// Decode: one token of every sequence per step, on caches that a prefill or a synthetic fill wrote.
 
 #include <vector>
 
 #include "nsa/forward/stage_timer.hpp"
 #include "nsa/forward/stages.hpp"
+#include "nsa/model/inputs.hpp"
 
 namespace nsa {
 
@@ -16,21 +17,21 @@ class DecodeRunner {
 
   /// Keeps a copy of the ring caches for restore.
   void snapshot();
-  /// Back to the first step. Caches past the context are written again before they are read.
+  /// Returns to the first step. Steps write cache rows after the context before they read them.
   void restore();
 
-  /// Finds the fastest plan that every rank can run. A fused operation is launched once on each rank alone, so that one
-  /// that cannot be launched is known before ranks depend on it. Restores. Until then a step runs stage by stage.
+  /// Finds the fastest plan that every rank can run. Each rank launches the fused operations once without exchanges, so
+  /// that a launch that fails is known before ranks depend on it. Restores. Before it, a step runs stage by stage.
   /// Collective.
   void choose_plan(const ControlComm& world);
 
   /// Queues the inputs of step `step` (x, or q, k, v and gates). Not part of the timed work.
   void load(std::int64_t step, const StepOptions& options);
 
-  /// Queues one step: NSA, one call a line. Where the timer times each stage, the step runs stage by stage.
+  /// Queues one step. Where the timer times each stage, the step runs stage by stage.
   void step(const StepOptions& options, StageTimer& timer);
 
-  /// What the last layer of a step with these options works on, for checks of the step that has just run.
+  /// The context of the last layer, for checks of the step that has just run with these options.
   StepContext last_layer(const StepOptions& options);
 
   StepBuffers& buffers() { return buffers_; }
@@ -40,8 +41,11 @@ class DecodeRunner {
   std::int64_t selected_count() const { return selected_count_; }
 
  private:
+  /// The given tensors, with the memory that holds them for all steps.
+  std::vector<GivenTensor> step_inputs() const;
   void load_inputs(const TensorSource& source);
-  void make_inputs(const TensorSource& source);
+  void load_from_file(const TensorSource& source, const GivenTensor& input);
+  void generate(const TensorSource& source, const GivenTensor& input);
   StepContext context(std::int64_t layer, const StepOptions& options, Attention attention);
   StepPlan probe();
   void staged_prologue(const StepContext& ctx, StageTimer& timer);
@@ -50,7 +54,7 @@ class DecodeRunner {
   void output_projection(const StepContext& ctx, StageTimer& timer);
   void advance();
   void exchange(const StepContext& ctx, StageTimer& timer, void (*what)(const StepContext&, Stream*));
-  /// Runs beside what is queued on the compute stream from here to wait_side_stream.
+  /// Runs concurrently with what is queued on the compute stream from here to wait_side_stream.
   void on_side_stream(const StepContext& ctx, void (*what)(const StepContext&, Stream*));
   void wait_side_stream();
 

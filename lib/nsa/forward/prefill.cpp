@@ -3,27 +3,27 @@
 #include <algorithm>
 
 #include "kernels/diagnostics/fault_injection.hpp"
-#include "nsa/model/inputs.hpp"
 
 namespace nsa {
 
 namespace {
 
-AttentionPolicy policy_of(const ModelShard& e) {
-  const auto recompute = e.routes.of(Phase::prefill, cmp).kernel->recompute_scores;
-  return {recompute && recompute(e.shape())};
+AttentionPolicy policy_of(const ModelShard& shard) {
+  const auto recompute = shard.routes.of(Phase::prefill, cmp).kernel->recompute_scores;
+  return {recompute && recompute(shard.shape())};
 }
 
-// Rows attended at a time: as many as keep a tile's scores within the backend's budget.
-QueryTile widest_tile(const ModelShard& e, std::int64_t positions) {
-  const KernelTable& kernels = *e.backend.kernels;
+// The most rows whose scores are within the backend's budget.
+QueryTile widest_tile(const ModelShard& shard, std::int64_t positions) {
+  const KernelTable& kernels = *shard.backend.kernels;
   QueryTile tile;
   tile.max_positions = positions;
-  const std::int64_t chunk = e.partition.kv == 1 ? positions : e.partition.chunk_tokens;
+  const std::int64_t chunk = shard.partition.kv == 1 ? positions : shard.partition.chunk_tokens;
   tile.tokens = static_cast<std::int32_t>(std::min({std::int64_t{kernels.max_tile_tokens}, positions, chunk}));
-  if (policy_of(e).recompute_scores) return tile;  // no scores are stored
-  const std::int64_t rows = compressed_tokens(e.shape().rules, positions - 1);
-  while (tile.tokens > 1 && kernels.score_bytes(e.shape(), tile, rows) > kernels.tile_score_budget) tile.tokens /= 2;
+  if (policy_of(shard).recompute_scores) return tile;  // no scores are stored
+  const std::int64_t rows = compressed_tokens(shard.shape().rules, positions - 1);
+  while (tile.tokens > 1 && kernels.score_bytes(shard.shape(), tile, rows) > kernels.tile_score_budget)
+    tile.tokens /= 2;
   return tile;
 }
 
@@ -44,10 +44,10 @@ std::int64_t rows_of(const std::vector<PrefillTile>& tiles) {
   return tiles.empty() ? 0 : tiles.back().local_row + tiles.back().tokens;
 }
 
-void gather_pair(const char* what, const ModelShard& e, const KvPair& own, const KvPair& all, Stream* stream) {
+void gather_pair(const char* what, const ModelShard& shard, const KvPair& own, const KvPair& all, Stream* stream) {
   const auto gather = [&](const KvView& from, const KvView& to) {
-    e.comms->kv.all_gather(what, from.data, to.data,
-                           static_cast<std::size_t>(from.rank_stride) * size_of(e.shape().dtype), stream);
+    shard.comms->kv.all_gather(what, from.data, to.data,
+                               static_cast<std::size_t>(from.rank_stride) * size_of(shard.shape().dtype), stream);
   };
   gather(own.k, all.k);
   gather(own.v, all.v);
@@ -55,34 +55,34 @@ void gather_pair(const char* what, const ModelShard& e, const KvPair& own, const
 
 }  // namespace
 
-PrefillRunner::PrefillRunner(ModelShard& e, std::int64_t positions, bool record)
-    : shard_(e),
+PrefillRunner::PrefillRunner(ModelShard& shard, std::int64_t positions, bool record)
+    : shard_(shard),
       positions_(positions),
-      policy_(policy_of(e)),
-      tiles_(tiles_of(e.partition, positions, widest_tile(e, positions).tokens)),
+      policy_(policy_of(shard)),
+      tiles_(tiles_of(shard.partition, positions, widest_tile(shard, positions).tokens)),
       local_rows_(rows_of(tiles_)),
-      buffers_(e.allocator(), e.kernels(), e.config, e.partition, e.point, e.point.batch * local_rows_,
-               widest_tile(e, positions), false, record, policy_,
-               e.choose_routes(Phase::prefill, widest_tile(e, positions), policy_)),
-      starts_(e.allocator()(MemoryKind::workspace, static_cast<std::int64_t>(tiles_.size() + 1) * 8)) {
+      buffers_(shard.allocator(), shard.kernels(), shard.config, shard.partition, shard.point,
+               shard.point.batch * local_rows_, widest_tile(shard, positions), false, record, policy_,
+               shard.choose_routes(Phase::prefill, widest_tile(shard, positions), policy_)),
+      starts_(shard.allocator()(MemoryKind::workspace, static_cast<std::int64_t>(tiles_.size() + 1) * 8)) {
   std::vector<std::int64_t> starts;
   for (const PrefillTile& tile : tiles_) starts.push_back(tile.first_position);
   starts.push_back(0);
-  e.device().copy(starts_.data(), starts.data(), starts_.bytes(), e.streams.compute);
-  e.device().synchronize(e.streams.compute);
+  shard.device().copy(starts_.data(), starts.data(), starts_.bytes(), shard.streams.compute);
+  shard.device().synchronize(shard.streams.compute);
 
-  const Partition& p = e.partition;
+  const Partition& p = shard.partition;
   const auto make = [&](const RowMap& map, std::int64_t rows, std::int64_t ranks = 1) {
-    return make_kv(e.allocator(), MemoryKind::activations, p.shape, e.planes(), map, rows, ranks);
+    return make_kv(shard.allocator(), MemoryKind::activations, p.shape, shard.planes(), map, rows, ranks);
   };
   const std::int64_t tokens = p.capacity(p.tokens(false), positions);
   raw_ = make(p.raw_cmp(), p.capacity(p.raw_cmp(), positions));
   if (!p.shape.shared_kv) win_ = make(p.tokens(false), tokens);
   if (p.kv == 1) return;
-  // The caches have room for the decode steps too; a gathered copy has the caches' own row count.
-  const std::int64_t cached = p.capacity(p.tokens(false), total_positions(e.config, e.point));
+  // The caches also hold the decode steps; a gathered copy has the row count of the caches.
+  const std::int64_t cached = p.capacity(p.tokens(false), total_positions(shard.config, shard.point));
   const std::int64_t compressed =
-      p.capacity(p.compressed(false), compressed_tokens(p.shape.rules, total_positions(e.config, e.point) - 1));
+      p.capacity(p.compressed(false), compressed_tokens(p.shape.rules, total_positions(shard.config, shard.point) - 1));
   sel_all_ = make(p.tokens(true), cached, p.kv);
   cmp_all_ = make(p.compressed(true), compressed, p.kv);
   if (!p.shape.shared_kv) win_all_ = make(p.tokens(true), tokens, p.kv);
@@ -91,62 +91,47 @@ PrefillRunner::PrefillRunner(ModelShard& e, std::int64_t positions, bool record)
   ring_all_ = make(p.raw_ring(), p.shape.rules.l, p.kv);
 }
 
+std::vector<GivenTensor> PrefillRunner::row_inputs() const {
+  const Config& config = shard_.config;
+  const Point& point = shard_.point;
+  const Partition& p = shard_.partition;
+  if (config.run.scope == Scope::attention)
+    return {{"given/q", q_columns(config, point, p), p.shape.dtype, &buffers_.q},
+            {"given/gate", gate_columns(config, point, p), DType::f32, &buffers_.gate}};
+  if (config.model.layers > 1) return {{"x", x_columns(config, point), DType::f32, &buffers_.x}};
+  return {{"x", x_columns(config, point), p.shape.dtype, &buffers_.x_in}};
+}
+
 void PrefillRunner::load_rows(const TensorSource& source) {
-  ModelShard& e = shard_;
-  const bool layer = e.config.run.scope == Scope::layer, residual = e.config.model.layers > 1;
-  if (!source.from_file()) {
-    const auto make = [&](const std::string& name, const Columns& columns, DType type, const Buffer& buffer) {
-      KvView rows;
-      rows.data = buffer.data();
-      rows.map = e.partition.tokens(false);
-      rows.width = static_cast<std::int32_t>(elements_of(columns.count));
-      rows.plane_stride = local_rows_ * rows.width;
-      make_rows(e, source, name, columns, type, rows, 0, positions_);
-    };
-    if (layer)
-      return make("x", x_columns(e.config, e.point), residual ? DType::f32 : e.shape().dtype,
-                  residual ? buffers_.x : buffers_.x_in);
-    make("given/q", q_columns(e.config, e.point, e.partition), e.shape().dtype, buffers_.q);
-    return make("given/gate", gate_columns(e.config, e.point, e.partition), DType::f32, buffers_.gate);
-  }
-  const auto each_own_tile = [&](const std::string& name, const Columns& columns, auto&& store) {
-    const std::int64_t width = elements_of(columns.count);
-    for (const PrefillTile& tile : tiles_) {
-      const std::vector<float> rows = given_rows(source, name, columns, tile.first_position, tile.tokens);
-      for (std::int64_t b = 0; b < e.point.batch; ++b) {
-        const auto begin = rows.begin() + b * tile.tokens * width;
-        store(std::vector<float>(begin, begin + tile.tokens * width), (b * local_rows_ + tile.local_row) * width);
-      }
+  for (const GivenTensor& input : row_inputs())
+    source.from_file() ? load_from_file(source, input) : generate(source, input);
+}
+
+void PrefillRunner::load_from_file(const TensorSource& source, const GivenTensor& input) {
+  const std::int64_t width = elements_of(input.columns.count), size = static_cast<std::int64_t>(size_of(input.type));
+  for (const PrefillTile& tile : tiles_) {
+    const std::vector<float> rows = given_rows(source, input.name, input.columns, tile.first_position, tile.tokens);
+    for (std::int64_t b = 0; b < shard_.point.batch; ++b) {
+      const auto begin = rows.begin() + b * tile.tokens * width;
+      upload(shard_, std::vector<float>(begin, begin + tile.tokens * width), input.type,
+             input.memory->as<std::byte>() + (b * local_rows_ + tile.local_row) * width * size);
     }
-  };
-  const std::int64_t size = static_cast<std::int64_t>(size_of(e.shape().dtype));
-  const auto into_storage = [&](const Buffer& buffer) {
-    return [&, to = buffer.as<std::byte>()](const std::vector<float>& rows, std::int64_t at) {
-      upload(e, rows, to + at * size);
-    };
-  };
-  const auto into_floats = [&](const Buffer& buffer) {
-    return [&, to = buffer.as<float>()](const std::vector<float>& rows, std::int64_t at) {
-      e.device().copy(to + at, rows.data(), rows.size() * 4, e.streams.compute);
-      e.device().synchronize(e.streams.compute);
-    };
-  };
-  if (layer) {
-    if (residual)
-      each_own_tile("x", x_columns(e.config, e.point), into_floats(buffers_.x));
-    else
-      each_own_tile("x", x_columns(e.config, e.point), into_storage(buffers_.x_in));
-    return;
   }
-  each_own_tile("given/q", q_columns(e.config, e.point, e.partition), into_storage(buffers_.q));
-  each_own_tile("given/gate", gate_columns(e.config, e.point, e.partition), into_floats(buffers_.gate));
+}
+
+void PrefillRunner::generate(const TensorSource& source, const GivenTensor& input) {
+  KvView rows;
+  rows.data = input.memory->data();
+  rows.map = shard_.partition.tokens(false);
+  rows.width = static_cast<std::int32_t>(elements_of(input.columns.count));
+  rows.plane_stride = local_rows_ * rows.width;
+  make_rows(shard_, source, input.name, input.columns, input.type, rows, 0, positions_);
 }
 
 void PrefillRunner::load_kv(const TensorSource& source) {
-  ModelShard& e = shard_;
-  fill_kv(e, source, sel, e.caches[0].sel, 0, positions_);
-  fill_kv(e, source, cmp, raw_, 0, positions_);
-  if (!e.shape().shared_kv) fill_kv(e, source, win, win_, 0, positions_);
+  fill_kv(shard_, source, sel, shard_.caches[0].sel, 0, positions_);
+  fill_kv(shard_, source, cmp, raw_, 0, positions_);
+  if (!shard_.shape().shared_kv) fill_kv(shard_, source, win, win_, 0, positions_);
 }
 
 template <class Body>
@@ -233,17 +218,18 @@ PrefillRunner::CacheViews PrefillRunner::gather(std::int64_t layer) {
   gather_pair("k_cmp, v_cmp", shard_, cache.cmp, cmp_all_, stream);
   gather_pair("k_sel, v_sel", shard_, cache.sel, sel_all_, stream);
   if (!shared) gather_pair("k_win, v_win", shard_, win_, win_all_, stream);
-  // Decode scores the tokens in front of each chunk that reach into its first block.
-  const std::int64_t before = cache.cmp.k.map.halo;
+  // Decode also scores the compressed tokens before each chunk that reach into its first block.
+  const std::int64_t halo = cache.cmp.k.map.halo;
   const std::int64_t tokens = compressed_tokens(shard_.shape().rules, positions_ - 1);
   for (const bool value : {false, true})
     shard_.kernels().copy_rows({shard_.shape().dtype, value ? cmp_all_.v : cmp_all_.k,
-                                value ? cache.cmp.v : cache.cmp.k, shard_.planes(), 0, tokens, -before, 0},
+                                value ? cache.cmp.v : cache.cmp.k, shard_.planes(), 0, tokens, -halo, 0},
                                stream);
   return views(cmp_all_, sel_all_, shared ? sel_all_ : win_all_);
 }
 
-// What decode starts from: the last w tokens of the window, the last l of the cmp projections, on every rank.
+// Fills the rings that decode starts from: the last w tokens of the window, the last l of the cmp projections, on every
+// rank.
 void PrefillRunner::fill_rings(std::int64_t layer, const CacheViews& caches) {
   LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
   const BlockRules& r = shard_.shape().rules;
@@ -278,8 +264,8 @@ void PrefillRunner::staged_attention(const StepContext& ctx, StageTimer& timer) 
   timer.time(Stage::combine, [&] { combine(ctx); });
 }
 
-// The fused operation accepts some tiles and options only. Where it cannot be launched, the stages do the same from
-// then on; ranks depend on each other between layers, not between tiles, so each decides alone.
+// The fused operation accepts some tiles and options only. After a launch that fails, tiles run stage by stage. Ranks
+// depend on each other between layers, not between tiles, so each rank decides alone.
 void PrefillRunner::attention(const StepContext& ctx, StageTimer& timer) {
   if (fuses_attention_ && !timer.per_stage() && has_fused_attention(ctx)) {
     try {

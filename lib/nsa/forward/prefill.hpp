@@ -1,5 +1,5 @@
 #pragma once
-// Prefill: query rows follow the chunks of their rank, K and V are gathered per layer, queries go in tiles.
+// Prefill: a rank has the query rows of its chunks. K and V are gathered in each layer; queries run tile by tile.
 
 #include <functional>
 #include <iterator>
@@ -8,6 +8,7 @@
 
 #include "nsa/forward/stage_timer.hpp"
 #include "nsa/forward/stages.hpp"
+#include "nsa/model/inputs.hpp"
 
 namespace nsa {
 
@@ -15,10 +16,10 @@ namespace nsa {
 struct PrefillTile {
   std::int64_t first_position = 0;
   std::int32_t tokens = 0;
-  std::int64_t local_row = 0;  ///< among the rank's rows of a sequence
+  std::int64_t local_row = 0;  ///< within the rank's rows of a sequence
 };
 
-/// The memory of a prefill of `positions` tokens; gone before decode starts.
+/// Runs a prefill of `positions` tokens and owns its memory, which is released before decode starts.
 class PrefillRunner {
  public:
   PrefillRunner(ModelShard& shard, std::int64_t positions, bool record);
@@ -28,20 +29,20 @@ class PrefillRunner {
   /// scope = attention: loads the given K and V.
   void load_kv(const TensorSource& source);
 
-  /// `done` gets the share of a run that is queued, tile by tile. Not for a timed run.
+  /// Calls `done` after each tile with the fraction of the run that is queued. Not for a timed run.
   void watch(std::function<void(double done)> done) { watch_ = std::move(done); }
 
   /// Runs all layers. After each tile of the last layer, `on_tile` may read the buffers.
   using OnTile = std::function<void(const StepContext&, const PrefillTile&)>;
   void run(StageTimer& timer, const StepOptions& options, const OnTile& on_tile = nullptr);
 
-  /// Runs what decode needs: the caches of all layers. The last layer's queries are not attended.
+  /// Fills the caches of all layers, which decode needs. The queries of the last layer are not attended.
   void fill_caches(StageTimer& timer);
 
   StepBuffers& buffers() { return buffers_; }
   std::int64_t tile_count() const { return std::ssize(tiles_); }
   std::int64_t last_tile_rows() const { return tiles_.empty() ? 0 : tiles_.back().tokens; }
-  /// Where a token's K and V of a branch are kept on this rank; with shared_kv, [win] is [sel].
+  /// The memory of a branch's K and V rows on this rank; with shared_kv, [win] is [sel].
   KvPair& rows(Branch branch, std::int64_t layer = 0) {
     return branch == cmp ? raw_ : branch == win && !shard_.shape().shared_kv ? win_ : shard_.caches[layer].sel;
   }
@@ -52,6 +53,10 @@ class PrefillRunner {
     KvView k[branches], v[branches];
   };
 
+  /// The given tensors that load_rows loads.
+  std::vector<GivenTensor> row_inputs() const;
+  void load_from_file(const TensorSource& source, const GivenTensor& input);
+  void generate(const TensorSource& source, const GivenTensor& input);
   StepContext context(std::int64_t layer, const StepOptions& options, const CacheViews& caches, const QueryTile& rows,
                       std::int64_t first_row);
   void start();
@@ -73,7 +78,7 @@ class PrefillRunner {
 
   ModelShard& shard_;
   const std::int64_t positions_;
-  const AttentionPolicy policy_;  ///< that the buffers were made for; it stays when another implementation takes over
+  const AttentionPolicy policy_;  ///< of the buffers; it stays the same when another implementation takes over
   const std::vector<PrefillTile> tiles_;
   const std::int64_t local_rows_;  ///< of one sequence
   StepBuffers buffers_;

@@ -1,5 +1,5 @@
 #pragma once
-// Times a step on its stream: every stage between its own events, or only the whole.
+// Times a step on its stream: each stage between its own events, or only the whole step.
 
 #include <array>
 #include <vector>
@@ -19,11 +19,11 @@ class StageTimer {
   StageTimer(const StageTimer&) = delete;
   StageTimer& operator=(const StageTimer&) = delete;
 
-  /// Whether stages are timed apart. Then everything runs on the one stream, one stage after the other.
+  /// Whether each stage is timed. Then all stages run one after the other on the one stream.
   void set_per_stage(bool on) { stages_on_ = on; }
   bool per_stage() const { return stages_on_; }
 
-  /// Runs `work`, which queues on the stream; its time is added to the stage's.
+  /// Runs `body`, which queues on the stream; its time is added to that of the stage.
   template <class Body>
   void time(Stage stage, Body&& body) {
     set_stage(stage_names[static_cast<std::size_t>(stage)]);
@@ -35,7 +35,7 @@ class StageTimer {
     spans_.push_back(span);
   }
 
-  /// Runs `work` as one step, waits for it, and returns what it took: Stage::step always.
+  /// Runs `body` as one step, waits for it, and returns the times; that of Stage::step is always there.
   template <class Body>
   StageTimes step(Body&& body) {
     spans_.clear();

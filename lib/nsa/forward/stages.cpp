@@ -32,7 +32,7 @@ void flip(const char* site, const StepContext& ctx, const Buffer& buffer) {
   fault::flip(site, ctx.shard.device(), buffer.data(), buffer.bytes(), ctx.stream());
 }
 
-// x of several layers is normalised before it is projected; of one layer it is projected as it is.
+// With several layers x is normalised before the projection; a single layer projects x itself.
 void normalise_input(const StepContext& ctx) {
   if (ctx.shard.config.model.layers == 1) return;
   const LayerShape& s = ctx.stage.shape;
@@ -156,7 +156,7 @@ const FusedOp<AttentionArgs>& attention_op(const StepContext& ctx) {
   return ctx.phase == Phase::decode ? kernels.decode_attention : kernels.prefill_attention;
 }
 
-// A fused operation does what the first implementation of each branch does; another one may have been asked for.
+// A fused operation computes what the first implementation of each branch does; the input may ask for another one.
 bool routed_to_first(const StepContext& ctx, std::initializer_list<Branch> of) {
   for (const Branch b : of)
     if (ctx.shard.routes.of(ctx.phase, b).kernel != &ctx.shard.kernels().attend[b].front()) return false;

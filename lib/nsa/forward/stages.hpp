@@ -1,5 +1,5 @@
 #pragma once
-// The stages of a step, one function each, for decode and prefill alike. A stage fills its arguments from the context
+// The stages of a step, one function each, for decode and prefill. A stage fills its arguments from the context
 // and calls the kernel table.
 
 #include <cstdint>
@@ -18,13 +18,13 @@ enum class Prologue { staged, fused };
 /// sharded: the fused phases between the exchanges of ranks that share the sequences (KernelTable::sharded_attention).
 enum class Attention { staged, fused, sharded };
 
-/// How a step runs where its stages are not timed one by one. Every plan chooses the same blocks.
+/// How a step runs where its stages are not timed one by one. Every plan selects the same blocks.
 struct StepPlan {
   Prologue prologue = Prologue::staged;
   Attention attention = Attention::staged;
 };
 
-/// What the stages of one layer and tile work on. It does not change while they run.
+/// The state that the stages of one layer and tile share. It does not change while they run.
 struct StepContext {
   ModelShard& shard;
   StepBuffers& buffers;
@@ -48,12 +48,12 @@ void project(const StepContext& ctx);
 void append(const StepContext& ctx, Branch branch, const KvView& k_cache, const KvView& v_cache);
 void compress(const StepContext& ctx);  ///< decode: the token that completes, halo copies too
 void attend(const StepContext& ctx, Branch branch);
-void score_blocks(const StepContext& ctx);   ///< candidates of this rank, or the selection itself without exchanges
+void score_blocks(const StepContext& ctx);   ///< candidates of this rank; without exchanges the selection
 void select_blocks(const StepContext& ctx);  ///< from the exchanged candidates
 void combine(const StepContext& ctx);
 void output(const StepContext& ctx);
 
-/// The fused operations of the backend: whether it has one for this context as it is routed, and running it.
+/// The fused operations: whether the backend has one for this context and its routes, and the call of it.
 bool has_fused_prologue(const StepContext& ctx);
 bool has_fused_attention(const StepContext& ctx);
 bool has_sharded_attention(const StepContext& ctx);

@@ -1,6 +1,6 @@
 #pragma once
-// The memory of a run on one rank: caches that live as long as the sequence, and the buffers of a decode step
-// and of a prefill. Constructed on dry_device() it allocates nothing and only accounts: that is the plan.
+// The memory of a run on one rank: the caches of the sequences, and the buffers of a decode step and of a prefill.
+// On dry_device() nothing is allocated and only the bytes are counted: this gives the memory plan.
 
 #include <cstdint>
 #include <vector>
@@ -10,10 +10,10 @@
 
 namespace nsa {
 
-/// A device that does nothing: allocations are counted and not made.
+/// A device without memory and work: its allocations are null, and only the account counts them.
 const DeviceOps& dry_device();
 
-/// Makes the buffers of one owner.
+/// Allocates the buffers of one owner.
 struct Allocator {
   const DeviceOps& device;
   MemoryAccount& account;
@@ -27,20 +27,20 @@ struct KvPair {
   Buffer k_memory, v_memory;
 };
 
-/// K and V [planes][rows][D] under `map`. rank_stride is that of a gathered buffer of `ranks` such parts.
+/// K and V [planes][rows][D] under `map`. rank_stride separates the ranks of a gathered buffer of `ranks` ranks.
 KvPair make_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& shape, std::int64_t planes,
                const RowMap& map, std::int64_t rows, std::int64_t ranks = 1);
 
 /// One layer's caches for up to `positions` tokens.
 struct LayerCaches {
   KvPair sel;  ///< own chunks
-  KvPair cmp;  ///< compressed tokens of own chunks, with the halo in front
+  KvPair cmp;  ///< compressed tokens of own chunks, with the halo before each
   KvPair win;  ///< ring of the last w
   KvPair raw;  ///< ring of the last l cmp projections
   LayerCaches(const Allocator& allocate, const Partition& partition, std::int64_t batch, std::int64_t positions);
 };
 
-/// What both phases hand from stage to stage, for `rows` query rows of which one tile is attended at a time.
+/// What the stages of both phases pass on, for `rows` query rows of which one tile is attended at a time.
 struct StepBuffers {
   Buffer q, gate;                   ///< [rows, H, Dk], [rows, groups, 3]
   Buffer k[branches], v[branches];  ///< [tile rows, groups, D]; shared_kv: only [sel]
@@ -53,7 +53,7 @@ struct StepBuffers {
   Buffer o_branch[branches];  ///< [tile rows, H, Dv], for records
   Buffer p_slc;               ///< [tile rows, groups, p_slc_blocks], for records
   std::int64_t p_slc_blocks = 0;
-  Buffer x_in;   ///< [rows, dim] storage: what project reads
+  Buffer x_in;   ///< [rows, dim] storage: the input of project
   Buffer x, y;   ///< [rows, dim] fp32: residual stream (several layers), layer output
   Buffer reads;  ///< [3][batch, groups] int64
 

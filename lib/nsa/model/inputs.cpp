@@ -40,102 +40,103 @@ std::string kv_name(const LayerShape& shape, Branch branch, bool value) {
 
 namespace {
 
-// Rows of a file, a piece of a sequence at a time: never the whole tensor in host memory.
-void load_rows(ModelShard& e, const TensorSource& source, const std::string& name, const Columns& columns, KvView& view,
-               std::int64_t first, std::int64_t last) {
-  constexpr std::int64_t piece = 4096;
-  const std::int64_t groups = e.shape().groups, size = static_cast<std::int64_t>(size_of(e.shape().dtype));
-  for (std::int64_t at = first; at < last; at += piece) {
-    const std::int64_t rows = std::min(piece, last - at);
+// Loads rows of a file, some positions at a time: the whole tensor is never in host memory.
+void load_rows(ModelShard& shard, const TensorSource& source, const std::string& name, const Columns& columns,
+               KvView& view, std::int64_t first, std::int64_t last) {
+  constexpr std::int64_t max_rows = 4096;
+  const std::int64_t groups = shard.shape().groups, size = static_cast<std::int64_t>(size_of(shard.shape().dtype));
+  for (std::int64_t at = first; at < last; at += max_rows) {
+    const std::int64_t rows = std::min(max_rows, last - at);
     const std::vector<float> values = given_rows(source, name, columns, at, rows);
-    const std::vector<std::byte> stored = to_storage(values, e.shape().dtype);
-    for (std::int64_t plane = 0; plane < e.planes(); ++plane)
+    const std::vector<std::byte> stored = to_storage(values, shard.shape().dtype);
+    for (std::int64_t plane = 0; plane < shard.planes(); ++plane)
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t from = ((plane / groups * rows + r) * groups + plane % groups) * view.width;
         const std::int64_t chunk = chunk_of(view.map, at + r);
-        // A row stands in its own chunk, in the halo in front of the next, or behind the one before.
+        // A row is in its own chunk, in the halo before the next one, or in the halo after the previous one.
         for (std::int64_t c = std::max<std::int64_t>(0, chunk - 1); c <= chunk + 1; ++c) {
           const std::int64_t local = at + r - (view.map.kv > 1 ? c * view.map.chunk : 0) + view.map.halo;
           if ((view.map.kv == 1 && c != chunk) || !has_chunk(view.map, c) || local < 0 || local >= view.map.stride)
             continue;
-          e.device().copy(static_cast<std::byte*>(view.data) + offset_in_chunk(view, plane, c, at + r) * size,
-                          stored.data() + from * size, static_cast<std::size_t>(view.width * size), e.streams.compute);
+          shard.device().copy(static_cast<std::byte*>(view.data) + offset_in_chunk(view, plane, c, at + r) * size,
+                              stored.data() + from * size, static_cast<std::size_t>(view.width * size),
+                              shard.streams.compute);
         }
       }
-    e.device().synchronize(e.streams.compute);
+    shard.device().synchronize(shard.streams.compute);
   }
 }
 
 }  // namespace
 
-void fill_kv(ModelShard& e, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
+void fill_kv(ModelShard& shard, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
              std::int64_t last) {
   for (const bool value : {false, true}) {
-    const std::string name = kv_name(e.shape(), branch, value);
+    const std::string name = kv_name(shard.shape(), branch, value);
     KvView& view = value ? pair.v : pair.k;
     if (source.from_file()) {
-      load_rows(e, source, name, kv_columns(e.config, e.point, e.partition, value), view, first, last);
+      load_rows(shard, source, name, kv_columns(shard.config, shard.point, shard.partition, value), view, first, last);
       continue;
     }
     FillRowsArgs args;
-    args.dtype = e.shape().dtype;
+    args.dtype = shard.shape().dtype;
     args.dst = view;
-    args.batch = static_cast<std::int32_t>(e.point.batch);
-    args.groups = e.shape().groups;
-    args.group_begin = e.partition.group_begin;
+    args.batch = static_cast<std::int32_t>(shard.point.batch);
+    args.groups = shard.shape().groups;
+    args.group_begin = shard.partition.group_begin;
     args.first = first;
     args.last = last;
     args.key = source.key(name);
-    e.kernels().fill_rows(args, e.streams.compute);
+    shard.kernels().fill_rows(args, shard.streams.compute);
   }
 }
 
-void make_rows(ModelShard& e, const TensorSource& source, const std::string& name, const Columns& columns, DType type,
-               const KvView& to, std::int64_t first, std::int64_t last) {
-  std::int64_t column = 0;  // the first, of all that a position has
+void make_rows(ModelShard& shard, const TensorSource& source, const std::string& name, const Columns& columns,
+               DType type, const KvView& to, std::int64_t first, std::int64_t last) {
+  std::int64_t column = 0;  // the first one, among all columns of a position
   for (std::size_t i = 0; i < columns.begin.size(); ++i) column = column * columns.shape[i + 2] + columns.begin[i];
   FillRowsArgs args;
   args.dtype = type;
   args.dst = to;
-  args.batch = static_cast<std::int32_t>(e.point.batch);
-  args.group_begin = static_cast<std::int32_t>(column / to.width);  // every shard has as many columns
+  args.batch = static_cast<std::int32_t>(shard.point.batch);
+  args.group_begin = static_cast<std::int32_t>(column / to.width);  // all shards have the same number
   args.first = first;
   args.last = last;
   args.key = source.key(name);
-  e.kernels().fill_rows(args, e.streams.compute);
+  shard.kernels().fill_rows(args, shard.streams.compute);
 }
 
-void upload(ModelShard& e, const std::vector<float>& values, void* to) {
-  const std::vector<std::byte> stored = to_storage(values, e.shape().dtype);
-  e.device().copy(to, stored.data(), stored.size(), e.streams.compute);
-  e.device().synchronize(e.streams.compute);
+void upload(ModelShard& shard, const std::vector<float>& values, DType type, void* to) {
+  const std::vector<std::byte> stored = to_storage(values, type);
+  shard.device().copy(to, stored.data(), stored.size(), shard.streams.compute);
+  shard.device().synchronize(shard.streams.compute);
 }
 
-std::vector<float> download(ModelShard& e, const void* from, std::int64_t count, DType type) {
+std::vector<float> download(ModelShard& shard, const void* from, std::int64_t count, DType type) {
   std::vector<std::byte> stored(static_cast<std::size_t>(count) * size_of(type));
-  e.device().copy(stored.data(), from, stored.size(), e.streams.compute);
-  e.device().synchronize(e.streams.compute);
+  shard.device().copy(stored.data(), from, stored.size(), shard.streams.compute);
+  shard.device().synchronize(shard.streams.compute);
   return from_storage(stored.data(), static_cast<std::size_t>(count), type);
 }
 
 namespace {
 
 template <class T>
-std::vector<T> download_as(ModelShard& e, const void* from, std::int64_t count) {
+std::vector<T> download_as(ModelShard& shard, const void* from, std::int64_t count) {
   std::vector<T> values(static_cast<std::size_t>(count));
-  e.device().copy(values.data(), from, values.size() * sizeof(T), e.streams.compute);
-  e.device().synchronize(e.streams.compute);
+  shard.device().copy(values.data(), from, values.size() * sizeof(T), shard.streams.compute);
+  shard.device().synchronize(shard.streams.compute);
   return values;
 }
 
 }  // namespace
 
-std::vector<std::int32_t> download_ints(ModelShard& e, const void* from, std::int64_t count) {
-  return download_as<std::int32_t>(e, from, count);
+std::vector<std::int32_t> download_ints(ModelShard& shard, const void* from, std::int64_t count) {
+  return download_as<std::int32_t>(shard, from, count);
 }
 
-std::vector<std::int64_t> download_longs(ModelShard& e, const void* from, std::int64_t count) {
-  return download_as<std::int64_t>(e, from, count);
+std::vector<std::int64_t> download_longs(ModelShard& shard, const void* from, std::int64_t count) {
+  return download_as<std::int64_t>(shard, from, count);
 }
 
 }  // namespace nsa

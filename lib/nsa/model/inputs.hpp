@@ -1,5 +1,5 @@
 #pragma once
-// Puts given values (x, or q, k, v and gates) into backend memory.
+// Stores given values (x, or q, k, v and gates) in backend memory.
 
 #include <cstdint>
 #include <string>
@@ -18,27 +18,35 @@ Columns q_columns(const Config& config, const Point& point, const Partition& par
 Columns kv_columns(const Config& config, const Point& point, const Partition& partition, bool value);
 Columns gate_columns(const Config& config, const Point& point, const Partition& partition);
 
+/// A given tensor and the memory that holds this rank's columns of it.
+struct GivenTensor {
+  std::string name;
+  Columns columns;
+  DType type;  ///< of the memory: storage or fp32
+  const Buffer* memory;
+};
+
 /// Rows [first, first + rows) of every sequence as [batch][rows][columns], fp32.
 std::vector<float> given_rows(const TensorSource& source, const std::string& name, const Columns& columns,
                               std::int64_t first, std::int64_t rows);
 
-/// The same of a synthetic source, bit for bit, made in the backend's memory: rows [first, last) that `to` holds, of
-/// storage or fp32, [batch][rows][columns] under its map. Every head shard has as many columns.
-void make_rows(ModelShard& engine, const TensorSource& source, const std::string& name, const Columns& columns,
+/// The same of a synthetic source, bit for bit, generated in backend memory: the rows of [first, last) that `to` holds,
+/// storage or fp32, [batch][rows][columns] under its map. All head shards have the same number of columns.
+void make_rows(ModelShard& shard, const TensorSource& source, const std::string& name, const Columns& columns,
                DType type, const KvView& to, std::int64_t first, std::int64_t last);
 
 /// "given/k_sel", "given/v_win", ...: the given tensor that serves `branch`.
 std::string kv_name(const LayerShape& shape, Branch branch, bool value);
 
-/// Fills rows [first, last) that the pair holds, halos too, with the given K and V of a branch.
-void fill_kv(ModelShard& engine, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
+/// Fills the rows of [first, last) that the pair holds, its halos too, with the given K and V of a branch.
+void fill_kv(ModelShard& shard, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
              std::int64_t last);
 
-/// Copies host values to the device as storage type.
-void upload(ModelShard& engine, const std::vector<float>& values, void* to);
+/// Copies host values to the device, rounded to storage or as fp32.
+void upload(ModelShard& shard, const std::vector<float>& values, DType type, void* to);
 /// Copies `count` storage or fp32 elements to the host.
-std::vector<float> download(ModelShard& engine, const void* from, std::int64_t count, DType type);
-std::vector<std::int32_t> download_ints(ModelShard& engine, const void* from, std::int64_t count);
-std::vector<std::int64_t> download_longs(ModelShard& engine, const void* from, std::int64_t count);
+std::vector<float> download(ModelShard& shard, const void* from, std::int64_t count, DType type);
+std::vector<std::int32_t> download_ints(ModelShard& shard, const void* from, std::int64_t count);
+std::vector<std::int64_t> download_longs(ModelShard& shard, const void* from, std::int64_t count);
 
 }  // namespace nsa

@@ -32,7 +32,7 @@ ModelShard::ModelShard(const Backend& dry, const Config& input, const Point& at,
 }
 
 void ModelShard::allocate(const TensorSource* source) {
-  // What the input asks for and cannot have is said before anything is made; the phases choose again for their tiles.
+  // Throws before any allocation where the backend lacks a requested route. The phases choose again for their tiles.
   for (const Phase phase : {Phase::prefill, Phase::decode})
     choose_routes(phase, {0, static_cast<std::int32_t>(point.batch), 1, nullptr, total_positions(config, point)}, {});
   checksum = allocator()(MemoryKind::workspace, 8);
@@ -43,7 +43,7 @@ void ModelShard::allocate(const TensorSource* source) {
   }
 }
 
-// The communicators outlive the engine, but while it lives their memory is a part of what the point takes.
+// The communicators outlive the shard, but while it exists their memory counts as memory of the point.
 void ModelShard::connect(ProcessGrid& grid) {
   comms = grid.comms(partition.kv);
   account.add(MemoryKind::workspace, comms->heads.memory_bytes() + comms->kv.memory_bytes());

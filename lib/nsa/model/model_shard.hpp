@@ -1,5 +1,5 @@
 #pragma once
-// One rank's share of a layer stack, ready to run: who it is, its weights and caches, its streams and peers.
+// One rank's shard of a layer stack, ready to run: its partition, weights, caches, streams and communicators.
 
 #include <memory>
 #include <vector>
@@ -11,7 +11,7 @@
 
 namespace nsa {
 
-/// Two streams and the events that order them: `side` runs beside `compute` between the two events.
+/// Two streams and the events that order them: `side` runs concurrently with `compute` between the two events.
 struct Streams {
   explicit Streams(const DeviceOps& device);
   ~Streams();
@@ -35,18 +35,18 @@ struct ModelShard {
   Routes routes;
   Buffer checksum;  ///< uint64 [1], for cache_checksum
 
-  /// Not collective: memory is had before anybody waits for a peer. Throws UserError(device) when it runs out.
+  /// Not collective: a rank allocates before it waits for peers. Throws UserError(device) when memory runs out.
   ModelShard(const Backend& backend, const ControlComm& world, const Config& config, const Point& point,
              const TensorSource& source);
-  /// Finds the peers, and opens what is not open yet. Collective, once all ranks have their memory.
+  /// Takes the communicators of the grid, which opens the missing ones. Collective, after all ranks have allocated.
   void connect(ProcessGrid& grid);
-  /// A plan: on dry_device(), with no peers and no values.
+  /// A plan: on dry_device(), without peers and values.
   ModelShard(const Backend& dry, const Config& config, const Point& point, const Partition& partition);
   const KernelTable& kernels() const { return *backend.kernels; }
   const DeviceOps& device() const { return *backend.device; }
   const LayerShape& shape() const { return partition.shape; }
   Allocator allocator() { return {device(), account}; }
-  /// Before the first step of a phase. Returns the bytes of scratch that its stages need on such tiles.
+  /// Called before the first step of a phase. Returns the scratch that its stages need on such tiles, bytes.
   std::size_t choose_routes(Phase phase, const QueryTile& tile, const AttentionPolicy& policy);
   std::int64_t planes() const { return point.batch * shape().groups; }
 

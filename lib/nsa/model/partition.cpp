@@ -11,12 +11,12 @@ namespace nsa {
 
 namespace {
 
-RowMap chunked(const Partition& p, std::int64_t chunk, std::int32_t before, std::int64_t after, bool gathered) {
+RowMap chunked(const Partition& p, std::int64_t chunk, std::int32_t halo, std::int64_t after, bool gathered) {
   if (p.kv == 1) return {};
   RowMap map;
   map.chunk = chunk;
-  map.stride = before + chunk + after;
-  map.halo = before;
+  map.stride = halo + chunk + after;
+  map.halo = halo;
   map.kv = p.kv;
   map.rank = gathered ? all_ranks : p.kv_rank;
   return map;
@@ -57,7 +57,7 @@ RowMap Partition::raw_ring() const { return ring_of(shape.rules.l); }
 
 std::int64_t Partition::capacity(const RowMap& local, std::int64_t rows) const {
   if (local.ring > 0) return local.ring;
-  // The last rows may already stand in the halo in front of a chunk that has none of its own yet.
+  // The last rows may already be in the halo before a chunk that has no own rows yet.
   return local.kv == 1 ? rows : owned_chunks(local, rows > 0 ? rows + local.halo : 0, 0) * local.stride;
 }
 

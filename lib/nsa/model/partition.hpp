@@ -1,6 +1,7 @@
 #pragma once
-// Who owns what. The world is heads x kv ranks: rank = head_shard * kv + kv_rank. A head shard owns whole KV
-// groups; a kv shard owns every kv-th chunk of the sequence (shared/row_map.hpp). Pure arithmetic: no MPI, no memory.
+// Which rank owns which heads and rows. The world is heads x kv ranks: rank = head_shard * kv + kv_rank. A head shard
+// owns whole KV groups; a kv shard owns every kv-th chunk of the sequence (shared/row_map.hpp). Pure arithmetic: no
+// MPI, no memory.
 
 #include <cstdint>
 #include <string>
@@ -21,16 +22,16 @@ struct Partition {
 
   RowMap tokens(bool gathered) const;      ///< selection K/V
   RowMap compressed(bool gathered) const;  ///< compressed tokens, with the halo that scoring needs
-  RowMap raw_cmp() const;                  ///< prefill: cmp projections of own chunks, with the halo behind
-  RowMap raw_heads(bool gathered) const;   ///< prefill: the first l-d rows of each chunk, to fill those halos
+  RowMap raw_cmp() const;                  ///< prefill: cmp projections of own chunks, with the halo after each
+  RowMap raw_heads(bool gathered) const;   ///< prefill: the first l-d rows of each chunk, which fill those halos
   RowMap window_ring() const;              ///< decode: last w tokens, replicated on the kv ranks
-  RowMap window_share() const;             ///< ... of which each kv rank reads these slots
+  RowMap window_share() const;             ///< the slots of that ring that this kv rank reads
   RowMap raw_ring() const;                 ///< decode: last l tokens of the cmp projections, replicated
-  /// Memory rows a rank keeps under a local map for a sequence of `rows` rows; the same on every rank.
+  /// Rows of memory that a rank allocates under a local map for a sequence of `rows` rows; the same on every rank.
   std::int64_t capacity(const RowMap& local, std::int64_t rows) const;
 };
 
-/// heads x kv for `ranks`: what the input says, else as many heads as divide the groups, then kv.
+/// heads x kv for `ranks`: as the input says, else the most heads that divide the groups, and the rest kv.
 /// Throws UserError when they do not multiply to `ranks` or heads does not divide the groups.
 std::pair<std::int32_t, std::int32_t> factorise(const Config& config, std::int32_t ranks);
 
@@ -46,7 +47,7 @@ std::int64_t nsa_vibe_reads(const BlockRules& rules, std::int64_t t);
 /// Rows [0, rows) of a sharded sequence that the map's rank owns.
 std::int64_t owned_rows(const RowMap& local, std::int64_t rows);
 
-/// Positions a point needs room for: its context, and in decode its steps.
+/// Positions that a point needs memory for: its context, and in decode its steps.
 std::int64_t total_positions(const Config& config, const Point& point);
 
 }  // namespace nsa

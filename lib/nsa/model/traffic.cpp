@@ -40,26 +40,26 @@ std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& 
   const std::int64_t rows = prefill ? point.batch * owned_rows(p.tokens(false), point.context) : point.batch;
   const std::int64_t branches_kv = s.shared_kv ? 1 : branches;
   const ExpectedReads reads = expected_reads(s.rules, t);
-  // Prefill: each K/V row once, by every rank, since all are gathered. Decode: what one query row reads.
+  // Prefill: each K/V row once on every rank, since all are gathered. Decode: what one query row reads.
   const auto kv_rows = [&](Branch c) {
     if (!prefill) return planes * reads.branch[c] / p.kv;
     return planes * (c == cmp ? compressed_tokens(s.rules, t) : t + 1);
   };
   const std::int64_t q = rows * s.heads() * s.d_k * storage, o = rows * s.heads() * s.d_v * 4;
   std::vector<std::int64_t> bytes(stage_count, 0);
-  const auto put = [&](Stage stage, std::int64_t n) { bytes[static_cast<int>(stage)] = config.model.layers * n; };
+  const auto set = [&](Stage stage, std::int64_t n) { bytes[static_cast<int>(stage)] = config.model.layers * n; };
   if (config.run.scope == Scope::layer) {
-    put(Stage::project, (qkv_columns(s) * (s.dim + rows) + rows * s.dim) * storage);
-    put(Stage::output, (std::int64_t{s.heads()} * s.d_v * (s.dim + rows)) * storage + rows * s.dim * 4);
+    set(Stage::project, (qkv_columns(s) * (s.dim + rows) + rows * s.dim) * storage);
+    set(Stage::output, (std::int64_t{s.heads()} * s.d_v * (s.dim + rows)) * storage + rows * s.dim * 4);
   }
-  put(Stage::append, 2 * rows * s.groups * branches_kv * width);
-  put(Stage::compress,
+  set(Stage::append, 2 * rows * s.groups * branches_kv * width);
+  set(Stage::compress,
       prefill ? (rows * s.groups * width) + kv_rows(cmp) * width / p.kv : planes * width * (s.rules.l + 1) / s.rules.d);
-  put(Stage::attend_cmp, kv_rows(cmp) * width + q + o + (prefill ? 0 : kv_rows(cmp) * s.heads_per_group * 4));
-  put(Stage::rank, prefill ? 0 : kv_rows(cmp) * s.heads_per_group * 4);
-  put(Stage::attend_sel, kv_rows(sel) * width + q + o);
-  put(Stage::attend_win, kv_rows(win) * width + q + o);
-  put(Stage::combine, o * branches * (prefill ? 1 : p.kv) + rows * s.heads() * s.d_v * storage);
+  set(Stage::attend_cmp, kv_rows(cmp) * width + q + o + (prefill ? 0 : kv_rows(cmp) * s.heads_per_group * 4));
+  set(Stage::rank, prefill ? 0 : kv_rows(cmp) * s.heads_per_group * 4);
+  set(Stage::attend_sel, kv_rows(sel) * width + q + o);
+  set(Stage::attend_win, kv_rows(win) * width + q + o);
+  set(Stage::combine, o * branches * (prefill ? 1 : p.kv) + rows * s.heads() * s.d_v * storage);
   for (const Exchange& e : exchanges(config, p, point))
     bytes[static_cast<int>(Stage::comm)] += config.model.layers * e.bytes * (e.ranks - 1);
   for (int i = 0; i < static_cast<int>(Stage::step); ++i) bytes[static_cast<int>(Stage::step)] += bytes[i];

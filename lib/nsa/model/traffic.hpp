@@ -19,8 +19,8 @@ struct Exchange {
 /// Those of one layer; empty on one rank.
 std::vector<Exchange> exchanges(const Config& config, const Partition& partition, const Point& point);
 
-/// Bytes a step must move between memory and this rank's processor, by stage, nothing read twice, at the last step
-/// (decode) or in all (prefill); comm: bytes received from peers.
+/// Bytes that must move between memory and this rank's processor, by stage, with every element read once: in the last
+/// step of a decode, or in the whole prefill. comm: bytes received from peers.
 std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& partition, const Point& point);
 
 }  // namespace nsa

@@ -117,7 +117,7 @@ Weights::Weights(const DeviceOps& device, Stream* stream, MemoryAccount& account
     const WeightSpec& w = spec(name);
     return source ? source->slab(w.name, w.shape, w.scale, begin, count) : std::vector<float>();
   };
-  const auto keep = [&](const std::vector<float>& values, std::int64_t count, DType type) {
+  const auto store = [&](const std::vector<float>& values, std::int64_t count, DType type) {
     buffers_.emplace_back(device, account, MemoryKind::weights, static_cast<std::size_t>(count) * size_of(type));
     if (source) {
       const std::vector<std::byte> stored = to_storage(values, type);
@@ -128,28 +128,30 @@ Weights::Weights(const DeviceOps& device, Stream* stream, MemoryAccount& account
   };
   const auto whole = [&](const std::string& name, DType type) {
     const std::vector<std::int64_t>& shape = spec(name).shape;
-    return keep(slab(name, std::vector<std::int64_t>(shape.size(), 0), shape), elements_of(shape), type);
+    return store(slab(name, std::vector<std::int64_t>(shape.size(), 0), shape), elements_of(shape), type);
   };
 
   // The local columns of q and of every K and V, side by side: one matrix product projects a row.
   const std::int64_t columns = qkv_columns(s);
   std::vector<float> w_qkv(source ? static_cast<std::size_t>(m.dim * columns) : 0);
   std::int64_t at = 0;
-  const auto put = [&](const std::string& name, std::int64_t begin, std::int64_t count) {
-    const std::vector<float> part = slab(name, {0, begin}, {m.dim, count});
+  const auto append_columns = [&](const std::string& name, std::int64_t begin, std::int64_t count) {
+    const std::vector<float> matrix = slab(name, {0, begin}, {m.dim, count});
     for (std::int64_t row = 0; source && row < m.dim; ++row)
-      std::memcpy(&w_qkv[row * columns + at], &part[row * count], static_cast<std::size_t>(count) * 4);
+      std::memcpy(&w_qkv[row * columns + at], &matrix[row * count], static_cast<std::size_t>(count) * 4);
     at += count;
   };
-  put("w_q", std::int64_t{p.group_begin} * s.heads_per_group * s.d_k, std::int64_t{s.heads()} * s.d_k);
+  append_columns("w_q", std::int64_t{p.group_begin} * s.heads_per_group * s.d_k, std::int64_t{s.heads()} * s.d_k);
   for (const Branch c : kv_column_order) {
     if (s.shared_kv && c != sel) continue;
-    put(std::string("w_k_") + branch_names[c], std::int64_t{p.group_begin} * s.d_k, std::int64_t{s.groups} * s.d_k);
-    put(std::string("w_v_") + branch_names[c], std::int64_t{p.group_begin} * s.d_v, std::int64_t{s.groups} * s.d_v);
+    append_columns(std::string("w_k_") + branch_names[c], std::int64_t{p.group_begin} * s.d_k,
+                   std::int64_t{s.groups} * s.d_k);
+    append_columns(std::string("w_v_") + branch_names[c], std::int64_t{p.group_begin} * s.d_v,
+                   std::int64_t{s.groups} * s.d_v);
   }
-  layer_.w_qkv = keep(w_qkv, m.dim * columns, s.dtype);
+  layer_.w_qkv = store(w_qkv, m.dim * columns, s.dtype);
   const std::int64_t o_rows = std::int64_t{s.heads()} * s.d_v;
-  layer_.w_o = keep(slab("w_o", {std::int64_t{p.head_shard} * o_rows, 0}, {o_rows, m.dim}), o_rows * m.dim, s.dtype);
+  layer_.w_o = store(slab("w_o", {std::int64_t{p.head_shard} * o_rows, 0}, {o_rows, m.dim}), o_rows * m.dim, s.dtype);
   const auto floats = [&](const std::string& name) { return static_cast<const float*>(whole(name, DType::f32)); };
   layer_.gate_w1 = floats("gate_w1");
   layer_.gate_b1 = floats("gate_b1");

@@ -1,5 +1,5 @@
 #pragma once
-// This rank's weights and inputs: from the synthetic generator, or from a file another program wrote.
+// This rank's weights and inputs: from the synthetic generator, or from a file that another program wrote.
 
 #include <cstdint>
 #include <memory>
@@ -13,15 +13,15 @@
 
 namespace nsa {
 
-/// Names, shapes and scales of a layer's tensors as they stand in files (design section 7), and where their
-/// values come from. `file` empty: synthetic, with variance 1 / fan-in for matrices and 1 for x.
+/// The source of a run's tensors, by their names in files (design section 7). `file` empty: synthetic, with variance
+/// 1 / fan-in for matrices and 1 for x.
 class TensorSource {
  public:
   TensorSource(const Config& config, const std::string& file);
   bool from_file() const { return file_ != nullptr; }
   std::uint64_t key(const std::string& name) const { return tensor_key(seed_, name.c_str()); }
   /// A slab of the whole tensor, row-major fp32, not yet rounded to storage.
-  /// Throws UserError(file) when the file lacks it, has another shape or a value that is not finite.
+  /// Throws UserError(file) when the file lacks the tensor, or it has another shape or a value that is not finite.
   std::vector<float> slab(const std::string& name, const std::vector<std::int64_t>& shape, float scale,
                           const std::vector<std::int64_t>& begin, const std::vector<std::int64_t>& count) const;
 
@@ -30,7 +30,7 @@ class TensorSource {
   std::unique_ptr<TensorFile> file_;
 };
 
-/// A weight tensor of one layer: its place in the file and its whole shape.
+/// A weight tensor of one layer: its name in the file and its whole shape.
 struct WeightSpec {
   std::string name;  ///< "weights/w_q", or "weights/layer0/w_q" when the model has several layers
   std::vector<std::int64_t> shape;
@@ -41,7 +41,7 @@ std::vector<WeightSpec> weight_specs(const Config& config, std::int64_t layer);
 /// One layer's weights in backend memory.
 class Weights {
  public:
-  /// Only sizes memory when `source` is null.
+  /// Allocates without values when `source` is null.
   Weights(const DeviceOps& device, Stream* stream, MemoryAccount& account, const Config& config,
           const Partition& partition, std::int64_t layer, const TensorSource* source);
   const LayerWeights& layer() const { return layer_; }
@@ -51,7 +51,7 @@ class Weights {
   LayerWeights layer_;
 };
 
-/// Elements of a shape.
+/// Number of elements of a shape.
 std::int64_t elements_of(const std::vector<std::int64_t>& shape);
 
 /// fp32 values rounded to storage, as bytes; and back.

@@ -10,8 +10,8 @@
 #include "kernels/diagnostics/error.hpp"
 #include "nsa/report/metrics.hpp"
 #include "nsa/report/report.hpp"
+#include "nsa/results/error_bound.hpp"
 #include "nsa/results/result_file.hpp"
-#include "nsa/verify/float64_check.hpp"
 
 namespace nsa {
 namespace {

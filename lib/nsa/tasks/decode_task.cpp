@@ -18,113 +18,60 @@ namespace nsa {
 
 namespace {
 
-// Caches filled with synthetic rows, so that decode at a long context needs no prefill of it.
-void fill_directly(ModelShard& e, const TensorSource& source) {
-  const BlockRules& r = e.shape().rules;
-  const std::int64_t context = e.point.context;
-  for (std::size_t layer = 0; layer < e.caches.size(); ++layer) {
-    LayerCaches& cache = e.caches[layer];
-    fill_kv(e, source, sel, cache.sel, 0, context);
-    fill_kv(e, source, win, cache.win, std::max<std::int64_t>(0, context - r.w), context);
-    fill_kv(e, source, cmp, cache.raw, std::max<std::int64_t>(0, context - r.l), context);
-    fill_kv(e, source, cmp, cache.cmp, 0, compressed_tokens(r, context - 1));
+// Fills the caches with synthetic rows, so that decode at a long context needs no prefill.
+void fill_directly(ModelShard& shard, const TensorSource& source) {
+  const BlockRules& r = shard.shape().rules;
+  const std::int64_t context = shard.point.context;
+  for (std::size_t layer = 0; layer < shard.caches.size(); ++layer) {
+    LayerCaches& cache = shard.caches[layer];
+    fill_kv(shard, source, sel, cache.sel, 0, context);
+    fill_kv(shard, source, win, cache.win, std::max<std::int64_t>(0, context - r.w), context);
+    fill_kv(shard, source, cmp, cache.raw, std::max<std::int64_t>(0, context - r.l), context);
+    fill_kv(shard, source, cmp, cache.cmp, 0, compressed_tokens(r, context - 1));
   }
 }
 
-void fill_caches(const Session& session, ModelShard& e, const TensorSource& source, const Progress& progress) {
+void fill_caches(const Session& session, ModelShard& shard, const TensorSource& source, const Progress& progress) {
   const PhaseScope phase("fill caches");
-  if (e.config.run.fill == CacheFill::synthetic) {
-    fill_directly(e, source);
-    return e.connect(*session.grid);
+  if (shard.config.run.fill == CacheFill::synthetic) {
+    fill_directly(shard, source);
+    return shard.connect(*session.grid);
   }
   std::optional<PrefillRunner> prefill;
-  StageTimer untimed(e.device(), e.streams.compute);
+  StageTimer untimed(shard.device(), shard.streams.compute);
   agreed(session.world, [&] {
-    prefill.emplace(e, e.point.context, false);
-    if (e.config.run.scope == Scope::attention)
+    prefill.emplace(shard, shard.point.context, false);
+    if (shard.config.run.scope == Scope::attention)
       prefill->load_kv(source);
     else
       prefill->load_rows(source);
   });
-  e.connect(*session.grid);
+  shard.connect(*session.grid);
   prefill->watch([&](double done) { progress(done, 1, "filling caches"); });
   prefill->fill_caches(untimed);
-  e.device().synchronize(e.streams.compute);
+  shard.device().synchronize(shard.streams.compute);
 }
 
-RankReads read_log(ModelShard& e, DecodeRunner& decode) {
-  const std::int64_t steps = e.config.run.steps, planes = e.planes();
-  const auto log = download_longs(e, decode.reads_log().data(), steps * branches * planes);
-  const auto selected = download_ints(e, decode.selected_log().data(), steps * decode.selected_count());
-  RankReads reads(steps);
-  for (std::int64_t i = 0; i < std::ssize(log); ++i)
-    reads.counted[i / planes % branches * steps + i / (planes * branches)] += log[i];
-  expect_decode(reads, e.partition, e.point.context, planes * e.config.model.layers, selected);
-  return reads;
-}
-
-StepOutput left_by(ModelShard& e, DecodeRunner& decode) {
-  StepOutput left = latest_output(e, decode.buffers(), e.point.batch, true);
-  left.selected = download_ints(e, decode.selected_log().data(), e.config.run.steps * decode.selected_count());
-  left.fallbacks = e.routes.fallbacks(Phase::decode).size();
-  return left;
-}
-
-// One pass outside the measurement: every step is recorded, sampled rows of the first and last are checked. Returns
-// what it left, which every measured pass has to leave too.
-StepOutput record_pass(const Session& session, ModelShard& e, DecodeRunner& decode, const TensorSource& source,
-                       const StepOptions& base, PointRecord& record) {
-  StepOptions options = base;
-  options.record = true;
-  const PhaseScope phase("check");
-  StageTimer untimed(e.device(), e.streams.compute);
-  std::unique_ptr<StepTensors> tensors;
-  agreed(session.world, [&] {
-    if (e.config.output.tensors) tensors = std::make_unique<StepTensors>(e, e.config.run.steps);
-  });
-  CheckResult checked;
-  std::string problem;
-  decode.restore();
-  for (std::int64_t step = 0; step < e.config.run.steps; ++step) {
-    if (session.stop->check_periodically()) throw Interrupted();
-    decode.load(step, options);
-    decode.step(options, untimed);
-    const StepContext ctx = decode.last_layer(options);
-    e.device().synchronize(e.streams.compute);
-    if (tensors) tensors->take(ctx, step, true);
-    if (!e.config.run.check) continue;
-    if (problem.empty())
-      problem = output_problem(latest_output(e, decode.buffers(), e.point.batch, true), {}, e.shape().dtype);
-    if (step != 0 && step + 1 != e.config.run.steps) continue;
-    const std::int64_t stride = std::max<std::int64_t>(1, e.planes() / 2);
-    for (std::int64_t plane = 0; plane < e.planes(); plane += stride)
-      checked.merge(check_row(ctx, plane, plane / e.shape().groups, e.point.context + step));
-  }
-  keep_records(session.world, e, source, checked, tensors.get(), total_positions(e.config, e.point), record);
-  fail_where(session.world, problem, record);
-  return left_by(e, decode);
-}
-
-// A step as it would run: one graph where the backend has them.
-class WholeStep {
+// A decode step as one graph where the backend captures graphs; else, and to time each stage, its launches one by one.
+class CapturedStep {
  public:
-  WholeStep(ModelShard& e, DecodeRunner& decode, StageTimer& timer, const ModeRun& run)
-      : shard_(e), decode_(decode), timer_(timer), options_(run.options) {
-    if (run.stages || !e.device().capture) return;
-    const std::size_t known = e.routes.fallbacks(Phase::decode).size();
+  CapturedStep(ModelShard& shard, DecodeRunner& decode, StageTimer& timer, const ModeRun& run)
+      : shard_(shard), decode_(decode), timer_(timer), options_(run.options) {
+    if (run.stages || !shard.device().capture) return;
+    const std::size_t known = shard.routes.fallbacks(Phase::decode).size();
     try {
       capture();
     } catch (const UserError&) {
-      // A launch that fails may spoil the capture it is part of; the step is then queued again without it.
-      if (e.routes.fallbacks(Phase::decode).size() == known) throw;
+      // A launch that fails may invalidate the capture it is part of. The step is then captured without it.
+      if (shard.routes.fallbacks(Phase::decode).size() == known) throw;
       capture();
     }
   }
-  ~WholeStep() {
+  ~CapturedStep() {
     if (graph_) shard_.device().destroy_graph(graph_);
   }
-  WholeStep(const WholeStep&) = delete;
-  WholeStep& operator=(const WholeStep&) = delete;
+  CapturedStep(const CapturedStep&) = delete;
+  CapturedStep& operator=(const CapturedStep&) = delete;
   void run() {
     fault::at("decode.step");
     if (graph_)
@@ -136,7 +83,7 @@ class WholeStep {
  private:
   void capture() {
     graph_ = shard_.device().capture(
-        shard_.streams.compute, [](void* self) { static_cast<WholeStep*>(self)->queue(); }, this);
+        shard_.streams.compute, [](void* self) { static_cast<CapturedStep*>(self)->queue(); }, this);
   }
   void queue() { decode_.step(options_, timer_); }
   ModelShard& shard_;
@@ -146,75 +93,147 @@ class WholeStep {
   Graph* graph_ = nullptr;
 };
 
+// The recorded pass and the measured passes of a decode point.
+class DecodePasses {
+ public:
+  DecodePasses(const Session& session, ModelShard& shard, DecodeRunner& decode, PointRecord& record)
+      : session_(session), shard_(shard), config_(shard.config), decode_(decode), record_(record) {}
+
+  // Runs before the measurement: records every step, and checks sampled rows of the first and the last one. Every
+  // measured pass must reproduce its output.
+  void recorded(const TensorSource& source);
+  // False: the run was asked to stop.
+  bool measured(const ModeRun& run, StageTimer& timer, const TakeSample& take);
+
+ private:
+  std::string latest_problem() const;
+  CheckResult check_rows(const StepContext& ctx, std::int64_t step) const;
+  RankReads reads() const;
+  StepOutput output() const;
+  void flip_caches() const;
+
+  const Session& session_;
+  ModelShard& shard_;
+  const Config& config_;
+  DecodeRunner& decode_;
+  PointRecord& record_;
+  StepOutput expected_;
+};
+
+void DecodePasses::recorded(const TensorSource& source) {
+  StepOptions options = step_options(shard_.point);
+  options.record = true;
+  const PhaseScope phase("check");
+  StageTimer untimed(shard_.device(), shard_.streams.compute);
+  std::unique_ptr<StepTensors> tensors;
+  agreed(session_.world, [&] {
+    if (config_.output.tensors) tensors = std::make_unique<StepTensors>(shard_, config_.run.steps);
+  });
+  CheckResult checked;
+  std::string problem;
+  decode_.restore();
+  for (std::int64_t step = 0; step < config_.run.steps; ++step) {
+    if (session_.stop->check_periodically()) throw Interrupted();
+    decode_.load(step, options);
+    decode_.step(options, untimed);
+    const StepContext ctx = decode_.last_layer(options);
+    shard_.device().synchronize(shard_.streams.compute);
+    if (tensors) tensors->take(ctx, step, true);
+    if (!config_.run.check) continue;
+    if (problem.empty()) problem = latest_problem();
+    if (step == 0 || step + 1 == config_.run.steps) checked.merge(check_rows(ctx, step));
+  }
+  keep_records(session_.world, shard_, source, checked, tensors.get(), total_positions(config_, shard_.point), record_);
+  gather_problems(session_.world, problem, record_);
+  expected_ = output();
+}
+
+bool DecodePasses::measured(const ModeRun& run, StageTimer& timer, const TakeSample& take) {
+  CapturedStep captured(shard_, decode_, timer, run);
+  decode_.restore();
+  for (std::int64_t step = 0; step < config_.run.steps; ++step) {
+    if (session_.stop->check_periodically()) return false;
+    decode_.load(step, run.options);
+    shard_.device().synchronize(shard_.streams.compute);
+    flip_caches();
+    take(timer.step([&] { captured.run(); }));
+  }
+  if (run.options.leave_out < 0) record_reads(session_.world, shard_, reads(), record_);
+  if (config_.run.check && computes_point_step(run, shard_.point))
+    gather_problems(session_.world, pass_problem(session_.world, shard_, output(), expected_), record_);
+  return true;
+}
+
+std::string DecodePasses::latest_problem() const {
+  return output_problem(latest_output(shard_, decode_.buffers(), shard_.point.batch, true), {}, shard_.shape().dtype);
+}
+
+CheckResult DecodePasses::check_rows(const StepContext& ctx, std::int64_t step) const {
+  CheckResult checked;
+  const std::int64_t stride = std::max<std::int64_t>(1, shard_.planes() / 2);
+  for (std::int64_t plane = 0; plane < shard_.planes(); plane += stride)
+    checked.merge(check_row(ctx, plane, plane / shard_.shape().groups, shard_.point.context + step));
+  return checked;
+}
+
+RankReads DecodePasses::reads() const {
+  const std::int64_t steps = config_.run.steps, planes = shard_.planes();
+  const auto log = download_longs(shard_, decode_.reads_log().data(), steps * branches * planes);
+  const auto selected = download_ints(shard_, decode_.selected_log().data(), steps * decode_.selected_count());
+  RankReads reads(steps);
+  for (std::int64_t i = 0; i < std::ssize(log); ++i)
+    reads.counted[i / planes % branches * steps + i / (planes * branches)] += log[i];
+  expect_decode(reads, shard_.partition, shard_.point.context, planes * config_.model.layers, selected);
+  return reads;
+}
+
+StepOutput DecodePasses::output() const {
+  StepOutput output = latest_output(shard_, decode_.buffers(), shard_.point.batch, true);
+  output.selected = download_ints(shard_, decode_.selected_log().data(), config_.run.steps * decode_.selected_count());
+  output.fallbacks = shard_.routes.fallbacks(Phase::decode).size();
+  return output;
+}
+
+void DecodePasses::flip_caches() const {
+  const KvPair& cache = shard_.caches[0].sel;
+  Stream* stream = shard_.streams.compute;
+  fault::flip("cache.k", shard_.device(), cache.k_memory.data(), cache.k_memory.bytes(), stream);
+  fault::flip("cache.v", shard_.device(), cache.v_memory.data(), cache.v_memory.bytes(), stream);
+}
+
 }  // namespace
 
 MemoryAccount run_decode(const Session& session, const Config& config, const Point& point, const TensorSource& source,
                          PointRecord& record, const Progress& progress) {
   const ControlComm& world = session.world;
   const PhaseScope phase("decode");
+  const bool records = config.run.check || config.output.tensors;
   std::optional<ModelShard> shard;
   agreed(world, [&] { shard.emplace(session.backend, world, config, point, source); });
-  ModelShard& e = *shard;
-  fill_caches(session, e, source, progress);
-  std::optional<DecodeRunner> held;
-  agreed(world, [&] { held.emplace(e, &source, config.run.check || config.output.tensors); });
-  DecodeRunner& decode = *held;
-  decode.snapshot();
+  fill_caches(session, *shard, source, progress);
+  std::optional<DecodeRunner> decode;
+  agreed(world, [&] { decode.emplace(*shard, &source, records); });
+  decode->snapshot();
+  decode->choose_plan(world);
+  DecodePasses passes(session, *shard, *decode, record);
+  if (records) passes.recorded(source);
+  decode->restore();
+  const std::uint64_t checksum = config.run.check ? cache_checksum(*shard, point.context, config.model.layers) : 0;
 
-  const std::vector<ModeRun> runs = mode_runs(config, point);
-  StepOptions base;
-  base.force_branch = point.force_branch;
-  decode.choose_plan(world);
-  StepOutput expected;
-  if (config.run.check || config.output.tensors) expected = record_pass(session, e, decode, source, base, record);
-  decode.restore();
-  const std::uint64_t caches = config.run.check ? cache_checksum(e, point.context, config.model.layers) : 0;
-
-  StageTimer timer(e.device(), e.streams.compute);
-  Samples samples;
-  const double all = static_cast<double>(runs.size()), steps = static_cast<double>(config.run.steps);
-  double passes = 0;
-  // What failed on some rank is replaced on all of them, and then nothing measured before is of use.
-  do {
-    samples = {};
-    passes = 0;
-    decode.choose_plan(world);
-    record.stop_reason = measure(world, runs, config.run.min_time, samples, [&](const ModeRun& run, auto&& sink) {
-      timer.set_per_stage(run.stages);
-      WholeStep whole(e, decode, timer, run);
-      decode.restore();
-      for (std::int64_t step = 0; step < config.run.steps; ++step) {
-        if (session.stop->check_periodically()) return false;
-        decode.load(step, run.options);
-        e.device().synchronize(e.streams.compute);
-        fault::flip("cache.k", e.device(), e.caches[0].sel.k_memory.data(), e.caches[0].sel.k_memory.bytes(),
-                    e.streams.compute);
-        fault::flip("cache.v", e.device(), e.caches[0].sel.v_memory.data(), e.caches[0].sel.v_memory.bytes(),
-                    e.streams.compute);
-        sink(timer.step([&] { whole.run(); }));
-        progress(std::min(passes += 1 / steps, all), all, run.name);
-      }
-      if (run.options.leave_out < 0) {
-        const RankReads reads = read_log(e, decode);
-        record.reads = gather_reads(world, reads);
-        if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(config, point)));
-      }
-      const bool same_step = run.options.leave_out < 0 && run.options.force_branch == base.force_branch;
-      if (config.run.check && same_step)
-        fail_where(world, pass_problem(world, e, left_by(e, decode), expected), record);
-      return true;
-    });
-  } while (e.routes.agree(world));
+  const MeasuredTask task{
+      [&] { decode->choose_plan(world); },
+      [&](const ModeRun& run, StageTimer& timer, const TakeSample& take) { return passes.measured(run, timer, take); }};
+  const Samples samples = measure_point(session, *shard, task, record, progress);
   if (config.run.check) {
-    decode.restore();
-    const bool same = cache_checksum(e, point.context, config.model.layers) == caches;
-    fail_where(world, same ? "" : "the cached K or V changed while the steps ran", record);
+    decode->restore();
+    const bool same = cache_checksum(*shard, point.context, config.model.layers) == checksum;
+    gather_problems(world, same ? "" : "the cached K or V changed while the steps ran", record);
   }
   for (std::int64_t step = 0; step < config.run.steps; ++step)
     record.reads.nsa_vibe.push_back(nsa_vibe_reads(config.nsa, point.context + step));
   record.first_position = point.context;
-  finish_point(world, e, samples, record);
-  return e.account;
+  finish_point(world, *shard, samples, record);
+  return shard->account;
 }
 
 }  // namespace nsa

@@ -11,9 +11,9 @@
 namespace nsa {
 namespace {
 
-// More than the last cache of any device this runs on; copies of K and V come to this together.
+// More than the last-level cache of any supported device: the size of all copies of K and V together.
 constexpr std::int64_t cold_bytes = std::int64_t{128} << 20;
-constexpr std::int64_t most_copies = 64;
+constexpr std::int64_t max_copies = 64;
 
 const AttendKernel* find_kernel(const KernelTable& kernels, Branch branch, const std::string& name) {
   for (const AttendKernel& kernel : kernels.attend[branch])
@@ -21,15 +21,14 @@ const AttendKernel* find_kernel(const KernelTable& kernels, Branch branch, const
   return nullptr;
 }
 
-/// Dense attention over packed K and V is a window that holds them all; tiled: `flash`, or what the backend has
-/// instead.
+/// Dense attention over packed K and V is a window that holds them all. The tiled kernel is `flash`, else `fused`.
 const AttendKernel* packed_kernel(const KernelTable& kernels, const std::string& label) {
   if (label == "sdpa_packed") return find_kernel(kernels, win, "sdpa");
   const AttendKernel* flash = find_kernel(kernels, win, "flash");
   return flash ? flash : find_kernel(kernels, win, "fused");
 }
 
-/// Uniform below `bound`, by counter.
+/// Counter-based random integers, uniform below `bound`.
 struct Dice {
   std::uint64_t key;
   std::uint64_t count = 0;
@@ -47,7 +46,7 @@ QueryTile packed_tile(std::int64_t rows, std::int64_t tokens) {
   return tile;
 }
 
-/// A row over its packed tokens is a window that holds them all.
+/// The packed tokens of a row are a window that holds them all.
 LayerShape packed_shape(LayerShape shape) {
   shape.rules.w = shape.rules.n_sel * shape.rules.l_sel;
   return shape;
@@ -70,13 +69,13 @@ std::int64_t kv_rows_of(const Config& c, const Point& point) {
 void attend_exactly(const float* q, const std::vector<float>& k, const std::vector<float>& v, std::int64_t width,
                     const std::vector<std::int64_t>& tokens, double* o) {
   std::vector<double> p(tokens.size());
-  double top = -INFINITY, sum = 0;
+  double max = -INFINITY, sum = 0;
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     double dot = 0;
     for (std::int64_t e = 0; e < width; ++e) dot += double{q[e]} * k[tokens[i] * width + e];
-    top = std::max(top, p[i] = dot / std::sqrt(static_cast<double>(width)));
+    max = std::max(max, p[i] = dot / std::sqrt(static_cast<double>(width)));
   }
-  for (double& x : p) sum += x = std::exp(x - top);
+  for (double& x : p) sum += x = std::exp(x - max);
   std::fill_n(o, width, 0.0);
   for (std::size_t i = 0; i < tokens.size(); ++i)
     for (std::int64_t e = 0; e < width; ++e) o[e] += p[i] / sum * v[tokens[i] * width + e];
@@ -153,7 +152,7 @@ KernelBench::KernelBench(const Allocator& allocate, const KernelTable& kernels, 
   const auto activations = [&](std::int64_t bytes) { return allocate(MemoryKind::activations, bytes); };
   const auto copies = [&](std::int64_t rows) {
     const std::int64_t bytes = std::max<std::int64_t>(1, rows * (shape_.d_k + shape_.d_v) * size);
-    return config.kernels.cold ? std::clamp<std::int64_t>((cold_bytes + bytes - 1) / bytes, 1, most_copies) : 1;
+    return config.kernels.cold ? std::clamp<std::int64_t>((cold_bytes + bytes - 1) / bytes, 1, max_copies) : 1;
   };
   for (std::int64_t i = 0; i < copies(kv_rows_); ++i)
     kv_.push_back(make_kv(allocate, MemoryKind::caches, shape_, 1, RowMap{}, kv_rows_));
@@ -216,7 +215,7 @@ void KernelBench::fill(Stream* stream) {
   device_.copy(q_.data(), q.data(), q.size(), stream);
   if (!selected_.empty()) device_.copy(chosen_.data(), selected_.data(), selected_.size() * 4, stream);
   clear(stream);
-  device_.synchronize(stream);  // before what was copied from goes
+  device_.synchronize(stream);  // before the copied host values are destroyed
 }
 
 AttendArgs KernelBench::args_of(const KernelChoice& choice, std::int64_t at) const {
@@ -270,7 +269,7 @@ std::vector<float> KernelBench::output(Stream* stream) const {
   device_.synchronize(stream);
   for (std::int64_t i = 0; i < std::ssize(o); ++i) {
     const float sum = ms[static_cast<std::size_t>(i / shape_.d_v * 2 + 1)];
-    if (sum != 0) o[static_cast<std::size_t>(i)] /= sum;  // nothing attended: o is 0
+    if (sum != 0) o[static_cast<std::size_t>(i)] /= sum;  // without attended tokens o is 0
   }
   return o;
 }
@@ -312,7 +311,7 @@ std::vector<double> KernelBench::oracle(Stream* stream, int threads) const {
   const std::vector<float> k = download(kv_[0].k.data, kv_rows_ * width, stream);
   const std::vector<float> v = download(kv_[0].v.data, kv_rows_ * width, stream);
   std::vector<double> o(static_cast<std::size_t>(rows_ * heads * width));
-  const auto share = [&](std::int64_t first, std::int64_t step) {
+  const auto attend_rows = [&](std::int64_t first, std::int64_t step) {
     for (std::int64_t row = first; row < rows_; row += step) {
       const std::vector<std::int64_t> tokens = tokens_of(row);
       for (std::int64_t head = row * heads; head < (row + 1) * heads; ++head)
@@ -320,8 +319,8 @@ std::vector<double> KernelBench::oracle(Stream* stream, int threads) const {
     }
   };
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(share, i, threads);
-  share(0, threads);
+  for (int i = 1; i < threads; ++i) others.emplace_back(attend_rows, i, threads);
+  attend_rows(0, threads);
   for (std::thread& other : others) other.join();
   return o;
 }
@@ -333,9 +332,10 @@ KernelError kernel_error(const std::vector<float>& output, const std::vector<dou
   for (std::size_t row = 0; row < static_cast<std::size_t>(rows); ++row) {
     double sum = 0;
     for (std::size_t i = row * width; i < (row + 1) * width; ++i) {
-      const double apart = std::abs(output[i] - oracle[i]), finite = std::isnan(apart) ? INFINITY : apart;
-      sum += finite;
-      error.largest = std::max(error.largest, finite);
+      const double difference = std::abs(output[i] - oracle[i]);
+      const double absolute = std::isnan(difference) ? INFINITY : difference;
+      sum += absolute;
+      error.largest = std::max(error.largest, absolute);
     }
     const double mean = sum / static_cast<double>(width), step = mean - error.mean;
     error.mean += step / static_cast<double>(row + 1);

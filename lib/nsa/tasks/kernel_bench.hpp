@@ -1,8 +1,8 @@
 #pragma once
-// kind = "kernels": one branch of attention on one shape, by every implementation, beside one another. N query rows
-// whose H heads share one K and V, at the last N positions of a context (N = 0: at all of them, as in prefill).
-// Selection chooses n whole blocks for each row, anywhere before the first row, in a pattern from contiguous to
-// scattered. docs/METRICS.md says what is timed.
+// kind = "kernels": compares all implementations of one attention branch on one shape. N query rows whose H heads share
+// one K and V, at the last N positions of a context (N = 0: at all positions, as in prefill). Selection chooses n whole
+// blocks for each row, all before the first row, in a pattern from contiguous to scattered. docs/METRICS.md defines
+// what is timed.
 
 #include <string>
 #include <vector>
@@ -20,41 +20,41 @@ Config kernel_config(const Config& config, const Point& point);
 /// Query rows of the point.
 std::int64_t kernel_rows(const Point& point);
 
-/// Blocks each row attends, [rows][n] ascending, drawn from the seed: `n` neighbours; half of them neighbours and the
-/// rest apart; all apart. The same on every machine.
+/// Blocks that each row attends, [rows][n] ascending, drawn from the seed: n contiguous ones (contiguous), n / 2
+/// contiguous and the others anywhere (mixed), all anywhere (scattered). The same on every machine.
 std::vector<std::int32_t> choose_blocks(Spans spans, std::int64_t rows, std::int32_t n, std::int64_t blocks,
                                         std::uint64_t seed);
 
-/// One way to do the point's attention.
+/// One implementation of the point's attention.
 struct KernelChoice {
-  std::string label;  ///< of the result file
+  std::string label;  ///< in the result file
   const AttendKernel* kernel;
-  bool packed;  ///< K and V of each row lie packed before it starts
+  bool packed;  ///< reads K and V that are packed for each row beforehand
 };
 
-/// What the backend has of the implementations that the input lists and that accept the shape, in the input's order.
+/// The implementations that the input lists, in its order, where the backend has them and they accept the shape.
 std::vector<KernelChoice> kernel_choices(const KernelTable& kernels, const Config& config, const Point& point);
 
-/// Inputs and outputs of a point in backend memory. K and V stand there several times over, so that no cache holds what
-/// the next execution reads.
+/// Inputs and outputs of a point in backend memory. There are several copies of K and V, so that no hardware cache
+/// holds what the next execution reads.
 class KernelBench {
  public:
-  /// On dry_device() it only accounts.
+  /// On dry_device() it only counts the memory.
   KernelBench(const Allocator& allocate, const KernelTable& kernels, const Config& config, const Point& point);
-  /// Puts the values there; waits.
+  /// Writes the values; waits.
   void fill(Stream* stream);
-  /// Queues one execution on copy `at` (modulo how many there are).
+  /// Queues one execution on copy `at` modulo copies().
   void run(const KernelChoice& choice, std::int64_t at, Stream* stream) const;
-  /// The backend's kernel that it runs as.
+  /// The name of the backend's kernel that runs.
   std::string variant(const KernelChoice& choice) const;
 
   std::int64_t rows() const { return rows_; }
   std::int64_t copies() const { return static_cast<std::int64_t>(kv_.size()); }
-  /// Spoils outputs and zeroes counters, so that what is read after one execution is its own.
+  /// Overwrites outputs with NaN and zeroes counters, so that values read after one execution are its own.
   void clear(Stream* stream) const;
-  /// Normalised outputs [rows][H][Dv] of the execution before.
+  /// Normalised outputs [rows][H][Dv] of the last execution.
   std::vector<float> output(Stream* stream) const;
-  /// Tokens it read, and those it should have read.
+  /// Tokens that the last execution read, and those it must read.
   std::int64_t reads(Stream* stream) const;
   std::int64_t expected_reads_total() const;
 

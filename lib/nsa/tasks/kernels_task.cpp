@@ -8,17 +8,17 @@
 #include "kernels/diagnostics/error.hpp"
 #include "kernels/diagnostics/operation_log.hpp"
 #include "nsa/forward/stage_timer.hpp"
+#include "nsa/results/error_bound.hpp"
 #include "nsa/tasks/kernel_bench.hpp"
 #include "nsa/tasks/task.hpp"
-#include "nsa/verify/float64_check.hpp"
 
 namespace nsa {
 namespace {
 
-// A graph holds this many executions, so that what it costs to start one does not show in them.
+// Executions in a graph: enough that the cost of a graph launch does not affect their time.
 constexpr std::int64_t executions_a_graph = 8;
 
-/// A stream that goes again.
+/// A stream that is destroyed with its owner.
 struct OwnStream {
   explicit OwnStream(const DeviceOps& ops) : device(ops), stream(ops.create_stream()) {}
   ~OwnStream() { device.destroy_stream(stream); }
@@ -28,7 +28,7 @@ struct OwnStream {
   Stream* stream;
 };
 
-/// Executions of one implementation over the copies of its inputs: graphs where the backend has them.
+/// Executions of one implementation over the copies of its inputs, in graphs where the backend captures graphs.
 class Executions {
  public:
   Executions(const DeviceOps& device, const KernelBench& bench, const KernelChoice& choice, Stream* stream)
@@ -45,7 +45,7 @@ class Executions {
   Executions(const Executions&) = delete;
   Executions& operator=(const Executions&) = delete;
 
-  /// Seconds of one execution; the inputs are those that were read longest ago.
+  /// Seconds of one execution, on the least recently read copy of the inputs.
   double sample(StageTimer& timer) {
     const StageTimes times = timer.step([&] {
       if (graphs_.empty())
@@ -69,7 +69,7 @@ class Executions {
   std::vector<Graph*> graphs_;
 };
 
-/// Runs every implementation once and holds it against float64 and against the reads that the shape demands.
+/// Runs every implementation once and compares it with float64 and with the reads that the shape requires.
 void check(const Session& session, const KernelBench& bench, const std::vector<KernelChoice>& choices, DType precision,
            Stream* stream, PointRecord& record) {
   const int cores = static_cast<int>(std::thread::hardware_concurrency());
@@ -132,7 +132,7 @@ MemoryAccount run_kernels(const Session& session, const Config& config, const Po
     if (session.stop->check_periodically()) throw Interrupted();
     world.barrier();
     for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t turn = (i + rep) % count;  // the order rotates, and turns round every other time
+      const std::int64_t turn = (i + rep) % count;  // the order rotates, and is reversed in every other rep
       const std::int64_t which = rep % 2 == 0 ? turn : count - 1 - turn;
       seconds[static_cast<std::size_t>(which * reps + rep)] =
           executions[static_cast<std::size_t>(which)]->sample(timer);

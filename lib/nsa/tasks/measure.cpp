@@ -10,10 +10,51 @@
 
 namespace nsa {
 
+namespace {
+
+// Returns the reason of the stop.
+std::string measure_modes(const ControlComm& world, const std::vector<ModeRun>& runs, double min_time, Samples& samples,
+                          const std::function<bool(const ModeRun&, const TakeSample&)>& pass) {
+  bool repeated = false;
+  for (const ModeRun& run : runs) {
+    samples.modes.push_back(run.name);
+    std::vector<StageTimes>& taken = samples.times.emplace_back();
+    for (double measured = 0;;) {
+      world.barrier();
+      const std::size_t before = taken.size();
+      double seconds = 0;
+      const bool whole = pass(run, [&](const StageTimes& times) {
+        taken.push_back(times);
+        seconds += times[static_cast<int>(Stage::step)];
+      });
+      if (!whole) {
+        taken.resize(before);
+        if (taken.empty() || samples.modes.size() < runs.size()) throw Interrupted();
+        return "interrupted";
+      }
+      measured += world.max(seconds);
+      if (measured >= min_time) break;
+      repeated = true;
+    }
+  }
+  return repeated ? "min_time" : "steps";
+}
+
+}  // namespace
+
+StepOptions step_options(const Point& point) {
+  StepOptions options;
+  options.force_branch = point.force_branch;
+  return options;
+}
+
+bool computes_point_step(const ModeRun& run, const Point& point) {
+  return run.options.leave_out < 0 && run.options.force_branch == point.force_branch;
+}
+
 std::vector<ModeRun> mode_runs(const Config& config, const Point& point) {
   std::vector<ModeRun> runs;
-  StepOptions base;
-  base.force_branch = point.force_branch;
+  const StepOptions base = step_options(point);
   for (const Mode mode : config.run.modes) {
     if (mode == Mode::branches) runs.push_back({"branches", base, true});
     if (mode == Mode::total) runs.push_back({"total", base, false});
@@ -29,6 +70,28 @@ std::vector<ModeRun> mode_runs(const Config& config, const Point& point) {
     }
   }
   return runs;
+}
+
+Samples measure_point(const Session& session, ModelShard& shard, const MeasuredTask& task, PointRecord& record,
+                      const Progress& progress) {
+  const std::vector<ModeRun> runs = mode_runs(shard.config, shard.point);
+  const double all = static_cast<double>(runs.size()), steps = static_cast<double>(shard.config.run.steps);
+  StageTimer timer(shard.device(), shard.streams.compute);
+  Samples samples;
+  do {
+    samples = {};  // those taken before a fallback measured other kernels
+    double passes = 0;
+    task.prepare();
+    const auto pass = [&](const ModeRun& run, const TakeSample& take) {
+      timer.set_per_stage(run.stages);
+      return task.pass(run, timer, [&](const StageTimes& times) {
+        take(times);
+        progress(std::min(passes += 1 / steps, all), all, run.name);
+      });
+    };
+    record.stop_reason = measure_modes(session.world, runs, shard.config.run.min_time, samples, pass);
+  } while (shard.routes.agree(session.world));
+  return samples;
 }
 
 TimeTable gather_times(const ControlComm& world, const Samples& samples) {

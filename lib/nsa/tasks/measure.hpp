@@ -1,13 +1,13 @@
 #pragma once
 // The modes of measuring (design section 4) and their raw samples.
 
+#include <functional>
 #include <string>
 #include <vector>
 
-#include "comm/session.hpp"
-#include "comm/stop_request.hpp"
 #include "nsa/forward/stage_timer.hpp"
 #include "nsa/forward/stages.hpp"
+#include "nsa/tasks/session.hpp"
 
 namespace nsa {
 
@@ -15,9 +15,13 @@ namespace nsa {
 struct ModeRun {
   std::string name;  ///< "branches", "total", "ablation_cmp", "one_hot_sel", ...
   StepOptions options;
-  bool stages = false;  ///< stages timed apart
+  bool stages = false;  ///< each stage is timed
 };
+/// The options of the point's own step.
+StepOptions step_options(const Point& point);
 std::vector<ModeRun> mode_runs(const Config& config, const Point& point);
+/// Whether a step of the mode has the output of the point's own step: all branches, with the point's gates.
+bool computes_point_step(const ModeRun& run, const Point& point);
 
 /// This rank's samples: by mode, rep by rep.
 struct Samples {
@@ -25,37 +29,22 @@ struct Samples {
   std::vector<std::vector<StageTimes>> times;
 };
 
-/// Runs one pass of a mode after the other until each has measured min_time seconds, by the slowest rank, so that
-/// all ranks stop together. `pass(mode, sink)` runs all steps and hands each one's times to the sink; false: the run
-/// was asked to stop within it, and its samples do not count. Returns the reason of the stop, "steps", "min_time" or,
-/// where every mode had a whole pass by then, "interrupted"; else throws Interrupted.
-template <class Pass>
-std::string measure(const ControlComm& world, const std::vector<ModeRun>& runs, double min_time, Samples& samples,
-                    Pass&& pass) {
-  bool repeated = false;
-  for (const ModeRun& run : runs) {
-    samples.modes.push_back(run.name);
-    std::vector<StageTimes>& taken = samples.times.emplace_back();
-    for (double measured = 0;;) {
-      world.barrier();
-      const std::size_t before = taken.size();
-      double seconds = 0;
-      const bool whole = pass(run, [&](const StageTimes& times) {
-        taken.push_back(times);
-        seconds += times[static_cast<int>(Stage::step)];
-      });
-      if (!whole) {
-        taken.resize(before);
-        if (taken.empty() || samples.modes.size() < runs.size()) throw Interrupted();
-        return "interrupted";
-      }
-      measured += world.max(seconds);
-      if (measured >= min_time) break;
-      repeated = true;
-    }
-  }
-  return repeated ? "min_time" : "steps";
-}
+using TakeSample = std::function<void(const StageTimes&)>;
+
+/// What measure_point calls. Both are collective.
+struct MeasuredTask {
+  /// Before the first mode, and again before all modes are repeated.
+  std::function<void()> prepare;
+  /// One pass of a mode: all its steps, each timed and handed to `take`. False: the run was asked to stop within it.
+  std::function<bool(const ModeRun& run, StageTimer& timer, const TakeSample& take)> pass;
+};
+
+/// Measures the modes of a point, one after the other. The passes of a mode repeat until they have taken run.min_time
+/// seconds, by the slowest rank, so that all ranks stop together. Where a fallback took over on any rank, all ranks
+/// take it and all modes repeat. An interrupted pass does not count. Records the reason of the stop: "steps",
+/// "min_time", or "interrupted" where every mode has a whole pass; else throws Interrupted. Collective.
+Samples measure_point(const Session& session, ModelShard& shard, const MeasuredTask& task, PointRecord& record,
+                      const Progress& progress);
 
 /// Samples of all ranks, on rank 0.
 TimeTable gather_times(const ControlComm& world, const Samples& samples);

@@ -15,10 +15,10 @@ namespace nsa {
 
 namespace {
 
-// The needle's key is this much longer than a unit-variance key along each query. The mean over l positions
-// leaves a compressed score near `strength` (other compressed scores stay below one), so that its block outweighs
-// the rest of any context up to e^8 blocks; the token's own score is l times that, so that its weight in o_sel is one
-// to fp32 rounding and the output equals the planted value.
+// The needle's key is longer than a unit-variance key along each query. The mean over l positions leaves a compressed
+// score near `strength`, while other compressed scores are below one, so that its block outweighs all others in a
+// context of up to e^8 blocks. The token's own score is l times that, so that its weight in o_sel is one to fp32
+// rounding and the output equals the planted value.
 constexpr double strength = 8.0;
 constexpr double bound = 1e-5;  // |o_sel - v|, for |v| < 3.5
 
@@ -27,34 +27,35 @@ struct Needle {
   std::vector<float> k, v;  // [planes][D]
 };
 
-Needle make_needle(ModelShard& e, const TensorSource& source, const std::vector<float>& q, std::int64_t position) {
-  const LayerShape& s = e.shape();
-  Needle needle{position, std::vector<float>(e.planes() * s.d_k, 0.0f), {}};
-  // Kaczmarz: head after head, the key is moved along the head's query until their product is what is wanted.
+Needle make_needle(ModelShard& shard, const TensorSource& source, const std::vector<float>& q, std::int64_t position) {
+  const LayerShape& s = shard.shape();
+  Needle needle{position, std::vector<float>(shard.planes() * s.d_k, 0.0f), {}};
+  // Kaczmarz: for head after head, moves the key along the head's query until their product is `wanted`.
   const double wanted = strength * s.rules.l * std::sqrt(static_cast<double>(s.d_k));
   for (int sweep = 0; sweep < 200; ++sweep)
-    for (std::int64_t row = 0; row < e.planes() * s.heads_per_group; ++row) {
+    for (std::int64_t row = 0; row < shard.planes() * s.heads_per_group; ++row) {
       const float* head = q.data() + row * s.d_k;
       float* k = needle.k.data() + row / s.heads_per_group * s.d_k;
       const double length =
           (wanted - std::inner_product(head, head + s.d_k, k, 0.0)) / std::inner_product(head, head + s.d_k, head, 0.0);
       for (int i = 0; i < s.d_k; ++i) k[i] += static_cast<float>(length * head[i]);
     }
-  const std::vector<std::int64_t> shape{e.point.batch, e.config.model.n_kv_groups, s.d_v};
-  needle.v = source.slab("needle", shape, 1.0f, {0, e.partition.group_begin, 0}, {e.point.batch, s.groups, s.d_v});
+  const std::vector<std::int64_t> shape{shard.point.batch, shard.config.model.n_kv_groups, s.d_v};
+  needle.v =
+      source.slab("needle", shape, 1.0f, {0, shard.partition.group_begin, 0}, {shard.point.batch, s.groups, s.d_v});
   needle.v = from_storage(to_storage(needle.v, s.dtype).data(), needle.v.size(), s.dtype);
   return needle;
 }
 
-void plant(ModelShard& e, const KvView& view, std::int64_t position, const std::vector<float>& rows) {
+void plant(ModelShard& shard, const KvView& view, std::int64_t position, const std::vector<float>& rows) {
   if (!has_row(view.map, position)) return;
-  const std::vector<std::byte> stored = to_storage(rows, e.shape().dtype);
-  const std::size_t size = size_of(e.shape().dtype), bytes = view.width * size;
-  for (std::int64_t plane = 0; plane < e.planes(); ++plane)
-    e.device().copy(
+  const std::vector<std::byte> stored = to_storage(rows, shard.shape().dtype);
+  const std::size_t size = size_of(shard.shape().dtype), bytes = view.width * size;
+  for (std::int64_t plane = 0; plane < shard.planes(); ++plane)
+    shard.device().copy(
         static_cast<std::byte*>(view.data) + offset_of(view, plane, position) * static_cast<std::int64_t>(size),
-        stored.data() + plane * static_cast<std::int64_t>(bytes), bytes, e.streams.compute);
-  e.device().synchronize(e.streams.compute);
+        stored.data() + plane * static_cast<std::int64_t>(bytes), bytes, shard.streams.compute);
+  shard.device().synchronize(shard.streams.compute);
 }
 
 struct Finding {
@@ -62,13 +63,13 @@ struct Finding {
   double error = 0;
 };
 
-Finding look(ModelShard& e, const StepBuffers& b, const Needle& needle) {
-  const LayerShape& s = e.shape();
+Finding examine(ModelShard& shard, const StepBuffers& b, const Needle& needle) {
+  const LayerShape& s = shard.shape();
   const std::int64_t n = s.rules.n_sel, block = needle.position / s.rules.l_sel;
-  const auto chosen = download_ints(e, b.selected.data(), e.planes() * n);
-  const auto o = download(e, b.o_branch[sel].data(), e.planes() * s.heads_per_group * s.d_v, DType::f32);
+  const auto chosen = download_ints(shard, b.selected.data(), shard.planes() * n);
+  const auto o = download(shard, b.o_branch[sel].data(), shard.planes() * s.heads_per_group * s.d_v, DType::f32);
   Finding finding;
-  for (std::int64_t plane = 0; plane < e.planes(); ++plane) {
+  for (std::int64_t plane = 0; plane < shard.planes(); ++plane) {
     const auto row = chosen.begin() + plane * n;
     finding.found = finding.found && std::find(row, row + n, block) != row + n;
     for (std::int64_t i = 0; i < s.heads_per_group * s.d_v; ++i) {
@@ -77,6 +78,22 @@ Finding look(ModelShard& e, const StepBuffers& b, const Needle& needle) {
     }
   }
   return finding;
+}
+
+// Collective.
+void record_finding(const ControlComm& world, const ModelShard& shard, const Finding& finding, const Needle& needle,
+                    double depth, PointRecord& record) {
+  const bool found = world.max(std::int64_t{!finding.found}) == 0;
+  const double error = world.max(finding.error);
+  record.needle["depth"].push_back(depth);
+  record.needle["position"].push_back(static_cast<double>(needle.position));
+  record.needle["block"].push_back(static_cast<double>(needle.position / shard.shape().rules.l_sel));
+  record.needle["found"].push_back(found);
+  record.needle["abs_err"].push_back(error);
+  record.max_abs_err = std::max(record.max_abs_err, error);
+  if (!found || error > bound)
+    record.fail("needle at depth " + std::to_string(depth) +
+                (found ? ": output differs by " + std::to_string(error) : " not found"));
 }
 
 }  // namespace
@@ -102,22 +119,22 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
   const Point point = needle_point(at);
   const PhaseScope phase("needles");
   const TensorSource source(config, "");
-  std::optional<ModelShard> shard;
+  std::optional<ModelShard> held_shard;
   std::optional<PrefillRunner> held_prefill;
   std::optional<DecodeRunner> held_decode;
   agreed(session.world, [&] {
-    shard.emplace(session.backend, session.world, config, point, source);
-    held_prefill.emplace(*shard, point.context, false);
-    held_decode.emplace(*shard, &source, true);
+    held_shard.emplace(session.backend, session.world, config, point, source);
+    held_prefill.emplace(*held_shard, point.context, false);
+    held_decode.emplace(*held_shard, &source, true);
   });
-  shard->connect(*session.grid);
-  ModelShard& e = *shard;
+  held_shard->connect(*session.grid);
+  ModelShard& shard = *held_shard;
   PrefillRunner& prefill = *held_prefill;
   DecodeRunner& decode = *held_decode;
-  StageTimer timer(e.device(), e.streams.compute);
+  StageTimer timer(shard.device(), shard.streams.compute);
   prefill.load_kv(source);
-  const Partition& p = e.partition;
-  const std::vector<float> q = given_rows(source, "given/q", q_columns(config, point, p), point.context, 1);
+  const std::vector<float> q =
+      given_rows(source, "given/q", q_columns(config, point, shard.partition), point.context, 1);
 
   Samples samples;
   samples.modes = {"total"};
@@ -125,10 +142,10 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
   for (std::size_t i = 0; i < config.needle.depths.size(); ++i) {
     if (session.stop->check_periodically()) throw Interrupted();
     const double depth = config.needle.depths[i];
-    const Needle needle = make_needle(e, source, q, std::llround(depth * static_cast<double>(point.context - 1)));
+    const Needle needle = make_needle(shard, source, q, std::llround(depth * static_cast<double>(point.context - 1)));
     for (const Branch branch : kv_column_order) {
-      plant(e, prefill.rows(branch).k, needle.position, needle.k);
-      plant(e, prefill.rows(branch).v, needle.position, needle.v);
+      plant(shard, prefill.rows(branch).k, needle.position, needle.k);
+      plant(shard, prefill.rows(branch).v, needle.position, needle.v);
     }
     prefill.fill_caches(timer);
     decode.snapshot();
@@ -137,26 +154,15 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
     options.record = true;
     decode.load(0, options);
     samples.times.back().push_back(timer.step([&] { decode.step(options, timer); }));
-    const Finding finding = look(e, decode.buffers(), needle);
-    const bool found = session.world.max(std::int64_t{!finding.found}) == 0;
-    const double error = session.world.max(finding.error);
-    record.needle["depth"].push_back(depth);
-    record.needle["position"].push_back(static_cast<double>(needle.position));
-    record.needle["block"].push_back(static_cast<double>(needle.position / p.shape.rules.l_sel));
-    record.needle["found"].push_back(found);
-    record.needle["abs_err"].push_back(error);
-    record.max_abs_err = std::max(record.max_abs_err, error);
-    if (!found || error > bound)
-      record.fail("needle at depth " + std::to_string(depth) +
-                  (found ? ": output differs by " + std::to_string(error) : " not found"));
+    record_finding(session.world, shard, examine(shard, decode.buffers(), needle), needle, depth, record);
     for (const Branch branch : kv_column_order)
-      fill_kv(e, source, branch, prefill.rows(branch), needle.position, needle.position + 1);
+      fill_kv(shard, source, branch, prefill.rows(branch), needle.position, needle.position + 1);
     if (progress) progress(static_cast<double>(i + 1), static_cast<double>(config.needle.depths.size()), "needles");
   }
   record.first_position = point.context;
   record.stop_reason = "steps";
-  finish_point(session.world, e, samples, record);
-  return e.account;
+  finish_point(session.world, shard, samples, record);
+  return shard.account;
 }
 
 }  // namespace nsa

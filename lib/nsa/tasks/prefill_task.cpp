@@ -16,78 +16,123 @@ namespace nsa {
 
 namespace {
 
-void load(ModelShard& e, PrefillRunner& prefill, const TensorSource& source) {
+void load(ModelShard& shard, PrefillRunner& prefill, const TensorSource& source) {
   prefill.load_rows(source);
-  if (e.config.run.scope == Scope::attention) prefill.load_kv(source);
+  if (shard.config.run.scope == Scope::attention) prefill.load_kv(source);
 }
 
-RankReads count_reads(ModelShard& e, PrefillRunner& prefill) {
-  const std::int64_t planes = e.planes();
-  const auto counters = download_longs(e, prefill.buffers().reads.data(), branches * planes);
-  RankReads reads(1);
-  for (std::int64_t i = 0; i < std::ssize(counters); ++i) reads.counted[i / planes] += counters[i];
-  expect_prefill(reads, e.partition, e.point.context, planes * e.config.model.layers);
-  return reads;
-}
-
-/// What every run of a point has to leave: the last tile's output, the read counters, and the caches of the first
-/// layer, which hang on nothing but x and the weights. On every backend the same kernels run in the same shapes each
-/// time, the matrix products on one stream with a workspace of their own: cuBLAS promises the same bits then, and so
-/// K and V may be held against theirs. Where a fallback has come between, scores are added up in another way, blocks
-/// may change places, and the output is only looked at for what is not finite.
-struct Left {
+// What every run of a point must reproduce: the output of the last tile, the read counters, and the caches of the first
+// layer, which depend on x and the weights only. The same kernels run in the same shapes each time, and the matrix
+// products run on one stream with a workspace of their own, for which cuBLAS promises the same bits; so K and V must be
+// equal bit by bit. After a fallback, scores are summed in another order and blocks may change places; then the output
+// is only checked for values that are not finite.
+struct RunResult {
   StepOutput output;
   std::vector<std::int64_t> reads;
   std::uint64_t caches = 0;
 };
 
-constexpr std::int64_t compared_rows = 256;  // of a tile: it may have thousands
+constexpr std::int64_t max_compared_rows = 256;  // of a tile, which may have thousands
 
-Left left_by(ModelShard& e, PrefillRunner& prefill) {
-  Left left;
-  left.output = latest_output(e, prefill.buffers(), std::min(compared_rows, prefill.last_tile_rows()), false);
-  left.output.fallbacks = e.routes.fallbacks(Phase::prefill).size();
-  left.reads = download_longs(e, prefill.buffers().reads.data(), branches * e.planes());
-  left.caches = cache_checksum(e, e.point.context, 1);
-  return left;
-}
+// The recorded run and the measured passes of a prefill point.
+class PrefillPasses {
+ public:
+  PrefillPasses(const Session& session, ModelShard& shard, PrefillRunner& prefill, const TensorSource& source,
+                PointRecord& record)
+      : session_(session), shard_(shard), config_(shard.config), prefill_(prefill), source_(source), record_(record) {}
 
-std::string problem_of(const ModelShard& e, const Left& left, const Left& expected) {
-  if (left.caches != expected.caches) return "K or V differs from that of the checked run";
-  if (left.reads != expected.reads) return "reads are counted otherwise than in the checked run";
-  const bool same_way = left.output.fallbacks == expected.output.fallbacks;
-  return output_problem(left.output, same_way ? expected.output : StepOutput(), e.shape().dtype);
-}
+  // Runs before the measurement: records every tile, and checks the last row of some. Every measured run must reproduce
+  // its result.
+  void recorded();
+  // False: the run was asked to stop.
+  bool measured(const ModeRun& run, StageTimer& timer, const TakeSample& take);
 
-// One run outside the measurement: every tile is recorded; the last row of some tiles is checked.
-Left record_run(const Session& session, ModelShard& e, PrefillRunner& prefill, const TensorSource& source,
-                const StepOptions& base, PointRecord& record) {
-  StepOptions options = base;
+ private:
+  CheckResult check_tile(const StepContext& ctx, const PrefillTile& tile, std::int64_t group) const;
+  RankReads reads() const;
+  RunResult result() const;
+  std::string problem_of(const RunResult& result, const RunResult& expected) const;
+
+  const Session& session_;
+  ModelShard& shard_;
+  const Config& config_;
+  PrefillRunner& prefill_;
+  const TensorSource& source_;
+  PointRecord& record_;
+  RunResult expected_;
+};
+
+void PrefillPasses::recorded() {
+  StepOptions options = step_options(shard_.point);
   options.record = true;
   const PhaseScope phase("check");
-  StageTimer untimed(e.device(), e.streams.compute);
+  StageTimer untimed(shard_.device(), shard_.streams.compute);
   std::unique_ptr<StepTensors> tensors;
-  agreed(session.world, [&] {
-    if (e.config.output.tensors) tensors = std::make_unique<StepTensors>(e, e.point.context);
+  agreed(session_.world, [&] {
+    if (config_.output.tensors) tensors = std::make_unique<StepTensors>(shard_, shard_.point.context);
   });
   CheckResult checked;
   std::int64_t seen = 0;
-  const std::int64_t stride = std::max<std::int64_t>(1, prefill.tile_count() * e.point.batch / 8);
-  load(e, prefill, source);
-  prefill.run(untimed, options, [&](const StepContext& ctx, const PrefillTile& tile) {
-    e.device().synchronize(e.streams.compute);
+  const std::int64_t stride = std::max<std::int64_t>(1, prefill_.tile_count() * shard_.point.batch / 8);
+  load(shard_, prefill_, source_);
+  prefill_.run(untimed, options, [&](const StepContext& ctx, const PrefillTile& tile) {
+    shard_.device().synchronize(shard_.streams.compute);
     if (tensors) tensors->take(ctx, tile.first_position, false);
-    if (!e.config.run.check || seen++ % stride != 0) return;
-    const StepOutput output = latest_output(e, ctx.buffers, std::min(compared_rows, ctx.stage.tile.rows()), false);
-    if (checked.problem.empty()) checked.problem = output_problem(output, {}, e.shape().dtype);
-    const std::int64_t row = tile.tokens - 1, group = seen / stride % e.shape().groups;
-    checked.merge(check_row(ctx, std::int64_t{ctx.stage.tile.batch_begin} * e.shape().groups + group, row,
-                            tile.first_position + row));
+    if (!config_.run.check || seen++ % stride != 0) return;
+    checked.merge(check_tile(ctx, tile, seen / stride % shard_.shape().groups));
   });
-  keep_records(session.world, e, source, checked, tensors.get(), e.point.context, record);
-  const Left left = left_by(e, prefill);
-  if (e.config.run.check) fail_where(session.world, problem_of(e, left, left), record);
-  return left;
+  keep_records(session_.world, shard_, source_, checked, tensors.get(), shard_.point.context, record_);
+  expected_ = result();
+  if (config_.run.check) gather_problems(session_.world, problem_of(expected_, expected_), record_);
+}
+
+bool PrefillPasses::measured(const ModeRun& run, StageTimer& timer, const TakeSample& take) {
+  const bool check = config_.run.check && computes_point_step(run, shard_.point);
+  std::string problem;
+  for (std::int64_t rep = 0; rep < config_.run.steps; ++rep) {
+    if (session_.stop->check_periodically()) return false;
+    if (config_.model.layers > 1) prefill_.load_rows(source_);  // the last run overwrote the residual stream
+    take(timer.step([&] { prefill_.run(timer, run.options); }));
+    if (check && problem.empty()) problem = problem_of(result(), expected_);
+  }
+  gather_problems(session_.world, problem, record_);
+  if (run.options.leave_out < 0) record_reads(session_.world, shard_, reads(), record_);
+  return true;
+}
+
+CheckResult PrefillPasses::check_tile(const StepContext& ctx, const PrefillTile& tile, std::int64_t group) const {
+  const std::int64_t rows = std::min(max_compared_rows, ctx.stage.tile.rows()), row = tile.tokens - 1;
+  CheckResult checked;
+  checked.problem = output_problem(latest_output(shard_, ctx.buffers, rows, false), {}, shard_.shape().dtype);
+  checked.merge(check_row(ctx, std::int64_t{ctx.stage.tile.batch_begin} * shard_.shape().groups + group, row,
+                          tile.first_position + row));
+  return checked;
+}
+
+RankReads PrefillPasses::reads() const {
+  const std::int64_t planes = shard_.planes();
+  const auto counters = download_longs(shard_, prefill_.buffers().reads.data(), branches * planes);
+  RankReads reads(1);
+  for (std::int64_t i = 0; i < std::ssize(counters); ++i) reads.counted[i / planes] += counters[i];
+  expect_prefill(reads, shard_.partition, shard_.point.context, planes * config_.model.layers);
+  return reads;
+}
+
+RunResult PrefillPasses::result() const {
+  RunResult result;
+  const std::int64_t rows = std::min(max_compared_rows, prefill_.last_tile_rows());
+  result.output = latest_output(shard_, prefill_.buffers(), rows, false);
+  result.output.fallbacks = shard_.routes.fallbacks(Phase::prefill).size();
+  result.reads = download_longs(shard_, prefill_.buffers().reads.data(), branches * shard_.planes());
+  result.caches = cache_checksum(shard_, shard_.point.context, 1);
+  return result;
+}
+
+std::string PrefillPasses::problem_of(const RunResult& result, const RunResult& expected) const {
+  if (result.caches != expected.caches) return "K or V differs from that of the checked run";
+  if (result.reads != expected.reads) return "reads are counted otherwise than in the checked run";
+  const bool same_arithmetic = result.output.fallbacks == expected.output.fallbacks;
+  return output_problem(result.output, same_arithmetic ? expected.output : StepOutput(), shard_.shape().dtype);
 }
 
 }  // namespace
@@ -96,55 +141,26 @@ MemoryAccount run_prefill(const Session& session, const Config& config, const Po
                           PointRecord& record, const Progress& progress) {
   const ControlComm& world = session.world;
   const PhaseScope phase("prefill");
+  const bool records = config.run.check || config.output.tensors;
   std::optional<ModelShard> shard;
   agreed(world, [&] { shard.emplace(session.backend, world, config, point, source); });
-  ModelShard& e = *shard;
-  std::optional<PrefillRunner> held;
+  std::optional<PrefillRunner> prefill;
   agreed(world, [&] {
-    held.emplace(e, point.context, config.run.check || config.output.tensors);
-    load(e, *held, source);
+    prefill.emplace(*shard, point.context, records);
+    load(*shard, *prefill, source);
   });
-  e.connect(*session.grid);
-  PrefillRunner& prefill = *held;
+  shard->connect(*session.grid);
+  PrefillPasses passes(session, *shard, *prefill, source, record);
+  prefill->watch([&](double done) { progress(done, 1, "checking"); });
+  if (records) passes.recorded();
+  prefill->watch(nullptr);  // no callbacks within timed work
 
-  const std::vector<ModeRun> runs = mode_runs(config, point);
-  StepOptions base;
-  base.force_branch = point.force_branch;
-  prefill.watch([&](double done) { progress(done, 1, "checking"); });
-  Left expected;
-  if (config.run.check || config.output.tensors) expected = record_run(session, e, prefill, source, base, record);
-  prefill.watch(nullptr);  // nothing beside the timed work
-
-  StageTimer timer(e.device(), e.streams.compute);
-  Samples samples;
-  const double all = static_cast<double>(runs.size()), steps = static_cast<double>(config.run.steps);
-  double passes = 0;
-  // What failed on some rank is replaced on all of them, and then nothing measured before is of use.
-  do {
-    samples = {};
-    passes = 0;
-    record.stop_reason = measure(world, runs, config.run.min_time, samples, [&](const ModeRun& run, auto&& sink) {
-      timer.set_per_stage(run.stages);
-      const bool same_step = run.options.leave_out < 0 && run.options.force_branch == base.force_branch;
-      std::string problem;
-      for (std::int64_t rep = 0; rep < config.run.steps; ++rep) {
-        if (session.stop->check_periodically()) return false;
-        if (config.model.layers > 1) prefill.load_rows(source);  // the residual stream was written over
-        sink(timer.step([&] { prefill.run(timer, run.options); }));
-        progress(std::min(passes += 1 / steps, all), all, run.name);
-        if (config.run.check && same_step && problem.empty()) problem = problem_of(e, left_by(e, prefill), expected);
-      }
-      fail_where(world, problem, record);
-      if (run.options.leave_out < 0) {
-        record.reads = gather_reads(world, count_reads(e, prefill));
-        if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(config, point)));
-      }
-      return true;
-    });
-  } while (e.routes.agree(world));
+  const MeasuredTask task{[] {}, [&](const ModeRun& run, StageTimer& timer,
+                                     const TakeSample& take) { return passes.measured(run, timer, take); }};
+  const Samples samples = measure_point(session, *shard, task, record, progress);
   record.reads.nsa_vibe.push_back(nsa_vibe_reads(config.nsa, point.context - 1));
-  finish_point(world, e, samples, record);
-  return e.account;
+  finish_point(world, *shard, samples, record);
+  return shard->account;
 }
 
 }  // namespace nsa

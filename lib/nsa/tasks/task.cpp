@@ -7,15 +7,15 @@
 
 namespace nsa {
 
-void fail_where(const ControlComm& world, const std::string& problem, PointRecord& record) {
+void gather_problems(const ControlComm& world, const std::string& problem, PointRecord& record) {
   const std::vector<std::string> problems = world.gather(problem);
   for (std::size_t r = 0; r < problems.size(); ++r)
     if (!problems[r].empty()) record.fail("rank " + std::to_string(r) + ": " + problems[r]);
 }
 
-void keep_records(const ControlComm& world, ModelShard& e, const TensorSource& source, const CheckResult& checked,
+void keep_records(const ControlComm& world, ModelShard& shard, const TensorSource& source, const CheckResult& checked,
                   StepTensors* tensors, std::int64_t positions, PointRecord& record) {
-  if (e.config.run.check) {
+  if (shard.config.run.check) {
     record.max_abs_err = std::max(record.max_abs_err, world.max(checked.max_abs_err));
     for (const std::string& problem : world.gather(checked.problem)) record.fail(problem);
   }
@@ -23,24 +23,29 @@ void keep_records(const ControlComm& world, ModelShard& e, const TensorSource& s
   const auto keep = [&](std::vector<TensorRecord> list) {
     std::ranges::move(list, std::back_inserter(record.tensors));
   };
-  keep(input_tensors(e, source, world.rank() == 0));
+  keep(input_tensors(shard, source, world.rank() == 0));
   keep(tensors->reduce(world));
-  keep(compressed_tensors(e, positions, world));
+  keep(compressed_tensors(shard, positions, world));
 }
 
-void finish_point(const ControlComm& world, ModelShard& e, const Samples& samples, PointRecord& record) {
-  record.warmup_reps = e.config.run.warmup;
+void record_reads(const ControlComm& world, const ModelShard& shard, const RankReads& reads, PointRecord& record) {
+  record.reads = gather_reads(world, reads);
+  if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(shard.config, shard.point)));
+}
+
+void finish_point(const ControlComm& world, ModelShard& shard, const Samples& samples, PointRecord& record) {
+  record.warmup_reps = shard.config.run.warmup;
   record.time = gather_times(world, samples);
-  const Phase phase = e.config.kind == TaskKind::prefill ? Phase::prefill : Phase::decode;
-  e.routes.agree(world);
-  e.routes.count(world);
+  const Phase phase = shard.config.kind == TaskKind::prefill ? Phase::prefill : Phase::decode;
+  shard.routes.agree(world);
+  shard.routes.count(world);
   for (const Branch c : kv_column_order) {
-    record.routes[c] = e.routes.of(phase, c).kernel->name;
-    record.route_reasons[c] = e.routes.of(phase, c).reason;
-    record.route_kernels[c] = fmt::format("{}", fmt::join(e.routes.of(phase, c).ran, ", "));
+    record.routes[c] = shard.routes.of(phase, c).kernel->name;
+    record.route_reasons[c] = shard.routes.of(phase, c).reason;
+    record.route_kernels[c] = fmt::format("{}", fmt::join(shard.routes.of(phase, c).ran, ", "));
   }
-  record.exchange = (e.partition.kv > 1 ? e.comms->kv : e.comms->heads).transport();
-  record.fallbacks = e.routes.fallbacks(phase);
+  record.exchange = (shard.partition.kv > 1 ? shard.comms->kv : shard.comms->heads).transport();
+  record.fallbacks = shard.routes.fallbacks(phase);
 }
 
 }  // namespace nsa

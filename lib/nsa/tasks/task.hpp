@@ -1,5 +1,5 @@
 #pragma once
-// The two kinds of measured points, and what they have in common.
+// The two kinds of measured points, decode and prefill, and what they share.
 
 #include <string>
 
@@ -11,21 +11,25 @@
 #include "nsa/tasks/measure.hpp"
 #include "nsa/tasks/session.hpp"
 #include "nsa/verify/float64_check.hpp"
+#include "nsa/verify/read_counts.hpp"
 #include "nsa/verify/tensor_dump.hpp"
 
 namespace nsa {
 
 /// Any rank's problem ("" = none) makes the point INVALID. Collective.
-void fail_where(const ControlComm& world, const std::string& problem, PointRecord& record);
+void gather_problems(const ControlComm& world, const std::string& problem, PointRecord& record);
 
-/// After the recorded pass: what the checks found, and where tensors are wanted those of all ranks. Collective.
-void keep_records(const ControlComm& world, ModelShard& engine, const TensorSource& source, const CheckResult& checked,
+/// After the recorded pass: stores what the checks found and, if tensors are asked for, those of all ranks. Collective.
+void keep_records(const ControlComm& world, ModelShard& shard, const TensorSource& source, const CheckResult& checked,
                   StepTensors* tensors, std::int64_t positions, PointRecord& record);
 
-/// After the measurement: samples of all ranks, routes and what fell back. Collective.
-void finish_point(const ControlComm& world, ModelShard& engine, const Samples& samples, PointRecord& record);
+/// After a measured pass: stores the reads of all ranks and checks them on rank 0. Collective.
+void record_reads(const ControlComm& world, const ModelShard& shard, const RankReads& reads, PointRecord& record);
 
-/// Both fill the record (rank 0: whole) and return the memory this rank used. Collective.
+/// After the measurement: stores samples of all ranks, routes and fallbacks. Collective.
+void finish_point(const ControlComm& world, ModelShard& shard, const Samples& samples, PointRecord& record);
+
+/// Both fill the record, on rank 0 with the values of all ranks, and return the memory this rank used. Collective.
 MemoryAccount run_decode(const Session& session, const Config& config, const Point& point, const TensorSource& source,
                          PointRecord& record, const Progress& progress);
 MemoryAccount run_prefill(const Session& session, const Config& config, const Point& point, const TensorSource& source,

@@ -13,19 +13,19 @@ namespace {
 
 using Rows = std::vector<float>;  // [rows][width]
 
-// The given rows of a view on this rank; over kv ranks, each row from the rank that holds it.
+// The given rows of a view on this rank. With exchanges each row comes from the kv rank that holds it.
 Rows fetch(const StepContext& ctx, const KvView& view, std::int64_t plane, const std::vector<std::int64_t>& rows) {
-  ModelShard& e = ctx.shard;
-  const std::int64_t size = static_cast<std::int64_t>(size_of(e.shape().dtype));
+  ModelShard& shard = ctx.shard;
+  const std::int64_t size = static_cast<std::int64_t>(size_of(shard.shape().dtype));
   std::vector<std::byte> stored(rows.size() * view.width * size, std::byte{0});
   for (std::size_t i = 0; i < rows.size(); ++i)
     if (has_row(view.map, rows[i]))
-      e.device().copy(stored.data() + i * view.width * size,
-                      static_cast<std::byte*>(view.data) + offset_of(view, plane, rows[i]) * size,
-                      static_cast<std::size_t>(view.width * size), e.streams.compute);
-  e.device().synchronize(e.streams.compute);
-  Rows values = from_storage(stored.data(), rows.size() * view.width, e.shape().dtype);
-  if (ctx.exchanges) e.comms->kv_control.sum(values);
+      shard.device().copy(stored.data() + i * view.width * size,
+                          static_cast<std::byte*>(view.data) + offset_of(view, plane, rows[i]) * size,
+                          static_cast<std::size_t>(view.width * size), shard.streams.compute);
+  shard.device().synchronize(shard.streams.compute);
+  Rows values = from_storage(stored.data(), rows.size() * view.width, shard.shape().dtype);
+  if (ctx.exchanges) shard.comms->kv_control.sum(values);
   return values;
 }
 
@@ -37,13 +37,13 @@ std::vector<std::int64_t> range(std::int64_t first, std::int64_t last) {
 
 std::vector<double> softmax(const float* q, const Rows& k, std::int64_t width) {
   std::vector<double> p(k.size() / width);
-  double top = -std::numeric_limits<double>::infinity(), sum = 0;
+  double max = -std::numeric_limits<double>::infinity(), sum = 0;
   for (std::size_t i = 0; i < p.size(); ++i) {
     double dot = 0;
     for (std::int64_t e = 0; e < width; ++e) dot += double{q[e]} * k[i * width + e];
-    top = std::max(top, p[i] = dot / std::sqrt(static_cast<double>(width)));
+    max = std::max(max, p[i] = dot / std::sqrt(static_cast<double>(width)));
   }
-  for (double& x : p) sum += x = std::exp(x - top);
+  for (double& x : p) sum += x = std::exp(x - max);
   for (double& x : p) x /= sum;
   return p;
 }
@@ -59,20 +59,20 @@ double attention_error(const std::vector<double>& p, const Rows& v, std::int64_t
   return worst;
 }
 
-// |sum of gated branches - o| of one row and group, at most, for what combine left.
+// The largest |sum of gated branches - o| of one row and group, after combine.
 double combine_error(const StepContext& ctx, std::int64_t row, std::int64_t group) {
-  ModelShard& e = ctx.shard;
-  const LayerShape& s = e.shape();
+  ModelShard& shard = ctx.shard;
+  const LayerShape& s = shard.shape();
   const std::int64_t count = std::int64_t{s.heads_per_group} * s.d_v;
   const std::int64_t at = (row * s.heads() + group * s.heads_per_group) * s.d_v;
   const auto* gates = ctx.buffers.gate.as<float>() + ((ctx.first_row + row) * s.groups + group) * branches;
-  const Rows gate = download(e, gates, branches, DType::f32);
+  const Rows gate = download(shard, gates, branches, DType::f32);
   const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
-  const Rows o = download(e, ctx.buffers.o.as<std::byte>() + at * size, count, s.dtype);
+  const Rows o = download(shard, ctx.buffers.o.as<std::byte>() + at * size, count, s.dtype);
   std::vector<double> wanted(static_cast<std::size_t>(count), 0.0);
   for (int c = 0; c < branches; ++c) {
-    const Rows part = download(e, ctx.buffers.o_branch[c].as<float>() + at, count, DType::f32);
-    for (std::int64_t i = 0; i < count; ++i) wanted[i] += double{gate[c]} * part[i];
+    const Rows o_branch = download(shard, ctx.buffers.o_branch[c].as<float>() + at, count, DType::f32);
+    for (std::int64_t i = 0; i < count; ++i) wanted[i] += double{gate[c]} * o_branch[i];
   }
   double worst = 0;
   for (std::int64_t i = 0; i < count; ++i) {
@@ -82,7 +82,7 @@ double combine_error(const StepContext& ctx, std::int64_t row, std::int64_t grou
   return worst;
 }
 
-// The chosen blocks are the forced ones and the best of the rest, up to rounding of the scores.
+// Empty where the chosen blocks are the forced ones and the best of the others, up to rounding of the scores.
 std::string selection_problem(const BlockRules& r, std::int64_t t, const std::vector<double>& s,
                               const std::vector<std::int32_t>& chosen) {
   const std::int64_t eligible = eligible_blocks(r, t), wanted = std::min<std::int64_t>(r.n_sel, eligible);
@@ -113,25 +113,23 @@ std::string selection_problem(const BlockRules& r, std::int64_t t, const std::ve
 
 }  // namespace
 
-double error_bound(DType type) { return type == DType::f32 ? 1e-4 : 2e-2; }
-
 void CheckResult::merge(const CheckResult& other) {
   if (!(other.max_abs_err <= max_abs_err)) max_abs_err = other.max_abs_err;
   if (problem.empty()) problem = other.problem;
 }
 
 CheckResult check_row(const StepContext& ctx, std::int64_t plane, std::int64_t row, std::int64_t t) {
-  ModelShard& e = ctx.shard;
-  const LayerShape& s = e.shape();
+  ModelShard& shard = ctx.shard;
+  const LayerShape& s = shard.shape();
   const BlockRules& r = s.rules;
   const std::int64_t group = plane % s.groups, h = s.heads_per_group, heads = s.heads();
   const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype)), head = group * h;
   const auto* q_at = ctx.buffers.q.as<std::byte>() + ((ctx.first_row + row) * heads + head) * s.d_k * size;
-  const Rows q = download(e, q_at, h * s.d_k, s.dtype);
+  const Rows q = download(shard, q_at, h * s.d_k, s.dtype);
   std::vector<std::int32_t> chosen =
-      download_ints(e,
+      download_ints(shard,
                     ctx.buffers.selected.as<std::int32_t>() +
-                        (((e.config.model.layers - 1) * ctx.stage.tile.rows() + row) * s.groups + group) * r.n_sel,
+                        (((shard.config.model.layers - 1) * ctx.stage.tile.rows() + row) * s.groups + group) * r.n_sel,
                     r.n_sel);
 
   std::vector<std::int64_t> tokens[branches] = {
@@ -145,9 +143,9 @@ CheckResult check_row(const StepContext& ctx, std::int64_t plane, std::int64_t r
   std::vector<double> importance(static_cast<std::size_t>(eligible_blocks(r, t)), 0.0);
   for (int c = 0; c < branches; ++c) {
     const Rows k = fetch(ctx, ctx.k[c], plane, tokens[c]), v = fetch(ctx, ctx.v[c], plane, tokens[c]);
-    if (ctx.exchanges && e.partition.kv_rank != 0) continue;
+    if (ctx.exchanges && shard.partition.kv_rank != 0) continue;
     const Rows o =
-        download(e, ctx.buffers.o_branch[c].as<float>() + (row * heads + head) * s.d_v, h * s.d_v, DType::f32);
+        download(shard, ctx.buffers.o_branch[c].as<float>() + (row * heads + head) * s.d_v, h * s.d_v, DType::f32);
     for (std::int64_t j = 0; j < h; ++j) {
       const std::vector<double> p = softmax(q.data() + j * s.d_k, k, s.d_k);
       result.merge({attention_error(p, v, s.d_v, o.data() + j * s.d_v), {}});
@@ -157,7 +155,7 @@ CheckResult check_row(const StepContext& ctx, std::int64_t plane, std::int64_t r
           importance[b] += p[i] * overlap(r, static_cast<std::int64_t>(i), b);
     }
   }
-  if (!ctx.exchanges || e.partition.kv_rank == 0) result.problem = selection_problem(r, t, importance, chosen);
+  if (!ctx.exchanges || shard.partition.kv_rank == 0) result.problem = selection_problem(r, t, importance, chosen);
   if (result.problem.empty() && !(result.max_abs_err <= error_bound(s.dtype)))
     result.problem = "error " + std::to_string(result.max_abs_err) + " against float64 exceeds " +
                      std::to_string(error_bound(s.dtype));
@@ -165,7 +163,7 @@ CheckResult check_row(const StepContext& ctx, std::int64_t plane, std::int64_t r
     result.problem = "the combined output differs by " + std::to_string(error) + " from its gated branches";
   if (!result.problem.empty())
     result.problem = "position " + std::to_string(t) + ", sequence " + std::to_string(plane / s.groups) + ", group " +
-                     std::to_string(e.partition.group_begin + group) + ": " + result.problem;
+                     std::to_string(shard.partition.group_begin + group) + ": " + result.problem;
   return result;
 }
 

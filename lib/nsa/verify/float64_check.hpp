@@ -1,11 +1,12 @@
 #pragma once
-// Checks a result while it is made: sampled rows of the last layer, recomputed in float64 from the stored q, K
-// and V by plain loops. Finds wrong kernels, wrong selection and wrong exchanges; the tests' oracle, which
-// starts from x, is another one.
+// Checks a result during the run: recomputes sampled rows of the last layer in float64 from the stored q, K and V with
+// plain loops. Finds wrong kernels, selections and exchanges. The oracle of the tests is separate code that starts from
+// x.
 
 #include <string>
 
 #include "nsa/forward/stages.hpp"
+#include "nsa/results/error_bound.hpp"
 
 namespace nsa {
 
@@ -15,12 +16,8 @@ struct CheckResult {
   void merge(const CheckResult& other);
 };
 
-/// Largest error that rounding explains: fp32 accumulation, and for 16-bit storage the rounding of the softmax
-/// weights that tensor-core kernels feed to the second product (2^-9 relative), for |v| of order one.
-double error_bound(DType type);
-
-/// Checks local plane `plane` at position t, whose row within the work's tile is `row`. Collective over the kv
-/// ranks when the work exchanges: rows they hold are summed on kv rank 0, which does the check.
+/// Checks local plane `plane` at position t, which is row `row` of the context's tile. With exchanges it is collective
+/// over the kv ranks: the rows that they hold are summed on kv rank 0, which does the check.
 CheckResult check_row(const StepContext& ctx, std::int64_t plane, std::int64_t row, std::int64_t t);
 
 }  // namespace nsa

@@ -7,9 +7,9 @@ namespace nsa {
 namespace {
 
 std::int64_t window_slots_read(const Partition& p, std::int64_t t) {
-  const RowMap share = p.window_share();
+  const RowMap owned = p.window_share();
   std::int64_t sum = 0;
-  for (std::int64_t i = window_begin(p.shape.rules, t); i <= t; ++i) sum += has_row(share, i);
+  for (std::int64_t i = window_begin(p.shape.rules, t); i <= t; ++i) sum += has_row(owned, i);
   return sum;
 }
 

@@ -19,20 +19,20 @@ struct RankReads {
 };
 
 /// Expected reads of decode steps at positions first, first + 1, ... on one rank. `selected` [steps][lists][n] are
-/// the blocks that were chosen; only a rank of several kv ranks needs them, to know which of them are its own.
+/// the chosen blocks; they are used only where there are several kv ranks, to count the blocks that this rank owns.
 void expect_decode(RankReads& reads, const Partition& partition, std::int64_t first, std::int64_t lists,
                    const std::vector<std::int32_t>& selected);
 
-/// Expected reads of a prefill of `positions` tokens: this rank's query rows, each with all it attends.
+/// Expected reads of a prefill of `positions` tokens: this rank's query rows, each with every token it attends.
 void expect_prefill(RankReads& reads, const Partition& partition, std::int64_t positions, std::int64_t lists);
 
-/// What all ranks together must read, [branch][step]: a decode by step, a prefill in all.
+/// What all ranks together must read, [branch][step]. A prefill counts as one step.
 std::vector<std::int64_t> total_reads(const Config& config, const Point& point);
 
-/// Gathers on rank 0.
+/// Gathers the reads of all ranks on rank 0. Collective.
 ReadTable gather_reads(const ControlComm& world, const RankReads& reads);
 
-/// Empty, or where counted and expected differ: on a rank, or in sum over the ranks against `totals` [branch][step].
+/// Empty, or where counted and expected differ: on one rank, or the sum over the ranks from `totals` [branch][step].
 std::string read_problem(const ReadTable& table, const std::vector<std::int64_t>& totals);
 
 }  // namespace nsa

@@ -4,17 +4,18 @@
 #include <cmath>
 
 #include "nsa/model/inputs.hpp"
-#include "nsa/verify/float64_check.hpp"
+#include "nsa/results/error_bound.hpp"
 
 namespace nsa {
 
 namespace {
 
-void add_rows(ModelShard& e, const KvPair& pair, std::int64_t first, std::int64_t last) {
+void add_rows(ModelShard& shard, const KvPair& pair, std::int64_t first, std::int64_t last) {
   for (const KvView& view : {pair.k, pair.v})
     if (view.data && first < last)
-      e.kernels().checksum({e.shape().dtype, view, e.planes(), first, last, e.checksum.as<std::uint64_t>()},
-                           e.streams.compute);
+      shard.kernels().checksum(
+          {shard.shape().dtype, view, shard.planes(), first, last, shard.checksum.as<std::uint64_t>()},
+          shard.streams.compute);
 }
 
 /// The largest difference; infinite where a value is not finite.
@@ -28,54 +29,54 @@ double difference(const std::vector<float>& got, const std::vector<float>& expec
 }
 
 double largest(const std::vector<float>& values) {
-  double most = 0;
-  for (const float value : values) most = std::max(most, std::abs(double{value}));
-  return most;
+  double max = 0;
+  for (const float value : values) max = std::max(max, std::abs(double{value}));
+  return max;
 }
 
 }  // namespace
 
-std::uint64_t cache_checksum(ModelShard& e, std::int64_t positions, std::int64_t layers) {
-  const BlockRules& r = e.shape().rules;
-  e.device().fill(e.checksum.data(), 0, e.checksum.bytes(), e.streams.compute);
+std::uint64_t cache_checksum(ModelShard& shard, std::int64_t positions, std::int64_t layers) {
+  const BlockRules& r = shard.shape().rules;
+  shard.device().fill(shard.checksum.data(), 0, shard.checksum.bytes(), shard.streams.compute);
   for (std::int64_t layer = 0; layer < layers; ++layer) {
-    const LayerCaches& cache = e.caches[static_cast<std::size_t>(layer)];
-    add_rows(e, cache.sel, 0, positions);
-    add_rows(e, cache.cmp, 0, compressed_tokens(r, positions - 1));
-    add_rows(e, cache.win, std::max<std::int64_t>(0, positions - r.w), positions);
-    add_rows(e, cache.raw, std::max<std::int64_t>(0, positions - r.l), positions);
+    const LayerCaches& cache = shard.caches[static_cast<std::size_t>(layer)];
+    add_rows(shard, cache.sel, 0, positions);
+    add_rows(shard, cache.cmp, 0, compressed_tokens(r, positions - 1));
+    add_rows(shard, cache.win, std::max<std::int64_t>(0, positions - r.w), positions);
+    add_rows(shard, cache.raw, std::max<std::int64_t>(0, positions - r.l), positions);
   }
-  return static_cast<std::uint64_t>(download_longs(e, e.checksum.data(), 1)[0]);
+  return static_cast<std::uint64_t>(download_longs(shard, shard.checksum.data(), 1)[0]);
 }
 
-StepOutput latest_output(ModelShard& e, const StepBuffers& b, std::int64_t rows, bool with_y) {
-  const LayerShape& s = e.shape();
+StepOutput latest_output(ModelShard& shard, const StepBuffers& b, std::int64_t rows, bool with_y) {
+  const LayerShape& s = shard.shape();
   StepOutput output;
   if (rows == 0) return output;
-  output.o = download(e, b.o.data(), rows * s.heads() * s.d_v, s.dtype);
-  if (with_y && b.y.data()) output.y = download(e, b.y.data(), rows * s.dim, DType::f32);
+  output.o = download(shard, b.o.data(), rows * s.heads() * s.d_v, s.dtype);
+  if (with_y && b.y.data()) output.y = download(shard, b.y.data(), rows * s.dim, DType::f32);
   return output;
 }
 
 std::string output_problem(const StepOutput& output, const StepOutput& expected, DType type) {
   const double o = difference(output.o, expected.o), y = difference(output.y, expected.y);
   if (std::isinf(o) || std::isinf(y)) return "the output is not finite";
-  // Values of o are of order one, as V is; those of y are sums over all heads.
+  // Values of o are of order one, like V; those of y are sums over all heads.
   const bool same = o <= error_bound(type) && y <= error_bound(type) * (1 + largest(expected.y));
   return same ? ""
               : "a measured step gave another output (by " + std::to_string(std::max(o, y)) + ") than the checked one";
 }
 
-std::string pass_problem(const ControlComm& world, const ModelShard& e, const StepOutput& output,
+std::string pass_problem(const ControlComm& world, const ModelShard& shard, const StepOutput& output,
                          const StepOutput& expected) {
-  const KernelTable& kernels = e.kernels();
+  const KernelTable& kernels = shard.kernels();
   const bool other_blocks = output.selected != expected.selected;
   const bool other_arithmetic =
       kernels.prologue.accepts || kernels.decode_attention.accepts || output.fallbacks != expected.fallbacks;
-  const bool alike = world.max(std::int64_t{other_blocks}) == 0,
-             same_way = world.max(std::int64_t{other_arithmetic}) == 0;
-  if (other_blocks && same_way) return "a measured pass chose other blocks than the checked one";
-  return output_problem(output, alike ? expected : StepOutput(), e.shape().dtype);
+  const bool same_blocks = world.max(std::int64_t{other_blocks}) == 0,
+             same_arithmetic = world.max(std::int64_t{other_arithmetic}) == 0;
+  if (other_blocks && same_arithmetic) return "a measured pass chose other blocks than the checked one";
+  return output_problem(output, same_blocks ? expected : StepOutput(), shard.shape().dtype);
 }
 
 }  // namespace nsa

@@ -14,7 +14,8 @@ SharedTensor::SharedTensor(std::string name, std::vector<std::int64_t> shape, st
   record_ = {std::move(name), std::move(shape), std::move(dims), std::vector<float>(elements), {}};
 }
 
-void SharedTensor::put(std::int64_t b, std::int64_t row, std::int64_t column, const float* values, std::int64_t count) {
+void SharedTensor::store(std::int64_t b, std::int64_t row, std::int64_t column, const float* values,
+                         std::int64_t count) {
   std::copy_n(values, count, record_.values.begin() + (b * rows_ + row) * columns_ + column);
 }
 
@@ -27,60 +28,59 @@ TensorRecord SharedTensor::reduce(const ControlComm& world, bool as_integers) {
   return std::move(record_);
 }
 
-StepTensors::StepTensors(ModelShard& e, std::int64_t positions)
-    : shard_(e),
-      q_("q", {e.point.batch, positions, e.config.model.n_heads, e.config.model.d_k}, {"batch", "row", "head", "d_k"},
-         positions),
-      gate_("gate", {e.point.batch, positions, e.config.model.n_kv_groups, 3}, {"batch", "row", "group", "branch"},
-            positions),
+StepTensors::StepTensors(ModelShard& shard, std::int64_t positions)
+    : shard_(shard),
+      q_("q", {shard.point.batch, positions, shard.config.model.n_heads, shard.config.model.d_k},
+         {"batch", "row", "head", "d_k"}, positions),
+      gate_("gate", {shard.point.batch, positions, shard.config.model.n_kv_groups, 3},
+            {"batch", "row", "group", "branch"}, positions),
       p_slc_("p_slc",
-             {e.point.batch, positions, e.config.model.n_kv_groups,
-              eligible_blocks(e.shape().rules, total_positions(e.config, e.point) - 1)},
+             {shard.point.batch, positions, shard.config.model.n_kv_groups,
+              eligible_blocks(shard.shape().rules, total_positions(shard.config, shard.point) - 1)},
              {"batch", "row", "group", "block"}, positions),
-      selected_("selected", {e.point.batch, positions, e.config.model.n_kv_groups, e.shape().rules.n_sel},
+      selected_("selected", {shard.point.batch, positions, shard.config.model.n_kv_groups, shard.shape().rules.n_sel},
                 {"batch", "row", "group", "choice"}, positions),
-      o_("o", {e.point.batch, positions, e.config.model.n_heads, e.config.model.d_v}, {"batch", "row", "head", "d_v"},
-         positions),
-      y_("y", {e.point.batch, positions, e.config.run.scope == Scope::layer ? e.config.model.dim : 0},
+      o_("o", {shard.point.batch, positions, shard.config.model.n_heads, shard.config.model.d_v},
+         {"batch", "row", "head", "d_v"}, positions),
+      y_("y", {shard.point.batch, positions, shard.config.run.scope == Scope::layer ? shard.config.model.dim : 0},
          {"batch", "row", "dim"}, positions) {
   for (const char* branch : branch_names)
     o_branch_.emplace_back(
         std::string("o_") + branch,
-        std::vector<std::int64_t>{e.point.batch, positions, e.config.model.n_heads, e.config.model.d_v},
+        std::vector<std::int64_t>{shard.point.batch, positions, shard.config.model.n_heads, shard.config.model.d_v},
         std::vector<std::string>{"batch", "row", "head", "d_v"}, positions);
 }
 
 void StepTensors::take(const StepContext& ctx, std::int64_t row, bool shared) {
-  ModelShard& e = shard_;
-  const LayerShape& s = e.shape();
+  const LayerShape& s = shard_.shape();
   const StepBuffers& b = ctx.buffers;
   const std::int64_t rows = ctx.stage.tile.rows(), heads = s.heads(),
-                     first_head = std::int64_t{e.partition.group_begin} * s.heads_per_group;
-  const auto put = [&](SharedTensor& to, const std::vector<float>& values, std::int64_t column) {
+                     first_head = std::int64_t{shard_.partition.group_begin} * s.heads_per_group;
+  const auto store = [&](SharedTensor& to, const std::vector<float>& values, std::int64_t column) {
     const std::int64_t width = static_cast<std::int64_t>(values.size()) / rows;
     for (std::int64_t r = 0; r < rows; ++r)
-      to.put(ctx.stage.tile.batch_begin + r / ctx.stage.tile.tokens, row + r % ctx.stage.tile.tokens, column,
-             values.data() + r * width, width);
+      to.store(ctx.stage.tile.batch_begin + r / ctx.stage.tile.tokens, row + r % ctx.stage.tile.tokens, column,
+               values.data() + r * width, width);
   };
   if (!ctx.leaves_out(sel))
-    put(p_slc_, download(e, b.p_slc.data(), rows * s.groups * b.p_slc_blocks, DType::f32),
-        e.partition.group_begin * b.p_slc_blocks);
-  if (shared && e.partition.kv_rank != 0) return;
+    store(p_slc_, download(shard_, b.p_slc.data(), rows * s.groups * b.p_slc_blocks, DType::f32),
+          shard_.partition.group_begin * b.p_slc_blocks);
+  if (shared && shard_.partition.kv_rank != 0) return;
   const std::int64_t q_width = heads * s.d_k, size = static_cast<std::int64_t>(size_of(s.dtype));
-  put(q_, download(e, b.q.as<std::byte>() + ctx.first_row * q_width * size, rows * q_width, s.dtype),
-      first_head * s.d_k);
-  put(gate_, download(e, b.gate.as<float>() + ctx.first_row * s.groups * 3, rows * s.groups * 3, DType::f32),
-      e.partition.group_begin * 3);
+  store(q_, download(shard_, b.q.as<std::byte>() + ctx.first_row * q_width * size, rows * q_width, s.dtype),
+        first_head * s.d_k);
+  store(gate_, download(shard_, b.gate.as<float>() + ctx.first_row * s.groups * 3, rows * s.groups * 3, DType::f32),
+        shard_.partition.group_begin * 3);
   const std::int64_t choices = rows * s.groups * s.rules.n_sel;
   const auto selected =
-      download_ints(e, b.selected.as<std::int32_t>() + (e.config.model.layers - 1) * choices, choices);
-  put(selected_, {selected.begin(), selected.end()}, std::int64_t{e.partition.group_begin} * s.rules.n_sel);
-  put(o_, download(e, b.o.data(), rows * heads * s.d_v, s.dtype), first_head * s.d_v);
+      download_ints(shard_, b.selected.as<std::int32_t>() + (shard_.config.model.layers - 1) * choices, choices);
+  store(selected_, {selected.begin(), selected.end()}, std::int64_t{shard_.partition.group_begin} * s.rules.n_sel);
+  store(o_, download(shard_, b.o.data(), rows * heads * s.d_v, s.dtype), first_head * s.d_v);
   for (int c = 0; c < branches; ++c)
-    put(o_branch_[c], download(e, b.o_branch[c].data(), rows * heads * s.d_v, DType::f32), first_head * s.d_v);
-  // Prefill records a tile before the head shards' outputs are summed: then each puts its part.
-  if (ctx.whole_layer() && (!shared || e.partition.head_shard == 0))
-    put(y_, download(e, b.y.as<float>() + ctx.first_row * s.dim, rows * s.dim, DType::f32), 0);
+    store(o_branch_[c], download(shard_, b.o_branch[c].data(), rows * heads * s.d_v, DType::f32), first_head * s.d_v);
+  // Prefill records a tile before the outputs of the head shards are summed; each head shard stores its own.
+  if (ctx.whole_layer() && (!shared || shard_.partition.head_shard == 0))
+    store(y_, download(shard_, b.y.as<float>() + ctx.first_row * s.dim, rows * s.dim, DType::f32), 0);
 }
 
 std::vector<TensorRecord> StepTensors::reduce(const ControlComm& world) {
@@ -95,7 +95,7 @@ std::vector<TensorRecord> StepTensors::reduce(const ControlComm& world) {
   return list;
 }
 
-std::vector<TensorRecord> input_tensors(const ModelShard& e, const TensorSource& source, bool on_this_rank) {
+std::vector<TensorRecord> input_tensors(const ModelShard& shard, const TensorSource& source, bool on_this_rank) {
   std::vector<TensorRecord> list;
   if (!on_this_rank) return list;
   const auto add = [&](const std::string& name, const std::vector<std::int64_t>& shape, float scale,
@@ -105,24 +105,24 @@ std::vector<TensorRecord> input_tensors(const ModelShard& e, const TensorSource&
     list.push_back(
         {name, shape, std::move(dims), from_storage(to_storage(values, type).data(), values.size(), type), {}});
   };
-  const DType storage = e.shape().dtype;
-  if (e.config.run.scope == Scope::attention) {
-    Partition whole = e.partition;
-    whole.shape.groups = static_cast<std::int32_t>(e.config.model.n_kv_groups);
-    add("given/q", q_columns(e.config, e.point, whole).shape, 1, {"batch", "position", "head", "d_k"}, storage);
-    add("given/gate", gate_columns(e.config, e.point, whole).shape, 1, {"batch", "position", "group", "branch"},
+  const DType storage = shard.shape().dtype;
+  if (shard.config.run.scope == Scope::attention) {
+    Partition whole = shard.partition;
+    whole.shape.groups = static_cast<std::int32_t>(shard.config.model.n_kv_groups);
+    add("given/q", q_columns(shard.config, shard.point, whole).shape, 1, {"batch", "position", "head", "d_k"}, storage);
+    add("given/gate", gate_columns(shard.config, shard.point, whole).shape, 1, {"batch", "position", "group", "branch"},
         DType::f32);
     for (const Branch c : kv_column_order)
       for (const bool value : {false, true})
-        if (!e.shape().shared_kv || c == sel)
-          add(kv_name(e.shape(), c, value), kv_columns(e.config, e.point, whole, value).shape, 1,
+        if (!shard.shape().shared_kv || c == sel)
+          add(kv_name(shard.shape(), c, value), kv_columns(shard.config, shard.point, whole, value).shape, 1,
               {"batch", "position", "group", value ? "d_v" : "d_k"}, storage);
     return list;
   }
-  add("x", x_columns(e.config, e.point).shape, 1, {"batch", "position", "dim"},
-      e.config.model.layers > 1 ? DType::f32 : storage);  // the residual stream starts from x as it is
-  for (std::int64_t layer = 0; layer < e.config.model.layers; ++layer)
-    for (const WeightSpec& w : weight_specs(e.config, layer)) {
+  add("x", x_columns(shard.config, shard.point).shape, 1, {"batch", "position", "dim"},
+      shard.config.model.layers > 1 ? DType::f32 : storage);  // the residual stream starts from x as it is
+  for (std::int64_t layer = 0; layer < shard.config.model.layers; ++layer)
+    for (const WeightSpec& w : weight_specs(shard.config, layer)) {
       std::vector<std::string> dims;
       for (std::size_t i = 0; i < w.shape.size(); ++i)
         dims.push_back(w.name.substr(w.name.rfind('/') + 1) + "_" + std::to_string(i));
@@ -131,23 +131,23 @@ std::vector<TensorRecord> input_tensors(const ModelShard& e, const TensorSource&
   return list;
 }
 
-std::vector<TensorRecord> compressed_tensors(ModelShard& e, std::int64_t positions, const ControlComm& world) {
-  const Partition& p = e.partition;
+std::vector<TensorRecord> compressed_tensors(ModelShard& shard, std::int64_t positions, const ControlComm& world) {
+  const Partition& p = shard.partition;
   const LayerShape& s = p.shape;
   const std::int64_t tokens = compressed_tokens(s.rules, positions - 1);
   std::vector<TensorRecord> list;
   for (const bool value : {false, true}) {
-    const KvView& view = value ? e.caches.back().cmp.v : e.caches.back().cmp.k;
+    const KvView& view = value ? shard.caches.back().cmp.v : shard.caches.back().cmp.k;
     SharedTensor all(value ? "v_cmp_tokens" : "k_cmp_tokens",
-                     {e.point.batch, tokens, e.config.model.n_kv_groups, view.width},
+                     {shard.point.batch, tokens, shard.config.model.n_kv_groups, view.width},
                      {"batch", "compressed_token", "group", value ? "d_v" : "d_k"}, tokens);
-    for (std::int64_t plane = 0; plane < e.planes(); ++plane)
+    for (std::int64_t plane = 0; plane < shard.planes(); ++plane)
       for (std::int64_t i = 0; i < tokens; ++i) {
         if (p.kv > 1 && owner_of_chunk(view.map, chunk_of(view.map, i)) != p.kv_rank) continue;
         const auto* from = static_cast<std::byte*>(view.data) +
                            offset_of(view, plane, i) * static_cast<std::int64_t>(size_of(s.dtype));
-        const std::vector<float> row = download(e, from, view.width, s.dtype);
-        all.put(plane / s.groups, i, (p.group_begin + plane % s.groups) * view.width, row.data(), view.width);
+        const std::vector<float> row = download(shard, from, view.width, s.dtype);
+        all.store(plane / s.groups, i, (p.group_begin + plane % s.groups) * view.width, row.data(), view.width);
       }
     list.push_back(all.reduce(world));
   }

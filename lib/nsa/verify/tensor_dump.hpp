@@ -1,5 +1,5 @@
 #pragma once
-// Collects the tensors of a run from all ranks: every rank puts down what it owns, rank 0 gets the sum.
+// Collects the tensors of a run from all ranks: every rank stores what it owns, rank 0 gets the sum.
 
 #include <string>
 #include <vector>
@@ -15,7 +15,7 @@ class SharedTensor {
  public:
   SharedTensor(std::string name, std::vector<std::int64_t> shape, std::vector<std::string> dims, std::int64_t rows);
   /// values: consecutive columns from `column` on of row `row` of sequence `b`.
-  void put(std::int64_t b, std::int64_t row, std::int64_t column, const float* values, std::int64_t count);
+  void store(std::int64_t b, std::int64_t row, std::int64_t column, const float* values, std::int64_t count);
   /// Collective; complete on rank 0.
   TensorRecord reduce(const ControlComm& world, bool as_integers = false);
 
@@ -27,9 +27,9 @@ class SharedTensor {
 /// The stage tensors of R recorded positions (design section 7): q, gate, p_slc, selected, o_cmp, o_sel, o_win, o, y.
 class StepTensors {
  public:
-  StepTensors(ModelShard& engine, std::int64_t positions);
-  /// Takes the work's tile, whose row of sequence b at position first + j is recorded as row `row` + j.
-  /// `shared`: every kv rank computed these rows (decode), so that one of them speaks.
+  StepTensors(ModelShard& shard, std::int64_t positions);
+  /// Records the context's tile: row j of each sequence becomes row `row` + j of the tensors.
+  /// `shared`: every kv rank computed these rows (decode), and only one of them stores them.
   void take(const StepContext& ctx, std::int64_t row, bool shared);
   std::vector<TensorRecord> reduce(const ControlComm& world);
 
@@ -40,7 +40,7 @@ class StepTensors {
 };
 
 /// x and weights (or q, k, v, gates) as the run used them, rounded to storage; and the compressed tokens.
-std::vector<TensorRecord> input_tensors(const ModelShard& engine, const TensorSource& source, bool on_this_rank);
-std::vector<TensorRecord> compressed_tensors(ModelShard& engine, std::int64_t positions, const ControlComm& world);
+std::vector<TensorRecord> input_tensors(const ModelShard& shard, const TensorSource& source, bool on_this_rank);
+std::vector<TensorRecord> compressed_tensors(ModelShard& shard, std::int64_t positions, const ControlComm& world);
 
 }  // namespace nsa

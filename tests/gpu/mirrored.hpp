@@ -1,5 +1,5 @@
 #pragma once
-// The same memory on the host and on the GPU, and stages run on both: what the GPU tests are written with.
+// Memory mirrored on the host and on the GPU, for tests that run the same stage on both.
 
 #include <cmath>
 #include <cstdint>
@@ -30,19 +30,19 @@ inline float value_at(DType type, const void* data, std::int64_t i) {
   return to_float(static_cast<const Fp16*>(data)[i]);
 }
 
-/// `bytes` on both sides, poisoned with NaN by the backends' allocate.
-class Twin {
+/// `bytes` on both sides, which the backends' allocate fills with NaN.
+class MirroredBuffer {
  public:
-  explicit Twin(std::int64_t bytes)
+  explicit MirroredBuffer(std::int64_t bytes)
       : bytes_(static_cast<std::size_t>(bytes)),
         host_(cpu().device->allocate(bytes_)),
         device_(gpu().device->allocate(bytes_)) {}
-  ~Twin() {
+  ~MirroredBuffer() {
     cpu().device->release(host_);
     gpu().device->release(device_);
   }
-  Twin(const Twin&) = delete;
-  Twin& operator=(const Twin&) = delete;
+  MirroredBuffer(const MirroredBuffer&) = delete;
+  MirroredBuffer& operator=(const MirroredBuffer&) = delete;
   template <class T = void>
   T* on(const Backend& backend) const {
     return static_cast<T*>(backend.kind == BackendKind::host ? host_ : device_);
@@ -77,10 +77,10 @@ class Twin {
   void* device_;
 };
 
-/// Every element the same bits, element by element in storage type; used where both sides only move data.
-inline bool same_bits(const Twin& twin) {
-  const auto device = twin.from_gpu<unsigned char>();
-  return std::memcmp(device.data(), twin.host<unsigned char>(), device.size()) == 0;
+/// Whether both sides hold the same bits; for stages that only move data.
+inline bool same_bits(const MirroredBuffer& buffer) {
+  const auto device = buffer.from_gpu<unsigned char>();
+  return std::memcmp(device.data(), buffer.host<unsigned char>(), device.size()) == 0;
 }
 
 /// |a - b| / |b| over all elements; infinite when either holds a NaN.
@@ -95,36 +95,37 @@ inline double relative_error(const std::vector<float>& a, const std::vector<floa
 }
 
 /// `count` values of storage type on both sides, as floats: {GPU's, host's}.
-inline std::pair<std::vector<float>, std::vector<float>> values_of(const Twin& twin, DType type, std::int64_t count) {
-  const auto device = twin.from_gpu<unsigned char>();
+inline std::pair<std::vector<float>, std::vector<float>> values_of(const MirroredBuffer& buffer, DType type,
+                                                                   std::int64_t count) {
+  const auto device = buffer.from_gpu<unsigned char>();
   std::pair<std::vector<float>, std::vector<float>> out;
   for (std::int64_t i = 0; i < count; ++i) {
     out.first.push_back(value_at(type, device.data(), i));
-    out.second.push_back(value_at(type, twin.host<void>(), i));
+    out.second.push_back(value_at(type, buffer.host<void>(), i));
   }
   return out;
 }
-inline double relative_error(const Twin& twin, DType type) {
-  const auto [device, host] = values_of(twin, type, static_cast<std::int64_t>(twin.bytes() / size_of(type)));
+inline double relative_error(const MirroredBuffer& buffer, DType type) {
+  const auto [device, host] = values_of(buffer, type, static_cast<std::int64_t>(buffer.bytes() / size_of(type)));
   return relative_error(device, host);
 }
 
 /// A K or V cache of `planes` planes for `rows` rows under a map, synthetic rows [0, rows) on both sides.
-struct TwinKv {
-  Twin memory;
+struct MirroredKv {
+  MirroredBuffer memory;
   KvView view;
   DType type;
   static std::int64_t capacity(const RowMap& map, std::int64_t rows) {
     if (map.ring > 0) return map.ring;
     if (map.chunk == INT64_MAX) return rows;
-    std::int64_t most = 0;
+    std::int64_t max_chunks = 0;
     for (std::int32_t r = 0; r < map.kv; ++r) {
       const std::int64_t chunks = owned_chunks(map, rows + map.halo, r);
-      if (chunks > most) most = chunks;
+      if (chunks > max_chunks) max_chunks = chunks;
     }
-    return most * map.stride;
+    return max_chunks * map.stride;
   }
-  TwinKv(DType storage, const RowMap& map, std::int64_t planes, std::int64_t rows, std::int32_t width)
+  MirroredKv(DType storage, const RowMap& map, std::int64_t planes, std::int64_t rows, std::int32_t width)
       : memory(((map.rank == all_ranks && map.ring == 0 ? map.kv : 1) * planes * capacity(map, rows) + padding_rows) *
                width * static_cast<std::int64_t>(size_of(storage))),
         type(storage) {
