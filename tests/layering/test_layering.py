@@ -67,7 +67,7 @@ FOREIGN = {
     "nccl.h": r"lib/comm/collectives/nccl\.cpp",
     "cuda": r"lib/kernels/cuda/.*|lib/comm/collectives/nccl\.cpp",
     "cublas": r"lib/kernels/cuda/.*",
-    "hdf5": r"lib/nsa/results/(hdf5/h5\.(hpp|cpp)|writer\.cpp|reader\.cpp|tensor_file\.cpp)",
+    "hdf5": r"lib/nsa/results/hdf5/.*",
     "toml++": r"lib/nsa/config/.*\.(hpp|cpp)",
     "cblas.h": r"lib/kernels/host/.*",
     "omp.h": r"lib/kernels/host/.*",
