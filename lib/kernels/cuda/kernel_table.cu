@@ -53,13 +53,13 @@ void fused_decode_attention(const AttentionArgs& a, Stream* stream) {
   AttentionArgs with = a;
   with.attend[cmp] = with_scratch(a.attend[cmp], 0, branches * branch_scratch(c.shape, c.tile, c.policy));
   with.rank = with_rank_scratch(a.rank, rank_scratch(c.shape, c.tile));
-  decode_step(with, stream);
+  decode_attention(with, stream);
 }
 
 void fused_prefill_attention(const AttentionArgs& a, Stream* stream) {
   AttentionArgs with = a;
   with.rank = with_rank_scratch(a.rank, rank_prefill_scratch(a.rank.shape, a.rank.tile));
-  prefill_step(with, stream);
+  prefill_attention(with, stream);
 }
 
 // local_attention and normalise_partials share the partials of cmp and win in the scratch of these branches.
@@ -103,12 +103,12 @@ const KernelTable& kernel_table() {
       .checksum = checksum,
       .advance = advance,
       .prologue = {prologue_accepts, decode_prologue},
-      .decode_attention = {decode_step_accepts, fused_decode_attention},
-      .prefill_attention = {prefill_step_accepts, fused_prefill_attention},
-      .sharded_attention = {.accepts = decode_shard_accepts,
-                            .local_attention = sharded_phase<decode_open>,
-                            .normalise_partials = sharded_phase<decode_weigh>,
-                            .merge_ranks = decode_combine},
+      .decode_attention = {decode_attention_accepts, fused_decode_attention},
+      .prefill_attention = {prefill_attention_accepts, fused_prefill_attention},
+      .sharded_attention = {.accepts = sharded_attention_accepts,
+                            .local_attention = sharded_phase<local_attention>,
+                            .normalise_partials = sharded_phase<normalise_partials>,
+                            .merge_ranks = merge_ranks},
       .score_bytes = score_bytes,
       .scratch_bytes = scratch_bytes,
       // The partials of 9504 rows of 64 heads are 0.9 GB. With 4 groups, 132 SMs and 8, 16 and 12 rows a work item (cmp

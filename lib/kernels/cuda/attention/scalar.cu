@@ -1,8 +1,8 @@
 // Attention of one branch for any shape and type: scalar arithmetic in fp32.
 //
-// One CTA takes a (row, group, tile of 16 heads) and a share of the row's units. K and V go through shared memory in
-// tiles of up to 32 tokens, widened to fp32, and every head of the tile uses them: each K/V row is read once per 16
-// heads. Bound by shared-memory reads (one per multiply-add), not by the bytes: the tuned kernels exist for that.
+// Tiling: one CTA takes a (row, group, tile of 16 heads) and a split of the spans of the row. K and V pass through
+// shared memory in tiles of up to 32 tokens, widened to fp32, and every head of the tile uses them. Bytes: each K/V row
+// once per 16 heads. Bound: shared-memory reads, one per multiply-add; the tuned kernels are bound by bytes.
 
 #include "kernels/cuda/attention/split_kv.cuh"
 #include "kernels/cuda/attention/stages.cuh"
@@ -14,43 +14,43 @@ namespace {
 constexpr int threads = 256;
 constexpr int warps = threads / 32;
 
-struct Params {
+struct ScalarParams {
   AttendArgs a;
   std::int64_t pitch;  // of the raw scores
-  int splits, tile_tokens;
+  int splits, shared_tile_tokens;
   unsigned* arrivals;
 };
 
-// Shared memory of a CTA, in floats; K rows are one float longer so that tokens fall into different banks.
-struct Layout {
+// Shared memory of a CTA, offsets in floats. K rows are padded by one float so that tokens fall into different banks.
+struct ScalarLayout {
   int q, k, v, p, o, total;
-  __host__ __device__ Layout(int d_k, int d_v, int tile_tokens) {
+  __host__ __device__ ScalarLayout(int d_k, int d_v, int shared_tile_tokens) {
     q = 0;
     k = q + heads_per_tile * d_k;
-    v = k + tile_tokens * (d_k + 1);
-    p = v + tile_tokens * d_v;
+    v = k + shared_tile_tokens * (d_k + 1);
+    p = v + shared_tile_tokens * d_v;
     o = p + heads_per_tile * 32;
     total = o + heads_per_tile * d_v;
   }
 };
 
 template <class T, Branch B>
-struct Cta {
-  const Params& p;
+struct ScalarCta {
+  const ScalarParams& p;
   const LayerShape& s;
   float *q, *k, *v, *prob, *o;  // shared
   int heads;                    // of this tile
   std::int64_t row, group, first_head, plane, t;
   SoftmaxState total[heads_per_tile / warps],
-      leaf[heads_per_tile / warps];  // of heads warp, warp + warps (same in all lanes)
+      segment_sum[heads_per_tile / warps];  // of heads warp, warp + warps; the same in all lanes
   std::int64_t count = 0;
 
-  // Tokens [begin, begin + count) of chunk c (win: of their own chunks): scores, and the weighted sum unless `halo`.
+  // Scores of tokens [begin, begin + count) of chunk c (win: of their own chunks), and P V unless `halo`.
   __device__ void tile(std::int64_t c, std::int64_t begin, int tokens, bool halo);
   __device__ void tokens(std::int64_t c, std::int64_t begin, std::int64_t end, bool halo) {
-    for (; begin < end; begin += p.tile_tokens) {
+    for (; begin < end; begin += p.shared_tile_tokens) {
       const std::int64_t rest = end - begin;
-      tile(c, begin, static_cast<int>(rest < p.tile_tokens ? rest : p.tile_tokens), halo);
+      tile(c, begin, static_cast<int>(rest < p.shared_tile_tokens ? rest : p.shared_tile_tokens), halo);
     }
   }
   __device__ void compressed(int split);
@@ -61,7 +61,8 @@ struct Cta {
 };
 
 template <class T, Branch B>
-__device__ void Cta<T, B>::load(const KvView& view, std::int64_t c, std::int64_t begin, int n, float* to, int pitch) {
+__device__ void ScalarCta<T, B>::load(const KvView& view, std::int64_t c, std::int64_t begin, int n, float* to,
+                                      int pitch) {
   const int lane = threadIdx.x % 32;
   for (int token = threadIdx.x / 32; token < n; token += warps) {
     const std::int64_t i = begin + token;
@@ -73,20 +74,20 @@ __device__ void Cta<T, B>::load(const KvView& view, std::int64_t c, std::int64_t
 }
 
 template <class T, Branch B>
-__device__ void Cta<T, B>::tile(std::int64_t c, std::int64_t begin, int n, bool halo) {
+__device__ void ScalarCta<T, B>::tile(std::int64_t c, std::int64_t begin, int n, bool halo) {
   const int d_k = s.d_k, d_v = s.d_v, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const bool weigh = !halo && !(B == cmp && p.a.scores_only);
+  const bool has_pv = !halo && !(B == cmp && p.a.scores_only);
   const float scale = 1.0f / sqrtf(static_cast<float>(d_k));
   __syncthreads();
   load(p.a.k, c, begin, n, k, d_k + 1);
-  if (weigh) load(p.a.v, c, begin, n, v, d_v);
+  if (has_pv) load(p.a.v, c, begin, n, v, d_v);
   __syncthreads();
-  for (int at = 0; at < heads_per_tile / warps; ++at) {
-    const int head = warp + at * warps;
+  for (int i = 0; i < heads_per_tile / warps; ++i) {
+    const int head = warp + i * warps;
     if (head >= heads) break;
-    const bool held = lane < n && (B != win || has_row(p.a.k.map, begin + lane));
+    const bool in_cache = lane < n && (B != win || has_row(p.a.k.map, begin + lane));
     float score = -INFINITY;
-    if (held) {
+    if (in_cache) {
       float dot = 0.0f;
       for (int e = 0; e < d_k; ++e) dot += q[head * d_k + e] * k[lane * (d_k + 1) + e];
       score = dot * scale;
@@ -95,63 +96,64 @@ __device__ void Cta<T, B>::tile(std::int64_t c, std::int64_t begin, int n, bool 
         static_cast<float*>(p.a.scores)[(row * s.heads() + first_head + head) * p.pitch + column] = score * log2_e;
       }
     }
-    if (head == 0 && !halo) count += __popc(__ballot_sync(0xffffffffu, held));
+    if (head == 0 && !halo) count += __popc(__ballot_sync(0xffffffffu, in_cache));
     if (halo) continue;
-    const float top = warp_max(score);
-    if (B == cmp) leaf[at] = merge(leaf[at], {top, warp_sum(exp_shifted(score, top))});
-    if (!weigh) continue;
-    const float m = fmaxf(total[at].m, top), old = exp_shifted(total[at].m, m), weight = exp_shifted(score, m);
-    total[at] = {m, total[at].s * old + warp_sum(weight)};
-    prob[head * 32 + lane] = weight;
-    for (int e = lane; e < d_v; e += 32) o[head * d_v + e] *= old;
+    const float row_max = warp_max(score);
+    if (B == cmp) segment_sum[i] = merge(segment_sum[i], {row_max, warp_sum(exp_shifted(score, row_max))});
+    if (!has_pv) continue;
+    const float m = fmaxf(total[i].m, row_max), scale_prev = exp_shifted(total[i].m, m),
+                prob_of_lane = exp_shifted(score, m);
+    total[i] = {m, total[i].s * scale_prev + warp_sum(prob_of_lane)};
+    prob[head * 32 + lane] = prob_of_lane;
+    for (int e = lane; e < d_v; e += 32) o[head * d_v + e] *= scale_prev;
   }
-  if (!weigh) return;
+  if (!has_pv) return;
   __syncthreads();
   for (int item = threadIdx.x; item < heads * d_v; item += threads) {
     const int head = item / d_v, e = item % d_v;
     float sum = o[item];
     for (int token = 0; token < n; ++token)
-      // A token this rank does not hold has weight 0 and was not loaded.
+      // A token that this rank does not hold has P = 0 and was not loaded.
       if (B != win || prob[head * 32 + token] > 0.0f) sum += prob[head * 32 + token] * v[token * d_v + e];
     o[item] = sum;
   }
 }
 
-// Units are lanes: leaf after leaf of lane x, so that the lane's (m, s) is formed in one place and one order.
+// A span is an LSE bucket x: its segments one after the other, so one CTA forms the (m, s) of a bucket in one order.
 template <class T, Branch B>
-__device__ void Cta<T, B>::compressed(int split) {
+__device__ void ScalarCta<T, B>::compressed(int split) {
   const RowMap& map = p.a.k.map;
   const std::int64_t n = compressed_tokens(s.rules, t), rows = p.a.tile.rows();
   const bool sharded = map.rank != all_ranks && map.kv > 1;
-  const int kv = sharded ? map.kv : 1, present = s.lse.buckets / kv;
-  const int before = map.rank != all_ranks && map.chunk != INT64_MAX ? map.halo : 0;
-  for (int slot = split; slot < present; slot += p.splits) {
-    SoftmaxState lane_total[heads_per_tile / warps];
-    const std::int64_t x = std::int64_t{slot} * kv + (sharded ? map.rank : 0);
-    for (std::int64_t c = x; c * s.lse.segment - before < n; c += s.lse.buckets) {
+  const int kv = sharded ? map.kv : 1, local_buckets = s.lse.buckets / kv;
+  const int halo_rows = map.rank != all_ranks && map.chunk != INT64_MAX ? map.halo : 0;
+  for (int bucket = split; bucket < local_buckets; bucket += p.splits) {
+    SoftmaxState bucket_total[heads_per_tile / warps];
+    const std::int64_t x = std::int64_t{bucket} * kv + (sharded ? map.rank : 0);
+    for (std::int64_t c = x; c * s.lse.segment - halo_rows < n; c += s.lse.buckets) {
       const std::int64_t begin = c * s.lse.segment, end = begin + s.lse.segment < n ? begin + s.lse.segment : n;
       const std::int64_t chunk = chunk_of(map, begin);
-      if (before > 0 && c > 0) tokens(chunk, begin - before, begin < n ? begin : n, true);
-      for (auto& l : leaf) l = {};
+      if (halo_rows > 0 && c > 0) tokens(chunk, begin - halo_rows, begin < n ? begin : n, true);
+      for (auto& l : segment_sum) l = {};
       tokens(chunk, begin, end, false);
-      for (int at = 0; at < heads_per_tile / warps; ++at) lane_total[at] = merge(lane_total[at], leaf[at]);
+      for (int i = 0; i < heads_per_tile / warps; ++i) bucket_total[i] = merge(bucket_total[i], segment_sum[i]);
     }
     if (threadIdx.x % 32 != 0) continue;
-    for (int at = 0; at < heads_per_tile / warps; ++at) {
-      const int head = threadIdx.x / 32 + at * warps;
+    for (int i = 0; i < heads_per_tile / warps; ++i) {
+      const int head = threadIdx.x / 32 + i * warps;
       if (head >= heads) break;
-      float* ms = p.a.lse + ((slot * rows + row) * s.heads() + first_head + head) * 2;
-      ms[0] = lane_total[at].m;
-      ms[1] = lane_total[at].s;
+      float* ms = p.a.lse + ((bucket * rows + row) * s.heads() + first_head + head) * 2;
+      ms[0] = bucket_total[i].m;
+      ms[1] = bucket_total[i].s;
     }
   }
 }
 
 template <class T, Branch B>
-__device__ void Cta<T, B>::chosen(int split) {
+__device__ void ScalarCta<T, B>::chosen(int split) {
   const std::int32_t* blocks = p.a.selected + (row * s.groups + group) * s.rules.n_sel;
-  for (int slot = split; slot < s.rules.n_sel; slot += p.splits) {
-    const std::int64_t begin = std::int64_t{blocks[slot]} * s.rules.l_sel;
+  for (int i = split; i < s.rules.n_sel; i += p.splits) {
+    const std::int64_t begin = std::int64_t{blocks[i]} * s.rules.l_sel;
     if (begin < 0) break;
     const std::int64_t c = chunk_of(p.a.k.map, begin), end = begin + s.rules.l_sel;
     if (has_chunk(p.a.k.map, c)) tokens(c, begin, end < t + 1 ? end : t + 1, false);
@@ -159,42 +161,42 @@ __device__ void Cta<T, B>::chosen(int split) {
 }
 
 template <class T, Branch B>
-__device__ void Cta<T, B>::window(int split) {
-  for (std::int64_t begin = window_begin(s.rules, t) + std::int64_t{split} * window_unit; begin <= t;
-       begin += std::int64_t{p.splits} * window_unit)
-    tokens(0, begin, begin + window_unit < t + 1 ? begin + window_unit : t + 1, false);
+__device__ void ScalarCta<T, B>::window(int split) {
+  for (std::int64_t begin = window_begin(s.rules, t) + std::int64_t{split} * window_span; begin <= t;
+       begin += std::int64_t{p.splits} * window_span)
+    tokens(0, begin, begin + window_span < t + 1 ? begin + window_span : t + 1, false);
 }
 
-// Writes the partial, or leaves it for the last of the row's CTAs to merge.
+// Stores the partial; the last CTA of the row merges the partials of its splits.
 template <class T, Branch B>
-__device__ void Cta<T, B>::finish(int split) {
+__device__ void ScalarCta<T, B>::finish(int split) {
   const int d_v = s.d_v, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int tiles = (s.heads_per_group + heads_per_tile - 1) / heads_per_tile;
-  const std::int64_t list = (row * s.groups + group) * tiles + blockIdx.y;
-  const std::int64_t part = std::int64_t{heads_per_tile} * (d_v + 2);
-  float* parts = static_cast<float*>(p.a.scratch) + list * p.splits * part;
+  const std::int64_t work_item = (row * s.groups + group) * tiles + blockIdx.y;
+  const std::int64_t partial_stride = std::int64_t{heads_per_tile} * (d_v + 2);
+  float* partials = static_cast<float*>(p.a.scratch) + work_item * p.splits * partial_stride;
   float* out_o = p.a.out.o + (row * s.heads() + first_head) * d_v;
   float* out_ms = p.a.out.ms + (row * s.heads() + first_head) * 2;
-  float* to_o = p.splits == 1 ? out_o : parts + split * part;
+  float* to_o = p.splits == 1 ? out_o : partials + split * partial_stride;
   float* to_ms = p.splits == 1 ? out_ms : to_o + heads_per_tile * d_v;
   __syncthreads();
   for (int item = threadIdx.x; item < heads * d_v; item += threads) to_o[item] = o[item];
-  for (int at = 0; at < heads_per_tile / warps; ++at) {
-    const int head = warp + at * warps;
+  for (int i = 0; i < heads_per_tile / warps; ++i) {
+    const int head = warp + i * warps;
     if (lane != 0 || head >= heads) break;
-    to_ms[head * 2] = total[at].m;
-    to_ms[head * 2 + 1] = total[at].s;
+    to_ms[head * 2] = total[i].m;
+    to_ms[head * 2 + 1] = total[i].s;
   }
-  if (p.splits == 1 || !arrives_last(&p.arrivals[list], p.splits)) return;
+  if (p.splits == 1 || !arrives_last(&p.arrivals[work_item], p.splits)) return;
   for (int item = threadIdx.x; item < heads * d_v; item += threads) {
     const int head = item / d_v;
     SoftmaxState sum;
     float value = 0.0f;
-    for (int split_at = 0; split_at < p.splits; ++split_at) {
-      const float* ms = parts + split_at * part + heads_per_tile * d_v + head * 2;
+    for (int other_split = 0; other_split < p.splits; ++other_split) {
+      const float* ms = partials + other_split * partial_stride + heads_per_tile * d_v + head * 2;
       const SoftmaxState other = {__ldcg(ms), __ldcg(ms + 1)}, both = merge(sum, other);
-      value =
-          value * exp_shifted(sum.m, both.m) + __ldcg(parts + split_at * part + item) * exp_shifted(other.m, both.m);
+      value = value * exp_shifted(sum.m, both.m) +
+              __ldcg(partials + other_split * partial_stride + item) * exp_shifted(other.m, both.m);
       sum = both;
     }
     out_o[item] = value;
@@ -206,15 +208,16 @@ __device__ void Cta<T, B>::finish(int split) {
 }
 
 template <class T, Branch B>
-__global__ void __launch_bounds__(threads) attend_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(threads) scalar_kernel(const __grid_constant__ ScalarParams p) {
   extern __shared__ float shared[];
   const LayerShape& s = p.a.shape;
-  const Layout at(s.d_k, s.d_v, p.tile_tokens);
+  const ScalarLayout offsets(s.d_k, s.d_v, p.shared_tile_tokens);
   const int split = blockIdx.x % p.splits;
-  const std::int64_t list = blockIdx.x / p.splits;
-  Cta<T, B> cta{p, s, shared + at.q, shared + at.k, shared + at.v, shared + at.p, shared + at.o};
-  cta.row = list / s.groups;
-  cta.group = list % s.groups;
+  const std::int64_t work_item = blockIdx.x / p.splits;
+  ScalarCta<T, B> cta{
+      p, s, shared + offsets.q, shared + offsets.k, shared + offsets.v, shared + offsets.p, shared + offsets.o};
+  cta.row = work_item / s.groups;
+  cta.group = work_item % s.groups;
   cta.heads = min(heads_per_tile, s.heads_per_group - static_cast<int>(blockIdx.y) * heads_per_tile);
   cta.first_head = cta.group * s.heads_per_group + blockIdx.y * heads_per_tile;
   const TileRow tile = tile_row(p.a.tile, cta.row);
@@ -234,16 +237,17 @@ __global__ void __launch_bounds__(threads) attend_kernel(const __grid_constant__
 
 template <Branch B>
 void launch(const AttendArgs& a, Stream* stream) {
-  Params p{a, 0, 1, 32, arrival_counters(B)};
+  ScalarParams p{a, 0, 1, 32, arrival_counters(B)};
   if (B == cmp) p.pitch = score_pitch(a.k.map, compressed_tokens(a.shape.rules, a.tile.max_positions - 1));
-  p.splits = splits_of(a.shape, a.tile, units_of(B, a.shape, a.k.map));
-  while (p.tile_tokens > 1 &&
-         Layout(a.shape.d_k, a.shape.d_v, p.tile_tokens).total * sizeof(float) > limits().shared_bytes - 1024)
-    p.tile_tokens /= 2;
-  const std::size_t shared = Layout(a.shape.d_k, a.shape.d_v, p.tile_tokens).total * sizeof(float);
+  p.splits = splits_of(a.shape, a.tile, max_bucket_spans(B, a.shape, a.k.map));
+  while (p.shared_tile_tokens > 1 &&
+         ScalarLayout(a.shape.d_k, a.shape.d_v, p.shared_tile_tokens).total * sizeof(float) >
+             limits().shared_bytes - 1024)
+    p.shared_tile_tokens /= 2;
+  const std::size_t shared = ScalarLayout(a.shape.d_k, a.shape.d_v, p.shared_tile_tokens).total * sizeof(float);
   const dim3 grid(static_cast<unsigned>(a.tile.rows() * a.shape.groups * p.splits), head_tiles(a.shape));
   with_type(a.shape.dtype, [&](auto type) {
-    auto* kernel = attend_kernel<decltype(type), B>;
+    auto* kernel = scalar_kernel<decltype(type), B>;
     allow_shared(kernel, shared);
     kernel<<<grid, threads, shared, cuda(stream)>>>(p);
   });
@@ -252,9 +256,10 @@ void launch(const AttendArgs& a, Stream* stream) {
 
 }  // namespace
 
-// Lists are split only while they are fewer than the CTAs wanted (2 an SM), so the splits stay below twice those.
+// Work items are split only while they are fewer than the CTAs wanted (2 an SM), so there are less than twice as many
+// splits.
 std::size_t attend_scratch(const LayerShape& s, const QueryTile&) {
-  return static_cast<std::size_t>(4 * limits().sms * split_floats(s)) * sizeof(float);
+  return static_cast<std::size_t>(4 * limits().sms * split_partial_floats(s)) * sizeof(float);
 }
 
 void attend_general(Branch branch, const AttendArgs& a, Stream* stream) {

@@ -1,42 +1,42 @@
 #pragma once
-// A job of attention by matrix products: what attention/sdpa.cu cuts a branch's work into, and the two kernels beside
-// its products (attention/sdpa_kernels.cu).
+// A batch job of attention by matrix products: attention/sdpa.cu divides a branch into jobs, attention/sdpa_kernels.cu
+// has the kernels beside the products.
 
 #include "kernels/cuda/runtime/common.cuh"
 
 namespace nsa::gpu {
 
-// Where column j of K and V comes from.
+// Source of column j of K and V.
 enum class Source {
-  in_place,  // the memory rows of the plane from its first one (ring: from slot_begin)
-  chosen,    // packed: token j % l' of chosen block j / l'
-  span,      // packed: the window of the tile's rows, from its first token on
-  whole      // packed: token j of the sequence
+  in_place,         // memory row j of the plane (ring: slot_begin + j)
+  selected_blocks,  // packed: token j % l' of selected block j / l'
+  window,           // packed: the window of the rows of the job, from its first token on
+  whole             // packed: token j of the sequence
 };
 
-struct Dense {
+struct SdpaJob {
   AttendArgs a;
   Source source;
-  bool masked;    // sel: all tokens, of which the chosen ones count
-  bool per_list;  // each (row, group) its own K/V
-  std::int64_t columns, weight_ld;
-  void *k, *v;                      // of the first matrix: packed, or in place
+  bool masked;  // sel: all tokens, masked to those of selected blocks
+  bool own_kv;  // a K/V matrix per (row, group); else per (sequence, group)
+  std::int64_t columns, prob_ld;
+  void *k, *v;                      // first matrix: packed, or in place
   std::int64_t k_stride, v_stride;  // between matrices, elements
   float* scores;                    // [row][head]: base + row * score_row + head * score_ld
   std::int64_t score_row, score_ld;
-  void* weights;  // [row or list of the job][h][weight_ld], storage type
-  // The job: lists (row * groups + g) first .. first + count of the tile, or its rows of (sequence, g).
+  void* prob;  // P: [work item of the job][h][prob_ld], storage type
+  // Work items first .. first + count of the job: (row, group) of the tile, or rows of (sequence, g).
   std::int64_t first, count;
   int sequence, g;
 };
 
-/// Packs the job's K and V into `matrices` of them.
-void gather(const Dense& p, std::int64_t matrices, Stream* stream);
+/// Packs K and V of the job into `matrices` matrices.
+void gather(const SdpaJob& p, std::int64_t matrices, Stream* stream);
 
-/// The job's scores to weights relative to their maximum, and what is left of their sums.
-void weigh(Branch branch, const Dense& p, Stream* stream);
+/// Scores of the job to P relative to their maximum; stores (m, s), and the LSE buckets of cmp.
+void softmax(Branch branch, const SdpaJob& p, Stream* stream);
 
-/// The job's compressed scores from memory rows to the columns rank finds them in (score_column).
-void spread_scores(const Dense& p, Stream* stream);
+/// Moves the compressed scores of the job from memory rows to the columns that rank reads (score_column).
+void spread_scores(const SdpaJob& p, Stream* stream);
 
 }  // namespace nsa::gpu

@@ -1,9 +1,9 @@
 #pragma once
-// What the attention kernels share: how work is split over CTAs, and how the splits of one row meet again.
+// Split-KV: how the attention kernels divide work over CTAs and merge the splits of a work item.
 //
-// A row's K/V of one branch is a list of units (cmp: LSE lanes, sel: chosen blocks, win: runs of positions). Split
-// s of S takes units s, s+S, ... and leaves its partial (o, m, sum) in scratch; the CTA that arrives last merges them
-// by rising split, so the result does not depend on who arrives when.
+// The K/V that a query row attends in one branch is a sequence of spans (cmp: LSE buckets or segments, sel: selected
+// blocks, win: runs of positions). Split s of S takes spans s, s + S, ... and stores its partial (o, m, l) in scratch.
+// The CTA that arrives last merges the partials by rising split, so the result does not depend on the order of arrival.
 
 #include <algorithm>
 
@@ -11,13 +11,13 @@
 
 namespace nsa::gpu {
 
-constexpr int window_unit = 64;     ///< positions of the window a unit holds
+constexpr int window_span = 64;     ///< positions of a span of the window
 constexpr int heads_per_tile = 16;  ///< query heads of a group that share one pass over K/V
 
-/// Units of a branch at most, on this rank.
-inline std::int64_t units_of(Branch branch, const LayerShape& s, const RowMap& map) {
+/// Upper bound of the spans of a branch on this rank, where a span of cmp is an LSE bucket.
+inline std::int64_t max_bucket_spans(Branch branch, const LayerShape& s, const RowMap& map) {
   if (branch == cmp) return map.rank == all_ranks ? s.lse.buckets : std::max(1, s.lse.buckets / map.kv);
-  return branch == sel ? s.rules.n_sel : (std::int64_t{s.rules.w} + window_unit - 1) / window_unit;
+  return branch == sel ? s.rules.n_sel : (std::int64_t{s.rules.w} + window_span - 1) / window_span;
 }
 
 inline int head_tiles(const LayerShape& s) { return (s.heads_per_group + heads_per_tile - 1) / heads_per_tile; }
@@ -27,27 +27,27 @@ inline int decode_head_tiles(const LayerShape& s) {
   return (s.heads_per_group + decode_heads(s.dtype) - 1) / decode_heads(s.dtype);
 }
 
-/// The maps the kernel reads: whole sequences; a rank's own chunks; gathered chunks; for the window the ring it fills
-/// exactly. A chunk holds whole window units.
+/// Whether the tuned kernels read this map: whole sequences; a rank's own chunks; gathered chunks; for the window the
+/// ring that it fills exactly. A chunk must hold whole window spans.
 inline bool reads_kv_map(Branch branch, const LayerShape& s, const RowMap& map) {
   if (map.ring > 0) return branch == win && map.ring == s.rules.w;
   if (map.chunk == INT64_MAX) return map.halo == 0;
-  return map.kv > 1 && (branch != win || (map.rank == all_ranks && map.chunk % window_unit == 0));
+  return map.kv > 1 && (branch != win || (map.rank == all_ranks && map.chunk % window_span == 0));
 }
 
-/// Splits of a row: enough CTAs to fill the GPU twice, no more than there are units.
-inline int splits_of(const LayerShape& s, const QueryTile& tile, std::int64_t units) {
-  const std::int64_t lists = tile.rows() * s.groups * head_tiles(s);
-  const std::int64_t wanted = (2 * limits().sms + lists - 1) / lists;
-  return lists > max_split_rows ? 1 : static_cast<int>(std::clamp<std::int64_t>(wanted, 1, units));
+/// Splits of a work item: enough CTAs to fill the GPU twice, at most one a span.
+inline int splits_of(const LayerShape& s, const QueryTile& tile, std::int64_t spans) {
+  const std::int64_t work_items = tile.rows() * s.groups * head_tiles(s);
+  const std::int64_t wanted = (2 * limits().sms + work_items - 1) / work_items;
+  return work_items > max_split_rows ? 1 : static_cast<int>(std::clamp<std::int64_t>(wanted, 1, spans));
 }
 
-/// Floats of scratch one split of one list takes.
-__host__ __device__ inline std::int64_t split_floats(const LayerShape& s) {
+/// Floats of the partial of one split of a work item.
+__host__ __device__ inline std::int64_t split_partial_floats(const LayerShape& s) {
   return std::int64_t{heads_per_tile} * (s.d_v + 2);
 }
 
-/// Called by all threads once this CTA's writes are done: whether it is the last of `splits`.
+/// Whether this CTA is the last of `splits` to arrive. All threads call it once the writes of the CTA are issued.
 __device__ __forceinline__ bool arrives_last(unsigned* counter, int splits) {
   __shared__ bool last;
   __threadfence();
@@ -61,14 +61,14 @@ __device__ __forceinline__ bool arrives_last(unsigned* counter, int splits) {
   return last;
 }
 
-/// All threads of all CTAs of the cluster; what they wrote to shared memory is there for the others.
+/// Barrier of all threads of the cluster (arrive.release, wait.acquire): their shared-memory writes become visible.
 __device__ __forceinline__ void cluster_barrier() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
-/// Its two halves: a thread may do something between them that needs no other CTA.
+/// The two halves of cluster_barrier(). Work between them must not depend on other CTAs.
 __device__ __forceinline__ void cluster_arrive() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -80,9 +80,9 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-/// Where CTA `rank` of the cluster has what this one has at `mine` in shared memory.
+/// The address in CTA `rank` of the cluster that corresponds to the shared-memory address `mine`.
 template <class V>
-__device__ __forceinline__ V* in_cta(V* mine, int rank) {
+__device__ __forceinline__ V* map_to_cta(V* mine, int rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   V* theirs;
   asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));

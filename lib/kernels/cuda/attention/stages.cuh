@@ -1,19 +1,20 @@
 #pragma once
-// Attention of one branch for every shape: by scalar arithmetic, by matrix products, row by row on tensor cores.
+// Attention of one branch for every shape: scalar kernel, matrix products, row-wise tensor-core kernel.
 
 #include "kernels/cuda/runtime/common.cuh"
 
 namespace nsa::gpu {
 
-/// Any shape, any type: scalar arithmetic, one CTA a (row, group, split). attention/scalar.cu
+/// Any shape and type: scalar arithmetic, one CTA a (row, group, split). attention/scalar.cu
 void attend_general(Branch branch, const AttendArgs&, Stream*);
 
-/// By matrix products (attention/sdpa.cu): any shape, and masked where one row's scores of all tokens fit the scratch.
+/// By matrix products (attention/sdpa.cu): any shape; masked where the scores of one row over all tokens fit the
+/// scratch.
 void attend_sdpa(Branch branch, const AttendArgs&, Stream*);
 void attend_masked(Branch branch, const AttendArgs&, Stream*);
 bool masked_accepts(const LayerShape&, const QueryTile&);
 
-/// Row by row, 16-bit storage, tensor cores. attention/rows.cu
+/// One CTA a query row and split, 16-bit storage, tensor cores. attention/rows.cu
 void attend_rows(Branch branch, const AttendArgs&, Stream*);
 bool rows_accept(const LayerShape&, const QueryTile&);
 

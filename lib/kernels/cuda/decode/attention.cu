@@ -1,9 +1,9 @@
-// A decode step's attention on a rank that holds all K and V. In one kernel where that takes it
-// (decode/fused/launch.cu); else cmp with win beside it, rank, sel, and one kernel that merges the parts of all three,
-// normalises and weighs with the gates. No attention kernel waits for its splits to meet.
+// Attention of a decode step on a rank that holds all K and V. Fused into one kernel where that accepts the step
+// (decode/fused/launch.cu); else four launches: cmp and win together, rank, sel, and one kernel that merges the splits
+// of all three branches, normalises and applies the gates. No attention kernel waits to merge its splits.
 //
-// Where cmp alone fills the GPU, every CTA takes a share of win and then one of cmp, so that all end together; where it
-// does not, win has CTAs of its own.
+// Where cmp alone fills the GPU, every CTA takes a split of win and then one of cmp, so that all finish together; where
+// it does not, win has CTAs of its own.
 
 #include <algorithm>
 
@@ -20,74 +20,76 @@ namespace {
 
 constexpr int threads = 128;
 
-struct Meeting {
+struct MergeBranchesParams {
   CombineArgs a;
-  const float* parts[branches];  // [list][splits][part]
+  const float* partials[branches];  // [work item][splits][partial]
   int splits[branches];
   int tiles, heads;  // head tiles of a group, heads of a tile
 };
 
 // A thread has 4 elements of a head.
 template <class T>
-__global__ void __launch_bounds__(threads) combine_parts(const __grid_constant__ Meeting p) {
+__global__ void __launch_bounds__(threads) merge_branches_kernel(const __grid_constant__ MergeBranchesParams p) {
   griddep_wait();
   const LayerShape& s = p.a.shape;
-  const int quads = s.d_v / 4, item = blockIdx.x * threads + threadIdx.x, rh = item / quads, quad = item % quads;
+  const int column_quads = s.d_v / 4, item = blockIdx.x * threads + threadIdx.x, rh = item / column_quads,
+            column_quad = item % column_quads;
   if (rh >= p.a.tile.rows() * s.heads()) return;
-  const int group = rh / s.heads_per_group, in_group = rh % s.heads_per_group;  // group: of all rows
+  const int group = rh / s.heads_per_group, in_group = rh % s.heads_per_group;  // row * groups + g
   const int head = in_group % p.heads;
-  const std::int64_t list = std::int64_t{group} * p.tiles + in_group / p.heads;
-  const std::int64_t part_floats = decode_part_floats(p.heads, s.d_v);
+  const std::int64_t work_item = std::int64_t{group} * p.tiles + in_group / p.heads;
+  const std::int64_t partial_stride = decode_partial_floats(p.heads, s.d_v);
   float4 sum = {};
 #pragma unroll
   for (int b = 0; b < branches; ++b) {
     if (p.a.leave_out[b]) continue;
-    const float* part = p.parts[b] + list * p.splits[b] * part_floats;
-    Sum2 total;
-    float4 value = {};
+    const float* partial = p.partials[b] + work_item * p.splits[b] * partial_stride;
+    Exp2SoftmaxState total;
+    float4 o = {};
     for (int i0 = 0; i0 < p.splits[b]; i0 += 4) {
       float2 ms[4];
       float4 x[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (i0 + i >= p.splits[b]) break;
-        const float* from = part + (i0 + i) * part_floats;
+        const float* from = partial + (i0 + i) * partial_stride;
         ms[i] = reinterpret_cast<const float2*>(from + p.heads * s.d_v)[head];
-        x[i] = reinterpret_cast<const float4*>(from)[head * quads + quad];
+        x[i] = reinterpret_cast<const float4*>(from)[head * column_quads + column_quad];
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (i0 + i >= p.splits[b]) break;
-        const float m = fmaxf(total.m, ms[i].x), old = exp2_fast(total.m - m), fresh = exp2_fast(ms[i].x - m);
-        total = {m, total.s * old + ms[i].y * fresh};
-        value.x = value.x * old + x[i].x * fresh, value.y = value.y * old + x[i].y * fresh;
-        value.z = value.z * old + x[i].z * fresh, value.w = value.w * old + x[i].w * fresh;
+        const float m = fmaxf(total.m, ms[i].x), scale_prev = exp2_fast(total.m - m),
+                    scale_new = exp2_fast(ms[i].x - m);
+        total = {m, total.s * scale_prev + ms[i].y * scale_new};
+        o.x = o.x * scale_prev + x[i].x * scale_new, o.y = o.y * scale_prev + x[i].y * scale_new;
+        o.z = o.z * scale_prev + x[i].z * scale_new, o.w = o.w * scale_prev + x[i].w * scale_new;
       }
     }
     const float inverse = total.s > 0.0f ? 1.0f / total.s : 0.0f, gate = p.a.gate[group * branches + b];
-    value.x *= inverse, value.y *= inverse, value.z *= inverse, value.w *= inverse;
-    if (p.a.o_branch[b]) reinterpret_cast<float4*>(p.a.o_branch[b])[item] = value;
-    sum.x += gate * value.x, sum.y += gate * value.y, sum.z += gate * value.z, sum.w += gate * value.w;
+    o.x *= inverse, o.y *= inverse, o.z *= inverse, o.w *= inverse;
+    if (p.a.o_branch[b]) reinterpret_cast<float4*>(p.a.o_branch[b])[item] = o;
+    sum.x += gate * o.x, sum.y += gate * o.y, sum.z += gate * o.z, sum.w += gate * o.w;
   }
   T* to = static_cast<T*>(p.a.o) + std::int64_t{item} * 4;
   store(to, sum.x), store(to + 1, sum.y), store(to + 2, sum.z), store(to + 3, sum.w);
 }
 
-DecodeJob job_of(Branch branch, const AttendArgs& a, int splits, float*& parts) {
-  const std::int64_t lists = a.tile.rows() * a.shape.groups * decode_head_tiles(a.shape);
-  const DecodeJob job{branch, splits, 0, a.k, a.v, a.reads, parts};
-  parts += lists * splits * decode_part_floats(decode_heads(a.shape.dtype), a.shape.d_v);
+DecodeJob make_job(Branch branch, const AttendArgs& a, int splits, float*& partials) {
+  const std::int64_t work_items = a.tile.rows() * a.shape.groups * decode_head_tiles(a.shape);
+  const DecodeJob job{branch, splits, 0, a.k, a.v, a.reads, partials};
+  partials += work_items * splits * decode_partial_floats(decode_heads(a.shape.dtype), a.shape.d_v);
   return job;
 }
 
 int splits_for(Branch branch, const AttendArgs& a) {
   return decode_splits(a.tile.rows() * a.shape.groups * decode_head_tiles(a.shape),
-                       decode_tiles(branch, a.shape, a.k.map, a.tile.max_positions));
+                       max_kv_tiles(branch, a.shape, a.k.map, a.tile.max_positions));
 }
 
 }  // namespace
 
-bool decode_step_accepts(const AttentionArgs& a) {
+bool decode_attention_accepts(const AttentionArgs& a) {
   const LayerShape& s = a.combine.shape;
   const QueryTile& tile = a.combine.tile;
   bool reads = decode_accepts(s, tile) && a.combine.ranks == 1 && a.rank.lse_ranks == 1;
@@ -98,60 +100,60 @@ bool decode_step_accepts(const AttentionArgs& a) {
   return reads;
 }
 
-void decode_step(const AttentionArgs& a, Stream* stream) {
+void decode_attention(const AttentionArgs& a, Stream* stream) {
   const LayerShape& s = a.combine.shape;
   const QueryTile& tile = a.combine.tile;
   if (tile.rows() == 0) return;
-  if (step_in_one(a, stream)) return;
-  const AttendArgs& of_cmp = a.attend[cmp];
+  if (try_fused_decode(a, stream)) return;
+  const AttendArgs& cmp_args = a.attend[cmp];
   const int row_groups = static_cast<int>(tile.rows()) * s.groups;
   const bool* leave_out = a.combine.leave_out;
   DecodeParams p{};
   p.shape = s;
   p.tile = tile;
-  p.q = of_cmp.q;
+  p.q = cmp_args.q;
   p.head_tiles = decode_head_tiles(s);
-  const bool lanes_apart =
-      !leave_out[sel] && meets_apart(cmp, 1, decode_tiles(cmp, s, of_cmp.k.map, tile.max_positions));
-  p.end = leave_out[sel] || lanes_apart ? DecodeEnd::parts : DecodeEnd::lanes;
+  const bool separate_buckets =
+      !leave_out[sel] && merges_separately(cmp, 1, max_kv_tiles(cmp, s, cmp_args.k.map, tile.max_positions));
+  p.epilogue = leave_out[sel] || separate_buckets ? DecodeEpilogue::store_partials : DecodeEpilogue::merge_buckets;
   p.arrivals = arrival_counters(cmp);
-  p.scores = static_cast<float*>(of_cmp.scores);
-  p.pitch = score_pitch(of_cmp.k.map, compressed_tokens(s.rules, tile.max_positions - 1));
-  p.scores_only = of_cmp.scores_only;
-  p.most_tiles = decode_tiles(cmp, s, of_cmp.k.map, tile.max_positions);
-  p.lse = of_cmp.lse;
-  p.leaves = static_cast<float2*>(of_cmp.scratch);
-  float* parts = static_cast<float*>(of_cmp.scratch) + decode_leaf_floats(s, tile);
+  p.scores = static_cast<float*>(cmp_args.scores);
+  p.pitch = score_pitch(cmp_args.k.map, compressed_tokens(s.rules, tile.max_positions - 1));
+  p.scores_only = cmp_args.scores_only;
+  p.max_tiles = max_kv_tiles(cmp, s, cmp_args.k.map, tile.max_positions);
+  p.lse = cmp_args.lse;
+  p.tile_lse = static_cast<float2*>(cmp_args.scratch);
+  float* partials = static_cast<float*>(cmp_args.scratch) + tile_lse_floats(s, tile);
 
-  const int cmp_splits = splits_for(cmp, of_cmp);
-  const bool together = row_groups * p.head_tiles * cmp_splits > limits().sms;
-  const DecodeJob cmp_job = job_of(cmp, of_cmp, cmp_splits, parts);
-  DecodeJob win_job = job_of(win, a.attend[win], together ? cmp_splits : splits_for(win, a.attend[win]), parts);
-  if (!together) win_job.first_cta = row_groups * cmp_splits;
+  const int cmp_splits = splits_for(cmp, cmp_args);
+  const bool shares_ctas = row_groups * p.head_tiles * cmp_splits > limits().sms;
+  const DecodeJob cmp_job = make_job(cmp, cmp_args, cmp_splits, partials);
+  DecodeJob win_job = make_job(win, a.attend[win], shares_ctas ? cmp_splits : splits_for(win, a.attend[win]), partials);
+  if (!shares_ctas) win_job.first_cta = row_groups * cmp_splits;
   if (!leave_out[win]) p.jobs[p.job_count++] = win_job;
   p.jobs[p.job_count++] = cmp_job;
   launch_decode(p, stream);
-  if (lanes_apart) launch_meeting({.walk = p, .lanes = true}, stream);
+  if (separate_buckets) launch_merge_splits({.launch = p, .buckets = true}, stream);
 
-  const DecodeJob sel_job = job_of(sel, a.attend[sel], splits_for(sel, a.attend[sel]), parts);
+  const DecodeJob sel_job = make_job(sel, a.attend[sel], splits_for(sel, a.attend[sel]), partials);
   if (!leave_out[sel]) {
     rank(a.rank, stream);
-    p.end = DecodeEnd::parts;
+    p.epilogue = DecodeEpilogue::store_partials;
     p.selected = a.rank.selected;
     p.jobs[0] = sel_job;
     p.job_count = 1;
     launch_decode(p, stream);
   }
 
-  const Meeting meeting{a.combine,
-                        {cmp_job.parts, sel_job.parts, win_job.parts},
-                        {cmp_job.splits, sel_job.splits, win_job.splits},
-                        p.head_tiles,
-                        decode_heads(s.dtype)};
+  const MergeBranchesParams merge{a.combine,
+                                  {cmp_job.partials, sel_job.partials, win_job.partials},
+                                  {cmp_job.splits, sel_job.splits, win_job.splits},
+                                  p.head_tiles,
+                                  decode_heads(s.dtype)};
   const std::int64_t items = tile.rows() * s.heads() * (s.d_v / 4);
   with_type(s.dtype, [&](auto type) {
-    launch_pdl(combine_parts<decltype(type)>, dim3(static_cast<unsigned>((items + threads - 1) / threads)), threads, 0,
-               stream, 1, meeting);
+    launch_pdl(merge_branches_kernel<decltype(type)>, dim3(static_cast<unsigned>((items + threads - 1) / threads)),
+               threads, 0, stream, 1, merge);
   });
 }
 

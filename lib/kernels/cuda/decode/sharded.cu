@@ -1,10 +1,14 @@
-// A decode step's attention on one of several ranks that share its sequences, between the exchanges (ShardedStep).
+// Attention of a decode step on one of several ranks that share its sequences, between the exchanges
+// (ShardedAttention).
 //
-// open: cmp with win beside it in one launch, cut into as many pieces as fill the GPU; a second one forms the lanes and
-// the window's (m, sum), which travel together. weigh: once those of all ranks are there, the parts of both become one
-// weighted vector a head. So the last exchange carries two vectors a head, that one and sel's, instead of three: one is
-// not enough, because sel's normaliser is known only when all have told theirs. combine adds them up.
-// Bytes: as decode/split_kv/branch.cu; the parts once more. Bound: memory bandwidth on long lists; else launches and
+// local_attention: cmp and win in one launch, with as many splits as fill the GPU; a second launch forms the LSE
+// buckets and the (m, sum) of the window, which are exchanged together. normalise_partials: once those of all
+// ranks are there, the partials of both branches become one normalised and gated vector a head. So the last exchange
+// carries that vector and the partial of sel, two vectors a head instead of three; one is not enough, because the
+// normaliser of sel is known only after that exchange. merge_ranks adds them up.
+//
+// Bytes: as
+// decode/split_kv/branch.cu, and the partials once more. Bound: memory bandwidth for long contexts; else launches and
 // exchanges.
 
 #include <algorithm>
@@ -19,62 +23,62 @@ namespace {
 
 constexpr int threads = 128;
 
-// What open() walks: the same for weigh().
-DecodeParams walk_of(const ShardedAttentionArgs& a) {
-  const AttendArgs &of_cmp = a.attend[cmp], &of_win = a.attend[win];
-  const LayerShape& s = of_cmp.shape;
-  const QueryTile& tile = of_cmp.tile;
-  const std::int64_t lists = tile.rows() * s.groups * decode_head_tiles(s);
+// Parameters of the split-KV launch of local_attention(); normalise_partials() reads its partials.
+DecodeParams local_attention_params(const ShardedAttentionArgs& a) {
+  const AttendArgs &cmp_args = a.attend[cmp], &win_args = a.attend[win];
+  const LayerShape& s = cmp_args.shape;
+  const QueryTile& tile = cmp_args.tile;
+  const std::int64_t work_items = tile.rows() * s.groups * decode_head_tiles(s);
   DecodeParams p{};
   p.shape = s;
   p.tile = tile;
-  p.q = of_cmp.q;
+  p.q = cmp_args.q;
   p.head_tiles = decode_head_tiles(s);
-  p.end = DecodeEnd::parts;
-  p.scores = static_cast<float*>(of_cmp.scores);
-  p.pitch = score_pitch(of_cmp.k.map, compressed_tokens(s.rules, tile.max_positions - 1));
-  p.scores_only = of_cmp.scores_only;
-  p.most_tiles = decode_tiles(cmp, s, of_cmp.k.map, tile.max_positions);
-  if (leaves_sums(s)) p.sums = tile_sums(p.scores, p.most_tiles, decode_heads(s.dtype));
-  p.keeps_scores =
-      keeps_scores(p.sums.memory ? lists * p.sums.list_floats : std::int64_t{tile.rows()} * s.heads() * p.pitch);
-  p.lse = of_cmp.lse;
-  p.leaves = static_cast<float2*>(of_cmp.scratch);
-  const int cmp_splits = decode_splits(lists, p.most_tiles);
-  // Where cmp alone fills the GPU some of its CTAs take win too.
-  const bool together = lists * cmp_splits > limits().sms;
-  const int win_splits = std::min(decode_splits(lists, decode_tiles(win, s, of_win.k.map, tile.max_positions)),
-                                  together ? cmp_splits : max_split_rows);
+  p.epilogue = DecodeEpilogue::store_partials;
+  p.scores = static_cast<float*>(cmp_args.scores);
+  p.pitch = score_pitch(cmp_args.k.map, compressed_tokens(s.rules, tile.max_positions - 1));
+  p.scores_only = cmp_args.scores_only;
+  p.max_tiles = max_kv_tiles(cmp, s, cmp_args.k.map, tile.max_positions);
+  if (leaves_sums(s)) p.block_sums = tile_sums(p.scores, p.max_tiles, decode_heads(s.dtype));
+  p.keeps_scores = keeps_scores(p.block_sums.memory ? work_items * p.block_sums.item_floats
+                                                    : std::int64_t{tile.rows()} * s.heads() * p.pitch);
+  p.lse = cmp_args.lse;
+  p.tile_lse = static_cast<float2*>(cmp_args.scratch);
+  const int cmp_splits = decode_splits(work_items, p.max_tiles);
+  // Where cmp alone fills the GPU, some of its CTAs take win too.
+  const bool shares_ctas = work_items * cmp_splits > limits().sms;
+  const int win_splits = std::min(decode_splits(work_items, max_kv_tiles(win, s, win_args.k.map, tile.max_positions)),
+                                  shares_ctas ? cmp_splits : max_split_rows);
   if (!a.combine.leave_out[win])
     p.jobs[p.job_count++] = {win,
                              win_splits,
-                             together ? 0 : static_cast<int>(tile.rows()) * s.groups * cmp_splits,
-                             of_win.k,
-                             of_win.v,
-                             of_win.reads,
-                             static_cast<float*>(of_win.scratch),
-                             together ? cmp_splits : 0};
+                             shares_ctas ? 0 : static_cast<int>(tile.rows()) * s.groups * cmp_splits,
+                             win_args.k,
+                             win_args.v,
+                             win_args.reads,
+                             static_cast<float*>(win_args.scratch),
+                             shares_ctas ? cmp_splits : 0};
   p.jobs[p.job_count++] = {cmp,
                            cmp_splits,
                            0,
-                           of_cmp.k,
-                           of_cmp.v,
-                           of_cmp.reads,
-                           static_cast<float*>(of_cmp.scratch) + decode_leaf_floats(s, tile)};
+                           cmp_args.k,
+                           cmp_args.v,
+                           cmp_args.reads,
+                           static_cast<float*>(cmp_args.scratch) + tile_lse_floats(s, tile)};
   return p;
 }
 
 // A thread has 4 elements of a head.
 template <class T>
-__global__ void __launch_bounds__(threads) combine_ranks(const __grid_constant__ ShardedAttentionArgs a) {
+__global__ void __launch_bounds__(threads) merge_ranks_kernel(const __grid_constant__ ShardedAttentionArgs a) {
   griddep_wait();
   const LayerShape& s = a.combine.shape;
   const std::int64_t rows = a.combine.tile.rows(), stride = gated_partial_floats(s, rows),
                      values = rows * s.heads() * s.d_v;
-  const int quads = s.d_v / 4, item = blockIdx.x * threads + threadIdx.x, rh = item / quads;
+  const int column_quads = s.d_v / 4, item = blockIdx.x * threads + threadIdx.x, rh = item / column_quads;
   if (rh >= rows * s.heads()) return;
   const bool attends = !a.combine.leave_out[sel];
-  float4 sum = {}, chosen = {};
+  float4 sum = {}, sel_o = {};
   SoftmaxState total;
 #pragma unroll 4
   for (int rank = 0; rank < a.combine.ranks; ++rank) {
@@ -85,14 +89,14 @@ __global__ void __launch_bounds__(threads) combine_ranks(const __grid_constant__
     const float2 ms = reinterpret_cast<const float2*>(from + 2 * values)[rh];
     const float4 x = reinterpret_cast<const float4*>(from + values)[item];
     if (ms.x == -INFINITY) continue;
-    const float m = fmaxf(total.m, ms.x), old = exp_shifted(total.m, m), fresh = exp_shifted(ms.x, m);
-    total = {m, total.s * old + ms.y * fresh};
-    chosen.x = chosen.x * old + x.x * fresh, chosen.y = chosen.y * old + x.y * fresh;
-    chosen.z = chosen.z * old + x.z * fresh, chosen.w = chosen.w * old + x.w * fresh;
+    const float m = fmaxf(total.m, ms.x), scale_prev = exp_shifted(total.m, m), scale_new = exp_shifted(ms.x, m);
+    total = {m, total.s * scale_prev + ms.y * scale_new};
+    sel_o.x = sel_o.x * scale_prev + x.x * scale_new, sel_o.y = sel_o.y * scale_prev + x.y * scale_new;
+    sel_o.z = sel_o.z * scale_prev + x.z * scale_new, sel_o.w = sel_o.w * scale_prev + x.w * scale_new;
   }
   if (total.s > 0.0f) {
-    const float by = a.combine.gate[rh / s.heads_per_group * branches + sel] / total.s;
-    sum.x += by * chosen.x, sum.y += by * chosen.y, sum.z += by * chosen.z, sum.w += by * chosen.w;
+    const float scale = a.combine.gate[rh / s.heads_per_group * branches + sel] / total.s;
+    sum.x += scale * sel_o.x, sum.y += scale * sel_o.y, sum.z += scale * sel_o.z, sum.w += scale * sel_o.w;
   }
   T* to = static_cast<T*>(a.combine.o) + std::int64_t{item} * 4;
   store(to, sum.x), store(to + 1, sum.y), store(to + 2, sum.z), store(to + 3, sum.w);
@@ -100,35 +104,37 @@ __global__ void __launch_bounds__(threads) combine_ranks(const __grid_constant__
 
 }  // namespace
 
-bool decode_shard_accepts(const ShardedAttentionArgs& a) {
+bool sharded_attention_accepts(const ShardedAttentionArgs& a) {
   const LayerShape& s = a.combine.shape;
   bool reads = decode_accepts(s, a.combine.tile) && a.combine.tile.rows() > 0 && a.combine.ranks > 1;
   for (const Branch b : {cmp, win}) reads &= reads_kv_map(b, s, a.attend[b].k.map);
   return reads && a.attend[cmp].k.map.rank != all_ranks;
 }
 
-void decode_open(const ShardedAttentionArgs& a, Stream* stream) {
-  DecodeMeeting meeting{walk_of(a)};
-  DecodeParams& walk = meeting.walk;
-  launch_decode(walk, stream);
-  const LayerShape& s = walk.shape;
-  const std::int64_t lanes = s.lse.buckets / a.combine.ranks;
-  meeting.lanes = true;
-  meeting.sums = walk.lse + lanes * walk.tile.rows() * s.heads() * 2;
+void local_attention(const ShardedAttentionArgs& a, Stream* stream) {
+  MergeParams merge{local_attention_params(a)};
+  DecodeParams& launch = merge.launch;
+  launch_decode(launch, stream);
+  const LayerShape& s = launch.shape;
+  const std::int64_t buckets = s.lse.buckets / a.combine.ranks;
+  merge.buckets = true;
+  merge.win_lse = launch.lse + buckets * launch.tile.rows() * s.heads() * 2;
   if (!a.gated)
-    for (int i = 0; i < walk.job_count; ++i)
-      if (walk.jobs[i].branch == win || !walk.scores_only) meeting.out[i] = a.attend[walk.jobs[i].branch].out;
-  launch_meeting(meeting, stream);
+    for (int i = 0; i < launch.job_count; ++i)
+      if (launch.jobs[i].branch == win || !launch.scores_only) merge.out[i] = a.attend[launch.jobs[i].branch].out;
+  launch_merge_splits(merge, stream);
 }
 
-void decode_weigh(const ShardedAttentionArgs& a, Stream* stream) { launch_weighing(walk_of(a), a, stream); }
+void normalise_partials(const ShardedAttentionArgs& a, Stream* stream) {
+  launch_normalise_partials(local_attention_params(a), a, stream);
+}
 
-void decode_combine(const ShardedAttentionArgs& a, Stream* stream) {
+void merge_ranks(const ShardedAttentionArgs& a, Stream* stream) {
   const LayerShape& s = a.combine.shape;
   const std::int64_t items = a.combine.tile.rows() * s.heads() * (s.d_v / 4);
   with_type(s.dtype, [&](auto type) {
-    launch_pdl(combine_ranks<decltype(type)>, dim3(static_cast<unsigned>((items + threads - 1) / threads)), threads, 0,
-               stream, 1, a);
+    launch_pdl(merge_ranks_kernel<decltype(type)>, dim3(static_cast<unsigned>((items + threads - 1) / threads)),
+               threads, 0, stream, 1, a);
   });
 }
 

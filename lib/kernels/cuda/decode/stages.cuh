@@ -1,18 +1,18 @@
 #pragma once
-// The attention of a decode step as a whole: one query row a sequence.
+// Attention of a whole decode step: one query row a sequence.
 
 #include "kernels/cuda/runtime/common.cuh"
 
 namespace nsa::gpu {
 
-/// From cmp to combine in one launch or four. decode/fused/launch.cu, decode/attention.cu
-bool decode_step_accepts(const AttentionArgs&);
-void decode_step(const AttentionArgs&, Stream*);
+/// All branches, rank and combine in one launch (decode/fused/launch.cu) or four (decode/attention.cu).
+bool decode_attention_accepts(const AttentionArgs&);
+void decode_attention(const AttentionArgs&, Stream*);
 
-/// The launches of a step between its exchanges, where ranks share the sequences. decode/sharded.cu
-bool decode_shard_accepts(const ShardedAttentionArgs&);
-void decode_open(const ShardedAttentionArgs&, Stream*);
-void decode_weigh(const ShardedAttentionArgs&, Stream*);
-void decode_combine(const ShardedAttentionArgs&, Stream*);
+/// The launches between the exchanges of a step whose sequences are sharded over ranks. decode/sharded.cu
+bool sharded_attention_accepts(const ShardedAttentionArgs&);
+void local_attention(const ShardedAttentionArgs&, Stream*);
+void normalise_partials(const ShardedAttentionArgs&, Stream*);
+void merge_ranks(const ShardedAttentionArgs&, Stream*);
 
 }  // namespace nsa::gpu

@@ -1,11 +1,12 @@
 #pragma once
-// How rows are appended and tokens completed, element by element: for the stages and for the kernel that does both.
+// Appending rows and completing compressed tokens, element by element: for the stages and for the fused decode
+// prologue.
 
 #include "kernels/cuda/runtime/common.cuh"
 
 namespace nsa::gpu {
 
-// A ring keeps the last rows only: of a long tile, just the rows that survive are written (no two to one place).
+// Whether row j of the tile at position t is stored. A ring keeps the last rows only: no slot is written twice.
 __device__ __forceinline__ bool is_kept(const RowMap& map, const QueryTile& tile, std::int64_t j, std::int64_t t) {
   return map.ring > 0 ? j + map.ring >= tile.tokens : has_chunk(map, chunk_of(map, t));
 }
@@ -28,7 +29,7 @@ __device__ __forceinline__ TokenRange completed(const LayerShape& s, const Query
   const std::int64_t first = *tile.first_position;
   return {compressed_tokens(s.rules, first - 1), compressed_tokens(s.rules, first + tile.tokens - 1)};
 }
-/// Whether any place of `cmp` holds token i.
+/// Whether the buffer `cmp` holds token i, as a row of a chunk or of a halo.
 __device__ __forceinline__ bool is_wanted(const KvView& cmp, bool fill_halo, std::int64_t i) {
   const RowMap& m = cmp.map;
   const std::int64_t c = chunk_of(m, i);

@@ -1,5 +1,5 @@
-// Stages that move or make rows: append, copy_rows, fill_rows, and the small vector work of a layer. All of them
-// stream each element once; launches are grid-stride loops.
+// Stages that move or fill cache rows: append, copy_rows, fill_rows, checksum; and the small vector kernels of a layer.
+// Each element is streamed once; launches are grid-stride loops.
 
 #include <algorithm>
 
@@ -24,17 +24,17 @@ __device__ std::int64_t item_step() { return std::int64_t{gridDim.x} * blockDim.
 template <class T>
 __global__ void append_kernel(AppendArgs a) {
   griddep_wait();
-  const std::int64_t keys = a.tile.rows() * a.shape.groups * a.k_cache.width;
-  const std::int64_t items = keys + a.tile.rows() * a.shape.groups * a.v_cache.width;
+  const std::int64_t k_items = a.tile.rows() * a.shape.groups * a.k_cache.width;
+  const std::int64_t items = k_items + a.tile.rows() * a.shape.groups * a.v_cache.width;
   for (std::int64_t i = first_item(); i < items; i += item_step()) {
-    if (i < keys)
+    if (i < k_items)
       append_element(a.tile, a.shape.groups, static_cast<const T*>(a.k), a.k_cache, i);
     else
-      append_element(a.tile, a.shape.groups, static_cast<const T*>(a.v), a.v_cache, i - keys);
+      append_element(a.tile, a.shape.groups, static_cast<const T*>(a.v), a.v_cache, i - k_items);
   }
 }
 
-// Chunks are counted among all of the sequence's; those dst does not hold are passed over.
+// Chunks are those of the whole sequence; the ones that dst does not hold are skipped.
 template <class T>
 __global__ void copy_rows_kernel(CopyRowsArgs a, std::int64_t chunks, std::int64_t span) {
   const int width = a.dst.width;
@@ -43,14 +43,14 @@ __global__ void copy_rows_kernel(CopyRowsArgs a, std::int64_t chunks, std::int64
     const std::int64_t e = item % width, k = item / width % span, rest = item / width / span;
     const std::int64_t c = rest % chunks, p = rest / chunks;
     if (a.dst.map.ring == 0 && !has_chunk(a.dst.map, c)) continue;
-    const std::int64_t i = chunk_begin(a.dst.map, c) + a.span_begin + k;
+    const std::int64_t i = (c == 0 ? 0 : c * a.dst.map.chunk) + a.span_begin + k;
     if (i < a.first || i >= a.last || !has_row(a.src.map, i)) continue;
     static_cast<T*>(a.dst.data)[offset_in_chunk(a.dst, p, c, i) + e] =
         static_cast<const T*>(a.src.data)[offset_of(a.src, p, i) + e];
   }
 }
 
-// Integer sums wrap and commute: the order of the threads does not matter.
+// Integer sums wrap and commute, so the order of the threads does not matter.
 template <class Bits>
 __global__ void checksum_kernel(ChecksumArgs a) {
   const int width = a.view.width;
@@ -70,7 +70,7 @@ __global__ void fill_rows_kernel(FillRowsArgs a) {
   const RowMap& map = a.dst.map;
   const int width = a.dst.width;
   const std::int64_t rows = a.last - a.first, items = rows * a.batch * a.groups * width;
-  const std::int64_t behind = map.stride == INT64_MAX ? 0 : map.stride - map.halo - map.chunk;
+  const std::int64_t tail_rows = map.stride == INT64_MAX ? 0 : map.stride - map.halo - map.chunk;
   for (std::int64_t item = first_item(); item < items; item += item_step()) {
     const std::int64_t e = item % width, i = a.first + item / width % rows, p = item / width / rows;
     const std::int64_t b = p / a.groups, g = p % a.groups;
@@ -82,12 +82,12 @@ __global__ void fill_rows_kernel(FillRowsArgs a) {
       if (i + map.ring >= a.last) data[offset_of(a.dst, p, i) + e] = value;
       continue;
     }
-    const std::int64_t c = chunk_of(map, i), k = i - chunk_begin(map, c);
+    const std::int64_t c = chunk_of(map, i), k = i - (c == 0 ? 0 : c * map.chunk);
     if (has_chunk(map, c)) data[offset_in_chunk(a.dst, p, c, i) + e] = value;
     if (map.rank == all_ranks) continue;
     if (map.halo > 0 && k >= map.chunk - map.halo && has_chunk(map, c + 1))
       data[offset_in_chunk(a.dst, p, c + 1, i) + e] = value;
-    if (k < behind && c > 0 && has_chunk(map, c - 1)) data[offset_in_chunk(a.dst, p, c - 1, i) + e] = value;
+    if (k < tail_rows && c > 0 && has_chunk(map, c - 1)) data[offset_in_chunk(a.dst, p, c - 1, i) + e] = value;
   }
 }
 
@@ -161,7 +161,7 @@ void copy_rows(const CopyRowsArgs& a, Stream* stream) {
   args.span_begin = std::max(a.span_begin, whole ? args.first : -std::int64_t{map.halo});
   const std::int64_t span = (whole ? std::min(a.span_end, a.last) : a.span_end) - args.span_begin;
   if (span <= 0) return;
-  // One chunk more than the rows reach: its halo in front may hold the last of them.
+  // One chunk past the last row: its halo may hold the last rows.
   const std::int64_t chunks = whole ? 1 : (a.last - 1) / map.chunk + 2;
   with_type(a.dtype, [&](auto type) {
     copy_rows_kernel<decltype(type)>

@@ -1,6 +1,7 @@
-// combine: merges the ranks' partials of every branch, normalises, weighs with the gates. A thread has 4 elements of a
-// head (1 where Dv does not divide); reads ranks * 3 * (Dv + 2) floats a head once. Bound by launch latency in decode,
-// by reading the partials in prefill.
+// combine: merges the partials of the ranks by branch, normalises, applies the gates.
+//
+// Tiling: a thread has 4 elements of a head (1 where Dv is not divisible). Bytes: ranks * 3 * (Dv + 2) floats a head,
+// once. Bound: launch latency in decode, reading the partials in prefill.
 
 #include "kernels/cuda/layer/stages.cuh"
 
@@ -10,26 +11,27 @@ namespace {
 
 constexpr int threads = 128;
 
-// V consecutive elements of one rank's (or the only) partial of a head, loads only.
+// V consecutive elements of the partial of one rank and head.
 template <int V>
-struct Part {
+struct PartialSlice {
   float m, s, o[V];
 };
 template <int V>
-__device__ __forceinline__ Part<V> part_of(const CombineArgs& a, int rank, int branch, std::int64_t rh, int e) {
+__device__ __forceinline__ PartialSlice<V> load_partial(const CombineArgs& a, int rank, int branch, std::int64_t rh,
+                                                        int e) {
   const LayerShape& s = a.shape;
   const std::int64_t rows = a.tile.rows(), heads = rows * s.heads();
   const float* base = a.partials + rank * partial_floats(s, rows);
   const float* ms = base + branches * heads * s.d_v + (branch * heads + rh) * 2;
-  Part<V> part{ms[0], ms[1], {}};
+  PartialSlice<V> partial{ms[0], ms[1], {}};
   const float* from = base + (branch * heads + rh) * s.d_v + e;
   if constexpr (V == 4)
-    *reinterpret_cast<float4*>(part.o) = *reinterpret_cast<const float4*>(from);
+    *reinterpret_cast<float4*>(partial.o) = *reinterpret_cast<const float4*>(from);
   else
-    part.o[0] = *from;
-  if (part.m == -INFINITY)
-    for (float& o : part.o) o = 0.0f;
-  return part;
+    partial.o[0] = *from;
+  if (partial.m == -INFINITY)
+    for (float& o : partial.o) o = 0.0f;
+  return partial;
 }
 
 template <class T, int V>
@@ -39,27 +41,28 @@ __global__ void __launch_bounds__(threads) combine_kernel(const __grid_constant_
   const int item = blockIdx.x * threads + threadIdx.x, rh = item / elements, e = item % elements * V;
   if (rh >= a.tile.rows() * s.heads()) return;
   const int group = rh / s.heads_per_group;  // row * groups + g
-  Part<V> total[branches];
+  PartialSlice<V> total[branches];
 #pragma unroll
   for (int b = 0; b < branches; ++b)
-    if (!a.leave_out[b]) total[b] = part_of<V>(a, 0, b, rh, e);
+    if (!a.leave_out[b]) total[b] = load_partial<V>(a, 0, b, rh, e);
   for (int rank = 1; rank < a.ranks; ++rank)
 #pragma unroll
     for (int b = 0; b < branches; ++b) {
       if (a.leave_out[b]) continue;
-      const Part<V> part = part_of<V>(a, rank, b, rh, e);
-      const float top = fmaxf(total[b].m, part.m), old = exp_shifted(total[b].m, top), fresh = exp_shifted(part.m, top);
-      total[b].s = total[b].s * old + part.s * fresh;
-      for (int i = 0; i < V; ++i) total[b].o[i] = total[b].o[i] * old + part.o[i] * fresh;
-      total[b].m = top;
+      const PartialSlice<V> partial = load_partial<V>(a, rank, b, rh, e);
+      const float row_max = fmaxf(total[b].m, partial.m), scale_prev = exp_shifted(total[b].m, row_max),
+                  scale_new = exp_shifted(partial.m, row_max);
+      total[b].s = total[b].s * scale_prev + partial.s * scale_new;
+      for (int i = 0; i < V; ++i) total[b].o[i] = total[b].o[i] * scale_prev + partial.o[i] * scale_new;
+      total[b].m = row_max;
     }
   float sum[V] = {};
 #pragma unroll
   for (int b = 0; b < branches; ++b) {
-    const bool is_there = !a.leave_out[b] && total[b].s > 0.0f;
-    const float inverse = is_there ? 1.0f / total[b].s : 0.0f, gate = a.gate[group * branches + b];
+    const bool attended = !a.leave_out[b] && total[b].s > 0.0f;
+    const float inverse = attended ? 1.0f / total[b].s : 0.0f, gate = a.gate[group * branches + b];
     for (int i = 0; i < V; ++i) {
-      const float value = is_there ? total[b].o[i] * inverse : 0.0f;
+      const float value = attended ? total[b].o[i] * inverse : 0.0f;
       if (a.o_branch[b]) a.o_branch[b][std::int64_t{rh} * s.d_v + e + i] = value;
       if (!a.leave_out[b]) sum[i] += gate * value;
     }

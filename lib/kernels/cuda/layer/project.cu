@@ -1,8 +1,8 @@
-// project and output: matrix products around the attention.
+// project and output: matrix products around the attention; the fused decode prologue.
 //
-// Many rows: cuBLAS, fp32 accumulation and result. Few rows (decode): the weights are read once and that is the
-// bound (bytes of w / bandwidth), so a CTA takes a strip of columns, its threads split the reduction and add up in
-// shared memory in a fixed order. Then one CTA a (row, group) rotates, rounds, scatters and computes the gate.
+// Many rows: cuBLAS with fp32 accumulation and result. Few rows (decode): a skinny GEMM whose bound is reading the
+// weights once (bytes of w / bandwidth): a CTA has a strip of columns, its threads split the reduction and add up in
+// shared memory in a fixed order. Then one CTA a (row, group) applies RoPE, rounds, scatters and computes the gate.
 
 #include "kernels/cuda/layer/append_compress.cuh"
 #include "kernels/cuda/layer/stages.cuh"
@@ -12,45 +12,45 @@ namespace nsa::gpu {
 
 namespace {
 
-constexpr int few_rows = 8;
+constexpr int skinny_rows = 8;
 constexpr int threads = 256, gate_threads = 128;
 
 template <class T, int V>
-struct alignas(sizeof(T) * V) Pack {
+struct alignas(sizeof(T) * V) Vector {
   T v[V];
 };
 
 // out [rows, columns] = x [rows, depth] * w [depth, columns]. V columns a thread, `strip` threads across. The first
-// weights are on their way before the predecessor, which makes x, is done.
+// weights are loaded before the predecessor, which computes x, completes.
 template <class T, int V>
 __global__ void __launch_bounds__(threads)
-    few_rows_product(int rows, int depth, std::int64_t columns, const T* x, const T* w, float* out) {
-  constexpr int strip = 8, slices = threads / strip, ahead = 8;
+    skinny_gemm_kernel(int rows, int depth, std::int64_t columns, const T* x, const T* w, float* out) {
+  constexpr int strip = 8, slices = threads / strip, in_flight = 8;
   __shared__ float sums[slices][strip * V + 1];
-  const int across = threadIdx.x % strip, slice = threadIdx.x / strip;
-  const std::int64_t column = (std::int64_t{blockIdx.x} * strip + across) * V;
-  float acc[few_rows][V] = {};
+  const int column_in_strip = threadIdx.x % strip, slice = threadIdx.x / strip;
+  const std::int64_t column = (std::int64_t{blockIdx.x} * strip + column_in_strip) * V;
+  float acc[skinny_rows][V] = {};
   if (column < columns) {
-    Pack<T, V> weights[ahead];
+    Vector<T, V> weights[in_flight];
     const auto load = [&](int k0) {
 #pragma unroll
-      for (int i = 0; i < ahead; ++i)
+      for (int i = 0; i < in_flight; ++i)
         if (k0 + i * slices < depth)
-          weights[i] = *reinterpret_cast<const Pack<T, V>*>(w + (k0 + i * slices) * columns + column);
+          weights[i] = *reinterpret_cast<const Vector<T, V>*>(w + (k0 + i * slices) * columns + column);
     };
     load(slice);
     griddep_wait();
-    for (int k0 = slice; k0 < depth; k0 += ahead * slices) {
+    for (int k0 = slice; k0 < depth; k0 += in_flight * slices) {
       if (k0 != slice) load(k0);
 #pragma unroll
-      for (int r = 0; r < few_rows; ++r) {
+      for (int r = 0; r < skinny_rows; ++r) {
         if (r >= rows) break;
-        float value[ahead];
+        float value[in_flight];
 #pragma unroll
-        for (int i = 0; i < ahead; ++i)
+        for (int i = 0; i < in_flight; ++i)
           value[i] = k0 + i * slices < depth ? to_float(x[std::int64_t{r} * depth + k0 + i * slices]) : 0.0f;
 #pragma unroll
-        for (int i = 0; i < ahead; ++i)
+        for (int i = 0; i < in_flight; ++i)
           if (k0 + i * slices < depth)
 #pragma unroll
             for (int v = 0; v < V; ++v) acc[r][v] += value[i] * to_float(weights[i].v[v]);
@@ -60,11 +60,11 @@ __global__ void __launch_bounds__(threads)
     griddep_wait();
   }
 #pragma unroll
-  for (int r = 0; r < few_rows; ++r) {
+  for (int r = 0; r < skinny_rows; ++r) {
     if (r >= rows) break;
     __syncthreads();
 #pragma unroll
-    for (int v = 0; v < V; ++v) sums[slice][across * V + v] = acc[r][v];
+    for (int v = 0; v < V; ++v) sums[slice][column_in_strip * V + v] = acc[r][v];
     __syncthreads();
     const int c = threadIdx.x;
     const std::int64_t at = std::int64_t{blockIdx.x} * strip * V + c;
@@ -77,17 +77,17 @@ __global__ void __launch_bounds__(threads)
 }
 
 template <class T, int V>
-void launch_few_rows(std::int64_t rows, int depth, std::int64_t columns, const void* x, const void* w, float* out,
-                     Stream* stream) {
+void launch_skinny_gemm(std::int64_t rows, int depth, std::int64_t columns, const void* x, const void* w, float* out,
+                        Stream* stream) {
   const std::int64_t strips = (columns + 8 * V - 1) / (8 * V);
-  launch_pdl(few_rows_product<T, V>, dim3(static_cast<unsigned>(strips)), threads, 0, stream, 1, static_cast<int>(rows),
-             depth, columns, static_cast<const T*>(x), static_cast<const T*>(w), out);
+  launch_pdl(skinny_gemm_kernel<T, V>, dim3(static_cast<unsigned>(strips)), threads, 0, stream, 1,
+             static_cast<int>(rows), depth, columns, static_cast<const T*>(x), static_cast<const T*>(w), out);
 }
 
-// Row-major, so cuBLAS sees the transposes: out^T [columns, rows] = w^T x^T, no operand transposed in memory.
+// Row-major, so cuBLAS sees the transposes: out^T [columns, rows] = w^T x^T; no operand is transposed in memory.
 void product(DType type, std::int64_t rows, int depth, std::int64_t columns, const void* x, const void* w, float* out,
              Stream* stream) {
-  if (rows > few_rows) {
+  if (rows > skinny_rows) {
     const float one = 1.0f, zero = 0.0f;
     const cudaDataType storage = storage_type(type);
     check(cublasGemmEx(blas(stream), CUBLAS_OP_N, CUBLAS_OP_N, static_cast<int>(columns), static_cast<int>(rows), depth,
@@ -98,25 +98,25 @@ void product(DType type, std::int64_t rows, int depth, std::int64_t columns, con
   }
   with_type(type, [&](auto t) {
     using T = decltype(t);
-    constexpr int wide = 16 / sizeof(T);
-    if (columns % wide == 0)
-      launch_few_rows<T, wide>(rows, depth, columns, x, w, out, stream);
+    constexpr int vector = 16 / sizeof(T);
+    if (columns % vector == 0)
+      launch_skinny_gemm<T, vector>(rows, depth, columns, x, w, out, stream);
     else
-      launch_few_rows<T, 1>(rows, depth, columns, x, w, out, stream);
+      launch_skinny_gemm<T, 1>(rows, depth, columns, x, w, out, stream);
   });
 }
 
-// kv_column_order where device code can index it.
+// kv_column_order for device code, which cannot index the array.
 __device__ Branch branch_in_column(int order) { return order == 0 ? sel : order == 1 ? cmp : win; }
 static_assert(kv_column_order[0] == sel && kv_column_order[1] == cmp && kv_column_order[2] == win);
 
-// The column where K of a branch begins in the product; its V follows.
+// First column of K of a branch in the product; its V follows.
 __device__ std::int64_t kv_column(const LayerShape& s, int order) {
   return std::int64_t{s.heads()} * s.d_k + std::int64_t{order} * s.groups * (s.d_k + s.d_v);
 }
 
-__device__ float rotated(const float* from, const float2* turn, int e) {
-  const float2 cs = turn[e / 2];
+__device__ float apply_rope(const float* from, const float2* cos_sin, int e) {
+  const float2 cs = cos_sin[e / 2];
   const float even = from[e & ~1], odd = from[e | 1];
   return e & 1 ? even * cs.y + odd * cs.x : even * cs.x - odd * cs.y;
 }
@@ -124,20 +124,21 @@ __device__ float rotated(const float* from, const float2* turn, int e) {
 __device__ void write_gate(const ProjectArgs& a, float* gate, const float* mean, float* hidden) {
   const LayerShape& s = a.shape;
   const int half = s.d_k / 2;
-  // Rounds of the hidden layer, each with its terms cut over the threads that are left.
+  // Rounds of the hidden layer; the terms of a unit are split over the remaining threads.
   __shared__ float slices[gate_threads];
-  const int across = min(half, static_cast<int>(blockDim.x)), cut = max(1, static_cast<int>(blockDim.x) / across);
-  for (int j0 = 0; j0 < half; j0 += across) {
-    const int j = j0 + threadIdx.x % across, slice = threadIdx.x / across;
+  const int units_per_round = min(half, static_cast<int>(blockDim.x)),
+            split = max(1, static_cast<int>(blockDim.x) / units_per_round);
+  for (int j0 = 0; j0 < half; j0 += units_per_round) {
+    const int j = j0 + threadIdx.x % units_per_round, slice = threadIdx.x / units_per_round;
     float sum = 0.0f;
-    if (j < half && slice < cut)
+    if (j < half && slice < split)
 #pragma unroll 16
-      for (int e = slice; e < s.d_k; e += cut) sum += mean[e] * a.weights.gate_w1[e * half + j];
+      for (int e = slice; e < s.d_k; e += split) sum += mean[e] * a.weights.gate_w1[e * half + j];
     slices[threadIdx.x] = sum;
     __syncthreads();
     if (slice == 0 && j < half) {
       sum = a.weights.gate_b1[j];
-      for (int i = 0; i < cut; ++i) sum += slices[i * across + threadIdx.x];
+      for (int i = 0; i < split; ++i) sum += slices[i * units_per_round + threadIdx.x];
       hidden[j] = sum / (1.0f + expf(-sum));
     }
     __syncthreads();
@@ -154,28 +155,28 @@ __device__ void write_gate(const ProjectArgs& a, float* gate, const float* mean,
     for (int b = 0; b < branches; ++b) gate[b] = 1.0f / (1.0f + expf(-logits[b]));
     return;
   }
-  const float top = fmaxf(fmaxf(logits[0], logits[1]), logits[2]);
+  const float max_logit = fmaxf(fmaxf(logits[0], logits[1]), logits[2]);
   float total = 0.0f;
-  for (int b = 0; b < branches; ++b) total += logits[b] = expf(logits[b] - top);
+  for (int b = 0; b < branches; ++b) total += logits[b] = expf(logits[b] - max_logit);
   for (int b = 0; b < branches; ++b) gate[b] = logits[b] / total;
 }
 
-// Row (r, g) of the product to q, k, v and gate. 128 threads. Shared memory: cos and sin [Dk/2], mean of the rotated q
-// over the group's heads [Dk], gate's hidden layer [Dk/2].
+// Row (r, g) of the product to q, k, v and gate, by 128 threads. Shared memory: cos and sin [Dk/2], mean of the rotated
+// q over the heads of the group [Dk], hidden layer of the gate [Dk/2].
 template <class T>
-__device__ void rotate_and_gate(const ProjectArgs& a, const float* product, std::int64_t columns, float2* turn) {
+__device__ void rope_and_gate(const ProjectArgs& a, const float* product, std::int64_t columns, float2* cos_sin) {
   const LayerShape& s = a.shape;
   const int h = s.heads_per_group, half = s.d_k / 2;
-  float* mean = reinterpret_cast<float*>(turn + half);
+  float* mean = reinterpret_cast<float*>(cos_sin + half);
   float* hidden = mean + s.d_k;
   const std::int64_t row = blockIdx.x / s.groups, g = blockIdx.x % s.groups;
   const float* from = product + row * columns;
-  // The position was set before the predecessor began, so the angles need not wait for it.
+  // The position was set before the predecessor began, so the angles do not wait for it.
   const double t = static_cast<double>(tile_row(a.tile, row).t);
   for (int i = threadIdx.x; i < half; i += blockDim.x) {
     double sine, cosine;
     sincos(t * pow(s.rope_base, -2.0 * i / s.d_k), &sine, &cosine);
-    turn[i] = make_float2(static_cast<float>(cosine), static_cast<float>(sine));
+    cos_sin[i] = make_float2(static_cast<float>(cosine), static_cast<float>(sine));
   }
   griddep_wait();
   __syncthreads();
@@ -184,7 +185,7 @@ __device__ void rotate_and_gate(const ProjectArgs& a, const float* product, std:
     for (int j = 0; j < h; ++j) {
       const std::int64_t head = g * h + j;
       T* to = static_cast<T*>(a.q) + (row * s.heads() + head) * s.d_k + e;
-      store(to, rotated(from + head * s.d_k, turn, e));
+      store(to, apply_rope(from + head * s.d_k, cos_sin, e));
       sum += to_float(*to);
     }
     mean[e] = sum / h;
@@ -194,7 +195,7 @@ __device__ void rotate_and_gate(const ProjectArgs& a, const float* product, std:
     const float* k = from + kv_column(s, order) + g * s.d_k;
     const float* v = from + kv_column(s, order) + s.groups * s.d_k + g * s.d_v;
     for (int e = threadIdx.x; e < s.d_k; e += blockDim.x)
-      store(static_cast<T*>(a.k[b]) + (row * s.groups + g) * s.d_k + e, rotated(k, turn, e));
+      store(static_cast<T*>(a.k[b]) + (row * s.groups + g) * s.d_k + e, apply_rope(k, cos_sin, e));
     for (int e = threadIdx.x; e < s.d_v; e += blockDim.x)
       store(static_cast<T*>(a.v[b]) + (row * s.groups + g) * s.d_v + e, v[e]);
   }
@@ -209,35 +210,36 @@ __device__ void rotate_and_gate(const ProjectArgs& a, const float* product, std:
 
 template <class T>
 __global__ void __launch_bounds__(gate_threads)
-    rotate_kernel(const __grid_constant__ ProjectArgs a, const float* product, std::int64_t columns) {
-  extern __shared__ float2 turn[];
-  rotate_and_gate<T>(a, product, columns, turn);
+    rope_gate_kernel(const __grid_constant__ ProjectArgs a, const float* product, std::int64_t columns) {
+  extern __shared__ float2 cos_sin[];
+  rope_and_gate<T>(a, product, columns, cos_sin);
 }
 
-struct EnterParams {
+struct DecodePrologueParams {
   PrologueArgs a;
-  const float* product;  // null: q, k, v and gate are given
+  const float* product;  // null: q, k, v and gate are inputs
   std::int64_t columns;
   bool compresses;
 };
 
-// One decode row of a (sequence, group): made, appended to the caches, and the compressed token it completes.
+// Fused prologue of one decode row of a (sequence, group): projects, appends to the caches, completes a compressed
+// token.
 template <class T>
-__global__ void __launch_bounds__(gate_threads) enter_kernel(const __grid_constant__ EnterParams p) {
-  extern __shared__ float2 turn[];
+__global__ void __launch_bounds__(gate_threads) decode_prologue_kernel(const __grid_constant__ DecodePrologueParams p) {
+  extern __shared__ float2 cos_sin[];
   const LayerShape& s = p.a.append[sel].shape;
   const QueryTile& tile = p.a.append[sel].tile;
-  const std::int64_t list = blockIdx.x, plane = std::int64_t{tile.batch_begin} * s.groups + list;
+  const std::int64_t work_item = blockIdx.x, plane = std::int64_t{tile.batch_begin} * s.groups + work_item;
   if (p.product)
-    rotate_and_gate<T>(p.a.project, p.product, p.columns, turn);
+    rope_and_gate<T>(p.a.project, p.product, p.columns, cos_sin);
   else
     griddep_wait();
   __syncthreads();
   for (const AppendArgs& to : p.a.append) {
     for (int e = threadIdx.x; e < s.d_k; e += blockDim.x)
-      append_element(tile, s.groups, static_cast<const T*>(to.k), to.k_cache, list * s.d_k + e);
+      append_element(tile, s.groups, static_cast<const T*>(to.k), to.k_cache, work_item * s.d_k + e);
     for (int e = threadIdx.x; e < s.d_v; e += blockDim.x)
-      append_element(tile, s.groups, static_cast<const T*>(to.v), to.v_cache, list * s.d_v + e);
+      append_element(tile, s.groups, static_cast<const T*>(to.v), to.v_cache, work_item * s.d_v + e);
   }
   if (!p.compresses) return;
   __syncthreads();
@@ -250,7 +252,7 @@ __global__ void __launch_bounds__(gate_threads) enter_kernel(const __grid_consta
 
 std::size_t gate_shared(const LayerShape& s) { return static_cast<std::size_t>(s.d_k) * 5 / 2 * sizeof(float) + 16; }
 
-float* made_product(const ProjectArgs& a, Stream* stream) {
+float* compute_product(const ProjectArgs& a, Stream* stream) {
   if (a.scratch_bytes < project_scratch(a.shape, a.tile)) throw InternalError("project: scratch too small");
   auto* sums = static_cast<float*>(a.scratch);
   product(a.shape.dtype, a.tile.rows(), a.shape.dim, qkv_columns(a.shape), a.x, a.weights.w_qkv, sums, stream);
@@ -266,9 +268,9 @@ std::size_t project_scratch(const LayerShape& s, const QueryTile& tile) {
 void project(const ProjectArgs& a, Stream* stream) {
   const std::int64_t rows = a.tile.rows();
   if (rows == 0) return;
-  const float* sums = made_product(a, stream);
+  const float* sums = compute_product(a, stream);
   with_type(a.shape.dtype, [&](auto type) {
-    launch_pdl(rotate_kernel<decltype(type)>, dim3(static_cast<unsigned>(rows * a.shape.groups)), gate_threads,
+    launch_pdl(rope_gate_kernel<decltype(type)>, dim3(static_cast<unsigned>(rows * a.shape.groups)), gate_threads,
                gate_shared(a.shape), stream, 1, a, sums, qkv_columns(a.shape));
   });
 }
@@ -277,11 +279,11 @@ void decode_prologue(const PrologueArgs& a, Stream* stream) {
   const LayerShape& s = a.append[sel].shape;
   const QueryTile& tile = a.append[sel].tile;
   if (tile.rows() == 0) return;
-  EnterParams p{a, nullptr, qkv_columns(s), s.phi == PhiKind::mean};
-  if (a.projects) p.product = made_product(a.project, stream);
+  DecodePrologueParams p{a, nullptr, qkv_columns(s), s.phi == PhiKind::mean};
+  if (a.projects) p.product = compute_product(a.project, stream);
   with_type(s.dtype, [&](auto type) {
-    launch_pdl(enter_kernel<decltype(type)>, dim3(static_cast<unsigned>(tile.rows() * s.groups)), gate_threads,
-               gate_shared(s), stream, 1, p);
+    launch_pdl(decode_prologue_kernel<decltype(type)>, dim3(static_cast<unsigned>(tile.rows() * s.groups)),
+               gate_threads, gate_shared(s), stream, 1, p);
   });
   if (!p.compresses) compress(a.compress, stream);
 }

@@ -1,5 +1,5 @@
 #pragma once
-// The stages of a layer around its attention, by name.
+// The stages of a layer around its attention.
 
 #include "kernels/cuda/runtime/common.cuh"
 
@@ -17,7 +17,7 @@ void checksum(const ChecksumArgs&, Stream*);
 void fill_rows(const FillRowsArgs&, Stream*);
 void advance(const AdvanceArgs&, Stream*);
 
-/// project, append and compress of a decode step in two launches. layer/project.cu
+/// Fused prologue of a decode step: project, append and compress in two launches. layer/project.cu
 void decode_prologue(const PrologueArgs&, Stream*);
 
 /// Bytes of scratch a stage needs.

@@ -9,7 +9,7 @@
 
 namespace nsa::gpu {
 
-bool prefill_step_accepts(const AttentionArgs& a) {
+bool prefill_attention_accepts(const AttentionArgs& a) {
   const LayerShape& s = a.combine.shape;
   const QueryTile& tile = a.combine.tile;
   bool whole =
@@ -19,7 +19,7 @@ bool prefill_step_accepts(const AttentionArgs& a) {
          prefill_sel_accepts(s, a.attend[sel].k.map) && prefill_sel_pays(s, tile);
 }
 
-void prefill_step(const AttentionArgs& a, Stream* stream) {
+void prefill_attention(const AttentionArgs& a, Stream* stream) {
   const CombineArgs& combine = a.combine;
   attend_prefill_gated(a.attend[cmp], a.attend[win], combine.gate, stream);
   RankArgs rank = a.rank;

@@ -22,7 +22,7 @@ std::size_t rank_prefill_scratch(const LayerShape&, const QueryTile&);
 /// what lies in its out.o, to `o` [rows, H, Dv] in storage type. prefill/attention.cu has both.
 void attend_prefill_gated(const AttendArgs& of_cmp, const AttendArgs& of_win, const float* gate, Stream*);
 void attend_prefill_sel_gated(const AttendArgs&, const float* gate, void* o, Stream*);
-bool prefill_step_accepts(const AttentionArgs&);
-void prefill_step(const AttentionArgs&, Stream*);
+bool prefill_attention_accepts(const AttentionArgs&);
+void prefill_attention(const AttentionArgs&, Stream*);
 
 }  // namespace nsa::gpu

@@ -1,6 +1,6 @@
 #pragma once
-// What a CTA of rank (rank/rank.cu) does first: the normalisers of its list's heads, then the scores of the blocks of
-// its slice, from the raw scores that attend_cmp left.
+// The first half of the rank kernel (rank/rank.cu): the softmax normalisers of the heads of a work item, then the
+// scores of the blocks of a CTA's slice from the raw scores that attend_cmp stored.
 
 #include "kernels/cuda/attention/block_scores.cuh"
 #include "kernels/cuda/attention/block_sums.cuh"
@@ -8,47 +8,49 @@
 
 namespace nsa::gpu {
 
-// Compressed tokens that overlap a block, at most.
+// Upper bound of the compressed tokens that overlap a block.
 __host__ __device__ inline int tokens_per_block(const BlockRules& r) { return r.l_sel / r.d + (r.l - 1) / r.d; }
 
-// The columns of this rank's blocks where they are one run, a block's first overlapping token `ratio` columns behind
-// that of the block before it, or a chunk's first at the begin of its stride.
-struct RankRun {
-  bool present;
-  int stride;   // columns of a chunk
-  int offset;   // of the first block's first overlapping token: below 0 where nothing lies in front of it
-  int between;  // columns of a piece besides its own blocks', and that lie between two pieces
+// Score columns of this rank's blocks where they are contiguous: the first overlapping token of a block is `ratio`
+// columns after that of the previous block; in a new chunk it is at the begin of the chunk's stride.
+struct BlockColumns {
+  bool contiguous;
+  int stride;  // columns of a chunk
+  int offset;  // column of the first block's first overlapping token; negative where that token does not exist
+  int gap;     // halo columns of a strip, and columns between two strips
 };
 
 struct RankParams {
   RankArgs a;
-  std::int64_t pitch;        // of the raw scores
-  std::int64_t most_blocks;  // this rank's blocks below max_positions
-  int per_chunk;             // blocks of a chunk
-  int piece, together;       // blocks of a piece, pieces scored at once: see score_blocks
-  int terms;                 // tokens a round of scoring has room for
-  int key_words;             // room for keys in shared memory, in entries
-  bool in_scratch;           // keys
-  int cluster;               // CTAs of a list
-  bool counted;              // slices are small
-  bool by_tile;              // blocks are scored: rank/from_raw_scores.cuh
-  TileSums sums;             // from these, where the walk left them
-  RankRun run;
+  std::int64_t pitch;                  // of the raw scores
+  std::int64_t max_blocks;             // blocks of this rank below max_positions
+  int per_chunk;                       // blocks of a chunk
+  int strip_blocks, strips_per_round;  // blocks of a strip, strips of a round: see score_blocks
+  int terms;                           // capacity of a scoring round, in tokens
+  int key_words;                       // capacity for keys in shared memory, in entries
+  bool in_scratch;                     // whether keys are in scratch instead
+  int cluster;                         // CTAs of a work item
+  bool counts;                         // select by counting: slices are small
+  bool by_tile;                        // score by tile: rank/from_raw_scores.cuh
+  TileBlockSums block_sums;            // inputs instead of raw scores, where the KV mainloop stored them
+  BlockColumns columns;
 };
 
-// The u-th block this rank holds.
+// The u-th block that this rank holds.
 __device__ inline int block_at(const RankParams& p, int u) {
   const RowMap& m = p.a.token_map;
   if (m.rank == all_ranks || m.kv == 1) return u;
   return (u / p.per_chunk * m.kv + m.rank) * p.per_chunk + u % p.per_chunk;
 }
 
-// Of the run, the column of the first token that overlaps the u-th block.
+// Column of the first token that overlaps the u-th block, where columns are contiguous.
 __device__ inline int first_column(const RankParams& p, int u) {
-  return u / p.per_chunk * p.run.stride + u % p.per_chunk * (p.a.shape.rules.l_sel / p.a.shape.rules.d) + p.run.offset;
+  return u / p.per_chunk * p.columns.stride + u % p.per_chunk * (p.a.shape.rules.l_sel / p.a.shape.rules.d) +
+         p.columns.offset;
 }
 
-// Of the run, the columns that hold one of the n tokens: nothing lies in front of chunk 0, and n may end in the last.
+// Columns that hold one of the n tokens, where columns are contiguous: chunk 0 has no halo, the last chunk may be
+// partial.
 struct RankColumns {
   int begin, end;
 };
@@ -62,8 +64,8 @@ __device__ inline RankColumns written_columns(const RankParams& p, std::int64_t 
           static_cast<int>((chunks - 1) * score_stride(m) + front + (left < m.chunk ? left : m.chunk))};
 }
 
-// Shared memory: normalisers [h], best [n], the slices' best [cluster * n], keys (entries of the slice where they
-// are counted), terms, overlaps, histogram [256], chosen [n].
+// Shared memory: normalisers [h], best [n], best of the slices [cluster * n], keys (entries where they are counted),
+// terms, overlaps, histogram [256], chosen [n].
 struct RankShared {
   float2* normaliser;
   Entry *best, *gathered;
@@ -89,59 +91,62 @@ struct RankShared {
   }
 };
 
-// (m, in powers of two, and 1/s) of every head of the group from all lanes, whatever rank sent them. A warp a head,
-// lanes in a fixed tree.
+// Softmax normalisers (m * log2(e), 1 / s) of the heads of the group from the LSE buckets of all ranks. A warp a head,
+// buckets in a fixed tree.
 __device__ inline void load_normalisers(const RankParams& p, std::int64_t row, std::int64_t g, float2* normaliser) {
   const LayerShape& s = p.a.shape;
   const std::int64_t rows = p.a.tile.rows();
   const int ranks = p.a.lse_ranks, slots = lse_slots(s, ranks);
   const float2* lse = reinterpret_cast<const float2*>(p.a.lse) + row * s.heads() + g * s.heads_per_group;
   for (int h = threadIdx.x / 32; h < s.heads_per_group; h += blockDim.x / 32) {
-    float2 by[1];
-    normalisers_of(
+    float2 of_head[1];
+    softmax_normalisers(
         s.lse.buckets,
-        [&](int x, int) { return lse[std::int64_t{x % ranks * slots + x / ranks} * rows * s.heads() + h]; }, by);
-    if (threadIdx.x % 32 == 0) normaliser[h] = by[0];
+        [&](int x, int) { return lse[std::int64_t{x % ranks * slots + x / ranks} * rows * s.heads() + h]; }, of_head);
+    if (threadIdx.x % 32 == 0) normaliser[h] = of_head[0];
   }
 }
 
-// Calls add(score, normaliser) for the group's heads, heads rising; `Ahead` scores are asked for before one is used,
-// which the compiler does not do by itself. V: of one token, or of four side by side.
-template <class V, int Ahead, class Add>
-__device__ __forceinline__ void each_head(const RankParams& p, const float* scores, const float2* normaliser, Add add) {
+// Calls add(score, normaliser) for the heads of the group by rising head. InFlight scores are loaded before one is
+// used, which the compiler does not do by itself. V: the score of one token, or of four adjacent ones.
+template <class V, int InFlight, class Add>
+__device__ __forceinline__ void for_each_head(const RankParams& p, const float* scores, const float2* normaliser,
+                                              Add add) {
   const int heads = p.a.shape.heads_per_group;
   int h = 0;
 #pragma unroll 1
-  for (; h + Ahead <= heads; h += Ahead) {
-    V x[Ahead];
+  for (; h + InFlight <= heads; h += InFlight) {
+    V x[InFlight];
 #pragma unroll
-    for (int i = 0; i < Ahead; ++i, scores += p.pitch) x[i] = *reinterpret_cast<const V*>(scores);
+    for (int i = 0; i < InFlight; ++i, scores += p.pitch) x[i] = *reinterpret_cast<const V*>(scores);
 #pragma unroll
-    for (int i = 0; i < Ahead; ++i) add(x[i], normaliser[h + i]);
+    for (int i = 0; i < InFlight; ++i) add(x[i], normaliser[h + i]);
   }
 #pragma unroll 1
   for (; h < heads; ++h, scores += p.pitch) add(*reinterpret_cast<const V*>(scores), normaliser[h]);
 }
 
-// Sum over the group's heads of p[i], heads rising.
+// Probability of a token summed over the heads of the group, by rising head.
 __device__ inline float token_probability(const RankParams& p, const float* scores, const float2* normaliser) {
   float sum = 0.0f;
-  each_head<float, 16>(p, scores, normaliser,
-                       [&](float score, float2 by) { sum = __fmaf_rn(exp2_fast(score - by.x), by.y, sum); });
+  for_each_head<float, 16>(p, scores, normaliser, [&](float score, float2 of_head) {
+    sum = __fmaf_rn(exp2_fast(score - of_head.x), of_head.y, sum);
+  });
   return sum;
 }
 
-// The same of tokens 4k .. 4k + 3, whose scores lie side by side: each token's sum in the same order.
+// The same for the adjacent tokens 4k .. 4k + 3: each sum in the same order.
 __device__ inline float4 four_probabilities(const RankParams& p, const float* scores, const float2* normaliser) {
   float4 sum = {};
-  each_head<float4, 8>(p, scores, normaliser, [&](float4 four, float2 by) { add_probabilities(sum, four, by); });
+  for_each_head<float4, 8>(p, scores, normaliser,
+                           [&](float4 four, float2 of_head) { add_probabilities(sum, four, of_head); });
   return sum;
 }
 
-// terms[k] = probability of the token in column first + k, 0 where there is none. A thread four columns, or one where
-// there are enough threads.
-__device__ inline void score_run(const RankParams& p, const float* scores, const float2* normaliser, int first,
-                                 int count, RankColumns written, float* terms) {
+// terms[k] = probability of the token in column first + k, 0 where there is none. A thread has four columns, or one
+// where there are enough threads.
+__device__ inline void score_columns(const RankParams& p, const float* scores, const float2* normaliser, int first,
+                                     int count, RankColumns written, float* terms) {
   const auto is_written = [&](int column) { return column >= written.begin && column < written.end; };
   if (count <= static_cast<int>(blockDim.x)) {
     const int k = threadIdx.x;
@@ -162,49 +167,52 @@ __device__ inline void score_run(const RankParams& p, const float* scores, const
   }
 }
 
-// The same where columns have to be found one by one: a thread a token of the blocks from u0 on, piece by piece.
+// The same where columns are not contiguous: a thread a token of the blocks from u0 on, strip by strip.
 __device__ inline void score_tokens(const RankParams& p, const float* scores, const float2* normaliser, int u0, int end,
-                                    int together, int n, float* terms) {
+                                    int strips_per_round, int n, float* terms) {
   const BlockRules& r = p.a.shape.rules;
-  const int ratio = r.l_sel / r.d, lead = (r.l - 1) / r.d, tokens = p.piece * ratio + lead;
-  for (int item = threadIdx.x; item < together * tokens; item += blockDim.x) {
-    const int u = u0 + item / tokens * p.piece;
+  const int ratio = r.l_sel / r.d, halo = (r.l - 1) / r.d, tokens = p.strip_blocks * ratio + halo;
+  for (int item = threadIdx.x; item < strips_per_round * tokens; item += blockDim.x) {
+    const int u = u0 + item / tokens * p.strip_blocks;
     if (u >= end) break;
-    const int j = block_at(p, u), i = j * ratio - lead + item % tokens;
+    const int j = block_at(p, u), i = j * ratio - halo + item % tokens;
     const std::int64_t c = p.a.cmp_map.rank == all_ranks ? 0 : j / p.per_chunk;
     terms[item] = i >= 0 && i < n ? token_probability(p, scores + score_column(p.a.cmp_map, c, i), normaliser) : 0.0f;
   }
 }
 
-// Keys of the blocks [begin, end) among those held. A piece is a run of blocks whose tokens have consecutive columns (a
-// chunk's, or as many as fit): the tokens' probabilities, then a thread a block adds its tokens up by rising index,
-// each weighed with its overlap, which is the same for every block.
-template <class Keep>
+// Sort keys of blocks [begin, end) of those held. A strip is a run of blocks whose tokens have consecutive columns
+// (those of a chunk, or as many as fit). After the probabilities of the tokens, a thread a block sums those of its
+// tokens times their overlaps by rising index; the overlaps are the same for every block.
+template <class CacheHint>
 __device__ inline void score_blocks(const RankParams& p, std::int64_t row, std::int64_t g, std::int64_t t, int begin,
-                                    int end, const RankShared& at, Keep keep) {
+                                    int end, const RankShared& smem, CacheHint keep) {
   const LayerShape& s = p.a.shape;
   const BlockRules& r = s.rules;
-  const int n = static_cast<int>(compressed_tokens(r, t)), local = static_cast<int>(eligible_blocks(r, t)) - r.n_local;
+  const int n = static_cast<int>(compressed_tokens(r, t)),
+            first_local = static_cast<int>(eligible_blocks(r, t)) - r.n_local;
   const float* scores = static_cast<const float*>(p.a.scores) + (row * s.heads() + g * s.heads_per_group) * p.pitch;
   float* p_slc = p.a.p_slc ? p.a.p_slc + (row * s.groups + g) * p.a.p_slc_blocks : nullptr;
-  const int ratio = r.l_sel / r.d, lead = (r.l - 1) / r.d, piece = p.piece, tokens = piece * ratio + lead;
-  const int together = p.together, round = together * piece;  // blocks
-  const RankColumns written = p.run.present ? written_columns(p, n) : RankColumns{};
-  for (int k = threadIdx.x; k < ratio + lead; k += blockDim.x)
-    at.overlaps[k] = overlap(r, std::int64_t{r.l} * ratio - lead + k, r.l);  // of a block far from the start
+  const int ratio = r.l_sel / r.d, halo = (r.l - 1) / r.d, strip_blocks = p.strip_blocks,
+            tokens = strip_blocks * ratio + halo;
+  const int strips_per_round = p.strips_per_round, round = strips_per_round * strip_blocks;  // blocks
+  const RankColumns written = p.columns.contiguous ? written_columns(p, n) : RankColumns{};
+  for (int k = threadIdx.x; k < ratio + halo; k += blockDim.x)
+    smem.overlaps[k] = overlap(r, std::int64_t{r.l} * ratio - halo + k, r.l);  // of a block far from the start
   for (int u0 = begin; u0 < end; u0 += round) {
-    const int count = min(round, end - u0), first = p.run.present ? first_column(p, u0) : 0;
-    if (p.run.present)
-      score_run(p, scores, at.normaliser, first, first_column(p, u0 + count - 1) + ratio + lead - first, written,
-                at.terms);
+    const int count = min(round, end - u0), first = p.columns.contiguous ? first_column(p, u0) : 0;
+    if (p.columns.contiguous)
+      score_columns(p, scores, smem.normaliser, first, first_column(p, u0 + count - 1) + ratio + halo - first, written,
+                    smem.terms);
     else
-      score_tokens(p, scores, at.normaliser, u0, end, together, n, at.terms);
+      score_tokens(p, scores, smem.normaliser, u0, end, strips_per_round, n, smem.terms);
     __syncthreads();
     for (int b = threadIdx.x; b < count; b += blockDim.x) {
-      const int place = p.run.present ? first_column(p, u0 + b) - first : b / piece * tokens + b % piece * ratio;
-      const float sum = block_score(at.terms + place, at.overlaps, ratio + lead);
+      const int term =
+          p.columns.contiguous ? first_column(p, u0 + b) - first : b / strip_blocks * tokens + b % strip_blocks * ratio;
+      const float sum = block_score(smem.terms + term, smem.overlaps, ratio + halo);
       const int j = block_at(p, u0 + b);
-      keep(u0 + b, key_of(j < r.n_init || j >= local, sum));
+      keep(u0 + b, key_of(j < r.n_init || j >= first_local, sum));
       if (p_slc && j < p.a.p_slc_blocks) p_slc[j] = sum;
     }
     __syncthreads();

@@ -1,15 +1,18 @@
-// rank: importance of the selection blocks a rank holds, and the best n; select: the best n of all ranks' candidates.
+// rank: scores of the selection blocks that a rank holds, and the best n; select: the best n of the candidates of all
+// ranks.
 //
-// A cluster of up to 8 CTAs a (row, group), one where rows are many or the GPU has no clusters. Where leaves have whole
-// tiles and the geometry is the paper's, blocks are scored by tile (rank/from_raw_scores.cuh): from raw scores, read
-// once, or from the 10 floats of 32 that the walk of a sharded step leaves a tile and head. Else the raw scores are
-// read once, 4 bytes a head and compressed token, where the tokens of this rank's blocks lie column by column (it holds
-// all, or chunks with the tokens in front of them); else once per overlapping block (1.25 times at the paper's
-// geometry). They come from the L2 where attend_cmp left them. Each CTA scores a slice of the blocks. Small slices:
-// every CTA counts, key by key, how many are better, and puts its best n into the first one's shared memory, which
-// counts once more among those. Large ones: all keys go to the first CTA's shared memory (scratch where they do not
-// fit), where a radix selection of 4 passes finds the n-th largest and one ordered sweep collects. Bound: latency in
-// decode, exponentials (one a head and overlapping token) in prefill.
+// Tiling: a cluster of up to 8 CTAs a (row, group), one CTA where rows are many or the GPU has no clusters. Each CTA
+// scores a slice of the blocks. Small slices: every CTA selects its best n by counting better entries and stores them
+// in the shared memory of CTA 0, which selects among those the same way. Large slices: all keys go to the shared memory
+// of CTA 0 (scratch where they do not fit), where a radix selection of 4 passes finds the n-th largest and one ordered
+// sweep collects.
+//
+// Bytes: where LSE segments have whole tiles and the geometry is that of the paper, blocks are scored by tile
+// (rank/from_raw_scores.cuh): raw scores once, or the 10 floats instead of 32 that the KV mainloop of a sharded step
+// stores a tile and head. Else raw scores, 4 bytes a head and compressed token, once where the columns of this rank's
+// blocks are contiguous (it holds all blocks, or chunks with their halos), otherwise once per overlapping block (1.25
+// times at the paper's geometry). They come from the L2 where attend_cmp stored them. Bound: latency in decode,
+// exponentials (one a head and overlapping token) in prefill.
 
 #include <algorithm>
 
@@ -23,17 +26,18 @@ namespace nsa::gpu {
 
 namespace {
 
-constexpr int most_threads = 512;
-constexpr int most_cluster = 8;
-// Keys of a slice of which a CTA finds the best n itself: all compared with all, once thinned out. Where lists are few
-// that is faster than one CTA's sorting the keys of all slices.
-constexpr int most_counted(int n, int cluster) { return n <= 16 && cluster > 1 ? 4096 : 512; }
+constexpr int max_threads = 512;
+constexpr int rank_max_cluster = 8;
+// Blocks of a slice up to which a CTA selects by counting: all entries compared with all, after thin_out(). For few
+// work items that is faster than a radix selection over all slices by one CTA.
+constexpr int max_counted_blocks(int n, int cluster) { return n <= 16 && cluster > 1 ? 4096 : 512; }
 
 __device__ bool is_better(Candidate a, Candidate b) {
   return a.score > b.score || (a.score == b.score && a.block < b.block);
 }
 
-// Blocks of a CTA's slice; whole chunks where they are cut, because a piece must not begin inside one, or whole tiles.
+// Blocks of the slice of a CTA: whole chunks where the cache is cut, because a strip must not begin inside one, or
+// whole tiles.
 __host__ __device__ std::int64_t slice_blocks(const RankParams& p, std::int64_t blocks) {
   const std::int64_t each = (blocks + p.cluster - 1) / p.cluster;
   if (p.per_chunk == INT32_MAX && !p.by_tile) return each;
@@ -41,7 +45,7 @@ __host__ __device__ std::int64_t slice_blocks(const RankParams& p, std::int64_t 
   return (each + whole - 1) / whole * whole;
 }
 
-// Blocks held and eligible: those of whole chunks, and of the last one if it is this rank's.
+// Eligible blocks held: those of whole chunks, and of the last chunk if this rank has it.
 __device__ int held_blocks(const RankParams& p, int eligible) {
   const RowMap& m = p.a.token_map;
   if (m.rank == all_ranks || m.kv == 1) return eligible;
@@ -49,57 +53,56 @@ __device__ int held_blocks(const RankParams& p, int eligible) {
   return whole * p.per_chunk + (chunks % m.kv == m.rank ? eligible % p.per_chunk : 0);
 }
 
-// p_slc where no block is held: zero.
-__device__ void clear_scores(const RankParams& p, std::int64_t list, std::int64_t eligible) {
+// Sets p_slc to zero where no block is held.
+__device__ void clear_scores(const RankParams& p, std::int64_t work_item, std::int64_t eligible) {
   if (!p.a.p_slc) return;
   const bool all = p.a.token_map.rank == all_ranks || p.a.token_map.kv == 1;
   for (std::int64_t j = threadIdx.x; j < p.a.p_slc_blocks; j += blockDim.x)
     if (j >= eligible || !(all || has_chunk(p.a.token_map, j / p.per_chunk)))
-      p.a.p_slc[list * p.a.p_slc_blocks + j] = 0.0f;
+      p.a.p_slc[work_item * p.a.p_slc_blocks + j] = 0.0f;
 }
 
-// From the best down as candidates, by rising index as the selection. Entries of none stand at the end.
-__device__ void put_out(const RankParams& p, std::int64_t list, const Entry* best) {
+// Stores candidates best first, or the selection by rising index; missing entries are last.
+__device__ void store_selection(const RankParams& p, std::int64_t work_item, const Entry* best) {
   const int n_sel = p.a.shape.rules.n_sel;
   for (int c = threadIdx.x; c < n_sel; c += blockDim.x) {
-    const Entry mine = best[c];
-    const auto block = mine == 0 ? -1 : static_cast<std::int32_t>(block_at(p, block_of(mine)));
+    const Entry own = best[c];
+    const auto block = own == 0 ? -1 : static_cast<std::int32_t>(block_at(p, block_of(own)));
     if (p.a.candidates)
-      p.a.candidates[list * n_sel + c] =
-          block < 0 ? Candidate{} : Candidate{__uint_as_float(static_cast<unsigned>(mine >> 32)), block};
+      p.a.candidates[work_item * n_sel + c] =
+          block < 0 ? Candidate{} : Candidate{__uint_as_float(static_cast<unsigned>(own >> 32)), block};
     if (!p.a.selected) continue;
-    int place = c;
+    int index = c;
     if (block >= 0) {
-      place = 0;
-      for (int other = 0; other < n_sel; ++other) place += best[other] != 0 && block_of(best[other]) < block_of(mine);
+      index = 0;
+      for (int other = 0; other < n_sel; ++other) index += best[other] != 0 && block_of(best[other]) < block_of(own);
     }
-    p.a.selected[list * n_sel + place] = block;
+    p.a.selected[work_item * n_sel + index] = block;
   }
 }
 
-// Small slices, of `blocks`: the best n of each, which are among `size` entries, then the best n of those in the first
-// CTA.
-__device__ void choose_counted(const RankParams& p, const RankShared& at, int slice, int blocks, int size) {
+// Small slices: the best n of the `size` entries of each slice of `blocks` blocks, then the best n of those in CTA 0.
+__device__ void select_by_count(const RankParams& p, const RankShared& smem, int slice, int blocks, int size) {
   const int n = p.a.shape.rules.n_sel;
-  Entry* mine = in_cta(at.gathered, 0) + slice * n;
-  for (int c = blocks + threadIdx.x; c < n; c += blockDim.x) mine[c] = 0;
-  Entry* entries = static_cast<Entry*>(at.keys);
+  Entry* own = map_to_cta(smem.gathered, 0) + slice * n;
+  for (int c = blocks + threadIdx.x; c < n; c += blockDim.x) own[c] = 0;
+  Entry* entries = static_cast<Entry*>(smem.keys);
   int count = n <= 16 && size > 64 ? thin_out(entries, size, n) : size;
   while (n <= 16 && count > 256) count = thin_out(entries, count, n);
-  best_of(entries, count, n, mine);
+  best_of(entries, count, n, own);
   if (p.cluster > 1)
     cluster_barrier();
   else
     __syncthreads();
   if (slice != 0) return;
-  for (int c = threadIdx.x; c < n; c += blockDim.x) at.best[c] = 0;
+  for (int c = threadIdx.x; c < n; c += blockDim.x) smem.best[c] = 0;
   __syncthreads();
-  best_of(at.gathered, p.cluster * n, n, at.best);
+  best_of(smem.gathered, p.cluster * n, n, smem.best);
 }
 
-// Large slices: all keys in one place, the n-th largest by radix.
-__device__ void choose_sorted(const RankParams& p, const RankShared& at, const unsigned* keys, int slice,
-                              std::int64_t blocks) {
+// Large slices: all keys in CTA 0 or scratch, the n-th largest by radix.
+__device__ void select_by_radix(const RankParams& p, const RankShared& smem, const unsigned* keys, int slice,
+                                std::int64_t blocks) {
   const int n = p.a.shape.rules.n_sel;
   if (p.cluster > 1) {
     if (p.in_scratch) __threadfence();
@@ -108,89 +111,90 @@ __device__ void choose_sorted(const RankParams& p, const RankShared& at, const u
   if (slice != 0) return;
   const int found = static_cast<int>(blocks < n ? blocks : n);
   if (blocks > n) {
-    collect(blocks, n, nth_largest(blocks, n, at.histogram, keys), keys, at.chosen);
+    collect(blocks, n, nth_largest(blocks, n, smem.histogram, keys), keys, smem.chosen);
   } else {
-    for (int c = threadIdx.x; c < found; c += blockDim.x) at.chosen[c] = c;
+    for (int c = threadIdx.x; c < found; c += blockDim.x) smem.chosen[c] = c;
   }
   __syncthreads();
   for (int c = threadIdx.x; c < n; c += blockDim.x) {
-    if (c < found) at.gathered[c] = entry_of(keys[at.chosen[c]], at.chosen[c]);
-    at.best[c] = 0;
+    if (c < found) smem.gathered[c] = entry_of(keys[smem.chosen[c]], smem.chosen[c]);
+    smem.best[c] = 0;
   }
   __syncthreads();
-  best_of(at.gathered, found, n, at.best);
+  best_of(smem.gathered, found, n, smem.best);
 }
 
-enum class Scored { by_token, by_tile, by_sums };
+enum class ScoreInput { by_token, by_tile, by_sums };
 
-template <Scored How, class Keep>
+template <ScoreInput How, class CacheHint>
 __device__ void score_slice(const RankParams& p, std::int64_t row, std::int64_t g, std::int64_t t, int begin, int end,
-                            const RankShared& at, Keep keep) {
-  if constexpr (How == Scored::by_tile) {
-    score_tiles(p, row, g, t, begin, end, at.normaliser, keep);
+                            const RankShared& smem, CacheHint keep) {
+  if constexpr (How == ScoreInput::by_tile) {
+    score_tiles(p, row, g, t, begin, end, smem.normaliser, keep);
     __syncthreads();
   } else {
-    score_blocks(p, row, g, t, begin, end, at, keep);
+    score_blocks(p, row, g, t, begin, end, smem, keep);
   }
 }
 
-// Two CTAs an SM: where there is but one, the next launch's are already there when it ends.
-template <Scored How>
-__global__ void __launch_bounds__(most_threads, 2) rank_kernel(const __grid_constant__ RankParams p) {
+// Two CTAs an SM: where there is only one, those of the next launch are resident when it ends.
+template <ScoreInput How>
+__global__ void __launch_bounds__(max_threads, 2) rank_kernel(const __grid_constant__ RankParams p) {
   extern __shared__ float2 shared[];
   const LayerShape& s = p.a.shape;
-  const RankShared at(p, shared);
+  const RankShared smem(p, shared);
   const int slice = blockIdx.x % p.cluster;
-  const std::int64_t list = blockIdx.x / p.cluster, row = list / s.groups, g = list % s.groups;
+  const std::int64_t work_item = blockIdx.x / p.cluster, row = work_item / s.groups, g = work_item % s.groups;
   griddep_wait();
   const std::int64_t t = tile_row(p.a.tile, row).t;
-  load_normalisers(p, row, g, at.normaliser);  // while the position is under way
+  load_normalisers(p, row, g, smem.normaliser);  // overlaps the load of the position
   const std::int64_t eligible = eligible_blocks(s.rules, t);
   const int blocks = held_blocks(p, static_cast<int>(eligible));
-  if (eligible <= s.rules.n_sel && p.a.selected && !p.a.candidates && !p.a.p_slc) {  // all of them
+  if (eligible <= s.rules.n_sel && p.a.selected && !p.a.candidates && !p.a.p_slc) {  // every block is selected
     if (slice == 0)
       for (int c = threadIdx.x; c < s.rules.n_sel; c += blockDim.x)
-        p.a.selected[list * s.rules.n_sel + c] = c < eligible ? c : -1;
+        p.a.selected[work_item * s.rules.n_sel + c] = c < eligible ? c : -1;
     return;
   }
-  // The first CTA must have started before others write to its memory: they say so here and ask below.
+  // CTA 0 must have started before others write to its shared memory: arrive here, wait below.
   if (p.cluster > 1) cluster_arrive();
-  if (slice == 0) clear_scores(p, list, eligible);
+  if (slice == 0) clear_scores(p, work_item, eligible);
   __syncthreads();
   const int each = static_cast<int>(slice_blocks(p, blocks)), begin = min(each * slice, blocks),
             end = min(begin + each, blocks);
-  if constexpr (How == Scored::by_sums) {
-    const SliceOfSums scorer(p, row, g, t, begin, end, at.normaliser);
-    const int lane = threadIdx.x % 32, room = blockDim.x / 32 * most_chosen, size = min(end - begin, room);
-    Entry* entries = static_cast<Entry*>(at.keys);
-    if (end - begin <= room) {
-      scorer.put_entries(entries);
+  if constexpr (How == ScoreInput::by_sums) {
+    const BlockSumSlice scorer(p, row, g, t, begin, end, smem.normaliser);
+    const int lane = threadIdx.x % 32, capacity = blockDim.x / 32 * warp_top_n, size = min(end - begin, capacity);
+    Entry* entries = static_cast<Entry*>(smem.keys);
+    if (end - begin <= capacity) {
+      scorer.store_entries(entries);
     } else {
       const Entry best = scorer.best();
-      if (lane < most_chosen) entries[threadIdx.x / 32 * most_chosen + lane] = best;
+      if (lane < warp_top_n) entries[threadIdx.x / 32 * warp_top_n + lane] = best;
     }
     if (p.cluster > 1) cluster_wait();
     __syncthreads();
-    choose_counted(p, at, slice, end - begin, size);
-  } else if (p.counted) {
-    Entry* entries = static_cast<Entry*>(at.keys);
-    score_slice<How>(p, row, g, t, begin, end, at, [&](int u, unsigned key) { entries[u - begin] = entry_of(key, u); });
+    select_by_count(p, smem, slice, end - begin, size);
+  } else if (p.counts) {
+    Entry* entries = static_cast<Entry*>(smem.keys);
+    score_slice<How>(p, row, g, t, begin, end, smem,
+                     [&](int u, unsigned key) { entries[u - begin] = entry_of(key, u); });
     if (p.cluster > 1) cluster_wait();
-    choose_counted(p, at, slice, end - begin, end - begin);
+    select_by_count(p, smem, slice, end - begin, end - begin);
   } else {
-    unsigned* keys =
-        p.in_scratch ? static_cast<unsigned*>(p.a.scratch) + list * p.most_blocks : static_cast<unsigned*>(at.keys);
+    unsigned* keys = p.in_scratch ? static_cast<unsigned*>(p.a.scratch) + work_item * p.max_blocks
+                                  : static_cast<unsigned*>(smem.keys);
     if (p.cluster > 1) cluster_wait();
-    unsigned* to = p.cluster > 1 && !p.in_scratch ? in_cta(keys, 0) : keys;
-    score_slice<How>(p, row, g, t, begin, end, at, [&](int u, unsigned key) { to[u] = key; });
-    choose_sorted(p, at, keys, slice, blocks);
+    unsigned* to = p.cluster > 1 && !p.in_scratch ? map_to_cta(keys, 0) : keys;
+    score_slice<How>(p, row, g, t, begin, end, smem, [&](int u, unsigned key) { to[u] = key; });
+    select_by_radix(p, smem, keys, slice, blocks);
   }
   if (slice != 0) return;
   __syncthreads();
-  put_out(p, list, at.best);
+  store_selection(p, work_item, smem.best);
 }
 
-// Shared memory: all candidates, and whether each is among the best n.
+// Shared memory: all candidates, and whether each is selected.
 __global__ void select_kernel(const __grid_constant__ SelectArgs a) {
   extern __shared__ Candidate all[];
   griddep_wait();
@@ -198,8 +202,9 @@ __global__ void select_kernel(const __grid_constant__ SelectArgs a) {
   bool* is_chosen = reinterpret_cast<bool*>(all + count);
   __shared__ int found;
   if (threadIdx.x == 0) found = 0;
-  const std::int64_t list = blockIdx.x, lists = gridDim.x;
-  for (int c = threadIdx.x; c < count; c += blockDim.x) all[c] = a.candidates[(c / n * lists + list) * n + c % n];
+  const std::int64_t work_item = blockIdx.x, work_items = gridDim.x;
+  for (int c = threadIdx.x; c < count; c += blockDim.x)
+    all[c] = a.candidates[(c / n * work_items + work_item) * n + c % n];
   __syncthreads();
   for (int c = threadIdx.x; c < count; c += blockDim.x) {
     int better = 0;
@@ -208,95 +213,94 @@ __global__ void select_kernel(const __grid_constant__ SelectArgs a) {
     if (is_chosen[c]) atomicAdd(&found, 1);
   }
   __syncthreads();
-  std::int32_t* to = a.selected + list * n;
+  std::int32_t* to = a.selected + work_item * n;
   for (int c = threadIdx.x; c < count; c += blockDim.x) {
     if (!is_chosen[c]) continue;
-    int place = 0;
-    for (int o = 0; o < count; ++o) place += is_chosen[o] && all[o].block < all[c].block;
-    to[place] = all[c].block;
+    int index = 0;
+    for (int o = 0; o < count; ++o) index += is_chosen[o] && all[o].block < all[c].block;
+    to[index] = all[c].block;
   }
   for (int c = found + threadIdx.x; c < n; c += blockDim.x) to[c] = -1;
 }
 
-RankRun run_of(const RankArgs& a) {
+BlockColumns block_columns_of(const RankArgs& a) {
   const BlockRules& r = a.shape.rules;
   const RowMap &cmp = a.cmp_map, &token = a.token_map;
-  const int lead = (r.l - 1) / r.d;
-  if (cmp.chunk == INT64_MAX && token.chunk == INT64_MAX) return {true, 0, -lead, (lead + 3) / 4 * 4};
-  const bool own = cmp.rank != all_ranks && cmp.rank == token.rank && cmp.kv == token.kv && cmp.halo == lead &&
+  const int halo = (r.l - 1) / r.d;
+  if (cmp.chunk == INT64_MAX && token.chunk == INT64_MAX) return {true, 0, -halo, (halo + 3) / 4 * 4};
+  const bool own = cmp.rank != all_ranks && cmp.rank == token.rank && cmp.kv == token.kv && cmp.halo == halo &&
                    cmp.chunk * r.d == token.chunk;
-  if (!own) return {false, 0, 0, lead};
+  if (!own) return {false, 0, 0, halo};
   const auto stride = static_cast<int>(score_stride(cmp));
-  return {true, stride, static_cast<int>(score_halo_columns(cmp)) - lead, stride - static_cast<int>(cmp.chunk)};
+  return {true, stride, static_cast<int>(score_halo_columns(cmp)) - halo, stride - static_cast<int>(cmp.chunk)};
 }
 
-// How many tokens score_blocks() takes at a time.
+// Sizes the rounds of score_blocks().
 void plan_rounds(RankParams& p, int threads, std::int64_t slice) {
-  const int ratio = p.a.shape.rules.l_sel / p.a.shape.rules.d, between = p.run.between;
-  // A run's columns by four: two of them a thread.
-  p.terms = p.run.present ? std::max(8 * threads, ratio + between) : std::max(2 * threads, ratio) + between;
-  p.piece = static_cast<int>(std::min<std::int64_t>({p.per_chunk, slice, (p.terms - between) / ratio}));
-  if (p.per_chunk != INT32_MAX && p.piece < p.per_chunk)  // pieces must divide a chunk
-    while (p.per_chunk % p.piece != 0) --p.piece;
-  p.together = std::max(1, p.terms / (p.piece * ratio + between));
+  const int ratio = p.a.shape.rules.l_sel / p.a.shape.rules.d, gap = p.columns.gap;
+  // Contiguous columns are scored by four, two vectors a thread.
+  p.terms = p.columns.contiguous ? std::max(8 * threads, ratio + gap) : std::max(2 * threads, ratio) + gap;
+  p.strip_blocks = static_cast<int>(std::min<std::int64_t>({p.per_chunk, slice, (p.terms - gap) / ratio}));
+  if (p.per_chunk != INT32_MAX && p.strip_blocks < p.per_chunk)  // strips must divide a chunk
+    while (p.per_chunk % p.strip_blocks != 0) --p.strip_blocks;
+  p.strips_per_round = std::max(1, p.terms / (p.strip_blocks * ratio + gap));
 }
 
 }  // namespace
 
 std::size_t rank_scratch(const LayerShape& s, const QueryTile& tile) {
   const std::int64_t blocks = tile.max_positions / s.rules.l_sel + 1;
-  const std::size_t most_fixed =
-      48 << 10;  // of RankShared::bytes besides the keys; more than that and scratch is there too
-  return blocks * sizeof(unsigned) + most_fixed <= limits().shared_bytes
+  const std::size_t max_fixed_bytes = 48 << 10;  // of RankShared::bytes besides the keys; above it keys go to scratch
+  return blocks * sizeof(unsigned) + max_fixed_bytes <= limits().shared_bytes
              ? 0
              : static_cast<std::size_t>(tile.rows() * s.groups * blocks) * sizeof(unsigned);
 }
 
 void rank(const RankArgs& a, Stream* stream) {
-  const std::int64_t lists = a.tile.rows() * a.shape.groups;
-  if (lists == 0) return;
+  const std::int64_t work_items = a.tile.rows() * a.shape.groups;
+  if (work_items == 0) return;
   const BlockRules& r = a.shape.rules;
   RankParams p{a, 0, 0, INT32_MAX, 0, 0, 0, 0, false, 1, false, scores_by_tile(a.shape), {}, {}};
   p.pitch = score_pitch(a.cmp_map, compressed_tokens(r, a.tile.max_positions - 1));
   const std::int64_t blocks = (a.tile.max_positions - 1) / r.l_sel + 1;
   const bool cut = a.token_map.chunk != INT64_MAX;
   if (cut) p.per_chunk = static_cast<int>(a.token_map.chunk / r.l_sel);
-  p.most_blocks = a.token_map.rank == all_ranks || a.token_map.kv == 1
-                      ? blocks
-                      : owned_chunks(a.token_map, blocks * r.l_sel, a.token_map.rank) * p.per_chunk;
-  // A slice of a few blocks is not worth a CTA.
+  p.max_blocks = a.token_map.rank == all_ranks || a.token_map.kv == 1
+                     ? blocks
+                     : owned_chunks(a.token_map, blocks * r.l_sel, a.token_map.rank) * p.per_chunk;
+  // A slice needs enough blocks to be worth a CTA.
   if (limits().capability >= 90)
-    while (p.cluster < most_cluster && (p.cluster == 1 ? lists : 2 * lists * p.cluster) <= limits().sms &&
+    while (p.cluster < rank_max_cluster && (p.cluster == 1 ? work_items : 2 * work_items * p.cluster) <= limits().sms &&
            blocks > p.cluster * 16)
       p.cluster *= 2;
-  const std::int64_t slice = std::max<std::int64_t>(1, slice_blocks(p, p.most_blocks));
-  const int threads = lists * p.cluster > 2 * limits().sms ? 256 : most_threads;
-  p.run = run_of(a);
+  const std::int64_t slice = std::max<std::int64_t>(1, slice_blocks(p, p.max_blocks));
+  const int threads = work_items * p.cluster > 2 * limits().sms ? 256 : max_threads;
+  p.columns = block_columns_of(a);
   if (p.by_tile && cut && p.per_chunk % tile_blocks != 0) throw InternalError("rank: a chunk ends within a tile");
   if (a.local_attention && leaves_sums(a.shape))
-    p.sums = tile_sums(const_cast<void*>(a.scores), decode_tiles(cmp, a.shape, a.cmp_map, a.tile.max_positions),
-                       decode_heads(a.shape.dtype));
+    p.block_sums = tile_sums(const_cast<void*>(a.scores), max_kv_tiles(cmp, a.shape, a.cmp_map, a.tile.max_positions),
+                             decode_heads(a.shape.dtype));
   if (!p.by_tile) plan_rounds(p, threads, slice);
-  p.counted = p.sums.memory || slice <= most_counted(r.n_sel, p.cluster);
-  p.key_words = static_cast<int>(p.sums.memory ? threads / 32 * most_chosen
-                                 : p.counted   ? slice
-                                               : (p.most_blocks + 1) / 2);
+  p.counts = p.block_sums.memory || slice <= max_counted_blocks(r.n_sel, p.cluster);
+  p.key_words = static_cast<int>(p.block_sums.memory ? threads / 32 * warp_top_n
+                                 : p.counts          ? slice
+                                                     : (p.max_blocks + 1) / 2);
   p.in_scratch = RankShared::bytes(p) > limits().shared_bytes - 1024;
   if (p.in_scratch) {
     p.key_words = 0;
-    if (a.scratch_bytes < lists * p.most_blocks * sizeof(unsigned)) throw InternalError("rank: scratch too small");
+    if (a.scratch_bytes < work_items * p.max_blocks * sizeof(unsigned)) throw InternalError("rank: scratch too small");
   }
-  launch_pdl(p.sums.memory ? rank_kernel<Scored::by_sums>
-             : p.by_tile   ? rank_kernel<Scored::by_tile>
-                           : rank_kernel<Scored::by_token>,
-             dim3(static_cast<unsigned>(lists * p.cluster)), threads, RankShared::bytes(p), stream, p.cluster, p);
+  launch_pdl(p.block_sums.memory ? rank_kernel<ScoreInput::by_sums>
+             : p.by_tile         ? rank_kernel<ScoreInput::by_tile>
+                                 : rank_kernel<ScoreInput::by_token>,
+             dim3(static_cast<unsigned>(work_items * p.cluster)), threads, RankShared::bytes(p), stream, p.cluster, p);
 }
 
 void select(const SelectArgs& a, Stream* stream) {
-  const std::int64_t lists = a.tile.rows() * a.shape.groups;
-  if (lists == 0) return;
+  const std::int64_t work_items = a.tile.rows() * a.shape.groups;
+  if (work_items == 0) return;
   const std::size_t shared = a.ranks * a.shape.rules.n_sel * (sizeof(Candidate) + 1);
-  launch_pdl(select_kernel, dim3(static_cast<unsigned>(lists)), 128, shared, stream, 1, a);
+  launch_pdl(select_kernel, dim3(static_cast<unsigned>(work_items)), 128, shared, stream, 1, a);
 }
 
 }  // namespace nsa::gpu

@@ -1,5 +1,5 @@
 #pragma once
-// The best n of a list's blocks by a CTA of rank: the n-th largest of many keys by radix, or entries counted.
+// Top-n selection by a CTA of the rank kernel: the n-th largest of many keys by radix, or by counting larger entries.
 
 #include "kernels/cuda/attention/block_scores.cuh"
 
@@ -28,20 +28,20 @@ __device__ inline Threshold nth_largest(std::int64_t blocks, std::int64_t n, uns
     if (threadIdx.x < 32) {  // lane l holds digits 255-8l .. 248-8l, largest first
       unsigned counts[8], sum = 0;
       for (int d = 0; d < 8; ++d) sum += counts[d] = histogram[255 - threadIdx.x * 8 - d];
-      unsigned upto = sum;
+      unsigned inclusive = sum;
       for (int step = 1; step < 32; step *= 2) {
-        const unsigned other = __shfl_up_sync(0xffffffffu, upto, step);
-        if (static_cast<int>(threadIdx.x) >= step) upto += other;
+        const unsigned other = __shfl_up_sync(0xffffffffu, inclusive, step);
+        if (static_cast<int>(threadIdx.x) >= step) inclusive += other;
       }
-      unsigned before = upto - sum;
-      if (before < wanted && upto >= wanted)
+      unsigned exclusive = inclusive - sum;
+      if (exclusive < wanted && inclusive >= wanted)
         for (int d = 0; d < 8; ++d) {
-          if (before + counts[d] >= wanted) {
+          if (exclusive + counts[d] >= wanted) {
             chosen = 255 - threadIdx.x * 8 - d;
-            above = before;
+            above = exclusive;
             break;
           }
-          before += counts[d];
+          exclusive += counts[d];
         }
     }
     __syncthreads();
@@ -53,7 +53,7 @@ __device__ inline Threshold nth_largest(std::int64_t blocks, std::int64_t n, uns
   return {prefix, n - wanted};
 }
 
-// The blocks above the threshold and the first of those at it, by rising index.
+// Collects the blocks above the threshold and the first of those equal to it, by rising index.
 __device__ inline void collect(std::int64_t blocks, std::int64_t n, Threshold threshold, const unsigned* keys,
                                int* chosen) {
   __shared__ int above_of[32], equal_of[32];
@@ -90,28 +90,28 @@ __device__ inline void collect(std::int64_t blocks, std::int64_t n, Threshold th
   }
 }
 
-// In place: of every 32 entries only the best n stay, side by side. Returns how many there are. All threads.
+// Keeps the best n of every 32 entries, in place and packed. Returns how many remain. All threads.
 __device__ inline int thin_out(Entry* entries, int count, int n) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int runs = (count + 31) / 32;
   for (int run0 = 0; run0 < runs; run0 += warps) {
     const int run = run0 + warp, at = run * 32 + lane;
-    const Entry mine = warp_sorted(at < count ? entries[at] : 0);
+    const Entry own = warp_sort_descending(at < count ? entries[at] : 0);
     __syncthreads();
-    if (run < runs && lane < n) entries[run * n + lane] = mine;
+    if (run < runs && lane < n) entries[run * n + lane] = own;
     __syncthreads();
   }
   return runs * n;
 }
 
-// The best n of `count` entries, in order, to `to`. All threads.
+// Stores the sorted best n of `count` entries at `to`. All threads.
 __device__ inline void best_of(const Entry* entries, int count, int n, Entry* to) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const Entry mine = entries[i];
+    const Entry own = entries[i];
     int better = 0;
 #pragma unroll 8
-    for (int other = 0; other < count; ++other) better += entries[other] > mine;
-    if (mine != 0 && better < n) to[better] = mine;
+    for (int other = 0; other < count; ++other) better += entries[other] > own;
+    if (own != 0 && better < n) to[better] = own;
   }
 }
 

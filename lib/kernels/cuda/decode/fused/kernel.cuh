@@ -1,286 +1,301 @@
 #pragma once
-// A decode step's attention in one launch: a cluster of 1 to 16 CTAs a (row, group), one CTA of 8 warps an SM.
+// Fused decode attention: cmp, block selection, sel, win and the merge in one launch; a cluster of 1 to 16 CTAs a (row,
+// group), one CTA of 8 warps an SM.
 //
-// Tiling: cmp's tiles of 32 tokens are dealt to all warps of the cluster; then some warps take the window and the rest
-// the chosen blocks (decode/fused/tile_stream.cuh). In between, the tiles' (m, sum) and sums of blocks meet in the L2,
-// and those who take the chosen blocks score and choose them (decode/fused/rank.cuh), while the window's warps go on.
-// At the end a CTA adds up its warps' o by branch and sends every CTA of the cluster the columns that one merges,
-// normalises and weighs with the gates. Sums: of blocks, by tile (attention/block_sums.cuh); where the shape has none,
-// raw scores.
+// Tiling: the KV tiles of cmp, 32 tokens each, are dealt to all warps of the cluster (pass 0); then some warps attend
+// the window and the rest the selected blocks (pass 1, decode/fused/tile_pipeline.cuh). In between, the (m, sum) and
+// block sums of the tiles go through the L2, and the warps that attend the selected blocks score and select them
+// (decode/fused/select_blocks.cuh), while the warps of the window go on. At the end a CTA sums the o of its warps by
+// branch and sends every CTA of the cluster the columns which that one merges, normalises and gates. Block scores come
+// from sums by tile (attention/block_sums.cuh), or from raw scores where the shape has none.
 //
-// Bytes: K and V once, and 9/8 * heads / (2 * Dk + 2 * Dv) of those of cmp written and read again as sums of blocks
-// (raw scores: 4 * heads / (2 * Dk + 2 * Dv)). Bound: memory bandwidth from some 16 lists of 64K on; with few lists the
-// chain launch, cmp, choice, sel, merge, three meetings of the cluster in it: what counts there are instructions on the
-// way, at 4 to 5 cycles each.
+// Bytes: K and V once; block sums add 9/8 * heads / (2 * Dk + 2 * Dv) of the bytes of cmp, written and read (raw
+// scores: 4 * heads / (2 * Dk + 2 * Dv)). Bound: memory bandwidth from some 16 work items of 64K tokens on; with few
+// work items the latency of the chain launch, cmp, selection, sel, merge with three cluster barriers, which is the
+// instructions on that path at 4 to 5 cycles each.
 
 #include "kernels/cuda/decode/fused/merge.cuh"
 
 namespace nsa::gpu {
 
-template <class E, int W, bool Sums>
-struct Step {
-  using T = typename E::Type;
-  using Layout = StepLayout<E, W>;
-  using Rank = StepRank<E, W, Sums>;
+template <class WarpTile, int W, bool Sums>
+struct FusedDecode {
+  using T = typename WarpTile::Type;
+  using SharedLayout = FusedSharedLayout<WarpTile, W>;
+  using Select = FusedSelect<WarpTile, W, Sums>;
   static constexpr int threads = 32 * W;
-  const StepParams& p;
+  const FusedDecodeParams& p;
   char* shared;
-  StepPlace at;
-  StepWalk<E, W> walk;
+  FusedCoord at;
+  TilePipeline<WarpTile, W> pipeline;
   int win_tiles, sel_tiles;
-  bool joined = false;  // a meeting of the cluster that is still to be left
+  bool cluster_arrived = false;  // at the cluster barrier of block selection, whose wait is still due
   std::uint64_t scores_policy;
 
-  // What the launch alone says; then, when the predecessor is done, what the position says.
-  __device__ __forceinline__ Step(const StepParams& params, char* memory) : p(params), shared(memory) {
+  // Sets up what depends on the launch alone. start() sets up what depends on the position, after the predecessor.
+  __device__ __forceinline__ FusedDecode(const FusedDecodeParams& params, char* memory) : p(params), shared(memory) {
     const LayerShape& s = p.shape;
-    at.list = p.by_cluster(static_cast<int>(blockIdx.x));
-    at.cta = static_cast<int>(blockIdx.x) - at.list * p.cluster;
-    at.row = p.groups(at.list), at.group = at.list - at.row * s.groups;
-    at.present = s.heads_per_group;
-    at.head0 = at.row * s.heads() + at.group * s.heads_per_group;
+    at.work_item = p.by_cluster(static_cast<int>(blockIdx.x));
+    at.cta = static_cast<int>(blockIdx.x) - at.work_item * p.cluster;
+    at.row = p.groups(at.work_item), at.group = at.work_item - at.row * s.groups;
+    at.valid_heads = s.heads_per_group;
+    at.first_head = at.row * s.heads() + at.group * s.heads_per_group;
     at.warp = threadIdx.x / 32;
-    at.among = at.warp * p.cluster + at.cta;
-    at.warps = W * p.cluster;
-    at.scorers = at.warps - p.win_warps;
-    at.rankers = min(W, p.by_cluster(max(0, at.scorers - at.cta + p.cluster - 1)));
-    Rank{p, at, shared}.prepare();
-    walk.scores_only = p.scores_only;
-    walk.ring = shared_address(shared) + at.warp * Layout::ring_bytes;
-    walk.policy = cache_policy(p.keeps_scores ? CacheHint::evict_first : CacheHint::evict_normal);
+    at.warp_in_cluster = at.warp * p.cluster + at.cta;
+    at.cluster_warps = W * p.cluster;
+    at.scoring_warps = at.cluster_warps - p.win_warps;
+    at.cta_scoring_warps = min(W, p.by_cluster(max(0, at.scoring_warps - at.cta + p.cluster - 1)));
+    Select{p, at, shared}.prepare();
+    pipeline.scores_only = p.scores_only;
+    pipeline.ring = shared_address(shared) + at.warp * SharedLayout::ring_bytes;
+    pipeline.policy = cache_policy(p.keeps_scores ? CacheHint::evict_first : CacheHint::evict_normal);
     scores_policy = cache_policy(CacheHint::evict_last);
-    deal();
+    assign_tiles();
   }
   __device__ __forceinline__ void start() {
     const std::int64_t t = *p.tile.first_position;
-    E::copy_queries(shared_address(shared) + Layout::queries,
-                    static_cast<const T*>(p.q) + std::int64_t{at.head0} * E::d_k, at.present, threadIdx.x, threads);
+    WarpTile::copy_queries_async(shared_address(shared) + SharedLayout::queries,
+                                 static_cast<const T*>(p.q) + std::int64_t{at.first_head} * WarpTile::d_k,
+                                 at.valid_heads, threadIdx.x, threads);
     if (threadIdx.x < branches)
-      cp_async_word(shared_address(shared) + Layout::gates + threadIdx.x * 4, p.gate + at.list * branches + threadIdx.x,
-                    true);
+      cp_async_word(shared_address(shared) + SharedLayout::gates + threadIdx.x * 4,
+                    p.gate + at.work_item * branches + threadIdx.x, true);
     cp_async_commit();
     const BlockRules& r = p.shape.rules;
     at.t = static_cast<int>(t);
     at.n = at.t + 1 < r.l ? 0 : p.stride(at.t + 1 - r.l) + 1;
     at.eligible = p.block(at.t) + 1;
-    plan();
-    cp_async_wait<Layout::slots>();  // the queries, the gates
+    plan_tiles();
+    cp_async_wait<SharedLayout::slots>();  // the queries, the gates
     __syncthreads();
   }
 
-  __device__ __forceinline__ Course* courses() const {
-    return reinterpret_cast<Course*>(shared + Layout::courses) + at.warp * 2;
+  __device__ __forceinline__ TileRange* ranges() const {
+    return reinterpret_cast<TileRange*>(shared + SharedLayout::ranges) + at.warp * 2;
   }
-  // Which tiles this warp takes; how many there are hangs on the position. The last warps take the window.
-  __device__ __forceinline__ void deal() {
-    const int from_last = at.warps - 1 - at.among, per_leaf = tiles_per_unit(cmp, p.shape);
-    walk.chooses = from_last >= p.win_warps;
-    walk.courses = courses();
-    if (threadIdx.x % 32 == 0) put_courses(from_last, per_leaf);
+  // Assigns tiles to this warp; how many there are depends on the position. The last warps take the window.
+  __device__ __forceinline__ void assign_tiles() {
+    const int from_last = at.cluster_warps - 1 - at.warp_in_cluster, per_segment = tiles_per_span(cmp, p.shape);
+    pipeline.attends_sel = from_last >= p.win_warps;
+    pipeline.ranges = ranges();
+    if (threadIdx.x % 32 == 0) store_ranges(from_last, per_segment);
     __syncwarp();
-    // The first tile comes to the L2 while the predecessor works.
-    const Piece first = walk.piece(0, at.among);
-    __syncwarp();  // plan() writes what it was read from
+    // Prefetch the first tile to the L2 while the predecessor runs.
+    const TileRows first = pipeline.rows_of(0, at.warp_in_cluster);
+    __syncwarp();  // plan_tiles() overwrites the ranges read here
     if (threadIdx.x % 32 != 0 || first.count <= 0) return;
-    prefetch_l2(courses()[0].k + std::int64_t{first.row} * E::k_bytes, first.count * E::k_bytes);
-    if (!p.scores_only) prefetch_l2(courses()[0].v + std::int64_t{first.row} * E::v_bytes, first.count * E::v_bytes);
+    prefetch_l2(ranges()[0].k + std::int64_t{first.row} * WarpTile::k_bytes, first.count * WarpTile::k_bytes);
+    if (!p.scores_only)
+      prefetch_l2(ranges()[0].v + std::int64_t{first.row} * WarpTile::v_bytes, first.count * WarpTile::v_bytes);
   }
-  __device__ __forceinline__ void put_courses(int from_last, int per_leaf) const {
+  __device__ __forceinline__ void store_ranges(int from_last, int per_segment) const {
     const LayerShape& s = p.shape;
     const std::int64_t plane = (p.tile.batch_begin + at.row) * s.groups + at.group;
-    const auto rows_of = [&](const KvView& view) {
+    const auto plane_rows = [&](const KvView& view) {
       return static_cast<const char*>(view.data) + plane * view.plane_stride * static_cast<int>(sizeof(T));
     };
-    const Branch second = walk.chooses ? sel : win;
-    const int unit = walk.chooses ? s.rules.l_sel : window_unit;
-    courses()[0] = {
-        rows_of(p.k[cmp]), rows_of(p.v[cmp]), at.among, at.warps, 0, static_cast<int>(s.lse.segment), per_leaf, 0, 0,
-        p.most_tokens};
-    courses()[1] = {rows_of(p.k[second]),
-                    rows_of(p.v[second]),
-                    walk.chooses ? from_last - p.win_warps : from_last,
-                    walk.chooses ? at.scorers : p.win_warps,
-                    0,
-                    unit,
-                    (unit + tile_rows - 1) / tile_rows,
-                    0,
-                    0,
-                    0};
+    const Branch second = pipeline.attends_sel ? sel : win;
+    const int span = pipeline.attends_sel ? s.rules.l_sel : window_span;
+    ranges()[0] = {plane_rows(p.k[cmp]),
+                   plane_rows(p.v[cmp]),
+                   at.warp_in_cluster,
+                   at.cluster_warps,
+                   0,
+                   static_cast<int>(s.lse.segment),
+                   per_segment,
+                   0,
+                   0,
+                   p.max_tokens};
+    ranges()[1] = {plane_rows(p.k[second]),
+                   plane_rows(p.v[second]),
+                   pipeline.attends_sel ? from_last - p.win_warps : from_last,
+                   pipeline.attends_sel ? at.scoring_warps : p.win_warps,
+                   0,
+                   span,
+                   (span + tile_rows - 1) / tile_rows,
+                   0,
+                   0,
+                   0};
   }
 
-  // How many there are, and what of them is known before blocks are chosen.
-  __device__ __forceinline__ void plan() {
+  // Counts the tiles, and those of sel that are known before selection.
+  __device__ __forceinline__ void plan_tiles() {
     const LayerShape& s = p.shape;
     const BlockRules& r = s.rules;
     const WindowRows rows = window_rows(r, p.k[win].map, at.t);
-    const int begin = static_cast<int>(rows.begin), end = static_cast<int>(rows.end), first_unit = begin / window_unit;
+    const int begin = static_cast<int>(rows.begin), end = static_cast<int>(rows.end), first_span = begin / window_span;
     win_tiles =
-        p.leave_out[win] || end <= begin ? 0 : ((end - 1) / window_unit - first_unit + 1) * tiles_per_unit(win, s);
-    sel_tiles = p.leave_out[sel] ? 0 : r.n_sel * tiles_per_unit(sel, s);
+        p.leave_out[win] || end <= begin ? 0 : ((end - 1) / window_span - first_span + 1) * tiles_per_span(win, s);
+    sel_tiles = p.leave_out[sel] ? 0 : r.n_sel * tiles_per_span(sel, s);
     if (threadIdx.x % 32 == 0) {
-      const int leaf = static_cast<int>(s.lse.segment);
-      Course &first = courses()[0], &second = courses()[1];
-      first.count = p.leaf(at.n + leaf - 1) * tiles_per_unit(cmp, s);
-      first.unit0 = first.low = 0, first.high = at.n;
-      second.count = walk.chooses ? sel_tiles : win_tiles;
-      second.unit0 = walk.chooses ? 0 : first_unit;
-      second.low = walk.chooses ? 0 : begin, second.high = walk.chooses ? at.t + 1 : end;
+      const int segment = static_cast<int>(s.lse.segment);
+      TileRange &first = ranges()[0], &second = ranges()[1];
+      first.count = p.segment(at.n + segment - 1) * tiles_per_span(cmp, s);
+      first.first_span = first.low = 0, first.high = at.n;
+      second.count = pipeline.attends_sel ? sel_tiles : win_tiles;
+      second.first_span = pipeline.attends_sel ? 0 : first_span;
+      second.low = pipeline.attends_sel ? 0 : begin, second.high = pipeline.attends_sel ? at.t + 1 : end;
     }
     __syncwarp();
     const int lane = threadIdx.x % 32;
-    const bool all = at.eligible <= r.n_sel;
-    const int sure = all ? r.n_sel : r.n_init + r.n_local;
+    const bool selects_all = at.eligible <= r.n_sel;
+    const int known_blocks = selects_all ? r.n_sel : r.n_init + r.n_local;
     int block = lane < r.n_init ? lane : at.eligible - r.n_local + (lane - r.n_init);
-    if (all) block = lane < at.eligible ? lane : -1;
-    walk.chosen = lane < sure ? block : -1;
-    walk.start(!walk.chooses ? win_tiles : sel_tiles == 0 ? 0 : sure * tiles_per_unit(sel, s));
+    if (selects_all) block = lane < at.eligible ? lane : -1;
+    pipeline.selected = lane < known_blocks ? block : -1;
+    pipeline.start(!pipeline.attends_sel ? win_tiles : sel_tiles == 0 ? 0 : known_blocks * tiles_per_span(sel, s));
   }
 
-  __device__ __forceinline__ void attend(E& e, int course) {
-    const Course& c = walk.courses[course];
-    const bool weighs = course == 1 || !p.scores_only;
-    float2* sums = p.leaves + at.list * p.most_tiles * E::heads;
+  __device__ __forceinline__ void mainloop(WarpTile& warp_tile, int pass) {
+    const TileRange& c = pipeline.ranges[pass];
+    const bool has_pv = pass == 1 || !p.scores_only;
+    float2* sums = p.tile_lse + at.work_item * p.max_tiles * WarpTile::heads;
     int tokens = 0;
 #pragma unroll 1
     for (int i = c.first; i < c.count; i += c.step) {
-      const Piece now = walk.piece(course, i);
-      if (now.count <= 0) {
-        if (course == 0 && threadIdx.x % 32 < E::heads)
-          sums[i * E::heads + threadIdx.x % 32] = make_float2(neg_inf, 0.0f);
+      const TileRows rows = pipeline.rows_of(pass, i);
+      if (rows.count <= 0) {
+        if (pass == 0 && threadIdx.x % 32 < WarpTile::heads)
+          sums[i * WarpTile::heads + threadIdx.x % 32] = make_float2(neg_inf, 0.0f);
         continue;
       }
-      walk.take([&](unsigned from) { e.scores(from); });
-      e.scale();
+      pipeline.consume([&](unsigned from) { warp_tile.multiply_qk(from); });
+      warp_tile.scale_scores();
       if constexpr (Sums) {
-        SumRows blocks;
-        if (course == 0)
-          blocks = {p.sums.sums(at.list, i), p.sums.fronts(at.list, i + 1), p.keeps_scores, scores_policy};
-        if (course == 0) e.put_last(blocks, now.count);
-        e.soften(now.count, blocks);
+        BlockSumOutput block_output;
+        if (pass == 0)
+          block_output = {p.block_sums.sums(at.work_item, i), p.block_sums.halo_scores(at.work_item, i + 1),
+                          p.keeps_scores, scores_policy};
+        if (pass == 0) warp_tile.store_last_score(block_output, rows.count);
+        warp_tile.online_softmax(rows.count, block_output);
       } else {
-        if (course == 0)
-          e.put_scores({p.scores + at.head0 * p.pitch + now.row, p.pitch, p.keeps_scores, scores_policy}, now.count,
-                       at.present);
-        e.soften(now.count);
+        if (pass == 0)
+          warp_tile.store_scores(
+              {p.scores + at.first_head * p.pitch + rows.row, p.pitch, p.keeps_scores, scores_policy}, rows.count,
+              at.valid_heads);
+        warp_tile.online_softmax(rows.count);
       }
-      if (course == 0) e.put_tile(sums + i * E::heads);
-      if (weighs) walk.take([&](unsigned from) { e.add(from); });
-      tokens += now.count;
+      if (pass == 0) warp_tile.store_tile_lse(sums + i * WarpTile::heads);
+      if (has_pv) pipeline.consume([&](unsigned from) { warp_tile.multiply_pv(from); });
+      tokens += rows.count;
     }
     if (threadIdx.x % 32 == 0 && tokens > 0) {
-      std::int64_t* reads = course == 0 ? p.reads[cmp] : walk.chooses ? p.reads[sel] : p.reads[win];
-      atomicAdd(reinterpret_cast<unsigned long long*>(reads) + at.list, static_cast<unsigned long long>(tokens));
+      std::int64_t* reads = pass == 0 ? p.reads[cmp] : pipeline.attends_sel ? p.reads[sel] : p.reads[win];
+      atomicAdd(reinterpret_cast<unsigned long long*>(reads) + at.work_item, static_cast<unsigned long long>(tokens));
     }
   }
 
-  // Between the two courses. The window's warps do not wait for the choice; they join the meeting in it before that
-  // begins, and leave it when they have their window.
-  __device__ __forceinline__ void choose() {
+  // Between the two passes. Warps of the window do not wait for selection: they arrive at its cluster barrier
+  // beforehand and wait on it after their window.
+  __device__ __forceinline__ void select_blocks() {
     const BlockRules& r = p.shape.rules;
-    if (p.cluster > 1)  // the tiles' sums are there, and the others have started: their memory may be written to
+    if (p.cluster > 1)  // tile outputs are visible, and every CTA has started: remote writes are safe
       cluster_barrier();
     else
       __syncthreads();
     if (p.leave_out[sel]) return;
-    const bool all = at.eligible <= r.n_sel, scores = !all || p.p_slc;
-    if (!walk.chooses) {
-      joined = scores && p.cluster > 1;
-      if (joined) join_cluster();
+    const bool selects_all = at.eligible <= r.n_sel, scores = !selects_all || p.p_slc;
+    if (!pipeline.attends_sel) {
+      cluster_arrived = scores && p.cluster > 1;
+      if (cluster_arrived) cluster_arrive_relaxed();
       return;
     }
     if (scores) {
-      const int best = Rank{p, at, shared}.choose(walk.courses[0].count, walk.courses[0].tiles_per_unit);
-      if (!all && threadIdx.x % 32 >= r.n_init + r.n_local) walk.chosen = best;
+      const int best = Select{p, at, shared}.select(pipeline.ranges[0].count, pipeline.ranges[0].tiles_per_span);
+      if (!selects_all && threadIdx.x % 32 >= r.n_init + r.n_local) pipeline.selected = best;
     }
-    walk.release();
-    if (at.among == 0) put_chosen();
+    pipeline.release_all_tiles();
+    if (at.warp_in_cluster == 0) store_selected();
   }
-  __device__ __forceinline__ StepMerge<E, W> merge() const {
-    return {p, at, shared, walk.courses[0].count, sel_tiles, win_tiles};
+  __device__ __forceinline__ FusedMerge<WarpTile, W> merge() const {
+    return {p, at, shared, pipeline.ranges[0].count, sel_tiles, win_tiles};
   }
-  // By rising block.
-  __device__ __forceinline__ void put_chosen() const {
-    const int lane = threadIdx.x % 32, n = p.shape.rules.n_sel, mine = walk.chosen;
-    int place = 0;
+  // Stores the selected blocks in rising order.
+  __device__ __forceinline__ void store_selected() const {
+    const int lane = threadIdx.x % 32, n = p.shape.rules.n_sel, own = pipeline.selected;
+    int index = 0;
 #pragma unroll 1
     for (int other = 0; other < n; ++other) {
-      const int block = __shfl_sync(0xffffffffu, mine, other);
-      place += block >= 0 && block < mine;
+      const int block = __shfl_sync(0xffffffffu, own, other);
+      index += block >= 0 && block < own;
     }
-    if (lane < n) p.selected[std::int64_t{at.list} * n + (mine < 0 ? lane : place)] = mine;
+    if (lane < n) p.selected[std::int64_t{at.work_item} * n + (own < 0 ? lane : index)] = own;
   }
 };
 
-template <class E, int W, bool Sums>
-__global__ void __launch_bounds__(32 * W, step_warps / W) step_kernel(const __grid_constant__ StepParams p) {
-  using Layout = StepLayout<E, W>;
+template <class WarpTile, int W, bool Sums>
+__global__ void __launch_bounds__(32 * W, fused_warps / W)
+    fused_decode_kernel(const __grid_constant__ FusedDecodeParams p) {
+  using SharedLayout = FusedSharedLayout<WarpTile, W>;
   extern __shared__ __align__(128) char shared[];
-  Step<E, W, Sums> step(p, shared);
+  FusedDecode<WarpTile, W, Sums> step(p, shared);
   griddep_wait();
   step.start();
-  const auto engine = [&] {
-    return E(shared + Layout::queries, shared + Layout::weights + step.at.warp * E::weight_bytes);
+  const auto make_tile = [&] {
+    return WarpTile(shared + SharedLayout::queries, shared + SharedLayout::prob + step.at.warp * WarpTile::prob_bytes);
   };
-  E of_cmp = engine(), e = engine();
+  WarpTile cmp_tile = make_tile(), warp_tile = make_tile();
 #pragma unroll 1
-  for (int course = 0;; ++course) {
-    step.attend(e, course);
-    if (course == 1) break;
-    of_cmp = e;
-    e = engine();
-    step.choose();
+  for (int pass = 0;; ++pass) {
+    step.mainloop(warp_tile, pass);
+    if (pass == 1) break;
+    cmp_tile = warp_tile;
+    warp_tile = make_tile();
+    step.select_blocks();
   }
-  if (step.joined) cluster_wait();
+  if (step.cluster_arrived) cluster_wait();
   const auto merge = step.merge();
-  merge.send(of_cmp, e, step.walk.chooses);
-  if (W < step_warps || p.cluster == 1) return;
+  merge.send_partials(cmp_tile, warp_tile, step.pipeline.attends_sel);
+  if (W < fused_warps || p.cluster == 1) return;
   cluster_barrier();
   merge.merge();
 }
 
-template <class E>
-int count_clusters(const LayerShape& s, int cluster) {
-  static int known[most_step_cluster + 1];  // one more, 0: not asked yet
-  constexpr auto* kernel = step_kernel<E, step_warps, true>;
-  const std::size_t bytes = StepLayout<E, step_warps>::bytes(s);
+template <class WarpTile>
+int count_active_clusters(const LayerShape& s, int cluster) {
+  static int cached[fused_max_cluster + 1];  // count + 1; 0: not queried yet
+  constexpr auto* kernel = fused_decode_kernel<WarpTile, fused_warps, true>;
+  const std::size_t bytes = FusedSharedLayout<WarpTile, fused_warps>::bytes(s);
   if (bytes > limits().shared_bytes) return 0;
-  if (known[cluster] > 0) return known[cluster] - 1;
+  if (cached[cluster] > 0) return cached[cluster] - 1;
   cudaLaunchAttribute size{};
   size.id = cudaLaunchAttributeClusterDimension;
   size.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(limits().sms * cluster));
-  config.blockDim = dim3(32 * step_warps);
+  config.blockDim = dim3(32 * fused_warps);
   config.dynamicSmemBytes = bytes;
   config.attrs = &size;
   config.numAttrs = 1;
   int count = 0;
-  const bool answered =
+  const bool queried =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) ==
           cudaSuccess &&
       cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, cluster > 8) == cudaSuccess &&
       cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess;
-  if (!answered) {
-    cudaGetLastError();  // such clusters there are not
+  if (!queried) {
+    cudaGetLastError();  // clears the error: this cluster size is not supported
     count = 0;
   }
-  known[cluster] = count + 1;
+  cached[cluster] = count + 1;
   return count;
 }
 
-template <class E>
-void launch_step_of(const StepParams& p, Stream* stream) {
+template <class WarpTile>
+void launch_fused_decode_of(const FusedDecodeParams& p, Stream* stream) {
   const dim3 grid(static_cast<unsigned>(p.tile.rows() * p.shape.groups * p.cluster));
   const auto launch = [&](auto* kernel, int bytes) {
     launch_pdl(kernel, grid, 32 * p.warps, bytes, stream, p.cluster, p);
   };
   const auto launch_of = [&](auto sums) {
-    if (p.warps == step_warps)
-      launch(step_kernel<E, step_warps, sums>, StepLayout<E, step_warps>::bytes(p.shape));
+    if (p.warps == fused_warps)
+      launch(fused_decode_kernel<WarpTile, fused_warps, sums>,
+             FusedSharedLayout<WarpTile, fused_warps>::bytes(p.shape));
     else
-      launch(step_kernel<E, step_warps_of_many, sums>, StepLayout<E, step_warps_of_many>::bytes(p.shape));
+      launch(fused_decode_kernel<WarpTile, fused_warps_small, sums>,
+             FusedSharedLayout<WarpTile, fused_warps_small>::bytes(p.shape));
   };
-  if (p.sums.memory)
+  if (p.block_sums.memory)
     launch_of(std::true_type{});
   else
     launch_of(std::false_type{});

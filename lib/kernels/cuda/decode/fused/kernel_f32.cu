@@ -4,8 +4,12 @@
 
 namespace nsa::gpu {
 
-int step_clusters_f32(const LayerShape& s, int cluster) { return count_clusters<Scalars<64, 64>>(s, cluster); }
+int active_clusters_f32(const LayerShape& s, int cluster) {
+  return count_active_clusters<WarpTileScalar<64, 64>>(s, cluster);
+}
 
-void launch_step_f32(const StepParams& p, Stream* stream) { launch_step_of<Scalars<64, 64>>(p, stream); }
+void launch_fused_decode_f32(const FusedDecodeParams& p, Stream* stream) {
+  launch_fused_decode_of<WarpTileScalar<64, 64>>(p, stream);
+}
 
 }  // namespace nsa::gpu

@@ -1,4 +1,4 @@
-// Which decode steps go into one kernel, and how a list is divided over CTAs and warps.
+// Which decode steps are fused into one kernel, and how a work item is divided over CTAs and warps.
 
 #include <algorithm>
 
@@ -14,80 +14,80 @@ bool is_built_for(const LayerShape& s) {
   return (s.d_k == 64 && s.d_v == 64) || ((s.d_k == 128 || s.d_k == 192) && s.d_v == 128);
 }
 
-int step_clusters(const LayerShape& s, int cluster) {
-  return s.dtype == DType::bf16  ? step_clusters_bf16(s, cluster)
-         : s.dtype == DType::f16 ? step_clusters_f16(s, cluster)
-                                 : step_clusters_f32(s, cluster);
+int active_clusters(const LayerShape& s, int cluster) {
+  return s.dtype == DType::bf16  ? active_clusters_bf16(s, cluster)
+         : s.dtype == DType::f16 ? active_clusters_f16(s, cluster)
+                                 : active_clusters_f32(s, cluster);
 }
 
-// How many CTAs of how many warps share a list; cluster = 0: none will do.
+// CTAs of a work item and warps of a CTA; cluster = 0: no division is possible.
 struct Division {
-  int cluster = 0, warps = step_warps;
+  int cluster = 0, warps = fused_warps;
 };
-// The one that takes least time where a wave of clusters takes its latencies and its bytes, streamed at an even share
-// of the bandwidth; no more warps than tiles.
-Division division_of(const LayerShape& s, const QueryTile& tile, std::int64_t most_tiles) {
-  constexpr double latencies = 8e-6, bandwidth = 4.3e12;  // s, bytes/s: of an H200, and only their ratio matters
+// The division with the least modelled time: a wave of clusters takes its latencies plus its bytes at an even share of
+// the bandwidth. There are no more warps than tiles.
+Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_t max_tiles) {
+  constexpr double latencies = 8e-6, bandwidth = 4.3e12;  // s and bytes/s of an H200; only their ratio matters
   const BlockRules& r = s.rules;
-  const std::int64_t lists = tile.rows() * s.groups, T = tile.max_positions;
+  const std::int64_t work_items = tile.rows() * s.groups, T = tile.max_positions;
   const std::int64_t tokens = compressed_tokens(r, T - 1) + std::min<std::int64_t>(T, std::int64_t{r.n_sel} * r.l_sel) +
                               std::min<std::int64_t>(T, r.w);
   const double alone = static_cast<double>(tokens * (s.d_k + s.d_v)) * static_cast<double>(size_of(s.dtype)) *
-                       limits().sms / bandwidth;  // a list by one SM
+                       limits().sms / bandwidth;  // a work item on one SM
   Division best;
   double least = 0;
-  const auto consider = [&](int cluster, int warps, std::int64_t at_once, double share) {
-    const double time = static_cast<double>((lists + at_once - 1) / at_once) * (latencies + alone * share);
+  const auto consider = [&](int cluster, int warps, std::int64_t resident, double fraction) {
+    const double time = static_cast<double>((work_items + resident - 1) / resident) * (latencies + alone * fraction);
     if (best.cluster == 0 || time < least) best = {cluster, warps}, least = time;
   };
   for (const int cluster : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
-    if (cluster > 1 && (cluster - 1) * step_warps >= most_tiles) break;
-    const int at_once = step_clusters(s, cluster);
-    if (at_once == 0) break;
-    consider(cluster, step_warps, at_once, 1.0 / cluster);
-    if (cluster == 1) consider(1, step_warps_of_many, 2 * at_once, lists > at_once ? 2.0 : 1.0);
+    if (cluster > 1 && (cluster - 1) * fused_warps >= max_tiles) break;
+    const int resident = active_clusters(s, cluster);
+    if (resident == 0) break;
+    consider(cluster, fused_warps, resident, 1.0 / cluster);
+    if (cluster == 1) consider(1, fused_warps_small, 2 * resident, work_items > resident ? 2.0 : 1.0);
   }
   return best;
 }
 
-// Blocks a warp scores at a time: so many that a piece begins at a multiple of 4 tokens.
-int piece_of(const BlockRules& r) {
-  const int piece = std::min(32, scored_tokens * r.d / r.l_sel);
-  return piece > 4 ? piece - piece % 4 : piece;
+// Blocks that a warp scores in a round: every round begins at a multiple of 4 tokens.
+int round_blocks_of(const BlockRules& r) {
+  const int blocks = std::min(32, round_tokens * r.d / r.l_sel);
+  return blocks > 4 ? blocks - blocks % 4 : blocks;
 }
 
-// The same where each has one such piece at most, two tokens a lane; 0: they would not begin at multiples of 2 tokens.
-int few_of(const BlockRules& r) {
-  const int few = std::min(most_chosen, scored_tokens / 2 * r.d / r.l_sel);
-  return few * (r.l_sel / r.d) % 2 == 0 ? few : 0;
+// Blocks of a warp in a single pass, two tokens a lane; 0: a warp's blocks would not begin at a multiple of 2 tokens.
+int single_pass_blocks_of(const BlockRules& r) {
+  const int blocks = std::min(warp_top_n, round_tokens / 2 * r.d / r.l_sel);
+  return blocks * (r.l_sel / r.d) % 2 == 0 ? blocks : 0;
 }
 
 bool accepts(const AttentionArgs& a) {
   const LayerShape& s = a.combine.shape;
   const BlockRules& r = s.rules;
-  const int tokens = piece_of(r) * (r.l_sel / r.d);  // of a piece
+  const int tokens = round_blocks_of(r) * (r.l_sel / r.d);  // of a round
   return limits().capability >= 90 && is_built_for(s) && s.heads_per_group <= decode_heads(s.dtype) &&
-         r.n_sel <= most_chosen && tokens > 0 && tokens % 4 == 0 && (r.l - 1) / r.d <= std::min(most_lead, tokens) &&
-         !a.rank.candidates && a.rank.selected;
+         r.n_sel <= warp_top_n && tokens > 0 && tokens % 4 == 0 &&
+         (r.l - 1) / r.d <= std::min(max_halo_tokens, tokens) && !a.rank.candidates && a.rank.selected;
 }
 
-// Where the walk leaves what blocks are scored by. What of it the L2 can hold until then is not to be driven out by K
-// and V.
-void place_scores(StepParams& p, float* memory) {
+// Memory of the raw scores or block sums that the KV mainloop stores. If they fit the L2, K and V are loaded such that
+// they do not evict them.
+void assign_score_memory(FusedDecodeParams& p, float* memory) {
   const std::int64_t rows = p.tile.rows();
   p.scores = memory;
-  p.pitch = score_pitch(p.k[cmp].map, p.most_tokens);
+  p.pitch = score_pitch(p.k[cmp].map, p.max_tokens);
   std::int64_t floats = rows * p.shape.heads() * p.pitch;
   if (leaves_sums(p.shape)) {
-    p.sums = tile_sums(memory, (p.most_tokens + tile_rows - 1) / tile_rows, decode_heads(p.shape.dtype));
-    floats = rows * p.shape.groups * p.sums.tiles * p.sums.heads * (tile_blocks + 1);
+    p.block_sums = tile_sums(memory, (p.max_tokens + tile_rows - 1) / tile_rows, decode_heads(p.shape.dtype));
+    floats = rows * p.shape.groups * p.block_sums.tiles * p.block_sums.heads * (tile_blocks + 1);
   }
   p.keeps_scores = keeps_scores(floats);
 }
 
-// What the kernel reads and writes.
-StepParams memory_of(const AttentionArgs& a) {
-  StepParams p{};
+// Inputs and outputs of the kernel.
+FusedDecodeParams make_params(const AttentionArgs& a) {
+  FusedDecodeParams p{};
   p.shape = a.combine.shape;
   p.tile = a.combine.tile;
   p.q = a.attend[cmp].q;
@@ -98,11 +98,11 @@ StepParams memory_of(const AttentionArgs& a) {
     p.leave_out[b] = a.combine.leave_out[b];
     p.o_branch[b] = a.combine.o_branch[b];
   }
-  p.most_tokens = static_cast<int>(compressed_tokens(p.shape.rules, p.tile.max_positions - 1));
-  place_scores(p, static_cast<float*>(a.attend[cmp].scores));
+  p.max_tokens = static_cast<int>(compressed_tokens(p.shape.rules, p.tile.max_positions - 1));
+  assign_score_memory(p, static_cast<float*>(a.attend[cmp].scores));
   p.scores_only = a.attend[cmp].scores_only;
-  p.leaves = static_cast<float2*>(a.attend[cmp].scratch);
-  p.most_tiles = decode_tiles(cmp, p.shape, p.k[cmp].map, p.tile.max_positions);
+  p.tile_lse = static_cast<float2*>(a.attend[cmp].scratch);
+  p.max_tiles = max_kv_tiles(cmp, p.shape, p.k[cmp].map, p.tile.max_positions);
   p.selected = a.rank.selected;
   p.p_slc = a.rank.p_slc;
   p.p_slc_blocks = a.rank.p_slc_blocks;
@@ -111,52 +111,54 @@ StepParams memory_of(const AttentionArgs& a) {
   return p;
 }
 
-// How the work is divided; cluster = 0: not at all.
-void divide(StepParams& p) {
+// How the work is divided; cluster = 0: not possible.
+void divide_work(FusedDecodeParams& p) {
   const LayerShape& s = p.shape;
   const BlockRules& r = s.rules;
-  const int of_win = p.leave_out[win] ? 0 : (r.w + tile_rows - 1) / tile_rows,
-            of_sel = p.leave_out[sel] ? 0 : r.n_sel * tiles_per_unit(sel, s), second = of_win + of_sel;
-  const Division division = division_of(s, p.tile, std::max<std::int64_t>(p.most_tiles, second));
+  const int win_tiles = p.leave_out[win] ? 0 : (r.w + tile_rows - 1) / tile_rows,
+            sel_tiles = p.leave_out[sel] ? 0 : r.n_sel * tiles_per_span(sel, s), second_tiles = win_tiles + sel_tiles;
+  const Division division = choose_division(s, p.tile, std::max<std::int64_t>(p.max_tiles, second_tiles));
   p.cluster = division.cluster, p.warps = division.warps;
   if (p.cluster == 0) return;
-  const int quads = s.d_v / 4, warps = p.cluster * p.warps;
-  p.share = (decode_heads(s.dtype) * quads + p.cluster - 1) / p.cluster;
-  p.share_heads = p.share % quads == 0 ? p.share / quads : quads % p.share == 0 ? 1 : p.share / quads + 2;
-  p.piece = piece_of(r);
-  p.by_cluster = Divisor(p.cluster), p.by_share = Divisor(p.share);
-  p.by_piece = Divisor(p.piece);
-  p.groups = Divisor(s.groups), p.stride = Divisor(r.d), p.block = Divisor(r.l_sel), p.leaf = Divisor(s.lse.segment);
-  if (of_win > 0) {
-    // By tiles, and a window that begins anywhere has two more. Where warps have several tiles of cmp the window's gain
-    // the time of the choice, so half as many will do. Every CTA keeps a warp that scores.
-    const int weight = p.most_tiles > warps ? of_win / 2 : of_win;
-    p.win_warps = of_sel == 0
-                      ? warps
-                      : std::clamp((warps * weight + second / 2) / second, 1, std::min(of_win + 2, warps - p.cluster));
+  const int column_quads = s.d_v / 4, warps = p.cluster * p.warps;
+  p.o_slice = (decode_heads(s.dtype) * column_quads + p.cluster - 1) / p.cluster;
+  p.o_slice_heads = p.o_slice % column_quads == 0   ? p.o_slice / column_quads
+                    : column_quads % p.o_slice == 0 ? 1
+                                                    : p.o_slice / column_quads + 2;
+  p.round_blocks = round_blocks_of(r);
+  p.by_cluster = Divisor(p.cluster), p.by_o_slice = Divisor(p.o_slice);
+  p.by_round_blocks = Divisor(p.round_blocks);
+  p.groups = Divisor(s.groups), p.stride = Divisor(r.d), p.block = Divisor(r.l_sel), p.segment = Divisor(s.lse.segment);
+  if (win_tiles > 0) {
+    // In proportion to tiles; a window that begins anywhere has two more. Where warps have several cmp tiles, the warps
+    // of the window gain the time of block selection, so half as many suffice. Every CTA keeps a scoring warp.
+    const int weight = p.max_tiles > warps ? win_tiles / 2 : win_tiles;
+    p.win_warps = sel_tiles == 0 ? warps
+                                 : std::clamp((warps * weight + second_tiles / 2) / second_tiles, 1,
+                                              std::min(win_tiles + 2, warps - p.cluster));
   }
-  p.few = p.cluster > 1 ? few_of(r) : 0;
-  p.by_few = Divisor(std::max(1, p.few));
-  p.ratio = r.l_sel / r.d, p.lead = (r.l - 1) / r.d;
-  p.by_scorers = Divisor(p.win_warps < warps ? warps - p.win_warps : warps);
+  p.single_pass_blocks = p.cluster > 1 ? single_pass_blocks_of(r) : 0;
+  p.by_single_pass = Divisor(std::max(1, p.single_pass_blocks));
+  p.tokens_per_block = r.l_sel / r.d, p.halo_tokens = (r.l - 1) / r.d;
+  p.by_scoring_warps = Divisor(p.win_warps < warps ? warps - p.win_warps : warps);
 }
 
-void launch_step(const StepParams& p, Stream* stream) {
+void launch_fused_decode(const FusedDecodeParams& p, Stream* stream) {
   if (p.shape.dtype == DType::bf16)
-    launch_step_bf16(p, stream);
+    launch_fused_decode_bf16(p, stream);
   else if (p.shape.dtype == DType::f16)
-    launch_step_f16(p, stream);
+    launch_fused_decode_f16(p, stream);
   else
-    launch_step_f32(p, stream);
+    launch_fused_decode_f32(p, stream);
 }
 
 }  // namespace
 
-bool step_in_one(const AttentionArgs& a, Stream* stream) {
+bool try_fused_decode(const AttentionArgs& a, Stream* stream) {
   if (!accepts(a)) return false;
-  StepParams p = memory_of(a);
-  divide(p);
-  if (p.cluster > 0) launch_step(p, stream);
+  FusedDecodeParams p = make_params(a);
+  divide_work(p);
+  if (p.cluster > 0) launch_fused_decode(p, stream);
   return p.cluster > 0;
 }
 

@@ -1,136 +1,145 @@
 #pragma once
-// The end of a decode step in one kernel: a CTA weighs its warps' o and adds them up by branch. One CTA alone has o
-// then; else each CTA of the list merges a share of the columns, which the others send to its shared memory.
+// Epilogue of the fused decode step: a CTA rescales the o of its warps and sums them by branch. A single CTA then has
+// o. Else each CTA of the cluster merges a slice of the columns, which the others send to its shared memory.
 
-#include "kernels/cuda/decode/fused/rank.cuh"
+#include "kernels/cuda/decode/fused/select_blocks.cuh"
 
 namespace nsa::gpu {
 
-template <class E, int W>
-struct StepMerge {
-  using T = typename E::Type;
-  using Layout = StepLayout<E, W>;
+template <class WarpTile, int W>
+struct FusedMerge {
+  using T = typename WarpTile::Type;
+  using SharedLayout = FusedSharedLayout<WarpTile, W>;
   static constexpr int threads = 32 * W;
-  const StepParams& p;
-  const StepPlace& at;
+  const FusedDecodeParams& p;
+  const FusedCoord& at;
   char* shared;
-  int cmp_tiles, sel_tiles, win_tiles;  // of the list
+  int cmp_tiles, sel_tiles, win_tiles;  // of the work item
 
-  __device__ __forceinline__ void put_warp(const E& e, int which) const {
-    auto* o = reinterpret_cast<float*>(shared) + (at.warp * 2 + which) * Layout::warp_floats;
-    auto* sums = reinterpret_cast<float2*>(shared + Layout::sums) + (at.warp * 2 + which) * E::heads;
-    e.put_values(o, [](int, float) { return 1.0f; });
-    e.put_total(sums);
+  __device__ __forceinline__ void store_warp(const WarpTile& warp_tile, int pass) const {
+    auto* o = reinterpret_cast<float*>(shared) + (at.warp * 2 + pass) * SharedLayout::warp_floats;
+    auto* states = reinterpret_cast<float2*>(shared + SharedLayout::warp_lse) + (at.warp * 2 + pass) * WarpTile::heads;
+    warp_tile.store_scaled_o(o, [](int, float) { return 1.0f; });
+    warp_tile.store_state(states);
   }
 
-  // Warps of this CTA before the x-th of the cluster's.
+  // Warps of this CTA before warp x of the cluster.
   __device__ __forceinline__ int warps_before(int x) const {
     return min(W, p.by_cluster(max(0, x - at.cta + p.cluster - 1)));
   }
 
-  struct Part {
+  struct Partial {
     float4 o = {};
-    Sum2 total;
+    Exp2SoftmaxState total;
   };
-  // The sum of `count` parts. ms_of and o_of: of the i-th.
+  // Merge of `count` partials; ms_of(i) and o_of(i) are those of partial i.
   template <class MsOf, class OOf>
-  static __device__ __forceinline__ Part sum_of(int count, MsOf ms_of, OOf o_of) {
-    Part sum;
+  static __device__ __forceinline__ Partial merge_partials(int count, MsOf ms_of, OOf o_of) {
+    Partial sum;
 #pragma unroll 4
     for (int i = 0; i < count; ++i) sum.total.m = fmaxf(sum.total.m, ms_of(i).x);
 #pragma unroll 4
     for (int i = 0; i < count; ++i) {
       const float2 ms = ms_of(i);
       const float4 x = o_of(i);
-      const float weight = exp2_fast(ms.x - sum.total.m);
-      sum.total.s += weight * ms.y;
-      sum.o.x += weight * x.x, sum.o.y += weight * x.y, sum.o.z += weight * x.z, sum.o.w += weight * x.w;
+      const float scale = exp2_fast(ms.x - sum.total.m);
+      sum.total.s += scale * ms.y;
+      sum.o.x += scale * x.x, sum.o.y += scale * x.y, sum.o.z += scale * x.z, sum.o.w += scale * x.w;
     }
     return sum;
   }
 
-  // `parts` of every CTA: o [branch][cta][items of that CTA], then (m, sum) [branch][cta][its heads].
-  __device__ __forceinline__ float4* parts_o() const { return reinterpret_cast<float4*>(shared + Layout::parts); }
-  __device__ __forceinline__ float2* parts_ms() const {
-    return reinterpret_cast<float2*>(parts_o() + branches * p.cluster * p.share);
+  // Partials received from every CTA: o [branch][cta][items of the slice], then (m, sum) [branch][cta][heads of the
+  // slice].
+  __device__ __forceinline__ float4* partials_o() const {
+    return reinterpret_cast<float4*>(shared + SharedLayout::partials);
+  }
+  __device__ __forceinline__ float2* partials_ms() const {
+    return reinterpret_cast<float2*>(partials_o() + branches * p.cluster * p.o_slice);
   }
 
-  // The warps whose second course is `b`, or whose first is cmp: [from, to) of this CTA.
+  // Warps [from, to) of this CTA that attend branch b: in pass 0 if it is cmp, else in pass 1.
   struct Range {
     int from, to;
   };
   __device__ __forceinline__ Range warps_of(int b) const {
-    const int sel_end = at.warps - p.win_warps;
+    const int sel_end = at.cluster_warps - p.win_warps;
     if (b == cmp) return {0, p.scores_only ? 0 : warps_before(cmp_tiles)};
     if (b == sel) return {warps_before(sel_end - min(sel_end, sel_tiles)), warps_before(sel_end)};
-    return {warps_before(at.warps - min(p.win_warps, win_tiles)), W};
+    return {warps_before(at.cluster_warps - min(p.win_warps, win_tiles)), W};
   }
-  __device__ __forceinline__ float2* warp_sums() const { return reinterpret_cast<float2*>(shared + Layout::sums); }
-  __device__ __forceinline__ float2* cta_sums() const { return reinterpret_cast<float2*>(shared + Layout::sums_end); }
+  __device__ __forceinline__ float2* warp_lse() const {
+    return reinterpret_cast<float2*>(shared + SharedLayout::warp_lse);
+  }
+  __device__ __forceinline__ float2* cta_lse() const {
+    return reinterpret_cast<float2*>(shared + SharedLayout::cta_lse);
+  }
 
-  // (m, sum) of the CTA by branch and head; of every warp the weight of its o in place of its maximum. A thread a warp,
-  // neighbours a head's.
-  __device__ __forceinline__ void weigh_warps() const {
+  // Forms the (m, sum) of the CTA by branch and head, and replaces the maximum of every warp by the scale of its o. A
+  // thread has one warp; neighbouring threads have the warps of one head.
+  __device__ __forceinline__ void rescale_warps() const {
 #pragma unroll 1
-    for (int item0 = at.warp * 32; item0 < branches * E::heads * W; item0 += threads) {
-      const int item = item0 + threadIdx.x % 32, w = item % W, to = item / W, b = to / E::heads;
+    for (int item0 = at.warp * 32; item0 < branches * WarpTile::heads * W; item0 += threads) {
+      const int item = item0 + threadIdx.x % 32, w = item % W, to = item / W, b = to / WarpTile::heads;
       const Range warps = warps_of(b);
       const bool has = b < branches && w >= warps.from && w < warps.to;
-      float2* of = warp_sums() + (w * 2 + (b != cmp)) * E::heads + to % E::heads;
-      const Sum2 mine = has ? Sum2{of->x, of->y} : Sum2{};
-      float m = mine.m;
+      float2* state = warp_lse() + (w * 2 + (b != cmp)) * WarpTile::heads + to % WarpTile::heads;
+      const Exp2SoftmaxState own = has ? Exp2SoftmaxState{state->x, state->y} : Exp2SoftmaxState{};
+      float m = own.m;
 #pragma unroll
       for (int step = W / 2; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
-      const float weight = exp2_fast(mine.m - m);
-      float sum = weight * mine.s;
+      const float scale = exp2_fast(own.m - m);
+      float sum = scale * own.s;
 #pragma unroll
       for (int step = W / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (has) of->x = weight;
-      if (w == 0 && b < branches) cta_sums()[to] = make_float2(m, sum);
+      if (has) state->x = scale;
+      if (w == 0 && b < branches) cta_lse()[to] = make_float2(m, sum);
     }
   }
 
-  // The CTA's warps added up. One CTA alone has o; else what it has is sent to where the list's parts meet.
-  __device__ __forceinline__ void send(const E& of_cmp, const E& second, bool chooses) const {
-    constexpr int quads = E::d_v / 4;
+  // Sums the warps of the CTA. A single CTA stores o; else the partials go to the CTAs that merge them.
+  __device__ __forceinline__ void send_partials(const WarpTile& cmp_tile, const WarpTile& second_tile,
+                                                bool attends_sel) const {
+    constexpr int column_quads = WarpTile::d_v / 4;
     __syncthreads();  // the rings are empty
     const Range ranges[branches] = {warps_of(cmp), warps_of(sel), warps_of(win)};
-    const Range behind = chooses ? ranges[sel] : ranges[win];
-    if (at.warp < ranges[cmp].to) put_warp(of_cmp, 0);
-    if (at.warp >= behind.from && at.warp < behind.to) put_warp(second, 1);
+    const Range second = attends_sel ? ranges[sel] : ranges[win];
+    if (at.warp < ranges[cmp].to) store_warp(cmp_tile, 0);
+    if (at.warp >= second.from && at.warp < second.to) store_warp(second_tile, 1);
     __syncthreads();
-    weigh_warps();
+    rescale_warps();
     __syncthreads();
 #pragma unroll 1
-    for (int item = threadIdx.x; item < at.present * quads; item += threads) {
-      const float4 parts[branches] = {sum_of_warps(cmp, ranges[cmp], item), sum_of_warps(sel, ranges[sel], item),
-                                      sum_of_warps(win, ranges[win], item)};
+    for (int item = threadIdx.x; item < at.valid_heads * column_quads; item += threads) {
+      const float4 partials[branches] = {sum_warps(cmp, ranges[cmp], item), sum_warps(sel, ranges[sel], item),
+                                         sum_warps(win, ranges[win], item)};
       if (p.cluster > 1)
-        send_item(item, parts);
+        send_item(item, partials);
       else
-        put_item(item, parts);
+        store_item(item, partials);
     }
   }
-  // Of branch b, 4 columns of a head; so many warps' at once as there mostly are.
-  __device__ __forceinline__ float4 sum_of_warps(int b, Range warps, int item) const {
-    constexpr int quads = E::d_v / 4;
-    const int head = item / quads, slot = warps.from * 2 + (b != cmp);
-    const float2* sums = warp_sums() + slot * E::heads + head;
-    const float* o =
-        reinterpret_cast<const float*>(shared) + slot * Layout::warp_floats + head * Layout::pitch + item % quads * 4;
+  // Sum over the warps of branch b of 4 columns of a head, unrolled over the usual number of warps.
+  __device__ __forceinline__ float4 sum_warps(int b, Range warps, int item) const {
+    constexpr int column_quads = WarpTile::d_v / 4;
+    const int head = item / column_quads, slot = warps.from * 2 + (b != cmp);
+    const float2* states = warp_lse() + slot * WarpTile::heads + head;
+    const float* o = reinterpret_cast<const float*>(shared) + slot * SharedLayout::warp_floats +
+                     head * SharedLayout::pitch + item % column_quads * 4;
     float4 sum = {};
-    const auto add = [&](auto most) {
-      float weight[most];
-      float4 x[most];
+    const auto add = [&](auto count) {
+      float scale[count];
+      float4 x[count];
 #pragma unroll
-      for (int i = 0; i < most; ++i)
-        weight[i] = sums[i * 2 * E::heads].x, x[i] = *reinterpret_cast<const float4*>(o + i * 2 * Layout::warp_floats);
+      for (int i = 0; i < count; ++i)
+        scale[i] = states[i * 2 * WarpTile::heads].x,
+        x[i] = *reinterpret_cast<const float4*>(o + i * 2 * SharedLayout::warp_floats);
 #pragma unroll
-      for (int i = 0; i < most; ++i) {
-        sum.x += weight[i] * x[i].x, sum.y += weight[i] * x[i].y;
-        sum.z += weight[i] * x[i].z, sum.w += weight[i] * x[i].w;
+      for (int i = 0; i < count; ++i) {
+        sum.x += scale[i] * x[i].x, sum.y += scale[i] * x[i].y;
+        sum.z += scale[i] * x[i].z, sum.w += scale[i] * x[i].w;
       }
-      sums += most * 2 * E::heads, o += most * 2 * Layout::warp_floats;
+      states += count * 2 * WarpTile::heads, o += count * 2 * SharedLayout::warp_floats;
     };
     int left = warps.to - warps.from;
     if (b == cmp && left == W) {
@@ -142,54 +151,56 @@ struct StepMerge {
     if (left > 0) add(std::integral_constant<int, 1>{});
     return sum;
   }
-  // To the CTA that merges the item.
-  __device__ __forceinline__ void send_item(int item, const float4 (&parts)[branches]) const {
-    constexpr int quads = E::d_v / 4;
-    const int head = item / quads, owner = p.by_share(item), first = owner * p.share, local = item - first;
-    float4* to_o = in_cta(parts_o(), owner) + at.cta * p.share + local;
+  // Sends an item to the CTA that merges it.
+  __device__ __forceinline__ void send_item(int item, const float4 (&partials)[branches]) const {
+    constexpr int column_quads = WarpTile::d_v / 4;
+    const int head = item / column_quads, owner = p.by_o_slice(item), first = owner * p.o_slice, local = item - first;
+    float4* to_o = map_to_cta(partials_o(), owner) + at.cta * p.o_slice + local;
 #pragma unroll
-    for (int b = 0; b < branches; ++b) to_o[b * p.cluster * p.share] = parts[b];
-    if (local != 0 && item % quads != 0) return;
-    float2* to_ms = in_cta(parts_ms(), owner) + at.cta * p.share_heads + head - first / quads;
+    for (int b = 0; b < branches; ++b) to_o[b * p.cluster * p.o_slice] = partials[b];
+    if (local != 0 && item % column_quads != 0) return;
+    float2* to_ms = map_to_cta(partials_ms(), owner) + at.cta * p.o_slice_heads + head - first / column_quads;
 #pragma unroll
-    for (int b = 0; b < branches; ++b) to_ms[b * p.cluster * p.share_heads] = cta_sums()[b * E::heads + head];
+    for (int b = 0; b < branches; ++b) to_ms[b * p.cluster * p.o_slice_heads] = cta_lse()[b * WarpTile::heads + head];
   }
-  __device__ __forceinline__ void put_item(int item, const float4 (&parts)[branches]) const {
-    constexpr int quads = E::d_v / 4;
+  __device__ __forceinline__ void store_item(int item, const float4 (&partials)[branches]) const {
+    constexpr int column_quads = WarpTile::d_v / 4;
     float4 sum = {};
 #pragma unroll
     for (int b = 0; b < branches; ++b) {
       if (p.leave_out[b]) continue;
-      const float s = cta_sums()[b * E::heads + item / quads].y, by = s > 0.0f ? 1.0f / s : 0.0f, gate = gates()[b];
-      const float4 value = {parts[b].x * by, parts[b].y * by, parts[b].z * by, parts[b].w * by};
-      if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[at.head0 * quads + item] = value;
+      const float s = cta_lse()[b * WarpTile::heads + item / column_quads].y, inverse = s > 0.0f ? 1.0f / s : 0.0f,
+                  gate = gates()[b];
+      const float4 value = {partials[b].x * inverse, partials[b].y * inverse, partials[b].z * inverse,
+                            partials[b].w * inverse};
+      if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[at.first_head * column_quads + item] = value;
       sum.x += gate * value.x, sum.y += gate * value.y, sum.z += gate * value.z, sum.w += gate * value.w;
     }
-    put_quad(item, sum);
+    store_quad(item, sum);
   }
-  __device__ __forceinline__ void put_quad(int item, float4 x) const {
-    T* to = static_cast<T*>(p.o) + (std::int64_t{at.head0} * (E::d_v / 4) + item) * 4;
+  __device__ __forceinline__ void store_quad(int item, float4 x) const {
+    T* to = static_cast<T*>(p.o) + (std::int64_t{at.first_head} * (WarpTile::d_v / 4) + item) * 4;
     store(to, x.x), store(to + 1, x.y), store(to + 2, x.z), store(to + 3, x.w);
   }
-  __device__ __forceinline__ float* gates() const { return reinterpret_cast<float*>(shared + Layout::gates); }
+  __device__ __forceinline__ float* gates() const { return reinterpret_cast<float*>(shared + SharedLayout::gates); }
 
-  // The list's parts of this CTA's columns to o. Four threads an item, a branch each.
+  // Merges the slice of this CTA into o. Four threads an item, one branch each.
   __device__ __forceinline__ void merge() const {
-    constexpr int quads = E::d_v / 4;
-    const int first = at.cta * p.share, b = threadIdx.x % 4;
+    constexpr int column_quads = WarpTile::d_v / 4;
+    const int first = at.cta * p.o_slice, b = threadIdx.x % 4;
 #pragma unroll 1
-    for (int i0 = 0; i0 < p.share; i0 += threads / 4) {
+    for (int i0 = 0; i0 < p.o_slice; i0 += threads / 4) {
       const int local = i0 + threadIdx.x / 4, item = first + local;
-      const bool here = local < p.share && item < at.present * quads;
+      const bool in_slice = local < p.o_slice && item < at.valid_heads * column_quads;
       float4 value = {};
-      if (here && b < branches && !p.leave_out[b]) {
-        const float4* o = parts_o() + b * p.cluster * p.share + local;
-        const float2* ms = parts_ms() + b * p.cluster * p.share_heads + item / quads - first / quads;
-        const Part part = sum_of(
-            p.cluster, [&](int i) { return ms[i * p.share_heads]; }, [&](int i) { return o[i * p.share]; });
-        const float inverse = part.total.s > 0.0f ? 1.0f / part.total.s : 0.0f;
-        value = {part.o.x * inverse, part.o.y * inverse, part.o.z * inverse, part.o.w * inverse};
-        if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[at.head0 * quads + item] = value;
+      if (in_slice && b < branches && !p.leave_out[b]) {
+        const float4* o = partials_o() + b * p.cluster * p.o_slice + local;
+        const float2* ms = partials_ms() + b * p.cluster * p.o_slice_heads + item / column_quads - first / column_quads;
+        const Partial partial = merge_partials(
+            p.cluster, [&](int i) { return ms[i * p.o_slice_heads]; }, [&](int i) { return o[i * p.o_slice]; });
+        const float inverse = partial.total.s > 0.0f ? 1.0f / partial.total.s : 0.0f;
+        value = {partial.o.x * inverse, partial.o.y * inverse, partial.o.z * inverse, partial.o.w * inverse};
+        if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[at.first_head * column_quads + item] = value;
         const float gate = gates()[b];
         value.x *= gate, value.y *= gate, value.z *= gate, value.w *= gate;
       }
@@ -198,8 +209,8 @@ struct StepMerge {
         return x + second + third;
       };
       value = {over_branches(value.x), over_branches(value.y), over_branches(value.z), over_branches(value.w)};
-      if (!here || b != 0) continue;
-      put_quad(item, value);
+      if (!in_slice || b != 0) continue;
+      store_quad(item, value);
     }
   }
 };

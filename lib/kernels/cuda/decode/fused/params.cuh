@@ -1,19 +1,19 @@
 #pragma once
-// A decode step's attention in one launch: what the kernel is told. decode/fused/kernel.cuh is the kernel,
-// decode/attention.cu chooses between it and the launches one after the other.
+// Arguments of the fused decode kernel (decode/fused/kernel.cuh). decode/attention.cu uses it where it accepts the
+// step.
 
 #include "kernels/cuda/attention/block_scores.cuh"
 #include "kernels/cuda/decode/split_kv/params.cuh"
 
 namespace nsa::gpu {
 
-/// Warps of a CTA: 8, one CTA an SM; with more lists than SMs 4, two CTAs an SM, clusters of one.
-constexpr int step_warps = 8, step_warps_of_many = 4;
-constexpr int most_step_cluster = 16;  ///< CTAs of a list; past 8 the size is not a portable one
-constexpr int scored_tokens = 128;     ///< a warp scores at a time
-constexpr int most_lead = 32;          ///< tokens in front of a block that reach into it
+/// Warps of a CTA: 8, one CTA an SM; with more work items than SMs 4, two CTAs an SM, clusters of one.
+constexpr int fused_warps = 8, fused_warps_small = 4;
+constexpr int fused_max_cluster = 16;  ///< CTAs of a work item; sizes above 8 are not portable
+constexpr int round_tokens = 128;      ///< tokens that a warp scores in a round
+constexpr int max_halo_tokens = 32;    ///< halo tokens before a block that overlap it
 
-/// Division of 0 <= x < 2^31 by a number known at launch: x * magic / 2^(31 + shift).
+/// Division of 0 <= x < 2^31 by a divisor known at launch: x * magic / 2^(31 + shift).
 struct Divisor {
   unsigned magic = 0, shift = 0;
   Divisor() = default;
@@ -27,20 +27,20 @@ struct Divisor {
   }
 };
 
-struct StepParams {
+struct FusedDecodeParams {
   LayerShape shape;
   QueryTile tile;
   const void* q;
   KvView k[branches], v[branches];
   std::int64_t* reads[branches];
-  float* scores;  ///< raw ones, where there are no sums
+  float* scores;  ///< raw scores, where there are no block sums
   std::int64_t pitch;
-  TileSums sums;  ///< or of blocks, by tile
+  TileBlockSums block_sums;  ///< or sums of blocks, by tile
   bool scores_only;
-  bool keeps_scores;  ///< in the L2, where K and V are not to drive them out
-  float2* leaves;     ///< (m, sum) by tile of 32 tokens: [list][most_tiles][heads of the engine]
-  std::int64_t most_tiles;
-  int most_tokens;  ///< compressed ones, whatever the position
+  bool keeps_scores;  ///< in the L2: K and V are loaded with evict_first
+  float2* tile_lse;   ///< (m, sum) of each KV tile: [work item][max_tiles][heads of a warp tile]
+  std::int64_t max_tiles;
+  int max_tokens;  ///< upper bound of compressed tokens
   std::int32_t* selected;
   float* p_slc;
   std::int64_t p_slc_blocks;
@@ -48,30 +48,32 @@ struct StepParams {
   bool leave_out[branches];
   void* o;
   float* o_branch[branches];
-  Divisor groups, stride, block, leaf;   ///< by shape.groups, rules.d, rules.l_sel, shape.leaf
-  int warps;                             ///< of a CTA
-  int cluster;                           ///< CTAs of a list
-  Divisor by_cluster;                    ///< by cluster
-  int share;                             ///< columns of o, by 4, that a CTA of the cluster merges
-  Divisor by_share;                      ///< by share
-  int share_heads;                       ///< heads they belong to, at most
-  int win_warps;                         ///< of the list's, the last ones: win behind cmp; the others sel
-  int piece;                             ///< blocks a warp scores at a time
-  int few;                               ///< blocks a warp scores where no warp has more to do than those; 0: never
-  Divisor by_piece, by_few, by_scorers;  ///< by piece, by few, by warps that score: all but the window's
-  int ratio, lead;                       ///< compressed tokens that begin in a block, and those before it that reach in
+  Divisor groups, stride, block, segment;  ///< by shape.groups, rules.d, rules.l_sel, lse.segment
+  int warps;                               ///< of a CTA
+  int cluster;                             ///< CTAs of a work item
+  Divisor by_cluster;                      ///< by cluster
+  int o_slice;                             ///< four-column vectors of o that a CTA of the cluster merges
+  Divisor by_o_slice;                      ///< by o_slice
+  int o_slice_heads;                       ///< upper bound of the heads of a slice
+  int win_warps;                           ///< last warps of the cluster: win after cmp; the others sel after cmp
+  int round_blocks;                        ///< blocks that a warp scores in a round
+  int single_pass_blocks;  ///< blocks of a warp where one round of all warps scores every block; 0: never
+  Divisor by_round_blocks, by_single_pass,
+      by_scoring_warps;  ///< by round_blocks, single_pass_blocks, scoring warps (all but those of the window)
+  int tokens_per_block,
+      halo_tokens;  ///< compressed tokens that begin in a block, halo tokens before it that overlap it
 };
 
-/// A decode step in one kernel; false: it does not take the shape, and nothing was launched. decode/fused/launch.cu
-bool step_in_one(const AttentionArgs& a, Stream* stream);
+/// Launches the fused decode step; false: it does not accept the shape and nothing was launched. decode/fused/launch.cu
+bool try_fused_decode(const AttentionArgs& a, Stream* stream);
 
-// By type, in files of their own. step_clusters: clusters of that size, CTAs of 8 warps, that run at the same time; 0:
-// none.
-int step_clusters_bf16(const LayerShape& s, int cluster);
-int step_clusters_f16(const LayerShape& s, int cluster);
-int step_clusters_f32(const LayerShape& s, int cluster);
-void launch_step_bf16(const StepParams& p, Stream* stream);
-void launch_step_f16(const StepParams& p, Stream* stream);
-void launch_step_f32(const StepParams& p, Stream* stream);
+// Each storage type is compiled by itself. active_clusters: clusters of that size, of CTAs of 8 warps, that are
+// resident at the same time; 0: none.
+int active_clusters_bf16(const LayerShape& s, int cluster);
+int active_clusters_f16(const LayerShape& s, int cluster);
+int active_clusters_f32(const LayerShape& s, int cluster);
+void launch_fused_decode_bf16(const FusedDecodeParams& p, Stream* stream);
+void launch_fused_decode_f16(const FusedDecodeParams& p, Stream* stream);
+void launch_fused_decode_f32(const FusedDecodeParams& p, Stream* stream);
 
 }  // namespace nsa::gpu

@@ -1,5 +1,5 @@
-// Decode attention as stages: one branch a launch, and one behind it where lists are split or long, in which their
-// parts meet.
+// Decode attention as stages: one split-KV launch a branch, and a launch that merges the splits where work items are
+// split or long.
 
 #include <algorithm>
 #include <iterator>
@@ -25,14 +25,14 @@ bool is_built_for(const LayerShape& s) {
 
 bool decode_accepts(const LayerShape& s, const QueryTile& tile) { return tile.tokens == 1 && is_built_for(s); }
 
-std::int64_t decode_leaf_floats(const LayerShape& s, const QueryTile& tile) {
-  const std::int64_t leaves = compressed_tokens(s.rules, tile.max_positions - 1) / s.lse.segment + 2;
-  return tile.rows() * s.groups * decode_head_tiles(s) * leaves * tiles_per_unit(cmp, s) * decode_heads(s.dtype) * 2;
+std::int64_t tile_lse_floats(const LayerShape& s, const QueryTile& tile) {
+  const std::int64_t segments = compressed_tokens(s.rules, tile.max_positions - 1) / s.lse.segment + 2;
+  return tile.rows() * s.groups * decode_head_tiles(s) * segments * tiles_per_span(cmp, s) * decode_heads(s.dtype) * 2;
 }
 
-int decode_splits(std::int64_t lists, std::int64_t tiles) {
-  if (lists > max_split_rows) return 1;
-  const std::int64_t wanted = std::max<std::int64_t>(1, 2 * limits().sms / lists);
+int decode_splits(std::int64_t work_items, std::int64_t tiles) {
+  if (work_items > max_split_rows) return 1;
+  const std::int64_t wanted = std::max<std::int64_t>(1, 2 * limits().sms / work_items);
   return static_cast<int>(std::min(wanted, (tiles + decode_warps - 1) / decode_warps));
 }
 
@@ -45,20 +45,20 @@ void launch_decode(const DecodeParams& p, Stream* stream) {
     launch_decode_f32(p, stream);
 }
 
-// A list has at most 2 SMs' CTAs' worth of parts in all, or one part.
+// All work items together have at most two partials an SM, or one each.
 std::size_t decode_scratch(const LayerShape& s, const QueryTile& tile) {
   if (!decode_accepts(s, tile)) return 0;
-  const std::int64_t lists = tile.rows() * s.groups * decode_head_tiles(s);
-  const std::int64_t parts = std::max<std::int64_t>(2 * limits().sms, lists);
-  return static_cast<std::size_t>(parts * decode_part_floats(decode_heads(s.dtype), s.d_v) +
-                                  decode_leaf_floats(s, tile)) *
+  const std::int64_t work_items = tile.rows() * s.groups * decode_head_tiles(s);
+  const std::int64_t partials = std::max<std::int64_t>(2 * limits().sms, work_items);
+  return static_cast<std::size_t>(partials * decode_partial_floats(decode_heads(s.dtype), s.d_v) +
+                                  tile_lse_floats(s, tile)) *
          sizeof(float);
 }
 
 void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
   if (a.tile.rows() == 0) return;
   if (!reads_kv_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
-  const std::int64_t lists = a.tile.rows() * a.shape.groups * decode_head_tiles(a.shape);
+  const std::int64_t work_items = a.tile.rows() * a.shape.groups * decode_head_tiles(a.shape);
   DecodeParams p{};
   p.shape = a.shape;
   p.tile = a.tile;
@@ -67,33 +67,33 @@ void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
   p.arrivals = arrival_counters(branch);
   p.selected = a.selected;
   p.out = a.out;
-  p.leaves = static_cast<float2*>(a.scratch);
-  const std::int64_t tiles = decode_tiles(branch, a.shape, a.k.map, a.tile.max_positions);
-  const int splits = decode_splits(lists, tiles);
-  const bool apart = meets_apart(branch, splits, tiles);
-  p.end = apart ? DecodeEnd::parts : DecodeEnd::merge;
+  p.tile_lse = static_cast<float2*>(a.scratch);
+  const std::int64_t tiles = max_kv_tiles(branch, a.shape, a.k.map, a.tile.max_positions);
+  const int splits = decode_splits(work_items, tiles);
+  const bool separate_merge = merges_separately(branch, splits, tiles);
+  p.epilogue = separate_merge ? DecodeEpilogue::store_partials : DecodeEpilogue::merge_all;
   p.jobs[0] = {branch,
                splits,
                0,
                a.k,
                a.v,
                a.reads,
-               static_cast<float*>(a.scratch) + (branch == cmp ? decode_leaf_floats(a.shape, a.tile) : 0)};
+               static_cast<float*>(a.scratch) + (branch == cmp ? tile_lse_floats(a.shape, a.tile) : 0)};
   p.job_count = 1;
   if (branch == cmp) {
     p.scores = static_cast<float*>(a.scores);
     p.pitch = score_pitch(a.k.map, compressed_tokens(a.shape.rules, a.tile.max_positions - 1));
     p.keeps_scores = keeps_scores(p.tile.rows() * p.shape.heads() * p.pitch);
     p.scores_only = a.scores_only;
-    p.most_tiles = tiles;
+    p.max_tiles = tiles;
     p.lse = a.lse;
   }
   launch_decode(p, stream);
-  if (!apart) return;
-  DecodeMeeting meeting{p};
-  if (!p.scores_only) meeting.out[0] = a.out;
-  meeting.lanes = branch == cmp;
-  launch_meeting(meeting, stream);
+  if (!separate_merge) return;
+  MergeParams merge{p};
+  if (!p.scores_only) merge.out[0] = a.out;
+  merge.buckets = branch == cmp;
+  launch_merge_splits(merge, stream);
 }
 
 }  // namespace nsa::gpu

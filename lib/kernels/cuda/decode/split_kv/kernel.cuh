@@ -1,328 +1,337 @@
 #pragma once
-// Attention of decode: one query row a sequence, every K and V row read once per 16 query heads (fp32: 4).
+// Split-KV attention of decode: one query row a sequence, every K and V row read once per 16 query heads (fp32: 4).
 //
-// Bytes: those rows; scores, parts and LSE are 4% to 12% beside them at Dk = Dv = 128. Bound: memory bandwidth; at
-// small batch the latency of loads, meetings and launches. Tiling: a list is a (row, group, head tile); its units (LSE
-// leaves, chosen blocks, runs of 64 window rows) are dealt to the warps of its CTAs, and each warp attends its units
-// alone, 32 tokens at a time (decode/split_kv/warp_tile.cuh) out of a ring of its own (primitives/cp_async_ring.cuh):
-// 192 KB under way an SM, no barrier before the CTA's warps meet in shared memory at the end. The CTAs of a list meet
-// in global memory: DecodeEnd says how.
+// Bytes: those rows; scores, partials and LSE add 4% to 12% at Dk = Dv = 128. Bound: memory bandwidth; at small batch
+// the latency of loads, merges and launches. Tiling: a work item is a (row, group, head tile). Its spans (LSE segments,
+// selected blocks, runs of 64 window rows) are dealt to the warps of its CTAs. Each warp attends its spans alone, in KV
+// tiles of 32 rows (decode/split_kv/warp_tile.cuh) from its own ring (primitives/cp_async_ring.cuh): 192 KB in flight
+// an SM and no barrier before the warps of the CTA merge in shared memory. The CTAs of a work item merge in global
+// memory as DecodeEpilogue says.
 //
-// Leaves: (m, sum) of 32 tokens by one warp in one order, a leaf's tiles by rising tile, a lane's leaves by rising
-// leaf. None of it depends on the split or on the layout, so every kv layout gets the same bits. Scores, and maxima
-// while they are in here, count in powers of two: log2(e) is folded into the scale.
+// LSE: (m, sum) of 32 tokens by one warp in one order; a segment merges its tiles by rising tile, a bucket its segments
+// by rising segment. This order depends neither on the split nor on the layout, so every kv layout gets the same bits.
+// Scores and maxima are in the exp2 domain inside the kernel: log2(e) is folded into the scale.
 
 #include "kernels/cuda/decode/split_kv/warp_tile.cuh"
 
 namespace nsa::gpu {
 
-// One CTA's share of one branch.
-template <class E, Branch B>
-struct Walk {
-  using T = typename E::Type;
-  using Layout = DecodeLayout<E>;
+// KV mainloop of one CTA over one split of one branch.
+template <class WarpTile, Branch B>
+struct KvMainloop {
+  using T = typename WarpTile::Type;
+  using SharedLayout = DecodeSharedLayout<WarpTile>;
   const DecodeParams& p;
   const DecodeJob& job;
   const LayerShape& s;
   char* shared;
-  Tiles<B> tiles;
-  const char *k, *v;  // of the plane
-  int warp, split, list, row, group, head0, present, step;
-  // Copies run ahead: what comes next is V (`of_values`) or K of tile `ahead`.
-  Unit next;
-  int ahead, slot, count;
-  bool of_values, weighs;
-  unsigned ring, fronts;
-  bool has_fronts;  // the one row in front of a chunk comes with its first tile
-  std::uint64_t policy, scores_policy;
+  KvTiles<B> tiles;
+  const char *k, *v;  // of the K/V plane
+  int warp, split, work_item, row, group, first_head, valid_heads, step;
+  // The producer side: the next copy is V (`load_v`) or K of tile `load_tile`.
+  KvRows load_rows;
+  int load_tile, slot, count;
+  bool load_v, has_pv;
+  unsigned ring, halo_rows;
+  bool has_halo_row;  // the halo row of a chunk is loaded with its first tile
+  std::uint64_t kv_policy, scores_policy;
 
-  __device__ __forceinline__ Walk(const DecodeParams& params, const DecodeJob& the_job, char* memory, int row_group,
-                                  int the_split)
+  __device__ __forceinline__ KvMainloop(const DecodeParams& params, const DecodeJob& job_of_cta, char* memory,
+                                        int row_group, int split_of_cta)
       : p(params),
-        job(the_job),
+        job(job_of_cta),
         s(params.shape),
         shared(memory),
         tiles(s, job.k.map, *params.tile.first_position),
-        split(the_split),
+        split(split_of_cta),
         slot(0),
         count(0),
-        of_values(false) {
+        load_v(false) {
     warp = threadIdx.x / 32;
     row = row_group / s.groups;
     group = row_group % s.groups;
-    list = row_group * p.head_tiles + blockIdx.y;
-    head0 = row * s.heads() + group * s.heads_per_group + blockIdx.y * E::heads;
-    present = min(E::heads, s.heads_per_group - static_cast<int>(blockIdx.y) * E::heads);
+    work_item = row_group * p.head_tiles + blockIdx.y;
+    first_head = row * s.heads() + group * s.heads_per_group + blockIdx.y * WarpTile::heads;
+    valid_heads = min(WarpTile::heads, s.heads_per_group - static_cast<int>(blockIdx.y) * WarpTile::heads);
     const std::int64_t plane = (p.tile.batch_begin + row) * s.groups + group;
     k = static_cast<const char*>(job.k.data) + plane * job.k.plane_stride * sizeof(T);
     v = static_cast<const char*>(job.v.data) + plane * job.v.plane_stride * sizeof(T);
-    policy = cache_policy(p.keeps_scores ? CacheHint::evict_first : CacheHint::evict_normal);
+    kv_policy = cache_policy(p.keeps_scores ? CacheHint::evict_first : CacheHint::evict_normal);
     scores_policy = cache_policy(CacheHint::evict_last);
-    ring = shared_address(shared) + warp * Layout::ring_bytes;
-    fronts = shared_address(shared) + Layout::fronts + warp * Layout::slots * E::k_bytes;
-    has_fronts = B == cmp && shards_of(job.k.map) > 1 && job.k.map.halo == 1;
-    weighs = !(B == cmp && p.scores_only);
+    ring = shared_address(shared) + warp * SharedLayout::ring_bytes;
+    halo_rows = shared_address(shared) + SharedLayout::halo_rows + warp * SharedLayout::slots * WarpTile::k_bytes;
+    has_halo_row = B == cmp && shards_of(job.k.map) > 1 && job.k.map.halo == 1;
+    has_pv = !(B == cmp && p.scores_only);
     step = job.splits * decode_warps;
-    ahead = first();
+    load_tile = first();
     if constexpr (B == sel) {
-      auto* mine = reinterpret_cast<std::int32_t*>(shared + Layout::blocks);
+      auto* own = reinterpret_cast<std::int32_t*>(shared + SharedLayout::selected);
       for (int i = threadIdx.x; i < s.rules.n_sel; i += decode_threads)
-        mine[i] = p.selected[std::int64_t{row_group} * s.rules.n_sel + i];
-      tiles.selected = mine;
+        own[i] = p.selected[std::int64_t{row_group} * s.rules.n_sel + i];
+      tiles.selected = own;
       __syncthreads();
     }
-    find_next();
+    advance_load();
   }
 
   __device__ __forceinline__ int first() const { return split * decode_warps + warp; }
-  // Tile i is its chunk's first, and not the sequence's. A chunk may have that row and no token yet.
-  __device__ __forceinline__ bool has_front(int i) const {
-    return has_fronts && (tiles.per_unit == 2 ? i % 2 : i % tiles.per_unit) == 0 && (i > 0 || job.k.map.rank > 0);
+  // Whether tile i is the first of a chunk other than chunk 0. A chunk may have a halo row and no token yet.
+  __device__ __forceinline__ bool has_halo(int i) const {
+    return has_halo_row && (tiles.per_span == 2 ? i % 2 : i % tiles.per_span) == 0 && (i > 0 || job.k.map.rank > 0);
   }
-  __device__ __forceinline__ void find_next() {  // `ahead` or the first tile behind it that has something to read
-    for (; ahead < tiles.count; ahead += step) {
-      next = tiles(ahead);
-      if (next.count > 0 || has_front(ahead)) break;
+  __device__ __forceinline__ void advance_load() {  // to the first tile from `load_tile` on that has rows to load
+    for (; load_tile < tiles.count; load_tile += step) {
+      load_rows = tiles(load_tile);
+      if (load_rows.count > 0 || has_halo(load_tile)) break;
     }
   }
 
   template <int RowBytes>
   __device__ __forceinline__ void copy(unsigned to, const char* plane, const KvView& view) const {
-    const char* from = plane + next.owner * view.rank_stride * sizeof(T) + next.row * RowBytes;
-    cp_async_tile<RowBytes>(to, from, next.count, policy);
+    const char* from = plane + load_rows.owner * view.rank_stride * sizeof(T) + load_rows.row * RowBytes;
+    cp_async_tile<RowBytes>(to, from, load_rows.count, kv_policy);
   }
-  // Queues what comes next into a slot that is free now.
-  __device__ __forceinline__ void feed(int which) {
-    const unsigned to = ring + which * Layout::slot_bytes;
-    if (ahead < tiles.count) {
-      if (!of_values && has_front(ahead))
-        cp_async_row<E::k_bytes>(fronts + which * E::k_bytes, k + (next.row - 1) * E::k_bytes);
-      if (E::k_bytes == E::v_bytes)
-        copy<E::k_bytes>(to, of_values ? v : k, of_values ? job.v : job.k);
-      else if (of_values)
-        copy<E::v_bytes>(to, v, job.v);
+  // Issues the next copy, into a free slot.
+  __device__ __forceinline__ void issue_copy(int to_slot) {
+    const unsigned to = ring + to_slot * SharedLayout::slot_bytes;
+    if (load_tile < tiles.count) {
+      if (!load_v && has_halo(load_tile))
+        cp_async_row<WarpTile::k_bytes>(halo_rows + to_slot * WarpTile::k_bytes,
+                                        k + (load_rows.row - 1) * WarpTile::k_bytes);
+      if (WarpTile::k_bytes == WarpTile::v_bytes)
+        copy<WarpTile::k_bytes>(to, load_v ? v : k, load_v ? job.v : job.k);
+      else if (load_v)
+        copy<WarpTile::v_bytes>(to, v, job.v);
       else
-        copy<E::k_bytes>(to, k, job.k);
-      of_values = weighs && !of_values;
-      if (!of_values) {
-        ahead += step;
-        find_next();
+        copy<WarpTile::k_bytes>(to, k, job.k);
+      load_v = has_pv && !load_v;
+      if (!load_v) {
+        load_tile += step;
+        advance_load();
       }
     }
     cp_async_commit();
   }
   __device__ __forceinline__ void start() {
 #pragma unroll 1
-    for (int i = 0; i < Layout::slots; ++i) feed(i);
+    for (int i = 0; i < SharedLayout::slots; ++i) issue_copy(i);
   }
-  // The slot filled longest ago, whole; then it goes back.
+  // Waits for the oldest slot, uses it, then refills it.
   template <class Use>
-  __device__ __forceinline__ void take(Use use) {
-    cp_async_wait<Layout::slots - 1>();
-    use(ring + slot * Layout::slot_bytes);
+  __device__ __forceinline__ void consume(Use use) {
+    cp_async_wait<SharedLayout::slots - 1>();
+    use(ring + slot * SharedLayout::slot_bytes);
     __syncwarp();
-    feed(slot);
-    slot = slot + 1 == Layout::slots ? 0 : slot + 1;
+    issue_copy(slot);
+    slot = slot + 1 == SharedLayout::slots ? 0 : slot + 1;
   }
 
-  __device__ __forceinline__ ScoreRows scores_at(std::int64_t column) const {
-    return {p.scores + head0 * p.pitch + column, p.pitch, p.keeps_scores, scores_policy};
+  __device__ __forceinline__ ScoreOutput scores_at(std::int64_t column) const {
+    return {p.scores + first_head * p.pitch + column, p.pitch, p.keeps_scores, scores_policy};
   }
 
-  __device__ __forceinline__ void put_front(const E& e, int i, std::int64_t column) const {
-    const unsigned row = fronts + slot * E::k_bytes;
-    if (p.sums.memory)
-      e.put_front(p.sums.fronts(list, i), row);
+  __device__ __forceinline__ void store_halo(const WarpTile& warp_tile, int i, std::int64_t column) const {
+    const unsigned row = halo_rows + slot * WarpTile::k_bytes;
+    if (p.block_sums.memory)
+      warp_tile.store_halo_score(p.block_sums.halo_scores(work_item, i), row);
     else
-      e.put_front(scores_at(column), row, present);
+      warp_tile.store_halo_score(scores_at(column), row, valid_heads);
   }
-  // With what rank reads of the i-th tile. The last tile of a leaf has no next one here: a chunk brings its own front.
-  __device__ __forceinline__ void soften(E& e, int i, const Unit& now) const {
-    if (B == cmp && p.sums.memory) {
-      const SumRows rows{p.sums.sums(list, i), has_front(i + 1) ? nullptr : p.sums.fronts(list, i + 1), p.keeps_scores,
-                         scores_policy};
-      e.put_last(rows, now.count);
-      e.soften(now.count, rows);
-      e.put_maxima(p.sums.maxima(list, i), rows);
+  // Online softmax with the outputs for rank of the i-th tile. The last tile of a segment stores no halo score for the
+  // next one where that loads its own halo row.
+  __device__ __forceinline__ void softmax_tile(WarpTile& warp_tile, int i, const KvRows& now) const {
+    if (B == cmp && p.block_sums.memory) {
+      const BlockSumOutput rows{p.block_sums.sums(work_item, i),
+                                has_halo(i + 1) ? nullptr : p.block_sums.halo_scores(work_item, i + 1), p.keeps_scores,
+                                scores_policy};
+      warp_tile.store_last_score(rows, now.count);
+      warp_tile.online_softmax(now.count, rows);
+      warp_tile.store_tile_max(p.block_sums.tile_max(work_item, i), rows);
     } else {
-      if constexpr (B == cmp) e.put_scores(scores_at(now.column), now.count, present);
-      e.soften(now.count);
+      if constexpr (B == cmp) warp_tile.store_scores(scores_at(now.column), now.count, valid_heads);
+      warp_tile.online_softmax(now.count);
     }
   }
 
-  __device__ __forceinline__ void walk(E& e) {
+  __device__ __forceinline__ void run(WarpTile& warp_tile) {
 #pragma unroll 1
     for (int i = first(); i < tiles.count; i += step) {
-      const Unit now = tiles(i);
-      float2* sums = B == cmp ? p.leaves + (list * p.most_tiles + i) * E::heads : nullptr;
-      if (now.count <= 0 && !has_front(i)) {
-        if (B == cmp && threadIdx.x % 32 < E::heads) sums[threadIdx.x % 32] = make_float2(neg_inf, 0.0f);
+      const KvRows now = tiles(i);
+      float2* sums = B == cmp ? p.tile_lse + (work_item * p.max_tiles + i) * WarpTile::heads : nullptr;
+      if (now.count <= 0 && !has_halo(i)) {
+        if (B == cmp && threadIdx.x % 32 < WarpTile::heads) sums[threadIdx.x % 32] = make_float2(neg_inf, 0.0f);
         continue;
       }
-      take([&](unsigned from) {
-        if (has_front(i)) put_front(e, i, now.column);
-        e.scores(from);
+      consume([&](unsigned from) {
+        if (has_halo(i)) store_halo(warp_tile, i, now.column);
+        warp_tile.multiply_qk(from);
       });
-      e.scale();
-      soften(e, i, now);
-      if constexpr (B == cmp) e.put_tile(sums);
-      if (weighs) take([&](unsigned from) { e.add(from); });
+      warp_tile.scale_scores();
+      softmax_tile(warp_tile, i, now);
+      if constexpr (B == cmp) warp_tile.store_tile_lse(sums);
+      if (has_pv) consume([&](unsigned from) { warp_tile.multiply_pv(from); });
       count += now.count;
     }
   }
 
-  // Copies in front of a chunk, where they are several: scored for its first block, neither attended nor counted.
-  __device__ __forceinline__ void score_halos(E& e) {
+  // Halo rows of a chunk, where there are several: scored for its first block, neither attended nor counted.
+  __device__ __forceinline__ void score_halos(WarpTile& warp_tile) {
     const RowMap& map = job.k.map;
-    for (int i = first(); i < tiles.count / tiles.per_unit; i += step) {
-      const std::int64_t c = leaf_at(map, i), begin = c * map.chunk - map.halo;
+    for (int i = first(); i < tiles.count / tiles.per_span; i += step) {
+      const std::int64_t c = segment_at(map, i), begin = c * map.chunk - map.halo;
       if (c == 0) continue;
       const std::int64_t from = row_in_chunk(map, c, begin), column = score_column(map, c, begin);
-      const int rows = at_most(tiles.n - begin, map.halo);
+      const int rows = clamp_count(tiles.n - begin, map.halo);
       for (int at = 0; at < rows; at += tile_rows) {
         const int here = min(tile_rows, rows - at);
         __syncwarp();
-        cp_async_tile<E::k_bytes>(ring, k + (from + at) * E::k_bytes, here);
+        cp_async_tile<WarpTile::k_bytes>(ring, k + (from + at) * WarpTile::k_bytes, here);
         cp_async_commit();
         cp_async_wait<0>();
-        e.scores(ring);
-        e.scale();
-        e.put_scores(scores_at(column + at), here, present);
+        warp_tile.multiply_qk(ring);
+        warp_tile.scale_scores();
+        warp_tile.store_scores(scores_at(column + at), here, valid_heads);
       }
     }
   }
 
-  // o and (m, sum) of the CTA's warps, brought to the common maximum and added up. All threads.
-  __device__ __forceinline__ void put_part(const E& e) const {
-    constexpr int pitch = E::d_v + 8;
+  // Rescales the partials of the warps to their common maximum and stores their sum. All threads.
+  __device__ __forceinline__ void store_partial(const WarpTile& warp_tile) const {
+    constexpr int pitch = WarpTile::d_v + 8;
     float* o = reinterpret_cast<float*>(shared);
-    float2* ms = reinterpret_cast<float2*>(o + decode_warps * E::heads * pitch);
-    float* part = job.parts + (std::int64_t{list} * job.splits + split) * decode_part_floats(E::heads, E::d_v);
+    float2* ms = reinterpret_cast<float2*>(o + decode_warps * WarpTile::heads * pitch);
+    float* partial = job.partials + (std::int64_t{work_item} * job.splits + split) *
+                                        decode_partial_floats(WarpTile::heads, WarpTile::d_v);
     __syncthreads();  // the rings are empty
-    e.put_total(ms + warp * E::heads);
+    warp_tile.store_state(ms + warp * WarpTile::heads);
     __syncthreads();
-    const auto top = [&](int head) {
+    const auto row_max = [&](int head) {
       float m = neg_inf;
 #pragma unroll
-      for (int w = 0; w < decode_warps; ++w) m = fmaxf(m, ms[w * E::heads + head].x);
+      for (int w = 0; w < decode_warps; ++w) m = fmaxf(m, ms[w * WarpTile::heads + head].x);
       return m;
     };
-    e.put_values(o + warp * E::heads * pitch, [&](int head, float m) { return exp2_fast(m - top(head)); });
-    if (static_cast<int>(threadIdx.x) < E::heads) {
+    warp_tile.store_scaled_o(o + warp * WarpTile::heads * pitch,
+                             [&](int head, float m) { return exp2_fast(m - row_max(head)); });
+    if (static_cast<int>(threadIdx.x) < WarpTile::heads) {
       const int head = threadIdx.x;
-      const float m = top(head);
+      const float m = row_max(head);
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < decode_warps; ++w) {
-        const float2 x = ms[w * E::heads + head];
+        const float2 x = ms[w * WarpTile::heads + head];
         sum += x.y * exp2_fast(x.x - m);
       }
-      reinterpret_cast<float2*>(part + E::heads * E::d_v)[head] = make_float2(m, sum);
+      reinterpret_cast<float2*>(partial + WarpTile::heads * WarpTile::d_v)[head] = make_float2(m, sum);
     }
     __syncthreads();
-    for (int item = threadIdx.x; item < present * (E::d_v / 4); item += decode_threads) {
-      const int head = item / (E::d_v / 4), column = item % (E::d_v / 4) * 4;
+    for (int item = threadIdx.x; item < valid_heads * (WarpTile::d_v / 4); item += decode_threads) {
+      const int head = item / (WarpTile::d_v / 4), column = item % (WarpTile::d_v / 4) * 4;
       float4 sum = {};
 #pragma unroll
       for (int w = 0; w < decode_warps; ++w) {
-        const float4 x = *reinterpret_cast<const float4*>(o + (w * E::heads + head) * pitch + column);
+        const float4 x = *reinterpret_cast<const float4*>(o + (w * WarpTile::heads + head) * pitch + column);
         sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
       }
-      reinterpret_cast<float4*>(part)[item] = sum;
+      reinterpret_cast<float4*>(partial)[item] = sum;
     }
   }
 
-  // The list's lanes, each by rising leaf, a leaf by rising tile. The tiles' sums go through shared memory where they
-  // fit, so that the chain of merges waits for memory once.
-  __device__ __forceinline__ void merge_lanes() const {
-    const float2* sums = p.leaves + list * p.most_tiles * E::heads;
-    const int pairs = tiles.count * E::heads / 2;
-    if (pairs * static_cast<int>(sizeof(float4)) > Layout::queries)
-      return merge_lanes_of([&](int i) { return __ldcg(sums + i); });
+  // Merges the LSE buckets of the work item, each by rising segment, a segment by rising tile. The (m, sum) of the
+  // tiles are staged in shared memory where they fit, so that the chain of merges waits for memory once.
+  __device__ __forceinline__ void merge_buckets() const {
+    const float2* sums = p.tile_lse + work_item * p.max_tiles * WarpTile::heads;
+    const int pairs = tiles.count * WarpTile::heads / 2;
+    if (pairs * static_cast<int>(sizeof(float4)) > SharedLayout::queries)
+      return merge_buckets_from([&](int i) { return __ldcg(sums + i); });
     auto* staged = reinterpret_cast<float4*>(shared);
 #pragma unroll 8
     for (int i = threadIdx.x; i < pairs; i += decode_threads)
       staged[i] = __ldcg(reinterpret_cast<const float4*>(sums) + i);
     __syncthreads();
-    merge_lanes_of([&](int i) { return reinterpret_cast<const float2*>(shared)[i]; });
+    merge_buckets_from([&](int i) { return reinterpret_cast<const float2*>(shared)[i]; });
   }
   template <class Load>
-  __device__ __forceinline__ void merge_lanes_of(Load load) const {
-    const int slots = s.lse.buckets / shards_of(job.k.map), leaves = tiles.count / tiles.per_unit;
+  __device__ __forceinline__ void merge_buckets_from(Load load) const {
+    const int buckets = s.lse.buckets / shards_of(job.k.map), segments = tiles.count / tiles.per_span;
     const std::int64_t row_heads = p.tile.rows() * s.heads();
-    for (int item = threadIdx.x; item < slots * E::heads; item += decode_threads) {
-      const int lane = item / E::heads, head = item % E::heads;
-      if (head >= present) continue;
-      Sum2 sum;
-      for (int i = lane; i < leaves; i += slots) {
-        Sum2 leaf;
-        for (int j = i * tiles.per_unit; j < (i + 1) * tiles.per_unit; ++j) {
-          const float2 part = load(j * E::heads + head);
-          leaf = merge2(leaf, {part.x, part.y});
+    for (int item = threadIdx.x; item < buckets * WarpTile::heads; item += decode_threads) {
+      const int bucket = item / WarpTile::heads, head = item % WarpTile::heads;
+      if (head >= valid_heads) continue;
+      Exp2SoftmaxState sum;
+      for (int i = bucket; i < segments; i += buckets) {
+        Exp2SoftmaxState segment;
+        for (int j = i * tiles.per_span; j < (i + 1) * tiles.per_span; ++j) {
+          const float2 tile = load(j * WarpTile::heads + head);
+          segment = merge_exact(segment, {tile.x, tile.y});
         }
-        sum = merge2(sum, leaf);
+        sum = merge_exact(sum, segment);
       }
-      reinterpret_cast<float2*>(p.lse)[lane * row_heads + head0 + head] = to_natural_log(sum);
+      reinterpret_cast<float2*>(p.lse)[bucket * row_heads + first_head + head] = to_natural_log(sum);
     }
   }
 
-  // The list's parts, by rising split, to the row's partial.
-  __device__ __forceinline__ void merge_parts() const {
-    const std::int64_t part_floats = decode_part_floats(E::heads, E::d_v);
-    const float* first = job.parts + std::int64_t{list} * job.splits * part_floats;
-    for (int item = threadIdx.x; item < present * (E::d_v / 4); item += decode_threads) {
-      const int head = item / (E::d_v / 4);
-      Sum2 sum;
+  // Merges the partials of the splits, by rising split, into the partial of the row.
+  __device__ __forceinline__ void merge_partials() const {
+    const std::int64_t stride = decode_partial_floats(WarpTile::heads, WarpTile::d_v);
+    const float* first = job.partials + std::int64_t{work_item} * job.splits * stride;
+    for (int item = threadIdx.x; item < valid_heads * (WarpTile::d_v / 4); item += decode_threads) {
+      const int head = item / (WarpTile::d_v / 4);
+      Exp2SoftmaxState sum;
       float4 value = {};
 #pragma unroll 8
       for (int i = 0; i < job.splits; ++i) {
-        const float* part = first + i * part_floats;
-        const float2 ms = __ldcg(reinterpret_cast<const float2*>(part + E::heads * E::d_v) + head);
-        const float4 x = __ldcg(reinterpret_cast<const float4*>(part) + item);
-        const float m = fmaxf(sum.m, ms.x), old = exp2_fast(sum.m - m), fresh = exp2_fast(ms.x - m);
-        sum = {m, sum.s * old + ms.y * fresh};
-        value.x = value.x * old + x.x * fresh, value.y = value.y * old + x.y * fresh;
-        value.z = value.z * old + x.z * fresh, value.w = value.w * old + x.w * fresh;
+        const float* partial = first + i * stride;
+        const float2 ms = __ldcg(reinterpret_cast<const float2*>(partial + WarpTile::heads * WarpTile::d_v) + head);
+        const float4 x = __ldcg(reinterpret_cast<const float4*>(partial) + item);
+        const float m = fmaxf(sum.m, ms.x), scale_prev = exp2_fast(sum.m - m), scale_new = exp2_fast(ms.x - m);
+        sum = {m, sum.s * scale_prev + ms.y * scale_new};
+        value.x = value.x * scale_prev + x.x * scale_new, value.y = value.y * scale_prev + x.y * scale_new;
+        value.z = value.z * scale_prev + x.z * scale_new, value.w = value.w * scale_prev + x.w * scale_new;
       }
-      reinterpret_cast<float4*>(p.out.o + std::int64_t{head0} * E::d_v)[item] = value;
-      if (item % (E::d_v / 4) == 0) reinterpret_cast<float2*>(p.out.ms)[head0 + head] = to_natural_log(sum);
+      reinterpret_cast<float4*>(p.out.o + std::int64_t{first_head} * WarpTile::d_v)[item] = value;
+      if (item % (WarpTile::d_v / 4) == 0) reinterpret_cast<float2*>(p.out.ms)[first_head + head] = to_natural_log(sum);
     }
   }
 
   __device__ __forceinline__ void finish() const {
-    if (p.end == DecodeEnd::parts || (p.end == DecodeEnd::lanes && B != cmp)) return;
-    if (job.splits > 1 && !arrives_last(&p.arrivals[list], job.splits)) return;
+    if (p.epilogue == DecodeEpilogue::store_partials || (p.epilogue == DecodeEpilogue::merge_buckets && B != cmp))
+      return;
+    if (job.splits > 1 && !arrives_last(&p.arrivals[work_item], job.splits)) return;
     __syncthreads();
-    if (p.end == DecodeEnd::merge) merge_parts();
-    if constexpr (B == cmp) merge_lanes();
+    if (p.epilogue == DecodeEpilogue::merge_all) merge_partials();
+    if constexpr (B == cmp) merge_buckets();
   }
 };
 
-template <class E, Branch B>
-__device__ __forceinline__ void run(const DecodeParams& p, const DecodeJob& job, char* shared, int at, bool first) {
-  using Layout = DecodeLayout<E>;
-  const bool some = job.ctas > job.splits;
-  const int ctas = some ? job.ctas : job.splits, split = some ? ctas - 1 - at % ctas : at % ctas;
-  Walk<E, B> walk(p, job, shared, at / ctas, split);
-  if (first)  // the jobs of a CTA have their queries in common
-    E::fill_queries(shared + Layout::queries,
-                    static_cast<const typename E::Type*>(p.q) + std::int64_t{walk.head0} * E::d_k, walk.present,
-                    threadIdx.x, decode_threads);
-  walk.start();
+template <class WarpTile, Branch B>
+__device__ __forceinline__ void run_job(const DecodeParams& p, const DecodeJob& job, char* shared, int at, bool first) {
+  using SharedLayout = DecodeSharedLayout<WarpTile>;
+  const bool has_idle_ctas = job.ctas > job.splits;
+  const int ctas = has_idle_ctas ? job.ctas : job.splits, split = has_idle_ctas ? ctas - 1 - at % ctas : at % ctas;
+  KvMainloop<WarpTile, B> mainloop(p, job, shared, at / ctas, split);
+  if (first)  // the jobs of a CTA share their queries
+    WarpTile::load_queries(
+        shared + SharedLayout::queries,
+        static_cast<const typename WarpTile::Type*>(p.q) + std::int64_t{mainloop.first_head} * WarpTile::d_k,
+        mainloop.valid_heads, threadIdx.x, decode_threads);
+  mainloop.start();
   __syncthreads();
-  E engine(shared + Layout::queries, shared + Layout::weights + walk.warp * E::weight_bytes);
-  walk.walk(engine);
-  if (B == cmp && shards_of(job.k.map) > 1 && job.k.map.halo > 1) walk.score_halos(engine);
-  if (threadIdx.x % 32 == 0 && blockIdx.y == 0 && walk.count > 0)
-    atomicAdd(reinterpret_cast<unsigned long long*>(job.reads) + walk.row * p.shape.groups + walk.group,
-              static_cast<unsigned long long>(walk.count));
-  if (walk.weighs || p.end == DecodeEnd::merge) walk.put_part(engine);
-  walk.finish();
+  WarpTile warp_tile(shared + SharedLayout::queries,
+                     shared + SharedLayout::prob + mainloop.warp * WarpTile::prob_bytes);
+  mainloop.run(warp_tile);
+  if (B == cmp && shards_of(job.k.map) > 1 && job.k.map.halo > 1) mainloop.score_halos(warp_tile);
+  if (threadIdx.x % 32 == 0 && blockIdx.y == 0 && mainloop.count > 0)
+    atomicAdd(reinterpret_cast<unsigned long long*>(job.reads) + mainloop.row * p.shape.groups + mainloop.group,
+              static_cast<unsigned long long>(mainloop.count));
+  if (mainloop.has_pv || p.epilogue == DecodeEpilogue::merge_all) mainloop.store_partial(warp_tile);
+  mainloop.finish();
   __syncthreads();
 }
 
-template <class E>
-__global__ void __launch_bounds__(decode_threads, E::ctas) decode_kernel(const __grid_constant__ DecodeParams p) {
+template <class WarpTile>
+__global__ void __launch_bounds__(decode_threads, WarpTile::ctas_per_sm)
+    split_kv_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(128) char shared[];
   griddep_wait();
   const int row_groups = static_cast<int>(p.tile.rows()) * p.shape.groups;
@@ -333,22 +342,23 @@ __global__ void __launch_bounds__(decode_threads, E::ctas) decode_kernel(const _
     if (at < 0 || at >= row_groups * max(job.ctas, job.splits)) continue;
     if (job.ctas - 1 - at % max(job.ctas, 1) >= job.splits) continue;
     if (job.branch == cmp)
-      run<E, cmp>(p, job, shared, at, first);
+      run_job<WarpTile, cmp>(p, job, shared, at, first);
     else if (job.branch == sel)
-      run<E, sel>(p, job, shared, at, first);
+      run_job<WarpTile, sel>(p, job, shared, at, first);
     else
-      run<E, win>(p, job, shared, at, first);
+      run_job<WarpTile, win>(p, job, shared, at, first);
     first = false;
   }
 }
 
-template <class E>
-void launch_engine(const DecodeParams& p, Stream* stream) {
+template <class WarpTile>
+void launch_split_kv(const DecodeParams& p, Stream* stream) {
   int ctas = 0;
   for (int i = 0; i < p.job_count; ++i)
     ctas = std::max(ctas, p.jobs[i].first_cta + static_cast<int>(p.tile.rows()) * p.shape.groups *
                                                     std::max(p.jobs[i].ctas, p.jobs[i].splits));
-  launch_pdl(decode_kernel<E>, dim3(ctas, p.head_tiles), decode_threads, DecodeLayout<E>::bytes(p.shape), stream, 1, p);
+  launch_pdl(split_kv_kernel<WarpTile>, dim3(ctas, p.head_tiles), decode_threads,
+             DecodeSharedLayout<WarpTile>::bytes(p.shape), stream, 1, p);
 }
 
 }  // namespace nsa::gpu

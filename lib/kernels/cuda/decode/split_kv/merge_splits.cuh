@@ -1,26 +1,26 @@
 #pragma once
-// Where the parts of decode lists meet in launches of their own (decode/split_kv/merge_splits.cu) instead of in the
-// last CTA of a list: the walk may then be cut into as many pieces as fill the GPU, and a long list's lanes are formed
-// by many threads.
+// Split-KV merge as a launch of its own (decode/split_kv/merge_splits.cu) instead of in the last CTA of a work item.
+// The KV mainloop may then use as many splits as fill the GPU, and many threads form the LSE buckets of a long work
+// item.
 
 #include "kernels/cuda/decode/split_kv/params.cuh"
 
 namespace nsa::gpu {
 
-/// After a launch of `walk` with DecodeEnd::parts. A pointer that is null is not written.
-struct DecodeMeeting {
-  DecodeParams walk;
-  Partials out[2] = {};   ///< by job of the walk: the merged parts
-  float* sums = nullptr;  ///< of the window's job, if there is one: (m, sum) alone, [rows][H][2]
-  bool lanes = false;     ///< of the compressed tokens' job, to walk.lse
+/// Runs after `launch` with DecodeEpilogue::store_partials. Null outputs are skipped.
+struct MergeParams {
+  DecodeParams launch;
+  Partials out[2] = {};      ///< by job of `launch`: the merged partials
+  float* win_lse = nullptr;  ///< (m, sum) of the window job if there is one: [rows][H][2]
+  bool buckets = false;      ///< LSE buckets of the cmp job, to launch.lse
 };
-void launch_meeting(const DecodeMeeting& meeting, Stream* stream);
+void launch_merge_splits(const MergeParams& params, Stream* stream);
 
-/// Whether that pays: always where there are parts to merge (docs/kernels.md), else where a CTA would be long over
-/// lanes.
-bool meets_apart(Branch branch, int splits, std::int64_t tiles);
+/// Whether a separate launch is faster: always where there are partials to merge (docs/kernels.md), else where one CTA
+/// would take long to form the LSE buckets.
+bool merges_separately(Branch branch, int splits, std::int64_t tiles);
 
-/// Of DecodeShardArgs::weighted what cmp and win give, each normalised by what all ranks have told.
-void launch_weighing(const DecodeParams& walk, const ShardedAttentionArgs& args, Stream* stream);
+/// Writes the cmp and win part of ShardedAttentionArgs::weighted: partials normalised over all ranks, times the gates.
+void launch_normalise_partials(const DecodeParams& launch, const ShardedAttentionArgs& args, Stream* stream);
 
 }  // namespace nsa::gpu

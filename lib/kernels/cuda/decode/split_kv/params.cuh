@@ -1,6 +1,6 @@
 #pragma once
-// A decode kernel's work: what one launch reads and who finishes it. decode/split_kv/branch.cu launches it for one
-// branch, as a stage; decode/attention.cu for cmp, rank and win together, then sel.
+// Arguments of the split-KV decode kernel. decode/split_kv/branch.cu launches it for one branch, as a stage;
+// decode/attention.cu launches it for cmp and win together, then for sel.
 
 #include "kernels/cuda/attention/block_sums.cuh"
 #include "kernels/cuda/attention/split_kv.cuh"
@@ -10,20 +10,21 @@ namespace nsa::gpu {
 constexpr int decode_warps = 4;  ///< of a CTA
 constexpr int decode_threads = 32 * decode_warps;
 
-/// One branch within a launch: CTAs [first_cta, first_cta + rows * groups * ctas) of x. Of a list's `ctas` the last
-/// `splits` take it, the very last first: where units do not come out even, those have fewer of the other branch.
+/// One branch within a launch: CTAs [first_cta, first_cta + rows * groups * ctas) of x. Of the `ctas` of a work item
+/// the last `splits` take this branch in reverse order: where spans do not divide evenly, those have fewer of the other
+/// branch.
 struct DecodeJob {
   Branch branch;
   int splits, first_cta;
   KvView k, v;
   std::int64_t* reads;
-  float* parts;  ///< [list][split][heads of a tile * (Dv + 2)]; list: (row, group, head tile)
-  int ctas = 0;  ///< more than `splits`, or 0: as many
+  float* partials;  ///< [work item][split][heads of a tile * (Dv + 2)]; work item: (row, group, head tile)
+  int ctas = 0;     ///< more than `splits`; 0: equal to `splits`
 };
 
-/// What the last CTA of a list does: nothing (the parts stay); of cmp, merges the tiles' (m, sum) into `lse`; that, and
-/// the list's parts into `out`.
-enum class DecodeEnd { parts, lanes, merge };
+/// What the last CTA of a work item does: nothing (the partials stay in scratch); cmp: merges the (m, sum) of the tiles
+/// into the LSE buckets `lse`; that, and merges the partials into `out`.
+enum class DecodeEpilogue { store_partials, merge_buckets, merge_all };
 
 struct DecodeParams {
   LayerShape shape;
@@ -32,36 +33,36 @@ struct DecodeParams {
   DecodeJob jobs[2];
   int job_count;
   int head_tiles;
-  DecodeEnd end;
+  DecodeEpilogue epilogue;
   unsigned* arrivals;
   const std::int32_t* selected;  ///< sel
   // cmp
-  float* scores;  ///< raw ones
+  float* scores;  ///< raw scores
   std::int64_t pitch;
-  TileSums sums;  ///< or of blocks, by this rank's tiles
+  TileBlockSums block_sums;  ///< or sums of blocks instead, by tile of this rank
   bool scores_only;
-  bool keeps_scores;  ///< in the L2, where K and V are not to drive them out
-  float2* leaves;     ///< (m, sum) by tile of 32 tokens: [list][most_tiles][heads of a head tile]
-  std::int64_t most_tiles;
+  bool keeps_scores;  ///< in the L2: K and V are loaded with evict_first
+  float2* tile_lse;   ///< (m, sum) of each KV tile: [work item][max_tiles][heads of a head tile]
+  std::int64_t max_tiles;
   float* lse;
-  Partials out;  ///< end = merge
+  Partials out;  ///< for merge_all
 };
 
-__host__ __device__ inline std::int64_t decode_part_floats(int heads, int d_v) {
+__host__ __device__ inline std::int64_t decode_partial_floats(int heads, int d_v) {
   return std::int64_t{heads} * (d_v + 2);
 }
 
-/// Of the scratch: (m, sum) of all tiles.
-std::int64_t decode_leaf_floats(const LayerShape& s, const QueryTile& tile);
+/// Floats of scratch for the (m, sum) of all KV tiles.
+std::int64_t tile_lse_floats(const LayerShape& s, const QueryTile& tile);
 
-/// CTAs a list is split over, so that all lists together fill the SMs twice and no warp is without a tile.
-int decode_splits(std::int64_t lists, std::int64_t tiles);
+/// Splits of a work item: all work items together fill the SMs twice, and every warp has a tile.
+int decode_splits(std::int64_t work_items, std::int64_t tiles);
 
-/// Whether what blocks are scored by, so many floats of all lists, fits the L2 (50 MB on H100 and H200) beside what
-/// passes through it until then.
+/// Whether scores or block sums, so many floats of all work items, stay in the L2 (50 MB on H100 and H200) while K and
+/// V pass through it.
 constexpr bool keeps_scores(std::int64_t floats) { return floats * std::int64_t{sizeof(float)} <= 40'000'000; }
 
-/// Shapes that decode_accepts() takes; by type in files of their own.
+/// Launches the kernel for a shape that decode_accepts() accepts; each storage type is compiled by itself.
 void launch_decode(const DecodeParams& p, Stream* stream);
 void launch_decode_bf16(const DecodeParams& p, Stream* stream);
 void launch_decode_f16(const DecodeParams& p, Stream* stream);

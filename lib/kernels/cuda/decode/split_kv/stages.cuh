@@ -1,11 +1,11 @@
 #pragma once
-// Decode attention of one branch, its K/V split over CTAs.
+// Decode attention of one branch, split-KV.
 
 #include "kernels/cuda/runtime/common.cuh"
 
 namespace nsa::gpu {
 
-/// One query row a sequence, tensor cores or (fp32) scalar; a map it does not read goes to the general kernel.
+/// One query row a sequence; tensor cores, fp32 scalar. Maps it does not read go to the scalar kernel.
 /// decode/split_kv/branch.cu
 void attend_decode(Branch branch, const AttendArgs&, Stream*);
 bool decode_accepts(const LayerShape&, const QueryTile&);

@@ -1,13 +1,13 @@
 #pragma once
-// What a decode warp does with a tile of 32 tokens of one list: tensor cores for 16-bit storage and 16 heads, scalar
-// arithmetic for fp32 and 4 heads. Both keep o and the running (m, sum) of their heads to themselves until the CTA's
-// warps meet.
+// What a decode warp computes on a KV tile of 32 rows of one work item: WarpTileMma (tensor cores, 16-bit storage, 16
+// heads) or WarpTileScalar (fp32, 4 heads). Both keep o and the running (m, sum) of their heads in registers until the
+// warps of the CTA merge.
 //
-// scores(slot) multiplies q with the rows of a slot; scale() and soften() turn the scores into weights relative to the
-// running maximum; put_scores() leaves scaled scores behind, soften() and put_last() the sums of blocks instead
-// (attention/block_sums.cuh); add(slot) adds the weighted values. The (m, sum) of a tile is formed by one warp in one
-// order, before the running maximum takes part, so a leaf's does not depend on who reads it after what. Roundings that
-// the choice of blocks hangs on are spelled out, so that every kernel leaves the same bits.
+// multiply_qk(slot) forms scores from the K rows in a slot; scale_scores() and online_softmax() turn them into P
+// relative to the running maximum; store_scores() stores scaled scores, online_softmax() and store_last_score() store
+// block sums instead (attention/block_sums.cuh); multiply_pv(slot) adds P V. One warp forms the (m, sum) of a tile in
+// one order, before the running maximum enters, so that of an LSE segment does not depend on which warp reads it or on
+// what it read before. Roundings that affect block selection are explicit, so every kernel produces the same bits.
 
 #include <algorithm>
 
@@ -16,20 +16,19 @@
 
 namespace nsa::gpu {
 
-/// Shared memory of a CTA: the warps' rings, the queries, the weights of scalar warps, rows in front of tiles, the
-/// chosen blocks behind them.
-/// When the rings are empty, o of every warp [heads][d_v + 8] and (m, sum) lie in their place.
-template <class E>
-struct DecodeLayout {
-  static constexpr int slot_bytes = slot_rows * std::max(E::k_bytes, E::v_bytes);
+/// Shared memory of a CTA: the rings of the warps, the queries, P of scalar warps, halo rows, the selected blocks. The
+/// epilogue reuses the rings for o [heads][d_v + 8] and (m, sum) of every warp.
+template <class WarpTile>
+struct DecodeSharedLayout {
+  static constexpr int slot_bytes = slot_rows * std::max(WarpTile::k_bytes, WarpTile::v_bytes);
   static constexpr int slots = std::max(2, (24 << 10) / slot_bytes);
   static constexpr int ring_bytes = slots * slot_bytes;
-  static constexpr int queries = decode_warps * ring_bytes, weights = queries + E::query_bytes,
-                       fronts = weights + decode_warps * E::weight_bytes,  // [warp][slot], a row of K each
-      blocks = fronts + decode_warps * slots * E::k_bytes;
-  static constexpr int merge_bytes = decode_warps * E::heads * (E::d_v + 8 + 2) * 4;
+  static constexpr int queries = decode_warps * ring_bytes, prob = queries + WarpTile::query_bytes,
+                       halo_rows = prob + decode_warps * WarpTile::prob_bytes,  // [warp][slot], one row of K each
+      selected = halo_rows + decode_warps * slots * WarpTile::k_bytes;
+  static constexpr int merge_bytes = decode_warps * WarpTile::heads * (WarpTile::d_v + 8 + 2) * 4;
   static_assert(merge_bytes <= queries);
-  static std::size_t bytes(const LayerShape& s) { return blocks + s.rules.n_sel * sizeof(std::int32_t); }
+  static std::size_t bytes(const LayerShape& s) { return selected + s.rules.n_sel * sizeof(std::int32_t); }
 };
 
 }  // namespace nsa::gpu

@@ -1,108 +1,108 @@
 #pragma once
-// A decode warp's engine for fp32 storage: scalar arithmetic, up to 4 heads. decode/split_kv/warp_tile.cuh says what an
-// engine does.
+// Warp tile for fp32 storage: scalar arithmetic, up to 4 heads. decode/split_kv/warp_tile.cuh describes the operations.
 
 #include "kernels/cuda/decode/split_kv/warp_tile_outputs.cuh"
 
 namespace nsa::gpu {
 
-/// A lane a token in scores(), neighbours 4 apart, whose rows lie in different banks (primitives/cp_async_ring.cuh); a
-/// lane Dv / 32 columns in add().
+/// A lane has one token in multiply_qk(); tokens of neighbouring lanes are 4 apart, so their rows are in different
+/// banks (primitives/cp_async_ring.cuh). In multiply_pv() a lane has Dv / 32 columns.
 template <int DK, int DV>
-struct Scalars {
+struct WarpTileScalar {
   using Type = float;
   static constexpr int heads = 4, d_k = DK, d_v = DV, k_bytes = DK * 4, v_bytes = DV * 4;
-  static constexpr int query_bytes = heads * DK * 4, weight_bytes = tile_rows * heads * 4;
-  static constexpr int ctas = DK > 64 ? 1 : 2;  // an SM
+  static constexpr int query_bytes = heads * DK * 4, prob_bytes = tile_rows * heads * 4;
+  static constexpr int ctas_per_sm = DK > 64 ? 1 : 2;
   static constexpr int columns = DV / 32;
 
   const float4* q;  // shared, [heads][Dk / 4]
-  float4* weights;  // shared, of the warp: [tile_rows], a head an element
+  float4* prob;     // shared, P of the warp: [tile_rows], one head an element
   float c[heads] = {};
   float o[heads][columns] = {};
-  Sum2 total[heads], tile[heads];
+  Exp2SoftmaxState total[heads], tile[heads];
 
-  static __device__ __forceinline__ void fill_queries(char* to, const float* from, int present, int thread,
+  static __device__ __forceinline__ void load_queries(char* to, const float* from, int valid_heads, int thread,
                                                       int threads) {
     for (int item = thread; item < heads * DK; item += threads)
-      reinterpret_cast<float*>(to)[item] = item < present * DK ? from[item] : 0.0f;
+      reinterpret_cast<float*>(to)[item] = item < valid_heads * DK ? from[item] : 0.0f;
   }
-  static __device__ __forceinline__ void copy_queries(unsigned to, const float* from, int present, int thread,
-                                                      int threads) {
+  static __device__ __forceinline__ void copy_queries_async(unsigned to, const float* from, int valid_heads, int thread,
+                                                            int threads) {
     for (int item = thread; item < heads * DK / 4; item += threads) {
-      const bool exists = item < present * DK / 4;
+      const bool exists = item < valid_heads * DK / 4;
       cp_async_vector(to + item * 16, from + (exists ? item : 0) * 4, exists);
     }
   }
-  __device__ __forceinline__ Scalars(char* queries, char* warp_weights)
-      : q(reinterpret_cast<const float4*>(queries)), weights(reinterpret_cast<float4*>(warp_weights)) {}
+  __device__ __forceinline__ WarpTileScalar(char* queries, char* warp_prob)
+      : q(reinterpret_cast<const float4*>(queries)), prob(reinterpret_cast<float4*>(warp_prob)) {}
 
-  __device__ __forceinline__ void scores(unsigned slot) {
+  __device__ __forceinline__ void multiply_qk(unsigned slot) {
     const int lane = threadIdx.x % 32;
     float sum[heads] = {};
 #pragma unroll 8
-    for (int piece = 0; piece < DK / 4; ++piece) {
-      const float4 k = load(slot + token() * k_bytes + piece / 8 * 128 + ((piece ^ lane) % 8) * 16);
+    for (int vec = 0; vec < DK / 4; ++vec) {
+      const float4 k = load(slot + token() * k_bytes + vec / 8 * 128 + ((vec ^ lane) % 8) * 16);
 #pragma unroll
-      for (int h = 0; h < heads; ++h) sum[h] = added(sum[h], q[h * (DK / 4) + piece], k);
+      for (int h = 0; h < heads; ++h) sum[h] = add_dot4(sum[h], q[h * (DK / 4) + vec], k);
     }
 #pragma unroll
     for (int h = 0; h < heads; ++h) c[h] = sum[h];
   }
 
-  __device__ __forceinline__ void scale() {
-    const float factor = log2_e / sqrtf(static_cast<float>(DK));
+  __device__ __forceinline__ void scale_scores() {
+    const float softmax_scale = log2_e / sqrtf(static_cast<float>(DK));
 #pragma unroll
-    for (int h = 0; h < heads; ++h) c[h] = __fmul_rn(c[h], factor);
+    for (int h = 0; h < heads; ++h) c[h] = __fmul_rn(c[h], softmax_scale);
   }
-  __device__ __forceinline__ void put_scores(ScoreRows to, int rows, int present) const {
+  __device__ __forceinline__ void store_scores(ScoreOutput to, int rows, int valid_heads) const {
 #pragma unroll
     for (int h = 0; h < heads; ++h)
-      if (token() < rows && h < present) to.first[h * to.pitch + token()] = c[h];
+      if (token() < rows && h < valid_heads) to.first[h * to.pitch + token()] = c[h];
   }
-  __device__ __forceinline__ void put_last(const SumRows& to, int rows) const {
-    if (token() == tile_rows - 1 && rows == tile_rows && to.last) put_four(to, to.last, {c[0], c[1], c[2], c[3]});
+  __device__ __forceinline__ void store_last_score(const BlockSumOutput& to, int rows) const {
+    if (token() == tile_rows - 1 && rows == tile_rows && to.last) store_four(to, to.last, {c[0], c[1], c[2], c[3]});
   }
-  __device__ __forceinline__ void put_front(ScoreRows to, unsigned row, int present) const {
+  __device__ __forceinline__ void store_halo_score(ScoreOutput to, unsigned row, int valid_heads) const {
     const int lane = threadIdx.x % 32;
-    const float4 x = front(row);
+    const float4 x = halo_scores(row);
     const float of[heads] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int h = 0; h < heads; ++h)
-      if (lane < 8 && h < present) to.first[h * to.pitch + lane - 8] = lane == 7 ? of[h] : 0.0f;
+      if (lane < 8 && h < valid_heads) to.first[h * to.pitch + lane - 8] = lane == 7 ? of[h] : 0.0f;
   }
-  __device__ __forceinline__ void put_front(float* to, unsigned row) const {
-    const float4 x = front(row);
+  __device__ __forceinline__ void store_halo_score(float* to, unsigned row) const {
+    const float4 x = halo_scores(row);
     if (threadIdx.x % 32 == 0) *reinterpret_cast<float4*>(to) = x;
   }
-  __device__ __forceinline__ void soften(int rows, const SumRows& sums = {}) {
-    // Loops without a branch in them: what heads shuffle is under way side by side.
+  __device__ __forceinline__ void online_softmax(int rows, const BlockSumOutput& sums = {}) {
+    // Loops without branches, so that the shuffles of all heads overlap.
 #pragma unroll
     for (int h = 0; h < heads; ++h) {
       if (token() >= rows) c[h] = -INFINITY;
       tile[h].m = fmaxf(neg_inf, warp_max(c[h]));
       c[h] = exp2_fast(c[h] - tile[h].m);
     }
-    if (sums.sums) put_block_sums(sums);
+    if (sums.sums) store_block_sums(sums);
 #pragma unroll
     for (int h = 0; h < heads; ++h) {
       tile[h].s = warp_sum(c[h]);
-      const float m = fmaxf(total[h].m, tile[h].m), factor = exp2_fast(tile[h].m - m), old = exp2_fast(total[h].m - m);
-      total[h] = {m, total[h].s * old + tile[h].s * factor};
-      c[h] *= factor;
+      const float m = fmaxf(total[h].m, tile[h].m), scale_new = exp2_fast(tile[h].m - m),
+                  scale_prev = exp2_fast(total[h].m - m);
+      total[h] = {m, total[h].s * scale_prev + tile[h].s * scale_new};
+      c[h] *= scale_new;
 #pragma unroll
-      for (int e = 0; e < columns; ++e) o[h][e] *= old;
+      for (int e = 0; e < columns; ++e) o[h][e] *= scale_prev;
     }
-    __syncwarp();  // the last tile's weights are read
-    weights[token()] = {c[0], c[1], c[2], c[3]};
+    __syncwarp();  // P of the previous tile is read
+    prob[token()] = {c[0], c[1], c[2], c[3]};
     __syncwarp();
   }
 
-  __device__ __forceinline__ void add(unsigned slot) {
-    const int lane = threadIdx.x % 32, piece = lane * columns / 4, within = lane * columns % 4;
+  __device__ __forceinline__ void multiply_pv(unsigned slot) {
+    const int lane = threadIdx.x % 32, vec = lane * columns / 4, offset = lane * columns % 4;
 #pragma unroll 8
     for (int token = 0; token < slot_rows; ++token) {
-      const unsigned at = slot + token * v_bytes + piece / 8 * 128 + ((piece ^ token / 4) % 8) * 16 + within * 4;
+      const unsigned at = slot + token * v_bytes + vec / 8 * 128 + ((vec ^ token / 4) % 8) * 16 + offset * 4;
       float v[columns];
       if constexpr (columns == 4) {
         const float4 x = load(at);
@@ -111,7 +111,7 @@ struct Scalars {
         static_assert(columns == 2);
         asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "r"(at) : "memory");
       }
-      const float4 w = weights[token];
+      const float4 w = prob[token];
 #pragma unroll
       for (int e = 0; e < columns; ++e) {
         o[0][e] += w.x * v[e], o[1][e] += w.y * v[e];
@@ -120,53 +120,54 @@ struct Scalars {
     }
   }
 
-  __device__ __forceinline__ void put_maxima(float* to, const SumRows& rows) const {
-    if (threadIdx.x % 32 == 0) put_four(rows, to, {tile[0].m, tile[1].m, tile[2].m, tile[3].m});
+  __device__ __forceinline__ void store_tile_max(float* to, const BlockSumOutput& rows) const {
+    if (threadIdx.x % 32 == 0) store_four(rows, to, {tile[0].m, tile[1].m, tile[2].m, tile[3].m});
   }
-  __device__ __forceinline__ void put_tile(float2* to) const { put_sums(to, tile); }
-  __device__ __forceinline__ void put_total(float2* to) const { put_sums(to, total); }
-  template <class Weight>
-  __device__ __forceinline__ void put_values(float* to, Weight weight) const {
+  __device__ __forceinline__ void store_tile_lse(float2* to) const { store_states(to, tile); }
+  __device__ __forceinline__ void store_state(float2* to) const { store_states(to, total); }
+  template <class ScaleOf>
+  __device__ __forceinline__ void store_scaled_o(float* to, ScaleOf scale_of) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 0; h < heads; ++h) {
-      const float x = weight(h, total[h].m);
+      const float x = scale_of(h, total[h].m);
 #pragma unroll
       for (int e = 0; e < columns; ++e) to[h * (DV + 8) + lane * columns + e] = x * o[h][e];
     }
   }
 
  private:
-  // Scaled scores of a row that lies unswizzled.
-  __device__ __forceinline__ float4 front(unsigned row) const {
+  // Scaled scores of the unswizzled halo row at shared address `row`.
+  __device__ __forceinline__ float4 halo_scores(unsigned row) const {
     float sum[heads] = {};
 #pragma unroll 8
-    for (int piece = 0; piece < DK / 4; ++piece) {
-      const float4 k = load(row + piece * 16);
+    for (int vec = 0; vec < DK / 4; ++vec) {
+      const float4 k = load(row + vec * 16);
 #pragma unroll
-      for (int h = 0; h < heads; ++h) sum[h] = added(sum[h], q[h * (DK / 4) + piece], k);
+      for (int h = 0; h < heads; ++h) sum[h] = add_dot4(sum[h], q[h * (DK / 4) + vec], k);
     }
-    const float factor = log2_e / sqrtf(static_cast<float>(DK));
-    return {__fmul_rn(sum[0], factor), __fmul_rn(sum[1], factor), __fmul_rn(sum[2], factor), __fmul_rn(sum[3], factor)};
+    const float softmax_scale = log2_e / sqrtf(static_cast<float>(DK));
+    return {__fmul_rn(sum[0], softmax_scale), __fmul_rn(sum[1], softmax_scale), __fmul_rn(sum[2], softmax_scale),
+            __fmul_rn(sum[3], softmax_scale)};
   }
-  // This lane's in the tile.
+  // Token of this lane in the tile.
   static __device__ __forceinline__ int token() { return threadIdx.x % 8 * 4 + threadIdx.x % 32 / 8; }
-  // Of the lane-th block; the first eight lanes.
+  // Sum of the lane-th block, in the first eight lanes.
   static __device__ __forceinline__ float sum_of_block(float e) {
     const int lane = threadIdx.x % 32;
     const auto from = [&](int other) { return __shfl_sync(0xffffffffu, e, other % 32); };
-    const float e1 = from(lane + 8), e2 = from(lane + 16), e3 = from(lane + 24), front = from(lane + 23);
-    return block_sum(e, e1, e2, e3, lane == 0 ? 0.0f : front);
+    const float e1 = from(lane + 8), e2 = from(lane + 16), e3 = from(lane + 24), halo = from(lane + 23);
+    return block_sum(e, e1, e2, e3, lane == 0 ? 0.0f : halo);
   }
-  // c is relative to the tile's maxima.
-  __device__ __forceinline__ void put_block_sums(const SumRows& to) const {
+  // c is relative to the maxima of the tile.
+  __device__ __forceinline__ void store_block_sums(const BlockSumOutput& to) const {
     const float4 blocks = {sum_of_block(c[0]), sum_of_block(c[1]), sum_of_block(c[2]), sum_of_block(c[3])};
-    if (threadIdx.x % 32 < tile_blocks) put_four(to, to.sums + threadIdx.x % 32 * heads, blocks);
+    if (threadIdx.x % 32 < tile_blocks) store_four(to, to.sums + threadIdx.x % 32 * heads, blocks);
   }
-  static __device__ __forceinline__ float added(float sum, float4 x, float4 k) {
+  static __device__ __forceinline__ float add_dot4(float sum, float4 x, float4 k) {
     return __fmaf_rn(x.w, k.w, __fmaf_rn(x.z, k.z, __fmaf_rn(x.y, k.y, __fmaf_rn(x.x, k.x, sum))));
   }
-  static __device__ __forceinline__ void put_sums(float2* to, const Sum2 (&sums)[heads]) {
+  static __device__ __forceinline__ void store_states(float2* to, const Exp2SoftmaxState (&sums)[heads]) {
     if (threadIdx.x % 32 == 0)
 #pragma unroll
       for (int h = 0; h < heads; ++h) to[h] = make_float2(sums[h].m, sums[h].s);

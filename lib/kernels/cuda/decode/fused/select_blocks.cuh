@@ -1,0 +1,281 @@
+#pragma once
+// Block selection by the cluster of a work item. Every CTA merges the (m, sum) of the tiles to LSE buckets and those to
+// softmax normalisers. Then a scoring warp takes rounds of up to 32 blocks (128 tokens), scores them
+// (decode/fused/from_raw_scores.cuh, decode/fused/from_block_sums.cuh) and keeps the best 16 sorted in its lanes; or,
+// where one round of all warps covers every block, up to 16 blocks in a single pass. The top 16 of the warps merge in
+// the CTA, those of the CTAs in every CTA.
+
+#include "kernels/cuda/decode/fused/from_block_sums.cuh"
+#include "kernels/cuda/decode/fused/from_raw_scores.cuh"
+
+namespace nsa::gpu {
+
+// cluster_arrive() of a thread that has no writes to publish.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
+template <class WarpTile, int W, bool Sums>
+struct FusedSelect {
+  using Scores = std::conditional_t<Sums, ScoresFromBlockSums<WarpTile, W>, ScoresFromRaw<WarpTile, W>>;
+  using SharedLayout = FusedSharedLayout<WarpTile, W>;
+  const FusedDecodeParams& p;
+  const FusedCoord& at;
+  char* shared;
+
+  // Barrier of the scoring warps of the CTA: an mbarrier at which every thread arrives, because racecheck miscounts a
+  // named barrier that only some of the warps use (docs/kernels.md).
+  __device__ __forceinline__ unsigned barrier() const { return shared_address(shared) + SharedLayout::barrier; }
+  __device__ __forceinline__ void sync_scoring_warps() const {
+    std::uint64_t phase;
+    asm volatile("mbarrier.arrive.shared.b64 %0, [%1];" : "=l"(phase) : "r"(barrier()) : "memory");
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.shared.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(
+            barrier()),
+        "l"(phase)
+        : "memory");
+#else
+    asm volatile(
+        "{\n.reg .pred done;\nAGAIN:\nmbarrier.test_wait.shared.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(
+            barrier()),
+        "l"(phase)
+        : "memory");
+#endif
+  }
+  __device__ __forceinline__ float2* buckets() const {
+    return reinterpret_cast<float2*>(shared + SharedLayout::buckets_at());
+  }
+  __device__ __forceinline__ float2* normalisers() const {
+    return reinterpret_cast<float2*>(shared + SharedLayout::normalisers_at(p.shape));
+  }
+  __device__ __forceinline__ float* overlaps() const {
+    return reinterpret_cast<float*>(shared + SharedLayout::overlaps_at(p.shape));
+  }
+  __device__ __forceinline__ Entry* warp_top() const { return reinterpret_cast<Entry*>(shared + SharedLayout::select); }
+  __device__ __forceinline__ Entry* cta_top() const { return reinterpret_cast<Entry*>(shared + SharedLayout::cta_top); }
+
+  // What does not depend on the position: the barrier; the overlaps of a block far from the start; the lists of the
+  // CTAs, which may not all be filled.
+  __device__ __forceinline__ void prepare() const {
+    const BlockRules& r = p.shape.rules;
+    if (threadIdx.x == 0 && at.cta_scoring_warps > 0)
+      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier()), "r"(at.cta_scoring_warps * 32) : "memory");
+    if (W == fused_warps && static_cast<int>(threadIdx.x) < p.cluster * warp_top_n) cta_top()[threadIdx.x] = 0;
+#pragma unroll 1
+    for (int k = threadIdx.x; k < p.tokens_per_block + p.halo_tokens; k += 32 * W) {
+      const int begin = (k - p.halo_tokens) * r.d;  // relative to the block
+      overlaps()[k] = static_cast<float>(min(begin + r.l, r.l_sel) - max(begin, 0)) / static_cast<float>(r.d);
+    }
+  }
+
+  // Merges the (m, sum) of the tiles to LSE buckets: each by rising segment, a segment by rising tile. A thread has two
+  // heads of a bucket and loads two tiles of four segments at a time. Absent tiles are the neutral element.
+  __device__ __forceinline__ void merge_buckets(int tiles, int per_segment) const {
+    constexpr int pairs = WarpTile::heads / 2;
+    const float2* sums = p.tile_lse + at.work_item * p.max_tiles * WarpTile::heads;
+    const int segments = per_segment == 2 ? tiles / 2 : tiles / per_segment, count = p.shape.lse.buckets;
+#pragma unroll 1
+    for (int item = threadIdx.x; item < count * pairs; item += at.cta_scoring_warps * 32) {
+      const int bucket = item / pairs;
+      const float2* of_bucket = sums + bucket * per_segment * WarpTile::heads + item % pairs * 2;
+      Exp2SoftmaxState sum[2];
+#pragma unroll 1
+      for (int i0 = 0; i0 < segments; i0 += 4 * count) {
+        Exp2SoftmaxState segment[4][2];
+#pragma unroll 1
+        for (int tile0 = 0; tile0 < per_segment; tile0 += 2) {
+          float4 x[4][2];
+#pragma unroll
+          for (int b = 0; b < 4; ++b) {
+            const int i = i0 + b * count;  // segment of bucket 0
+            const auto* from = reinterpret_cast<const float4*>(of_bucket + (i * per_segment + tile0) * WarpTile::heads);
+            const float4 absent = {neg_inf, 0.0f, neg_inf, 0.0f};
+            x[b][0] = i + bucket < segments ? __ldcg(from) : absent;
+            x[b][1] = i + bucket < segments && tile0 + 1 < per_segment ? __ldcg(from + pairs) : absent;
+          }
+#pragma unroll
+          for (int b = 0; b < 4; ++b)
+#pragma unroll
+            for (int a = 0; a < 2; ++a) {
+              const Exp2SoftmaxState one = a == 0 ? Exp2SoftmaxState{x[b][0].x, x[b][0].y}
+                                                  : Exp2SoftmaxState{x[b][0].z, x[b][0].w},
+                                     two = a == 0 ? Exp2SoftmaxState{x[b][1].x, x[b][1].y}
+                                                  : Exp2SoftmaxState{x[b][1].z, x[b][1].w};
+              segment[b][a] = merge_exact(tile0 == 0 ? one : merge_exact(segment[b][a], one), two);
+            }
+        }
+#pragma unroll
+        for (int b = 0; b < 4; ++b)
+#pragma unroll
+          for (int a = 0; a < 2; ++a) sum[a] = merge_exact(sum[a], segment[b][a]);
+      }
+      const float2 first = to_natural_log(sum[0]), second = to_natural_log(sum[1]);
+      reinterpret_cast<float4*>(buckets())[item] = {first.x, first.y, second.x, second.y};
+    }
+  }
+
+  // softmax_normalisers() with eight threads a head, four buckets each: the same sums in the same tree. Invalid heads
+  // get a normaliser that makes every probability 0.
+  __device__ __forceinline__ void compute_normalisers() const {
+#pragma unroll 1
+    for (int item = threadIdx.x; item < WarpTile::heads * 8; item += at.cta_scoring_warps * 32) {
+      const int head = item / 8, first = item % 8;
+      const float2* from = buckets() + first * WarpTile::heads + head;
+      SoftmaxState total[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 ms =
+            first + i * 8 < p.shape.lse.buckets ? from[i * 8 * WarpTile::heads] : make_float2(-INFINITY, 0.0f);
+        total[i] = {ms.x, ms.y};
+      }
+#pragma unroll 1
+      for (int x = 32; x < p.shape.lse.buckets; x += 32)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (x + first + i * 8 < p.shape.lse.buckets) merge_bucket(total[i], from[(x + i * 8) * WarpTile::heads]);
+      float m = fmaxf(fmaxf(total[0].m, total[1].m), fmaxf(total[2].m, total[3].m));
+#pragma unroll
+      for (int step = 4; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
+      float s[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[i] = __fmul_rn(total[i].s, exp_shifted(total[i].m, m));
+      float sum = (s[0] + s[2]) + (s[1] + s[3]);  // 16 lanes apart, then 8
+#pragma unroll
+      for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      if (first == 0)
+        normalisers()[head] = head < at.valid_heads ? make_float2(m * log2_e, sum > 0.0f ? 1.0f / sum : 0.0f)
+                                                    : make_float2(INFINITY, 0.0f);
+    }
+  }
+
+  // Sort entry of block j; stores its score.
+  __device__ __forceinline__ Entry entry(int j, float score) const {
+    const BlockRules& r = p.shape.rules;
+    if (p.p_slc && j < p.p_slc_blocks) p.p_slc[at.work_item * p.p_slc_blocks + j] = score;
+    return entry_of(key_of(j < r.n_init || j >= at.eligible - r.n_local, score), j);
+  }
+
+  // Blocks [begin, end) of this warp: consecutive rounds, or a single pass of at most 16.
+  struct ScoreRange {
+    bool single_pass;
+    int begin, end;
+  };
+  __device__ __forceinline__ ScoreRange score_range(int rounds) const {
+    const bool single_pass = W == fused_warps && at.eligible <= p.single_pass_blocks * at.scoring_warps;
+    const int count = single_pass ? p.single_pass_blocks
+                                  : p.by_scoring_warps(rounds + at.scoring_warps - 1) * p.round_blocks,
+              begin = at.warp_in_cluster * count;
+    return {single_pass, begin, min(begin + count, at.eligible)};
+  }
+
+  // The best 16 of the range, in the first half of the warp.
+  __device__ __forceinline__ Entry top16_of_range(const ScoreRange& range, Scores& scores) const {
+    const int lane = threadIdx.x % 32;
+    Entry best = 0;
+    if (range.begin >= range.end) return best;
+    scores.start(range.begin, shared);
+#pragma unroll 1
+    for (int b0 = range.begin; b0 < range.end; b0 += p.round_blocks) {
+      const float score = scores.score(b0, range.end);
+      const int j = b0 + lane;
+      const Entry sorted = warp_sort_descending(lane < p.round_blocks && j < range.end ? entry(j, score) : 0);
+      best = b0 == range.begin ? sorted : top16_of_two(best, sorted);
+    }
+    return best;
+  }
+  // Sends the sorted best 16 of this CTA to every CTA.
+  __device__ __forceinline__ void send_top16(const ScoreRange& run, Scores& scores, int rounds) const {
+    const int lane = threadIdx.x % 32;
+    const Entry own = top16_of_range(run, scores);
+    if (lane < warp_top_n) warp_top()[at.warp * warp_top_n + lane] = own;
+    sync_scoring_warps();
+    if (at.warp > 0 || p.cluster == 1) return;
+    const Entry best = top16_of_lists<W>(warp_top(), warps_with_blocks(rounds));
+    for (int to = lane / 16; to < p.cluster; to += 2) map_to_cta(cta_top(), to)[at.cta * warp_top_n + lane % 16] = best;
+  }
+  // Warps of this CTA that have blocks: there is at most one a round.
+  __device__ __forceinline__ int warps_with_blocks(int rounds) const {
+    return min(at.cta_scoring_warps, p.by_cluster(max(0, rounds - at.cta) + p.cluster - 1));
+  }
+
+  // The same for a single pass of at most 16 blocks a warp: the index of an entry is the number of better ones in the
+  // CTA. Of the two lanes that have a block each counts half.
+  __device__ __forceinline__ void send_top16_single_pass(const ScoreRange& range, Scores& scores) const {
+    const int begin = range.begin, end = range.end, rounds = p.by_single_pass(at.eligible + p.single_pass_blocks - 1),
+              half = (threadIdx.x & Scores::duplicate_stride) != 0, block = Scores::single_pass_block();
+    Entry own = 0;
+    if (begin < end) {
+      scores.start(begin, shared);
+      const float score = scores.score_single_pass(begin, end);
+      if (block < p.single_pass_blocks && begin + block < end) own = entry(begin + block, score);
+      if (half == 0) warp_top()[at.warp * warp_top_n + block] = own;
+    }
+    sync_scoring_warps();
+    if (begin >= end) return;
+    const int count = warps_with_blocks(rounds) * (warp_top_n / 4);  // pairs that a lane compares
+    const auto* pairs = reinterpret_cast<const ulonglong2*>(warp_top()) + half * count;
+    int index = 0;
+#pragma unroll 8
+    for (int i = 0; i < count; ++i) {
+      const ulonglong2 pair = pairs[i];
+      index += (pair.x > own) + (pair.y > own);
+    }
+    index += __shfl_xor_sync(0xffffffffu, index, Scores::duplicate_stride);
+    if (own == 0 || index >= warp_top_n) return;
+    for (int to = half; to < p.cluster; to += 2) map_to_cta(cta_top(), to)[at.cta * warp_top_n + index] = own;
+  }
+
+  // The best 16 of the lists of the CTAs: warps merge four lists each, then every warp merges the results.
+  __device__ __forceinline__ Entry top16_of_ctas() const {
+    const int lane = threadIdx.x % 32;
+    int lists = p.cluster, stride = warp_top_n;
+    if (p.cluster > 4) {
+      lists = (p.cluster + 3) / 4, stride = 4 * warp_top_n;
+#pragma unroll 1
+      for (int i = at.warp; i < lists; i += at.cta_scoring_warps) {
+        const Entry best = top16_of_lists<4>(cta_top() + i * stride, p.cluster - i * 4);
+        if (lane < warp_top_n) cta_top()[i * stride + lane] = best;
+      }
+      sync_scoring_warps();
+    }
+    return top16_of_lists<4>(cta_top(), lists, stride);
+  }
+
+  // The selected blocks, best first, one a lane; -1: none. All scoring warps of the cluster call it once the tile
+  // outputs are visible.
+  __device__ __forceinline__ int select(int tiles, int per_segment) const {
+    const int lane = threadIdx.x % 32, rounds = p.by_round_blocks(at.eligible + p.round_blocks - 1);
+    const ScoreRange blocks = score_range(rounds);
+    Scores scores(p, at, blocks.single_pass);
+    // Before the loads of the buckets, unless K and V have long rows: those have twice as many bytes in flight, these
+    // loads would wait for them, and the loads of the buckets for these.
+    constexpr bool early = WarpTile::d_v <= 64;
+    if (early) scores.prefetch(blocks.begin, blocks.single_pass);
+    merge_buckets(tiles, per_segment);
+    sync_scoring_warps();
+    compute_normalisers();
+    if (!early) scores.prefetch(blocks.begin, blocks.single_pass);
+    sync_scoring_warps();
+    if (W == fused_warps && blocks.single_pass)
+      send_top16_single_pass(blocks, scores);
+    else
+      send_top16(blocks, scores, rounds);
+    __syncwarp();
+    if (p.cluster > 1) cluster_barrier();
+    Entry best;
+    if (W < fused_warps || p.cluster == 1)
+      best = top16_of_lists<W>(warp_top(), warps_with_blocks(rounds));
+    else
+      best = top16_of_ctas();
+    if (p.p_slc)  // zero where no block is eligible
+      for (std::int64_t j = at.eligible + at.warp_in_cluster * 32 + lane; j < p.p_slc_blocks;
+           j += at.scoring_warps * 32)
+        p.p_slc[at.work_item * p.p_slc_blocks + j] = 0.0f;
+    return lane < p.shape.rules.n_sel && lane < warp_top_n && best != 0 ? block_of(best) : -1;
+  }
+};
+
+}  // namespace nsa::gpu

@@ -1,0 +1,154 @@
+#pragma once
+// KV tiles of one warp in a fused decode step: its tiles of cmp, then its tiles of win or sel, 32 tokens each, from its
+// own ring (primitives/cp_async_ring.cuh). Copies run ahead of the computation and from the first branch into the
+// second, as far as the tiles are known: all of the window, of sel the blocks that are always selected. So memory stays
+// busy while blocks are scored and selected.
+
+#include "kernels/cuda/decode/fused/params.cuh"
+#include "kernels/cuda/decode/split_kv/warp_tile.cuh"
+
+namespace nsa::gpu {
+
+/// Shared memory of a CTA of W warps. The epilogue reuses the rings for o [warp][cmp, second][heads][d_v + 8] and (m,
+/// sum) of the warps. The CTAs of a work item send to `partials` what this one merges. That memory overlaps block
+/// selection, not the rings, because a CTA may send while the rings of another are in use. CTAs of 4 warps have a work
+/// item each.
+template <class WarpTile, int W>
+struct FusedSharedLayout {
+  static constexpr int slot_bytes = DecodeSharedLayout<WarpTile>::slot_bytes,
+                       slots = DecodeSharedLayout<WarpTile>::slots,
+                       ring_bytes = DecodeSharedLayout<WarpTile>::ring_bytes;
+  static constexpr int queries = W * ring_bytes, prob = queries + WarpTile::query_bytes,
+                       ranges = prob + W * WarpTile::prob_bytes, gates = ranges + W * 2 * 48, barrier = gates + 16,
+                       cta_top = barrier + 16,
+                       select = cta_top + (W == fused_warps ? fused_max_cluster * warp_top_n * 8 : 0);
+  static constexpr int pitch = WarpTile::d_v + 8, warp_floats = WarpTile::heads * pitch,
+                       items = WarpTile::heads * (WarpTile::d_v / 4);
+  static constexpr int warp_lse = W * 2 * warp_floats * 4;                // (m, sum) of the warps
+  static constexpr int cta_lse = warp_lse + W * 2 * WarpTile::heads * 8;  // (m, sum) of the CTA by branch
+  static_assert(cta_lse + branches * WarpTile::heads * 8 <= queries);
+  static constexpr int partials = select, partial_bytes = W < fused_warps ? 0 : branches * ((items + 8) * 16 + 40 * 8);
+  // Block selection: the top 16 of the warps, LSE buckets, normalisers, probabilities by warp, overlaps.
+  static __host__ __device__ int buckets_at() { return select + W * warp_top_n * 8; }
+  static __host__ __device__ int normalisers_at(const LayerShape& s) {
+    return buckets_at() + s.lse.buckets * WarpTile::heads * 8;
+  }
+  static __host__ __device__ int terms_at(const LayerShape& s) {
+    return (normalisers_at(s) + WarpTile::heads * 8 + 15) / 16 * 16;
+  }
+  static __host__ __device__ int overlaps_at(const LayerShape& s) {
+    return terms_at(s) + W * (max_halo_tokens + round_tokens) * 4;
+  }
+  static int bytes(const LayerShape& s) {
+    const BlockRules& r = s.rules;
+    const int overlaps = r.l_sel / r.d + (r.l - 1) / r.d;
+    return std::max(partials + partial_bytes,
+                    overlaps_at(s) + (overlaps + 4) * 4);  // 4: the compiler loads vectors of four
+  }
+};
+
+/// Tiles first, first + step, ... below `count`, of spans of `size` rows that begin at multiples of `size`. Valid rows
+/// are in [low, high).
+struct TileRange {
+  const char *k, *v;
+  int first, step, count;
+  int size, tiles_per_span, first_span, low, high;
+};
+static_assert(sizeof(TileRange) == 48);
+
+/// Contiguous rows of a tile.
+struct TileRows {
+  int row, count;
+};
+
+template <class WarpTile, int W>
+struct TilePipeline {
+  using SharedLayout = FusedSharedLayout<WarpTile, W>;
+  const TileRange* ranges;        // shared, of this warp: cmp, then the second branch
+  bool scores_only, attends_sel;  // attends_sel: the second branch is sel
+  int selected;                   // lane u: the u-th selected block; -1: none
+  unsigned ring;
+  std::uint64_t policy;
+  // The producer side: the next copy is V (`load_v`) or K of tile `load_tile` of pass `load_pass`, if below `load_end`.
+  TileRows load_rows;
+  int load_pass = 0, load_tile, load_end, known_tiles, write_slot = 0, read_slot = 0, filled_slots = 0;
+  bool load_v = false;
+
+  __device__ __forceinline__ TileRows rows_of(int pass, int i) const {
+    const TileRange& c = ranges[pass];
+    const int u = c.tiles_per_span == 2 ? i / 2 : i / c.tiles_per_span, at = (i - u * c.tiles_per_span) * tile_rows;
+    int span = c.first_span + u;
+    if (pass == 1 && attends_sel) span = __shfl_sync(0xffffffffu, selected, u);
+    const int from = span * c.size, begin = max(c.low, from), end = min(from + c.size, c.high);
+    return {begin + at, min(tile_rows, end - begin - at)};
+  }
+  // To the first tile from `load_tile` on that has tokens.
+  __device__ __forceinline__ void advance_load() {
+#pragma unroll 1
+    while (true) {
+      if (load_tile < load_end) {
+        load_rows = rows_of(load_pass, load_tile);
+        if (load_rows.count > 0) return;
+        load_tile += ranges[load_pass].step;
+      } else if (load_pass == 0) {
+        load_pass = 1, load_tile = ranges[1].first, load_end = known_tiles;
+      } else {
+        return;
+      }
+    }
+  }
+  // Issues the next copy, if a tile is known, into the oldest free slot. It always commits a group, so that the latest
+  // `slots` groups are those of the slots, or older ones.
+  __device__ __forceinline__ void issue_copy() {
+    if (load_tile < load_end) {
+      const TileRange& c = ranges[load_pass];
+      const unsigned to = ring + write_slot * SharedLayout::slot_bytes;
+      if (WarpTile::k_bytes == WarpTile::v_bytes)
+        cp_async_tile<WarpTile::k_bytes>(to, (load_v ? c.v : c.k) + std::int64_t{load_rows.row} * WarpTile::k_bytes,
+                                         load_rows.count, policy);
+      else if (load_v)
+        cp_async_tile<WarpTile::v_bytes>(to, c.v + std::int64_t{load_rows.row} * WarpTile::v_bytes, load_rows.count,
+                                         policy);
+      else
+        cp_async_tile<WarpTile::k_bytes>(to, c.k + std::int64_t{load_rows.row} * WarpTile::k_bytes, load_rows.count,
+                                         policy);
+      write_slot = write_slot + 1 == SharedLayout::slots ? 0 : write_slot + 1;
+      ++filled_slots;
+      load_v = !load_v && (load_pass == 1 || !scores_only);
+      if (!load_v) {
+        load_tile += c.step;
+        advance_load();
+      }
+    }
+    cp_async_commit();
+  }
+  // In the second pass, tiles below `count_known` are known.
+  __device__ __forceinline__ void start(int count_known) {
+    known_tiles = count_known;
+    load_tile = ranges[0].first, load_end = ranges[0].count;
+    advance_load();
+    fill_free_slots();
+  }
+  // All tiles of the second pass are known. Called between the two passes.
+  __device__ __forceinline__ void release_all_tiles() {
+    load_end = ranges[1].count;
+    advance_load();
+    fill_free_slots();
+  }
+  __device__ __forceinline__ void fill_free_slots() {
+#pragma unroll 1
+    for (int i = SharedLayout::slots - filled_slots; i > 0; --i) issue_copy();
+  }
+  // Waits for the oldest slot, uses it, then refills it.
+  template <class Use>
+  __device__ __forceinline__ void consume(Use use) {
+    cp_async_wait<SharedLayout::slots - 1>();
+    use(ring + read_slot * SharedLayout::slot_bytes);
+    __syncwarp();
+    read_slot = read_slot + 1 == SharedLayout::slots ? 0 : read_slot + 1;
+    --filled_slots;
+    issue_copy();
+  }
+};
+
+}  // namespace nsa::gpu
