@@ -26,7 +26,7 @@ struct FusedSelect {
   char* shared;
 
   // Barrier of the scoring warps of the CTA: an mbarrier at which every thread arrives, because racecheck miscounts a
-  // named barrier that only some of the warps use (docs/kernels.md).
+  // named barrier that only some of the warps use (docs/kernels/README.md).
   __device__ __forceinline__ unsigned barrier() const { return shared_address(shared) + SharedLayout::barrier; }
   __device__ __forceinline__ void sync_scoring_warps() const {
     std::uint64_t phase;

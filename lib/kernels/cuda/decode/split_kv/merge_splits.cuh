@@ -16,7 +16,7 @@ struct MergeParams {
 };
 void launch_merge_splits(const MergeParams& params, Stream* stream);
 
-/// Whether a separate launch is faster: always where there are partials to merge (docs/kernels.md), else where one CTA
+/// Whether a separate launch is faster: always where there are partials to merge (docs/kernels/README.md), else where one CTA
 /// would take long to form the LSE buckets.
 bool merges_separately(Branch branch, int splits, std::int64_t tiles);
 

@@ -8,7 +8,7 @@
 // tile's rows in such an order that a lane has all four tokens of its blocks: it folds first, and a third of the values
 // is left for the tree. FLOPs: 2 Dk a (head, token): 2048 cycles a tile of the four, the exponentials as much time
 // beside them, 1400 issue slots. Measured: some 3400 cycles, whichever way products and exponentials are put beside one
-// another (docs/kernels.md).
+// another (docs/kernels/README.md).
 
 #include "kernels/cuda/prefill/prefill.cuh"
 
