@@ -1,4 +1,4 @@
-// cuBLAS is column-major: it is asked for out^T = b^T a^T, so that no operand is moved.
+// cuBLAS is column-major: these calls compute out^T = b^T a^T, so that no operand is transposed in memory.
 
 #include <cublasLt.h>
 
@@ -12,19 +12,19 @@ namespace nsa::gpu {
 
 namespace {
 
-/// A cuBLASLt object and the call that ends it.
+/// A cuBLASLt object and the call that destroys it.
 template <class T, cublasStatus_t (*Destroy)(T)>
-struct Owned {
+struct LtHandle {
   T handle = nullptr;
-  ~Owned() {
+  ~LtHandle() {
     if (handle) (void)Destroy(handle);
   }
 };
-using Operation = Owned<cublasLtMatmulDesc_t, cublasLtMatmulDescDestroy>;
-using Layout = Owned<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy>;
-using Preference = Owned<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDestroy>;
+using MatmulDesc = LtHandle<cublasLtMatmulDesc_t, cublasLtMatmulDescDestroy>;
+using MatrixLayout = LtHandle<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy>;
+using Preference = LtHandle<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDestroy>;
 
-void describe(Layout& layout, cudaDataType type, std::int64_t rows, std::int64_t cols, std::int64_t ld, int batch,
+void describe(MatrixLayout& layout, cudaDataType type, std::int64_t rows, std::int64_t cols, std::int64_t ld, int batch,
               std::int64_t stride) {
   check(cublasLtMatrixLayoutCreate(&layout.handle, type, rows, cols, ld), "cublasLtMatrixLayoutCreate");
   check(cublasLtMatrixLayoutSetAttribute(layout.handle, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch),
@@ -34,14 +34,14 @@ void describe(Layout& layout, cudaDataType type, std::int64_t rows, std::int64_t
         "cublasLtMatrixLayoutSetAttribute");
 }
 
-/// A product as cuBLASLt sees it.
+/// The descriptors of a product.
 struct Problem {
-  Operation operation;
-  Layout b, a, out;
+  MatmulDesc desc;
+  MatrixLayout b, a, out;
   Problem(DType type, const Gemm& g) {
-    check(cublasLtMatmulDescCreate(&operation.handle, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
+    check(cublasLtMatmulDescCreate(&desc.handle, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
     const cublasOperation_t transpose = CUBLAS_OP_T;
-    check(cublasLtMatmulDescSetAttribute(operation.handle, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose),
+    check(cublasLtMatmulDescSetAttribute(desc.handle, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose),
           "cublasLtMatmulDescSetAttribute");
     describe(b, storage_type(type), g.k, g.n, g.b_ld, g.batch, g.b_stride);
     describe(a, storage_type(type), g.k, g.m, g.a_ld, g.batch, g.a_stride);
@@ -49,7 +49,7 @@ struct Problem {
   }
 };
 
-struct Choice {
+struct Algorithm {
   bool found = false;
   cublasLtMatmulAlgo_t algorithm;
 };
@@ -60,15 +60,15 @@ void prefer(const Preference& preference, cublasLtMatmulPreferenceAttributes_t a
         "cublasLtMatmulPreferenceSetAttribute");
 }
 
-/// For a problem of usual size: what is chosen must not depend on the one at hand.
-Choice choose(cublasLtHandle_t lt, DType type, int usual_m, int k) {
-  Gemm usual;
-  usual.m = usual_m;
-  usual.n = 2048;
-  usual.k = k;
-  usual.a_ld = usual.b_ld = k;
-  usual.out_ld = usual.n;
-  const Problem problem(type, usual);
+/// For a problem of typical size: the choice must not depend on m, n or batch of a call.
+Algorithm choose_algorithm(cublasLtHandle_t lt, DType type, int typical_m, int k) {
+  Gemm typical;
+  typical.m = typical_m;
+  typical.n = 2048;
+  typical.k = k;
+  typical.a_ld = typical.b_ld = k;
+  typical.out_ld = typical.n;
+  const Problem problem(type, typical);
   Preference preference;
   check(cublasLtMatmulPreferenceCreate(&preference.handle), "cublasLtMatmulPreferenceCreate");
   const auto alignment = static_cast<std::uint32_t>(std::gcd<std::size_t>(16, k * size_of(type)));
@@ -81,8 +81,8 @@ Choice choose(cublasLtHandle_t lt, DType type, int usual_m, int k) {
   cublasLtMatmulHeuristicResult_t result{};
   int count = 0;
   const cublasStatus_t status =
-      cublasLtMatmulAlgoGetHeuristic(lt, problem.operation.handle, problem.b.handle, problem.a.handle,
-                                     problem.out.handle, problem.out.handle, preference.handle, 1, &result, &count);
+      cublasLtMatmulAlgoGetHeuristic(lt, problem.desc.handle, problem.b.handle, problem.a.handle, problem.out.handle,
+                                     problem.out.handle, preference.handle, 1, &result, &count);
   if (status == CUBLAS_STATUS_NOT_SUPPORTED || count == 0) return {};
   check(status, "cublasLtMatmulAlgoGetHeuristic");
   return {true, result.algo};
@@ -100,21 +100,21 @@ void multiply(DType type, const Gemm& g, Stream* stream) {
         "cublasGemmStridedBatchedEx");
 }
 
-void multiply_in_fixed_order(DType type, const Gemm& g, int usual_m, Stream* stream) {
-  static std::map<std::tuple<DType, int, int>, Choice> choices;  // one GPU and one thread a process
+void multiply_in_fixed_order(DType type, const Gemm& g, int typical_m, Stream* stream) {
+  static std::map<std::tuple<DType, int, int>, Algorithm> algorithms;  // one GPU and one thread a process
   const auto lt = reinterpret_cast<cublasLtHandle_t>(blas(stream));
-  const auto [choice, fresh] = choices.try_emplace({type, usual_m, g.k});
-  if (fresh) choice->second = choose(lt, type, usual_m, g.k);
+  const auto [choice, fresh] = algorithms.try_emplace({type, typical_m, g.k});
+  if (fresh) choice->second = choose_algorithm(lt, type, typical_m, g.k);
   if (choice->second.found) {
     const float zero = 0.0f;
     const Problem problem(type, g);
     const cublasStatus_t status = cublasLtMatmul(
-        lt, problem.operation.handle, &g.alpha, g.b, problem.b.handle, g.a, problem.a.handle, &zero, g.out,
+        lt, problem.desc.handle, &g.alpha, g.b, problem.b.handle, g.a, problem.a.handle, &zero, g.out,
         problem.out.handle, g.out, problem.out.handle, &choice->second.algorithm, nullptr, 0, cuda(stream));
     if (status != CUBLAS_STATUS_NOT_SUPPORTED && status != CUBLAS_STATUS_INVALID_VALUE)
       return check(status, "cublasLtMatmul");
   }
-  // Head sizes that no tensor-core kernel takes: cuBLAS's own loops run over k in one order at any size.
+  // Head sizes that no tensor-core kernel supports: cuBLAS's loops run over k in one order at any size.
   multiply(type, g, stream);
 }
 

@@ -10,7 +10,7 @@ inline cudaDataType storage_type(DType type) {
 }
 
 /// out [m, n] = alpha a [m, k] b, b [k, n] or, where `b_by_rows`, the transpose of b [n, k]. a and b in storage type,
-/// out and sums fp32. `batch` such products lie the given strides apart, in elements; stride 0: all share the operand.
+/// out and sums fp32. `batch` such products are the given strides apart, in elements; stride 0: all share the operand.
 struct Gemm {
   int batch = 1, m = 0, n = 0, k = 0;
   float alpha = 1.0f;
@@ -25,9 +25,9 @@ struct Gemm {
 
 void multiply(DType type, const Gemm& gemm, Stream* stream);
 
-/// The same for b_by_rows, every element summed in one order whatever m, n and batch are: one algorithm, chosen once
-/// for `usual_m` rows, without split sums. It takes n a multiple of four alone: what is left over goes to an algorithm
-/// that may sum in another order. Rows of a and b are packed (k a multiple of their alignment).
-void multiply_in_fixed_order(DType type, const Gemm& gemm, int usual_m, Stream* stream);
+/// The same for b_by_rows, with every element summed in one order that does not depend on m, n and batch: one
+/// algorithm, chosen once for `typical_m` rows, without split-K. The order holds for n a multiple of four; other n may
+/// use an algorithm that sums in another order. Rows of a and b are packed (k a multiple of their alignment).
+void multiply_in_fixed_order(DType type, const Gemm& gemm, int typical_m, Stream* stream);
 
 }  // namespace nsa::gpu

@@ -1,4 +1,4 @@
-// Memory, streams, events, graphs and facts of one GPU.
+// Memory, streams, events, graphs and properties of one GPU.
 
 #include <dlfcn.h>
 #include <unistd.h>
@@ -113,15 +113,15 @@ Graph* capture(Stream* stream, void (*body)(void*), void* context) {
   check(code, "cudaGraphInstantiate");
   return reinterpret_cast<Graph*>(executable);
 }
-// A replay is one operation, of all ranks alike, whatever exchanges it holds.
+// A replay is logged as one operation on every rank, whichever exchanges it contains.
 void launch(Graph* graph, Stream* stream) {
   const Operation operation(OperationKind::control, "graph launch");
   check(cudaGraphLaunch(cuda(graph), cuda(stream)), "cudaGraphLaunch");
 }
 void destroy_graph(Graph* graph) noexcept { (void)cudaGraphExecDestroy(cuda(graph)); }
 
-// The driver's management library, opened by name at run time: its header is not part of every toolkit, and a
-// machine without it only loses the clocks and the error count.
+// The driver's management library, opened by name at run time: not every toolkit has its header, and a machine without
+// the library only lacks the clocks and the error count.
 class Nvml {
  public:
   Nvml() {
@@ -189,7 +189,7 @@ DeviceInfo info() {
   check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
   std::size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
-  static const Nvml nvml;  // opening it takes tens of milliseconds, and a point asks three times
+  static const Nvml nvml;  // opening takes tens of milliseconds, and a point calls info() three times
   DeviceInfo out;
   out.name = p.name;
   out.index = open_device.index;
@@ -207,11 +207,11 @@ DeviceInfo info() {
 }
 
 #if NSA_FAULTS
-__global__ void never_started() {}
+__global__ void unlaunchable_kernel() {}
 
-// A kernel that asks for more shared memory than a block may have; in a capture the device refuses it just so.
+// Launches a kernel with more shared memory than a block may have. The launch also fails during a graph capture.
 void refused_launch(Stream* stream) {
-  never_started<<<1, 32, open_device.limits.shared_bytes + 1024, cuda(stream)>>>();
+  unlaunchable_kernel<<<1, 32, open_device.limits.shared_bytes + 1024, cuda(stream)>>>();
   check_launch("a kernel with too much shared memory (by NSA_FAULT)");
 }
 #else
@@ -243,9 +243,9 @@ void open(int index) {
 }  // namespace
 
 void refuse_launch(cudaError_t code, const char* call) {
-  (void)cudaGetLastError();  // an error of the call alone goes away
+  (void)cudaGetLastError();  // clears an error that belongs to the call alone
   std::size_t free = 0, total = 0;
-  check(cudaMemGetInfo(&free, &total), call);  // one that has ruined the context stays
+  check(cudaMemGetInfo(&free, &total), call);  // throws if the context is lost
   throw LaunchError(std::string(call) + " refused (" + cudaGetErrorString(code) + ")");
 }
 
@@ -277,7 +277,7 @@ Backend open_cuda(int local_rank) {
               " ranks a host, or set NSA_SHARE_GPU=1 to try a layout out: ranks then take turns on a GPU, " +
               "and what is timed means nothing",
           ExitCode::device);
-    // NCCL takes two ranks on one GPU only if it takes them for ranks of two hosts.
+    // NCCL accepts two ranks on one GPU only if they seem to be on two hosts.
     char host[256] = "?";
     (void)gethostname(host, sizeof host - 1);
     setenv("NCCL_HOSTID", (std::string(host) + "/" + std::to_string(local_rank / count)).c_str(), 0);
