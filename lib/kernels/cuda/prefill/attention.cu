@@ -1,8 +1,8 @@
-// A prefill tile's attention as a whole, on a rank that has all K and V at hand: win and cmp of each item in one
-// kernel, rank's two, and sel. Every branch's result is final where it is formed, so nothing is kept to be merged: the
-// sum of what is normalised and weighed so far is written once, read once, and o in storage type is written by sel.
+// The fused attention of a prefill tile, on a rank that has all K and V: one kernel for win and cmp of each work item,
+// two for the rank stage, one for sel. Each branch's output is final in its kernel, so there are no partials: the sum
+// of normalised and gated branches is written once and read once, and sel writes o in storage type.
 //
-// Bytes an element of o: 4 written and read, 2 written, where three partials and combine take 12, 12 and 2.
+// Bytes an element of o: 4 written, 4 read, 2 written; three partials and combine take 12, 12 and 2.
 
 #include "kernels/cuda/prefill/stages.cuh"
 #include "kernels/cuda/rank/stages.cuh"
@@ -25,9 +25,9 @@ void prefill_attention(const AttentionArgs& a, Stream* stream) {
   RankArgs rank = a.rank;
   rank.cmp_ms = a.attend[cmp].out.ms;
   rank_prefill(rank, stream);
-  AttendArgs last = a.attend[sel];
-  last.out = a.attend[cmp].out;
-  attend_prefill_sel_gated(last, combine.gate, combine.o, stream);
+  AttendArgs sel_args = a.attend[sel];
+  sel_args.out = a.attend[cmp].out;
+  attend_prefill_sel_gated(sel_args, combine.gate, combine.o, stream);
 }
 
 }  // namespace nsa::gpu

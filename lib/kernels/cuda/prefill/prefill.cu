@@ -1,4 +1,4 @@
-// Which shapes the tiled prefill kernels take, and their parameters.
+// The shapes that the tiled prefill kernels accept, and their parameters.
 
 #include "kernels/cuda/prefill/prefill.cuh"
 #include "kernels/cuda/prefill/stages.cuh"
@@ -10,7 +10,7 @@ bool tiles_shape(const LayerShape& s) {
   const BlockRules& r = s.rules;
   const int ratio = r.l_sel / r.d;
   return limits().capability == 90 && s.dtype != DType::f32 && s.d_k == s.d_v && (s.d_k == 64 || s.d_k == 128) &&
-         s.heads_per_group <= heads_per_tile && dense_tokens % ratio == 0 && (r.l - 1) / r.d <= most_lead &&
+         s.heads_per_group <= heads_per_tile && dense_tile_tokens % ratio == 0 && (r.l - 1) / r.d <= prefill_max_halo &&
          s.lse.segment % 8 == 0 && r.n_sel <= 32;
 #else
   (void)s;
@@ -18,31 +18,31 @@ bool tiles_shape(const LayerShape& s) {
 #endif
 }
 
-DenseParams dense_params(const LayerShape& s, const QueryTile& tile, const void* q, int queries) {
-  DenseParams p{};
-  p.q = query_map(q, s.dtype, tile.rows(), s.heads(), s.d_k, heads_per_tile, group_queries);
-  p.shape = s;
-  p.tile = tile;
-  p.queries = queries;
-  p.query_tiles = (tile.tokens + queries - 1) / queries;
-  p.items = tile.batches * s.groups * p.query_tiles;
-  return p;
+DenseWork dense_work(const LayerShape& s, const QueryTile& tile, const void* q, int item_queries) {
+  DenseWork w{};
+  w.q = query_tensor_map(q, s.dtype, tile.rows(), s.heads(), s.d_k, heads_per_tile, warpgroup_queries);
+  w.shape = s;
+  w.tile = tile;
+  w.item_queries = item_queries;
+  w.query_tiles = (tile.tokens + item_queries - 1) / item_queries;
+  w.items = tile.batches * s.groups * w.query_tiles;
+  return w;
 }
 
-DenseSource dense_source(const LayerShape& s, const QueryTile& tile, const KvView& k, const KvView* v,
-                         std::int64_t rows) {
-  DenseSource from{};
+KvTensorMaps kv_tensor_maps(const LayerShape& s, const QueryTile& tile, const KvView& k, const KvView* v,
+                            std::int64_t rows) {
+  KvTensorMaps kv{};
   const std::int64_t planes = std::int64_t{tile.batch_begin + tile.batches} * s.groups;
-  from.map = k.map;
-  from.box_rows = box_rows_of(k.map, dense_tokens);
-  from.k = rows_map(k, s.dtype, planes, from.box_rows);
-  if (v) from.v = rows_map(*v, s.dtype, planes, from.box_rows);
+  kv.map = k.map;
+  kv.box_rows = max_box_rows(k.map, dense_tile_tokens);
+  kv.k = kv_tensor_map(k, s.dtype, planes, kv.box_rows);
+  if (v) kv.v = kv_tensor_map(*v, s.dtype, planes, kv.box_rows);
   if (v && k.map.chunk == INT64_MAX) {
-    from.narrow_k = rows_map(k, s.dtype, planes, narrow_tokens);
-    from.narrow_v = rows_map(*v, s.dtype, planes, narrow_tokens);
+    kv.narrow_k = kv_tensor_map(k, s.dtype, planes, narrow_tile_tokens);
+    kv.narrow_v = kv_tensor_map(*v, s.dtype, planes, narrow_tile_tokens);
   }
-  from.rows = rows;
-  return from;
+  kv.rows = rows;
+  return kv;
 }
 
 }  // namespace nsa::gpu

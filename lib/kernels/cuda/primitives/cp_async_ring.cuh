@@ -1,9 +1,10 @@
 #pragma once
-// A warp's own ring of shared-memory slots, each 32 rows of K or V, filled by asynchronous 16-byte copies (cp.async,
-// capability 8.0): no barrier between warps, as many bytes under way as the ring holds, and rows past the end are zero.
+// Copies into a warp's own ring of shared-memory slots, each 32 rows of K or V: asynchronous 16-byte copies (cp.async,
+// capability 8.0). Warps need no barrier between them, as many bytes are in flight as the ring holds, and rows past the
+// end are zero.
 //
-// A row is cut into 16-byte pieces; of every 8 pieces (128 bytes) piece c of row r lies at c ^ (r / 4), so that the
-// same column's pieces of eight rows that are multiples of 4 apart fall into different banks: those are read together
+// A row is a sequence of 16-byte vectors. Of every 8 vectors (128 bytes) vector c of row r is stored at c ^ (r / 4), so
+// that one column's vectors of eight rows that are multiples of 4 apart are in different banks: those are read together
 // (decode/split_kv/warp_tile_mma.cuh).
 
 #include "kernels/cuda/runtime/common.cuh"
@@ -11,10 +12,6 @@
 namespace nsa::gpu {
 
 constexpr int slot_rows = 32;
-
-__device__ __forceinline__ unsigned shared_address(const void* shared) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(shared));
-}
 
 /// Order in which the L2 evicts lines: normal, first (read once) or last (read again soon).
 enum class CacheHint { evict_normal, evict_first, evict_last };
@@ -33,12 +30,12 @@ __device__ __forceinline__ std::uint64_t cache_policy(CacheHint hint) {
 /// which `rows` exist. All lanes.
 template <int RowBytes, class Copy>
 __device__ __forceinline__ void for_each_vector(unsigned slot, const char* from, int rows, Copy copy) {
-  // Rows of 128 bytes: four side by side at once. Longer ones: four that are 8 apart, which long lists stream faster.
+  // Rows of 128 bytes: four neighbours at a time. Longer rows: four that are 8 apart, which is faster on long contexts.
   constexpr int apart = RowBytes > 128 ? 8 : 1, step = RowBytes > 128 ? 1 : 4;
-  const int lane = threadIdx.x % 32, row0 = lane / 8 * apart, piece = lane % 8;
-  const char* source = from + row0 * RowBytes + piece * 16;
+  const int lane = threadIdx.x % 32, row0 = lane / 8 * apart, vector = lane % 8;
+  const char* source = from + row0 * RowBytes + vector * 16;
   asm("" : "+l"(source));  // one address and offsets from it, not an address a row
-  const unsigned first = slot + row0 * RowBytes + ((piece ^ row0 / 4) << 4);
+  const unsigned first = slot + row0 * RowBytes + ((vector ^ row0 / 4) << 4);
 #pragma unroll
   for (int i = 0; i < slot_rows / 4; ++i) {
     const int row = i * step, bytes = row0 + row < rows ? 16 : 0;  // 0: nothing is read, 16 zeros are written
@@ -48,7 +45,7 @@ __device__ __forceinline__ void for_each_vector(unsigned slot, const char* from,
   }
 }
 
-/// Queues 32 rows, of which `rows` exist.
+/// Issues the copies of 32 rows, of which `rows` exist.
 template <int RowBytes>
 __device__ __forceinline__ void cp_async_tile(unsigned slot, const char* from, int rows) {
   for_each_vector<RowBytes>(slot, from, rows, [](unsigned to, const char* source, int bytes) {
@@ -65,7 +62,7 @@ __device__ __forceinline__ void cp_async_tile(unsigned slot, const char* from, i
                  : "memory");
   });
 }
-/// Queues one row, as it lies.
+/// Issues the copy of one row, without the swizzle.
 template <int RowBytes>
 __device__ __forceinline__ void cp_async_row(unsigned to, const char* from) {
   static_assert(RowBytes <= 32 * 16);
@@ -74,27 +71,27 @@ __device__ __forceinline__ void cp_async_row(unsigned to, const char* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + lane * 16), "l"(from + lane * 16) : "memory");
 }
 
-/// Asks for `bytes`, a multiple of 16, to be brought into the L2 (capability 9.0). Whoever reads them there sees what
-/// was written since, so this may come before griddep_wait().
+/// Prefetches `bytes`, a multiple of 16, into the L2 (capability 9.0). A later read sees later writes, so this may come
+/// before griddep_wait().
 __device__ __forceinline__ void prefetch_l2(const void* from, int bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 #endif
 }
 
-/// Queues 4 bytes, or 4 bytes of zero.
+/// Issues the copy of 4 bytes, or of 4 bytes of zero.
 __device__ __forceinline__ void cp_async_word(unsigned to, const void* from, bool exists) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(exists ? 4 : 0) : "memory");
 }
 
-/// Queues 16 bytes, or 16 bytes of zero.
+/// Issues the copy of 16 bytes, or of 16 bytes of zero.
 __device__ __forceinline__ void cp_async_vector(unsigned to, const void* from, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-/// Until at most `Pending` of this thread's latest groups are under way; then for the whole warp.
+/// Until at most `Pending` of this thread's latest groups are in flight, for all lanes of the warp.
 template <int Pending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");

@@ -1,13 +1,13 @@
 #pragma once
-// Tensor-core products of 16-bit operands, mma.m16n8k16 with fp32 accumulation, and the register layouts that let
-// K and V go from memory straight into operands.
+// Tensor-core products of 16-bit operands, mma.m16n8k16 with fp32 accumulation, and register layouts in which K and V
+// go from memory into operands without a shuffle.
 //
 // Lane = 4 * g + t. A [16 x 16]: rows g and g + 8; C [16 x 8]: c0 c1 = row g, columns 2t 2t+1; c2 c3 = row g + 8.
 //
-// q k^T: both operands index the same dimensions, so any order of them will do as long as it is the same in both. Lane
-// t takes the 8 consecutive elements 8t .. 8t+7 of every 32 of a row, one 16-byte load, and they serve two products.
-// p v: a lane loads 8 consecutive columns of its tokens 2t, 2t+1, 2t+8, 2t+9; columns 8g + j of every 64 are those of
-// product j, so a lane ends up with 16 consecutive columns of o. Tokens of p come out of q k^T where p v wants them.
+// q k^T: the sum over dimensions may take any order that is the same in both operands. Lane t loads the 8 consecutive
+// elements 8t .. 8t+7 of every 32 of a row, one 16-byte load, for two products.
+// p v: a lane loads 8 consecutive columns of its tokens 2t, 2t+1, 2t+8, 2t+9. Columns 8g + j of every 64 are those of
+// product j, so a lane has 16 consecutive columns of o. The layout of p after q k^T is the one that p v reads.
 
 #include <cstdint>
 
@@ -47,8 +47,8 @@ __device__ __forceinline__ uint4 load_no_allocate(const void* from) {
   return v;
 }
 
-/// Operand A of q k^T, in shared memory so that it takes no registers between steps: [Dk / 16][lane] as the product
-/// wants it, written once and the same for all warps.
+/// Operand A of q k^T, in shared memory so that it takes no registers between steps: [Dk / 16][lane] in the product's
+/// layout, written once for all warps.
 template <int DK>
 struct QueryFragments {
   uint4* words;
@@ -66,7 +66,7 @@ struct QueryFragments {
   // Volatile: the compiler would keep all of it in registers for the whole loop.
   __device__ __forceinline__ uint4 operator()(int step) const {
     uint4 v;
-    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(words + step * 32 + threadIdx.x % 32));
+    const unsigned at = shared_address(words + step * 32 + threadIdx.x % 32);
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
     return v;
   }
@@ -83,7 +83,7 @@ struct ValueFragments {
   uint4 row[4];
 };
 
-/// Operand A of p v: the weights of 16 tokens as q k^T left them.
+/// Operand A of p v: the probabilities of 16 tokens in the layout of q k^T.
 template <class T>
 struct ProbabilityFragments {
   std::uint32_t a[4];
@@ -126,8 +126,8 @@ __device__ __forceinline__ void accumulate_pv(float (&o)[8][4], const Probabilit
   }
 }
 
-/// Four 8 x 8 matrices of 16-bit elements from shared memory, lanes 8i .. 8i + 7 giving the rows of the i-th; as they
-/// lie, or transposed.
+/// Four 8 x 8 matrices of 16-bit elements from shared memory; lanes 8i .. 8i + 7 pass the addresses of the i-th's rows.
+/// The second function transposes each matrix.
 __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -1,4 +1,4 @@
-// Tensor maps are encoded by the driver, whose entry point is asked for at run time: nothing links against libcuda.
+// The driver encodes tensor maps. Its entry point is looked up at run time, so that nothing links against libcuda.
 
 #include <algorithm>
 
@@ -29,8 +29,8 @@ Encode encoder() {
   return encode;
 }
 
-// `strides` in bytes, of every dimension but the first; a dimension of one may have any. A box takes every `step`-th
-// element of the second.
+// `strides` in bytes, of every dimension but the first; any value for a dimension of size one. A box takes every
+// `step`-th element of the second dimension.
 template <int Rank>
 CUtensorMap encode(const void* data, DType type, const cuuint64_t (&sizes)[Rank], const cuuint64_t (&strides)[Rank - 1],
                    const cuuint32_t (&box)[Rank], int step = 1) {
@@ -48,7 +48,7 @@ CUtensorMap encode(const void* data, DType type, const cuuint64_t (&sizes)[Rank]
 
 }  // namespace
 
-CUtensorMap rows_map(const KvView& view, DType type, std::int64_t planes, int box_rows, int step) {
+CUtensorMap kv_tensor_map(const KvView& view, DType type, std::int64_t planes, int box_rows, int step) {
   const auto size = static_cast<std::int64_t>(size_of(type));
   const std::int64_t ranks = view.map.chunk == INT64_MAX ? 1 : view.map.kv, row = view.width * size;
   const std::int64_t plane = std::max(view.plane_stride * size, row), rank = std::max(view.rank_stride * size, plane);
@@ -59,8 +59,8 @@ CUtensorMap rows_map(const KvView& view, DType type, std::int64_t planes, int bo
                    {box_columns, static_cast<cuuint32_t>(box_rows), 1, 1}, step);
 }
 
-CUtensorMap query_map(const void* q, DType type, std::int64_t rows, int heads, int d_k, int box_heads,
-                      int box_queries) {
+CUtensorMap query_tensor_map(const void* q, DType type, std::int64_t rows, int heads, int d_k, int box_heads,
+                             int box_queries) {
   const auto row = static_cast<cuuint64_t>(d_k) * size_of(type);
   return encode<3>(q, type,
                    {static_cast<cuuint64_t>(d_k), static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(rows)},

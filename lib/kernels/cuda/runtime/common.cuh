@@ -1,5 +1,5 @@
 #pragma once
-// What every .cu file needs: checked calls, storage types, dispatch by type, warp sums.
+// Included by every .cu file: checked calls, launches, storage types, dispatch by type, warp reductions, score layout.
 
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
@@ -30,27 +30,27 @@ inline void check(cublasStatus_t code, const char* call) {
                   ExitCode::device);
 }
 
-/// A kernel that was not started: LaunchError while the device still answers, UserError(device) when it is lost.
+/// Throws for a kernel that did not start: LaunchError while the context is usable, UserError(device) otherwise.
 [[noreturn]] void refuse_launch(cudaError_t code, const char* call);
 
-/// Of calls that start a kernel or prepare its start.
+/// Checks a call that starts a kernel or prepares its start.
 inline void check_start(cudaError_t code, const char* call) {
   if (code != cudaSuccess) refuse_launch(code, call);
 }
-/// After each launch: what the launch itself refused.
+/// After each launch: checks the error of the launch itself.
 inline void check_launch(const char* kernel) { check_start(cudaGetLastError(), kernel); }
 
-/// A Stream is a cudaStream_t by another name.
+/// A Stream is an opaque cudaStream_t.
 inline cudaStream_t cuda(Stream* stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
-/// The process's cuBLAS handle, set to queue on `stream`, with a workspace of its own (graph capture needs one).
+/// The process's cuBLAS handle, set to `stream`, with its own workspace (graph capture needs one).
 cublasHandle_t blas(Stream* stream);
 
-/// Facts of the open device that launches are sized by.
+/// Properties of the open device that decide launch sizes.
 struct DeviceLimits {
   int sms = 132;                        ///< streaming multiprocessors
   int capability = 90;                  ///< 10 * major + minor
-  std::size_t shared_bytes = 48 << 10;  ///< most dynamic shared memory of a block
+  std::size_t shared_bytes = 48 << 10;  ///< maximum dynamic shared memory of a block
 };
 const DeviceLimits& limits();
 
@@ -63,8 +63,8 @@ void allow_shared(Kernel* kernel, std::size_t bytes) {
 }
 
 /// Launches a kernel that may be scheduled while its predecessor on the stream still runs (programmatic dependent
-/// launch, capability 9.0 and later): the kernel must call griddep_wait() before it touches memory. `cluster`
-/// CTAs, neighbours in x, form a cluster (capability 9.0; 1 elsewhere).
+/// launch, capability 9.0 and later): the kernel must call griddep_wait() before it accesses memory. Each `cluster`
+/// neighbouring CTAs in x form a cluster (capability 9.0; 1 elsewhere).
 template <class... Params, class... Args>
 void launch_pdl(void (*kernel)(Params...), dim3 grid, int threads, std::size_t shared, Stream* stream, int cluster,
                 Args&&... args) {
@@ -88,7 +88,8 @@ void launch_pdl(void (*kernel)(Params...), dim3 grid, int threads, std::size_t s
   check_start(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "cudaLaunchKernelEx");
 }
 
-/// Every thread, first of all: until the predecessor is complete. Then its successor may be scheduled.
+/// All threads, before any memory access: waits until the predecessor is complete, then allows the successor to be
+/// scheduled.
 __device__ __forceinline__ void griddep_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -96,9 +97,9 @@ __device__ __forceinline__ void griddep_wait() {
 #endif
 }
 
-/// What this thread has read of shared memory, or stored there, comes before what the copy engine and the tensor cores
-/// do there once they are told. Not least before a slot is given back: an arrival at an mbarrier does not wait for an
-/// ldmatrix that is still under way, and the next copy into the slot may overtake it.
+/// Orders this thread's accesses to shared memory before later ones of the copy engine and the tensor cores (the async
+/// proxy). A consumer needs it before it releases a slot: an arrival at an mbarrier does not wait for an ldmatrix that
+/// is in flight, and the next copy into the slot may overtake it.
 __device__ __forceinline__ void fence_proxy_async() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -132,11 +133,16 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-/// Raw scores are kept in powers of two: times log2(e).
+/// Factor from natural to base-2 exponents: raw scores are stored in base 2.
 constexpr float log2_e = 1.4426950408889634f;
 
 /// Initial row maximum. Finite, so that the difference of two is no NaN.
 constexpr float neg_inf = -1e30f;
+
+/// 32-bit address in the shared window, of a pointer to shared memory.
+__device__ __forceinline__ unsigned shared_address(const void* shared) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+}
 
 /// 2^x; 0 for -inf, subnormal results flushed.
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -145,12 +151,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-/// exp(x - m), 0 where x is -inf (also when nothing was attended and m is -inf too).
+/// exp(x - m); 0 where x is -inf, also if m is -inf.
 __device__ __forceinline__ float exp_shifted(float x, float m) {
   return x == -INFINITY ? 0.0f : exp2f((x - m) * log2_e);
 }
 
-/// Running (maximum, sum of exp above it).
+/// Online softmax: row maximum m and sum s of exp(x - m).
 struct SoftmaxState {
   float m = -INFINITY, s = 0.0f;
 };
@@ -159,25 +165,24 @@ __device__ __forceinline__ SoftmaxState merge(SoftmaxState a, SoftmaxState b) {
   return {m, a.s * exp_shifted(a.m, m) + b.s * exp_shifted(b.m, m)};
 }
 
-/// The raw scores of a rank's own chunks: every chunk begins at a whole sector of 8 columns, and so do the rows in
-/// front of it, which end where the chunk begins. A sector that only part of the warps' stores fill costs more than one
-/// that is written at once.
+/// Layout of the raw scores of a rank's own chunks: every chunk starts at a multiple of 8 columns (a 32-byte sector),
+/// and so does its halo, which ends where the chunk starts. Partial writes of a sector cost more than full ones.
 constexpr __host__ __device__ std::int64_t round_up_to_sectors(std::int64_t columns) { return (columns + 7) / 8 * 8; }
 __host__ __device__ inline std::int64_t score_halo_columns(const RowMap& map) { return round_up_to_sectors(map.halo); }
 __host__ __device__ inline std::int64_t score_stride(const RowMap& map) {
   return score_halo_columns(map) + round_up_to_sectors(map.chunk);
 }
-/// Whether columns are counted chunk by chunk; else by token.
+/// Whether columns are counted chunk by chunk; otherwise by token.
 __host__ __device__ inline bool scores_by_chunk(const RowMap& map) {
   return map.rank != all_ranks && map.chunk != INT64_MAX;
 }
 
-/// Column of compressed token i, seen from chunk c, in the raw scores: halo copies have a place of their own.
+/// Column of compressed token i of chunk c in the raw scores. A token in the halo of chunk c has a column of its own.
 __device__ __forceinline__ std::int64_t score_column(const RowMap& map, std::int64_t c, std::int64_t i) {
   return scores_by_chunk(map) ? c / map.kv * score_stride(map) + score_halo_columns(map) + (i - c * map.chunk) : i;
 }
 
-/// Columns the raw scores of a tile take: enough for every token below `tokens` and the halos in front of chunks.
+/// Columns of the raw scores of a tile: every token below `tokens`, and the halos of the chunks.
 inline std::int64_t score_columns(const RowMap& map, std::int64_t tokens) {
   if (!scores_by_chunk(map)) return tokens;
   const std::int64_t owned = owned_chunks(map, tokens + map.halo, map.rank);
@@ -189,7 +194,7 @@ inline std::int64_t score_columns(const RowMap& map, std::int64_t tokens) {
                              : map.chunk);
 }
 
-/// Floats between the score rows of two heads that hold so many columns: whole sectors.
+/// Floats between the score rows of two heads of so many columns: whole sectors.
 inline std::int64_t padded_columns(std::int64_t columns) { return round_up_to_sectors(columns); }
 inline std::int64_t score_pitch(const RowMap& map, std::int64_t tokens) {
   return padded_columns(score_columns(map, tokens));
@@ -197,7 +202,7 @@ inline std::int64_t score_pitch(const RowMap& map, std::int64_t tokens) {
 
 /// Row r of a tile.
 struct TileRow {
-  std::int64_t sequence;  ///< in the tile
+  std::int64_t sequence;  ///< index in the tile
   std::int64_t t;         ///< absolute position
 };
 __device__ __forceinline__ TileRow tile_row(const QueryTile& tile, std::int64_t r) {
@@ -205,9 +210,9 @@ __device__ __forceinline__ TileRow tile_row(const QueryTile& tile, std::int64_t 
   return {r / tile.tokens, *tile.first_position + r % tile.tokens};
 }
 
-constexpr int max_split_rows = 1024;  ///< (row, group, head tile)s that may be split: the counters there are
+constexpr int max_split_rows = 1024;  ///< work items (row, group, head tile) that may be split: counters per branch
 
-/// Arrivals by list [max_split_rows]; zero between launches, because the last to arrive puts them back.
+/// Arrivals by work item [max_split_rows]; zero between launches: the last to arrive resets them.
 unsigned* arrival_counters(Branch branch);
 
 }  // namespace nsa::gpu

@@ -1,124 +1,94 @@
 #pragma once
-// Prefill's compressed and window branches (prefill/dense/kernel.cu): the side that multiplies.
+// Prefill's compressed and window branches (prefill/dense/kernel.cu): a consumer warpgroup and its KV mainloop.
 
 #include "kernels/cuda/prefill/dense/producer.cuh"
 
 namespace nsa::gpu::dense {
 
-// Where a lane's two rows of a product, heads lane / 4 and that plus 8 of the warp's query, lie in memory.
-struct DenseRow {
-  std::int64_t list;  // (row, group)
-  int heads;
-  bool is_row;
-  __device__ __forceinline__ DenseRow(const DenseParams& p, const DenseItem& item, int query)
-      : list((std::int64_t{item.sequence} * p.tile.tokens + item.first + query) * p.shape.groups + item.group),
-        heads(p.shape.heads_per_group),
-        is_row(item.first + query < p.tile.tokens) {}
-  __device__ __forceinline__ int in_group(int half) const { return threadIdx.x % 32 / 4 + half * 8; }
-  __device__ __forceinline__ bool exists(int half) const { return is_row && in_group(half) < heads; }
-  __device__ __forceinline__ std::int64_t head(int half) const { return list * heads + in_group(half); }
-  __device__ __forceinline__ int column() const { return threadIdx.x % 4 * 2; }
-};
-
-// One warpgroup's state over an item's tokens of one branch.
+// A consumer warpgroup's state over one branch of a work item. g and g + 8 are a lane's two rows, heads of the warp's
+// query; [2] is over them.
 template <class T, int DK, int DV>
-struct Rows {
-  const Params& p;
+struct Consumer {
+  const DenseAttentionParams& p;
   const Shared<DK, DV>& shared;
-  int group;  // warpgroup
-  Turn<slots> turn;
-  int taken;  // the slot taken last
+  int warpgroup;
+  PipelineState<slots> state;
+  int current_slot;  // of the latest consumer_wait()
   float o[DV / 2], s[64];
-  std::uint32_t weights[32];
-  float m[2], sum[2], old[2];  // of rows g and g + 8; m in powers of two
-  Span span;                   // of the warp's query
-  std::int64_t count;
-  float gate[branches];  // of the warp's query, where win and cmp are added up
+  std::uint32_t probabilities[32];           // of a tile, packed as the A operand of p v
+  float row_max[2], row_sum[2], rescale[2];  // row_max in base 2; rescale: factor that o needs
+  TokenRange visible;                        // of the warp's query
+  std::int64_t tokens_read;
+  float gate[branches];  // of the warp's query; Job::gated
 
-  __device__ __forceinline__ void release(int slot) const { arrive_if(shared.empty(slot), threadIdx.x % 32 == 0); }
-  // Waits for the next slot.
-  __device__ __forceinline__ void take() {
-    taken = uniform(turn.slot);
-    wait_for(shared.full(taken), turn.phase);
-    turn.next();
+  __device__ __forceinline__ void consumer_release(int i) const {
+    mbarrier_arrive_if(shared.empty(i), threadIdx.x % 32 == 0);
+  }
+  // Waits until the next slot is full.
+  __device__ __forceinline__ void consumer_wait() {
+    current_slot = warp_uniform(state.slot);
+    mbarrier_wait(shared.full(current_slot), state.phase);
+    state.advance();
   }
   template <int N>
-  __device__ __forceinline__ void pack_weights(const float (&scores)[N]) {
+  __device__ __forceinline__ void pack_probabilities(const float (&scores)[N]) {
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) weights[i] = pack(scores[2 * i], scores[2 * i + 1], T{});
+    for (int i = 0; i < N / 2; ++i) probabilities[i] = pack(scores[2 * i], scores[2 * i + 1], T{});
   }
-  template <bool Cut, int N>
-  __device__ __forceinline__ void cut(float (&scores)[N], std::int64_t begin);
+  template <bool Masked, int N>
+  __device__ __forceinline__ void mask(float (&scores)[N], std::int64_t begin);
   template <int N>
-  __device__ __forceinline__ void weigh(float (&scores)[N]);
-  template <bool Cut, int N>
-  __device__ __forceinline__ bool soften_first(float (&scores)[N], std::int64_t begin);
-  template <bool Cut, int N>
-  __device__ __forceinline__ bool soften(float (&scores)[N], std::int64_t begin);
+  __device__ __forceinline__ void exponentiate(float (&scores)[N]);
+  template <bool Masked, int N>
+  __device__ __forceinline__ bool first_softmax(float (&scores)[N], std::int64_t begin);
+  template <bool Masked, int N>
+  __device__ __forceinline__ bool online_softmax(float (&scores)[N], std::int64_t begin);
   template <int Tokens>
-  __device__ __forceinline__ void queue_values(int slot);
+  __device__ __forceinline__ void issue_pv(int slot);
   template <int Tokens>
-  __device__ __forceinline__ void clear_behind(int slot, std::int64_t begin, std::int64_t rows);
-  template <bool Weigh, int N>
-  __device__ __forceinline__ void step(float (&scores)[N], std::int64_t begin, bool is_cut, bool first);
-  template <int Tokens, class Beside>
-  __device__ __forceinline__ void last_values(std::int64_t begin, std::int64_t rows, Beside beside);
-  /// `Last`: the queries are not needed again. `beside`: done while the last weighted sum is under way.
-  template <Branch B, bool Weigh, bool Last, class Beside>
-  __device__ __forceinline__ void run(const DenseItem& item, int phase, Beside beside);
-  __device__ __forceinline__ int query() const { return group * group_queries + threadIdx.x % 128 / 32; }
+  __device__ __forceinline__ void zero_unwritten_rows(int slot, std::int64_t begin, std::int64_t rows);
+  template <bool WithValues, int N>
+  __device__ __forceinline__ void mainloop_step(float (&scores)[N], std::int64_t begin, bool masked, bool first);
+  template <int Tokens, class Overlapped>
+  __device__ __forceinline__ void last_pv(std::int64_t begin, std::int64_t rows, Overlapped overlapped);
+  template <Branch B, bool WithValues, bool LastBranch, class Overlapped>
+  __device__ __forceinline__ void mainloop(const DenseWorkItem& item, int phase, Overlapped overlapped);
+  __device__ __forceinline__ int query() const { return warpgroup * warpgroup_queries + threadIdx.x % 128 / 32; }
+
+  // Epilogue: prefill/dense/epilogue.cuh.
   template <Branch B>
-  __device__ __forceinline__ void count_reads(const DenseItem& item) const;
-  __device__ __forceinline__ void put_ms(std::int64_t head, float top, float total) const {
-    if (threadIdx.x % 4 == 0)
-      reinterpret_cast<float2*>(p.out.ms)[head] =
-          make_float2(total > 0.0f ? top * 0.6931471805599453f : -INFINITY, total);
-  }
-  template <bool Weigh>
-  __device__ __forceinline__ void put_partials(const DenseItem& item) const;
-  __device__ __forceinline__ void fetch_gates(const DenseItem& item);
-  __device__ __forceinline__ void fetch_win(const DenseItem& item);
+  __device__ __forceinline__ void add_reads(const DenseWorkItem& item) const;
+  __device__ __forceinline__ void store_ms(std::int64_t head, float max, float sum) const;
+  template <bool WithValues>
+  __device__ __forceinline__ void store_partials(const DenseWorkItem& item) const;
+  __device__ __forceinline__ void load_gates(const DenseWorkItem& item);
+  __device__ __forceinline__ void load_win_output(const DenseWorkItem& item);
   template <Branch B>
-  __device__ __forceinline__ void put_gated(const DenseItem& item);
-  template <Branch B, bool Weigh>
-  __device__ __forceinline__ void alone(const DenseItem& item, int phase) {
-    run<B, Weigh, true>(item, phase, [] {});
-    count_reads<B>(item);
-    put_partials<Weigh>(item);
-  }
-  __device__ __forceinline__ void gated(const DenseItem& item, int phase) {
-    fetch_gates(item);
-    run<win, true, false>(item, phase, [] {});
-    count_reads<win>(item);
-    put_gated<win>(item);
-    run<cmp, true, true>(item, phase, [&] { fetch_win(item); });
-    count_reads<cmp>(item);
-    put_gated<cmp>(item);
-  }
+  __device__ __forceinline__ void store_gated(const DenseWorkItem& item);
 };
 
-// Hides what the warp's query does not see of scores [N * 2 tokens] from token `begin`.
+// Sets scores of tokens that the warp's query does not see to -inf; scores [2 N tokens] from token `begin`.
 template <class T, int DK, int DV>
-template <bool Cut, int N>
-__device__ __forceinline__ void Rows<T, DK, DV>::cut(float (&scores)[N], std::int64_t begin) {
-  if constexpr (Cut) {
-    const int from = static_cast<int>(span.begin - begin), to = static_cast<int>(span.end - begin);
+template <bool Masked, int N>
+__device__ __forceinline__ void Consumer<T, DK, DV>::mask(float (&scores)[N], std::int64_t begin) {
+  if constexpr (Masked) {
+    const int from = static_cast<int>(visible.begin - begin), to = static_cast<int>(visible.end - begin);
     const int quad = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int column = i / 4 * 8 + quad * 2 + i % 2;
       if (column < from || column >= to) scores[i] = -INFINITY;
     }
-    count += max(0, min(to, 2 * N) - max(from, 0));
+    tokens_read += max(0, min(to, 2 * N) - max(from, 0));
   } else {
-    count += 2 * N;
+    tokens_read += 2 * N;
   }
 }
 
-// Scores in powers of two above the reference to weights.
+// Scores, in base 2 and relative to row_max, to probabilities; adds them to row_sum.
 template <class T, int DK, int DV>
 template <int N>
-__device__ __forceinline__ void Rows<T, DK, DV>::weigh(float (&scores)[N]) {
+__device__ __forceinline__ void Consumer<T, DK, DV>::exponentiate(float (&scores)[N]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float added = 0.0f;
@@ -130,264 +100,198 @@ __device__ __forceinline__ void Rows<T, DK, DV>::weigh(float (&scores)[N]) {
       b = exp2_fast(b);
       added += a + b;
     }
-    sum[half] += added;
+    row_sum[half] += added;
   }
 }
 
-// Scores of a row's first tokens to weights relative to a reference of any sign; `old` is what o has to be scaled by,
-// whether by anything the result.
+// Online softmax of the first tile that a row sees: scores to probabilities. The new row_max may have any sign. Returns
+// true: o must be multiplied by `rescale`.
 template <class T, int DK, int DV>
-template <bool Cut, int N>
-__device__ __forceinline__ bool Rows<T, DK, DV>::soften_first(float (&scores)[N], std::int64_t begin) {
+template <bool Masked, int N>
+__device__ __forceinline__ bool Consumer<T, DK, DV>::first_softmax(float (&scores)[N], std::int64_t begin) {
   const float scale = log2_e / sqrtf(static_cast<float>(DK));
-  cut<Cut>(scores, begin);
+  mask<Masked>(scores, begin);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float top = scores[2 * half];
+    float tile_max = scores[2 * half];
 #pragma unroll
-    for (int j = 0; j < N / 4; ++j) top = fmaxf(top, fmaxf(scores[4 * j + 2 * half], scores[4 * j + 2 * half + 1]));
-    top = reference(m[half], quad_max(top) * scale);
-    old[half] = exp2_fast(m[half] - top);
-    m[half] = top;
-    sum[half] *= old[half];
+    for (int j = 0; j < N / 4; ++j)
+      tile_max = fmaxf(tile_max, fmaxf(scores[4 * j + 2 * half], scores[4 * j + 2 * half + 1]));
+    const float new_max = update_row_max(row_max[half], quad_max(tile_max) * scale);
+    rescale[half] = exp2_fast(row_max[half] - new_max);
+    row_max[half] = new_max;
+    row_sum[half] *= rescale[half];
 #pragma unroll
     for (int j = 0; j < N / 2; ++j) {
       float& x = scores[4 * (j / 2) + 2 * half + j % 2];
-      x = fmaf(x, scale, -top);
+      x = fmaf(x, scale, -new_max);
     }
   }
-  weigh(scores);
+  exponentiate(scores);
   return true;
 }
 
-// The same behind them, where the reference stands for nearly every tile. Only what lies above it matters, so floats
-// are compared as integers, three at a time.
+// Online softmax of a later tile: row_max changes rarely. Only positive differences from it matter, so floats are
+// compared as integers, three at a time. Returns whether o must be multiplied by `rescale`.
 template <class T, int DK, int DV>
-template <bool Cut, int N>
-__device__ __forceinline__ bool Rows<T, DK, DV>::soften(float (&scores)[N], std::int64_t begin) {
+template <bool Masked, int N>
+__device__ __forceinline__ bool Consumer<T, DK, DV>::online_softmax(float (&scores)[N], std::int64_t begin) {
   const float scale = log2_e / sqrtf(static_cast<float>(DK));
-  cut<Cut>(scores, begin);
-  int top[2] = {0, 0};
+  mask<Masked>(scores, begin);
+  int max_rise[2] = {0, 0};  // above row_max
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int j = 0; j < N / 4; ++j) {
       float& a = scores[4 * j + 2 * half];
       float& b = scores[4 * j + 2 * half + 1];
-      a = fmaf(a, scale, -m[half]);
-      b = fmaf(b, scale, -m[half]);
-      top[half] = __vimax3_s32(top[half], __float_as_int(a), __float_as_int(b));
+      a = fmaf(a, scale, -row_max[half]);
+      b = fmaf(b, scale, -row_max[half]);
+      max_rise[half] = __vimax3_s32(max_rise[half], __float_as_int(a), __float_as_int(b));
     }
-  const bool grown = __any_sync(0xffffffffu, max(top[0], top[1]) > __float_as_int(most_growth));
-  if (grown) {
+  const bool rescales = __any_sync(0xffffffffu, max(max_rise[0], max_rise[1]) > __float_as_int(rescale_threshold));
+  if (rescales) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float above = quad_max(__int_as_float(top[half])), rise = above > most_growth ? above : 0.0f;
-      old[half] = exp2_fast(-rise);
-      m[half] += rise;
-      sum[half] *= old[half];
+      const float tile_rise = quad_max(__int_as_float(max_rise[half])),
+                  rise = tile_rise > rescale_threshold ? tile_rise : 0.0f;
+      rescale[half] = exp2_fast(-rise);
+      row_max[half] += rise;
+      row_sum[half] *= rescale[half];
 #pragma unroll
       for (int j = 0; j < N / 2; ++j) scores[4 * (j / 2) + 2 * half + j % 2] -= rise;
     }
   }
-  weigh(scores);
-  return grown;
+  exponentiate(scores);
+  return rescales;
 }
 
-// o += weights v, queued.
+// o += probabilities v, issued as one group.
 template <class T, int DK, int DV>
 template <int Tokens>
-__device__ __forceinline__ void Rows<T, DK, DV>::queue_values(int slot) {
-  const std::uint64_t v = make_desc(shared.slot(slot), Layout<DK, DV>::tile_box);
+__device__ __forceinline__ void Consumer<T, DK, DV>::issue_pv(int slot) {
+  const std::uint64_t v = make_desc(shared.slot(slot), Shared<DK, DV>::Storage::tile_box);
 #pragma unroll
   for (int step = 0; step < Tokens / 16; ++step)
-    add_product(o, weights + 4 * step, advance_desc(v, step * 16 * 128), T{});
-  products_queued();
+    wgmma_rs(o, probabilities + 4 * step, advance_desc(v, step * 16 * 128), T{});
+  warpgroup_commit_batch();
 }
 
-// Rows that were never written may hold NaN, which a weight of zero would not undo: they become zero.
+// Sets rows of V that were never written to zero: they may be NaN, and 0 * NaN is NaN.
 template <class T, int DK, int DV>
 template <int Tokens>
-__device__ __forceinline__ void Rows<T, DK, DV>::clear_behind(int slot, std::int64_t begin, std::int64_t rows) {
+__device__ __forceinline__ void Consumer<T, DK, DV>::zero_unwritten_rows(int slot, std::int64_t begin,
+                                                                         std::int64_t rows) {
   if (begin + Tokens <= rows) return;
-  const int written = static_cast<int>(rows - begin) * 8;  // pieces of 16 bytes
+  const int written = static_cast<int>(rows - begin) * 8;  // 16-byte vectors
   for (int box = 0; box < DV / box_columns; ++box)
-    for (int i = written + group * 128 + threadIdx.x % 128; i < Tokens * 8; i += groups * 128)
-      asm volatile(
-          "st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(shared.slot(slot) + box * Layout<DK, DV>::tile_box + i * 16),
-          "r"(0)
-          : "memory");
+    for (int i = written + warpgroup * 128 + threadIdx.x % 128; i < Tokens * 8; i += consumer_warpgroups * 128)
+      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(shared.slot(slot) +
+                                                                    box * Shared<DK, DV>::Storage::tile_box + i * 16),
+                   "r"(0)
+                   : "memory");
   fence_proxy_async();
-  meet(1, groups * 128);
+  named_barrier_sync(1, consumer_warpgroups * 128);
 }
 
-// A tile behind the first one: its scores, beside the weighted sum of the one before.
+// A later tile: q k^T of this tile and p v of the previous one are in flight together.
 template <class T, int DK, int DV>
-template <bool Weigh, int N>
-__device__ __forceinline__ void Rows<T, DK, DV>::step(float (&scores)[N], std::int64_t begin, bool is_cut, bool first) {
-  take();
-  products_begin();
-  queue_scores<T>(scores, shared, group, taken);
-  const int k_slot = taken;
-  if constexpr (Weigh) {
-    take();
-    products_begin();
-    queue_values<dense_tokens>(taken);
-    products_wait<1>();
+template <bool WithValues, int N>
+__device__ __forceinline__ void Consumer<T, DK, DV>::mainloop_step(float (&scores)[N], std::int64_t begin, bool masked,
+                                                                   bool first) {
+  consumer_wait();
+  warpgroup_arrive();
+  issue_qk<T>(scores, shared, warpgroup, current_slot);
+  const int k_slot = current_slot;
+  if constexpr (WithValues) {
+    consumer_wait();
+    warpgroup_arrive();
+    issue_pv<dense_tile_tokens>(current_slot);
+    warpgroup_wait<1>();
   } else {
-    products_wait<0>();
+    warpgroup_wait<0>();
   }
-  settled(scores);
-  release(k_slot);
-  // The same for all warps: a branch that they take apart would make the products wait.
-  bool grown;
+  warpgroup_fence_operand(scores);
+  consumer_release(k_slot);
+  // `first` and `masked` are equal in all warps: divergence would make the products wait.
+  bool rescales;
   if (first)
-    grown = soften_first<true>(scores, begin);
-  else if (is_cut)
-    grown = soften<true>(scores, begin);
+    rescales = first_softmax<true>(scores, begin);
+  else if (masked)
+    rescales = online_softmax<true>(scores, begin);
   else
-    grown = soften<false>(scores, begin);
-  if constexpr (Weigh) {
-    computed(sum[0] + sum[1], shared.base);
-    products_wait<0>();
-    settled(o);
-    release(taken);
-    if (grown) {
+    rescales = online_softmax<false>(scores, begin);
+  if constexpr (WithValues) {
+    schedule_barrier(row_sum[0] + row_sum[1], shared.base);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(o);
+    consumer_release(current_slot);
+    if (rescales) {
 #pragma unroll
-      for (int i = 0; i < DV / 2; ++i) o[i] *= old[i / 2 % 2];
+      for (int i = 0; i < DV / 2; ++i) o[i] *= rescale[i / 2 % 2];
     }
   }
-  pack_weights(scores);
+  pack_probabilities(scores);
 }
 
+// p v of the last tile; overlapped() runs while it is in flight.
 template <class T, int DK, int DV>
-template <int Tokens, class Beside>
-__device__ __forceinline__ void Rows<T, DK, DV>::last_values(std::int64_t begin, std::int64_t rows, Beside beside) {
-  take();
-  clear_behind<Tokens>(taken, begin, rows);
-  products_begin();
-  queue_values<Tokens>(taken);
-  beside();
-  products_wait<0>();
-  settled(o);
-  release(taken);
+template <int Tokens, class Overlapped>
+__device__ __forceinline__ void Consumer<T, DK, DV>::last_pv(std::int64_t begin, std::int64_t rows,
+                                                             Overlapped overlapped) {
+  consumer_wait();
+  zero_unwritten_rows<Tokens>(current_slot, begin, rows);
+  warpgroup_arrive();
+  issue_pv<Tokens>(current_slot);
+  overlapped();
+  warpgroup_wait<0>();
+  warpgroup_fence_operand(o);
+  consumer_release(current_slot);
 }
 
+// All KV tiles of one branch. `WithValues`: p v, too. `LastBranch`: the queries are not read after it.
 template <class T, int DK, int DV>
-template <Branch B, bool Weigh, bool Last, class Beside>
-__device__ __forceinline__ void Rows<T, DK, DV>::run(const DenseItem& item, int phase, Beside beside) {
-  span = span_of<B>(p.d.shape.rules, item.t + query());
-  m[0] = m[1] = neg_inf;
-  sum[0] = sum[1] = 0.0f;
-  count = 0;
+template <Branch B, bool WithValues, bool LastBranch, class Overlapped>
+__device__ __forceinline__ void Consumer<T, DK, DV>::mainloop(const DenseWorkItem& item, int phase,
+                                                              Overlapped overlapped) {
+  visible = visible_tokens<B>(p.work.shape.rules, item.t + query());
+  row_max[0] = row_max[1] = neg_inf;
+  row_sum[0] = row_sum[1] = 0.0f;
+  tokens_read = 0;
 #pragma unroll
   for (float& x : o) x = 0.0f;
-  const Walk walk = walk_of<B>(p, item);
-  const std::int64_t all_from = span_of<B>(p.d.shape.rules, item.t + queries - 1).begin,
-                     all_to = span_of<B>(p.d.shape.rules, item.t).end;  // tokens that every query sees
-  wait_for(shared.queries_full(), phase);
-  if (walk.tiles > 0) {
-    take();
-    products_begin();
-    queue_scores<T>(s, shared, group, taken);
-    products_wait<0>();
-    settled(s);
-    release(taken);
-    if (B == win || dense_tokens > all_to)
-      soften_first<true>(s, walk.begin);
+  const KvTileRange range = kv_tiles<B>(p, item);
+  const std::int64_t all_from = visible_tokens<B>(p.work.shape.rules, item.t + item_queries - 1).begin,
+                     all_to = visible_tokens<B>(p.work.shape.rules, item.t).end;  // tokens that every query sees
+  mbarrier_wait(shared.queries_full(), phase);
+  if (range.tiles > 0) {
+    consumer_wait();
+    warpgroup_arrive();
+    issue_qk<T>(s, shared, warpgroup, current_slot);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(s);
+    consumer_release(current_slot);
+    if (B == win || dense_tile_tokens > all_to)
+      first_softmax<true>(s, range.begin);
     else
-      soften_first<false>(s, walk.begin);
-    pack_weights(s);
+      first_softmax<false>(s, range.begin);
+    pack_probabilities(s);
   }
-  for (int tile = 1; tile < walk.tiles; ++tile) {
-    const std::int64_t begin = walk.at(tile);
-    step<Weigh>(s, begin, begin < all_from || begin + dense_tokens > all_to,
-                p.source[B].map.chunk != INT64_MAX && B == win && tile == 1);
+  for (int tile = 1; tile < range.tiles; ++tile) {
+    const std::int64_t begin = range.tile_begin(tile);
+    mainloop_step<WithValues>(s, begin, begin < all_from || begin + dense_tile_tokens > all_to,
+                              p.kv[B].map.chunk != INT64_MAX && B == win && tile == 1);
   }
-  const std::int64_t last = walk.at(walk.count() - 1), rows = p.source[B].rows;
-  float few[narrow_tokens / 2];
-  if (B == win && walk.narrow) step<Weigh>(few, last, true, false);
-  if (Last && threadIdx.x % 32 == 0) arrive(shared.queries_empty());
-  if (!Weigh) return;
-  if (walk.tiles == 0) return beside();
-  if (B == win && walk.narrow)
-    last_values<narrow_tokens>(last, rows, beside);
+  const std::int64_t last = range.tile_begin(range.count() - 1), rows = p.kv[B].rows;
+  float narrow_scores[narrow_tile_tokens / 2];
+  if (B == win && range.narrow) mainloop_step<WithValues>(narrow_scores, last, true, false);
+  if (LastBranch && threadIdx.x % 32 == 0) mbarrier_arrive(shared.queries_empty());
+  if (!WithValues) return;
+  if (range.tiles == 0) return overlapped();
+  if (B == win && range.narrow)
+    last_pv<narrow_tile_tokens>(last, rows, overlapped);
   else
-    last_values<dense_tokens>(last, rows, beside);
-}
-
-template <class T, int DK, int DV>
-template <Branch B>
-__device__ __forceinline__ void Rows<T, DK, DV>::count_reads(const DenseItem& item) const {
-  if (threadIdx.x % 32 == 0 && count > 0 && item.first + query() < p.d.tile.tokens)
-    atomicAdd(reinterpret_cast<unsigned long long*>(p.reads[B]) + item.sequence * p.d.shape.groups + item.group,
-              static_cast<unsigned long long>(count));
-}
-
-template <class T, int DK, int DV>
-template <bool Weigh>
-__device__ __forceinline__ void Rows<T, DK, DV>::put_partials(const DenseItem& item) const {
-  const DenseRow at(p.d, item, query());
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float total = quad_sum(sum[half]);
-    if (!at.exists(half)) continue;
-    put_ms(at.head(half), m[half], total);
-    if (!Weigh) continue;
-    float* to = p.out.o + at.head(half) * DV + at.column();
-#pragma unroll
-    for (int j = 0; j < DV / 8; ++j)
-      *reinterpret_cast<float2*>(to + 8 * j) = make_float2(o[4 * j + 2 * half], o[4 * j + 2 * half + 1]);
-  }
-}
-
-template <class T, int DK, int DV>
-__device__ __forceinline__ void Rows<T, DK, DV>::fetch_gates(const DenseItem& item) {
-  const DenseRow at(p.d, item, query());
-  for (const Branch b : {win, cmp}) gate[b] = at.is_row ? p.gate[at.list * branches + b] : 0.0f;
-}
-
-// What put_gated<win> has left, to s.
-template <class T, int DK, int DV>
-__device__ __forceinline__ void Rows<T, DK, DV>::fetch_win(const DenseItem& item) {
-  const DenseRow at(p.d, item, query());
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (!at.exists(half)) continue;
-    const float* from = p.out.o + at.head(half) * DV + at.column();
-#pragma unroll
-    for (int j = 0; j < DV / 8; ++j) {
-      const float2 x = *reinterpret_cast<const float2*>(from + 8 * j);
-      s[j + 32 * half] = x.x, s[j + 16 + 32 * half] = x.y;
-    }
-  }
-}
-
-// win, the first, leaves its share of o; cmp adds its own to what the same threads left.
-template <class T, int DK, int DV>
-template <Branch B>
-__device__ __forceinline__ void Rows<T, DK, DV>::put_gated(const DenseItem& item) {
-  const DenseRow at(p.d, item, query());
-  float weight[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float total = quad_sum(sum[half]);
-    weight[half] = 0.0f;
-    if (!at.exists(half)) continue;
-    if (B == cmp) put_ms(at.head(half), m[half], total);
-    if (total > 0.0f) weight[half] = gate[B] / total;
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (!at.exists(half)) continue;
-    float* to = p.out.o + at.head(half) * DV + at.column();
-#pragma unroll
-    for (int j = 0; j < DV / 8; ++j) {
-      float2 x = make_float2(o[4 * j + 2 * half] * weight[half], o[4 * j + 2 * half + 1] * weight[half]);
-      if (B == cmp) x.x += s[j + 32 * half], x.y += s[j + 16 + 32 * half];
-      *reinterpret_cast<float2*>(to + 8 * j) = x;
-    }
-  }
+    last_pv<dense_tile_tokens>(last, rows, overlapped);
 }
 
 }  // namespace nsa::gpu::dense

@@ -1,16 +1,17 @@
 // Prefill's compressed and window branches, 16-bit storage: dense tiles on Hopper's warpgroup products.
 //
-// Tiling: prefill/prefill.cuh. M = 4 queries x 16 heads a warpgroup, N = 128 tokens, all of Dk and Dv at once: 64 x 128
-// scores and 64 x Dv results in registers (prefill/dense/consumer.cuh). The scores of tile j are under way together
-// with tile j-1's weighted sum, and the two warpgroups take turns by themselves: one's exponentials run beside the
-// other's products. FLOPs: 2 (Dk + Dv) a (head, token). Bytes: a tile's K and V once per 8 queries from L2. Bound: the
-// tensor cores, with the exponentials (16 a cycle and SM) at half their time.
+// Tiling (prefill/prefill.cuh): M = 4 queries x 16 heads a warpgroup, N = 128 tokens, all of Dk and Dv: 64 x 128 scores
+// and 64 x Dv results in registers (prefill/dense/consumer.cuh). q k^T of tile j is in flight together with p v of tile
+// j-1. The two warpgroups need no barrier to alternate: one's exponentials overlap with the other's products. FLOPs:
+// 2 (Dk + Dv) a (head, token). Bytes: a tile's K and V once per 8 queries from L2. Bound: the tensor cores; the
+// exponentials (16 a cycle and SM) take half their time.
 //
-// cmp's tiles begin at multiples of 128 and go up, and a tile that a row does not see changes nothing, not even by
-// rounding: (m, sum) do not depend on how queries are tiled or K is laid out. A window's tiles begin where the item's
-// first query sees its first token, where K is not cut: 8 queries see w + 7 tokens, so that 16 are left for a last one.
+// cmp's tiles begin at multiples of 128 and come in rising order. A tile that a row does not see does not change its
+// results, not even by rounding: (m, sum) are independent of query tiling and K layout. In a contiguous K a window's
+// tiles begin at the first token that the item's first query sees: 8 queries see w + 7 tokens, and a tile of 16 holds
+// the rest.
 
-#include "kernels/cuda/prefill/dense/consumer.cuh"
+#include "kernels/cuda/prefill/dense/epilogue.cuh"
 #include "kernels/cuda/prefill/stages.cuh"
 
 namespace nsa::gpu {
@@ -19,29 +20,47 @@ using namespace dense;
 
 namespace {
 
+template <Branch B, bool WithValues, class T, int DK, int DV>
+__device__ __forceinline__ void attend_branch(Consumer<T, DK, DV>& consumer, const DenseWorkItem& item, int phase) {
+  consumer.template mainloop<B, WithValues, true>(item, phase, [] {});
+  consumer.template add_reads<B>(item);
+  consumer.template store_partials<WithValues>(item);
+}
+
+template <class T, int DK, int DV>
+__device__ __forceinline__ void attend_gated(Consumer<T, DK, DV>& consumer, const DenseWorkItem& item, int phase) {
+  consumer.load_gates(item);
+  consumer.template mainloop<win, true, false>(item, phase, [] {});
+  consumer.template add_reads<win>(item);
+  consumer.template store_gated<win>(item);
+  consumer.template mainloop<cmp, true, true>(item, phase, [&] { consumer.load_win_output(item); });
+  consumer.template add_reads<cmp>(item);
+  consumer.template store_gated<cmp>(item);
+}
+
 template <class T, int DK, int DV, Job J>
-__global__ void __launch_bounds__(threads, 1) dense_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(threads, 1) dense_kernel(const __grid_constant__ DenseAttentionParams p) {
 #ifdef NSA_WGMMA
   extern __shared__ char memory[];
   const Shared<DK, DV> shared(memory);
-  if (threadIdx.x == 0) shared.open();
+  if (threadIdx.x == 0) shared.init_barriers();
   __syncthreads();
   griddep_wait();
-  const std::int64_t first_position = *p.d.tile.first_position;
-  const int group = uniform(threadIdx.x / 128);
-  if (group == groups) {
+  const std::int64_t first_position = *p.work.tile.first_position;
+  const int warpgroup = warp_uniform(threadIdx.x / 128);
+  if (warpgroup == consumer_warpgroups) {
     warpgroup_reg_dealloc<40>();
-    if (threadIdx.x % 128 == 0) stream<DK, DV, J>(p, shared, first_position);
+    if (threadIdx.x % 128 == 0) produce<DK, DV, J>(p, shared, first_position);
   } else {
     warpgroup_reg_alloc<232>();
-    Rows<T, DK, DV> rows{p, shared, group};
+    Consumer<T, DK, DV> consumer{p, shared, warpgroup};
     int phase = 0;
-    for (int index = blockIdx.x; index < p.d.items; index += gridDim.x, phase ^= 1) {
-      const DenseItem item(p.d, index, first_position);
+    for (int index = blockIdx.x; index < p.work.items; index += gridDim.x, phase ^= 1) {
+      const DenseWorkItem item(p.work, index, first_position);
       if constexpr (J == Job::gated)
-        rows.gated(item, phase);
+        attend_gated(consumer, item, phase);
       else
-        rows.template alone<J == Job::win ? win : cmp, J != Job::cmp_ms>(item, phase);
+        attend_branch<J == Job::win ? win : cmp, J != Job::cmp_ms>(consumer, item, phase);
     }
   }
 #endif
@@ -50,24 +69,24 @@ __global__ void __launch_bounds__(threads, 1) dense_kernel(const __grid_constant
 template <class T, int DK, int DV, Job J>
 void launch(const AttendArgs* of[branches], const float* gate, Stream* stream) {
   const AttendArgs& a = *of[J == Job::win ? win : cmp];
-  Params p{};
-  p.d = dense_params(a.shape, a.tile, a.q, queries);
+  DenseAttentionParams p{};
+  p.work = dense_work(a.shape, a.tile, a.q, item_queries);
   p.out = a.out;
   p.gate = gate;
   for (const Branch b : {cmp, win}) {
     if (!of[b]) continue;
     const std::int64_t end = a.tile.max_positions;
-    p.source[b] =
-        dense_source(a.shape, a.tile, of[b]->k, &of[b]->v, b == cmp ? compressed_tokens(a.shape.rules, end - 1) : end);
+    p.kv[b] = kv_tensor_maps(a.shape, a.tile, of[b]->k, &of[b]->v,
+                             b == cmp ? compressed_tokens(a.shape.rules, end - 1) : end);
     p.reads[b] = of[b]->reads;
   }
-  launch_pdl(dense_kernel<T, DK, DV, J>, dim3(dense_ctas(p.d)), threads, Layout<DK, DV>::bytes, stream, 1, p);
+  launch_pdl(dense_kernel<T, DK, DV, J>, dim3(persistent_ctas(p.work)), threads, Shared<DK, DV>::bytes, stream, 1, p);
 }
 
 template <Job J>
 void launch(const AttendArgs* of[branches], const float* gate, Stream* stream) {
   const LayerShape& s = of[J == Job::win ? win : cmp]->shape;
-  const auto sized = [&](auto type) {
+  const auto by_head_size = [&](auto type) {
     using T = decltype(type);
     if (s.d_k == 64)
       launch<T, 64, 64, J>(of, gate, stream);
@@ -75,15 +94,15 @@ void launch(const AttendArgs* of[branches], const float* gate, Stream* stream) {
       launch<T, 128, 128, J>(of, gate, stream);
   };
   if (s.dtype == DType::bf16)
-    sized(__nv_bfloat16{});
+    by_head_size(__nv_bfloat16{});
   else
-    sized(__half{});
+    by_head_size(__half{});
 }
 
 }  // namespace
 
 bool prefill_accepts(Branch branch, const LayerShape& s, const RowMap& map) {
-  return branch != sel && tiles_shape(s) && map_is_whole(map) &&
+  return branch != sel && tiles_shape(s) && tma_accepts(map) &&
          (branch == cmp || map.chunk == INT64_MAX || map.chunk % 8 == 0);
 }
 

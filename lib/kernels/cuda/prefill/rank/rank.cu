@@ -1,7 +1,8 @@
-// Prefill's rank: importance of the selection blocks formed once more from q and k_cmp (prefill/rank/block_scores.cuh),
-// and the best n of them (prefill/rank/top_n.cuh).
+// Prefill's rank stage: scores of the selection blocks, recomputed from q and k_cmp (prefill/rank/block_scores.cuh),
+// and the top n of them (prefill/rank/top_n.cuh).
 //
-// Tokens add up in one order within blocks, tiles begin at multiples of 128: no layout changes a bit.
+// The tokens of a block are added in one order and tiles begin at multiples of 128: results do not depend on the layout
+// of K_cmp.
 
 #include <algorithm>
 
@@ -11,7 +12,7 @@
 
 namespace nsa::gpu {
 
-using namespace scored;
+using namespace block_scoring;
 
 namespace {
 
@@ -22,17 +23,17 @@ std::int64_t score_pitch_of(const BlockRules& r, std::int64_t positions) {
 template <class T, int DK>
 void launch_scores(const RankArgs& a, Stream* stream) {
   const LayerShape& s = a.shape;
-  ScoreParams p{dense_params(s, a.tile, a.q, queries),
-                dense_source(s, a.tile, a.k_cmp, nullptr, compressed_tokens(s.rules, a.tile.max_positions - 1)),
-                a.cmp_ms, static_cast<float*>(a.scratch), score_pitch_of(s.rules, a.tile.max_positions)};
+  BlockScoreParams p{dense_work(s, a.tile, a.q, item_queries),
+                     kv_tensor_maps(s, a.tile, a.k_cmp, nullptr, compressed_tokens(s.rules, a.tile.max_positions - 1)),
+                     a.cmp_ms, static_cast<float*>(a.scratch), score_pitch_of(s.rules, a.tile.max_positions)};
   const bool quads = s.rules.l_sel == quad_tokens * s.rules.d && s.rules.l == 2 * s.rules.d;
   if (quads) {
-    const bool whole = p.source.box_rows % quad_tokens == 0;
-    p.source.k = rows_map(a.k_cmp, s.dtype, std::int64_t{a.tile.batch_begin + a.tile.batches} * s.groups,
-                          whole ? p.source.box_rows : 1, whole ? quad_tokens : 1);
+    const bool whole = p.kv.box_rows % quad_tokens == 0;
+    p.kv.k = kv_tensor_map(a.k_cmp, s.dtype, std::int64_t{a.tile.batch_begin + a.tile.batches} * s.groups,
+                           whole ? p.kv.box_rows : 1, whole ? quad_tokens : 1);
   }
-  launch_pdl(quads ? score_kernel<T, DK, true> : score_kernel<T, DK, false>, dim3(dense_ctas(p.d)), threads,
-             DenseLayout<DK, DK, slots, groups>::bytes, stream, 1, p);
+  launch_pdl(quads ? score_kernel<T, DK, true> : score_kernel<T, DK, false>, dim3(persistent_ctas(p.work)), threads,
+             Shared<DK>::bytes, stream, 1, p);
 }
 
 template <class T>
@@ -51,16 +52,16 @@ std::size_t rank_prefill_scratch(const LayerShape& s, const QueryTile& tile) {
 }
 
 void rank_prefill(const RankArgs& a, Stream* stream) {
-  const std::int64_t lists = a.tile.rows() * a.shape.groups;
-  if (lists == 0) return;
-  if (!map_is_whole(a.k_cmp.map)) throw InternalError("rank: no raw scores, and K_cmp is cut");
+  const std::int64_t row_groups = a.tile.rows() * a.shape.groups;
+  if (row_groups == 0) return;
+  if (!tma_accepts(a.k_cmp.map)) throw InternalError("rank: no raw scores, and K_cmp is cut");
   if (a.scratch_bytes < rank_prefill_scratch(a.shape, a.tile)) throw InternalError("rank: scratch too small");
   if (a.shape.dtype == DType::bf16)
     launch_scores<__nv_bfloat16>(a, stream);
   else
     launch_scores<__half>(a, stream);
-  const ChooseParams p{a, static_cast<const float*>(a.scratch), score_pitch_of(a.shape.rules, a.tile.max_positions)};
-  launch_pdl(choose_kernel, dim3(static_cast<unsigned>((lists + choose_warps - 1) / choose_warps)), 32 * choose_warps,
+  const TopNParams p{a, static_cast<const float*>(a.scratch), score_pitch_of(a.shape.rules, a.tile.max_positions)};
+  launch_pdl(top_n_kernel, dim3(static_cast<unsigned>((row_groups + top_n_warps - 1) / top_n_warps)), 32 * top_n_warps,
              0, stream, 1, p);
 }
 

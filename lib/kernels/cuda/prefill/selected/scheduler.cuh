@@ -1,95 +1,96 @@
 #pragma once
-// Prefill's selected branch (prefill/selected/kernel.cu): the warp that plans in which turn an item's blocks come.
+// Prefill's selected branch (prefill/selected/kernel.cu): the warp that schedules the blocks of a work item.
 //
-// Blocks by rising index would give one query several in a row while the others, whose blocks wait behind the ring,
-// rest. So the lists, which are sorted, are merged into a pool of up to 32 blocks, a lane each, and the next to come is
-// always one of the query that was told of the fewest. A step costs some 500 cycles.
+// In order of rising index one query would get several blocks in a row while the others, whose blocks are not in the
+// ring yet, wait. So the queries' sorted selections are merged into a pool of up to 32 blocks, a lane each, and the
+// next block is always one of the query that has got the fewest. A step takes some 500 cycles.
 
 #include "kernels/cuda/prefill/selected/shared_memory.cuh"
 
 namespace nsa::gpu::selected {
 
-// `Most`: blocks a query may have chosen.
-template <int DK, int DV, int Most>
-struct Planner {
-  const Params& p;
+// `MaxBlocks`: that a query selects.
+template <int DK, int DV, int MaxBlocks>
+struct TileScheduler {
+  const SelectedParams& p;
   const Shared<DK, DV>& shared;
-  Turn<pages> page = {};
-  Step written = {};  // the lane's of the page
-  int steps = 0;      // of the page that are written
-  // The lane's query: its blocks that are left, the first of them first, of how many it was told, and how many are in
-  // the pool.
-  int list[Most] = {};
-  int told = 0, waiting = 0;
-  // The lane's block of the pool, as a step's word; 0: none. And the lanes that have one.
+  PipelineState<schedule_slots> schedule = {};
+  Step lane_step = {};  // of the schedule slot
+  int steps = 0;        // of the schedule slot that are set
+  // The lane's query: its blocks that are not in the pool yet, in rising order; how many of its blocks are scheduled;
+  // how many are in the pool.
+  int blocks[MaxBlocks] = {};
+  int scheduled = 0, pooled = 0;
+  // The lane's block of the pool, as Step::word; 0: none. And the mask of lanes that have one.
   int word = 0;
   unsigned used = 0;
 
   static constexpr unsigned all = 0xffffffffu;
   static constexpr int none = INT32_MAX;
 
-  __device__ __forceinline__ void begin(const Item& item) {
+  __device__ __forceinline__ void load_selection(const WorkItem& item) {
     const int n = p.a.shape.rules.n_sel, lane = threadIdx.x % 32;
-    const bool is_there = lane < queries && item.has(p, lane);
-    const std::int32_t* from = p.a.selected + (item.row(p, is_there ? lane : 0) * p.a.shape.groups + item.group) * n;
-    told = waiting = 0;
+    const bool has_query = lane < item_queries && item.has(p, lane);
+    const std::int32_t* from = p.a.selected + (item.row(p, has_query ? lane : 0) * p.a.shape.groups + item.group) * n;
+    scheduled = pooled = 0;
 #pragma unroll
-    for (int i = 0; i < Most; ++i) list[i] = is_there && i < n ? from[i] : -1;
+    for (int i = 0; i < MaxBlocks; ++i) blocks[i] = has_query && i < n ? from[i] : -1;
 #pragma unroll
-    for (int i = 0; i < Most; ++i) list[i] = list[i] < 0 ? none : list[i];
+    for (int i = 0; i < MaxBlocks; ++i) blocks[i] = blocks[i] < 0 ? none : blocks[i];
   }
-  // In registers: a load would hold up all lanes at the next step.
-  __device__ __forceinline__ void drop_first(bool does) {
+  // In registers: a load would delay all lanes at the next step.
+  __device__ __forceinline__ void pop_first(bool pops) {
 #pragma unroll
-    for (int i = 0; i < Most; ++i) list[i] = !does ? list[i] : i + 1 < Most ? list[i + 1] : none;
+    for (int i = 0; i < MaxBlocks; ++i) blocks[i] = !pops ? blocks[i] : i + 1 < MaxBlocks ? blocks[i + 1] : none;
   }
-  __device__ __forceinline__ void put(Step step) {
+  // Sets the next step; stores the schedule slot when all its steps are set.
+  __device__ __forceinline__ void store_step(Step step) {
     const int lane = threadIdx.x % 32;
-    if (lane == steps) written = step;
-    if (++steps < page_steps) return;
-    wait_for(shared.plan_read(page.slot), page.phase ^ 1);
-    if (lane < page_steps) {
-      shared.step(page.slot, lane) = written;
-      arrive(shared.planned(page.slot));
+    if (lane == steps) lane_step = step;
+    if (++steps < slot_steps) return;
+    mbarrier_wait(shared.schedule_empty(schedule.slot), schedule.phase ^ 1);
+    if (lane < slot_steps) {
+      shared.step(schedule.slot, lane) = lane_step;
+      mbarrier_arrive(shared.schedule_full(schedule.slot));
     }
-    page.next();
+    schedule.advance();
     steps = 0;
   }
-  // Whether a step's block is one of the lane's query.
-  __device__ __forceinline__ int mine(Step step) const { return step.by() >> threadIdx.x % 32 & 1; }
-  __device__ __forceinline__ void keep(Step step) {
+  // Whether the lane's query selected a step's block.
+  __device__ __forceinline__ int selected(Step step) const { return step.queries() >> threadIdx.x % 32 & 1; }
+  __device__ __forceinline__ void add_to_pool(Step step) {
     const int free = __ffs(static_cast<int>(~used)) - 1;
     if (threadIdx.x % 32 == free) word = step.word;
     used |= 1u << free;
-    waiting += mine(step);
+    pooled += selected(step);
   }
-  // Of a pool that is not empty.
-  __device__ __forceinline__ void take(int plane) {
+  // The pool must not be empty.
+  __device__ __forceinline__ void schedule_from_pool(int plane) {
     const int lane = threadIdx.x % 32;
-    const int fewest = __reduce_min_sync(all, waiting > 0 ? told * 32 + lane : none) % 32;
+    const int fewest = __reduce_min_sync(all, pooled > 0 ? scheduled * 32 + lane : none) % 32;
     const int from = __ffs(static_cast<int>(__ballot_sync(all, word >> fewest & 1))) - 1;
     const Step step{__shfl_sync(all, word, from), plane};
-    put(step);
-    told += mine(step);
-    waiting -= mine(step);
+    store_step(step);
+    scheduled += selected(step);
+    pooled -= selected(step);
     if (lane == from) word = 0;
     used &= ~(1u << from);
   }
-  __device__ __forceinline__ void plan(const Item& item) {
-    begin(item);
+  __device__ __forceinline__ void schedule_item(const WorkItem& item) {
+    load_selection(item);
     for (;;) {
-      const int found = __reduce_min_sync(all, list[0]);
-      if (found == none) break;
-      const unsigned chosen_by = __ballot_sync(all, list[0] == found);
-      drop_first(list[0] == found);
-      keep(Step::of(found, chosen_by, item.plane));
-      if (used == all) take(item.plane);
+      const int block = __reduce_min_sync(all, blocks[0]);
+      if (block == none) break;
+      const unsigned queries = __ballot_sync(all, blocks[0] == block);
+      pop_first(blocks[0] == block);
+      add_to_pool(Step::of(block, queries, item.plane));
+      if (used == all) schedule_from_pool(item.plane);
     }
-    while (used) take(item.plane);
+    while (used) schedule_from_pool(item.plane);
   }
   __device__ __forceinline__ void run() {
-    for (Items items(p); items.more(); items.next()) plan(Item(p, items.index()));
-    do put(Step::last());
+    for (WorkItems items(p); items.more(); items.next()) schedule_item(WorkItem(p, items.index()));
+    do store_step(Step::last());
     while (steps > 0);
   }
 };

@@ -1,84 +1,88 @@
 #pragma once
-// Prefill's selected branch (prefill/selected/kernel.cu): what its sides share.
+// Prefill's selected branch (prefill/selected/kernel.cu): parameters, work items, shared memory.
 //
-// A CTA takes 12 queries of a group. A warp plans in which turn the blocks come that they chose
-// (prefill/selected/scheduler.cuh), one streams K, one V, one tells every query that chose a block where it lies
-// (prefill/selected/producer.cuh), and a warp a query multiplies. A query is told by a letter and a barrier of its own:
-// a barrier of the slot alone would not do, since a warp that waits for its next block may be more than a round of the
-// ring ahead.
+// A CTA takes 12 queries of a group. One warp schedules the blocks that they selected (prefill/selected/scheduler.cuh).
+// One warp loads K, one loads V, and one notifies each query of its blocks (prefill/selected/producer.cuh). One warp a
+// query computes (prefill/selected/kernel.cu). A query has a mailbox of notifications, each with its own full barrier.
+// The barriers of the KV slots alone are not enough: a warp that waits for its next block may be more than a round of
+// the ring ahead of it.
 
 #include <algorithm>
+#include <cstddef>
 
 #include "kernels/cuda/prefill/prefill.cuh"
 
 namespace nsa::gpu::selected {
 
-constexpr int queries = 12;                  // of an item: warps that multiply
-constexpr int threads = 32 * (queries + 4);  // registers change hands between whole warpgroups
-constexpr int block_tokens = 64;
-constexpr int most_chosen = 32, few_chosen = 16;  // blocks of a query: what the plan has room for
-constexpr int letters = 8;                        // that a query may have before it: more than there are slots
-constexpr int pages = 4, page_steps = 8;          // of the plan
-constexpr std::int64_t most_positions = std::int64_t{block_tokens} << 19;  // of a step's word
+constexpr int item_queries = 12;                       // consumer warps
+constexpr int threads = 32 * (item_queries + 4);       // whole warpgroups, which exchange registers
+constexpr int block_tokens = 64;                       // of a KV slot: a selection block
+constexpr int max_blocks = 32, max_blocks_small = 16;  // that a query selects: two instances of the scheduler
+constexpr int mailbox_slots = 8;                       // of a query: more than KV slots
+constexpr int schedule_slots = 4, slot_steps = 8;      // of the schedule ring, and steps in each
+constexpr std::int64_t max_positions = std::int64_t{block_tokens} << 19;  // a step's block index has 19 bits
 
-struct Params {
+struct SelectedParams {
   CUtensorMap k, v;
   AttendArgs a;
   int box_rows, query_tiles, items;
-  bool side_by_side;  // all planes' items by turns, late queries first, instead of plane after plane
-  // Null: partials are wanted. Else `o` of all branches: this one's, normalised and weighed, added to a.out.o.
+  bool interleave_planes;  // items of all planes alternate, late queries first; otherwise plane after plane
+  // Null: stores partials. Otherwise `o` of all branches is stored: this branch's, normalised and gated, plus a.out.o.
   const float* gate;
   void* o;
 };
 
-struct Item {
-  int sequence, group, first, plane;
-  __device__ __forceinline__ Item(const Params& p, int index) {
+struct WorkItem {
+  int sequence, group, first_query, plane;
+  __device__ __forceinline__ WorkItem(const SelectedParams& p, int index) {
     const LayerShape& s = p.a.shape;
-    const int lists = p.items / p.query_tiles;
-    const int list = p.side_by_side ? index % lists : index / p.query_tiles;
-    const int tile = p.side_by_side ? p.query_tiles - 1 - index / lists : index % p.query_tiles;
-    first = tile * queries;
-    sequence = list / s.groups;
-    group = list % s.groups;
+    const int planes = p.items / p.query_tiles;
+    const int in_tile = p.interleave_planes ? index % planes : index / p.query_tiles;
+    const int tile = p.interleave_planes ? p.query_tiles - 1 - index / planes : index % p.query_tiles;
+    first_query = tile * item_queries;
+    sequence = in_tile / s.groups;
+    group = in_tile % s.groups;
     plane = (p.a.tile.batch_begin + sequence) * s.groups + group;
   }
-  __device__ __forceinline__ bool has(const Params& p, int query) const { return first + query < p.a.tile.tokens; }
-  /// Of a query of the item, among the tile's.
-  __device__ __forceinline__ std::int64_t row(const Params& p, int query) const {
-    return std::int64_t{sequence} * p.a.tile.tokens + first + query;
+  __device__ __forceinline__ bool has(const SelectedParams& p, int query) const {
+    return first_query + query < p.a.tile.tokens;
+  }
+  /// Row of a query of the item, among the tile's.
+  __device__ __forceinline__ std::int64_t row(const SelectedParams& p, int query) const {
+    return std::int64_t{sequence} * p.a.tile.tokens + first_query + query;
   }
 };
 
-// The items of a CTA: one of every gridDim.x. Side by side to and fro, so that none has the longest of every round.
-struct Items {
-  const Params& p;
+// The work items of a CTA: one of every gridDim.x. Interleaved planes: in alternating direction, so that no CTA has the
+// longest item of every round.
+struct WorkItems {
+  const SelectedParams& p;
   int round = 0;
-  __device__ __forceinline__ explicit Items(const Params& params) : p(params) {}
+  __device__ __forceinline__ explicit WorkItems(const SelectedParams& params) : p(params) {}
   __device__ __forceinline__ int index() const {
-    const int place = p.side_by_side && round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    return round * gridDim.x + place;
+    const int cta = p.interleave_planes && round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    return round * gridDim.x + cta;
   }
   __device__ __forceinline__ bool more() const { return index() < p.items; }
   __device__ __forceinline__ void next() { ++round; }
 };
 
-// A step of the plan: a block, below 2^19, and the queries that chose it.
+// A step of the schedule: a block, below 2^19, and the mask of the queries that selected it.
 struct Step {
   int word, plane;
-  __device__ __forceinline__ static Step of(int block, unsigned by, int plane) {
-    return {block << queries | static_cast<int>(by), plane};
+  __device__ __forceinline__ static Step of(int block, unsigned queries, int plane) {
+    return {block << item_queries | static_cast<int>(queries), plane};
   }
   __device__ __forceinline__ static Step last() { return {-1, 0}; }
   __device__ __forceinline__ bool is_last() const { return word < 0; }
-  __device__ __forceinline__ int block() const { return word >> queries; }
-  __device__ __forceinline__ unsigned by() const { return word & ((1u << queries) - 1); }
+  __device__ __forceinline__ int block() const { return word >> item_queries; }
+  __device__ __forceinline__ unsigned queries() const { return word & ((1u << item_queries) - 1); }
 };
 
-// What a query is told: a block of its own and the slots and their round where its K and V come.
-struct Letter {
+// What a query reads from its mailbox: one of its blocks, and the KV slot and phase of the block's K and V.
+struct Notification {
   std::uint32_t word;
-  __device__ __forceinline__ static Letter of(int block, int slot, int phase) {
+  __device__ __forceinline__ static Notification of(int block, int slot, int phase) {
     return {static_cast<std::uint32_t>(block << 4 | slot << 1 | phase)};
   }
   __device__ __forceinline__ int block() const { return static_cast<int>(word >> 4); }
@@ -86,64 +90,93 @@ struct Letter {
   __device__ __forceinline__ int phase() const { return word & 1; }
 };
 
-// Shared memory: slots of K, slots of V, barriers, letters, the plan.
-template <int DK, int DV>
-struct Layout {
-  static constexpr int box = block_tokens * 128, key = DK / box_columns * box, value = DV / box_columns * box;
-  static constexpr int slots = std::min(7, 224 * 1024 / (key + value));  // of each
-  static_assert(slots < letters);
-  static constexpr int values = slots * key, barriers = values + slots * value;
-  static constexpr int mail = barriers + 8 * (4 * slots + (queries + 2) * letters + 2 * pages);
-  static constexpr int plan = mail + 4 * queries * letters, bytes = plan + 8 * pages * page_steps;
-  static_assert(bytes <= 227 * 1024);
+// Barriers of a CTA's shared memory. `key_` and `value_`: full and empty slots of K and V.
+template <int KvSlots>
+struct SharedBarriers {
+  MbarrierWord key_full[KvSlots], key_empty[KvSlots], value_full[KvSlots], value_empty[KvSlots];
+  MbarrierWord mailbox_full[item_queries][mailbox_slots];
+  MbarrierWord key_issued[mailbox_slots];  // of a step: the copy of its K is issued
+  MbarrierWord notified[mailbox_slots];    // of a step: its queries are notified, and V of one round before has arrived
+  MbarrierWord schedule_full[schedule_slots], schedule_empty[schedule_slots];
 };
 
+// Shared memory of a CTA, at a multiple of 1024 bytes.
+template <int DK, int DV>
+struct SharedStorage {
+  static constexpr int box = block_tokens * 128, key_bytes = DK / box_columns * box,
+                       value_bytes = DV / box_columns * box;
+  static constexpr int kv_slots = std::min(7, 224 * 1024 / (key_bytes + value_bytes));
+  static_assert(kv_slots < mailbox_slots);
+  char keys[kv_slots][key_bytes];
+  char values[kv_slots][value_bytes];
+  SharedBarriers<kv_slots> barriers;
+  Notification mailboxes[item_queries][mailbox_slots];
+  Step schedule[schedule_slots][slot_steps];
+};
+
+// A CTA's shared memory by its addresses.
 template <int DK, int DV>
 struct Shared {
-  using At = Layout<DK, DV>;
+  using Storage = SharedStorage<DK, DV>;
+  using Barriers = decltype(Storage::barriers);
+  static constexpr int kv_slots = Storage::kv_slots, bytes = sizeof(Storage);
+  static_assert(bytes <= 227 * 1024);
   char* memory;
   unsigned base;
   __device__ __forceinline__ explicit Shared(char* given) : memory(given), base(shared_address(given)) {}
-  __device__ __forceinline__ unsigned key(int i) const { return base + i * At::key; }
-  __device__ __forceinline__ unsigned value(int i) const { return base + At::values + i * At::value; }
-  __device__ __forceinline__ unsigned barrier(int i) const { return base + At::barriers + 8 * i; }
-  __device__ __forceinline__ unsigned key_full(int i) const { return barrier(i); }
-  __device__ __forceinline__ unsigned key_empty(int i) const { return barrier(At::slots + i); }
-  __device__ __forceinline__ unsigned value_full(int i) const { return barrier(2 * At::slots + i); }
-  __device__ __forceinline__ unsigned value_empty(int i) const { return barrier(3 * At::slots + i); }
-  __device__ __forceinline__ unsigned told(int query, int i) const {
-    return barrier(4 * At::slots + query * letters + i);
+  __device__ __forceinline__ unsigned at(std::size_t offset) const { return base + static_cast<unsigned>(offset); }
+  // Barrier first + i of those at `Offset` in Barriers.
+  template <std::size_t Offset>
+  __device__ __forceinline__ unsigned barrier(int i, int first = 0) const {
+    return at(offsetof(Storage, barriers)) + 8 * (static_cast<int>(Offset / 8) + first + i);
   }
-  /// Of a step: its K is on its way; and V of the block a round before has come, so its V may.
-  __device__ __forceinline__ unsigned filled(int i) const { return told(queries, i); }
-  __device__ __forceinline__ unsigned passed(int i) const { return told(queries + 1, i); }
-  __device__ __forceinline__ unsigned planned(int page) const { return told(queries + 2, page); }
-  __device__ __forceinline__ unsigned plan_read(int page) const { return planned(pages + page); }
-  __device__ __forceinline__ Letter& letter(int query, int i) const {
-    return reinterpret_cast<Letter*>(memory + At::mail)[query * letters + i];
+  __device__ __forceinline__ unsigned key(int i) const { return at(offsetof(Storage, keys)) + i * Storage::key_bytes; }
+  __device__ __forceinline__ unsigned value(int i) const {
+    return at(offsetof(Storage, values)) + i * Storage::value_bytes;
   }
-  // A warp; one lane reads, that which gives the letter's slots back: so the next letter's writer has waited for it.
-  __device__ __forceinline__ Letter read_letter(int query, int i) const {
+  __device__ __forceinline__ unsigned key_full(int i) const { return barrier<offsetof(Barriers, key_full)>(i); }
+  __device__ __forceinline__ unsigned key_empty(int i) const { return barrier<offsetof(Barriers, key_empty)>(i); }
+  __device__ __forceinline__ unsigned value_full(int i) const { return barrier<offsetof(Barriers, value_full)>(i); }
+  __device__ __forceinline__ unsigned value_empty(int i) const { return barrier<offsetof(Barriers, value_empty)>(i); }
+  __device__ __forceinline__ unsigned mailbox_full(int query, int i) const {
+    return barrier<offsetof(Barriers, mailbox_full)>(i, query * mailbox_slots);
+  }
+  __device__ __forceinline__ unsigned key_issued(int i) const { return barrier<offsetof(Barriers, key_issued)>(i); }
+  __device__ __forceinline__ unsigned notified(int i) const { return barrier<offsetof(Barriers, notified)>(i); }
+  __device__ __forceinline__ unsigned schedule_full(int i) const {
+    return barrier<offsetof(Barriers, schedule_full)>(i);
+  }
+  __device__ __forceinline__ unsigned schedule_empty(int i) const {
+    return barrier<offsetof(Barriers, schedule_empty)>(i);
+  }
+  __device__ __forceinline__ Notification& mailbox(int query, int i) const {
+    return reinterpret_cast<Notification*>(memory + offsetof(Storage, mailboxes))[query * mailbox_slots + i];
+  }
+  // A warp. Only lane 0 reads, which also releases the notification's KV slots: the next writer of this mailbox slot
+  // comes after that release, so the mailbox needs no empty barriers.
+  __device__ __forceinline__ Notification read_mailbox(int query, int i) const {
     std::uint32_t word = 0;
-    if (threadIdx.x % 32 == 0) word = letter(query, i).word;
+    if (threadIdx.x % 32 == 0) word = mailbox(query, i).word;
     return {__shfl_sync(0xffffffffu, word, 0)};
   }
-  __device__ __forceinline__ Step& step(int page, int i) const {
-    return reinterpret_cast<Step*>(memory + At::plan)[page * page_steps + i];
+  __device__ __forceinline__ Step& step(int slot, int i) const {
+    return reinterpret_cast<Step*>(memory + offsetof(Storage, schedule))[slot * slot_steps + i];
   }
-  __device__ __forceinline__ void open() const {
-    for (int i = 0; i < At::slots; ++i) {
-      open_barrier(key_full(i), 1);
-      open_barrier(key_empty(i), queries);
-      open_barrier(value_full(i), 1);
-      open_barrier(value_empty(i), queries);
+  // One thread, before a __syncthreads.
+  __device__ __forceinline__ void init_barriers() const {
+    for (int i = 0; i < kv_slots; ++i) {
+      mbarrier_init(key_full(i), 1);
+      mbarrier_init(key_empty(i), item_queries);
+      mbarrier_init(value_full(i), 1);
+      mbarrier_init(value_empty(i), item_queries);
     }
-    for (int i = 0; i < (queries + 2) * letters; ++i) open_barrier(told(0, i), 1);
-    for (int i = 0; i < pages; ++i) {
-      open_barrier(planned(i), page_steps);  // a lane a step
-      open_barrier(plan_read(i), 2 + 32);    // those that stream K and V, and all lanes of the warp that tells
+    // mailbox_full, and key_issued and notified after it.
+    for (int i = 0; i < (item_queries + 2) * mailbox_slots; ++i) mbarrier_init(mailbox_full(0, i), 1);
+    for (int i = 0; i < schedule_slots; ++i) {
+      mbarrier_init(schedule_full(i), slot_steps);  // a lane a step
+      mbarrier_init(schedule_empty(i), 2 + 32);  // the threads that load K and V, and all lanes of the notifying warp
     }
-    barriers_opened();
+    fence_mbarrier_init();
   }
 };
 
