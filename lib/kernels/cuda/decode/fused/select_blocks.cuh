@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/decode/fused/from_block_sums.cuh"
 #include "kernels/cuda/decode/fused/from_raw_scores.cuh"
+#include "kernels/cuda/primitives/mbarrier.cuh"
 
 namespace nsa::gpu {
 
@@ -28,23 +29,7 @@ struct FusedSelect {
   // Barrier of the scoring warps of the CTA: an mbarrier at which every thread arrives, because racecheck miscounts a
   // named barrier that only some of the warps use (docs/kernels/README.md).
   __device__ __forceinline__ unsigned barrier() const { return shared_address(shared) + SharedLayout::barrier; }
-  __device__ __forceinline__ void sync_scoring_warps() const {
-    std::uint64_t phase;
-    asm volatile("mbarrier.arrive.shared.b64 %0, [%1];" : "=l"(phase) : "r"(barrier()) : "memory");
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.shared.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(
-            barrier()),
-        "l"(phase)
-        : "memory");
-#else
-    asm volatile(
-        "{\n.reg .pred done;\nAGAIN:\nmbarrier.test_wait.shared.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(
-            barrier()),
-        "l"(phase)
-        : "memory");
-#endif
-  }
+  __device__ __forceinline__ void sync_scoring_warps() const { mbarrier_arrive_and_wait(barrier()); }
   __device__ __forceinline__ float2* buckets() const {
     return reinterpret_cast<float2*>(shared + SharedLayout::buckets_at());
   }
@@ -61,8 +46,7 @@ struct FusedSelect {
   // CTAs, which may not all be filled.
   __device__ __forceinline__ void prepare() const {
     const BlockRules& r = p.shape.rules;
-    if (threadIdx.x == 0 && at.cta_scoring_warps > 0)
-      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier()), "r"(at.cta_scoring_warps * 32) : "memory");
+    if (threadIdx.x == 0 && at.cta_scoring_warps > 0) mbarrier_init(barrier(), at.cta_scoring_warps * 32);
     if (W == fused_warps && static_cast<int>(threadIdx.x) < p.cluster * warp_top_n) cta_top()[threadIdx.x] = 0;
 #pragma unroll 1
     for (int k = threadIdx.x; k < p.tokens_per_block + p.halo_tokens; k += 32 * W) {
