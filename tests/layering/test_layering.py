@@ -30,12 +30,12 @@ ALLOWED = {
     "kernels/cuda/attention": "kernels/cuda/primitives kernels/cuda/runtime",
     "kernels/cuda/rank": "kernels/cuda/attention kernels/cuda/runtime",
     "kernels/cuda/decode/split_kv": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/runtime",
-    "kernels/cuda/decode/fused": "kernels/cuda/attention kernels/cuda/decode/split_kv",
+    "kernels/cuda/decode/fused": "kernels/cuda/attention kernels/cuda/decode/split_kv kernels/cuda/primitives",
     "kernels/cuda/decode": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/decode/split_kv "
                            "kernels/cuda/rank kernels/cuda/runtime",
     "kernels/cuda/prefill": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/rank kernels/cuda/runtime",
     "kernels/cuda/prefill/dense": "kernels/cuda/prefill",
-    "kernels/cuda/prefill/rank": "kernels/cuda/prefill kernels/cuda/runtime",
+    "kernels/cuda/prefill/rank": "kernels/cuda/attention kernels/cuda/prefill",
     "kernels/cuda/prefill/selected": "kernels/cuda/prefill",
     "kernels/cuda": "kernels/cuda/attention kernels/cuda/decode kernels/cuda/decode/split_kv kernels/cuda/exchange "
                     "kernels/cuda/layer kernels/cuda/prefill kernels/cuda/rank kernels/cuda/runtime kernels/interface",
