@@ -13,8 +13,8 @@ constexpr int max_peers = 16;                                     ///< ranks of 
 constexpr std::size_t exchange_threads = 256, thread_bytes = 16;  ///< threads of a CTA; bytes that a thread carries
 constexpr std::size_t cta_bytes = exchange_threads * thread_bytes;
 
-/// Largest message, of all ranks together. NCCL is slower up to this size and beyond (docs/kernels/README.md), but it holds
-/// its memory anyway, and the gain shrinks as messages grow.
+/// Largest message, of all ranks together. NCCL is slower up to this size and beyond (docs/kernels/README.md), but it
+/// holds its memory anyway, and the gain shrinks as messages grow.
 constexpr std::size_t max_total_bytes = std::size_t{4} << 20;
 /// Largest message of one of `ranks` ranks: a multiple of cta_bytes.
 constexpr std::size_t max_exchange_bytes(int ranks) { return max_total_bytes / ranks / cta_bytes * cta_bytes; }
