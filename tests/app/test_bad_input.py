@@ -1,4 +1,4 @@
-"""Bad input on the real binary: the right exit code, one message that says where, nothing left behind, no hang.
+"""Bad input on the real binary: the right exit code, one message with the position, no file left, no hang.
 
 Every case runs without a launcher and on two ranks."""
 

@@ -10,7 +10,7 @@ USAGE, FILE = 2, 6
 STAY, INCONCLUSIVE, NOT_EVIDENCE = 10, 11, 12
 SCHEMA = b"1.4\0"  # as it lies in a file
 HEADER = "S,ms_total,ms_cmp,ms_sel,ms_win,reads_actual,reads_expected\n"
-SEEDS = HEADER + """128,5.862,5.944,6.003,6.001,1159,1193
+NSA_VIBE_CSV = HEADER + """128,5.862,5.944,6.003,6.001,1159,1193
 256,5.932,5.952,5.965,6.024,1159,1329
 512,5.893,5.981,5.998,5.988,1159,1569
 1024,5.987,6.070,6.122,6.132,1159,1601
@@ -18,8 +18,8 @@ SEEDS = HEADER + """128,5.862,5.944,6.003,6.001,1159,1193
 
 
 class Csv(AppTest):
-    def test_the_seeds_are_no_evidence(self):
-        self.write("decode_gpu_v2.csv", SEEDS)
+    def test_the_csv_of_nsa_vibe_is_no_evidence(self):
+        self.write("decode_gpu_v2.csv", NSA_VIBE_CSV)
         done = self.assert_ok(self.nsa("gate", "decode_gpu_v2.csv"))
         for part in ("305% of the total", "1159 at every S", "in 4 of 4 rows",
                      "VERDICT: NOT EVIDENCE (decode_gpu_v2.csv"):
@@ -40,9 +40,9 @@ class Csv(AppTest):
     def test_what_is_wrong_with_a_csv(self):
         for text, parts in ((HEADER, ["a.csv (it has no row of data)"]),
                             ("", ["a.csv (it has no row of data)"]),
-                            (SEEDS.replace("ms_sel", "ms_selection"), ["a.csv (column ms_sel is missing"]),
-                            (SEEDS.replace("6.003", "fast"), ["a.csv:2 (column ms_sel holds 'fast'"]),
-                            (SEEDS.replace("1159,1601", "1159"), ["a.csv:5 (6 cells, the header has 7 columns)"])):
+                            (NSA_VIBE_CSV.replace("ms_sel", "ms_selection"), ["a.csv (column ms_sel is missing"]),
+                            (NSA_VIBE_CSV.replace("6.003", "fast"), ["a.csv:2 (column ms_sel holds 'fast'"]),
+                            (NSA_VIBE_CSV.replace("1159,1601", "1159"), ["a.csv:5 (6 cells, the header has 7 columns)"])):
             with self.subTest(text=text):
                 self.write("a.csv", text)
                 done = self.nsa("gate", "a.csv")

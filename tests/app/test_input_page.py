@@ -62,7 +62,8 @@ class InputPage(AppTest):
     def test_the_variables_on_the_page_are_in_the_sources(self):
         for name in documented():
             if name.startswith("NSA"):
-                done = subprocess.run(["grep", "-rwlI", "--exclude-dir=docs", "--exclude=reference.cpp", "--exclude=test_input_page.py",
+                done = subprocess.run(["grep", "-rwlI", "--exclude-dir=docs", "--exclude=reference.cpp",
+                                       "--exclude=test_input_page.py",
                                        name, *(str(ROOT / folder) for folder in FOLDERS)], capture_output=True, text=True)
                 self.assertEqual(done.returncode, 0, f"nothing reads {name}")
 

@@ -1,4 +1,4 @@
-"""Routes from outside: what is asked for runs, what cannot be had is said once, what would run is printed."""
+"""Routes of the real binary: a requested route runs, an impossible one is one error, the dry run prints the choices."""
 
 import os
 import subprocess
@@ -29,14 +29,14 @@ class Routes(AppTest):
                 self.assertIn("RESULT: VALID", done.out)
                 self.assertNotIn("fallback", done.out)
 
-    def test_the_dry_run_says_what_would_run_and_why(self):
+    def test_the_dry_run_prints_choices_and_reasons(self):
         done = self.assert_ok(self.run_small("--dry-run", "--set", "runtime.sel_triton_min_L=4096",
                                              environment={"NSA_ROUTE_WIN": "sdpa"}, ranks=0))
         self.assertIn("route of decode sel: sdpa (67 rows are fewer than runtime.sel_triton_min_L = 4096)", done.out)
         self.assertIn("route of decode win: sdpa (asked for by NSA_ROUTE_WIN)", done.out)
         self.assertIn("route of prefill cmp: fused (", done.out)
 
-    def test_what_is_not_there_is_said_once(self):
+    def test_a_missing_route_is_one_error(self):
         self.assert_refused(self.run_small("--set", "route.sel=flash", ranks=2), "route.sel", '"masked"')
         self.assert_refused(self.run_small("--set", "route.cmp=masked", ranks=2), "route.cmp")
         self.assert_refused(self.run_small("--set", "runtime.fa2_min_len_win=often"), "runtime.fa2_min_len_win")
@@ -52,10 +52,10 @@ class Routes(AppTest):
         self.assertEqual(done.returncode, 2, done.stderr)
         self.assertIn("NSA_ROUTE_SEL=sdpa", done.stderr)
 
-    def test_a_bad_force_is_said_once(self):
+    def test_a_bad_force_is_one_error(self):
         self.assert_refused(self.run_small(ranks=2, environment={"NSA_FORCE": "yes"}), "NSA_FORCE=yes")
 
-    def test_info_tells_the_routes_of_every_device_known(self):
+    def test_info_prints_the_routes_of_every_known_device(self):
         done = self.assert_ok(self.nsa("info", "--routes"))
         for part in "host\n", "compute capability 8.9", "RTX 4090", "compute capability 9.0", "decode", "prefill":
             self.assertIn(part, done.out)

@@ -43,7 +43,7 @@ class WholeRuns(AppTest):
             self.assertEqual(rest, printed.replace("result: a.h5\n", ""))
             os.remove(os.path.join(self.folder, "a.h5"))
 
-    def test_the_seeds_run_and_its_csv(self):
+    def test_the_run_of_nsa_vibe_and_its_csv(self):
         self.assert_complete(self.run_input("rtx4090_v2.toml", "--csv", "decode.csv").out)
         with open(os.path.join(self.folder, "decode.csv"), newline="") as file:
             rows = list(csv.DictReader(file))
@@ -61,7 +61,7 @@ class WholeRuns(AppTest):
             for name in ("ms_total", "ms_cmp", "ms_sel", "ms_win"):
                 self.assertGreater(float(row[name]), 0)
 
-    def test_the_json_says_what_the_fom_lines_say(self):
+    def test_the_json_holds_the_content_of_the_fom_lines(self):
         done = self.run_input("prefill.toml", "--set", 'run.modes=["total"]', "--set", "run.context=[64,128]", "--json",
                               "run.json", ranks=2)
         self.assertIn("result: prefill.h5, run.json\n", done.out)
@@ -120,7 +120,7 @@ class WholeRuns(AppTest):
                 self.assertIn(f"plan: {ranks} ranks", done.out)
         self.assertEqual(os.listdir(self.folder), [])
 
-    def test_a_plan_of_64_ranks_says_who_owns_what(self):
+    def test_a_plan_of_64_ranks_lists_owners(self):
         done = self.run_input("scaling.toml", "--dry-run", "--ranks", "64", "--set", "parallel.heads=4", "--set",
                               "parallel.kv=16", "--set", "parallel.kv_chunk_blocks=2", "--set", "run.context=8192")
         lines = done.out.splitlines()
@@ -168,7 +168,7 @@ class WholeRuns(AppTest):
         for name in ("context_64", "context_64_batch_3", "context_64_force_win", "context_64_batch_3_force_win"):
             self.assertIn(f"FOM decode_time_{name} = ", done.out)
 
-    def test_what_it_says_of_itself(self):
+    def test_version_help_and_info(self):
         self.assertRegex(self.assert_ok(self.nsa("--version")).out, r"^nsa \d+\.\d+\.\d+ \(commit \S+\)$")
         self.assertIn("Examples:", self.assert_ok(self.nsa("--help")).out)
         self.assertIn("--dry-run", self.assert_ok(self.nsa("run", "--help")).out)

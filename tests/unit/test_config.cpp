@@ -85,12 +85,12 @@ TEST_CASE("a full input, scalars for lists, integers for reals", "[config]") {
   CHECK(c.output.tensors);
 }
 
-TEST_CASE("a syntax error names its place", "[config]") {
+TEST_CASE("a syntax error names its position", "[config]") {
   has(parse_error("[task]\nkind = = 1\n"), "in.toml:2:8: not TOML");
   has(parse_error("[task]\nkind = \"decode\"\nkind = \"decode\"\n"), "in.toml:3:");
 }
 
-TEST_CASE("characters beyond ASCII stand in strings and comments alone", "[config]") {
+TEST_CASE("characters beyond ASCII are allowed in strings and comments only", "[config]") {
   const std::string e = "\xC3\xA9";  // as U+0497 below, one that toml++ 3.3 calls unreachable
   const auto file = [&](const std::string& value) {
     return parse_config("\xEF\xBB\xBF" + decode + "[output]\nfile = " + value + " # " + e + "\n", "in.toml", {})
@@ -115,7 +115,7 @@ TEST_CASE("an unknown key names the nearest known one", "[config]") {
   has(parse_error("model = 8\n" + decode), "in.toml:1:1: model is a section (found a value); write [model]");
 }
 
-TEST_CASE("a wrong type says what was found and what is wanted", "[config]") {
+TEST_CASE("an error of type names the value and the expected type", "[config]") {
   has(parse_error(decode + "[run]\nsteps = \"many\"\n"),
       "in.toml:4:9: run.steps holds the string \"many\"; give an integer");
   has(parse_error(decode + "[run]\nsteps = 1.5\n"), "the number 1.5; give an integer");
@@ -126,7 +126,7 @@ TEST_CASE("a wrong type says what was found and what is wanted", "[config]") {
   has(parse_error(decode + "[parallel]\nkv = 0\n"), "\"auto\" or a positive integer");
 }
 
-TEST_CASE("several errors come at once, in the order of the file, then of the command line", "[config]") {
+TEST_CASE("several errors are listed in one message, in the order of the file, then of the command line", "[config]") {
   const std::string text =
       parse_error("[task]\nkind = 3\n[run]\ncontxt = 1\n[nsa]\nl = true\n", {"run.stps=3", "bare"});
   CHECK(text.substr(0, text.find('\n')) == "5 problems in the input");
@@ -153,7 +153,7 @@ TEST_CASE("--set overrides the file, with and without quotes", "[config]") {
   has(parse_error(decode, {"run.steps=1\nx = 2"}), "run.steps holds the string");
 }
 
-TEST_CASE("every violated constraint is listed at once, with its place", "[config]") {
+TEST_CASE("every violated constraint is listed with its position", "[config]") {
   const std::string text = violations(
       "[task]\nkind = \"decode\"\n[model]\nn_heads = 3\nd_k = 63\n[nsa]\nl = 80\nd = 7\nn_sel = 2\n"
       "[run]\nwarmup = 40\ncontext = []\nbatch = [1, 1]\n[parallel]\nheads = 4\n[needle]\ndepths = [0.5, 1.5]\n",
@@ -193,7 +193,7 @@ TEST_CASE("the TOML of a config parses back to itself", "[config]") {
     const Config config = parse(decode, overrides);
     const std::string text = to_toml(config);
     CHECK(to_toml(parse(text)) == text);
-    for (const std::string& override : overrides) {  // the text says what was set, not only something stable
+    for (const std::string& override : overrides) {  // the text holds the values that were set
       const auto dot = override.find('.'), equals = override.find('=');
       std::string line = "\n";
       line += override.substr(dot + 1, equals - dot - 1);
@@ -215,7 +215,7 @@ TEST_CASE("a sweep has one point for each context, batch and forced branch", "[c
   CHECK(points[4].force_branch == sel);
 }
 
-TEST_CASE("every key stands on a point under its own name", "[config]") {
+TEST_CASE("every key is a parameter of a point under its own name", "[config]") {
   const Config config = parse(decode, {"run.context=[8,16]", "nsa.l=16", "parallel.kv=2"});
   const std::vector<Parameter> list = parameters(config, sweep(config)[1]);
   const auto value = [&](const std::string& key) {

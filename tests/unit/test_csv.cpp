@@ -15,7 +15,7 @@ namespace {
 constexpr const char* header = "S,ms_total,ms_cmp,ms_sel,ms_win,reads_actual,reads_expected\n";
 
 /// nsa-vibe's published decode_gpu_v2.csv.
-constexpr const char* seeds =
+constexpr const char* nsa_vibe_csv =
     "S,ms_total,ms_cmp,ms_sel,ms_win,reads_actual,reads_expected\n"
     "128,5.862,5.944,6.003,6.001,1159,1193\n"
     "256,5.932,5.952,5.965,6.024,1159,1329\n"
@@ -54,7 +54,7 @@ TEST_CASE("csv: quotes, CRLF, a byte order mark, spaces and blank lines", "[csv]
   CHECK(csv.numbers("c")[1] == -5);
 }
 
-TEST_CASE("csv: what cannot be read is said with file, line and column", "[csv]") {
+TEST_CASE("csv: an error names file, line and column", "[csv]") {
   const auto refused = [](const std::string& text) { return refusal(text); };
   CHECK(contains(refused(""), "cannot read a.csv (it has no row of data)"));
   CHECK(contains(refused(header), "it has no row of data"));
@@ -72,9 +72,9 @@ TEST_CASE("csv: what cannot be read is said with file, line and column", "[csv]"
   CHECK(contains(refused(std::string(header) + "1,2,3,4,5,-6,7\n"), "column reads_actual holds -6"));
   CHECK(contains(refused(std::string(header) + "1,2,3,4,5,6,7\n,2,3,4,5,6,7\n"),
                  "a.csv:3 (column S is empty); give the row's context"));
-  CHECK(contains(refused("a,a\n1,2\n"), "column 'a' stands twice"));
+  CHECK(contains(refused("a,a\n1,2\n"), "column 'a' is in the header twice"));
   CHECK(contains(refused("a,b\n1,\"2\n"), "a.csv:2 (a quote is not closed)"));
-  CHECK(contains(refused("a,b\n1,\"2\"x\n"), "a.csv:2 (text behind a closing quote)"));
+  CHECK(contains(refused("a,b\n1,\"2\"x\n"), "a.csv:2 (text after a closing quote)"));
 }
 
 TEST_CASE("csv: a file that is none is refused by name", "[csv]") {
@@ -95,8 +95,8 @@ TEST_CASE("csv: a file that is none is refused by name", "[csv]") {
   std::filesystem::remove(path);
 }
 
-TEST_CASE("audit: the seeds' CSV is no evidence, for three reasons", "[csv][gate]") {
-  const CsvAudit a = audit(seeds);
+TEST_CASE("audit: nsa-vibe's CSV is no evidence, for three reasons", "[csv][gate]") {
+  const CsvAudit a = audit(nsa_vibe_csv);
   CHECK_FALSE(a.evidence());
   REQUIRE(a.findings.size() == 3);
   CHECK(contains(a.findings[0], "add up to 305% of the total (302.4 to 306.2%)"));

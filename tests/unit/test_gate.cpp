@@ -133,7 +133,7 @@ TEST_CASE("gate: three conditions met", "[gate]") {
   CHECK(contains(v.why, "ship the kernel at contexts 1024"));
 }
 
-TEST_CASE("gate: a record says as which kernel each shape ran, where the file does", "[gate]") {
+TEST_CASE("gate: a record names the kernel of each shape, where the file does", "[gate]") {
   PointRecord old = kernels_point(16);
   old.kernels.variants.clear();  // before schema 1.3
   const DeviceVerdict v = judge({file("d.h5", {decode_point(1024)}), file("k.h5", {kernels_point(8), old})}).at(0);
@@ -229,7 +229,7 @@ TEST_CASE("gate: by how much the two costs of a step differ, and why", "[gate]")
   CHECK(page.str().find("nsa-vibe's way") == std::string::npos);
 }
 
-TEST_CASE("gate: one-hot gates are shown beside, and decide nothing", "[gate]") {
+TEST_CASE("gate: one-hot gates are printed and decide nothing", "[gate]") {
   PointRecord p = decode_point(1024);
   p.time.modes[4] = "one_hot_sel";  // 85 of 100 us
   const DeviceVerdict v = judge({file("d.h5", {p}), file("k.h5", {kernels_point(8)})}).at(0);
@@ -296,13 +296,13 @@ TEST_CASE("gate: invalid points are left out and named", "[gate]") {
   PointRecord shape = kernels_point(16);
   shape.fail("wrong");
   v = judge({file("d.h5", {decode_point(1024)}), file("k.h5", {kernels_point(8), shape})}).at(0);
-  CHECK(v.verdict == Verdict::inconclusive);  // nobody knows about that shape
+  CHECK(v.verdict == Verdict::inconclusive);  // the shape has no valid measurement
   CHECK(contains(v.why, "N=256 H=4 D=64 n=16 scattered is INVALID"));
   v = judge({file("d.h5", {decode_point(1024)}), file("k.h5", {shape})}).at(0);
   CHECK(contains(v.why, "every shape is INVALID"));
 }
 
-TEST_CASE("gate: contexts differ, and the device's word says where", "[gate]") {
+TEST_CASE("gate: where contexts differ the verdict of the device lists them", "[gate]") {
   const std::vector<GateFile> files = {
       file("d.h5", {decode_point(4096), decode_point(1024, {20, 100, 80}), decode_point(2048, {25, 100, 75, 2.0})}),
       file("k.h5", {kernels_point(8)})};
@@ -355,7 +355,7 @@ TEST_CASE("gate: what may not be mixed is refused, saying which", "[gate]") {
   CHECK(contains(refusal({file("d.h5", {})}), "d.h5 holds no point"));
 }
 
-TEST_CASE("gate: JSON holds what the page says, null where nothing was measured", "[gate]") {
+TEST_CASE("gate: JSON holds the content of the page, null where nothing was measured", "[gate]") {
   std::ostringstream out;
   PointRecord p = decode_point(1024);
   p.reason = "";

@@ -108,7 +108,7 @@ TEST_CASE("the slowest rank is that of the most work of its own", "[report]") {
       "\nslowest rank at context_128: 1 of 2 (heads=2 x kv=1), 90.0 us of its own work, 1.33 x the median rank\n");
 }
 
-TEST_CASE("what exchanges went through is said where it might have been something else", "[report]") {
+TEST_CASE("the transport of exchanges is printed unless it is MPI", "[report]") {
   const auto notes = [](std::vector<const char*> exchanges) {
     std::vector<PointRecord> points;
     for (const char* exchange : exchanges) points.push_back(a_point()), points.back().exchange = exchange;
@@ -120,7 +120,7 @@ TEST_CASE("what exchanges went through is said where it might have been somethin
   for (const char* exchange : {"", "MPI"}) CHECK(notes({exchange}).find("went through") == std::string::npos);
 }
 
-TEST_CASE("the share of the copy rate takes the busiest rank, without what peers sent", "[report]") {
+TEST_CASE("the share of the copy rate is that of the busiest rank, without bytes from peers", "[report]") {
   PointRecord p = a_point();
   CHECK(std::isnan(copy_rate_fraction(p)));
   p.copy_bandwidth = 10e9;
@@ -223,7 +223,7 @@ TEST_CASE("the CSV has nsa-vibe's columns, then its formula", "[report]") {
         "128,0.050000,0.008000,0.022000,0.014000,329,329,329,329,1193\n");
 }
 
-TEST_CASE("a plan says who owns what and what a step exchanges", "[plan]") {
+TEST_CASE("a plan lists owners and the exchanges of a step", "[plan]") {
   const Config config = parse_config(
       "[task]\nkind = \"decode\"\n[run]\nbackend = \"host\"\ncontext = 1000\nsteps = 24\n"
       "[parallel]\nheads = 2\nkv = 3\nkv_chunk_blocks = 2\n",

@@ -1,5 +1,5 @@
-// The result file: what is written is read back, a file under its name is always complete, and files that are
-// not ours are refused by name and reason.
+// The result file: the reader returns what the writer wrote, a file under its final name is always complete, and errors
+// about other files name the file and the reason.
 
 #include <fcntl.h>
 #include <pthread.h>
@@ -115,7 +115,7 @@ void check_same(const PointRecord& a, const PointRecord& b) {
 
 }  // namespace
 
-TEST_CASE("result file: every field comes back", "[result]") {
+TEST_CASE("result file: every field is read back", "[result]") {
   const Folder folder;
   const std::string path = folder.file("r.h5");
   write_sample(path);
@@ -137,7 +137,7 @@ TEST_CASE("result file: every field comes back", "[result]") {
   }
 }
 
-TEST_CASE("result file: a point that fills no table comes back", "[result]") {
+TEST_CASE("result file: a point that fills no table is read back", "[result]") {
   const Folder folder;
   PointRecord bare;
   bare.parameters = {{"task.kind", "needle"}};
@@ -187,7 +187,7 @@ TEST_CASE("result file: a run without a point leaves nothing", "[result]") {
 }
 
 // Between a write and the rename, or anywhere else: 200 kills over the time that a run of four points takes.
-TEST_CASE("result file: killed at any moment it is absent or whole, and can be gone on with", "[result]") {
+TEST_CASE("result file: after a kill at any moment it is absent or complete, and a run resumes it", "[result]") {
   const Folder folder;
   const int rounds = std::getenv("NSA_TEST_ALL") ? 200 : 100;  // ./test.sh --all
   constexpr std::int64_t points = 4;
@@ -316,7 +316,7 @@ TEST_CASE("result file: a file that another run made meanwhile stays", "[result]
   CHECK(fs::file_size(path) == 4);
 }
 
-TEST_CASE("result file: what is no result is refused by name and reason", "[result]") {
+TEST_CASE("result file: an error about another file names the file and the reason", "[result]") {
   const Folder folder;
   const std::string path = folder.file("r.h5");
   const auto refused = [&] { return file_error([&] { read_result(path); }); };
@@ -386,7 +386,7 @@ TEST_CASE("result file: a needle's column of another length than the depths is r
       contains(file_error([&] { read_result(path); }), "point 0000: dataset 'needle/found' is not one value a depth"));
 }
 
-TEST_CASE("result file: cut anywhere it is refused, or what is left is read", "[result]") {
+TEST_CASE("result file: a truncated file is an error", "[result]") {
   const Folder folder;
   const std::string path = folder.file("r.h5");
   write_sample(path);

@@ -1,4 +1,4 @@
-// Routes: the table, what overrides it, what holds it back, and what is done when an implementation will not run.
+// Routes: the table, its overrides, the guards, and the fallback of an implementation that does not run.
 
 #include <cstdlib>
 #include <sstream>
@@ -108,14 +108,14 @@ TEST_CASE("the thresholds count K/V rows that a query attends") {
   CHECK(attended_rows(paper, cmp, 1024) == 63);
 }
 
-TEST_CASE("a guard holds unless it is forced, and then says so") {
+TEST_CASE("a guard forbids a route unless it is forced, and the reason says so") {
   RouteEnvironment environment;
   const Config fused = with("[route]\nsel = \"fused\"\n"), flash = with("[runtime]\nfa2_min_len_win = 1\n");
   const std::string message = refusal([&] { choose_route(cuda(89, sel, 1024), fused, environment); });
   CHECK(message.find("route.sel = \"fused\" (custom kernels are off on compute capability 8.9") == 0);
   CHECK(message.find("; set NSA_FORCE=1") != std::string::npos);
   CHECK(choose_route(cuda(89, sel, 1024), with("[route]\nsel = \"masked\"\n"), environment).name == "masked");
-  const RouteChoice held = choose_route(cuda(89, win, 512), flash, environment);  // nobody asked by name: no error
+  const RouteChoice held = choose_route(cuda(89, win, 512), flash, environment);  // not requested by name: no error
   CHECK(held.name == "sdpa");
   CHECK(held.reason.find("8.9") != std::string::npos);
   environment.implementation[win] = "flash";
@@ -151,7 +151,7 @@ TEST_CASE("what refuses the shape is replaced by sdpa and counted") {
   for (int call = 0; call < 3; ++call) routes.of(Phase::decode, sel).run(sel, {}, nullptr);
   CHECK(ran == "sss");
   const std::vector<std::string> lines = routes.fallbacks(Phase::decode);
-  REQUIRE(lines.size() == 3);  // the other branches take fused by default and are refused too
+  REQUIRE(lines.size() == 3);  // the other branches run fused by default, which refuses too
   CHECK(lines[1].find("sel: fused -> sdpa: refuses this shape (Dk = 64, Dv = 64, fp32, 100 positions)") == 0);
   CHECK(lines[1].find("(3 calls)") != std::string::npos);
 }
@@ -187,7 +187,7 @@ TEST_CASE("a name that the backend lacks, and scratch for one that wants more") 
           routes.choose(backend, with("[route]\nwin = \"flash\"\n"), Phase::decode, LayerShape{}, tile);
         }) == "route.win = \"flash\" (this backend has fused, sdpa, masked); choose one of these or \"auto\"");
   routes.choose(backend, with("[runtime]\nfa2_min_len_win = 1\n"), Phase::decode, LayerShape{}, tile);
-  CHECK(std::string(routes.of(Phase::decode, win).kernel->name) == "sdpa");  // nobody asked by name
+  CHECK(std::string(routes.of(Phase::decode, win).kernel->name) == "sdpa");  // not requested by name
   CHECK(routes.fallbacks(Phase::decode).empty());
   CHECK(routes.scratch_bytes(table, Phase::decode, LayerShape{}, tile, {}) == 10);
   routes.choose(backend, with("[route]\nsel = \"masked\"\n"), Phase::decode, LayerShape{}, tile);

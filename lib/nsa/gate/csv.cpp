@@ -71,7 +71,7 @@ class Reader {
       } else if (text_.front() == '"') {
         text_.remove_prefix(1);
         if (text_.empty() || std::string_view(",\r\n").find(text_.front()) != std::string_view::npos) return cell;
-        fail(fmt::format("{}:{}", path_, line_), "text behind a closing quote", "fix the line");
+        fail(fmt::format("{}:{}", path_, line_), "text after a closing quote", "fix the line");
       }
       line_ += text_.front() == '\n';
       cell += text_.front();
@@ -134,7 +134,7 @@ Csv parse_csv(std::string_view text, const std::string& path) {
   std::set<std::string_view> unique;
   for (const std::string& column : csv.columns)
     if (!unique.insert(column).second)
-      fail(path, fmt::format("column {} stands twice in the header", printable(column)), "give each column once");
+      fail(path, fmt::format("column {} is in the header twice", printable(column)), "give each column once");
   if (csv.rows.empty()) fail(path, "it has no row of data", "give the CSV of a benchmark");
   return csv;
 }
