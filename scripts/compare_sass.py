@@ -60,7 +60,8 @@ def main():
     for side, left in (("before", only_before), ("after", only_after)):
         for name, (_, instructions, resources) in sorted(left):
             print(f"only {side}: {name}: {instructions} instructions, {resources}")
-    print(f"{len(before)} kernels before, {len(after)} after, {len(after) - len(only_after)} with the same machine code")
+    equal = len(after) - len(only_after)
+    print(f"{len(before)} kernels before, {len(after)} after, {equal} with the same machine code")
     return 1 if only_before or only_after or not before else 0
 
 

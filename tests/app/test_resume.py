@@ -276,8 +276,8 @@ class Resuming(ResumeTest):
         self.assert_as_undisturbed()
 
     def test_a_file_of_an_earlier_version_is_resumed_where_only_program_and_machine_differ(self):
-        """data/stopped_run.h5 is of commit 082e9f80b750 and holds one of two points. Only the same program on the same kind
-        of machine may resume it (test_earlier_files.py has the refusal): here the file gets the facts of this one."""
+        """data/stopped_run.h5 is of commit 082e9f80b750 and holds one of two points. Only the same program on the same
+        kind of machine may resume it (test_earlier_files.py has the refusal): here the file gets this one's facts."""
         for name in ("stopped_run.toml", "stopped_run.h5"):
             shutil.copy(os.path.join(DATA, name), self.folder)
         self.assert_ok(self.nsa("run", "stopped_run.toml", "--output", "here.h5"))

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Includes point one way, folder by folder, and each foreign header stays in its module (docs/ARCHITECTURE.md).
 
-Prints the folder graph. Fails on an arrow that ALLOWED lacks, on an arrow of ALLOWED that no include needs, on a circle,
-on a foreign header outside its module, and on a folder that shows more than a dozen entries.
+Prints the folder graph. Fails on an arrow that ALLOWED lacks, on an arrow of ALLOWED that no include needs, on a
+circle, on a foreign header outside its module, and on a folder that shows more than a dozen entries.
 """
 import collections
 import pathlib

@@ -82,6 +82,7 @@ constexpr Variable tool_variables[] = {
     {"NSA_BINARY", "path", "Set by CTest: the program under test."},
     {"NSA_MPIEXEC", "path", "Set by CTest: the launcher."},
     {"NSA_INPUTS", "path", "Set by CTest: the folder of inputs."},
+    {"NSA_TEST_ALL", "1", "Set by `./test.sh --all`: tests repeat more often."},
     {"NSA_WRITE_SAMPLE", "path", "Set by CTest: the program that writes a sample result file."},
     {"NSA_FILE_FAULTS", "path", "Set by CTest: the library that makes file operations fail."},
 };

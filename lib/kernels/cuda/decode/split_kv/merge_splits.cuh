@@ -16,8 +16,8 @@ struct MergeParams {
 };
 void launch_merge_splits(const MergeParams& params, Stream* stream);
 
-/// Whether a separate launch is faster: always where there are partials to merge (docs/kernels/README.md), else where one CTA
-/// would take long to form the LSE buckets.
+/// Whether a separate launch is faster: always where there are partials to merge (docs/kernels/README.md), else where
+/// one CTA would take long to form the LSE buckets.
 bool merges_separately(Branch branch, int splits, std::int64_t tiles);
 
 /// Writes the cmp and win part of ShardedAttentionArgs::weighted: partials normalised over all ranks, times the gates.
