@@ -42,7 +42,8 @@ class Csv(AppTest):
                             ("", ["a.csv (it has no row of data)"]),
                             (NSA_VIBE_CSV.replace("ms_sel", "ms_selection"), ["a.csv (column ms_sel is missing"]),
                             (NSA_VIBE_CSV.replace("6.003", "fast"), ["a.csv:2 (column ms_sel holds 'fast'"]),
-                            (NSA_VIBE_CSV.replace("1159,1601", "1159"), ["a.csv:5 (6 cells, the header has 7 columns)"])):
+                            (NSA_VIBE_CSV.replace("1159,1601", "1159"),
+                             ["a.csv:5 (6 cells, the header has 7 columns)"])):
             with self.subTest(text=text):
                 self.write("a.csv", text)
                 done = self.nsa("gate", "a.csv")
