@@ -2,25 +2,18 @@
 // Scores and order of selection blocks, for the rank stage and for the fused decode step. Both form these sums in the
 // same order with the same roundings, so they select the same blocks bit for bit.
 
-#include "kernels/cuda/runtime/common.cuh"
+#include "kernels/cuda/attention/online_softmax.cuh"
 
 namespace nsa::gpu {
-
-/// Merges the (m, s) of one LSE bucket into a running state.
-__device__ __forceinline__ void merge_bucket(SoftmaxState& total, float2 ms) {
-  const float m = fmaxf(total.m, ms.x);
-  total.s = __fmaf_rn(total.s, exp_shifted(total.m, m), __fmul_rn(ms.y, exp_shifted(ms.x, m)));
-  total.m = m;
-}
 
 /// Softmax normalisers of N heads, (m * log2(e), 1 / s), from the (m, s) of their `buckets` LSE buckets, m natural. A
 /// whole warp reduces in a fixed tree. load(x, i) returns bucket x of head i.
 template <int N, class Load>
 __device__ __forceinline__ void softmax_normalisers(int buckets, Load load, float2 (&normaliser)[N]) {
-  SoftmaxState total[N];
+  SoftmaxState<Natural> total[N];
   for (int x = threadIdx.x % 32; x < buckets; x += 32)
 #pragma unroll
-    for (int i = 0; i < N; ++i) merge_bucket(total[i], load(x, i));
+    for (int i = 0; i < N; ++i) merge_exact_into(total[i], load(x, i));
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const float m = warp_max(total[i].m), sum = warp_sum(__fmul_rn(total[i].s, exp_shifted(total[i].m, m)));

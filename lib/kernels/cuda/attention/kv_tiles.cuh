@@ -135,21 +135,6 @@ struct KvTiles {
   }
 };
 
-/// Running (maximum, sum of exponentials above it) in the exp2 domain: scores are scaled by log2(e). The initial
-/// maximum is finite, so a difference of two is never NaN.
-struct Exp2SoftmaxState {
-  float m = neg_inf, s = 0.0f;
-};
-// Roundings are explicit here and where scores are scaled, because different kernels must produce the same bits.
-__device__ __forceinline__ Exp2SoftmaxState merge_exact(Exp2SoftmaxState a, Exp2SoftmaxState b) {
-  const float m = fmaxf(a.m, b.m);
-  return {m, __fmaf_rn(a.s, exp2_fast(a.m - m), __fmul_rn(b.s, exp2_fast(b.m - m)))};
-}
-/// (m, s) as the interface has it: m natural, -inf where nothing was attended.
-__device__ __forceinline__ float2 to_natural_log(Exp2SoftmaxState x) {
-  return make_float2(x.s > 0.0f ? x.m * 0.6931471805599453f : -INFINITY, x.s);
-}
-
 /// Upper bound of the KV tiles of a work item on this rank.
 inline std::int64_t max_kv_tiles(Branch branch, const LayerShape& s, const RowMap& map, std::int64_t positions) {
   const std::int64_t tokens = compressed_tokens(s.rules, positions - 1);

@@ -4,6 +4,7 @@
 // shared memory in tiles of up to 32 tokens, widened to fp32, and every head of the tile uses them. Bytes: each K/V row
 // once per 16 heads. Bound: shared-memory reads, one per multiply-add; the tuned kernels are bound by bytes.
 
+#include "kernels/cuda/attention/online_softmax.cuh"
 #include "kernels/cuda/attention/split_kv.cuh"
 #include "kernels/cuda/attention/stages.cuh"
 
@@ -41,7 +42,7 @@ struct ScalarCta {
   float *q, *k, *v, *prob, *o;  // shared
   int heads;                    // of this tile
   std::int64_t row, group, first_head, plane, t;
-  SoftmaxState total[heads_per_tile / warps],
+  SoftmaxState<Natural> total[heads_per_tile / warps],
       segment_sum[heads_per_tile / warps];  // of heads warp, warp + warps; the same in all lanes
   std::int64_t count = 0;
 
@@ -128,7 +129,7 @@ __device__ void ScalarCta<T, B>::compressed(int split) {
   const int kv = sharded ? map.kv : 1, local_buckets = s.lse.buckets / kv;
   const int halo_rows = map.rank != all_ranks && map.chunk != INT64_MAX ? map.halo : 0;
   for (int bucket = split; bucket < local_buckets; bucket += p.splits) {
-    SoftmaxState bucket_total[heads_per_tile / warps];
+    SoftmaxState<Natural> bucket_total[heads_per_tile / warps];
     const std::int64_t x = std::int64_t{bucket} * kv + (sharded ? map.rank : 0);
     for (std::int64_t c = x; c * s.lse.segment - halo_rows < n; c += s.lse.buckets) {
       const std::int64_t begin = c * s.lse.segment, end = begin + s.lse.segment < n ? begin + s.lse.segment : n;
@@ -190,13 +191,13 @@ __device__ void ScalarCta<T, B>::finish(int split) {
   if (p.splits == 1 || !arrives_last(&p.arrivals[work_item], p.splits)) return;
   for (int item = threadIdx.x; item < heads * d_v; item += threads) {
     const int head = item / d_v;
-    SoftmaxState sum;
+    SoftmaxState<Natural> sum;
     float value = 0.0f;
-    for (int other_split = 0; other_split < p.splits; ++other_split) {
-      const float* ms = partials + other_split * partial_stride + heads_per_tile * d_v + head * 2;
-      const SoftmaxState other = {__ldcg(ms), __ldcg(ms + 1)}, both = merge(sum, other);
-      value = value * exp_shifted(sum.m, both.m) +
-              __ldcg(partials + other_split * partial_stride + item) * exp_shifted(other.m, both.m);
+    for (int other = 0; other < p.splits; ++other) {
+      const float* ms = partials + other * partial_stride + heads_per_tile * d_v + head * 2;
+      const SoftmaxState<Natural> next = {__ldcg(ms), __ldcg(ms + 1)}, both = merge(sum, next);
+      value = value * Natural::scale(sum.m, both.m) +
+              __ldcg(partials + other * partial_stride + item) * Natural::scale(next.m, both.m);
       sum = both;
     }
     out_o[item] = value;

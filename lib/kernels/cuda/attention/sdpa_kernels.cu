@@ -3,6 +3,7 @@
 // Bytes: pack reads and writes each K and V row once, 16 bytes a thread; softmax reads 4 bytes a score twice (the
 // second time from the L2) and writes one element of storage type. Bound: memory bandwidth, for few rows the launch.
 
+#include "kernels/cuda/attention/online_softmax.cuh"
 #include "kernels/cuda/attention/sdpa.cuh"
 
 namespace nsa::gpu {
@@ -114,45 +115,49 @@ __global__ void __launch_bounds__(threads) pack(const __grid_constant__ SdpaJob 
               static_cast<unsigned long long>(sum));
 }
 
+// Base of the softmax here: the exp2 domain with -inf for an empty row, because a row may attend nothing.
+struct MaskedExp2 {
+  static constexpr float empty_max = -INFINITY;
+  static __device__ __forceinline__ float scale(float m, float m_new) { return exp2_fast(m - m_new); }
+};
+using State = SoftmaxState<MaskedExp2>;
+
 // (m, sum) of one LSE segment by a warp: strips of 32 tokens by rising index, in every layout.
-__device__ SoftmaxState segment_lse(const float* scores, std::int64_t begin, std::int64_t count) {
-  SoftmaxState segment;
+__device__ State segment_lse(const float* scores, std::int64_t begin, std::int64_t count) {
+  State segment;
   for (std::int64_t at = 0; at < count; at += 32) {
     const std::int64_t i = at + threadIdx.x % 32;
     const float score = i < count ? scores[begin + i] : -INFINITY;
     const float m = warp_max(score), sum = warp_sum(score == -INFINITY ? 0.0f : exp2_fast(score - m));
-    const float row_max = fmaxf(segment.m, m);
-    if (row_max > -INFINITY)
-      segment = {row_max, segment.s * exp2_fast(segment.m - row_max) + sum * exp2_fast(m - row_max)};
+    if (fmaxf(segment.m, m) > -INFINITY) segment = merge(segment, {m, sum});
   }
   return segment;
 }
 
-__device__ SoftmaxState merge_exp2(SoftmaxState a, SoftmaxState b) {
-  const float m = fmaxf(a.m, b.m);
-  if (m == -INFINITY) return {};
-  return {m, a.s * exp2_fast(a.m - m) + b.s * exp2_fast(b.m - m)};
+__device__ State merge_masked(State a, State b) {
+  if (fmaxf(a.m, b.m) == -INFINITY) return {};
+  return merge(a, b);
 }
 
-__device__ void write_sum(float* ms, SoftmaxState x) {
+__device__ void write_sum(float* ms, State x) {
   ms[0] = x.s > 0.0f ? x.m / log2_e : -INFINITY;
   ms[1] = x.s;
 }
 
 // The LSE buckets of one (row, head), a warp each, and their merge by rising bucket.
-__device__ SoftmaxState compressed_buckets(const SdpaJob& p, const float* scores, std::int64_t n, std::int64_t row,
-                                           std::int64_t head, SoftmaxState* buckets) {
+__device__ State compressed_buckets(const SdpaJob& p, const float* scores, std::int64_t n, std::int64_t row,
+                                    std::int64_t head, State* buckets) {
   const LayerShape& s = p.a.shape;
   const RowMap& map = p.a.k.map;
   const bool sharded = map.rank != all_ranks && map.kv > 1;
   const int kv = sharded ? map.kv : 1, local_buckets = s.lse.buckets / kv;
   for (int bucket_at = threadIdx.x / 32; bucket_at < local_buckets; bucket_at += warps) {
-    SoftmaxState bucket;
+    State bucket;
     for (std::int64_t c = std::int64_t{bucket_at} * kv + (sharded ? map.rank : 0); c * s.lse.segment < n;
          c += s.lse.buckets) {
       const std::int64_t begin = c * s.lse.segment, end = begin + s.lse.segment < n ? begin + s.lse.segment : n;
       const std::int64_t column = sharded ? row_in_chunk(map, c, begin) : begin;
-      bucket = merge_exp2(bucket, segment_lse(scores, column, end - begin));
+      bucket = merge_masked(bucket, segment_lse(scores, column, end - begin));
     }
     if (threadIdx.x % 32 != 0) continue;
     buckets[bucket_at] = bucket;
@@ -160,8 +165,8 @@ __device__ SoftmaxState compressed_buckets(const SdpaJob& p, const float* scores
       write_sum(p.a.lse + ((bucket_at * p.a.tile.rows() + row) * s.heads() + head) * 2, bucket);
   }
   __syncthreads();
-  SoftmaxState total;
-  for (int bucket_at = 0; bucket_at < local_buckets; ++bucket_at) total = merge_exp2(total, buckets[bucket_at]);
+  State total;
+  for (int bucket_at = 0; bucket_at < local_buckets; ++bucket_at) total = merge_masked(total, buckets[bucket_at]);
   return total;
 }
 
@@ -179,7 +184,7 @@ __device__ float over_cta(float x, float neutral, float* shared, Reduce reduce) 
 // LSE buckets of cmp.
 template <class T, Branch B>
 __global__ void __launch_bounds__(threads) softmax_kernel(const __grid_constant__ SdpaJob p) {
-  extern __shared__ SoftmaxState buckets[];
+  extern __shared__ State buckets[];
   __shared__ float partial[warps];
   const LayerShape& s = p.a.shape;
   const std::int64_t item = blockIdx.x, j = blockIdx.y, work_item = p.first + item;
@@ -195,7 +200,7 @@ __global__ void __launch_bounds__(threads) softmax_kernel(const __grid_constant_
     return attends<B>(p, selected_blocks, row.t, n, column_at(p, selected_blocks, row.t, i));
   };
   std::uint64_t mask = 0;
-  SoftmaxState total;
+  State total;
   if constexpr (B == cmp) {
     total = compressed_buckets(p, scores, n, r, head, buckets);
   } else {
@@ -245,7 +250,7 @@ __global__ void __launch_bounds__(threads) spread_kernel(const __grid_constant__
 template <Branch B>
 void launch_softmax(const SdpaJob& p, Stream* stream) {
   const LayerShape& s = p.a.shape;
-  const std::size_t buckets = B == cmp ? s.lse.buckets * sizeof(SoftmaxState) : 0;
+  const std::size_t buckets = B == cmp ? s.lse.buckets * sizeof(State) : 0;
   with_type(s.dtype, [&](auto type) {
     auto* kernel = softmax_kernel<decltype(type), B>;
     allow_shared(kernel, buckets);

@@ -14,7 +14,7 @@ void attend_sdpa(Branch branch, const AttendArgs&, Stream*);
 void attend_masked(Branch branch, const AttendArgs&, Stream*);
 bool masked_accepts(const LayerShape&, const QueryTile&);
 
-/// One CTA a query row and split, 16-bit storage, tensor cores. attention/rows.cu
+/// One CTA a query row and split, 16-bit storage, tensor cores. attention/rows/kernel.cu
 void attend_rows(Branch branch, const AttendArgs&, Stream*);
 bool rows_accept(const LayerShape&, const QueryTile&);
 

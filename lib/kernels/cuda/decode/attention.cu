@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/attention/kv_tiles.cuh"
+#include "kernels/cuda/attention/online_softmax.cuh"
 #include "kernels/cuda/decode/fused/params.cuh"
 #include "kernels/cuda/decode/split_kv/merge_splits.cuh"
 #include "kernels/cuda/decode/split_kv/stages.cuh"
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(threads) merge_branches_kernel(const __grid_co
   for (int b = 0; b < branches; ++b) {
     if (p.a.leave_out[b]) continue;
     const float* partial = p.partials[b] + work_item * p.splits[b] * partial_stride;
-    Exp2SoftmaxState total;
+    SoftmaxState<Exp2> state;
     float4 o = {};
     for (int i0 = 0; i0 < p.splits[b]; i0 += 4) {
       float2 ms[4];
@@ -59,17 +60,13 @@ __global__ void __launch_bounds__(threads) merge_branches_kernel(const __grid_co
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (i0 + i >= p.splits[b]) break;
-        const float m = fmaxf(total.m, ms[i].x), scale_prev = exp2_fast(total.m - m),
-                    scale_new = exp2_fast(ms[i].x - m);
-        total = {m, total.s * scale_prev + ms[i].y * scale_new};
-        o.x = o.x * scale_prev + x[i].x * scale_new, o.y = o.y * scale_prev + x[i].y * scale_new;
-        o.z = o.z * scale_prev + x[i].z * scale_new, o.w = o.w * scale_prev + x[i].w * scale_new;
+        merge_partial(state, o, ms[i], x[i]);
       }
     }
-    const float inverse = total.s > 0.0f ? 1.0f / total.s : 0.0f, gate = p.a.gate[group * branches + b];
-    o.x *= inverse, o.y *= inverse, o.z *= inverse, o.w *= inverse;
+    const float inverse = inverse_or_zero(state.s), gate = p.a.gate[group * branches + b];
+    scale_by(o, inverse);
     if (p.a.o_branch[b]) reinterpret_cast<float4*>(p.a.o_branch[b])[item] = o;
-    sum.x += gate * o.x, sum.y += gate * o.y, sum.z += gate * o.z, sum.w += gate * o.w;
+    add_scaled(sum, gate, o);
   }
   T* to = static_cast<T*>(p.a.o) + std::int64_t{item} * 4;
   store(to, sum.x), store(to + 1, sum.y), store(to + 2, sum.z), store(to + 3, sum.w);

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/attention/online_softmax.cuh"
 #include "kernels/cuda/decode/split_kv/merge_splits.cuh"
 #include "kernels/cuda/decode/split_kv/stages.cuh"
 #include "kernels/cuda/decode/stages.cuh"
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(threads) merge_ranks_kernel(const __grid_const
   if (rh >= rows * s.heads()) return;
   const bool attends = !a.combine.leave_out[sel];
   float4 sum = {}, sel_o = {};
-  SoftmaxState total;
+  SoftmaxState<Natural> sel_state;
 #pragma unroll 4
   for (int rank = 0; rank < a.combine.ranks; ++rank) {
     const float* from = a.gated_all + rank * stride;
@@ -89,15 +90,11 @@ __global__ void __launch_bounds__(threads) merge_ranks_kernel(const __grid_const
     const float2 ms = reinterpret_cast<const float2*>(from + 2 * values)[rh];
     const float4 x = reinterpret_cast<const float4*>(from + values)[item];
     if (ms.x == -INFINITY) continue;
-    const float m = fmaxf(total.m, ms.x), scale_prev = exp_shifted(total.m, m), scale_new = exp_shifted(ms.x, m);
-    total = {m, total.s * scale_prev + ms.y * scale_new};
-    sel_o.x = sel_o.x * scale_prev + x.x * scale_new, sel_o.y = sel_o.y * scale_prev + x.y * scale_new;
-    sel_o.z = sel_o.z * scale_prev + x.z * scale_new, sel_o.w = sel_o.w * scale_prev + x.w * scale_new;
+    const Rescale<Natural> r(sel_state.m, ms.x);
+    sel_state = {r.m, r(sel_state.s, ms.y)};
+    sel_o.x = r(sel_o.x, x.x), sel_o.y = r(sel_o.y, x.y), sel_o.z = r(sel_o.z, x.z), sel_o.w = r(sel_o.w, x.w);
   }
-  if (total.s > 0.0f) {
-    const float scale = a.combine.gate[rh / s.heads_per_group * branches + sel] / total.s;
-    sum.x += scale * sel_o.x, sum.y += scale * sel_o.y, sum.z += scale * sel_o.z, sum.w += scale * sel_o.w;
-  }
+  if (sel_state.s > 0.0f) add_scaled(sum, a.combine.gate[rh / s.heads_per_group * branches + sel] / sel_state.s, sel_o);
   T* to = static_cast<T*>(a.combine.o) + std::int64_t{item} * 4;
   store(to, sum.x), store(to + 1, sum.y), store(to + 2, sum.z), store(to + 3, sum.w);
 }

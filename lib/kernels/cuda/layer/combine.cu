@@ -3,6 +3,7 @@
 // Tiling: a thread has 4 elements of a head (1 where Dv is not divisible). Bytes: ranks * 3 * (Dv + 2) floats a head,
 // once. Bound: launch latency in decode, reading the partials in prefill.
 
+#include "kernels/cuda/attention/online_softmax.cuh"
 #include "kernels/cuda/layer/stages.cuh"
 
 namespace nsa::gpu {
@@ -50,11 +51,10 @@ __global__ void __launch_bounds__(threads) combine_kernel(const __grid_constant_
     for (int b = 0; b < branches; ++b) {
       if (a.leave_out[b]) continue;
       const PartialSlice<V> partial = load_partial<V>(a, rank, b, rh, e);
-      const float row_max = fmaxf(total[b].m, partial.m), scale_prev = exp_shifted(total[b].m, row_max),
-                  scale_new = exp_shifted(partial.m, row_max);
-      total[b].s = total[b].s * scale_prev + partial.s * scale_new;
-      for (int i = 0; i < V; ++i) total[b].o[i] = total[b].o[i] * scale_prev + partial.o[i] * scale_new;
-      total[b].m = row_max;
+      const Rescale<Natural> r(total[b].m, partial.m);
+      total[b].s = r(total[b].s, partial.s);
+      for (int i = 0; i < V; ++i) total[b].o[i] = r(total[b].o[i], partial.o[i]);
+      total[b].m = r.m;
     }
   float sum[V] = {};
 #pragma unroll

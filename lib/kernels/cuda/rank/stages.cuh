@@ -1,5 +1,5 @@
 #pragma once
-// Block scores and the choice of the best n.
+// Scores of the selection blocks and top-n selection.
 
 #include "kernels/cuda/runtime/common.cuh"
 

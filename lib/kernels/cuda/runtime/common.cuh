@@ -156,15 +156,6 @@ __device__ __forceinline__ float exp_shifted(float x, float m) {
   return x == -INFINITY ? 0.0f : exp2f((x - m) * log2_e);
 }
 
-/// Online softmax: row maximum m and sum s of exp(x - m).
-struct SoftmaxState {
-  float m = -INFINITY, s = 0.0f;
-};
-__device__ __forceinline__ SoftmaxState merge(SoftmaxState a, SoftmaxState b) {
-  const float m = fmaxf(a.m, b.m);
-  return {m, a.s * exp_shifted(a.m, m) + b.s * exp_shifted(b.m, m)};
-}
-
 /// Layout of the raw scores of a rank's own chunks: every chunk starts at a multiple of 8 columns (a 32-byte sector),
 /// and so does its halo, which ends where the chunk starts. Partial writes of a sector cost more than full ones.
 constexpr __host__ __device__ std::int64_t round_up_to_sectors(std::int64_t columns) { return (columns + 7) / 8 * 8; }

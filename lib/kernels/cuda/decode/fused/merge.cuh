@@ -28,27 +28,6 @@ struct FusedMerge {
     return min(W, p.by_cluster(max(0, x - at.cta + p.cluster - 1)));
   }
 
-  struct Partial {
-    float4 o = {};
-    Exp2SoftmaxState total;
-  };
-  // Merge of `count` partials; ms_of(i) and o_of(i) are those of partial i.
-  template <class MsOf, class OOf>
-  static __device__ __forceinline__ Partial merge_partials(int count, MsOf ms_of, OOf o_of) {
-    Partial sum;
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) sum.total.m = fmaxf(sum.total.m, ms_of(i).x);
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-      const float2 ms = ms_of(i);
-      const float4 x = o_of(i);
-      const float scale = exp2_fast(ms.x - sum.total.m);
-      sum.total.s += scale * ms.y;
-      sum.o.x += scale * x.x, sum.o.y += scale * x.y, sum.o.z += scale * x.z, sum.o.w += scale * x.w;
-    }
-    return sum;
-  }
-
   // Partials received from every CTA: o [branch][cta][items of the slice], then (m, sum) [branch][cta][heads of the
   // slice].
   __device__ __forceinline__ float4* partials_o() const {
@@ -84,7 +63,7 @@ struct FusedMerge {
       const Range warps = warps_of(b);
       const bool has = b < branches && w >= warps.from && w < warps.to;
       float2* state = warp_lse() + (w * 2 + (b != cmp)) * WarpTile::heads + to % WarpTile::heads;
-      const Exp2SoftmaxState own = has ? Exp2SoftmaxState{state->x, state->y} : Exp2SoftmaxState{};
+      const SoftmaxState<Exp2> own = has ? SoftmaxState<Exp2>{state->x, state->y} : SoftmaxState<Exp2>{};
       float m = own.m;
 #pragma unroll
       for (int step = W / 2; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
@@ -136,8 +115,7 @@ struct FusedMerge {
         x[i] = *reinterpret_cast<const float4*>(o + i * 2 * SharedLayout::warp_floats);
 #pragma unroll
       for (int i = 0; i < count; ++i) {
-        sum.x += scale[i] * x[i].x, sum.y += scale[i] * x[i].y;
-        sum.z += scale[i] * x[i].z, sum.w += scale[i] * x[i].w;
+        add_scaled(sum, scale[i], x[i]);
       }
       states += count * 2 * WarpTile::heads, o += count * 2 * SharedLayout::warp_floats;
     };
@@ -169,12 +147,12 @@ struct FusedMerge {
 #pragma unroll
     for (int b = 0; b < branches; ++b) {
       if (p.leave_out[b]) continue;
-      const float s = cta_lse()[b * WarpTile::heads + item / column_quads].y, inverse = s > 0.0f ? 1.0f / s : 0.0f,
+      const float s = cta_lse()[b * WarpTile::heads + item / column_quads].y, inverse = inverse_or_zero(s),
                   gate = gates()[b];
       const float4 value = {partials[b].x * inverse, partials[b].y * inverse, partials[b].z * inverse,
                             partials[b].w * inverse};
       if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[at.first_head * column_quads + item] = value;
-      sum.x += gate * value.x, sum.y += gate * value.y, sum.z += gate * value.z, sum.w += gate * value.w;
+      add_scaled(sum, gate, value);
     }
     store_quad(item, sum);
   }
@@ -196,13 +174,12 @@ struct FusedMerge {
       if (in_slice && b < branches && !p.leave_out[b]) {
         const float4* o = partials_o() + b * p.cluster * p.o_slice + local;
         const float2* ms = partials_ms() + b * p.cluster * p.o_slice_heads + item / column_quads - first / column_quads;
-        const Partial partial = merge_partials(
+        const Partial<Exp2> merged = merge_partials<Exp2>(
             p.cluster, [&](int i) { return ms[i * p.o_slice_heads]; }, [&](int i) { return o[i * p.o_slice]; });
-        const float inverse = partial.total.s > 0.0f ? 1.0f / partial.total.s : 0.0f;
-        value = {partial.o.x * inverse, partial.o.y * inverse, partial.o.z * inverse, partial.o.w * inverse};
+        const float inverse = inverse_or_zero(merged.state.s);
+        value = {merged.o.x * inverse, merged.o.y * inverse, merged.o.z * inverse, merged.o.w * inverse};
         if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[at.first_head * column_quads + item] = value;
-        const float gate = gates()[b];
-        value.x *= gate, value.y *= gate, value.z *= gate, value.w *= gate;
+        scale_by(value, gates()[b]);
       }
       const auto over_branches = [](float x) {
         const float second = __shfl_down_sync(0xffffffffu, x, 1), third = __shfl_down_sync(0xffffffffu, x, 2);

@@ -65,10 +65,10 @@ struct FusedSelect {
     for (int item = threadIdx.x; item < count * pairs; item += at.cta_scoring_warps * 32) {
       const int bucket = item / pairs;
       const float2* of_bucket = sums + bucket * per_segment * WarpTile::heads + item % pairs * 2;
-      Exp2SoftmaxState sum[2];
+      SoftmaxState<Exp2> sum[2];
 #pragma unroll 1
       for (int i0 = 0; i0 < segments; i0 += 4 * count) {
-        Exp2SoftmaxState segment[4][2];
+        SoftmaxState<Exp2> segment[4][2];
 #pragma unroll 1
         for (int tile0 = 0; tile0 < per_segment; tile0 += 2) {
           float4 x[4][2];
@@ -84,10 +84,10 @@ struct FusedSelect {
           for (int b = 0; b < 4; ++b)
 #pragma unroll
             for (int a = 0; a < 2; ++a) {
-              const Exp2SoftmaxState one = a == 0 ? Exp2SoftmaxState{x[b][0].x, x[b][0].y}
-                                                  : Exp2SoftmaxState{x[b][0].z, x[b][0].w},
-                                     two = a == 0 ? Exp2SoftmaxState{x[b][1].x, x[b][1].y}
-                                                  : Exp2SoftmaxState{x[b][1].z, x[b][1].w};
+              const SoftmaxState<Exp2> one = a == 0 ? SoftmaxState<Exp2>{x[b][0].x, x[b][0].y}
+                                                    : SoftmaxState<Exp2>{x[b][0].z, x[b][0].w},
+                                       two = a == 0 ? SoftmaxState<Exp2>{x[b][1].x, x[b][1].y}
+                                                    : SoftmaxState<Exp2>{x[b][1].z, x[b][1].w};
               segment[b][a] = merge_exact(tile0 == 0 ? one : merge_exact(segment[b][a], one), two);
             }
         }
@@ -108,7 +108,7 @@ struct FusedSelect {
     for (int item = threadIdx.x; item < WarpTile::heads * 8; item += at.cta_scoring_warps * 32) {
       const int head = item / 8, first = item % 8;
       const float2* from = buckets() + first * WarpTile::heads + head;
-      SoftmaxState total[4];
+      SoftmaxState<Natural> total[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 ms =
@@ -119,7 +119,7 @@ struct FusedSelect {
       for (int x = 32; x < p.shape.lse.buckets; x += 32)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (x + first + i * 8 < p.shape.lse.buckets) merge_bucket(total[i], from[(x + i * 8) * WarpTile::heads]);
+          if (x + first + i * 8 < p.shape.lse.buckets) merge_exact_into(total[i], from[(x + i * 8) * WarpTile::heads]);
       float m = fmaxf(fmaxf(total[0].m, total[1].m), fmaxf(total[2].m, total[3].m));
 #pragma unroll
       for (int step = 4; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));

@@ -12,6 +12,7 @@
 // by rising segment. This order depends neither on the split nor on the layout, so every kv layout gets the same bits.
 // Scores and maxima are in the exp2 domain inside the kernel: log2(e) is folded into the scale.
 
+#include "kernels/cuda/attention/online_softmax.cuh"
 #include "kernels/cuda/decode/split_kv/warp_tile.cuh"
 
 namespace nsa::gpu {
@@ -258,9 +259,9 @@ struct KvMainloop {
     for (int item = threadIdx.x; item < buckets * WarpTile::heads; item += decode_threads) {
       const int bucket = item / WarpTile::heads, head = item % WarpTile::heads;
       if (head >= valid_heads) continue;
-      Exp2SoftmaxState sum;
+      SoftmaxState<Exp2> sum;
       for (int i = bucket; i < segments; i += buckets) {
-        Exp2SoftmaxState segment;
+        SoftmaxState<Exp2> segment;
         for (int j = i * tiles.per_span; j < (i + 1) * tiles.per_span; ++j) {
           const float2 tile = load(j * WarpTile::heads + head);
           segment = merge_exact(segment, {tile.x, tile.y});
@@ -277,20 +278,18 @@ struct KvMainloop {
     const float* first = job.partials + std::int64_t{work_item} * job.splits * stride;
     for (int item = threadIdx.x; item < valid_heads * (WarpTile::d_v / 4); item += decode_threads) {
       const int head = item / (WarpTile::d_v / 4);
-      Exp2SoftmaxState sum;
-      float4 value = {};
+      SoftmaxState<Exp2> state;
+      float4 o = {};
 #pragma unroll 8
       for (int i = 0; i < job.splits; ++i) {
         const float* partial = first + i * stride;
         const float2 ms = __ldcg(reinterpret_cast<const float2*>(partial + WarpTile::heads * WarpTile::d_v) + head);
         const float4 x = __ldcg(reinterpret_cast<const float4*>(partial) + item);
-        const float m = fmaxf(sum.m, ms.x), scale_prev = exp2_fast(sum.m - m), scale_new = exp2_fast(ms.x - m);
-        sum = {m, sum.s * scale_prev + ms.y * scale_new};
-        value.x = value.x * scale_prev + x.x * scale_new, value.y = value.y * scale_prev + x.y * scale_new;
-        value.z = value.z * scale_prev + x.z * scale_new, value.w = value.w * scale_prev + x.w * scale_new;
+        merge_partial(state, o, ms, x);
       }
-      reinterpret_cast<float4*>(p.out.o + std::int64_t{first_head} * WarpTile::d_v)[item] = value;
-      if (item % (WarpTile::d_v / 4) == 0) reinterpret_cast<float2*>(p.out.ms)[first_head + head] = to_natural_log(sum);
+      reinterpret_cast<float4*>(p.out.o + std::int64_t{first_head} * WarpTile::d_v)[item] = o;
+      if (item % (WarpTile::d_v / 4) == 0)
+        reinterpret_cast<float2*>(p.out.ms)[first_head + head] = to_natural_log(state);
     }
   }
 

@@ -9,6 +9,7 @@
 // (decode/split_kv/kernel.cuh), so both ways give the same bits.
 
 #include "kernels/cuda/attention/kv_tiles.cuh"
+#include "kernels/cuda/attention/online_softmax.cuh"
 #include "kernels/cuda/decode/split_kv/merge_splits.cuh"
 
 namespace nsa::gpu {
@@ -45,23 +46,11 @@ __device__ __forceinline__ float4 partial_o(const float* partial, int d_v, int h
   return __ldcg(reinterpret_cast<const float4*>(partial + head * d_v) + column_quad);
 }
 
-__device__ __forceinline__ void add_scaled(float4& to, float factor, float4 x) {
-  to.x += factor * x.x, to.y += factor * x.y, to.z += factor * x.z, to.w += factor * x.w;
-}
-__device__ __forceinline__ void scale(float4& x, float factor) {
-  x.x *= factor, x.y *= factor, x.z *= factor, x.w *= factor;
-}
-
 // (m, sum) and o of a head.
-struct Partial {
-  Exp2SoftmaxState sum;
-  float4 value = {};
-  __device__ __forceinline__ void merge(float2 ms, float4 x) {
-    const float m = fmaxf(sum.m, ms.x), scale_prev = exp2_fast(sum.m - m), scale_new = exp2_fast(ms.x - m);
-    sum = {m, sum.s * scale_prev + ms.y * scale_new};
-    scale(value, scale_prev);
-    add_scaled(value, scale_new, x);
-  }
+struct MergedHead {
+  SoftmaxState<Exp2> state;
+  float4 o = {};
+  __device__ __forceinline__ void merge(float2 ms, float4 x) { merge_partial(state, o, ms, x); }
 };
 
 // Merges the LSE bucket and four heads of the item-th (work item, bucket, four heads): segments by rising segment, a
@@ -79,10 +68,10 @@ __device__ void merge_bucket_quad(const MergeParams& m, const DecodeJob& job, in
   const int per_segment = tiles.per_span, segments = tiles.count / per_segment;
   const float2* sums = p.tile_lse + at.work_item * p.max_tiles * heads + at.head;
   constexpr int rounds = 4;  // loads in flight
-  Exp2SoftmaxState bucket;
+  SoftmaxState<Exp2> bucket;
 #pragma unroll 1
   for (int first = bucket_index; first < segments; first += rounds * 8 * buckets) {
-    Exp2SoftmaxState segment[rounds];
+    SoftmaxState<Exp2> segment[rounds];
 #pragma unroll 1
     for (int tile = 0; tile < per_segment; tile += 2) {
       float2 x[rounds][2];
@@ -118,7 +107,7 @@ __device__ void merge_lse(const MergeParams& m, const DecodeJob& job, int heads,
   const WorkItemHead at = locate_head(p, heads, item / heads, item % heads);
   if (at.row_group >= p.tile.rows() * p.shape.groups || !at.valid) return;
   const float* partial = partials_of(p, job, heads, at.work_item);
-  Exp2SoftmaxState sum;
+  SoftmaxState<Exp2> sum;
 #pragma unroll 8
   for (int i = 0; i < job.splits; ++i) {
     const float2 ms = partial_lse(partial + i * decode_partial_floats(heads, p.shape.d_v), heads, p.shape.d_v, at.head);
@@ -162,17 +151,17 @@ __device__ void merge_head(const MergeParams& m, const DecodeJob& job, const Par
   const WorkItemHead at = locate_head(p, heads, item / heads, item % heads);
   if (!at.valid) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  Partial partial;
+  MergedHead partial;
   for_each_split(p, job, heads, at, [&](float2 ms, float4 x) { partial.merge(ms, x); });
-  warp_partials.o[warp][lane] = partial.value;
-  if (lane == 0) warp_partials.sums[warp] = make_float2(partial.sum.m, partial.sum.s);
+  warp_partials.o[warp][lane] = partial.o;
+  if (lane == 0) warp_partials.sums[warp] = make_float2(partial.state.m, partial.state.s);
   __syncthreads();
   if (warp != 0) return;
-  Partial all;
+  MergedHead all;
 #pragma unroll
   for (int w = 0; w < warps; ++w) all.merge(warp_partials.sums[w], warp_partials.o[w][lane]);
-  if (lane < p.shape.d_v / 4) reinterpret_cast<float4*>(out.o + at.row_head * p.shape.d_v)[lane] = all.value;
-  if (lane == 0) reinterpret_cast<float2*>(out.ms)[at.row_head] = to_natural_log(all.sum);
+  if (lane < p.shape.d_v / 4) reinterpret_cast<float4*>(out.o + at.row_head * p.shape.d_v)[lane] = all.o;
+  if (lane == 0) reinterpret_cast<float2*>(out.ms)[at.row_head] = to_natural_log(all.state);
 }
 
 // CTA counts by role, in this order: LSE buckets, (m, sum) of the window, the heads of the work items of each job.
@@ -215,7 +204,7 @@ __device__ float2 normaliser_of(const NormaliseParams& p, Branch branch, const W
   const int slots = lse_slots(s, p.ranks), count = branch == cmp ? s.lse.buckets : p.ranks;
   const std::int64_t row_heads = p.launch.tile.rows() * s.heads();
   const float2* lse = reinterpret_cast<const float2*>(p.lse_all) + at.row_head;
-  SoftmaxState total;
+  SoftmaxState<Natural> total;
   for (int x = threadIdx.x % 32; x < count; x += 32) {
     const int slot = branch == cmp ? x % p.ranks * slots + x / p.ranks : x * slots + slots - 1;
     const float2 ms = lse[slot * row_heads];

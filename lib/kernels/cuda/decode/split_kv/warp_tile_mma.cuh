@@ -41,7 +41,7 @@ struct WarpTileMma {
   QueryRows<DK * 2> q;  // shared, as operand A: [Dk / 16][lane]
   float c[4][4] = {};   // tokens 4 quad + j, + 16 of heads g (two), g + 8 (two)
   float o[DV / 8][4] = {};
-  Exp2SoftmaxState total[2], tile[2];
+  SoftmaxState<Exp2> total[2], tile[2];
 
   static __device__ __forceinline__ void load_queries(char* to, const T* from, int valid_heads, int thread,
                                                       int threads) {
@@ -172,7 +172,7 @@ struct WarpTileMma {
     // Loops without branches, so that the shuffles of both halves overlap.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      Exp2SoftmaxState& now = tile[half] = {};
+      SoftmaxState<Exp2>& now = tile[half] = {};
 #pragma unroll
       for (int j = 0; j < 4; ++j) now.m = fmaxf(now.m, fmaxf(c[j][half * 2], c[j][half * 2 + 1]));
       now.m = quad_max(now.m);
@@ -189,13 +189,12 @@ struct WarpTileMma {
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      Exp2SoftmaxState& now = tile[half];
+      SoftmaxState<Exp2>& now = tile[half];
       now.s = quad_sum(now.s);
-      const float m = fmaxf(total[half].m, now.m), scale_new = exp2_fast(now.m - m);
-      scale_prev[half] = exp2_fast(total[half].m - m);
-      total[half] = {m, total[half].s * scale_prev[half] + now.s * scale_new};
+      const StepScale scale = merge_tile_exact(total[half], now);
+      scale_prev[half] = scale.o;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) c[j][half * 2] *= scale_new, c[j][half * 2 + 1] *= scale_new;
+      for (int j = 0; j < 4; ++j) c[j][half * 2] *= scale.p, c[j][half * 2 + 1] *= scale.p;
     }
     if (!__any_sync(0xffffffffu, !first && (scale_prev[0] != 1.0f || scale_prev[1] != 1.0f))) return;
 #pragma unroll
@@ -258,7 +257,7 @@ struct WarpTileMma {
     store_word(to, first + 16,
                block_sum(c[0][at + 1], c[1][at + 1], c[2][at + 1], c[3][at + 1], quad == 0 ? halo : later));
   }
-  static __device__ __forceinline__ void store_states(float2* to, const Exp2SoftmaxState (&sums)[2]) {
+  static __device__ __forceinline__ void store_states(float2* to, const SoftmaxState<Exp2> (&sums)[2]) {
     const int lane = threadIdx.x % 32;
     if (lane % 4 != 0) return;
     to[lane / 4] = make_float2(sums[0].m, sums[0].s);

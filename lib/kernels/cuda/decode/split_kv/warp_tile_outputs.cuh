@@ -2,6 +2,7 @@
 // Outputs of a KV tile that rank reads: raw scores or block sums.
 
 #include "kernels/cuda/attention/kv_tiles.cuh"
+#include "kernels/cuda/attention/online_softmax.cuh"
 #include "kernels/cuda/decode/split_kv/params.cuh"
 #include "kernels/cuda/primitives/cp_async_ring.cuh"
 

@@ -19,7 +19,7 @@ struct WarpTileScalar {
   float4* prob;     // shared, P of the warp: [tile_rows], one head an element
   float c[heads] = {};
   float o[heads][columns] = {};
-  Exp2SoftmaxState total[heads], tile[heads];
+  SoftmaxState<Exp2> total[heads], tile[heads];
 
   static __device__ __forceinline__ void load_queries(char* to, const float* from, int valid_heads, int thread,
                                                       int threads) {
@@ -86,12 +86,10 @@ struct WarpTileScalar {
 #pragma unroll
     for (int h = 0; h < heads; ++h) {
       tile[h].s = warp_sum(c[h]);
-      const float m = fmaxf(total[h].m, tile[h].m), scale_new = exp2_fast(tile[h].m - m),
-                  scale_prev = exp2_fast(total[h].m - m);
-      total[h] = {m, total[h].s * scale_prev + tile[h].s * scale_new};
-      c[h] *= scale_new;
+      const StepScale scale = merge_tile_exact(total[h], tile[h]);
+      c[h] *= scale.p;
 #pragma unroll
-      for (int e = 0; e < columns; ++e) o[h][e] *= scale_prev;
+      for (int e = 0; e < columns; ++e) o[h][e] *= scale.o;
     }
     __syncwarp();  // P of the previous tile is read
     prob[token()] = {c[0], c[1], c[2], c[3]};
@@ -167,7 +165,7 @@ struct WarpTileScalar {
   static __device__ __forceinline__ float add_dot4(float sum, float4 x, float4 k) {
     return __fmaf_rn(x.w, k.w, __fmaf_rn(x.z, k.z, __fmaf_rn(x.y, k.y, __fmaf_rn(x.x, k.x, sum))));
   }
-  static __device__ __forceinline__ void store_states(float2* to, const Exp2SoftmaxState (&sums)[heads]) {
+  static __device__ __forceinline__ void store_states(float2* to, const SoftmaxState<Exp2> (&sums)[heads]) {
     if (threadIdx.x % 32 == 0)
 #pragma unroll
       for (int h = 0; h < heads; ++h) to[h] = make_float2(sums[h].m, sums[h].s);
