@@ -72,15 +72,16 @@ __global__ void __launch_bounds__(threads) merge_branches_kernel(const __grid_co
   store(to, sum.x), store(to + 1, sum.y), store(to + 2, sum.z), store(to + 3, sum.w);
 }
 
+// A job whose partials begin at `partials`, which is advanced past them.
 DecodeJob make_job(Branch branch, const AttendArgs& a, int splits, float*& partials) {
-  const std::int64_t work_items = a.tile.rows() * a.shape.groups * decode_head_tiles(a.shape);
-  const DecodeJob job{branch, splits, 0, a.k, a.v, a.reads, partials};
-  partials += work_items * splits * decode_partial_floats(decode_heads(a.shape.dtype), a.shape.d_v);
+  const DecodeJob job = decode_job(branch, a, splits, partials);
+  partials +=
+      decode_work_items(a.shape, a.tile) * splits * decode_partial_floats(decode_heads(a.shape.dtype), a.shape.d_v);
   return job;
 }
 
 int splits_for(Branch branch, const AttendArgs& a) {
-  return decode_splits(a.tile.rows() * a.shape.groups * decode_head_tiles(a.shape),
+  return decode_splits(decode_work_items(a.shape, a.tile),
                        max_kv_tiles(branch, a.shape, a.k.map, a.tile.max_positions));
 }
 
@@ -105,21 +106,11 @@ void decode_attention(const AttentionArgs& a, Stream* stream) {
   const AttendArgs& cmp_args = a.attend[cmp];
   const int row_groups = static_cast<int>(tile.rows()) * s.groups;
   const bool* leave_out = a.combine.leave_out;
-  DecodeParams p{};
-  p.shape = s;
-  p.tile = tile;
-  p.q = cmp_args.q;
-  p.head_tiles = decode_head_tiles(s);
-  const bool separate_buckets =
-      !leave_out[sel] && merges_separately(cmp, 1, max_kv_tiles(cmp, s, cmp_args.k.map, tile.max_positions));
+  DecodeParams p = decode_params(s, tile, cmp_args.q);
+  set_cmp_outputs(p, cmp_args);
+  const bool separate_buckets = !leave_out[sel] && merges_separately(cmp, 1, p.max_tiles);
   p.epilogue = leave_out[sel] || separate_buckets ? DecodeEpilogue::store_partials : DecodeEpilogue::merge_buckets;
   p.arrivals = arrival_counters(cmp);
-  p.scores = static_cast<float*>(cmp_args.scores);
-  p.pitch = score_pitch(cmp_args.k.map, compressed_tokens(s.rules, tile.max_positions - 1));
-  p.scores_only = cmp_args.scores_only;
-  p.max_tiles = max_kv_tiles(cmp, s, cmp_args.k.map, tile.max_positions);
-  p.lse = cmp_args.lse;
-  p.tile_lse = static_cast<float2*>(cmp_args.scratch);
   float* partials = static_cast<float*>(cmp_args.scratch) + tile_lse_floats(s, tile);
 
   const int cmp_splits = splits_for(cmp, cmp_args);

@@ -29,43 +29,26 @@ DecodeParams local_attention_params(const ShardedAttentionArgs& a) {
   const AttendArgs &cmp_args = a.attend[cmp], &win_args = a.attend[win];
   const LayerShape& s = cmp_args.shape;
   const QueryTile& tile = cmp_args.tile;
-  const std::int64_t work_items = tile.rows() * s.groups * decode_head_tiles(s);
-  DecodeParams p{};
-  p.shape = s;
-  p.tile = tile;
-  p.q = cmp_args.q;
-  p.head_tiles = decode_head_tiles(s);
+  const std::int64_t work_items = decode_work_items(s, tile);
+  DecodeParams p = decode_params(s, tile, cmp_args.q);
   p.epilogue = DecodeEpilogue::store_partials;
-  p.scores = static_cast<float*>(cmp_args.scores);
-  p.pitch = score_pitch(cmp_args.k.map, compressed_tokens(s.rules, tile.max_positions - 1));
-  p.scores_only = cmp_args.scores_only;
-  p.max_tiles = max_kv_tiles(cmp, s, cmp_args.k.map, tile.max_positions);
+  set_cmp_outputs(p, cmp_args);
   if (leaves_sums(s)) p.block_sums = tile_sums(p.scores, p.max_tiles, decode_heads(s.dtype));
   p.keeps_scores = keeps_scores(p.block_sums.memory ? work_items * p.block_sums.item_floats
                                                     : std::int64_t{tile.rows()} * s.heads() * p.pitch);
-  p.lse = cmp_args.lse;
-  p.tile_lse = static_cast<float2*>(cmp_args.scratch);
   const int cmp_splits = decode_splits(work_items, p.max_tiles);
   // Where cmp alone fills the GPU, some of its CTAs take win too.
   const bool shares_ctas = work_items * cmp_splits > limits().sms;
-  const int win_splits = std::min(decode_splits(work_items, max_kv_tiles(win, s, win_args.k.map, tile.max_positions)),
-                                  shares_ctas ? cmp_splits : max_split_rows);
-  if (!a.combine.leave_out[win])
-    p.jobs[p.job_count++] = {win,
-                             win_splits,
-                             shares_ctas ? 0 : static_cast<int>(tile.rows()) * s.groups * cmp_splits,
-                             win_args.k,
-                             win_args.v,
-                             win_args.reads,
-                             static_cast<float*>(win_args.scratch),
-                             shares_ctas ? cmp_splits : 0};
-  p.jobs[p.job_count++] = {cmp,
-                           cmp_splits,
-                           0,
-                           cmp_args.k,
-                           cmp_args.v,
-                           cmp_args.reads,
-                           static_cast<float*>(cmp_args.scratch) + tile_lse_floats(s, tile)};
+  if (!a.combine.leave_out[win]) {
+    const int splits = std::min(decode_splits(work_items, max_kv_tiles(win, s, win_args.k.map, tile.max_positions)),
+                                shares_ctas ? cmp_splits : max_split_rows);
+    DecodeJob job = decode_job(win, win_args, splits, static_cast<float*>(win_args.scratch));
+    job.first_cta = shares_ctas ? 0 : static_cast<int>(tile.rows()) * s.groups * cmp_splits;
+    job.ctas = shares_ctas ? cmp_splits : 0;
+    p.jobs[p.job_count++] = job;
+  }
+  float* cmp_partials = static_cast<float*>(cmp_args.scratch) + tile_lse_floats(s, tile);
+  p.jobs[p.job_count++] = decode_job(cmp, cmp_args, cmp_splits, cmp_partials);
   return p;
 }
 

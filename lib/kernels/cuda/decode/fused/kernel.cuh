@@ -301,4 +301,29 @@ void launch_fused_decode_of(const FusedDecodeParams& p, Stream* stream) {
     launch_of(std::false_type{});
 }
 
+/// Calls f(std::type_identity<WarpTile>{}) with the warp tile of a storage type and head size.
+template <DType Storage, class F>
+auto with_warp_tile(const LayerShape& s, F f) {
+  if constexpr (Storage == DType::f32) {
+    return f(std::type_identity<WarpTileScalar<64, 64>>{});
+  } else {
+    using T = std::conditional_t<Storage == DType::bf16, __nv_bfloat16, __half>;
+    if (s.d_k == 64) return f(std::type_identity<WarpTileMma<T, 64, 64>>{});
+    if (s.d_k == 128) return f(std::type_identity<WarpTileMma<T, 128, 128>>{});
+    return f(std::type_identity<WarpTileMma<T, 192, 128>>{});
+  }
+}
+
+template <DType Storage>
+int active_clusters(const LayerShape& s, int cluster) {
+  return with_warp_tile<Storage>(
+      s, [&](auto tile) { return count_active_clusters<typename decltype(tile)::type>(s, cluster); });
+}
+
+template <DType Storage>
+void launch_fused_decode(const FusedDecodeParams& p, Stream* stream) {
+  with_warp_tile<Storage>(p.shape,
+                          [&](auto tile) { launch_fused_decode_of<typename decltype(tile)::type>(p, stream); });
+}
+
 }  // namespace nsa::gpu

@@ -14,10 +14,10 @@ bool is_built_for(const LayerShape& s) {
   return (s.d_k == 64 && s.d_v == 64) || ((s.d_k == 128 || s.d_k == 192) && s.d_v == 128);
 }
 
-int active_clusters(const LayerShape& s, int cluster) {
-  return s.dtype == DType::bf16  ? active_clusters_bf16(s, cluster)
-         : s.dtype == DType::f16 ? active_clusters_f16(s, cluster)
-                                 : active_clusters_f32(s, cluster);
+int resident_clusters(const LayerShape& s, int cluster) {
+  return s.dtype == DType::bf16  ? active_clusters<DType::bf16>(s, cluster)
+         : s.dtype == DType::f16 ? active_clusters<DType::f16>(s, cluster)
+                                 : active_clusters<DType::f32>(s, cluster);
 }
 
 // CTAs of a work item and warps of a CTA; cluster = 0: no division is possible.
@@ -42,7 +42,7 @@ Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_
   };
   for (const int cluster : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
     if (cluster > 1 && (cluster - 1) * fused_warps >= max_tiles) break;
-    const int resident = active_clusters(s, cluster);
+    const int resident = resident_clusters(s, cluster);
     if (resident == 0) break;
     consider(cluster, fused_warps, resident, 1.0 / cluster);
     if (cluster == 1) consider(1, fused_warps_small, 2 * resident, work_items > resident ? 2.0 : 1.0);
@@ -143,13 +143,13 @@ void divide_work(FusedDecodeParams& p) {
   p.by_scoring_warps = Divisor(p.win_warps < warps ? warps - p.win_warps : warps);
 }
 
-void launch_fused_decode(const FusedDecodeParams& p, Stream* stream) {
+void launch(const FusedDecodeParams& p, Stream* stream) {
   if (p.shape.dtype == DType::bf16)
-    launch_fused_decode_bf16(p, stream);
+    launch_fused_decode<DType::bf16>(p, stream);
   else if (p.shape.dtype == DType::f16)
-    launch_fused_decode_f16(p, stream);
+    launch_fused_decode<DType::f16>(p, stream);
   else
-    launch_fused_decode_f32(p, stream);
+    launch_fused_decode<DType::f32>(p, stream);
 }
 
 }  // namespace
@@ -158,7 +158,7 @@ bool try_fused_decode(const AttentionArgs& a, Stream* stream) {
   if (!accepts(a)) return false;
   FusedDecodeParams p = make_params(a);
   divide_work(p);
-  if (p.cluster > 0) launch_fused_decode(p, stream);
+  if (p.cluster > 0) launch(p, stream);
   return p.cluster > 0;
 }
 

@@ -67,13 +67,11 @@ struct FusedDecodeParams {
 /// Launches the fused decode step; false: it does not accept the shape and nothing was launched. decode/fused/launch.cu
 bool try_fused_decode(const AttentionArgs& a, Stream* stream);
 
-// Each storage type is compiled by itself. active_clusters: clusters of that size, of CTAs of 8 warps, that are
-// resident at the same time; 0: none.
-int active_clusters_bf16(const LayerShape& s, int cluster);
-int active_clusters_f16(const LayerShape& s, int cluster);
-int active_clusters_f32(const LayerShape& s, int cluster);
-void launch_fused_decode_bf16(const FusedDecodeParams& p, Stream* stream);
-void launch_fused_decode_f16(const FusedDecodeParams& p, Stream* stream);
-void launch_fused_decode_f32(const FusedDecodeParams& p, Stream* stream);
+// The kernels of one storage type, which a source file of its own instantiates (decode/fused/kernel.cu.in).
+/// Clusters of that size, of CTAs of 8 warps, that are resident at the same time; 0: none.
+template <DType Storage>
+int active_clusters(const LayerShape& s, int cluster);
+template <DType Storage>
+void launch_fused_decode(const FusedDecodeParams& p, Stream* stream);
 
 }  // namespace nsa::gpu

@@ -25,30 +25,10 @@ bool is_built_for(const LayerShape& s) {
 
 bool decode_accepts(const LayerShape& s, const QueryTile& tile) { return tile.tokens == 1 && is_built_for(s); }
 
-std::int64_t tile_lse_floats(const LayerShape& s, const QueryTile& tile) {
-  const std::int64_t segments = compressed_tokens(s.rules, tile.max_positions - 1) / s.lse.segment + 2;
-  return tile.rows() * s.groups * decode_head_tiles(s) * segments * tiles_per_span(cmp, s) * decode_heads(s.dtype) * 2;
-}
-
-int decode_splits(std::int64_t work_items, std::int64_t tiles) {
-  if (work_items > max_split_rows) return 1;
-  const std::int64_t wanted = std::max<std::int64_t>(1, 2 * limits().sms / work_items);
-  return static_cast<int>(std::min(wanted, (tiles + decode_warps - 1) / decode_warps));
-}
-
-void launch_decode(const DecodeParams& p, Stream* stream) {
-  if (p.shape.dtype == DType::bf16)
-    launch_decode_bf16(p, stream);
-  else if (p.shape.dtype == DType::f16)
-    launch_decode_f16(p, stream);
-  else
-    launch_decode_f32(p, stream);
-}
-
 // All work items together have at most two partials an SM, or one each.
 std::size_t decode_scratch(const LayerShape& s, const QueryTile& tile) {
   if (!decode_accepts(s, tile)) return 0;
-  const std::int64_t work_items = tile.rows() * s.groups * decode_head_tiles(s);
+  const std::int64_t work_items = decode_work_items(s, tile);
   const std::int64_t partials = std::max<std::int64_t>(2 * limits().sms, work_items);
   return static_cast<std::size_t>(partials * decode_partial_floats(decode_heads(s.dtype), s.d_v) +
                                   tile_lse_floats(s, tile)) *
@@ -58,36 +38,21 @@ std::size_t decode_scratch(const LayerShape& s, const QueryTile& tile) {
 void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
   if (a.tile.rows() == 0) return;
   if (!reads_kv_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
-  const std::int64_t work_items = a.tile.rows() * a.shape.groups * decode_head_tiles(a.shape);
-  DecodeParams p{};
-  p.shape = a.shape;
-  p.tile = a.tile;
-  p.q = a.q;
-  p.head_tiles = decode_head_tiles(a.shape);
+  DecodeParams p = decode_params(a.shape, a.tile, a.q);
   p.arrivals = arrival_counters(branch);
   p.selected = a.selected;
   p.out = a.out;
-  p.tile_lse = static_cast<float2*>(a.scratch);
   const std::int64_t tiles = max_kv_tiles(branch, a.shape, a.k.map, a.tile.max_positions);
-  const int splits = decode_splits(work_items, tiles);
+  const int splits = decode_splits(decode_work_items(a.shape, a.tile), tiles);
   const bool separate_merge = merges_separately(branch, splits, tiles);
   p.epilogue = separate_merge ? DecodeEpilogue::store_partials : DecodeEpilogue::merge_all;
-  p.jobs[0] = {branch,
-               splits,
-               0,
-               a.k,
-               a.v,
-               a.reads,
-               static_cast<float*>(a.scratch) + (branch == cmp ? tile_lse_floats(a.shape, a.tile) : 0)};
-  p.job_count = 1;
+  float* partials = static_cast<float*>(a.scratch);
   if (branch == cmp) {
-    p.scores = static_cast<float*>(a.scores);
-    p.pitch = score_pitch(a.k.map, compressed_tokens(a.shape.rules, a.tile.max_positions - 1));
+    set_cmp_outputs(p, a);
     p.keeps_scores = keeps_scores(p.tile.rows() * p.shape.heads() * p.pitch);
-    p.scores_only = a.scores_only;
-    p.max_tiles = tiles;
-    p.lse = a.lse;
+    partials += tile_lse_floats(a.shape, a.tile);
   }
+  p.jobs[p.job_count++] = decode_job(branch, a, splits, partials);
   launch_decode(p, stream);
   if (!separate_merge) return;
   MergeParams merge{p};

@@ -351,13 +351,26 @@ __global__ void __launch_bounds__(decode_threads, WarpTile::ctas_per_sm)
 }
 
 template <class WarpTile>
-void launch_split_kv(const DecodeParams& p, Stream* stream) {
+void launch_warp_tile(const DecodeParams& p, Stream* stream) {
   int ctas = 0;
   for (int i = 0; i < p.job_count; ++i)
     ctas = std::max(ctas, p.jobs[i].first_cta + static_cast<int>(p.tile.rows()) * p.shape.groups *
                                                     std::max(p.jobs[i].ctas, p.jobs[i].splits));
   launch_pdl(split_kv_kernel<WarpTile>, dim3(ctas, p.head_tiles), decode_threads,
              DecodeSharedLayout<WarpTile>::bytes(p.shape), stream, 1, p);
+}
+
+template <DType Storage>
+void launch_split_kv(const DecodeParams& p, Stream* stream) {
+  if constexpr (Storage == DType::f32) {
+    if (p.shape.d_k == 64) return launch_warp_tile<WarpTileScalar<64, 64>>(p, stream);
+    return launch_warp_tile<WarpTileScalar<128, 128>>(p, stream);
+  } else {
+    using T = std::conditional_t<Storage == DType::bf16, __nv_bfloat16, __half>;
+    if (p.shape.d_k == 64) return launch_warp_tile<WarpTileMma<T, 64, 64>>(p, stream);
+    if (p.shape.d_k == 128) return launch_warp_tile<WarpTileMma<T, 128, 128>>(p, stream);
+    return launch_warp_tile<WarpTileMma<T, 192, 128>>(p, stream);
+  }
 }
 
 }  // namespace nsa::gpu

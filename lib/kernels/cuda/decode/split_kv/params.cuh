@@ -52,6 +52,11 @@ __host__ __device__ inline std::int64_t decode_partial_floats(int heads, int d_v
   return std::int64_t{heads} * (d_v + 2);
 }
 
+/// Work items of a launch: (row, group, head tile).
+inline std::int64_t decode_work_items(const LayerShape& s, const QueryTile& tile) {
+  return tile.rows() * s.groups * decode_head_tiles(s);
+}
+
 /// Floats of scratch for the (m, sum) of all KV tiles.
 std::int64_t tile_lse_floats(const LayerShape& s, const QueryTile& tile);
 
@@ -62,10 +67,17 @@ int decode_splits(std::int64_t work_items, std::int64_t tiles);
 /// V pass through it.
 constexpr bool keeps_scores(std::int64_t floats) { return floats * std::int64_t{sizeof(float)} <= 40'000'000; }
 
-/// Launches the kernel for a shape that decode_accepts() accepts; each storage type is compiled by itself.
+/// Parameters without jobs and outputs.
+DecodeParams decode_params(const LayerShape& s, const QueryTile& tile, const void* q);
+/// Sets the outputs of cmp: raw scores, LSE buckets, and the (m, sum) of tiles at the begin of its scratch.
+void set_cmp_outputs(DecodeParams& p, const AttendArgs& cmp_args);
+/// A job of a launch on `splits` CTAs from CTA 0 on.
+DecodeJob decode_job(Branch branch, const AttendArgs& a, int splits, float* partials);
+
+/// Launches the kernel for a shape that decode_accepts() accepts.
 void launch_decode(const DecodeParams& p, Stream* stream);
-void launch_decode_bf16(const DecodeParams& p, Stream* stream);
-void launch_decode_f16(const DecodeParams& p, Stream* stream);
-void launch_decode_f32(const DecodeParams& p, Stream* stream);
+/// The kernels of one storage type, which a source file of its own instantiates (decode/split_kv/kernel.cu.in).
+template <DType Storage>
+void launch_split_kv(const DecodeParams& p, Stream* stream);
 
 }  // namespace nsa::gpu

@@ -1,0 +1,52 @@
+// Arguments and launch of the split-KV decode kernel.
+
+#include <algorithm>
+
+#include "kernels/cuda/attention/kv_tiles.cuh"
+#include "kernels/cuda/decode/split_kv/params.cuh"
+
+namespace nsa::gpu {
+
+std::int64_t tile_lse_floats(const LayerShape& s, const QueryTile& tile) {
+  const std::int64_t segments = compressed_tokens(s.rules, tile.max_positions - 1) / s.lse.segment + 2;
+  return decode_work_items(s, tile) * segments * tiles_per_span(cmp, s) * decode_heads(s.dtype) * 2;
+}
+
+int decode_splits(std::int64_t work_items, std::int64_t tiles) {
+  if (work_items > max_split_rows) return 1;
+  const std::int64_t wanted = std::max<std::int64_t>(1, 2 * limits().sms / work_items);
+  return static_cast<int>(std::min(wanted, (tiles + decode_warps - 1) / decode_warps));
+}
+
+DecodeParams decode_params(const LayerShape& s, const QueryTile& tile, const void* q) {
+  DecodeParams p{};
+  p.shape = s;
+  p.tile = tile;
+  p.q = q;
+  p.head_tiles = decode_head_tiles(s);
+  return p;
+}
+
+void set_cmp_outputs(DecodeParams& p, const AttendArgs& cmp_args) {
+  p.scores = static_cast<float*>(cmp_args.scores);
+  p.pitch = score_pitch(cmp_args.k.map, compressed_tokens(p.shape.rules, p.tile.max_positions - 1));
+  p.scores_only = cmp_args.scores_only;
+  p.max_tiles = max_kv_tiles(cmp, p.shape, cmp_args.k.map, p.tile.max_positions);
+  p.lse = cmp_args.lse;
+  p.tile_lse = static_cast<float2*>(cmp_args.scratch);
+}
+
+DecodeJob decode_job(Branch branch, const AttendArgs& a, int splits, float* partials) {
+  return {branch, splits, 0, a.k, a.v, a.reads, partials};
+}
+
+void launch_decode(const DecodeParams& p, Stream* stream) {
+  if (p.shape.dtype == DType::bf16)
+    launch_split_kv<DType::bf16>(p, stream);
+  else if (p.shape.dtype == DType::f16)
+    launch_split_kv<DType::f16>(p, stream);
+  else
+    launch_split_kv<DType::f32>(p, stream);
+}
+
+}  // namespace nsa::gpu
