@@ -184,9 +184,9 @@ __device__ inline void score_tokens(const RankParams& p, const float* scores, co
 // Sort keys of blocks [begin, end) of those held. A strip is a run of blocks whose tokens have consecutive columns
 // (those of a chunk, or as many as fit). After the probabilities of the tokens, a thread a block sums those of its
 // tokens times their overlaps by rising index; the overlaps are the same for every block.
-template <class CacheHint>
+template <class StoreKey>
 __device__ inline void score_blocks(const RankParams& p, std::int64_t row, std::int64_t g, std::int64_t t, int begin,
-                                    int end, const RankShared& smem, CacheHint keep) {
+                                    int end, const RankShared& smem, StoreKey store_key) {
   const LayerShape& s = p.a.shape;
   const BlockRules& r = s.rules;
   const int n = static_cast<int>(compressed_tokens(r, t)),
@@ -212,7 +212,7 @@ __device__ inline void score_blocks(const RankParams& p, std::int64_t row, std::
           p.columns.contiguous ? first_column(p, u0 + b) - first : b / strip_blocks * tokens + b % strip_blocks * ratio;
       const float sum = block_score(smem.terms + term, smem.overlaps, ratio + halo);
       const int j = block_at(p, u0 + b);
-      keep(u0 + b, key_of(j < r.n_init || j >= first_local, sum));
+      store_key(u0 + b, key_of(j < r.n_init || j >= first_local, sum));
       if (p_slc && j < p.a.p_slc_blocks) p_slc[j] = sum;
     }
     __syncthreads();

@@ -87,9 +87,9 @@ struct TileScorer {
 };
 
 // Sort keys of blocks [begin, end) of those held; whole tiles but for the last.
-template <class CacheHint>
+template <class StoreKey>
 __device__ inline void score_tiles(const RankParams& p, std::int64_t row, std::int64_t g, std::int64_t t, int begin,
-                                   int end, const float2* normaliser, CacheHint keep) {
+                                   int end, const float2* normaliser, StoreKey store_key) {
   const LayerShape& s = p.a.shape;
   const BlockRules& r = s.rules;
   const int first_local = static_cast<int>(eligible_blocks(r, t)) - r.n_local;
@@ -103,7 +103,7 @@ __device__ inline void score_tiles(const RankParams& p, std::int64_t row, std::i
     const int j0 = block_at(p, u0), u = u0 + lane, j = j0 + lane;
     const float score = scorer.score(u0, j0);
     if (lane >= tile_blocks || u >= end) continue;
-    keep(u, key_of(j < r.n_init || j >= first_local, score));
+    store_key(u, key_of(j < r.n_init || j >= first_local, score));
     if (p_slc && j < p.a.p_slc_blocks) p_slc[j] = score;
   }
 }

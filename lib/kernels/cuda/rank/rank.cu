@@ -126,14 +126,14 @@ __device__ void select_by_radix(const RankParams& p, const RankShared& smem, con
 
 enum class ScoreInput { by_token, by_tile, by_sums };
 
-template <ScoreInput How, class CacheHint>
+template <ScoreInput How, class StoreKey>
 __device__ void score_slice(const RankParams& p, std::int64_t row, std::int64_t g, std::int64_t t, int begin, int end,
-                            const RankShared& smem, CacheHint keep) {
+                            const RankShared& smem, StoreKey store_key) {
   if constexpr (How == ScoreInput::by_tile) {
-    score_tiles(p, row, g, t, begin, end, smem.normaliser, keep);
+    score_tiles(p, row, g, t, begin, end, smem.normaliser, store_key);
     __syncthreads();
   } else {
-    score_blocks(p, row, g, t, begin, end, smem, keep);
+    score_blocks(p, row, g, t, begin, end, smem, store_key);
   }
 }
 
