@@ -37,7 +37,7 @@ std::pair<std::int32_t, std::int32_t> factorise(const Config& config, std::int32
 
 Partition make_partition(const Config& config, std::int32_t ranks, std::int32_t rank);
 
-/// Tokens read at position t for one (b, g), summed over the kv ranks, from the shape alone (design section 2).
+/// Tokens read at position t for one (b, g), summed over the kv ranks, from the shape alone (docs/METRICS.md).
 struct ExpectedReads {
   std::int64_t branch[branches];
 };

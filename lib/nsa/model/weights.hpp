@@ -13,7 +13,7 @@
 
 namespace nsa {
 
-/// The source of a run's tensors, by their names in files (design section 7). `file` empty: synthetic, with variance
+/// The source of a run's tensors, by their names in files (docs/SCHEMA.md). `file` empty: synthetic, with variance
 /// 1 / fan-in for matrices and 1 for x.
 class TensorSource {
  public:

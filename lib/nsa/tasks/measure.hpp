@@ -1,5 +1,5 @@
 #pragma once
-// The modes of measuring (design section 4) and their raw samples.
+// The modes of measuring (docs/METRICS.md) and their raw samples.
 
 #include <functional>
 #include <string>

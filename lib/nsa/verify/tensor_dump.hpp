@@ -24,7 +24,7 @@ class SharedTensor {
   std::int64_t rows_, columns_;
 };
 
-/// The stage tensors of R recorded positions (design section 7): q, gate, p_slc, selected, o_cmp, o_sel, o_win, o, y.
+/// The stage tensors of R recorded positions (docs/SCHEMA.md): q, gate, p_slc, selected, o_cmp, o_sel, o_win, o, y.
 class StepTensors {
  public:
   StepTensors(ModelShard& shard, std::int64_t positions);

@@ -86,6 +86,7 @@ def test_command_lines_are_found():
 @pytest.mark.parametrize("line", shell_lines())
 def test_command_lines(results, line):
     os.symlink(ROOT / "docs", results / "docs")
+    os.symlink(results / "results/h1k2.h5", results / "quickstart.h5")
     words = [w for word in shlex.split(line)[1:] for w in (sorted(glob.glob(word)) if "*" in word else [word])]
     assert cli.main(words) == 0
     for option in "-o", "--figure", "--csv":

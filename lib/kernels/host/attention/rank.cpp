@@ -1,4 +1,4 @@
-// Importance of the selection blocks and the top n of them (design sections 2.5 and 2.6).
+// Importance of the selection blocks and the top n of them (paper, equations 8 to 12).
 //
 // Tiling: one item a (row, group); with few items their compressed tokens are split in spans of 1024. Bytes: the raw
 // scores once. Work: one exponential a score; bound by that on few threads.

@@ -1,4 +1,4 @@
-// Compressed tokens: the mean over l positions, or the paper's learned form (design section 2.3).
+// Compressed tokens: the mean over l positions, or the paper's learned form (paper, equation 7).
 //
 // mean: one token a loop iteration; reads l rows, writes one; bound by those bytes. mlp: batches of 64 tokens through
 // two matrix products; bound by the bytes of w1 for few tokens, by the products for many.

@@ -1,4 +1,4 @@
-// x -> q, k, v, gates (design sections 2.1, 2.2, 2.8); y = o W_O; rmsnorm; add.
+// x -> q, k, v, gates; y = o W_O; rmsnorm; add.
 //
 // Tiling: matmul takes 256 rows at a time, then one row a loop iteration. Bound by matmul: by the bytes of the weights
 // for one row, by the products for many.

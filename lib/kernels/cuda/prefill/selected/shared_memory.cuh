@@ -3,9 +3,9 @@
 //
 // A CTA takes 12 queries of a group. One warp schedules the blocks that they selected (prefill/selected/scheduler.cuh).
 // One warp loads K, one loads V, and one notifies each query of its blocks (prefill/selected/producer.cuh). One warp a
-// query computes (prefill/selected/kernel.cu). A query has a mailbox of notifications, each with its own full barrier.
-// The barriers of the KV slots alone are not enough: a warp that waits for its next block may be more than a round of
-// the ring ahead of it.
+// query computes (prefill/selected/consumer.cuh). A query has a mailbox of notifications, each with its own full
+// barrier. The barriers of the KV slots alone are not enough: a warp that waits for its next block may be more than a
+// round of the ring ahead of it.
 
 #include <algorithm>
 #include <cstddef>
