@@ -275,7 +275,7 @@ void DecodeRunner::choose_plan(const ControlComm& world) {
 }
 
 void DecodeRunner::step(const StepOptions& options, StageTimer& timer) {
-  const StepPlan plan = timer.per_stage() ? StepPlan{} : plan_;
+  const StepPlan plan = timer.per_stage() ? StepPlan{} : plan_;  // the default plan runs stage by stage
   for (std::int64_t layer = 0; layer < shard_.config.model.layers; ++layer) {
     const StepContext ctx = context(layer, options, plan.attention);
     plan.prologue == Prologue::fused ? fused_prologue(ctx) : staged_prologue(ctx, timer);

@@ -31,7 +31,7 @@ class DecodeRunner {
   /// Queues one step. Where the timer times each stage, the step runs stage by stage.
   void step(const StepOptions& options, StageTimer& timer);
 
-  /// The context of the last layer, for checks of the step that has just run with these options.
+  /// The context of the last layer, for checks of the step that has just run by the plan with these options.
   StepContext last_layer(const StepOptions& options);
 
   StepBuffers& buffers() { return buffers_; }

@@ -14,7 +14,7 @@ namespace nsa::host {
 namespace {
 
 /// o_c of one row and head: the ranks' partials merged by rising rank, normalised.
-void merge_ranks(const CombineArgs& args, Branch branch, std::int64_t row_head, float* o) {
+void merge_rank_partials(const CombineArgs& args, Branch branch, std::int64_t row_head, float* o) {
   const LayerShape& s = args.shape;
   const std::int64_t size = partial_floats(s, args.tile.rows());
   float m = neg_inf, sum = 0.0f;
@@ -48,7 +48,7 @@ void combine(const CombineArgs& args, Stream*) {
         if (args.leave_out[c])
           std::fill(o.begin(), o.end(), 0.0f);
         else
-          merge_ranks(args, static_cast<Branch>(c), row_head, o.data());
+          merge_rank_partials(args, static_cast<Branch>(c), row_head, o.data());
         const float gate = args.gate[row_group * 3 + c];
         for (std::int32_t e = 0; e < s.d_v; ++e) total[e] += gate * o[e];
         if (args.o_branch[c]) std::copy(o.begin(), o.end(), args.o_branch[c] + row_head * s.d_v);

@@ -17,7 +17,9 @@ struct QueryConsumer {
   std::uint32_t q[DK / 16][4];
   float o[DV / 8][4], s[8][4];
   std::uint32_t probabilities[4][4];  // of 16 tokens each, packed as the A operand of p v
-  float row_max[2], row_sum[2];       // of rows g and g + 8; row_max in base 2
+  // Of rows g and g + 8. row_max is the reference of the exponentials, in base 2: update_row_max() lets it lag behind
+  // the maximum by a bounded factor, so that o is rescaled less often.
+  float row_max[2], row_sum[2];
   int tokens_read;
 
   __device__ __forceinline__ QueryConsumer(const SelectedParams& params, const Shared<DK, DV>& at)

@@ -90,7 +90,7 @@ struct TileScheduler {
   }
   __device__ __forceinline__ void run() {
     for (WorkItems items(p); items.more(); items.next()) schedule_item(WorkItem(p, items.index()));
-    do store_step(Step::last());
+    do store_step(Step::last());  // fills the last slot of the schedule, which is handed over whole
     while (steps > 0);
   }
 };
