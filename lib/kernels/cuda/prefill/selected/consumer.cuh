@@ -114,6 +114,7 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV>::online_softmax(int tok
     for (int i = 0; i < 4; ++i) {
       const float* pair = &s[2 * j + i / 2][i % 2 * 2];
       probabilities[j][i] = pack(pair[0], pair[1], T{});
+      // Packs here, before the wait for V: a conversion behind the wait keeps twice the registers alive, which spill.
       asm volatile("" : "+r"(probabilities[j][i]));
     }
   if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {

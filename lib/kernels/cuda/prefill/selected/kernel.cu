@@ -88,7 +88,7 @@ void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
 
 void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
   if (a.tile.rows() == 0) return;
-  if (a.tile.max_positions > max_positions) throw LaunchError("tiled has no room for so many positions");
+  if (a.tile.max_positions > max_schedulable_positions) throw LaunchError("tiled has no room for so many positions");
   const auto by_head_size = [&](auto type) {
     using T = decltype(type);
     if (a.shape.d_k == 64)
@@ -109,7 +109,7 @@ bool prefill_sel_accepts(const LayerShape& s, const RowMap& map) {
 }
 
 bool prefill_sel_pays(const LayerShape& s, const QueryTile& tile) {
-  return tile.max_positions <= max_positions && std::int64_t{3} * items_of(s, tile) > limits().sms;
+  return tile.max_positions <= max_schedulable_positions && std::int64_t{3} * items_of(s, tile) > limits().sms;
 }
 
 void attend_prefill_sel(const AttendArgs& a, Stream* stream) { launch(a, nullptr, nullptr, stream); }

@@ -20,7 +20,8 @@ constexpr int block_tokens = 64;                       // of a KV slot: a select
 constexpr int max_blocks = 32, max_blocks_small = 16;  // that a query selects: two instances of the scheduler
 constexpr int mailbox_slots = 8;                       // of a query: more than KV slots
 constexpr int schedule_slots = 4, slot_steps = 8;      // of the schedule ring, and steps in each
-constexpr std::int64_t max_positions = std::int64_t{block_tokens} << 19;  // a step's block index has 19 bits
+constexpr std::int64_t max_schedulable_positions = std::int64_t{block_tokens}
+                                                   << 19;  // a step's block index has 19 bits
 
 struct SelectedParams {
   CUtensorMap k, v;
@@ -37,11 +38,11 @@ struct WorkItem {
   __device__ __forceinline__ WorkItem(const SelectedParams& p, int index) {
     const LayerShape& s = p.a.shape;
     const int planes = p.items / p.query_tiles;
-    const int in_tile = p.interleave_planes ? index % planes : index / p.query_tiles;
+    const int tile_plane = p.interleave_planes ? index % planes : index / p.query_tiles;
     const int tile = p.interleave_planes ? p.query_tiles - 1 - index / planes : index % p.query_tiles;
     first_query = tile * item_queries;
-    sequence = in_tile / s.groups;
-    group = in_tile % s.groups;
+    sequence = tile_plane / s.groups;
+    group = tile_plane % s.groups;
     plane = (p.a.tile.batch_begin + sequence) * s.groups + group;
   }
   __device__ __forceinline__ bool has(const SelectedParams& p, int query) const {
@@ -95,8 +96,13 @@ template <int KvSlots>
 struct SharedBarriers {
   MbarrierWord key_full[KvSlots], key_empty[KvSlots], value_full[KvSlots], value_empty[KvSlots];
   MbarrierWord mailbox_full[item_queries][mailbox_slots];
-  MbarrierWord key_issued[mailbox_slots];  // of a step: the copy of its K is issued
-  MbarrierWord notified[mailbox_slots];    // of a step: its queries are notified, and V of one round before has arrived
+  // Of a step. They need no empty barriers: each is waited for before its next arrival, mailbox_slots > KvSlots steps
+  // later. K of step i + mailbox_slots is issued once its slot is empty, so after the queries of a step later than i
+  // were notified, so after the notifying warp has waited for key_issued of step i. Queries of step i + mailbox_slots
+  // are notified once V of a step later than i has arrived, so after the warp that loads V has waited for notified of
+  // step i.
+  MbarrierWord key_issued[mailbox_slots];  // the copy of its K is issued
+  MbarrierWord notified[mailbox_slots];    // its queries are notified, and V of one round before has arrived
   MbarrierWord schedule_full[schedule_slots], schedule_empty[schedule_slots];
 };
 
