@@ -96,7 +96,7 @@ Earlier resume_from(const Config& config, const Session& session, const std::vec
   std::error_code none;
   if (!std::filesystem::exists(path, none)) return {};
   ResultFile before = read_result(path);
-  check_same_run(path, before, run, make_partition(config, session.world.size(), 0));
+  check_same_run(path, before, run, factorise(config, session.world.size()));
   std::vector<std::string> fingerprints;
   for (const Point& point : points) fingerprints.push_back(fingerprint(session, config, point));
   run = resumed_record(before.run, std::move(run));

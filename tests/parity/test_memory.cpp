@@ -21,8 +21,9 @@ Config config_of(const char* kind, const std::vector<std::string>& more = {}) {
 }
 
 double planned_bytes(const Config& config, std::int64_t context, int ranks) {
-  const Partition partition = make_partition(config, ranks, 0);
-  return static_cast<double>(planned_memory(host_kernels(), config, partition, {context, 1, -1}).total_peak);
+  const Point point{context, 1, -1};
+  const Partition partition = make_partition(config, point, ranks, 0);
+  return static_cast<double>(planned_memory(host_kernels(), config, partition, point).total_peak);
 }
 
 }  // namespace

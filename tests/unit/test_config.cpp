@@ -6,6 +6,7 @@
 #include "catch.hpp"
 #include "kernels/diagnostics/error.hpp"
 #include "nsa/config/config.hpp"
+#include "nsa/model/partition.hpp"
 
 using namespace nsa;
 
@@ -213,6 +214,28 @@ TEST_CASE("a sweep has one point for each context, batch and forced branch", "[c
   CHECK(points[1].context == 16);
   CHECK(points[2].batch == 2);
   CHECK(points[4].force_branch == sel);
+}
+
+TEST_CASE("the KV chunk of a point depends on its task and context, not on the ranks", "[config]") {
+  const auto blocks = [](const char* kind, std::int64_t context, std::vector<std::string> more = {}) {
+    const Config config = parse_config(std::string("[task]\nkind = \"") + kind + "\"\n", "chunks.toml", more);
+    const Point point{context};
+    CHECK(make_partition(config, point, 2, 0).chunk_tokens == kv_chunk_blocks(config, point) * config.nsa.l_sel);
+    const std::vector<Parameter> list = parameters(config, point);
+    const auto at = std::ranges::find(list, "parallel.kv_chunk_blocks", &Parameter::first);
+    REQUIRE(at != list.end());
+    CHECK(std::get<std::int64_t>(at->second) == kv_chunk_blocks(config, point));
+    return kv_chunk_blocks(config, point);
+  };
+  CHECK(blocks("decode", 65536) == 16);
+  CHECK(blocks("needle", 65536) == 16);
+  CHECK(blocks("prefill", 8192) == 16);
+  CHECK(blocks("prefill", 32768) == 32);
+  CHECK(blocks("prefill", 65536) == 64);
+  CHECK(blocks("prefill", 1048576) == 64);
+  CHECK(blocks("prefill", 65536, {"nsa.l_sel=128"}) == 32);
+  CHECK(blocks("prefill", 65536, {"parallel.kv_chunk_blocks=5"}) == 5);
+  CHECK(blocks("prefill", 65536, {"parallel.kv_chunk_blocks=\"auto\""}) == 64);
 }
 
 TEST_CASE("every key is a parameter of a point under its own name", "[config]") {

@@ -4,6 +4,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "kernels/diagnostics/json_quote.hpp"
 #include "nsa/config/keys.hpp"
 
@@ -88,11 +90,22 @@ std::vector<Point> sweep(const Config& config) {
   return points;
 }
 
+std::int64_t kv_chunk_blocks(const Config& config, const Point& point) {
+  constexpr std::int64_t least = 16, most = 64;
+  if (config.parallel.kv_chunk_blocks > 0) return config.parallel.kv_chunk_blocks;
+  if (config.kind != TaskKind::prefill) return least;
+  // A rank's prefill runs in tiles of a chunk, and larger tiles waste less at their ends. With 16 chunks a sequence the
+  // rank of the last chunk still has little more of the causal triangle than the others.
+  constexpr std::int64_t chunks = 16;
+  return std::clamp(point.context / (chunks * config.nsa.l_sel), least, most);
+}
+
 std::vector<Parameter> parameters(const Config& config, const Point& point) {
   Config at_point = config;
   at_point.run.context = {point.context};
   at_point.run.batch = {point.batch};
   at_point.run.force_branch = {point.force_branch};
+  at_point.parallel.kv_chunk_blocks = kv_chunk_blocks(config, point);
   if (config.kind == TaskKind::kernels) {
     const KernelShape& shape = point.kernel;
     KernelsConfig& k = at_point.kernels;

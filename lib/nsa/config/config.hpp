@@ -46,8 +46,8 @@ struct RunConfig {
 };
 
 struct ParallelConfig {
-  std::int64_t heads = 0, kv = 0;  ///< 0: auto
-  std::int64_t kv_chunk_blocks = 16;
+  std::int64_t heads = 0, kv = 0;    ///< 0: auto
+  std::int64_t kv_chunk_blocks = 0;  ///< 0: auto, kv_chunk_blocks() of a point
 };
 
 struct RouteConfig {
@@ -128,6 +128,10 @@ Config parse_config(std::string_view text, const std::string& path, const std::v
 void validate(const Config& config);
 
 std::vector<Point> sweep(const Config& config);
+
+/// Selection blocks of a KV chunk at the point: parallel.kv_chunk_blocks, or what "auto" means. It does not depend on
+/// the number of ranks, since the compressed softmax is summed chunk by chunk: every layout forms the same bits.
+std::int64_t kv_chunk_blocks(const Config& config, const Point& point);
 
 /// A parameter of a point as the result file holds it: "model.d_k" -> value. Stable order, every key.
 using Parameter = std::pair<std::string, std::variant<std::int64_t, double, std::string>>;

@@ -39,10 +39,10 @@ Backend planning_backend(const Config& config) {
 }
 
 /// The selection blocks of the chunks that a rank owns: "0-3 8-11"; at most four chunks are listed.
-std::string blocks_text(const Config& config, const Partition& p, std::int64_t positions) {
+std::string blocks_text(const Partition& p, std::int64_t positions) {
   const std::int64_t blocks = eligible_blocks(p.shape.rules, positions - 1);
   if (p.kv == 1) return span_text(0, blocks);
-  const std::int64_t chunk_blocks = config.parallel.kv_chunk_blocks;
+  const std::int64_t chunk_blocks = p.chunk_tokens / p.shape.rules.l_sel;
   const std::int64_t chunks = owned_chunks(p.tokens(false), positions, p.kv_rank);
   std::string text = chunks == 0 ? "none" : "";
   for (std::int64_t i = 0; i < std::min<std::int64_t>(chunks, 4); ++i) {
@@ -53,15 +53,16 @@ std::string blocks_text(const Config& config, const Partition& p, std::int64_t p
   return chunks > 4 ? text + fmt::format(" and {} chunks more", chunks - 4) : text;
 }
 
-void print_owners(std::ostream& out, const Config& config, int ranks, std::int64_t positions) {
+void print_owners(std::ostream& out, const Config& config, const Point& point, int ranks) {
+  const std::int64_t positions = total_positions(config, point);
   fmt::print(out, "{:>6} {:>10} {:>8} {:>10} {:>10}  {}\n", "rank", "head shard", "kv rank", "KV groups", "heads",
              fmt::format("blocks of {} tokens, of {} positions", config.nsa.l_sel, positions));
   for (int rank = 0; rank < ranks; ++rank) {
-    const Partition p = make_partition(config, ranks, rank);
+    const Partition p = make_partition(config, point, ranks, rank);
     const std::int64_t h = p.shape.heads_per_group;
     fmt::print(out, "{:>6} {:>10} {:>8} {:>10} {:>10}  {}\n", rank, p.head_shard, p.kv_rank,
                span_text(p.group_begin, p.shape.groups), span_text(p.group_begin * h, p.shape.heads()),
-               blocks_text(config, p, positions));
+               blocks_text(p, positions));
   }
 }
 
@@ -74,7 +75,7 @@ void print_memory(std::ostream& out, const Config& config, const KernelTable& ke
   std::string pending;  // line of the ranks since `first`
   int first = 0;
   for (int rank = 0; rank < ranks; ++rank) {
-    const MemoryAccount account = planned_memory(kernels, config, make_partition(config, ranks, rank), point);
+    const MemoryAccount account = planned_memory(kernels, config, make_partition(config, point, ranks, rank), point);
     std::string text;
     for (const std::size_t bytes : account.peak) text += fmt::format(" {:>12}", bytes_text(static_cast<double>(bytes)));
     text += fmt::format(" {:>12}", bytes_text(static_cast<double>(account.total_peak)));
@@ -92,8 +93,8 @@ void print_memory(std::ostream& out, const Config& config, const KernelTable& ke
 void print_exchanges(std::ostream& out, const Config& config, const Point& point, int ranks) {
   const bool needle = config.kind == TaskKind::needle;
   const Config step = needle ? needle_config(config) : config;
-  const std::vector<Exchange> list =
-      exchanges(step, make_partition(step, ranks, 0), needle ? needle_point(point) : point);
+  const Point at = needle ? needle_point(point) : point;
+  const std::vector<Exchange> list = exchanges(step, make_partition(step, at, ranks, 0), at);
   const char* unit = config.kind == TaskKind::prefill ? "prefill" : "step";
   if (list.empty()) fmt::print(out, "exchanges a {} and layer: none\n", unit);
   for (const Exchange& e : list)
@@ -106,7 +107,7 @@ void print_kernels_plan(std::ostream& out, const Config& config, const KernelTab
   const std::vector<Point> points = sweep(config);
   std::size_t most = 0;
   for (const Point& point : points)
-    most = std::max(most, planned_memory(kernels, config, make_partition(config, ranks, 0), point).total_peak);
+    most = std::max(most, planned_memory(kernels, config, make_partition(config, point, ranks, 0), point).total_peak);
   fmt::print(out, "plan: {} ranks, each measures {} shapes, {} at most at a time\n", ranks, points.size(),
              bytes_text(static_cast<double>(most)));
   fmt::print(out, "result file: about {}\n", bytes_text(static_cast<double>(planned_result_bytes(config, ranks))));
@@ -143,15 +144,14 @@ void print_plan(std::ostream& out, const Config& config, int ranks) {
   const std::vector<Point> points = sweep(config);
   const Backend backend = planning_backend(config);
   if (config.kind == TaskKind::kernels) return print_kernels_plan(out, config, *backend.kernels, ranks);
-  std::int64_t positions = 0;
-  for (const Point& point : points) positions = std::max(positions, total_positions(config, point));
+  const Point& longest = *std::ranges::max_element(points, {}, &Point::context);
 
   fmt::print(out, "plan: {} ranks = heads {} x kv {}, memory as the {} backend lays it out\n", ranks, heads, kv,
              backend.kind == BackendKind::cuda ? "cuda" : "host");
   if (kv > 1)
-    fmt::print(out, "chunks of {} blocks are dealt round-robin over the {} kv ranks\n", config.parallel.kv_chunk_blocks,
-               kv);
-  print_owners(out, config, ranks, positions);
+    fmt::print(out, "chunks of {} blocks are dealt round-robin over the {} kv ranks\n",
+               kv_chunk_blocks(config, longest), kv);
+  print_owners(out, config, longest, ranks);
   for (const Point& point : points) {
     if (point.force_branch != points.front().force_branch) break;  // later points repeat memory and exchanges
     fmt::print(out, "\ncontext {}, batch {}\n", point.context, point.batch);

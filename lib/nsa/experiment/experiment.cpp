@@ -151,7 +151,7 @@ std::string fingerprint(const Session& session, const Config& config, const Poin
   for (const Branch branch : kv_column_order)
     if (!routes.implementation[branch].empty())
       text += branch_names[branch] + ("=" + routes.implementation[branch] + "\n");
-  const Partition partition = make_partition(config, session.world.size(), session.world.rank());
+  const Partition partition = make_partition(config, point, session.world.size(), session.world.rank());
   text += "heads=" + std::to_string(partition.heads) + "\nkv=" + std::to_string(partition.kv) + "\n";
   text += "device=" + session.backend.device->info().name + "\n";
   text += "input_file=" + session.input_hash + "\n";
@@ -191,7 +191,7 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
   PointRecord record;
   record.index = index;
   record.parameters = parameters(config, point);
-  const Partition partition = make_partition(config, session.world.size(), session.world.rank());
+  const Partition partition = make_partition(config, point, session.world.size(), session.world.rank());
   record.heads = partition.heads;
   record.kv = partition.kv;
   record.fingerprint = fingerprint(session, config, point);

@@ -55,7 +55,8 @@ bool decides_point(const std::string& key) {
   return true;
 }
 
-void check_same_run(const std::string& path, const ResultFile& before, const RunRecord& now, const Partition& shards) {
+void check_same_run(const std::string& path, const ResultFile& before, const RunRecord& now,
+                    std::pair<std::int64_t, std::int64_t> shards) {
   std::vector<std::string> list;
   const auto compare = [&](const char* what, const std::string& there, const std::string& here) {
     if (there != here) list.push_back(difference(what, there, here));
@@ -70,9 +71,9 @@ void check_same_run(const std::string& path, const ResultFile& before, const Run
   if (before.run.system.size() == now.system.size()) {
     compare_machines(before.run, now, list);
     for (const PointRecord& point : before.points) {
-      if (point.heads == shards.heads && point.kv == shards.kv) continue;
+      if (std::pair(point.heads, point.kv) == shards) continue;
       list.push_back(difference("heads x kv", fmt::format("{} x {}", point.heads, point.kv),
-                                fmt::format("{} x {}", shards.heads, shards.kv)));
+                                fmt::format("{} x {}", shards.first, shards.second)));
       break;
     }
   }

@@ -1,10 +1,11 @@
 #pragma once
 // Resuming a run from its result file.
 
+#include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "nsa/model/partition.hpp"
 #include "nsa/results/result_file.hpp"
 
 namespace nsa {
@@ -15,7 +16,9 @@ bool decides_point(const std::string& key);
 
 /// Throws UserError(usage) unless this run equals the one that began the file; the message names every difference:
 /// effective input, program, ranks and shards, and on any rank processor, GPU and library versions. Hosts may differ.
-void check_same_run(const std::string& path, const ResultFile& before, const RunRecord& now, const Partition& shards);
+/// `shards`: heads and kv of this run.
+void check_same_run(const std::string& path, const ResultFile& before, const RunRecord& now,
+                    std::pair<std::int64_t, std::int64_t> shards);
 
 /// The finished points of the file, which are kept; fingerprints[i] is that of point i in this run. An interrupted
 /// point is left out. Throws UserError(usage) where a fingerprint differs.

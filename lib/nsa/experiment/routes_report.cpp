@@ -119,7 +119,7 @@ void print_routes(std::ostream& out) {
 }
 
 void print_routes(std::ostream& out, const Backend& backend, const Config& config, const Point& point, int ranks) {
-  const LayerShape shape = make_partition(config, ranks, 0).shape;
+  const LayerShape shape = make_partition(config, point, ranks, 0).shape;
   const std::int64_t positions = total_positions(config, point);
   Routes routes;
   for (const Phase phase : {Phase::prefill, Phase::decode}) {

@@ -185,21 +185,15 @@ void DecodeRunner::exchange(const StepContext& ctx, StageTimer& timer, void (*wh
 }
 
 void DecodeRunner::on_side_stream(const StepContext& ctx, void (*what)(const StepContext&, Stream*)) {
-  const Streams& s = shard_.streams;
-  s.device.record(s.side_begins, s.compute);
-  s.device.wait(s.side, s.side_begins);
-  what(ctx, s.side);
-  s.device.record(s.side_ends, s.side);
+  shard_.streams.on_side([&](Stream* side) { what(ctx, side); });
 }
-
-void DecodeRunner::wait_side_stream() { shard_.device().wait(shard_.streams.compute, shard_.streams.side_ends); }
 
 void DecodeRunner::staged_attention(const StepContext& ctx, StageTimer& timer) {
   timer.time(Stage::attend_cmp, [&] { attend(ctx, cmp); });
   const bool overlap = ctx.exchanges && !timer.per_stage();  // the window branch hides the exchange of lse
   overlap ? on_side_stream(ctx, exchange_lse) : exchange(ctx, timer, exchange_lse);
   if (!ctx.leaves_out(win)) timer.time(Stage::attend_win, [&] { attend(ctx, win); });
-  if (overlap) wait_side_stream();
+  if (overlap) shard_.streams.wait_side();
   if (!ctx.leaves_out(sel)) {
     timer.time(Stage::rank, [&] { score_blocks(ctx); });
     exchange(ctx, timer, exchange_candidates);
@@ -222,7 +216,7 @@ void DecodeRunner::sharded_attention(const StepContext& ctx, StageTimer& timer) 
     exchange(ctx, timer, exchange_candidates);
     select_blocks(ctx);
     attend(ctx, sel);
-    if (gated) wait_side_stream();
+    if (gated) shard_.streams.wait_side();
   }
   exchange(ctx, timer, exchange_partials);
   gated ? merge_ranks(ctx) : combine(ctx);

@@ -54,9 +54,8 @@ class DecodeRunner {
   void output_projection(const StepContext& ctx, StageTimer& timer);
   void advance();
   void exchange(const StepContext& ctx, StageTimer& timer, void (*what)(const StepContext&, Stream*));
-  /// Runs concurrently with what is queued on the compute stream from here to wait_side_stream.
+  /// Runs concurrently with what is queued on the compute stream from here to Streams::wait_side.
   void on_side_stream(const StepContext& ctx, void (*what)(const StepContext&, Stream*));
-  void wait_side_stream();
 
   ModelShard& shard_;
   StepBuffers buffers_;

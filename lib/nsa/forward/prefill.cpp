@@ -207,17 +207,24 @@ void PrefillRunner::compress_rows(std::int64_t layer) {
   shard_.kernels().compress(args, shard_.streams.compute);
 }
 
-PrefillRunner::CacheViews PrefillRunner::gather(std::int64_t layer) {
+PrefillRunner::CacheViews PrefillRunner::gathered(std::int64_t layer) {
   LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
-  const bool shared = shard_.shape().shared_kv;
   const auto views = [](const KvPair& of_cmp, const KvPair& of_sel, const KvPair& of_win) {
     return CacheViews{{of_cmp.k, of_sel.k, of_win.k}, {of_cmp.v, of_sel.v, of_win.v}};
   };
   if (shard_.partition.kv == 1) return views(cache.cmp, cache.sel, rows(win, layer));
+  return views(cmp_all_, sel_all_, shard_.shape().shared_kv ? sel_all_ : win_all_);
+}
+
+void PrefillRunner::gather_tokens(std::int64_t layer, Stream* stream) {
+  gather_pair("k_sel, v_sel", shard_, shard_.caches[static_cast<std::size_t>(layer)].sel, sel_all_, stream);
+  if (!shard_.shape().shared_kv) gather_pair("k_win, v_win", shard_, win_, win_all_, stream);
+}
+
+void PrefillRunner::gather_compressed(std::int64_t layer) {
+  LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
   Stream* stream = shard_.streams.compute;
   gather_pair("k_cmp, v_cmp", shard_, cache.cmp, cmp_all_, stream);
-  gather_pair("k_sel, v_sel", shard_, cache.sel, sel_all_, stream);
-  if (!shared) gather_pair("k_win, v_win", shard_, win_, win_all_, stream);
   // Decode also scores the compressed tokens before each chunk that reach into its first block.
   const std::int64_t halo = cache.cmp.k.map.halo;
   const std::int64_t tokens = compressed_tokens(shard_.shape().rules, positions_ - 1);
@@ -225,7 +232,6 @@ PrefillRunner::CacheViews PrefillRunner::gather(std::int64_t layer) {
     shard_.kernels().copy_rows({shard_.shape().dtype, value ? cmp_all_.v : cmp_all_.k,
                                 value ? cache.cmp.v : cache.cmp.k, shard_.planes(), 0, tokens, -halo, 0},
                                stream);
-  return views(cmp_all_, sel_all_, shared ? sel_all_ : win_all_);
 }
 
 // Fills the rings that decode starts from: the last w tokens of the window, the last l of the cmp projections, on every
@@ -300,10 +306,17 @@ void PrefillRunner::start() {
 PrefillRunner::CacheViews PrefillRunner::make_caches(std::int64_t layer, const StepOptions& options,
                                                      StageTimer& timer) {
   if (shard_.config.run.scope == Scope::layer) project_rows(layer, options, timer);
+  const bool gathers = shard_.partition.kv > 1, overlap = gathers && !timer.per_stage();
   timer.time(Stage::comm, [&] { exchange_raw_halo(); });
+  // Compression hides the largest exchange. A communicator has one exchange under way at a time.
+  if (overlap) shard_.streams.on_side([&](Stream* side) { gather_tokens(layer, side); });
   timer.time(Stage::compress, [&] { compress_rows(layer); });
-  CacheViews caches;
-  timer.time(Stage::comm, [&] { caches = gather(layer); });
+  if (overlap) shard_.streams.wait_side();
+  timer.time(Stage::comm, [&] {
+    if (gathers && !overlap) gather_tokens(layer, shard_.streams.compute);
+    if (gathers) gather_compressed(layer);
+  });
+  const CacheViews caches = gathered(layer);
   timer.time(Stage::append, [&] { fill_rings(layer, caches); });
   return caches;
 }

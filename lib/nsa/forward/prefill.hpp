@@ -64,7 +64,9 @@ class PrefillRunner {
   void project_rows(std::int64_t layer, const StepOptions& options, StageTimer& timer);
   void exchange_raw_halo();
   void compress_rows(std::int64_t layer);
-  CacheViews gather(std::int64_t layer);
+  CacheViews gathered(std::int64_t layer);
+  void gather_tokens(std::int64_t layer, Stream* stream);
+  void gather_compressed(std::int64_t layer);
   void fill_rings(std::int64_t layer, const CacheViews& caches);
   void attend_rows(std::int64_t layer, const StepOptions& options, const CacheViews& caches, StageTimer& timer,
                    const OnTile& on_tile);

@@ -21,7 +21,7 @@ ModelShard::ModelShard(const Backend& opened, const ControlComm& world, const Co
     : backend(opened),
       config(input),
       point(at),
-      partition(make_partition(input, world.size(), world.rank())),
+      partition(make_partition(input, at, world.size(), world.rank())),
       streams(*opened.device) {
   allocate(&source);
 }

@@ -20,6 +20,16 @@ struct Streams {
   const DeviceOps& device;
   Stream *compute, *side;
   Event *side_begins, *side_ends;
+
+  /// Queues `work(side)` behind what `compute` holds by now. wait_side() lets `compute` wait for it.
+  template <class Work>
+  void on_side(Work&& work) const {
+    device.record(side_begins, compute);
+    device.wait(side, side_begins);
+    work(side);
+    device.record(side_ends, side);
+  }
+  void wait_side() const { device.wait(compute, side_ends); }
 };
 
 struct ModelShard {

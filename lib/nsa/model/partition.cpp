@@ -77,12 +77,12 @@ std::pair<std::int32_t, std::int32_t> factorise(const Config& config, std::int32
   return {static_cast<std::int32_t>(heads), static_cast<std::int32_t>(kv)};
 }
 
-Partition make_partition(const Config& config, std::int32_t ranks, std::int32_t rank) {
+Partition make_partition(const Config& config, const Point& point, std::int32_t ranks, std::int32_t rank) {
   Partition p;
   std::tie(p.heads, p.kv) = factorise(config, ranks);
   p.head_shard = rank / p.kv;
   p.kv_rank = rank % p.kv;
-  p.chunk_tokens = config.parallel.kv_chunk_blocks * config.nsa.l_sel;
+  p.chunk_tokens = kv_chunk_blocks(config, point) * config.nsa.l_sel;
 
   const ModelConfig& m = config.model;
   LayerShape& s = p.shape;

@@ -35,7 +35,7 @@ struct Partition {
 /// Throws UserError when they do not multiply to `ranks` or heads does not divide the groups.
 std::pair<std::int32_t, std::int32_t> factorise(const Config& config, std::int32_t ranks);
 
-Partition make_partition(const Config& config, std::int32_t ranks, std::int32_t rank);
+Partition make_partition(const Config& config, const Point& point, std::int32_t ranks, std::int32_t rank);
 
 /// Tokens read at position t for one (b, g), summed over the kv ranks, from the shape alone (docs/METRICS.md).
 struct ExpectedReads {

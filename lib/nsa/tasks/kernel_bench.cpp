@@ -52,7 +52,7 @@ LayerShape packed_shape(LayerShape shape) {
   return shape;
 }
 
-LayerShape shape_of(const Config& c) { return make_partition(c, 1, 0).shape; }
+LayerShape shape_of(const Config& c, const Point& point) { return make_partition(c, point, 1, 0).shape; }
 
 QueryTile tile_of(const Point& point) {
   QueryTile tile;
@@ -119,7 +119,7 @@ std::vector<std::int32_t> choose_blocks(Spans spans, std::int64_t rows, std::int
 
 std::vector<KernelChoice> kernel_choices(const KernelTable& kernels, const Config& config, const Point& point) {
   const Branch branch = point.kernel.branch;
-  const LayerShape shape = shape_of(kernel_config(config, point));
+  const LayerShape shape = shape_of(kernel_config(config, point), point);
   const LayerShape packed = packed_shape(shape);
   std::vector<KernelChoice> choices;
   for (const std::string& label : config.kernels.implementations) {
@@ -141,7 +141,7 @@ KernelBench::KernelBench(const Allocator& allocate, const KernelTable& kernels, 
       config_(kernel_config(config, point)),
       point_(point),
       branch_(point.kernel.branch),
-      shape_(shape_of(config_)),
+      shape_(shape_of(config_, point)),
       packed_shape_(packed_shape(shape_)),
       rows_(kernel_rows(point)),
       first_position_(point.context - rows_),
