@@ -22,7 +22,8 @@ class Routes(AppTest):
             self.assertIn(part, done.err)
 
     def test_every_route_of_the_host_runs(self):
-        for cmp, sel, win in ("sdpa", "sdpa", "sdpa"), ("flash", "masked", "masked"), ("fused", "fused", "flash"):
+        for cmp, sel, win in (["sdpa"] * 3, ["sdpa_gemm"] * 3, ["flash", "masked", "masked"],
+                              ["fused", "fused", "flash"]):
             with self.subTest(sel=sel, win=win):
                 done = self.assert_ok(self.run_small("--set", f"route.cmp={cmp}", "--set", f"route.sel={sel}", "--set",
                                                      f"route.win={win}"))
@@ -41,7 +42,7 @@ class Routes(AppTest):
         self.assert_refused(self.run_small("--set", "route.cmp=masked", ranks=2), "route.cmp")
         self.assert_refused(self.run_small("--set", "runtime.fa2_min_len_win=often"), "runtime.fa2_min_len_win")
         self.assert_refused(self.run_small(ranks=2, environment={"NSA_ROUTE_SEL": "quick"}), "NSA_ROUTE_SEL=quick",
-                            "sdpa, masked, fused")
+                            "sdpa, sdpa_gemm, masked, fused")
 
     def test_ranks_with_other_environments_are_refused(self):
         self.write("in.toml", SMALL)

@@ -31,6 +31,7 @@ ALLOWED = {
     "kernels/cuda/layer": "kernels/cuda/attention kernels/cuda/runtime kernels/shared",
     "kernels/cuda/rank": "kernels/cuda/attention kernels/cuda/runtime",
     "kernels/cuda/decode/split_kv": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/runtime",
+    "kernels/cuda/attention/sdpa": "kernels/cuda/attention kernels/cuda/decode/split_kv kernels/cuda/runtime",
     "kernels/cuda/decode/fused": "kernels/cuda/attention kernels/cuda/decode/split_kv kernels/cuda/primitives",
     "kernels/cuda/decode": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/decode/split_kv "
                            "kernels/cuda/rank kernels/cuda/runtime",

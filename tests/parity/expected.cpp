@@ -13,7 +13,8 @@ Options options_of(const Phase& phase) {
   Options options = parity::options_of(phase.config);
   if (phase.config.run.backend != nsa::BackendChoice::cuda) return options;
   for (const int c : {oracle::cmp, oracle::sel, oracle::win})
-    options.rounds_p[c] = phase.record.routes[c] == "sdpa" || phase.record.routes[c] == "masked";
+    options.rounds_p[c] =
+        phase.record.routes[c] == "masked" || phase.record.route_kernels[c].find("sdpa_gemm") != std::string::npos;
   return options;
 }
 
@@ -31,7 +32,7 @@ bool rounds_weights(const Phase& phase, int c, Against against) {
   const Options options = options_of(phase);
   if (phase.config.run.backend != nsa::BackendChoice::cuda || options.storage == oracle::Storage::fp32) return false;
   bool rounds = against == Against::layout && options.rounds_p[c];
-  for (const char* name : {"step", "shard", "decode", "tiled", "rows", "flash"})
+  for (const char* name : {"step", "shard", "decode", "tiled", "rows", "flash", "sdpa_split_kv", "sdpa_cudnn"})
     rounds |= phase.record.route_kernels[c].find(name) != std::string::npos;
   return rounds;
 }

@@ -14,7 +14,7 @@ struct Phase {
   nsa::PointRecord record;
 };
 
-/// The options under which the oracle rounds like the program: matrix products on a GPU (sdpa, masked) store the
+/// The options under which the oracle rounds like the program: matrix products on a GPU (sdpa_gemm, masked) store the
 /// softmax weights, as frameworks without custom kernels do.
 oracle::Options options_of(const Phase& phase);
 

@@ -18,7 +18,8 @@ Config small_config(DType precision = DType::f32) {
   c.kind = TaskKind::kernels;
   c.model.precision = precision;
   c.nsa.w = 70;
-  c.kernels.implementations = {"fused", "sdpa", "sdpa_packed", "flash_packed", "masked"};
+  c.kernels.implementations = {"fused", "sdpa", "sdpa_packed", "flash_packed", "sdpa_gemm", "sdpa_gemm_packed",
+                               "masked"};
   return c;
 }
 
@@ -101,7 +102,7 @@ TEST_CASE("kernels: every implementation is correct on every branch and reads th
       Bench b(config, point);
       const std::vector<KernelChoice> choices =
           kernel_choices(*open_backend(BackendKind::host, 0).kernels, config, point);
-      REQUIRE(choices.size() >= (branch == sel ? 3u : 1u));
+      REQUIRE(choices.size() == (branch == sel ? 7u : branch == win ? 4u : 3u));
       for (const KernelChoice& choice : choices) {
         INFO(branch_names[branch] << " " << choice.label);
         const KernelError error = b.error_of(choice, b.bench.copies() - 1);  // all copies have the same values

@@ -46,7 +46,9 @@ void run_fused(const AttendArgs&, Stream*) {
 }
 std::size_t large(const LayerShape&, const QueryTile&, const AttentionPolicy&) { return 1000; }
 constexpr AttendKernel willing[] = {
-    {"fused", any, run_fused}, {"sdpa", any, run_sdpa}, {"masked", any, run_sdpa, nullptr, large}};
+    {"fused", any, run_fused},
+    {.name = "sdpa", .accepts = any, .run = run_sdpa, .variant = [](const AttendArgs&) { return "sdpa_gemm"; }},
+    {"masked", any, run_sdpa, nullptr, large}};
 constexpr AttendKernel refusing[] = {{"fused", none, run_fused}, {"sdpa", any, run_sdpa}};
 
 KernelTable table_of(std::span<const AttendKernel> list) {
@@ -171,7 +173,7 @@ TEST_CASE("a launch that fails is served by sdpa, from then on too; another erro
   CHECK(ran == "fss");
   CHECK(routes.fallbacks(Phase::decode) == std::vector<std::string>{"sel: fused -> sdpa: no room (2 calls)"});
   CHECK(routes.fallbacks(Phase::prefill) == std::vector<std::string>{"decode sel: fused -> sdpa: no room (2 calls)"});
-  CHECK(route.ran == std::vector<std::string>{"fused", "sdpa"});
+  CHECK(route.ran == std::vector<std::string>{"fused", "sdpa_gemm"});
   const AttendKernel broken{"fused", any,
                             [](const AttendArgs&, Stream*) { throw UserError("lost", ExitCode::device); }};
   Route other{&broken, &willing[1], "fused", "", "", 0};

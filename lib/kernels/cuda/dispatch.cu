@@ -5,6 +5,12 @@
 // decode   one query row a sequence: tensor cores, or scalar arithmetic for fp32   decode/split_kv
 // rows     query rows one by one, 16-bit storage, tensor cores                     attention/rows.cu
 // scalar   every other shape                                                       attention/scalar.cu
+//
+// `sdpa` stands for two: packed SDPA with the best kernels there are, and matrix products where these refuse.
+//
+// variant        for                                                               source
+// sdpa_split_kv  sel, a decode step's win: 16-bit storage, tensor cores            attention/sdpa/packed.cu,
+// decode/split_kv sdpa_gemm      every other shape, and cmp, whose scores rank reads attention/sdpa/gemm.cu
 
 #include "kernels/cuda/attention/split_kv.cuh"
 #include "kernels/cuda/attention/stages.cuh"
@@ -52,17 +58,18 @@ Variant fused_variant(const AttendArgs& a) {
   return {"scalar", attend<B, attend_general>};
 }
 
-template <Branch B>
-void attend_fused(const AttendArgs& a, Stream* stream) {
-  fused_variant<B>(a).run(a, stream);
+template <Variant (*VariantOf)(const AttendArgs&)>
+void run_variant(const AttendArgs& a, Stream* stream) {
+  VariantOf(a).run(a, stream);
 }
 
-template <Branch B>
-const char* fused_variant_name(const AttendArgs& a) {
-  return fused_variant<B>(a).name;
+template <Variant (*VariantOf)(const AttendArgs&)>
+const char* variant_name(const AttendArgs& a) {
+  return VariantOf(a).name;
 }
 
-// masked runs only where a route asks for it. Its scratch lies after that of the other stages.
+// masked and the packed rows of sdpa are used only where a route asks for them. Their scratch lies after that of the
+// other stages: first that of masked, for sel and win, then that of the packed rows.
 std::size_t scratch_with_masked(const LayerShape& s, const QueryTile& tile, const AttentionPolicy& policy) {
   return padded(scratch_bytes(s, tile, policy)) + 2 * padded(masked_scratch(s, tile));
 }
@@ -72,6 +79,35 @@ void attend_with_mask(const AttendArgs& a, Stream* stream) {
   const std::size_t part = padded(masked_scratch(a.shape, a.tile));
   const std::size_t offset = padded(scratch_bytes(a.shape, a.tile, a.policy)) + (B == win ? part : 0);
   attend_masked(B, with_scratch(a, offset, part), stream);
+}
+
+std::size_t offset_of_packed(const LayerShape& s, const QueryTile& tile, const AttentionPolicy& policy) {
+  return masked_accepts(s, tile) ? scratch_with_masked(s, tile, policy) : padded(scratch_bytes(s, tile, policy));
+}
+std::size_t scratch_with_packed(const LayerShape& s, const QueryTile& tile, const AttentionPolicy& policy) {
+  return offset_of_packed(s, tile, policy) + packed_scratch(s, tile);
+}
+
+// The arguments of packed SDPA; without scratch where there is no room, as after a fallback to sdpa.
+AttendArgs with_packed_scratch(const AttendArgs& a) {
+  const std::size_t offset = std::min(a.scratch_bytes, offset_of_packed(a.shape, a.tile, a.policy));
+  return with_scratch(a, offset, a.scratch_bytes - offset);
+}
+
+bool split_kv_pays(const LayerShape& s) { return s.dtype != DType::f32; }
+
+template <Branch B>
+Variant sdpa_variant(const AttendArgs& a) {
+  constexpr Variant gemm = {"sdpa_gemm", attend<B, attend_gemm>};
+  if (B == cmp || !split_kv_pays(a.shape) || a.tile.rows() == 0) return gemm;
+  if constexpr (B == sel) {
+    if (packed_fits(with_packed_scratch(a)))
+      return {"sdpa_split_kv",
+              [](const AttendArgs& x, Stream* stream) { attend_packed(with_packed_scratch(x), stream); }};
+  } else if (decode_accepts(a.shape, a.tile) && reads_kv_map(B, a.shape, a.k.map)) {
+    return {"sdpa_split_kv", attend<B, attend_decode>};
+  }
+  return gemm;
 }
 
 // A kernels input may name two of the variants of `fused` for sel; no route does.
@@ -96,11 +132,17 @@ void attend_flash(const AttendArgs& a, Stream* stream) {
 template <Branch B>
 constexpr AttendKernel fused = {.name = "fused",
                                 .accepts = accepts_any,
-                                .run = attend_fused<B>,
+                                .run = run_variant<fused_variant<B>>,
                                 .recompute_scores = B == cmp ? tiles_shape : nullptr,
-                                .variant = fused_variant_name<B>};
+                                .variant = variant_name<fused_variant<B>>};
 template <Branch B>
-constexpr AttendKernel sdpa = {.name = "sdpa", .accepts = accepts_any, .run = attend<B, attend_sdpa>};
+constexpr AttendKernel sdpa = {.name = "sdpa",
+                               .accepts = accepts_any,
+                               .run = run_variant<sdpa_variant<B>>,
+                               .scratch = B == sel ? scratch_with_packed : nullptr,
+                               .variant = variant_name<sdpa_variant<B>>};
+template <Branch B>
+constexpr AttendKernel gemm = {.name = "sdpa_gemm", .accepts = accepts_any, .run = attend<B, attend_gemm>};
 template <Branch B>
 constexpr AttendKernel masked = {
     .name = "masked", .accepts = masked_accepts, .run = attend_with_mask<B>, .scratch = scratch_with_masked};
@@ -110,9 +152,10 @@ constexpr AttendKernel tiled_sel = {.name = "tiled", .accepts = tiled_sel_accept
 constexpr AttendKernel rows_sel = {.name = "rows", .accepts = rows_accept, .run = attend<sel, attend_rows>};
 constexpr AttendKernel flash_win = {.name = "flash", .accepts = flash_accepts, .run = attend_flash};
 
-constexpr AttendKernel cmp_kernels[] = {fused<cmp>, sdpa<cmp>, scalar<cmp>};
-constexpr AttendKernel sel_kernels[] = {fused<sel>, sdpa<sel>, masked<sel>, scalar<sel>, tiled_sel, rows_sel};
-constexpr AttendKernel win_kernels[] = {fused<win>, sdpa<win>, masked<win>, scalar<win>, flash_win};
+constexpr AttendKernel cmp_kernels[] = {fused<cmp>, sdpa<cmp>, gemm<cmp>, scalar<cmp>};
+constexpr AttendKernel sel_kernels[] = {fused<sel>,  sdpa<sel>, gemm<sel>, masked<sel>,
+                                        scalar<sel>, tiled_sel, rows_sel};
+constexpr AttendKernel win_kernels[] = {fused<win>, sdpa<win>, gemm<win>, masked<win>, scalar<win>, flash_win};
 
 }  // namespace
 

@@ -23,7 +23,7 @@ std::size_t branch_scratch(const LayerShape& s, const QueryTile& tile, const Att
     split.max_positions = 1;
   }
   return padded(std::max(
-      {attend_scratch(s, tile), decode_scratch(s, split), rows_scratch(s, split), sdpa_scratch(s, tile, policy)}));
+      {attend_scratch(s, tile), decode_scratch(s, split), rows_scratch(s, split), gemm_scratch(s, tile, policy)}));
 }
 
 namespace {

@@ -16,17 +16,21 @@ std::size_t masked_scratch(const LayerShape& s, const QueryTile& tile, const Att
   return host::masked_scratch(s, tile);
 }
 
-// On the host one KV mainloop with online softmax is both `fused` and, for cmp and win, `flash`.
+// On the host one KV mainloop with online softmax is both `fused` and, for cmp and win, `flash`; products with softmax
+// between them are both `sdpa` and `sdpa_gemm`.
 constexpr AttendKernel cmp_kernels[] = {{"fused", any_shape, host::attend_cmp},
                                         {"sdpa", any_shape, host::attend_cmp_sdpa},
+                                        {"sdpa_gemm", any_shape, host::attend_cmp_sdpa},
                                         {"flash", any_shape, host::attend_cmp}};
 constexpr AttendKernel sel_kernels[] = {
     {"fused", any_shape, host::attend_sel_direct},
     {"sdpa", any_shape, host::attend_sel_sdpa},
+    {"sdpa_gemm", any_shape, host::attend_sel_sdpa},
     {.name = "masked", .accepts = host::masked_accepts, .run = host::attend_sel_masked, .scratch = masked_scratch}};
 constexpr AttendKernel win_kernels[] = {
     {"fused", any_shape, host::attend_win},
     {"sdpa", any_shape, host::attend_win_sdpa},
+    {"sdpa_gemm", any_shape, host::attend_win_sdpa},
     {.name = "masked", .accepts = host::masked_accepts, .run = host::attend_win_masked, .scratch = masked_scratch},
     {"flash", any_shape, host::attend_win}};
 

@@ -51,18 +51,20 @@ inline constexpr Choice<Spans> span_choices[] = {
 inline const Choice<std::string> implementation_choices[] = {{"fused", "fused"},
                                                              {"sdpa", "sdpa"},
                                                              {"sdpa_packed", "sdpa_packed"},
+                                                             {"sdpa_gemm", "sdpa_gemm"},
+                                                             {"sdpa_gemm_packed", "sdpa_gemm_packed"},
                                                              {"flash_packed", "flash_packed"},
                                                              {"masked", "masked"},
                                                              {"flash", "flash"},
                                                              {"tiled", "tiled"},
                                                              {"rows", "rows"}};
 inline const Choice<std::string> sel_routes[] = {
-    {"auto", "auto"}, {"sdpa", "sdpa"}, {"masked", "masked"}, {"fused", "fused"}};
-inline const Choice<std::string> win_routes[] = {
-    {"auto", "auto"}, {"sdpa", "sdpa"}, {"masked", "masked"}, {"fused", "fused"}, {"flash", "flash"}};
+    {"auto", "auto"}, {"sdpa", "sdpa"}, {"sdpa_gemm", "sdpa_gemm"}, {"masked", "masked"}, {"fused", "fused"}};
+inline const Choice<std::string> win_routes[] = {{"auto", "auto"},     {"sdpa", "sdpa"},   {"sdpa_gemm", "sdpa_gemm"},
+                                                 {"masked", "masked"}, {"fused", "fused"}, {"flash", "flash"}};
 // Without "masked": the compressed branch attends every compressed token, so that its sdpa is dense already.
 inline const Choice<std::string> cmp_routes[] = {
-    {"auto", "auto"}, {"sdpa", "sdpa"}, {"fused", "fused"}, {"flash", "flash"}};
+    {"auto", "auto"}, {"sdpa", "sdpa"}, {"sdpa_gemm", "sdpa_gemm"}, {"fused", "fused"}, {"flash", "flash"}};
 
 // The keys by section: visit("section.key", field, allowed values, unit, meaning). The upper bounds keep every index
 // and byte count within 64 bits and every per-row size within 32 bits.

@@ -151,7 +151,7 @@ void Route::run(Branch branch, const AttendArgs& args, Stream* stream) {
     }
   }
   kernel->run(args, stream);
-  record_kernel(kernel->name);
+  record_kernel(kernel->variant_name(args));
 }
 
 void Routes::choose(const Backend& backend, const Config& config, Phase phase, const LayerShape& shape,

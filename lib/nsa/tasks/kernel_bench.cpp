@@ -21,11 +21,12 @@ const AttendKernel* find_kernel(const KernelTable& kernels, Branch branch, const
   return nullptr;
 }
 
+constexpr std::string_view packed_suffix = "_packed";
+
 /// Dense attention over packed K and V is a window that holds them all. The tiled kernel is `flash`, else `fused`.
 const AttendKernel* packed_kernel(const KernelTable& kernels, const std::string& label) {
-  if (label == "sdpa_packed") return find_kernel(kernels, win, "sdpa");
-  const AttendKernel* flash = find_kernel(kernels, win, "flash");
-  return flash ? flash : find_kernel(kernels, win, "fused");
+  const AttendKernel* kernel = find_kernel(kernels, win, label.substr(0, label.size() - packed_suffix.size()));
+  return kernel || label != "flash_packed" ? kernel : find_kernel(kernels, win, "fused");
 }
 
 /// Counter-based random integers, uniform below `bound`.
@@ -123,7 +124,7 @@ std::vector<KernelChoice> kernel_choices(const KernelTable& kernels, const Confi
   const LayerShape packed = packed_shape(shape);
   std::vector<KernelChoice> choices;
   for (const std::string& label : config.kernels.implementations) {
-    const bool is_packed = label.ends_with("_packed");
+    const bool is_packed = label.ends_with(packed_suffix);
     if (is_packed && branch != sel) continue;
     const AttendKernel* kernel = is_packed ? packed_kernel(kernels, label) : find_kernel(kernels, branch, label);
     if (!kernel) continue;
@@ -182,7 +183,9 @@ KernelBench::KernelBench(const Allocator& allocate, const KernelTable& kernels, 
   }
   for (const KernelChoice& choice : kernel_choices(kernels, config, point))
     if (choice.kernel->scratch)
-      scratch = std::max(scratch, static_cast<std::int64_t>(choice.kernel->scratch(shape_, tile_, {})));
+      scratch = std::max(
+          scratch, static_cast<std::int64_t>(choice.packed ? choice.kernel->scratch(packed_shape_, packed_tile_, {})
+                                                           : choice.kernel->scratch(shape_, tile_, {})));
   scratch_ = allocate(MemoryKind::workspace, scratch);
 }
 

@@ -35,11 +35,13 @@ std::size_t decode_scratch(const LayerShape& s, const QueryTile& tile) {
          sizeof(float);
 }
 
-void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
-  if (a.tile.rows() == 0) return;
-  if (!reads_kv_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
+namespace {
+
+void launch_branch(Branch branch, const AttendArgs& a, const std::int32_t* lengths, unsigned* arrivals,
+                   Stream* stream) {
   DecodeParams p = decode_params(a.shape, a.tile, a.q);
-  p.arrivals = arrival_counters(branch);
+  p.lengths = lengths;
+  p.arrivals = arrivals;
   p.selected = a.selected;
   p.out = a.out;
   const std::int64_t tiles = max_kv_tiles(branch, a.shape, a.k.map, a.tile.max_positions);
@@ -59,6 +61,18 @@ void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
   if (!p.scores_only) merge.out[0] = a.out;
   merge.buckets = branch == cmp;
   launch_merge_splits(merge, stream);
+}
+
+}  // namespace
+
+void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
+  if (a.tile.rows() == 0) return;
+  if (!reads_kv_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
+  launch_branch(branch, a, nullptr, arrival_counters(branch), stream);
+}
+
+void attend_rows_of_length(Branch branch, const AttendArgs& a, const std::int32_t* lengths, Stream* stream) {
+  launch_branch(win, a, lengths, arrival_counters(branch), stream);
 }
 
 }  // namespace nsa::gpu

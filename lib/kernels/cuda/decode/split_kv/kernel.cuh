@@ -43,7 +43,7 @@ struct KvMainloop {
         job(job_of_cta),
         s(params.shape),
         shared(memory),
-        tiles(s, job.k.map, *params.tile.first_position),
+        tiles(s, job.k.map, last_position(params, row_group)),
         split(split_of_cta),
         slot(0),
         count(0),
@@ -75,6 +75,10 @@ struct KvMainloop {
     advance_load();
   }
 
+  static __device__ __forceinline__ std::int64_t last_position(const DecodeParams& p, int row_group) {
+    if (B == win && p.lengths) return p.lengths[row_group / p.shape.groups] - 1;
+    return *p.tile.first_position;
+  }
   __device__ __forceinline__ int first() const { return split * decode_warps + warp; }
   // Whether tile i is the first of a chunk other than chunk 0. A chunk may have a halo row and no token yet.
   __device__ __forceinline__ bool has_halo(int i) const {
@@ -320,7 +324,7 @@ __device__ __forceinline__ void run_job(const DecodeParams& p, const DecodeJob& 
                      shared + SharedLayout::prob + mainloop.warp * WarpTile::prob_bytes);
   mainloop.run(warp_tile);
   if (B == cmp && shards_of(job.k.map) > 1 && job.k.map.halo > 1) mainloop.score_halos(warp_tile);
-  if (threadIdx.x % 32 == 0 && blockIdx.y == 0 && mainloop.count > 0)
+  if (threadIdx.x % 32 == 0 && blockIdx.y == 0 && mainloop.count > 0 && job.reads)
     atomicAdd(reinterpret_cast<unsigned long long*>(job.reads) + mainloop.row * p.shape.groups + mainloop.group,
               static_cast<unsigned long long>(mainloop.count));
   if (mainloop.has_pv || p.epilogue == DecodeEpilogue::merge_all) mainloop.store_partial(warp_tile);

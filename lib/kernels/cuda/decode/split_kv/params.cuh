@@ -45,7 +45,8 @@ struct DecodeParams {
   float2* tile_lse;   ///< (m, sum) of each KV tile: [work item][max_tiles][heads of a head tile]
   std::int64_t max_tiles;
   float* lse;
-  Partials out;  ///< for merge_all
+  Partials out;                 ///< for merge_all
+  const std::int32_t* lengths;  ///< win: the row attends its first `lengths[row]` tokens; null: by position
 };
 
 __host__ __device__ inline std::int64_t decode_partial_floats(int heads, int d_v) {

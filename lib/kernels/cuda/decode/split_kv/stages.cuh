@@ -10,6 +10,10 @@ namespace nsa::gpu {
 void attend_decode(Branch branch, const AttendArgs&, Stream*);
 bool decode_accepts(const LayerShape&, const QueryTile&);
 
+/// Dense attention of each row over its first `lengths[row]` tokens, at most max_positions, whatever its position; uses
+/// the counters of `branch`. Reads are not counted where `reads` is null.
+void attend_rows_of_length(Branch branch, const AttendArgs&, const std::int32_t* lengths, Stream*);
+
 /// Bytes of scratch a stage needs.
 std::size_t decode_scratch(const LayerShape&, const QueryTile&);
 

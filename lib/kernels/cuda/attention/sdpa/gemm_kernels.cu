@@ -1,10 +1,10 @@
-// The kernels of attention by matrix products (attention/sdpa.cu): packing of K and V, softmax.
+// The kernels of attention by matrix products (attention/sdpa/gemm.cu): packing of K and V, softmax.
 //
 // Bytes: pack reads and writes each K and V row once, 16 bytes a thread; softmax reads 4 bytes a score twice (the
 // second time from the L2) and writes one element of storage type. Bound: memory bandwidth, for few rows the launch.
 
 #include "kernels/cuda/attention/online_softmax.cuh"
-#include "kernels/cuda/attention/sdpa.cuh"
+#include "kernels/cuda/attention/sdpa/gemm.cuh"
 
 namespace nsa::gpu {
 

@@ -1,6 +1,6 @@
-// Attention by matrix products, as a framework without custom kernels does it. `sdpa` packs the tokens a branch reads
-// into a buffer unless they are contiguous already, then runs GEMM, softmax, GEMM. `masked` (sel, win) multiplies with
-// every token and masks.
+// Attention by matrix products, as a framework without custom kernels does it. `sdpa_gemm` packs the tokens a branch
+// reads into a buffer unless they are contiguous already, then runs GEMM, softmax, GEMM. `masked` (sel, win) multiplies
+// with every token and masks.
 //
 // A job is one batched cuBLAS product. Either each (row, group) has its own K/V (sel: its selected tokens, packed;
 // decode: the cache plane in place) and the heads of the group are the rows of its product, or all rows of a (sequence,
@@ -12,7 +12,7 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/attention/sdpa.cuh"
+#include "kernels/cuda/attention/sdpa/gemm.cuh"
 #include "kernels/cuda/attention/stages.cuh"
 #include "kernels/cuda/runtime/cublas.cuh"
 
@@ -247,7 +247,7 @@ std::int64_t max_rows(const LayerShape& s, std::int64_t tokens) { return tokens 
 
 }  // namespace
 
-std::size_t sdpa_scratch(const LayerShape& s, const QueryTile& tile, const AttentionPolicy& policy) {
+std::size_t gemm_scratch(const LayerShape& s, const QueryTile& tile, const AttentionPolicy& policy) {
   const bool own_kv = tile.tokens == 1;
   const std::int64_t compressed = tokens_of(cmp, s, tile);
   std::size_t bytes = scratch_needs(false, Source::selected_blocks, true, selected_columns(s, tile), s, tile).bytes();
@@ -273,7 +273,7 @@ bool masked_accepts(const LayerShape& s, const QueryTile& tile) {
   return one.once + one.work_item <= budget;
 }
 
-void attend_sdpa(Branch branch, const AttendArgs& a, Stream* stream) {
+void attend_gemm(Branch branch, const AttendArgs& a, Stream* stream) {
   if (branch == cmp)
     attend<cmp>(a, false, stream);
   else if (branch == sel)

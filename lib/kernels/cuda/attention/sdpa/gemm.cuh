@@ -1,6 +1,6 @@
 #pragma once
-// A batch job of attention by matrix products: attention/sdpa.cu divides a branch into jobs, attention/sdpa_kernels.cu
-// has the kernels beside the products.
+// A batch job of attention by matrix products: attention/sdpa/gemm.cu divides a branch into jobs,
+// attention/sdpa/gemm_kernels.cu has the kernels beside the products.
 
 #include "kernels/cuda/runtime/common.cuh"
 
