@@ -6,11 +6,11 @@
 // rows     query rows one by one, 16-bit storage, tensor cores                     attention/rows.cu
 // scalar   every other shape                                                       attention/scalar.cu
 //
-// `sdpa` stands for two: packed SDPA with the best kernels there are, and matrix products where these refuse.
+// `sdpa` stands for two: packed SDPA by the best kernels there are, and matrix products where these refuse.
 //
-// variant        for                                                               source
-// sdpa_split_kv  sel, a decode step's win: 16-bit storage, tensor cores            attention/sdpa/packed.cu,
-// decode/split_kv sdpa_gemm      every other shape, and cmp, whose scores rank reads attention/sdpa/gemm.cu
+// variant        for                                                      source
+// sdpa_split_kv  sel, and win of a decode step: 16-bit, tensor cores      attention/sdpa/packed.cu, decode/split_kv
+// sdpa_gemm      every other shape, and cmp, whose scores rank reads      attention/sdpa/gemm.cu
 
 #include "kernels/cuda/attention/split_kv.cuh"
 #include "kernels/cuda/attention/stages.cuh"

@@ -12,8 +12,8 @@ namespace nsa {
 
 struct Stream;  // opaque, made by DeviceOps
 
-/// One implementation of a branch. `sdpa` exists for every branch and accepts every shape: others fall back to it. It is
-/// the fastest packed SDPA of the backend, and `sdpa_gemm` (matrix products) where that refuses the shape.
+/// One implementation of a branch. `sdpa` exists for every branch and accepts every shape: others fall back to it. It
+/// is the fastest packed SDPA of the backend, and `sdpa_gemm` (matrix products) where that refuses the shape.
 struct AttendKernel {
   const char* name;  ///< "sdpa", "sdpa_gemm", "masked", "fused", "flash"
   bool (*accepts)(const LayerShape&, const QueryTile&);

@@ -31,9 +31,11 @@ constexpr Rule defaults[] = {
      "nsa-vibe's decision for the RTX 4090: FlashAttention-2 at 0.01 to 0.20 of SDPA's speed, Triton selection slower "
      "and unstable (ADR-2025-08-M4-02)"},
     {[](const RouteKey& q) { return cuda_on(q, 90) && tuned(q) && q.phase == Phase::decode; }, "fused",
-     "1.3 to 5.9 times as fast as sdpa on an H200, each branch at 8K and 64K (docs/ROUTES.md)"},
+     "1.3 to 5.9 times as fast as sdpa_gemm on an H200, each branch at 8K and 64K (docs/ROUTES.md); sel 1.3 times as "
+     "fast as sdpa (docs/kernels/log/sdpa.md)"},
     {[](const RouteKey& q) { return cuda_on(q, 90) && tuned(q); }, "fused",
-     "6 to 11 times as fast as sdpa on an H200, each branch at 8K (docs/ROUTES.md)"},
+     "6 to 11 times as fast as sdpa_gemm on an H200, each branch at 8K (docs/ROUTES.md); sel 1.6 to 5.3 times as fast "
+     "as sdpa (docs/M4.md)"},
     {[](const RouteKey& q) { return cuda_on(q, 90) && q.phase == Phase::decode; }, "fused",
      "no gather; scalar arithmetic at this type or head size, but few rows"},
     {[](const RouteKey& q) { return cuda_on(q, 90); }, "fused",

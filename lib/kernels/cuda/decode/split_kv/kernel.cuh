@@ -200,6 +200,11 @@ struct KvMainloop {
     }
   }
 
+  // A single split with merge_all stores its partial as that of the row.
+  __device__ __forceinline__ bool stores_output() const {
+    return job.splits == 1 && p.epilogue == DecodeEpilogue::merge_all;
+  }
+
   // Rescales the partials of the warps to their common maximum and stores their sum. All threads.
   __device__ __forceinline__ void store_partial(const WarpTile& warp_tile) const {
     constexpr int pitch = WarpTile::d_v + 8;
@@ -207,6 +212,7 @@ struct KvMainloop {
     float2* ms = reinterpret_cast<float2*>(o + decode_warps * WarpTile::heads * pitch);
     float* partial = job.partials + (std::int64_t{work_item} * job.splits + split) *
                                         decode_partial_floats(WarpTile::heads, WarpTile::d_v);
+    float* to = stores_output() ? p.out.o + std::int64_t{first_head} * WarpTile::d_v : partial;
     __syncthreads();  // the rings are empty
     warp_tile.store_state(ms + warp * WarpTile::heads);
     __syncthreads();
@@ -227,7 +233,10 @@ struct KvMainloop {
         const float2 x = ms[w * WarpTile::heads + head];
         sum += x.y * exp2_fast(x.x - m);
       }
-      reinterpret_cast<float2*>(partial + WarpTile::heads * WarpTile::d_v)[head] = make_float2(m, sum);
+      if (!stores_output())
+        reinterpret_cast<float2*>(partial + WarpTile::heads * WarpTile::d_v)[head] = make_float2(m, sum);
+      else if (head < valid_heads)
+        reinterpret_cast<float2*>(p.out.ms)[first_head + head] = to_natural_log(SoftmaxState<Exp2>{m, sum});
     }
     __syncthreads();
     for (int item = threadIdx.x; item < valid_heads * (WarpTile::d_v / 4); item += decode_threads) {
@@ -238,7 +247,7 @@ struct KvMainloop {
         const float4 x = *reinterpret_cast<const float4*>(o + (w * WarpTile::heads + head) * pitch + column);
         sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
       }
-      reinterpret_cast<float4*>(partial)[item] = sum;
+      reinterpret_cast<float4*>(to)[item] = sum;
     }
   }
 
@@ -300,9 +309,10 @@ struct KvMainloop {
   __device__ __forceinline__ void finish() const {
     if (p.epilogue == DecodeEpilogue::store_partials || (p.epilogue == DecodeEpilogue::merge_buckets && B != cmp))
       return;
+    if (stores_output() && B != cmp) return;
     if (job.splits > 1 && !arrives_last(&p.arrivals[work_item], job.splits)) return;
     __syncthreads();
-    if (p.epilogue == DecodeEpilogue::merge_all) merge_partials();
+    if (p.epilogue == DecodeEpilogue::merge_all && !stores_output()) merge_partials();
     if constexpr (B == cmp) merge_buckets();
   }
 };
@@ -313,12 +323,12 @@ __device__ __forceinline__ void run_job(const DecodeParams& p, const DecodeJob& 
   const bool has_idle_ctas = job.ctas > job.splits;
   const int ctas = has_idle_ctas ? job.ctas : job.splits, split = has_idle_ctas ? ctas - 1 - at % ctas : at % ctas;
   KvMainloop<WarpTile, B> mainloop(p, job, shared, at / ctas, split);
+  mainloop.start();
   if (first)  // the jobs of a CTA share their queries
     WarpTile::load_queries(
         shared + SharedLayout::queries,
         static_cast<const typename WarpTile::Type*>(p.q) + std::int64_t{mainloop.first_head} * WarpTile::d_k,
         mainloop.valid_heads, threadIdx.x, decode_threads);
-  mainloop.start();
   __syncthreads();
   WarpTile warp_tile(shared + SharedLayout::queries,
                      shared + SharedLayout::prob + mainloop.warp * WarpTile::prob_bytes);
