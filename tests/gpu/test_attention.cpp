@@ -25,6 +25,8 @@ struct Case {
   bool scored = false;    // prefill: cmp stores raw scores, even where rank could recompute them
   float q_scale = 2.0f;   // of q's elements: sets the spread of the scores
   int left_out = -1;      // the branch that the fused step leaves out; the stages compute all three
+  // Bytes of scratch that attend gets on the GPU.
+  std::size_t max_scratch = SIZE_MAX;
   std::int64_t positions() const { return first + tokens; }
 };
 
@@ -83,7 +85,7 @@ void attend_on(const Backend& b, Branch branch, const Case& c, const StageArgs& 
   if (lse) a.lse = lse->on<float>(b);
   if (scores) a.scores = scores->on<void>(b);
   a.scratch = scratch.on<void>(b);
-  a.scratch_bytes = scratch.bytes();
+  a.scratch_bytes = b.kind == BackendKind::host ? scratch.bytes() : std::min(scratch.bytes(), c.max_scratch);
   kernel.run(a, nullptr);
 }
 
@@ -672,6 +674,38 @@ TEST_CASE("cuda selected attention runs row by row where rows are few", "[prefil
     ++c.tokens;
     check(Run(c));
   }
+}
+
+TEST_CASE("packed SDPA runs in the jobs that its scratch holds, matrix products elsewhere", "[variant][small]") {
+  Case c{shape_of(DType::bf16, 2, 4, 64, 64), 1, 37, 1200};
+  c.chunk_blocks = 16;  // the LSE segments of shape_of()
+  const auto kernel_of = [&](Branch branch, std::size_t scratch_bytes) {
+    AttendArgs a;
+    a.shape = c.shape;
+    a.tile = {0, c.batch, c.tokens, nullptr, c.positions()};
+    a.scratch_bytes = scratch_bytes;
+    return std::string(gpu().kernels->attend[branch][1].variant_name(a));
+  };
+  const AttendKernel& sdpa = gpu().kernels->attend[sel][1];
+  const std::size_t all = sdpa.scratch(c.shape, {0, c.batch, c.tokens, nullptr, c.positions()}, {}),
+                    row = std::size_t{16} * 64 * (64 + 64) * 2,  // packed K and V of a (row, group)
+      rows = std::size_t{37} * 2 * row;
+  for (const auto& [bytes, name] : {std::pair{all, "sdpa_split_kv"},
+                                    {all - rows + 20 * row, "sdpa_split_kv"},  // several jobs, the last one shorter
+                                    {all - rows - row, "sdpa_gemm"}}) {        // a fallback brings no scratch for it
+    CHECK(kernel_of(sel, bytes) == name);
+    c.max_scratch = bytes;
+    check(Run(c, 1));
+  }
+  CHECK(kernel_of(cmp, all) == "sdpa_gemm");  // rank reads its scores
+  CHECK(kernel_of(win, all) == "sdpa_gemm");  // several rows share a window
+  c.tokens = 1;
+  CHECK(kernel_of(win, all) == "sdpa_split_kv");
+  c.shape.dtype = DType::f32;
+  CHECK(kernel_of(win, all) == "sdpa_gemm");
+  CHECK(kernel_of(sel, all) == "sdpa_gemm");
+  c.shape = shape_of(DType::bf16, 2, 3, 10, 6);  // rows are no whole 16-byte vectors
+  CHECK(kernel_of(sel, all) == "sdpa_gemm");
 }
 
 // Small enough for compute-sanitizer's slower tools: gpu_tests "[small]".
