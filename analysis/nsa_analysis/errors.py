@@ -13,3 +13,7 @@ class FileError(AnalysisError):
     """A file that is not a readable result of nsa. The message names the file."""
 
     code = FILE
+
+
+class LeftOut(UserWarning):
+    """Points that a table does not show or compare. The command line prints these warnings on stderr."""

@@ -105,7 +105,7 @@ TEST_CASE("the slowest rank is that of the most work of its own", "[report]") {
   CHECK(work[1] == Approx(90e-6));
   const std::string text = printed([](std::ostream& out) { print_notes(out, {a_point()}); });
   has(text,
-      "\nslowest rank at context_128: 1 of 2 (heads=2 x kv=1), 90.0 us of its own work, 1.33 x the median rank\n");
+      "\nslowest rank at context_128: 1 of 2 (heads=2 x kv=1), 90.0 us of its own work, 2.00 x the median of the others\n");
 }
 
 TEST_CASE("the transport of exchanges is printed unless it is MPI", "[report]") {
@@ -129,6 +129,31 @@ TEST_CASE("the share of the copy rate is that of the busiest rank, without bytes
   p.bytes[static_cast<int>(Stage::step) * 2 + 1] = 300'000;
   p.bytes[static_cast<int>(Stage::comm) * 2 + 1] = 50'000;
   CHECK(copy_rate_fraction(p) == Approx(250e3 / 50e-6 / 10e9));
+}
+
+TEST_CASE("the bytes of a whole step are those of what ran", "[report]") {
+  PointRecord p = a_point();
+  p.parameters = {{"task.kind", std::string("decode")}, {"model.precision", std::string("bf16")}};
+  for (const auto& [key, value] : std::vector<std::pair<const char*, int>>{
+           {"nsa.l", 32}, {"nsa.d", 16}, {"nsa.l_sel", 64}, {"nsa.n_sel", 16}, {"model.n_heads", 8},
+           {"model.n_kv_groups", 2}, {"model.d_k", 64}, {"model.d_v", 32}, {"model.layers", 3}, {"run.batch", 5}})
+    p.parameters.emplace_back(key, std::int64_t{value});
+  p.heads = 2;
+  p.bytes.assign(stage_count, 0);
+  p.bytes[static_cast<int>(Stage::step)] = 1'000'000;
+  p.bytes[static_cast<int>(Stage::rank)] = 320'000;
+  const auto bytes = [&](const char* kernel) {
+    p.route_kernels[cmp] = kernel;
+    return step_bytes(p, 0);
+  };
+  CHECK(bytes("decode") == 1'000'000);                     // stage by stage
+  CHECK(bytes("shard, decode") == 1'000'000 - 440'000);    // 10 of 32 numbers, stored and read
+  const double kept = 3 * 5 * 4 * (2 * 64 * 2 + 6 * 32 * 4);  // q twice more, three outputs stored and read
+  CHECK(bytes("step, decode") == 1'000'000 - 460'000 - kept);
+  p.parameters.emplace_back("parallel.kv_chunk_blocks", std::int64_t{4});  // chunks of half a tile: raw scores
+  CHECK(bytes("step, decode") == 1'000'000 - kept);
+  p.time.modes = {"branches"};
+  CHECK(bytes("step, decode") == 1'000'000);
 }
 
 TEST_CASE("times have three digits and the unit that suits", "[report]") {

@@ -3,38 +3,53 @@
 import fnmatch
 import pathlib
 import shlex
+import warnings
 
-from ..errors import AnalysisError
+from ..errors import AnalysisError, LeftOut
 
-# Parameters that are swept along a curve, and parameters that say how a point was measured, not what.
+# Parameters that are swept along a curve; in kernel points the shape too.
 SWEPT = ("run.context", "run.batch", "run.force_branch")
+KERNEL_SHAPE = tuple(f"kernels.{name}" for name in ("branch", "rows", "heads", "head_size", "blocks", "spans"))
+# Parameters that say how a point was measured or where it went, not what was computed, and the layout, which the
+# attributes `heads` and `kv` hold. Every other parameter counts (docs/METRICS.md, "The report").
 NOT_COMPARED = (
-    "parallel.",
-    "output.",
+    "parallel.heads",
+    "parallel.kv",
+    "run.backend",
     "run.modes",
     "run.warmup",
     "run.min_time",
+    "run.max_time",
+    "run.min_interval",
+    "run.deadline",
     "run.check",
-    "run.backend",
-    "needle.",
-    "kernels.",
+    "output.file",
+    "output.csv",
+    "output.tensors",
 )
+TASK_SECTIONS = ("kernels", "needle")  # sections that only the task of that name reads
 MAX_SHOWN = 5  # differences whose values a message shows
+
+
+def is_compared(key, kind):
+    """Whether points of a curve must agree in this attribute of a point of this task."""
+    section, dot, _ = key.partition(".")
+    if not dot or key in SWEPT or key in NOT_COMPARED or (section in TASK_SECTIONS and section != kind):
+        return False
+    return not (kind == "kernels" and key in KERNEL_SHAPE)
 
 
 def identity(point):
     """Values that all points of a curve must share, by name."""
-    compared = {
-        key: value
-        for key, value in sorted(point.parameters.items())
-        if "." in key and key not in SWEPT and not key.startswith(NOT_COMPARED)
-    }
     run = point.run.attributes
+    routes = zip(("cmp", "sel", "win"), point.get("routes", []), point.get("route_reasons", []))
+    forced = {f"NSA_ROUTE_{name.upper()}": route for name, route, why in routes if "NSA_ROUTE_" in str(why)}
+    compared = sorted(key for key in point.parameters if is_compared(key, point.kind))
     return {
         "device": point.run.device,
         "backend": run.get("backend", "unknown"),
         "git_commit": run.get("git_commit", "unknown"),
-    } | {k: str(v) for k, v in compared.items()}
+    } | {key: str(point[key]) for key in compared} | forced
 
 
 def split(points):
@@ -96,44 +111,86 @@ def value_of(point, name):
     return None
 
 
+def equals(value, wanted):
+    """Whether a value is the wanted one: as text with * and ?, or as a number; 64K and 1M are 2^16 and 2^20."""
+    if str(value) == wanted or fnmatch.fnmatchcase(str(value), wanted):
+        return True
+    return isinstance(value, (int, float)) and value == number_of(wanted)
+
+
+def number_of(text):
+    """64K -> 65536, 1M -> 1048576, true -> 1, 0.5 -> 0.5; None where the text is no number."""
+    text = text.strip().lower()
+    if text in ("true", "false"):
+        return int(text == "true")
+    shift = {"k": 10, "m": 20, "g": 30}.get(text[-1:], 0)
+    try:
+        return float(text[:-1] if shift else text) * (1 << shift)
+    except ValueError:
+        return None
+
+
 def where(points, conditions):
-    """Points that satisfy every `NAME=VALUE[,VALUE...]`; a value may contain * and ?."""
+    """Points that satisfy every `NAME=VALUE[,VALUE...]`; a value may contain * and ?, a number may be 64K."""
     for condition in conditions or []:
-        name, equals, wanted = condition.partition("=")
-        if not equals:
+        name, sign, wanted = condition.partition("=")
+        if not sign:
             raise AnalysisError(f"--where {condition}: no '='; write it as --where run.context=65536")
-        if all(value_of(p, name) is None for p in points):
+        values = {str(v): v for v in (value_of(p, name) for p in points) if v is not None}
+        if not values:
             raise AnalysisError(
                 f"--where {condition}: no point has '{name}'; "
                 "use a name of the input such as run.context, or device, ranks, layout, file"
             )
         # A value may itself contain commas, so the whole text is one of the choices.
         choices = [wanted, *wanted.split(",")]
-        points = [
-            p
-            for p in points
-            if any(str(value_of(p, name)) == c or fnmatch.fnmatchcase(str(value_of(p, name)), c) for c in choices)
-        ]
-    if not points:
-        raise AnalysisError(f"no point is left (--where {' '.join(conditions or [])}); relax the conditions")
+        points = [p for p in points if any(equals(value_of(p, name), c) for c in choices)]
+        if not points:
+            shown = ", ".join([*values][:8]) + (", …" if len(values) > 8 else "")
+            raise AnalysisError(f"--where {condition}: no point is left; here {name} is {shown}")
     return points
 
 
-def latest(points):
-    """(points, warnings): of points with equal identity, layout and size, the latest run is kept.
+def leave_out(points, keep, why):
+    """The points for which keep(point) holds. A warning (LeftOut) says how many others there are, and why.
 
-    There is one warning for each point that is left out.
+    There is none where all are left out, which is an error of the caller.
     """
-    kept, warnings = {}, []
-    for point in sorted(points, key=lambda p: str(p.run.attributes.get("start", ""))):
+    kept = [p for p in points if keep(p)]
+    lost = [p for p in points if not keep(p)]
+    if kept and lost:
+        files = list(dict.fromkeys(p.run.path for p in lost))
+        named = files[0] if len(files) == 1 else f"{len(files)} files ({files[0]}, …)"
+        warnings.warn(f"{len(lost)} of {len(points)} points are left out, {why}: {named}", LeftOut, stacklevel=2)
+    return kept
+
+
+def keep_latest(points):
+    """The points of `latest`; a warning (LeftOut) for each point that is left out."""
+    kept, lines = latest(points)
+    for line in lines:
+        warnings.warn(line, LeftOut, stacklevel=2)
+    return kept
+
+
+def latest(points):
+    """(points, lines): of points with equal identity, layout and size, the latest run is kept, by start, then file.
+
+    The order of the points does not matter. One line names each point that is left out, and the one that is used.
+    """
+    kept, lines = {}, []
+    for point in sorted(points, key=lambda p: (str(p.run.attributes.get("start", "")), p.run.path, p.index)):
         key = (*identity(point).items(), point.layout, *(point.get(k) for k in SWEPT))
+        if point.kind == "kernels":
+            key += tuple(point.get(k) for k in KERNEL_SHAPE)
         if key in kept:
-            warnings.append(
+            lines.append(
                 f"{kept[key].run.path} and {point.run.path} measured the same point "
-                f"({size_text(point)}, {point.layout}); the later one is used"
+                f"({size_text(point)}, {point.layout}); the later one is used ({point.run.path})"
             )
         kept[key] = point
-    return list(kept.values()), list(dict.fromkeys(warnings))
+    order = {id(p): i for i, p in enumerate(points)}
+    return sorted(kept.values(), key=lambda p: order[id(p)]), list(dict.fromkeys(lines))
 
 
 def format_count(count):
@@ -162,15 +219,18 @@ def title(point):
 
 
 def titles(groups, of=title):
-    """A title for each series. Where several would be equal, what differs is added."""
+    """A title for each series. Where several would be equal, the values that tell them apart are added."""
     names = [of(g[0]) for g in groups]
     result = []
-    for i, name in enumerate(names):
-        alike = [g for g, n in zip(groups, names) if n == name]
-        added = [
-            f"{key} {str(identity(groups[i][0]).get(key, '-'))[:16]}" for key in differences(alike) if key not in name
-        ]
-        result.append(", ".join([name, *added[:3]]))
+    for members, name in zip(groups, names):
+        own = identity(members[0])
+        left = [identity(g[0]) for g, n in zip(groups, names) if n == name and g is not members]
+        added = []
+        for key in differences([g for g, n in zip(groups, names) if n == name]):
+            if any(other.get(key) != own.get(key) for other in left):
+                left = [other for other in left if other.get(key) == own.get(key)]
+                added.append(f"{key} {str(own.get(key, '-'))[: 12 if key == 'git_commit' else 60]}")
+        result.append(", ".join([name, *added]))
     return result
 
 

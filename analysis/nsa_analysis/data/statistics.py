@@ -44,6 +44,24 @@ def median_and_interval(samples):
     return n, median, low, high
 
 
+def median_of_others(values):
+    """For each value of the last axis the median of the other ones, NaN left out; of a value alone itself.
+
+    With two values this is the other one. The median of all of them would contain the value itself.
+    """
+    values = np.asarray(values, dtype=float)
+    place = np.argsort(np.argsort(values, axis=-1), axis=-1)  # NaN last
+    ordered = np.sort(values, axis=-1)
+    others = np.count_nonzero(~np.isnan(values), axis=-1)[..., None] - 1
+
+    def other(index):  # the index-th value in order without the own one
+        index = np.maximum(np.where(index >= place, index + 1, index), 0)
+        return np.take_along_axis(ordered, np.minimum(index, values.shape[-1] - 1), axis=-1)
+
+    middle = (other((others - 1) // 2) + other(others // 2)) / 2
+    return np.where(np.isnan(values), np.nan, np.where(others < 1, values, middle))
+
+
 def summarise(samples):
     """Summary of a vector of samples (docs/METRICS.md): n, median, low, high, min, p95, p99, cv."""
     values = np.sort(np.asarray(samples, dtype=float).ravel())

@@ -7,7 +7,7 @@ import pandas as pd
 
 from .reading import BRANCHES, STAGES
 from .series import split, titles
-from .statistics import summarise
+from .statistics import median_of_others, summarise
 
 NAN = float("nan")
 
@@ -39,11 +39,13 @@ def rank_compute_times(point):
 
 
 def imbalance(times):
-    """(maximum / median over ranks, slowest rank) of times [rank]; (NaN, -1) where nothing was timed."""
+    """(slowest rank over the median of the others, slowest rank) of times [rank]; (NaN, -1) where none was timed."""
     times = np.asarray(times, dtype=float)
-    if len(times) == 0 or np.isnan(times).all() or not np.nanmedian(times) > 0:
+    if len(times) == 0 or np.isnan(times).all():
         return NAN, -1
-    return float(np.nanmax(times) / np.nanmedian(times)), int(np.nanargmax(times))
+    slowest = int(np.nanargmax(times))
+    others = median_of_others(times)[slowest]
+    return (float(times[slowest] / others), slowest) if others > 0 else (NAN, -1)
 
 
 def queries_per_step(point):

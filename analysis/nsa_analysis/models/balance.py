@@ -4,29 +4,30 @@ import numpy as np
 import pandas as pd
 
 from ..data.reading import COMPUTE_STAGES, STAGES
+from ..data.series import leave_out
+from ..data.statistics import median_of_others
 from ..data.tables import identity_row, stage_medians
 from ..errors import AnalysisError
 
-STRAGGLER_RATIO = 1.1  # a straggler's lower interval bound exceeds this multiple of the median over ranks
+STRAGGLER_RATIO = 1.1  # a straggler's lower interval bound exceeds this multiple of the median of the other ranks
 MIN_STAGE_SHARE = 0.01  # no stragglers in stages below this share of the sum of all stages
 
 
 def ranks(points):
     """DataFrame, one row per (point, stage, rank) of mode `branches`.
 
-    Columns: median in s, lower bound of its 95% interval, ratio to the median over ranks, and `straggler`: the bound
-    exceeds STRAGGLER_RATIO times that median in a stage of at least MIN_STAGE_SHARE of the sum. `comm` has no
-    stragglers, because the rank that waits there is not the slow one.
+    Columns: median in s, lower bound of its 95% interval, ratio to the median of the other ranks (1 on one rank), and
+    `straggler`: the bound exceeds STRAGGLER_RATIO times that median in a stage of at least MIN_STAGE_SHARE of the sum.
+    `comm` has no stragglers, because the rank that waits there is not the slow one.
     """
     identities, columns = [], []
-    for point in points:
-        if not stage_medians(point):
-            continue
+    for point in leave_out(points, stage_medians, "without stages of mode `branches`"):
         times = point.times("branches")
         grid, low = times.rank_median[: len(COMPUTE_STAGES) + 1], times.rank_low[: len(COMPUTE_STAGES) + 1]
         middle = np.nanmedian(np.where(np.isnan(grid).all(axis=1, keepdims=True), 0.0, grid), axis=1)
         eligible = (middle > MIN_STAGE_SHARE * middle.sum())[:, None] & (np.array(STAGES[:-1]) != "comm")[:, None]
-        slow = (low > STRAGGLER_RATIO * middle[:, None]) & eligible
+        others = median_of_others(grid)
+        slow = (low > STRAGGLER_RATIO * others) & eligible
         timed = middle > 0
         shape = (int(timed.sum()), point.ranks)
         system = {
@@ -43,7 +44,7 @@ def ranks(points):
             | {
                 "time": grid[timed],
                 "time_low": low[timed],
-                "ratio": grid[timed] / middle[timed, None],
+                "ratio": grid[timed] / others[timed],
                 "straggler": slow[timed],
             }
         )

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.reading import COMPUTE_STAGES
-from ..data.series import SWEPT, latest, one_series
+from ..data.series import SWEPT, keep_latest, leave_out, one_series
 from ..data.tables import NAN, stage_median, stage_medians
 from ..errors import AnalysisError
 from . import traffic
@@ -149,8 +149,10 @@ class CostModel:
 
 def usable(points):
     """VALID decode and prefill points of one series that have mode `branches`."""
-    points, _ = latest(one_series([p for p in points if stage_medians(p)], "cost model"))
-    return [p for p in points if p.valid and traffic.shape_of(p) is not None]
+    points = leave_out(points, stage_medians, "without stages of mode `branches`")
+    points = keep_latest(one_series(points, "cost model"))
+    points = leave_out(points, lambda p: p.valid, "INVALID")
+    return leave_out(points, traffic.shape_of, "neither decode nor prefill")
 
 
 def exchange_widths(points, counts):

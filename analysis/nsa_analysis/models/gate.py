@@ -7,6 +7,7 @@ import subprocess
 
 import pandas as pd
 
+from ..data.series import identity, keep_latest
 from ..data.tables import NAN
 from ..errors import AnalysisError
 
@@ -44,6 +45,46 @@ def call_gate(files, program=None):
             f"{command[0]} gate --json gave no answer that this version can read ({error}); "
             "use the nsa of the same version"
         ) from None
+
+
+def is_evidence(point):
+    """Whether the gate uses a point: selection kernels, and decode with ablations."""
+    return (point.kernels is not None and point.get("kernels.branch") == "sel") or any(
+        mode.startswith("ablation_") for mode in point.modes
+    )
+
+
+def evidence_inputs(points):
+    """Lists of files whose evidence is of one input: one series on one layout, the files in the order of their names.
+
+    Returns (decode, kernels), each sorted by its files. Of runs of the same points the later counts (series.latest).
+    """
+    found = {"decode": {}, "kernels": {}}
+    for p in keep_latest([p for p in points if is_evidence(p)]):
+        inputs = found["kernels" if p.kernels is not None else "decode"]
+        inputs.setdefault((tuple(identity(p).items()), p.layout), {})[p.run.path] = p
+    return [
+        sorted(((sorted(files), next(iter(files.values()))) for files in kind.values()), key=lambda one: one[0])
+        for kind in found.values()
+    ]
+
+
+def paired_files(points):
+    """Lists of files that are decided together: each decode input with each kernels input of its program.
+
+    A program is a device, a backend and a commit. An input without a partner is decided alone. The order in which the
+    files were given does not matter.
+    """
+    decode, kernels = evidence_inputs(points)
+    pairs = [[*d, *k] for d, p in decode for k, q in kernels if program_of(p) == program_of(q)]
+    paired = {path for files in pairs for path in files}
+    return pairs + [files for files, _ in (*decode, *kernels) if not paired & set(files)]
+
+
+def program_of(point):
+    """What one verdict needs: (device, backend, commit)."""
+    run = point.run
+    return run.device, run.attributes.get("backend"), run.attributes.get("git_commit")
 
 
 def condition_row(device, name, where, measured, threshold, outcome):

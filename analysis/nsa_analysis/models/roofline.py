@@ -1,11 +1,53 @@
 """Achieved bandwidth of a stage against the copy bandwidth measured in the same run."""
 
+import numpy as np
 import pandas as pd
 
 from ..data.reading import STAGES
+from ..data.series import leave_out
 from ..data.tables import NAN, identity_row, stage_median
 from ..errors import AnalysisError
 from . import traffic
+
+
+def fused_attention(point):
+    """How mode `total` ran attention, by `route_kernels` of the file: "fused", "sharded" or "staged"."""
+    ran = str((point.get("route_kernels") or [""])[0]).split(", ")
+    return "fused" if "step" in ran else "sharded" if "shard" in ran else "staged"
+
+
+def handed_over(point):
+    """Part of the raw scores that a step of mode `total` hands from attend_cmp to rank (docs/METRICS.md).
+
+    A fused step leaves 9 numbers, a sharded one 10, for 32 raw scores of a head, where blocks are scored by tile.
+    """
+    get, ran = point.get, fused_attention(point)
+    d, l_sel = get("nsa.d"), get("nsa.l_sel")
+    by_tile = (
+        get("nsa.l") == 2 * d
+        and l_sel == 4 * d
+        and get("nsa.n_sel") <= 16
+        and get("model.n_heads") <= 16 * get("model.n_kv_groups")
+        and get("parallel.kv_chunk_blocks", 16) * (l_sel // d) % 32 == 0
+    )
+    return {"fused": 9 / 32, "sharded": 10 / 32}.get(ran, 1.0) if by_tile else 1.0
+
+
+def step_bytes(point):
+    """[rank] modelled bytes of a step of mode `total` without comm: those of its stages, less what a fused one keeps.
+
+    A fused step reads q once, keeps the outputs of the branches on chip and hands fewer numbers to rank.
+    """
+    stage = dict(zip(STAGES, point.bytes.astype(float)))
+    whole = stage["step"] - stage["comm"]
+    if point.kind != "decode" or fused_attention(point) == "staged":
+        return whole
+    whole = whole - 2 * stage["rank"] * (1 - handed_over(point))
+    if fused_attention(point) == "fused":
+        rows = point["model.layers"] * point["run.batch"] * point["model.n_heads"] // point["heads"]
+        storage = 4 if point["model.precision"] == "fp32" else 2
+        whole = whole - rows * (2 * point["model.d_k"] * storage + 6 * point["model.d_v"] * 4)
+    return whole
 
 
 def roofline(points):
@@ -14,16 +56,16 @@ def roofline(points):
     Columns: modelled `bytes` of the busiest rank (docs/METRICS.md), median `time` of the slowest rank in s, `achieved`
     byte/s, `copy_bandwidth` of the run, `fraction` of it (above 1 the bytes came from a cache; NaN for comm, which is
     not memory traffic), `flops` from the shape (NaN where unknown), `flop_rate` in FLOP/s, `intensity` in FLOP/byte.
-    `step` is the whole step of mode `total`, without comm in its bytes.
+    Stages are of mode `branches`. `step` is the whole step of mode `total` with the bytes of what ran (step_bytes); of
+    `branches` where `total` did not run.
     """
     rows = []
-    for point in points:
-        if point.bytes is None or not point.modes:
-            continue
+    for point in leave_out(points, lambda p: p.bytes is not None and p.modes, "without times or modelled bytes"):
         flops = traffic.point_flops(point)
         copy = point.get("copy_bandwidth", NAN)
         busiest = point.bytes.max(axis=1, initial=0).astype(float)
-        busiest[-1] = (point.bytes[-1] - point.bytes[STAGES.index("comm")]).max(initial=0)
+        by_mode = step_bytes(point) if point.times("total") else point.bytes[-1] - point.bytes[STAGES.index("comm")]
+        busiest[-1] = np.max(by_mode, initial=0)
         for i, stage in enumerate(STAGES):
             mode = "total" if stage == "step" and point.times("total") else "branches"
             time = stage_median(point, stage, mode)

@@ -9,7 +9,7 @@ import math
 import pandas as pd
 
 from ..data.reading import STAGES
-from ..data.series import SWEPT, format_count, latest, one_series, size_text
+from ..data.series import SWEPT, format_count, keep_latest, leave_out, one_series, size_text
 from ..data.statistics import median_and_interval
 from ..data.tables import NAN, identity_row, imbalance, rank_compute_times, stage_share
 from ..errors import AnalysisError
@@ -125,12 +125,12 @@ def scaling(points, kind="both", per_stage=True):
 
     Raises AnalysisError that says what differs for points of several devices, commits or inputs.
     """
-    points = [p for p in points if p.modes]
+    points = leave_out(points, lambda p: p.modes, "never timed as a step")
     if not points:
         raise AnalysisError(
             "no point of these files was timed (needle and kernel points are not); give a decode or prefill run"
         )
-    points, _ = latest(one_series(points, "scaling curve"))
+    points = keep_latest(one_series(points, "scaling curve"))
     curves = {}
     if kind in ("strong", "both"):
         curves |= strong_groups(points)

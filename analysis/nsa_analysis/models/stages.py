@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from ..data.series import latest, one_series
+from ..data.series import keep_latest, leave_out, one_series
 from ..data.tables import points_table, stage_medians, stages_table
 from ..errors import AnalysisError
 
@@ -22,16 +22,22 @@ PARTS = {
 PART_ORDER = ("cmp", "rank", "sel", "win", "comm", "project, output", "other")
 
 
+def with_stages(points):
+    """The points that have stages of mode `branches`; a warning names the others. AnalysisError where none has."""
+    points = leave_out(points, stage_medians, "without stages of mode `branches`")
+    if not points:
+        raise AnalysisError('no point has stages of mode `branches`; run with run.modes = ["branches", "total"]')
+    return points
+
+
 def branches(points):
     """DataFrame, one row per (point, stage) of mode `branches`.
 
     Columns: statistics of the slowest rank in s, share of the sum of all stages, and `part`, the group in figures. The
     sum can exceed `step`, because stages that are timed separately do not overlap.
     """
-    points = [p for p in points if stage_medians(p)]
-    if not points:
-        raise AnalysisError('no point has stages of mode `branches`; run with run.modes = ["branches", "total"]')
-    points, _ = latest(one_series(points, "chart of stages"))
+    points = with_stages(points)
+    points = keep_latest(one_series(points, "chart of stages"))
     frame = stages_table(points, modes=("branches",))
     frame = frame[frame.stage != "step"].copy()
     frame["part"] = frame.stage.map(PARTS)
@@ -43,7 +49,7 @@ def reads(points):
 
     Columns `counted` and `expected`; branch `all` also has `nsa_vibe`, nsa-vibe's formula.
     """
-    table = points_table([p for p in points if p.reads])
+    table = points_table(leave_out(points, lambda p: p.reads, "without reads"))
     rows = []
     for _, row in table.iterrows():
         point = row[["file", "point", "kind", "context", "batch", "forced", "ranks", "layout", "validity"]].to_dict()

@@ -14,8 +14,11 @@ from .report_head import header, in_order, runs_section, warnings_section
 from .report_series import series_section, varying_columns
 
 
-def make_report(paths, program=None, title="nsa report", network=None):
-    """HTML of the report on these files and folders. `program` is the `nsa` that decides the gate."""
+def make_report(paths, program=None, title="nsa report", network=None, options=("-o", "report.html")):
+    """HTML of the report on these files and folders.
+
+    `program` is the `nsa` that decides the gate; `options` are those of the command line that makes the page again.
+    """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     files = find_files(paths)
     csvs = [f for f in files if f.endswith(".csv")]
@@ -24,7 +27,7 @@ def make_report(paths, program=None, title="nsa report", network=None):
         raise AnalysisError("a report needs result files (only CSVs were given); use `nsa-analysis gate` to audit CSVs")
     groups = in_order(series.split([p for p in points if p.modes]))
     decisions = gate_decisions(points, csvs, program)
-    regenerate = shlex.join(["nsa-analysis", "report", *series.shown_paths(paths), "-o", "report.html"])
+    regenerate = shlex.join(["nsa-analysis", "report", *series.shown_paths(paths), *options])
     parts = [header(title, points, groups, decisions, regenerate), warnings_section(points), runs_section(points)]
     for i, members in enumerate(groups):
         parts.append(series_section(i, members, groups, paths, network))

@@ -1,4 +1,5 @@
-"""The gate section of the report. `nsa gate` runs once per device and commit, because a verdict is of one program."""
+"""The gate section of the report. `nsa gate` runs once for each pair of a decode input and a kernels input of one
+program, because a verdict is of one program and one input of each kind."""
 
 import dataclasses
 import shlex
@@ -26,22 +27,9 @@ class Decision:
         return gate.verdicts(self.answer).iloc[: len(self.answer["devices"])].itertuples()
 
 
-def is_evidence(point):
-    """Whether the gate uses a point: selection kernels, and decode with ablations."""
-    return (point.kernels is not None and point.get("kernels.branch") == "sel") or any(
-        mode.startswith("ablation_") for mode in point.modes
-    )
-
-
 def gate_decisions(points, csvs, program):
-    """A Decision per device and commit that has evidence, and one for the CSVs."""
-    groups = {}
-    for p in filter(is_evidence, points):
-        run = p.run
-        key = run.device, run.attributes.get("backend"), run.attributes.get("git_commit")
-        groups.setdefault(key, {})[run.path] = None
-    decisions = [d for files in groups.values() for d in decide_groups(list(files), program)]
-    return decisions + ([decide(csvs, program)] if csvs else [])
+    """A Decision for each list of gate.paired_files, and one for the CSVs."""
+    return [decide(files, program) for files in [*gate.paired_files(points), *([csvs] if csvs else [])]]
 
 
 def decide(files, program):
@@ -52,23 +40,6 @@ def decide(files, program):
         return Decision(files, None, str(reason))
 
 
-def decide_groups(files, program):
-    """One Decision if the gate accepts all files together. Else each file joins the first group that accepts it."""
-    together = decide(files, program)
-    if together.answer is not None or len(files) == 1:
-        return [together]
-    groups = []
-    for file in files:
-        for i, decision in enumerate(groups):
-            joined = decide([*decision.files, file], program)
-            if joined.answer is not None:
-                groups[i] = joined
-                break
-        else:
-            groups.append(decide([file], program))
-    return groups
-
-
 def gate_section(decisions):
     begin = '<h2 id="gate">M4 gate: is a custom selection kernel worth it?</h2>'
     if not decisions:
@@ -77,8 +48,8 @@ def gate_section(decisions):
             "with ablations (inputs/m4_decode.toml).</p>"
         )
     text = (
-        "Decided by <code>nsa gate --json</code>, separately for each device and commit, and for each "
-        "input where inputs differ. This page only shows its answers."
+        "Decided by <code>nsa gate --json</code>: each decode input with each kernels input of the same device and "
+        "commit. This page only shows its answers."
     )
     parts = [decision_part(decision, f"g{i}x") for i, decision in enumerate(decisions)]
     return begin + f"<p class=muted>{text}</p>" + "".join(parts)

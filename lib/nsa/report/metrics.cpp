@@ -42,6 +42,21 @@ const T* find_parameter(const PointRecord& point, std::string_view key) {
   return nullptr;
 }
 
+/// Whether mode total ran as this kernel: "step", fused, or "shard", the sharded phases.
+bool ran_as(const PointRecord& point, std::string_view kernel) {
+  return text_parameter(point, "task.kind") == "decode" &&
+         fmt::format(", {}, ", point.route_kernels[cmp]).find(fmt::format(", {}, ", kernel)) != std::string::npos;
+}
+
+/// Whether a fused step scores blocks by tiles of 32 tokens (lib/kernels/cuda/attention/block_sums.cuh).
+bool scores_by_tile(const PointRecord& point) {
+  const auto value = [&](const char* key) { return integer_parameter(point, key, 0); };
+  const std::int64_t d = value("nsa.d"), l_sel = value("nsa.l_sel");
+  return d > 0 && value("nsa.l") == 2 * d && l_sel == 4 * d && value("nsa.n_sel") <= 16 &&
+         value("model.n_heads") <= 16 * value("model.n_kv_groups") &&
+         integer_parameter(point, "parallel.kv_chunk_blocks", 16) * (l_sel / d) % 32 == 0;
+}
+
 }  // namespace
 
 std::vector<double> slowest_samples(const PointRecord& point, std::string_view mode, Stage stage) {
@@ -138,16 +153,29 @@ std::vector<double> rank_work(const PointRecord& point) {
   return work;
 }
 
+double step_bytes(const PointRecord& point, std::size_t rank) {
+  const std::size_t ranks = point.bytes.size() / stage_count;
+  const auto of = [&](Stage stage) {
+    return static_cast<double>(point.bytes[static_cast<std::size_t>(stage) * ranks + rank]);
+  };
+  const double whole = of(Stage::step) - of(Stage::comm);
+  const bool fused = ran_as(point, "step");
+  if (find_mode(point.time, "total") < 0 || !(fused || ran_as(point, "shard"))) return whole;
+  const double handed_over = !scores_by_tile(point) ? 1 : fused ? 9.0 / 32 : 10.0 / 32;
+  const double scores = 2 * of(Stage::rank) * (1 - handed_over);
+  if (!fused) return whole - scores;
+  const auto value = [&](const char* key) { return integer_parameter(point, key, 0); };
+  const std::int64_t rows = value("model.layers") * value("run.batch") * value("model.n_heads") / point.heads;
+  const std::int64_t storage = text_parameter(point, "model.precision") == "fp32" ? 4 : 2;
+  return whole - scores - static_cast<double>(rows * (2 * value("model.d_k") * storage + 6 * value("model.d_v") * 4));
+}
+
 double copy_rate_fraction(const PointRecord& point) {
   if (point.copy_bandwidth <= 0 || point.bytes.empty()) return not_measured;
-  const std::size_t ranks = point.bytes.size() / stage_count;
-  std::int64_t maximum = 0;
-  for (std::size_t rank = 0; rank < ranks; ++rank) {
-    const std::int64_t whole = point.bytes[static_cast<std::size_t>(Stage::step) * ranks + rank];
-    const std::int64_t received = point.bytes[static_cast<std::size_t>(Stage::comm) * ranks + rank];
-    maximum = std::max(maximum, whole - received);
-  }
-  return static_cast<double>(maximum) / step_time(point).median / point.copy_bandwidth;
+  double maximum = 0;
+  for (std::size_t rank = 0; rank < point.bytes.size() / stage_count; ++rank)
+    maximum = std::max(maximum, step_bytes(point, rank));
+  return maximum / step_time(point).median / point.copy_bandwidth;
 }
 
 ReadCounts last_reads(const PointRecord& point) {

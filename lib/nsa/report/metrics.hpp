@@ -41,6 +41,11 @@ double selection_share(const PointRecord& point);
 /// or of the step in mode "total" where "branches" was not run.
 std::vector<double> rank_work(const PointRecord& point);
 
+/// Modelled bytes of a step of one rank without comm: of mode "total" by what ran, of "branches" where "total" was not
+/// run. A fused step reads q once, keeps the outputs of the branches on chip and hands fewer numbers than raw scores to
+/// rank (docs/METRICS.md).
+double step_bytes(const PointRecord& point, std::size_t rank);
+
 /// Modelled bytes per second of a step of the busiest rank, as a fraction of the measured copy rate; NaN when unknown.
 double copy_rate_fraction(const PointRecord& point);
 

@@ -1,11 +1,15 @@
 """The gate is decided by the program: a fake one with a given answer, and the real one."""
 
+import itertools
 import json
 import os
+import pathlib
 import stat
 import sys
 
+import h5py
 import nsa_analysis
+import numpy as np
 import pytest
 import synthetic
 from nsa_analysis.cli import main
@@ -14,6 +18,7 @@ from nsa_analysis.figures import plots
 from nsa_analysis.models import gate
 from nsa_analysis.report import report_gate
 
+RESULTS = pathlib.Path(__file__).resolve().parents[3] / "docs/results"
 MEASURED = {"value": 0.31, "low": 0.3, "high": 0.32, "n": 24}
 NONE = {"value": None, "low": None, "high": None, "n": 0}
 ANSWER = {
@@ -160,19 +165,70 @@ def test_the_real_program_answers(tmp_path):
         gate.call_gate([tmp_path / "bad.h5"])
 
 
-def test_files_that_the_gate_does_not_accept_together_are_grouped(monkeypatch):
-    """Decode of two shapes and one file of kernels: the kernels join the first shape, the other shape is alone."""
+def evidence(folder):
+    """Two decode inputs and two kernels inputs of one program, and a decode input of another commit."""
+    ablations = np.concatenate([synthetic.times(1, 8, 1e-4, attend_cmp=1e-5)] * 2)[:3]
+    names = ["branches", "total", "ablation_sel"]
+    for name, commit, parameters in (
+        ("decode_a", "c0ffee", {}),
+        ("decode_b", "c0ffee", {"model_n_heads": 64}),
+        ("decode_old", "beef", {}),
+    ):
+        path = synthetic.write(folder / f"{name}.h5", [synthetic.point(ablations, **parameters)], commit=commit)
+        with h5py.File(path, "r+") as file:
+            del file["points/0000/mode"]
+            synthetic.add_scale(file["points/0000"], "mode", names)
+    for name, implementations in (("kernels_m4", "fused,sdpa"), ("kernels_rows", "fused,tiled,sdpa")):
+        parameters = {"kernels_branch": "sel", "kernels_implementations": implementations}
+        synthetic.write(folder / f"{name}.h5", [synthetic.kernel_point({"fused": 1e-6, "sdpa": 2e-6}, **parameters)])
 
-    def call_gate(files, program):
-        if {"decode_a", "decode_b"} <= set(files) or "broken" in files:
-            raise AnalysisError("nsa gate: these differ")
-        return {"devices": [], "files": files}
 
-    monkeypatch.setattr(report_gate.gate, "call_gate", call_gate)
-    decisions = report_gate.decide_groups(["decode_a", "decode_b", "broken", "kernels"], None)
-    assert [(d.files, d.reason) for d in decisions] == [
-        (["decode_a", "kernels"], ""),
-        (["decode_b"], ""),
-        (["broken"], "nsa gate: these differ"),
-    ]
-    assert [d.files for d in report_gate.decide_groups(["decode_a", "kernels"], None)] == [["decode_a", "kernels"]]
+PAIRS = [
+    ["decode_a", "kernels_m4"],
+    ["decode_a", "kernels_rows"],
+    ["decode_b", "kernels_m4"],
+    ["decode_b", "kernels_rows"],
+    ["decode_old"],
+]
+
+
+def test_each_decode_input_is_paired_with_each_kernels_input_in_any_order(tmp_path):
+    evidence(tmp_path)
+    points = {f.stem: nsa_analysis.read(f) for f in tmp_path.iterdir()}
+    for order in itertools.permutations(points):
+        pairs = gate.paired_files([p for name in order for p in points[name]])
+        assert [[pathlib.Path(f).stem for f in files] for files in pairs] == PAIRS, order
+
+
+def test_committed_evidence_is_paired_by_rule():
+    """m4_decode and m4_decode_64x128 each with m4_kernels and with sel_rows, in all orders."""
+    names = ("m4_decode", "m4_decode_64x128", "m4_kernels", "sel_rows")
+    points = {name: nsa_analysis.read(RESULTS / f"h200/{name}.h5") for name in names}
+    for order in itertools.permutations(names):
+        pairs = gate.paired_files([p for name in order for p in points[name]])
+        assert [[pathlib.Path(f).stem for f in files] for files in pairs] == [
+            [decode, kernels] for decode in names[:2] for kernels in names[2:]
+        ]
+
+
+def test_a_folder_is_decided_pair_by_pair(fake, tmp_path, capsys):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    evidence(folder)
+    synthetic.sweep(folder, layouts=[(1, 1)])
+    assert main(["gate", str(folder), "--nsa", fake()]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("PROCEED (all three are met)") == len(PAIRS)
+    assert "decode_a.h5" in said.out and "1 of 6 points are left out, no evidence for the gate" in said.err
+    assert main(["gate", str(folder), "--nsa", fake(code=2, error="nsa: error: these differ\n")]) == 2
+    assert "these differ" in capsys.readouterr().err
+    for file in folder.glob("*_*.h5"):
+        file.unlink()
+    assert main(["gate", str(folder), "--nsa", fake()]) == 2
+    assert "no evidence" in capsys.readouterr().err
+
+
+def test_what_the_gate_refuses_has_a_reason(tmp_path):
+    evidence(tmp_path)
+    decisions = report_gate.gate_decisions(nsa_analysis.read(tmp_path), [], "/nowhere/nsa")
+    assert len(decisions) == len(PAIRS) and all("cannot find the program" in d.reason for d in decisions)

@@ -129,6 +129,15 @@ def test_the_commands_of_the_page_run(page, tmp_path, monkeypatch):
         assert (tmp_path / words[-1]).stat().st_size > 500
 
 
+def test_the_page_names_the_command_that_made_it(sweep, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["report", str(sweep / "h1k1.h5"), "-o", "my page.html", "--title", "A title", "--node", "4"]
+    assert main([*words, "--latency", "2.5"]) == 0
+    text = (tmp_path / "my page.html").read_text()
+    command = html.unescape(re.search(r'<pre class="command"[^>]*><code>(.*?)</code>', text, flags=re.S)[1])
+    assert shlex.split(command) == ["nsa-analysis", *words[:-2], "--latency", "2.5", "--node", "4"]
+
+
 def test_a_page_of_committed_results():
     """Decode on one and two GPUs, kernels, and prefill on the host; test_committed_results.py reads the other files."""
     gpu = [f"h200/scaling_gpu_decode_{layout}.h5" for layout in ("r1_h1_kv1", "r2_h2_kv1", "r2_h1_kv2")]

@@ -3,6 +3,7 @@
 import math
 import pathlib
 import random
+import re
 import statistics
 
 import h5py
@@ -118,13 +119,15 @@ def test_ranks_on_oversubscribed_cores_are_not_compared(tmp_path):
         ({"commit": "beef"}, "git_commit c0ffee .*beef"),
     ],
 )
-def test_mixed_devices_and_commits_are_refused(tmp_path, capsys, other, said):
+def test_mixed_devices_and_commits_share_no_curve(tmp_path, capsys, other, said):
     one = synthetic.sweep(tmp_path, layouts=[(1, 1)])
     two = synthetic.sweep(tmp_path, layouts=[(2, 1)], **other)
     with pytest.raises(AnalysisError, match=said):
         nsa_analysis.scaling(nsa_analysis.read(one + two))
-    assert main(["scaling", *one, *two]) == 2
+    assert main(["scaling", *one, *two, "--figure", str(tmp_path / "s.svg")]) == 2
     assert "cannot share" in capsys.readouterr().err
+    assert main(["scaling", *one, *two]) == 0  # a table for each
+    assert re.findall(r" step .* (speedup|1) ", capsys.readouterr().out) == ["1", "1"]
     assert main(["scaling", *one, *two, "--where", "device=Test GPU", "--where", "git_commit=c0ffee"]) == 0
 
 

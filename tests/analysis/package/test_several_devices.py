@@ -153,6 +153,6 @@ def test_many_differences_are_named_and_few_spelt_out(tmp_path, capsys):
     other = {"nsa_w": 256, "nsa_l": 16, "nsa_d": 8, "model_dim": 512, "run_scope": "layer", "task_kind": "prefill"}
     synthetic.write(tmp_path / "a.h5", [synthetic.point(table)])
     synthetic.write(tmp_path / "b.h5", [synthetic.point(table, **other)], device=H200)
-    assert main(["scaling", str(tmp_path)]) == 2
+    assert main(["scaling", str(tmp_path), "--figure", str(tmp_path / "s.svg")]) == 2
     said = capsys.readouterr().err
     assert "device Test GPU" in said and "task.kind decode" in said and "and 2 more: nsa.w, run.scope" in said

@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
-from nsa_analysis.data.statistics import interval_ranks, median_and_interval, summarise
+from nsa_analysis.data.statistics import interval_ranks, median_and_interval, median_of_others, summarise
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,14 @@ def test_summary_row():
     )
     assert row["cv"] == pytest.approx(statistics.stdev(samples) / statistics.mean(samples))
     assert summarise([])["n"] == 0 and math.isnan(summarise([])["median"])
+
+
+def test_median_of_others():
+    """Against the definition: the median of the list without the value, for every length, with ties and NaN."""
+    rng = random.Random(4)
+    for n in range(2, 9):
+        values = [float(rng.randrange(4)) for _ in range(n)]
+        expected = [statistics.median(values[:i] + values[i + 1 :]) for i in range(n)]
+        assert median_of_others(values).tolist() == expected
+    assert median_of_others([3.0]).tolist() == [3.0]
+    assert median_of_others([[1.0, np.nan, 5.0, 2.0]]).tolist()[0][::2] == [3.5, 1.5]

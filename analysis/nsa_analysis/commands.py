@@ -1,0 +1,316 @@
+"""The commands of the command line: each makes a table from its options and writes it."""
+
+import os
+import sys
+import warnings
+
+import pandas as pd
+
+from .data import series
+from .data.reading import find_files, read, read_file
+from .data.tables import KERNEL_COLUMNS, kernels, points_table
+from .errors import AnalysisError, LeftOut
+from .figures import plots, style
+from .models import cost_model, gate
+from .models.balance import ranks, stragglers
+from .models.roofline import roofline
+from .models.scaling import scaling
+from .models.stages import branches, reads, with_stages
+from .report import html
+from .report.report import make_report
+from .report.report_gate import gate_decisions
+from .report.report_series import PREDICTION_COLUMNS
+
+# Columns of the table on the terminal; --csv and --json have all columns.
+TERMINAL_COLUMNS = {
+    "points": [
+        "file",
+        "point",
+        "kind",
+        "context",
+        "batch",
+        "layout",
+        "median",
+        "low",
+        "high",
+        "n",
+        "selection_share",
+        "comm_share",
+        "validity",
+    ],
+    "scaling": [
+        "curve",
+        "stage",
+        "layout",
+        "time",
+        "time_low",
+        "time_high",
+        "speedup",
+        "efficiency",
+        "serial_fraction",
+        "comm_share",
+        "max_over_median",
+        "validity",
+    ],
+    "branches": [
+        "context",
+        "batch",
+        "layout",
+        "stage",
+        "median",
+        "low",
+        "high",
+        "share",
+        "max_over_median",
+        "validity",
+    ],
+    "ranks": ["context", "layout", "stage", "rank", "host", "time", "ratio", "straggler"],
+    "roofline": ["context", "layout", "stage", "time", "bytes", "achieved", "fraction", "intensity", "validity"],
+    "kernels": KERNEL_COLUMNS,
+    "gate": ["device", "condition", "at", "value", "bound_low", "bound_high", "threshold", "outcome"],
+}
+
+
+def network_from(options):
+    """Network of the options. Raises AnalysisError if one is out of range."""
+    if options.latency < 0 or options.link <= 0 or options.node < 1:
+        raise AnalysisError("the network needs --latency >= 0, --link > 0 and --node >= 1; correct the option")
+    return cost_model.Network(options.network, options.latency * 1e-6, options.link * 1e9, options.node)
+
+
+def selected_points(options):
+    """Points of the files that satisfy --where."""
+    return series.where(read(options.files), options.where)
+
+
+def write_outputs(options, frame, panels=None):
+    """Writes the table to --csv, --json or the terminal, and the figures to --figure."""
+    write_data(options, frame)
+    if getattr(options, "figure", None):
+        save_figure(options, panels)
+    if not (options.csv or options.json):
+        names = [c for c in TERMINAL_COLUMNS.get(options.name, list(frame)) if c in frame]
+        print(align_columns(frame, names) if len(frame) else "no rows")
+
+
+def write_data(options, frame):
+    """Writes the table to --csv and --json."""
+    if options.csv:
+        frame.to_csv(sys.stdout if options.csv == "-" else options.csv, index=False)
+    if options.json:
+        text = frame.to_json(orient="records", double_precision=15)
+        print(text) if options.json == "-" else write_text(options.json, text)
+
+
+def save_figure(options, panels):
+    """Writes the panels to --figure."""
+    if not options.figure.endswith((".svg", ".png", ".pdf")):
+        raise AnalysisError(f"--figure {options.figure}: unknown image format; end the name in .svg, .png or .pdf")
+    if not panels:
+        raise AnalysisError(
+            f"nothing to draw for `{options.name}` in these files; give points of more sizes or rank counts"
+        )
+    style.save(panels, options.figure)
+
+
+def align_columns(frame, names):
+    """These columns as aligned text, with the units and digits of the report."""
+    headings, rows, text = html.format_table(frame, names)
+    columns = [[heading, *cells] for heading, cells in zip(headings.values(), zip(*rows))]
+    sides = [str.ljust if name in text else str.rjust for name in headings]
+    widths = [max(map(len, column)) for column in columns]
+    lines = zip(*([side(v, w) for v in column] for side, w, column in zip(sides, widths, columns)))
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def write_text(path, text):
+    """Writes a file. An OSError names it."""
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def tables_by_series(options, points, make, what):
+    """make(points) of each series, joined; column `series` names it. With --figure there must be one series.
+
+    A series that has no such table is named on stderr. Raises its AnalysisError where no series has one.
+    """
+    if options.figure:
+        series.one_series(points, what)
+    groups, frames, reasons = series.split(points) or [points], [], []
+    for members, name in zip(groups, series.titles(groups) if points else [""]):
+        try:
+            frames.append(make(members).assign(series=name))
+        except AnalysisError as reason:
+            reasons.append((name, reason))
+    if not frames:
+        raise reasons[0][1]
+    for name, reason in reasons:
+        warnings.warn(f"{name}: {reason}", LeftOut, stacklevel=2)
+    return pd.concat(frames, ignore_index=True)
+
+
+def write_tables(options, frame, panels=None):
+    """write_outputs; on the terminal a table for each series."""
+    if options.csv or options.json or frame.series.nunique() < 2:
+        return write_outputs(options, frame, panels)
+    for name, rows in frame.groupby("series", sort=False):
+        print(f"\n{name}")
+        write_outputs(options, rows)
+
+
+def run_points(options):
+    write_outputs(options, points_table(selected_points(options)))
+
+
+def run_scaling(options):
+    points = series.leave_out(selected_points(options), lambda p: p.modes, "never timed as a step")
+    frame = tables_by_series(options, points, lambda members: scaling(members, options.kind), "scaling curve")
+    write_tables(options, frame, plots.scaling_panels(frame) if options.figure else None)
+
+
+def run_branches(options):
+    points = with_stages(selected_points(options))
+    frame = tables_by_series(options, points, branches, "chart of stages")
+    panels = plots.branch_panels(frame) + plots.reads_panels(reads(points)) if options.figure else None
+    write_tables(options, frame, panels)
+
+
+def run_reads(options):
+    points = series.leave_out(selected_points(options), lambda p: p.reads, "without reads")
+    frame = tables_by_series(options, points, reads, "chart of reads")
+    write_tables(options, frame, plots.reads_panels(frame) if options.figure else None)
+
+
+def selected_for_figure(options, what):
+    """Selected points; with --figure they must form one series, since a figure shows only one."""
+    points = selected_points(options)
+    return series.one_series(points, what) if options.figure else points
+
+
+def run_ranks(options):
+    frame = ranks(selected_for_figure(options, "heat map of ranks"))
+    write_outputs(options, frame, plots.rank_panels(frame) if options.figure else None)
+    slow = stragglers(frame)
+    if not (options.csv or options.json):
+        print("\nstragglers: " + ("none" if slow.empty else "\n" + align_columns(slow, list(slow))))
+
+
+def run_roofline(options):
+    frame = roofline(selected_for_figure(options, "bandwidth figure"))
+    write_outputs(options, frame, plots.roofline_panels(frame) if options.figure else None)
+
+
+def run_model(options):
+    points = selected_points(options)
+    try:
+        fit_ranks = [int(n) for n in options.fit_ranks.split(",")] if options.fit_ranks else None
+    except ValueError:
+        raise AnalysisError(
+            f"--fit-ranks {options.fit_ranks}: not a list of numbers; write it as --fit-ranks 1,2"
+        ) from None
+    if not 1 <= options.up_to <= 1 << 20:
+        raise AnalysisError(f"--up-to {options.up_to}: out of range; give 1 to {1 << 20}")
+    network = network_from(options)
+
+    def tables(members):
+        model = cost_model.fit(members, fit_ranks)
+        checked = cost_model.check(model, members)
+        predictions = cost_model.extrapolate(model, members, options.up_to, network)
+        if not (options.csv or options.json):
+            print_model(model, members, checked, predictions, network)
+        return pd.concat([checked.assign(table="measured and predicted"), predictions.assign(table="predicted alone")])
+
+    points = with_stages(points)
+    frame = tables_by_series(options, points, tables, "cost model")
+    if options.figure:
+        checked, predictions = (rows for _, rows in frame.groupby("table"))
+        save_figure(options, plots.check_panels(checked) + plots.prediction_panels(predictions))
+    if options.csv or options.json:
+        write_data(options, frame)
+
+
+def print_model(model, points, checked, predictions, network):
+    """The tables of one series on the terminal."""
+    print(f"\n{series.title(points[0])}")
+    step = checked[checked.stage == "step"]
+    print(align_columns(step, ["context", "batch", "layout", "measured", "predicted", "error", "part"]))
+    coefficients = model.coefficients()
+    print(f"\nfitted to {', '.join(map(str, model.fit_ranks))} ranks")
+    print(align_columns(coefficients, list(coefficients)))
+    errors = cost_model.cross_validate(points)
+    if len(errors):
+        print("\neach rank count predicted by a fit to the others\n" + align_columns(errors, list(errors)))
+    print(f"\nPREDICTED, not measured. {cost_model.reliability(errors, points)}", end=" ")
+    print(f"Network between nodes: {network.text()}")
+    print(align_columns(predictions, PREDICTION_COLUMNS))
+
+
+def run_kernels(options):
+    frame = kernels(selected_points(options))
+    if frame.empty:
+        raise AnalysisError('no point of these files is of kind = "kernels"; run inputs/m4_kernels.toml')
+    write_outputs(options, frame, plots.kernel_panels(frame))
+
+
+def run_gate(options):
+    """The answer of `nsa gate` on these files together; of a folder, one for each pair of inputs."""
+    if any(map(os.path.isdir, options.files)):
+        answers = answers_of_folder(options)
+    else:
+        answers = [gate.call_gate(options.files, options.nsa)]
+    frame = pd.concat([gate.gate_table(answer) for answer in answers], ignore_index=True)
+    write_outputs(options, frame, plots.gate_panels(frame))
+    if not (options.csv or options.json):
+        for answer in answers:
+            for row in gate.verdicts(answer).itertuples():
+                of = f" [{', '.join(answer['given'])}]" if "given" in answer else ""
+                print(f"\n{row.device}: {row.verdict} ({row.why}){of}")
+
+
+def answers_of_folder(options):
+    """Answers of `nsa gate` on all evidence below the folders, by gate.paired_files.
+
+    Files that are no evidence, and refusals, are named on stderr.
+    """
+    files = find_files(options.files)
+    csvs = [f for f in files if f.endswith(".csv")]
+    points = [p for f in files if f not in csvs for p in read_file(f)]
+    series.leave_out(points, gate.is_evidence, "no evidence for the gate")
+    decisions = gate_decisions(points, csvs, options.nsa)
+    for d in decisions:
+        if d.answer is None:
+            warnings.warn(f"not decided: {', '.join(d.files)}: {d.reason}", LeftOut, stacklevel=2)
+    answers = [d.answer | {"given": d.files} for d in decisions if d.answer is not None]
+    if not answers:
+        raise AnalysisError(
+            decisions[0].reason
+            if decisions
+            else "no evidence for the gate in these folders; run inputs/m4_decode.toml and inputs/m4_kernels.toml"
+        )
+    return answers
+
+
+def run_report(options):
+    text = make_report(options.files, options.nsa, options.title, network_from(options), report_options(options))
+    write_text(options.output, text)
+    print(f"{options.output}: {len(text) / 1e6:.1f} MB")
+
+
+def report_options(options):
+    """Words of the command line that make the same report again: those options that differ from their default."""
+    default = cost_model.Network()
+    words = ["-o", options.output]
+    for name, usual in (
+        ("title", "nsa report"),
+        ("nsa", None),
+        ("network", default.name),
+        ("latency", default.latency * 1e6),
+        ("link", default.bandwidth / 1e9),
+        ("node", default.node),
+    ):
+        value = getattr(options, name)
+        words += [] if value == usual else [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
+    return words
