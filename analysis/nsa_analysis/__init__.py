@@ -12,10 +12,12 @@ figures (panels), report (the page), cli.
 
 __version__ = "0.1.0"
 
-from .data.reading import Point, Run, read, read_file
+from .data.export import export
+from .data.reading import Point, Run, read, read_file, read_samples
 from .data.tables import kernels, points_table, stages_table
 from .errors import AnalysisError, FileError
 from .models.balance import ranks, stragglers
+from .models.compare import compare
 from .models.cost_model import CostModel, Network, check, extrapolate, fit
 from .models.gate import call_gate, gate_table, verdicts
 from .models.roofline import roofline

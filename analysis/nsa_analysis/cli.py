@@ -15,8 +15,11 @@ EXAMPLES = """examples:
   nsa-analysis scaling results/ --where run.context=65536 --csv scaling.csv
   nsa-analysis model results/ --fit-ranks 1,2 --up-to 256
   nsa-analysis gate m4_decode.h5 m4_kernels.h5          the decision of `nsa gate`, drawn
+  nsa-analysis compare before/ after/ --fail-above 5%   ratios with intervals; exit 1 where it is slower
+  nsa-analysis export results/ -o times.csv             every statistic of every stage and rank
 
-FILES are result files of `nsa run`, or folders of them. Exit codes: 0 ok, 2 input or usage, 6 file."""
+FILES are result files of `nsa run`, or folders of them.
+Exit codes: 0 ok, 1 slower (compare --fail-above), 2 input or usage, 6 file."""
 
 def main(arguments=None):
     """Runs the command and returns its exit code."""
@@ -113,12 +116,36 @@ def parser():
     command = add("gate", commands.run_gate, "run `nsa gate` and draw its decision")
     outputs(command, True)
     command.add_argument("--nsa", metavar="PATH", help="the program ($NSA, else nsa on the PATH)")
+    add_compare(subparsers)
+    command = table("export", commands.run_export, "one tidy table: point, mode, stage, rank, statistic", figure=False)
+    command.add_argument(
+        "-o", "--output", metavar="FILE", help="write .csv, .parquet or .jsonl (JSON lines) by the ending of the name"
+    )
+    command.add_argument("--statistics", metavar="NAME,NAME", help="only these: " + ", ".join(commands.STATISTICS))
     command = add("report", commands.run_report, "one self-contained HTML page")
     command.add_argument("-o", "--output", default="report.html", metavar="FILE", help="report.html")
     command.add_argument("--title", default="nsa report")
     command.add_argument("--nsa", metavar="PATH", help="the program, for the gate ($NSA, else nsa on the PATH)")
     add_network_options(command)
     return top
+
+
+def add_compare(subparsers):
+    """The command `compare A B`."""
+    text = "times of one set of runs over those of another, with intervals and a verdict"
+    command = subparsers.add_parser("compare", help=text, description=text + " (docs/METRICS.md, Comparing runs)")
+    command.add_argument("a", metavar="A", help="a result file, or a folder of them: the base")
+    command.add_argument("b", metavar="B", help="what is compared with it")
+    command.add_argument("--where", action="append", metavar="NAME=VALUE", help="only these points of both sides")
+    command.add_argument("--stages", action="store_true", help="stages of mode `branches` too")
+    command.add_argument("--ignore", action="append", metavar="NAME", help="a parameter that may differ")
+    command.add_argument("--paired", action="store_true", help="run i of A was made next to run i of B, in turns")
+    command.add_argument("--run-noise", metavar="2%", help="runs differ by no more than this: a verdict of single runs")
+    command.add_argument("--same", default="2%", metavar="2%", help="SAME: the interval lies within this of 1 (2%%)")
+    command.add_argument("--fail-above", metavar="5%", help="exit code 1 where B is SLOWER by more than this")
+    command.add_argument("--csv", metavar="FILE", help="write the whole table, SI units; - for standard output")
+    command.add_argument("--json", metavar="FILE", help="the same as JSON records")
+    command.set_defaults(run=commands.run_compare, name="compare")
 
 
 def add_network_options(command):

@@ -3,16 +3,19 @@
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pandas as pd
 
-from .data import series
+from .data import export, series
 from .data.reading import find_files, read, read_file
+from .data.statistics import STATISTICS
 from .data.tables import KERNEL_COLUMNS, kernels, points_table
 from .errors import AnalysisError, LeftOut
 from .figures import plots, style
 from .models import cost_model, gate
 from .models.balance import ranks, stragglers
+from .models.compare import compare, sides
 from .models.roofline import roofline
 from .models.scaling import scaling
 from .models.stages import branches, reads, with_stages
@@ -67,6 +70,27 @@ TERMINAL_COLUMNS = {
     "ranks": ["context", "layout", "stage", "rank", "host", "time", "ratio", "straggler"],
     "roofline": ["context", "layout", "stage", "time", "bytes", "achieved", "fraction", "intensity", "validity"],
     "kernels": KERNEL_COLUMNS,
+    "compare": [
+        "context",
+        "batch",
+        "branch",
+        "rows",
+        "heads",
+        "head_size",
+        "blocks",
+        "spans",
+        "layout",
+        "mode",
+        "stage",
+        "runs_a",
+        "runs_b",
+        "time_a",
+        "time_b",
+        "ratio",
+        "ratio_low",
+        "ratio_high",
+        "verdict",
+    ],
     "gate": ["device", "condition", "at", "value", "bound_low", "bound_high", "threshold", "outcome"],
 }
 
@@ -98,7 +122,7 @@ def write_data(options, frame):
     if options.csv:
         frame.to_csv(sys.stdout if options.csv == "-" else options.csv, index=False)
     if options.json:
-        text = frame.to_json(orient="records", double_precision=15)
+        text = f"[{', '.join(export.json_lines(frame))}]"
         print(text) if options.json == "-" else write_text(options.json, text)
 
 
@@ -291,6 +315,93 @@ def answers_of_folder(options):
             else "no evidence for the gate in these folders; run inputs/m4_decode.toml and inputs/m4_kernels.toml"
         )
     return answers
+
+
+def fraction_of(text, option):
+    """0.05 of "5%" or "0.05"; None of None. Raises AnalysisError that names the option."""
+    if text is None:
+        return None
+    number = series.number_of(text.removesuffix("%"))
+    value = None if number is None else number / 100 if text.endswith("%") else number
+    if value is None or not 0 <= value < 10:
+        raise AnalysisError(f"{option} {text}: not a fraction; write it as {option} 5%")
+    return value
+
+
+def run_compare(options):
+    """Compares two sets of runs; exit code 1 where --fail-above finds a slower point."""
+    a, b = (series.where(read(side), options.where) for side in (options.a, options.b))
+    fail_above = fraction_of(options.fail_above, "--fail-above")
+    frame, only_a, only_b = compare(
+        a,
+        b,
+        options.stages,
+        options.paired,
+        fraction_of(options.run_noise, "--run-noise"),
+        fraction_of(options.same, "--same"),
+        options.ignore or (),
+    )
+    for name, alone in (options.a, only_a), (options.b, only_b):
+        if alone:
+            files = series.shown_paths(dict.fromkeys(p.run.path for p in alone))
+            warnings.warn(f"{len(alone)} points are only in {name}: {', '.join(files)}", LeftOut, stacklevel=1)
+    write_data(options, frame)
+    if not (options.csv or options.json):
+        head = sides(a, b)
+        print(align_columns(head, list(head)))
+        for name, rows in frame.groupby("series", sort=False):
+            print(f"\n{name}\n" + align_columns(rows, shown_columns(rows, TERMINAL_COLUMNS["compare"])))
+        counts = frame.verdict.value_counts()
+        print("\nB over A: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    slower = frame[(frame.verdict == "SLOWER") & (frame.ratio > 1 + (fail_above or 0))]
+    if fail_above is not None and len(slower):
+        worst = slower.loc[slower.ratio.idxmax()]
+        print(
+            f"nsa-analysis: {len(slower)} of {len(frame)} are slower by more than {options.fail_above}; the worst is "
+            f"{worst.stage} at context {series.format_count(worst.context)}, {worst.layout}: {worst.ratio:.3f} times",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def shown_columns(frame, names):
+    """The names that are columns with a value; those of kernel shapes and the batch only where they vary."""
+    optional = {"batch", "branch", "rows", "heads", "head_size", "blocks", "spans", "mode"}
+    present = [n for n in names if n in frame and frame[n].notna().any() or n.startswith("ratio")]
+    return [n for n in present if n not in optional or frame[n].nunique() > 1]
+
+
+def run_export(options):
+    """Writes the tidy table file by file, so that it need not fit into memory; Parquet at once."""
+    points = selected_points(options)
+    chosen = options.statistics.split(",") if options.statistics else STATISTICS
+    if unknown := [s for s in chosen if s not in STATISTICS]:
+        raise AnalysisError(f"--statistics {unknown[0]}: no such statistic; there are {', '.join(STATISTICS)}")
+    parts = export.frames(points, tuple(chosen))
+    outputs = {options.output, options.csv, options.json} - {None}
+    if len(outputs) > 1:
+        raise AnalysisError("one output at a time: give -o, --csv or --json")
+    path = outputs.pop() if outputs else "-"
+    ending = ".jsonl" if options.json else ".csv" if options.csv or path == "-" else os.path.splitext(path)[1]
+    if ending == ".parquet":
+        return write_parquet(path, pd.concat(parts, ignore_index=True))
+    if ending not in (".csv", ".jsonl"):
+        raise AnalysisError(f"-o {path}: unknown format; end the name in .csv, .parquet or .jsonl")
+    with open(path, "w", encoding="utf-8", newline="") if path != "-" else nullcontext(sys.stdout) as file:
+        for i, part in enumerate(parts):
+            if ending == ".csv":
+                part.to_csv(file, index=False, header=i == 0)
+            else:
+                file.writelines(f"{line}\n" for line in export.json_lines(part))
+
+
+def write_parquet(path, frame):
+    """Writes Parquet where pyarrow is installed. Raises AnalysisError where it is not."""
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise AnalysisError(f"-o {path}: Parquet needs pyarrow; pip install pyarrow, or write .csv or .jsonl") from None
+    export.one_type(frame).to_parquet(path, index=False)
 
 
 def run_report(options):

@@ -156,8 +156,8 @@ def mode_times(samples):
     return ModeTimes(np.fmax.reduce(samples, axis=1), median, low, median_and_interval(sums)[1])
 
 
-def read_times(group, size, warmup):
-    """(ModeTimes by mode, ranks timed, unknown stages) of a point's group."""
+def samples_by_mode(group, size, warmup):
+    """({mode: samples [stage, rank, rep] in s without warm-up, stages as STAGES}, unknown stages) of a point."""
     time = load_numbers(group, "time", size, 4)
     modes, stages = load_labels(group, "mode", size), load_labels(group, "stage", size)
     if time.shape[:2] != (len(modes), len(stages)):
@@ -170,8 +170,8 @@ def read_times(group, size, warmup):
     order = [stages.index(s) for s in STAGES]
     if (time < 0).any() or np.isinf(time).any():
         raise ValueError("'time' has negative or infinite samples")
-    times = {mode: mode_times(time[m][order][:, :, warmup:]) for m, mode in enumerate(modes)}
-    return times, time.shape[2], tuple(s for s in stages if s not in STAGES)
+    samples = {mode: time[m][order][:, :, warmup:] for m, mode in enumerate(modes)}
+    return samples, tuple(s for s in stages if s not in STAGES)
 
 
 def last_reads(group, size):
@@ -188,18 +188,23 @@ def last_reads(group, size):
     return reads, float(nsa_vibe[-1]) if len(nsa_vibe) else float("nan")
 
 
+def kernel_samples(kernels, size, warmup):
+    """(implementations, samples [implementation, rank, rep] in s without warm-up) of the group `kernels`."""
+    names, time = load_labels(kernels, "implementation", size), load_numbers(kernels, "time", size, 3)
+    if time.shape[0] != len(names):
+        raise ValueError("the shape of 'kernels/time' does not match its labels")
+    return names, time[:, :, to_python(kernels.attrs.get("warmup_reps", warmup)) :]
+
+
 def read_kernels(group, size):
     """Samples and errors by implementation, of kind = "kernels"; None for other points."""
     if "kernels" not in group:
         return None
     kernels = group["kernels"]
-    names, time = load_labels(kernels, "implementation", size), load_numbers(kernels, "time", size, 3)
-    if time.shape[0] != len(names):
-        raise ValueError("the shape of 'kernels/time' does not match its labels")
-    warmup = to_python(kernels.attrs.get("warmup_reps", group.attrs.get("warmup_reps", 0)))
+    names, time = kernel_samples(kernels, size, to_python(group.attrs.get("warmup_reps", 0)))
     errors = {name: load_numbers(kernels, name, size, 1) for name in ("mean_abs_err", "max_abs_err") if name in kernels}
     return {
-        name: {"samples": np.fmax.reduce(time[i, :, warmup:], axis=0)} | {e: float(v[i]) for e, v in errors.items()}
+        name: {"samples": np.fmax.reduce(time[i], axis=0)} | {e: float(v[i]) for e, v in errors.items()}
         for i, name in enumerate(names)
     }
 
@@ -212,9 +217,11 @@ def read_point(run, name, group, size):
     ranks = parameters["heads"] * parameters["kv"]
     modes, unknown = {}, ()
     if "time" in group:
-        modes, timed, unknown = read_times(group, size, parameters["warmup_reps"])
+        samples, unknown = samples_by_mode(group, size, parameters["warmup_reps"])
+        timed = group["time"].shape[2]
         if timed != ranks:
             raise ValueError(f"point {name} has times of {timed} ranks (heads x kv = {ranks})")
+        modes = {mode: mode_times(s) for mode, s in samples.items()}
     reads, nsa_vibe = last_reads(group, size)
     modelled = None
     if "bytes" in group:
@@ -276,6 +283,18 @@ def read_file(path):
             "wait until the run has written its first point"
         )
     return points
+
+
+def read_samples(point):
+    """Raw samples of a point from its file: {mode: (labels, samples [label, rank, rep] in s without warm-up)}.
+
+    The labels are STAGES; of mode "kernels", which is that of kernel points, the implementations.
+    """
+    with h5py.File(point.run.path, "r") as file:
+        size, group, warmup = os.path.getsize(point.run.path), file[f"points/{point.index:04d}"], point["warmup_reps"]
+        found = samples_by_mode(group, size, warmup)[0] if "time" in group else {}
+        modes = {mode: (STAGES, samples) for mode, samples in found.items()}
+        return modes | ({"kernels": kernel_samples(group["kernels"], size, warmup)} if "kernels" in group else {})
 
 
 def first_line(error):

@@ -208,14 +208,15 @@ def size_text(point):
     return text if forced == "none" else f"{text}, forced {forced}"
 
 
-def title(point):
-    """One line that says what a series measured."""
+def title(point, device=True):
+    """One line that says what a series measured; without the device for a comparison of devices."""
     get = point.get
     model = (
         f"H={get('model.n_heads')} G={get('model.n_kv_groups')} D={get('model.d_k')}/{get('model.d_v')} "
         f"{get('model.precision')}"
     )
-    return f"{point.kind} on {point.run.device}: {model}, {get('run.scope', 'layer')}"
+    on = f" on {point.run.device}" if device else ""
+    return f"{point.kind}{on}: {model}, {get('run.scope', 'layer')}"
 
 
 def titles(groups, of=title):

@@ -7,10 +7,11 @@ import numpy as np
 
 
 @functools.cache
-def interval_ranks(n):
-    """1-based (low, high): the order statistics that bound the median with at least 95% confidence.
+def interval_ranks(n, alpha=0.05):
+    """1-based (low, high): the order statistics that bound the median with confidence 1 - alpha, at least 95%.
 
-    low is the largest k with P(Binomial(n, 1/2) < k) <= 0.025, high is n + 1 - k. (0, 0) below n = 6: no such k.
+    low is the largest k with P(Binomial(n, 1/2) < k) <= alpha / 2, high is n + 1 - k. (0, 0) where there is no such k:
+    below n = 6 for 95%, below n = 9 for 99.5%.
     """
     if n < 6:
         return 0, 0
@@ -18,12 +19,12 @@ def interval_ranks(n):
     steps = np.log((n - j) / (j + 1))  # log C(n, j+1) - log C(n, j)
     log_terms = np.concatenate([[0.0], np.cumsum(steps)]) - n * math.log(2)
     below = np.cumsum(np.exp(log_terms))  # below[i] = P(Binomial < i + 1)
-    k = int(np.searchsorted(below, 0.025 * (1 + 1e-9), side="right"))
-    return k, n + 1 - k
+    k = int(np.searchsorted(below, alpha / 2 * (1 + 1e-9), side="right"))
+    return (k, n + 1 - k) if k else (0, 0)
 
 
-def median_and_interval(samples):
-    """(n, median, low, high) over the last axis of `samples`, without NaN samples.
+def median_and_interval(samples, alpha=0.05):
+    """(n, median, low, high) over the last axis of `samples`, without NaN samples; confidence 1 - alpha.
 
     Each is an array of the shape without that axis; NaN where there is no median or interval.
     """
@@ -37,7 +38,7 @@ def median_and_interval(samples):
         return np.take_along_axis(ordered, np.maximum(index, 0)[..., None], axis=-1)[..., 0]
 
     counts = np.unique(n)
-    ranks = np.array([interval_ranks(int(c)) for c in counts]).reshape(-1, 2)[np.searchsorted(counts, n)]
+    ranks = np.array([interval_ranks(int(c), alpha) for c in counts]).reshape(-1, 2)[np.searchsorted(counts, n)]
     median = np.where(n > 0, (at((n - 1) // 2) + at(n // 2)) / 2, np.nan)
     low = np.where(ranks[..., 0] > 0, at(ranks[..., 0] - 1), np.nan)
     high = np.where(ranks[..., 0] > 0, at(ranks[..., 1] - 1), np.nan)
@@ -62,26 +63,29 @@ def median_of_others(values):
     return np.where(np.isnan(values), np.nan, np.where(others < 1, values, middle))
 
 
-def summarise(samples):
-    """Summary of a vector of samples (docs/METRICS.md): n, median, low, high, min, p95, p99, cv."""
-    values = np.sort(np.asarray(samples, dtype=float).ravel())
-    values = values[~np.isnan(values)]
-    n = len(values)
-    if n == 0:
-        return {"n": 0, **dict.fromkeys(("median", "low", "high", "min", "p95", "p99", "cv"), math.nan)}
-    _, median, low, high = median_and_interval(values)
+STATISTICS = ("n", "median", "low", "high", "min", "p95", "p99", "cv")
+
+
+def summaries(samples):
+    """Statistics (docs/METRICS.md) over the last axis, without NaN samples: {name of STATISTICS: array}."""
+    ordered = np.sort(np.asarray(samples, dtype=float), axis=-1)  # NaN last
+    n, median, low, high = median_and_interval(ordered)
 
     def nearest_rank(percent):
-        return float(values[-(-n * percent // 100) - 1])
+        if ordered.shape[-1] == 0:
+            return np.full(n.shape, np.nan)
+        index = np.maximum(-(-n * percent // 100) - 1, 0)
+        return np.take_along_axis(ordered, index[..., None], axis=-1)[..., 0]
 
-    cv = float(values.std(ddof=1) / values.mean()) if n > 1 else math.nan
-    return {
-        "n": n,
-        "median": float(median),
-        "low": float(low),
-        "high": float(high),
-        "min": float(values[0]),
-        "p95": nearest_rank(95),
-        "p99": nearest_rank(99),
-        "cv": cv,
-    }
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.nansum(ordered, axis=-1) / n
+        variance = np.nansum((ordered - mean[..., None]) ** 2, axis=-1) / np.where(n > 1, n - 1, np.nan)
+        cv = np.sqrt(variance) / mean
+    values = (n, median, low, high, nearest_rank(0), nearest_rank(95), nearest_rank(99), cv)
+    return dict(zip(STATISTICS, values))
+
+
+def summarise(samples):
+    """Summary of a vector of samples (docs/METRICS.md): n, median, low, high, min, p95, p99, cv."""
+    table = summaries(np.ravel(samples))
+    return {name: int(value) if name == "n" else float(value) for name, value in table.items()}

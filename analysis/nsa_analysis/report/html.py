@@ -24,6 +24,8 @@ TIMES = {
     "predicted",
     "fixed",
     "per_hop",
+    "time_a",
+    "time_b",
 }
 SHARES = {
     "efficiency",
@@ -41,6 +43,7 @@ HEADINGS = {
     "time_low": "95% interval",
     "low": "95% interval",
     "bound_low": "interval",
+    "ratio_low": "interval",
     "max_over_median": "max/median",
     "comm_share": "comm",
     "serial_fraction": "Karp–Flatt",

@@ -87,6 +87,8 @@ def test_command_lines_are_found():
 def test_command_lines(results, line):
     os.symlink(ROOT / "docs", results / "docs")
     os.symlink(results / "results/h1k2.h5", results / "quickstart.h5")
+    for side in "before", "after":
+        os.symlink(results / "results", results / side)
     words = [w for word in shlex.split(line)[1:] for w in (sorted(glob.glob(word)) if "*" in word else [word])]
     assert cli.main(words) == 0
     for option in "-o", "--figure", "--csv":
