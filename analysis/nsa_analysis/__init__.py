@@ -18,8 +18,10 @@ from .data.tables import kernels, points_table, stages_table
 from .errors import AnalysisError, FileError
 from .models.balance import ranks, stragglers
 from .models.compare import compare
-from .models.cost_model import CostModel, Network, check, extrapolate, fit
+from .models.cost_model import CostModel, Network, check, fit, held_out
 from .models.gate import call_gate, gate_table, verdicts
+from .models.linearity import linearity
+from .models.prediction import extrapolate
 from .models.roofline import roofline
 from .models.scaling import karp_flatt, scaling
 from .models.stages import branches, reads

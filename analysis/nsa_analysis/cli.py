@@ -104,6 +104,7 @@ def parser():
     table("points", commands.run_points, text, figure=False)
     command = table("scaling", commands.run_scaling, "strong and weak scaling, whole steps and stages")
     command.add_argument("--kind", choices=("strong", "weak", "both"), default="both")
+    table("linearity", commands.run_linearity, "why a step is not faster by the ratio of the ranks, by cause")
     table("branches", commands.run_branches, "time of the stages by context and layout")
     table("reads", commands.run_reads, "tokens read against context")
     table("ranks", commands.run_ranks, "time by rank and stage; stragglers")
@@ -157,6 +158,7 @@ def add_network_options(command):
     group.add_argument(
         "--link", type=float, default=default.bandwidth / 1e9, metavar="GBPS", help="%(default)s GB/s per rank"
     )
+    group.add_argument("--memory", type=float, metavar="GB", help="memory of a rank's device; default: by its name")
     group.add_argument("--node", type=int, default=default.node, metavar="N", help="%(default)s ranks per node")
 
 

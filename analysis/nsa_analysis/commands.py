@@ -16,6 +16,8 @@ from .figures import plots, style
 from .models import cost_model, gate
 from .models.balance import ranks, stragglers
 from .models.compare import compare, sides
+from .models.linearity import linearity
+from .models.prediction import extrapolate
 from .models.roofline import roofline
 from .models.scaling import scaling
 from .models.stages import branches, reads, with_stages
@@ -54,6 +56,20 @@ TERMINAL_COLUMNS = {
         "comm_share",
         "max_over_median",
         "validity",
+    ],
+    "linearity": [
+        "context",
+        "batch",
+        "layout",
+        "time",
+        "efficiency",
+        "lost",
+        "exchange",
+        "fixed_cost",
+        "imbalance",
+        "overlap",
+        "rest",
+        "best",
     ],
     "branches": [
         "context",
@@ -195,6 +211,12 @@ def run_scaling(options):
     write_tables(options, frame, plots.scaling_panels(frame) if options.figure else None)
 
 
+def run_linearity(options):
+    points = with_stages(selected_points(options))
+    frame = tables_by_series(options, points, linearity, "waterfall")
+    write_tables(options, frame, plots.linearity_panels(frame) if options.figure else None)
+
+
 def run_branches(options):
     points = with_stages(selected_points(options))
     frame = tables_by_series(options, points, branches, "chart of stages")
@@ -238,20 +260,26 @@ def run_model(options):
     if not 1 <= options.up_to <= 1 << 20:
         raise AnalysisError(f"--up-to {options.up_to}: out of range; give 1 to {1 << 20}")
     network = network_from(options)
+    memory = options.memory * 1e9 if options.memory is not None else None
 
     def tables(members):
         model = cost_model.fit(members, fit_ranks)
         checked = cost_model.check(model, members)
-        predictions = cost_model.extrapolate(model, members, options.up_to, network)
+        predictions = extrapolate(model, members, options.up_to, network, memory)
         if not (options.csv or options.json):
             print_model(model, members, checked, predictions, network)
-        return pd.concat([checked.assign(table="measured and predicted"), predictions.assign(table="predicted alone")])
+        held = cost_model.held_out(members)
+        return pd.concat(
+            [checked.assign(table="model"), held.assign(table="held out"), predictions.assign(table="predictions")]
+        )
 
     points = with_stages(points)
     frame = tables_by_series(options, points, tables, "cost model")
     if options.figure:
-        checked, predictions = (rows for _, rows in frame.groupby("table"))
-        save_figure(options, plots.check_panels(checked) + plots.prediction_panels(predictions))
+        of = dict(list(frame.groupby("table")))
+        held = of.get("held out", of["model"])
+        unusable = cost_model.unusable(cost_model.cross_validate(points))
+        save_figure(options, plots.check_panels(held) + plots.prediction_panels(of["predictions"], unusable))
     if options.csv or options.json:
         write_data(options, frame)
 
@@ -266,8 +294,8 @@ def print_model(model, points, checked, predictions, network):
     print(align_columns(coefficients, list(coefficients)))
     errors = cost_model.cross_validate(points)
     if len(errors):
-        print("\neach rank count predicted by a fit to the others\n" + align_columns(errors, list(errors)))
-    print(f"\nPREDICTED, not measured. {cost_model.reliability(errors, points)}", end=" ")
+        print("\neach layout predicted by a fit to the others\n" + align_columns(errors, list(errors)))
+    print(f"\nPREDICTED where it was not measured. {cost_model.reliability(errors, points)}", end=" ")
     print(f"Network between nodes: {network.text()}")
     print(align_columns(predictions, PREDICTION_COLUMNS))
 

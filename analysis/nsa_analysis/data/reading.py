@@ -5,6 +5,7 @@ of files of hundreds of ranks fit into memory.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 
@@ -12,7 +13,7 @@ import h5py
 import numpy as np
 
 from ..errors import AnalysisError, FileError
-from .statistics import median_and_interval
+from .statistics import median_and_interval, summaries
 
 SCHEMA_MAJOR = 1
 STAGES = (
@@ -66,6 +67,11 @@ class ModeTimes:
     rank_median: np.ndarray  # [stage, rank]
     rank_low: np.ndarray  # [stage, rank]: low end of the median's interval
     compute_median: np.ndarray  # [rank]: median of the sum of COMPUTE_STAGES
+
+    @functools.cached_property
+    def summary(self):
+        """Statistics of the slowest rank by stage: {name of STATISTICS: [stage]}."""
+        return summaries(self.slowest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ NAN = float("nan")
 def stage_median(point, stage, mode="branches"):
     """Median of the slowest rank in seconds; NaN where the mode did not run."""
     times = point.times(mode)
-    return NAN if times is None else summarise(times.slowest[STAGES.index(stage)])["median"]
+    return NAN if times is None else float(times.summary["median"][STAGES.index(stage)])
 
 
 def stage_medians(point, mode="branches"):
@@ -122,7 +122,7 @@ def stages_table(points, modes=("branches", "total")):
                 continue
             all_stages = sum(stage_medians(point, mode).values())
             for i, stage in enumerate(STAGES):
-                summary = summarise(times.slowest[i])
+                summary = {name: values[i].item() for name, values in times.summary.items()}
                 if summary["n"] == 0:
                     continue
                 ratio, slowest = imbalance(times.rank_median[i])

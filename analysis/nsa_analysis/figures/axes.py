@@ -41,10 +41,12 @@ def line_style(i):
 
 
 def pick_evenly(items, most=MAX_PANELS):
-    """At most `most` of the items, evenly spaced, with the first and the last."""
+    """At most `most` of the items, evenly spaced, with the first and, of several, the last."""
     items = list(items)
     if len(items) <= most:
         return items
+    if most == 1:
+        return items[:1]
     return [items[i] for i in sorted({round(k * (len(items) - 1) / (most - 1)) for k in range(most)})]
 
 

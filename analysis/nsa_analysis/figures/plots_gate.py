@@ -111,19 +111,21 @@ def implementation_index(name, frame):
     return known.index(name)
 
 
-def kernel_panels(frame):
+def kernel_panels(frame, brief=False):
     """Implementations side by side, one panel per (device, commit, input) and branch.
 
-    The x axis is context where it is swept. Else rows are shapes, with one panel per value of `spans`.
+    The x axis is context where it is swept. Else rows are shapes, with one panel per value of `spans`; `brief`: of the
+    last value only.
     """
     panels = []
     for (name, branch), rows in frame.groupby(["series", "branch"], sort=False):
         if rows.context.nunique() > 1:
             panels.append(kernel_context_panel(f"{name}: {branch}", rows))
         else:
+            of_spans = list(rows.groupby("spans", sort=False))
             panels += [
                 kernel_shape_panel(f"{name}: {branch}, blocks {spans}", shapes)
-                for spans, shapes in rows.groupby("spans", sort=False)
+                for spans, shapes in of_spans[-1 if brief else 0 :]
             ]
     return panels
 

@@ -1,6 +1,7 @@
 """Panels of the cost model: comparison with measurements, and predictions."""
 
 import math
+import textwrap
 
 import numpy as np
 
@@ -38,25 +39,32 @@ def check_panels(frame):
     return [Panel("Cost model against measurement", draw)]
 
 
-def prediction_panels(frame):
-    """Predicted time and speedup against ranks, without measurements."""
+def prediction_panels(frame, unusable=""):
+    """Predicted time and speedup against ranks; measured rank counts are filled marks without a line through them.
+
+    `unusable` is written across the figures: why they cannot be used.
+    """
+    frame = frame[frame.time > 0]
 
     def draw_with(column, ylabel, factor=1.0):
         def draw(ax):
             ends = np.array([1.0, frame.ranks.max()])
             if column == "speedup":
                 ax.plot(ends, ends, "--", color=colour("muted"), linewidth=1.2, label="ideal")
+            if unusable:
+                style = dict(transform=ax.transAxes, ha="center", va="center", color=colour("bad"), weight="bold")
+                ax.text(0.5, 0.5, textwrap.fill(unusable, 34), **style)
             many = frame.batch.nunique() > 1
             for i, ((context, batch), rows) in enumerate(pick_evenly(frame.groupby(["context", "batch"]), len(SERIES))):
-                style = line_style(i)
-                ax.plot(
-                    rows.ranks,
-                    rows[column] * factor,
-                    ":",
-                    **style,
-                    markerfacecolor="none",
-                    label=size_label(context, batch, many),
-                )
+                style, ahead = line_style(i), rows[rows.source == "predicted"]
+                label = size_label(context, batch, many)
+                if column == "time" and ahead.time_high.notna().any():
+                    ax.fill_between(
+                        ahead.ranks, ahead.time_low * factor, ahead.time_high * factor, color=style["color"], alpha=0.15
+                    )
+                ax.plot(ahead.ranks, ahead[column] * factor, ":", **style, markerfacecolor="none", label=label)
+                known = rows[rows.source == "measured"]
+                ax.plot(known.ranks, known[column] * factor, linestyle="none", **style)
             one_node = frame[frame.network == ""].ranks.max()
             if one_node < frame.ranks.max():
                 ax.axvline(one_node * math.sqrt(2), color=colour("muted"), linewidth=0.9)
@@ -80,6 +88,9 @@ def prediction_panels(frame):
 
     factor, unit = time_unit(frame.time)
     return [
-        Panel("PREDICTED time of a step", draw_with("time", f"predicted step ({unit})", factor), predicted=True),
-        Panel("PREDICTED speedup", draw_with("speedup", "predicted speedup (times)"), predicted=True),
+        Panel(f"PREDICTED {name}; filled: measured", draw_with(*axis), predicted=True)
+        for name, axis in (
+            ("time of a step", ("time", f"time ({unit})", factor)),
+            ("speedup", ("speedup", "speedup (times)")),
+        )
     ]

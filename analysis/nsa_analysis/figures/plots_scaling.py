@@ -20,20 +20,17 @@ from .axes import (
 from .style import SERIES, Panel, colour
 
 
-def scaling_panels(frame):
-    """Panels of the table of `scaling`: strong scaling, then weak scaling."""
+def scaling_panels(frame, brief=False):
+    """Panels of the table of `scaling`: strong scaling, then weak scaling. `brief`: those of a report."""
     step = frame[frame.stage == "step"]
     strong, weak = step[step.curve.str.startswith("strong")], step[step.curve.str.startswith("weak")]
     panels = []
     if strong.ranks.nunique() > 1:
         panels += [speedup_panel(strong)]
-        panels += [time_panel(label, rows) for label, rows in pick_evenly(by_size(strong)) if rows.ranks.nunique() > 1]
-        panels += [stage_time_panel(frame, strong)]
-        panels += [
-            comm_panel(strong),
-            serial_panel(strong),
-            balance_panel(strong),
-        ]
+        sizes = [(label, rows) for label, rows in by_size(strong) if rows.ranks.nunique() > 1]
+        panels += [time_panel(label, rows) for label, rows in (sizes[-1:] if brief else pick_evenly(sizes))]
+        if not brief:
+            panels += [comm_panel(strong), stage_time_panel(frame, strong), serial_panel(strong), balance_panel(strong)]
     if not weak.empty:
         panels += [weak_panel(weak)]
     return [p for p in panels if p]

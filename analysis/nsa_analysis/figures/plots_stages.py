@@ -6,9 +6,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ..data.reading import STAGES
 from ..data.series import format_count
-from ..models.stages import PART_ORDER
+from ..models.stages import PART_ORDER, PARTS
 from .axes import (
     PART_COLOURS,
+    STAGE_MARKERS,
     by_size,
     context_axis,
     draw_invalid,
@@ -19,27 +20,83 @@ from .axes import (
     time_unit,
     times_sign,
 )
-from .style import Panel, colour
+from .style import MARKERS, Panel, colour
 
 
-def branch_panels(frame):
-    """Stacked bars of stages: by context on the fewest ranks, then by layout for each context."""
+def branch_panels(frame, brief=False):
+    """Stacked bars of stages: by context on the fewest ranks, then by layout for each context; `brief`: of a report."""
     panels = []
     few = frame[frame.ranks == frame.ranks.min()]
     layout = few.layout.iloc[0]
     few = few[few.layout == layout]
-    if len(list(by_size(few))) > 1:
-        panels += [
-            stack_panel(f"Stages by context, layout {times_sign(layout)}", few, False),
-            stack_panel(f"The same as shares, layout {times_sign(layout)}", few, True),
-        ]
-    if frame.layout.nunique() > 1:
+    several = frame.layout.nunique() > 1
+    if len(list(by_size(few))) > 1 and not (brief and several):
+        if not brief:
+            panels += [stack_panel(f"Stages by context, layout {times_sign(layout)}", few, False)]
+        panels += [stack_panel(f"Shares of the stages, layout {times_sign(layout)}", few, True)]
+    if several:
         panels += [
             stack_panel(f"Stages by layout, context {label}", rows, False, by_layout=True)
-            for label, rows in pick_evenly(by_size(frame))
+            for label, rows in (list(by_size(frame))[-1:] if brief else pick_evenly(by_size(frame)))
             if rows.layout.nunique() > 1
         ]
     return panels or [stack_panel(f"Stages, layout {times_sign(layout)}", few, False)]
+
+
+def context_panel(frame, totals):
+    """Time against context on the fewest ranks: the six longest stages, and the whole step of mode `total` beside them.
+
+    `totals` is the table of whole steps, stages_table(points, modes=("total",)).
+    """
+    few = frame[frame.ranks == frame.ranks.min()]
+    few = few[(few.layout == few.layout.iloc[0]) & (few.batch == few.batch.min()) & (few.forced == few.forced.iloc[0])]
+    if few.context.nunique() < 2:
+        return []
+    keys = ["file", "point"]
+    whole = totals.merge(few[keys].drop_duplicates(), on=keys).sort_values("context") if len(totals) else totals
+    largest = few.groupby("stage")["median"].max().nlargest(6).index
+    factor, unit = time_unit([*few["median"], *whole.get("median", [])])
+
+    def draw(ax):
+        if len(whole):
+            style = dict(color=colour("ink"), linewidth=2.2, marker="o")
+            ax.plot(whole.context, whole["median"] * factor, **style, label="total")
+        for stage in (s for s in STAGES if s in largest):
+            rows = few[few.stage == stage].sort_values("context")
+            style = dict(color=colour(PART_COLOURS[PARTS[stage]]), marker=STAGE_MARKERS[stage])
+            ax.plot(rows.context, rows["median"] * factor, **style, label=stage)
+        context_axis(ax, few.context)
+        ax.set_yscale("log")
+        log_ticks(ax.yaxis, [*(few[few.stage.isin(largest)]["median"] * factor), *(whole.get("median", []) * factor)])
+        ax.set_ylabel(f"time ({unit})")
+
+    return [Panel(f"Time against context, layout {times_sign(few.layout.iloc[0])}", draw, legend_columns=4)]
+
+
+def distribution_panel(points):
+    """Distribution of the samples of a step around their median, for at most six points from few to many ranks."""
+    timed = sorted((p for p in points if p.valid and len(p.step_samples())), key=lambda p: (p.ranks, p["run.context"]))
+    chosen = pick_evenly(timed, 6)
+    if not chosen:
+        return []
+    many = len({p.layout for p in chosen}) > 1
+
+    def draw(ax):
+        for i, p in enumerate(chosen):
+            samples = np.sort(p.step_samples())
+            samples = samples[~np.isnan(samples)]
+            part = (np.arange(len(samples)) + 0.5) / len(samples)
+            name = format_count(int(p["run.context"])) + (f", {times_sign(p.layout)}" if many else "")
+            style = line_style(i) | {"marker": MARKERS[i], "markevery": max(1, len(samples) // 6)}
+            ax.plot(samples / np.median(samples), part, drawstyle="steps-mid", **style, label=name)
+        relative = [p.step_samples() / np.nanmedian(p.step_samples()) for p in chosen]
+        spread = [np.nanquantile(samples, q) for samples in relative for q in (0, 0.95)]
+        ax.set_xlim(max(0, min(spread) - 0.01), max(spread) + 0.01)
+        ax.yaxis.set_major_formatter(percent())
+        ax.set_xlabel("sample / median of its point (1)")
+        ax.set_ylabel("part of the samples (%)")
+
+    return [Panel("Samples of a step", draw)]
 
 
 def stack_panel(title, frame, shares, by_layout=False):
@@ -118,8 +175,8 @@ def reads_panels(frame):
     return [Panel("Reads: counted (marks) and expected (lines)", draw)]
 
 
-def rank_panels(frame):
-    """At most four heat maps, rank x stage.
+def rank_panels(frame, most=4):
+    """At most `most` heat maps, rank x stage.
 
     First the two points with the worst stragglers, then layouts on the most ranks at the largest context.
     """
@@ -129,12 +186,12 @@ def rank_panels(frame):
     large = large[large.context == large.context.max()].sort_values("heads", kind="stable")
     chosen = [*dict.fromkeys(slow[keys].drop_duplicates("layout").itertuples(index=False, name=None))][:2]
     chosen += pick_evenly(dict.fromkeys(large[keys].itertuples(index=False, name=None)), 4)
-    chosen = list(dict.fromkeys(chosen))[:4]
+    chosen = list(dict.fromkeys(chosen))[:most]
     return [heat_panel(layout, frame[(frame.file == file) & (frame.point == point)]) for layout, file, point in chosen]
 
 
 def heat_panel(layout, rows):
-    """Heat map of time over the median of ranks, with crosses at stragglers."""
+    """Heat map of time over the median of the other ranks, with crosses at stragglers."""
     stages = [s for s in STAGES if s in set(rows.stage)]
     grid = rows.pivot(index="rank", columns="stage", values="ratio")[stages].to_numpy()
     context, validity = int(rows.context.iloc[0]), rows.validity.iloc[0]
@@ -152,7 +209,7 @@ def heat_panel(layout, rows):
             format=FuncFormatter(lambda v, _: f"{v:g}"),
         )
         bar.minorticks_off()
-        bar.set_label("time / median over ranks (1)")
+        bar.set_label("time / median of the others (1)")
         bar.outline.set_visible(False)
         slow = rows[rows.straggler]
         if len(slow):
@@ -176,10 +233,10 @@ def heat_panel(layout, rows):
     return Panel(name + ("" if validity == "VALID" else ", INVALID"), draw, height=3.5)
 
 
-def roofline_panels(frame):
-    """Achieved fraction of the copy bandwidth by stage, one marker per context, for at most four layouts."""
+def roofline_panels(frame, most=4):
+    """Achieved fraction of the copy bandwidth by stage, one marker per context, for at most `most` layouts."""
     layouts = frame[["ranks", "heads", "layout"]].drop_duplicates().sort_values(["ranks", "heads"]).layout
-    return [roofline_panel(layout, frame[frame.layout == layout]) for layout in pick_evenly(layouts, 4)]
+    return [roofline_panel(layout, frame[frame.layout == layout]) for layout in pick_evenly(layouts, most)]
 
 
 def roofline_panel(layout, frame):

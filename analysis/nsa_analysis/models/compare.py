@@ -109,9 +109,9 @@ def compare(a, b, stages=False, paired=False, run_noise=None, same=0.02, ignored
     """(table, points of a alone, points of b alone): one row per point and timed series that both sides measured.
 
     Columns: series, the sizes and layout of the point, mode, stage; runs, samples n and time in s of both sides, `_a`
-    and `_b`; ratio of b over a with ratio_low and ratio_high, and verdict. `run_noise`: by how much, as a fraction, runs
-    differ at most; it allows a verdict where there are too few runs for an interval. `ignored`: parameters that may
-    differ. Raises AnalysisError where nothing can be compared.
+    and `_b`; ratio of b over a with ratio_low and ratio_high, and verdict. `run_noise`: by how much runs differ
+    at most, as a fraction; it allows a verdict where there are too few runs for an interval. `ignored`: parameters that
+    may differ. Raises AnalysisError where nothing can be compared.
     """
     side_a, side_b = by_key(a, ignored), by_key(b, ignored)
     common = [k for k in side_a if k in side_b]

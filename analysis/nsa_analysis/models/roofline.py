@@ -10,44 +10,19 @@ from ..errors import AnalysisError
 from . import traffic
 
 
-def fused_attention(point):
+def plan_of(point):
     """How mode `total` ran attention, by `route_kernels` of the file: "fused", "sharded" or "staged"."""
     ran = str((point.get("route_kernels") or [""])[0]).split(", ")
+    if point.kind != "decode":
+        return "staged"
     return "fused" if "step" in ran else "sharded" if "shard" in ran else "staged"
 
 
-def handed_over(point):
-    """Part of the raw scores that a step of mode `total` hands from attend_cmp to rank (docs/METRICS.md).
-
-    A fused step leaves 9 numbers, a sharded one 10, for 32 raw scores of a head, where blocks are scored by tile.
-    """
-    get, ran = point.get, fused_attention(point)
-    d, l_sel = get("nsa.d"), get("nsa.l_sel")
-    by_tile = (
-        get("nsa.l") == 2 * d
-        and l_sel == 4 * d
-        and get("nsa.n_sel") <= 16
-        and get("model.n_heads") <= 16 * get("model.n_kv_groups")
-        and get("parallel.kv_chunk_blocks", 16) * (l_sel // d) % 32 == 0
-    )
-    return {"fused": 9 / 32, "sharded": 10 / 32}.get(ran, 1.0) if by_tile else 1.0
-
-
 def step_bytes(point):
-    """[rank] modelled bytes of a step of mode `total` without comm: those of its stages, less what a fused one keeps.
-
-    A fused step reads q once, keeps the outputs of the branches on chip and hands fewer numbers to rank.
-    """
-    stage = dict(zip(STAGES, point.bytes.astype(float)))
-    whole = stage["step"] - stage["comm"]
-    if point.kind != "decode" or fused_attention(point) == "staged":
-        return whole
-    whole = whole - 2 * stage["rank"] * (1 - handed_over(point))
-    if fused_attention(point) == "fused":
-        rows = point["model.layers"] * point["run.batch"] * point["model.n_heads"] // point["heads"]
-        storage = 4 if point["model.precision"] == "fp32" else 2
-        whole = whole - rows * (2 * point["model.d_k"] * storage + 6 * point["model.d_v"] * 4)
-    return whole
+    """[rank] modelled bytes of a step of mode `total` without comm, by what ran (traffic.step_bytes)."""
+    stages = dict(zip(STAGES, point.bytes.astype(float)))
+    shape = traffic.shape_of(point)
+    return stages["step"] - stages["comm"] if shape is None else traffic.step_bytes(shape, plan_of(point), stages)
 
 
 def roofline(points):

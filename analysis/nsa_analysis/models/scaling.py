@@ -10,7 +10,6 @@ import pandas as pd
 
 from ..data.reading import STAGES
 from ..data.series import SWEPT, format_count, keep_latest, leave_out, one_series, size_text
-from ..data.statistics import median_and_interval
 from ..data.tables import NAN, identity_row, imbalance, rank_compute_times, stage_share
 from ..errors import AnalysisError
 
@@ -25,12 +24,10 @@ def karp_flatt(speedup, ratio):
 
 def measured_time(point, stage):
     """(median, low, high) in seconds: `step` of mode `total`, stages of mode `branches`."""
-    if stage == "step":
-        samples = point.step_samples()
-    else:
-        times = point.times("branches")
-        samples = [] if times is None else times.slowest[STAGES.index(stage)]
-    return tuple(float(v) for v in median_and_interval(samples)[1:]) if len(samples) else (NAN, NAN, NAN)
+    times = stage == "step" and point.times("total") or point.times("branches")
+    if times is None:
+        return NAN, NAN, NAN
+    return tuple(float(times.summary[name][STAGES.index(stage)]) for name in ("median", "low", "high"))
 
 
 def strong_groups(points):

@@ -176,6 +176,39 @@ def modelled_bytes(s):
     return table | {"step": sum(table.values())}
 
 
+def handed_over(s, plan):
+    """Part of the raw scores that a step of this plan hands from attend_cmp to rank (docs/METRICS.md).
+
+    A fused step leaves 9 numbers, a sharded one 10, for 32 raw scores of a head, where blocks are scored by tile.
+    """
+    by_tile = (
+        s.l == 2 * s.d
+        and s.l_sel == 4 * s.d
+        and s.n_sel <= 16
+        and s.heads_total <= 16 * s.groups_total
+        and s.chunk // s.d % 32 == 0
+    )
+    return {"fused": 9 / 32, "sharded": 10 / 32}.get(plan, 1.0) if by_tile else 1.0
+
+
+def step_bytes(s, plan, stages=None):
+    """Modelled bytes of a whole step without comm: those of its stages, less what a fused one keeps.
+
+    `plan`: how the step runs attention, "staged", "fused" or "sharded". `stages`: bytes by stage, each a number or an
+    array over ranks; those of the model by default. A fused step reads q once, keeps the outputs of the branches on
+    chip and hands fewer numbers to rank.
+    """
+    stages = stages or modelled_bytes(s)
+    whole = stages["step"] - stages["comm"]
+    if s.prefill or plan == "staged":
+        return whole
+    whole = whole - 2 * stages["rank"] * (1 - handed_over(s, plan))
+    if plan == "fused":
+        rows = s.layers * s.batch * s.query_heads
+        whole = whole - rows * (2 * s.d_k * s.storage + 6 * s.d_v * 4)
+    return whole
+
+
 def exchanges(s):
     """Exchanges of one layer step, without those that send nothing."""
     planes = s.batch * s.groups

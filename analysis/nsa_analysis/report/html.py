@@ -29,6 +29,12 @@ TIMES = {
 }
 SHARES = {
     "efficiency",
+    "lost",
+    "exchange",
+    "fixed_cost",
+    "imbalance",
+    "overlap",
+    "rest",
     "comm_share",
     "share",
     "selection_share",
@@ -93,6 +99,7 @@ def unit_of(name, times):
         "bytes": (1e-6, "MB"),
         "flops": (1e-9, "10⁹"),
         "peak_memory": (1e-6, "MB"),
+        "memory": (1e-9, "GB"),
         "intensity": (1, "FLOP/byte"),
     }.get(name, (1, ""))
 
@@ -163,6 +170,14 @@ def table(frame, columns, caption, open_rows=OPEN_ROWS):
     return f"<details><summary>{escape(caption)}, {len(rows)} rows</summary>{body}</details>"
 
 
+def section(name, heading, body, opened=False):
+    """A section with a heading that folds it; ids of sections are targets of links, which unfold them."""
+    return (
+        f'<details class="section" id="{name}"{" open" if opened else ""}>'
+        f"<summary><h2>{escape(heading)}</h2></summary>{body}</details>"
+    )
+
+
 def command_line(text):
     """Shell command in a box."""
     return f'<pre class="command" tabindex="0"><code>{escape(text)}</code></pre>'
@@ -217,6 +232,11 @@ tr.group th { padding-top: .7rem; white-space: normal; } .glance { width: 100%%;
 tr.group a { display: inline-block; max-width: calc(100vw - 3.5rem); }
 @media (max-width: 40rem) { .glance .wide { display: none; } .glance th, .glance td { padding: .2rem .3rem; } }
 tr.invalid td { color: var(--bad); font-weight: 600; }
+details.section { margin: 0; border-top: 1px solid var(--grid); }
+details.section > summary h2 { display: inline; font-size: 1.05rem; font-weight: 600; margin: 0; padding: 0; border: 0;
+  color: var(--ink); }
+details.section > summary { padding: .45rem 0; } details.section[open] { padding-bottom: 1.5rem; }
+details.section[open] > summary h2 { font-size: 1.25rem; }
 details { margin: .25rem 0 .75rem; } summary { cursor: pointer; color: var(--muted); font-size: .9rem; }
 pre.command { overflow-x: auto; max-width: 100%%; max-height: 9rem; padding: .45rem .7rem; margin: .4rem 0;
   font-size: .8rem; border: 1px solid var(--grid); border-radius: .3rem; color: var(--muted); white-space: pre-wrap;
@@ -233,6 +253,11 @@ pre.command { overflow-x: auto; max-width: 100%%; max-height: 9rem; padding: .45
 
 # Printing expands collapsed tables.
 SCRIPT = """
+const unfold = () => { const at = document.getElementById(location.hash.slice(1));
+  for (let e = at; e; e = e.parentElement) if (e.tagName == "DETAILS") e.open = true;
+  if (at) at.scrollIntoView(); };
+addEventListener("hashchange", unfold); addEventListener("load", unfold);
+document.querySelectorAll('a[href^="#"]').forEach(a => a.addEventListener("click", () => setTimeout(unfold)));
 addEventListener("beforeprint", () => document.querySelectorAll("details:not([open])").forEach(d => {
   d.open = true; d.dataset.folded = ""; }));
 addEventListener("afterprint", () => document.querySelectorAll("details[data-folded]").forEach(d => {

@@ -4,6 +4,8 @@ program, because a verdict is of one program and one input of each kind."""
 import dataclasses
 import shlex
 
+import pandas as pd
+
 from ..errors import AnalysisError
 from ..figures import plots
 from ..models import gate
@@ -41,21 +43,25 @@ def decide(files, program):
 
 
 def gate_section(decisions):
-    begin = '<h2 id="gate">M4 gate: is a custom selection kernel worth it?</h2>'
+    heading = "M4 gate: is a custom selection kernel worth it?"
     if not decisions:
-        return begin + (
+        return html.section(
+            "gate",
+            heading,
             "<p>Nothing to decide: none of these files has kernel points (inputs/m4_kernels.toml) or decode "
-            "with ablations (inputs/m4_decode.toml).</p>"
+            "with ablations (inputs/m4_decode.toml).</p>",
         )
     text = (
         "Decided by <code>nsa gate --json</code>: each decode input with each kernels input of the same device and "
-        "commit. This page only shows its answers."
+        "commit. This page only shows its answers; a figure that several decisions share is drawn once."
     )
-    parts = [decision_part(decision, f"g{i}x") for i, decision in enumerate(decisions)]
-    return begin + f"<p class=muted>{text}</p>" + "".join(parts)
+    drawn = set()
+    parts = [decision_part(decision, f"g{i}x", drawn) for i, decision in enumerate(decisions)]
+    return html.section("gate", heading, f"<p class=muted>{text}</p>" + "".join(parts))
 
 
-def decision_part(decision, prefix):
+def decision_part(decision, prefix, drawn):
+    """HTML of one decision. `drawn` holds the titles and rows of the figures that the page has already."""
     command = html.command_line(shlex.join(["nsa-analysis", "gate", *decision.files, "--figure", "gate.svg"]))
     if decision.answer is None:
         return command + f"<p>Not decided: {html.escape(decision.reason)}.</p>"
@@ -65,7 +71,10 @@ def decision_part(decision, prefix):
         facts = ", ".join(filter(None, [v.device, v.precision, v.commit and f"commit {v.commit[:12]}"]))
         parts.append(f"<h3>{html.escape(facts)}: {html.escape(v.verdict)}</h3><p>{html.escape(v.why)}</p>")
         parts.append(f"<p class=muted>{html.escape(v.notes)}</p>" if v.notes else "")
-    parts += [command, html.figures(plots.gate_panels(table), prefix)]
+    rows = list(table.astype(str).itertuples(index=False, name=None))
+    fresh = table[pd.Series([row not in drawn for row in rows], dtype=bool)]
+    drawn |= set(rows)
+    parts += [command, html.figures(plots.gate_panels(fresh[fresh.condition != "shape_error"]), prefix)]
     if len(table):
         parts.append(html.table(table, GATE_COLUMNS, "Conditions; shares and errors are fractions"))
     return "".join(parts)

@@ -1,17 +1,21 @@
-"""The section of one series, with a part for scaling, branches, ranks, bandwidth and the cost model."""
+"""The section of one series, with a part for scaling, lost efficiency, stages, ranks, bandwidth and the cost model."""
 
 from ..data import series
+from ..data.tables import stages_table
 from ..errors import AnalysisError
 from ..figures import plots
 from ..figures.axes import times_sign
 from ..models import cost_model
 from ..models.balance import ranks, stragglers
+from ..models.linearity import CAUSES, linearity
+from ..models.prediction import extrapolate
 from ..models.roofline import roofline
 from ..models.scaling import scaling
 from ..models.stages import branches, reads
 from . import html
 
-PREDICTION_COLUMNS = ["context", "batch", "ranks", "layout", "time", "speedup", "efficiency", "time_comm"]
+PREDICTION_COLUMNS = ["context", "batch", "ranks", "layout", "source", "time", "time_low", "time_high", "speedup"]
+PREDICTION_COLUMNS += ["efficiency", "time_comm", "memory"]
 POINT_COLUMNS = ["context", "batch", "layout"]
 
 
@@ -27,21 +31,21 @@ def subsection(heading, text, command, body):
 
 
 def series_section(i, members, groups, paths, network):
-    """HTML of series number i; `network` is that of the cost model, None for the default."""
+    """HTML of series number i, folded where there are several; `network` is of the cost model, None: the default."""
     name = series.titles(groups)[i]
 
     def command(verb):
         return series.shell_command(verb, members, groups, paths, "--figure", f"{verb}.svg")
 
-    parts = [f'<h2 id="s{i}">{html.escape(name)}</h2><p class=muted>{html.escape(parameters_text(members))}</p>']
-    for build in scaling_part, branches_part, ranks_part, roofline_part, model_part:
+    parts = [f"<p class=muted>{html.escape(parameters_text(members))}</p>"]
+    for build in scaling_part, linearity_part, branches_part, ranks_part, roofline_part, model_part:
         try:
             options = (network,) if build is model_part else ()
             parts.append(build(f"s{i}", members, command, *options))
         except AnalysisError as reason:
-            name = build.__name__.removesuffix("_part").capitalize()
-            parts.append(f"<p class=muted>{name}: not available: {html.escape(reason)}.</p>")
-    return "<section>" + "".join(parts) + "</section>"
+            part = build.__name__.removesuffix("_part").capitalize()
+            parts.append(f"<p class=muted>{part}: not available: {html.escape(reason)}.</p>")
+    return html.section(f"s{i}", name, "".join(parts), opened=len(groups) == 1)
 
 
 def parameters_text(members):
@@ -62,7 +66,7 @@ def parameters_text(members):
 def scaling_part(prefix, members, command):
     """Strong and weak scaling of steps and stages."""
     frame = scaling(members)
-    panels = plots.scaling_panels(frame)
+    panels = plots.scaling_panels(frame, brief=True)
     if not panels:
         return f"<p class=muted>Scaling: one rank count ({members[0].ranks}); run this input on other rank counts.</p>"
     frame = frame.assign(curve=frame.curve.str.replace("context ", ""))
@@ -108,13 +112,38 @@ def scaling_part(prefix, members, command):
     )
 
 
+def linearity_part(prefix, members, command):
+    """Why a step is not faster by the ratio of the ranks; empty on one rank count."""
+    if len({p.ranks for p in members}) < 2:
+        return ""
+    frame = linearity(members)
+    if frame.empty:
+        return "<p class=muted>Why not linear: no VALID point has more ranks than the baseline.</p>"
+    text = (
+        "Lost efficiency, 100% less that of the step, by cause, as parts of the step. Exchange: comm of the stages in "
+        "sequence, without waiting for the slowest rank. Fixed cost: what does not shrink with the work. Imbalance: "
+        "the slowest rank's work over the mean. Overlap (a gain): exchange that the whole step hides. Rest: what these "
+        "do not explain, such as the launches between exchanges."
+    )
+    shown = varying_columns(frame, [*POINT_COLUMNS, "time", "efficiency", "lost", *CAUSES, "best"])
+    return subsection(
+        "Why not linear",
+        text,
+        command("linearity"),
+        html.figures(plots.linearity_panels(frame), f"{prefix}w")
+        + html.table(frame, shown, "Lost efficiency by cause"),
+    )
+
+
 def branches_part(prefix, members, command):
     """Time of the stages, and reads."""
     frame, counts = branches(members), reads(members)
-    panels = plots.branch_panels(frame) + plots.reads_panels(counts)
+    totals = stages_table(members, modes=("total",))
+    panels = plots.context_panel(frame, totals) + plots.branch_panels(frame, brief=True)
+    panels += plots.distribution_panel(members)
     text = (
-        "Mode branches: the stages in sequence, medians of the slowest rank. Their sum can exceed a step, in which "
-        "they overlap. Reads: tokens whose K and V one query of "
+        "Mode branches: the stages in sequence, medians of the slowest rank. Their sum can exceed a step (total), in "
+        "which they overlap and share launches. Reads: tokens whose K and V one query of "
         "one group loads at the last step; in prefill, all queries of a sequence."
     )
     body = html.figures(panels, f"{prefix}b")
@@ -132,17 +161,15 @@ def branches_part(prefix, members, command):
 
 def ranks_part(prefix, members, command):
     """Time by rank and stage, and stragglers; empty on one rank."""
-    most = max(p.ranks for p in members)
-    if most == 1:
+    if max(p.ranks for p in members) == 1:
         return ""
     frame = ranks(members)
     slow = stragglers(frame)
-    panels = plots.rank_panels(frame)
+    panels = [] if slow.empty else plots.rank_panels(frame, most=1)
     text = (
-        f"Each rank's median over the median of all ranks, by stage, for points with stragglers and on {most} ranks; "
-        "blank: not timed. A straggler's 95% interval "
-        "lies above 1.1 times the median, in a stage of at least 1% of the sum. Waiting counts as comm, so comm "
-        "has no stragglers."
+        "Each rank's median over the median of the other ranks, by stage, for the point with the worst straggler; "
+        "blank: not timed. A straggler's 95% interval lies above 1.1 times that median, in a stage of at least 1% "
+        "of the sum. Waiting counts as comm, so comm has no stragglers."
     )
     body = html.figures(panels, f"{prefix}r")
     if slow.empty:
@@ -170,15 +197,15 @@ def roofline_part(prefix, members, command):
     """Achieved bandwidth by stage."""
     frame = roofline(members)
     text = (
-        "The minimum bytes of a stage per second, against a copy measured in the same run on the slowest "
-        "rank. Above 100% the bytes came from a cache. FLOPs are counted from the shape; "
+        "The minimum bytes of a stage per second, of a whole step those of what ran, against a copy measured in the "
+        "same run on the slowest rank. Above 100% the bytes came from a cache. FLOPs are counted from the shape; "
         "no peak FLOP rate was measured."
     )
     return subsection(
         "Bandwidth",
         text,
         command("roofline"),
-        html.figures(plots.roofline_panels(frame), f"{prefix}f")
+        html.figures(plots.roofline_panels(frame, most=1), f"{prefix}f")
         + html.table(
             frame,
             varying_columns(
@@ -207,35 +234,35 @@ def model_part(prefix, members, command, network):
         return "<p class=muted>Cost model: it needs VALID points on at least two rank counts.</p>"
     network = network or cost_model.Network()
     model = cost_model.fit(members)
-    checked, predictions = cost_model.check(model, members), cost_model.extrapolate(model, members, network=network)
-    held = sorted({p.ranks for p in members} - set(model.fit_ranks))
+    predictions, errors = extrapolate(model, members, network=network), cost_model.cross_validate(members)
+    held = cost_model.held_out(members)
+    step = held[held.stage == "step"]
     text = (
-        "A stage takes a fixed time plus its bytes and FLOPs over rates; an exchange takes a fixed time, a latency per "
-        f"hop and its bytes over a rate. Fitted to {', '.join(map(str, model.fit_ranks))} ranks; "
-        + (f"held out: {', '.join(map(str, held))} ranks." if held else "no rank count is held out.")
+        "A stage takes a fixed time plus its bytes and FLOPs over rates, an exchange a fixed time, a latency per hop "
+        "and its bytes over a rate, and a whole step the same terms with coefficients of its own. Its error is that on "
+        "layouts that were held out: each is predicted by a fit to the other layouts."
     )
-    errors = cost_model.cross_validate(members)
-    step = checked[checked.stage == "step"]
-    body = html.figures(plots.check_panels(checked), f"{prefix}m")
+    body = html.figures(plots.check_panels(held), f"{prefix}m") if len(step) else ""
     body += html.table(
         step,
-        varying_columns(step, [*POINT_COLUMNS, "ranks", "measured", "predicted", "error", "part"]),
-        "Model against measurement, whole steps",
+        varying_columns(step, [*POINT_COLUMNS, "ranks", "measured", "predicted", "error"]),
+        "Held-out layouts against measurement, whole steps",
     )
+    body += html.table(errors, list(errors), "Error by held-out layout, whole steps") if len(errors) else ""
     body += html.table(
         model.coefficients(),
         ["stage", "fixed", "bytes_per_s", "flops_per_s", "per_hop"],
         "Fitted coefficients (–: the coefficient is 0)",
     )
-    if len(errors):
-        body += html.table(errors, list(errors), "Each rank count predicted by a fit to the others, whole steps")
     predicted = (
-        f'<div class="predicted-part"><h3>Predicted, not measured: up to {predictions.ranks.max()} ranks</h3>'
-        f"<p class=muted>The layout that the model predicts fastest on each rank count. Network between nodes: "
-        f"{html.escape(network.text())}. Nothing in this box was measured. "
-        f"{html.escape(cost_model.reliability(errors, members))}</p>"
-        + html.figures(plots.prediction_panels(predictions), f"{prefix}p")
-        + html.table(predictions, varying_columns(predictions, PREDICTION_COLUMNS), "Predictions")
+        f'<div class="predicted-part"><h3>Predicted where not measured: up to {predictions.ranks.max()} ranks</h3>'
+        f"<p><b>{html.escape(cost_model.reliability(errors, members))}</b></p>"
+        "<p class=muted>The fastest layout of each rank count: the measured one where it was measured, else that which "
+        "the model predicts fastest of those that fit into memory. Speedup and efficiency are against the measured "
+        "baseline; the interval of a prediction is that of the error on held-out layouts. Network between nodes: "
+        f"{html.escape(network.text())}.</p>"
+        + html.figures(plots.prediction_panels(predictions, cost_model.unusable(errors))[:1], f"{prefix}p")
+        + html.table(predictions, varying_columns(predictions, PREDICTION_COLUMNS), "Predictions", open_rows=6)
         + "</div>"
     )
     return subsection("Cost model", text, command("model"), body + predicted)
