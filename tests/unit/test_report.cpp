@@ -105,7 +105,8 @@ TEST_CASE("the slowest rank is that of the most work of its own", "[report]") {
   CHECK(work[1] == Approx(90e-6));
   const std::string text = printed([](std::ostream& out) { print_notes(out, {a_point()}); });
   has(text,
-      "\nslowest rank at context_128: 1 of 2 (heads=2 x kv=1), 90.0 us of its own work, 2.00 x the median of the others\n");
+      "\nslowest rank at context_128: 1 of 2 (heads=2 x kv=1), 90.0 us of its own work, 2.00 x the median of the "
+      "others\n");
 }
 
 TEST_CASE("the transport of exchanges is printed unless it is MPI", "[report]") {
@@ -134,9 +135,16 @@ TEST_CASE("the share of the copy rate is that of the busiest rank, without bytes
 TEST_CASE("the bytes of a whole step are those of what ran", "[report]") {
   PointRecord p = a_point();
   p.parameters = {{"task.kind", std::string("decode")}, {"model.precision", std::string("bf16")}};
-  for (const auto& [key, value] : std::vector<std::pair<const char*, int>>{
-           {"nsa.l", 32}, {"nsa.d", 16}, {"nsa.l_sel", 64}, {"nsa.n_sel", 16}, {"model.n_heads", 8},
-           {"model.n_kv_groups", 2}, {"model.d_k", 64}, {"model.d_v", 32}, {"model.layers", 3}, {"run.batch", 5}})
+  for (const auto& [key, value] : std::vector<std::pair<const char*, int>>{{"nsa.l", 32},
+                                                                           {"nsa.d", 16},
+                                                                           {"nsa.l_sel", 64},
+                                                                           {"nsa.n_sel", 16},
+                                                                           {"model.n_heads", 8},
+                                                                           {"model.n_kv_groups", 2},
+                                                                           {"model.d_k", 64},
+                                                                           {"model.d_v", 32},
+                                                                           {"model.layers", 3},
+                                                                           {"run.batch", 5}})
     p.parameters.emplace_back(key, std::int64_t{value});
   p.heads = 2;
   p.bytes.assign(stage_count, 0);
@@ -146,8 +154,8 @@ TEST_CASE("the bytes of a whole step are those of what ran", "[report]") {
     p.route_kernels[cmp] = kernel;
     return step_bytes(p, 0);
   };
-  CHECK(bytes("decode") == 1'000'000);                     // stage by stage
-  CHECK(bytes("shard, decode") == 1'000'000 - 440'000);    // 10 of 32 numbers, stored and read
+  CHECK(bytes("decode") == 1'000'000);                        // stage by stage
+  CHECK(bytes("shard, decode") == 1'000'000 - 440'000);       // 10 of 32 numbers, stored and read
   const double kept = 3 * 5 * 4 * (2 * 64 * 2 + 6 * 32 * 4);  // q twice more, three outputs stored and read
   CHECK(bytes("step, decode") == 1'000'000 - 460'000 - kept);
   p.parameters.emplace_back("parallel.kv_chunk_blocks", std::int64_t{4});  // chunks of half a tile: raw scores

@@ -13,9 +13,12 @@ import h5py
 import numpy as np
 
 from ..errors import AnalysisError, FileError
+from .hdf5 import attributes_of, load_labels, load_numbers, to_python
+from .parallel import parallel
 from .statistics import median_and_interval, summaries
 
 SCHEMA_MAJOR = 1
+LARGE = 8 << 20  # bytes: what is larger is read by several processes
 STAGES = (
     "project",
     "append",
@@ -117,42 +120,6 @@ class Point:
         return np.array([]) if times is None else times.slowest[STAGES.index("step")]
 
 
-def to_python(value):
-    """An HDF5 attribute as a Python value."""
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, np.ndarray):
-        return [to_python(v) for v in value]
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def attributes_of(item):
-    return {
-        name: to_python(value) for name, value in item.attrs.items() if name not in ("DIMENSION_LIST", "REFERENCE_LIST")
-    }
-
-
-def load_numbers(group, name, size, dimensions):
-    """A numeric dataset with that many dimensions. Raises ValueError if it is larger than `size`, that of its file."""
-    dataset = group[name]
-    if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "if":
-        raise ValueError(f"'{name}' is not numeric")
-    if dataset.ndim != dimensions:
-        raise ValueError(f"'{name}' has {dataset.ndim} dimensions (expected {dimensions})")
-    if dataset.size * dataset.dtype.itemsize > size:
-        raise ValueError(f"'{name}' is larger than its file")
-    return dataset[()]
-
-
-def load_labels(group, name, size):
-    dataset = group[name]
-    if h5py.check_string_dtype(dataset.dtype) is None or dataset.ndim != 1:
-        raise ValueError(f"'{name}' is not a list of labels")
-    if dataset.size > size:
-        raise ValueError(f"'{name}' is larger than its file")
-    return list(dataset.asstr()[()])
-
-
 def mode_times(samples):
     """ModeTimes from samples [stage, rank, rep] of one mode, without warm-up."""
     _, median, low, _ = median_and_interval(samples)
@@ -232,7 +199,8 @@ def read_point(run, name, group, size):
     modelled = None
     if "bytes" in group:
         modelled = load_numbers(group, "bytes", size, 2)
-        modelled = modelled[[load_labels(group, "stage", size).index(s) for s in STAGES]]
+        stages = load_labels(group, "stage", size)
+        modelled = modelled[[stages.index(s) for s in STAGES]]
     memory = float("nan")
     if "memory_peak" in group:
         total = load_labels(group, "kind", size).index("total")
@@ -253,8 +221,8 @@ def read_system(file, size):
     return system
 
 
-def read_file(path):
-    """The points of one file. Raises FileError with the name of the file."""
+def read_file(path, part=0, parts=1):
+    """The points of one file, or of one of `parts` equal parts of it. Raises FileError with the name of the file."""
     path = os.fspath(path)
     try:
         size = os.path.getsize(path)
@@ -271,7 +239,9 @@ def read_file(path):
                     "use the nsa_analysis of the version of nsa that wrote it"
                 )
             run = Run(path, attributes, read_system(file, size))
-            points = [read_point(run, name, file["points"][name], size) for name in sorted(file["points"])]
+            names = sorted(file["points"])
+            chosen = names[len(names) * part // parts : len(names) * (part + 1) // parts]
+            points = [read_point(run, name, file["points"][name], size) for name in chosen]
     except FileError:
         raise
     except FileNotFoundError:
@@ -283,7 +253,7 @@ def read_file(path):
         ) from None
     except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, UnicodeError) as error:
         raise FileError(f"{path}: not a complete result of nsa ({first_line(error)}); run it again") from None
-    if not points:
+    if not names:
         raise FileError(
             f"{path}: has no point (status {attributes.get('status', 'unknown')}); "
             "wait until the run has written its first point"
@@ -328,4 +298,10 @@ def read(paths):
     """Every point of every file. `paths` is one path or several; folders are searched for .h5 files."""
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
-    return [point for path in find_files(paths) for point in read_file(path)]
+    calls = []
+    for path in find_files(paths):
+        parts = 1 + min(15, os.path.getsize(path) // LARGE) if os.path.isfile(path) else 1
+        calls += [(path, part, parts) for part in range(parts)]
+    large = sum(os.path.getsize(path) for path, *_ in calls if os.path.isfile(path)) > LARGE
+    found = parallel(read_file, calls) if large else [read_file(*call) for call in calls]
+    return [point for points in found for point in points]

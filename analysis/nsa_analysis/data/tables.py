@@ -27,7 +27,8 @@ def stage_medians(point, mode="branches"):
 def stage_share(point, stages):
     """Share of these stages in the sum of all stages, medians of mode `branches`; NaN where it did not run."""
     medians = stage_medians(point)
-    return sum(medians.get(s, 0.0) for s in stages) / sum(medians.values()) if medians else NAN
+    whole = sum(medians.values())
+    return sum(medians.get(s, 0.0) for s in stages) / whole if whole > 0 else NAN
 
 
 def rank_compute_times(point):

@@ -75,8 +75,8 @@ def context_panel(frame, totals):
 
 def distribution_panel(points):
     """Distribution of the samples of a step around their median, for at most six points from few to many ranks."""
-    timed = sorted((p for p in points if p.valid and len(p.step_samples())), key=lambda p: (p.ranks, p["run.context"]))
-    chosen = pick_evenly(timed, 6)
+    timed = [p for p in points if p.valid and len(p.step_samples()) and np.nanmedian(p.step_samples()) > 0]
+    chosen = pick_evenly(sorted(timed, key=lambda p: (p.ranks, p["run.context"])), 6)
     if not chosen:
         return []
     many = len({p.layout for p in chosen}) > 1

@@ -123,6 +123,8 @@ def compare(a, b, stages=False, paired=False, run_noise=None, same=0.02, ignored
     for key in common:
         found = compare_points(side_a[key], side_b[key], stages, paired, run_noise, same)
         rows += [{"series": names[key[0]]} | row for row in found]
+    if common and not rows:
+        raise AnalysisError("the points that both sides hold have no times above 0; give runs that were timed")
     if not rows:
         raise AnalysisError(
             "the two sides have no point in common (parameters, layout and sizes must be equal); "

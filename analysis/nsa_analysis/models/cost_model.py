@@ -163,6 +163,7 @@ def usable(points):
     points = keep_latest(one_series(points, "cost model"))
     points = leave_out(points, lambda p: p.valid, "INVALID")
     points = leave_out(points, lambda p: not p.run.oversubscribed, "their ranks share cores")
+    points = leave_out(points, lambda p: measured_time(p, "step")[0] > 0, "without a time of a step")
     return leave_out(points, traffic.shape_of, "neither decode nor prefill")
 
 

@@ -49,6 +49,7 @@ def linearity(points):
     one context. `best`: the fastest layout on its rank count.
     """
     points = keep_latest(one_series(with_stages(points), "decomposition of efficiency"))
+    points = [p for p in points if measured_time(p, "step")[0] > 0 and work_and_exchange(p)[1] > 0]
     rows = []
     for members in strong_groups(points).values():
         base = baseline(members)

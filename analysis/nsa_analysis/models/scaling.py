@@ -57,7 +57,7 @@ def weak_groups(points):
 
 def baseline(points):
     """The fastest VALID point on the fewest ranks whose cores are not oversubscribed, else None."""
-    timed = [p for p in points if p.valid and not p.run.oversubscribed and not math.isnan(measured_time(p, "step")[0])]
+    timed = [p for p in points if p.valid and not p.run.oversubscribed and measured_time(p, "step")[0] > 0]
     if not timed:
         return None
     fewest = min(p.ranks for p in timed)

@@ -1,16 +1,13 @@
 """The report: all tables and figures of result files on one self-contained HTML page."""
 
-import concurrent.futures
-import multiprocessing
 import os
 import shlex
-import sys
-import warnings
 
 from ..data import series
-from ..data.reading import find_files, read_file
+from ..data.parallel import parallel
+from ..data.reading import find_files, read
 from ..data.tables import KERNEL_COLUMNS, kernels, points_table
-from ..errors import AnalysisError, LeftOut
+from ..errors import AnalysisError
 from ..figures import plots
 from . import html
 from .report_gate import gate_decisions, gate_section
@@ -26,7 +23,7 @@ def make_report(paths, program=None, title="nsa report", network=None, options=(
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     files = find_files(paths)
     csvs = [f for f in files if f.endswith(".csv")]
-    points = [p for found in parallel(read_file, [(f,) for f in files if f not in csvs]) for p in found]
+    points = read([f for f in files if f not in csvs]) if len(csvs) < len(files) else []
     if not points:
         raise AnalysisError("a report needs result files (only CSVs were given); use `nsa-analysis gate` to audit CSVs")
     groups = in_order(series.split([p for p in points if p.modes]))
@@ -48,38 +45,6 @@ def make_report(paths, program=None, title="nsa report", network=None, options=(
 
 def call(function, *arguments):
     return function(*arguments)
-
-
-def parallel(function, calls):
-    """[function(*arguments) for arguments in calls], on all cores where processes can be forked.
-
-    LeftOut warnings of the calls are repeated here. Raises the first error.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    if cores < 2 or len(calls) < 4 or not sys.platform.startswith("linux"):
-        return [function(*arguments) for arguments in calls]
-    # Fork hands the points over without copying them; arguments are numbers of calls.
-    global _work
-    _work = function, calls
-    with concurrent.futures.ProcessPoolExecutor(min(cores, 8), multiprocessing.get_context("fork")) as pool:
-        answers = list(pool.map(_run, range(len(calls))))
-    _work = None
-    for _, lines in answers:
-        for line in lines:
-            warnings.warn(line, LeftOut, stacklevel=2)
-    return [answer for answer, _ in answers]
-
-
-_work = None
-
-
-def _run(i):
-    """(result, texts of the LeftOut warnings) of call number i."""
-    function, calls = _work
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = function(*calls[i])
-    return result, [str(w.message) for w in caught if issubclass(w.category, LeftOut)]
 
 
 def kernels_section(points, paths):

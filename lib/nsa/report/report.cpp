@@ -167,10 +167,10 @@ void print_slowest(std::ostream& out, const std::vector<PointRecord>& points) {
     const auto slowest = std::max_element(work.begin(), work.end());
     std::vector<double> others = work;
     others.erase(others.begin() + (slowest - work.begin()));
-    fmt::print(out,
-               "slowest rank at {}: {} of {} (heads={} x kv={}), {} of its own work, {:.2f} x the median of the others\n",
-               point_name(point), slowest - work.begin(), work.size(), point.heads, point.kv, time_text(*slowest),
-               *slowest / summarise(others).median);
+    fmt::print(
+        out, "slowest rank at {}: {} of {} (heads={} x kv={}), {} of its own work, {:.2f} x the median of the others\n",
+        point_name(point), slowest - work.begin(), work.size(), point.heads, point.kv, time_text(*slowest),
+        *slowest / summarise(others).median);
   }
 }
 

@@ -164,6 +164,23 @@ def test_tables_that_a_task_does_not_fill(run, good, tmp_path, lacking):
     assert run("report", good, "-o", tmp_path / "r.html").returncode == 0
 
 
+def test_times_of_zero(run, tmp_path):
+    """As a clock that is too coarse gives: a table or one message, no traceback."""
+    folder = tmp_path / "zero"
+    folder.mkdir()
+    for heads, kv in ((1, 1), (2, 1), (1, 2)):
+        zeros = synthetic.times(heads * kv, 11, 0.0, attend_cmp=0.0, comm=0.0, step=0.0)
+        points = [synthetic.point(zeros, heads, kv, run_context=context) for context in (1024, 65536)]
+        synthetic.write(folder / f"h{heads}k{kv}.h5", points)
+    for command in [*COMMANDS[:-1], "linearity", "export"]:
+        done = run(command, folder)
+        assert done.returncode in (0, 2), command
+    for command in "scaling", "branches", "reads", "roofline":
+        assert run(command, folder, "--figure", tmp_path / "x.svg").returncode in (0, 2), command
+    assert "no times above 0" in run("compare", folder, folder).stderr
+    assert run("report", folder, "-o", tmp_path / "r.html").returncode == 0
+
+
 def test_mutated_files_are_read_or_refused(good, tmp_path, run):
     """Random changes of the first bytes, which hold HDF5's own structures."""
     random_ = random.Random(5)
