@@ -230,7 +230,8 @@ th, td { padding: .2rem .6rem; text-align: left; border-bottom: 1px solid var(--
 th { color: var(--muted); font-weight: 600; } .n { text-align: right; }
 tr.group th { padding-top: .7rem; white-space: normal; } .glance { width: 100%%; max-width: 60rem; }
 tr.group a { display: inline-block; max-width: calc(100vw - 3.5rem); }
-@media (max-width: 40rem) { .glance .wide { display: none; } .glance th, .glance td { padding: .2rem .3rem; } }
+@media (max-width: 40rem) { .glance { font-size: .74rem; } .glance .wide { display: none; }
+  .glance th, .glance td { padding: .2rem .22rem; } }
 tr.invalid td { color: var(--bad); font-weight: 600; }
 details.section { margin: 0; border-top: 1px solid var(--grid); }
 details.section > summary h2 { display: inline; font-size: 1.05rem; font-weight: 600; margin: 0; padding: 0; border: 0;
