@@ -41,6 +41,18 @@ def is_compared(key, kind):
     return not (kind == "kernels" and key in KERNEL_SHAPE)
 
 
+CHUNKS = "parallel.kv_chunk_blocks"
+
+
+def value_compared(point, key):
+    """Value of a parameter as points of a curve must share it: text, or `auto` where the input leaves it open.
+
+    Chunks of a prefill that are `auto` grow with the context, so their number differs along a curve.
+    """
+    left_open = key == CHUNKS and 'kv_chunk_blocks = "auto"' in str(point.run.attributes.get("config", ""))
+    return "auto" if left_open and point.kind == "prefill" else str(point[key])
+
+
 def identity(point):
     """Values that all points of a curve must share, by name."""
     run = point.run.attributes
@@ -51,7 +63,7 @@ def identity(point):
         "device": point.run.device,
         "backend": run.get("backend", "unknown"),
         "git_commit": run.get("git_commit", "unknown"),
-    } | {key: str(point[key]) for key in compared} | forced
+    } | {key: value_compared(point, key) for key in compared} | forced
 
 
 def split(points):

@@ -105,6 +105,15 @@ def by_key(points, ignored):
     return groups
 
 
+def nearest(side_a, side_b):
+    """What differs between the two points, one of each side, that differ in the fewest parameters."""
+    pairs = [(dict(x[0]), dict(y[0])) for x in side_a for y in side_b][:10_000]
+    if not pairs:
+        return "one side has no VALID point with times"
+    names = min(([k for k in {**x, **y} if x.get(k) != y.get(k)] for x, y in pairs), key=len)
+    return f"they differ in {', '.join(names[:5])}" if names else "layouts or sizes differ"
+
+
 def compare(a, b, stages=False, paired=False, run_noise=None, same=0.02, ignored=()):
     """(table, points of a alone, points of b alone): one row per point and timed series that both sides measured.
 
@@ -127,7 +136,7 @@ def compare(a, b, stages=False, paired=False, run_noise=None, same=0.02, ignored
         raise AnalysisError("the points that both sides hold have no times above 0; give runs that were timed")
     if not rows:
         raise AnalysisError(
-            "the two sides have no point in common (parameters, layout and sizes must be equal); "
+            f"the two sides have no point in common ({nearest(side_a, side_b)}); "
             "compare runs of one input, or name parameters that may differ with --ignore NAME"
         )
     alone = [[p for k, group in one.items() if k not in other for p in group]

@@ -114,7 +114,7 @@ def test_single_runs_need_the_noise_between_runs(tmp_path):
 def test_only_equal_points_are_compared(tmp_path, capsys):
     a, b = folder(tmp_path / "a", [1e-4]), folder(tmp_path / "b", [1e-4], route_sel="sdpa")
     assert main(["compare", a, b]) == 2
-    assert "no point in common" in capsys.readouterr().err
+    assert "no point in common (they differ in route.sel)" in capsys.readouterr().err
     assert main(["compare", a, b, "--ignore", "route.sel"]) == 0
     more = folder(tmp_path / "c", [1e-4], run_context=1024)
     with h5py.File(tmp_path / "c/0.h5", "r+") as file:

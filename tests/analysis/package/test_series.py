@@ -95,6 +95,22 @@ def test_chunks_of_64_blocks_are_a_series_of_their_own():
             assert at["1x2"] == pytest.approx(16.0e-3 if chunk == 16 else 14.4e-3, rel=0.01)
 
 
+@pytest.mark.parametrize(("kind", "chunks"), [("prefill", (16, 64)), ("decode", (16, 16))])
+def test_chunks_that_the_input_leaves_open_split_no_curve(tmp_path, kind, chunks):
+    """`auto` chunks grow with the context of a prefill; a decode with 16 as the default is as one that says 16."""
+    table = synthetic.times(1, 8, 1e-4)
+    for name, text in ("auto", '"auto"'), ("said", "16"):
+        points = [
+            synthetic.point(table, task_kind=kind, run_context=context, parallel_kv_chunk_blocks=chunk)
+            for context, chunk in zip((16384, 65536), chunks if name == "auto" else (16, 16))
+        ]
+        synthetic.write(tmp_path / f"{name}.h5", points)
+        with h5py.File(tmp_path / f"{name}.h5", "r+") as file:
+            file.attrs["config"] = f"[parallel]\nkv_chunk_blocks = {text}\n"
+    groups = series.split(nsa_analysis.read(tmp_path))
+    assert [len(g) for g in groups] == ([2, 2] if kind == "prefill" else [4])
+
+
 def test_the_later_run_counts_in_any_order_and_the_other_is_named(tmp_path, capsys):
     table = synthetic.times(1, 8, 1e-4)
     for name, start in (("a", 3), ("b", 1), ("c", 2)):
