@@ -32,6 +32,8 @@ def make_report(paths, program=None, title="nsa report", network=None, options=(
     parts = parallel(
         call,
         [
+            (header, title, points, groups, decisions, regenerate),
+            (warnings_section, points),
             *((series_section, i, members, groups, paths, network) for i, members in enumerate(groups)),
             (kernels_section, points, paths),
             (gate_section, decisions),
@@ -39,8 +41,7 @@ def make_report(paths, program=None, title="nsa report", network=None, options=(
             (points_section, points, paths),
         ],
     )
-    head = [header(title, points, groups, decisions, regenerate), warnings_section(points)]
-    return html.page(title, "\n".join(filter(None, [*head, *parts])))
+    return html.page(title, "\n".join(filter(None, parts)))
 
 
 def call(function, *arguments):

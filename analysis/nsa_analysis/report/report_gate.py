@@ -6,6 +6,7 @@ import shlex
 
 import pandas as pd
 
+from ..data.parallel import parallel
 from ..errors import AnalysisError
 from ..figures import plots
 from ..models import gate
@@ -31,7 +32,7 @@ class Decision:
 
 def gate_decisions(points, csvs, program):
     """A Decision for each list of gate.paired_files, and one for the CSVs."""
-    return [decide(files, program) for files in [*gate.paired_files(points), *([csvs] if csvs else [])]]
+    return parallel(decide, [(files, program) for files in [*gate.paired_files(points), *([csvs] if csvs else [])]])
 
 
 def decide(files, program):
