@@ -1,8 +1,11 @@
 """Numbers of the report's bandwidth and model tables, recomputed from the raw samples by independent code."""
 
 import math
+import os
 import pathlib
+import re
 import statistics
+import subprocess
 
 import h5py
 import nsa_analysis
@@ -92,3 +95,14 @@ def test_the_cost_model_of_held_out_layouts():
         assert row.measured == pytest.approx(time, rel=1e-12)
         assert row.predicted == pytest.approx(columns @ np.array(model.step), rel=1e-12)
         assert row.error == pytest.approx(row.predicted / time - 1)
+
+
+@pytest.mark.skipif("NSA" not in os.environ, reason="NSA does not name the program")
+@pytest.mark.parametrize("path", DECODE, ids=lambda f: f.stem)
+def test_the_program_counts_the_same_bytes(path):
+    """`nsa report` prints the copy rate of the table: 92.59% at 1M on one H200."""
+    said = subprocess.run([os.environ["NSA"], "report", path], capture_output=True, text=True, check=True).stdout
+    rates = [float(v) for v in re.findall(r"FOM decode_copy_rate_\S+ = (\S+) %", said)]
+    frame = nsa_analysis.roofline(nsa_analysis.read(path))
+    steps = frame[frame.stage == "step"]
+    assert rates == [round(100 * v, 2) for v in steps.fraction]
