@@ -144,9 +144,14 @@ def quick_layout(figure):
         legend_rows = math.ceil(len(legend.get_texts()) / legend._ncols)
     left = 0.42 + widest(ax.get_yticklabels())
     bottom = 0.44 + 0.1 * (turned == 0) + turned * (widest(x_labels) + 0.12) + 0.155 * legend_rows
-    top = 0.12 + 0.16 * ax.title.get_text().count("\n") + 0.18
+    title = ax.get_title(loc="left")
+    top = 0.12 + 0.16 * title.count("\n") + 0.18
     right = 0.12 if len(figure.axes) == 1 else 0.12 + 0.75  # a colour bar
     ax.set_position([left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height])
+    # Long tick labels push the axes to the right; a title begins with the axes, or where it still fits.
+    length = max(map(len, title.split("\n"))) * 9.5 * TEXT_WIDTH / 72
+    begin = max(0.08, min(left, width - 0.1 - length))
+    ax.set_title(title, loc="left", x=(begin - left) / (width - left - right))
     for bar in figure.axes[1:]:
         bar.set_position([1 - 0.78 / width, bottom / height, 0.11 / width, 1 - (bottom + top) / height])
 
