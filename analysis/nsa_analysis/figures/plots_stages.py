@@ -24,16 +24,22 @@ from .style import MARKERS, Panel, colour
 
 
 def branch_panels(frame, brief=False):
-    """Stacked bars of stages: by context on the fewest ranks, then by layout for each context; `brief`: of a report."""
+    """Stacked bars of stages: by context on the fewest ranks, then by layout for each context.
+
+    `brief`: of a report, whose context_panel shows the contexts; by layout only, for the largest size.
+    """
     panels = []
     few = frame[frame.ranks == frame.ranks.min()]
     layout = few.layout.iloc[0]
     few = few[few.layout == layout]
     several = frame.layout.nunique() > 1
-    if len(list(by_size(few))) > 1 and not (brief and several):
-        if not brief:
-            panels += [stack_panel(f"Stages by context, layout {times_sign(layout)}", few, False)]
-        panels += [stack_panel(f"Shares of the stages, layout {times_sign(layout)}", few, True)]
+    if brief and not several and few.context.nunique() > 1:
+        return []
+    if len(list(by_size(few))) > 1 and not brief:
+        panels += [
+            stack_panel(f"Stages by context, layout {times_sign(layout)}", few, False),
+            stack_panel(f"The same as shares, layout {times_sign(layout)}", few, True),
+        ]
     if several:
         panels += [
             stack_panel(f"Stages by layout, context {label}", rows, False, by_layout=True)

@@ -151,7 +151,7 @@ def quick_layout(figure):
     # Long tick labels push the axes to the right; a title begins with the axes, or where it still fits.
     length = max(map(len, title.split("\n"))) * 9.5 * TEXT_WIDTH / 72
     begin = max(0.08, min(left, width - 0.1 - length))
-    ax.set_title(title, loc="left", x=(begin - left) / (width - left - right))
+    ax.set_title(title, loc="left", x=(begin - left) / (width - left - right), y=1.0)
     for bar in figure.axes[1:]:
         bar.set_position([1 - 0.78 / width, bottom / height, 0.11 / width, 1 - (bottom + top) / height])
 
