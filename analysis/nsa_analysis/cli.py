@@ -135,8 +135,8 @@ def add_compare(subparsers):
     """The command `compare A B`."""
     text = "times of one set of runs over those of another, with intervals and a verdict"
     command = subparsers.add_parser("compare", help=text, description=text + " (docs/METRICS.md, Comparing runs)")
-    command.add_argument("a", metavar="A", help="a result file, or a folder of them: the base")
-    command.add_argument("b", metavar="B", help="what is compared with it")
+    command.add_argument("files", action="append", metavar="A", help="a result file, or a folder of them: the base")
+    command.add_argument("files", action="append", metavar="B", help="what is compared with it")
     command.add_argument("--where", action="append", metavar="NAME=VALUE", help="only these points of both sides")
     command.add_argument("--stages", action="store_true", help="stages of mode `branches` too")
     command.add_argument("--ignore", action="append", metavar="NAME", help="a parameter that may differ")

@@ -358,7 +358,7 @@ def fraction_of(text, option):
 
 def run_compare(options):
     """Compares two sets of runs; exit code 1 where --fail-above finds a slower point."""
-    a, b = (series.where(read(side), options.where) for side in (options.a, options.b))
+    a, b = (series.where(read(side), options.where) for side in options.files)
     fail_above = fraction_of(options.fail_above, "--fail-above")
     frame, only_a, only_b = compare(
         a,
@@ -369,7 +369,7 @@ def run_compare(options):
         fraction_of(options.same, "--same"),
         options.ignore or (),
     )
-    for name, alone in (options.a, only_a), (options.b, only_b):
+    for name, alone in zip(options.files, (only_a, only_b)):
         if alone:
             files = series.shown_paths(dict.fromkeys(p.run.path for p in alone))
             warnings.warn(f"{len(alone)} points are only in {name}: {', '.join(files)}", LeftOut, stacklevel=1)

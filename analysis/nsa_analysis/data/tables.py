@@ -93,7 +93,7 @@ def points_table(points):
         total = summarise(point.step_samples())
         rows.append(
             identity_row(point)
-            | {"reason": point.get("reason", "")}
+            | {"reason": point.get("reason", ""), "noisy": point.get("noisy", "")}
             | total
             | {
                 "selection_share": stage_share(point, ("rank", "attend_sel")),

@@ -119,8 +119,8 @@ def compare(a, b, stages=False, paired=False, run_noise=None, same=0.02, ignored
 
     Columns: series, the sizes and layout of the point, mode, stage; runs, samples n and time in s of both sides, `_a`
     and `_b`; ratio of b over a with ratio_low and ratio_high, and verdict. `run_noise`: by how much runs differ
-    at most, as a fraction; it allows a verdict where there are too few runs for an interval. `ignored`: parameters that
-    may differ. Raises AnalysisError where nothing can be compared.
+    at most, as a fraction; it allows a verdict where there are too few runs for an interval and none is NOISY.
+    `ignored`: parameters that may differ. Raises AnalysisError where nothing can be compared.
     """
     side_a, side_b = by_key(a, ignored), by_key(b, ignored)
     common = [k for k in side_a if k in side_b]
@@ -156,7 +156,7 @@ def compare_points(a, b, stages, paired, run_noise, same):
         if not (medians_a and medians_b):
             continue
         ratio, low, high = ratio_of_runs(medians_a, medians_b, paired)
-        if math.isnan(low) and run_noise is not None:
+        if math.isnan(low) and run_noise is not None and not any(p.get("noisy") for p in (*a, *b)):
             ratio, low, high = ratio_of_samples(np.concatenate(samples_a), np.concatenate(samples_b), run_noise)
         rows.append(
             {
@@ -168,8 +168,8 @@ def compare_points(a, b, stages, paired, run_noise, same):
                 "stage": stage,
                 "runs_a": len(medians_a),
                 "runs_b": len(medians_b),
-                "n_a": sum(map(len, samples_a)),
-                "n_b": sum(map(len, samples_b)),
+                "n_a": sum(np.count_nonzero(~np.isnan(s)) for s in samples_a),
+                "n_b": sum(np.count_nonzero(~np.isnan(s)) for s in samples_b),
                 "time_a": float(np.median(medians_a)),
                 "time_b": float(np.median(medians_b)),
                 "ratio": ratio,

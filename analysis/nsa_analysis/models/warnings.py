@@ -123,6 +123,7 @@ def run_warnings(run):
 def point_warnings(p):
     """Lines about one point, without its name."""
     lines = [f"fallback {line}" for line in str(p.get("fallbacks", "")).splitlines()]
+    lines += [f"NOISY: {line}" for line in str(p.get("noisy", "")).splitlines()]
     samples = summarise(p.step_samples())["n"]
     if p.modes and samples < 6:
         lines.append(f"{samples} samples; a 95% interval needs 6")

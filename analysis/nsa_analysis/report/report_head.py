@@ -23,8 +23,9 @@ def header(title, points, groups, decisions, regenerate):
     """Title, cards, links and the summary; `regenerate` is the command that makes the report."""
     runs = {p.run.path for p in points}
     devices = {p.run.device for p in points}
+    noisy = sum(bool(p.get("noisy")) for p in points)
     cards = [
-        (f"{sum(p.valid for p in points)} of {len(points)}", "points VALID"),
+        (f"{sum(p.valid for p in points)} of {len(points)}", "points VALID" + (f", {noisy} NOISY" if noisy else "")),
         (len(runs), f"runs, {max(p.ranks for p in points)} ranks at most"),
     ]
     if len(devices) == 1:

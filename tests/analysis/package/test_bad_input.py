@@ -130,6 +130,13 @@ def test_mixed_good_and_bad(run, good, tmp_path):
     assert done.returncode == 6 and str(bad) in done.stderr and "good.h5" not in done.stderr
 
 
+@pytest.mark.parametrize("command", [*COMMANDS, "linearity", "kernels", "gate", "compare", "export"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0 and "--" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "options, said",
     [

@@ -109,6 +109,9 @@ def test_single_runs_need_the_noise_between_runs(tmp_path):
     assert row["verdict"] == "SLOWER" and row["ratio_low"] == pytest.approx(1.1 * 0.995 / 1.005 / 1.02)
     (row,) = nsa_analysis.compare(a, b, run_noise=0.12)[0].to_dict("records")
     assert row["verdict"] == "UNCLEAR"
+    b[0].parameters["noisy"] = "total: steal of 12%"
+    (row,) = nsa_analysis.compare(a, b, run_noise=0.02)[0].to_dict("records")
+    assert row["verdict"] == "UNCLEAR" and math.isnan(row["ratio_low"])
 
 
 def test_only_equal_points_are_compared(tmp_path, capsys):

@@ -39,6 +39,14 @@ def test_warning(tmp_path, attributes, columns, text):
     assert text in warnings_of_two_ranks(tmp_path / "a.h5", attributes, **columns)
 
 
+def test_a_noisy_point_is_named(tmp_path):
+    path = synthetic.write(tmp_path / "a.h5", [synthetic.point(synthetic.times(1, 11, 50e-6))])
+    with h5py.File(path, "r+") as file:
+        file["points/0000"].attrs["noisy"] = "total: steal of 12%"
+    (text,) = warnings(read([path]))
+    assert "point 0 (context 64K, batch 1, 1x1): NOISY: total: steal of 12%" in text
+
+
 @pytest.mark.parametrize(
     ("paths", "folder"),
     [
