@@ -65,12 +65,11 @@ def text_of_list(value):
 
 
 def json_lines(frame):
-    """A JSON object for each row, with all digits of its numbers; null for NaN."""
-    columns = [
-        values.astype(object).where(values.notna(), None).tolist() for values in (frame[name] for name in frame)
-    ]
+    """A JSON object for each row, with all digits of its numbers; null for NaN and infinity, which JSON lacks."""
+    finite = frame.replace([np.inf, -np.inf], np.nan)
+    columns = [finite[name].astype(object).where(finite[name].notna(), None).tolist() for name in finite]
     for row in zip(*columns):
-        yield json.dumps(dict(zip(frame, row)), default=lambda value: value.item())
+        yield json.dumps(dict(zip(frame, row)), default=lambda value: value.item(), allow_nan=False)
 
 
 def one_type(frame):

@@ -4,6 +4,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import sys
+import threading
 import warnings
 
 from ..errors import LeftOut
@@ -15,12 +16,13 @@ _work = None  # (function, calls) that a forked process finds
 def parallel(function, calls):
     """[function(*arguments) for arguments in calls], on all cores where processes can be forked.
 
+    A process with other threads, such as a notebook, is not forked, since a lock that a thread holds would stay closed.
     Fork hands the arguments over without copying them; results are pickled. LeftOut warnings of the calls are repeated
     here. Raises the first error.
     """
     global _work
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    busy = _work is not None  # inside a call: its process has one core
+    busy = _work is not None or threading.active_count() > 1  # the first: inside a call, whose process has one core
     if busy or cores < 2 or len(calls) < 2 or not sys.platform.startswith("linux"):
         return [function(*arguments) for arguments in calls]
     _work = function, calls

@@ -1,5 +1,6 @@
 """Bad files and options: one message that names the file, the exit code, no traceback."""
 
+import json
 import random
 import subprocess
 import sys
@@ -182,6 +183,9 @@ def test_times_of_zero(run, tmp_path):
     for command in [*COMMANDS[:-1], "linearity", "export"]:
         done = run(command, folder)
         assert done.returncode in (0, 2), command
+        done = run(command, folder, "--json", "-")
+        for line in done.stdout.splitlines():
+            json.loads(line, parse_constant=pytest.fail)
     for command in "scaling", "branches", "reads", "roofline":
         assert run(command, folder, "--figure", tmp_path / "x.svg").returncode in (0, 2), command
     assert "no times above 0" in run("compare", folder, folder).stderr
