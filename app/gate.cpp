@@ -4,12 +4,12 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
-#include <filesystem>
 #include <fstream>
 #include <iostream>
 
 #include "nsa/gate/csv_audit.hpp"
 #include "nsa/gate/gate.hpp"
+#include "nsa/results/files.hpp"
 
 namespace nsa {
 namespace {
@@ -24,7 +24,7 @@ int exit_code_of(Verdict verdict) {
 bool is_csv(const std::string& path) {
   std::array<char, 4> begin{};
   std::ifstream(path, std::ios::binary).read(begin.data(), begin.size());
-  return std::filesystem::path(path).extension() == ".csv" && std::string_view(begin.data(), 4) != "\x89HDF";
+  return path.ends_with(".csv") && std::string_view(begin.data(), 4) != "\x89HDF";
 }
 
 void write_adr(const std::string& path, const std::vector<DeviceVerdict>& devices) {
@@ -40,6 +40,10 @@ void write_adr(const std::string& path, const std::vector<DeviceVerdict>& device
 }  // namespace
 
 ExitCode gate(const GateOptions& options) {
+  std::vector<NamedFile> files{};
+  for (const std::string& path : options.files) files.push_back({NamedFile::read, path, "an input", ""});
+  files.push_back({NamedFile::text, options.adr, "the decision record", "--adr"});
+  check_written_files(files);
   std::vector<GateFile> results;
   std::vector<CsvAudit> audits;
   for (const std::string& path : options.files) {

@@ -7,7 +7,6 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
-#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <memory>
@@ -24,6 +23,7 @@
 #include "nsa/experiment/resume.hpp"
 #include "nsa/model/partition.hpp"
 #include "nsa/report/report.hpp"
+#include "nsa/results/files.hpp"
 #include "nsa/results/result_file.hpp"
 #include "nsa/routing/router.hpp"
 #include "nsa/tasks/task.hpp"
@@ -34,8 +34,7 @@ namespace {
 std::string read_text(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::ostringstream text;
-  std::error_code none;
-  const bool opened = file.is_open() && !std::filesystem::is_directory(path, none);
+  const bool opened = file.is_open() && status_of(path).kind != PathStatus::folder;
   if (opened) text << file.rdbuf();
   if (!opened || file.bad())
     throw UserError("cannot read " + path + " (" + (file.is_open() ? "not a file" : std::strerror(errno)) +
@@ -52,27 +51,13 @@ Config configure(const std::string& text, const RunOptions& options) {
   return config;
 }
 
-/// Checks before the run that a CSV or JSON can be written at its end. `taken`: the other files of this run.
-void check_side_file(const std::string& path, const char* option, const std::string& input,
-                     const std::vector<std::string>& taken) {
-  if (path.empty()) return;
-  const std::filesystem::path parent = std::filesystem::absolute(path).parent_path();
-  std::error_code none;
-  const char* why = nullptr;
-  if (!std::filesystem::is_directory(parent, none)) {
-    why = "no such folder";
-  } else if (std::filesystem::is_directory(path, none)) {
-    why = "it is a folder";
-  } else if (access(std::filesystem::exists(path, none) ? path.c_str() : parent.c_str(), W_OK) != 0) {
-    why = std::strerror(errno);
-  }
-  if (std::filesystem::exists(path, none) && !std::filesystem::is_regular_file(path, none)) why = "not a plain file";
-  if (std::filesystem::equivalent(path, input, none)) why = "it is the input";
-  for (const std::string& other : taken)
-    if (std::filesystem::weakly_canonical(path, none) == std::filesystem::weakly_canonical(other, none))
-      why = other == taken.front() ? "it is the result file" : "it is the CSV";
-  if (why)
-    throw UserError(std::string("cannot write ") + path + " (" + why + "); choose another " + option, ExitCode::file);
+/// Throws unless the files that this run writes are others than those that it reads, and than one another.
+void check_files(const Config& config, const RunOptions& options) {
+  check_written_files({{NamedFile::read, options.input, "the input", ""},
+                       {NamedFile::read, config.input_file, "[input] file", ""},
+                       {NamedFile::result, config.output.file, "the result file", "--output"},
+                       {NamedFile::text, config.output.csv, "the CSV", "--csv"},
+                       {NamedFile::text, options.json, "the JSON", "--json"}});
 }
 
 void write_side_file(const std::string& path, const char* option, const std::string& text) {
@@ -93,8 +78,7 @@ struct Earlier {
 /// Reads the file to resume, if it exists, checks that this run may continue it, and makes `run` its continuation.
 Earlier resume_from(const Config& config, const Session& session, const std::vector<Point>& points, RunRecord& run) {
   const std::string& path = config.output.file;
-  std::error_code none;
-  if (!std::filesystem::exists(path, none)) return {};
+  if (status_of(path).kind == PathStatus::missing) return {};
   ResultFile before = read_result(path);
   check_same_run(path, before, run, factorise(config, session.world.size()));
   std::vector<std::string> fingerprints;
@@ -209,7 +193,8 @@ Input read_input(const ControlComm& world, const RunOptions& options) {
       throw UserError("this rank's environment holds " + route_environment_text() + "(rank 0's: " + routes +
                       "); set the same on all ranks");
     input.max_time = parse_duration(options.max_time);
-    factorise(input.config, world.size());  // before anything is opened
+    if (world.rank() == 0) check_files(input.config, options);  // it alone reads and writes them
+    factorise(input.config, world.size());                      // before anything is opened
   });
   return input;
 }
@@ -222,10 +207,7 @@ std::unique_ptr<Output> open_output(const Session& session, const Config& config
   finished.assign(points.size(), '-');
   agreed(session.world, [&] {
     if (session.world.rank() != 0) return;
-    check_side_file(config.output.csv, "--csv", options.input, {config.output.file});
-    check_side_file(options.json, "--json", options.input, {config.output.file, config.output.csv});
-    std::error_code none;
-    if (!options.json.empty()) std::filesystem::remove(options.json, none);  // it describes an earlier run
+    if (!options.json.empty()) unlink(follow_links(options.json).c_str());  // it describes an earlier run
     Earlier earlier;
     if (options.resume) earlier = resume_from(config, session, points, run);
     for (const PointRecord& point : earlier.points) finished[static_cast<std::size_t>(point.index)] = 'x';

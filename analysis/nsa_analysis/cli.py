@@ -8,6 +8,7 @@ import warnings
 from . import __version__, commands
 from .errors import AnalysisError, LeftOut
 from .models import cost_model
+from .outputs import check_outputs
 
 EXAMPLES = """examples:
   nsa-analysis report results/ -o report.html           everything, on one page
@@ -27,6 +28,7 @@ def main(arguments=None):
     try:
         with warnings.catch_warnings():
             print_warnings()
+            check_outputs(options)
             code = options.run(options) or 0
         sys.stdout.flush()  # here, where an error can still be reported
         return code

@@ -5,18 +5,18 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
-#include <filesystem>
 #include <fstream>
 #include <limits>
 #include <set>
 #include <sstream>
 
 #include "kernels/diagnostics/error.hpp"
+#include "nsa/results/files.hpp"
 
 namespace nsa {
 namespace {
 
-constexpr std::uintmax_t max_bytes = std::uintmax_t{4} << 20;
+constexpr std::streamoff max_bytes = std::streamoff{4} << 20;
 
 [[noreturn]] void fail(const std::string& where, const std::string& what, const std::string& advice) {
   throw UserError(fmt::format("cannot read {} ({}); {}", where, what, advice), ExitCode::file);
@@ -140,16 +140,14 @@ Csv parse_csv(std::string_view text, const std::string& path) {
 }
 
 Csv read_csv(const std::string& path) {
-  std::error_code error;
-  const auto status = std::filesystem::status(path, error);
-  if (!std::filesystem::exists(status)) fail(path, "no such file", "give the CSV of a benchmark");
-  if (!std::filesystem::is_regular_file(status)) fail(path, "not a plain file", "give the CSV of a benchmark");
-  if (std::filesystem::file_size(path, error) > max_bytes)
-    fail(path, "larger than 4 MiB", "give the CSV of a benchmark");
-  std::ifstream file(path, std::ios::binary);
+  if (const std::string why = why_missing(path); !why.empty()) fail(path, why, "give the CSV of a benchmark");
+  if (status_of(path).kind != PathStatus::file) fail(path, "not a plain file", "give the CSV of a benchmark");
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  if (file.is_open() && file.tellg() > max_bytes) fail(path, "larger than 4 MiB", "give the CSV of a benchmark");
+  file.seekg(0);
   std::ostringstream text;
   text << file.rdbuf();
-  if (!file.is_open() || file.bad()) fail(path, "it cannot be first_line", "check its permissions");
+  if (!file.is_open() || file.bad()) fail(path, "it cannot be read", "check its permissions");
   return parse_csv(text.str(), path);
 }
 

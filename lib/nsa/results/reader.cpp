@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <charconv>
 #include <cstring>
-#include <filesystem>
 #include <map>
 
 #include "kernels/diagnostics/error.hpp"
+#include "nsa/results/files.hpp"
 #include "nsa/results/hdf5/h5.hpp"
 #include "nsa/results/result_file.hpp"
 #include "nsa/results/schema.hpp"
@@ -203,9 +203,8 @@ ResultFile read_file(const h5::Handle& file) {
 }  // namespace
 
 ResultFile read_result(const std::string& path) {
-  std::error_code error;
-  if (!std::filesystem::exists(path, error))
-    throw UserError("cannot read " + path + " (no such file); give the result file of a run", ExitCode::file);
+  if (const std::string why = why_missing(path); !why.empty())
+    throw UserError("cannot read " + path + " (" + why + "); give the result file of a run", ExitCode::file);
   try {
     return deserialize(h5::run_sandboxed([&] { return serialize(read_file(h5::open_file(path))); }));
   } catch (const h5::Error& wrong) {

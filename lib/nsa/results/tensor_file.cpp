@@ -3,9 +3,9 @@
 #include <fmt/format.h>
 
 #include <cmath>
-#include <filesystem>
 
 #include "kernels/diagnostics/error.hpp"
+#include "nsa/results/files.hpp"
 #include "nsa/results/hdf5/h5.hpp"
 #include "nsa/results/result_file.hpp"
 
@@ -62,8 +62,7 @@ struct TensorFile::Impl {
 
 TensorFile::TensorFile(const std::string& path) : impl_(std::make_unique<Impl>()) {
   impl_->path = path;
-  std::error_code error;
-  if (!std::filesystem::exists(path, error)) impl_->fail("no such file");
+  if (const std::string why = why_missing(path); !why.empty()) impl_->fail(why);
   const auto open = [&] {
     impl_->file = h5::open_file(path);
     const std::string dump = "points/0000/tensors";

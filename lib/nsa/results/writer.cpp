@@ -14,86 +14,50 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <filesystem>
 #include <numeric>
 #include <set>
 
-#include "comm/process_id.hpp"
 #include "kernels/diagnostics/error.hpp"
 #include "kernels/diagnostics/fault_injection.hpp"
+#include "nsa/results/files.hpp"
 #include "nsa/results/hdf5/h5.hpp"
 #include "nsa/results/result_file.hpp"
 #include "nsa/results/schema.hpp"
+#include "nsa/results/temporary_file.hpp"
 
 namespace nsa {
-namespace fs = std::filesystem;
 namespace {
 
-[[noreturn]] void fail(const std::string& problem, const std::string& why,
-                       const std::string& advice = "choose another --output") {
-  throw UserError(fmt::format("{} ({}); {}", problem, why, advice), ExitCode::file);
-}
-
-/// Advice for a failure during the run: finished points are safe.
-constexpr const char* resume_advice = "fix that, then go on with --resume";
-
-std::string parent_of(const std::string& path) {
-  const fs::path parent = fs::path(path).parent_path();
-  return parent.empty() ? "." : parent.string();
-}
-
-void check_writable(const std::string& path, std::size_t expected_bytes, bool resume) {
-  const std::string parent = parent_of(path), problem = "cannot write " + path;
-  std::error_code ignored;
-  if (!fs::exists(parent, ignored)) fail(problem, "no folder " + parent, "make the folder or choose another --output");
-  if (!fs::is_directory(parent, ignored)) fail(problem, parent + " is not a folder");
-  if (!resume && fs::symlink_status(path, ignored).type() != fs::file_type::not_found)
-    fail(path + " exists", "results are never overwritten",
-         "choose another --output, remove it, or go on with --resume");
-  if (access(parent.c_str(), W_OK | X_OK) != 0) fail(problem, parent + ": " + std::strerror(errno));
+/// `target`: the path with links followed.
+void check_writable(const std::string& path, const std::string& target, std::size_t expected_bytes, bool resume) {
+  const std::string folder = parent_of(target), problem = "cannot write " + path;
+  constexpr const char* advice = "choose another --output";
+  if (const PathStatus status = status_of(target);
+      status.error != 0 && status.error != ENOENT && status.error != ENOTDIR)
+    file_error(problem, std::strerror(status.error), advice);
+  if (!resume && (status_of(target).kind != PathStatus::missing || target != path))
+    file_error(path + " exists", "results are never overwritten",
+               "choose another --output, remove it, or go on with --resume");
+  if (const std::string why = why_not_writable(folder); !why.empty())
+    file_error(problem, why,
+               status_of(folder).kind == PathStatus::missing ? "make the folder or choose another --output" : advice);
   struct statvfs disk {};
-  if (statvfs(parent.c_str(), &disk) != 0) fail(problem, parent + ": " + std::strerror(errno));
+  if (statvfs(folder.c_str(), &disk) != 0) file_error(problem, folder + ": " + std::strerror(errno), advice);
   const double available = static_cast<double>(disk.f_bavail) * static_cast<double>(disk.f_frsize);
   const double needed = 2.0 * static_cast<double>(expected_bytes);  // the file and the copy that replaces it
   if (available < needed)
-    fail(problem,
-         fmt::format("{:.1f} MB are needed while it is sealed, {:.1f} MB are free", needed / 1e6, available / 1e6),
-         "make room, choose another --output or set output.tensors=false");
+    file_error(
+        problem,
+        fmt::format("{:.1f} MB are needed while it is sealed, {:.1f} MB are free", needed / 1e6, available / 1e6),
+        "make room, choose another --output or set output.tensors=false");
 }
 
-/// Unique among processes: hosts that share a file system may use the same pid.
-std::string temporary_name(const std::string& path) { return fmt::format("{}.{}.{}.tmp", path, host_name(), getpid()); }
-
-/// Removes the temporary files of killed runs. A run that is still active fails when its copy is missing, as it should:
-/// two runs must not write one file.
-void remove_leftovers(const std::string& path) {
-  const std::string begin = fs::path(path).filename().string() + ".";
-  std::error_code ignored;
-  for (const auto& entry : fs::directory_iterator(parent_of(path), ignored)) {
-    const std::string name = entry.path().filename();
-    if (name.starts_with(begin) && name.ends_with(".tmp")) fs::remove(entry.path(), ignored);
-  }
-}
-
-void sync_path(const std::string& path, int flags) {
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | flags);
-  const bool done = file >= 0 && (fsync(file) == 0 || errno == EINVAL);  // EINVAL: a file system that syncs no folders
-  const std::string why = std::strerror(errno);
-  if (file >= 0) close(file);
-  if (!done) fail("cannot sync " + path, why, resume_advice);
-}
-
-/// Renames the finished temporary file. Without `replace` the final name must be new: another run may have created it.
-void publish(const std::string& temporary, const std::string& path, bool replace) {
-  sync_path(temporary, 0);
-  if (!replace && link(temporary.c_str(), path.c_str()) == 0) {
-    unlink(temporary.c_str());
-  } else if (!replace && errno == EEXIST) {
-    fail(path + " exists", "another program has made it since this run began");
-  } else if (rename(temporary.c_str(), path.c_str()) != 0) {  // also where the file system has no hard links
-    fail("cannot rename " + temporary + " to " + path, std::strerror(errno), resume_advice);
-  }
-  sync_path(parent_of(path), O_DIRECTORY);
+/// Checks that a file of this name can be created, with the reason that the system gives.
+void check_creatable(const std::string& path, const std::string& temporary) {
+  const int file = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  if (file < 0) file_error("cannot write " + path, std::strerror(errno), "choose another --output");
+  close(file);
+  unlink(temporary.c_str());
 }
 
 std::vector<std::int64_t> indices(std::int64_t n) {
@@ -267,12 +231,16 @@ struct ResultWriter::Impl {
       change(file);
       h5::flush_and_close(std::move(file));
     } catch (const h5::Error& error) {
+      if (!create && status_of(temporary).kind == PathStatus::missing)
+        file_error("cannot add a point to " + path, "another program has removed " + temporary,
+                   "let one run at a time write it");
       h5::user_error(error, "write", path, "make room (disk, quota), then go on with --resume");
     }
   }
 
   void record_identity(const std::string& from) {
-    if (stat(from.c_str(), &identity) != 0) fail("cannot find " + from, std::strerror(errno), resume_advice);
+    if (stat(from.c_str(), &identity) != 0)
+      file_error("cannot find " + from, std::strerror(errno), "put it back, then go on with --resume");
   }
 
   /// Throws where another program has written the file: its points must neither be lost nor mixed with those of this
@@ -280,19 +248,19 @@ struct ResultWriter::Impl {
   void check_identity() const {
     struct stat now {};
     if (stat(path.c_str(), &now) != 0)
-      fail("cannot add a point to " + path, std::strerror(errno), "put it back, then go on with --resume");
+      file_error("cannot add a point to " + path, std::strerror(errno), "put it back, then go on with --resume");
     if (now.st_dev != identity.st_dev || now.st_ino != identity.st_ino || now.st_size != identity.st_size)
-      fail("cannot add a point to " + path, "another program has written or replaced it since this run last did",
-           "let one run at a time write it");
+      file_error("cannot add a point to " + path, "another program has written or replaced it since this run last did",
+                 "let one run at a time write it");
   }
 
   /// Calls `change(file)` on a copy and renames the copy over the file.
   template <class Change>
   void replace(Change&& change) {
-    std::error_code error;
-    if (sealed) check_identity();
-    if (sealed && !fs::copy_file(path, temporary, error))
-      fail("cannot copy " + path + " to " + temporary, error.message(), resume_advice);
+    if (sealed) {
+      check_identity();
+      copy_to_temporary(path, temporary);
+    }
     edit(!sealed, change);
     if (sealed) check_identity();
     record_identity(temporary);  // renaming keeps device and inode
@@ -304,12 +272,13 @@ struct ResultWriter::Impl {
 
 ResultWriter::ResultWriter(const std::string& path, const RunRecord& run, std::size_t expected_bytes, bool resume)
     : impl_(std::make_unique<Impl>()) {
-  check_writable(path, expected_bytes, resume);
-  impl_->sealed = fs::exists(path);
-  impl_->path = impl_->sealed ? fs::canonical(path).string() : path;  // a symbolic link is kept
+  impl_->path = follow_links(path);  // the links are kept
+  check_writable(path, impl_->path, expected_bytes, resume);
+  impl_->sealed = status_of(impl_->path).kind != PathStatus::missing;
   impl_->temporary = temporary_name(impl_->path);
   impl_->run = run;
-  if (resume) remove_leftovers(impl_->path);
+  remove_leftovers(impl_->path);
+  check_creatable(path, impl_->temporary);
   if (impl_->sealed) impl_->record_identity(impl_->path);
   // Checks before any computing that HDF5 can write here.
   impl_->edit(true, [&](const h5::Handle& file) { write_run(file, run, "running"); });

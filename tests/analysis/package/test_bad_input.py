@@ -152,6 +152,26 @@ def test_bad_options(run, tmp_path, options, said):
     assert done.returncode in (2, 6) and said in done.stderr
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--csv", "./good.h5"], "cannot write ./good.h5 (it is an input)"),
+        (["--json", "link"], "cannot write link (it is an input)"),
+        (["--figure", "other.svg"], "cannot write other.svg (it is an HDF5 file)"),
+        (["--csv", "x", "--json", "./x"], "--csv and --json name one file (x)"),
+        (["--csv", ""], "--csv is empty"),
+    ],
+)
+def test_an_output_replaces_nothing(run, tmp_path, good, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.svg").write_bytes(good.read_bytes())
+    (tmp_path / "link").symlink_to("good.h5")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    done = run("scaling", "good.h5", *options)
+    assert done.returncode == 6 and said in done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_run_that_was_never_timed(run, tmp_path, good):
     with h5py.File(good, "r+") as file:
         del file["points/0000/time"]
