@@ -5,6 +5,7 @@
 #include <string>
 
 #include "comm/session.hpp"
+#include "kernels/diagnostics/out_of_memory.hpp"
 
 namespace nsa {
 
@@ -19,7 +20,7 @@ void agreed(const ControlComm& world, Work&& work) {
   } catch (const UserError& e) {
     code = e.code(), message = e.what();
   } catch (const std::bad_alloc&) {
-    code = ExitCode::device, message = "out of host memory (an allocation failed); use more ranks or a smaller context";
+    code = ExitCode::device, message = out_of_memory();
   }
   world.agree(code, message);
 }

@@ -44,6 +44,11 @@ std::string host_name() {
   return name;
 }
 
+std::string machine_id() {
+  const std::string id = read_first_word("/proc/sys/kernel/random/boot_id");
+  return id.empty() ? host_name() : id;
+}
+
 ProcessId own_process_id() {
   const std::string machine = read_first_word("/proc/sys/kernel/random/boot_id") + read_link("/proc/self/ns/pid") +
                               read_link("/proc/self/ns/net");

@@ -17,6 +17,9 @@ struct ProcessId {
 
 std::string host_name();  ///< of this machine; "?" when the system call fails
 
+/// The same for all processes of one machine, also in containers: its boot id; the host name where there is none.
+std::string machine_id();
+
 ProcessId own_process_id();
 
 /// The identities of all ranks, by rank. Collective.

@@ -5,6 +5,7 @@ NSA_RUNS says how often: 10 in the ordinary tests, 20 in those of ./test.sh --al
 
 import os
 import re
+import resource
 import statistics
 import subprocess
 import tempfile
@@ -78,6 +79,17 @@ class ManyRuns(AppTest):
         self.assertEqual(len(resident), points)
         # Read beside the running program: medians, since some readings fall into the next point.
         self.assertLess(statistics.median(resident[-20:]) - statistics.median(resident[:20]), 20, resident)
+
+    def test_a_long_sweep_costs_little(self):
+        """Beside its own work, 1 ms here, a point costs 20 ms at most, of which the processor works half."""
+        points = 500
+        self.write("in.toml", SMALL.replace("context = 64", f"context = {[64 + i for i in range(points)]}"))
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self.assert_ok(self.nsa("run", "in.toml"))
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        print(f"{points} points: {1e3 * used / points:.1f} ms of processor time a point")
+        self.assertLess(used / points, 0.02)
 
 
 if __name__ == "__main__":

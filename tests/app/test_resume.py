@@ -61,7 +61,8 @@ class ResumeTest(AppTest):
 
 class Stopping(ResumeTest):
     def test_a_signal_seals_and_resume_completes(self):
-        for ranks, sent in ((2, signal.SIGUSR1), (0, signal.SIGUSR1), (0, signal.SIGTERM), (0, signal.SIGINT)):
+        for ranks, sent in ((2, signal.SIGUSR1), (0, signal.SIGUSR2), (0, signal.SIGTERM), (0, signal.SIGINT),
+                            (0, signal.SIGHUP)):
             with self.subTest(ranks=ranks, signal=sent.name):
                 self.undisturbed(SWEEP, ranks=ranks)
                 run = self.start("run", "in.toml", ranks=ranks)
@@ -88,6 +89,16 @@ class Stopping(ResumeTest):
         with open(f"/proc/{pid}/status") as file:
             caught = next(line for line in file if line.startswith("SigCgt:"))
         return int(caught.split()[1], 16) >> (number - 1) & 1
+
+    def test_a_signal_that_nohup_ignores_stays_ignored(self):
+        self.write("in.toml", SWEEP)
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            run = self.start("run", "in.toml")
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        self.wait_for(lambda: self.catches(run.pid, signal.SIGUSR1), run)
+        self.assertFalse(self.catches(run.pid, signal.SIGHUP))
 
     def test_a_second_interrupt_ends_it_at_once(self):
         self.write("in.toml", SWEEP.replace("steps = 60", "steps = 2\nmin_time = 60.0"))
@@ -227,6 +238,9 @@ class Resuming(ResumeTest):
         self.refuses(["commit: abc there, "], ranks=2)
         os.remove(self.path("result.h5"))
         self.interrupted_file(ranks=2)
+        self.edit(lambda file: file["system/threads"].__setitem__(1, 2))
+        self.refuses(["threads of rank 1: 2 there, 1 here"], ranks=2)
+        self.edit(lambda file: file["system/threads"].__setitem__(1, 1))
         self.edit(lambda file: file["system/cpu"].__setitem__(1, "another CPU"))
         self.refuses(["cpu of rank 1: another CPU there, "], ranks=2)
         self.edit(lambda file: file["system/gpu"].__setitem__(0, "a GPU"))
@@ -270,7 +284,9 @@ class Resuming(ResumeTest):
             os.kill(int(file.read().split()[0]), signal.SIGKILL)
         run.communicate()
         self.assertNotEqual(run.returncode, 0)
-        self.write("result.h5.node7.123.tmp", "half a file")
+        with open(self.path("result.h5.node7.123.tmp"), "wb") as file:
+            file.write(b"\x89HDF\r\n\x1a\n, cut off")
+        os.utime(self.path("result.h5.node7.123.tmp"), (1, 1))
         self.assertEqual(self.attributes("result.h5")[0]["status"], "running")
         self.assert_ok(self.nsa("run", "in.toml", "--resume", ranks=2))
         self.assert_as_undisturbed()

@@ -141,7 +141,7 @@ class WholeRuns(AppTest):
                                   [*tensors, "--set", "nsa.phi=mlp", "--set", "model.layers=2"])):
             with self.subTest(more=more):
                 plan = self.assert_ok(self.nsa("run", "in.toml", *more, "--dry-run")).out
-                value, unit = re.search(r"^result file: about (\S+) (\S+)$", plan, re.MULTILINE).groups()
+                value, unit = re.search(r"^result file: at most (\S+) (\S+)$", plan, re.MULTILINE).groups()
                 planned = float(value) * {"kB": 1e3, "MB": 1e6}[unit]
                 self.assert_ok(self.nsa("run", "in.toml", *more, "--output", f"{i}.h5"))
                 self.assertLessEqual(os.path.getsize(os.path.join(self.folder, f"{i}.h5")), planned)

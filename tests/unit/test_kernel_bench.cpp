@@ -39,7 +39,7 @@ struct Bench {
   KernelError error_of(const KernelChoice& choice, std::int64_t copy = 0) {
     bench.clear(stream);
     bench.run(choice, copy, stream);
-    return kernel_error(bench.output(stream), bench.oracle(stream, 2), bench.rows());
+    return kernel_error(bench.output(stream), bench.oracle(stream, 2));
   }
   MemoryAccount account;
   const DeviceOps& device;
@@ -134,11 +134,14 @@ TEST_CASE("kernels: one wrong output raises the errors", "[kernels]") {
 }
 
 TEST_CASE("kernels: mean, standard error and largest error of known outputs", "[kernels]") {
-  const KernelError e = kernel_error({1.0f, 2.0f, 3.0f, 4.0f}, {1.0, 2.5, 3.0, 5.5}, 2);
+  const KernelError e = kernel_error({1.0f, 2.0f, 3.0f, 4.0f}, {{1.0, 2.5, 3.0, 5.5}, {0.1, 0.5}});
   CHECK(e.mean == Approx(0.5));  // rows 0.25 and 0.75
   CHECK(e.standard_error == Approx(0.25));
   CHECK(e.largest == Approx(1.5));
-  CHECK(std::isinf(kernel_error({std::nanf("")}, {0.0}, 1).largest));
+  CHECK(e.excess == Approx(5));  // 0.5 of a bound of 0.1; 1.5 of 0.5 is less
+  const KernelError none = kernel_error({std::nanf("")}, {{0.0}, {1.0}});
+  CHECK(std::isinf(none.largest));
+  CHECK(std::isinf(none.excess));
 }
 
 TEST_CASE("kernels: planned memory equals used memory", "[kernels]") {

@@ -13,9 +13,11 @@
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <new>
 #include <random>
 
 #include "catch.hpp"
@@ -462,10 +464,13 @@ TEST_CASE("files of others are opened by a child first", "[result]") {
 }
 
 TEST_CASE("a file that crashes HDF5, or keeps it busy for ever, is refused", "[result]") {
-  const auto refusal = [](const std::function<void()>& read) -> std::string {
+  const std::string all(100000, 'x');
+  const auto reply = [&](const std::function<void(const std::function<void()>&)>& read) {
+    return h5::run_sandboxed([&](const std::function<void()>& progress) { return read(progress), all; }, 1);
+  };
+  const auto refusal = [&](const std::function<void()>& read) -> std::string {
     try {
-      return h5::run_sandboxed([&] { return read(), std::string(100000, 'x'); }, 1) == std::string(100000, 'x') ? ""
-                                                                                                                : "?";
+      return reply([&](const auto&) { read(); }) == all ? "" : "?";
     } catch (const h5::Error& error) {
       return error.what();
     }
@@ -476,5 +481,11 @@ TEST_CASE("a file that crashes HDF5, or keeps it busy for ever, is refused", "[r
   CHECK(refusal([] { std::raise(SIGSEGV); }) == "damaged: the HDF5 library crashes, signal 11, on it");
   CHECK(refusal([&] {
           while (turns >= 0) ++turns;
-        }) == "damaged: the HDF5 library does not come to an end on it");
+        }) == "reading it got no further in 1 s of processor time: it may be damaged");
+  CHECK(refusal([] { std::raise(SIGKILL); }).find("too little memory") != std::string::npos);
+  CHECK_THROWS_AS(reply([](const auto&) { throw std::bad_alloc(); }), std::bad_alloc);
+  const auto work = [&](const std::function<void()>& progress) {  // more than the limit, and never without progress
+    for (const std::clock_t end = std::clock() + 3 * CLOCKS_PER_SEC; std::clock() < end; ++turns) progress();
+  };
+  CHECK(reply(work) == all);
 }

@@ -19,7 +19,8 @@ struct DeviceInfo {
   std::string architecture;                        ///< "sm_90", or the host's SIMD level
   std::int32_t index = -1;                         ///< of the device on its host; -1: the host itself
   std::int32_t units = 0;                          ///< SMs, or threads
-  std::int64_t memory_total = 0, memory_free = 0;  ///< bytes
+  std::int64_t memory_total = 0, memory_free = 0;  ///< bytes; on the host within the limits of its control groups
+  std::int64_t process_free = -1;                  ///< bytes below this process's own limits; -1: no limit
   double clock_mhz = 0, memory_clock_mhz = 0;
   std::int64_t ecc_errors = -1;  ///< uncorrected, volatile; -1: unknown
 };

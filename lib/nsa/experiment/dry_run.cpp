@@ -10,6 +10,7 @@
 #include "nsa/model/buffers.hpp"
 #include "nsa/model/traffic.hpp"
 #include "nsa/routing/router.hpp"
+#include "nsa/tasks/measure.hpp"
 #include "nsa/tasks/needle_task.hpp"
 
 namespace nsa {
@@ -102,6 +103,13 @@ void print_exchanges(std::ostream& out, const Config& config, const Point& point
                e.ranks, bytes_text(static_cast<double>(e.bytes)));
 }
 
+/// Ranks measure the copy rate before the points, so that its buffers are not among what a point needs.
+void print_copy_rate_memory(std::ostream& out, int ranks) {
+  const double bytes = 2.0 * static_cast<double>(copy_bytes_of(0, ranks));
+  fmt::print(out, "before the points, the copy rate is measured with {} a rank where all ranks share one host\n",
+             bytes_text(bytes));
+}
+
 /// Every rank measures every shape independently of the others.
 void print_kernels_plan(std::ostream& out, const Config& config, const KernelTable& kernels, int ranks) {
   const std::vector<Point> points = sweep(config);
@@ -110,7 +118,14 @@ void print_kernels_plan(std::ostream& out, const Config& config, const KernelTab
     most = std::max(most, planned_memory(kernels, config, make_partition(config, point, ranks, 0), point).total_peak);
   fmt::print(out, "plan: {} ranks, each measures {} shapes, {} at most at a time\n", ranks, points.size(),
              bytes_text(static_cast<double>(most)));
-  fmt::print(out, "result file: about {}\n", bytes_text(static_cast<double>(planned_result_bytes(config, ranks))));
+  print_copy_rate_memory(out, ranks);
+  fmt::print(out, "result file: at most {}\n", bytes_text(static_cast<double>(planned_result_bytes(config, ranks))));
+}
+
+/// Repetitions of a mode that a point holds at most. No step is faster than 2 us.
+double stored_reps(const Config& config, std::int64_t modes, std::int64_t ranks) {
+  const double most = static_cast<double>(most_stored_reps(config, modes, ranks));
+  return std::min(most, static_cast<double>(config.run.steps) + config.run.min_time / 2e-6);
 }
 
 }  // namespace
@@ -118,8 +133,11 @@ void print_kernels_plan(std::ostream& out, const Config& config, const KernelTab
 std::size_t planned_result_bytes(const Config& config, int ranks) {
   double total = 1e5;  // attributes, the input, HDF5's metadata
   for (const Point& point : sweep(config)) {
-    const double modes = 2.0 + 6.0, reps = static_cast<double>(config.run.steps);
-    total += 1e5 + 8.0 * ranks * (modes * stage_count * reps + 2.0 * branches * reps);
+    const auto modes = std::max<std::int64_t>(1, std::ssize(mode_runs(config, point)));
+    const double reps = static_cast<double>(config.run.steps);
+    total += 5e4 + 1e3 * ranks +
+             8.0 * ranks *
+                 (static_cast<double>(modes * stage_count) * stored_reps(config, modes, ranks) + 2.0 * branches * reps);
     if (!config.output.tensors) continue;
     const ModelConfig& m = config.model;
     const double positions = static_cast<double>(total_positions(config, point));
@@ -159,7 +177,9 @@ void print_plan(std::ostream& out, const Config& config, int ranks) {
     print_exchanges(out, config, point, ranks);
     print_routes(out, backend, config, point, ranks);
   }
-  fmt::print(out, "\nresult file: about {}\n", bytes_text(static_cast<double>(planned_result_bytes(config, ranks))));
+  fmt::print(out, "\n");
+  print_copy_rate_memory(out, ranks);
+  fmt::print(out, "result file: at most {}\n", bytes_text(static_cast<double>(planned_result_bytes(config, ranks))));
 }
 
 }  // namespace nsa

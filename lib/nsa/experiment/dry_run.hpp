@@ -12,8 +12,7 @@ namespace nsa {
 /// Throws UserError when the input's heads and kv do not multiply to `ranks`.
 void print_plan(std::ostream& out, const Config& config, int ranks);
 
-/// Upper bound of the result file's bytes, for the check of free disk space. A run that repeats its steps for
-/// run.min_time may exceed it.
+/// Upper bound of the result file's bytes, for the check of free disk space.
 std::size_t planned_result_bytes(const Config& config, int ranks);
 
 }  // namespace nsa

@@ -8,11 +8,13 @@
 #include <fstream>
 
 #include "comm/process_id.hpp"
+#include "kernels/diagnostics/out_of_memory.hpp"
 #include "nsa/experiment/resume.hpp"
 #include "nsa/experiment/sha256.hpp"
 #include "nsa/forward/decode.hpp"
 #include "nsa/forward/prefill.hpp"
 #include "nsa/model/traffic.hpp"
+#include "nsa/results/files.hpp"
 #include "nsa/routing/router.hpp"
 #include "nsa/tasks/kernel_bench.hpp"
 #include "nsa/tasks/measure.hpp"
@@ -55,20 +57,29 @@ std::int64_t status_bytes(const std::string& key) {
 // The input file may be large: rank 0 reads it, once. A file that cannot be read is an error where it is used.
 std::string hash_of(const std::string& path, const ControlComm& world) {
   std::ifstream file;
-  if (!path.empty() && world.rank() == 0) file.open(path, std::ios::binary);
+  if (world.rank() == 0 && why_no_file(path).empty()) file.open(path, std::ios::binary);
   return file.is_open() ? sha256(file) : "";
+}
+
+/// Ranks that share the memory of this rank's device.
+std::int64_t sharers(const Session& session) {
+  return session.backend.kind == BackendKind::host ? session.world.local_size() : 1;
 }
 
 /// Ranks of one host share one memory, and Linux kills a process instead of refusing an allocation: this checks first
 /// whether the point fits on all ranks.
 void check_memory(const Session& session, const MemoryAccount& planned) {
-  const bool host = session.backend.kind == BackendKind::host;
-  const std::int64_t free = session.backend.device->info().memory_free, sharers = host ? session.world.local_size() : 1;
+  const DeviceInfo info = session.backend.device->info();
+  const std::int64_t ranks = sharers(session), needed = static_cast<std::int64_t>(planned.total_peak);
+  const auto megabytes = [](std::int64_t bytes) { return std::to_string(bytes / 1000000) + " MB"; };
+  const std::string problem = "the point needs " + megabytes(needed) + " a rank (";
   agreed(session.world, [&] {
-    if (free > 0 && static_cast<std::int64_t>(planned.total_peak) > free / sharers)
-      throw UserError("the point needs " + std::to_string(planned.total_peak / 1000000) + " MB a rank (" +
-                          std::to_string(free / 1000000) + " MB are free for " + std::to_string(sharers) +
+    if (info.memory_free > 0 && needed > info.memory_free / ranks)
+      throw UserError(problem + megabytes(info.memory_free) + " are free for " + std::to_string(ranks) +
                           " ranks here); use more hosts or a smaller context or batch",
+                      ExitCode::device);
+    if (info.process_free >= 0 && needed > info.process_free)
+      throw UserError(problem + megabytes(info.process_free) + " are left to this process); " + memory_advice(),
                       ExitCode::device);
   });
 }
@@ -128,8 +139,10 @@ Session open_session(const Config& config, const ControlComm& world, std::functi
   Backend backend{};
   agreed(world, [&] { backend = open_backend(kind, world.local_rank()); });
   backend.capability = static_cast<int>(-world.max(-std::int64_t{backend.capability}));  // all ranks choose alike
-  return {world, backend, std::make_shared<ProcessGrid>(backend, world),
-          std::make_shared<StopPoll>(world, std::move(asked_to_stop)), hash_of(config.input_file, world)};
+  Session session{world, backend, std::make_shared<ProcessGrid>(backend, world),
+                  std::make_shared<StopPoll>(world, std::move(asked_to_stop)), hash_of(config.input_file, world)};
+  session.copy_bytes = copy_bytes_of(backend.device->info().memory_free, sharers(session));
+  return session;
 }
 
 std::string fingerprint(const Session& session, const Config& config, const Point& point) {
@@ -200,7 +213,7 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
   MemoryAccount planned;
   agreed(session.world, [&] { planned = planned_memory(*session.backend.kernels, config, partition, point); });
   check_memory(session, planned);
-  record.copy_bandwidth = -session.world.max(-copy_bandwidth(session.backend, session.world, session.copy_bytes));
+  record.copy_bandwidth = copy_bandwidth(session);
   std::ofstream("/proc/self/clear_refs") << "5";  // resets the peak of the resident set, where Linux allows it
   const std::int64_t resident = status_bytes("VmRSS");
   MemoryAccount used;

@@ -43,6 +43,12 @@ void compare_machines(const RunRecord& before, const RunRecord& now, std::vector
       break;
     }
   }
+  for (std::size_t rank = 0; now.backend == "host" && rank < now.system.size(); ++rank) {
+    const std::int64_t there = before.system[rank].threads, here = now.system[rank].threads;
+    if (there == 0 || there == here) continue;  // 0: a file from before schema 1.2
+    list.push_back(difference(fmt::format("threads of rank {}", rank), std::to_string(there), std::to_string(here)));
+    break;
+  }
 }
 
 }  // namespace

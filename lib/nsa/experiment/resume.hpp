@@ -15,8 +15,8 @@ namespace nsa {
 bool decides_point(const std::string& key);
 
 /// Throws UserError(usage) unless this run equals the one that began the file; the message names every difference:
-/// effective input, program, ranks and shards, and on any rank processor, GPU and library versions. Hosts may differ.
-/// `shards`: heads and kv of this run.
+/// effective input, program, ranks and shards, and on any rank processor, threads of the host backend, GPU and library
+/// versions. Hosts may differ. `shards`: heads and kv of this run.
 void check_same_run(const std::string& path, const ResultFile& before, const RunRecord& now,
                     std::pair<std::int64_t, std::int64_t> shards);
 

@@ -140,8 +140,7 @@ Csv parse_csv(std::string_view text, const std::string& path) {
 }
 
 Csv read_csv(const std::string& path) {
-  if (const std::string why = why_missing(path); !why.empty()) fail(path, why, "give the CSV of a benchmark");
-  if (status_of(path).kind != PathStatus::file) fail(path, "not a plain file", "give the CSV of a benchmark");
+  if (const std::string why = why_no_file(path); !why.empty()) fail(path, why, "give the CSV of a benchmark");
   std::ifstream file(path, std::ios::binary | std::ios::ate);
   if (file.is_open() && file.tellg() > max_bytes) fail(path, "larger than 4 MiB", "give the CSV of a benchmark");
   file.seekg(0);

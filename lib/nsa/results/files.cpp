@@ -44,8 +44,10 @@ PathStatus status_of(const std::string& path) {
   return {S_ISREG(status.st_mode) ? PathStatus::file : PathStatus::other};
 }
 
-std::string why_missing(const std::string& path) {
+std::string why_no_file(const std::string& path) {
   const PathStatus status = status_of(path);
+  if (status.kind == PathStatus::folder) return "it is a folder";
+  if (status.kind == PathStatus::other) return "not a plain file";
   return status.error == ENOENT ? "no such file" : status.error != 0 ? std::strerror(status.error) : "";
 }
 

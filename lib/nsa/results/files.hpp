@@ -17,8 +17,9 @@ struct PathStatus {
 };
 PathStatus status_of(const std::string& path);
 
-/// Why the path names nothing: "no such file", or what the system says; "" if it names something.
-std::string why_missing(const std::string& path);
+/// Why the path names no file that can be read at any place: "no such file", "it is a folder", "not a plain file" (a
+/// pipe would wait for ever), or what the system says; "" if it names one.
+std::string why_no_file(const std::string& path);
 
 /// The folder that holds the path; "." for a bare name.
 std::string parent_of(const std::string& path);

@@ -39,6 +39,12 @@ int leading_number(const std::string& text) {
   return number;
 }
 
+/// The index of a point's group, "0007"; -1 for any other name.
+int point_index(const std::string& name) {
+  const bool digits = name.size() >= 4 && name.find_first_not_of("0123456789") == std::string::npos;
+  return digits ? leading_number(name) : -1;
+}
+
 void check_schema(const h5::Handle& file) {
   const std::vector<std::string> attributes = h5::attribute_names(file);
   if (std::find(attributes.begin(), attributes.end(), "schema_version") == attributes.end())
@@ -71,16 +77,18 @@ RunRecord read_run(const h5::Handle& file) {
 /// A dataset of the given shape; empty where the task did not fill it.
 template <class T>
 std::vector<T> column(const h5::Handle& group, const char* name, const std::vector<std::int64_t>& shape) {
-  if (!h5::has(group, name)) return {};
-  if (h5::shape(group, name) != shape)
-    throw h5::Error(fmt::format("'{}' has shape ({}), its dimensions ({})", name,
-                                fmt::join(h5::shape(group, name), ", "), fmt::join(shape, ", ")));
-  return h5::read<T>(group, name);
+  std::optional<h5::Array<T>> found = h5::read_if_there<T>(group, name);
+  if (!found) return {};
+  if (found->shape != shape)
+    throw h5::Error(fmt::format("'{}' has shape ({}), its dimensions ({})", name, fmt::join(found->shape, ", "),
+                                fmt::join(shape, ", ")));
+  return std::move(found->values);
 }
 
 template <class T>
 std::vector<T> labels(const h5::Handle& group, const char* name) {
-  return h5::has(group, name) ? h5::read<T>(group, name) : std::vector<T>{};
+  std::optional<h5::Array<T>> found = h5::read_if_there<T>(group, name);
+  return found ? std::move(found->values) : std::vector<T>{};
 }
 
 void read_columns(const h5::Handle& group, PointRecord& p) {
@@ -181,18 +189,19 @@ PointRecord read_point(const h5::Handle& group, std::int64_t index) {
   return p;
 }
 
-ResultFile read_file(const h5::Handle& file) {
+ResultFile read_file(const h5::Handle& file, const std::function<void()>& progress) {
   check_schema(file);
   ResultFile result;
   result.run = read_run(file);
   const h5::Handle points = h5::open_group(file, "points");
   for (const std::string& name : h5::names(points)) {
-    const int index = leading_number(name);
-    if (index < 0) throw h5::Error("group 'points' holds '" + name + "', which is no point");
+    const int index = point_index(name);
+    if (index < 0) continue;  // of another program
     try {
       result.points.push_back(read_point(h5::open_group(points, name), index));
+      progress();
     } catch (const h5::Error& error) {
-      throw h5::Error("point " + name + ": " + error.what());
+      throw h5::Error("point " + name + ": " + error.what(), error.kind());
     }
   }
   std::sort(result.points.begin(), result.points.end(),
@@ -203,10 +212,11 @@ ResultFile read_file(const h5::Handle& file) {
 }  // namespace
 
 ResultFile read_result(const std::string& path) {
-  if (const std::string why = why_missing(path); !why.empty())
+  if (const std::string why = why_no_file(path); !why.empty())
     throw UserError("cannot read " + path + " (" + why + "); give the result file of a run", ExitCode::file);
   try {
-    return deserialize(h5::run_sandboxed([&] { return serialize(read_file(h5::open_file(path))); }));
+    return deserialize(
+        h5::run_sandboxed([&](const auto& progress) { return serialize(read_file(h5::open_file(path), progress)); }));
   } catch (const h5::Error& wrong) {
     h5::user_error(wrong, "read", path, "give the result file of a run");
   }

@@ -20,8 +20,10 @@ class ResultWriter {
   /// UserError(ExitCode::file).
   ResultWriter(const std::string& path, const RunRecord& run, std::size_t expected_bytes, bool resume = false);
   ~ResultWriter();
-  void seal(const PointRecord& point);  ///< adds the point, or replaces the point of the same index
-  void finish(const RunRecord& run);    ///< writes end time, status and the clocks after the run
+  /// Adds the point, or replaces the point of the same index. In a large file it may wait for the next ones: until
+  /// finish or the destructor at the latest.
+  void seal(const PointRecord& point);
+  void finish(const RunRecord& run);  ///< writes end time, status and the clocks after the run
 
  private:
   struct Impl;
@@ -41,8 +43,10 @@ ResultFile read_result(const std::string& path);
 class TensorFile {
  public:
   explicit TensorFile(const std::string& path);
-  /// The tensors of one point of a result file; has() is always false where the file holds none.
-  TensorFile(const std::string& path, std::int64_t point);
+  /// A result file, which read_result has read. has() is false until select_point has found the tensors of a point.
+  struct OfPoints {};
+  TensorFile(const std::string& path, OfPoints);
+  void select_point(std::int64_t index);
   ~TensorFile();
   bool has(const std::string& name) const;
   /// The shape of the tensor. Throws UserError(file) when it is missing or not floating point.

@@ -91,7 +91,10 @@ class Serializer {
   template <class T>
   void write(const std::vector<T>& values) {
     write(values.size());
-    for (const T& value : values) write(value);
+    if constexpr (std::is_arithmetic_v<T>)
+      bytes.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
+    else
+      for (const T& value : values) write(value);
   }
   template <class T, std::size_t n>
   void write(const std::array<T, n>& values) {
@@ -125,7 +128,14 @@ class Deserializer {
   void read(std::string& text) { text = consume(size()); }
   template <class T>
   void read(std::vector<T>& values) {
-    for (std::size_t n = size(); n > 0; --n) read(values.emplace_back());
+    const std::size_t n = size();
+    if constexpr (std::is_arithmetic_v<T>) {
+      if (n > rest_.size() / sizeof(T)) too_short();
+      values.resize(n);
+      if (n > 0) std::memcpy(values.data(), consume(n * sizeof(T)).data(), n * sizeof(T));
+    } else {
+      for (std::size_t i = 0; i < n; ++i) read(values.emplace_back());
+    }
   }
   template <class T, std::size_t n>
   void read(std::array<T, n>& values) {
@@ -160,14 +170,15 @@ class Deserializer {
     read(value);
     return value;
   }
+  [[noreturn]] static void too_short() { throw h5::Error("damaged: what was read of it ends early"); }
   /// Length of a string or list. Every element takes at least one byte.
   std::size_t size() {
     const auto n = read<std::size_t>();
-    if (n > rest_.size()) throw h5::Error("damaged: what was read of it ends early");
+    if (n > rest_.size()) too_short();
     return n;
   }
   std::string_view consume(std::size_t n) {
-    if (n > rest_.size()) throw h5::Error("damaged: what was read of it ends early");
+    if (n > rest_.size()) too_short();
     const std::string_view consumed = rest_.substr(0, n);
     rest_.remove_prefix(n);
     return consumed;

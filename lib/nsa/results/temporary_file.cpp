@@ -81,8 +81,9 @@ void copy_to_temporary(const std::string& path, const std::string& temporary) {
     file_error("cannot copy " + path + " to " + temporary, why, resume_advice);
 }
 
+void sync_file(const std::string& path) { sync_path(path, 0); }
+
 void publish(const std::string& temporary, const std::string& path, bool replace) {
-  sync_path(temporary, 0);
   if (!replace && link(temporary.c_str(), path.c_str()) == 0) {
     unlink(temporary.c_str());
   } else if (!replace && errno == EEXIST) {

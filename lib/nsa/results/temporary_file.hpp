@@ -16,8 +16,11 @@ void remove_leftovers(const std::string& path);
 /// Copies `path` to `temporary`. Throws UserError(file).
 void copy_to_temporary(const std::string& path, const std::string& temporary);
 
-/// Syncs the temporary file and renames it to `path`. Without `replace` there must be no file of that name: another run
-/// may have created it. Throws UserError(file).
+/// Syncs the file to disk. Throws UserError(file).
+void sync_file(const std::string& path);
+
+/// Renames the temporary file, which is synced, to `path`, and syncs the folder. Without `replace` there must be no
+/// file of that name: another run may have created it. Throws UserError(file).
 void publish(const std::string& temporary, const std::string& path, bool replace);
 
 }  // namespace nsa

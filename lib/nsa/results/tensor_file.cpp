@@ -24,16 +24,18 @@ std::vector<std::int64_t> index_of(std::int64_t flat, const std::vector<std::int
   return index;
 }
 
-/// Opens every tensor below the group and reads its first element.
-void probe_tensors(const h5::Handle& group, int depth = 0) {
+/// Opens every tensor below the group and reads its first element. `left`: how many tensors count as progress: more
+/// than any model has, and fewer than a group that is linked into itself shows.
+void probe_tensors(const h5::Handle& group, const std::function<void()>& progress, int& left, int depth = 0) {
   constexpr int deepest = 4;  // weights/layer0/w_q is 2; a damaged file may link a group into itself
   for (const std::string& name : h5::names(group)) {
     try {
       if (!h5::is_dataset(group, name)) {
-        if (depth < deepest) probe_tensors(h5::open_group(group, name), depth + 1);
+        if (depth < deepest) probe_tensors(h5::open_group(group, name), progress, left, depth + 1);
       } else if (h5::is_floating_point(group, name)) {
         const std::size_t rank = h5::shape(group, name).size();
         h5::read_slab(group, name, std::vector<std::int64_t>(rank, 0), std::vector<std::int64_t>(rank, 1));
+        if (left-- > 0) progress();
       }
     } catch (const std::exception&) {  // reading this tensor reports the error
     }
@@ -62,7 +64,7 @@ struct TensorFile::Impl {
 
 TensorFile::TensorFile(const std::string& path) : impl_(std::make_unique<Impl>()) {
   impl_->path = path;
-  if (const std::string why = why_missing(path); !why.empty()) impl_->fail(why);
+  if (const std::string why = why_no_file(path); !why.empty()) impl_->fail(why);
   const auto open = [&] {
     impl_->file = h5::open_file(path);
     const std::string dump = "points/0000/tensors";
@@ -71,20 +73,26 @@ TensorFile::TensorFile(const std::string& path) : impl_(std::make_unique<Impl>()
     impl_->tensors = h5::open_group(impl_->file, plain ? "/" : dump);
   };
   impl_->attempt([&] {
-    h5::run_sandboxed([&] {  // tensors are too large for a pipe: what the sandbox reads without damage is read here
+    h5::run_sandboxed([&](const auto& progress) {  // tensors are too large for a pipe: what the sandbox reads without
+                                                   // damage is read here
       open();
-      probe_tensors(impl_->tensors);
+      int most_tensors = 100'000;
+      probe_tensors(impl_->tensors, progress, most_tensors);
       return std::string();
     });
     open();
   });
 }
 
-TensorFile::TensorFile(const std::string& path, std::int64_t point) : impl_(std::make_unique<Impl>()) {
+TensorFile::TensorFile(const std::string& path, OfPoints) : impl_(std::make_unique<Impl>()) {
   impl_->path = path;
+  impl_->has_tensors = false;
+  impl_->attempt([&] { impl_->file = h5::open_file(path); });
+}
+
+void TensorFile::select_point(std::int64_t index) {
   impl_->attempt([&] {
-    impl_->file = h5::open_file(path);
-    const std::string group = fmt::format("points/{:04}/tensors", point);
+    const std::string group = fmt::format("points/{:04}/tensors", index);
     impl_->has_tensors = h5::has(impl_->file, group);
     if (impl_->has_tensors) impl_->tensors = h5::open_group(impl_->file, group);
   });

@@ -143,9 +143,11 @@ void DecodePasses::recorded(const TensorSource& source) {
     if (problem.empty()) problem = latest_problem();
     if (step == 0 || step + 1 == config_.run.steps) checked.merge(check_rows(ctx, step));
   }
-  keep_records(session_.world, shard_, source, checked, tensors.get(), total_positions(config_, shard_.point), record_);
+  const double scale = keep_records(session_.world, shard_, source, checked, tensors.get(),
+                                    total_positions(config_, shard_.point), record_);
   gather_problems(session_.world, problem, record_);
   expected_ = output();
+  expected_.scale = scale;
 }
 
 bool DecodePasses::measured(const ModeRun& run, StageTimer& timer, const TakeSample& take) {

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <span>
 #include <thread>
 
 #include "kernels/diagnostics/error.hpp"
 #include "kernels/shared/random.hpp"
 #include "nsa/model/weights.hpp"
+#include "nsa/results/error_bound.hpp"
 
 namespace nsa {
 namespace {
@@ -66,9 +68,9 @@ std::int64_t kv_rows_of(const Config& c, const Point& point) {
   return point.kernel.branch == cmp ? compressed_tokens(c.nsa, point.context - 1) : point.context;
 }
 
-/// o = sum p v over the given rows of K and V, one head, in float64.
-void attend_exactly(const float* q, const std::vector<float>& k, const std::vector<float>& v, std::int64_t width,
-                    const std::vector<std::int64_t>& tokens, double* o) {
+/// o = sum p v over the given rows of K and V, one head, in float64. Returns the largest |score|.
+double attend_exactly(const float* q, const std::vector<float>& k, const std::vector<float>& v, std::int64_t width,
+                      const std::vector<std::int64_t>& tokens, double* o) {
   std::vector<double> p(tokens.size());
   double max = -INFINITY, sum = 0;
   for (std::size_t i = 0; i < tokens.size(); ++i) {
@@ -76,10 +78,12 @@ void attend_exactly(const float* q, const std::vector<float>& k, const std::vect
     for (std::int64_t e = 0; e < width; ++e) dot += double{q[e]} * k[tokens[i] * width + e];
     max = std::max(max, p[i] = dot / std::sqrt(static_cast<double>(width)));
   }
+  const double largest_score = largest_magnitude(p);
   for (double& x : p) sum += x = std::exp(x - max);
   std::fill_n(o, width, 0.0);
   for (std::size_t i = 0; i < tokens.size(); ++i)
     for (std::int64_t e = 0; e < width; ++e) o[e] += p[i] / sum * v[tokens[i] * width + e];
+  return largest_score;
 }
 
 }  // namespace
@@ -308,37 +312,45 @@ std::int64_t KernelBench::expected_reads_total() const {
   return sum;
 }
 
-std::vector<double> KernelBench::oracle(Stream* stream, int threads) const {
+ExactOutputs KernelBench::oracle(Stream* stream, int threads) const {
   const std::int64_t heads = shape_.heads(), width = shape_.d_k;
   const std::vector<float> q = download(q_.data(), rows_ * heads * width, stream);
   const std::vector<float> k = download(kv_[0].k.data, kv_rows_ * width, stream);
   const std::vector<float> v = download(kv_[0].v.data, kv_rows_ * width, stream);
-  std::vector<double> o(static_cast<std::size_t>(rows_ * heads * width));
+  ExactOutputs exact{std::vector<double>(static_cast<std::size_t>(rows_ * heads * width)),
+                     std::vector<double>(static_cast<std::size_t>(rows_))};
   const auto attend_rows = [&](std::int64_t first, std::int64_t step) {
     for (std::int64_t row = first; row < rows_; row += step) {
       const std::vector<std::int64_t> tokens = tokens_of(row);
+      double scale = 0, score = 0;
+      for (const std::int64_t token : tokens)
+        scale = std::max(scale, largest_magnitude(std::span(v).subspan(static_cast<std::size_t>(token * width),
+                                                                       static_cast<std::size_t>(width))));
       for (std::int64_t head = row * heads; head < (row + 1) * heads; ++head)
-        attend_exactly(q.data() + head * width, k, v, width, tokens, o.data() + head * width);
+        score = std::max(score,
+                         attend_exactly(q.data() + head * width, k, v, width, tokens, exact.o.data() + head * width));
+      exact.bounds[static_cast<std::size_t>(row)] = error_bound(shape_.dtype, scale, score);
     }
   };
   std::vector<std::thread> others;
   for (int i = 1; i < threads; ++i) others.emplace_back(attend_rows, i, threads);
   attend_rows(0, threads);
   for (std::thread& other : others) other.join();
-  return o;
+  return exact;
 }
 
-KernelError kernel_error(const std::vector<float>& output, const std::vector<double>& oracle, std::int64_t rows) {
-  const std::size_t width = output.size() / static_cast<std::size_t>(rows);
-  KernelError error{0, 0, 0};
+KernelError kernel_error(const std::vector<float>& output, const ExactOutputs& exact) {
+  const std::size_t rows = exact.bounds.size(), width = output.size() / rows;
+  KernelError error{0, 0, 0, 0};
   double squares = 0;
-  for (std::size_t row = 0; row < static_cast<std::size_t>(rows); ++row) {
+  for (std::size_t row = 0; row < rows; ++row) {
     double sum = 0;
     for (std::size_t i = row * width; i < (row + 1) * width; ++i) {
-      const double difference = std::abs(output[i] - oracle[i]);
+      const double difference = std::abs(output[i] - exact.o[i]);
       const double absolute = std::isnan(difference) ? INFINITY : difference;
       sum += absolute;
       error.largest = std::max(error.largest, absolute);
+      error.excess = std::max(error.excess, absolute / exact.bounds[row]);
     }
     const double mean = sum / static_cast<double>(width), step = mean - error.mean;
     error.mean += step / static_cast<double>(row + 1);

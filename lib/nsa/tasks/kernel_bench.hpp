@@ -35,6 +35,11 @@ struct KernelChoice {
 /// The implementations that the input lists, in its order, where the backend has them and they accept the shape.
 std::vector<KernelChoice> kernel_choices(const KernelTable& kernels, const Config& config, const Point& point);
 
+/// Outputs in float64 [rows][H][Dv], and for each row the largest error that rounding explains (error_bound).
+struct ExactOutputs {
+  std::vector<double> o, bounds;
+};
+
 /// Inputs and outputs of a point in backend memory. There are several copies of K and V, so that no hardware cache
 /// holds what the next execution reads.
 class KernelBench {
@@ -58,8 +63,8 @@ class KernelBench {
   std::int64_t reads(Stream* stream) const;
   std::int64_t expected_reads_total() const;
 
-  /// The same attention in float64 by plain loops over the tokens of each row, [rows][H][Dv]. `threads` share the rows.
-  std::vector<double> oracle(Stream* stream, int threads) const;
+  /// The same attention in float64 by plain loops over the tokens of each row. `threads` share the rows.
+  ExactOutputs oracle(Stream* stream, int threads) const;
 
  private:
   AttendArgs args_of(const KernelChoice& choice, std::int64_t at) const;
@@ -79,11 +84,12 @@ class KernelBench {
   Buffer positions_, q_, chosen_, partials_, reads_, scores_, lse_, scratch_;
 };
 
-/// Mean absolute error, its standard error over rows, and the largest one; infinite where an output is not a number.
+/// Mean absolute error, its standard error over rows, the largest one, and the largest one as a multiple of its row's
+/// bound; infinite where an output is not a number.
 struct KernelError {
-  double mean, standard_error, largest;
+  double mean, standard_error, largest, excess;
 };
-KernelError kernel_error(const std::vector<float>& output, const std::vector<double>& oracle, std::int64_t rows);
+KernelError kernel_error(const std::vector<float>& output, const ExactOutputs& exact);
 
 /// Measures the point. Collective; returns the memory this rank used.
 MemoryAccount run_kernels(const Session& session, const Config& config, const Point& point, PointRecord& record,

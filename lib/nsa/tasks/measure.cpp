@@ -1,6 +1,7 @@
 #include "nsa/tasks/measure.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <limits>
 
 #include "kernels/interface/buffer.hpp"
@@ -12,13 +13,40 @@ namespace nsa {
 
 namespace {
 
+/// The samples of one mode, pass by pass. Of more passes than `most_reps` holds it keeps every second, every fourth,
+/// ...
+class StoredPasses {
+ public:
+  StoredPasses(std::vector<StageTimes>& taken, std::int64_t most_reps) : taken_(taken), most_(most_reps) {}
+
+  /// After a whole pass, whose samples follow the first `before`.
+  void end_pass(std::size_t before) {
+    const std::size_t steps = taken_.size() - before;
+    if (passes_++ % every_ != 0) return taken_.resize(before);
+    if (std::ssize(taken_) <= most_) return;
+    std::size_t kept = 0;
+    for (std::size_t at = 0; at < taken_.size(); at += 2 * steps, kept += steps)
+      std::copy_n(taken_.begin() + static_cast<std::ptrdiff_t>(at), steps,
+                  taken_.begin() + static_cast<std::ptrdiff_t>(kept));
+    taken_.resize(kept);
+    every_ *= 2;
+  }
+
+ private:
+  std::vector<StageTimes>& taken_;
+  const std::int64_t most_;
+  std::int64_t passes_ = 0, every_ = 1;
+};
+
 // Returns the reason of the stop.
-std::string measure_modes(const ControlComm& world, const std::vector<ModeRun>& runs, double min_time, Samples& samples,
+std::string measure_modes(const ControlComm& world, const std::vector<ModeRun>& runs, double min_time,
+                          std::int64_t most_reps, Samples& samples,
                           const std::function<bool(const ModeRun&, const TakeSample&)>& pass) {
   bool repeated = false;
   for (const ModeRun& run : runs) {
     samples.modes.push_back(run.name);
     std::vector<StageTimes>& taken = samples.times.emplace_back();
+    StoredPasses stored(taken, most_reps);
     for (double measured = 0;;) {
       world.barrier();
       const std::size_t before = taken.size();
@@ -32,6 +60,7 @@ std::string measure_modes(const ControlComm& world, const std::vector<ModeRun>& 
         if (taken.empty() || samples.modes.size() < runs.size()) throw Interrupted();
         return "interrupted";
       }
+      stored.end_pass(before);
       measured += world.max(seconds);
       if (measured >= min_time) break;
       repeated = true;
@@ -41,6 +70,12 @@ std::string measure_modes(const ControlComm& world, const std::vector<ModeRun>& 
 }
 
 }  // namespace
+
+std::int64_t most_stored_reps(const Config& config, std::int64_t modes, std::int64_t ranks) {
+  constexpr std::int64_t most_bytes = std::int64_t{16} << 20;
+  const std::int64_t bytes_a_rep = 8 * modes * stage_count * ranks;
+  return std::max(2 * config.run.steps, most_bytes / bytes_a_rep);
+}
 
 StepOptions step_options(const Point& point) {
   StepOptions options;
@@ -76,6 +111,7 @@ Samples measure_point(const Session& session, ModelShard& shard, const MeasuredT
                       const Progress& progress) {
   const std::vector<ModeRun> runs = mode_runs(shard.config, shard.point);
   const double all = static_cast<double>(runs.size()), steps = static_cast<double>(shard.config.run.steps);
+  const std::int64_t most_reps = most_stored_reps(shard.config, std::ssize(runs), session.world.size());
   StageTimer timer(shard.device(), shard.streams.compute);
   Samples samples;
   do {
@@ -89,7 +125,7 @@ Samples measure_point(const Session& session, ModelShard& shard, const MeasuredT
         progress(std::min(passes += 1 / steps, all), all, run.name);
       });
     };
-    record.stop_reason = measure_modes(session.world, runs, shard.config.run.min_time, samples, pass);
+    record.stop_reason = measure_modes(session.world, runs, shard.config.run.min_time, most_reps, samples, pass);
   } while (shard.routes.agree(session.world));
   return samples;
 }
@@ -115,8 +151,16 @@ TimeTable gather_times(const ControlComm& world, const Samples& samples) {
   return table;
 }
 
-double copy_bandwidth(const Backend& backend, const ControlComm& world, std::size_t bytes) {
-  const DeviceOps& device = *backend.device;
+std::size_t copy_bytes_of(std::int64_t free, std::int64_t sharers) {
+  constexpr std::int64_t most = std::int64_t{128} << 20, most_of_host = std::int64_t{512} << 20;
+  const std::int64_t bytes = std::min(most, most_of_host / sharers);
+  return static_cast<std::size_t>(free > 0 ? std::min(bytes, free / sharers / 4) : bytes);
+}
+
+namespace {
+
+/// On this rank's device.
+double measured_copy_bandwidth(const DeviceOps& device, const ControlComm& world, std::size_t bytes) {
   MemoryAccount account;
   Buffer from, to;
   agreed(world, [&] {
@@ -136,6 +180,19 @@ double copy_bandwidth(const Backend& backend, const ControlComm& world, std::siz
   device.destroy_stream(stream);
   seconds.erase(seconds.begin());
   return 2.0 * static_cast<double>(bytes) / summarise(seconds).median;
+}
+
+}  // namespace
+
+double copy_bandwidth(const Session& session) {
+  constexpr double good_for = 60.0;  // seconds
+  CopyRate& last = *session.copy_rate;
+  const auto now = std::chrono::steady_clock::now();
+  const double age = session.world.max(std::chrono::duration<double>(now - last.measured).count());  // on all ranks
+  if (last.bytes_per_second > 0 && age < good_for) return last.bytes_per_second;
+  const double own = measured_copy_bandwidth(*session.backend.device, session.world, session.copy_bytes);
+  last = {-session.world.max(-own), now};
+  return last.bytes_per_second;
 }
 
 }  // namespace nsa

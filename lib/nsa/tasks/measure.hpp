@@ -39,8 +39,12 @@ struct MeasuredTask {
   std::function<bool(const ModeRun& run, StageTimer& timer, const TakeSample& take)> pass;
 };
 
+/// Most repetitions of a mode that a point stores: 16 MiB of samples of all modes and ranks, but two passes at least.
+std::int64_t most_stored_reps(const Config& config, std::int64_t modes, std::int64_t ranks);
+
 /// Measures the modes of a point, one after the other. The passes of a mode repeat until they have taken run.min_time
-/// seconds, by the slowest rank, so that all ranks stop together. Where a fallback took over on any rank, all ranks
+/// seconds, by the slowest rank, so that all ranks stop together. Of more passes than most_stored_reps holds, every
+/// second one is kept, then every fourth, and so on. Where a fallback took over on any rank, all ranks
 /// take it and all modes repeat. An interrupted pass does not count. Records the reason of the stop: "steps",
 /// "min_time", or "interrupted" where every mode has a whole pass; else throws Interrupted. Collective.
 Samples measure_point(const Session& session, ModelShard& shard, const MeasuredTask& task, PointRecord& record,
@@ -49,7 +53,8 @@ Samples measure_point(const Session& session, ModelShard& shard, const MeasuredT
 /// Samples of all ranks, on rank 0.
 TimeTable gather_times(const ControlComm& world, const Samples& samples);
 
-/// Bytes/s, read and written, of a copy of `bytes` on this rank's device while all ranks copy.
-double copy_bandwidth(const Backend& backend, const ControlComm& world, std::size_t bytes);
+/// Bytes/s, read and written, of a copy on the slowest rank's device while all ranks copy session.copy_bytes. A rate
+/// that is less than a minute old is not measured again. Collective.
+double copy_bandwidth(const Session& session);
 
 }  // namespace nsa

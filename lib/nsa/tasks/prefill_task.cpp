@@ -81,8 +81,10 @@ void PrefillPasses::recorded() {
     if (!config_.run.check || seen++ % stride != 0) return;
     checked.merge(check_tile(ctx, tile, seen / stride % shard_.shape().groups));
   });
-  keep_records(session_.world, shard_, source_, checked, tensors.get(), shard_.point.context, record_);
+  const double scale =
+      keep_records(session_.world, shard_, source_, checked, tensors.get(), shard_.point.context, record_);
   expected_ = result();
+  expected_.output.scale = scale;
   if (config_.run.check) gather_problems(session_.world, problem_of(expected_, expected_), record_);
 }
 

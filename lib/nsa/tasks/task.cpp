@@ -13,19 +13,21 @@ void gather_problems(const ControlComm& world, const std::string& problem, Point
     if (!problems[r].empty()) record.fail("rank " + std::to_string(r) + ": " + problems[r]);
 }
 
-void keep_records(const ControlComm& world, ModelShard& shard, const TensorSource& source, const CheckResult& checked,
-                  StepTensors* tensors, std::int64_t positions, PointRecord& record) {
+double keep_records(const ControlComm& world, ModelShard& shard, const TensorSource& source, const CheckResult& checked,
+                    StepTensors* tensors, std::int64_t positions, PointRecord& record) {
   if (shard.config.run.check) {
     record.max_abs_err = std::max(record.max_abs_err, world.max(checked.max_abs_err));
     for (const std::string& problem : world.gather(checked.problem)) record.fail(problem);
   }
-  if (!tensors) return;
+  const double scale = shard.config.run.check ? world.max(checked.scale) : 0;
+  if (!tensors) return scale;
   const auto keep = [&](std::vector<TensorRecord> list) {
     std::ranges::move(list, std::back_inserter(record.tensors));
   };
   keep(input_tensors(shard, source, world.rank() == 0));
   keep(tensors->reduce(world));
   keep(compressed_tensors(shard, positions, world));
+  return scale;
 }
 
 void record_reads(const ControlComm& world, const ModelShard& shard, const RankReads& reads, PointRecord& record) {

@@ -1,11 +1,14 @@
 #include "nsa/verify/float64_check.hpp"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
 
 #include "nsa/model/inputs.hpp"
+#include "nsa/results/error_bound.hpp"
 
 namespace nsa {
 
@@ -35,7 +38,12 @@ std::vector<std::int64_t> range(std::int64_t first, std::int64_t last) {
   return rows;
 }
 
-std::vector<double> softmax(const float* q, const Rows& k, std::int64_t width) {
+struct Softmax {
+  std::vector<double> p;
+  double largest_score;  ///< magnitude
+};
+
+Softmax softmax(const float* q, const Rows& k, std::int64_t width) {
   std::vector<double> p(k.size() / width);
   double max = -std::numeric_limits<double>::infinity(), sum = 0;
   for (std::size_t i = 0; i < p.size(); ++i) {
@@ -43,9 +51,10 @@ std::vector<double> softmax(const float* q, const Rows& k, std::int64_t width) {
     for (std::int64_t e = 0; e < width; ++e) dot += double{q[e]} * k[i * width + e];
     max = std::max(max, p[i] = dot / std::sqrt(static_cast<double>(width)));
   }
+  const double largest = largest_magnitude(p);
   for (double& x : p) sum += x = std::exp(x - max);
   for (double& x : p) x /= sum;
-  return p;
+  return {std::move(p), largest};
 }
 
 double attention_error(const std::vector<double>& p, const Rows& v, std::int64_t width, const float* o) {
@@ -59,8 +68,12 @@ double attention_error(const std::vector<double>& p, const Rows& v, std::int64_t
   return worst;
 }
 
+struct CombineError {
+  double largest, bound;
+};
+
 // The largest |sum of gated branches - o| of one row and group, after combine.
-double combine_error(const StepContext& ctx, std::int64_t row, std::int64_t group) {
+CombineError combine_error(const StepContext& ctx, std::int64_t row, std::int64_t group) {
   ModelShard& shard = ctx.shard;
   const LayerShape& s = shard.shape();
   const std::int64_t count = std::int64_t{s.heads_per_group} * s.d_v;
@@ -70,20 +83,23 @@ double combine_error(const StepContext& ctx, std::int64_t row, std::int64_t grou
   const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
   const Rows o = download(shard, ctx.buffers.o.as<std::byte>() + at * size, count, s.dtype);
   std::vector<double> wanted(static_cast<std::size_t>(count), 0.0);
+  double scale = 0;
   for (int c = 0; c < branches; ++c) {
     const Rows o_branch = download(shard, ctx.buffers.o_branch[c].as<float>() + at, count, DType::f32);
     for (std::int64_t i = 0; i < count; ++i) wanted[i] += double{gate[c]} * o_branch[i];
+    scale += std::abs(double{gate[c]}) * largest_magnitude(o_branch);
   }
   double worst = 0;
   for (std::int64_t i = 0; i < count; ++i) {
     const double error = std::abs(wanted[i] - o[i]);
     if (!(error <= worst)) worst = std::isnan(error) ? std::numeric_limits<double>::infinity() : error;
   }
-  return worst;
+  return {worst, error_bound(s.dtype, scale)};
 }
 
-// Empty where the chosen blocks are the forced ones and the best of the others, up to rounding of the scores.
-std::string selection_problem(const BlockRules& r, std::int64_t t, const std::vector<double>& s,
+// Empty where the chosen blocks are the forced ones and the best of the others, up to rounding of the scores, of which
+// the largest has the magnitude `largest_score`.
+std::string selection_problem(const BlockRules& r, std::int64_t t, const std::vector<double>& s, double largest_score,
                               const std::vector<std::int32_t>& chosen) {
   const std::int64_t eligible = eligible_blocks(r, t), wanted = std::min<std::int64_t>(r.n_sel, eligible);
   std::vector<bool> is_chosen(static_cast<std::size_t>(eligible), false);
@@ -106,8 +122,10 @@ std::string selection_problem(const BlockRules& r, std::int64_t t, const std::ve
     else
       best_out = std::max(best_out, s[j]);
   }
-  // fp32 scores of normalised probabilities: a few hundred roundings of relative size 2^-24.
-  if (best_out > worst_in + 1e-4 * best_out) return "a block of lower importance was chosen";
+  // fp32 scores of normalised probabilities: a few hundred roundings of relative size 2^-24, and a few of the scores
+  // before the exponential. Below 2^-120 a probability may be zero in fp32.
+  const double relative = 1e-4 + 16 * 0x1p-24 * largest_score;
+  if (best_out > worst_in + relative * best_out + 0x1p-120) return "a block of lower importance was chosen";
   return {};
 }
 
@@ -115,6 +133,7 @@ std::string selection_problem(const BlockRules& r, std::int64_t t, const std::ve
 
 void CheckResult::merge(const CheckResult& other) {
   if (!(other.max_abs_err <= max_abs_err)) max_abs_err = other.max_abs_err;
+  scale = std::max(scale, other.scale);
   if (problem.empty()) problem = other.problem;
 }
 
@@ -140,27 +159,35 @@ CheckResult check_row(const StepContext& ctx, std::int64_t plane, std::int64_t r
         tokens[sel].push_back(i);
 
   CheckResult result;
+  std::string error_problem;
+  double largest_score = 0;  // of cmp
   std::vector<double> importance(static_cast<std::size_t>(eligible_blocks(r, t)), 0.0);
   for (int c = 0; c < branches; ++c) {
     const Rows k = fetch(ctx, ctx.k[c], plane, tokens[c]), v = fetch(ctx, ctx.v[c], plane, tokens[c]);
     if (ctx.exchanges && shard.partition.kv_rank != 0) continue;
     const Rows o =
         download(shard, ctx.buffers.o_branch[c].as<float>() + (row * heads + head) * s.d_v, h * s.d_v, DType::f32);
+    const double scale = largest_magnitude(v);
     for (std::int64_t j = 0; j < h; ++j) {
-      const std::vector<double> p = softmax(q.data() + j * s.d_k, k, s.d_k);
-      result.merge({attention_error(p, v, s.d_v, o.data() + j * s.d_v), {}});
+      const auto [p, score] = softmax(q.data() + j * s.d_k, k, s.d_k);
+      const double error = attention_error(p, v, s.d_v, o.data() + j * s.d_v),
+                   bound = error_bound(s.dtype, scale, score);
+      result.merge({error, scale, {}});
+      if (error_problem.empty() && !(error <= bound))
+        error_problem = fmt::format("error {:.3g} of {} against float64 exceeds {:.3g}", error, branch_names[c], bound);
+      if (c == cmp) largest_score = std::max(largest_score, score);
       for (std::size_t i = 0; c == cmp && i < p.size(); ++i)
         for (std::int64_t b = static_cast<std::int64_t>(i) * r.d / r.l_sel;
              b < std::ssize(importance) && b * r.l_sel < std::int64_t(i) * r.d + r.l; ++b)
           importance[b] += p[i] * overlap(r, static_cast<std::int64_t>(i), b);
     }
   }
-  if (!ctx.exchanges || shard.partition.kv_rank == 0) result.problem = selection_problem(r, t, importance, chosen);
-  if (result.problem.empty() && !(result.max_abs_err <= error_bound(s.dtype)))
-    result.problem = "error " + std::to_string(result.max_abs_err) + " against float64 exceeds " +
-                     std::to_string(error_bound(s.dtype));
-  if (const double error = combine_error(ctx, row, group); result.problem.empty() && !(error <= error_bound(s.dtype)))
-    result.problem = "the combined output differs by " + std::to_string(error) + " from its gated branches";
+  if (!ctx.exchanges || shard.partition.kv_rank == 0)
+    result.problem = selection_problem(r, t, importance, largest_score, chosen);
+  if (result.problem.empty()) result.problem = error_problem;
+  if (const auto [error, bound] = combine_error(ctx, row, group); result.problem.empty() && !(error <= bound))
+    result.problem =
+        fmt::format("the combined output differs by {:.3g} from its gated branches (rounding: {:.3g})", error, bound);
   if (!result.problem.empty())
     result.problem = "position " + std::to_string(t) + ", sequence " + std::to_string(plane / s.groups) + ", group " +
                      std::to_string(shard.partition.group_begin + group) + ": " + result.problem;

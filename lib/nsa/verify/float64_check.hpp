@@ -6,12 +6,12 @@
 #include <string>
 
 #include "nsa/forward/stages.hpp"
-#include "nsa/results/error_bound.hpp"
 
 namespace nsa {
 
 struct CheckResult {
   double max_abs_err = 0;  ///< of o_cmp, o_sel, o_win against float64
+  double scale = 0;        ///< largest |v| of the attended tokens
   std::string problem;     ///< empty: the rows are right
   void merge(const CheckResult& other);
 };

@@ -1,5 +1,7 @@
 #include "nsa/verify/repeat_check.hpp"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -26,12 +28,6 @@ double difference(const std::vector<float>& got, const std::vector<float>& expec
     if (!expected.empty()) worst = std::max(worst, std::abs(double{got[i]} - expected[i]));
   }
   return worst;
-}
-
-double largest(const std::vector<float>& values) {
-  double max = 0;
-  for (const float value : values) max = std::max(max, std::abs(double{value}));
-  return max;
 }
 
 }  // namespace
@@ -61,10 +57,11 @@ StepOutput latest_output(ModelShard& shard, const StepBuffers& b, std::int64_t r
 std::string output_problem(const StepOutput& output, const StepOutput& expected, DType type) {
   const double o = difference(output.o, expected.o), y = difference(output.y, expected.y);
   if (std::isinf(o) || std::isinf(y)) return "the output is not finite";
-  // Values of o are of order one, like V; those of y are sums over all heads.
-  const bool same = o <= error_bound(type) && y <= error_bound(type) * (1 + largest(expected.y));
+  // y is a sum over all heads, whose roundings add up.
+  const bool same = o <= error_bound(type, expected.scale) &&
+                    y <= error_bound(type, expected.scale + 5 * largest_magnitude(expected.y));
   return same ? ""
-              : "a measured step gave another output (by " + std::to_string(std::max(o, y)) + ") than the checked one";
+              : fmt::format("a measured step gave another output (by {:.3g}) than the checked one", std::max(o, y));
 }
 
 std::string pass_problem(const ControlComm& world, const ModelShard& shard, const StepOutput& output,

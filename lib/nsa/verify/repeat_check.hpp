@@ -20,6 +20,7 @@ struct StepOutput {
   std::vector<float> o, y;
   std::vector<std::int32_t> selected;  ///< decode: the chosen blocks of every step
   std::size_t fallbacks = 0;           ///< number of fallbacks so far
+  double scale = 0;                    ///< of the output to be reproduced: largest |v| that the float64 check saw
 };
 StepOutput latest_output(ModelShard& shard, const StepBuffers& buffers, std::int64_t rows, bool with_y);
 

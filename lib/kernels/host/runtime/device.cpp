@@ -12,25 +12,23 @@
 
 #include "kernels/diagnostics/error.hpp"
 #include "kernels/diagnostics/fault_injection.hpp"
+#include "kernels/diagnostics/out_of_memory.hpp"
 #include "kernels/host/runtime/host.hpp"
+#include "kernels/host/runtime/limits.hpp"
 
 namespace nsa {
 
 namespace {
+
+using host::free_memory;
+using host::FreeMemory;
+using host::meminfo;
 
 using Stamp = std::chrono::steady_clock::time_point;  // an Event on the host
 
 Stamp& stamp(Event* event) { return *reinterpret_cast<Stamp*>(event); }
 
 constexpr std::size_t huge_page = std::size_t{1} << 21;
-
-/// A line of /proc/meminfo, in bytes; -1 where it is missing.
-std::int64_t meminfo(const std::string& name) {
-  std::ifstream file("/proc/meminfo");
-  for (std::string line; std::getline(file, line);)
-    if (line.rfind(name + ":", 0) == 0) return std::strtoll(line.c_str() + name.size() + 1, nullptr, 10) * 1024;
-  return -1;
-}
 
 std::string cpu_name() {
   std::ifstream file("/proc/cpuinfo");
@@ -51,16 +49,21 @@ const char* simd_level() {
 #endif
 }
 
+/// Bytes that an allocation of this process could get at most.
+std::int64_t bytes_free() {
+  const FreeMemory free = free_memory();
+  return free.process < 0 ? free.shared : std::min(free.process, free.shared);
+}
+
 void* allocate(std::size_t bytes) {
   // Linux overcommits and kills later: compare with the available memory first.
-  const std::int64_t available = bytes >= (std::size_t{256} << 20) ? meminfo("MemAvailable") : -1;
+  const std::int64_t available = bytes >= (std::size_t{256} << 20) ? free_memory().shared : -1;
   void* data = nullptr;
   const bool fits = (available < 0 || bytes <= static_cast<std::size_t>(available)) &&
                     !fault::at("device.allocate").is(fault::Action::fail);
   if (!fits || posix_memalign(&data, bytes >= huge_page ? huge_page : 256, std::max<std::size_t>(bytes, 1)) != 0)
-    throw UserError("out of host memory (" + std::to_string(bytes) + " bytes wanted, " +
-                        std::to_string(meminfo("MemAvailable")) +
-                        " free); use more hosts, a shorter context or a smaller batch",
+    throw UserError("out of host memory (" + std::to_string(bytes) + " bytes wanted, " + std::to_string(bytes_free()) +
+                        " free); " + memory_advice(),
                     ExitCode::device);
   auto* begin = static_cast<char*>(data);
   if (bytes >= huge_page) madvise(data, bytes, MADV_HUGEPAGE);  // a hint: streaming reads touch many pages
@@ -88,10 +91,12 @@ DeviceInfo info() {
   DeviceInfo result;
   result.name = cpu_name();
   result.architecture = simd_level();
-  result.units = omp_get_max_threads();
+  result.units = std::min(omp_get_max_threads(), omp_get_thread_limit());
   if constexpr (fault::built) result.ecc_errors = fault::at("device.ecc").is(fault::Action::fail);
   result.memory_total = std::max<std::int64_t>(0, meminfo("MemTotal"));
-  result.memory_free = std::max<std::int64_t>(0, meminfo("MemAvailable"));
+  const FreeMemory free = free_memory();
+  result.memory_free = std::max<std::int64_t>(0, free.shared);
+  result.process_free = free.process;
   return result;
 }
 
@@ -119,6 +124,6 @@ const DeviceOps& host_device() {
   return ops;
 }
 
-void set_host_threads(int threads) { omp_set_num_threads(std::max(1, threads)); }
+void set_host_threads(int threads) { omp_set_num_threads(std::clamp(threads, 1, omp_get_thread_limit())); }
 
 }  // namespace nsa

@@ -11,7 +11,7 @@ const KernelTable& host_kernels();
 /// Streams run inline, events are steady_clock stamps, there are no graphs (capture is null).
 const DeviceOps& host_device();
 
-/// Sets the threads of this process's stages; at least 1.
+/// Sets the threads of this process's stages: at least 1, and at most OMP_THREAD_LIMIT.
 void set_host_threads(int threads);
 
 }  // namespace nsa

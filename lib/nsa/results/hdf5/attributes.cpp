@@ -47,10 +47,16 @@ std::vector<std::string> attribute_names(const Handle& at) {
   return result;
 }
 
-std::vector<std::string> string_attributes(const Handle& at, const std::string& name) {
-  const std::string what = "attribute '" + name + "'";
-  if (check(H5Aexists(at.id(), name.c_str()), what) == 0) throw Error(what + " is missing");
-  const Handle attribute = own(H5Aopen(at.id(), name.c_str(), H5P_DEFAULT), what);
+namespace {
+
+Handle open_attribute(const Handle& at, const std::string& name, const std::string& what) {
+  Handle attribute(H5Aopen(at.id(), name.c_str(), H5P_DEFAULT));
+  if (attribute.id() >= 0) return attribute;
+  const std::string why = last_reason().text;
+  throw Error(what + (H5Aexists(at.id(), name.c_str()) == 0 ? " is missing" : ": " + why));
+}
+
+std::vector<std::string> strings_of(const Handle& attribute, const std::string& what) {
   const Handle type = own(H5Aget_type(attribute.id()), what), space = own(H5Aget_space(attribute.id()), what);
   const auto count = check(H5Sget_simple_extent_npoints(space.id()), what);
   // Lists in a result file are short; a damaged file may claim any length.
@@ -59,10 +65,16 @@ std::vector<std::string> string_attributes(const Handle& at, const std::string& 
                        [&](hid_t t, void* to) { return H5Aread(attribute.id(), t, to); });
 }
 
+}  // namespace
+
+std::vector<std::string> string_attributes(const Handle& at, const std::string& name) {
+  const std::string what = "attribute '" + name + "'";
+  return strings_of(open_attribute(at, name, what), what);
+}
+
 Value attribute(const Handle& at, const std::string& name) {
   const std::string what = "attribute '" + name + "'";
-  if (check(H5Aexists(at.id(), name.c_str()), what) == 0) throw Error(what + " is missing");
-  const Handle attribute = own(H5Aopen(at.id(), name.c_str(), H5P_DEFAULT), what);
+  const Handle attribute = open_attribute(at, name, what);
   const Handle type = own(H5Aget_type(attribute.id()), what), space = own(H5Aget_space(attribute.id()), what);
   if (check(H5Sget_simple_extent_npoints(space.id()), what) != 1) throw Error(what + " is no single value");
   std::int64_t integer = 0;
@@ -75,7 +87,7 @@ Value attribute(const Handle& at, const std::string& name) {
       check(H5Aread(attribute.id(), H5T_NATIVE_DOUBLE, &real), what);
       return real;
     case H5T_STRING:
-      return string_attributes(at, name)[0];
+      return strings_of(attribute, what)[0];
     default:
       throw Error(what + " is no number and no string");
   }

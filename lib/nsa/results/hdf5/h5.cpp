@@ -11,21 +11,25 @@
 
 namespace nsa::h5 {
 
-std::string last_reason() {
-  std::string reason;
-  const auto keep_first = [](unsigned n, const H5E_error2_t* entry, void* out) -> herr_t {
-    if (n == 0 && entry->desc != nullptr) *static_cast<std::string*>(out) = entry->desc;
+Reason last_reason() {
+  Reason found;
+  const auto keep = [](unsigned n, const H5E_error2_t* entry, void* out) -> herr_t {
+    Reason& to = *static_cast<Reason*>(out);
+    if (n == 0 && entry->desc != nullptr) to.text = entry->desc;
+    if (entry->min_num == H5E_CANTLOCKFILE) to.kind = Error::locked;
+    if (entry->min_num == H5E_TRUNCATED) to.kind = Error::truncated;
     return 0;
   };
-  H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, keep_first, &reason);
+  H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, keep, &found);
   H5Eclear2(H5E_DEFAULT);
+  std::string& reason = found.text;
   const std::string mark = "error message = '";
   if (const auto at = reason.find(mark); at != std::string::npos) {
     const std::string what = reason.substr(0, reason.find(':'));
     const std::string system = reason.substr(at + mark.size());
-    return what.substr(0, what.find(", errno")) + ": " + system.substr(0, system.find('\''));
+    reason = what.substr(0, what.find(", errno")) + ": " + system.substr(0, system.find('\''));
   }
-  return reason;
+  return found;
 }
 
 Handle string_type() {
@@ -148,17 +152,15 @@ void check_plausible(const Handle& dataset, const std::string& path, const std::
 }  // namespace
 
 void user_error(const Error& error, const std::string& doing, const std::string& path, const std::string& advice) {
-  const std::string why = error.what();
-  const bool locked = why.find("lock") != std::string::npos;
-  const std::string what_to_do =
-      locked
-          ? "close the program that has it open, or set HDF5_USE_FILE_LOCKING=FALSE where the file system has no locks"
-          : advice;
-  throw UserError("cannot " + doing + " " + path + " (" + why + "); " + what_to_do, ExitCode::file);
+  const char* own = nullptr;
+  if (error.kind() == Error::locked)
+    own = "close the program that has it open, or set HDF5_USE_FILE_LOCKING=FALSE where the file system has no locks";
+  if (error.kind() == Error::truncated) own = "the file is cut off: copy it again from where it is whole";
+  throw UserError("cannot " + doing + " " + path + " (" + error.what() + "); " + (own ? own : advice), ExitCode::file);
 }
 
 Handle::~Handle() {
-  if (id_ >= 0 && H5Idec_ref(id_) < 0 && unwritten_error.empty()) unwritten_error = last_reason();
+  if (id_ >= 0 && H5Idec_ref(id_) < 0 && unwritten_error.empty()) unwritten_error = last_reason().text;
 }
 
 Handle create_file(const std::string& path) {
@@ -204,16 +206,12 @@ bool has(const Handle& at, const std::string& path) {
 }
 
 std::vector<std::string> names(const Handle& group) {
-  H5G_info_t info;
-  check(H5Gget_info(group.id(), &info), "group");
   std::vector<std::string> result;
-  for (hsize_t i = 0; i < info.nlinks; ++i) {
-    const auto name = [&](char* to, std::size_t size) {
-      return check(H5Lget_name_by_idx(group.id(), ".", H5_INDEX_NAME, H5_ITER_INC, i, to, size, H5P_DEFAULT), "links");
-    };
-    std::string& text = result.emplace_back(name(nullptr, 0), '\0');
-    name(text.data(), text.size() + 1);
-  }
+  const auto keep = [](hid_t, const char* name, const H5L_info_t*, void* out) -> herr_t {
+    static_cast<std::vector<std::string>*>(out)->push_back(name);
+    return 0;
+  };
+  check(H5Literate(group.id(), H5_INDEX_NAME, H5_ITER_INC, nullptr, keep, &result), "links");
   return result;
 }
 
@@ -255,10 +253,10 @@ bool is_floating_point(const Handle& at, const std::string& path) {
   return H5Tget_class(type.id()) == H5T_FLOAT;
 }
 
+namespace {
+
 template <class T>
-std::vector<T> read(const Handle& at, const std::string& path) {
-  const Handle dataset = open_dataset(at, path);
-  const std::vector<hsize_t> dims = extent(dataset, path);
+std::vector<T> read_dataset(const Handle& dataset, const std::vector<hsize_t>& dims, const std::string& path) {
   check_plausible(dataset, path, dims);
   const std::size_t count = std::accumulate(dims.begin(), dims.end(), std::size_t{1}, std::multiplies<>());
   const auto fetch = [&](hid_t type, void* to) {
@@ -272,6 +270,22 @@ std::vector<T> read(const Handle& at, const std::string& path) {
     check(fetch(memory_type<T>().id(), values.data()), "reading '" + path + "'");
     return values;
   }
+}
+
+}  // namespace
+
+template <class T>
+std::vector<T> read(const Handle& at, const std::string& path) {
+  const Handle dataset = open_dataset(at, path);
+  return read_dataset<T>(dataset, extent(dataset, path), path);
+}
+
+template <class T>
+std::optional<Array<T>> read_if_there(const Handle& group, const std::string& name) {
+  if (check(H5Lexists(group.id(), name.c_str(), H5P_DEFAULT), "'" + name + "'") == 0) return std::nullopt;
+  const Handle dataset = own(H5Dopen2(group.id(), name.c_str(), H5P_DEFAULT), "dataset '" + name + "'");
+  const std::vector<hsize_t> dims = extent(dataset, name);
+  return Array<T>{{dims.begin(), dims.end()}, read_dataset<T>(dataset, dims, name)};
 }
 
 std::vector<float> read_slab(const Handle& at, const std::string& path, const std::vector<std::int64_t>& begin,
@@ -295,7 +309,9 @@ std::vector<float> read_slab(const Handle& at, const std::string& path, const st
 #define NSA_H5_WRITE(T)                                                                                          \
   template void write(const Handle&, const std::string&, const std::vector<T>&, const std::vector<std::string>&, \
                       const Text&);
-#define NSA_H5_READ(T) template std::vector<T> read(const Handle&, const std::string&);
+#define NSA_H5_READ(T)                                             \
+  template std::vector<T> read(const Handle&, const std::string&); \
+  template std::optional<Array<T>> read_if_there(const Handle&, const std::string&);
 #define NSA_H5_ALL(T) NSA_H5_SCALE(T) NSA_H5_WRITE(T) NSA_H5_READ(T)
 NSA_H5_ALL(std::string)
 NSA_H5_ALL(std::int64_t)

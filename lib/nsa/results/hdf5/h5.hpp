@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -15,18 +16,27 @@ namespace nsa::h5 {
 /// An error of HDF5, without the file's name. The caller that knows the name turns it into a UserError: user_error.
 class Error : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  enum Kind { other, locked, truncated };
+  explicit Error(const std::string& what, Kind kind = other) : std::runtime_error(what), kind_(kind) {}
+  Kind kind() const { return kind_; }
+
+ private:
+  Kind kind_;
 };
 
-/// Throws UserError(ExitCode::file): "cannot <doing> <path> (<message of HDF5>); <advice>". The advice for a refused
-/// file lock names HDF5_USE_FILE_LOCKING.
+/// Throws UserError(ExitCode::file): "cannot <doing> <path> (<message of HDF5>); <advice>". A file whose lock was
+/// refused and one that is cut off get their own advice.
 [[noreturn]] void user_error(const Error& error, const std::string& doing, const std::string& path,
                              const std::string& advice);
 
+/// An action in a child process calls `progress()` after each part of its work.
+using SandboxedAction = std::function<std::string(const std::function<void()>& progress)>;
+
 /// Runs `action` in a forked child process and returns its result. A damaged file may crash HDF5, keep it in a loop or
-/// make it write out of bounds; the caller's memory is safe. Throws Error: what `action` threw, or how the child ended.
-/// The child has `cpu_seconds` of processor time; waiting for a disk does not count.
-std::string run_sandboxed(const std::function<std::string()>& action, int cpu_seconds = 10);
+/// make it write out of bounds; the caller's memory is safe. Throws Error: what `action` threw, or how the child ended;
+/// std::bad_alloc where the child ran out of memory. Between two calls of `progress` the child has `cpu_seconds` of
+/// processor time; waiting for a disk does not count.
+std::string run_sandboxed(const SandboxedAction& action, int cpu_seconds = 10);
 
 /// An open file, group, dataset, type or dataspace. The destructor closes it.
 class Handle {
@@ -91,6 +101,15 @@ bool is_floating_point(const Handle& at, const std::string& path);  ///< of any 
 /// A whole dataset, converted to T. Throws where the dataset claims to be larger than the file can be.
 template <class T>
 std::vector<T> read(const Handle& at, const std::string& path);
+/// A whole dataset with its shape.
+template <class T>
+struct Array {
+  std::vector<std::int64_t> shape;
+  std::vector<T> values;
+};
+/// The same as read; nothing where the group has no member of that name.
+template <class T>
+std::optional<Array<T>> read_if_there(const Handle& group, const std::string& name);
 /// Elements [begin, begin + count) in each dimension, row-major.
 std::vector<float> read_slab(const Handle& at, const std::string& path, const std::vector<std::int64_t>& begin,
                              const std::vector<std::int64_t>& count);

@@ -12,14 +12,22 @@
 
 namespace nsa::h5 {
 
+struct Reason {
+  std::string text;
+  Error::Kind kind = Error::other;
+};
+
 /// The innermost reason on HDF5's error stack, which is cleared. "unable to open file: ..., error message = 'Permission
 /// denied'" is shortened to "unable to open file: Permission denied".
-std::string last_reason();
+Reason last_reason();
 
 /// Checks a return code of HDF5: a negative one is a failure and throws Error.
 template <class T>
 T check(T result, const std::string& doing) {
-  if (result < 0) throw Error(doing + ": " + last_reason());
+  if (result < 0) {
+    const Reason reason = last_reason();
+    throw Error(doing + ": " + reason.text, reason.kind);
+  }
   return result;
 }
 

@@ -5,8 +5,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <csignal>
+#include <new>
 #include <string>
 #include <string_view>
 
@@ -15,7 +17,8 @@
 namespace nsa::h5 {
 namespace {
 
-constexpr char succeeded = 'a', failed = 'r';  ///< the first byte of the child's reply
+constexpr char succeeded = 'a', no_memory = 'm',
+               failed = '0';  ///< first byte of the child's reply; failed + kind of Error
 
 bool write_all(int pipe, std::string_view bytes) {
   while (!bytes.empty()) {
@@ -36,48 +39,71 @@ std::string read_all(int pipe) {
   }
 }
 
-[[noreturn]] void run_child(const std::function<std::string()>& action, rlim_t cpu_seconds, int pipe) {
-  for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGABRT, SIGXCPU, SIGPIPE}) std::signal(signal, SIG_DFL);
-  const rlimit limit{cpu_seconds, cpu_seconds + 1}, none{0, 0};
+/// Ends this process with SIGXCPU after that much more processor time, or a second later: limits are whole seconds. A
+/// stricter limit of the user stays.
+void limit_processor_time(rlim_t seconds) {
+  rusage used{};
+  rlimit limit{};
+  getrusage(RUSAGE_SELF, &used);
+  getrlimit(RLIMIT_CPU, &limit);
+  limit.rlim_cur =
+      std::min(limit.rlim_max, static_cast<rlim_t>(used.ru_utime.tv_sec + used.ru_stime.tv_sec + 1) + seconds);
   setrlimit(RLIMIT_CPU, &limit);
+}
+
+[[noreturn]] void run_child(const SandboxedAction& action, rlim_t cpu_seconds, int pipe) {
+  for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGABRT, SIGXCPU, SIGPIPE}) std::signal(signal, SIG_DFL);
+  limit_processor_time(cpu_seconds);
+  const rlimit none{0, 0};
   setrlimit(RLIMIT_CORE, &none);
   const int null_device = open("/dev/null", O_WRONLY);  // the parent prints all messages
   dup2(null_device, STDOUT_FILENO);
   dup2(null_device, STDERR_FILENO);
   std::string reply;
   try {
-    reply = succeeded + action();
+    reply = succeeded + action([&] { limit_processor_time(cpu_seconds); });
+  } catch (const std::bad_alloc&) {
+    reply = no_memory;
+  } catch (const Error& error) {
+    reply = std::string(1, static_cast<char>(failed + error.kind())) + error.what();
   } catch (const std::exception& error) {
     reply = std::string(1, failed) + error.what();
   }
+  limit_processor_time(cpu_seconds);
   _exit(write_all(pipe, reply) ? 0 : 1);
+}
+
+/// How a child ended that sent no reply.
+std::string end_of(int status, int cpu_seconds) {
+  if (!WIFSIGNALED(status)) return "damaged: the HDF5 library crashes on it";
+  const int signal = WTERMSIG(status);
+  if (signal == SIGXCPU)
+    return "reading it got no further in " + std::to_string(cpu_seconds) + " s of processor time: it may be damaged";
+  if (signal == SIGKILL) return "the system killed the process that read it: too little memory, or a limit of time";
+  return "damaged: the HDF5 library crashes, signal " + std::to_string(signal) + ", on it";
 }
 
 }  // namespace
 
-std::string run_sandboxed(const std::function<std::string()>& action, int cpu_seconds) {
+std::string run_sandboxed(const SandboxedAction& action, int cpu_seconds) {
+  const auto without_child = [&] { return action([] {}); };
   int ends[2];
-  if (pipe2(ends, O_CLOEXEC) != 0) return action();  // without a child this process reads the file
+  if (pipe2(ends, O_CLOEXEC) != 0) return without_child();
   const pid_t child = fork();
   if (child == 0) run_child(action, static_cast<rlim_t>(cpu_seconds), ends[1]);
   close(ends[1]);
   std::string reply = child > 0 ? read_all(ends[0]) : "";
   close(ends[0]);
-  if (child < 0) return action();
+  if (child < 0) return without_child();
   int status = 0;
   while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
   }
-  if (status == 0 && !reply.empty()) {
-    const bool success = reply[0] == succeeded;
-    reply.erase(0, 1);
-    if (success) return reply;
-    throw Error(reply);
-  }
-  throw Error("damaged: the HDF5 library " +
-              (WIFSIGNALED(status) && WTERMSIG(status) == SIGXCPU ? "does not come to an end"
-               : WIFSIGNALED(status) ? "crashes, signal " + std::to_string(WTERMSIG(status)) + ","
-                                     : std::string("crashes")) +
-              " on it");
+  if (status != 0 || reply.empty()) throw Error(end_of(status, cpu_seconds));
+  const char kind = reply[0];
+  reply.erase(0, 1);
+  if (kind == no_memory) throw std::bad_alloc();
+  if (kind != succeeded) throw Error(reply, static_cast<Error::Kind>(kind - failed));
+  return reply;
 }
 
 }  // namespace nsa::h5
