@@ -22,9 +22,10 @@ int exit_code_of(Verdict verdict) {
 
 /// Whether the name ends in .csv and the content is not HDF5.
 bool is_csv(const std::string& path) {
+  if (!path.ends_with(".csv") || status_of(path).kind != PathStatus::file) return false;
   std::array<char, 4> begin{};
   std::ifstream(path, std::ios::binary).read(begin.data(), begin.size());
-  return path.ends_with(".csv") && std::string_view(begin.data(), 4) != "\x89HDF";
+  return std::string_view(begin.data(), 4) != "\x89HDF";
 }
 
 void write_adr(const std::string& path, const std::vector<DeviceVerdict>& devices) {

@@ -3,9 +3,8 @@
 #include <fmt/format.h>
 #include <fmt/ostream.h>
 
-#include <cstdlib>
-
 #include "app/build_info.hpp"
+#include "app/threads.hpp"
 #include "comm/collectives/communicator.hpp"
 #include "comm/session.hpp"
 #include "kernels/diagnostics/fault_injection.hpp"
@@ -39,9 +38,9 @@ void print_info(std::ostream& out) {
   line("CUDA", build::cuda);
   if (const std::string nccl = Communicator::library_version(); !nccl.empty()) line("NCCL", nccl);
   if (fault::built) line("faults", "built in, for tests (NSA_FAULT)");
-  const char* threads = std::getenv("OMP_NUM_THREADS");
+  const int threads = requested_threads();
   line("threads",
-       threads ? fmt::format("{} a rank (OMP_NUM_THREADS)", threads) : "a rank's share of the cores it may use");
+       threads > 0 ? fmt::format("{} a rank (OMP_NUM_THREADS)", threads) : "a rank's share of the cores it may use");
   print_device(out, "host", BackendKind::host);
   if (cuda_built()) print_device(out, "cuda", BackendKind::cuda);
 }

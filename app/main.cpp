@@ -1,11 +1,18 @@
 // The program: parses the command line, runs one command, prints its error, and exits with the code that all ranks
 // agreed on.
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
 #include <exception>
 #include <iostream>
 #include <new>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "app/build_info.hpp"
@@ -14,6 +21,7 @@
 #include "app/report.hpp"
 #include "app/run.hpp"
 #include "comm/watchdog/watchdog.hpp"
+#include "kernels/diagnostics/out_of_memory.hpp"
 #include "nsa/config/config.hpp"
 #include "nsa/config/reference.hpp"
 #include "nsa/report/diff.hpp"
@@ -48,19 +56,24 @@ struct CommandLine {
   std::string diff_a, diff_b;
 };
 
+/// An option that is given must say something: --csv "$UNSET" is a slip.
+std::string not_empty(const std::string& text) { return text.empty() ? "is empty" : ""; }
+
 void describe(CLI::App& app, CommandLine& line) {
+  const CLI::Validator named(not_empty, "", "");
   app.set_version_flag("--version",
                        std::string("nsa ") + nsa::build::version + " (commit " + nsa::build::git_commit + ")");
   app.require_subcommand(1);
   app.footer(examples);
 
   CLI::App* run = app.add_subcommand("run", "Run an input: prefill, decode or needle, on all ranks of the launch");
-  run->add_option("INPUT", line.run.input, "TOML input")->required();
+  run->add_option("INPUT", line.run.input, "TOML input")->check(named)->required();
   run->add_option("--set", line.run.overrides, "section.key=value, overrides the input; may be repeated")
       ->allow_extra_args(false);
-  run->add_option("--output", line.run.output, "result file, HDF5 (output.file)");
-  run->add_option("--csv", line.run.csv, "also write the columns of nsa-vibe's benchmark (output.csv)");
-  run->add_option("--json", line.run.json, "also write the figures of the FOM lines as JSON, last of all");
+  run->add_option("--output", line.run.output, "result file, HDF5 (output.file)")->check(named);
+  run->add_option("--csv", line.run.csv, "also write the columns of nsa-vibe's benchmark (output.csv)")->check(named);
+  run->add_option("--json", line.run.json, "also write the figures of the FOM lines as JSON, last of all")
+      ->check(named);
   run->add_flag("--strict", line.run.strict, "an implementation that falls back to sdpa is an error (exit 3)");
   run->add_option(
          "--deadline", line.run.deadline,
@@ -69,13 +82,17 @@ void describe(CLI::App& app, CommandLine& line) {
   CLI::Option* dry = run->add_flag("--dry-run", line.dry_run, "print owners, bytes and exchanges; run nothing");
   run->add_option("--ranks", line.ranks, "ranks to plan for")->needs(dry)->check(CLI::Range(1, 1 << 20));
   run->add_flag("--resume", line.run.resume, "go on with the result file of an interrupted run: its points are kept");
-  run->add_option("--max-time", line.run.max_time, "stop after 90s, 10m, 1h or HH:MM:SS, as SIGUSR1 and SIGTERM do");
+  run->add_option("--max-time", line.run.max_time,
+                  "stop after 90s, 10m, 1.5h, [[D-]HH:]MM:SS or D-HH, as SIGUSR1 and SIGTERM do")
+      ->check(named);
   run->footer(examples);
 
   CLI::App* gate = app.add_subcommand("gate", "Is a custom selection kernel worth it on this device? Needs no GPU");
   gate->add_option("FILES", line.gate.files, "result files, and CSVs of nsa-vibe's benchmark to audit")->required();
-  gate->add_option("--context", line.gate.contexts, "only these contexts count")->delimiter(',');
-  gate->add_option("--adr", line.gate.adr, "also write the verdict as a decision record, Markdown");
+  gate->add_option("--context", line.gate.contexts, "only these contexts count")
+      ->delimiter(',')
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 30));
+  gate->add_option("--adr", line.gate.adr, "also write the verdict as a decision record, Markdown")->check(named);
   gate->add_flag("--json", line.gate.json, "print JSON");
   gate->add_flag("--exit-verdict", line.gate.exit_verdict,
                  "exit code 0 PROCEED, 10 STAY, 11 INCONCLUSIVE, 12 NOT EVIDENCE; the largest of several");
@@ -105,11 +122,33 @@ std::string usage_error(const CLI::App& app, const CLI::ParseError& error, int a
   return "unknown command " + first + "; commands: " + names;
 }
 
-int print_error(const std::exception& error, nsa::ExitCode code) {
-  const std::string what = error.what();
+struct Failure {
+  std::string text;
+  nsa::ExitCode code;
+};
+
+/// What the exception says that is being handled.
+Failure current_failure() {
+  try {
+    throw;
+  } catch (const nsa::UserError& error) {
+    return {error.what(), error.code()};
+  } catch (const std::bad_alloc&) {
+    return {nsa::out_of_memory(), nsa::ExitCode::device};
+  } catch (const std::system_error& error) {  // such as a thread that cannot be started
+    return {std::string("the system refused what the program needs (") + error.what() +
+                "); raise the limits of the process (ulimit -u, -n, -v)",
+            nsa::ExitCode::device};
+  } catch (const std::exception& error) {
+    return {error.what(), bug};
+  }
+}
+
+int print_error(const Failure& failure) {
   // One write: what the launcher prints at the same time does not come between.
-  std::cerr << (code == bug ? "nsa: internal error: " + what + "; please report it\n" : "nsa: error: " + what + "\n");
-  return static_cast<int>(code);
+  std::cerr << (failure.code == bug ? "nsa: internal error: " + failure.text + "; please report it\n"
+                                    : "nsa: error: " + failure.text + "\n");
+  return static_cast<int>(failure.code);
 }
 
 /// Runs a command that needs one process.
@@ -117,10 +156,8 @@ template <class Command>
 int run_local(Command&& command) {
   try {
     return static_cast<int>(command());
-  } catch (const nsa::UserError& error) {
-    return print_error(error, error.code());
-  } catch (const std::exception& error) {
-    return print_error(error, bug);
+  } catch (...) {
+    return print_error(current_failure());
   }
 }
 
@@ -131,30 +168,39 @@ int run_collective(int& argc, char**& argv, double deadline, Command&& command) 
   nsa::Watchdog watchdog(deadline);  // watches MPI_Init and MPI_Finalize too
   nsa::MpiSession session(argc, argv);
   const nsa::ControlComm world = nsa::ControlComm::world();
-  const auto abort = [&](nsa::ExitCode code) {
-    watchdog.notify_abort(code);
-    nsa::MpiSession::abort(code);
-  };
   try {
     const std::string warning = watchdog.join(world);
     if (!warning.empty()) std::cerr << "nsa: warning: " << warning << "\n";
     return static_cast<int>(command(world, watchdog));
   } catch (const nsa::AgreedError& error) {
-    if (world.rank() == 0) print_error(error, error.code());
+    if (world.rank() == 0) print_error({error.what(), error.code()});
     return static_cast<int>(error.code());
-  } catch (const nsa::UserError& error) {
+  } catch (...) {
+    const Failure failure = current_failure();
     // The error of a library in a collective seldom names the rank at fault. The watchdogs compare the operation logs.
-    if (error.code() == nsa::ExitCode::communication) watchdog.report_failure(error.what());
-    print_error(error, error.code());
-    abort(error.code());
-  } catch (const std::bad_alloc&) {
-    std::cerr << "nsa: error: out of host memory (an allocation failed); use more ranks or a smaller context\n";
-    abort(nsa::ExitCode::device);
-  } catch (const std::exception& error) {
-    print_error(error, bug);
-    abort(bug);
+    if (failure.code == nsa::ExitCode::communication) watchdog.report_failure(failure.text);
+    print_error(failure);
+    watchdog.notify_abort(failure.code);
+    nsa::MpiSession::abort(failure.code);
   }
   return static_cast<int>(bug);  // not reached
+}
+
+/// Opens the null device in place of a standard stream that is closed: the next file would take its number, and get
+/// what is printed.
+void open_standard_streams() {
+  for (const int stream : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO})
+    if (fcntl(stream, F_GETFD) < 0) open("/dev/null", O_RDWR);  // takes the lowest free number: this one
+}
+
+/// The exit code of a command that ended with `code`, after what it printed has been written.
+int close_standard_output(int code) {
+  if (std::cout.flush() && std::fflush(stdout) == 0) return code;
+  const bool again = write(STDOUT_FILENO, "\n", 1) == 1;  // the stream does not say why: another attempt does
+  const std::string why = again ? "a write failed" : std::strerror(errno);
+  print_error(
+      {"cannot write the standard output (" + why + "); results that were stored are whole", nsa::ExitCode::file});
+  return code != 0 ? code : static_cast<int>(nsa::ExitCode::file);
 }
 
 std::string joined(int argc, char** argv) {
@@ -163,9 +209,7 @@ std::string joined(int argc, char** argv) {
   return text;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_command(int argc, char** argv) {
   CLI::App app{"Native Sparse Attention on many ranks: run, measure, decide", "nsa"};
   CommandLine line;
   describe(app, line);
@@ -205,4 +249,11 @@ int main(int argc, char** argv) {
   return run_collective(
       argc, argv, line.run.deadline.value_or(default_deadline),
       [&](const nsa::ControlComm& world, nsa::Watchdog& watchdog) { return nsa::run(world, watchdog, line.run); });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  open_standard_streams();
+  return close_standard_output(run_command(argc, argv));
 }

@@ -11,7 +11,6 @@
 #include <iostream>
 #include <memory>
 #include <optional>
-#include <sstream>
 
 #include "app/build_info.hpp"
 #include "app/progress.hpp"
@@ -32,14 +31,21 @@ namespace nsa {
 namespace {
 
 std::string read_text(const std::string& path) {
+  constexpr std::size_t most = std::size_t{16} << 20;  // bytes; a device such as /dev/zero has no end
   std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  const bool opened = file.is_open() && status_of(path).kind != PathStatus::folder;
-  if (opened) text << file.rdbuf();
-  if (!opened || file.bad())
-    throw UserError("cannot read " + path + " (" + (file.is_open() ? "not a file" : std::strerror(errno)) +
-                    "); give the path of a TOML input");
-  return text.str();
+  const auto refuse = [&](const std::string& why) {
+    throw UserError("cannot read " + path + " (" + why + "); give the path of a TOML input");
+  };
+  if (!file.is_open()) refuse(std::strerror(errno));
+  if (status_of(path).kind == PathStatus::folder) refuse("not a file");
+  std::string text;
+  for (std::vector<char> part(std::size_t{1} << 16); file && text.size() <= most;) {
+    file.read(part.data(), static_cast<std::streamsize>(part.size()));
+    text.append(part.data(), static_cast<std::size_t>(file.gcount()));
+  }
+  if (file.bad()) refuse(std::strerror(errno));
+  if (text.size() > most) refuse("larger than 16 MiB");
+  return text;
 }
 
 Config configure(const std::string& text, const RunOptions& options) {
@@ -92,14 +98,15 @@ Earlier resume_from(const Config& config, const Session& session, const std::vec
 /// Prints and writes the results on rank 0, while the points run and at the end.
 class Output {
  public:
-  Output(const Config& config, const RunOptions& options, const RunRecord& run, int ranks, Earlier earlier)
+  Output(const Config& config, const RunOptions& options, const RunRecord& run, const std::vector<std::string>& notes,
+         int ranks, Earlier earlier)
       : config_(config), json_(options.json) {
     if (!earlier.complete)
       writer_.emplace(config.output.file, run, planned_result_bytes(config, ranks), options.resume);
     for (const std::int64_t batch : config.run.batch) columns_.batch |= batch != 1;
     for (const std::int32_t branch : config.run.force_branch) columns_.forced |= branch >= 0;
     columns_.nsa_vibe = !config.output.csv.empty();
-    if (const std::string note = oversubscribed(run); !note.empty()) std::cout << "note: " << note << "\n";
+    for (const std::string& note : notes) std::cout << "note: " << note << "\n";
     if (earlier.file)
       std::cout << config.output.file << (earlier.complete ? " is complete: " : ": going on after ")
                 << earlier.points.size() << " points\n";
@@ -202,7 +209,8 @@ Input read_input(const ControlComm& world, const RunOptions& options) {
 /// Opens the result file on rank 0 and checks the other files. Sets `finished` to 'x' for each point that the file
 /// holds, on every rank. Returns null on the other ranks. Collective.
 std::unique_ptr<Output> open_output(const Session& session, const Config& config, const RunOptions& options,
-                                    const std::vector<Point>& points, RunRecord& run, std::string& finished) {
+                                    const std::vector<Point>& points, const Cores& cores, RunRecord& run,
+                                    std::string& finished) {
   std::unique_ptr<Output> output;
   finished.assign(points.size(), '-');
   agreed(session.world, [&] {
@@ -211,7 +219,8 @@ std::unique_ptr<Output> open_output(const Session& session, const Config& config
     Earlier earlier;
     if (options.resume) earlier = resume_from(config, session, points, run);
     for (const PointRecord& point : earlier.points) finished[static_cast<std::size_t>(point.index)] = 'x';
-    output = std::make_unique<Output>(config, options, run, session.world.size(), std::move(earlier));
+    output = std::make_unique<Output>(config, options, run, launch_notes(run, cores), session.world.size(),
+                                      std::move(earlier));
   });
   finished = session.world.broadcast(finished);
   return output;
@@ -242,6 +251,7 @@ ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& opt
   const auto start = std::chrono::steady_clock::now();
   install_stop_signal_handlers();
   fault::at("run.start");
+  check_launch(world);
   const Input input = read_input(world, options);
   const Config& config = input.config;
   const Cores cores = cores_of_rank(world);
@@ -260,7 +270,7 @@ ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& opt
 
   const std::vector<Point> points = sweep(config);
   std::string finished;
-  const std::unique_ptr<Output> output = open_output(session, config, options, points, run, finished);
+  const std::unique_ptr<Output> output = open_output(session, config, options, points, cores, run, finished);
   const bool complete = run_points(session, config, points, finished, output.get());
   close_run(session, run);
   return close_output(world, complete, points.size(), run, output.get());

@@ -1,9 +1,11 @@
 #include "app/stop_request.hpp"
 
+#include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cmath>
 #include <csignal>
-#include <cstdio>
+#include <string_view>
 
 #include "kernels/diagnostics/error.hpp"
 
@@ -15,33 +17,70 @@ static_assert(std::atomic<bool>::is_always_lock_free);  // a signal handler sets
 
 void set_flag(int) { signalled = true; }
 
+/// The number at the start of `text`, without sign, which it removes; -1 where there is none.
+double take_number(std::string_view& text) {
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || !std::isfinite(value) || text[0] == '-') return -1;
+  text.remove_prefix(static_cast<std::size_t>(end - text.data()));
+  return value;
+}
+
+/// Seconds of "90", "90s", "10m", "1.5h"; -1 where it is none of these.
+double with_unit(std::string_view text) {
+  const double value = take_number(text);
+  if (text.empty() || text == "s") return value;
+  return text == "m" ? 60 * value : text == "h" ? 3600 * value : -1;
+}
+
+/// The whole number of one part of a clock time; -1 where it is none below `end`.
+int part_of(std::string_view text, int end) {
+  int value = -1;
+  const auto [rest, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  return error == std::errc() && rest == text.data() + text.size() && value < end ? value : -1;
+}
+
+/// Seconds of Slurm's forms "MM:SS", "HH:MM:SS", "D-HH", "D-HH:MM", "D-HH:MM:SS"; -1 where it is none of these.
+double clock_time(std::string_view text) {
+  constexpr int any = 1 << 24;
+  const std::size_t dash = text.find('-');
+  const bool days = dash != std::string_view::npos;
+  double seconds = days ? 86400.0 * part_of(text.substr(0, dash), any) : 0;
+  if (seconds < 0) return -1;
+  if (days) text.remove_prefix(dash + 1);
+  const auto colons = std::count(text.begin(), text.end(), ':');
+  if (colons > 2) return -1;
+  double unit = days || colons == 2 ? 3600 : 60;
+  for (bool first = true;; first = false, unit /= 60) {
+    const std::size_t colon = std::min(text.find(':'), text.size());
+    const int part = part_of(text.substr(0, colon), !first ? 60 : days ? 24 : any);
+    if (part < 0) return -1;
+    seconds += unit * part;
+    if (colon == text.size()) return seconds;
+    text.remove_prefix(colon + 1);
+  }
+}
+
 }  // namespace
 
 double parse_duration(const std::string& text) {
   if (text.empty()) return no_limit;
-  double value = 0;
-  int hours = 0, minutes = 0, seconds = 0, end = 0;
-  const int size = static_cast<int>(text.size());
-  if (std::sscanf(text.c_str(), "%d:%2d:%2d%n", &hours, &minutes, &seconds, &end) == 3 && end == size) {
-    if (hours >= 0 && minutes >= 0 && minutes < 60 && seconds >= 0 && seconds < 60)
-      return 3600.0 * hours + 60.0 * minutes + seconds;
-  } else if (std::sscanf(text.c_str(), "%lf%n", &value, &end) == 1 && value >= 0 && std::isfinite(value)) {
-    const std::string unit = text.substr(static_cast<std::size_t>(end));
-    if (unit.empty() || unit == "s") return value;
-    if (unit == "m") return 60 * value;
-    if (unit == "h") return 3600 * value;
-  }
-  throw UserError("--max-time " + text + " (not a duration); give seconds, or 90s, 10m, 1.5h, 01:30:00");
+  const double seconds = text.find_first_of(":-") == std::string::npos ? with_unit(text) : clock_time(text);
+  if (seconds >= 0) return seconds;
+  throw UserError("--max-time " + text +
+                  " (not a duration); give seconds, or 90s, 10m, 1.5h, 30:00, 01:30:00, 1-12:00");
 }
 
 void install_stop_signal_handlers() {
   struct sigaction action {};
   action.sa_handler = set_flag;
-  action.sa_flags = SA_RESTART;
-  sigaction(SIGUSR1, &action, nullptr);
-  sigaction(SIGTERM, &action, nullptr);
-  action.sa_flags |= SA_RESETHAND;
-  sigaction(SIGINT, &action, nullptr);
+  for (const int number : {SIGUSR1, SIGUSR2, SIGTERM, SIGHUP, SIGXCPU, SIGINT}) {
+    struct sigaction before {};
+    sigaction(number, nullptr, &before);
+    if (before.sa_handler == SIG_IGN) continue;  // by nohup, or by a shell that runs it in the background
+    action.sa_flags = SA_RESTART | (number == SIGINT ? SA_RESETHAND : 0);
+    sigaction(number, &action, nullptr);
+  }
 }
 
 bool stop_requested(std::chrono::steady_clock::time_point start, double limit) {

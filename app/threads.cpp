@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -12,6 +13,7 @@
 
 #include "comm/process_id.hpp"
 #include "kernels/host/runtime/host.hpp"
+#include "kernels/host/runtime/limits.hpp"
 
 namespace nsa {
 namespace {
@@ -32,23 +34,72 @@ std::string tuning_environment() {
 }  // namespace
 
 Cores cores_of_rank(const ControlComm& world) {
-  cpu_set_t set;
+  cpu_set_t set, launcher;
   CPU_ZERO(&set);
+  CPU_ZERO(&launcher);
   if (sched_getaffinity(0, sizeof set, &set) != 0) return {};
-  std::string own = host_name();  // and a character for each core of the affinity mask
+  std::string own = machine_id();  // and a character for each core of the affinity mask
   own.resize(256);
   for (int core = 0; core < CPU_SETSIZE; ++core) own += CPU_ISSET(core, &set) ? '1' : '0';
   std::string all;
   for (const std::string& other : world.gather(own)) all += other;
   all = world.broadcast(all);
   int sharers = 0;
-  for (std::size_t offset = 0; offset < all.size(); offset += own.size())
+  for (std::size_t offset = 0; offset < all.size(); offset += own.size()) {
     sharers += all.compare(offset, own.size(), own) == 0;
-  return {CPU_COUNT(&set), std::max(1, sharers)};
+    if (all.compare(offset, 256, own, 0, 256) != 0) continue;
+    for (int core = 0; core < CPU_SETSIZE; ++core)
+      if (all[offset + 256 + static_cast<std::size_t>(core)] == '1') CPU_SET(core, &launcher);
+  }
+  Cores cores{CPU_COUNT(&set), std::max(1, sharers), CPU_COUNT(&launcher), 0};
+  if (const int quota = host::cores_in_groups(host::own_groups()); quota > 0)
+    cores.cores = std::min(cores.cores, quota);
+  // mpirun binds each rank by default and has the cores of the job itself.
+  if (std::getenv("OMPI_COMM_WORLD_SIZE") && sched_getaffinity(getppid(), sizeof launcher, &launcher) == 0)
+    cores.of_launcher = CPU_COUNT(&launcher);
+  return cores;
+}
+
+void check_launch(const ControlComm& world) {
+  if (world.size() > 1) return;
+  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"}) {
+    const char* value = std::getenv(name);
+    if (!value) continue;
+    if (const int processes = std::atoi(value); processes > 1)
+      throw AgreedError(
+          fmt::format("the launcher has started {0} processes and MPI sees one ({1}={0}; each would do the whole run); "
+                      "use the mpirun "
+                      "of {2}, or srun --mpi=pmix, or unset {1} to run it {0} times",
+                      processes, name, MpiSession::library_version()));
+    return;  // the nearest launcher has started one
+  }
+}
+
+int requested_threads() {
+  const char* text = std::getenv("OMP_NUM_THREADS");
+  if (!text) return 0;
+  char* end = nullptr;
+  const long threads = std::strtol(text, &end, 10);  // of a list, the outermost level
+  while (*end == ' ') ++end;
+  return end != text && (*end == 0 || *end == ',') && threads > 0 ? static_cast<int>(std::min(threads, 1L << 16)) : 0;
 }
 
 void set_default_host_threads(const Cores& own) {
-  if (std::getenv("OMP_NUM_THREADS") == nullptr) set_host_threads(std::max(1, own.cores / own.sharers));
+  const int requested = requested_threads();
+  set_host_threads(requested > 0 ? requested : std::max(1, own.cores / own.sharers));
+}
+
+std::vector<std::string> launch_notes(const RunRecord& run, const Cores& own) {
+  std::vector<std::string> notes;
+  const char* text = std::getenv("OMP_NUM_THREADS");
+  if (text && *text != 0 && requested_threads() == 0)
+    notes.push_back(
+        fmt::format("OMP_NUM_THREADS={} is no number of threads: each rank takes its share of the cores", text));
+  if (run.backend == "host" && own.on_machine < own.of_launcher)
+    notes.push_back(fmt::format("mpirun has bound the ranks of {} to {} of its {} cores; --bind-to none gives them all",
+                                host_name(), own.on_machine, own.of_launcher));
+  if (const std::string note = oversubscribed(run); !note.empty()) notes.push_back(note);
+  return notes;
 }
 
 void describe_threads(const ControlComm& world, const Cores& own, RunRecord& run) {

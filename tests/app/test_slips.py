@@ -1,12 +1,16 @@
 """Slips of the hand on the real binary: nothing that exists is lost, and the message says what to do."""
 
+import json
 import os
+import re
 import shutil
+import subprocess
 import unittest
+import unittest.mock
 
-from harness import SMALL, AppTest
+from harness import BINARY, MPIEXEC, SMALL, AppTest, Finished
 
-USAGE, FILE = 2, 6
+USAGE, DEVICE, FILE = 2, 5, 6
 
 
 class SlipsTest(AppTest):
@@ -99,6 +103,168 @@ class WrittenFiles(SlipsTest):
             os.symlink("there/" + name, self.path(name))
         self.assert_ok(self.nsa("run", "in.toml", "--resume", "--output", "r.h5", "--csv", "c.csv", "--json", "j.json"))
         self.assertEqual(sorted(os.listdir(self.path("there"))), ["c.csv", "j.json", "r.h5"])
+
+
+class Streams(SlipsTest):
+    def test_an_output_that_cannot_be_written_is_an_error(self):
+        if not os.path.exists("/dev/full"):
+            self.skipTest("no /dev/full")
+        self.assert_ok(self.nsa("run", "in.toml", "--output", "a.h5"))
+        commands = (["run", "in.toml", "--output", "b.h5"], ["run", "in.toml", "--dry-run"], ["report", "a.h5"],
+                    ["diff", "a.h5", "a.h5"], ["gate", "a.h5"], ["info"], ["info", "--keys"], ["--help"], ["--version"])
+        for command in commands:
+            with self.subTest(command=command), open("/dev/full", "w") as full:
+                done = subprocess.run([BINARY, *command], cwd=self.folder, stdout=full, stderr=subprocess.PIPE,
+                                      text=True)
+                self.assertEqual(done.returncode, FILE, done.stderr)
+                self.assertEqual(done.stderr.count("nsa: error: cannot write the standard output (No space left"), 1)
+        self.assert_ok(self.nsa("report", "b.h5"))  # the run itself is whole
+
+    def test_closed_streams_end_up_in_no_file(self):
+        done = subprocess.run(f"{BINARY} run in.toml >&- 2>&- <&-", shell=True, cwd=self.folder)
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("RESULT: VALID", self.assert_ok(self.nsa("report", "result.h5")).out)
+
+
+class Names(SlipsTest):
+    def test_a_name_in_another_encoding(self):
+        name = b"bad\xff.h5"
+        done = subprocess.run([BINARY, "run", "in.toml", "--output", name, "--json", "told.json"], cwd=self.folder)
+        self.assertEqual(done.returncode, 0)
+        with open(self.path("told.json"), encoding="utf-8") as file:
+            self.assertEqual(json.load(file)["file"], "bad\ufffd.h5")
+        done = subprocess.run([BINARY, "run", "in.toml", "--output", name, "--resume"], cwd=self.folder)
+        self.assertEqual(done.returncode, 0)
+
+    def test_what_is_no_plain_file_is_not_waited_for(self):
+        os.mkfifo(self.path("pipe"))
+        os.mkfifo(self.path("pipe.csv"))
+        for command in (["report", "pipe"], ["gate", "pipe"], ["gate", "pipe.csv"], ["diff", "pipe", "pipe"],
+                        ["run", "in.toml", "--output", "pipe"], ["run", "in.toml", "--output", "pipe", "--resume"],
+                        ["run", "in.toml", "--set", 'input.file="pipe"'], ["run", "in.toml", "--csv", "pipe"]):
+            self.refuses(FILE, ["(not a plain file)"], *command)
+        for command in (["report", "."], ["gate", "."], ["run", "in.toml", "--output", "."],
+                        ["run", "in.toml", "--output", ".", "--resume"]):
+            self.refuses(FILE, ["(it is a folder)"], *command)
+        self.refuses(USAGE, ["cannot read /dev/zero (larger than 16 MiB)"], "run", "/dev/zero")
+
+
+class Surroundings(SlipsTest):
+    """The folder, the limits and the launch."""
+
+    def run_in_shell(self, script, environment=None):
+        """`nsa` in the script is the program."""
+        done = subprocess.run(["bash", "-c", f'nsa() {{ "{BINARY}" "$@"; }}; {script}'], cwd=self.folder, text=True,
+                              capture_output=True, env={**os.environ, **(environment or {})})
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    def test_nothing_of_the_system_is_called_a_bug(self):
+        name = "x" * 260
+        for script, part in (
+            ("mkdir gone; cp in.toml gone; cd gone; exec 3<in.toml; rm -r ../gone; nsa run /dev/fd/3", "removed"),
+            ("mkdir gone; cd gone; rmdir ../gone; nsa run ../in.toml --output r.h5", "cannot"),
+            (f"nsa run in.toml --output {name}.h5", "File name too long"),
+            (f"nsa run in.toml --csv {name}", "File name too long"),
+            (f"nsa run {name}", "File name too long"),
+            (f"nsa report {name}", "File name too long"),
+            (f"nsa gate {name}.csv", "File name too long"),
+            ("ln -s loop loop; nsa run in.toml --output loop", "Too many levels of symbolic links"),
+        ):
+            with self.subTest(script=script[:40]):
+                done = self.run_in_shell(script)
+                self.assertIn(done.code, (USAGE, FILE), done.err)
+                self.assertIn(part, done.err)
+                self.assertNotIn("report it", done.err)
+
+    def test_a_file_that_is_cut_off_is_told_so(self):
+        self.assert_ok(self.nsa("run", "in.toml", "--output", "a.h5"))
+        os.truncate(self.path("a.h5"), 20000)
+        done = self.nsa("report", "a.h5")
+        self.assertEqual(done.code, FILE)
+        self.assertIn("the file is cut off: copy it again", done.err)
+        self.assertNotIn("LOCKING", done.err)
+
+    def test_memory_that_the_user_has_limited(self):
+        big = "--set run.context=10000000 --set run.fill=synthetic"
+        done = self.run_in_shell(f"ulimit -v 2000000; nsa run in.toml {big}")
+        self.assertEqual(done.code, DEVICE, done.out + done.err)
+        self.assertIn("raise the limit of a process, 2048 MB (ulimit -v, ulimit -d)", done.err)
+
+    def threads(self, **environment):
+        done = self.run_in_shell("nsa info", environment)
+        return re.search(r"^threads +(.*)$", done.out, re.MULTILINE).group(1)
+
+    def test_threads_that_are_no_number_ask_for_nothing(self):
+        for value in ("", "abc", "0", "-1", "4x", " "):
+            self.assertEqual(self.threads(OMP_NUM_THREADS=value), "a rank's share of the cores it may use", value)
+        for value, number in (("3", 3), ("2,4", 2), (" 5", 5)):
+            self.assertEqual(self.threads(OMP_NUM_THREADS=value), f"{number} a rank (OMP_NUM_THREADS)")
+        done = self.run_in_shell("nsa run in.toml", {"OMP_NUM_THREADS": "abc"})
+        self.assertIn("note: OMP_NUM_THREADS=abc is no number of threads", self.assert_ok(done).out)
+
+    def test_a_limit_of_threads_counts(self):
+        done = self.run_in_shell("nsa info", {"OMP_NUM_THREADS": "8", "OMP_THREAD_LIMIT": "3"})
+        self.assertIn(", 3 threads,", done.out)
+
+    def test_ranks_that_do_not_know_of_each_other(self):
+        for name in ("SLURM_STEP_NUM_TASKS", "PMI_SIZE"):
+            done = self.run_in_shell("nsa run in.toml", {name: "4"})
+            self.assertEqual(done.code, USAGE, done.out + done.err)
+            self.assertIn(f"the launcher has started 4 processes and MPI sees one ({name}=4", done.err)
+        self.assertEqual(os.listdir(self.folder), ["in.toml"])
+        self.assert_ok(self.run_in_shell("nsa run in.toml", {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}))
+
+    def test_cores_that_mpirun_keeps(self):
+        if len(os.sched_getaffinity(0)) < 2:
+            self.skipTest("one core")
+        launch = f"{MPIEXEC} -n 1 --allow-run-as-root --bind-to"
+        bound = self.run_in_shell(f"{launch} core {BINARY} run in.toml --output a.h5")
+        if bound.code != 0:
+            self.skipTest("this mpirun knows no --bind-to")
+        self.assertRegex(bound.out, r"note: mpirun has bound the ranks of \S+ to 1 of its \d+ cores; --bind-to none")
+        free = self.assert_ok(self.run_in_shell(f"{launch} none {BINARY} run in.toml --output b.h5"))
+        self.assertNotIn("has bound", free.out)
+
+
+class Input(SlipsTest):
+    def test_what_is_written_otherwise(self):
+        self.assert_ok(self.nsa("run", "in.toml", "--dry-run", "--set", "run.context = [64]"))
+        self.refuses(USAGE, ["in.toml:13:3: [[nsa]] is a list of sections; write [nsa], once"],
+                     *self.with_text("[[nsa]]\nw = 32\n"))
+        self.refuses(USAGE, ["kernels.rows = 0 (all positions) leaves none; give a number of rows"],
+                     *self.with_text(""), "--set", "task.kind=kernels", "--set", "kernels.rows=0")
+        self.refuses(USAGE, ["the needle at depth 0.25 of 4096 tokens cannot be found (nsa.n_sel = 3 leaves no block"],
+                     *self.with_text(""), "--set", "task.kind=needle", "--set", "nsa.n_sel=3", "--set",
+                     "run.context=4096")
+
+    def with_text(self, more):
+        self.write("in.toml", SMALL + more)
+        return "run", "in.toml"
+
+    def test_empty_names(self):
+        for option in ("--output", "--csv", "--json", "--max-time"):
+            self.refuses(USAGE, [f"{option}: is empty"], "run", "in.toml", option, "")
+        self.refuses(USAGE, ["--adr: is empty"], "gate", "in.toml", "--adr", "")
+
+    def test_contexts_of_the_gate(self):
+        self.assert_ok(self.nsa("run", "in.toml", "--output", "a.h5"))
+        for value in ("", "-1", "0", "100000000000000000000", "64,x"):
+            self.refuses(USAGE, ["--context"], "gate", "a.h5", f"--context={value}")
+
+    def test_durations(self):
+        for value in ("0x10", "inf", "nan", "1e400", "-5", "1:60", "1-24", "1:2:3:4", "10 m", "1d", "-", ":"):
+            self.refuses(USAGE, [f"--max-time {value} (not a duration)"], "run", "in.toml", f"--max-time={value}")
+        for value in ("1-00:00:00", "30:00", "1-12", "0-1:30", "100:00:00", "1.5h", "90"):
+            self.assert_ok(self.nsa("run", "in.toml", "--max-time", value))
+            os.remove(self.path("result.h5"))
+
+    def test_variables_that_do_nothing(self):
+        for name, value, part in (("NSA_ROUTE_FOO", "sdpa", "did you mean NSA_ROUTE_"),
+                                  ("NSA_ROUTES_SEL", "sdpa", "did you mean NSA_ROUTE_SEL?"),
+                                  ("NSA_EXCHANGE", "foo", "NSA_EXCHANGE=foo in the environment (it is nccl)"),
+                                  ("NSA_SHARE_GPU", "yes", "(it is 0 or 1)"), ("NSA_FORCE", "2", "(it is 0 or 1)")):
+            with self.subTest(name=name), unittest.mock.patch.dict(os.environ, {name: value}):
+                self.refuses(USAGE, [part], "run", "in.toml")
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@
 #include <toml++/toml.h>
 
 #include <algorithm>
-#include <numeric>
 #include <optional>
 #include <set>
 #include <sstream>
 
 #include "kernels/diagnostics/error.hpp"
 #include "nsa/config/keys.hpp"
+#include "nsa/config/spelling.hpp"
 
 namespace nsa {
 namespace {
@@ -35,20 +35,6 @@ using Entries = std::map<std::string, Entry>;
 
 SourcePosition position(const toml::source_region& region, const std::string& path) {
   return {path, static_cast<std::int64_t>(region.begin.line), static_cast<std::int64_t>(region.begin.column)};
-}
-
-std::size_t edit_distance(std::string_view a, std::string_view b) {
-  std::vector<std::size_t> row(b.size() + 1);
-  std::iota(row.begin(), row.end(), std::size_t{0});
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    std::size_t diagonal = row[0]++;
-    for (std::size_t j = 0; j < b.size(); ++j) {
-      const std::size_t replaced = diagonal + (a[i] == b[j] ? 0 : 1);
-      diagonal = row[j + 1];
-      row[j + 1] = std::min({row[j] + 1, row[j + 1] + 1, replaced});
-    }
-  }
-  return row.back();
 }
 
 std::string_view bare(std::string_view key) { return key.substr(key.find('.') + 1); }
@@ -103,7 +89,9 @@ void collect_file(const toml::table& document, const std::string& path, Entries&
   for (const auto& [section, node] : document) {
     const std::string name(section.str());
     const SourcePosition where = position(section.source(), path);
-    if (!node.is_table()) {
+    if (node.is_array_of_tables()) {
+      problems.push_back({where, fmt::format("[[{0}]] is a list of sections; write [{0}], once", name)});
+    } else if (!node.is_table()) {
       problems.push_back({where, is_section(name) ? fmt::format("{0} is a section (found a value); write [{0}]", name)
                                                   : fmt::format("{} is outside a section; did you mean {}?", name,
                                                                 nearest_key("." + name))});
@@ -117,6 +105,11 @@ void collect_file(const toml::table& document, const std::string& path, Entries&
   }
 }
 
+std::string without_blanks(const std::string& text) {
+  const std::size_t first = text.find_first_not_of(" \t");
+  return first == std::string::npos ? "" : text.substr(first, text.find_last_not_of(" \t") - first + 1);
+}
+
 /// "section.key=value". The value is TOML; a value that is not TOML is a string.
 void collect_override(const std::string& text, std::vector<toml::table>& owners, Entries& entries,
                       std::vector<Problem>& problems) {
@@ -126,7 +119,7 @@ void collect_override(const std::string& text, std::vector<toml::table>& owners,
     problems.push_back({where, "no value given; write --set section.key=value"});
     return;
   }
-  const std::string value = text.substr(equals + 1);
+  const std::string key = without_blanks(text.substr(0, equals)), value = without_blanks(text.substr(equals + 1));
   toml::table parsed;
   try {
     parsed = toml::parse(std::string_view("value = " + value));
@@ -137,7 +130,7 @@ void collect_override(const std::string& text, std::vector<toml::table>& owners,
     parsed.insert("value", value);
   }
   owners.push_back(std::move(parsed));
-  entries[text.substr(0, equals)] = {owners.back().get("value"), where, where};
+  entries[key] = {owners.back().get("value"), where, where};
 }
 
 // read_value: one overload for each type of field; false: the value has another type. expected: the type, for messages.

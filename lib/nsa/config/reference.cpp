@@ -4,8 +4,13 @@
 
 #include <fmt/format.h>
 #include <fmt/ostream.h>
+#include <unistd.h>
 
+#include <algorithm>
+
+#include "kernels/diagnostics/error.hpp"
 #include "nsa/config/keys.hpp"
+#include "nsa/config/spelling.hpp"
 
 namespace nsa {
 namespace {
@@ -87,6 +92,36 @@ constexpr Variable tool_variables[] = {
     {"NSA_FILE_FAULTS", "path", "Set by CTest: the library that makes file operations fail."},
 };
 
+/// A variable and the values that nsa knows beside the empty one.
+struct KnownValues {
+  const char *name, *values[2];
+};
+constexpr KnownValues known_values[] = {
+    {"NSA_FORCE", {"0", "1"}}, {"NSA_EXCHANGE", {"nccl", "nccl"}}, {"NSA_SHARE_GPU", {"0", "1"}}};
+
+void check_value(const std::string& name, const std::string& value) {
+  for (const KnownValues& known : known_values)
+    if (name == known.name && !value.empty() && value != known.values[0] && value != known.values[1])
+      throw UserError(fmt::format(
+          "{}={} in the environment (it is {}{}); correct or unset it", name, value, known.values[0],
+          std::string_view(known.values[0]) == known.values[1] ? "" : fmt::format(" or {}", known.values[1])));
+}
+
+/// Throws where the name is near that of a variable of the program: others may have names that begin with NSA_ too.
+void check_name(const std::string& name) {
+  for (const Variable& variable : tool_variables)
+    if (name == variable.name) return;
+  const char* nearest = program_variables[0].name;
+  for (const Variable& variable : program_variables)
+    if (edit_distance(name, variable.name) < edit_distance(name, nearest)) nearest = variable.name;
+  const std::size_t distance = edit_distance(name, nearest);
+  if (distance > 0 && (distance <= 2 || name.starts_with("NSA_ROUTE")))
+    throw UserError(
+        fmt::format("{} in the environment (nsa knows no such variable); did you mean {}? `nsa info --keys` "
+                    "lists them all",
+                    name, nearest));
+}
+
 template <std::size_t n>
 void print_variables(std::ostream& out, const char* title, const Variable (&variables)[n]) {
   fmt::print(out, "\n### {}\n\n| variable | values | meaning |\n|---|---|---|\n", title);
@@ -118,6 +153,15 @@ void print_keys(std::ostream& out) {
 }
 
 }  // namespace
+
+void check_environment() {
+  for (char** variable = environ; *variable != nullptr; ++variable) {
+    const std::string text = *variable, name = text.substr(0, text.find('='));
+    if (!name.starts_with("NSA_")) continue;
+    check_name(name);
+    check_value(name, text.substr(std::min(text.size(), name.size() + 1)));
+  }
+}
 
 void print_input_reference(std::ostream& out) {
   fmt::print(

@@ -139,6 +139,22 @@ void check_run(const Config& c, Checker& check) {
   if (c.output.file.empty()) check.add({"output.file"}, "output.file is empty; name the result file");
 }
 
+/// Why no selection of the last position can hold the block of a needle; "" if it can.
+std::string why_never_found(const BlockRules& r, std::int64_t context, double depth) {
+  const std::int64_t t = context - 1, position = std::llround(depth * static_cast<double>(t - 1));
+  const std::int64_t block = position / r.l_sel, eligible = eligible_blocks(r, t);
+  if (eligible <= r.n_sel || is_forced(r, block, t)) return "";
+  if (r.n_sel <= r.n_init + r.n_local)
+    return fmt::format(
+        "nsa.n_sel = {} leaves no block beside the nsa.n_init + nsa.n_local = {} + {} that are always "
+        "chosen); raise nsa.n_sel",
+        r.n_sel, r.n_init, r.n_local);
+  const std::int64_t tokens = compressed_tokens(r, t);
+  if (tokens == 0 || position >= (tokens - 1) * r.d + r.l)
+    return "no complete compression block covers it yet); raise nsa.n_local";
+  return "";
+}
+
 /// A needle run has scope = "attention", without weights. One key has to point along all queries of its group.
 void check_needle(const Config& c, Checker& check) {
   if (c.kind != TaskKind::needle) return;
@@ -152,6 +168,14 @@ void check_needle(const Config& c, Checker& check) {
               fmt::format("task.kind = \"needle\" needs at most d_k / 2 = {} heads a group (one key points along all "
                           "queries of its group)",
                           c.model.d_k / 2));
+  if (!check.valid(
+          {"run.context", "needle.depths", "nsa.l", "nsa.d", "nsa.l_sel", "nsa.n_sel", "nsa.n_init", "nsa.n_local"}))
+    return;
+  for (const std::int64_t context : c.run.context)
+    for (const double depth : c.needle.depths)
+      if (const std::string why = why_never_found(c.nsa, context, depth); !why.empty())
+        return check.add({"nsa.n_sel", "nsa.n_local", "needle.depths", "run.context"},
+                         fmt::format("the needle at depth {} of {} tokens cannot be found ({}", depth, context, why));
 }
 
 /// Rows lie within the context, with enough selection blocks before the first row.
@@ -175,12 +199,16 @@ void check_kernels(const Config& c, Checker& check) {
         fmt::format("kernels.rows = {} must be at most run.context = {} (the rows end the context)", rows, context));
   if (std::count(k.branch.begin(), k.branch.end(), sel) == 0) return;
   const std::int64_t blocks = *std::max_element(k.blocks.begin(), k.blocks.end());
-  const bool all = std::count(k.rows.begin(), k.rows.end(), 0) > 0;
-  if (all || (context - rows) / c.nsa.l_sel < blocks)
+  const std::string needed = fmt::format(
+      "kernels.blocks = {} needs as many blocks of {} tokens in front of the first row", blocks, c.nsa.l_sel);
+  if (std::count(k.rows.begin(), k.rows.end(), 0) > 0)
+    check.add({"kernels.rows", "kernels.blocks"},
+              needed +
+                  ", and kernels.rows = 0 (all positions) leaves none; give a number of rows, or leave sel out of "
+                  "kernels.branch");
+  else if ((context - rows) / c.nsa.l_sel < blocks)
     check.add({"kernels.blocks", "kernels.rows", "run.context"},
-              fmt::format("kernels.blocks = {} needs as many blocks of {} tokens in front of the first row; raise "
-                          "run.context = {} or lower kernels.rows = {}",
-                          blocks, c.nsa.l_sel, context, all ? 0 : rows));
+              needed + fmt::format("; raise run.context = {} or lower kernels.rows = {}", context, rows));
 }
 
 /// The largest tensor of any point has at most 2^50 elements, so that no index or byte count overflows.

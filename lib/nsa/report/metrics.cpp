@@ -91,7 +91,7 @@ Summary kernel_ratio(const PointRecord& point, std::string_view of, std::string_
   std::vector<double> ratio = kernel_samples(point, of);
   const std::vector<double> below = kernel_samples(point, to);
   ratio.resize(std::min(ratio.size(), below.size()));
-  for (std::size_t i = 0; i < ratio.size(); ++i) ratio[i] /= below[i];
+  for (std::size_t i = 0; i < ratio.size(); ++i) ratio[i] = below[i] > 0 ? ratio[i] / below[i] : not_measured;
   return summarise(std::move(ratio), alpha);
 }
 
@@ -175,7 +175,8 @@ double copy_rate_fraction(const PointRecord& point) {
   double maximum = 0;
   for (std::size_t rank = 0; rank < point.bytes.size() / stage_count; ++rank)
     maximum = std::max(maximum, step_bytes(point, rank));
-  return maximum / step_time(point).median / point.copy_bandwidth;
+  const double seconds = step_time(point).median;
+  return seconds > 0 ? maximum / seconds / point.copy_bandwidth : not_measured;
 }
 
 ReadCounts last_reads(const PointRecord& point) {

@@ -43,7 +43,7 @@ using Metrics = std::vector<Metric>;
 
 void add_time_metrics(Metrics& metrics, const PointRecord& point) {
   const double seconds = step_time(point).median;
-  if (std::isnan(seconds)) return;
+  if (!(seconds > 0)) return;  // not timed, or by a clock that did not tick
   const std::string kind = text_parameter(point, "task.kind", "step"), name = point_name(point);
   if (kind == "needle") return;  // its steps are checked, not timed
   const bool prefill = kind == "prefill";
@@ -80,6 +80,13 @@ Metrics metrics_of(const PointRecord& point) {
   if (const double peak = peak_memory(point.memory); !std::isnan(peak))
     metrics.push_back({kind + "_peak_memory_" + name, fmt::format("{:.3f}", peak / 1e6), "MB"});
   return metrics;
+}
+
+/// JSON has no number for "inf" and "nan".
+const std::string& json_number(const std::string& value) {
+  static const std::string none = "null";
+  const char last = value.empty() ? 'n' : value.back();
+  return last >= '0' && last <= '9' ? value : none;
 }
 
 /// "point: reason" of the first invalid point; empty: all points are valid.
@@ -163,7 +170,7 @@ void print_exchange(std::ostream& out, const std::vector<PointRecord>& points) {
 void print_slowest(std::ostream& out, const std::vector<PointRecord>& points) {
   for (const PointRecord& point : points) {
     const std::vector<double> work = rank_work(point);
-    if (work.size() < 2) continue;
+    if (work.size() < 2 || !(summarise(work).median > 0)) continue;
     const auto slowest = std::max_element(work.begin(), work.end());
     std::vector<double> others = work;
     others.erase(others.begin() + (slowest - work.begin()));
@@ -244,8 +251,8 @@ std::string to_json(const RunRecord& run, const std::string& file, const std::ve
   const char* before = "\n";
   for (const PointRecord& point : points)
     for (const Metric& metric : metrics_of(point)) {
-      json += fmt::format("{}    {}: {{\"value\": {}, \"unit\": {}}}", before, json_quote(metric.name), metric.value,
-                          json_quote(metric.unit));
+      json += fmt::format("{}    {}: {{\"value\": {}, \"unit\": {}}}", before, json_quote(metric.name),
+                          json_number(metric.value), json_quote(metric.unit));
       before = ",\n";
     }
   return json + "\n  }\n}\n";

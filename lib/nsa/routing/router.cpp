@@ -10,6 +10,7 @@
 #include "kernels/diagnostics/error.hpp"
 #include "kernels/diagnostics/fault_injection.hpp"
 #include "nsa/config/keys.hpp"
+#include "nsa/config/reference.hpp"
 
 namespace nsa {
 namespace {
@@ -100,10 +101,8 @@ RouteEnvironment route_environment() {
                                   environment_variables[branch], value, branch_names[branch], fmt::join(known, ", ")));
     environment.implementation[branch] = value;
   }
-  const std::string force = environment_value("NSA_FORCE");
-  if (!force.empty() && force != "0" && force != "1")
-    throw UserError("NSA_FORCE=" + force + " in the environment (it is 0 or 1); set 1 to go against a guard");
-  environment.force = force == "1";
+  check_environment();
+  environment.force = environment_value("NSA_FORCE") == "1";
   return environment;
 }
 
