@@ -221,6 +221,11 @@ def read_system(file, size):
     return system
 
 
+def point_names(file):
+    """Names of the groups of points, "0007" and so on; other programs may have added groups beside them."""
+    return sorted(name for name in file["points"] if len(name) >= 4 and name.isdecimal() and name.isascii())
+
+
 def read_file(path, part=0, parts=1):
     """The points of one file, or of one of `parts` equal parts of it. Raises FileError with the name of the file."""
     path = os.fspath(path)
@@ -239,7 +244,7 @@ def read_file(path, part=0, parts=1):
                     "use the nsa_analysis of the version of nsa that wrote it"
                 )
             run = Run(path, attributes, read_system(file, size))
-            names = sorted(file["points"])
+            names = point_names(file)
             chosen = names[len(names) * part // parts : len(names) * (part + 1) // parts]
             points = [read_point(run, name, file["points"][name], size) for name in chosen]
     except FileError:

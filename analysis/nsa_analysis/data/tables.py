@@ -25,7 +25,7 @@ def stage_medians(point, mode="branches"):
 
 
 def stage_share(point, stages):
-    """Share of these stages in the sum of all stages, medians of mode `branches`; NaN where it did not run."""
+    """Share of these stages in the sum of all stages, medians of mode `branches`; NaN without it or at 0 s."""
     medians = stage_medians(point)
     whole = sum(medians.values())
     return sum(medians.get(s, 0.0) for s in stages) / whole if whole > 0 else NAN

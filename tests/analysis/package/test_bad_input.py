@@ -172,6 +172,12 @@ def test_an_output_replaces_nothing(run, tmp_path, good, monkeypatch, options, s
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_groups_of_other_programs_are_left_out(run, good):
+    with h5py.File(good, "r+") as file:
+        file["points"].create_group("notes")
+    assert run("points", good).returncode == 0
+
+
 def test_a_run_that_was_never_timed(run, tmp_path, good):
     with h5py.File(good, "r+") as file:
         del file["points/0000/time"]
