@@ -255,7 +255,7 @@ ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& opt
   const Input input = read_input(world, options);
   const Config& config = input.config;
   const Cores cores = cores_of_rank(world);
-  set_default_host_threads(cores);
+  agreed(world, [&] { set_default_host_threads(cores); });
   watchdog.configure(config.run.deadline, config.output.file);
 
   Session session =

@@ -6,9 +6,12 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <latch>
 #include <map>
 #include <string>
 #include <string_view>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 #include "comm/process_id.hpp"
@@ -29,6 +32,24 @@ std::string tuning_environment() {
   }
   std::ranges::sort(found);
   return fmt::format("{}", fmt::join(found, " "));
+}
+
+/// Throws UserError unless so many threads can run at a time: OpenMP ends the process where it cannot start one.
+void check_threads(int count) {
+  std::latch all_started(1);
+  std::vector<std::thread> others;
+  std::string problem;
+  try {
+    for (int i = 1; i < count; ++i) others.emplace_back([&] { all_started.wait(); });
+  } catch (const std::system_error& error) {
+    problem = fmt::format(
+        "cannot start {} threads ({}); set a smaller OMP_NUM_THREADS, or raise the limits of the process "
+        "(ulimit -u, -v)",
+        count, error.code().message());
+  }
+  all_started.count_down();
+  for (std::thread& other : others) other.join();
+  if (!problem.empty()) throw UserError(problem, ExitCode::device);
 }
 
 }  // namespace
@@ -87,6 +108,7 @@ int requested_threads() {
 void set_default_host_threads(const Cores& own) {
   const int requested = requested_threads();
   set_host_threads(requested > 0 ? requested : std::max(1, own.cores / own.sharers));
+  check_threads(host_device().info().units);
 }
 
 std::vector<std::string> launch_notes(const RunRecord& run, const Cores& own) {

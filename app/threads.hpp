@@ -27,7 +27,8 @@ void check_launch(const ControlComm& world);
 /// Threads that OMP_NUM_THREADS asks for; 0 where it is not set or no positive number.
 int requested_threads();
 
-/// Sets the threads of the host backend to requested_threads(), else to cores / sharers.
+/// Sets the threads of the host backend to requested_threads(), else to cores / sharers. Throws UserError(device) where
+/// the system refuses so many threads.
 void set_default_host_threads(const Cores& own);
 
 /// Fills in threads, cores, sharers and environment of every rank, on rank 0. Collective.

@@ -99,6 +99,8 @@ class Stopping(ResumeTest):
             signal.signal(signal.SIGHUP, before)
         self.wait_for(lambda: self.catches(run.pid, signal.SIGUSR1), run)
         self.assertFalse(self.catches(run.pid, signal.SIGHUP))
+        run.kill()
+        run.communicate(timeout=HANG)
 
     def test_a_second_interrupt_ends_it_at_once(self):
         self.write("in.toml", SWEEP.replace("steps = 60", "steps = 2\nmin_time = 60.0"))
@@ -145,7 +147,7 @@ class Stopping(ResumeTest):
 
     def test_what_is_no_duration(self):
         self.write("in.toml", SMALL)
-        for limit in ("soon", "-1", "1d", "10:00", "00:60:00", "1:00:0x", "nan", "inf", "5 s"):
+        for limit in ("soon", "-1", "1d", "10:60", "00:60:00", "1:00:0x", "nan", "inf", "5 s"):
             done = self.nsa("run", "in.toml", f"--max-time={limit}")
             self.assertEqual(done.code, USAGE, done.out + done.err)
             self.assertIn(f"nsa: error: --max-time {limit} (not a duration); give seconds, or 90s", done.err)

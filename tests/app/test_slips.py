@@ -202,6 +202,11 @@ class Surroundings(SlipsTest):
         done = self.run_in_shell("nsa run in.toml", {"OMP_NUM_THREADS": "abc"})
         self.assertIn("note: OMP_NUM_THREADS=abc is no number of threads", self.assert_ok(done).out)
 
+    def test_threads_that_cannot_be_started(self):
+        done = self.run_in_shell("ulimit -v 1500000; nsa run in.toml", {"OMP_NUM_THREADS": "300"})
+        self.assertEqual(done.code, DEVICE, done.out + done.err)
+        self.assertIn("cannot start 300 threads (Resource temporarily unavailable)", done.err)
+
     def test_a_limit_of_threads_counts(self):
         done = self.run_in_shell("nsa info", {"OMP_NUM_THREADS": "8", "OMP_THREAD_LIMIT": "3"})
         self.assertIn(", 3 threads,", done.out)

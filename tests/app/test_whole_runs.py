@@ -135,7 +135,8 @@ class WholeRuns(AppTest):
     def test_the_result_is_no_larger_than_planned(self):
         self.write("in.toml", SMALL)
         tensors = ("--set", "output.tensors=true")
-        for i, more in enumerate((["--set", "run.steps=500"], [*tensors, "--set", "run.context=1000"],
+        repeated = ["--set", 'run.modes=["total", "ablation", "one_hot"]', "--set", "run.min_time=0.7"]
+        for i, more in enumerate((["--set", "run.steps=500"], repeated, [*tensors, "--set", "run.context=1000"],
                                   [*tensors, "--set", "task.kind=prefill", "--set", "run.context=2000"],
                                   [*tensors, "--set", "run.scope=attention", "--set", "run.context=2000"],
                                   [*tensors, "--set", "nsa.phi=mlp", "--set", "model.layers=2"])):

@@ -174,7 +174,7 @@ CheckResult check_row(const StepContext& ctx, std::int64_t plane, std::int64_t r
                    bound = error_bound(s.dtype, scale, score);
       result.merge({error, scale, {}});
       if (error_problem.empty() && !(error <= bound))
-        error_problem = fmt::format("error {:.3g} of {} against float64 exceeds {:.3g}", error, branch_names[c], bound);
+        error_problem = fmt::format("error {:.3g} against float64 exceeds {:.3g} in {}", error, bound, branch_names[c]);
       if (c == cmp) largest_score = std::max(largest_score, score);
       for (std::size_t i = 0; c == cmp && i < p.size(); ++i)
         for (std::int64_t b = static_cast<std::int64_t>(i) * r.d / r.l_sel;
