@@ -296,7 +296,7 @@ TEST_CASE("result file: what cannot be written is refused before anything is com
   CHECK(contains(refused(folder.file("taken.h5")), "taken.h5 exists (results are never overwritten); choose another"));
   CHECK(contains(refused(folder.file("none/r.h5")), "no folder"));
   CHECK(contains(refused(folder.file("taken.h5/r.h5")), "is not a folder"));
-  CHECK(contains(refused(folder.path), "exists"));
+  CHECK(contains(refused(folder.path), "it is a folder"));
   CHECK(contains(refused(folder.file("r.h5"), std::size_t{1} << 60), "are free); make room"));
   fs::create_symlink("nowhere", folder.file("dangling.h5"));
   CHECK(contains(refused(folder.file("dangling.h5")), "exists"));
@@ -448,6 +448,37 @@ TEST_CASE("tensor file: another program's file, in double, under the root", "[re
   CHECK(contains(refused([&] { tensors.read("x", {3, 4}, {0, 0}, {1, 1}); }), "shape [3, 2], this input needs [3, 4]"));
   CHECK(contains(refused([&] { tensors.shape("weights/w_q"); }), "no tensor 'weights/w_q'"));
   CHECK(contains(refused([&] { tensors.shape("row"); }), "'row' is not floating point"));
+}
+
+TEST_CASE("points of a large file that wait for each other are all sealed at the end, whatever ends the run",
+          "[result]") {
+  const Folder folder;
+  for (const bool finished : {true, false}) {
+    const std::string path = folder.file(finished ? "finished.h5" : "failed.h5");
+    const auto write = [&] {
+      ResultWriter writer(path, sample_run(), 0);
+      for (std::int64_t i = 0; i < 12; ++i) {
+        PointRecord point = sample_point(i);
+        if (i == 0) {  // 10 MB: sealing copies them
+          point.time.reps = 10'000'000 / 8 / (std::ssize(point.time.modes) * stage_count * point.time.ranks);
+          point.time.seconds.assign(
+              static_cast<std::size_t>(std::ssize(point.time.modes) * stage_count * point.time.ranks * point.time.reps),
+              1e-6);
+        }
+        writer.seal(point);
+      }
+      if (!finished) throw UserError("another point failed");
+      writer.finish(sample_run());
+    };
+    if (finished)
+      write();
+    else
+      CHECK_THROWS_AS(write(), UserError);
+    const ResultFile file = read_result(path);
+    REQUIRE(file.points.size() == 12);
+    for (std::int64_t i = 1; i < 12; ++i) check_same(file.points[static_cast<std::size_t>(i)], sample_point(i));
+    CHECK(file.run.status == (finished ? "complete" : "running"));
+  }
 }
 
 TEST_CASE("files of others are opened by a child first", "[result]") {
