@@ -51,6 +51,7 @@ struct CommandLine {
   bool dry_run = false;
   bool routes = false, keys = false;
   int ranks = 0;
+  double startup_deadline = nsa::Watchdog::default_startup_deadline;
   nsa::GateOptions gate;
   std::vector<std::string> reported;
   std::string diff_a, diff_b;
@@ -78,6 +79,9 @@ void describe(CLI::App& app, CommandLine& line) {
   run->add_option(
          "--deadline", line.run.deadline,
          "seconds that a rank may wait for others or for its device before the job ends; 0: any (run.deadline)")
+      ->check(CLI::Range(0.0, 86400.0));
+  run->add_option("--startup-deadline", line.startup_deadline,
+                  "the same until all ranks have started and connected; 0: as --deadline; default 60")
       ->check(CLI::Range(0.0, 86400.0));
   CLI::Option* dry = run->add_flag("--dry-run", line.dry_run, "print owners, bytes and exchanges; run nothing");
   run->add_option("--ranks", line.ranks, "ranks to plan for")->needs(dry)->check(CLI::Range(1, 1 << 20));
@@ -164,8 +168,8 @@ int run_local(Command&& command) {
 /// Runs a command on all ranks. An AgreedError is thrown on every rank, and rank 0 prints it. Any other error may have
 /// occurred on some ranks only while the others wait for them, so it aborts the job.
 template <class Command>
-int run_collective(int& argc, char**& argv, double deadline, Command&& command) {
-  nsa::Watchdog watchdog(deadline);  // watches MPI_Init and MPI_Finalize too
+int run_collective(int& argc, char**& argv, double deadline, double startup_deadline, Command&& command) {
+  nsa::Watchdog watchdog(deadline, startup_deadline);  // watches MPI_Init and MPI_Finalize too
   nsa::MpiSession session(argc, argv);
   const nsa::ControlComm world = nsa::ControlComm::world();
   try {
@@ -220,9 +224,10 @@ int run_command(int argc, char** argv) {
     return app.exit(done);
   } catch (const CLI::ParseError& error) {
     // Every rank of a launch parses the same command line, so all of them get here, and rank 0 prints the error.
-    return run_collective(argc, argv, default_deadline, [&](const nsa::ControlComm&, nsa::Watchdog&) -> nsa::ExitCode {
-      throw nsa::AgreedError(usage_error(app, error, argc, argv) + "; see nsa --help");
-    });
+    return run_collective(argc, argv, default_deadline, line.startup_deadline,
+                          [&](const nsa::ControlComm&, nsa::Watchdog&) -> nsa::ExitCode {
+                            throw nsa::AgreedError(usage_error(app, error, argc, argv) + "; see nsa --help");
+                          });
   }
   if (app.got_subcommand("gate")) return run_local([&] { return nsa::gate(line.gate); });
   if (app.got_subcommand("report")) return run_local([&] { return nsa::report_results(std::cout, line.reported); });
@@ -247,7 +252,7 @@ int run_command(int argc, char** argv) {
       return nsa::ExitCode::ok;
     });
   return run_collective(
-      argc, argv, line.run.deadline.value_or(default_deadline),
+      argc, argv, line.run.deadline.value_or(default_deadline), line.startup_deadline,
       [&](const nsa::ControlComm& world, nsa::Watchdog& watchdog) { return nsa::run(world, watchdog, line.run); });
 }
 

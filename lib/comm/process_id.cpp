@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <fstream>
 #include <sstream>
 
@@ -47,6 +48,14 @@ std::string host_name() {
 std::string machine_id() {
   const std::string id = read_first_word("/proc/sys/kernel/random/boot_id");
   return id.empty() ? host_name() : id;
+}
+
+int launched_rank() {
+  // SLURM_PROCID comes last: mpirun within a batch job inherits that of the batch script.
+  for (const char* name :
+       {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "SLURM_PROCID"})
+    if (const char* text = std::getenv(name)) return std::max(0, std::atoi(text));
+  return 0;
 }
 
 ProcessId own_process_id() {

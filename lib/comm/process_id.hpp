@@ -20,6 +20,9 @@ std::string host_name();  ///< of this machine; "?" when the system call fails
 /// The same for all processes of one machine, also in containers: its boot id; the host name where there is none.
 std::string machine_id();
 
+/// The rank that the launcher gave this process, from its environment: known before MPI is. 0 without a launcher.
+int launched_rank();
+
 ProcessId own_process_id();
 
 /// The identities of all ranks, by rank. Collective.

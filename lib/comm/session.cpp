@@ -31,6 +31,7 @@ MpiSession::MpiSession(int& argc, char**& argv) {
     int rank = 0;
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     fault::set_rank(rank);
+    fault::at("session.start");
   }
 }
 

@@ -105,14 +105,15 @@ class Watchdog(AppTest):
         job = self.job("decode.step:rank=1:at=20:hang", DECODE, 3, deadline, folder)
         self.assert_ended(job, 3 * quiet + deadline + PROMISED, r"rank 1 \(\S+\) is late", 3, reports=False)
 
-    def lenient_job(self, fault, deadline):
+    def lenient_job(self, fault, deadline, startup_deadline=AMPLE):
         """Runs under a launcher that does not end the other ranks (srun --kill-on-bad-exit=0; here mpirun
         --enable-recovery). Returns stderr, the exit code of every rank, and the seconds."""
         folder = self.job_folder(DECODE)
         save_code = '"$@"; echo $? > code.$OMPI_COMM_WORLD_RANK'
         start = time.monotonic()
         launcher = [MPIEXEC, "--enable-recovery", "-n", "3", "--oversubscribe", "--allow-run-as-root"]
-        program = [BINARY, "run", "in.toml", "--deadline", str(deadline), "--output", "r.h5"]
+        program = [BINARY, "run", "in.toml", "--deadline", str(deadline), "--startup-deadline", str(startup_deadline),
+                   "--output", "r.h5"]
         done = subprocess.run([*launcher, "sh", "-c", save_code, "sh", *program], cwd=folder, capture_output=True,
                               text=True, env=dict(os.environ, NSA_FAULT=fault, OMP_NUM_THREADS="1"), timeout=AMPLE)
         codes = []
@@ -143,6 +144,31 @@ class Watchdog(AppTest):
     def test_a_stopped_rank_that_the_launcher_ignores(self):
         """The other ranks of its host continue and end it: a stopped rank would remain for ever."""
         self.each_lenient_job("stop", "is late: no answer", (4, 137))
+
+    def test_a_rank_that_dies_at_the_start(self):
+        """Between the start of MPI and the connection of the watchdogs nobody knows the dead rank; every rank knows
+        itself."""
+        deadline = math.ceil(max(DEADLINE, 2 * self.quiet_seconds(DECODE, 3)))
+        unknown = "not all ranks have started"
+        absent = r"rank {} \(\S+\) has not connected(, rank 1 \S+ has not connected)?"
+        expected = {("session.start", 0): unknown, ("session.start", 2): unknown,
+                    # Rank 1 has no monitor to connect to when rank 0 is dead, and speaks for itself.
+                    ("watchdog.join", 0): f"({unknown}|{absent.format(0)})", ("watchdog.join", 2): absent.format(2)}
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            jobs = {(site, rank): pool.submit(self.lenient_job, f"{site}:rank={rank}:kill", AMPLE, deadline)
+                    for site, rank in expected}
+        for (site, rank), job in jobs.items():
+            with self.subTest(site=site, rank=rank):
+                said, codes, seconds = job.result()
+                self.assertEqual(codes.pop(rank), 137, said)
+                self.assertEqual(codes, [4, 4], said)
+                self.assertLess(seconds, deadline + PROMISED + 3 * self.quiet_seconds(DECODE, 3))
+                lines = re.findall(r"^nsa: error: .*", said, re.MULTILINE)
+                self.assertGreater(len(lines), 0, said)
+                for line in lines:
+                    self.assertRegex(line, rf"error: {expected[site, rank]} \(rank \d \(\S+\): \d+ s in .* "
+                                           rf"the start-up deadline is {deadline} s\)")
+                    self.assertNotRegex(line, rf"\(rank {rank} \(\S+\): ")  # the dead rank says nothing
 
     def test_a_skipped_collective(self):
         self.end({f"comm.all_gather:rank={rank}:at={at}:skip": rf"rank {rank} \(\S+\) {MISMATCH} at operation #\d+ "

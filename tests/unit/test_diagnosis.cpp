@@ -50,6 +50,11 @@ class Rank {
     status_.failed_at = now - seconds * second;
     return *this;
   }
+  Rank& never_connected() {
+    status_.state = RankStatus::State::finished;
+    status_.received_at = 0;
+    return *this;
+  }
   operator RankStatus() const { return status_; }
 
  private:
@@ -72,9 +77,9 @@ class Rank {
   RankStatus status_;
 };
 
-std::string message_for(const std::vector<RankStatus>& ranks) {
+std::string message_for(const std::vector<RankStatus>& ranks, const Timeouts& limits = timeouts) {
   std::uint64_t last_compared = 0;
-  const auto diagnosis = diagnose(ranks, now, timeouts, last_compared);
+  const auto diagnosis = diagnose(ranks, now, limits, last_compared);
   return diagnosis ? diagnosis->message : "";
 }
 
@@ -106,6 +111,20 @@ TEST_CASE("a rank in an older collective is late", "[diagnosis]") {
   const std::string text = message_for({Rank(0).did(215, "lse").waits(216, "partials", 62),
                                         Rank(1).did(215, "lse").did(216, "partials").waits(217, "lse", 61)});
   CHECK(contains(text, "rank 0 (node0, GPU 0) is late: 62 s in all_gather #216 [decode, partials]"));
+}
+
+TEST_CASE("at the start the ranks that have not connected are named", "[diagnosis]") {
+  Timeouts start = timeouts;
+  start.starting = true;
+  CHECK(message_for({Rank(0).waits(2, "", 59), Rank(1).never_connected()}, start).empty());
+  CHECK(contains(message_for({Rank(0).waits(2, "", 61), Rank(1).never_connected()}, start),
+                 "rank 1 (node0, GPU 1) has not connected (rank 0 (node0, GPU 0): 61 s in all_gather #2 [decode]; the "
+                 "start-up deadline is 60 s); look at"));
+  // A rank that knows only itself does not blame itself.
+  CHECK(
+      contains(message_for({Rank(3).waits(1, "", 61)}, start), "not all ranks have started (rank 3 (node1, GPU 1): "));
+  CHECK(contains(message_for({Rank(0).waits(2, "", 61), Rank(1).did(1, "").silent(30)}, start),
+                 "rank 1 (node0, GPU 1) is late: no answer"));
 }
 
 TEST_CASE("a rank without heartbeats is late, and the other ranks have to end it", "[diagnosis]") {

@@ -73,9 +73,9 @@ class JobSnapshot {
         longest = age(r), waiter = r;
     if (waiter == ranks_.size()) return {};
     const std::vector<int> silent = select([&](std::size_t r) { return is_silent(r); });
+    if (timeouts_.starting && silent.empty()) return report_late_start(waiter);
     const std::vector<int> late = silent.empty() ? late_ranks() : silent;
-    const std::string deadline =
-        fmt::format("the deadline is {:.4g} s", static_cast<double>(timeouts_.deadline) * seconds_per_ns);
+    const std::string deadline = fmt::format("the deadline is {:.4g} s", deadline_seconds());
     constexpr const char* advice = "look at its host and its device, or raise --deadline";
     if (late.empty())
       return HangDiagnosis{{},
@@ -89,6 +89,22 @@ class JobSnapshot {
   }
 
  private:
+  double deadline_seconds() const { return static_cast<double>(timeouts_.deadline) * seconds_per_ns; }
+
+  /// A rank that ended before it connected is known by its absence; without a monitor not even that.
+  HangDiagnosis report_late_start(std::size_t waiter) const {
+    std::vector<int> absent;
+    for (std::size_t r = 0; r < ranks_.size(); ++r)
+      if (ranks_[r].state == RankStatus::State::finished && ranks_[r].received_at == 0)
+        absent.push_back(static_cast<int>(r));
+    std::string who = "not all ranks have started";
+    if (!absent.empty()) who = list_named(absent, [&](int r) { return fmt::format("{} has not connected", name(r)); });
+    return {{},
+            fmt::format("{} ({}: {}; the start-up deadline is {:.4g} s); look at what the launcher and the other ranks "
+                        "printed and at the network, or raise --startup-deadline",
+                        who, name(waiter), activity(waiter), deadline_seconds())};
+  }
+
   static bool is_collective(const OperationRecord& operation) { return operation.kind != OperationKind::wait; }
 
   bool is_running(std::size_t r) const { return ranks_[r].state == RankStatus::State::running; }
@@ -149,11 +165,16 @@ class JobSnapshot {
   }
 
   std::string list_late(const std::vector<int>& late) const {
+    return list_named(late, [&](int r) { return fmt::format("{} is late: {}", name(r), activity(r)); });
+  }
+
+  template <class Describe>
+  static std::string list_named(const std::vector<int>& members, Describe&& describe_rank) {
     constexpr std::size_t max_named = 4;
     std::string text;
-    for (std::size_t i = 0; i < std::min(late.size(), max_named); ++i)
-      text += fmt::format("{}{} is late: {}", i ? ", " : "", name(late[i]), activity(late[i]));
-    if (late.size() > max_named) text += fmt::format(", and {} more", late.size() - max_named);
+    for (std::size_t i = 0; i < std::min(members.size(), max_named); ++i)
+      text += (i ? ", " : "") + describe_rank(members[i]);
+    if (members.size() > max_named) text += fmt::format(", and {} more", members.size() - max_named);
     return text;
   }
 

@@ -33,6 +33,7 @@ struct Timeouts {
   std::int64_t deadline_margin = 0;    ///< beyond the deadline: another watchdog may diagnose first
   std::int64_t heartbeat_timeout = 0;  ///< a rank without a heartbeat for longer is silent
   std::int64_t grace_period = 0;       ///< between a failure or loss and its diagnosis: the other ranks catch up
+  bool starting = false;               ///< not all ranks have connected; the deadline is that of the start
 };
 
 struct HangDiagnosis {

@@ -7,17 +7,20 @@
 #include <utility>
 
 #include "comm/watchdog/watchdog_thread.hpp"
+#include "kernels/diagnostics/fault_injection.hpp"
 #include "kernels/diagnostics/operation_log.hpp"
 
 namespace nsa {
 
-Watchdog::Watchdog(double deadline) : thread_(std::make_unique<WatchdogThread>(deadline)) {}
+Watchdog::Watchdog(double deadline, double startup_deadline)
+    : thread_(std::make_unique<WatchdogThread>(deadline, startup_deadline)) {}
 Watchdog::~Watchdog() = default;
 
 std::string Watchdog::join(const ControlComm& world) {
   const int rank = world.rank(), last = world.size() - 1;
   const std::vector<ProcessId> processes = all_process_ids(world);
   const std::string token = world.broadcast(rank == 0 ? new_token() : std::string());
+  fault::at("watchdog.join");
   std::string own_endpoint;
   WatchdogJob job{rank, processes, nullptr, {}};
   if (rank == 0 || rank == last) {

@@ -6,8 +6,9 @@
 // for that thread is limited. The job ends by _exit, because a rank that is stuck cannot end normally.
 //
 // Guarantees: an operation older than the deadline ends all ranks with exit code 4 within the deadline plus 15 s, and
-// the message names the rank that is late. A stopped rank (SIGSTOP) is continued so that it can end, if a watchdog runs
-// on its host, and then killed. A rank without a connection to any monitor ends by itself.
+// the message names the rank that is late. Until all ranks have connected, the start-up deadline applies instead, if it
+// is shorter: a rank that ended by then is known to nobody. A stopped rank (SIGSTOP) is continued so that it can end,
+// if a watchdog runs on its host, and then killed. A rank without a connection to any monitor ends by itself.
 //
 // Waits for a device need no polling: the rank may block in cudaStreamSynchronize, and the watchdog ends its process.
 
@@ -22,8 +23,11 @@ class WatchdogThread;
 
 class Watchdog {
  public:
+  static constexpr double default_startup_deadline = 60;  ///< s
+
   /// Starts the thread. Until join() it watches this rank alone, because MPI_Init may hang too. `deadline`: s; 0: off.
-  explicit Watchdog(double deadline);
+  /// `startup_deadline`: s, of an operation before join() has returned; 0: as `deadline`.
+  explicit Watchdog(double deadline, double startup_deadline = default_startup_deadline);
   /// Sends goodbye: the rank ends normally.
   ~Watchdog();
   Watchdog(const Watchdog&) = delete;

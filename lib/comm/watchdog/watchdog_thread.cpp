@@ -28,10 +28,12 @@ static_assert(lost_rank_grace + self_diagnosis_delay + second < failure_timeout)
 
 }  // namespace
 
-WatchdogThread::WatchdogThread(double deadline) {
+WatchdogThread::WatchdogThread(double deadline, double startup_deadline) {
   pending_settings_.deadline = static_cast<std::int64_t>(deadline * second);
+  pending_settings_.startup_deadline = static_cast<std::int64_t>(startup_deadline * second);
   has_update_ = true;
   own_status_.host = host_name();
+  own_status_.rank = job_.rank = launched_rank();
   if (pipe2(wake_pipe_.data(), O_NONBLOCK | O_CLOEXEC) != 0) throw InternalError("pipe2 failed");
   sigset_t all, before;  // the watchdog thread blocks all signals: the handlers run in the other threads
   sigfillset(&all);
@@ -48,11 +50,13 @@ WatchdogThread::~WatchdogThread() {
 
 void WatchdogThread::wake_up() { (void)!::write(wake_pipe_[1], "!", 1); }
 
-std::int64_t WatchdogThread::heartbeat_interval() const {
-  return std::clamp(settings_.deadline / 10, second / 10, second);
+std::int64_t WatchdogThread::deadline() const {
+  const bool own_of_start = !settings_.all_joined && settings_.startup_deadline > 0;
+  return own_of_start ? std::min(settings_.deadline, settings_.startup_deadline) : settings_.deadline;
 }
+std::int64_t WatchdogThread::heartbeat_interval() const { return std::clamp(deadline() / 10, second / 10, second); }
 Timeouts WatchdogThread::timeouts() const {
-  return {settings_.deadline, 0, 7 * heartbeat_interval() / 2, lost_rank_grace};
+  return {deadline(), 0, 7 * heartbeat_interval() / 2, lost_rank_grace, !settings_.all_joined};
 }
 
 void WatchdogThread::run() {

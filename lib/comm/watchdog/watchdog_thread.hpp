@@ -22,7 +22,7 @@ constexpr std::int64_t failure_timeout = 21 * ns_per_second;
 
 /// Set by the other threads of the rank. Times in ns.
 struct WatchdogSettings {
-  std::int64_t deadline = 0;
+  std::int64_t deadline = 0, startup_deadline = 0;
   std::string result_path, device, failure;
   bool leaving = false, all_joined = false;
   std::int64_t abort_at = 0;  ///< when the rank announced its abort; 0: it did not
@@ -39,7 +39,7 @@ struct WatchdogJob {
 
 class WatchdogThread {
  public:
-  explicit WatchdogThread(double deadline);
+  WatchdogThread(double deadline, double startup_deadline);
   /// Sends goodbye to the monitors and joins the thread.
   ~WatchdogThread();
   WatchdogThread(const WatchdogThread&) = delete;
@@ -74,6 +74,7 @@ class WatchdogThread {
   bool signal_ranks(const std::vector<int>& ranks, int signal_number) const;
   std::string own_operations_json(const std::string& diagnosis);
   RankStatus& own_status() { return job_.monitor ? job_.monitor->own_status() : own_status_; }
+  std::int64_t deadline() const;
   std::int64_t heartbeat_interval() const;
   Timeouts timeouts() const;
 
