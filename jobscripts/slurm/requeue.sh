@@ -26,16 +26,16 @@ read -ra OPTIONS <<<"${OPTIONS:-}"      # more of `nsa run`: OPTIONS="--set run.
 
 # ---- nothing below needs an edit ----
 set -euo pipefail
+# mpirun ends the job 20 s after a node was lost (Open MPI's default: 8 minutes).
+export OMPI_MCA_oob_tcp_keepalive_time=5 OMPI_MCA_oob_tcp_keepalive_intvl=5 OMPI_MCA_oob_tcp_keepalive_probes=3
 name=$(basename "$INPUT" .toml)-$SLURM_JOB_ID # the same job number after a requeue
 case $LAUNCHER in
-  srun) launch=(srun --mpi=pmix --gpu-bind=none "--cpus-per-task=$SLURM_CPUS_PER_TASK") ;;
+  srun) launch=(srun --mpi=pmix --kill-on-bad-exit=1 --gpu-bind=none "--cpus-per-task=$SLURM_CPUS_PER_TASK") ;;
   mpirun) launch=(mpirun --map-by "ppr:$SLURM_NTASKS_PER_NODE:node:PE=$SLURM_CPUS_PER_TASK" --bind-to core) ;;
 esac
-resume=()
-[[ -e $name.h5 ]] && resume=(--resume)
 
-"${launch[@]}" "$NSA" run "$INPUT" --set "run.backend=$BACKEND" --output "$name.h5" --json "$name.json" \
-  "${resume[@]}" "${OPTIONS[@]}" &
+"${launch[@]}" "$NSA" run "$INPUT" --set "run.backend=$BACKEND" --output "$name.h5" --json "$name.json" --resume \
+  "${OPTIONS[@]}" &
 run=$!
 signals=0 cancelled=0
 trap 'signals=$((signals + 1)); kill -USR1 "$run"' USR1 # srun and mpirun pass it on to every rank

@@ -11,6 +11,8 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=00:30:00
 #SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.out
 # module load gcc openmpi hdf5          # what nsa was built with
 NSA=${NSA:-build/host/nsa}
@@ -18,8 +20,10 @@ LAUNCHER=${LAUNCHER:-srun}              # srun, if `srun --mpi=list` has pmix; o
 
 # ---- nothing below needs an edit ----
 set -euo pipefail
+# mpirun ends the job 20 s after a node was lost (Open MPI's default: 8 minutes).
+export OMPI_MCA_oob_tcp_keepalive_time=5 OMPI_MCA_oob_tcp_keepalive_intvl=5 OMPI_MCA_oob_tcp_keepalive_probes=3
 case $LAUNCHER in
-  srun) launch="srun --mpi=pmix --gpu-bind=none --cpus-per-task=$SLURM_CPUS_PER_TASK -n {ranks}" ;;
+  srun) launch="srun --mpi=pmix --kill-on-bad-exit=1 --gpu-bind=none --cpus-per-task=$SLURM_CPUS_PER_TASK -n {ranks}" ;;
   mpirun) launch="mpirun -n {ranks} --map-by ppr:$SLURM_NTASKS_PER_NODE:node:PE=$SLURM_CPUS_PER_TASK --bind-to core" ;;
 esac
 scripts/sweep.py "${1:?submit it with scripts/sweep.py LIST --submit}" --results "$2" --case "$SLURM_ARRAY_TASK_ID" \

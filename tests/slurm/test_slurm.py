@@ -55,6 +55,7 @@ class Jobs(unittest.TestCase):
         (cls.work / "tiny.sweep").write_text(SWEEP)
         cls.told = set()
         cls.long_jobs = {launcher: cls.submit("requeue", launcher, "long.toml") for launcher in LAUNCHERS}
+        cls.lost_jobs = {launcher: cls.submit("cpu_nodes", launcher, "long.toml") for launcher in LAUNCHERS}
         cls.jobs = {(name, launcher): cls.submit(name, launcher) for name in PLAIN for launcher in LAUNCHERS}
         for launcher in LAUNCHERS:
             cls.sweep(launcher)
@@ -90,10 +91,14 @@ class Jobs(unittest.TestCase):
 
     @classmethod
     def all_ended(cls):
-        """On the way, each long job is told once to end, as soon as it has sealed its first point."""
-        for number in cls.long_jobs.values():
+        """On the way, each long job is told once to end, as soon as it has sealed its first point. From each job that
+        shall lose its node Slurm takes it at that moment, as it does when the node fails."""
+        for number in [*cls.long_jobs.values(), *cls.lost_jobs.values()]:
             if number not in cls.told and (cls.work / f"long-{number}.h5").exists():
-                cls.slurm.run("scancel", "--batch", "--signal=USR1", number)
+                if number in cls.lost_jobs.values():
+                    cls.slurm.run("scontrol", "requeue", number)
+                else:
+                    cls.slurm.run("scancel", "--batch", "--signal=USR1", number)
                 cls.told.add(number)
         return not cls.slurm.run("squeue", "-h").strip()
 
@@ -138,10 +143,26 @@ class Jobs(unittest.TestCase):
                 self.assertEqual((told["ranks"], told["backend"], told["result"]), (2, "host", "VALID"))
         self.assert_same(*(f"tiny-{self.jobs['cpu_one_node', launcher]}" for launcher in LAUNCHERS))
 
+    def undisturbed(self):
+        """The result of long.toml that no job disturbed."""
+        if not (self.work / "undisturbed.h5").exists():
+            command = ("mpirun", "-n", "2", NSA, "run", "long.toml", "--output", "undisturbed.h5")
+            done = subprocess.run(command, cwd=self.work, capture_output=True, text=True)
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        return "undisturbed"
+
+    def test_a_plain_job_that_loses_its_node_goes_on_after_the_requeue(self):
+        for launcher, number in self.lost_jobs.items():
+            with self.subTest(launcher=launcher):
+                output = (self.work / f"nsa-cpus-{number}.out").read_text()
+                self.assert_completed(number, output)
+                self.assertEqual((self.job(number)["Restarts"], number in self.told), ("1", True), output)
+                self.assertRegex(output, r"going on after \d+ points?")  # and what was printed before is kept:
+                self.assertLess(output.index("CANCELLED"), output.index("going on after"), output)
+                self.assertEqual(output.splitlines()[-1], "RESULT: VALID")
+                self.assert_same(self.undisturbed(), f"long-{number}")
+
     def test_a_signalled_job_requeues_resumes_and_ends_complete(self):
-        undisturbed = ("mpirun", "-n", "2", NSA, "run", "long.toml", "--output", "undisturbed.h5")
-        done = subprocess.run(undisturbed, cwd=self.work, capture_output=True, text=True)
-        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         for launcher, number in self.long_jobs.items():
             with self.subTest(launcher=launcher):
                 output = (self.work / f"nsa-long-{number}.out").read_text()
@@ -154,7 +175,7 @@ class Jobs(unittest.TestCase):
                 self.assertTrue(1 <= kept < LONG_POINTS, output)
                 figures = self.result(f"long-{number}")["figures"]
                 self.assertEqual(sum("_time_" in name for name in figures), LONG_POINTS)
-                self.assert_same("undisturbed", f"long-{number}")
+                self.assert_same(self.undisturbed(), f"long-{number}")
 
     def test_the_array_sweep_finishes(self):
         names = ["tiny_r1_h1_kv1", "tiny_r2_h1_kv2", "tiny_r2_h2_kv1"]
