@@ -2,10 +2,14 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdio>
+#include <fstream>
 #include <memory>
 #include <system_error>
 #include <thread>
@@ -26,6 +30,31 @@ void write_all(int file, const std::string& text) {
     if (n <= 0) return;
     offset += static_cast<std::size_t>(n);
   }
+}
+
+/// Whether the process is mpirun or a daemon of it: they belong to one job. slurmstepd, a shell or a debugger is not.
+bool is_launcher(pid_t process) {
+  std::string name;
+  std::ifstream file(fmt::format("/proc/{}/comm", process));
+  std::getline(file, name);
+  constexpr std::array names{"mpirun", "mpiexec", "orterun", "prterun", "orted", "prted"};
+  return std::ranges::find(names, name) != names.end();
+}
+
+/// Only calls that are safe between fork and exec of a process with threads. `state`: a file of /proc that can be read
+/// as long as the process lives, even if another one gets its number.
+[[noreturn]] void kill_later(pid_t process, int state, int seconds) {
+  setsid();  // mpirun signals the groups of its ranks
+  const int files = static_cast<int>(std::clamp(sysconf(_SC_OPEN_MAX), 1024L, 65536L));
+  for (int file = 0; file < files; ++file)
+    if (file != state) ::close(file);  // sockets, pipes and devices of the rank
+  char first = 0;
+  for (int wait = 0; wait < 10 * seconds; ++wait) {
+    if (pread(state, &first, 1, 0) != 1) _exit(0);
+    usleep(100'000);
+  }
+  if (pread(state, &first, 1, 0) == 1) ::kill(process, SIGKILL);
+  _exit(0);
 }
 
 }  // namespace
@@ -51,6 +80,13 @@ void run_detached(std::function<void()> work) {
     return;  // no thread is available: ending the job matters more than its report
   }
   for (const std::int64_t until = coarse_now() + detached_timeout; !*done && coarse_now() < until;) usleep(5000);
+}
+
+void kill_stuck_launcher_after(int seconds) {
+  const pid_t parent = getppid();
+  const FileDescriptor state(open(fmt::format("/proc/{}/stat", parent).c_str(), O_RDONLY | O_CLOEXEC));
+  if (!state.is_open() || !is_launcher(parent)) return;
+  if (fork() == 0) kill_later(parent, state.get(), seconds);
 }
 
 }  // namespace nsa

@@ -15,4 +15,9 @@ void save_operations(const std::string& path, int rank, const std::string& json)
 /// terminal or a file system may be what hangs. `work` must own what it uses.
 void run_detached(std::function<void()> work);
 
+/// If the parent of this process is Open MPI's mpirun or its daemon and still runs `seconds` later, kills it. They wait
+/// for a lost host until TCP gives up, which takes 15 minutes once they have sent something: keepalive probes only idle
+/// connections. Another process does this, since this one ends before.
+void kill_stuck_launcher_after(int seconds);
+
 }  // namespace nsa

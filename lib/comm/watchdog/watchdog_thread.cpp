@@ -22,6 +22,7 @@ constexpr std::int64_t lost_rank_grace = 3 * second;       // the launcher usual
 constexpr std::int64_t second_monitor_delay = 3 * second;  // the monitor of rank 0 speaks first
 constexpr std::int64_t self_diagnosis_delay = 8 * second;  // of a connected rank: a monitor would act earlier
 constexpr std::int64_t report_timeout = 3 * second;        // for the reports of the other ranks
+constexpr int launcher_timeout = 10;  // s from the end of a rank: mpirun has ended by then, unless a host is lost
 constexpr std::int64_t abort_timeout = 10 * second;
 constexpr std::int64_t max_wakeup_delay = 5 * second;  // a thread that wakes up later was stopped with its process
 static_assert(lost_rank_grace + self_diagnosis_delay + second < failure_timeout);
@@ -182,7 +183,7 @@ void WatchdogThread::end_job(const HangDiagnosis& diagnosis) {
     return job_.monitor && job_.monitor->ranks()[static_cast<std::size_t>(r)].state == RankStatus::State::finished;
   });
   signal_ranks(stuck, SIGKILL);
-  _exit(static_cast<int>(ExitCode::communication));
+  leave(diagnosis);
 }
 
 void WatchdogThread::follow(const HangDiagnosis& diagnosis, Connection& monitor) {
@@ -199,6 +200,15 @@ void WatchdogThread::follow(const HangDiagnosis& diagnosis, Connection& monitor)
   }
   if (signal_ranks(diagnosis.silent_ranks, 0)) usleep(500'000);  // time to end by themselves
   signal_ranks(diagnosis.silent_ranks, SIGKILL);
+  leave(diagnosis);
+}
+
+void WatchdogThread::leave(const HangDiagnosis& diagnosis) const {
+  const auto is_remote = [&, &all = job_.processes](int r) {
+    return r >= 0 && r < std::ssize(all) &&
+           all[static_cast<std::size_t>(r)].machine != all[static_cast<std::size_t>(job_.rank)].machine;
+  };
+  if (std::ranges::any_of(diagnosis.silent_ranks, is_remote)) kill_stuck_launcher_after(launcher_timeout);
   _exit(static_cast<int>(ExitCode::communication));
 }
 

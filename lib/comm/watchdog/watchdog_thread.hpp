@@ -70,6 +70,7 @@ class WatchdogThread {
   void diagnose_self(std::int64_t now);
   [[noreturn]] void end_job(const HangDiagnosis& diagnosis);
   [[noreturn]] void follow(const HangDiagnosis& diagnosis, Connection& monitor);
+  [[noreturn]] void leave(const HangDiagnosis& diagnosis) const;
   void save_remote_operations(const std::string& diagnosis);
   bool signal_ranks(const std::vector<int>& ranks, int signal_number) const;
   std::string own_operations_json(const std::string& diagnosis);
