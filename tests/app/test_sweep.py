@@ -1,9 +1,12 @@
 """scripts/sweep.py without Slurm: what it runs, skips, survives and sums up."""
 
+import csv
 import json
 import os
+import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,26 +35,102 @@ class Sweep(AppTest):
 
     def states(self, done):
         """{run: state} of the summary."""
-        return dict(re.findall(r"^(\S+) +\d+ +(?:\d+x\d+|auto) ((?:failed )?\w+)", done.out, re.MULTILINE))
+        return dict(re.findall(r"^(\S+) +\d+ +(?:\d+x\d+|auto) (\w+)", done.out, re.MULTILINE))
+
+    def record(self, name):
+        with open(os.path.join(self.folder, "list", name + ".state")) as file:
+            return json.load(file)
 
     def test_a_failure_does_not_stop_the_rest_and_done_runs_are_skipped(self):
         text = "# a comment\n2 2x1 small.toml --set model.d_k=15\n1,2 all small.toml\n"
         done = self.sweep(text)
         self.assertEqual(done.code, 1, done.out + done.err)
         states = self.states(done)
-        failed = next(name for name in states if re.fullmatch(r"small_r2_h2_kv1_[0-9a-f]{8}", name))
-        self.assertEqual(states, {failed: "failed 2", "small_r1_h1_kv1": "done", "small_r2_h1_kv2": "done",
+        failed = "small_r2_h2_kv1_d_k-15"
+        self.assertEqual(states, {failed: "failed", "small_r1_h1_kv1": "done", "small_r2_h1_kv2": "done",
                                   "small_r2_h2_kv1": "done"})
-        self.assertIn("model.d_k", done.out)  # the summary says why
+        self.assertRegex(done.out, rf"{failed} .* exit code 2: nsa: error: .*model.d_k")  # the summary says why
         with open(os.path.join(self.folder, "list", "small_r2_h2_kv1.json")) as file:
             told = json.load(file)
         self.assertEqual((told["ranks"], told["heads"], told["kv"]), (2, 2, 1))
         before = os.stat(os.path.join(self.folder, "list", "small_r1_h1_kv1.h5")).st_mtime_ns
         again = self.sweep(text)
         self.assertEqual(again.out.count("there already"), 3, again.out)
-        self.assertEqual(self.states(again), states)
+        self.assertIn(failed + ": failed before", again.out)
+        self.assertEqual((self.states(again), self.record(failed)["attempts"]), (states, 1))
+        again = self.sweep(text, "--retry-failed", "--csv", "sweep.csv")
+        self.assertEqual((self.states(again), self.record(failed)["attempts"]), (states, 2))
+        with open(os.path.join(self.folder, "sweep.csv")) as file:
+            rows = {row["run"]: row for row in csv.DictReader(file)}
+        self.assertEqual({name: row["state"] for name, row in rows.items()}, states)
+        self.assertEqual((rows[failed]["exit_code"], rows[failed]["options"]), ("2", "--set model.d_k=15"))
+        self.assertGreater(float(rows["small_r1_h1_kv1"]["seconds"]), 0)
+        self.assertEqual(rows["small_r1_h1_kv1"]["unit"], "us")
         self.assertEqual(os.stat(os.path.join(self.folder, "list", "small_r1_h1_kv1.h5")).st_mtime_ns, before)
         self.assertEqual(self.sweep("1 1x1 small.toml\n", "--summary").code, 0)
+
+    def test_the_cause_names_the_signal(self):
+        """A launcher that is killed leaves no message; one whose rank says why leaves its first error."""
+        self.write("killed.sh", "kill -KILL $$\n")
+        self.write("told.sh", "echo 'There are not enough slots available in the system'; echo other error; exit 1\n")
+        for script, why in (("killed.sh", r"signal 9 \(SIGKILL\) on \S+, without a message"),
+                            ("told.sh", "exit code 1: There are not enough slots available")):
+            with self.subTest(script=script):
+                done = self.sweep("1 1x1 small.toml\n", "--launch", f"sh {script}", "--retry-failed")
+                self.assertEqual(self.states(done), {"small_r1_h1_kv1": "failed"})
+                self.assertRegex(done.out, rf"failed +\d s {why}")
+
+    def test_several_at_a_time_share_the_cores(self):
+        cores = len(os.sched_getaffinity(0))
+        if cores < 2:
+            self.skipTest("one core")
+        self.write("launch.sh", 'nproc > "nproc.$$"; sleep 2; shift; exec "$@"\n')
+        start = time.monotonic()
+        done = self.assert_ok(self.sweep("1 auto small.toml\n1 1x1 small.toml\n", "--jobs", "2", "--launch",
+                                         "sh launch.sh {ranks}"))
+        self.assertLess(time.monotonic() - start, 4 + 2)  # not 2 x 2 s and two runs
+        counts = [int(path.read_text()) for path in pathlib.Path(self.folder).glob("nproc.*")]
+        self.assertEqual(sorted(counts), [cores // 2, cores - cores // 2])
+        self.assertEqual(set(self.states(done).values()), {"done"})
+        self.assertIn("sweep: error: --jobs", self.sweep("1 auto small.toml\n", "--jobs", "9999").err)
+
+    def test_status_of_runs_that_did_not_end(self):
+        """A run of a process that is gone has failed; one of a living process is running, and not started twice."""
+        self.assert_ok(self.sweep("1 auto small.toml\n"))
+        own = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time(), "state": "running"}
+        with open("/proc/self/stat") as file:
+            own["start_time"] = file.read().rsplit(")", 1)[1].split()[19]
+        for start_time, state in ((own["start_time"], "running"), ("1", "failed")):
+            with self.subTest(state=state):
+                self.write("list/small_r1_h1_kv1.state", json.dumps(own | {"start_time": start_time}))
+                done = self.sweep("1 auto,1x1 small.toml\n", "--status")
+                self.assertEqual(self.states(done), {"small_r1_auto": "done", "small_r1_h1_kv1": state})
+                self.assertEqual(re.findall(r"1 done, 1 (\w+)(?:; about (?:\d+ s) left)?", done.out), [state], done.out)
+                done = self.sweep("1 auto,1x1 small.toml\n")
+                self.assertFalse(os.path.exists(os.path.join(self.folder, "list", "small_r1_h1_kv1.h5")), done.out)
+        self.assert_ok(self.sweep("1 auto,1x1 small.toml\n", "--retry-failed"))
+
+    def test_submitting_twice_submits_once(self):
+        """A Slurm of two scripts: the queue is a file."""
+        self.write("queued", "77_0 PENDING\n77_1 PENDING\n")
+        self.write("sbatch", '#!/bin/sh\necho "$@" >> calls\ncp queued queue\necho 77\n')
+        self.write("squeue", "#!/bin/sh\ncat queue\n")
+        for name in ("sbatch", "squeue"):
+            os.chmod(os.path.join(self.folder, name), 0o755)
+        os.environ["PATH"] = self.folder + os.pathsep + os.environ["PATH"]
+        self.addCleanup(os.environ.__setitem__, "PATH", os.environ["PATH"].split(os.pathsep, 1)[1])
+        text = "2 1x2,2x1 small.toml\n"
+        submit = ("--submit", "script.sh", "--ranks-per-node", "1", "--after", "55")
+        self.assert_ok(self.sweep(text, *submit))
+        self.assertIn("nothing is left to submit", self.assert_ok(self.sweep(text, *submit)).out)
+        with open(os.path.join(self.folder, "calls")) as file:
+            self.assertEqual(file.read().splitlines(), ["--parsable --array=0,1 --nodes=2 --ntasks-per-node=1 "
+                                                        "--dependency=afterany:55 script.sh list.sweep list"])
+        self.assertEqual(set(self.states(self.sweep(text, "--status")).values()), {"queued"})
+        self.write("queue", "77_1 RUNNING\n")
+        done = self.sweep(text, "--status")
+        self.assertEqual(list(self.states(done).values()), ["failed", "running"])
+        self.assertIn("job 77_0 ended without a word (sacct -j tells why)", done.out)
 
     def test_a_signal_ends_it_and_the_same_command_goes_on(self):
         text = "2 1x2,2x1 small.toml --set run.context=[64,72,80,88] --set run.min_time=0.5\n"
