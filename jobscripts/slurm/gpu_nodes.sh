@@ -33,5 +33,11 @@ case $LAUNCHER in
   srun) launch=(srun --mpi=pmix --kill-on-bad-exit=1 --gpu-bind=none "--cpus-per-task=$SLURM_CPUS_PER_TASK") ;;
   mpirun) launch=(mpirun --map-by "ppr:$SLURM_NTASKS_PER_NODE:node:PE=$SLURM_CPUS_PER_TASK" --bind-to core) ;;
 esac
+code=0
 "${launch[@]}" "$NSA" run "$INPUT" --set "run.backend=$BACKEND" --output "$name.h5" --json "$name.json" --resume \
-  "${OPTIONS[@]}"
+  "${OPTIONS[@]}" || code=$?
+if [[ $code -eq 4 || $code -eq 205 ]]; then
+  # nsa (4) or mpirun (205) misses a node. Slurm, once it does too, ends this script and puts the job into the queue.
+  sleep "$(scontrol show config | awk '/^SlurmdTimeout/ { print $3 + 60 }')"
+fi
+exit "$code"

@@ -47,6 +47,10 @@ while [[ $seen -ne $signals ]]; do # a trap ends a wait
 done
 trap - USR1 TERM
 
+if [[ $code -eq 4 || $code -eq 205 ]]; then
+  # nsa (4) or mpirun (205) misses a node. Slurm, once it does too, ends this script and puts the job into the queue.
+  sleep "$(scontrol show config | awk '/^SlurmdTimeout/ { print $3 + 60 }')"
+fi
 if [[ $code -eq 75 && $cancelled -eq 0 ]]; then # interrupted and resumable; after scancel it stays so
   if [[ ${SLURM_RESTART_COUNT:-0} -lt $MAX_RESTARTS ]]; then
     echo "requeue: job $SLURM_JOB_ID goes back into the queue, restart $((${SLURM_RESTART_COUNT:-0} + 1))"

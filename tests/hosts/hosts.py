@@ -70,9 +70,9 @@ class Hosts:
         run(*self.on(name), "ip", "addr", "add", f"{self.address(name)}/24", "dev", "eth0")
         run(*self.on(name), "ip", "link", "set", "eth0", "up")
 
-    def on(self, name):
-        """The words before a command that runs on this host, in the current folder."""
-        return ["nsenter", "-n", "-u", "-m", "-t", str(self.holders[name].pid), f"--wd={os.getcwd()}", "--"]
+    def on(self, name, folder="/"):
+        """The words before a command that runs on this host in this folder."""
+        return ["nsenter", "-n", "-u", "-m", "-t", str(self.holders[name].pid), f"--wd={folder}", "--"]
 
     def cut(self, *names):
         """Nothing reaches these hosts and nothing leaves them, files included; nobody is told."""

@@ -14,7 +14,6 @@ import time
 import unittest
 
 import hosts
-
 from small import SMALL
 
 NSA = os.environ["NSA_BINARY"]
@@ -48,8 +47,7 @@ class Job:
             command += ["--mca", name, value]
         command += [NSA, "run", "in.toml", "--output", str(cluster.folder / "r.h5"), "--deadline", str(deadline)]
         (cluster.folder / "in.toml").write_text(INPUT)
-        words = cluster.on(cluster.names[0])
-        words[-2] = f"--wd={cluster.folder}"
+        words = cluster.on(cluster.names[0], cluster.folder)
         self.out = open(cluster.folder / "out", "w+")
         self.mpirun = subprocess.Popen([*words, *command, *arguments], stdin=subprocess.DEVNULL, stdout=self.out,
                                        stderr=subprocess.STDOUT, env=environment)  # fmt: skip

@@ -1,7 +1,8 @@
-"""A Slurm of one node for one test: own folder, own ports, own MUNGE socket, loopback only, the caller's account.
+"""A Slurm for one test: own folder, own ports, own MUNGE socket, the caller's account. One node on the loopback device,
+or one a host of ../hosts/hosts.py.
 
 Nothing is taken from or left on the machine: a Slurm or MUNGE that runs here already is neither used nor disturbed.
-The node claims CPUs and GPUs that it may not have; nothing binds to them. Python 3, standard library only.
+A node claims CPUs and GPUs that it may not have; nothing binds to them. Python 3, standard library only.
 """
 
 import ctypes
@@ -18,10 +19,11 @@ import time
 
 CPUS, GPUS = 4, 4
 START, STOP = 30, 15  # seconds
+NODE_TIMEOUT = 20  # seconds without an answer after which a node counts as lost; Slurm's default is 300
 MARK = "NSA_PRIVATE_SLURM"  # environment variable: the folder; every process of this Slurm and its jobs has it
 
 SLURM_CONF = """ClusterName=nsatest
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={control_host}({control_address})
 SlurmUser={user}
 SlurmdUser={user}
 SlurmctldPort={ctld_port}
@@ -30,11 +32,12 @@ CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd.%n.log
+SlurmdTimeout={node_timeout}
 PluginDir={plugins}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -50,8 +53,8 @@ ReturnToService=2
 KillWait=5
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} Gres=gpu:{gpus} State=UNKNOWN
-PartitionName=test Nodes={host} Default=YES State=UP
+{nodes}
+PartitionName=test Nodes=ALL Default=YES State=UP
 """
 
 
@@ -72,12 +75,21 @@ def free_ports(count):
 
 
 class PrivateSlurm:
-    """`packages`: what ../unpack.sh left. `start` raises RuntimeError with the daemons' last words."""
+    """`packages`: what ../unpack.sh left. `cluster`: hosts.Hosts; None: this machine. slurmctld runs on the first host.
+    `start` raises RuntimeError with the daemons' last words."""
 
-    def __init__(self, packages):
-        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="nsa-slurm-", dir="/tmp"))  # short: sockets live in it
-        self.folder.chmod(0o711)  # MUNGE wants its socket to be reachable
-        self.host = socket.gethostname().split(".")[0]
+    def __init__(self, packages, cluster=None):
+        parent = str(cluster.folder) if cluster else "/tmp"
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="nsa-slurm-", dir=parent))  # short: sockets live in it
+        for folder in (self.folder, self.folder.parent) if cluster else (self.folder,):
+            folder.chmod(0o711)  # MUNGE wants its socket to be reachable
+        if cluster:
+            self.addresses = {name: cluster.address(name) for name in cluster.names}
+            self.on = cluster.on
+        else:
+            self.addresses = {socket.gethostname().split(".")[0]: "127.0.0.1"}
+            self.on = lambda name, folder: []
+        self.control_host = next(iter(self.addresses))
         self.daemons = []
         roots = [pathlib.Path(packages), pathlib.Path("/")]
         libraries = [library for root in roots for library in root.glob("usr/lib/*-linux-gnu")]
@@ -109,38 +121,46 @@ class PrivateSlurm:
                 return candidate
         raise RuntimeError(f"no {name} among the packages")
 
-    def daemon(self, *command):
-        with open(self.folder / (pathlib.Path(command[0]).name + ".out"), "w") as out:
+    def daemon(self, host, *command):
+        with open(self.folder / f"{pathlib.Path(command[0]).name}.{host}.out", "w") as out:
             process = subprocess.Popen(
-                command, cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL, stdout=out,
-                stderr=subprocess.STDOUT, preexec_fn=die_with_parent)  # fmt: skip
+                [*self.on(host, self.folder), *command], cwd=self.folder, env=self.environment,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)  # fmt: skip
         self.daemons.append(process)
 
     def until(self, done, what, seconds):
         end = time.monotonic() + seconds
         while not done():
-            ended = [d.args[0] for d in self.daemons if d.poll() is not None]
+            ended = [" ".join(d.args) for d in self.daemons if d.poll() is not None]
             if ended or time.monotonic() > end:
                 reason = f"{ended[0]} ended" if ended else f"not in {seconds} s"
                 raise RuntimeError(f"{what}: {reason}" + self.logs())
             time.sleep(0.1)
 
     def logs(self):
+        state = "".join(self.run(*words, check=False) for words in (("sinfo", "-N"), ("scontrol", "show", "job")))
         names = sorted(self.folder.glob("*.log")) + sorted(self.folder.glob("*.out"))
-        return "".join(f"\n--- {name.name}\n" + "\n".join(name.read_text().splitlines()[-12:]) for name in names)
+        ends = ("\n".join(name.read_text().splitlines()[-12:]) for name in names)
+        return state + "".join(f"\n--- {name.name}\n{end}" for name, end in zip(names, ends))
 
     def start(self):
-        for name in ("state", "spool", "pmix"):
+        for name in ("state", "pmix"):
             (self.folder / name).mkdir()
+        for host in self.addresses:
+            if enter := self.on(host, self.folder):  # a folder of its own on each host
+                subprocess.run([*enter, "mount", "-t", "tmpfs", "tmpfs", self.folder / "pmix"], check=True)
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
         ports = free_ports(2)
         # Open MPI names its shared memory by the job's number: another Slurm of this machine must not have the same.
         first_job = random.randrange(10**6, 6 * 10**7)
+        gpus = f" Gres=gpu:{GPUS}" if len(self.addresses) == 1 else ""  # Slurm 22.05 loses count of them at a requeue
+        nodes = "\n".join(f"NodeName={name} NodeAddr={address} CPUs={CPUS}{gpus} State=UNKNOWN"
+                          for name, address in self.addresses.items())  # fmt: skip
         conf = SLURM_CONF.format(
-            first_job=first_job,
-            host=self.host, user=getpass.getuser(), folder=self.folder, plugins=self.plugins, cpus=CPUS, gpus=GPUS,
+            first_job=first_job, control_host=self.control_host, control_address=self.addresses[self.control_host],
+            nodes=nodes, user=getpass.getuser(), folder=self.folder, plugins=self.plugins, node_timeout=NODE_TIMEOUT,
             ctld_port=ports[0], slurmd_port=ports[1])  # fmt: skip
         (self.folder / "slurm.conf").write_text(conf)
         for gpu in range(GPUS):
@@ -151,17 +171,22 @@ class PrivateSlurm:
         (self.folder / "mpi.conf").write_text(f"PMIxCliTmpDirBase={self.folder}/pmix\n")
         munge_files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid",
                        "log-file": "munge.log", "seed-file": "munge.seed"}  # fmt: skip
-        self.daemon(self.program("munged"), "--foreground", "--force", "--num-threads=2",
+        self.daemon(self.control_host, self.program("munged"), "--foreground", "--force", "--num-threads=2",
                     *(f"--{option}={self.folder / name}" for option, name in munge_files.items()))  # fmt: skip
         self.until(lambda: (self.folder / "munge.socket").exists(), "munged", START)
-        self.daemon(self.program("slurmctld"), "-D", "-i")
-        self.daemon(self.program("slurmd"), "-D", "-N", self.host, "-d", self.program("slurmstepd"))
-        self.until(lambda: "idle" in self.run("sinfo", "-h", "-o", "%T", check=False), "an idle node", START)
+        self.daemon(self.control_host, self.program("slurmctld"), "-D", "-i")
+        for host in self.addresses:
+            self.daemon(host, self.program("slurmd"), "-D", "-N", host, "-d", self.program("slurmstepd"))
+        self.until(self.all_idle, "idle nodes", START)
+
+    def all_idle(self):
+        return self.run("sinfo", "-h", "-N", "-o", "%T", check=False).split() == ["idle"] * len(self.addresses)
 
     def run(self, program, *arguments, check=True, cwd=None, **environment):
+        folder = cwd or self.folder
         done = subprocess.run(
-            [self.program(program), *arguments], env={**self.environment, **environment}, cwd=cwd or self.folder,
-            capture_output=True, text=True, timeout=60)  # fmt: skip
+            [*self.on(self.control_host, folder), self.program(program), *arguments], cwd=folder,
+            env={**self.environment, **environment}, capture_output=True, text=True, timeout=60)  # fmt: skip
         if check and done.returncode != 0:
             raise RuntimeError(f"{program} {' '.join(arguments)}: {done.stderr}{self.logs()}")
         return done.stdout
@@ -182,7 +207,7 @@ class PrivateSlurm:
 
     def stop(self):
         """Ends the jobs and the daemons. Returns what did not end by itself and had to be killed: {pid: command}."""
-        if len(self.daemons) == 3:
+        if len(self.daemons) == 2 + len(self.addresses):
             self.run("scancel", "--full", "-u", getpass.getuser(), check=False)
         for daemon in reversed(self.daemons):  # slurmd first: it waits for its jobs' ends
             daemon.terminate()
