@@ -9,7 +9,9 @@ if [[ $# -gt 0 && $1 != -* ]]; then
   preset=$1
   shift
 fi
-scripts/setup.sh
+tests=(--tests)
+[[ " $* " == *" -DNSA_TESTS=OFF "* ]] && tests=()
+scripts/setup.sh "${tests[@]}"
 [[ -n ${TOMLPLUSPLUS_INCLUDE_DIR:-} ]] && set -- "$@" "-DTOMLPLUSPLUS_INCLUDE_DIR=$TOMLPLUSPLUS_INCLUDE_DIR"
 cmake --preset "$preset" "$@" >/dev/null
 cmake --build --preset "$preset"

@@ -1,0 +1,31 @@
+# Finds the libraries that every build needs, and a CBLAS where there is one. `level`: REQUIRED or QUIET.
+macro(nsa_find_libraries level)
+  find_package(MPI ${level} COMPONENTS C)
+  find_package(HDF5 ${level} COMPONENTS C HL)
+  find_package(Threads ${level})
+  find_package(OpenMP ${level} COMPONENTS CXX)
+  find_package(fmt ${level})
+  find_package(CLI11 ${level})
+  find_path(TOMLPLUSPLUS_INCLUDE_DIR toml++/toml.h)
+  if(NOT TOMLPLUSPLUS_INCLUDE_DIR AND "${level}" STREQUAL REQUIRED)
+    message(FATAL_ERROR "toml++ is not there (no toml++/toml.h); install libtomlplusplus-dev, or set "
+                        "TOMLPLUSPLUS_INCLUDE_DIR to the folder that holds toml++/")
+  endif()
+  if(NSA_BLAS)
+    include(FindCblas)
+  endif()
+endmacro()
+
+# NSA_PROBE=ON (scripts/setup.sh): prints "found: NAME" for each library that this machine has, and builds nothing.
+function(nsa_print_libraries)
+  nsa_find_libraries(QUIET)
+  find_package(Catch2 QUIET)
+  set(CXX_FOUND TRUE)  # project() has found it
+  set(toml++_FOUND ${TOMLPLUSPLUS_INCLUDE_DIR})
+  set(CBLAS_FOUND ${NSA_CBLAS_FOUND})
+  foreach(name CXX MPI HDF5 fmt CLI11 toml++ CBLAS Catch2)
+    if(${name}_FOUND)
+      message(STATUS "found: ${name}")
+    endif()
+  endforeach()
+endfunction()
