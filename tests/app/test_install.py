@@ -1,14 +1,13 @@
-"""What `cmake --install` and CPack leave works where it is moved to. NSA_BUILD: the build folder."""
+"""What `cmake --install` and CPack leave works where it is moved to."""
 
-import os
 import pathlib
 import shutil
 import subprocess
 import unittest
 
-from harness import AppTest
+from harness import BINARY, AppTest
 
-BUILD = os.environ["NSA_BUILD"]
+BUILD = pathlib.Path(BINARY).parent
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 INSTALLED = """bin/nsa
 share/doc/nsa/LICENSE share/doc/nsa/THIRD_PARTY_LICENSES share/doc/nsa/copyright

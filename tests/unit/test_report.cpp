@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <sstream>
@@ -6,6 +7,7 @@
 #include "catch.hpp"
 #include "nsa/config/config.hpp"
 #include "nsa/experiment/dry_run.hpp"
+#include "nsa/experiment/plan.hpp"
 #include "nsa/report/metrics.hpp"
 #include "nsa/report/report.hpp"
 
@@ -263,10 +265,40 @@ TEST_CASE("a plan lists owners and the exchanges of a step", "[plan]") {
       "in.toml", {});
   const std::string text = printed([&](std::ostream& out) { print_plan(out, config, 6); });
   // 1024 positions are 16 blocks in 8 chunks: 0 3 6, 1 4 7, 2 5.
-  has(text, "     0          0        0          0        0-1  0-1 6-7 12-13\n");
-  has(text, "     4          1        1          1        2-3  2-3 8-9 14-15\n");
-  has(text, "     5          1        2          1        2-3  4-5 10-11\n");
+  has(text, "     0          0         0          0        0-1  0-1 6-7 12-13\n");
+  has(text, "     4          1         1          1        2-3  2-3 8-9 14-15\n");
+  has(text, "     5          1         2          1        2-3  4-5 10-11\n");
   has(text, "exchange a step and layer: candidates     all_gather over 3 ranks, 128 B from each\n");    // 16 of 8 bytes
   has(text, "exchange a step and layer: heads          all_reduce over 2 ranks, 1.02 kB from each\n");  // 256 floats
   CHECK_THROWS(printed([&](std::ostream& out) { print_plan(out, config, 4); }));
+  CHECK(idle_ranks(config, 6).empty());
+}
+
+TEST_CASE("a plan of many ranks is short and says which own nothing", "[plan]") {
+  const auto with = [](const char* parallel) {
+    return parse_config(std::string("[task]\nkind = \"decode\"\n[run]\nbackend = \"host\"\ncontext = 65528\nsteps = 8\n"
+                                    "warmup = 2\nfill = \"synthetic\"\n[parallel]\n") +
+                            parallel,
+                        "in.toml", {});
+  };
+  const Config config = with("heads = 2\nkv = 8192\n");  // 65536 positions: 1024 blocks in 64 chunks of 16
+  const std::string text = printed([&](std::ostream& out) { print_plan(out, config, 16384); });
+  CHECK(std::count(text.begin(), text.end(), '\n') < 30);
+  has(text, "       0-63          0      0-63          0        0-1  16 each, the first 0-15\n");
+  has(text, "    64-8191          0   64-8191          0        0-1  none\n");
+  has(text, " 8192-8255          1      0-63          1        2-3  16 each, the first 0-15\n");
+  // 1024 blocks cannot serve 8192 kv ranks, with two KV groups neither with more heads.
+  has(text,
+      "warning: 8128 of 8192 kv ranks own no block of the 65536 positions (1024 blocks in chunks of 16); use at most "
+      "2048 ranks, or a longer context\n");
+  CHECK(idle_ranks(with("heads = 1\nkv = 512\n"), 512) ==
+        "448 of 512 kv ranks own no block of the 65536 positions (1024 blocks in chunks of 16); "
+        "parallel.kv_chunk_blocks = "
+        "2 would use them all");
+  CHECK(idle_ranks(with("heads = 1\nkv = 512\nkv_chunk_blocks = 2\n"), 512).empty());
+  // The suggested layout uses all ranks.
+  CHECK(idle_ranks(with("heads = 1\nkv = 2048\n"), 2048)
+            .find("parallel.heads = 2, parallel.kv = 1024, "
+                  "parallel.kv_chunk_blocks = 1 would") != std::string::npos);
+  CHECK(idle_ranks(with("heads = 2\nkv = 1024\nkv_chunk_blocks = 1\n"), 2048).empty());
 }

@@ -7,11 +7,8 @@
 
 #include "kernels/diagnostics/error.hpp"
 #include "nsa/experiment/experiment.hpp"
-#include "nsa/model/buffers.hpp"
-#include "nsa/model/traffic.hpp"
-#include "nsa/routing/router.hpp"
+#include "nsa/experiment/plan.hpp"
 #include "nsa/tasks/measure.hpp"
-#include "nsa/tasks/needle_task.hpp"
 
 namespace nsa {
 namespace {
@@ -25,18 +22,6 @@ std::string bytes_text(double bytes) {
 
 std::string span_text(std::int64_t first, std::int64_t count) {
   return count == 1 ? fmt::format("{}", first) : fmt::format("{}-{}", first, first + count - 1);
-}
-
-/// The backend whose kernels say how much scratch a step needs: CUDA where there is a device, else host.
-Backend planning_backend(const Config& config) {
-  if (config.run.backend != BackendChoice::host && cuda_built()) {
-    try {
-      return open_backend(BackendKind::cuda, 0);
-    } catch (const UserError&) {
-      // no device: the plan uses the host's kernels
-    }
-  }
-  return open_backend(BackendKind::host, 0);
 }
 
 /// The selection blocks of the chunks that a rank owns: "0-3 8-11"; at most four chunks are listed.
@@ -54,51 +39,39 @@ std::string blocks_text(const Partition& p, std::int64_t positions) {
   return chunks > 4 ? text + fmt::format(" and {} chunks more", chunks - 4) : text;
 }
 
-void print_owners(std::ostream& out, const Config& config, const Point& point, int ranks) {
-  const std::int64_t positions = total_positions(config, point);
-  fmt::print(out, "{:>6} {:>10} {:>8} {:>10} {:>10}  {}\n", "rank", "head shard", "kv rank", "KV groups", "heads",
-             fmt::format("blocks of {} tokens, of {} positions", config.nsa.l_sel, positions));
-  for (int rank = 0; rank < ranks; ++rank) {
-    const Partition p = make_partition(config, point, ranks, rank);
-    const std::int64_t h = p.shape.heads_per_group;
-    fmt::print(out, "{:>6} {:>10} {:>8} {:>10} {:>10}  {}\n", rank, p.head_shard, p.kv_rank,
-               span_text(p.group_begin, p.shape.groups), span_text(p.group_begin * h, p.shape.heads()),
-               blocks_text(p, positions));
+void print_owners(std::ostream& out, const Config& config, const Plan& plan) {
+  fmt::print(out, "{:>11} {:>10} {:>9} {:>10} {:>10}  {}\n", "rank", "head shard", "kv rank", "KV groups", "heads",
+             fmt::format("blocks of {} tokens, of {} positions", config.nsa.l_sel, plan.positions));
+  for (const PlannedOwners& o : plan.owners) {
+    std::string blocks = blocks_text(make_partition(config, plan.longest, plan.ranks, o.first), plan.positions);
+    if (o.ranks > 1 && o.blocks > 0) blocks = fmt::format("{} each, the first {}", o.blocks, blocks);
+    fmt::print(out, "{:>11} {:>10} {:>9} {:>10} {:>10}  {}\n", span_text(o.first, o.ranks), o.head_shard,
+               span_text(o.kv_rank, o.ranks), span_text(o.group_begin, o.groups),
+               span_text(o.group_begin * o.heads_per_group, o.groups * o.heads_per_group), blocks);
   }
 }
 
 /// One line for neighbouring ranks that need the same amounts.
-void print_memory(std::ostream& out, const Config& config, const KernelTable& kernels, const Point& point, int ranks) {
-  fmt::print(out, "{:>10}", "rank");
+void print_memory(std::ostream& out, const PlannedPoint& point) {
+  fmt::print(out, "{:>11}", "rank");
   for (const char* kind : memory_kind_names) fmt::print(out, " {:>12}", kind);
   fmt::print(out, " {:>12}\n", "peak");
   double sum = 0;
-  std::string pending;  // line of the ranks since `first`
-  int first = 0;
-  for (int rank = 0; rank < ranks; ++rank) {
-    const MemoryAccount account = planned_memory(kernels, config, make_partition(config, point, ranks, rank), point);
-    std::string text;
-    for (const std::size_t bytes : account.peak) text += fmt::format(" {:>12}", bytes_text(static_cast<double>(bytes)));
-    text += fmt::format(" {:>12}", bytes_text(static_cast<double>(account.total_peak)));
-    sum += static_cast<double>(account.total_peak);
-    if (rank > 0 && text != pending) {
-      fmt::print(out, "{:>10}{}\n", span_text(first, rank - first), pending);
-      first = rank;
-    }
-    pending = std::move(text);
+  int ranks = 0;
+  for (const PlannedMemory& m : point.memory) {
+    fmt::print(out, "{:>11}", span_text(m.first, m.ranks));
+    for (const std::size_t bytes : m.account.peak) fmt::print(out, " {:>12}", bytes_text(static_cast<double>(bytes)));
+    fmt::print(out, " {:>12}\n", bytes_text(static_cast<double>(m.account.total_peak)));
+    sum += static_cast<double>(m.account.total_peak) * m.ranks;
+    ranks += m.ranks;
   }
-  fmt::print(out, "{:>10}{}\n", span_text(first, ranks - first), pending);
-  if (ranks > 1) fmt::print(out, "{:>10} {:>64}\n", "all", bytes_text(sum));
+  if (ranks > 1) fmt::print(out, "{:>11} {:>64}\n", "all", bytes_text(sum));
 }
 
-void print_exchanges(std::ostream& out, const Config& config, const Point& point, int ranks) {
-  const bool needle = config.kind == TaskKind::needle;
-  const Config step = needle ? needle_config(config) : config;
-  const Point at = needle ? needle_point(point) : point;
-  const std::vector<Exchange> list = exchanges(step, make_partition(step, at, ranks, 0), at);
+void print_exchanges(std::ostream& out, const Config& config, const PlannedPoint& point) {
   const char* unit = config.kind == TaskKind::prefill ? "prefill" : "step";
-  if (list.empty()) fmt::print(out, "exchanges a {} and layer: none\n", unit);
-  for (const Exchange& e : list)
+  if (point.exchanges.empty()) fmt::print(out, "exchanges a {} and layer: none\n", unit);
+  for (const Exchange& e : point.exchanges)
     fmt::print(out, "exchange a {} and layer: {:<14} {:<10} over {} ranks, {} from each\n", unit, e.name, e.collective,
                e.ranks, bytes_text(static_cast<double>(e.bytes)));
 }
@@ -156,30 +129,33 @@ std::size_t planned_result_bytes(const Config& config, int ranks) {
   return static_cast<std::size_t>(std::min(total, 9e18));
 }
 
-void print_plan(std::ostream& out, const Config& config, int ranks) {
-  const auto [heads, kv] = factorise(config, ranks);
-  route_environment();  // throws before anything is printed
-  const std::vector<Point> points = sweep(config);
-  const Backend backend = planning_backend(config);
-  if (config.kind == TaskKind::kernels) return print_kernels_plan(out, config, *backend.kernels, ranks);
-  const Point& longest = *std::ranges::max_element(points, {}, &Point::context);
-
-  fmt::print(out, "plan: {} ranks = heads {} x kv {}, memory as the {} backend lays it out\n", ranks, heads, kv,
-             backend.kind == BackendKind::cuda ? "cuda" : "host");
-  if (kv > 1)
-    fmt::print(out, "chunks of {} blocks are dealt round-robin over the {} kv ranks\n",
-               kv_chunk_blocks(config, longest), kv);
-  print_owners(out, config, longest, ranks);
-  for (const Point& point : points) {
-    if (point.force_branch != points.front().force_branch) break;  // later points repeat memory and exchanges
-    fmt::print(out, "\ncontext {}, batch {}\n", point.context, point.batch);
-    print_memory(out, config, *backend.kernels, point, ranks);
-    print_exchanges(out, config, point, ranks);
-    print_routes(out, backend, config, point, ranks);
+void print_plan(std::ostream& out, const Config& config, int ranks, std::string* json) {
+  if (config.kind == TaskKind::kernels) {
+    factorise(config, ranks);
+    route_environment();
+    if (json)
+      throw UserError("--json of a dry run (task.kind = \"kernels\" has no owners and exchanges); leave it out");
+    return print_kernels_plan(out, config, *planning_backend(config).kernels, ranks);
+  }
+  const Plan plan = make_plan(config, ranks);
+  fmt::print(out, "plan: {} ranks = heads {} x kv {}, memory as the {} backend lays it out\n", ranks, plan.heads,
+             plan.kv, plan.backend == BackendKind::cuda ? "cuda" : "host");
+  if (plan.without_device)
+    fmt::print(out, "note: no CUDA backend here, so workspace is that of the host's kernels; all else is the GPU's\n");
+  if (!plan.idle.empty()) fmt::print(out, "warning: {}\n", plan.idle);
+  if (plan.kv > 1)
+    fmt::print(out, "chunks of {} blocks are dealt round-robin over the {} kv ranks\n", plan.kv_chunk_blocks, plan.kv);
+  print_owners(out, config, plan);
+  for (const PlannedPoint& point : plan.points) {
+    fmt::print(out, "\ncontext {}, batch {}\n", point.point.context, point.point.batch);
+    print_memory(out, point);
+    print_exchanges(out, config, point);
+    print_routes(out, point.routes);
   }
   fmt::print(out, "\n");
   print_copy_rate_memory(out, ranks);
   fmt::print(out, "result file: at most {}\n", bytes_text(static_cast<double>(planned_result_bytes(config, ranks))));
+  if (json) *json = plan_json(plan);
 }
 
 }  // namespace nsa

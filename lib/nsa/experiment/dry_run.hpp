@@ -4,13 +4,15 @@
 
 #include <cstddef>
 #include <ostream>
+#include <string>
 
 #include "nsa/config/config.hpp"
 
 namespace nsa {
 
-/// Throws UserError when the input's heads and kv do not multiply to `ranks`.
-void print_plan(std::ostream& out, const Config& config, int ranks);
+/// Throws UserError when the input's heads and kv do not multiply to `ranks`. `json`: receives the plan as JSON, unless
+/// null; not for task.kind = "kernels".
+void print_plan(std::ostream& out, const Config& config, int ranks, std::string* json = nullptr);
 
 /// Upper bound of the result file's bytes, for the check of free disk space.
 std::size_t planned_result_bytes(const Config& config, int ranks);

@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 #include <fmt/ostream.h>
 
+#include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "kernels/diagnostics/error.hpp"
@@ -14,6 +16,7 @@ namespace nsa {
 namespace {
 
 constexpr std::int64_t contexts[] = {128, 1024, 8192, 65536, 1048576};
+constexpr int known_capabilities[] = {80, 89, 90, 100};
 constexpr DType types[] = {DType::bf16, DType::f16, DType::f32};
 constexpr std::pair<std::int32_t, std::int32_t> head_sizes[] = {{64, 64}, {128, 128}, {192, 128}, {96, 96}};
 
@@ -91,11 +94,33 @@ void print_device_routes(std::ostream& out, BackendKind backend, int capability,
   }
 }
 
+/// By the table: what the kernels of a GPU accept is known only where there is one.
+void add_routes_of_known_gpus(std::vector<PlannedRoute>& planned, const Config& config, Phase phase,
+                              const LayerShape& shape, std::int64_t positions) {
+  const RouteEnvironment environment = route_environment();
+  for (const int capability : known_capabilities)
+    for (const Branch branch : {cmp, sel, win}) {
+      const RouteKey key{BackendKind::cuda, capability, phase,     branch,
+                         shape.dtype,       shape.d_k,  shape.d_v, attended_rows(shape.rules, branch, positions)};
+      const std::string device = fmt::format("compute capability {}.{}", capability / 10, capability % 10);
+      try {
+        const RouteChoice choice = choose_route(key, config, environment);
+        planned.push_back({phase, branch, device, choice.name, choice.reason, ""});
+      } catch (const UserError& error) {
+        planned.push_back({phase, branch, device, "refused", error.what(), ""});
+      }
+    }
+}
+
 }  // namespace
 
 void print_routes(std::ostream& out) {
   const RouteEnvironment environment = route_environment();
-  fmt::print(out, "routes by default and environment; [route] and [runtime] of an input override the defaults\n");
+  fmt::print(
+      out,
+      "The implementation of each branch (cmp, sel, win) that a run chooses, and why: by device, phase, type, head\n"
+      "sizes and context, from the built-in table and the environment. [route] and [runtime] of an input override\n"
+      "it; `nsa run INPUT --dry-run` prints the routes of that input. What the names mean: docs/ROUTES.md.\n");
   if (environment.force) fmt::print(out, "NSA_FORCE=1: guards are off\n");
   fmt::print(out, "\nhost\n");
   print_device_routes(out, BackendKind::host, 0, environment);
@@ -107,38 +132,51 @@ void print_routes(std::ostream& out) {
       // no GPU: the tables below show what each known one would run
     }
   }
-  for (const int capability : {80, 89, 90, 100}) {
+  for (const int capability : known_capabilities) {
     fmt::print(out, "\ncuda, compute capability {}.{}{}\n", capability / 10, capability % 10,
                capability == here ? ": the GPU here" : "");
     print_device_routes(out, BackendKind::cuda, capability, environment);
   }
-  const bool listed = here == 0 || here == 80 || here == 89 || here == 90 || here == 100;
-  if (listed) return;
+  if (here == 0 || std::ranges::find(known_capabilities, here) != std::end(known_capabilities)) return;
   fmt::print(out, "\ncuda, compute capability {}.{}: the GPU here\n", here / 10, here % 10);
   print_device_routes(out, BackendKind::cuda, here, environment);
 }
 
-void print_routes(std::ostream& out, const Backend& backend, const Config& config, const Point& point, int ranks) {
+std::vector<PlannedRoute> planned_routes(const Backend& backend, const Config& config, const Point& point, int ranks) {
   const LayerShape shape = make_partition(config, point, ranks, 0).shape;
   const std::int64_t positions = total_positions(config, point);
-  Routes routes;
+  const bool elsewhere = config.run.backend == BackendChoice::cuda && backend.kind == BackendKind::host;
+  std::vector<PlannedRoute> planned;
   for (const Phase phase : {Phase::prefill, Phase::decode}) {
     if (phase == Phase::decode && config.kind == TaskKind::prefill) continue;
     if (phase == Phase::prefill && config.kind != TaskKind::prefill && config.run.fill == CacheFill::synthetic)
       continue;
+    if (elsewhere) {
+      add_routes_of_known_gpus(planned, config, phase, shape, positions);
+      continue;
+    }
     QueryTile tile{0, static_cast<std::int32_t>(point.batch), 1, nullptr, positions};
     if (phase == Phase::prefill)
       tile = {0, 1, static_cast<std::int32_t>(std::min<std::int64_t>(256, positions)), nullptr, positions};
+    Routes routes;
     routes.choose(backend, config, phase, shape, tile);
     for (const Branch branch : {cmp, sel, win}) {
       const Route& route = routes.of(phase, branch);
-      fmt::print(out, "route of {} {}: {}", phase_names[static_cast<int>(phase)], branch_names[branch],
-                 route.kernel->name);
-      if (route.fallback.empty())
-        fmt::print(out, " ({})\n", route.reason);
-      else
-        fmt::print(out, ", every call falls back: {} {} ({})\n", route.chosen, route.fallback, route.reason);
+      const std::string fallback = route.fallback.empty() ? "" : route.chosen + " " + route.fallback;
+      planned.push_back({phase, branch, "", route.kernel->name, route.reason, fallback});
     }
+  }
+  return planned;
+}
+
+void print_routes(std::ostream& out, const std::vector<PlannedRoute>& routes) {
+  for (const PlannedRoute& route : routes) {
+    fmt::print(out, "route of {} {}{}: {}", phase_names[static_cast<int>(route.phase)], branch_names[route.branch],
+               route.device.empty() ? "" : ", " + route.device, route.name);
+    if (route.fallback.empty())
+      fmt::print(out, " ({})\n", route.reason);
+    else
+      fmt::print(out, ", every call falls back: {} ({})\n", route.fallback, route.reason);
   }
 }
 

@@ -99,7 +99,17 @@ class Routes {
 /// `nsa info --routes`: the choice and its reason by phase, branch, type and length, for every known device. Needs no
 /// GPU.
 void print_routes(std::ostream& out);
-/// The same for one point of an input, on `backend`; one line for each branch.
-void print_routes(std::ostream& out, const Backend& backend, const Config& config, const Point& point, int ranks);
+
+/// The route of one branch that a run will choose.
+struct PlannedRoute {
+  Phase phase = Phase::decode;
+  Branch branch = cmp;
+  std::string device;  ///< "compute capability 9.0" where the table answers for a GPU that is not here, else ""
+  std::string name, reason;
+  std::string fallback;  ///< why sdpa runs instead; "": it does not
+};
+/// Of one point of an input. On `backend`; for a GPU that is not here, by the table and for each known capability.
+std::vector<PlannedRoute> planned_routes(const Backend& backend, const Config& config, const Point& point, int ranks);
+void print_routes(std::ostream& out, const std::vector<PlannedRoute>& routes);  ///< one line for each
 
 }  // namespace nsa

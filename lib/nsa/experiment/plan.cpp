@@ -1,0 +1,195 @@
+#include "nsa/experiment/plan.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+
+#include "kernels/diagnostics/error.hpp"
+#include "kernels/diagnostics/json_quote.hpp"
+#include "nsa/experiment/experiment.hpp"
+#include "nsa/tasks/needle_task.hpp"
+
+namespace nsa {
+namespace {
+
+constexpr int listed_ranks = 64;  // owners of more ranks are joined where they own equally many blocks
+
+Point longest_point(const Config& config) {
+  const std::vector<Point> points = sweep(config);
+  return *std::ranges::max_element(points, {}, &Point::context);
+}
+
+std::int64_t owned_blocks(const Partition& p, std::int64_t positions) {
+  const std::int64_t blocks = eligible_blocks(p.shape.rules, positions - 1);
+  if (p.kv == 1) return blocks;
+  std::int64_t owned = 0;
+  const std::int64_t chunk = p.chunk_tokens / p.shape.rules.l_sel,
+                     chunks = owned_chunks(p.tokens(false), positions, p.kv_rank);
+  for (std::int64_t i = 0; i < chunks; ++i) owned += std::min(chunk, blocks - (i * p.kv + p.kv_rank) * chunk);
+  return owned;
+}
+
+std::vector<PlannedOwners> plan_owners(const Config& config, const Point& point, int ranks) {
+  const std::int64_t positions = total_positions(config, point);
+  std::vector<PlannedOwners> owners;
+  for (int rank = 0; rank < ranks; ++rank) {
+    const Partition p = make_partition(config, point, ranks, rank);
+    const std::int64_t blocks = owned_blocks(p, positions);
+    const bool joined = !owners.empty() && owners.back().head_shard == p.head_shard && owners.back().blocks == blocks &&
+                        (ranks > listed_ranks || blocks == 0);
+    if (joined)
+      ++owners.back().ranks;
+    else
+      owners.push_back(
+          {rank, 1, p.head_shard, p.kv_rank, p.group_begin, p.shape.groups, p.shape.heads_per_group, blocks});
+  }
+  return owners;
+}
+
+bool same(const MemoryAccount& a, const MemoryAccount& b) { return a.peak == b.peak && a.total_peak == b.total_peak; }
+
+/// Head shards hold equally many groups, so the ranks of the first one stand for all.
+std::vector<PlannedMemory> plan_memory(const Config& config, const KernelTable& kernels, const Point& point,
+                                       const Plan& plan) {
+  std::vector<PlannedMemory> memory;
+  std::vector<MemoryAccount> of_kv_rank;
+  for (int k = 0; k < plan.kv; ++k)
+    of_kv_rank.push_back(planned_memory(kernels, config, make_partition(config, point, plan.ranks, k), point));
+  for (int rank = 0; rank < plan.ranks; ++rank) {
+    const MemoryAccount& account = of_kv_rank[static_cast<std::size_t>(rank % plan.kv)];
+    if (!memory.empty() && same(memory.back().account, account))
+      ++memory.back().ranks;
+    else
+      memory.push_back({rank, 1, account});
+  }
+  return memory;
+}
+
+std::vector<Exchange> plan_exchanges(const Config& config, const Point& point, int ranks) {
+  if (config.kind != TaskKind::needle) return exchanges(config, make_partition(config, point, ranks, 0), point);
+  const Config step = needle_config(config);
+  const Point at = needle_point(point);
+  return exchanges(step, make_partition(step, at, ranks, 0), at);
+}
+
+/// The setting that gives every one of `ranks` ranks a block, of `blocks` a sequence; "" if there is none.
+std::string layout_for_all(const Config& config, int ranks, std::int32_t kv, std::int64_t blocks, std::int64_t chunk) {
+  if (blocks >= kv) return fmt::format("parallel.kv_chunk_blocks = {}", blocks / kv);
+  const std::int64_t groups = config.model.n_kv_groups;
+  for (std::int64_t heads = 1; heads <= groups; ++heads) {
+    if (groups % heads != 0 || ranks % heads != 0 || ranks / heads > blocks) continue;
+    return fmt::format("parallel.heads = {}, parallel.kv = {}, parallel.kv_chunk_blocks = {}", heads, ranks / heads,
+                       std::max<std::int64_t>(1, std::min(chunk, blocks * heads / ranks)));
+  }
+  return "";
+}
+
+}  // namespace
+
+std::string idle_ranks(const Config& config, int ranks) {
+  if (config.kind == TaskKind::kernels) return "";
+  const Point point = longest_point(config);
+  const std::int64_t positions = total_positions(config, point);
+  const Partition p = make_partition(config, point, ranks, 0);
+  const std::int64_t blocks = eligible_blocks(p.shape.rules, positions - 1), chunk = kv_chunk_blocks(config, point);
+  const std::int64_t chunks = (blocks + chunk - 1) / chunk;
+  if (p.kv <= chunks) return "";
+  const std::string layout = layout_for_all(config, ranks, p.kv, blocks, chunk);
+  return fmt::format("{} of {} kv ranks own no block of the {} positions ({} blocks in chunks of {}); {}",
+                     p.kv - chunks, p.kv, positions, blocks, chunk,
+                     layout.empty()
+                         ? fmt::format("use at most {} ranks, or a longer context", config.model.n_kv_groups * blocks)
+                         : layout + " would use them all");
+}
+
+Backend planning_backend(const Config& config) {
+  if (config.run.backend != BackendChoice::host && cuda_built()) {
+    try {
+      return open_backend(BackendKind::cuda, 0);
+    } catch (const UserError&) {
+      // no device: the plan uses the host's kernels
+    }
+  }
+  return open_backend(BackendKind::host, 0);
+}
+
+Plan make_plan(const Config& config, int ranks) {
+  Plan plan;
+  plan.ranks = ranks;
+  std::tie(plan.heads, plan.kv) = factorise(config, ranks);
+  route_environment();  // throws where a variable has a value that is not allowed
+  const Backend backend = planning_backend(config);
+  plan.backend = backend.kind;
+  plan.without_device = config.run.backend == BackendChoice::cuda && backend.kind == BackendKind::host;
+  plan.longest = longest_point(config);
+  plan.positions = total_positions(config, plan.longest);
+  plan.kv_chunk_blocks = kv_chunk_blocks(config, plan.longest);
+  plan.owners = plan_owners(config, plan.longest, ranks);
+  plan.idle = idle_ranks(config, ranks);
+  const std::vector<Point> points = sweep(config);
+  for (const Point& point : points) {
+    if (point.force_branch != points.front().force_branch) break;  // later points repeat memory and exchanges
+    plan.points.push_back({point, plan_memory(config, *backend.kernels, point, plan),
+                           plan_exchanges(config, point, ranks), planned_routes(backend, config, point, ranks)});
+  }
+  return plan;
+}
+
+namespace {
+
+template <class Range, class Write>
+std::string json_list(const Range& items, Write&& write) {
+  std::string text;
+  for (const auto& item : items) text += (text.empty() ? "\n    " : ",\n    ") + write(item);
+  return "[" + text + "]";
+}
+
+std::string owners_json(const PlannedOwners& o) {
+  return fmt::format(
+      R"({{"first_rank": {}, "ranks": {}, "head_shard": {}, "first_kv_rank": {}, "first_group": {}, "groups": {}, )"
+      R"("first_head": {}, "heads": {}, "blocks_each": {}}})",
+      o.first, o.ranks, o.head_shard, o.kv_rank, o.group_begin, o.groups, o.group_begin * o.heads_per_group,
+      o.groups * o.heads_per_group, o.blocks);
+}
+
+std::string memory_json(const PlannedMemory& m) {
+  std::string kinds;
+  for (std::size_t kind = 0; kind < memory_kind_names.size(); ++kind)
+    kinds += fmt::format(R"("{}": {}, )", memory_kind_names[kind], m.account.peak[kind]);
+  return fmt::format(R"({{"first_rank": {}, "ranks": {}, {}"peak": {}}})", m.first, m.ranks, kinds,
+                     m.account.total_peak);
+}
+
+std::string exchange_json(const Exchange& e) {
+  return fmt::format(R"({{"name": {}, "collective": {}, "ranks": {}, "bytes": {}}})", json_quote(e.name),
+                     json_quote(e.collective), e.ranks, e.bytes);
+}
+
+std::string route_json(const PlannedRoute& r) {
+  return fmt::format(
+      R"({{"phase": "{}", "branch": "{}", "device": {}, "implementation": {}, "reason": {}, "fallback": {}}})",
+      phase_names[static_cast<int>(r.phase)], branch_names[r.branch], json_quote(r.device), json_quote(r.name),
+      json_quote(r.reason), json_quote(r.fallback));
+}
+
+std::string point_json(const PlannedPoint& p) {
+  return fmt::format(
+      "{{\"context\": {}, \"batch\": {},\n    \"memory\": {},\n    \"exchanges\": {},\n    \"routes\": {}}}",
+      p.point.context, p.point.batch, json_list(p.memory, memory_json), json_list(p.exchanges, exchange_json),
+      json_list(p.routes, route_json));
+}
+
+}  // namespace
+
+std::string plan_json(const Plan& plan) {
+  return fmt::format(
+      "{{\n  \"ranks\": {},\n  \"heads\": {},\n  \"kv\": {},\n  \"kv_chunk_blocks\": {},\n  \"positions\": {},\n"
+      "  \"workspace_of\": \"{}\",\n  \"warning\": {},\n  \"owners\": {},\n  \"points\": {}\n}}\n",
+      plan.ranks, plan.heads, plan.kv, plan.kv_chunk_blocks, plan.positions,
+      plan.backend == BackendKind::cuda ? "cuda" : "host", json_quote(plan.idle), json_list(plan.owners, owners_json),
+      json_list(plan.points, point_json));
+}
+
+}  // namespace nsa
