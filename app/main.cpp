@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "app/build_info.hpp"
+#include "app/command_line.hpp"
 #include "app/gate.hpp"
 #include "app/info.hpp"
 #include "app/report.hpp"
@@ -32,22 +33,41 @@ namespace {
 constexpr auto bug = static_cast<nsa::ExitCode>(1);
 const double default_deadline = nsa::RunConfig().deadline;  // in effect until the input is read
 
-constexpr const char* examples = R"(Examples:
+constexpr const char* exit_codes =
+    R"(Exit codes: 0 ok, 2 input or usage, 3 result invalid (diff: results differ), 4 communication, 5 device or memory,
+6 file, 75 stopped on request (go on with --resume).)";
+
+constexpr const char* run_examples = R"(Examples:
   nsa run inputs/prefill.toml                           one rank
   mpirun -n 4 nsa run inputs/quickstart.toml            four ranks, heads=2 x kv=2
   nsa run big.toml --dry-run --ranks 64                 the plan: owners and bytes
   nsa run in.toml --set run.context=[4096,8192] --set run.backend=host --output a.h5
   nsa run inputs/rtx4090_v2.toml --csv decode.csv       the columns of nsa-vibe's benchmark
   nsa run big.toml --max-time 50m --resume              as much as fits; again: the rest
-  nsa report a.h5                                       what the run that wrote it printed
-  nsa diff a.h5 b.h5                                    the same result? what got slower?
-  nsa gate m4_decode.h5 m4_kernels.h5                   is a custom selection kernel worth it on that device?
+)";
 
-Exit codes: 0 ok, 2 input or usage, 3 result invalid (diff: results differ), 4 communication, 5 device or memory,
-6 file, 75 stopped on request (go on with --resume).)";
+constexpr const char* report_examples = R"(Example:
+  nsa report a.h5                                       what the run that wrote it printed
+)";
+
+constexpr const char* diff_examples = R"(Example:
+  nsa diff a.h5 b.h5                                    the same result? what got slower?
+)";
+
+constexpr const char* gate_examples = R"(Examples:
+  nsa gate m4_decode.h5 m4_kernels.h5                   is a custom selection kernel worth it on that device?
+  nsa gate results/*.h5 --context 8192 --adr m4.md      at one context; also as a decision record
+)";
+
+constexpr const char* info_examples = R"(Examples:
+  nsa info                                              build, libraries and devices
+  nsa info --routes                                     which implementation would run on which device, and why
+  nsa info --keys                                       every key of an input
+)";
 
 struct CommandLine {
   nsa::RunOptions run;
+  std::string completion;
   bool dry_run = false;
   bool routes = false, keys = false;
   int ranks = 0;
@@ -65,7 +85,9 @@ void describe(CLI::App& app, CommandLine& line) {
   app.set_version_flag("--version",
                        std::string("nsa ") + nsa::build::version + " (commit " + nsa::build::git_commit + ")");
   app.require_subcommand(1);
-  app.footer(examples);
+  app.add_option("--completion", line.completion, "print a completion script: source <(nsa --completion bash)")
+      ->check(CLI::IsMember({"bash"}));
+  app.footer(std::string(run_examples) + "More: nsa COMMAND --help\n\n" + exit_codes);
 
   CLI::App* run = app.add_subcommand("run", "Run an input: prefill, decode or needle, on all ranks of the launch");
   run->add_option("INPUT", line.run.input, "TOML input")->check(named)->required();
@@ -73,7 +95,8 @@ void describe(CLI::App& app, CommandLine& line) {
       ->allow_extra_args(false);
   run->add_option("--output", line.run.output, "result file, HDF5 (output.file)")->check(named);
   run->add_option("--csv", line.run.csv, "also write the columns of nsa-vibe's benchmark (output.csv)")->check(named);
-  run->add_option("--json", line.run.json, "also write the figures of the FOM lines as JSON, last of all")
+  run->add_option("--json", line.run.json,
+                  "also write the figures of the FOM lines as JSON, last of all; with --dry-run the plan")
       ->check(named);
   run->add_flag("--strict", line.run.strict, "an implementation that falls back to sdpa is an error (exit 3)");
   run->add_option(
@@ -89,7 +112,7 @@ void describe(CLI::App& app, CommandLine& line) {
   run->add_option("--max-time", line.run.max_time,
                   "stop after 90s, 10m, 1.5h, [[D-]HH:]MM:SS or D-HH, as SIGUSR1 and SIGTERM do")
       ->check(named);
-  run->footer(examples);
+  run->footer(std::string(run_examples) + "\n" + exit_codes);
 
   CLI::App* gate = app.add_subcommand("gate", "Is a custom selection kernel worth it on this device? Needs no GPU");
   gate->add_option("FILES", line.gate.files, "result files, and CSVs of nsa-vibe's benchmark to audit")->required();
@@ -101,29 +124,24 @@ void describe(CLI::App& app, CommandLine& line) {
   gate->add_flag("--exit-verdict", line.gate.exit_verdict,
                  "exit code 0 PROCEED, 10 STAY, 11 INCONCLUSIVE, 12 NOT EVIDENCE; the largest of several");
 
+  gate->footer(gate_examples);
+
   CLI::App* report =
       app.add_subcommand("report", "Print result files as `run` printed them. Needs no GPU and no launch");
   report->add_option("FILES", line.reported, "result files")->required();
+
+  report->footer(report_examples);
 
   CLI::App* diff = app.add_subcommand("diff", "Compare two result files: the same result? which stage got slower?");
   diff->add_option("A", line.diff_a, "result file")->required();
   diff->add_option("B", line.diff_b, "result file")->required();
 
+  diff->footer(diff_examples);
+
   CLI::App* info = app.add_subcommand("info", "What this build is made of and the devices it sees");
   info->add_flag("--routes", line.routes, "which implementations would run here instead, and why; needs no GPU");
   info->add_flag("--keys", line.keys, "the keys of an input and the environment variables instead (docs/INPUT.md)");
-}
-
-// The message for a wrong command line. CLI11 reports a misspelt command as a missing one; this names it.
-std::string usage_error(const CLI::App& app, const CLI::ParseError& error, int argc, char** argv) {
-  const std::string first = argc > 1 ? argv[1] : "-";
-  std::string names;
-  for (const CLI::App* command : app.get_subcommands({})) {
-    if (command->get_name() == first) return error.what();
-    names += (names.empty() ? "" : ", ") + command->get_name();
-  }
-  if (first[0] == '-') return error.what();
-  return "unknown command " + first + "; commands: " + names;
+  info->footer(info_examples);
 }
 
 struct Failure {
@@ -218,15 +236,21 @@ int run_command(int argc, char** argv) {
   CommandLine line;
   describe(app, line);
   line.run.argv = joined(argc, argv);
+  const std::vector<std::string> words = nsa::command_line_words(argc, argv);
+  if (words.size() == 2 && words[0] == "--completion" && words[1] == "bash") {
+    std::cout << nsa::bash_completion(app);
+    return 0;
+  }
   try {
-    app.parse(argc, argv);
+    std::vector<std::string> reversed(words.rbegin(), words.rend());  // CLI11 takes them from the back
+    app.parse(reversed);
   } catch (const CLI::Success& done) {  // --help, --version
     return app.exit(done);
   } catch (const CLI::ParseError& error) {
     // Every rank of a launch parses the same command line, so all of them get here, and rank 0 prints the error.
     return run_collective(argc, argv, default_deadline, line.startup_deadline,
                           [&](const nsa::ControlComm&, nsa::Watchdog&) -> nsa::ExitCode {
-                            throw nsa::AgreedError(usage_error(app, error, argc, argv) + "; see nsa --help");
+                            throw nsa::AgreedError(nsa::usage_error(app, error, argc, argv));
                           });
   }
   if (app.got_subcommand("gate")) return run_local([&] { return nsa::gate(line.gate); });

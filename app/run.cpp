@@ -11,6 +11,7 @@
 #include <iostream>
 #include <memory>
 #include <optional>
+#include <regex>
 
 #include "app/build_info.hpp"
 #include "app/progress.hpp"
@@ -19,6 +20,7 @@
 #include "kernels/diagnostics/fault_injection.hpp"
 #include "nsa/experiment/dry_run.hpp"
 #include "nsa/experiment/experiment.hpp"
+#include "nsa/experiment/plan.hpp"
 #include "nsa/experiment/resume.hpp"
 #include "nsa/model/partition.hpp"
 #include "nsa/report/report.hpp"
@@ -125,6 +127,20 @@ class Output {
     show(std::move(record));
   }
 
+  /// Removes what the ranks of an earlier, ended run dumped: this one is complete.
+  void remove_operation_dumps() const {
+    std::error_code none;
+    const std::filesystem::path file = std::filesystem::absolute(config_.output.file, none);
+    const std::regex dump(R"(\.rank\d+\.ops\.json)");
+    std::vector<std::filesystem::path> stale;
+    std::filesystem::directory_iterator entry(file.parent_path(), none);
+    for (; entry != std::filesystem::directory_iterator(); entry.increment(none)) {
+      const std::string name = entry->path().filename(), own = file.filename();
+      if (name.starts_with(own) && std::regex_match(name.substr(own.size()), dump)) stale.push_back(entry->path());
+    }
+    for (const std::filesystem::path& path : stale) std::filesystem::remove(path, none);
+  }
+
   void finish(const RunRecord& run, const std::string& interrupted) {
     if (writer_) writer_->finish(run);
     print_notes(std::cout, points_);
@@ -219,8 +235,9 @@ std::unique_ptr<Output> open_output(const Session& session, const Config& config
     Earlier earlier;
     if (options.resume) earlier = resume_from(config, session, points, run);
     for (const PointRecord& point : earlier.points) finished[static_cast<std::size_t>(point.index)] = 'x';
-    output = std::make_unique<Output>(config, options, run, launch_notes(run, cores), session.world.size(),
-                                      std::move(earlier));
+    std::vector<std::string> notes = launch_notes(run, cores);
+    if (std::string idle = idle_ranks(config, session.world.size()); !idle.empty()) notes.push_back(std::move(idle));
+    output = std::make_unique<Output>(config, options, run, notes, session.world.size(), std::move(earlier));
   });
   finished = session.world.broadcast(finished);
   return output;
@@ -242,6 +259,7 @@ ExitCode close_output(const ControlComm& world, bool complete, std::size_t point
     for (const PointRecord& point : output->points()) invalid += !point.valid;
   });
   if (!complete) return ExitCode::interrupted;
+  if (output) output->remove_operation_dumps();
   return world.max(invalid) > 0 ? ExitCode::invalid_result : ExitCode::ok;
 }
 
@@ -281,7 +299,10 @@ void dry_run(const RunOptions& options, int ranks) {
   if (ranks == 0)
     ranks = static_cast<int>(std::max<std::int64_t>(1, config.parallel.heads) *
                              std::max<std::int64_t>(1, config.parallel.kv));
-  print_plan(std::cout, config, ranks);
+  check_side_file(options.json, "--json", options.input, {});
+  std::string json;
+  print_plan(std::cout, config, ranks, options.json.empty() ? nullptr : &json);
+  write_side_file(options.json, "--json", json);
 }
 
 }  // namespace nsa

@@ -36,7 +36,10 @@ class BadInput(AppTest):
     # The command line
 
     def test_command_line(self):
-        self.refuses(USAGE, ["INPUT is required"])
+        self.refuses(USAGE, ["INPUT is required; see nsa run --help"])
+        self.refuses(USAGE, ["--rank (did you mean --ranks?); see nsa run --help"], "in.toml", "--dry-run", "--rank")
+        self.refuses(USAGE, ["(did you mean --output?)"], "in.toml", "--outptu=x")
+        self.refuses(USAGE, ["unknown command rum (did you mean run?)"], command="rum")
         self.write("in.toml", SMALL)
         self.refuses(USAGE, ["--no-such-option"], "in.toml", "--no-such-option")
         self.refuses(USAGE, ["--dry-run"], "in.toml", "--ranks", "4")

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import subprocess
 import unittest
 
 from harness import INPUTS, SMALL, AppTest
@@ -132,6 +133,33 @@ class WholeRuns(AppTest):
             self.assertRegex(done.out, rf"exchange a step and layer: {exchange} +all_gather +over 16 ranks, ")
         self.assertEqual(os.listdir(self.folder), [])
 
+    def test_a_plan_as_json(self):
+        """Owners, bytes and exchanges as the text has them; for a GPU that is not here too. Nothing else is written."""
+        done = self.run_input("paper.toml", "--dry-run", "--ranks", "256", "--set", "run.backend=cuda", "--set",
+                              "parallel.heads=4", "--set", "parallel.kv=64", "--set", "run.context=[65536]", "--json",
+                              "plan.json")
+        with open(os.path.join(self.folder, "plan.json")) as file:
+            plan = json.load(file)
+        self.assertEqual(os.listdir(self.folder), ["plan.json"])
+        self.assertEqual((plan["ranks"], plan["heads"], plan["kv"], plan["warning"]), (256, 4, 64, ""))
+        self.assertEqual(sum(owner["ranks"] for owner in plan["owners"]), 256)
+        shard = [owner for owner in plan["owners"] if owner["head_shard"] == 0]
+        blocks = -(-plan["positions"] // 64)
+        self.assertEqual(sum(owner["ranks"] * owner["blocks_each"] for owner in shard), blocks)
+        point = plan["points"][0]
+        self.assertEqual(sum(memory["ranks"] for memory in point["memory"]), 256)
+        for memory in point["memory"]:
+            self.assertGreaterEqual(memory["peak"], memory["weights"] + memory["caches"])
+        self.assertEqual({exchange["name"] for exchange in point["exchanges"]},
+                         {"lse", "candidates", "partials", "heads"})
+        if plan["workspace_of"] == "host":
+            self.assertIn("note: no CUDA backend here", done.out)
+            routes = {route["implementation"] for route in point["routes"]
+                      if route["device"] == "compute capability 9.0"}
+            self.assertEqual(routes, {"fused"})
+        refused = self.nsa("run", os.path.join(INPUTS, "paper.toml"), "--dry-run", "--json", "none/plan.json")
+        self.assertEqual((refused.code, refused.out), (6, ""))
+
     def test_the_result_is_no_larger_than_planned(self):
         self.write("in.toml", SMALL)
         tensors = ("--set", "output.tensors=true")
@@ -169,10 +197,26 @@ class WholeRuns(AppTest):
         for name in ("context_64", "context_64_batch_3", "context_64_force_win", "context_64_batch_3_force_win"):
             self.assertIn(f"FOM decode_time_{name} = ", done.out)
 
+    def test_completion(self):
+        script = self.assert_ok(self.nsa("--completion", "bash")).out + """
+complete_words() { COMP_WORDS=(nsa "$@"); COMP_CWORD=$#; _nsa; echo "${COMPREPLY[@]}"; }
+complete_words re; complete_words run --dr; complete_words gate in.
+"""
+        self.write("in.toml", SMALL)
+        done = subprocess.run(["bash", "-c", script], cwd=self.folder, capture_output=True, text=True, check=True)
+        self.assertEqual(done.stdout.splitlines(), ["report", "--dry-run", "in.toml"])
+        self.assertEqual(self.nsa("--completion", "tcsh").code, 2)
+
     def test_version_help_and_info(self):
         self.assertRegex(self.assert_ok(self.nsa("--version")).out, r"^nsa \d+\.\d+\.\d+ \(commit \S+\)$")
         self.assertIn("Examples:", self.assert_ok(self.nsa("--help")).out)
         self.assertIn("--dry-run", self.assert_ok(self.nsa("run", "--help")).out)
+        self.assertEqual(self.nsa("help").out, self.nsa("--help").out)
+        self.assertEqual(self.nsa("help", "gate").out, self.nsa("gate", "--help").out)
+        for command in ("run", "gate", "report", "diff", "info"):  # each has examples of its own, and no others
+            examples = self.nsa(command, "--help").out.split("Example", 1)[1].split("Exit codes:")[0]
+            self.assertTrue(all(f"nsa {command} " in line for line in examples.splitlines()[1:] if line), examples)
+        self.assertIn("The implementation of each branch", self.nsa("info", "--routes").out)
         info = self.assert_ok(self.nsa("info")).out
         for name in ("compiler", "MPI", "HDF5", "BLAS", "CUDA", "threads", "host"):
             self.assertRegex(info, rf"(?m)^{name} +\S")
