@@ -11,6 +11,7 @@ install(FILES LICENSE DESTINATION ${CMAKE_INSTALL_DOCDIR} RENAME copyright)  # w
 
 # Job scripts and the sweep start the nsa of PATH and not that of a build folder.
 file(GLOB scripts CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR} jobscripts/slurm/* scripts/sweep.py scripts/sweeps/*.py)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${scripts})
 foreach(script ${scripts})
   file(READ ${script} text)
   string(REGEX REPLACE "build/(host|cuda)/nsa" "nsa" text "${text}")

@@ -27,7 +27,7 @@ read -ra OPTIONS <<<"${OPTIONS:-}"      # more of `nsa run`: OPTIONS="--set run.
 # ---- nothing below needs an edit ----
 set -euo pipefail
 # mpirun ends the job 20 s after a node was lost (Open MPI's default: 8 minutes).
-export OMPI_MCA_oob_tcp_keepalive_time=5 OMPI_MCA_oob_tcp_keepalive_intvl=5 OMPI_MCA_oob_tcp_keepalive_probes=3
+for keep in time=5 intvl=5 probes=3; do export {OMPI,PRTE}_MCA_oob_tcp_keepalive_$keep; done # Open MPI 4, 5
 name=$(basename "$INPUT" .toml)-$SLURM_JOB_ID
 case $LAUNCHER in
   srun) launch=(srun --mpi=pmix --kill-on-bad-exit=1 --gpu-bind=none "--cpus-per-task=$SLURM_CPUS_PER_TASK") ;;

@@ -21,7 +21,7 @@ LAUNCHER=${LAUNCHER:-srun}              # srun, if `srun --mpi=list` has pmix; o
 # ---- nothing below needs an edit ----
 set -euo pipefail
 # mpirun ends the job 20 s after a node was lost (Open MPI's default: 8 minutes).
-export OMPI_MCA_oob_tcp_keepalive_time=5 OMPI_MCA_oob_tcp_keepalive_intvl=5 OMPI_MCA_oob_tcp_keepalive_probes=3
+for keep in time=5 intvl=5 probes=3; do export {OMPI,PRTE}_MCA_oob_tcp_keepalive_$keep; done # Open MPI 4, 5
 case $LAUNCHER in
   srun) launch="srun --mpi=pmix --kill-on-bad-exit=1 --gpu-bind=none --cpus-per-task=$SLURM_CPUS_PER_TASK -n {ranks}" ;;
   mpirun) launch="mpirun -n {ranks} --map-by ppr:$SLURM_NTASKS_PER_NODE:node:PE=$SLURM_CPUS_PER_TASK --bind-to core" ;;

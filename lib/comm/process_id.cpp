@@ -50,12 +50,12 @@ std::string machine_id() {
   return id.empty() ? host_name() : id;
 }
 
-int launched_rank() {
+std::optional<int> launched_rank() {
   // SLURM_PROCID comes last: mpirun within a batch job inherits that of the batch script.
   for (const char* name :
        {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID", "SLURM_PROCID"})
     if (const char* text = std::getenv(name)) return std::max(0, std::atoi(text));
-  return 0;
+  return {};
 }
 
 ProcessId own_process_id() {

@@ -1,6 +1,7 @@
 #pragma once
 // Identifies the process of each rank, so that another process can signal it or connect to it.
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,8 +21,8 @@ std::string host_name();  ///< of this machine; "?" when the system call fails
 /// The same for all processes of one machine, also in containers: its boot id; the host name where there is none.
 std::string machine_id();
 
-/// The rank that the launcher gave this process, from its environment: known before MPI is. 0 without a launcher.
-int launched_rank();
+/// The rank that the launcher gave this process, from its environment: known before MPI is. Empty without a launcher.
+std::optional<int> launched_rank();
 
 ProcessId own_process_id();
 

@@ -3,10 +3,12 @@
 #include <mpi.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <exception>
 #include <numeric>
 
 #include "comm/mpi_group.hpp"
+#include "comm/process_id.hpp"
 #include "kernels/diagnostics/fault_injection.hpp"
 #include "kernels/diagnostics/operation_log.hpp"
 
@@ -25,6 +27,8 @@ void check_mpi(int code, const char* call) {
 MpiSession::MpiSession(int& argc, char**& argv) {
   const Operation operation(OperationKind::wait, "MPI_Init");
   int provided = 0;
+  // A process without a launcher needs no shared memory, and Open MPI 5 would leave its segment in /dev/shm.
+  if (!launched_rank()) setenv("OMPI_MCA_btl", "self", 0);
   check_mpi(MPI_Init_thread(&argc, &argv, MPI_THREAD_MULTIPLE, &provided), "MPI_Init_thread");
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
   if constexpr (fault::built) {

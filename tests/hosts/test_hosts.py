@@ -30,8 +30,9 @@ kv = 2
 kv_chunk_blocks = 1
 """
 # What the job scripts set, so that mpirun notices a lost host.
-KEEPALIVE = dict(re.findall(r"(OMPI_MCA_oob_tcp_keepalive_\w+)=(\d+)",
-                            (ROOT / "jobscripts" / "slurm" / "cpu_nodes.sh").read_text()))  # fmt: skip
+SCRIPT = (ROOT / "jobscripts" / "slurm" / "cpu_nodes.sh").read_text()
+KEEPALIVE = {f"{kind}_MCA_oob_tcp_keepalive_{name}": value for kind in ("OMPI", "PRTE")
+             for name, value in re.findall(r"(\w+)=(\d+)", re.search(r"for keep in (.*); do", SCRIPT)[1])}  # fmt: skip
 
 
 class Job:

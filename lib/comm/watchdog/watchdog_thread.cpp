@@ -34,7 +34,7 @@ WatchdogThread::WatchdogThread(double deadline, double startup_deadline) {
   pending_settings_.startup_deadline = static_cast<std::int64_t>(startup_deadline * second);
   has_update_ = true;
   own_status_.host = host_name();
-  own_status_.rank = job_.rank = launched_rank();
+  own_status_.rank = job_.rank = launched_rank().value_or(0);
   if (pipe2(wake_pipe_.data(), O_NONBLOCK | O_CLOEXEC) != 0) throw InternalError("pipe2 failed");
   sigset_t all, before;  // the watchdog thread blocks all signals: the handlers run in the other threads
   sigfillset(&all);
