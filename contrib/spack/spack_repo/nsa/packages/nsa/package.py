@@ -1,10 +1,12 @@
 """Spack recipe, for a checkout:
 
-  spack repo add contrib/spack && spack dev-build nsa@0.1.0          (in the checkout)
+  spack repo add contrib/spack/spack_repo/nsa && spack dev-build nsa@0.1.0          (in the checkout)
   spack dev-build nsa@0.1.0 +cuda cuda_arch=90
 """
 
 from spack.package import *
+from spack_repo.builtin.build_systems.cmake import CMakePackage, generator
+from spack_repo.builtin.build_systems.cuda import CudaPackage
 
 
 class Nsa(CMakePackage, CudaPackage):
