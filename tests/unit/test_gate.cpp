@@ -1,9 +1,14 @@
 // The gate's arithmetic on made-up files with known answers.
 
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
 #include <sstream>
 
 #include "catch.hpp"
 #include "kernels/diagnostics/error.hpp"
+#include "nsa/config/config.hpp"
 #include "nsa/gate/gate.hpp"
 
 using namespace nsa;
@@ -289,7 +294,12 @@ TEST_CASE("gate: invalid points are left out and named", "[gate]") {
   PointRecord bad = decode_point(2048);
   bad.fail("reads differ");
   DeviceVerdict v = judge({file("d.h5", {decode_point(1024), bad}), file("k.h5", {kernels_point(8)})}).at(0);
-  CHECK(v.contexts.size() == 1);
+  CHECK(v.verdict == Verdict::inconclusive);
+  REQUIRE(v.contexts.size() == 2);
+  CHECK(v.contexts[0].verdict == Verdict::proceed);
+  CHECK(v.contexts[1].verdict == Verdict::inconclusive);
+  CHECK(contains(v.why, "not measured: context 2048: INVALID in d.h5 (reads differ)"));
+  CHECK(contains(v.why, "the kernel pays at contexts 1024"));
   REQUIRE(v.notes.size() == 1);
   CHECK(contains(v.notes[0], "d.h5: context 2048, batch 1, forced branch none is left out, INVALID (reads differ)"));
 
@@ -297,9 +307,162 @@ TEST_CASE("gate: invalid points are left out and named", "[gate]") {
   shape.fail("wrong");
   v = judge({file("d.h5", {decode_point(1024)}), file("k.h5", {kernels_point(8), shape})}).at(0);
   CHECK(v.verdict == Verdict::inconclusive);  // the shape has no valid measurement
-  CHECK(contains(v.why, "N=256 H=4 D=64 n=16 scattered is INVALID"));
+  CHECK(contains(v.why, "N=256 H=4 D=64 n=16 scattered: INVALID in k.h5 (wrong)"));
   v = judge({file("d.h5", {decode_point(1024)}), file("k.h5", {shape})}).at(0);
-  CHECK(contains(v.why, "every shape is INVALID"));
+  CHECK(v.verdict == Verdict::inconclusive);
+  CHECK(contains(v.why, "N=256 H=4 D=64 n=16 scattered: INVALID in k.h5 (wrong)"));
+}
+
+TEST_CASE("gate: what an input asks for and its file does not hold is open", "[gate]") {
+  Config asks_contexts, asks_shapes;
+  asks_contexts.run.context = {1024, 2048, 4096};
+  asks_shapes.kind = TaskKind::kernels;
+  asks_shapes.run.context = {0};  // the points of this file name none
+  asks_shapes.kernels.blocks = {8, 16, 32};
+  const auto asked = [](GateFile file, const Config& config, const std::string& status = "interrupted") {
+    file.result.run.config = to_toml(config);
+    file.result.run.status = status;
+    return file;
+  };
+  const auto decode = [](std::initializer_list<std::int64_t> contexts) {
+    std::vector<PointRecord> points;
+    for (const std::int64_t context : contexts) points.push_back(decode_point(context));
+    return points;
+  };
+  const GateFile all_decode = asked(file("d.h5", decode({1024, 2048, 4096})), asks_contexts, "complete");
+  const GateFile all_shapes =
+      asked(file("k.h5", {kernels_point(8), kernels_point(16), kernels_point(32)}), asks_shapes, "complete");
+  CHECK(judge({all_decode, all_shapes}).at(0).verdict == Verdict::proceed);
+
+  SECTION("shapes") {
+    const GateFile one = asked(file("k.h5", {kernels_point(8)}), asks_shapes);
+    const DeviceVerdict v = judge({all_decode, one}).at(0);
+    CHECK(v.verdict == Verdict::inconclusive);
+    CHECK(v.speedup.outcome == Outcome::open);
+    CHECK(v.speedup_packed.outcome == Outcome::not_met);  // 1.1: a shape fails whatever the others give
+    CHECK(v.error.outcome == Outcome::open);
+    CHECK(contains(v.why,
+                   "N=256 H=4 D=64 n=16 scattered and 1 more: not in k.h5 (status interrupted), whose input "
+                   "asks for it; go on with --resume"));
+    CHECK(std::count_if(v.notes.begin(), v.notes.end(), [](const std::string& note) {
+            return note.find(
+                       "k.h5 lacks 2 of the 3 points that its input asks for: branch sel, context 0, N=256 H=4 "
+                       "D=64 n=16 scattered; branch sel, context 0, N=256 H=4 D=64 n=32 scattered") == 0;
+          }) == 1);
+    // A shape that fails decides, whatever is missing.
+    const DeviceVerdict slow =
+        judge({all_decode, asked(file("k.h5", {kernels_point(8, {.sdpa = 11})}), asks_shapes)}).at(0);
+    CHECK(slow.verdict == Verdict::stay);
+    // Another file may hold the rest.
+    CHECK(judge({all_decode, one, file("k2.h5", {kernels_point(16), kernels_point(32)})}).at(0).verdict ==
+          Verdict::proceed);
+  }
+  SECTION("a killed run is as open as an interrupted one") {
+    const DeviceVerdict v = judge({all_decode, asked(file("k.h5", {kernels_point(8)}), asks_shapes, "running")}).at(0);
+    CHECK(v.verdict == Verdict::inconclusive);
+    CHECK(contains(v.why, "not in k.h5 (status running)"));
+  }
+  SECTION("contexts") {
+    const std::vector<GateFile> files = {asked(file("d.h5", decode({1024})), asks_contexts), all_shapes};
+    const DeviceVerdict v = judge(files).at(0);
+    CHECK(v.verdict == Verdict::inconclusive);
+    REQUIRE(v.contexts.size() == 3);
+    CHECK(v.contexts[0].verdict == Verdict::proceed);
+    CHECK(v.contexts[2].share.outcome == Outcome::open);
+    CHECK(v.missing == std::vector<std::string>{"context 2048, context 4096: not in d.h5 (status interrupted), whose "
+                                                "input asks for it; go on with --resume"});
+    CHECK(contains(v.why, "not measured: context 2048, context 4096: not in d.h5"));
+    CHECK(contains(v.why, "the kernel pays at contexts 1024"));
+    CHECK(judge(files, {1024}).at(0).verdict == Verdict::proceed);  // --context: the others do not count
+    std::ostringstream json;
+    print_gate_json(json, {v}, {});
+    CHECK(contains(json.str(), R"("missing": ["context 2048, context 4096: not in d.h5 )"));
+    // Where the kernel fails no share can help.
+    CHECK(
+        judge({files[0], asked(file("k.h5", {kernels_point(8, {.error = 2e-3}), kernels_point(16), kernels_point(32)}),
+                               asks_shapes, "complete")})
+            .at(0)
+            .verdict == Verdict::stay);
+  }
+  SECTION("a point that was cut short is not measured") {
+    GateFile cut = all_decode;
+    cut.result.run.status = "interrupted";
+    cut.result.points[1].stop_reason = "interrupted";
+    DeviceVerdict v = judge({cut, all_shapes}).at(0);
+    CHECK(v.verdict == Verdict::inconclusive);
+    CHECK(contains(v.why, "not measured: context 2048: cut short in d.h5; go on with --resume"));
+    cut = all_shapes;
+    cut.result.points[2].stop_reason = "interrupted";
+    v = judge({all_decode, cut}).at(0);
+    CHECK(v.verdict == Verdict::inconclusive);
+    CHECK(contains(v.why, "N=256 H=4 D=64 n=32 scattered: cut short in k.h5"));
+  }
+  SECTION("a run that did not end and does not say what it asks for") {
+    GateFile old = all_shapes;
+    old.result.run.config.clear();  // before schema 1.1
+    CHECK(judge({all_decode, old}).at(0).verdict == Verdict::proceed);
+    old.result.run.status = "running";
+    DeviceVerdict v = judge({all_decode, old}).at(0);
+    CHECK(v.verdict == Verdict::inconclusive);
+    CHECK(contains(v.why, "points of k.h5: its run did not end (status running)"));
+    old = all_decode;
+    old.result.run.config = "[run]\nkey_of_another_version = 1\n";
+    old.result.run.status = "running";
+    v = judge({old, all_shapes}).at(0);
+    CHECK(v.verdict == Verdict::inconclusive);
+    CHECK(contains(v.why, "not measured: points of d.h5: its run did not end (status running)"));
+  }
+}
+
+TEST_CASE("gate: a value without a finite interval decides nothing", "[gate]") {
+  const auto with = [](const std::function<void(PointRecord&)>& spoil) {
+    PointRecord k = kernels_point(16);
+    spoil(k);
+    return judge({file("d.h5", {decode_point(1024)}), file("k.h5", {kernels_point(8), k})}).at(0);
+  };
+  const double nan = std::nan("");
+  DeviceVerdict v = with([&](PointRecord& k) { std::fill_n(k.kernels.seconds.begin(), reps, nan); });
+  CHECK(v.verdict == Verdict::inconclusive);
+  CHECK(contains(v.why, "N=256 H=4 D=64 n=16 scattered lacks an implementation, or was not checked"));
+  v = with([](PointRecord& k) { std::fill_n(k.kernels.seconds.begin(), reps, 0.0); });
+  CHECK(v.verdict == Verdict::inconclusive);  // infinitely fast
+  v = with([&](PointRecord& k) { k.kernels.mean_abs_err_se[0] = nan; });
+  CHECK(v.verdict == Verdict::inconclusive);
+  CHECK(contains(v.why, "mean absolute error <= 1e-3 is open"));
+  v = with([](PointRecord& k) { k.kernels.mean_abs_err[0] = std::numeric_limits<double>::infinity(); });
+  CHECK(v.verdict == Verdict::inconclusive);
+}
+
+TEST_CASE("gate: the order of the files changes nothing", "[gate]") {
+  PointRecord slow = kernels_point(32, {.sdpa = 20});
+  GateFile host = file("h.h5", {decode_point(1024, {20, 100, 80})});
+  host.result.run.backend = "host";
+  host.result.run.system[0].cpu = "some CPU";
+  std::vector<GateFile> files = {file("d.h5", {decode_point(1024)}), file("e.h5", {decode_point(2048)}),
+                                 file("k.h5", {kernels_point(8)}), file("m.h5", {slow}), host};
+  const auto by_path = [](const GateFile& a, const GateFile& b) { return a.path < b.path; };
+  const auto page = [&] {
+    std::ostringstream text;
+    for (const DeviceVerdict& v : judge(files)) print_gate(text, v);
+    return text.str();
+  };
+  const std::string expected = page();
+  CHECK(contains(expected, "worst: N=256 H=4 D=64 n=32 scattered"));
+  std::sort(files.begin(), files.end(), by_path);
+  int orders = 0;
+  do {
+    CHECK(page() == expected);
+    ++orders;
+  } while (std::next_permutation(files.begin(), files.end(), by_path));
+  CHECK(orders == 120);
+
+  // Two inputs of one kind: refused in every order, with both files by name.
+  PointRecord wide = decode_point(4096);
+  wide.parameters[2].second = std::int64_t{128};
+  files = {file("d.h5", {decode_point(1024)}), file("k.h5", {kernels_point(8)}), file("w.h5", {wide})};
+  do {
+    CHECK(contains(refusal(files), "decode model.d_k: 64 in d.h5, 128 in w.h5"));
+  } while (std::next_permutation(files.begin(), files.end(), by_path));
 }
 
 TEST_CASE("gate: where contexts differ the verdict of the device lists them", "[gate]") {

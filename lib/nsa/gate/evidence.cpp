@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <map>
 #include <set>
+#include <tuple>
 
 #include "kernels/diagnostics/error.hpp"
+#include "nsa/gate/asked.hpp"
 #include "nsa/report/metrics.hpp"
 
 namespace nsa {
@@ -79,26 +81,117 @@ void check_same_input(DeviceInputs& inputs, const PointRecord& point, const std:
                     entry->second, path, entry->first));
 }
 
+/// What the gate does with a point.
+enum class Use { decode, kernels, dense, forced, none };
+
+Use use_of(const PointRecord& point) {
+  const std::string kind = kind_of(point);
+  if (kind == "kernels") return text_parameter(point, "kernels.branch", "sel") == "sel" ? Use::kernels : Use::dense;
+  if (kind != "decode") return Use::none;
+  return text_parameter(point, "run.force_branch", "none") == "none" ? Use::decode : Use::forced;
+}
+
+void add_gap(DevicePoints& device, const PointRecord& point, const std::string& why) {
+  if (use_of(point) == Use::kernels) device.kernel_gaps.push_back({shape_name(point), why});
+  if (use_of(point) != Use::decode) return;
+  const std::int64_t context = integer_parameter(point, "run.context", 0),
+                     batch = integer_parameter(point, "run.batch", 1);
+  device.decode_gaps.push_back(
+      {fmt::format("context {}{}", context, batch == 1 ? "" : fmt::format(", batch {}", batch)), why, context, batch});
+}
+
 void add_point(DevicePoints& device, const PointRecord& point, const std::string& path,
                std::set<std::string>& ignored) {
-  const std::string kind = kind_of(point);
-  const bool kernels = kind == "kernels";
-  if (!kernels && kind != "decode") {
-    if (ignored.insert(kind).second)
-      device.notes.push_back(fmt::format("{}: points of kind {} are not read", path, kind));
-    return;
-  }
-  if (kernels && text_parameter(point, "kernels.branch", "sel") != "sel") return device.dense.push_back(&point);
-  if (!kernels && text_parameter(point, "run.force_branch", "none") != "none") {
+  const Use use = use_of(point);
+  if (use == Use::none && ignored.insert(kind_of(point)).second)
+    device.notes.push_back(fmt::format("{}: points of kind {} are not read", path, kind_of(point)));
+  if (use == Use::forced)
     device.notes.push_back(fmt::format("{}: {} is left out (forced gates)", path, point_key(point)));
-    return;
-  }
+  if (use == Use::dense) device.dense.push_back(&point);
+  if (use != Use::decode && use != Use::kernels) return;
   if (!point.valid) {
     device.notes.push_back(fmt::format("{}: {} is left out, INVALID ({})", path, point_key(point), point.reason));
-    if (kernels) device.invalid_shapes.push_back(shape_name(point));
-    return;
+    add_gap(device, point, fmt::format("INVALID in {} ({}); mend that and run it again", path, point.reason));
+  } else if (point.stop_reason == "interrupted") {
+    add_gap(device, point, fmt::format("cut short in {}; go on with --resume", path));
+  } else {
+    (use == Use::kernels ? device.kernels : device.decode).push_back(&point);
   }
-  (kernels ? device.kernels : device.decode).push_back(&point);
+}
+
+/// Adds the points that the inputs of the files ask for and that none of the files of the device holds.
+void add_missing(DevicePoints& device, const std::vector<const GateFile*>& files,
+                 const std::map<std::string, std::string>& held) {
+  for (const GateFile* file : files) {
+    const RunRecord& run = file->result.run;
+    const std::string status = run.status == "complete" ? "" : fmt::format(" (status {})", run.status);
+    const auto asked = asked_points(run);
+    if (!asked && run.status != "complete") {
+      const Gap gap{"points of " + file->path,
+                    fmt::format("its run did not end{}, and the file does not say what it asks for", status)};
+      (kind_of(file->result.points[0]) == "kernels" ? device.kernel_gaps : device.decode_gaps).push_back(gap);
+      continue;
+    }
+    std::string missing;
+    std::int64_t count = 0;
+    for (const PointRecord& point : asked.value_or(std::vector<PointRecord>{})) {
+      if (held.count(kind_of(point) + ", " + point_key(point)) > 0) continue;
+      missing += (count++ == 0 ? "" : "; ") + point_key(point);
+      add_gap(device, point,
+              fmt::format("not in {}{}, whose input asks for it; go on with --resume", file->path, status));
+    }
+    if (count > 0)
+      device.notes.push_back(fmt::format("{} lacks {} of the {} points that its input asks for: {}", file->path, count,
+                                         asked->size(), missing));
+  }
+}
+
+/// Decode first, then kernels; then by start and path: an order that depends on the files alone.
+std::vector<const GateFile*> in_order(const std::vector<GateFile>& files) {
+  std::vector<const GateFile*> sorted;
+  for (const GateFile& file : files) {
+    if (file.result.points.empty())
+      throw UserError(file.path + " holds no point (its run was stopped before the first one ended); give a run's file",
+                      ExitCode::file);
+    sorted.push_back(&file);
+  }
+  const auto key = [](const GateFile* file) {
+    return std::tuple(kind_of(file->result.points[0]), file->result.run.start, file->path);
+  };
+  std::sort(sorted.begin(), sorted.end(), [&](const GateFile* a, const GateFile* b) { return key(a) < key(b); });
+  return sorted;
+}
+
+/// What is known of a device while its files are read.
+struct Device {
+  DevicePoints points;
+  DeviceInputs inputs;
+  std::vector<const GateFile*> files;
+};
+
+/// Refuses a file of another program than the earlier files of the device.
+void add_run(Device& device, const GateFile& file) {
+  const RunRecord& run = file.result.run;
+  DevicePoints& points = device.points;
+  if (device.files.empty()) {
+    points.git_commit = run.git_commit;
+    points.precision = text_parameter(file.result.points[0], "model.precision");
+    device.inputs.commit_file = file.path;
+    if (run.git_commit.ends_with("-dirty"))
+      points.notes.push_back(fmt::format("commit {}: the program had changes that no commit holds", run.git_commit));
+  } else if (points.git_commit != run.git_commit) {
+    throw UserError(
+        fmt::format("{}: {} is of commit {}, {} of {} (one verdict needs one program); run them again with "
+                    "one build, or judge them apart",
+                    points.device, device.inputs.commit_file, points.git_commit, file.path, run.git_commit));
+  }
+  device.files.push_back(&file);
+  points.files.push_back(file.path);
+  points.commands.push_back(run.argv);
+  points.measured = std::max(points.measured, run.end);
+  if (run.status != "complete")
+    points.notes.push_back(
+        fmt::format("{}: its run did not end (status {}); the points it has are whole", file.path, run.status));
 }
 
 }  // namespace
@@ -110,53 +203,32 @@ std::string shape_name(const PointRecord& p) {
 }
 
 std::vector<DevicePoints> sort_files(const std::vector<GateFile>& files) {
-  std::vector<DevicePoints> devices;
-  std::map<std::string, DeviceInputs> inputs_of;
+  std::map<std::pair<std::string, std::string>, Device> devices;  // by backend and name
   std::set<std::string> ignored;
-  for (const GateFile& file : files) {
-    const RunRecord& run = file.result.run;
-    if (file.result.points.empty())
-      throw UserError(file.path + " holds no point (its run was stopped before the first one ended); give a run's file",
-                      ExitCode::file);
-    const std::string name = device_of(file), key = run.backend + " " + name;
-    auto device = std::find_if(devices.begin(), devices.end(),
-                               [&](const DevicePoints& d) { return d.backend + " " + d.device == key; });
-    DeviceInputs& inputs = inputs_of[key];
-    if (device == devices.end()) {
-      DevicePoints added;
-      added.device = name;
-      added.backend = run.backend;
-      added.git_commit = run.git_commit;
-      added.precision = text_parameter(file.result.points[0], "model.precision");
-      device = devices.insert(device, std::move(added));
-      inputs.commit_file = file.path;
-      if (run.git_commit.ends_with("-dirty"))
-        device->notes.push_back(fmt::format("commit {}: the program had changes that no commit holds", run.git_commit));
-    } else if (device->git_commit != run.git_commit) {
-      throw UserError(
-          fmt::format("{}: {} is of commit {}, {} of {} (one verdict needs one program); run them again with "
-                      "one build, or judge them apart",
-                      name, inputs.commit_file, device->git_commit, file.path, run.git_commit));
-    }
-    device->files.push_back(file.path);
-    device->commands.push_back(run.argv);
-    device->measured = std::max(device->measured, run.end);
-    if (run.status != "complete")
-      device->notes.push_back(
-          fmt::format("{}: its run did not end (status {}); the points it has are whole", file.path, run.status));
-    for (const PointRecord& point : file.result.points) {
-      check_same_input(inputs, point, file.path);
-      add_point(*device, point, file.path, ignored);
+  for (const GateFile* file : in_order(files)) {
+    const std::string &backend = file->result.run.backend, name = device_of(*file);
+    Device& device = devices[{backend, name}];
+    device.points.backend = backend;
+    device.points.device = name;
+    add_run(device, *file);
+    for (const PointRecord& point : file->result.points) {
+      check_same_input(device.inputs, point, file->path);
+      add_point(device.points, point, file->path, ignored);
     }
   }
-  for (DevicePoints& points : devices)
-    std::stable_sort(points.decode.begin(), points.decode.end(), [](const PointRecord* a, const PointRecord* b) {
-      const auto order = [](const PointRecord* p) {
-        return std::pair(integer_parameter(*p, "run.batch", 1), integer_parameter(*p, "run.context", 0));
-      };
-      return order(a) < order(b);
-    });
-  return devices;
+  std::vector<DevicePoints> sorted;
+  for (auto& [key, device] : devices) {
+    add_missing(device.points, device.files, device.inputs.points);
+    std::stable_sort(
+        device.points.decode.begin(), device.points.decode.end(), [](const PointRecord* a, const PointRecord* b) {
+          const auto order = [](const PointRecord* p) {
+            return std::pair(integer_parameter(*p, "run.batch", 1), integer_parameter(*p, "run.context", 0));
+          };
+          return order(a) < order(b);
+        });
+    sorted.push_back(std::move(device.points));
+  }
+  return sorted;
 }
 
 }  // namespace nsa

@@ -8,15 +8,23 @@
 
 namespace nsa {
 
+/// A point that the input of a file asks for and that no file measured whole.
+struct Gap {
+  std::string what;  ///< "N=256 H=4 D=64 n=8 scattered", "context 2048"; "points of k.h5" where its input is not known
+  std::string why;   ///< "not in k.h5 (status interrupted), whose input asks for it; ..."
+  std::int64_t context = 0, batch = 1;  ///< of a decode point; context 0: not known
+};
+
 struct DevicePoints {
   std::string device, backend, git_commit, precision, measured;
   std::vector<std::string> files, commands;
   std::vector<const PointRecord*> dense;            ///< kernel points of cmp and win
-  std::vector<const PointRecord*> decode, kernels;  ///< valid decode points; valid kernel points of sel
-  std::vector<std::string> invalid_shapes;          ///< shapes of INVALID kernel points of sel
+  std::vector<const PointRecord*> decode, kernels;  ///< valid and whole: decode points; kernel points of sel
+  std::vector<Gap> decode_gaps, kernel_gaps;
   std::vector<std::string> notes;
 };
 
+/// One entry a device, by backend and name. The order of `files` changes nothing.
 std::vector<DevicePoints> sort_files(const std::vector<GateFile>& files);
 
 /// "N=256 H=4 D=64 n=8 scattered"

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <sstream>
 
@@ -55,8 +56,11 @@ constexpr std::initializer_list<Stage> all_stages = {
     Stage::project,    Stage::append,     Stage::compress, Stage::attend_cmp, Stage::rank,
     Stage::attend_sel, Stage::attend_win, Stage::combine,  Stage::output,     Stage::comm};
 
+/// A value without a finite interval decides nothing.
+bool has_interval(const Measured& m) { return std::isfinite(m.value) && std::isfinite(m.low) && std::isfinite(m.high); }
+
 Outcome outcome_of(const Measured& m, double threshold, bool at_least) {
-  if (std::isnan(m.low)) return Outcome::open;
+  if (!has_interval(m)) return Outcome::open;
   const bool above = m.low >= threshold, below = m.high < threshold;
   if (at_least) return above ? Outcome::met : below ? Outcome::not_met : Outcome::open;
   return m.high <= threshold ? Outcome::met : m.low > threshold ? Outcome::not_met : Outcome::open;
@@ -85,9 +89,17 @@ std::string share_gap(const PointRecord& point) {
                      missing, decode_run, context);
 }
 
+Condition share_of_step(double threshold) {
+  return {fmt::format("selection's share of the step >= {:.0f}%", 100 * threshold),
+          threshold,
+          true,
+          {none, none, none, 0},
+          Outcome::open,
+          {}};
+}
+
 Condition share_condition(const PointRecord& point, const ContextVerdict& v, double threshold, double alpha) {
-  Condition c{
-      fmt::format("selection's share of the step >= {:.0f}%", 100 * threshold), threshold, true, {}, Outcome::open, {}};
+  Condition c = share_of_step(threshold);
   c.measured = measured(paired(stage_sum(point, selection), stage_sum(point, all_stages), std::divides<>()), alpha);
   if (c.why = share_gap(point); !c.why.empty()) return c;
   if (std::isnan(c.measured.low)) {
@@ -166,24 +178,42 @@ std::vector<ShapeResult> shape_results(const DevicePoints& points) {
   return shapes;
 }
 
+/// "N=256 H=4 D=64 n=8 scattered and 46 more: not in k.h5 ...": the points that are missing, and why the first is.
+std::string gap_text(const std::vector<Gap>& gaps) {
+  return fmt::format("{}{}: {}", gaps.front().what,
+                     gaps.size() == 1 ? "" : fmt::format(" and {} more", gaps.size() - 1), gaps.front().why);
+}
+
+/// Every gap by name, those of one reason together: "context 256, context 512: not in d.h5 ...".
+std::vector<std::string> gap_lines(const std::vector<Gap>& gaps) {
+  std::vector<std::string> lines;
+  for (std::size_t i = 0; i < gaps.size();) {
+    std::string names = gaps[i].what;
+    const std::string& why = gaps[i].why;
+    while (++i < gaps.size() && gaps[i].why == why) names += ", " + gaps[i].what;
+    lines.push_back(names + ": " + why);
+  }
+  return lines;
+}
+
 /// A condition that every shape has to meet: the worst value of all shapes, and the worst bounds.
 Condition over_shapes(const DevicePoints& points, const std::vector<ShapeResult>& shapes, Measured ShapeResult::*field,
                       Condition c) {
   c.measured = {none, none, none, 0};
   if (shapes.empty()) {
-    c.why = points.invalid_shapes.empty() ? fmt::format("not measured: {}", kernels_run)
-                                          : "every shape is INVALID; fix the kernel and run them again";
+    c.why = points.kernel_gaps.empty() ? fmt::format("not measured: {}", kernels_run) : gap_text(points.kernel_gaps);
     return c;
   }
   const ShapeResult* worst = nullptr;
   std::string unknown;
   for (const ShapeResult& shape : shapes) {
     const Measured& m = shape.*field;
-    if (std::isnan(m.low)) {
+    if (!has_interval(m)) {
       if (unknown.empty())
-        unknown = m.n == 0 ? fmt::format("{} lacks an implementation, or was not checked", shape.name)
-                           : fmt::format("{}: {}", shape.name,
-                                         too_few(m.n, family_alpha / static_cast<double>(shapes.size())));
+        unknown =
+            m.n == 0 || std::isfinite(m.low)
+                ? fmt::format("{} lacks an implementation, or was not checked", shape.name)
+                : fmt::format("{}: {}", shape.name, too_few(m.n, family_alpha / static_cast<double>(shapes.size())));
       continue;
     }
     if (!worst || (c.at_least ? m.value < (worst->*field).value : m.value > (worst->*field).value)) worst = &shape;
@@ -195,8 +225,7 @@ Condition over_shapes(const DevicePoints& points, const std::vector<ShapeResult>
   c.outcome = outcome_of(c.measured, c.threshold, c.at_least);
   if (worst) c.why = "worst: " + worst->name;
   if (c.outcome == Outcome::not_met) return c;
-  if (unknown.empty() && !points.invalid_shapes.empty())
-    unknown = fmt::format("{} is INVALID; fix it and run the shapes again", points.invalid_shapes.front());
+  if (unknown.empty() && !points.kernel_gaps.empty()) unknown = gap_text(points.kernel_gaps);
   if (!unknown.empty()) {
     c.outcome = Outcome::open;
     c.why = unknown;
@@ -249,6 +278,21 @@ ContextVerdict judge_context(const PointRecord& point, double alpha, const Condi
   return v;
 }
 
+/// A context that the input asks for and that was not measured whole: its share is open.
+ContextVerdict missing_context(const Gap& gap, const Condition& speedup, const Condition& error) {
+  ContextVerdict v;
+  v.context = gap.context;
+  v.batch = gap.batch;
+  const Measured nothing{none, none, none, 0};
+  v.share = share_of_step(gate_share);
+  v.share_high = share_of_step(gate_share_high);
+  v.share.why = v.share_high.why = gap.why;
+  v.share_ablation = v.one_hot = v.share_attention = nothing;
+  for (const char* name : {"step", "cmp", "sel", "win"}) v.costs.push_back({name, nothing, nothing, true, {}});
+  decide(v, speedup, error);
+  return v;
+}
+
 /// The verdict of the device: a kernel is routed by length, so that one context where it pays is enough.
 void decide(DeviceVerdict& device) {
   const auto with = [&](Verdict verdict) {
@@ -266,7 +310,13 @@ void decide(DeviceVerdict& device) {
     return fmt::format("at context {}: {}", at->context, at->why);
   };
   const std::string proceed = with(Verdict::proceed), stay = with(Verdict::stay), open = with(Verdict::inconclusive);
-  if (device.contexts.empty()) {
+  const bool kernel_fails = device.speedup.outcome == Outcome::not_met || device.error.outcome == Outcome::not_met;
+  if (!device.missing.empty() && !kernel_fails) {
+    device.verdict = Verdict::inconclusive;
+    device.why = fmt::format("not measured: {}{}{}", fmt::join(device.missing, "; "),
+                             proceed.empty() ? "" : "; the kernel pays at contexts " + proceed,
+                             stay.empty() ? "" : "; it does not at " + stay);
+  } else if (device.contexts.empty()) {
     device.verdict = Verdict::inconclusive;
     device.why = fmt::format("no valid decode point, so no share of selection: {}", decode_run);
   } else if (!proceed.empty()) {
@@ -306,13 +356,24 @@ DeviceVerdict judge_device(const DevicePoints& points, const std::vector<std::in
   device.speedup_packed =
       shapes(&ShapeResult::packed, "speed over packed SDPA without the gather >= 1.2x", gate_speedup, true);
   device.error = shapes(&ShapeResult::error, "mean absolute error <= 1e-3", gate_error, false);
+  const auto counts = [&](std::int64_t context) {
+    return contexts.empty() || context == 0 || std::find(contexts.begin(), contexts.end(), context) != contexts.end();
+  };
   std::vector<const PointRecord*> decode;
-  for (const PointRecord* p : points.decode) {
-    const std::int64_t context = integer_parameter(*p, "run.context", 0);
-    if (contexts.empty() || std::find(contexts.begin(), contexts.end(), context) != contexts.end()) decode.push_back(p);
-  }
-  const double alpha = family_alpha / static_cast<double>(std::max<std::size_t>(1, decode.size()));
+  for (const PointRecord* p : points.decode)
+    if (counts(integer_parameter(*p, "run.context", 0))) decode.push_back(p);
+  std::vector<Gap> gaps;
+  std::copy_if(points.decode_gaps.begin(), points.decode_gaps.end(), std::back_inserter(gaps),
+               [&](const Gap& gap) { return counts(gap.context); });
+  const double alpha = family_alpha / static_cast<double>(std::max<std::size_t>(1, decode.size() + gaps.size()));
   for (const PointRecord* p : decode) device.contexts.push_back(judge_context(*p, alpha, device.speedup, device.error));
+  for (const Gap& gap : gaps)
+    if (gap.context > 0) device.contexts.push_back(missing_context(gap, device.speedup, device.error));
+  device.missing = gap_lines(gaps);
+  std::stable_sort(device.contexts.begin(), device.contexts.end(),
+                   [](const ContextVerdict& a, const ContextVerdict& b) {
+                     return std::pair(a.batch, a.context) < std::pair(b.batch, b.context);
+                   });
   decide(device);
   return device;
 }

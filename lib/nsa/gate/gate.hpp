@@ -67,6 +67,7 @@ struct DeviceVerdict {
   std::vector<ShapeResult> shapes;
   Condition speedup, speedup_packed, error;  ///< of the worst shape; speedup and error decide
   std::string guards;                        ///< flash against sdpa (report/report.hpp), where the files hold it
+  std::vector<std::string> missing;          ///< decode points that an input asks for and that no file measured whole
   std::vector<std::string> notes;            ///< points that were left out, and other remarks
   Verdict verdict = Verdict::inconclusive;
   std::string why;
@@ -77,7 +78,8 @@ struct GateFile {
   ResultFile result;
 };
 
-/// The verdict of each device, in the order of the files. `contexts`: the contexts that count; empty: all.
+/// The verdict of each device, by backend and name; the order of the files changes nothing. `contexts`: the contexts
+/// that count; empty: all.
 /// Throws UserError when files of one device have different commits or inputs or hold the same point twice (the message
 /// names them), or when a file has no point.
 std::vector<DeviceVerdict> judge(const std::vector<GateFile>& files, const std::vector<std::int64_t>& contexts = {});

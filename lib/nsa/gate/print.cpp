@@ -173,7 +173,7 @@ std::string context_json(const ContextVerdict& v) {
 std::string device_json(const DeviceVerdict& d) {
   return fmt::format(
       R"({{"device": {}, "backend": {}, "git_commit": {}, "precision": {}, "measured": {}, "files": {}, "verdict": {}, "why": {}, )"
-      R"("speedup": {}, "speedup_packed": {}, "error": {}, "contexts": {}, "shapes": {}, "notes": {}}})",
+      R"("speedup": {}, "speedup_packed": {}, "error": {}, "contexts": {}, "shapes": {}, "missing": {}, "notes": {}}})",
       json_quote(d.device), json_quote(d.backend), json_quote(d.git_commit), json_quote(d.precision),
       json_quote(d.measured), list_json(d.files, json_quote), json_quote(word_of(d.verdict)), json_quote(d.why),
       condition_json(d.speedup), condition_json(d.speedup_packed), condition_json(d.error),
@@ -184,7 +184,7 @@ std::string device_json(const DeviceVerdict& d) {
                                      json_quote(s.name), json_quote(s.kernel), measured_json(s.with_gather),
                                      measured_json(s.packed), measured_json(s.error));
                 }),
-      list_json(d.notes, json_quote));
+      list_json(d.missing, json_quote), list_json(d.notes, json_quote));
 }
 
 std::string audit_json(const CsvAudit& a) {
