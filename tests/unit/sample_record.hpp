@@ -19,6 +19,7 @@ inline RunRecord sample_run() {
   run.git_commit = "def";
   run.compiler = "GNU 12.2.0";
   run.backend = "host";
+  run.program = "torch 2.11.0";
   run.status = "running";
   run.system.resize(2);
   for (int r = 0; r < 2; ++r) {

@@ -144,8 +144,12 @@ TEST_CASE("gate: a record names the kernel of each shape, where the file does", 
   const DeviceVerdict v = judge({file("d.h5", {decode_point(1024)}), file("k.h5", {kernels_point(8), old})}).at(0);
   std::ostringstream record, json;
   print_adr(record, v);
-  CHECK(contains(record.str(), "| N=256 H=4 D=64 n=8 scattered | rows | 3.00x ["));
-  CHECK(contains(record.str(), "| N=256 H=4 D=64 n=16 scattered | - | 3.00x ["));
+  CHECK(contains(
+      record.str(),
+      "| N=256 H=4 D=64 n=8 scattered | rows | 3.00x [3.00, 3.00] | sdpa | 1.10x [1.10, 1.10] | sdpa_packed |"));
+  CHECK(
+      contains(record.str(),
+               "| N=256 H=4 D=64 n=16 scattered | - | 3.00x [3.00, 3.00] | sdpa | 1.10x [1.10, 1.10] | sdpa_packed |"));
   print_gate_json(json, {v}, {});
   CHECK(contains(json.str(), R"({"name": "N=256 H=4 D=64 n=8 scattered", "kernel": "rows", )"));
 }
@@ -167,14 +171,16 @@ TEST_CASE("gate: each condition alone failing means STAY", "[gate]") {
     CHECK(v.why.find(';') == v.why.rfind(';'));  // one reason
   };
   stays({20, 100, 80}, {}, "selection's share of the step >= 25% is not met (20.0%)");
-  stays({}, {.sdpa = 11.5}, "speed over packed SDPA with its gather >= 1.2x is not met (1.15x)");
-  stays({}, {.error = 2e-3}, "mean absolute error <= 1e-3 is not met (2.0e-03)");
+  stays({}, {.sdpa = 11.5},
+        "speed over packed SDPA with its gather >= 1.2x is not met (1.15x, worst: N=256 H=4 D=64 n=16 scattered "
+        "against sdpa)");
+  stays({}, {.error = 2e-3}, "mean absolute error <= 1e-3 is not met (2.0e-03, worst: N=256 H=4 D=64 n=16 scattered)");
 }
 
 TEST_CASE("gate: one shape is enough to fail", "[gate]") {
   const DeviceVerdict v = verdict({}, {.sdpa = 11});
   CHECK(v.verdict == Verdict::stay);
-  CHECK(v.speedup.why == "worst: N=256 H=4 D=64 n=16 scattered");
+  CHECK(v.speedup.why == "worst: N=256 H=4 D=64 n=16 scattered against sdpa");
 }
 
 TEST_CASE("gate: each interval over its threshold means INCONCLUSIVE", "[gate]") {
@@ -184,7 +190,8 @@ TEST_CASE("gate: each interval over its threshold means INCONCLUSIVE", "[gate]")
     CHECK(contains(v.why, why));
   };
   open({25, 100, 75, 2.0}, {}, "selection's share of the step >= 25% is open (the interval holds 25%");
-  open({}, {.sdpa = 12, .spread = 1.0}, "is open (worst: N=256 H=4 D=64 n=16 scattered; the interval holds 1.2");
+  open({}, {.sdpa = 12, .spread = 1.0},
+       "is open (worst: N=256 H=4 D=64 n=16 scattered against sdpa; the interval holds 1.2");
   open({}, {.error = 1e-3, .error_se = 1e-5}, "mean absolute error <= 1e-3 is open");
 }
 
@@ -300,7 +307,7 @@ TEST_CASE("gate: invalid points are left out and named", "[gate]") {
   CHECK(v.contexts[1].verdict == Verdict::inconclusive);
   CHECK(contains(v.why, "not measured: context 2048: INVALID in d.h5 (reads differ)"));
   CHECK(contains(v.why, "the kernel pays at contexts 1024"));
-  REQUIRE(v.notes.size() == 1);
+  REQUIRE(v.notes.size() == 2);  // and that no library is among the baselines
   CHECK(contains(v.notes[0], "d.h5: context 2048, batch 1, forced branch none is left out, INVALID (reads differ)"));
 
   PointRecord shape = kernels_point(16);
@@ -423,7 +430,7 @@ TEST_CASE("gate: a value without a finite interval decides nothing", "[gate]") {
   const double nan = std::nan("");
   DeviceVerdict v = with([&](PointRecord& k) { std::fill_n(k.kernels.seconds.begin(), reps, nan); });
   CHECK(v.verdict == Verdict::inconclusive);
-  CHECK(contains(v.why, "N=256 H=4 D=64 n=16 scattered lacks an implementation, or was not checked"));
+  CHECK(contains(v.why, "N=256 H=4 D=64 n=16 scattered against sdpa lacks an implementation, or was not checked"));
   v = with([](PointRecord& k) { std::fill_n(k.kernels.seconds.begin(), reps, 0.0); });
   CHECK(v.verdict == Verdict::inconclusive);  // infinitely fast
   v = with([&](PointRecord& k) { k.kernels.mean_abs_err_se[0] = nan; });
@@ -431,6 +438,112 @@ TEST_CASE("gate: a value without a finite interval decides nothing", "[gate]") {
   CHECK(contains(v.why, "mean absolute error <= 1e-3 is open"));
   v = with([](PointRecord& k) { k.kernels.mean_abs_err[0] = std::numeric_limits<double>::infinity(); });
   CHECK(v.verdict == Verdict::inconclusive);
+}
+
+namespace {
+
+/// A file of torch's times, us, for the given points.
+GateFile peers_file(const std::vector<PointRecord>& points, double gather, double packed) {
+  GateFile f = file("peers.h5", points);
+  f.result.run.program = "torch 2.11.0";
+  f.result.run.git_commit = "of the script";
+  for (PointRecord& p : f.result.points) {
+    KernelRecord& k = p.kernels;
+    k.implementations = {"torch_flash_sdpa", "torch_cudnn_sdpa", "torch_cudnn_sdpa_packed", "flash_nsa"};
+    k.variants = {"", "", "", ""};
+    k.mean_abs_err = k.mean_abs_err_se = k.max_abs_err = {1e-4, 1e-4, 1e-4, 1e-4};
+    k.seconds.clear();
+    for (const double middle : {gather + 1, gather, packed, 1.0})
+      for (const double us : around(middle, 0.1)) k.seconds.push_back(us * 1e-6);
+  }
+  return f;
+}
+
+}  // namespace
+
+TEST_CASE("gate: the fastest baseline decides, a library's too, and is named", "[gate]") {
+  const std::vector<PointRecord> shapes = {kernels_point(8), kernels_point(16)};
+  const GateFile decode = file("d.h5", {decode_point(1024)}), own = file("k.h5", shapes);
+  const auto with = [&](const GateFile& peers) { return judge({decode, own, peers}).at(0); };
+
+  DeviceVerdict v = judge({decode, own}).at(0);
+  CHECK(v.verdict == Verdict::proceed);
+  CHECK(contains(v.notes.at(0),
+                 "no library's SDPA is among the baselines; on this device: python3 "
+                 "scripts/bench_gpu.py --selection --output peers.h5"));
+
+  v = with(peers_file(shapes, 15, 10.5));  // ours: 30 with the gather, 11 packed; fused 10
+  CHECK(v.verdict == Verdict::proceed);
+  CHECK(v.peers == std::vector<std::string>{"torch 2.11.0 (peers.h5)"});
+  CHECK(v.speedup.measured.value == Approx(1.5));
+  // n = 41, alpha 0.05 / 2 shapes / 2 runs: ranks (13, 29), 8 of 20 from the middle; fused has no spread.
+  CHECK(v.speedup.measured.low == Approx(1.5 - 0.01 * 8 / 20));
+  CHECK(v.speedup.measured.high == Approx(1.5 + 0.01 * 8 / 20));
+  CHECK(v.speedup.why == "worst: N=256 H=4 D=64 n=8 scattered against torch_cudnn_sdpa");
+  CHECK(v.speedup_packed.measured.value == Approx(1.05));
+  CHECK(v.shapes[0].packed.baseline == "torch_cudnn_sdpa_packed");
+  CHECK(contains(v.why,
+                 "1.50x as fast as the fastest packed SDPA with its gather on every shape (worst: N=256 H=4 D=64 "
+                 "n=8 scattered against torch_cudnn_sdpa)"));
+  std::ostringstream record, json;
+  print_adr(record, v);
+  CHECK(contains(record.str(), "- Baselines: packed SDPA of this program, torch 2.11.0 (peers.h5)"));
+  CHECK(contains(record.str(), "| 1.50x [1.50, 1.50] | torch_cudnn_sdpa |"));
+  print_gate_json(json, {v}, {});
+  CHECK(contains(json.str(), R"("with_gather_baseline": "torch_cudnn_sdpa", )"));
+  CHECK(contains(json.str(), R"x("peers": ["torch 2.11.0 (peers.h5)"])x"));
+
+  v = with(peers_file(shapes, 11.5, 10.5));
+  CHECK(v.verdict == Verdict::stay);
+  CHECK(contains(v.why, "is not met (1.15x, worst: N=256 H=4 D=64 n=8 scattered against torch_cudnn_sdpa)"));
+
+  v = with(peers_file(shapes, 40, 20));  // slower than ours: nothing changes
+  CHECK(v.speedup.measured.value == Approx(3.0));
+  CHECK(v.shapes[0].with_gather.baseline == "sdpa");
+}
+
+TEST_CASE("gate: peers are paired by work and by card", "[gate]") {
+  const std::vector<PointRecord> shapes = {kernels_point(8), kernels_point(16)};
+  const GateFile decode = file("d.h5", {decode_point(1024)}), own = file("k.h5", shapes);
+  const GateFile whole = peers_file(shapes, 15, 10.5);
+  const auto with = [&](const GateFile& peers) { return judge({decode, own, peers}).at(0); };
+
+  GateFile part = whole;
+  part.result.points.pop_back();
+  DeviceVerdict v = with(part);
+  CHECK(v.verdict == Verdict::inconclusive);
+  CHECK(contains(v.why, "N=256 H=4 D=64 n=16 scattered: no time of it in peers.h5; run it on the shapes of k.h5"));
+  CHECK(v.error.outcome == Outcome::met);  // is about our kernel alone
+  part = whole;
+  part.result.points[0].fail("torch is wrong");
+  v = with(part);
+  CHECK(v.verdict == Verdict::inconclusive);
+  CHECK(contains(v.why, "N=256 H=4 D=64 n=8 scattered: INVALID in peers.h5 (torch is wrong)"));
+
+  // The same shape in another precision, or from caches, is other work.
+  for (const auto& [key, value] : {Parameter{"model.precision", "fp16"}, Parameter{"kernels.cold", std::int64_t{0}}}) {
+    GateFile other = whole;
+    for (PointRecord& p : other.result.points) {
+      std::erase_if(p.parameters, [&](const Parameter& parameter) { return parameter.first == key; });
+      p.parameters.emplace_back(key, value);
+    }
+    CHECK(contains(with(other).why, "no time of it in peers.h5"));
+  }
+
+  GateFile card = whole;
+  card.result.run.system[0].uuid = "GPU-2";
+  CHECK(contains(refusal({decode, own, card}), "k.h5 was measured on a device without UUID, peers.h5 on GPU-2"));
+  CHECK(judge({file("e.h5", {decode_point(1024)}, "NVIDIA H100"), decode, own, whole}).at(0).peers.empty());
+  GateFile twice = whole;
+  twice.result.points.push_back(whole.result.points[0]);
+  CHECK(contains(refusal({decode, own, twice}), "peers.h5 holds branch sel, context 0, N=256 H=4 D=64 n=8 scattered"));
+
+  // In every order the same page; a peer's commit is its script's and needs not be ours.
+  std::vector<GateFile> files = {decode, own, whole};
+  const auto by_path = [](const GateFile& a, const GateFile& b) { return a.path < b.path; };
+  do {
+    CHECK(judge(files).at(0).speedup.measured.value == Approx(1.5));
+  } while (std::next_permutation(files.begin(), files.end(), by_path));
 }
 
 TEST_CASE("gate: the order of the files changes nothing", "[gate]") {

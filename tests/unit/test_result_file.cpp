@@ -129,6 +129,7 @@ TEST_CASE("result file: every field is read back", "[result]") {
   const RunRecord run = sample_run();
   CHECK(result.run.status == "complete");
   for (const auto& entry : run_attributes) CHECK(result.run.*entry.field == run.*entry.field);
+  for (const auto& entry : run_attributes_1_5) CHECK(result.run.*entry.field == run.*entry.field);
   REQUIRE(result.run.system.size() == run.system.size());
   for (std::size_t r = 0; r < run.system.size(); ++r) {
     for (const auto& entry : system_texts) CHECK(result.run.system[r].*entry.field == run.system[r].*entry.field);

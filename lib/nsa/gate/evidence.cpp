@@ -100,8 +100,8 @@ void add_gap(DevicePoints& device, const PointRecord& point, const std::string& 
       {fmt::format("context {}{}", context, batch == 1 ? "" : fmt::format(", batch {}", batch)), why, context, batch});
 }
 
-void add_point(DevicePoints& device, const PointRecord& point, const std::string& path,
-               std::set<std::string>& ignored) {
+void add_point(DevicePoints& device, const PointRecord& point, const GateFile& file, std::set<std::string>& ignored) {
+  const std::string& path = file.path;
   const Use use = use_of(point);
   if (use == Use::none && ignored.insert(kind_of(point)).second)
     device.notes.push_back(fmt::format("{}: points of kind {} are not read", path, kind_of(point)));
@@ -114,8 +114,53 @@ void add_point(DevicePoints& device, const PointRecord& point, const std::string
     add_gap(device, point, fmt::format("INVALID in {} ({}); mend that and run it again", path, point.reason));
   } else if (point.stop_reason == "interrupted") {
     add_gap(device, point, fmt::format("cut short in {}; go on with --resume", path));
+  } else if (use == Use::kernels) {
+    device.kernels.push_back({&point, &file, {}});
   } else {
-    (use == Use::kernels ? device.kernels : device.decode).push_back(&point);
+    device.decode.push_back(&point);
+  }
+}
+
+bool is_peer(const GateFile* file) { return file->result.run.program != "nsa"; }
+
+/// What has to be equal for two programs to have done the same work: the shape, where the blocks lie, what is stored.
+std::string work_of(const PointRecord& point) {
+  return fmt::format("{}, {}, blocks of {}, cold {}", point_key(point), text_parameter(point, "model.precision"),
+                     integer_parameter(point, "nsa.l_sel", 0), integer_parameter(point, "kernels.cold", 1));
+}
+
+/// Both ran on one card: a ratio of times of two cards would hold the difference between the cards.
+void require_one_card(const GateFile& a, const GateFile& b) {
+  const std::string &of_a = a.result.run.system.at(0).uuid, &of_b = b.result.run.system.at(0).uuid;
+  if (of_a != of_b)
+    throw UserError(
+        fmt::format("{} was measured on {}, {} on {} (a peer is compared on one card); measure both on the same "
+                    "one, or leave {} out",
+                    a.path, of_a.empty() ? "a device without UUID" : of_a, b.path,
+                    of_b.empty() ? "one without UUID" : of_b, b.path));
+}
+
+/// Gives every kernel point the points of the same work in the files of peers; each file has to hold all of them.
+void pair_peers(DevicePoints& device, const std::vector<const GateFile*>& peers) {
+  for (const GateFile* file : peers) {
+    device.peers.push_back(fmt::format("{} ({})", file->result.run.program, file->path));
+    std::map<std::string, const PointRecord*> by_work;
+    for (const PointRecord& point : file->result.points)
+      if (!by_work.emplace(work_of(point), &point).second)
+        throw UserError(
+            fmt::format("{} holds {} twice; give a file that holds each shape once", file->path, work_of(point)));
+    for (KernelEvidence& kernel : device.kernels) {
+      require_one_card(*kernel.file, *file);
+      const auto found = by_work.find(work_of(*kernel.point));
+      if (found != by_work.end() && found->second->valid)
+        kernel.peers.push_back({found->second, file});
+      else
+        device.peer_gaps.push_back(
+            {shape_name(*kernel.point),
+             found == by_work.end()
+                 ? fmt::format("no time of it in {}; run it on the shapes of {}", file->path, kernel.file->path)
+                 : fmt::format("INVALID in {} ({})", file->path, found->second->reason)});
+    }
   }
 }
 
@@ -166,7 +211,7 @@ std::vector<const GateFile*> in_order(const std::vector<GateFile>& files) {
 struct Device {
   DevicePoints points;
   DeviceInputs inputs;
-  std::vector<const GateFile*> files;
+  std::vector<const GateFile*> files, peers;
 };
 
 /// Refuses a file of another program than the earlier files of the device.
@@ -210,15 +255,20 @@ std::vector<DevicePoints> sort_files(const std::vector<GateFile>& files) {
     Device& device = devices[{backend, name}];
     device.points.backend = backend;
     device.points.device = name;
+    if (is_peer(file)) {
+      device.peers.push_back(file);
+      continue;
+    }
     add_run(device, *file);
     for (const PointRecord& point : file->result.points) {
       check_same_input(device.inputs, point, file->path);
-      add_point(device.points, point, file->path, ignored);
+      add_point(device.points, point, *file, ignored);
     }
   }
   std::vector<DevicePoints> sorted;
   for (auto& [key, device] : devices) {
     add_missing(device.points, device.files, device.inputs.points);
+    pair_peers(device.points, device.peers);
     std::stable_sort(
         device.points.decode.begin(), device.points.decode.end(), [](const PointRecord* a, const PointRecord* b) {
           const auto order = [](const PointRecord* p) {

@@ -15,12 +15,26 @@ struct Gap {
   std::int64_t context = 0, batch = 1;  ///< of a decode point; context 0: not known
 };
 
+/// The same shape, measured by another program on the same device.
+struct PeerPoint {
+  const PointRecord* point;
+  const GateFile* file;
+};
+
+struct KernelEvidence {
+  const PointRecord* point;
+  const GateFile* file;
+  std::vector<PeerPoint> peers;
+};
+
 struct DevicePoints {
   std::string device, backend, git_commit, precision, measured;
   std::vector<std::string> files, commands;
-  std::vector<const PointRecord*> dense;            ///< kernel points of cmp and win
-  std::vector<const PointRecord*> decode, kernels;  ///< valid and whole: decode points; kernel points of sel
-  std::vector<Gap> decode_gaps, kernel_gaps;
+  std::vector<const PointRecord*> dense;   ///< kernel points of cmp and win
+  std::vector<const PointRecord*> decode;  ///< valid and whole
+  std::vector<KernelEvidence> kernels;     ///< of sel, valid and whole
+  std::vector<Gap> decode_gaps, kernel_gaps, peer_gaps;
+  std::vector<std::string> peers;  ///< "torch 2.11.0, cuDNN 9.13.0 (peers.h5)", one a file
   std::vector<std::string> notes;
 };
 

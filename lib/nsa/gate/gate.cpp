@@ -21,6 +21,7 @@ constexpr double none = std::numeric_limits<double>::quiet_NaN();
 constexpr double family_alpha = 0.05;  ///< all intervals of a condition hold together with 95% (Bonferroni)
 constexpr const char* decode_run = "nsa run inputs/m4_decode.toml";
 constexpr const char* kernels_run = "nsa run inputs/m4_kernels.toml";
+constexpr const char* peers_run = "python3 scripts/bench_gpu.py --selection --output peers.h5";
 
 using Samples = std::vector<double>;
 
@@ -155,9 +156,53 @@ std::int64_t find_implementation(const KernelRecord& k, const char* name) {
   return at == k.implementations.end() ? -1 : at - k.implementations.begin();
 }
 
-Measured ratio(const PointRecord& point, const char* of, const char* to, double alpha) {
-  const Summary s = kernel_ratio(point, of, to, alpha);
+/// One time of a shape that `fused` is compared with.
+struct Baseline {
+  std::string name;
+  Measured speed;  ///< of `fused` over it
+};
+
+/// Repetition by repetition: both were measured in alternation.
+Measured paired_ratio(const PointRecord& point, const std::string& of, double alpha) {
+  const Summary s = kernel_ratio(point, of, "fused", alpha);
   return {s.median, s.low, s.high, s.n};
+}
+
+/// Of two runs: the ratio of the medians, between the ratios of their bounds, each of which misses with half of alpha.
+Measured unpaired_ratio(const PointRecord& peer, const std::string& of, const PointRecord& point, double alpha) {
+  const Summary base = summarise(kernel_samples(peer, of), alpha / 2);
+  const Summary fused = summarise(kernel_samples(point, "fused"), alpha / 2);
+  return {base.median / fused.median, base.low / fused.high, base.high / fused.low, std::min(base.n, fused.n)};
+}
+
+/// The baselines whose names end in one of `endings`: of this program, and of peers. "sdpa" gathers first.
+std::vector<Baseline> baselines(const KernelEvidence& evidence, std::initializer_list<const char*> endings,
+                                double alpha) {
+  const auto is_one = [&](const std::string& name) {
+    return std::any_of(endings.begin(), endings.end(), [&](const char* ending) { return name.ends_with(ending); });
+  };
+  std::vector<Baseline> list;
+  for (const std::string& name : evidence.point->kernels.implementations)
+    if (is_one(name)) list.push_back({name, paired_ratio(*evidence.point, name, alpha)});
+  for (const PeerPoint& peer : evidence.peers)
+    for (const std::string& name : peer.point->kernels.implementations)
+      if (is_one(name)) list.push_back({name, unpaired_ratio(*peer.point, name, *evidence.point, alpha)});
+  return list;
+}
+
+/// Speed over the fastest: the smallest value, and the smallest bounds, of all baselines. Without an interval where one
+/// of them has none.
+Speed over_fastest(const std::vector<Baseline>& list) {
+  Speed speed{{none, none, none, 0}, {}};
+  for (const Baseline& b : list) {
+    Measured& m = speed.measured;
+    if (!has_interval(b.speed)) return {b.speed, b.name};
+    if (speed.baseline.empty()) m = b.speed;
+    if (speed.baseline.empty() || b.speed.value < m.value) speed.baseline = b.name;
+    m = {std::min(m.value, b.speed.value), std::min(m.low, b.speed.low), std::min(m.high, b.speed.high),
+         std::min(m.n, b.speed.n)};
+  }
+  return speed;
 }
 
 Measured mean_error(const KernelRecord& k, double alpha) {
@@ -172,9 +217,11 @@ Measured mean_error(const KernelRecord& k, double alpha) {
 std::vector<ShapeResult> shape_results(const DevicePoints& points) {
   const double alpha = family_alpha / static_cast<double>(std::max<std::size_t>(1, points.kernels.size()));
   std::vector<ShapeResult> shapes;
-  for (const PointRecord* p : points.kernels)
-    shapes.push_back({shape_name(*p), kernel_variant(*p, "fused"), ratio(*p, "sdpa", "fused", alpha),
-                      ratio(*p, fastest_packed(*p), "fused", alpha), mean_error(p->kernels, alpha)});
+  for (const KernelEvidence& evidence : points.kernels)
+    shapes.push_back({shape_name(*evidence.point), kernel_variant(*evidence.point, "fused"),
+                      over_fastest(baselines(evidence, {"sdpa"}, alpha)),
+                      over_fastest(baselines(evidence, {"sdpa_packed", "flash_packed"}, alpha)),
+                      mean_error(evidence.point->kernels, alpha)});
   return shapes;
 }
 
@@ -196,36 +243,45 @@ std::vector<std::string> gap_lines(const std::vector<Gap>& gaps) {
   return lines;
 }
 
-/// A condition that every shape has to meet: the worst value of all shapes, and the worst bounds.
-Condition over_shapes(const DevicePoints& points, const std::vector<ShapeResult>& shapes, Measured ShapeResult::*field,
+/// A value of each shape, and the baseline that it is over; that of an error is empty.
+using ShapeValue = std::function<Speed(const ShapeResult&)>;
+
+/// Why the value of the shape has no interval.
+std::string unknown_text(const std::string& shape, const Speed& value, double alpha) {
+  const std::string of = value.baseline.empty() ? shape : fmt::format("{} against {}", shape, value.baseline);
+  const Measured& m = value.measured;
+  return m.n == 0 || std::isfinite(m.low) ? of + " lacks an implementation, or was not checked"
+                                          : fmt::format("{}: {}", of, too_few(m.n, alpha));
+}
+
+/// A condition that every shape has to meet: the worst value of all shapes, and the worst bounds. `gaps`: the shapes
+/// that leave it open.
+Condition over_shapes(const std::vector<Gap>& gaps, const std::vector<ShapeResult>& shapes, const ShapeValue& value_of,
                       Condition c) {
   c.measured = {none, none, none, 0};
   if (shapes.empty()) {
-    c.why = points.kernel_gaps.empty() ? fmt::format("not measured: {}", kernels_run) : gap_text(points.kernel_gaps);
+    c.why = gaps.empty() ? fmt::format("not measured: {}", kernels_run) : gap_text(gaps);
     return c;
   }
-  const ShapeResult* worst = nullptr;
-  std::string unknown;
+  std::string worst, unknown;
   for (const ShapeResult& shape : shapes) {
-    const Measured& m = shape.*field;
+    const Speed value = value_of(shape);
+    const Measured& m = value.measured;
     if (!has_interval(m)) {
-      if (unknown.empty())
-        unknown =
-            m.n == 0 || std::isfinite(m.low)
-                ? fmt::format("{} lacks an implementation, or was not checked", shape.name)
-                : fmt::format("{}: {}", shape.name, too_few(m.n, family_alpha / static_cast<double>(shapes.size())));
+      if (unknown.empty()) unknown = unknown_text(shape.name, value, family_alpha / static_cast<double>(shapes.size()));
       continue;
     }
-    if (!worst || (c.at_least ? m.value < (worst->*field).value : m.value > (worst->*field).value)) worst = &shape;
+    if (worst.empty() || (c.at_least ? m.value < c.measured.value : m.value > c.measured.value))
+      worst = shape.name + (value.baseline.empty() ? "" : " against " + value.baseline);
     if (std::isnan(c.measured.low)) c.measured = m;
     const auto pick = [&](double a, double b) { return c.at_least ? std::min(a, b) : std::max(a, b); };
     c.measured = {pick(c.measured.value, m.value), pick(c.measured.low, m.low), pick(c.measured.high, m.high),
                   std::min(c.measured.n, m.n)};
   }
   c.outcome = outcome_of(c.measured, c.threshold, c.at_least);
-  if (worst) c.why = "worst: " + worst->name;
+  if (!worst.empty()) c.why = "worst: " + worst;
   if (c.outcome == Outcome::not_met) return c;
-  if (unknown.empty() && !points.kernel_gaps.empty()) unknown = gap_text(points.kernel_gaps);
+  if (unknown.empty() && !gaps.empty()) unknown = gap_text(gaps);
   if (!unknown.empty()) {
     c.outcome = Outcome::open;
     c.why = unknown;
@@ -244,20 +300,24 @@ std::string number_of(const Condition& c) {
                       : fmt::format("{:.1e}", c.measured.value);
 }
 
+/// ", worst: N=... against sdpa" where the condition is about shapes.
+std::string against(const Condition& c) { return c.why.starts_with("worst: ") ? ", " + c.why : ""; }
+
 void decide(ContextVerdict& v, const Condition& speedup, const Condition& error) {
   std::string failed, open;
   const auto add = [](std::string& to, const std::string& text) { to += (to.empty() ? "" : "; ") + text; };
   for (const Condition* c : {static_cast<const Condition*>(&v.share), &speedup, &error}) {
-    if (c->outcome == Outcome::not_met) add(failed, fmt::format("{} is not met ({})", c->name, number_of(*c)));
+    if (c->outcome == Outcome::not_met)
+      add(failed, fmt::format("{} is not met ({}{})", c->name, number_of(*c), against(*c)));
     if (c->outcome == Outcome::open) add(open, fmt::format("{} is open ({})", c->name, c->why));
   }
   v.verdict = !failed.empty() ? Verdict::stay : !open.empty() ? Verdict::inconclusive : Verdict::proceed;
   v.why = !failed.empty() ? failed
           : !open.empty() ? open
                           : fmt::format(
-                                "selection takes {}, the kernel is {} as fast as packed SDPA with its gather on "
-                                "every shape, mean error at most {}",
-                                number_of(v.share), number_of(speedup), number_of(error));
+                                "selection takes {}, the kernel is {} as fast as the fastest packed SDPA with its "
+                                "gather on every shape ({}), mean error at most {}",
+                                number_of(v.share), number_of(speedup), speedup.why, number_of(error));
 }
 
 ContextVerdict judge_context(const PointRecord& point, double alpha, const Condition& speedup, const Condition& error) {
@@ -344,18 +404,31 @@ DeviceVerdict judge_device(const DevicePoints& points, const std::vector<std::in
   device.files = points.files;
   device.commands = points.commands;
   device.notes = points.notes;
+  device.peers = points.peers;
+  if (points.peers.empty() && !points.kernels.empty())
+    device.notes.push_back(fmt::format("no library's SDPA is among the baselines; on this device: {}", peers_run));
   std::ostringstream guards;
   print_guards(guards, points.dense);
   device.guards = guards.str();
   device.shapes = shape_results(points);
-  const auto shapes = [&](Measured ShapeResult::*field, const char* name, double threshold, bool at_least) {
-    return over_shapes(points, device.shapes, field, {name, threshold, at_least, {}, Outcome::open, {}});
+  const auto shapes = [&](const std::vector<Gap>& gaps, const ShapeValue& value_of, const char* name, double threshold,
+                          bool at_least) {
+    return over_shapes(gaps, device.shapes, value_of, {name, threshold, at_least, {}, Outcome::open, {}});
   };
-  device.speedup =
-      shapes(&ShapeResult::with_gather, "speed over packed SDPA with its gather >= 1.2x", gate_speedup, true);
-  device.speedup_packed =
-      shapes(&ShapeResult::packed, "speed over packed SDPA without the gather >= 1.2x", gate_speedup, true);
-  device.error = shapes(&ShapeResult::error, "mean absolute error <= 1e-3", gate_error, false);
+  std::vector<Gap> speed_gaps = points.kernel_gaps;
+  speed_gaps.insert(speed_gaps.end(), points.peer_gaps.begin(), points.peer_gaps.end());
+  device.speedup = shapes(
+      speed_gaps, [](const ShapeResult& s) { return s.with_gather; }, "speed over packed SDPA with its gather >= 1.2x",
+      gate_speedup, true);
+  device.speedup_packed = shapes(
+      speed_gaps, [](const ShapeResult& s) { return s.packed; }, "speed over packed SDPA without the gather >= 1.2x",
+      gate_speedup, true);
+  device.error = shapes(
+      points.kernel_gaps,
+      [](const ShapeResult& s) {
+        return Speed{s.error, {}};
+      },
+      "mean absolute error <= 1e-3", gate_error, false);
   const auto counts = [&](std::int64_t context) {
     return contexts.empty() || context == 0 || std::find(contexts.begin(), contexts.end(), context) != contexts.end();
   };

@@ -53,10 +53,17 @@ struct ContextVerdict {
   std::string why;
 };
 
+/// Speed of `fused` over the fastest of several baselines.
+struct Speed {
+  Measured measured;     ///< value and bounds are the smallest of all baselines
+  std::string baseline;  ///< the one of the smallest value: "sdpa", "torch_cudnn_sdpa"; "" without any
+};
+
 struct ShapeResult {
   std::string name;    ///< "N=256 H=4 D=64 n=8 scattered"
   std::string kernel;  ///< the backend's kernel that `fused` ran; "" where the file does not say
-  Measured with_gather, packed, error;
+  Speed with_gather, packed;
+  Measured error;
 };
 
 struct DeviceVerdict {
@@ -67,6 +74,7 @@ struct DeviceVerdict {
   std::vector<ShapeResult> shapes;
   Condition speedup, speedup_packed, error;  ///< of the worst shape; speedup and error decide
   std::string guards;                        ///< flash against sdpa (report/report.hpp), where the files hold it
+  std::vector<std::string> peers;            ///< the libraries among the baselines: "torch 2.11.0 (peers.h5)"
   std::vector<std::string> missing;          ///< decode points that an input asks for and that no file measured whole
   std::vector<std::string> notes;            ///< points that were left out, and other remarks
   Verdict verdict = Verdict::inconclusive;

@@ -58,10 +58,12 @@ RunRecord read_run(const h5::Handle& file) {
   RunRecord run;
   run.status = h5::attribute_as<std::string>(file, "status");
   read_attributes(file, run, run_attributes);
-  if (const auto names = h5::attribute_names(file); std::find(names.begin(), names.end(), "config") != names.end()) {
+  const std::vector<std::string> names = h5::attribute_names(file);
+  if (std::count(names.begin(), names.end(), "config") > 0) {
     read_attributes(file, run, run_attributes_1_1);
     read_attributes(file, run, run_integers_1_1);
   }
+  if (std::count(names.begin(), names.end(), "program") > 0) read_attributes(file, run, run_attributes_1_5);
   const h5::Handle system = h5::open_group(file, "system");
   run.system.resize(h5::read<std::int64_t>(system, "rank").size());
   read_system_columns(system, run, system_texts);
