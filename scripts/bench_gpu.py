@@ -2,11 +2,14 @@
 """GPU kernels of nsa against dense SDPA of PyTorch, on the same GPU in one call.
 
 Runs bench_decode and bench_prefill and, for the shapes in their tables, torch's dense SDPA with each of its backends.
---selection adds the M4 shapes: torch's SDPA over packed K and V, with and without the gather that packs them. Both
-sides are CUDA graphs, timed with events; times are medians of the replays. In decode both sides rotate over sets of K
-and V, so that no set is in the L2 cache when it is read. Prints the ratio for each row. Needs torch with CUDA.
+--selection adds the shapes of an input of kind = "kernels" (default: the M4 shapes): torch's SDPA over packed K and V,
+with and without the gather that packs them, by each backend that works, checked against float64. --output writes those
+samples as a file of peers for `nsa gate` (docs/SCHEMA.md, "Peers"; needs h5py). Both sides are CUDA graphs, timed with
+events; printed times are medians of the replays. Both sides rotate over sets of K and V, so that no set is in the L2
+cache when it is read. Prints the ratio for each row. Needs torch with CUDA.
 
-usage: bench_gpu.py [BUILD_DIR] [--selection] [--json FILE]   e.g. scripts/bench_gpu.py build/cuda
+usage: bench_gpu.py [BUILD_DIR] [--selection] [--input INPUT.toml] [--output FILE.h5] [--json FILE]
+e.g.   scripts/bench_gpu.py build/cuda
 Without BUILD_DIR only the shapes of --selection run.
 """
 
@@ -21,8 +24,7 @@ import sys
 COLD_BYTES = 250e6  # read between two uses of a set: several times the L2
 REPLAYS = 15
 HEADS, GROUPS, D = 64, 4, 128
-SELECTION = [(256, 4, 64, 8), (256, 8, 128, 16), (1024, 8, 64, 16), (1024, 8, 128, 16)]  # rows, heads, D, n
-L_SEL, CONTEXT = 64, 65536
+M4_SHAPES = pathlib.Path(__file__).resolve().parents[1] / "inputs/m4_kernels.toml"
 
 
 def graph_seconds(calls):
@@ -98,17 +100,48 @@ def dense_prefill(context):
     )
 
 
-def packed_selection(rows, heads, d, n):
-    """Seconds (packed only, with the gather) of `rows` queries of `heads` heads over n blocks of one K and V."""
-    import torch
+def packed_selection(input_toml):
+    """Yields the measured points of the input's shapes, for peers.result_file.write()."""
+    from peers import shapes, torch_sdpa
 
-    q, k, v = random(rows, 1, heads, d), random(CONTEXT, d), random(CONTEXT, d)
-    blocks = torch.stack([torch.randperm(CONTEXT // L_SEL, device="cuda")[:n].sort().values for _ in range(rows)])
-    tokens = (blocks[:, :, None] * L_SEL + torch.arange(L_SEL, device="cuda")).reshape(rows, -1)
-    packed = [x[tokens].unsqueeze(1) for x in (k, v)]
-    only = best_backend(lambda: [lambda: sdpa(q, *packed)] * 4)
-    both = best_backend(lambda: [lambda: sdpa(q, k[tokens].unsqueeze(1), v[tokens].unsqueeze(1))] * 4)
-    return only[0], both[0]
+    for point in shapes.points_of(input_toml):
+        inputs = torch_sdpa.Inputs(point)
+        candidates = [c for c in torch_sdpa.implementations(inputs) if "math" not in c[0]]
+        measured = torch_sdpa.measure(point, inputs, candidates)
+        if measured is None:  # fp32: only torch's own arithmetic
+            measured = torch_sdpa.measure(point, inputs, torch_sdpa.implementations(inputs))
+        if measured:
+            yield measured
+
+
+def print_selection(point, results):
+    keys = {key: point["parameters"][f"kernels.{key}"] for key in ("rows", "heads", "head_size", "blocks", "spans")}
+    warmup = point["warmup"]
+    times = {name: statistics.median(seconds[warmup:]) * 1e6
+             for name, seconds in zip(point["implementations"], point["seconds"])}
+    results.append({"what": "selection", **keys, "us": times})
+    print("selection " + " ".join(f"{value:>5}" for value in keys.values()) + ": " +
+          ", ".join(f"{name} {us:.1f} us" for name, us in times.items()), flush=True)
+
+
+def run_selection(args, results):
+    """Measures and prints the shapes, and writes the file of peers."""
+    input_toml = args.input.read_text()
+    if args.output:
+        from peers import result_file
+
+        start = result_file.now()
+    points = []
+    for point in packed_selection(input_toml):
+        print_selection(point, results)
+        points.append(point)
+    if not args.output:
+        return
+    from peers import torch_sdpa
+
+    run = result_file.run_attributes(torch_sdpa.program(), input_toml, "cuda", start)
+    result_file.write(args.output, run, result_file.system_columns(**torch_sdpa.system()), points)
+    print(f"{args.output}: {len(points)} shapes of {torch_sdpa.program()}")
 
 
 def decode_rows(build):
@@ -141,8 +174,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", type=pathlib.Path, nargs="?", help="a build folder of the cuda preset")
     parser.add_argument("--selection", action="store_true", help="add torch's packed selection on the M4 shapes")
+    parser.add_argument("--input", type=pathlib.Path, default=M4_SHAPES,
+                        help='the input of kind = "kernels" whose shapes --selection takes (default: the M4 shapes)')
+    parser.add_argument("--output", type=pathlib.Path, help="write the samples of --selection to this file of peers")
     parser.add_argument("--json", type=pathlib.Path, help="write the rows to this file")
     args = parser.parse_args()
+    if args.output and not args.selection:
+        parser.error("--output holds the samples of --selection; give that too")
 
     import torch
 
@@ -153,11 +191,7 @@ def main():
     for row in prefill_rows(args.build) if args.build else ():
         compare("prefill", row, *dense_prefill(row["context"]), results)
     if args.selection:
-        for shape in SELECTION:
-            only, both = packed_selection(*shape)
-            keys = dict(zip(("rows", "heads", "d", "n"), shape))
-            results.append({"what": "selection", **keys, "torch_packed_us": only * 1e6, "torch_gather_us": both * 1e6})
-            print(f"selection N, H, D, n = {shape}: torch packed {only * 1e6:.1f} us, with gather {both * 1e6:.1f} us")
+        run_selection(args, results)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,0 +1,128 @@
+"""Files of peers (scripts/peers): what is written, and that `nsa` reads, reports and judges them. No GPU is needed."""
+
+import json
+import os
+import pathlib
+import sys
+import unittest
+
+import h5py
+import numpy as np
+from harness import SMALL, AppTest
+from test_gate import INCONCLUSIVE, KERNELS
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "scripts"))
+from peers import result_file, shapes, timing  # noqa: E402
+
+INPUT = KERNELS.replace('blocks = 4', 'blocks = [2, 4]\nspans = ["mixed", "scattered"]')
+
+
+def measured(point, gather=40e-6, packed=30e-6):
+    """A point as scripts/bench_gpu.py makes it, with times of its own."""
+    reps = point["run.steps"]
+    error = {"mean": 1e-8, "standard_error": 1e-10, "max": 1e-7}
+    return {"parameters": point, "implementations": ["torch_cudnn_sdpa", "torch_cudnn_sdpa_packed"],
+            "variants": ["index_select, CUDNN_ATTENTION", "CUDNN_ATTENTION"], "errors": [error, error],
+            "warmup": point["run.warmup"], "seconds": [[gather] * reps, [packed] * reps]}
+
+
+class Shapes(unittest.TestCase):
+    def test_the_points_of_an_input(self):
+        points = shapes.points_of(INPUT)
+        self.assertEqual(len(points), 4)
+        self.assertEqual(points[0]["kernels.cold"], True)
+        self.assertEqual({p["kernels.blocks"] for p in points}, {2, 4})
+        self.assertEqual({p["kernels.spans"] for p in points}, {"mixed", "scattered"})
+        self.assertEqual({p["model.precision"] for p in points}, {"fp32"})
+        inputs = pathlib.Path(os.environ["NSA_INPUTS"])
+        self.assertEqual(len(shapes.points_of((inputs / "m4_kernels.toml").read_text())), 48)
+        self.assertEqual(shapes.points_of((inputs / "flash_guard.toml").read_text()), [])
+        with self.assertRaisesRegex(ValueError, 'not of kind = "kernels"'):
+            shapes.points_of(SMALL)
+
+    def test_chosen_blocks(self):
+        point = {**shapes.points_of(INPUT)[0], "run.context": 8192, "kernels.rows": 512, "kernels.blocks": 16}
+        for spans, neighbours in ("contiguous", 15), ("mixed", 7), ("scattered", 0):
+            chosen = shapes.choose_blocks({**point, "kernels.spans": spans})
+            self.assertEqual(chosen.shape, (512, 16))
+            self.assertTrue((np.diff(chosen, axis=1) > 0).all())
+            self.assertGreaterEqual(chosen.min(), 0)
+            self.assertLess(chosen.max(), (8192 - 512) // 64)
+            together = (np.diff(chosen, axis=1) == 1).sum(axis=1)
+            self.assertGreaterEqual(together.min(), neighbours)
+            if spans == "scattered":  # 15 pairs, each adjacent with probability 16 / 120
+                self.assertLess(abs(together.mean() - 2), 0.3)
+        with self.assertRaisesRegex(ValueError, "200 blocks do not fit"):
+            shapes.choose_blocks({**point, "kernels.blocks": 200})
+
+    def test_errors_against_float64(self):
+        exact = np.zeros((2, 2))
+        error = shapes.error_of(np.array([[1.0, -3.0], [0.0, 8.0]]), exact)
+        self.assertEqual((error["mean"], error["max"]), (3.0, 8.0))
+        self.assertAlmostEqual(error["standard_error"], 1.0)  # means 2 and 4: sqrt(2) / sqrt(2)
+        self.assertEqual(shapes.error_of(np.array([[np.nan, 0.0]]), np.zeros((1, 2)))["max"], np.inf)
+
+    def test_samples_are_taken_in_turns(self):
+        order = []
+
+        class Sampler:
+            def __init__(self, name):
+                self.name = name
+
+            def sample(self):
+                order.append(self.name)
+                return float(len(order))
+
+        seconds = timing.alternate([Sampler("a"), Sampler("b"), Sampler("c")], 3)
+        self.assertEqual("".join(order), "abc" + "bac" + "cab")
+        self.assertEqual(seconds, [[1, 5, 8], [2, 4, 9], [3, 6, 7]])
+        self.assertEqual([timing.copies_of(2 << 20), timing.copies_of(1), timing.copies_of(1, False)], [64, 64, 1])
+        self.assertEqual([timing.copies_of(100 << 20), timing.copies_of(1 << 30)], [2, 1])
+
+
+class Files(AppTest):
+    def peers(self, name, points, **system):
+        run = result_file.run_attributes("torch 2.11.0", INPUT, "host", result_file.now())
+        path = os.path.join(self.folder, name)
+        result_file.write(path, run, result_file.system_columns(**system), points)
+        return path
+
+    def test_the_file_is_a_result_file(self):
+        path = self.peers("peers.h5", [measured(p) for p in shapes.points_of(INPUT)])
+        with h5py.File(path) as file:
+            self.assertEqual(file.attrs["program"], "torch 2.11.0")
+            time = file["points/0003/kernels/time"]
+            self.assertEqual(time.shape, (2, 1, 12))
+            self.assertEqual(time.dims[0][0].name, "/points/0003/kernels/implementation")
+            self.assertEqual(file["points/0000"].attrs["kernels.blocks"], 2)
+        done = self.assert_ok(self.nsa("report", "peers.h5"))
+        self.assertIn("N32", done.out.replace(" ", ""))
+        self.assertEqual(os.listdir(self.folder), ["peers.h5"])
+
+    def test_the_gate_decides_on_the_fastest(self):
+        self.write("k.toml", INPUT)
+        self.assert_ok(self.nsa("run", "k.toml", "--output", "k.h5"))
+        self.write("d.toml", SMALL)
+        self.assert_ok(self.nsa("run", "d.toml", "--output", "d.h5", "--set", "run.steps=12", "--set", "route.sel=sdpa",
+                                "--set", 'run.modes=["branches", "total", "ablation"]'))
+        alone = self.assert_ok(self.nsa("gate", "d.h5", "k.h5"))
+        self.assertIn("note: no library's SDPA is among the baselines", alone.out)
+        points = shapes.points_of(INPUT)
+        self.peers("fast.h5", [measured(p, 1e-9, 1e-9) for p in points])
+        done = self.assert_ok(self.nsa("gate", "fast.h5", "d.h5", "k.h5"))
+        self.assertRegex(done.out, r"with the gather +0\.00x .* not met +worst: N=32 .* against torch_cudnn_sdpa\n")
+        self.assertIn("the fastest packed SDPA of this program, torch 2.11.0 (fast.h5)", done.out)
+        self.assertIn("VERDICT: STAY", done.out)
+        self.assertEqual(json.loads(self.nsa("gate", "fast.h5", "d.h5", "k.h5", "--json").out)["devices"][0]["peers"],
+                         ["torch 2.11.0 (fast.h5)"])
+        self.peers("part.h5", [measured(p, 1, 1) for p in points[:-1]])
+        done = self.nsa("gate", "d.h5", "k.h5", "part.h5", "--exit-verdict")
+        self.assertIn("no time of it in part.h5", done.out)
+        self.assertEqual(done.code, INCONCLUSIVE)
+        self.peers("card.h5", [measured(p) for p in points], uuid="GPU-2")
+        refused = self.nsa("gate", "d.h5", "k.h5", "card.h5")
+        self.assertIn("k.h5 was measured on a device without UUID, card.h5 on GPU-2", refused.err)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
