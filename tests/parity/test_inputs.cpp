@@ -39,6 +39,7 @@ const std::vector<parity::Shape> shapes = {
     {"two layers, bf16", 37, 3, {"run.batch=2", "model.layers=2", "model.precision=\"bf16\""}},
     {"attention", 37, 3, {"run.batch=2", "run.scope=\"attention\""}},
     {"attention, fp16", 37, 3, {"run.batch=2", "run.scope=\"attention\"", "model.precision=\"fp16\""}},
+    {"attention, repeated", 37, 3, {"run.batch=2", "run.scope=\"attention\"", "run.overlap=0.5"}},
     {"shared", 37, 3, {"run.batch=3", "run.scope=\"attention\"", "model.shared_kv=true"}},
 };
 

@@ -59,6 +59,7 @@ inline PointRecord sample_point(std::int64_t index) {
   p.heads = 2;
   p.kv = 1;
   p.first_position = 128;
+  p.blocks_shared = 0.25;
   p.warmup_reps = 1;
   p.time = {{"branches", "total"}, 2, 3, counting(2 * stage_count * 2 * 3, 1e-3)};
   p.time.seconds[5] = std::nan("");

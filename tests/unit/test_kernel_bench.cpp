@@ -1,6 +1,7 @@
 // kind = "kernels": the drawn blocks, the comparison with the oracle, and the detection of a wrong kernel.
 
 #include <algorithm>
+#include <cmath>
 #include <set>
 #include <sstream>
 
@@ -8,6 +9,7 @@
 #include "kernels/host/runtime/host.hpp"
 #include "nsa/report/report.hpp"
 #include "nsa/tasks/kernel_bench.hpp"
+#include "nsa/verify/shared_blocks.hpp"
 
 using namespace nsa;
 
@@ -83,6 +85,36 @@ TEST_CASE("kernels: blocks are drawn by their span, the same on every draw", "[k
     if (spans == Spans::scattered) CHECK(neighbours < rows * 2);
   }
   CHECK(choose_blocks(Spans::scattered, 1, 4, 4, 1) == std::vector<std::int32_t>{0, 1, 2, 3});
+}
+
+TEST_CASE("kernels: rows repeat the one before as often as run.overlap says", "[kernels]") {
+  constexpr std::int32_t n = 8;
+  constexpr std::int64_t blocks = 1000, rows = 4000;
+  const auto shared = [](const std::vector<std::int32_t>& chosen) {
+    SharedBlocks all;
+    all.add(chosen.data(), rows, 1, n);
+    return all.mean();
+  };
+  CHECK(choose_blocks(Spans::mixed, rows, n, blocks, 1, 0) == choose_blocks(Spans::mixed, rows, n, blocks, 1));
+  CHECK(shared(choose_blocks(Spans::scattered, rows, n, blocks, 1, 0)) == Approx(0.008).epsilon(0.2));  // n / blocks
+  for (const double overlap : {0.25, 0.5, 0.9})  // and 0.008 of the rest; four standard errors of 4000 draws
+    CHECK(shared(choose_blocks(Spans::scattered, rows, n, blocks, 1, overlap)) ==
+          Approx(overlap + 0.008 * (1 - overlap)).margin(4 * std::sqrt(overlap * (1 - overlap) / rows)));
+  CHECK(shared(choose_blocks(Spans::contiguous, rows, n, blocks, 1, 1)) == 1);
+}
+
+TEST_CASE("kernels: shared blocks are counted list by list", "[kernels]") {
+  // Two lists of four blocks, three queries; the later query's blocks count.
+  const std::vector<std::int32_t> selected = {0, 1, 2, 3,  0, 5, -1, -1,   //
+                                              0, 2, 4, 6,  0, 1, 5,  -1,   //
+                                              7, 8, 9, 10, 0, 1, 5,  11};  //
+  SharedBlocks shared;
+  shared.add(selected.data(), 3, 2, 4);
+  CHECK(shared.pairs == 4);
+  CHECK(shared.shares == Approx(2.0 / 4 + 2.0 / 3 + 0 + 3.0 / 4));
+  SharedBlocks one;
+  one.add(selected.data(), 1, 2, 4);
+  CHECK(std::isnan(one.mean()));
 }
 
 TEST_CASE("kernels: variant() names the kernel that the arguments select", "[kernels]") {

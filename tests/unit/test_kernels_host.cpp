@@ -148,6 +148,23 @@ TEST_CASE("Philox gives the published values, and synthetic values have mean 0 a
   CHECK(tensor_key(1, "x") != tensor_key(1, "y"));
 }
 
+TEST_CASE("a row repeats the one before as often as asked") {
+  const std::uint64_t key = tensor_key(1, "given/q");
+  constexpr std::uint64_t rows = 4000;
+  for (const double share : {0.25, 0.5, 0.9}) {
+    std::uint64_t repeated = 0;
+    for (std::uint64_t row = 1; row < rows; ++row) {
+      const std::uint64_t source = source_row(key, row, repeats(share));
+      if (source != row) REQUIRE(source == source_row(key, row - 1, repeats(share)));
+      repeated += source != row;
+    }
+    // Four standard errors of a share of 4000 draws.
+    CHECK(std::abs(static_cast<double>(repeated) / rows - share) < 4 * std::sqrt(share * (1 - share) / rows));
+  }
+  CHECK(source_row(key, rows, repeats(0)) == rows);
+  CHECK(source_row(key, std::uint64_t{1} << 40, repeats(1)) == 0);
+}
+
 TEST_CASE("the exponential is correct to 2 ulp and exact at its limits") {
   for (float x = -87.0f; x < 20.0f; x += 0.00037f) {
     const double exact = std::exp(static_cast<double>(x));

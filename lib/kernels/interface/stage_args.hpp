@@ -224,8 +224,8 @@ struct CopyRowsArgs {
   std::int64_t span_begin = 0, span_end = 0;
 };
 
-/// dst rows [first, last) that dst holds = scale * synthetic_value(key, b, row, column), with column =
-/// (group_begin + g) * width + e. The rows of a halo are filled too.
+/// dst rows [first, last) that dst holds = scale * synthetic_value(key, b, source_row(key, row, repeat), column), with
+/// column = (group_begin + g) * width + e. The rows of a halo are filled too.
 struct FillRowsArgs {
   DType dtype = DType::f32;
   KvView dst;
@@ -233,6 +233,7 @@ struct FillRowsArgs {
   std::int64_t first = 0, last = 0;
   std::uint64_t key = 0;
   float scale = 1.0f;
+  std::uint64_t repeat = 0;  ///< of 2^32: how often a row repeats the one before it
 };
 
 /// *sum += checksum_term of every element of the rows [first, last) that the view has; its index is

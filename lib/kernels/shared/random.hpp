@@ -41,6 +41,23 @@ NSA_HD float bell_curve(std::uint32_t a, std::uint32_t b) {
   return static_cast<float>(sum) * (1.0f / 37837.23f);
 }
 
+/// How often a row repeats the one before it, as a share of 2^32: `repeats(0.5)`.
+inline std::uint64_t repeats(double share) { return static_cast<std::uint64_t>(share * 4294967296.0 + 0.5); }
+
+/// The row whose values stand at `row` where each row repeats the one before it with probability `repeat` / 2^32: `row`
+/// itself, or an earlier one. At 2^32 every row is row 0. Draws of its own, apart from those of the values.
+NSA_HD std::uint64_t source_row(std::uint64_t key, std::uint64_t row, std::uint64_t repeat) {
+  if (repeat == 0) return row;
+  if (repeat >> 32) return 0;
+  while (row > 0) {
+    const Philox4 r = philox(
+        key, {{0xFFFFFFFFu, static_cast<std::uint32_t>(row), static_cast<std::uint32_t>(row >> 32), 0xFFFFFFFFu}});
+    if (r.v[0] >= repeat) break;
+    --row;
+  }
+  return row;
+}
+
 /// The value at the global coordinates (plane, row, column) of the tensor with this key; see bell_curve.
 NSA_HD float synthetic_value(std::uint64_t key, std::uint32_t plane, std::uint64_t row, std::uint32_t column) {
   const Philox4 r =

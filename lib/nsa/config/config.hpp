@@ -40,6 +40,7 @@ struct RunConfig {
   std::int64_t seed = 1;
   double min_time = 0.0;    ///< seconds that each mode measures at least, by repeating its steps
   double deadline = 300.0;  ///< seconds that an operation between ranks or a wait for a device may take; 0: no limit
+  double overlap = 0.0;     ///< how often a query repeats the one before it
   bool check = true;
   Scope scope = Scope::layer;
   CacheFill fill = CacheFill::prefill;

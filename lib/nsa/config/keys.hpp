@@ -126,6 +126,10 @@ void visit_run_keys(ConfigOrConst& c, Visitor&& visit) {
         "Shortest time that each mode measures; its steps are repeated until then.");
   visit("run.deadline", c.run.deadline, RealRange{0.0, 86400.0}, "s",
         "Longest wait for other ranks or for a device before the job ends; 0: no limit.");
+  visit(
+      "run.overlap", c.run.overlap, RealRange{0.0, 1.0}, "of the queries",
+      "How often a query repeats the one before it, and so chooses its blocks; with scope = \"attention\" (q repeats) "
+      "or kind = \"kernels\" (the blocks do). METRICS.md, \"Overlap\".");
   visit("run.check", c.run.check, AnyValue{}, "", "Recomputes sampled rows in float64 and compares them.");
   visit("run.scope", c.run.scope, scopes, "",
         "layer: the whole layer; attention: q, K, V and gates are given, and no projection runs.");

@@ -136,6 +136,11 @@ void check_run(const Config& c, Checker& check) {
   if (r.fill == CacheFill::synthetic && !c.input_file.empty())
     check.add({"run.fill", "input.file"},
               "run.fill = \"synthetic\" takes nothing from input.file; use fill = \"prefill\"");
+  const bool repeats = c.kind == TaskKind::kernels || (c.kind != TaskKind::needle && r.scope == Scope::attention);
+  if (r.overlap > 0 && (!repeats || !c.input_file.empty()))
+    check.add({"run.overlap", "run.scope", "input.file"},
+              "run.overlap needs synthetic q: run.scope = \"attention\" without input.file in decode and prefill, or "
+              "task.kind = \"kernels\" (elsewhere q follows from x, or is given)");
   if (c.output.file.empty()) check.add({"output.file"}, "output.file is empty; name the result file");
 }
 

@@ -18,7 +18,7 @@ using Value = decltype(Parameter::second);
 
 /// Parameters that must be equal in all points of one verdict. The others are swept, or say how long was measured.
 bool must_be_equal(const std::string& key) {
-  for (const char* prefix : {"model.", "nsa.", "route.", "run.scope", "run.fill", "run.seed", "input."})
+  for (const char* prefix : {"model.", "nsa.", "route.", "run.scope", "run.fill", "run.seed", "run.overlap", "input."})
     if (key.starts_with(prefix)) return true;
   return false;
 }

@@ -103,6 +103,7 @@ void make_rows(ModelShard& shard, const TensorSource& source, const std::string&
   args.first = first;
   args.last = last;
   args.key = source.key(name);
+  args.repeat = source.repeat(name);
   shard.kernels().fill_rows(args, shard.streams.compute);
 }
 

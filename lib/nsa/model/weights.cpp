@@ -47,7 +47,7 @@ std::vector<float> from_storage(const void* data, std::size_t count, DType type)
 }
 
 TensorSource::TensorSource(const Config& config, const std::string& file)
-    : seed_(static_cast<std::uint64_t>(config.run.seed)) {
+    : seed_(static_cast<std::uint64_t>(config.run.seed)), repeat_(repeats(config.run.overlap)) {
   if (!file.empty()) file_ = std::make_unique<TensorFile>(file);
 }
 
@@ -58,7 +58,7 @@ std::vector<float> TensorSource::slab(const std::string& name, const std::vector
   // Coordinates (plane, row, column) = (0, 0, i), (0, i, j), (i, j, the rest flattened).
   const std::size_t rank = shape.size();
   const std::size_t leading = rank < 3 ? rank - 1 : 2;
-  const std::uint64_t key = this->key(name);
+  const std::uint64_t key = this->key(name), repeat = this->repeat(name);
   std::vector<float> values(static_cast<std::size_t>(elements_of(count)));
   std::vector<std::int64_t> at(rank, 0);
   for (float& value : values) {
@@ -66,7 +66,8 @@ std::vector<float> TensorSource::slab(const std::string& name, const std::vector
     for (std::size_t i = leading; i < rank; ++i) column = column * shape[i] + begin[i] + at[i];
     const std::int64_t row = leading > 0 ? begin[leading - 1] + at[leading - 1] : 0;
     const std::int64_t plane = leading > 1 ? begin[0] + at[0] : 0;
-    value = scale * synthetic_value(key, static_cast<std::uint32_t>(plane), static_cast<std::uint64_t>(row),
+    value = scale * synthetic_value(key, static_cast<std::uint32_t>(plane),
+                                    source_row(key, static_cast<std::uint64_t>(row), repeat),
                                     static_cast<std::uint32_t>(column));
     for (std::size_t i = rank; i-- > 0 && ++at[i] == count[i];) at[i] = 0;
   }

@@ -20,13 +20,15 @@ class TensorSource {
   TensorSource(const Config& config, const std::string& file);
   bool from_file() const { return file_ != nullptr; }
   std::uint64_t key(const std::string& name) const { return tensor_key(seed_, name.c_str()); }
+  /// How often a row of the synthetic tensor repeats the one before it, of 2^32: run.overlap for given/q.
+  std::uint64_t repeat(const std::string& name) const { return name == "given/q" ? repeat_ : 0; }
   /// A slab of the whole tensor, row-major fp32, not yet rounded to storage.
   /// Throws UserError(file) when the file lacks the tensor, or it has another shape or a value that is not finite.
   std::vector<float> slab(const std::string& name, const std::vector<std::int64_t>& shape, float scale,
                           const std::vector<std::int64_t>& begin, const std::vector<std::int64_t>& count) const;
 
  private:
-  std::uint64_t seed_;
+  std::uint64_t seed_, repeat_;
   std::unique_ptr<TensorFile> file_;
 };
 

@@ -77,6 +77,8 @@ Metrics metrics_of(const PointRecord& point) {
   }
   if (point.max_abs_err >= 0)
     metrics.push_back({kind + "_max_abs_err_" + name, fmt::format("{:.3e}", point.max_abs_err), "1"});
+  if (point.blocks_shared >= 0)
+    metrics.push_back({kind + "_blocks_shared_" + name, fmt::format("{:.2f}", 100 * point.blocks_shared), "%"});
   if (const double peak = peak_memory(point.memory); !std::isnan(peak))
     metrics.push_back({kind + "_peak_memory_" + name, fmt::format("{:.3f}", peak / 1e6), "MB"});
   return metrics;

@@ -151,6 +151,7 @@ void read_point_attributes(const h5::Handle& group, PointRecord& p) {
     read_by_branch(group, "route_kernels", p.route_kernels);
   if (std::count(names.begin(), names.end(), "exchange") > 0)  // since 1.4
     p.exchange = h5::attribute_as<std::string>(group, "exchange");
+  if (std::count(names.begin(), names.end(), "blocks_shared") > 0) read_attributes(group, p, point_reals_1_5);
   p.fallbacks = lines(h5::attribute_as<std::string>(group, "fallbacks"));
 }
 

@@ -90,8 +90,9 @@ struct PointRecord {
   std::array<std::string, branches> route_kernels;          ///< the backend's kernels that it ran: "tiled, rows"
   std::string exchange;  ///< transport of small exchanges: "MPI", "NCCL", "peer memory"; "": one rank
   std::vector<std::string>
-      fallbacks;            ///< "sel: fused -> sdpa: reason (12 calls)", "prefill sel: ..." in a decode point
-  double max_abs_err = -1;  ///< against float64 at sampled rows; < 0: not checked
+      fallbacks;              ///< "sel: fused -> sdpa: reason (12 calls)", "prefill sel: ..." in a decode point
+  double max_abs_err = -1;    ///< against float64 at sampled rows; < 0: not checked
+  double blocks_shared = -1;  ///< share of the selected blocks that neighbouring queries have in common; < 0: not known
   std::vector<TensorRecord> tensors;
   void fail(const std::string& why) {  ///< keeps the first reason; "" is no failure
     if (why.empty()) return;

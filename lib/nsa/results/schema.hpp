@@ -95,4 +95,9 @@ constexpr Named<PointRecord, double> point_reals[] = {
     {"max_abs_err", &PointRecord::max_abs_err},
 };
 
+/// Added by schema 1.5: a file of an earlier one lacks it.
+constexpr Named<PointRecord, double> point_reals_1_5[] = {
+    {"blocks_shared", &PointRecord::blocks_shared},
+};
+
 }  // namespace nsa

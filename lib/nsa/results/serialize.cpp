@@ -65,10 +65,10 @@ template <Is<PointRecord> R>
 auto members(R& r) {
   auto& [index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps, time,
          reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange, fallbacks, max_abs_err,
-         tensors, needle, kernels] = r;
+         blocks_shared, tensors, needle, kernels] = r;
   return std::tie(index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps,
                   time, reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange, fallbacks,
-                  max_abs_err, tensors, needle, kernels);
+                  max_abs_err, blocks_shared, tensors, needle, kernels);
 }
 
 template <Is<ResultFile> R>

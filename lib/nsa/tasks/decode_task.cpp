@@ -148,6 +148,10 @@ void DecodePasses::recorded(const TensorSource& source) {
   gather_problems(session_.world, problem, record_);
   expected_ = output();
   expected_.scale = scale;
+  const std::int32_t n = shard_.shape().rules.n_sel;
+  SharedBlocks shared;
+  shared.add(expected_.selected.data(), config_.run.steps, decode_.selected_count() / n, n);
+  record_shared(session_.world, shared, record_);
 }
 
 bool DecodePasses::measured(const ModeRun& run, StageTimer& timer, const TakeSample& take) {

@@ -9,6 +9,7 @@
 #include "kernels/shared/random.hpp"
 #include "nsa/model/weights.hpp"
 #include "nsa/results/error_bound.hpp"
+#include "nsa/verify/shared_blocks.hpp"
 
 namespace nsa {
 namespace {
@@ -102,10 +103,15 @@ Config kernel_config(const Config& config, const Point& point) {
 std::int64_t kernel_rows(const Point& point) { return point.kernel.rows == 0 ? point.context : point.kernel.rows; }
 
 std::vector<std::int32_t> choose_blocks(Spans spans, std::int64_t rows, std::int32_t n, std::int64_t blocks,
-                                        std::uint64_t seed) {
+                                        std::uint64_t seed, double overlap) {
   Dice dice{tensor_key(seed, "kernels/spans")};
   std::vector<std::int32_t> chosen;
   for (std::int64_t row = 0; row < rows; ++row) {
+    const auto at = static_cast<std::uint64_t>(row);
+    if (source_row(dice.key, at, repeats(overlap)) != at) {
+      for (std::int32_t i = 0; i < n; ++i) chosen.push_back(chosen[chosen.size() - static_cast<std::size_t>(n)]);
+      continue;
+    }
     const std::int64_t together = spans == Spans::contiguous ? n : spans == Spans::mixed ? n / 2 : 0;
     const std::int64_t first = dice.below(blocks - together + 1);
     std::vector<bool> taken(static_cast<std::size_t>(blocks), false);
@@ -165,7 +171,7 @@ KernelBench::KernelBench(const Allocator& allocate, const KernelTable& kernels, 
   std::int64_t lse_rows = tile_.rows();
   if (branch_ == sel) {
     selected_ = choose_blocks(point.kernel.spans, rows_, shape_.rules.n_sel, first_position_ / shape_.rules.l_sel,
-                              static_cast<std::uint64_t>(config.run.seed));
+                              static_cast<std::uint64_t>(config.run.seed), config.run.overlap);
     chosen_ = activations(std::ssize(selected_) * 4);
   }
   const std::vector<KernelChoice> choices = kernel_choices(kernels, config, point);
@@ -304,6 +310,12 @@ std::vector<std::int64_t> KernelBench::tokens_of(std::int64_t row) const {
     add(block * r.l_sel, (block + 1) * r.l_sel);
   }
   return tokens;
+}
+
+double KernelBench::blocks_shared() const {
+  SharedBlocks shared;
+  if (branch_ == sel) shared.add(selected_.data(), rows_, 1, shape_.rules.n_sel);
+  return shared.mean();
 }
 
 std::int64_t KernelBench::expected_reads_total() const {

@@ -21,9 +21,10 @@ Config kernel_config(const Config& config, const Point& point);
 std::int64_t kernel_rows(const Point& point);
 
 /// Blocks that each row attends, [rows][n] ascending, drawn from the seed: n contiguous ones (contiguous), n / 2
-/// contiguous and the others anywhere (mixed), all anywhere (scattered). The same on every machine.
+/// contiguous and the others anywhere (mixed), all anywhere (scattered). A row repeats the one before it with
+/// probability `overlap`. The same on every machine.
 std::vector<std::int32_t> choose_blocks(Spans spans, std::int64_t rows, std::int32_t n, std::int64_t blocks,
-                                        std::uint64_t seed);
+                                        std::uint64_t seed, double overlap = 0);
 
 /// One implementation of the point's attention.
 struct KernelChoice {
@@ -62,6 +63,8 @@ class KernelBench {
   /// Tokens that the last execution read, and those it must read.
   std::int64_t reads(Stream* stream) const;
   std::int64_t expected_reads_total() const;
+  /// The share of blocks that neighbouring rows have in common; NaN where there is no such pair.
+  double blocks_shared() const;
 
   /// The same attention in float64 by plain loops over the tokens of each row. `threads` share the rows.
   ExactOutputs oracle(Stream* stream, int threads) const;

@@ -146,6 +146,7 @@ MemoryAccount run_kernels(const Session& session, const Config& config, const Po
   for (std::int64_t r = 0; !all.empty() && r < k.ranks; ++r)
     for (std::int64_t i = 0; i < count; ++i)
       std::copy_n(all.begin() + (r * count + i) * reps, reps, k.seconds.begin() + (i * k.ranks + r) * reps);
+  if (const double shared = bench->blocks_shared(); !std::isnan(shared)) record.blocks_shared = shared;
   record.warmup_reps = config.run.warmup;
   record.first_position = point.context - kernel_rows(point);
   record.stop_reason = "steps";

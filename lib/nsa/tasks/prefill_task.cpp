@@ -48,6 +48,7 @@ class PrefillPasses {
   bool measured(const ModeRun& run, StageTimer& timer, const TakeSample& take);
 
  private:
+  void compare_neighbours(const StepContext& ctx, SharedBlocks& shared) const;
   CheckResult check_tile(const StepContext& ctx, const PrefillTile& tile, std::int64_t group) const;
   RankReads reads() const;
   RunResult result() const;
@@ -72,17 +73,20 @@ void PrefillPasses::recorded() {
     if (config_.output.tensors) tensors = std::make_unique<StepTensors>(shard_, shard_.point.context);
   });
   CheckResult checked;
+  SharedBlocks shared;
   std::int64_t seen = 0;
   const std::int64_t stride = std::max<std::int64_t>(1, prefill_.tile_count() * shard_.point.batch / 8);
   load(shard_, prefill_, source_);
   prefill_.run(untimed, options, [&](const StepContext& ctx, const PrefillTile& tile) {
     shard_.device().synchronize(shard_.streams.compute);
     if (tensors) tensors->take(ctx, tile.first_position, false);
+    compare_neighbours(ctx, shared);
     if (!config_.run.check || seen++ % stride != 0) return;
     checked.merge(check_tile(ctx, tile, seen / stride % shard_.shape().groups));
   });
   const double scale =
       keep_records(session_.world, shard_, source_, checked, tensors.get(), shard_.point.context, record_);
+  record_shared(session_.world, shared, record_);
   expected_ = result();
   expected_.output.scale = scale;
   if (config_.run.check) gather_problems(session_.world, problem_of(expected_, expected_), record_);
@@ -100,6 +104,16 @@ bool PrefillPasses::measured(const ModeRun& run, StageTimer& timer, const TakeSa
   gather_problems(session_.world, problem, record_);
   if (run.options.leave_out < 0) record_reads(session_.world, shard_, reads(), record_);
   return true;
+}
+
+// Of the last layer, within a tile.
+void PrefillPasses::compare_neighbours(const StepContext& ctx, SharedBlocks& shared) const {
+  const QueryTile& tile = ctx.stage.tile;
+  const std::int64_t lists = shard_.shape().groups, n = shard_.shape().rules.n_sel, count = tile.rows() * lists * n;
+  const auto selected =
+      download_ints(shard_, ctx.buffers.selected.as<std::int32_t>() + (config_.model.layers - 1) * count, count);
+  for (std::int64_t b = 0; b < tile.batches; ++b)
+    shared.add(selected.data() + b * tile.tokens * lists * n, tile.tokens, lists, static_cast<std::int32_t>(n));
 }
 
 CheckResult PrefillPasses::check_tile(const StepContext& ctx, const PrefillTile& tile, std::int64_t group) const {

@@ -30,6 +30,13 @@ double keep_records(const ControlComm& world, ModelShard& shard, const TensorSou
   return scale;
 }
 
+void record_shared(const ControlComm& world, const SharedBlocks& shared, PointRecord& record) {
+  SharedBlocks all;
+  const std::vector<double> ranks = world.gather(std::vector{shared.shares, shared.pairs});
+  for (std::size_t i = 0; i < ranks.size(); i += 2) all.shares += ranks[i], all.pairs += ranks[i + 1];
+  if (all.pairs > 0) record.blocks_shared = all.mean();
+}
+
 void record_reads(const ControlComm& world, const ModelShard& shard, const RankReads& reads, PointRecord& record) {
   record.reads = gather_reads(world, reads);
   if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(shard.config, shard.point)));

@@ -12,6 +12,7 @@
 #include "nsa/tasks/session.hpp"
 #include "nsa/verify/float64_check.hpp"
 #include "nsa/verify/read_counts.hpp"
+#include "nsa/verify/shared_blocks.hpp"
 #include "nsa/verify/tensor_dump.hpp"
 
 namespace nsa {
@@ -23,6 +24,9 @@ void gather_problems(const ControlComm& world, const std::string& problem, Point
 /// largest |v| that the checks of any rank saw. Collective.
 double keep_records(const ControlComm& world, ModelShard& shard, const TensorSource& source, const CheckResult& checked,
                     StepTensors* tensors, std::int64_t positions, PointRecord& record);
+
+/// After the recorded pass: stores what neighbouring queries share, over all ranks. Collective.
+void record_shared(const ControlComm& world, const SharedBlocks& shared, PointRecord& record);
 
 /// After a measured pass: stores the reads of all ranks and checks them on rank 0. Collective.
 void record_reads(const ControlComm& world, const ModelShard& shard, const RankReads& reads, PointRecord& record);

@@ -75,7 +75,8 @@ __global__ void fill_rows_kernel(FillRowsArgs a) {
     const std::int64_t e = item % width, i = a.first + item / width % rows, p = item / width / rows;
     const std::int64_t b = p / a.groups, g = p % a.groups;
     T value;
-    store(&value, a.scale * synthetic_value(a.key, static_cast<std::uint32_t>(b), static_cast<std::uint64_t>(i),
+    const std::uint64_t row = source_row(a.key, static_cast<std::uint64_t>(i), a.repeat);
+    store(&value, a.scale * synthetic_value(a.key, static_cast<std::uint32_t>(b), row,
                                             static_cast<std::uint32_t>((a.group_begin + g) * width + e)));
     T* data = static_cast<T*>(a.dst.data);
     if (map.ring > 0) {

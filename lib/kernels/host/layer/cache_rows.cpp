@@ -8,6 +8,7 @@
 #include "kernels/host/runtime/stages.hpp"
 #include "kernels/host/simd/loops.hpp"
 #include "kernels/shared/checksum.hpp"
+#include "kernels/shared/random.hpp"
 
 namespace nsa::host {
 namespace {
@@ -90,9 +91,10 @@ void fill_rows(const FillRowsArgs& args, Stream*) {
             map.ring > 0 ? args.last : std::min(args.last, saturating_add(chunk_begin(map, c), stored_rows));
 #pragma omp for nowait
         for (std::int64_t i = begin; i < end; ++i) {
+          const std::uint64_t row = source_row(args.key, static_cast<std::uint64_t>(i), args.repeat);
           for (std::int32_t e = 0; e < dst.width; e += 256) {
             const std::int32_t n = std::min(256, dst.width - e);
-            synthetic_row(n, args.key, b, static_cast<std::uint64_t>(i), column0 + e, args.scale, values);
+            synthetic_row(n, args.key, b, row, column0 + e, args.scale, values);
             store(args.dtype, n, values, at(args.dtype, dst.data, offset_in_chunk(dst, plane, c, i) + e));
           }
         }
