@@ -8,7 +8,7 @@ import tomllib  # Python 3.11
 DEFAULTS = {  # lib/nsa/config/config.hpp
     "model": {"precision": "bf16"},
     "nsa": {"l_sel": 64},
-    "run": {"context": [128, 256, 512, 1024], "steps": 32, "warmup": 8, "seed": 1},
+    "run": {"context": [128, 256, 512, 1024], "steps": 32, "warmup": 8, "seed": 1, "overlap": 0.0},
     "kernels": {"branch": "sel", "rows": 256, "heads": 4, "head_size": 64, "blocks": 16, "spans": "scattered",
                 "cold": True},
 }
@@ -31,7 +31,10 @@ def points_of(input_toml):
 
 
 def choose_blocks(point):
-    """[rows, n] ascending: n neighbours, n / 2 neighbours and the rest anywhere, or all anywhere (kernels.spans)."""
+    """[rows, n] ascending: n neighbours, n / 2 neighbours and the rest anywhere, or all anywhere (kernels.spans).
+
+    A row repeats the one before it with probability run.overlap.
+    """
     rows, n = point["kernels.rows"], point["kernels.blocks"]
     blocks = (point["run.context"] - rows) // point["nsa.l_sel"]
     together = {"contiguous": n, "mixed": n // 2, "scattered": 0}[point["kernels.spans"]]
@@ -42,7 +45,9 @@ def choose_blocks(point):
     first = random.integers(0, blocks - together + 1, rows)
     run = np.arange(blocks)[None, :] - first[:, None]
     order[(run >= 0) & (run < together)] = -1  # chosen in any case
-    return np.sort(np.argsort(order, axis=1)[:, :n], axis=1).astype(np.int32)
+    chosen = np.sort(np.argsort(order, axis=1)[:, :n], axis=1).astype(np.int32)
+    source = np.where(random.random(rows) < point["run.overlap"], 0, np.arange(rows))
+    return chosen[np.maximum.accumulate(source)]
 
 
 def error_of(output, exact):

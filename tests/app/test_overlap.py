@@ -5,6 +5,7 @@ import unittest
 
 import h5py
 import numpy as np
+
 from harness import SMALL, AppTest
 from test_gate import KERNELS
 

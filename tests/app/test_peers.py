@@ -8,6 +8,7 @@ import unittest
 
 import h5py
 import numpy as np
+
 from harness import SMALL, AppTest
 from test_gate import INCONCLUSIVE, KERNELS
 
@@ -52,6 +53,11 @@ class Shapes(unittest.TestCase):
             self.assertGreaterEqual(together.min(), neighbours)
             if spans == "scattered":  # 15 pairs, each adjacent with probability 16 / 120
                 self.assertLess(abs(together.mean() - 2), 0.3)
+        point["kernels.spans"] = "scattered"
+        for overlap in 0.5, 0.9, 1:
+            chosen = shapes.choose_blocks({**point, "run.overlap": overlap})
+            repeated = (chosen[1:] == chosen[:-1]).all(axis=1).mean()  # four standard errors of 511 draws
+            self.assertLessEqual(abs(repeated - overlap), 4 * (overlap * (1 - overlap) / 511) ** 0.5)
         with self.assertRaisesRegex(ValueError, "200 blocks do not fit"):
             shapes.choose_blocks({**point, "kernels.blocks": 200})
 

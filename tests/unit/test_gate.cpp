@@ -521,7 +521,8 @@ TEST_CASE("gate: peers are paired by work and by card", "[gate]") {
   CHECK(contains(v.why, "N=256 H=4 D=64 n=8 scattered: INVALID in peers.h5 (torch is wrong)"));
 
   // The same shape in another precision, or from caches, is other work.
-  for (const auto& [key, value] : {Parameter{"model.precision", "fp16"}, Parameter{"kernels.cold", std::int64_t{0}}}) {
+  for (const auto& [key, value] : {Parameter{"model.precision", "fp16"}, Parameter{"kernels.cold", std::int64_t{0}},
+                                   Parameter{"run.overlap", 0.5}}) {
     GateFile other = whole;
     for (PointRecord& p : other.result.points) {
       std::erase_if(p.parameters, [&](const Parameter& parameter) { return parameter.first == key; });

@@ -125,8 +125,9 @@ bool is_peer(const GateFile* file) { return file->result.run.program != "nsa"; }
 
 /// What has to be equal for two programs to have done the same work: the shape, where the blocks lie, what is stored.
 std::string work_of(const PointRecord& point) {
-  return fmt::format("{}, {}, blocks of {}, cold {}", point_key(point), text_parameter(point, "model.precision"),
-                     integer_parameter(point, "nsa.l_sel", 0), integer_parameter(point, "kernels.cold", 1));
+  return fmt::format("{}, {}, blocks of {}, cold {}, overlap {}", point_key(point),
+                     text_parameter(point, "model.precision"), integer_parameter(point, "nsa.l_sel", 0),
+                     integer_parameter(point, "kernels.cold", 1), real_parameter(point, "run.overlap", 0));
 }
 
 /// Both ran on one card: a ratio of times of two cards would hold the difference between the cards.

@@ -197,6 +197,11 @@ std::int64_t integer_parameter(const PointRecord& point, std::string_view key, s
   return value ? *value : fallback;
 }
 
+double real_parameter(const PointRecord& point, std::string_view key, double fallback) {
+  const auto* value = find_parameter<double>(point, key);
+  return value ? *value : fallback;
+}
+
 std::string text_parameter(const PointRecord& point, std::string_view key, const std::string& fallback) {
   const auto* value = find_parameter<std::string>(point, key);
   return value ? *value : fallback;

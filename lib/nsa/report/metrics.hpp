@@ -58,6 +58,7 @@ ReadCounts last_reads(const PointRecord& point);
 
 /// A parameter of the point as integer or text; `fallback` where the point does not have it.
 std::int64_t integer_parameter(const PointRecord& point, std::string_view key, std::int64_t fallback);
+double real_parameter(const PointRecord& point, std::string_view key, double fallback);
 std::string text_parameter(const PointRecord& point, std::string_view key, const std::string& fallback = "");
 
 /// "1.23 us", "45.6 ms": three digits and a suitable unit; "-" for NaN.
