@@ -102,46 +102,28 @@ def dense_prefill(context):
 
 def packed_selection(input_toml):
     """Yields the measured points of the input's shapes, for peers.result_file.write()."""
-    from peers import shapes, torch_sdpa
+    from peers import selection, shapes, torch_sdpa
 
     for point in shapes.points_of(input_toml):
-        inputs = torch_sdpa.Inputs(point)
+        inputs = selection.Inputs(point)
         candidates = [c for c in torch_sdpa.implementations(inputs) if "math" not in c[0]]
-        measured = torch_sdpa.measure(point, inputs, candidates)
+        measured = selection.measure(point, inputs, candidates)
         if measured is None:  # fp32: only torch's own arithmetic
-            measured = torch_sdpa.measure(point, inputs, torch_sdpa.implementations(inputs))
+            measured = selection.measure(point, inputs, torch_sdpa.implementations(inputs))
         if measured:
             yield measured
 
 
-def print_selection(point, results):
-    keys = {key: point["parameters"][f"kernels.{key}"] for key in ("rows", "heads", "head_size", "blocks", "spans")}
-    warmup = point["warmup"]
-    times = {name: statistics.median(seconds[warmup:]) * 1e6
-             for name, seconds in zip(point["implementations"], point["seconds"])}
-    results.append({"what": "selection", **keys, "us": times})
-    print("selection " + " ".join(f"{value:>5}" for value in keys.values()) + ": " +
-          ", ".join(f"{name} {us:.1f} us" for name, us in times.items()), flush=True)
-
-
 def run_selection(args, results):
     """Measures and prints the shapes, and writes the file of peers."""
-    input_toml = args.input.read_text()
-    if args.output:
-        from peers import result_file
+    from peers import report, torch_sdpa
 
-        start = result_file.now()
-    points = []
-    for point in packed_selection(input_toml):
-        print_selection(point, results)
-        points.append(point)
-    if not args.output:
-        return
-    from peers import torch_sdpa
+    def points():
+        for point in packed_selection(args.input.read_text()):
+            results.append({"what": "selection", **report.medians(point)})
+            yield point
 
-    run = result_file.run_attributes(torch_sdpa.program(), input_toml, "cuda", start)
-    result_file.write(args.output, run, result_file.system_columns(**torch_sdpa.system()), points)
-    print(f"{args.output}: {len(points)} shapes of {torch_sdpa.program()}")
+    report.run(points(), torch_sdpa.program(), args.input.read_text(), args.output)
 
 
 def decode_rows(build):

@@ -1,9 +1,13 @@
 """Files of peers (scripts/peers): what is written, and that `nsa` reads, reports and judges them. No GPU is needed."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
+import subprocess
 import sys
+import tempfile
 import unittest
 
 import h5py
@@ -12,8 +16,9 @@ import numpy as np
 from harness import SMALL, AppTest
 from test_gate import INCONCLUSIVE, KERNELS
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "scripts"))
-from peers import result_file, shapes, timing  # noqa: E402
+SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+from peers import kernels, report, result_file, shapes, timing  # noqa: E402
 
 INPUT = KERNELS.replace('blocks = 4', 'blocks = [2, 4]\nspans = ["mixed", "scattered"]')
 
@@ -86,7 +91,52 @@ class Shapes(unittest.TestCase):
         self.assertEqual([timing.copies_of(100 << 20), timing.copies_of(1 << 30)], [2, 1])
 
 
+class Kernels(unittest.TestCase):
+    """scripts/bench_peers.py where torch is not: what is there, and what each adapter asks of a shape."""
+
+    def listed(self, *paths):
+        arguments = [word for path in paths for word in ("--path", path)]
+        script = SCRIPTS / "bench_peers.py"
+        done = subprocess.run([sys.executable, script, "--list", *arguments], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout
+
+    def test_what_is_not_there_is_named(self):
+        out = self.listed()
+        for name in kernels.ADAPTERS:
+            self.assertIn(f"{name}: not measured (no Python package {name}: install it", out)
+        for name, reason in kernels.OTHER_WORK.items():
+            self.assertIn(f"{name}: not measured (other work: {reason})", out)
+
+    def test_a_checkout_is_found(self):
+        with tempfile.TemporaryDirectory() as folder:
+            os.mkdir(os.path.join(folder, "flash_nsa"))
+            out = self.listed(folder)
+        self.assertIn("flash_nsa: the same work\n", out)
+        self.assertIn("fla: not measured (no Python package fla", out)
+
+    def test_an_adapter_that_does_not_take_the_shape_is_left_out(self):
+        def refuses(inputs):
+            raise ValueError(f"{inputs} is too small\nmore")
+            yield
+
+        def takes(inputs):
+            yield "name", "variant", None, 1
+
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            found = list(kernels.implementations("shape", {"a": refuses, "b": takes}))
+        self.assertEqual(found, [("name", "variant", None, 1)])
+        self.assertEqual(out.getvalue(), "  a is left out: shape is too small\n")
+
+
 class Files(AppTest):
+    def test_medians_leave_the_warm_up_out(self):
+        point = measured(shapes.points_of(INPUT)[0])
+        point["seconds"][0][:2] = [1, 1]  # both of the warm-up
+        row = report.medians(point)
+        self.assertAlmostEqual(row["us"]["torch_cudnn_sdpa"], 40)
+        self.assertEqual((row["rows"], row["heads"], row["spans"]), (32, 2, "mixed"))
+
     def peers(self, name, points, **system):
         run = result_file.run_attributes("torch 2.11.0", INPUT, "host", result_file.now())
         path = os.path.join(self.folder, name)
