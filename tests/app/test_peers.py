@@ -152,7 +152,8 @@ class Files(AppTest):
             self.assertEqual(time.dims[0][0].name, "/points/0003/kernels/implementation")
             self.assertEqual(file["points/0000"].attrs["kernels.blocks"], 2)
         done = self.assert_ok(self.nsa("report", "peers.h5"))
-        self.assertIn("N32", done.out.replace(" ", ""))
+        self.assertIn("torch_cudnn_sdpa 40.0 us, torch_cudnn_sdpa_packed 30.0 us\n", done.out)
+        self.assertIn("FOM kernels_torch_cudnn_sdpa_time_sel_N32_H2_D16_n4_mixed_context_512 = 40.000 us\n", done.out)
         self.assertEqual(os.listdir(self.folder), ["peers.h5"])
 
     def test_the_gate_decides_on_the_fastest(self):

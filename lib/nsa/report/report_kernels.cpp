@@ -16,7 +16,14 @@ namespace {
 constexpr double guard_speedup = 1.2;   ///< nsa-vibe's production threshold for FA-2
 constexpr std::int64_t never = 999999;  ///< nsa-vibe's value for "not at any length"
 constexpr const char* columns[] = {"fused", "sdpa", "sdpa_packed", "flash_packed", "masked", "flash"};
-constexpr const char* variants[] = {"tiled", "rows"};  ///< kernels of fused, where the input names them
+
+/// The implementations that have no column: kernels of fused where the input names them, those of peers.
+std::vector<std::string> others(const PointRecord& p) {
+  std::vector<std::string> names;
+  for (const std::string& name : p.kernels.implementations)
+    if (std::find(std::begin(columns), std::end(columns), name) == std::end(columns)) names.push_back(name);
+  return names;
+}
 
 std::string branch_of(const PointRecord& p) { return text_parameter(p, "kernels.branch", "sel"); }
 
@@ -70,12 +77,12 @@ std::vector<Metric> kernel_metrics(const PointRecord& p) {
   const auto add = [&](const std::string& what, double value, int decimals, const char* unit) {
     if (!std::isnan(value)) metrics.push_back({what + "_" + name, fmt::format("{:.{}f}", value, decimals), unit});
   };
-  const auto add_time = [&](const char* implementation) {
+  const auto add_time = [&](const std::string& implementation) {
     add(fmt::format("kernels_{}_time", implementation), 1e6 * summarise(kernel_samples(p, implementation)).median, 3,
         "us");
   };
   std::for_each(std::begin(columns), std::end(columns), add_time);
-  std::for_each(std::begin(variants), std::end(variants), add_time);
+  for (const std::string& name : others(p)) add_time(name);
   add("kernels_speedup", kernel_ratio(p, "sdpa", custom).median, 3, "1");
   add("kernels_speedup_packed", kernel_ratio(p, fastest_packed(p), custom).median, 3, "1");
   if (const std::string error = error_text(p, &KernelRecord::mean_abs_err); error != "-")
@@ -99,22 +106,23 @@ void print_kernels_row(std::ostream& out, const PointRecord& p) {
              selects ? text_parameter(p, "kernels.spans") : "");
   for (const char* name : columns) fmt::print(out, " {:>11}", time_text(summarise(kernel_samples(p, name)).median));
   std::string ran = kernel_variant(p, custom_of(p));
-  for (const char* name : variants)
-    if (const double time = summarise(kernel_samples(p, name)).median; !std::isnan(time))
-      ran += fmt::format(", {} {}", name, time_text(time));
+  for (const std::string& name : others(p))
+    ran += fmt::format("{}{} {}", ran.empty() ? "" : ", ", name, time_text(summarise(kernel_samples(p, name)).median));
   fmt::print(out, "   {:<20}   {:<20} {:>8} {:>8}  {}{}\n", ratio_text(kernel_ratio(p, "sdpa", custom_of(p))),
              ratio_text(kernel_ratio(p, fastest_packed(p), custom_of(p))), error_text(p, &KernelRecord::mean_abs_err),
              error_text(p, &KernelRecord::max_abs_err), ran, p.valid ? "" : "  INVALID");
 }
 
 void print_kernels_notes(std::ostream& out, const std::vector<PointRecord>& points) {
-  fmt::print(out,
-             "N: query rows   H: heads that share one K and V   D: head size   n: selected blocks   spans: their "
-             "positions\n"
-             "fused to flash: time of each implementation, median of the slowest rank\n"
-             "  sdpa: gather, then SDPA   sdpa_packed, flash_packed: K and V packed before; the faster one counts\n"
-             "custom: fused for sel, else flash (fused where there is no flash)   ran as: its kernel in the backend\n"
-             "mean err, max err: of the custom implementation, against float64\n");
+  fmt::print(
+      out,
+      "N: query rows   H: heads that share one K and V   D: head size   n: selected blocks   spans: their "
+      "positions\n"
+      "fused to flash: time of each implementation, median of the slowest rank\n"
+      "  sdpa: gather, then SDPA   sdpa_packed, flash_packed: K and V packed before; the faster one counts\n"
+      "custom: fused for sel, else flash (fused where there is no flash)   ran as: its kernel in the backend, then the "
+      "implementations without a column\n"
+      "mean err, max err: of the custom implementation, against float64\n");
   std::vector<const PointRecord*> all;
   for (const PointRecord& point : points) all.push_back(&point);
   print_guards(out, all);
