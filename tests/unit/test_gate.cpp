@@ -468,12 +468,14 @@ TEST_CASE("gate: the fastest baseline decides, a library's too, and is named", "
 
   DeviceVerdict v = judge({decode, own}).at(0);
   CHECK(v.verdict == Verdict::proceed);
+  CHECK(v.why.ends_with("; no library's SDPA is among the baselines"));
   CHECK(contains(v.notes.at(0),
                  "no library's SDPA is among the baselines; on this device: python3 "
                  "scripts/bench_gpu.py --selection --output peers.h5"));
 
   v = with(peers_file(shapes, 15, 10.5));  // ours: 30 with the gather, 11 packed; fused 10
   CHECK(v.verdict == Verdict::proceed);
+  CHECK(v.why.find("no library") == std::string::npos);
   CHECK(v.peers == std::vector<std::string>{"torch 2.11.0 (peers.h5)"});
   CHECK(v.speedup.measured.value == Approx(1.5));
   // n = 41, alpha 0.05 / 2 shapes / 2 runs: ranks (13, 29), 8 of 20 from the middle; fused has no spread.

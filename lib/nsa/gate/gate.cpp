@@ -382,8 +382,9 @@ void decide(DeviceVerdict& device) {
   } else if (!proceed.empty()) {
     device.verdict = Verdict::proceed;
     device.why =
-        fmt::format("ship the kernel at contexts {}{}{}; {}", proceed, stay.empty() ? "" : ", stay on sdpa at " + stay,
-                    open.empty() ? "" : ", undecided at " + open, reason(Verdict::proceed));
+        fmt::format("ship the kernel at contexts {}{}{}; {}{}", proceed,
+                    stay.empty() ? "" : ", stay on sdpa at " + stay, open.empty() ? "" : ", undecided at " + open,
+                    reason(Verdict::proceed), device.peers.empty() ? "; no library's SDPA is among the baselines" : "");
   } else if (!open.empty()) {
     device.verdict = Verdict::inconclusive;
     device.why = fmt::format("undecided at contexts {}{}; {}", open, stay.empty() ? "" : ", stay on sdpa at " + stay,
