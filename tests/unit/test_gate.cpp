@@ -541,6 +541,10 @@ TEST_CASE("gate: peers are paired by work and by card", "[gate]") {
   twice.result.points.push_back(whole.result.points[0]);
   CHECK(contains(refusal({decode, own, twice}), "peers.h5 holds branch sel, context 0, N=256 H=4 D=64 n=8 scattered"));
 
+  std::vector<GateFile> nameless = {decode, own, whole};  // no rank is described: one unknown device
+  for (GateFile& f : nameless) f.result.run.system.clear();
+  CHECK(judge(nameless).at(0).speedup.measured.value == Approx(1.5));
+
   // In every order the same page; a peer's commit is its script's and needs not be ours.
   std::vector<GateFile> files = {decode, own, whole};
   const auto by_path = [](const GateFile& a, const GateFile& b) { return a.path < b.path; };

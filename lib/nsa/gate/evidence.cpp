@@ -132,7 +132,10 @@ std::string work_of(const PointRecord& point) {
 
 /// Both ran on one card: a ratio of times of two cards would hold the difference between the cards.
 void require_one_card(const GateFile& a, const GateFile& b) {
-  const std::string &of_a = a.result.run.system.at(0).uuid, &of_b = b.result.run.system.at(0).uuid;
+  const auto card = [](const GateFile& file) {
+    return file.result.run.system.empty() ? "" : file.result.run.system[0].uuid;
+  };
+  const std::string of_a = card(a), of_b = card(b);
   if (of_a != of_b)
     throw UserError(
         fmt::format("{} was measured on {}, {} on {} (a peer is compared on one card); measure both on the same "
