@@ -95,8 +95,8 @@ std::vector<ShapeResult> shape_results(const DevicePoints& points) {
   std::vector<ShapeResult> shapes;
   for (const KernelEvidence& evidence : points.kernels)
     shapes.push_back({shape_name(*evidence.point), kernel_variant(*evidence.point, "fused"),
-                      over_fastest(baselines(evidence, {"sdpa"}, alpha)),
-                      over_fastest(baselines(evidence, {"sdpa_packed", "flash_packed"}, alpha)),
+                      over_fastest(baselines(evidence, {"sdpa", "sdpa_gemm"}, alpha)),
+                      over_fastest(baselines(evidence, {"sdpa_packed", "sdpa_gemm_packed", "flash_packed"}, alpha)),
                       mean_error(evidence.point->kernels, alpha)});
   return shapes;
 }
