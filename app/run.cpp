@@ -129,16 +129,12 @@ class Output {
 
   /// Removes what the ranks of an earlier, ended run dumped: this one is complete.
   void remove_operation_dumps() const {
-    std::error_code none;
-    const std::filesystem::path file = std::filesystem::absolute(config_.output.file, none);
+    const std::string& path = config_.output.file;
+    const std::string folder = parent_of(path), own = path.substr(path.rfind('/') + 1);
     const std::regex dump(R"(\.rank\d+\.ops\.json)");
-    std::vector<std::filesystem::path> stale;
-    std::filesystem::directory_iterator entry(file.parent_path(), none);
-    for (; entry != std::filesystem::directory_iterator(); entry.increment(none)) {
-      const std::string name = entry->path().filename(), own = file.filename();
-      if (name.starts_with(own) && std::regex_match(name.substr(own.size()), dump)) stale.push_back(entry->path());
-    }
-    for (const std::filesystem::path& path : stale) std::filesystem::remove(path, none);
+    for (const std::string& name : names_in(folder))
+      if (name.starts_with(own) && std::regex_match(name.substr(own.size()), dump))
+        unlink((folder + "/" + name).c_str());
   }
 
   void finish(const RunRecord& run, const std::string& interrupted) {

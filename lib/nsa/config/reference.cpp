@@ -58,12 +58,16 @@ constexpr Variable program_variables[] = {
     {"NSA_FAULT", "`site:key=value:action`",
      "Injects a fault; only in builds with `NSA_FAULTS=ON`, for tests ([CONTRIBUTING.md](../CONTRIBUTING.md))."},
     {"OMP_NUM_THREADS", "threads", "Threads of each rank on the host; default: the rank's share of its cores."},
+    {"OMPI_COMM_WORLD_SIZE", "processes",
+     "Set by launchers, as are PMI_SIZE and SLURM_STEP_NUM_TASKS: a run ends where it is more than MPI's ranks, which "
+     "are one."},
     {"NCCL_P2P_DISABLE", "1", "As `NSA_EXCHANGE=nccl`; NCCL does not use peer access either."},
 };
 
 constexpr Variable library_variables[] = {
     {"CUDA_VISIBLE_DEVICES", "GPU numbers", "CUDA: the GPUs that ranks use."},
     {"HDF5_USE_FILE_LOCKING", "`FALSE`", "HDF5: opens result files on file systems without locks."},
+    {"OMP_THREAD_LIMIT", "threads", "OpenMP: most threads of a rank; nsa takes no more."},
     {"OMP_WAIT_POLICY", "`passive`", "OpenMP: waiting threads sleep; useful where ranks share cores."},
     {"NCCL_HOSTID", "text", "NCCL: nsa sets it with `NSA_SHARE_GPU=1` unless it is set."},
 };
@@ -116,7 +120,7 @@ void check_name(const std::string& name) {
   for (const Variable& variable : program_variables)
     if (edit_distance(name, variable.name) < edit_distance(name, nearest)) nearest = variable.name;
   const std::size_t distance = edit_distance(name, nearest);
-  if (distance > 0 && (distance <= 2 || name.starts_with("NSA_ROUTE")))
+  if (distance > 0 && (distance <= 2 || name.find("_ROUTE") != std::string::npos))
     throw UserError(
         fmt::format("{} in the environment (nsa knows no such variable); did you mean {}? `nsa info --keys` "
                     "lists them all",
