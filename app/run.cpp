@@ -295,7 +295,9 @@ void dry_run(const RunOptions& options, int ranks) {
   if (ranks == 0)
     ranks = static_cast<int>(std::max<std::int64_t>(1, config.parallel.heads) *
                              std::max<std::int64_t>(1, config.parallel.kv));
-  check_side_file(options.json, "--json", options.input, {});
+  check_written_files({{NamedFile::read, options.input, "the input", ""},
+                       {NamedFile::read, config.input_file, "[input] file", ""},
+                       {NamedFile::text, options.json, "the JSON", "--json"}});
   std::string json;
   print_plan(std::cout, config, ranks, options.json.empty() ? nullptr : &json);
   write_side_file(options.json, "--json", json);
