@@ -15,6 +15,7 @@
 #include <system_error>
 #include <vector>
 
+#include "app/against.hpp"
 #include "app/build_info.hpp"
 #include "app/command_line.hpp"
 #include "app/gate.hpp"
@@ -26,16 +27,17 @@
 #include "nsa/config/config.hpp"
 #include "nsa/config/reference.hpp"
 #include "nsa/report/diff.hpp"
+#include "nsa/results/files.hpp"
 #include "nsa/routing/router.hpp"
 
 namespace {
 
-constexpr auto bug = static_cast<nsa::ExitCode>(1);
+constexpr auto bug = static_cast<nsa::ExitCode>(1), too_slow = static_cast<nsa::ExitCode>(1);
 const double default_deadline = nsa::RunConfig().deadline;  // in effect until the input is read
 
 constexpr const char* exit_codes =
-    R"(Exit codes: 0 ok, 2 input or usage, 3 result invalid (diff: results differ), 4 communication, 5 device or memory,
-6 file, 75 stopped on request (go on with --resume).)";
+    R"(Exit codes: 0 ok, 1 slower than --fail-above, 2 input or usage, 3 result invalid (diff: results differ),
+4 communication, 5 device or memory, 6 file, 75 stopped on request (go on with --resume).)";
 
 constexpr const char* run_examples = R"(Examples:
   nsa run inputs/prefill.toml                           one rank
@@ -44,6 +46,7 @@ constexpr const char* run_examples = R"(Examples:
   nsa run in.toml --set run.context=[4096,8192] --set run.backend=host --output a.h5
   nsa run inputs/rtx4090_v2.toml --csv decode.csv       the columns of nsa-vibe's benchmark
   nsa run big.toml --max-time 50m --resume              as much as fits; again: the rest
+  nsa run in.toml --against old/nsa --min-interval 1%   is this build faster than another one? both run by turns
 )";
 
 constexpr const char* report_examples = R"(Example:
@@ -51,7 +54,7 @@ constexpr const char* report_examples = R"(Example:
 )";
 
 constexpr const char* diff_examples = R"(Example:
-  nsa diff a.h5 b.h5                                    the same result? what got slower?
+  nsa diff a.h5 b.h5 --fail-above 5%                    the same result? what got slower?
 )";
 
 constexpr const char* gate_examples = R"(Examples:
@@ -74,11 +77,23 @@ struct CommandLine {
   double startup_deadline = nsa::Watchdog::default_startup_deadline;
   nsa::GateOptions gate;
   std::vector<std::string> reported;
-  std::string diff_a, diff_b;
+  nsa::AgainstOptions against;
+  nsa::DiffOptions diff;
 };
 
 /// An option that is given must say something: --csv "$UNSET" is a slip.
 std::string not_empty(const std::string& text) { return text.empty() ? "is empty" : ""; }
+
+/// Takes "2%" for 0.02.
+const CLI::Validator percent(
+    [](std::string& text) {
+      if (!text.ends_with('%')) return std::string();
+      double value = 0;
+      if (!CLI::detail::lexical_cast(text.substr(0, text.size() - 1), value)) return text + " is no percentage";
+      text = std::to_string(value / 100);
+      return std::string();
+    },
+    "SHARE");
 
 void describe(CLI::App& app, CommandLine& line) {
   const CLI::Validator named(not_empty, "", "");
@@ -112,6 +127,18 @@ void describe(CLI::App& app, CommandLine& line) {
   run->add_option("--max-time", line.run.max_time,
                   "stop after 90s, 10m, 1.5h, [[D-]HH:]MM:SS or D-HH, as SIGUSR1 and SIGTERM do")
       ->check(named);
+  run->add_option("--min-interval", line.run.min_interval,
+                  "repeat each mode until the median's 95% interval is that narrow, 2% (run.min_interval)")
+      ->transform(percent);
+  CLI::Option* against = run->add_option("--against", line.against.binary,
+                                         "compare with another build of nsa, both by turns on this input");
+  run->add_option("--pairs", line.against.pairs, "runs of each program")->needs(against)->check(CLI::Range(1, 1000));
+  run->add_option("--launcher", line.against.launcher, "what starts each run, \"mpirun -n 4\"")->needs(against);
+  run->add_option("--fail-above", line.against.fail_above, "exit code 1 where this program is SLOWER by more, 5%")
+      ->needs(against)
+      ->transform(percent);
+  for (const char* other : {"--csv", "--json", "--dry-run", "--resume", "--max-time"})
+    against->excludes(run->get_option(other));
   run->footer(std::string(run_examples) + "\n" + exit_codes);
 
   CLI::App* gate = app.add_subcommand("gate", "Is a custom selection kernel worth it on this device? Needs no GPU");
@@ -133,8 +160,11 @@ void describe(CLI::App& app, CommandLine& line) {
   report->footer(report_examples);
 
   CLI::App* diff = app.add_subcommand("diff", "Compare two result files: the same result? which stage got slower?");
-  diff->add_option("A", line.diff_a, "result file")->required();
-  diff->add_option("B", line.diff_b, "result file")->required();
+  diff->add_option("A", line.diff.a, "result file")->required();
+  diff->add_option("B", line.diff.b, "result file")->required();
+  diff->add_option("--csv", line.diff.csv, "also write a line for each time that is compared");
+  diff->add_option("--fail-above", line.diff.fail_above, "exit code 1 where B is SLOWER by more than this, 5%")
+      ->transform(percent);
 
   diff->footer(diff_examples);
 
@@ -257,8 +287,12 @@ int run_command(int argc, char** argv) {
   if (app.got_subcommand("report")) return run_local([&] { return nsa::report_results(std::cout, line.reported); });
   if (app.got_subcommand("diff"))
     return run_local([&] {
-      const bool same = nsa::diff_results(std::cout, line.diff_a, line.diff_b);
-      return same ? nsa::ExitCode::ok : nsa::ExitCode::invalid_result;
+      nsa::check_written_files({{nsa::NamedFile::read, line.diff.a, "A", ""},
+                                {nsa::NamedFile::read, line.diff.b, "B", ""},
+                                {nsa::NamedFile::text, line.diff.csv, "the CSV", "--csv"}});
+      const nsa::DiffResult result = nsa::diff_results(std::cout, line.diff);
+      if (!result.same) return nsa::ExitCode::invalid_result;
+      return result.slower_than_allowed ? too_slow : nsa::ExitCode::ok;
     });
   if (app.got_subcommand("info"))
     return run_local([&] {
@@ -275,6 +309,8 @@ int run_command(int argc, char** argv) {
       nsa::dry_run(line.run, line.ranks);
       return nsa::ExitCode::ok;
     });
+  if (!line.against.binary.empty())
+    return run_local([&] { return nsa::run_against(line.run, line.against, nsa::follow_links("/proc/self/exe")); });
   return run_collective(
       argc, argv, line.run.deadline.value_or(default_deadline), line.startup_deadline,
       [&](const nsa::ControlComm& world, nsa::Watchdog& watchdog) { return nsa::run(world, watchdog, line.run); });

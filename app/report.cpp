@@ -14,11 +14,7 @@ namespace nsa {
 namespace {
 
 void print_run(std::ostream& out, const std::string& path, const RunRecord& run) {
-  const std::size_t ranks = run.system.size();
-  std::string device = "unknown device";
-  if (ranks > 0) device = run.system.front().gpu.empty() ? run.system.front().cpu : run.system.front().gpu;
-  fmt::print(out, "{}: {}, {} backend, {} rank{}, commit {}, {}\n", path, device, run.backend, ranks,
-             ranks == 1 ? "" : "s", run.git_commit, run.start);
+  out << run_line(path, run) << "\n";
   if (const std::string note = oversubscribed(run); !note.empty()) fmt::print(out, "note: {}\n", note);
 }
 

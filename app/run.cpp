@@ -54,6 +54,7 @@ Config configure(const std::string& text, const RunOptions& options) {
   Config config = parse_config(text, options.input, options.overrides);
   if (!options.output.empty()) config.output.file = options.output;
   if (!options.csv.empty()) config.output.csv = options.csv;
+  if (options.min_interval) config.run.min_interval = *options.min_interval;
   if (options.deadline) config.run.deadline = *options.deadline;
   validate(config);
   return config;

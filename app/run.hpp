@@ -19,6 +19,7 @@ struct RunOptions {
   bool resume = false;                 ///< continue the result file if it exists
   bool strict = false;                 ///< a fallback is an error
   std::optional<double> deadline;      ///< seconds; empty: as in the input
+  std::optional<double> min_interval;  ///< of the median; empty: as in the input
   std::string argv;                    ///< the whole command line, for the result file
 };
 

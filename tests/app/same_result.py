@@ -5,8 +5,10 @@ import numpy as np
 
 # Times, and what follows from when and where a run was made.
 ROOT_ATTRIBUTES = {"run_uuid", "start", "end", "argv", "resumed"}
-POINT_ATTRIBUTES = {"copy_bandwidth"}
+POINT_ATTRIBUTES = {"copy_bandwidth", "noisy"}
 DATASETS = {"time", "process_peak", "clock_mhz_before", "clock_mhz_after"}
+NOISE = {"seconds", "steal", "sm_clock", "cv", "outlier_share", "voluntary_switches", "involuntary_switches",
+         "minor_faults", "major_faults", "throttle_reasons"}
 
 
 def attributes(item, but):
@@ -39,7 +41,7 @@ def differences(a, b):
                 found.append(f"{name}: {one.dtype}{one.shape}, {other.dtype}{other.shape}")
             elif [d.label for d in one.dims] != [d.label for d in other.dims]:
                 found.append(f"{name}: other dimensions")
-            elif name.rsplit("/")[-1] not in DATASETS and not np.array_equal(one[()], other[()]):
+            elif name.rsplit("/")[-1] not in DATASETS | NOISE and not np.array_equal(one[()], other[()]):
                 found.append(f"{name}: other values")
             elif name.endswith("/time") and not np.array_equal(np.isnan(one[()]), np.isnan(other[()])):
                 found.append(f"{name}: other stages are timed")

@@ -173,7 +173,9 @@ class Stopping(ResumeTest):
         root, (point,) = self.attributes("result.h5")
         self.assertEqual((root["status"], point["stop_reason"]), ("complete", "min_time"))
         with h5py.File(self.path("result.h5")) as file:
-            self.assertGreaterEqual(file["points/0000/time"][0, -1].max(axis=0).sum(), 4.0)
+            times = file["points/0000/time"][0, -1]
+            self.assertGreater(times.shape[1], 3)  # more than one pass
+            self.assertTrue(times.nbytes > 1 << 19 or times.max(axis=0).sum() >= 4.0)  # of many passes, some are stored
 
 
 class Resuming(ResumeTest):
@@ -299,7 +301,8 @@ class Resuming(ResumeTest):
         kind of machine may resume it (test_earlier_files.py has the refusal): here the file gets this one's facts."""
         for name in ("stopped_run.toml", "stopped_run.h5"):
             shutil.copy(os.path.join(DATA, name), self.folder)
-        self.assert_ok(self.nsa("run", "stopped_run.toml", "--output", "here.h5"))
+        chunks = ("--set", "parallel.kv_chunk_blocks=16")  # the default of that version
+        self.assert_ok(self.nsa("run", "stopped_run.toml", *chunks, "--output", "here.h5"))
         with h5py.File(self.path("stopped_run.h5"), "r+") as file, h5py.File(self.path("here.h5")) as here:
             same_device = file["system/cpu"][0] == here["system/cpu"][0]
             for name in ("git_commit", "compiler"):
@@ -309,7 +312,7 @@ class Resuming(ResumeTest):
             if not same_device:
                 file["points/0000"].attrs["fingerprint"] = here["points/0000"].attrs["fingerprint"]
         shutil.copy(self.path("stopped_run.h5"), self.path("before.h5"))
-        done = self.assert_ok(self.nsa("run", "stopped_run.toml", "--resume"))
+        done = self.assert_ok(self.nsa("run", "stopped_run.toml", *chunks, "--resume"))
         self.assertIn("stopped_run.h5: going on after 1 points", done.out)
         self.assertEqual(done.out.splitlines()[-1], "RESULT: VALID")
         root, points = self.attributes("stopped_run.h5")

@@ -7,7 +7,7 @@ import re
 import subprocess
 import unittest
 
-from harness import INPUTS, SMALL, AppTest
+from harness import BINARY, INPUTS, SMALL, AppTest
 
 FIGURE = re.compile(r"^FOM [a-z0-9_]+ = \S+ \S+$")
 
@@ -188,6 +188,67 @@ class WholeRuns(AppTest):
         self.assertEqual(other.code, 3)
         self.assertIn("differs: nsa.w: 512, 32", other.out)
         self.assertRegex(other.out, r"differs: reads: \d+, \d+ at the last step")
+
+    def test_diff_names_the_runs_and_fails_above(self):
+        self.write("in.toml", SMALL)
+        for name in "a.h5", "b.h5":
+            self.assert_ok(self.nsa("run", "in.toml", "--output", name, "--set", "run.steps=12"))
+        done = self.assert_ok(self.nsa("diff", "a.h5", "b.h5", "--csv", "times.csv", "--fail-above", "100000%"))
+        self.assertRegex(done.out, r"^A: a.h5: .+, host backend, 1 rank, commit \S+, \d{4}-.*\nB: b.h5: .+, commit ")
+        with open(os.path.join(self.folder, "times.csv"), newline="") as file:
+            rows = list(csv.DictReader(file))
+        self.assertEqual({row["point"] for row in rows}, {"decode, context 64, batch 1, forced branch none"})
+        self.assertEqual((rows[0]["mode"], rows[0]["stage"], rows[0]["a_n"]), ("total", "step", "11"))
+        for row in rows:
+            self.assertIn(row["verdict"], ("SAME", "FASTER", "SLOWER", "UNCLEAR"))
+            self.assertAlmostEqual(float(row["ratio"]), float(row["b_median_s"]) / float(row["a_median_s"]), places=6)
+        words = re.search(r"\nTIMES: (\d+) SAME (\d+) FASTER (\d+) SLOWER (\d+) UNCLEAR of (\d+) series\n", done.out)
+        *counts, series = map(int, words.groups())
+        self.assertEqual((sum(counts), series), (len(rows), len(rows)))
+        self.assertEqual(self.nsa("diff", "a.h5", "b.h5", "--csv", "no/times.csv").code, 6)
+        self.assertEqual(self.nsa("diff", "a.h5", "b.h5", "--fail-above", "x%").code, 2)
+
+    def test_diff_fails_above(self):
+        """A model that is 64 times as wide: other parameters, which count more than its time."""
+        self.write("in.toml", SMALL.replace("steps = 3", "steps = 60\nfill = \"synthetic\"\nmodes = [\"total\"]"))
+        for name, dim in (("a.h5", 32), ("b.h5", 2048)):
+            self.assert_ok(self.nsa("run", "in.toml", "--output", name, "--set", f"model.dim={dim}"))
+        done = self.nsa("diff", "a.h5", "b.h5", "--fail-above", "20%")
+        self.assertEqual(done.code, 3)
+        if "NOISY" not in done.out:  # as on a busy machine
+            self.assertRegex(done.out, r"\nSLOWER than allowed: decode, context 64.*: total step takes \S+ times")
+
+    def test_against_another_program(self):
+        self.write("in.toml", SMALL)
+        done = self.assert_ok(self.nsa("run", "in.toml", "--against", BINARY, "--pairs", "2", "--output", "p.h5",
+                                       "--set", 'run.modes=["total"]'))
+        self.assertRegex(done.out, r"^A: p.a1.h5: .*\nB: p.b1.h5: ")
+        self.assertRegex(done.out, r"\n  total +step .* \d+\.\d+  UNCLEAR \(too few pairs\)\n")
+        self.assertRegex(done.out, r"\nTIMES: 0 SAME 0 FASTER 0 SLOWER 1 UNCLEAR of 1 series, 2 pairs\nDIFF: SAME\n$")
+        self.assertEqual(sorted(os.listdir(self.folder)), ["in.toml", "p.a1.h5", "p.a2.h5", "p.b1.h5", "p.b2.h5"])
+        for binary, code, part in (("/no/such", 2, "cannot start /no/such"), ("false", 1, "false run in.toml "),
+                                   (BINARY, 6, "p.a1.h5 exists")):
+            output = "p.h5" if binary == BINARY else "q.h5"
+            refused = self.nsa("run", "in.toml", "--against", binary, "--output", output)
+            self.assertEqual(refused.code, code, refused.err)
+            self.assertIn(part, refused.err)
+        self.assertEqual(self.nsa("run", "in.toml", "--pairs", "2").code, 2)  # without --against
+
+    def test_a_goal_for_the_interval(self):
+        """All ranks stop together, when the interval is narrow or the time is over."""
+        self.write("in.toml", SMALL)
+        many = self.assert_ok(self.nsa("run", "in.toml", "--output", "a.h5", "--min-interval", "100%", ranks=2))
+        self.assertIn("RESULT: VALID", many.out)
+        late = self.assert_ok(self.nsa("run", "in.toml", "--output", "b.h5", "--min-interval", "0.000001", "--set",
+                                       "run.interval_time=0.2", ranks=2))
+        self.assertRegex(late.out, r"\n +64 .*  NOISY\n")
+        self.assertRegex(late.out, r"noisy at .*: total: the median's 95% interval is \S+ wide, not the 0.0% of run")
+        for name, reason in (("a.h5", b"min_interval"), ("b.h5", b"interval_time")):
+            with open(os.path.join(self.folder, name), "rb") as file:
+                self.assertRegex(file.read(), b"[^.\"n]" + reason + b"\0")  # not the key run.min_interval
+        refused = self.nsa("run", "in.toml", "--min-interval", "2%", "--set", "task.kind=needle")
+        self.assertEqual(refused.code, 2)
+        self.assertIn("run.min_interval needs task.kind = \"decode\" or \"prefill\"", refused.err)
 
     def test_a_sweep_of_batches_and_forced_branches(self):
         self.write("in.toml", SMALL)

@@ -57,8 +57,8 @@ ALLOWED = {
     "nsa/tasks": "comm comm/collectives kernels/diagnostics kernels/interface kernels/shared nsa/config nsa/forward "
                  "nsa/model nsa/report nsa/results nsa/verify",
     "nsa/gate": "kernels/diagnostics kernels/shared nsa/config nsa/model nsa/report nsa/results",
-    "nsa/experiment": "comm kernels/diagnostics kernels/interface nsa/config nsa/forward nsa/model nsa/results "
-                      "nsa/routing nsa/tasks",
+    "nsa/experiment": "comm kernels/diagnostics kernels/interface nsa/config nsa/forward nsa/model nsa/report "
+                      "nsa/results nsa/routing nsa/tasks",
     "app": "comm comm/collectives comm/watchdog kernels/diagnostics kernels/host/runtime kernels/interface nsa/config "
            "nsa/experiment nsa/gate nsa/model nsa/report nsa/results nsa/routing nsa/tasks",
 }

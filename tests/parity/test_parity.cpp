@@ -1,8 +1,10 @@
 // Compares every stage and the output of the program with the float64 oracle, and decode with prefill.
 
+#include <cmath>
 #include <map>
 
 #include "catch.hpp"
+#include "nsa/report/metrics.hpp"
 #include "parity/compare.hpp"
 #include "parity/expected.hpp"
 #include "parity/shapes.hpp"
@@ -175,4 +177,28 @@ TEST_CASE("the same tokens and weights in both phases", "[parity]") {
   const Phase decode = run_phase(shape, nsa::TaskKind::decode);
   CHECK(reals(prefill.record, "x").values == reals(decode.record, "x").values);
   CHECK(reals(prefill.record, "weights/w_q").values == reals(decode.record, "weights/w_q").values);
+}
+
+/// The program itself compares the output of each measured pass with that of the checked one.
+TEST_CASE("several steps a graph, and steps by the device's clock, run the same steps", "[parity][launches]") {
+  for (const char* scope : {"layer", "attention"}) DYNAMIC_SECTION(scope) {
+      const Shape shape{"",
+                        61,
+                        12,
+                        {"run.steps_per_graph=3", "run.warmup=3", "run.check=true", std::string("run.scope=") + scope,
+                         "run.modes=[\"branches\", \"total\", \"ablation\", \"launches\"]"}};
+      const Phase decode = run_phase(shape, nsa::TaskKind::decode);
+      CHECK(decode.record.reason == "");
+      CHECK(reads_as_expected(decode.record));
+      const auto count = [&](const char* mode) {
+        return nsa::slowest_samples(decode.record, mode, nsa::Stage::step).size();
+      };
+      CHECK(count("branches") == 9);
+      CHECK(count("total") == 3);  // one of three steps after warm-up holds the time of all
+      CHECK(count("ablation_sel") == 3);
+      CHECK(count("device") == 9);
+      CHECK(count("queued") == 8);  // the last one has no successor
+      for (const char* mode : {"total", "device", "queued"})
+        CHECK(nsa::stage_time(decode.record, mode, nsa::Stage::step).min > 0);
+    }
 }

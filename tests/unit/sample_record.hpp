@@ -85,6 +85,17 @@ inline PointRecord sample_point(std::int64_t index) {
                {"y", {1, 2, 4}, {"batch", "row", "dim"}, counting(8, 3.0f), {}}};
   p.kernels = {{"fused", "sdpa"}, 2, 3, counting(2 * 2 * 3, 1e-5), {1e-4, 2e-4}, {1e-2, 2e-2}, {1e-6, 2e-6},
                {"tiled", "sdpa"}};
+  p.noise.modes = {"branches", "total"};
+  p.noise.ranks = 2;
+  p.noise.seconds = counting(4, 0.5), p.noise.steal = counting(4, 0.25), p.noise.sm_clock_mhz = counting(4, 1500.0);
+  p.noise.cv = counting(4, 0.125), p.noise.outlier_share = counting(4, 0.0625);
+  p.noise.voluntary_switches = counting<std::int64_t>(4, 10),
+  p.noise.involuntary_switches = counting<std::int64_t>(4, 20);
+  p.noise.minor_faults = counting<std::int64_t>(4, 30), p.noise.major_faults = counting<std::int64_t>(4, 40);
+  p.noise.throttle_reasons = {-1, 0, 4, 64};
+  p.noise.sm_clock_max_mhz = {1980, 1981};
+  p.noise.cache_bytes = {50'000'000, 60'000'000};
+  p.noisy = {"total: the median moved", "copy rate 2878%"};
   p.needle = {{"depth", {0.0, 0.5, 1.0}}, {"position", {0, 64, 127}}, {"found", {1, 1, 0}}};
   return p;
 }

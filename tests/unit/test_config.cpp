@@ -174,6 +174,19 @@ TEST_CASE("every violated constraint is listed with its position", "[config]") {
   CHECK(lines(text) == 13);
 }
 
+TEST_CASE("what times launches and intervals has its rules", "[config]") {
+  has(violations(decode, {"run.steps_per_graph=3"}),
+      "run.steps_per_graph = 3 must divide run.steps = 32 and run.warmup = 8");
+  has(violations(decode, {"run.steps_per_graph=16"}), "run.steps_per_graph = 16 must divide");
+  CHECK(violations(decode, {"run.steps_per_graph=8", "run.modes=[\"total\", \"launches\"]"}).empty());
+  has(violations(decode, {"run.steps_per_graph=0"}), "run.steps_per_graph = 0 is out of range");
+  const std::string other = violations(decode, {"task.kind=prefill", "run.steps_per_graph=4", "run.modes=launches"});
+  has(other, "run.steps_per_graph needs task.kind = \"decode\"");
+  has(other, "run.modes: \"launches\" needs task.kind = \"decode\"");
+  has(violations(decode, {"task.kind=needle", "run.min_interval=0.02"}), "run.min_interval needs task.kind");
+  has(violations(decode, {"run.min_interval=2"}), "run.min_interval = 2 is out of range");
+}
+
 TEST_CASE("sizes have bounds", "[config]") {
   has(violations(decode, {"run.context=0"}), "run.context = 0 is out of range; give 1 to");
   has(violations(decode, {"nsa.d=0"}), "nsa.d = 0 is out of range");

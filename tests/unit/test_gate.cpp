@@ -585,6 +585,29 @@ TEST_CASE("gate: the order of the files changes nothing", "[gate]") {
   } while (std::next_permutation(files.begin(), files.end(), by_path));
 }
 
+TEST_CASE("gate: a NOISY point or shape decides nothing by its times, neither PROCEED nor STAY", "[gate]") {
+  const auto noisy = [](PointRecord p) {
+    p.noisy = {"total: the median moved", "copy rate 2878%"};
+    return p;
+  };
+  const auto judged = [](const PointRecord& decode, const PointRecord& shape) {
+    return judge({file("d.h5", {decode}), file("k.h5", {kernels_point(8), shape})}).at(0);
+  };
+  for (const Shares& shares : {Shares{}, Shares{20, 100, 80}}) {
+    const DeviceVerdict v = judged(noisy(decode_point(1024, shares)), kernels_point(16));
+    CHECK(v.verdict == Verdict::inconclusive);
+    CHECK(contains(v.why, "is open (NOISY (total: the median moved); run it again on a quiet machine)"));
+  }
+  for (const Speeds& speeds : {Speeds{}, Speeds{.sdpa = 11}}) {
+    const DeviceVerdict v = judged(decode_point(1024), noisy(kernels_point(16, speeds)));
+    CHECK(v.verdict == Verdict::inconclusive);
+    CHECK(contains(v.why, "N=256 H=4 D=64 n=16 scattered: NOISY (total: the median moved)"));
+    CHECK(v.error.outcome == Outcome::met);
+  }
+  const DeviceVerdict wrong = judged(decode_point(1024), noisy(kernels_point(16, {.error = 2e-3})));
+  CHECK(wrong.verdict == Verdict::stay);  // an error does not depend on noise
+}
+
 TEST_CASE("gate: where contexts differ the verdict of the device lists them", "[gate]") {
   const std::vector<GateFile> files = {
       file("d.h5", {decode_point(4096), decode_point(1024, {20, 100, 80}), decode_point(2048, {25, 100, 75, 2.0})}),

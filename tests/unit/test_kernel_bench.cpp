@@ -221,6 +221,13 @@ TEST_CASE("kernels: the guard is the length from which flash is fast enough", "[
   print_guards(out, points);
   CHECK(out.str().find("fa2_min_len_win = 512  # at least 1.2x from 512 to 1024") != std::string::npos);
   CHECK(out.str().find("fa2_min_len_cmp = 999999  # below 1.2x at 256") != std::string::npos);
+  PointRecord noisy = point("win", 512, 0.5);
+  noisy.noisy = {"flash: the median moved"};
+  points[2] = &noisy;
+  std::ostringstream without;
+  print_guards(without, points);
+  CHECK(without.str().find("flash over sdpa, win: NOISY, and left out: 512\n") == 0);
+  CHECK(without.str().find("fa2_min_len_win = 1024  # at least 1.2x from 1024 to 1024") != std::string::npos);
   points.clear();
   std::ostringstream none;
   print_guards(none, points);

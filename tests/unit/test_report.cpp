@@ -235,6 +235,19 @@ TEST_CASE("metrics have stable names, and the result comes last", "[report]") {
   has(metrics({a_point(), p}), "\nRESULT: INVALID (context_128_batch_4_force_sel: reads differ)\n");
 }
 
+TEST_CASE("what a launch adds is the step between events less the step on the device's clock", "[report]") {
+  PointRecord p = a_point();
+  p.time.modes = {"branches", "total", "device", "queued"};
+  for (const double seconds : {44e-6, 46e-6})
+    for (int stage = 0; stage < stage_count; ++stage)
+      p.time.seconds.insert(p.time.seconds.end(), 2 * 9, stage == static_cast<int>(Stage::step) ? seconds : none);
+  has(metrics({p}),
+      "FOM decode_device_time_context_128 = 44.000 us\n"
+      "FOM decode_launch_overhead_context_128 = 6.000 us\n"
+      "FOM decode_launch_gap_context_128 = 2.000 us\n");
+  CHECK(metrics({a_point()}).find("launch") == std::string::npos);
+}
+
 TEST_CASE("a prefill's metrics count its whole context, and nsa-vibe has no formula for it", "[report]") {
   PointRecord p = a_point();
   p.parameters[0].second = "prefill";

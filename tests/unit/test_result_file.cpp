@@ -105,6 +105,13 @@ void check_same(const PointRecord& a, const PointRecord& b) {
   check_same(a.memory.planned, b.memory.planned);
   check_same(a.memory.measured_peak, b.memory.measured_peak);
   check_same(a.memory.process_peak, b.memory.process_peak);
+  CHECK(a.noisy == b.noisy);
+  CHECK(a.noise.modes == b.noise.modes);
+  CHECK(a.noise.ranks == b.noise.ranks);
+  for (const auto& entry : noise_reals) check_same(a.noise.*entry.field, b.noise.*entry.field);
+  for (const auto& entry : noise_counts) check_same(a.noise.*entry.field, b.noise.*entry.field);
+  check_same(a.noise.sm_clock_max_mhz, b.noise.sm_clock_max_mhz);
+  check_same(a.noise.cache_bytes, b.noise.cache_bytes);
   CHECK(a.needle == b.needle);
   CHECK(a.kernels.implementations == b.kernels.implementations);
   CHECK(a.kernels.ranks == b.kernels.ranks);

@@ -22,7 +22,15 @@ struct DeviceInfo {
   std::int64_t memory_total = 0, memory_free = 0;  ///< bytes; on the host within the limits of its control groups
   std::int64_t process_free = -1;                  ///< bytes below this process's own limits; -1: no limit
   double clock_mhz = 0, memory_clock_mhz = 0;
-  std::int64_t ecc_errors = -1;  ///< uncorrected, volatile; -1: unknown
+  double clock_max_mhz = 0;            ///< of an SM; 0: unknown
+  std::int64_t throttle_reasons = -1;  ///< why the clock is below its maximum now, NVML's bits; -1: unknown
+  std::int64_t cache_bytes = 0;        ///< last-level cache; 0: unknown
+  std::int64_t ecc_errors = -1;        ///< uncorrected, volatile; -1: unknown
+};
+
+/// Time and cycles of one SM, read together: two readings give its mean clock between them.
+struct ClockReading {
+  std::int64_t nanoseconds = 0, cycles = 0;  ///< 0: not read
 };
 
 /// Plain function pointers, all throwing UserError(ExitCode::device) with what the device said.
@@ -44,6 +52,9 @@ struct DeviceOps {
   void (*launch)(Graph*, Stream*);
   void (*destroy_graph)(Graph*) noexcept;
   DeviceInfo (*info)();
+  /// Queues: ring[1 + ring[0]++] = the device's own clock in nanoseconds. `ring` is backend memory.
+  void (*stamp)(std::int64_t* ring, Stream*);
+  ClockReading (*read_clock)(Stream*);  ///< after what is queued; waits. Null where the backend has no such clock
   /// In a build with faults: queues a kernel that the device refuses, throws the LaunchError. Null elsewhere.
   void (*refused_launch)(Stream*) = nullptr;
 };

@@ -19,7 +19,7 @@ enum class Scope { layer, attention };        ///< attention: q, k, v and gates 
 enum class CacheFill { prefill, synthetic };  ///< synthetic: caches filled directly
 enum class BackendChoice { automatic, host, cuda };
 enum class Spans { contiguous, mixed, scattered };  ///< positions of a row's selected blocks
-enum class Mode { branches, total, ablation, one_hot };
+enum class Mode { branches, total, ablation, one_hot, launches };
 
 struct ModelConfig {
   std::int64_t dim = 256, n_heads = 4, n_kv_groups = 2, d_k = 64, d_v = 64, layers = 1;
@@ -36,9 +36,12 @@ struct RunConfig {
   std::int64_t steps = 32;  ///< decode steps, or repetitions of a prefill; including the warm-up
   std::int64_t warmup = 8;
   std::vector<Mode> modes = {Mode::branches, Mode::total};
+  std::int64_t steps_per_graph = 1;               ///< decode steps between two events where stages are not timed
   std::vector<std::int32_t> force_branch = {-1};  ///< swept; -1 none, else a Branch
   std::int64_t seed = 1;
-  double min_time = 0.0;    ///< seconds that each mode measures at least, by repeating its steps
+  double min_time = 0.0;        ///< seconds that each mode measures at least, by repeating its steps
+  double min_interval = 0.0;    ///< the 95% interval of the median, as a share of it, until which each mode repeats
+  double interval_time = 60.0;  ///< seconds after which a mode does not repeat for min_interval
   double deadline = 300.0;  ///< seconds that an operation between ranks or a wait for a device may take; 0: no limit
   double overlap = 0.0;     ///< how often a query repeats the one before it
   bool check = true;

@@ -40,8 +40,11 @@ inline constexpr Choice<GateKind> gate_kinds[] = {{"softmax", GateKind::softmax}
 inline constexpr Choice<PhiKind> phi_kinds[] = {{"mean", PhiKind::mean}, {"mlp", PhiKind::mlp}};
 inline constexpr Choice<BackendChoice> backend_choices[] = {
     {"auto", BackendChoice::automatic}, {"host", BackendChoice::host}, {"cuda", BackendChoice::cuda}};
-inline constexpr Choice<Mode> mode_names[] = {
-    {"branches", Mode::branches}, {"total", Mode::total}, {"ablation", Mode::ablation}, {"one_hot", Mode::one_hot}};
+inline constexpr Choice<Mode> mode_names[] = {{"branches", Mode::branches},
+                                              {"total", Mode::total},
+                                              {"ablation", Mode::ablation},
+                                              {"one_hot", Mode::one_hot},
+                                              {"launches", Mode::launches}};
 inline constexpr Choice<std::int32_t> forced_branches[] = {{"none", -1}, {"cmp", cmp}, {"sel", sel}, {"win", win}};
 inline constexpr Choice<Scope> scopes[] = {{"layer", Scope::layer}, {"attention", Scope::attention}};
 inline constexpr Choice<CacheFill> fills[] = {{"prefill", CacheFill::prefill}, {"synthetic", CacheFill::synthetic}};
@@ -117,13 +120,21 @@ void visit_run_keys(ConfigOrConst& c, Visitor&& visit) {
   visit(
       "run.modes", c.run.modes, mode_names, "",
       "What is timed: every stage (branches), the whole step (total), the step without one branch (ablation), the step "
-      "with the gates forced to one branch (one_hot).");
+      "with the gates forced to one branch (one_hot), the step by the device's clock and steps without waits "
+      "(launches).");
+  visit("run.steps_per_graph", c.run.steps_per_graph, step_range, "steps",
+        "Decode steps that are launched as one, between two events, where stages are not timed, with the inputs of the "
+        "first; a sample is the time of all divided by their number. Divides steps and warmup.");
   visit("run.force_branch", c.run.force_branch, forced_branches, "",
         "The branch whose gate is 1 while the other gates are 0; none: gates as computed. Swept.");
   visit("run.seed", c.run.seed, Range{0, std::numeric_limits<std::int64_t>::max()}, "",
         "Seed of synthetic inputs and weights.");
   visit("run.min_time", c.run.min_time, RealRange{0.0, 86400.0}, "s",
         "Shortest time that each mode measures; its steps are repeated until then.");
+  visit("run.min_interval", c.run.min_interval, RealRange{0.0, 1.0}, "of the median",
+        "Each mode repeats its steps until the median's 95% interval is at most this wide; 0: no such goal.");
+  visit("run.interval_time", c.run.interval_time, RealRange{0.0, 86400.0}, "s",
+        "Longest time that a mode measures to reach min_interval; one that does not reach it is NOISY.");
   visit("run.deadline", c.run.deadline, RealRange{0.0, 86400.0}, "s",
         "Longest wait for other ranks or for a device before the job ends; 0: no limit.");
   visit(

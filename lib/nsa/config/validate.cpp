@@ -118,6 +118,23 @@ void check_layer(const Config& c, Checker& check) {
                     n.n_sel, n.n_init, n.n_local));
 }
 
+/// Steps that are launched as one, and what times launches.
+void check_launches(const Config& c, Checker& check) {
+  const RunConfig& r = c.run;
+  const bool launches = std::ranges::count(r.modes, Mode::launches) > 0;
+  if (launches && c.kind != TaskKind::decode)
+    check.add({"run.modes"}, "run.modes: \"launches\" needs task.kind = \"decode\"; leave it out");
+  if (r.steps_per_graph == 1 || !check.valid({"run.steps_per_graph"})) return;
+  if (c.kind != TaskKind::decode)
+    check.add({"run.steps_per_graph"}, "run.steps_per_graph needs task.kind = \"decode\"; leave it out");
+  if (r.steps % r.steps_per_graph != 0 || r.warmup % r.steps_per_graph != 0)
+    check.add(
+        {"run.steps_per_graph", "run.steps", "run.warmup"},
+        fmt::format("run.steps_per_graph = {} must divide run.steps = {} and run.warmup = {} (a sample is of whole "
+                    "graphs)",
+                    r.steps_per_graph, r.steps, r.warmup));
+}
+
 void check_run(const Config& c, Checker& check) {
   const RunConfig& r = c.run;
   if (r.warmup >= r.steps)
@@ -141,6 +158,9 @@ void check_run(const Config& c, Checker& check) {
     check.add({"run.overlap", "run.scope", "input.file"},
               "run.overlap needs synthetic q: run.scope = \"attention\" without input.file in decode and prefill, or "
               "task.kind = \"kernels\" (elsewhere q follows from x, or is given)");
+  if (r.min_interval > 0 && (c.kind == TaskKind::kernels || c.kind == TaskKind::needle))
+    check.add({"run.min_interval"},
+              "run.min_interval needs task.kind = \"decode\" or \"prefill\" (the others have no modes); leave it out");
   if (c.output.file.empty()) check.add({"output.file"}, "output.file is empty; name the result file");
 }
 
@@ -237,6 +257,7 @@ void validate(const Config& config) {
   visit_keys(config, check);
   check_layer(config, check);
   check_run(config, check);
+  check_launches(config, check);
   check_needle(config, check);
   check_kernels(config, check);
   check_sizes(config, check);

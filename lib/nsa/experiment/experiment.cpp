@@ -14,6 +14,7 @@
 #include "nsa/forward/decode.hpp"
 #include "nsa/forward/prefill.hpp"
 #include "nsa/model/traffic.hpp"
+#include "nsa/report/noise.hpp"
 #include "nsa/results/files.hpp"
 #include "nsa/routing/router.hpp"
 #include "nsa/tasks/kernel_bench.hpp"
@@ -123,6 +124,17 @@ MemoryRecord gather_memory(const Session& session, const MemoryAccount& planned,
   return record;
 }
 
+/// Whether files of schema 1.4 and earlier lack the key and it has its default: it is then no part of a fingerprint, so
+/// that those of such files hold.
+bool is_later_default(const std::string& name, const decltype(Parameter::second)& value) {
+  for (const char* later : {"run.min_interval", "run.interval_time", "run.steps_per_graph"}) {
+    if (name != later) continue;
+    const std::vector<Parameter> defaults = parameters(Config(), Point());
+    return std::ranges::count(defaults, Parameter(name, value)) == 1;
+  }
+  return false;
+}
+
 }  // namespace
 
 Session open_session(const Config& config, const ControlComm& world, std::function<bool()> asked_to_stop) {
@@ -148,7 +160,7 @@ Session open_session(const Config& config, const ControlComm& world, std::functi
 std::string fingerprint(const Session& session, const Config& config, const Point& point) {
   std::string text;
   for (const auto& [name, value] : parameters(config, point)) {
-    if (!decides_point(name)) continue;
+    if (!decides_point(name) || is_later_default(name, value)) continue;
     text += name + "=" +
             std::visit(
                 [](const auto& v) {
@@ -236,6 +248,7 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
   const std::int64_t ranks = session.world.size();
   for (int stage = 0; stage < stage_count && !bytes.empty(); ++stage)
     for (std::int64_t r = 0; r < ranks; ++r) record.bytes.push_back(bytes[r * stage_count + stage]);
+  if (session.world.rank() == 0) judge_noise(record);
   record.reason = session.world.broadcast(record.reason);
   record.valid = session.world.max(std::int64_t{!record.valid}) == 0;
   return record;

@@ -34,7 +34,8 @@ DecodeRunner::DecodeRunner(ModelShard& shard, const TensorSource* source, bool r
                decode_tile(shard, nullptr), shard.partition.kv > 1, record, {},
                shard.choose_routes(Phase::decode, decode_tile(shard, nullptr), {})),
       position_(shard.allocator()(MemoryKind::workspace, 8)),
-      step_(shard.allocator()(MemoryKind::workspace, 8)) {
+      step_(shard.allocator()(MemoryKind::workspace, 8)),
+      stamps_(shard.allocator()(MemoryKind::workspace, 8 * (1 + 2 * shard.config.run.steps))) {
   const LayerShape& s = shard.shape();
   const std::int64_t steps = shard.config.run.steps, batch = shard.point.batch,
                      storage = static_cast<std::int64_t>(size_of(s.dtype));
@@ -115,6 +116,7 @@ void DecodeRunner::restore() {
     for (const Buffer* ring : rings_of(cache)) device.copy(ring->data(), snapshot_[i++].data(), ring->bytes(), stream);
   device.copy(position_.data(), &shard_.point.context, 8, stream);
   device.fill(step_.data(), 0, 8, stream);
+  device.fill(stamps_.data(), 0, 8, stream);
   device.fill(buffers_.reads.data(), 0, buffers_.reads.bytes(), stream);
   device.synchronize(stream);
 }
@@ -301,6 +303,16 @@ void DecodeRunner::advance() {
   args.selected_log = selected_log_.as<std::int32_t>();
   args.selected_count = selected_count_;
   shard_.kernels().advance(args, shard_.streams.compute);
+}
+
+void DecodeRunner::stamp() { shard_.device().stamp(stamps_.as<std::int64_t>(), shard_.streams.compute); }
+
+std::vector<std::int64_t> DecodeRunner::stamps() const {
+  std::vector<std::int64_t> ring(1 + 2 * static_cast<std::size_t>(shard_.config.run.steps));
+  shard_.device().copy(ring.data(), stamps_.data(), ring.size() * 8, shard_.streams.compute);
+  shard_.device().synchronize(shard_.streams.compute);
+  const auto count = static_cast<std::ptrdiff_t>(ring.front());
+  return {ring.begin() + 1, ring.begin() + 1 + count};
 }
 
 StepContext DecodeRunner::last_layer(const StepOptions& options) {

@@ -31,6 +31,11 @@ class DecodeRunner {
   /// Queues one step. Where the timer times each stage, the step runs stage by stage.
   void step(const StepOptions& options, StageTimer& timer);
 
+  /// Queues a reading of the device's clock; at most two a step since restore.
+  void stamp();
+  /// The readings since restore, in nanoseconds.
+  std::vector<std::int64_t> stamps() const;
+
   /// The context of the last layer, for checks of the step that has just run by the plan with these options.
   StepContext last_layer(const StepOptions& options);
 
@@ -61,6 +66,7 @@ class DecodeRunner {
   StepBuffers buffers_;
   StepPlan plan_;
   Buffer position_, step_;  ///< int64 [1] each
+  Buffer stamps_;           ///< int64 [1 + 2 steps]: their number, then the readings
   Buffer reads_log_, selected_log_;
   std::int64_t selected_count_ = 0;
   Buffer x_steps_;               ///< [steps][batch, dim]: fp32 with several layers, else storage

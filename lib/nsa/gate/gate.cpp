@@ -59,6 +59,7 @@ constexpr std::initializer_list<Stage> all_stages = {
 
 /// Why the share cannot be judged by this point; empty when it can.
 std::string share_gap(const PointRecord& point) {
+  if (!point.noisy.empty()) return noise_gap(point);
   const std::int64_t context = integer_parameter(point, "run.context", 0);
   const auto lacks = [&](const char* mode) { return step_samples(point, mode).empty(); };
   if (point.routes[sel] != "sdpa")

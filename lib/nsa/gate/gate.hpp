@@ -64,6 +64,7 @@ struct ShapeResult {
   std::string kernel;  ///< the backend's kernel that `fused` ran; "" where the file does not say
   Speed with_gather, packed;
   Measured error;
+  std::string noisy;  ///< why its times decide nothing; empty: they do
 };
 
 struct DeviceVerdict {

@@ -23,6 +23,10 @@ std::string too_few(std::int64_t n, double alpha) {
   return fmt::format("{} samples give no interval here, {} do; raise run.steps", n, samples_needed(alpha));
 }
 
+std::string noise_gap(const PointRecord& point) {
+  return fmt::format("NOISY ({}); run it again on a quiet machine", point.noisy.front());
+}
+
 namespace {
 
 constexpr const char* kernels_run = "nsa run inputs/m4_kernels.toml";
@@ -90,6 +94,14 @@ Measured mean_error(const KernelRecord& k, double alpha) {
   return {mean, std::max(0.0, mean - half), mean + half, 1};
 }
 
+/// Why the times of the shape decide nothing; empty: they do.
+std::string noisy_of(const KernelEvidence& evidence) {
+  if (!evidence.point->noisy.empty()) return noise_gap(*evidence.point);
+  for (const PeerPoint& peer : evidence.peers)
+    if (!peer.point->noisy.empty()) return noise_gap(*peer.point);
+  return {};
+}
+
 std::vector<ShapeResult> shape_results(const DevicePoints& points) {
   const double alpha = family_alpha / static_cast<double>(std::max<std::size_t>(1, points.kernels.size()));
   std::vector<ShapeResult> shapes;
@@ -97,7 +109,7 @@ std::vector<ShapeResult> shape_results(const DevicePoints& points) {
     shapes.push_back({shape_name(*evidence.point), kernel_variant(*evidence.point, "fused"),
                       over_fastest(baselines(evidence, {"sdpa", "sdpa_gemm"}, alpha)),
                       over_fastest(baselines(evidence, {"sdpa_packed", "sdpa_gemm_packed", "flash_packed"}, alpha)),
-                      mean_error(evidence.point->kernels, alpha)});
+                      mean_error(evidence.point->kernels, alpha), noisy_of(evidence)});
   return shapes;
 }
 
@@ -144,6 +156,12 @@ Condition over_shapes(const std::vector<Gap>& gaps, const std::vector<ShapeResul
   }
   c.outcome = outcome_of(c.measured, c.threshold, c.at_least);
   if (!worst.empty()) c.why = "worst: " + worst;
+  const auto noisy = std::ranges::find_if(shapes, [](const ShapeResult& shape) { return !shape.noisy.empty(); });
+  if (c.at_least && noisy != shapes.end()) {  // a ratio of times; an error does not depend on noise
+    c.outcome = Outcome::open;
+    c.why = fmt::format("{}: {}", noisy->name, noisy->noisy);
+    return c;
+  }
   if (c.outcome == Outcome::not_met) return c;
   if (unknown.empty() && !gaps.empty()) unknown = gap_text(gaps);
   if (!unknown.empty()) {

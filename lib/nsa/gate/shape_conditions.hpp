@@ -19,6 +19,9 @@ Outcome outcome_of(const Measured& measured, double threshold, bool at_least);
 /// How many samples an interval needs, where n are too few.
 std::string too_few(std::int64_t n, double alpha);
 
+/// Why a NOISY point decides nothing.
+std::string noise_gap(const PointRecord& point);
+
 /// Fills in the shapes of the device and its conditions on them.
 void judge_shapes(DeviceVerdict& device, const DevicePoints& points);
 

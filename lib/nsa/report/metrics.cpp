@@ -72,6 +72,14 @@ std::vector<double> slowest_samples(const PointRecord& point, std::string_view m
   return slowest;
 }
 
+std::vector<double> rank_samples(const PointRecord& point, std::string_view mode, Stage stage, std::int64_t rank) {
+  const ModeTable samples{point.time, find_mode(point.time, mode)};
+  std::vector<double> own;
+  for (std::int64_t rep = point.warmup_reps; samples.mode >= 0 && rep < point.time.reps; ++rep)
+    if (const double seconds = samples.at(stage, rank, rep); !std::isnan(seconds)) own.push_back(seconds);
+  return own;
+}
+
 std::vector<double> kernel_samples(const PointRecord& point, std::string_view implementation) {
   const KernelRecord& k = point.kernels;
   const auto at = std::find(k.implementations.begin(), k.implementations.end(), implementation);
@@ -115,6 +123,14 @@ Summary stage_time(const PointRecord& point, std::string_view mode, Stage stage)
 Summary step_time(const PointRecord& point) {
   const bool has_total = find_mode(point.time, "total") >= 0;
   return stage_time(point, has_total ? "total" : "branches", Stage::step);
+}
+
+double launch_overhead(const PointRecord& point) {
+  return stage_time(point, "total", Stage::step).median - stage_time(point, "device", Stage::step).median;
+}
+
+double launch_gap(const PointRecord& point) {
+  return stage_time(point, "queued", Stage::step).median - stage_time(point, "device", Stage::step).median;
 }
 
 double selection_share(const PointRecord& point) {
@@ -170,13 +186,17 @@ double step_bytes(const PointRecord& point, std::size_t rank) {
   return whole - scores - static_cast<double>(rows * (2 * value("model.d_k") * storage + 6 * value("model.d_v") * 4));
 }
 
-double copy_rate_fraction(const PointRecord& point) {
-  if (point.copy_bandwidth <= 0 || point.bytes.empty()) return not_measured;
+double busiest_bytes(const PointRecord& point) {
   double maximum = 0;
   for (std::size_t rank = 0; rank < point.bytes.size() / stage_count; ++rank)
     maximum = std::max(maximum, step_bytes(point, rank));
+  return maximum;
+}
+
+double copy_rate_fraction(const PointRecord& point) {
+  if (point.copy_bandwidth <= 0 || point.bytes.empty()) return not_measured;
   const double seconds = step_time(point).median;
-  return seconds > 0 ? maximum / seconds / point.copy_bandwidth : not_measured;
+  return seconds > 0 ? busiest_bytes(point) / seconds / point.copy_bandwidth : not_measured;
 }
 
 ReadCounts last_reads(const PointRecord& point) {

@@ -14,6 +14,9 @@ namespace nsa {
 /// Seconds of a stage in a mode: for each repetition after warm-up the value of the slowest rank. Empty: not timed.
 std::vector<double> slowest_samples(const PointRecord& point, std::string_view mode, Stage stage);
 
+/// The same of one rank.
+std::vector<double> rank_samples(const PointRecord& point, std::string_view mode, Stage stage, std::int64_t rank);
+
 /// kind = "kernels": seconds of one execution of an implementation, for each repetition after warm-up the value of the
 /// slowest rank. Empty: not measured.
 std::vector<double> kernel_samples(const PointRecord& point, std::string_view implementation);
@@ -34,6 +37,11 @@ Summary stage_time(const PointRecord& point, std::string_view mode, Stage stage)
 /// The whole step in seconds: of mode "total", or of "branches" where "total" was not run.
 Summary step_time(const PointRecord& point);
 
+/// Seconds that a launch adds to a step: `total` minus `device`, and that pass between two steps that are queued
+/// without a wait: `queued` minus `device`; differences of medians. NaN without these modes.
+double launch_overhead(const PointRecord& point);
+double launch_gap(const PointRecord& point);
+
 /// (rank + attend_sel) / all stages, by their medians in mode "branches"; NaN without it.
 double selection_share(const PointRecord& point);
 
@@ -46,7 +54,10 @@ std::vector<double> rank_work(const PointRecord& point);
 /// rank (docs/METRICS.md).
 double step_bytes(const PointRecord& point, std::size_t rank);
 
-/// Modelled bytes per second of a step of the busiest rank, as a fraction of the measured copy rate; NaN when unknown.
+/// step_bytes of the rank with most; 0 when unknown.
+double busiest_bytes(const PointRecord& point);
+
+/// busiest_bytes per second of a step, as a fraction of the measured copy rate; NaN when unknown.
 double copy_rate_fraction(const PointRecord& point);
 
 /// Tokens read at the last step (in prefill: by all queries) for one sequence and group in one layer, summed over
@@ -56,7 +67,7 @@ struct ReadCounts {
 };
 ReadCounts last_reads(const PointRecord& point);
 
-/// A parameter of the point as integer or text; `fallback` where the point does not have it.
+/// A parameter of the point as integer, real number or text; `fallback` where the point does not have it.
 std::int64_t integer_parameter(const PointRecord& point, std::string_view key, std::int64_t fallback);
 double real_parameter(const PointRecord& point, std::string_view key, double fallback);
 std::string text_parameter(const PointRecord& point, std::string_view key, const std::string& fallback = "");

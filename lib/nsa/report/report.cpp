@@ -52,6 +52,12 @@ void add_time_metrics(Metrics& metrics, const PointRecord& point) {
   metrics.push_back(
       {kind + "_time_" + name, fmt::format("{:.3f}", seconds * (prefill ? 1e3 : 1e6)), prefill ? "ms" : "us"});
   metrics.push_back({kind + "_rate_" + name, fmt::format("{:.1f}", tokens / seconds), "tokens/s"});
+  const auto add_us = [&](const char* what, double value) {
+    if (!std::isnan(value)) metrics.push_back({kind + what + name, fmt::format("{:.3f}", 1e6 * value), "us"});
+  };
+  add_us("_device_time_", stage_time(point, "device", Stage::step).median);
+  add_us("_launch_overhead_", launch_overhead(point));
+  add_us("_launch_gap_", launch_gap(point));
   if (const double share = selection_share(point); !std::isnan(share))
     metrics.push_back({kind + "_selection_share_" + name, fmt::format("{:.2f}", 100 * share), "%"});
   if (const double fraction = copy_rate_fraction(point); !std::isnan(fraction))
@@ -102,6 +108,20 @@ std::string csv_count(double count) { return std::isnan(count) ? "" : count_text
 
 }  // namespace
 
+std::string run_line(const std::string& path, const RunRecord& run) {
+  const std::size_t ranks = run.system.size();
+  std::set<std::string> devices, hosts;
+  for (const RankSystem& rank : run.system) {
+    devices.insert(rank.gpu.empty() ? rank.cpu : rank.gpu);
+    hosts.insert(rank.host);
+  }
+  if (ranks == 0) devices.insert("unknown device");
+  const std::string on =
+      hosts.size() > 3 ? fmt::format("{} hosts", hosts.size()) : fmt::format("{}", fmt::join(hosts, ", "));
+  return fmt::format("{}: {}, {}, {} backend, {} rank{}, commit {}, {}", path, fmt::join(devices, ", "), on,
+                     run.backend, ranks, ranks == 1 ? "" : "s", run.git_commit, run.start);
+}
+
 TableColumns table_columns(const std::vector<PointRecord>& points) {
   TableColumns columns;
   for (const PointRecord& point : points) {
@@ -136,7 +156,8 @@ void print_table_row(std::ostream& out, const TableColumns& columns, const Point
   fmt::print(out, " {:>6} {:>15}", percent_text(selection_share(point)),
              count_text(reads.counted) + "/" + count_text(reads.expected));
   if (columns.nsa_vibe) fmt::print(out, " {:>8}", count_text(reads.nsa_vibe));
-  fmt::print(out, "{}{}\n", point.fallbacks.empty() ? "" : "  FALLBACK", point.valid ? "" : "  INVALID");
+  fmt::print(out, "{}{}{}\n", point.fallbacks.empty() ? "" : "  FALLBACK", point.noisy.empty() ? "" : "  NOISY",
+             point.valid ? "" : "  INVALID");
 }
 
 void print_table_notes(std::ostream& out, const TableColumns& columns) {
@@ -160,6 +181,11 @@ void print_needle_notes(std::ostream& out) {
 void print_fallbacks(std::ostream& out, const std::vector<PointRecord>& points) {
   for (const PointRecord& point : points)
     for (const std::string& line : point.fallbacks) fmt::print(out, "fallback at {}: {}\n", point_name(point), line);
+}
+
+void print_noise(std::ostream& out, const std::vector<PointRecord>& points) {
+  for (const PointRecord& point : points)
+    for (const std::string& line : point.noisy) fmt::print(out, "noisy at {}: {}\n", point_name(point), line);
 }
 
 void print_exchange(std::ostream& out, const std::vector<PointRecord>& points) {
@@ -213,6 +239,7 @@ void print_notes(std::ostream& out, const std::vector<PointRecord>& points) {
     print_exchange(out, points);
   }
   print_fallbacks(out, points);
+  print_noise(out, points);
 }
 
 void print_points(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted) {
@@ -226,6 +253,9 @@ void print_metrics(std::ostream& out, const std::vector<PointRecord>& points, co
   for (const PointRecord& point : points)
     for (const Metric& metric : metrics_of(point))
       fmt::print(out, "FOM {} = {} {}\n", metric.name, metric.value, metric.unit);
+  if (const auto noisy = std::ranges::count_if(points, [](const PointRecord& p) { return !p.noisy.empty(); }))
+    fmt::print(out, "NOISY: {} of {} points; something else than their own work decided their times\n", noisy,
+               points.size());
   const std::string why = first_invalid(points);
   if (!interrupted.empty()) {
     fmt::print(out, "RESULT: INTERRUPTED ({})\n", interrupted);
@@ -248,6 +278,10 @@ std::string to_json(const RunRecord& run, const std::string& file, const std::ve
   text("git_commit", run.git_commit);
   text("input_sha256", run.input_sha256);
   text("argv", run.argv);
+  std::vector<std::string> noisy;
+  for (const PointRecord& point : points)
+    for (const std::string& line : point.noisy) noisy.push_back(json_quote(point_name(point) + ": " + line));
+  json += fmt::format("  \"noisy\": [{}],\n", fmt::join(noisy, ", "));
   json += fmt::format("  \"ranks\": {},\n  \"heads\": {},\n  \"kv\": {},\n  \"figures\": {{", run.system.size(),
                       points.empty() ? 0 : points.front().heads, points.empty() ? 0 : points.front().kv);
   const char* before = "\n";

@@ -9,6 +9,9 @@
 
 namespace nsa {
 
+/// "a.h5: NVIDIA H200, node7, cuda backend, 2 ranks, commit ..., start": where and of what the run is.
+std::string run_line(const std::string& path, const RunRecord& run);
+
 /// Columns that the table has only where a point needs them. `nsa_vibe`: the run writes a CSV for comparison with that
 /// project.
 struct TableColumns {
@@ -22,7 +25,7 @@ void print_point(std::ostream& out, const TableColumns& columns, const PointReco
 
 /// Prints the notes below the table: the meaning of each column; with several ranks, the slowest rank of each point and
 /// the ratio of its own work to the median over ranks; one line for each fallback: point, implementation, reason,
-/// calls.
+/// calls; one line for each reason why a point is NOISY.
 void print_notes(std::ostream& out, const std::vector<PointRecord>& points);
 
 /// Prints table, notes and metrics as `nsa run` does.
@@ -33,8 +36,9 @@ struct Metric {
   std::string name, value, unit;
 };
 
-/// Prints "FOM name = value unit" lines, then "RESULT: VALID", "RESULT: INVALID (reason)" or, for a run that was
-/// stopped before its end, "RESULT: INTERRUPTED (finished points)". Names and order are stable.
+/// Prints "FOM name = value unit" lines, "NOISY: ..." where a point is, then "RESULT: VALID", "RESULT: INVALID
+/// (reason)" or, for a run that was stopped before its end, "RESULT: INTERRUPTED (finished points)". Names and order
+/// are stable.
 void print_metrics(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted = "");
 
 /// One JSON object with the content of the FOM lines: file, result, ranks, heads, kv, backend, commit and

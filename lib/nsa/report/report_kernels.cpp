@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <set>
 
 #include "nsa/report/metrics.hpp"
 #include "nsa/report/report.hpp"
@@ -50,7 +51,7 @@ std::string error_text(const PointRecord& p, std::vector<double> KernelRecord::*
 std::map<std::int64_t, Summary> flash_ratios(const std::vector<const PointRecord*>& points, const std::string& branch) {
   std::map<std::int64_t, Summary> worst;
   for (const PointRecord* p : points) {
-    if (branch_of(*p) != branch || !p->valid) continue;
+    if (branch_of(*p) != branch || !p->valid || !p->noisy.empty()) continue;
     const Summary ratio = kernel_ratio(*p, "sdpa", custom_of(*p));
     if (std::isnan(ratio.low)) continue;
     const auto [entry, inserted] = worst.emplace(integer_parameter(*p, "run.context", 0), ratio);
@@ -108,9 +109,10 @@ void print_kernels_row(std::ostream& out, const PointRecord& p) {
   std::string ran = kernel_variant(p, custom_of(p));
   for (const std::string& name : others(p))
     ran += fmt::format("{}{} {}", ran.empty() ? "" : ", ", name, time_text(summarise(kernel_samples(p, name)).median));
-  fmt::print(out, "   {:<20}   {:<20} {:>8} {:>8}  {}{}\n", ratio_text(kernel_ratio(p, "sdpa", custom_of(p))),
+  fmt::print(out, "   {:<20}   {:<20} {:>8} {:>8}  {}{}{}\n", ratio_text(kernel_ratio(p, "sdpa", custom_of(p))),
              ratio_text(kernel_ratio(p, fastest_packed(p), custom_of(p))), error_text(p, &KernelRecord::mean_abs_err),
-             error_text(p, &KernelRecord::max_abs_err), ran, p.valid ? "" : "  INVALID");
+             error_text(p, &KernelRecord::max_abs_err), ran, p.noisy.empty() ? "" : "  NOISY",
+             p.valid ? "" : "  INVALID");
 }
 
 void print_kernels_notes(std::ostream& out, const std::vector<PointRecord>& points) {
@@ -131,6 +133,11 @@ void print_kernels_notes(std::ostream& out, const std::vector<PointRecord>& poin
 void print_guards(std::ostream& out, const std::vector<const PointRecord*>& points) {
   for (const char* branch : {"win", "cmp"}) {
     const std::map<std::int64_t, Summary> ratios = flash_ratios(points, branch);
+    std::set<std::int64_t> noisy;
+    for (const PointRecord* p : points)
+      if (branch_of(*p) == branch && !p->noisy.empty()) noisy.insert(integer_parameter(*p, "run.context", 0));
+    if (!noisy.empty())
+      fmt::print(out, "flash over sdpa, {}: NOISY, and left out: {}\n", branch, fmt::join(noisy, ", "));
     if (ratios.empty()) continue;
     std::int64_t from = never;
     for (auto at = ratios.rbegin(); at != ratios.rend() && at->second.low >= guard_speedup; ++at) from = at->first;

@@ -8,6 +8,11 @@
 namespace nsa {
 namespace {
 
+/// Where too few independent samples make an interval, the range of at least so many samples does, stretched about the
+/// median (of logarithms) by this factor.
+constexpr std::size_t least_for_range = 12;
+constexpr double range_stretch = 3;
+
 /// The smallest sample that at least a fraction p of the samples do not exceed.
 double nearest_rank(const std::vector<double>& sorted, double p) {
   const double rank = std::ceil(p * static_cast<double>(sorted.size()) - 1e-9);  // 0.95 * 20 is 19, not 20
@@ -27,7 +32,57 @@ double coefficient_of_variation(const std::vector<double>& samples) {
   return std::sqrt(squares / (n - 1)) / mean;
 }
 
+/// How many neighbouring samples tell about the median what one independent sample tells: 1 + 2 sum of the
+/// autocorrelations of "above the median", up to the first pair of them that is not positive (Geyer 1992).
+double correlation_length(const std::vector<double>& samples, double median) {
+  const std::size_t n = samples.size();
+  std::vector<double> side(n);
+  for (std::size_t i = 0; i < n; ++i) side[i] = samples[i] > median ? 1 : samples[i] < median ? -1 : 0;
+  const auto covariance = [&](std::size_t lag) {
+    double sum = 0;
+    for (std::size_t i = lag; i < n; ++i) sum += side[i] * side[i - lag];
+    return sum / static_cast<double>(n);
+  };
+  const double variance = covariance(0);
+  if (variance == 0) return 1;
+  double length = 1;
+  for (std::size_t lag = 1; lag + 1 < n / 2; lag += 2) {
+    const double pair = (covariance(lag) + covariance(lag + 1)) / variance;
+    if (pair <= 0) break;
+    length += 2 * pair;
+  }
+  return length;
+}
+
 }  // namespace
+
+MedianInterval dependent_interval(const std::vector<double>& samples, double alpha) {
+  constexpr double none = std::numeric_limits<double>::quiet_NaN();
+  if (samples.empty()) return {none, none, none, 0};
+  std::vector<double> sorted = samples;
+  std::sort(sorted.begin(), sorted.end());
+  const double median = median_of(sorted), count = static_cast<double>(sorted.size());
+  const double independent = count / correlation_length(samples, median);
+  const IntervalRanks ranks = median_interval(static_cast<std::int64_t>(independent), alpha);
+  if (ranks.low == 0 && sorted.size() < least_for_range) return {median, none, none, independent};
+  if (ranks.low == 0)
+    return {median, median * std::pow(sorted.front() / median, range_stretch),
+            median * std::pow(sorted.back() / median, range_stretch), independent};
+  // The same share of the samples lies below the bound as of that many independent ones.
+  const double below = std::floor(static_cast<double>(ranks.low - 1) / std::floor(independent) * count);
+  const auto low = static_cast<std::size_t>(below);
+  return {median, sorted[low], sorted[sorted.size() - 1 - low], independent};
+}
+
+Ratio median_ratio(const std::vector<double>& a, const std::vector<double>& b, double alpha, double between_runs) {
+  const MedianInterval of_a = dependent_interval(a, alpha), of_b = dependent_interval(b, alpha);
+  const auto log_ratio = [](double x, double y) { return std::log(x / y); };
+  const double middle = log_ratio(of_b.median, of_a.median);
+  const double runs = normal_quantile(alpha) * std::sqrt(2.0) * between_runs;
+  const double down = std::hypot(log_ratio(of_b.median, of_b.low), log_ratio(of_a.high, of_a.median), runs);
+  const double up = std::hypot(log_ratio(of_b.high, of_b.median), log_ratio(of_a.median, of_a.low), runs);
+  return {std::exp(middle), std::exp(middle - down), std::exp(middle + up)};
+}
 
 IntervalRanks median_interval(std::int64_t n, double alpha) {
   // The interval (k, n+1-k) misses the median with probability 2 P(X < k), X ~ Binomial(n, 1/2).

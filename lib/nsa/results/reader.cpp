@@ -153,6 +153,8 @@ void read_point_attributes(const h5::Handle& group, PointRecord& p) {
     p.exchange = h5::attribute_as<std::string>(group, "exchange");
   if (std::count(names.begin(), names.end(), "blocks_shared") > 0) read_attributes(group, p, point_reals_1_5);
   p.fallbacks = lines(h5::attribute_as<std::string>(group, "fallbacks"));
+  if (std::count(names.begin(), names.end(), "noisy") > 0)  // since 1.5
+    p.noisy = lines(h5::attribute_as<std::string>(group, "noisy"));
 }
 
 KernelRecord read_kernels(const h5::Handle& group) {
@@ -182,6 +184,21 @@ std::map<std::string, std::vector<double>> read_needle(const h5::Handle& group) 
   return columns;
 }
 
+NoiseRecord read_noise(const h5::Handle& group) {
+  NoiseRecord n;
+  n.modes = h5::read<std::string>(group, "mode");
+  n.ranks = std::ssize(h5::read<std::int64_t>(group, "rank"));
+  const auto whole = [&]<class T>(const char* name, std::vector<T>& field, const std::vector<std::int64_t>& shape) {
+    if (!h5::has(group, name)) throw h5::Error(fmt::format("dataset 'noise/{}' is missing", name));
+    field = column<T>(group, name, shape);
+  };
+  for (const auto& entry : noise_reals) whole(entry.name, n.*entry.field, {std::ssize(n.modes), n.ranks});
+  for (const auto& entry : noise_counts) whole(entry.name, n.*entry.field, {std::ssize(n.modes), n.ranks});
+  whole("sm_clock_max", n.sm_clock_max_mhz, {n.ranks});
+  whole("cache_bytes", n.cache_bytes, {n.ranks});
+  return n;
+}
+
 PointRecord read_point(const h5::Handle& group, std::int64_t index) {
   PointRecord p;
   p.index = index;
@@ -189,6 +206,7 @@ PointRecord read_point(const h5::Handle& group, std::int64_t index) {
   read_columns(group, p);
   if (h5::has(group, "needle")) p.needle = read_needle(h5::open_group(group, "needle"));
   if (h5::has(group, "kernels")) p.kernels = read_kernels(h5::open_group(group, "kernels"));
+  if (h5::has(group, "noise")) p.noise = read_noise(h5::open_group(group, "noise"));
   return p;
 }
 

@@ -73,13 +73,28 @@ struct KernelRecord {
   std::vector<std::string> variants;              ///< [implementation], the backend's kernel; empty in files before 1.3
 };
 
+/// What may have disturbed each mode while it was measured, by [mode][rank]. docs/METRICS.md, "Noise".
+struct NoiseRecord {
+  std::vector<std::string> modes;  ///< those of the time table; kind = "kernels": one, "kernels"
+  std::int64_t ranks = 0;
+  std::vector<double> seconds;                                         ///< of its passes
+  std::vector<std::int64_t> voluntary_switches, involuntary_switches;  ///< context switches
+  std::vector<std::int64_t> minor_faults, major_faults;                ///< page faults
+  std::vector<double> steal;                   ///< s, taken by other machines or the CPU quota, mean over cores
+  std::vector<double> sm_clock_mhz;            ///< mean; 0: unknown
+  std::vector<std::int64_t> throttle_reasons;  ///< at the mode's end, NVML's bits; -1: unknown
+  std::vector<double> cv, outlier_share;       ///< of the rank's steps; NaN below two samples
+  std::vector<double> sm_clock_max_mhz;        ///< [rank]; 0: unknown
+  std::vector<std::int64_t> cache_bytes;       ///< [rank], last-level cache of the device; 0: unknown
+};
+
 struct PointRecord {
   std::int64_t index = 0;
   std::vector<Parameter> parameters;
   std::string fingerprint;  ///< hash of what decides the result: parameters, sharding, backend, input
   bool valid = true;
   std::string reason;       ///< why the point is not valid
-  std::string stop_reason;  ///< "steps" or "min_time" (or "interrupted")
+  std::string stop_reason;  ///< "steps", "min_time", "min_interval", "interval_time" (or "interrupted")
   std::int64_t heads = 1, kv = 1, first_position = 0, warmup_reps = 0;
   TimeTable time;
   ReadTable reads;
@@ -99,6 +114,8 @@ struct PointRecord {
     valid = false;
     if (reason.empty()) reason = why;
   }
+  NoiseRecord noise;
+  std::vector<std::string> noisy;                     ///< why the point is NOISY, a line each; empty: it is not
   std::map<std::string, std::vector<double>> needle;  ///< kind = "needle": depth, position, block, found, abs_err
   KernelRecord kernels;                               ///< kind = "kernels"
 };

@@ -78,6 +78,22 @@ constexpr Named<RankSystem, std::int64_t> system_counts_1_2[] = {
     {"sharers", &RankSystem::sharers, "1", "ranks that may use the same cores, itself among them"},
 };
 
+/// Datasets of a point's group noise over mode and rank, since schema 1.5.
+constexpr Named<NoiseRecord, std::vector<double>> noise_reals[] = {
+    {"seconds", &NoiseRecord::seconds, "s", "duration of the passes"},
+    {"steal", &NoiseRecord::steal, "s", "time taken by other machines or the CPU quota, mean over cores"},
+    {"sm_clock", &NoiseRecord::sm_clock_mhz, "MHz", "mean clock of an SM, 0 if unknown"},
+    {"cv", &NoiseRecord::cv, "1", "coefficient of variation of the steps"},
+    {"outlier_share", &NoiseRecord::outlier_share, "1", "share of the time of the steps that outliers took"},
+};
+constexpr Named<NoiseRecord, std::vector<std::int64_t>> noise_counts[] = {
+    {"voluntary_switches", &NoiseRecord::voluntary_switches, "1", "context switches of threads that waited"},
+    {"involuntary_switches", &NoiseRecord::involuntary_switches, "1", "context switches of threads that lost the core"},
+    {"minor_faults", &NoiseRecord::minor_faults, "1", "page faults without a read from the disk"},
+    {"major_faults", &NoiseRecord::major_faults, "1", "page faults with a read from the disk"},
+    {"throttle_reasons", &NoiseRecord::throttle_reasons, "1", "why the clock is lowered, bits of NVML, -1 if unknown"},
+};
+
 /// Attributes of a point, besides its parameters, validity, routes and fallbacks.
 constexpr Named<PointRecord, std::string> point_texts[] = {
     {"fingerprint", &PointRecord::fingerprint},

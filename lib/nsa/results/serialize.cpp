@@ -61,14 +61,22 @@ auto members(R& r) {
   return std::tie(implementations, ranks, reps, seconds, mean, max, se, variants);
 }
 
+template <Is<NoiseRecord> R>
+auto members(R& r) {
+  auto& [modes, ranks, seconds, voluntary, involuntary, minor, major, steal, clock, throttle, cv, outliers, clock_max,
+         cache] = r;
+  return std::tie(modes, ranks, seconds, voluntary, involuntary, minor, major, steal, clock, throttle, cv, outliers,
+                  clock_max, cache);
+}
+
 template <Is<PointRecord> R>
 auto members(R& r) {
   auto& [index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps, time,
          reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange, fallbacks, max_abs_err,
-         blocks_shared, tensors, needle, kernels] = r;
+         blocks_shared, tensors, noise, noisy, needle, kernels] = r;
   return std::tie(index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps,
                   time, reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange, fallbacks,
-                  max_abs_err, blocks_shared, tensors, needle, kernels);
+                  max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels);
 }
 
 template <Is<ResultFile> R>

@@ -144,6 +144,7 @@ void write_point_attributes(const h5::Handle& group, const PointRecord& p) {
   h5::write_attribute(group, "route_kernels", std::vector<std::string>(p.route_kernels.begin(), p.route_kernels.end()));
   h5::write_attribute(group, "exchange", p.exchange);
   h5::write_attribute(group, "fallbacks", fmt::format("{}", fmt::join(p.fallbacks, "\n")));
+  h5::write_attribute(group, "noisy", fmt::format("{}", fmt::join(p.noisy, "\n")));
 }
 
 /// Writes `depth` as the dimension and every other column over it.
@@ -167,6 +168,21 @@ void write_kernels(const h5::Handle& point_group, const KernelRecord& k) {
             {"1", "standard error of mean_abs_err over query rows"});
   h5::write(group, "max_abs_err", k.max_abs_err, {"implementation"}, {"1", "largest absolute error against float64"});
   h5::write(group, "variant", k.variants, {"implementation"}, {"1", "kernel of the backend that ran"});
+}
+
+/// Writes what may have disturbed each mode, over modes and ranks.
+void write_noise(const h5::Handle& point_group, const NoiseRecord& n) {
+  const h5::Handle group = h5::create_group(point_group, "noise");
+  h5::write_scale(group, "mode", n.modes, {"1", "way of timing"});
+  h5::write_scale(group, "rank", indices(n.ranks), {"1", "rank"});
+  const auto columns = [&](const auto& list) {
+    for (const auto& entry : list)
+      h5::write(group, entry.name, n.*entry.field, {"mode", "rank"}, {entry.units, entry.long_name});
+  };
+  columns(noise_reals);
+  columns(noise_counts);
+  h5::write(group, "sm_clock_max", n.sm_clock_max_mhz, {"rank"}, {"MHz", "largest clock of an SM, 0 if unknown"});
+  h5::write(group, "cache_bytes", n.cache_bytes, {"rank"}, {"byte", "last-level cache of the device, 0 if unknown"});
 }
 
 /// The group that holds the tensor of this name, created where missing.
@@ -211,6 +227,7 @@ void write_point(const h5::Handle& file, const PointRecord& p) {
   write_columns(group, p);
   if (!p.needle.empty()) write_needle(group, p);
   if (!p.kernels.implementations.empty()) write_kernels(group, p.kernels);
+  if (!p.noise.modes.empty()) write_noise(group, p.noise);
   if (p.tensors.empty()) return;
   const h5::Handle tensors = h5::create_group(group, "tensors");
   h5::write_attribute(tensors, "first_position", p.first_position);

@@ -1,6 +1,8 @@
 #include <algorithm>
+#include <limits>
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "kernels/diagnostics/fault_injection.hpp"
 #include "kernels/diagnostics/operation_log.hpp"
@@ -52,26 +54,27 @@ void fill_caches(const Session& session, ModelShard& shard, const TensorSource& 
   shard.device().synchronize(shard.streams.compute);
 }
 
-// A decode step as one graph where the backend captures graphs; else, and to time each stage, its launches one by one.
-class CapturedStep {
+// Decode steps as one graph where the backend captures graphs; else, and to time each stage, their launches one by one.
+// Several steps have the inputs of the first: to load others would add copies to the timed work.
+class CapturedSteps {
  public:
-  CapturedStep(ModelShard& shard, DecodeRunner& decode, StageTimer& timer, const ModeRun& run)
-      : shard_(shard), decode_(decode), timer_(timer), options_(run.options) {
-    if (run.stages || !shard.device().capture) return;
+  CapturedSteps(ModelShard& shard, DecodeRunner& decode, StageTimer& timer, const ModeRun& run)
+      : shard_(shard), decode_(decode), timer_(timer), run_(run) {
+    if (run.timed == Timed::stages || !shard.device().capture) return;
     const std::size_t known = shard.routes.fallbacks(Phase::decode).size();
     try {
       capture();
     } catch (const UserError&) {
       // A launch that fails may invalidate the capture it is part of. The step is then captured without it.
-      if (shard.routes.fallbacks(Phase::decode).size() == known) throw;
+      if (shard_.routes.fallbacks(Phase::decode).size() == known) throw;
       capture();
     }
   }
-  ~CapturedStep() {
+  ~CapturedSteps() {
     if (graph_) shard_.device().destroy_graph(graph_);
   }
-  CapturedStep(const CapturedStep&) = delete;
-  CapturedStep& operator=(const CapturedStep&) = delete;
+  CapturedSteps(const CapturedSteps&) = delete;
+  CapturedSteps& operator=(const CapturedSteps&) = delete;
   void run() {
     fault::at("decode.step");
     if (graph_)
@@ -83,15 +86,27 @@ class CapturedStep {
  private:
   void capture() {
     graph_ = shard_.device().capture(
-        shard_.streams.compute, [](void* self) { static_cast<CapturedStep*>(self)->queue(); }, this);
+        shard_.streams.compute, [](void* self) { static_cast<CapturedSteps*>(self)->queue(); }, this);
   }
-  void queue() { decode_.step(options_, timer_); }
+  void queue() {
+    const bool stamps = run_.timed == Timed::device || run_.timed == Timed::queued;
+    if (stamps) decode_.stamp();
+    for (std::int64_t i = 0; i < run_.steps_a_sample; ++i) decode_.step(run_.options, timer_);
+    if (stamps) decode_.stamp();
+  }
   ModelShard& shard_;
   DecodeRunner& decode_;
   StageTimer& timer_;
-  StepOptions options_;
+  const ModeRun& run_;
   Graph* graph_ = nullptr;
 };
+
+// The times of a mode that does not time this step.
+StageTimes untimed_step() {
+  StageTimes times;
+  times.fill(std::numeric_limits<double>::quiet_NaN());
+  return times;
+}
 
 // The recorded pass and the measured passes of a decode point.
 class DecodePasses {
@@ -106,6 +121,10 @@ class DecodePasses {
   bool measured(const ModeRun& run, StageTimer& timer, const TakeSample& take);
 
  private:
+  bool run_one_by_one(const ModeRun& run, CapturedSteps& steps, StageTimer& timer, const TakeSample& take);
+  bool run_queued(const ModeRun& run, CapturedSteps& steps);
+  // The times of the steps since restore by the device's clock. The last queued step has no successor, and no time.
+  void take_stamps(const ModeRun& run, const TakeSample& take);
   std::string latest_problem() const;
   CheckResult check_rows(const StepContext& ctx, std::int64_t step) const;
   RankReads reads() const;
@@ -155,19 +174,51 @@ void DecodePasses::recorded(const TensorSource& source) {
 }
 
 bool DecodePasses::measured(const ModeRun& run, StageTimer& timer, const TakeSample& take) {
-  CapturedStep captured(shard_, decode_, timer, run);
+  CapturedSteps steps(shard_, decode_, timer, run);
   decode_.restore();
-  for (std::int64_t step = 0; step < config_.run.steps; ++step) {
-    if (session_.stop->check_periodically()) return false;
-    decode_.load(step, run.options);
-    shard_.device().synchronize(shard_.streams.compute);
-    flip_caches();
-    take(timer.step([&] { captured.run(); }));
-  }
+  if (!(run.timed == Timed::queued ? run_queued(run, steps) : run_one_by_one(run, steps, timer, take))) return false;
+  if (run.timed == Timed::device || run.timed == Timed::queued) take_stamps(run, take);
+  if (run.timed == Timed::queued) return true;  // its steps have the inputs of the first one
   if (run.options.leave_out < 0) record_reads(session_.world, shard_, reads(), record_);
   if (config_.run.check && computes_point_step(run, shard_.point))
     gather_problems(session_.world, pass_problem(session_.world, shard_, output(), expected_), record_);
   return true;
+}
+
+bool DecodePasses::run_one_by_one(const ModeRun& run, CapturedSteps& steps, StageTimer& timer, const TakeSample& take) {
+  for (std::int64_t step = 0; step < config_.run.steps; step += run.steps_a_sample) {
+    if (session_.stop->check_periodically()) return false;
+    decode_.load(step, run.options);
+    shard_.device().synchronize(shard_.streams.compute);
+    flip_caches();
+    StageTimes times = timer.step([&] { steps.run(); });
+    if (run.timed == Timed::device) continue;
+    for (std::int64_t i = 1; i < run.steps_a_sample; ++i) take(untimed_step());
+    times[static_cast<int>(Stage::step)] /= static_cast<double>(run.steps_a_sample);
+    take(times);
+  }
+  return true;
+}
+
+bool DecodePasses::run_queued(const ModeRun& run, CapturedSteps& steps) {
+  decode_.load(0, run.options);
+  shard_.device().synchronize(shard_.streams.compute);
+  for (std::int64_t step = 0; step < config_.run.steps; ++step) {
+    if (session_.stop->check_periodically()) return false;
+    steps.run();
+  }
+  return true;
+}
+
+void DecodePasses::take_stamps(const ModeRun& run, const TakeSample& take) {
+  const std::vector<std::int64_t> stamps = decode_.stamps();  // begin and end of each step
+  for (std::size_t begin = 0; begin < stamps.size(); begin += 2) {
+    StageTimes times = untimed_step();
+    const std::size_t end = run.timed == Timed::queued ? begin + 2 : begin + 1;
+    if (end < stamps.size())
+      times[static_cast<int>(Stage::step)] = 1e-9 * static_cast<double>(stamps[end] - stamps[begin]);
+    take(times);
+  }
 }
 
 std::string DecodePasses::latest_problem() const {

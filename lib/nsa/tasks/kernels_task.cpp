@@ -121,6 +121,7 @@ MemoryAccount run_kernels(const Session& session, const Config& config, const Po
     k.mean_abs_err = k.mean_abs_err_se = k.max_abs_err = std::vector<double>(choices.size(), std::nan(""));
 
   StageTimer timer(device, own.stream);
+  NoiseMeter meter(device, own.stream);
   std::vector<std::unique_ptr<Executions>> executions;
   agreed(world, [&] {
     for (const KernelChoice& choice : choices)
@@ -128,6 +129,7 @@ MemoryAccount run_kernels(const Session& session, const Config& config, const Po
   });
   const std::int64_t count = std::ssize(choices), reps = config.run.steps;
   std::vector<double> seconds(static_cast<std::size_t>(count * reps));
+  meter.begin();
   for (std::int64_t rep = 0; rep < reps; ++rep) {
     if (session.stop->check_periodically()) throw Interrupted();
     world.barrier();
@@ -137,8 +139,11 @@ MemoryAccount run_kernels(const Session& session, const Config& config, const Po
       seconds[static_cast<std::size_t>(which * reps + rep)] =
           executions[static_cast<std::size_t>(which)]->sample(timer);
     }
+    meter.stepped();
     progress(static_cast<double>(rep + 1), static_cast<double>(reps), "kernels");
   }
+  meter.end();
+  record.noise = gather_noise(world, device, {"kernels"}, {meter.take()});
   const std::vector<double> all = world.gather(seconds);  // [rank][implementation][rep]
   k.ranks = world.size();
   k.reps = reps;

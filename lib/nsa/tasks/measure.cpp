@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <limits>
+#include <utility>
 
+#include "kernels/diagnostics/fault_injection.hpp"
 #include "kernels/interface/buffer.hpp"
 #include "nsa/report/statistics.hpp"
 #include "nsa/tasks/task.hpp"
@@ -38,35 +41,89 @@ class StoredPasses {
   std::int64_t passes_ = 0, every_ = 1;
 };
 
+using Pass = std::function<bool(const ModeRun&, const TakeSample&)>;
+
+// The width of the 95% interval of a mode's median, as a share of the median, by the slowest rank of each step.
+class IntervalWidth {
+ public:
+  IntervalWidth(const ControlComm& world, std::int64_t warmup) : world_(world), warmup_(warmup) {}
+
+  // The time of a step on this rank.
+  void add(double step) {
+    if (count_++ >= warmup_) own_.push_back(step);
+  }
+  // Sorts the samples again only when a tenth more are there: the cost of all calls stays in proportion to the samples.
+  // Every rank gets the same width; infinite before there is an interval.
+  double update() {
+    if (count_ - warmup_ < next_) return width_;
+    next_ = count_ - warmup_ + std::max<std::int64_t>(1, (count_ - warmup_) / 10);
+    const std::vector<double> own = std::exchange(own_, {}), all = world_.gather(own);  // by rank, on rank 0
+    for (std::size_t i = 0; i < own.size() && !all.empty(); ++i) {
+      double slowest = std::numeric_limits<double>::quiet_NaN();  // as that of a step within a graph of several
+      for (std::size_t at = i; at < all.size(); at += own.size()) slowest = std::fmax(slowest, all[at]);
+      slowest_.push_back(slowest);
+    }
+    const Summary s = summarise(slowest_);
+    const double here = std::isnan(s.low) ? std::numeric_limits<double>::infinity() : (s.high - s.low) / s.median;
+    return width_ = world_.max(all.empty() ? 0.0 : here);
+  }
+
+ private:
+  const ControlComm& world_;
+  const std::int64_t warmup_;
+  std::int64_t count_ = 0, next_ = 1;
+  std::vector<double> own_;  // since the last exchange
+  double width_ = std::numeric_limits<double>::infinity();
+  std::vector<double> slowest_;  // on rank 0
+};
+
+// Why a mode stopped; of several modes the largest counts.
+enum class Stop { steps, min_time, min_interval, interval_time, interrupted };
+constexpr const char* stop_names[] = {"steps", "min_time", "min_interval", "interval_time", "interrupted"};
+
+Stop measure_mode(const ControlComm& world, const ModeRun& run, const RunConfig& goal, std::int64_t most_reps,
+                  NoiseMeter& meter, std::vector<StageTimes>& taken, const Pass& pass) {
+  IntervalWidth interval(world, goal.warmup);
+  StoredPasses stored(taken, most_reps);
+  Stop stop = Stop::steps;
+  for (double measured = 0;;) {
+    world.barrier();
+    const std::size_t before = taken.size();
+    double seconds = 0;
+    meter.begin();
+    const bool whole = pass(run, [&](const StageTimes& times) {
+      taken.push_back(times);
+      const double sample = times[static_cast<int>(Stage::step)];
+      if (goal.min_interval > 0) interval.add(sample);
+      if (!std::isnan(sample)) seconds += sample * static_cast<double>(run.steps_a_sample);
+      meter.stepped();
+    });
+    if (!whole) {
+      taken.resize(before);
+      return Stop::interrupted;
+    }
+    meter.end();
+    stored.end_pass(before);
+    measured += world.max(seconds);
+    const bool narrow = goal.min_interval <= 0 || interval.update() <= goal.min_interval;
+    const bool late = measured >= goal.interval_time;
+    if (measured >= goal.min_time && (narrow || late)) return narrow ? stop : Stop::interval_time;
+    stop = std::max(stop, measured >= goal.min_time ? Stop::min_interval : Stop::min_time);
+  }
+}
+
 // Returns the reason of the stop.
-std::string measure_modes(const ControlComm& world, const std::vector<ModeRun>& runs, double min_time,
-                          std::int64_t most_reps, Samples& samples,
-                          const std::function<bool(const ModeRun&, const TakeSample&)>& pass) {
-  bool repeated = false;
+std::string measure_modes(const ControlComm& world, const std::vector<ModeRun>& runs, const RunConfig& goal,
+                          std::int64_t most_reps, NoiseMeter& meter, Samples& samples, const Pass& pass) {
+  Stop stop = Stop::steps;
   for (const ModeRun& run : runs) {
     samples.modes.push_back(run.name);
     std::vector<StageTimes>& taken = samples.times.emplace_back();
-    StoredPasses stored(taken, most_reps);
-    for (double measured = 0;;) {
-      world.barrier();
-      const std::size_t before = taken.size();
-      double seconds = 0;
-      const bool whole = pass(run, [&](const StageTimes& times) {
-        taken.push_back(times);
-        seconds += times[static_cast<int>(Stage::step)];
-      });
-      if (!whole) {
-        taken.resize(before);
-        if (taken.empty() || samples.modes.size() < runs.size()) throw Interrupted();
-        return "interrupted";
-      }
-      stored.end_pass(before);
-      measured += world.max(seconds);
-      if (measured >= min_time) break;
-      repeated = true;
-    }
+    stop = std::max(stop, measure_mode(world, run, goal, most_reps, meter, taken, pass));
+    samples.noise.push_back(meter.take());
+    if (stop == Stop::interrupted && (taken.empty() || samples.modes.size() < runs.size())) throw Interrupted();
   }
-  return repeated ? "min_time" : "steps";
+  return stop_names[static_cast<int>(stop)];
 }
 
 }  // namespace
@@ -84,23 +141,28 @@ StepOptions step_options(const Point& point) {
 }
 
 bool computes_point_step(const ModeRun& run, const Point& point) {
-  return run.options.leave_out < 0 && run.options.force_branch == point.force_branch;
+  const bool own_inputs = run.timed != Timed::queued && run.steps_a_sample == 1;
+  return own_inputs && run.options.leave_out < 0 && run.options.force_branch == point.force_branch;
 }
 
 std::vector<ModeRun> mode_runs(const Config& config, const Point& point) {
   std::vector<ModeRun> runs;
   const StepOptions base = step_options(point);
   for (const Mode mode : config.run.modes) {
-    if (mode == Mode::branches) runs.push_back({"branches", base, true});
-    if (mode == Mode::total) runs.push_back({"total", base, false});
+    if (mode == Mode::branches) runs.push_back({"branches", base, Timed::stages});
+    if (mode == Mode::total) runs.push_back({"total", base, Timed::step, config.run.steps_per_graph});
+    if (mode == Mode::launches) {
+      runs.push_back({"device", base, Timed::device});
+      runs.push_back({"queued", base, Timed::queued});
+    }
     for (int c = 0; c < branches; ++c) {
       StepOptions options = base;
       if (mode == Mode::ablation) {
         options.leave_out = c;
-        runs.push_back({std::string("ablation_") + branch_names[c], options, false});
+        runs.push_back({std::string("ablation_") + branch_names[c], options, Timed::step, config.run.steps_per_graph});
       } else if (mode == Mode::one_hot) {
         options.force_branch = c;
-        runs.push_back({std::string("one_hot_") + branch_names[c], options, false});
+        runs.push_back({std::string("one_hot_") + branch_names[c], options, Timed::step, config.run.steps_per_graph});
       }
     }
   }
@@ -113,19 +175,20 @@ Samples measure_point(const Session& session, ModelShard& shard, const MeasuredT
   const double all = static_cast<double>(runs.size()), steps = static_cast<double>(shard.config.run.steps);
   const std::int64_t most_reps = most_stored_reps(shard.config, std::ssize(runs), session.world.size());
   StageTimer timer(shard.device(), shard.streams.compute);
+  NoiseMeter meter(shard.device(), shard.streams.compute);
   Samples samples;
   do {
     samples = {};  // those taken before a fallback measured other kernels
     double passes = 0;
     task.prepare();
     const auto pass = [&](const ModeRun& run, const TakeSample& take) {
-      timer.set_per_stage(run.stages);
+      timer.set_per_stage(run.timed == Timed::stages);
       return task.pass(run, timer, [&](const StageTimes& times) {
         take(times);
         progress(std::min(passes += 1 / steps, all), all, run.name);
       });
     };
-    record.stop_reason = measure_modes(session.world, runs, shard.config.run.min_time, most_reps, samples, pass);
+    record.stop_reason = measure_modes(session.world, runs, shard.config.run, most_reps, meter, samples, pass);
   } while (shard.routes.agree(session.world));
   return samples;
 }
@@ -151,6 +214,39 @@ TimeTable gather_times(const ControlComm& world, const Samples& samples) {
   return table;
 }
 
+NoiseRecord gather_noise(const ControlComm& world, const DeviceOps& device, const std::vector<std::string>& modes,
+                         const std::vector<ModeNoise>& noise) {
+  if (noise.empty()) return {};
+  const DeviceInfo info = device.info();
+  std::vector<double> reals{info.clock_max_mhz};
+  std::vector<std::int64_t> counts{info.cache_bytes};
+  for (const ModeNoise& n : noise) {
+    reals.insert(reals.end(), {n.seconds, n.counters.steal, n.sm_clock_mhz});
+    counts.insert(counts.end(), {n.counters.voluntary_switches, n.counters.involuntary_switches,
+                                 n.counters.minor_faults, n.counters.major_faults, n.throttle_reasons});
+  }
+  const auto all_reals = world.gather(reals);
+  const auto all_counts = world.gather(counts);
+  NoiseRecord record;
+  if (world.rank() != 0) return record;
+  record.modes = modes;
+  record.ranks = world.size();
+  const auto pick = [&](auto& column, const auto& all, std::size_t width, std::size_t at) {
+    for (std::size_t r = 0; r < all.size(); r += width) column.push_back(all[r + at]);
+  };
+  pick(record.sm_clock_max_mhz, all_reals, reals.size(), 0);
+  pick(record.cache_bytes, all_counts, counts.size(), 0);
+  for (std::size_t mode = 0; mode < noise.size(); ++mode) {
+    std::size_t real = 1 + 3 * mode, count = 1 + 5 * mode;
+    for (auto* column : {&record.seconds, &record.steal, &record.sm_clock_mhz})
+      pick(*column, all_reals, reals.size(), real++);
+    for (auto* column : {&record.voluntary_switches, &record.involuntary_switches, &record.minor_faults,
+                         &record.major_faults, &record.throttle_reasons})
+      pick(*column, all_counts, counts.size(), count++);
+  }
+  return record;
+}
+
 std::size_t copy_bytes_of(std::int64_t free, std::int64_t sharers) {
   constexpr std::int64_t most = std::int64_t{128} << 20, most_of_host = std::int64_t{512} << 20;
   const std::int64_t bytes = std::min(most, most_of_host / sharers);
@@ -173,7 +269,10 @@ double measured_copy_bandwidth(const DeviceOps& device, const ControlComm& world
     StageTimer timer(device, stream);
     for (int rep = 0; rep < 7; ++rep) {
       world.barrier();
-      const StageTimes times = timer.step([&] { device.copy(to.data(), from.data(), bytes, stream); });
+      const StageTimes times = timer.step([&] {
+        fault::at("measure.copy");
+        device.copy(to.data(), from.data(), bytes, stream);
+      });
       seconds.push_back(times[static_cast<int>(Stage::step)]);
     }
   }

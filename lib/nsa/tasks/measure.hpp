@@ -5,28 +5,39 @@
 #include <string>
 #include <vector>
 
+#include "nsa/forward/noise_meter.hpp"
 #include "nsa/forward/stage_timer.hpp"
 #include "nsa/forward/stages.hpp"
 #include "nsa/tasks/session.hpp"
 
 namespace nsa {
 
+/// What a sample is the time of.
+enum class Timed {
+  stages,  ///< each stage, and the step around them, between two events
+  step,    ///< a step between two events
+  device,  ///< a step, from its begin to its end on the device's own clock
+  queued   ///< from the begin of a step to that of the next on the device's clock, where nothing waits between them
+};
+
 /// One measured way of running a step.
 struct ModeRun {
-  std::string name;  ///< "branches", "total", "ablation_cmp", "one_hot_sel", ...
+  std::string name;  ///< "branches", "total", "ablation_cmp", "one_hot_sel", "device", "queued", ...
   StepOptions options;
-  bool stages = false;  ///< each stage is timed
+  Timed timed = Timed::step;
+  std::int64_t steps_a_sample = 1;
 };
 /// The options of the point's own step.
 StepOptions step_options(const Point& point);
 std::vector<ModeRun> mode_runs(const Config& config, const Point& point);
-/// Whether a step of the mode has the output of the point's own step: all branches, with the point's gates.
+/// Whether a step of the mode has the output of the point's own step: all branches, with the point's gates and inputs.
 bool computes_point_step(const ModeRun& run, const Point& point);
 
-/// This rank's samples: by mode, rep by rep.
+/// This rank's samples: by mode, rep by rep, and what may have disturbed them.
 struct Samples {
   std::vector<std::string> modes;
   std::vector<std::vector<StageTimes>> times;
+  std::vector<ModeNoise> noise;
 };
 
 using TakeSample = std::function<void(const StageTimes&)>;
@@ -43,15 +54,21 @@ struct MeasuredTask {
 std::int64_t most_stored_reps(const Config& config, std::int64_t modes, std::int64_t ranks);
 
 /// Measures the modes of a point, one after the other. The passes of a mode repeat until they have taken run.min_time
-/// seconds, by the slowest rank, so that all ranks stop together. Of more passes than most_stored_reps holds, every
-/// second one is kept, then every fourth, and so on. Where a fallback took over on any rank, all ranks
-/// take it and all modes repeat. An interrupted pass does not count. Records the reason of the stop: "steps",
-/// "min_time", or "interrupted" where every mode has a whole pass; else throws Interrupted. Collective.
+/// seconds, by the slowest rank, and until the 95% interval of the median of a step is at most run.min_interval wide,
+/// or run.interval_time is over; all ranks stop together. Of more passes than most_stored_reps holds, every second one
+/// is kept, then every fourth, and so on. Where a fallback took over on any rank, all ranks take it and all modes
+/// repeat. An interrupted pass does not count. Records the reason of the stop: "steps", "min_time", "min_interval",
+/// "interval_time", or "interrupted" where every mode has a whole pass; else throws Interrupted. Collective.
 Samples measure_point(const Session& session, ModelShard& shard, const MeasuredTask& task, PointRecord& record,
                       const Progress& progress);
 
 /// Samples of all ranks, on rank 0.
 TimeTable gather_times(const ControlComm& world, const Samples& samples);
+
+/// What may have disturbed the modes on all ranks, on rank 0; empty where none was measured. judge_noise fills in the
+/// rest. Collective.
+NoiseRecord gather_noise(const ControlComm& world, const DeviceOps& device, const std::vector<std::string>& modes,
+                         const std::vector<ModeNoise>& noise);
 
 /// Bytes/s, read and written, of a copy on the slowest rank's device while all ranks copy session.copy_bytes. A rate
 /// that is less than a minute old is not measured again. Collective.

@@ -45,6 +45,7 @@ void record_reads(const ControlComm& world, const ModelShard& shard, const RankR
 void finish_point(const ControlComm& world, ModelShard& shard, const Samples& samples, PointRecord& record) {
   record.warmup_reps = shard.config.run.warmup;
   record.time = gather_times(world, samples);
+  record.noise = gather_noise(world, shard.device(), samples.modes, samples.noise);
   const Phase phase = shard.config.kind == TaskKind::prefill ? Phase::prefill : Phase::decode;
   shard.routes.agree(world);
   shard.routes.count(world);

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "kernels/cuda/runtime/clock.cuh"
 #include "kernels/cuda/runtime/common.cuh"
 #include "kernels/cuda/runtime/cuda.hpp"
 #include "kernels/diagnostics/fault_injection.hpp"
@@ -146,6 +147,16 @@ class Nvml {
     unsigned mhz = 0;
     return get && device_ && get(device_, domain, &mhz) == 0 ? mhz : -1.0;
   }
+  double clock_max_mhz() const {
+    const auto get = symbol<int (*)(void*, int, unsigned*)>("nvmlDeviceGetMaxClockInfo");
+    unsigned mhz = 0;
+    return get && device_ && get(device_, 1, &mhz) == 0 ? mhz : 0.0;
+  }
+  std::int64_t throttle_reasons() const {
+    const auto get = symbol<int (*)(void*, unsigned long long*)>("nvmlDeviceGetCurrentClocksThrottleReasons");
+    unsigned long long bits = 0;
+    return get && device_ && get(device_, &bits) == 0 ? static_cast<std::int64_t>(bits) : -1;
+  }
   std::int64_t uncorrected_errors() const {  // since the driver was loaded
     const auto get = symbol<int (*)(void*, int, int, unsigned long long*)>("nvmlDeviceGetTotalEccErrors");
     unsigned long long count = 0;
@@ -202,6 +213,9 @@ DeviceInfo info() {
   out.memory_free = static_cast<std::int64_t>(free);
   out.clock_mhz = nvml.clock_mhz(1);
   out.memory_clock_mhz = nvml.clock_mhz(2);
+  out.clock_max_mhz = nvml.clock_max_mhz();
+  out.throttle_reasons = nvml.throttle_reasons();
+  out.cache_bytes = p.l2CacheSize;
   out.ecc_errors = nvml.uncorrected_errors();
   return out;
 }
@@ -218,9 +232,9 @@ void refused_launch(Stream* stream) {
 constexpr void (*refused_launch)(Stream*) = nullptr;
 #endif
 
-constexpr DeviceOps device_ops = {allocate, release,      create_stream, destroy_stream, synchronize,   copy,
-                                  fill,     create_event, destroy_event, record,         wait,          elapsed,
-                                  capture,  launch,       destroy_graph, info,           refused_launch};
+constexpr DeviceOps device_ops = {
+    allocate, release, create_stream, destroy_stream, synchronize,   copy, fill,  create_event, destroy_event, record,
+    wait,     elapsed, capture,       launch,         destroy_graph, info, stamp, read_clock,   refused_launch};
 
 void open(int index) {
   if (open_device.index == index) return;

@@ -2,6 +2,7 @@
 
 #include <omp.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -87,6 +88,10 @@ void synchronize(Stream*) {
 
 double elapsed(Event* from, Event* to) { return std::chrono::duration<double>(stamp(to) - stamp(from)).count(); }
 
+void stamp_clock(std::int64_t* ring, Stream*) {
+  ring[1 + ring[0]++] = std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+}
+
 DeviceInfo info() {
   DeviceInfo result;
   result.name = cpu_name();
@@ -97,6 +102,9 @@ DeviceInfo info() {
   const FreeMemory free = free_memory();
   result.memory_free = std::max<std::int64_t>(0, free.shared);
   result.process_free = free.process;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  result.cache_bytes = std::max(0L, std::max(sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE)));
+#endif
   return result;
 }
 
@@ -120,6 +128,8 @@ const DeviceOps& host_device() {
       .launch = nullptr,
       .destroy_graph = nullptr,
       .info = info,
+      .stamp = stamp_clock,
+      .read_clock = nullptr,
   };
   return ops;
 }

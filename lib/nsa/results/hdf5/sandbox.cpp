@@ -46,8 +46,9 @@ void limit_processor_time(rlim_t seconds) {
   rlimit limit{};
   getrusage(RUSAGE_SELF, &used);
   getrlimit(RLIMIT_CPU, &limit);
-  limit.rlim_cur =
-      std::min(limit.rlim_max, static_cast<rlim_t>(used.ru_utime.tv_sec + used.ru_stime.tv_sec + 1) + seconds);
+  const auto microseconds = used.ru_utime.tv_usec + used.ru_stime.tv_usec;  // the sum of both may reach another second
+  const auto so_far = used.ru_utime.tv_sec + used.ru_stime.tv_sec + microseconds / 1'000'000;
+  limit.rlim_cur = std::min(limit.rlim_max, static_cast<rlim_t>(so_far + 1) + seconds);
   setrlimit(RLIMIT_CPU, &limit);
 }
 
