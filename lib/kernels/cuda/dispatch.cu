@@ -14,6 +14,7 @@
 
 #include "kernels/cuda/attention/split_kv.cuh"
 #include "kernels/cuda/attention/stages.cuh"
+#include "kernels/cuda/decode/split_kv/instances.cuh"
 #include "kernels/cuda/decode/split_kv/stages.cuh"
 #include "kernels/cuda/dispatch.cuh"
 #include "kernels/cuda/prefill/stages.cuh"
@@ -94,7 +95,8 @@ AttendArgs with_packed_scratch(const AttendArgs& a) {
   return with_scratch(a, offset, a.scratch_bytes - offset);
 }
 
-bool split_kv_pays(const LayerShape& s) { return s.dtype != DType::f32; }
+// Measured at the tuned head sizes only.
+bool split_kv_pays(const LayerShape& s) { return s.dtype != DType::f32 && is_tuned_size(s); }
 
 template <Branch B>
 Variant sdpa_variant(const AttendArgs& a) {

@@ -5,6 +5,7 @@
 #include "kernels/cuda/attention/block_sums.cuh"
 #include "kernels/cuda/attention/kv_tiles.cuh"
 #include "kernels/cuda/attention/stages.cuh"
+#include "kernels/cuda/decode/split_kv/instances.cuh"
 #include "kernels/cuda/decode/split_kv/stages.cuh"
 #include "kernels/cuda/decode/stages.cuh"
 #include "kernels/cuda/dispatch.cuh"
@@ -77,10 +78,10 @@ std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t
                      padding = round_up_to_sectors(segment) + round_up_to_sectors(halo) - segment - halo;
   const std::int64_t raw = tile.rows() * s.heads() * padded_columns(cmp_rows + chunks * padding);
   // A fused decode step may store block sums instead, which are more floats where a group has few heads.
-  const std::int64_t sums = tile.tokens == 1 && leaves_sums(s) && decode_accepts(s, tile)
-                                ? tile.rows() * s.groups * decode_head_tiles(s) *
-                                      tile_sum_floats((cmp_rows + tile_rows - 1) / tile_rows, decode_heads(s.dtype))
-                                : 0;
+  const std::int64_t sums =
+      tile.tokens == 1 && scores_by_tile(s) && decode_accepts(s, tile)
+          ? tile.rows() * s.groups * tile_sum_floats((cmp_rows + tile_rows - 1) / tile_rows, padded_heads(s))
+          : 0;
   return static_cast<std::size_t>(std::max(raw, sums)) * sizeof(float);
 }
 

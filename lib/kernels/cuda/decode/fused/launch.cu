@@ -9,15 +9,26 @@ namespace nsa::gpu {
 
 namespace {
 
-bool is_built_for(const LayerShape& s) {
-  if (s.dtype == DType::f32) return s.d_k == 64 && s.d_v == 64;
-  return (s.d_k == 64 && s.d_v == 64) || ((s.d_k == 128 || s.d_k == 192) && s.d_v == 128);
+// Calls f(integral constant of the storage type, whether the instance is tuned).
+template <class F>
+auto with_instances(const LayerShape& s, F f) {
+  const bool tuned = fused_instance(s).tuned;
+  if (s.dtype == DType::f32) return f(std::integral_constant<DType, DType::f32>{}, std::true_type{});
+  if (s.dtype == DType::bf16)
+    return tuned ? f(std::integral_constant<DType, DType::bf16>{}, std::true_type{})
+                 : f(std::integral_constant<DType, DType::bf16>{}, std::false_type{});
+  return tuned ? f(std::integral_constant<DType, DType::f16>{}, std::true_type{})
+               : f(std::integral_constant<DType, DType::f16>{}, std::false_type{});
 }
 
 int resident_clusters(const LayerShape& s, int cluster) {
-  return s.dtype == DType::bf16  ? active_clusters<DType::bf16>(s, cluster)
-         : s.dtype == DType::f16 ? active_clusters<DType::f16>(s, cluster)
-                                 : active_clusters<DType::f32>(s, cluster);
+  return with_instances(s, [&](auto type, auto tuned) { return active_clusters<type, tuned>(s, cluster); });
+}
+
+// Head tiles of a work item. Each has CTAs of its own.
+int head_tiles_of(const LayerShape& s) {
+  const DecodeInstance instance = fused_instance(s);
+  return instance.tuned ? 1 : (s.heads_per_group + instance.heads - 1) / instance.heads;
 }
 
 // CTAs of a work item and warps of a CTA; cluster = 0: no division is possible.
@@ -25,8 +36,11 @@ struct Division {
   int cluster = 0, warps = fused_warps;
 };
 // The division with the least modelled time: a wave of clusters takes its latencies plus its bytes at an even share of
-// the bandwidth. There are no more warps than tiles.
+// the bandwidth. There are no more warps than tiles. Every head tile reads all of them.
 Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_t max_tiles) {
+  const int head_tiles = head_tiles_of(s);
+  const DecodeInstance instance = fused_instance(s);
+  const bool has_small_ctas = head_tiles == 1 && instance.heads <= 16 && instance.d_v <= 128;
   constexpr double latencies = 8e-6, bandwidth = 4.3e12;  // s and bytes/s of an H200; only their ratio matters
   const BlockRules& r = s.rules;
   const std::int64_t work_items = tile.rows() * s.groups, T = tile.max_positions;
@@ -41,11 +55,12 @@ Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_
     if (best.cluster == 0 || time < least) best = {cluster, warps}, least = time;
   };
   for (const int cluster : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
-    if (cluster > 1 && (cluster - 1) * fused_warps >= max_tiles) break;
+    if (cluster % head_tiles != 0) continue;
+    if (cluster > head_tiles && (cluster / head_tiles - 1) * fused_warps >= max_tiles) break;
     const int resident = resident_clusters(s, cluster);
     if (resident == 0) break;
-    consider(cluster, fused_warps, resident, 1.0 / cluster);
-    if (cluster == 1) consider(1, fused_warps_small, 2 * resident, work_items > resident ? 2.0 : 1.0);
+    consider(cluster, fused_warps, resident, static_cast<double>(head_tiles) / cluster);
+    if (cluster == 1 && has_small_ctas) consider(1, fused_warps_small, 2 * resident, work_items > resident ? 2.0 : 1.0);
   }
   return best;
 }
@@ -66,8 +81,7 @@ bool accepts(const AttentionArgs& a) {
   const LayerShape& s = a.combine.shape;
   const BlockRules& r = s.rules;
   const int tokens = round_blocks_of(r) * (r.l_sel / r.d);  // of a round
-  return limits().capability >= 90 && is_built_for(s) && s.heads_per_group <= decode_heads(s.dtype) &&
-         r.n_sel <= warp_top_n && tokens > 0 && tokens % 4 == 0 &&
+  return limits().capability >= 90 && static_cast<bool>(fused_instance(s)) && tokens > 0 && tokens % 4 == 0 &&
          (r.l - 1) / r.d <= std::min(max_halo_tokens, tokens) && !a.rank.candidates && a.rank.selected;
 }
 
@@ -78,9 +92,10 @@ void assign_score_memory(FusedDecodeParams& p, float* memory) {
   p.scores = memory;
   p.pitch = score_pitch(p.k[cmp].map, p.max_tokens);
   std::int64_t floats = rows * p.shape.heads() * p.pitch;
-  if (leaves_sums(p.shape)) {
-    p.block_sums = tile_sums(memory, (p.max_tokens + tile_rows - 1) / tile_rows, decode_heads(p.shape.dtype));
-    floats = rows * p.shape.groups * p.block_sums.tiles * p.block_sums.heads * (tile_blocks + 1);
+  if (scores_by_tile(p.shape)) {
+    p.block_sums = tile_sums(memory, (p.max_tokens + tile_rows - 1) / tile_rows, fused_instance(p.shape).heads);
+    floats =
+        rows * p.shape.groups * head_tiles_of(p.shape) * p.block_sums.tiles * p.block_sums.heads * (tile_blocks + 1);
   }
   p.keeps_scores = keeps_scores(floats);
 }
@@ -120,8 +135,10 @@ void divide_work(FusedDecodeParams& p) {
   const Division division = choose_division(s, p.tile, std::max<std::int64_t>(p.max_tiles, second_tiles));
   p.cluster = division.cluster, p.warps = division.warps;
   if (p.cluster == 0) return;
-  const int column_quads = s.d_v / 4, warps = p.cluster * p.warps;
-  p.o_slice = (decode_heads(s.dtype) * column_quads + p.cluster - 1) / p.cluster;
+  p.head_tiles = head_tiles_of(s), p.tile_ctas = p.cluster / p.head_tiles;
+  p.by_head_tiles = Divisor(p.head_tiles), p.by_tile_ctas = Divisor(p.tile_ctas);
+  const int column_quads = std::min(fused_instance(s).d_v, 128) / 4, warps = p.cluster * p.warps;
+  p.o_slice = (decode_heads(s.dtype) * column_quads + p.tile_ctas - 1) / p.tile_ctas;
   p.o_slice_heads = p.o_slice % column_quads == 0   ? p.o_slice / column_quads
                     : column_quads % p.o_slice == 0 ? 1
                                                     : p.o_slice / column_quads + 2;
@@ -132,10 +149,10 @@ void divide_work(FusedDecodeParams& p) {
   if (win_tiles > 0) {
     // In proportion to tiles; a window that begins anywhere has two more. Where warps have several cmp tiles, the warps
     // of the window gain the time of block selection, so half as many suffice. Every CTA keeps a scoring warp.
-    const int weight = p.max_tiles > warps ? win_tiles / 2 : win_tiles;
-    p.win_warps = sel_tiles == 0 ? warps
-                                 : std::clamp((warps * weight + second_tiles / 2) / second_tiles, 1,
-                                              std::min(win_tiles + 2, warps - p.cluster));
+    const int tile_warps = warps / p.head_tiles, weight = p.max_tiles > tile_warps ? win_tiles / 2 : win_tiles;
+    p.win_warps = p.head_tiles * (sel_tiles == 0 ? tile_warps
+                                                 : std::clamp((tile_warps * weight + second_tiles / 2) / second_tiles,
+                                                              1, std::min(win_tiles + 2, tile_warps - p.tile_ctas)));
   }
   p.single_pass_blocks = p.cluster > 1 ? single_pass_blocks_of(r) : 0;
   p.by_single_pass = Divisor(std::max(1, p.single_pass_blocks));
@@ -144,12 +161,7 @@ void divide_work(FusedDecodeParams& p) {
 }
 
 void launch(const FusedDecodeParams& p, Stream* stream) {
-  if (p.shape.dtype == DType::bf16)
-    launch_fused_decode<DType::bf16>(p, stream);
-  else if (p.shape.dtype == DType::f16)
-    launch_fused_decode<DType::f16>(p, stream);
-  else
-    launch_fused_decode<DType::f32>(p, stream);
+  with_instances(p.shape, [&](auto type, auto tuned) { launch_fused_decode<type, tuned>(p, stream); });
 }
 
 }  // namespace
