@@ -56,6 +56,7 @@ Variant fused_variant(const AttendArgs& a) {
     throw InternalError("attend of cmp is to store no scores and its cache is cut into chunks");
   if (decode_accepts(s, a.tile) && reads_kv_map(B, s, map)) return {"decode", attend<B, attend_decode>};
   if (rows_accept(s, a.tile) && reads_kv_map(B, s, map)) return {"rows", attend<B, attend_rows>};
+  if (B == sel && a.tile.tokens > 1 && prefill_sel_accepts(s, map)) return tiled;
   return {"scalar", attend<B, attend_general>};
 }
 
