@@ -26,23 +26,27 @@ struct Division {
 };
 // The division with the least modelled time: a wave of clusters takes its latencies plus its bytes at an even share of
 // the bandwidth. There are no more warps than tiles.
-Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_t max_tiles) {
+Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_t max_tiles,
+                         const DivisionLimits& within) {
   constexpr double latencies = 8e-6, bandwidth = 4.3e12;  // s and bytes/s of an H200; only their ratio matters
   const BlockRules& r = s.rules;
   const std::int64_t work_items = tile.rows() * s.groups, T = tile.max_positions;
-  const std::int64_t tokens = compressed_tokens(r, T - 1) + std::min<std::int64_t>(T, std::int64_t{r.n_sel} * r.l_sel) +
-                              std::min<std::int64_t>(T, r.w);
+  const std::int64_t tokens =
+      (compressed_tokens(r, T - 1) + std::min<std::int64_t>(T, std::int64_t{r.n_sel} * r.l_sel) +
+       std::min<std::int64_t>(T, r.w)) /
+      within.shards;
   const double alone = static_cast<double>(tokens * (s.d_k + s.d_v)) * static_cast<double>(size_of(s.dtype)) *
                        limits().sms / bandwidth;  // a work item on one SM
   Division best;
   double least = 0;
   const auto consider = [&](int cluster, int warps, std::int64_t resident, double fraction) {
+    if (within.one_wave && work_items > resident) return;
     const double time = static_cast<double>((work_items + resident - 1) / resident) * (latencies + alone * fraction);
     if (best.cluster == 0 || time < least) best = {cluster, warps}, least = time;
   };
   for (const int cluster : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
     if (cluster > 1 && (cluster - 1) * fused_warps >= max_tiles) break;
-    const int resident = resident_clusters(s, cluster);
+    const int resident = within.active_clusters(s, cluster);
     if (resident == 0) break;
     consider(cluster, fused_warps, resident, 1.0 / cluster);
     if (cluster == 1) consider(1, fused_warps_small, 2 * resident, work_items > resident ? 2.0 : 1.0);
@@ -62,15 +66,6 @@ int single_pass_blocks_of(const BlockRules& r) {
   return blocks * (r.l_sel / r.d) % 2 == 0 ? blocks : 0;
 }
 
-bool accepts(const AttentionArgs& a) {
-  const LayerShape& s = a.combine.shape;
-  const BlockRules& r = s.rules;
-  const int tokens = round_blocks_of(r) * (r.l_sel / r.d);  // of a round
-  return limits().capability >= 90 && is_built_for(s) && s.heads_per_group <= decode_heads(s.dtype) &&
-         r.n_sel <= warp_top_n && tokens > 0 && tokens % 4 == 0 &&
-         (r.l - 1) / r.d <= std::min(max_halo_tokens, tokens) && !a.rank.candidates && a.rank.selected;
-}
-
 // Memory of the raw scores or block sums that the KV mainloop stores. If they fit the L2, K and V are loaded such that
 // they do not evict them.
 void assign_score_memory(FusedDecodeParams& p, float* memory) {
@@ -79,14 +74,42 @@ void assign_score_memory(FusedDecodeParams& p, float* memory) {
   p.pitch = score_pitch(p.k[cmp].map, p.max_tokens);
   std::int64_t floats = rows * p.shape.heads() * p.pitch;
   if (leaves_sums(p.shape)) {
-    p.block_sums = tile_sums(memory, (p.max_tokens + tile_rows - 1) / tile_rows, decode_heads(p.shape.dtype));
+    const bool shard = p.k[cmp].map.chunk != INT64_MAX;  // the last chunk may have a halo row and no token
+    p.block_sums = tile_sums(memory, shard ? p.max_tiles : (p.max_tokens + tile_rows - 1) / tile_rows,
+                             decode_heads(p.shape.dtype));
     floats = rows * p.shape.groups * p.block_sums.tiles * p.block_sums.heads * (tile_blocks + 1);
   }
   p.keeps_scores = keeps_scores(floats);
 }
 
-// Inputs and outputs of the kernel.
-FusedDecodeParams make_params(const AttentionArgs& a) {
+// Compressed tokens that the buffer holds of `tokens`.
+std::int64_t held_tokens(const RowMap& map, std::int64_t tokens) {
+  if (map.chunk == INT64_MAX) return tokens;
+  const std::int64_t owned = owned_chunks(map, tokens, map.rank), last = (owned - 1) * map.kv + map.rank;
+  return owned == 0 ? 0 : (owned - 1) * map.chunk + std::min(map.chunk, tokens - last * map.chunk);
+}
+
+void launch(const FusedDecodeParams& p, Stream* stream) {
+  if (p.shape.dtype == DType::bf16)
+    launch_fused_decode<DType::bf16>(p, stream);
+  else if (p.shape.dtype == DType::f16)
+    launch_fused_decode<DType::f16>(p, stream);
+  else
+    launch_fused_decode<DType::f32>(p, stream);
+}
+
+}  // namespace
+
+bool fused_decode_accepts(const AttentionArgs& a) {
+  const LayerShape& s = a.combine.shape;
+  const BlockRules& r = s.rules;
+  const int tokens = round_blocks_of(r) * (r.l_sel / r.d);  // of a round
+  return limits().capability >= 90 && is_built_for(s) && s.heads_per_group <= decode_heads(s.dtype) &&
+         r.n_sel <= warp_top_n && tokens > 0 && tokens % 4 == 0 &&
+         (r.l - 1) / r.d <= std::min(max_halo_tokens, tokens) && !a.rank.candidates && a.rank.selected;
+}
+
+FusedDecodeParams fused_decode_params(const AttentionArgs& a) {
   FusedDecodeParams p{};
   p.shape = a.combine.shape;
   p.tile = a.combine.tile;
@@ -98,11 +121,12 @@ FusedDecodeParams make_params(const AttentionArgs& a) {
     p.leave_out[b] = a.combine.leave_out[b];
     p.o_branch[b] = a.combine.o_branch[b];
   }
-  p.max_tokens = static_cast<int>(compressed_tokens(p.shape.rules, p.tile.max_positions - 1));
-  assign_score_memory(p, static_cast<float*>(a.attend[cmp].scores));
+  p.max_tokens =
+      static_cast<int>(held_tokens(p.k[cmp].map, compressed_tokens(p.shape.rules, p.tile.max_positions - 1)));
   p.scores_only = a.attend[cmp].scores_only;
   p.tile_lse = static_cast<float2*>(a.attend[cmp].scratch);
   p.max_tiles = max_kv_tiles(cmp, p.shape, p.k[cmp].map, p.tile.max_positions);
+  assign_score_memory(p, static_cast<float*>(a.attend[cmp].scores));
   p.selected = a.rank.selected;
   p.p_slc = a.rank.p_slc;
   p.p_slc_blocks = a.rank.p_slc_blocks;
@@ -111,13 +135,14 @@ FusedDecodeParams make_params(const AttentionArgs& a) {
   return p;
 }
 
-// How the work is divided; cluster = 0: not possible.
-void divide_work(FusedDecodeParams& p) {
+void divide_work(FusedDecodeParams& p, const DivisionLimits& within) {
   const LayerShape& s = p.shape;
   const BlockRules& r = s.rules;
-  const int win_tiles = p.leave_out[win] ? 0 : (r.w + tile_rows - 1) / tile_rows,
-            sel_tiles = p.leave_out[sel] ? 0 : r.n_sel * tiles_per_span(sel, s), second_tiles = win_tiles + sel_tiles;
-  const Division division = choose_division(s, p.tile, std::max<std::int64_t>(p.max_tiles, second_tiles));
+  const auto share = [&](int count) { return (count + within.shards - 1) / within.shards; };
+  const int win_tiles = p.leave_out[win] ? 0 : (share(r.w) + tile_rows - 1) / tile_rows,
+            sel_tiles = p.leave_out[sel] ? 0 : share(r.n_sel) * tiles_per_span(sel, s),
+            second_tiles = win_tiles + sel_tiles;
+  const Division division = choose_division(s, p.tile, std::max<std::int64_t>(p.max_tiles, second_tiles), within);
   p.cluster = division.cluster, p.warps = division.warps;
   if (p.cluster == 0) return;
   const int column_quads = s.d_v / 4, warps = p.cluster * p.warps;
@@ -143,21 +168,10 @@ void divide_work(FusedDecodeParams& p) {
   p.by_scoring_warps = Divisor(p.win_warps < warps ? warps - p.win_warps : warps);
 }
 
-void launch(const FusedDecodeParams& p, Stream* stream) {
-  if (p.shape.dtype == DType::bf16)
-    launch_fused_decode<DType::bf16>(p, stream);
-  else if (p.shape.dtype == DType::f16)
-    launch_fused_decode<DType::f16>(p, stream);
-  else
-    launch_fused_decode<DType::f32>(p, stream);
-}
-
-}  // namespace
-
 bool try_fused_decode(const AttentionArgs& a, Stream* stream) {
-  if (!accepts(a)) return false;
-  FusedDecodeParams p = make_params(a);
-  divide_work(p);
+  if (!fused_decode_accepts(a)) return false;
+  FusedDecodeParams p = fused_decode_params(a);
+  divide_work(p, {resident_clusters});
   if (p.cluster > 0) launch(p, stream);
   return p.cluster > 0;
 }
