@@ -5,6 +5,7 @@
 #include "kernels/cuda/attention/block_sums.cuh"
 #include "kernels/cuda/attention/kv_tiles.cuh"
 #include "kernels/cuda/attention/stages.cuh"
+#include "kernels/cuda/decode/sharded/stages.cuh"
 #include "kernels/cuda/decode/split_kv/instances.cuh"
 #include "kernels/cuda/decode/split_kv/stages.cuh"
 #include "kernels/cuda/decode/stages.cuh"
@@ -55,6 +56,14 @@ void fused_decode_attention(const AttentionArgs& a, Stream* stream) {
   with.attend[cmp] = with_scratch(a.attend[cmp], 0, branches * branch_scratch(c.shape, c.tile, c.policy));
   with.rank = with_rank_scratch(a.rank, rank_scratch(c.shape, c.tile));
   decode_attention(with, stream);
+}
+
+void fused_sharded_step(const ShardedStepArgs& a, Stream* stream) {
+  const CombineArgs& c = a.attention.combine;
+  ShardedStepArgs with = a;
+  with.attention.attend[cmp] =
+      with_scratch(a.attention.attend[cmp], 0, branches * branch_scratch(c.shape, c.tile, c.policy));
+  sharded_step(with, stream);
 }
 
 void fused_prefill_attention(const AttentionArgs& a, Stream* stream) {
@@ -110,6 +119,7 @@ const KernelTable& kernel_table() {
                             .local_attention = sharded_phase<local_attention>,
                             .normalise_partials = sharded_phase<normalise_partials>,
                             .merge_ranks = merge_ranks},
+      .sharded_step = {sharded_step_accepts, fused_sharded_step},
       .score_bytes = score_bytes,
       .scratch_bytes = scratch_bytes,
       // The partials of 9504 rows of 64 heads are 0.9 GB. With 4 groups, 132 SMs and 8, 16 and 12 rows a work item (cmp

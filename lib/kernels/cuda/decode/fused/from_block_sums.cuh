@@ -14,7 +14,8 @@ struct ScoresFromBlockSums {
   static constexpr int duplicate_stride = 8;  ///< score_single_pass(): lanes so far apart have the same block
   static_assert(head_quads == 4 || head_quads == 1);
   const FusedDecodeParams& p;
-  int token_tiles, halo_tiles;  // tiles below have a token; have a halo token (tile 0 aside)
+  int token_tiles, halo_tiles;  // tiles below have a token; have a halo token
+  int first_halo_tile = 1;      // the first tile that has one
   int tile_of_lane;             // 4 heads: tile of this lane; 8 lanes have a tile (single pass: 16)
   const float4* sums;           // block and heads of this lane in tile 0
   const float* exponent;        // what this lane exponentiates: m of a head, or a halo score
@@ -89,7 +90,7 @@ struct ScoresFromBlockSums {
   // Absent scores become -inf, whose probability is 0. `round`: heads 16 * round and up.
   __device__ __forceinline__ void load_tile(int tile, float4& sum, float& x, int round = 0) const {
     const bool has_tokens = tile < token_tiles;
-    const bool has_halo = tile < halo_tiles && tile > 0;
+    const bool has_halo = tile < halo_tiles && tile >= first_halo_tile;
     const float4* from = sums;
     const float* exponent_from = exponent;
     if (!WarpTile::tuned && round > 0) {  // (work item, head tile) and 16 heads in it

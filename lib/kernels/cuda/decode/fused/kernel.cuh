@@ -18,22 +18,23 @@
 
 namespace nsa::gpu {
 
-template <class WarpTile, int W, bool Sums>
+template <class WarpTile, int W, bool Sums, class Params = FusedDecodeParams>
 struct FusedDecode {
   using T = typename WarpTile::Type;
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
-  using Select = FusedSelect<WarpTile, W, Sums>;
+  using Select = FusedSelect<WarpTile, W, Sums, Params>;
+  static constexpr bool is_shard = Params::is_shard;
   static constexpr int threads = 32 * W;
-  const FusedDecodeParams& p;
+  const Params& p;
   char* shared;
-  FusedCoord at;
-  TilePipeline<WarpTile, W> pipeline;
+  typename Params::Coord at;
+  TilePipeline<WarpTile, W, is_shard> pipeline;
   int win_tiles, sel_tiles;
   bool cluster_arrived = false;  // at the cluster barrier of block selection, whose wait is still due
   std::uint64_t scores_policy;
 
   // Sets up what depends on the launch alone. start() sets up what depends on the position, after the predecessor.
-  __device__ __forceinline__ FusedDecode(const FusedDecodeParams& params, char* memory) : p(params), shared(memory) {
+  __device__ __forceinline__ FusedDecode(const Params& params, char* memory) : p(params), shared(memory) {
     const LayerShape& s = p.shape;
     at.work_item = p.by_cluster(static_cast<int>(blockIdx.x));
     at.cta = static_cast<int>(blockIdx.x) - at.work_item * p.cluster;
@@ -56,6 +57,12 @@ struct FusedDecode {
     pipeline.ring = shared_address(shared) + at.warp * SharedLayout::ring_bytes;
     pipeline.policy = cache_policy(p.keeps_scores ? CacheHint::evict_first : CacheHint::evict_normal);
     scores_policy = cache_policy(CacheHint::evict_last);
+    if constexpr (is_shard) {
+      at.p = &p;
+      pipeline.chunk_gap = p.k[cmp].map.halo;
+      pipeline.first_has_halo = p.rank > 0;
+      pipeline.halo_rows = shared_address(shared) + SharedLayout::halo_rows + at.warp * SharedLayout::halo_bytes;
+    }
     assign_tiles();
   }
   __device__ __forceinline__ void start() {
@@ -71,11 +78,16 @@ struct FusedDecode {
     at.t = static_cast<int>(t);
     at.n = at.t + 1 < r.l ? 0 : p.stride(at.t + 1 - r.l) + 1;
     at.eligible = p.block(at.t) + 1;
+    if constexpr (is_shard) at.start();
     plan_tiles();
     cp_async_wait<SharedLayout::slots>();  // the queries, the gates
     __syncthreads();
   }
 
+  __device__ __forceinline__ WarpTile make_tile() const {
+    return WarpTile(shared + SharedLayout::queries, shared + SharedLayout::prob + at.warp * WarpTile::prob_bytes,
+                    p.shape);
+  }
   __device__ __forceinline__ typename WarpTile::Size size() const { return typename WarpTile::Size(p.shape); }
   // Index and number of warps, of the cluster, of the scoring ones or of the others, within those of this head tile.
   __device__ __forceinline__ int in_head_tile(int warps) const {
@@ -107,8 +119,9 @@ struct FusedDecode {
     };
     const Branch second = pipeline.attends_sel ? sel : win;
     const int span = pipeline.attends_sel ? s.rules.l_sel : window_span;
-    ranges()[0] = {plane_rows(p.k[cmp]),
-                   plane_rows(p.v[cmp]),
+    const int halo = is_shard ? p.k[cmp].map.halo : 0;  // in front of the first chunk
+    ranges()[0] = {plane_rows(p.k[cmp]) + halo * WarpTile::k_bytes,
+                   plane_rows(p.v[cmp]) + halo * WarpTile::v_bytes,
                    in_head_tile(at.warp_in_cluster),
                    in_head_tile(at.cluster_warps),
                    0,
@@ -129,6 +142,14 @@ struct FusedDecode {
                    0};
   }
 
+  // Blocks that begin at or before the position, of all ranks.
+  __device__ __forceinline__ int all_eligible() const {
+    if constexpr (is_shard)
+      return at.all_eligible;
+    else
+      return at.eligible;
+  }
+
   // Counts the tiles, and those of sel that are known before selection.
   __device__ __forceinline__ void plan_tiles() {
     const LayerShape& s = p.shape;
@@ -141,19 +162,28 @@ struct FusedDecode {
     if (threadIdx.x % 32 == 0) {
       const int segment = static_cast<int>(s.lse.segment);
       TileRange &first = ranges()[0], &second = ranges()[1];
-      first.count = p.segment(at.n + segment - 1) * tiles_per_span(cmp, s);
+      if constexpr (is_shard)
+        first.count = at.chunks * tiles_per_span(cmp, s);
+      else
+        first.count = p.segment(at.n + segment - 1) * tiles_per_span(cmp, s);
       first.first_span = first.low = 0, first.high = at.n;
       second.count = pipeline.attends_sel ? sel_tiles : win_tiles;
       second.first_span = pipeline.attends_sel ? 0 : first_span;
       second.low = pipeline.attends_sel ? 0 : begin, second.high = pipeline.attends_sel ? at.t + 1 : end;
+      if constexpr (is_shard)
+        if (pipeline.attends_sel) second.high = at.held_positions();
     }
     __syncwarp();
-    const int lane = threadIdx.x % 32;
-    const bool selects_all = at.eligible <= r.n_sel;
-    const int known_blocks = selects_all ? r.n_sel : r.n_init + r.n_local;
-    int block = lane < r.n_init ? lane : at.eligible - r.n_local + (lane - r.n_init);
-    if (selects_all) block = lane < at.eligible ? lane : -1;
+    const int lane = threadIdx.x % 32, eligible = all_eligible();
+    const bool selects_all = eligible <= r.n_sel;
+    int known_blocks = selects_all ? r.n_sel : r.n_init + r.n_local;
+    int block = lane < r.n_init ? lane : eligible - r.n_local + (lane - r.n_init);
+    if (selects_all) block = lane < eligible ? lane : -1;
     pipeline.selected = lane < known_blocks ? block : -1;
+    if constexpr (is_shard) {
+      at.selected = pipeline.selected;
+      pipeline.selected = at.held_of_selected(known_blocks);
+    }
     pipeline.start(!pipeline.attends_sel ? win_tiles : sel_tiles == 0 ? 0 : known_blocks * tiles_per_span(sel, s));
   }
 
@@ -174,12 +204,17 @@ struct FusedDecode {
 #pragma unroll 1
     for (int i = c.first; i < c.count; i += c.step) {
       const TileRows rows = pipeline.rows_of(pass, i);
-      if (rows.count <= 0) {
+      const bool has_halo = pipeline.has_halo(pass, i);
+      if (rows.count <= 0 && !has_halo) {
         if (pass == 0 && threadIdx.x % 32 < WarpTile::heads)
           sums[i * WarpTile::heads + threadIdx.x % 32] = make_float2(neg_inf, 0.0f);
         continue;
       }
-      pipeline.consume([&](unsigned from) { warp_tile.multiply_qk(from); });
+      pipeline.consume([&](unsigned from) {
+        if constexpr (is_shard)
+          if (has_halo) warp_tile.store_halo_score(p.block_sums.halo_scores(at.work_item, i), pipeline.halo_row());
+        warp_tile.multiply_qk(from);
+      });
 #pragma unroll 1
       for (int panel = 1; panel < k_panels<WarpTile>(p.shape); ++panel)
         pipeline.consume([&](unsigned from) { warp_tile.multiply_qk(from, panel); });
@@ -187,7 +222,8 @@ struct FusedDecode {
       BlockSumOutput block_output;
       if (has_block_sums()) {
         if (pass == 0)
-          block_output = {p.block_sums.sums(at.tile_item, i), p.block_sums.halo_scores(at.tile_item, i + 1),
+          block_output = {p.block_sums.sums(at.tile_item, i),
+                          pipeline.has_halo(0, i + 1) ? nullptr : p.block_sums.halo_scores(at.tile_item, i + 1),
                           p.keeps_scores, scores_policy};
         if (pass == 0) warp_tile.store_last_score(block_output, rows.count);
       } else if (pass == 0) {
@@ -218,7 +254,7 @@ struct FusedDecode {
     else
       __syncthreads();
     if (p.leave_out[sel]) return;
-    const bool selects_all = at.eligible <= r.n_sel, scores = !selects_all || p.p_slc;
+    const bool selects_all = all_eligible() <= r.n_sel, scores = !selects_all || p.p_slc;
     if (!pipeline.attends_sel) {
       cluster_arrived = scores && p.cluster > 1;
       if (cluster_arrived) cluster_arrive_relaxed();
@@ -226,17 +262,30 @@ struct FusedDecode {
     }
     if (scores) {
       const int best = select_best(pipeline.ranges[0].count, pipeline.ranges[0].tiles_per_span);
-      if (!selects_all && threadIdx.x % 32 >= r.n_init + r.n_local) pipeline.selected = best;
+      if constexpr (is_shard) {
+        if (!selects_all) at.selected = best;
+        int held;
+        pipeline.selected = at.held_of_selected(held);
+      } else {
+        if (!selects_all && threadIdx.x % 32 >= r.n_init + r.n_local) pipeline.selected = best;
+      }
     }
     pipeline.release_all_tiles();
     if (at.warp_in_cluster == 0) store_selected();
   }
-  __device__ __forceinline__ FusedMerge<WarpTile, W> merge() const {
+  __device__ __forceinline__ FusedMerge<WarpTile, W, Params> merge() const {
     return {p, at, shared, pipeline.ranges[0].count, sel_tiles, win_tiles};
+  }
+  // The selected blocks, one a lane; those that this rank holds are in the pipeline.
+  __device__ __forceinline__ int selected() const {
+    if constexpr (is_shard)
+      return at.selected;
+    else
+      return pipeline.selected;
   }
   // Stores the selected blocks in rising order.
   __device__ __forceinline__ void store_selected() const {
-    const int lane = threadIdx.x % 32, n = p.shape.rules.n_sel, own = pipeline.selected;
+    const int lane = threadIdx.x % 32, n = p.shape.rules.n_sel, own = selected();
     int index = 0;
 #pragma unroll 1
     for (int other = 0; other < n; ++other) {
@@ -247,6 +296,32 @@ struct FusedDecode {
   }
 };
 
+/// Both passes of a step.
+template <class WarpTile, int W, bool Sums, class Params>
+__device__ __forceinline__ void attend(FusedDecode<WarpTile, W, Sums, Params>& step, WarpTile& cmp_tile,
+                                       WarpTile& warp_tile) {
+#pragma unroll 1
+  for (int pass = 0;; ++pass) {
+    step.mainloop(warp_tile, pass);
+    if (pass == 1) break;
+    cmp_tile = warp_tile;
+    warp_tile = step.make_tile();
+    step.select_blocks();
+  }
+  if (step.cluster_arrived) cluster_wait();
+}
+/// Both passes of a step of a tuned instance. The partials of the cluster are sent, and not yet visible.
+template <class WarpTile, int W, bool Sums, class Params>
+__device__ __forceinline__ FusedMerge<WarpTile, W, Params> attend_and_send(
+    FusedDecode<WarpTile, W, Sums, Params>& step) {
+  static_assert(WarpTile::parts == 1);
+  WarpTile cmp_tile = step.make_tile(), warp_tile = step.make_tile();
+  attend(step, cmp_tile, warp_tile);
+  const auto merge = step.merge();
+  merge.template send_partials<0>(cmp_tile, warp_tile, step.pipeline.attends_sel);
+  return merge;
+}
+
 template <class WarpTile, int W, bool Sums>
 __global__ void __launch_bounds__(32 * W, fused_warps / W)
     fused_decode_kernel(const __grid_constant__ FusedDecodeParams p) {
@@ -255,20 +330,8 @@ __global__ void __launch_bounds__(32 * W, fused_warps / W)
   FusedDecode<WarpTile, W, Sums> step(p, shared);
   griddep_wait();
   step.start();
-  const auto make_tile = [&] {
-    return WarpTile(shared + SharedLayout::queries, shared + SharedLayout::prob + step.at.warp * WarpTile::prob_bytes,
-                    p.shape);
-  };
-  WarpTile cmp_tile = make_tile(), warp_tile = make_tile();
-#pragma unroll 1
-  for (int pass = 0;; ++pass) {
-    step.mainloop(warp_tile, pass);
-    if (pass == 1) break;
-    cmp_tile = warp_tile;
-    warp_tile = make_tile();
-    step.select_blocks();
-  }
-  if (step.cluster_arrived) cluster_wait();
+  WarpTile cmp_tile = step.make_tile(), warp_tile = step.make_tile();
+  attend(step, cmp_tile, warp_tile);
   const auto merge = step.merge();
   const bool is_split = W == fused_warps && merge.ctas() > 1;  // several CTAs have partials of a head tile
   if (!SharedLayout::whole && is_split) cluster_barrier();     // no CTA reads what the partials overlap
@@ -285,11 +348,11 @@ __global__ void __launch_bounds__(32 * W, fused_warps / W)
 template <class WarpTile>
 constexpr bool has_small_ctas = WarpTile::parts == 1;
 
-template <class WarpTile>
+/// Clusters of that size, of CTAs of W warps, that are resident at the same time; 0: none.
+template <auto* kernel, class WarpTile, int W>
 int count_active_clusters(const LayerShape& s, int cluster) {
   static int cached[fused_max_cluster + 1];  // count + 1; 0: not queried yet
-  constexpr auto* kernel = fused_decode_kernel<WarpTile, fused_warps, true>;
-  const std::size_t bytes = FusedSharedLayout<WarpTile, fused_warps>::bytes(s);
+  const std::size_t bytes = FusedSharedLayout<WarpTile, W>::bytes(s);
   if (bytes > limits().shared_bytes) return 0;
   if (cached[cluster] > 0) return cached[cluster] - 1;
   cudaLaunchAttribute size{};
@@ -297,7 +360,7 @@ int count_active_clusters(const LayerShape& s, int cluster) {
   size.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(limits().sms * cluster));
-  config.blockDim = dim3(32 * fused_warps);
+  config.blockDim = dim3(32 * W);
   config.dynamicSmemBytes = bytes;
   config.attrs = &size;
   config.numAttrs = 1;
@@ -356,8 +419,10 @@ auto with_warp_tile(const LayerShape& s, F f) {
 
 template <DType Storage, bool Tuned>
 int active_clusters(const LayerShape& s, int cluster) {
-  return with_warp_tile<Storage, Tuned>(
-      s, [&](auto tile) { return count_active_clusters<typename decltype(tile)::type>(s, cluster); });
+  return with_warp_tile<Storage, Tuned>(s, [&](auto tile) {
+    using WarpTile = typename decltype(tile)::type;
+    return count_active_clusters<fused_decode_kernel<WarpTile, fused_warps, true>, WarpTile, fused_warps>(s, cluster);
+  });
 }
 
 template <DType Storage, bool Tuned>

@@ -37,27 +37,31 @@ struct Division {
 };
 // The division with the least modelled time: a wave of clusters takes its latencies plus its bytes at an even share of
 // the bandwidth. There are no more warps than tiles. Every head tile reads all of them.
-Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_t max_tiles) {
+Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_t max_tiles,
+                         const DivisionLimits& within) {
   const int head_tiles = head_tiles_of(s);
   const DecodeInstance instance = fused_instance(s);
   const bool has_small_ctas = head_tiles == 1 && instance.heads <= 16 && instance.d_v <= 128;
   constexpr double latencies = 8e-6, bandwidth = 4.3e12;  // s and bytes/s of an H200; only their ratio matters
   const BlockRules& r = s.rules;
   const std::int64_t work_items = tile.rows() * s.groups, T = tile.max_positions;
-  const std::int64_t tokens = compressed_tokens(r, T - 1) + std::min<std::int64_t>(T, std::int64_t{r.n_sel} * r.l_sel) +
-                              std::min<std::int64_t>(T, r.w);
+  const std::int64_t tokens =
+      (compressed_tokens(r, T - 1) + std::min<std::int64_t>(T, std::int64_t{r.n_sel} * r.l_sel) +
+       std::min<std::int64_t>(T, r.w)) /
+      within.shards;
   const double alone = static_cast<double>(tokens * (s.d_k + s.d_v)) * static_cast<double>(size_of(s.dtype)) *
                        limits().sms / bandwidth;  // a work item on one SM
   Division best;
   double least = 0;
   const auto consider = [&](int cluster, int warps, std::int64_t resident, double fraction) {
+    if (within.one_wave && work_items > resident) return;
     const double time = static_cast<double>((work_items + resident - 1) / resident) * (latencies + alone * fraction);
     if (best.cluster == 0 || time < least) best = {cluster, warps}, least = time;
   };
   for (const int cluster : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
     if (cluster % head_tiles != 0) continue;
     if (cluster > head_tiles && (cluster / head_tiles - 1) * fused_warps >= max_tiles) break;
-    const int resident = resident_clusters(s, cluster);
+    const int resident = within.active_clusters(s, cluster);
     if (resident == 0) break;
     consider(cluster, fused_warps, resident, static_cast<double>(head_tiles) / cluster);
     if (cluster == 1 && has_small_ctas) consider(1, fused_warps_small, 2 * resident, work_items > resident ? 2.0 : 1.0);
@@ -77,14 +81,6 @@ int single_pass_blocks_of(const BlockRules& r) {
   return blocks * (r.l_sel / r.d) % 2 == 0 ? blocks : 0;
 }
 
-bool accepts(const AttentionArgs& a) {
-  const LayerShape& s = a.combine.shape;
-  const BlockRules& r = s.rules;
-  const int tokens = round_blocks_of(r) * (r.l_sel / r.d);  // of a round
-  return limits().capability >= 90 && static_cast<bool>(fused_instance(s)) && tokens > 0 && tokens % 4 == 0 &&
-         (r.l - 1) / r.d <= std::min(max_halo_tokens, tokens) && !a.rank.candidates && a.rank.selected;
-}
-
 // Memory of the raw scores or block sums that the KV mainloop stores. If they fit the L2, K and V are loaded such that
 // they do not evict them.
 void assign_score_memory(FusedDecodeParams& p, float* memory) {
@@ -93,15 +89,37 @@ void assign_score_memory(FusedDecodeParams& p, float* memory) {
   p.pitch = score_pitch(p.k[cmp].map, p.max_tokens);
   std::int64_t floats = rows * p.shape.heads() * p.pitch;
   if (scores_by_tile(p.shape)) {
-    p.block_sums = tile_sums(memory, (p.max_tokens + tile_rows - 1) / tile_rows, fused_instance(p.shape).heads);
+    const bool shard = p.k[cmp].map.chunk != INT64_MAX;  // the last chunk may have a halo row and no token
+    p.block_sums = tile_sums(memory, shard ? p.max_tiles : (p.max_tokens + tile_rows - 1) / tile_rows,
+                             fused_instance(p.shape).heads);
     floats =
         rows * p.shape.groups * head_tiles_of(p.shape) * p.block_sums.tiles * p.block_sums.heads * (tile_blocks + 1);
   }
   p.keeps_scores = keeps_scores(floats);
 }
 
-// Inputs and outputs of the kernel.
-FusedDecodeParams make_params(const AttentionArgs& a) {
+// Compressed tokens that the buffer holds of `tokens`.
+std::int64_t held_tokens(const RowMap& map, std::int64_t tokens) {
+  if (map.chunk == INT64_MAX) return tokens;
+  const std::int64_t owned = owned_chunks(map, tokens, map.rank), last = (owned - 1) * map.kv + map.rank;
+  return owned == 0 ? 0 : (owned - 1) * map.chunk + std::min(map.chunk, tokens - last * map.chunk);
+}
+
+void launch(const FusedDecodeParams& p, Stream* stream) {
+  with_instances(p.shape, [&](auto type, auto tuned) { launch_fused_decode<type, tuned>(p, stream); });
+}
+
+}  // namespace
+
+bool fused_decode_accepts(const AttentionArgs& a) {
+  const LayerShape& s = a.combine.shape;
+  const BlockRules& r = s.rules;
+  const int tokens = round_blocks_of(r) * (r.l_sel / r.d);  // of a round
+  return limits().capability >= 90 && static_cast<bool>(fused_instance(s)) && tokens > 0 && tokens % 4 == 0 &&
+         (r.l - 1) / r.d <= std::min(max_halo_tokens, tokens) && !a.rank.candidates && a.rank.selected;
+}
+
+FusedDecodeParams fused_decode_params(const AttentionArgs& a) {
   FusedDecodeParams p{};
   p.shape = a.combine.shape;
   p.tile = a.combine.tile;
@@ -113,11 +131,12 @@ FusedDecodeParams make_params(const AttentionArgs& a) {
     p.leave_out[b] = a.combine.leave_out[b];
     p.o_branch[b] = a.combine.o_branch[b];
   }
-  p.max_tokens = static_cast<int>(compressed_tokens(p.shape.rules, p.tile.max_positions - 1));
-  assign_score_memory(p, static_cast<float*>(a.attend[cmp].scores));
+  p.max_tokens =
+      static_cast<int>(held_tokens(p.k[cmp].map, compressed_tokens(p.shape.rules, p.tile.max_positions - 1)));
   p.scores_only = a.attend[cmp].scores_only;
   p.tile_lse = static_cast<float2*>(a.attend[cmp].scratch);
   p.max_tiles = max_kv_tiles(cmp, p.shape, p.k[cmp].map, p.tile.max_positions);
+  assign_score_memory(p, static_cast<float*>(a.attend[cmp].scores));
   p.selected = a.rank.selected;
   p.p_slc = a.rank.p_slc;
   p.p_slc_blocks = a.rank.p_slc_blocks;
@@ -126,13 +145,14 @@ FusedDecodeParams make_params(const AttentionArgs& a) {
   return p;
 }
 
-// How the work is divided; cluster = 0: not possible.
-void divide_work(FusedDecodeParams& p) {
+void divide_work(FusedDecodeParams& p, const DivisionLimits& within) {
   const LayerShape& s = p.shape;
   const BlockRules& r = s.rules;
-  const int win_tiles = p.leave_out[win] ? 0 : (r.w + tile_rows - 1) / tile_rows,
-            sel_tiles = p.leave_out[sel] ? 0 : r.n_sel * tiles_per_span(sel, s), second_tiles = win_tiles + sel_tiles;
-  const Division division = choose_division(s, p.tile, std::max<std::int64_t>(p.max_tiles, second_tiles));
+  const auto share = [&](int count) { return (count + within.shards - 1) / within.shards; };
+  const int win_tiles = p.leave_out[win] ? 0 : (share(r.w) + tile_rows - 1) / tile_rows,
+            sel_tiles = p.leave_out[sel] ? 0 : share(r.n_sel) * tiles_per_span(sel, s),
+            second_tiles = win_tiles + sel_tiles;
+  const Division division = choose_division(s, p.tile, std::max<std::int64_t>(p.max_tiles, second_tiles), within);
   p.cluster = division.cluster, p.warps = division.warps;
   if (p.cluster == 0) return;
   p.head_tiles = head_tiles_of(s), p.tile_ctas = p.cluster / p.head_tiles;
@@ -160,16 +180,10 @@ void divide_work(FusedDecodeParams& p) {
   p.by_scoring_warps = Divisor(p.win_warps < warps ? warps - p.win_warps : warps);
 }
 
-void launch(const FusedDecodeParams& p, Stream* stream) {
-  with_instances(p.shape, [&](auto type, auto tuned) { launch_fused_decode<type, tuned>(p, stream); });
-}
-
-}  // namespace
-
 bool try_fused_decode(const AttentionArgs& a, Stream* stream) {
-  if (!accepts(a)) return false;
-  FusedDecodeParams p = make_params(a);
-  divide_work(p);
+  if (!fused_decode_accepts(a)) return false;
+  FusedDecodeParams p = fused_decode_params(a);
+  divide_work(p, {resident_clusters});
   if (p.cluster > 0) launch(p, stream);
   return p.cluster > 0;
 }

@@ -7,13 +7,13 @@
 
 namespace nsa::gpu {
 
-template <class WarpTile, int W>
+template <class WarpTile, int W, class Params = FusedDecodeParams>
 struct FusedMerge {
   using T = typename WarpTile::Type;
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
   static constexpr int threads = 32 * W;
-  const FusedDecodeParams& p;
-  const FusedCoord& at;
+  const Params& p;
+  const typename Params::Coord& at;
   char* shared;
   int cmp_tiles, sel_tiles, win_tiles;  // of the work item
   static constexpr int column_quads = WarpTile::v_columns / 4, part_heads = WarpTile::part_heads;
@@ -122,7 +122,7 @@ struct FusedMerge {
       const float4 partials[branches] = {sum_warps<Part>(cmp, ranges[cmp], item),
                                          sum_warps<Part>(sel, ranges[sel], item),
                                          sum_warps<Part>(win, ranges[win], item)};
-      if (ctas() > 1)
+      if (ctas() > 1 || Params::is_shard)
         send_item(item, partials);
       else
         store_item<Part>(item, partials);
@@ -161,13 +161,15 @@ struct FusedMerge {
   }
   // Sends an item to the CTA that merges it.
   __device__ __forceinline__ void send_item(int item, const float4 (&partials)[branches]) const {
-    const int head = item / column_quads, owner = p.by_o_slice(item), first = owner * p.o_slice, local = item - first,
-              owner_cta = owner * head_tiles() + at.head_tile;
-    float4* to_o = map_to_cta(partials_o(), owner_cta) + at.tile_cta * p.o_slice + local;
+    const int head = item / column_quads, owner = p.by_o_slice(item), first = owner * p.o_slice, local = item - first;
+    const auto in_owner = [&](auto* mine) {
+      return Params::is_shard && p.cluster == 1 ? mine : map_to_cta(mine, owner * head_tiles() + at.head_tile);
+    };
+    float4* to_o = in_owner(partials_o()) + at.tile_cta * p.o_slice + local;
 #pragma unroll
     for (int b = 0; b < branches; ++b) to_o[b * ctas() * p.o_slice] = partials[b];
     if (local != 0 && item % column_quads != 0) return;
-    float2* to_ms = map_to_cta(partials_ms(), owner_cta) + at.tile_cta * p.o_slice_heads + head - first / column_quads;
+    float2* to_ms = in_owner(partials_ms()) + at.tile_cta * p.o_slice_heads + head - first / column_quads;
 #pragma unroll
     for (int b = 0; b < branches; ++b) to_ms[b * ctas() * p.o_slice_heads] = cta_lse()[b * part_heads + head];
   }
@@ -192,6 +194,22 @@ struct FusedMerge {
   }
   __device__ __forceinline__ float* gates() const { return reinterpret_cast<float*>(shared + SharedLayout::gates); }
 
+  // The sum over four neighbouring lanes, the last of which has nothing, in the first.
+  static __device__ __forceinline__ float4 sum_branches(float4 x) {
+    const auto sum = [](float own) {
+      const float second = __shfl_down_sync(0xffffffffu, own, 1), third = __shfl_down_sync(0xffffffffu, own, 2);
+      return own + second + third;
+    };
+    return {sum(x.x), sum(x.y), sum(x.z), sum(x.w)};
+  }
+  // The partial of branch b and the local-th item of the slice, which begins at item `first`.
+  __device__ __forceinline__ Partial<Exp2> merge_ctas(int b, int first, int local) const {
+    const float4* o = partials_o() + b * ctas() * p.o_slice + local;
+    const float2* ms =
+        partials_ms() + b * ctas() * p.o_slice_heads + (first + local) / column_quads - first / column_quads;
+    return merge_partials<Exp2>(
+        ctas(), [&](int i) { return ms[i * p.o_slice_heads]; }, [&](int i) { return o[i * p.o_slice]; });
+  }
   // Merges the slice of this CTA of a part into o. Four threads an item, one branch each.
   template <int Part>
   __device__ __forceinline__ void merge() const {
@@ -202,20 +220,13 @@ struct FusedMerge {
       const bool in_slice = local < p.o_slice && item < valid_heads<Part>() * column_quads && has_columns<Part>(item);
       float4 value = {};
       if (in_slice && b < branches && !p.leave_out[b]) {
-        const float4* o = partials_o() + b * ctas() * p.o_slice + local;
-        const float2* ms = partials_ms() + b * ctas() * p.o_slice_heads + item / column_quads - first / column_quads;
-        const Partial<Exp2> merged = merge_partials<Exp2>(
-            ctas(), [&](int i) { return ms[i * p.o_slice_heads]; }, [&](int i) { return o[i * p.o_slice]; });
+        const Partial<Exp2> merged = merge_ctas(b, first, local);
         const float inverse = inverse_or_zero(merged.state.s);
         value = {merged.o.x * inverse, merged.o.y * inverse, merged.o.z * inverse, merged.o.w * inverse};
         if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[quad_of<Part>(item)] = value;
         scale_by(value, gates()[b]);
       }
-      const auto over_branches = [](float x) {
-        const float second = __shfl_down_sync(0xffffffffu, x, 1), third = __shfl_down_sync(0xffffffffu, x, 2);
-        return x + second + third;
-      };
-      value = {over_branches(value.x), over_branches(value.y), over_branches(value.z), over_branches(value.w)};
+      value = sum_branches(value);
       if (!in_slice || b != 0) continue;
       store_quad(quad_of<Part>(item), value);
     }

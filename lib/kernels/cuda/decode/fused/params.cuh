@@ -28,7 +28,13 @@ struct Divisor {
   }
 };
 
+struct FusedCoord;
+
+/// Of a rank that holds all K and V. ShardedDecodeParams (decode/sharded/params.cuh) adds to it what a rank needs that
+/// holds some chunks of them; the kernel is a template of both.
 struct FusedDecodeParams {
+  using Coord = FusedCoord;
+  static constexpr bool is_shard = false;
   LayerShape shape;
   QueryTile tile;
   const void* q;
@@ -66,7 +72,20 @@ struct FusedDecodeParams {
   // 1 in a tuned instance: head tiles of a work item, CTAs of a head tile.
   int head_tiles, tile_ctas;
   Divisor by_head_tiles, by_tile_ctas;
+  __device__ __forceinline__ int held_buckets() const { return shape.lse.buckets; }
 };
+
+/// Whether the kernel is built for the shape of these steps, and their geometry is one that it reads.
+bool fused_decode_accepts(const AttentionArgs& a);
+/// Inputs and outputs of the kernel. A rank that holds chunks has block sums only.
+FusedDecodeParams fused_decode_params(const AttentionArgs& a);
+/// How the work of `shards` ranks that share the sequences is divided; cluster = 0: not possible.
+struct DivisionLimits {
+  int (*active_clusters)(const LayerShape& s, int cluster);
+  int shards = 1;
+  bool one_wave = false;  ///< all work items are resident at the same time
+};
+void divide_work(FusedDecodeParams& p, const DivisionLimits& limits);
 
 /// Launches the fused decode step; false: it does not accept the shape and nothing was launched. decode/fused/launch.cu
 bool try_fused_decode(const AttentionArgs& a, Stream* stream);

@@ -18,13 +18,13 @@ __device__ __forceinline__ void cluster_arrive_relaxed() {
 #endif
 }
 
-template <class WarpTile, int W, bool Sums>
+template <class WarpTile, int W, bool Sums, class Params = FusedDecodeParams>
 struct FusedSelect {
   using Scores = std::conditional_t<Sums, ScoresFromBlockSums<WarpTile, W>, ScoresFromRaw<WarpTile, W>>;
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
   static constexpr int top = SharedLayout::top;
-  const FusedDecodeParams& p;
-  const FusedCoord& at;
+  const Params& p;
+  const typename Params::Coord& at;
   char* shared;
 
   // Barrier of the scoring warps of the CTA: an mbarrier at which every thread arrives, because racecheck miscounts a
@@ -61,12 +61,12 @@ struct FusedSelect {
 
   // Merges the (m, sum) of the tiles of a head tile to LSE buckets: each by rising segment, a segment by rising tile. A
   // thread has two heads of a bucket and loads two tiles of four segments at a time. Absent tiles are the neutral
-  // element.
+  // element. A shard forms the buckets of its segments and exchanges them.
   __device__ __forceinline__ void merge_buckets(int tiles, int per_segment, int head_tile) const {
     constexpr int pairs = WarpTile::heads / 2;
     const int item = WarpTile::tuned ? at.work_item : at.work_item * p.head_tiles + head_tile;
     const float2* sums = p.tile_lse + item * p.max_tiles * WarpTile::heads;
-    const int segments = per_segment == 2 ? tiles / 2 : tiles / per_segment, count = p.shape.lse.buckets;
+    const int segments = per_segment == 2 ? tiles / 2 : tiles / per_segment, count = p.held_buckets();
 #pragma unroll 1
     for (int item = threadIdx.x; item < count * pairs; item += at.cta_scoring_warps * 32) {
       const int bucket = item / pairs;
@@ -103,7 +103,11 @@ struct FusedSelect {
           for (int a = 0; a < 2; ++a) sum[a] = merge_exact(sum[a], segment[b][a]);
       }
       const float2 first = to_natural_log(sum[0]), second = to_natural_log(sum[1]);
-      reinterpret_cast<float4*>(buckets())[item] = {first.x, first.y, second.x, second.y};
+      const float4 pair = {first.x, first.y, second.x, second.y};
+      if constexpr (Params::is_shard)
+        at.send_bucket(reinterpret_cast<float4*>(buckets()), bucket, item % pairs, pairs, pair);
+      else
+        reinterpret_cast<float4*>(buckets())[item] = pair;
     }
   }
 
@@ -146,6 +150,10 @@ struct FusedSelect {
   // Sort entry of block j; stores its score.
   __device__ __forceinline__ Entry entry(int j, float score) const {
     const BlockRules& r = p.shape.rules;
+    if constexpr (Params::is_shard) {
+      const int block = at.block_of_held(j);
+      return entry_of(key_of(block < r.n_init || block >= at.all_eligible - r.n_local, score), block);
+    }
     if (p.p_slc && j < p.p_slc_blocks) p.p_slc[at.work_item * p.p_slc_blocks + j] = score;
     return entry_of(key_of(j < r.n_init || j >= at.eligible - r.n_local, score), j);
   }
@@ -258,11 +266,19 @@ struct FusedSelect {
     const int lane = threadIdx.x % 32, rounds = p.by_round_blocks(at.eligible + p.round_blocks - 1);
     const ScoreRange blocks = score_range(rounds);
     Scores scores(p, at, blocks.single_pass);
+    if constexpr (Params::is_shard) {
+      scores.halo_tiles = at.halo_tiles;
+      scores.first_halo_tile = at.rank() == 0;
+    }
     // Before the loads of the buckets, unless K and V have long rows: those have twice as many bytes in flight, these
     // loads would wait for them, and the loads of the buckets for these.
     constexpr bool early = WarpTile::d_v <= 64;
     if (early) scores.prefetch(blocks.begin, blocks.single_pass);
     merge_buckets(tiles, per_segment, 0);
+    if constexpr (Params::is_shard) {
+      if (!early) scores.prefetch(blocks.begin, blocks.single_pass);  // while the buckets of the peers are under way
+      at.receive_buckets(reinterpret_cast<float4*>(buckets()), WarpTile::heads / 2, at.cta_scoring_warps * 32);
+    }
     sync_scoring_warps();
     compute_normalisers(0);
     if constexpr (!WarpTile::tuned) {
@@ -274,7 +290,7 @@ struct FusedSelect {
         compute_normalisers(head_tile);
       }
     }
-    if (!early) scores.prefetch(blocks.begin, blocks.single_pass);
+    if (!early && !Params::is_shard) scores.prefetch(blocks.begin, blocks.single_pass);
     sync_scoring_warps();
     if (W == fused_warps && blocks.single_pass)
       send_top_single_pass(blocks, scores);
@@ -287,6 +303,7 @@ struct FusedSelect {
       best = top_of_lists<W>(warp_top(), warps_with_blocks(rounds));
     else
       best = top_of_ctas();
+    if constexpr (Params::is_shard) best = at.top16_of_ranks(best);
     if (p.p_slc)  // zero where no block is eligible
       for (std::int64_t j = at.eligible + at.warp_in_cluster * 32 + lane; j < p.p_slc_blocks;
            j += at.scoring_warps * 32)

@@ -31,8 +31,13 @@ struct FusedSharedLayout {
   static constexpr int warp_lse = W * 2 * warp_floats * 4;                // (m, sum) of the warps
   static constexpr int cta_lse = warp_lse + W * 2 * WarpTile::heads * 8;  // (m, sum) of the CTA by branch
   static_assert(cta_lse + branches * WarpTile::part_heads * 8 <= W * ring_bytes);
-  static constexpr int partials = whole ? select : queries,
-                       partial_bytes = W < fused_warps ? 0 : branches * ((items + 8) * 16 + 40 * 8);
+  // A CTA of 4 warps needs partials where ranks merge only; they are behind the warps' o and (m, sum).
+  static constexpr int merged_bytes = branches * ((items + 8) * 16 + 40 * 8),
+                       partials = W < fused_warps ? cta_lse + branches * WarpTile::part_heads * 8
+                                  : whole         ? select
+                                                  : queries,
+                       partial_bytes = W < fused_warps ? 0 : merged_bytes;
+  static_assert(W == fused_warps || partials + merged_bytes <= W * ring_bytes);
   // Block selection: the sorted blocks of the warps, LSE buckets, normalisers, probabilities by warp, overlaps.
   static __host__ __device__ int buckets_at() { return select + W * top * 8; }
   static __host__ __device__ int normalisers_at(const LayerShape& s) {
@@ -45,10 +50,12 @@ struct FusedSharedLayout {
   static __host__ __device__ int overlaps_at(const LayerShape& s) {
     return terms_at(s) + W * (max_halo_tokens + round_tokens) * 4;
   }
+  /// A rank that holds chunks: a halo row a slot, while cmp is attended, in the place of what selection has later.
+  static constexpr int halo_rows = select + W * warp_top_n * 8, halo_bytes = slots * WarpTile::k_bytes;
   static int bytes(const LayerShape& s) {
     const BlockRules& r = s.rules;
     const int overlaps = r.l_sel / r.d + (r.l - 1) / r.d;
-    return std::max(partials + partial_bytes,
+    return std::max((W < fused_warps ? select : partials) + partial_bytes,
                     overlaps_at(s) + (overlaps + 4) * 4);  // 4: the compiler loads vectors of four
   }
 };
@@ -67,7 +74,9 @@ struct TileRows {
   int row, count;
 };
 
-template <class WarpTile, int W>
+/// Shard: cmp is chunks of one segment each, and K of a chunk begins with a halo row, which is loaded with its first
+/// tile and scored for its first block.
+template <class WarpTile, int W, bool Shard = false>
 struct TilePipeline {
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
   const LayerShape* shape;
@@ -80,6 +89,10 @@ struct TilePipeline {
   TileRows load_rows;
   int load_pass = 0, load_tile, load_panel = 0, load_end, known_tiles, write_slot = 0, read_slot = 0, filled_slots = 0;
   bool load_v = false;
+  // Shard: rows between chunks; whether the first chunk here has a halo; a row of shared memory beside every slot.
+  int chunk_gap = 0;
+  bool first_has_halo = false;
+  unsigned halo_rows = 0;
 
   __device__ __forceinline__ TileRows rows_of(int pass, int i) const {
     const TileRange& c = ranges[pass];
@@ -87,15 +100,24 @@ struct TilePipeline {
     int span = c.first_span + u;
     if (pass == 1 && attends_sel) span = __shfl_sync(0xffffffffu, selected, u);
     const int from = span * c.size, begin = max(c.low, from), end = min(from + c.size, c.high);
-    return {begin + at, min(tile_rows, end - begin - at)};
+    const int gaps = Shard && pass == 0 ? span * chunk_gap : 0;
+    return {begin + at + gaps, min(tile_rows, end - begin - at)};
   }
+  // Whether tile i of cmp comes with a halo row. A chunk may have a halo and no token yet.
+  __device__ __forceinline__ bool has_halo(int pass, int i) const {
+    if constexpr (!Shard) return false;
+    const int per_span = ranges[0].tiles_per_span;
+    return pass == 0 && (per_span == 2 ? i % 2 : i % per_span) == 0 && (i > 0 || first_has_halo);
+  }
+  /// While a slot is consumed.
+  __device__ __forceinline__ unsigned halo_row() const { return halo_rows + read_slot * WarpTile::k_bytes; }
   // To the first tile from `load_tile` on that has tokens.
   __device__ __forceinline__ void advance_load() {
 #pragma unroll 1
     while (true) {
       if (load_tile < load_end) {
         load_rows = rows_of(load_pass, load_tile);
-        if (load_rows.count > 0) return;
+        if (load_rows.count > 0 || has_halo(load_pass, load_tile)) return;
         load_tile += ranges[load_pass].step;
       } else if (load_pass == 0) {
         load_pass = 1, load_tile = ranges[1].first, load_end = known_tiles;
@@ -137,6 +159,10 @@ struct TilePipeline {
   __device__ __forceinline__ void issue_copy() {
     if (load_tile < load_end) {
       const TileRange& c = ranges[load_pass];
+      if constexpr (Shard)
+        if (!load_v && has_halo(load_pass, load_tile))
+          cp_async_row(halo_rows + write_slot * WarpTile::k_bytes,
+                       c.k + std::int64_t{load_rows.row - 1} * WarpTile::k_bytes, WarpTile::k_bytes);
       copy_rows(ring + write_slot * SharedLayout::slot_bytes, c, *shape);
       write_slot = write_slot + 1 == SharedLayout::slots ? 0 : write_slot + 1;
       ++filled_slots;
