@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import unittest
+from pathlib import Path
 
 from harness import BINARY, INPUTS, SMALL, AppTest
 
@@ -114,12 +115,18 @@ class WholeRuns(AppTest):
         self.assertEqual(os.listdir(self.folder), [])
 
     def test_the_other_inputs_can_be_planned(self):
-        for name in sorted(name for name in os.listdir(INPUTS) if name.endswith(".toml")):
+        for name in sorted(str(path.relative_to(INPUTS)) for path in Path(INPUTS).rglob("*.toml")):
             with self.subTest(name=name):
                 ranks = "4" if name == "quickstart.toml" else "1"
                 done = self.run_input(name, "--dry-run", "--ranks", ranks)
                 self.assertIn(f"plan: {ranks} ranks", done.out)
         self.assertEqual(os.listdir(self.folder), [])
+
+    def test_every_model_names_its_source(self):
+        models = list(Path(INPUTS, "models").glob("*.toml"))
+        self.assertGreater(len(models), 0)
+        for path in models:
+            self.assertRegex(path.read_text(), r"^# [^[]*(Hugging Face|arXiv)", path.name)
 
     def test_a_plan_of_64_ranks_lists_owners(self):
         done = self.run_input("scaling.toml", "--dry-run", "--ranks", "64", "--set", "parallel.heads=4", "--set",

@@ -5,10 +5,12 @@
 // read the K and V bytes of a step at 4.3 TB/s (the H200's measured copy rate). Output: one line per row of the table;
 // the columns after the bar are the stages, each measured by itself.
 // Usage: bench_decode [batch context]   that row only, for a profiler
+//        bench_decode shapes [row]      other head counts, head sizes and blocks at 16 x 64K; a row of them
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -31,6 +33,15 @@ struct Row {
 };
 constexpr Row table[] = {{1, 8192, 41, 10},     {1, 65536, 54, 12},  {4, 65536, 71, 20},   {16, 65536, 102, 58},
                          {32, 65536, 165, 105}, {64, 8192, 128, 78}, {16, 131072, 153, 92}};
+
+struct ShapeRow {
+  int heads, groups, d_k, d_v, l_sel, n_sel;
+};
+constexpr ShapeRow shapes[] = {
+    {64, 4, 128, 128, 64, 16},  {64, 4, 192, 128, 64, 16}, {64, 4, 16, 16, 64, 16},    {64, 4, 48, 48, 64, 16},
+    {64, 4, 80, 80, 64, 16},    {64, 4, 96, 96, 64, 16},   {64, 4, 112, 112, 64, 16},  {64, 4, 160, 160, 64, 16},
+    {64, 4, 256, 256, 64, 16},  {16, 8, 256, 256, 64, 16}, {32, 32, 96, 96, 64, 16},   {32, 32, 128, 128, 64, 16},
+    {128, 4, 128, 128, 64, 16}, {64, 1, 128, 128, 64, 16}, {64, 4, 128, 128, 128, 16}, {64, 4, 128, 128, 64, 32}};
 
 // Queues a step, or one of its stages.
 void queue(const WholeDecode& whole, const WholeDecode::Set& set, const std::string& what) {
@@ -72,10 +83,34 @@ double measure(const WholeDecode& whole, const std::string& what) {
   return seconds[replays / 2];
 }
 
+// Sets of caches of so many bytes.
+int sets_for(double bytes) { return std::clamp(static_cast<int>(cold_bytes / bytes) + 1, 1, 64); }
+
+void print_shapes(const Backend& backend, int only) {
+  std::printf("16 x 64K, bf16: us a step\n%8s %8s %5s %3s %8s %8s %7s\n", "H/G", "Dk Dv", "l'", "n", "us", "floor",
+              "ratio");
+  for (int i = 0; i < static_cast<int>(std::size(shapes)); ++i) {
+    if (only >= 0 && i != only) continue;
+    const ShapeRow& row = shapes[i];
+    LayerShape s;
+    s.groups = row.groups, s.heads_per_group = row.heads / row.groups;
+    s.d_k = row.d_k, s.d_v = row.d_v;
+    s.dtype = DType::bf16;
+    s.rules.l_sel = row.l_sel, s.rules.n_sel = row.n_sel;
+    const auto bytes = static_cast<double>(WholeDecode::bytes(s, 16, 65536));
+    const WholeDecode whole(backend, s, 16, 65536, sets_for(bytes));
+    const double us = measure(whole, "step") * 1e6, floor_us = bytes / floor_rate * 1e6;
+    std::printf("%5d/%2d %4d %3d %5d %3d %8.1f %8.1f %6.2fx\n", row.heads, row.groups, row.d_k, row.d_v, row.l_sel,
+                row.n_sel, us, floor_us, us / floor_us);
+    std::fflush(stdout);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const Backend backend = open_cuda(0);
+  if (argc > 1 && std::string(argv[1]) == "shapes") return print_shapes(backend, argc > 2 ? std::atoi(argv[2]) : -1), 0;
   const std::vector<std::string> stages = {"cmp", "win", "rank", "sel", "combine"};
   for (const int d : {128, 64}) {
     std::printf("64 heads, 4 groups, Dk = Dv = %d, bf16: us a step\n%12s %8s %8s %7s %7s %7s |", d, "batch x ctx", "us",
@@ -90,8 +125,7 @@ int main(int argc, char** argv) {
       s.d_k = s.d_v = d;
       s.dtype = DType::bf16;
       const auto bytes = static_cast<double>(WholeDecode::bytes(s, row.batch, row.context));
-      const WholeDecode whole(backend, s, row.batch, row.context,
-                              std::clamp(static_cast<int>(cold_bytes / bytes) + 1, 1, 64));
+      const WholeDecode whole(backend, s, row.batch, row.context, sets_for(bytes));
       const double us = measure(whole, "step") * 1e6, floor_us = bytes / floor_rate * 1e6;
       std::printf("%4d x %5lldK %8.1f %8.1f %6.2fx %7.0f %7.0f |", row.batch,
                   static_cast<long long>(row.context / 1024), us, floor_us, us / floor_us, row.target_us, row.peers_us);

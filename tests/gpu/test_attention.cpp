@@ -384,6 +384,29 @@ void run_and_check(const Case& c) {
   }
 }
 
+// What padded instances of the decode kernels serve: head sizes that are multiples of 16, several head tiles of a
+// group, more than 16 selected blocks. Each case is compared with the host, fused with its stages, and sharded with
+// whole sequences, whose blocks must be the same bit for bit.
+void check_on_every_layout(Case c) {
+  const Run one(c);
+  check(one);
+  CHECK(one.fused);
+  const auto scores = one.p_slc[0]->from_gpu<float>();
+  c.ring = true;
+  for (const int kv : {2, 3}) {
+    c.kv = kv;
+    const Run sharded(c);
+    check(sharded);
+    CHECK(sharded.gpu_selected == one.gpu_selected);
+    std::vector<float> sum(scores.size(), 0.0f);
+    for (const auto& p_slc : sharded.p_slc) {
+      const auto values = p_slc->from_gpu<float>();
+      for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += values[i];  // each block belongs to one rank
+    }
+    CHECK(sum == scores);
+  }
+}
+
 }  // namespace
 
 TEST_CASE("cuda attention equals the host's over head counts, head sizes and types") {
@@ -495,6 +518,39 @@ TEST_CASE("cuda prefill tiles equal the host's", "[prefill]") {
           c.scored = true;
           if (h == 16) run_and_check(c);
         }
+}
+
+// Head sizes that the tiled kernels pad, of K and V each, and blocks of 128 tokens.
+TEST_CASE("cuda prefill takes every head size up to 192 and 128, and blocks of 128", "[prefill][padded_prefill]") {
+  int index = 0;
+  for (const auto& [d_k, d_v] : {std::pair{16, 16},
+                                 {48, 48},
+                                 {80, 80},
+                                 {96, 96},
+                                 {112, 112},
+                                 {64, 128},
+                                 {128, 16},
+                                 {32, 96},
+                                 {192, 128},
+                                 {144, 48},
+                                 {176, 112}})
+    for (const int h : {16, 3})
+      for (const auto& [first, tokens] : {std::pair{0, 70}, {500, 19}, {2040, 129}}) {
+        ++index;
+        Case c{shape_of(index % 2 ? DType::bf16 : DType::f16, 2, h, d_k, d_v), 1, tokens, first};
+        c.chunk_blocks = 4;
+        run_and_check(c);
+      }
+  for (const int d_k : {96, 128, 192})
+    for (const auto& [n, first, tokens] : {std::tuple{16, 0, 203}, {5, 5003, 150}, {8, 2050, 300}}) {
+      Case c{shape_of(DType::bf16, 4, 16, d_k, std::min(d_k, 128)), 1, tokens, first};
+      c.shape.rules.l_sel = 128, c.shape.rules.n_sel = n;
+      const Run run(c);
+      CHECK(run.fused);
+      check(run);
+      c.scored = true;
+      check(Run(c));
+    }
 }
 
 // More chosen blocks than the single-pass kernel holds, and enough rows for tiles.
@@ -649,6 +705,63 @@ TEST_CASE("blocks are scored by tile where lse segments have whole tiles", "[ste
         run_and_check(c);
         c.tokens = 9;
         run_and_check(c);
+      }
+}
+
+TEST_CASE("cuda decode takes every head count and head size", "[shapes]") {
+  int index = 0;
+  for (const int h : {1, 3, 5, 7, 12, 17, 24, 32, 48, 64, 128})
+    for (const int d : {16, 48, 80, 96, 112, 160, 192, 224, 256}) {
+      ++index;
+      Case c{shape_of(index % 3 == 0 ? DType::f16 : DType::bf16, 1 + index % 2, h, d, d), 1, 1, 2333};
+      c.chunk_blocks = index % 4 == 0 ? 2 : 16;  // without and with whole tiles
+      if (index % 5 == 0) {
+        check_on_every_layout(c);
+      } else {
+        const Run run(c);
+        CHECK(run.fused);
+        check(run);
+      }
+    }
+}
+
+TEST_CASE("cuda decode takes every pair of head sizes and other selections", "[shapes]") {
+  for (const auto& [d_k, d_v] :
+       {std::pair{16, 256}, {80, 128}, {96, 64}, {128, 64}, {144, 128}, {192, 64}, {256, 32}, {32, 176}})
+    for (const int h : {2, 16, 20}) check_on_every_layout({shape_of(DType::bf16, 2, h, d_k, d_v), 2, 1, 3001});
+  for (const int h : {4, 16, 40})
+    for (const int n : {17, 24, 32})
+      for (const int l_sel : {32, 64, 128})
+        for (const std::int64_t first : {900, 9000}) {
+          Case c{shape_of(DType::bf16, 1, h, 128, 128), 1, 1, first};
+          c.shape.rules.n_sel = n, c.shape.rules.l_sel = l_sel;
+          c.chunk_blocks = 1024 / l_sel;
+          check_on_every_layout(c);
+        }
+}
+
+// Clusters of every size and CTAs without one; several tiles a warp; a branch left out.
+TEST_CASE("a fused decode step of a padded instance equals its stages", "[shapes]") {
+  const int chunk_blocks = GENERATE(2, 16);
+  for (const auto& [h, d] :
+       {std::pair{16, 96}, {5, 80}, {4, 256}, {16, 224}, {32, 128}, {24, 64}, {70, 128}, {40, 160}})
+    for (const auto& [batch, first] :
+         {std::pair{1, 33}, {1, 20000}, {2, 9000}, {7, 5000}, {20, 3000}, {70, 1999}, {150, 1111}}) {
+      if (batch > 20 && h > 32) continue;
+      Case c{shape_of(DType::bf16, 2, h, d, d), batch, 1, first};
+      c.chunk_blocks = chunk_blocks;
+      c.ring = batch % 2 == 0;
+      const Run run(c);
+      CHECK(run.fused);
+      check(run);
+    }
+  for (const int left_out : {cmp, sel, win})
+    for (const auto& [h, d] : {std::pair{16, 96}, {4, 256}, {32, 128}, {40, 256}})
+      for (const auto& [batch, first] : {std::pair{1, 700}, {40, 3000}}) {
+        Case c{shape_of(DType::bf16, 2, h, d, d), batch, 1, first};
+        c.left_out = left_out;
+        c.chunk_blocks = chunk_blocks;
+        check(Run(c));
       }
 }
 

@@ -33,14 +33,16 @@ ALLOWED = {
     "kernels/cuda/decode/split_kv": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/runtime",
     "kernels/cuda/attention/sdpa": "kernels/cuda/attention kernels/cuda/decode/split_kv kernels/cuda/runtime",
     "kernels/cuda/decode/fused": "kernels/cuda/attention kernels/cuda/decode/split_kv kernels/cuda/primitives",
+    "kernels/cuda/decode/sharded": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/exchange "
+                                   "kernels/cuda/runtime",
     "kernels/cuda/decode": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/decode/split_kv "
                            "kernels/cuda/rank kernels/cuda/runtime",
     "kernels/cuda/prefill": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/rank kernels/cuda/runtime",
     "kernels/cuda/prefill/dense": "kernels/cuda/prefill",
     "kernels/cuda/prefill/rank": "kernels/cuda/attention kernels/cuda/prefill",
     "kernels/cuda/prefill/selected": "kernels/cuda/prefill",
-    "kernels/cuda": "kernels/cuda/attention kernels/cuda/decode kernels/cuda/decode/split_kv kernels/cuda/exchange "
-                    "kernels/cuda/layer kernels/cuda/prefill kernels/cuda/rank kernels/cuda/runtime kernels/interface",
+    "kernels/cuda": "kernels/cuda/attention kernels/cuda/decode kernels/cuda/decode/sharded "
+                    "kernels/cuda/decode/split_kv kernels/cuda/exchange kernels/cuda/layer kernels/cuda/prefill kernels/cuda/rank kernels/cuda/runtime kernels/interface",
     "kernels": "kernels/cuda/runtime kernels/diagnostics kernels/host/runtime kernels/interface",
     "comm": "kernels/diagnostics",
     "comm/collectives": "comm kernels/cuda/exchange kernels/diagnostics kernels/interface",

@@ -69,17 +69,38 @@ const std::vector<Shape>& layer_shapes() {
   return shapes;
 }
 
+namespace {
+
+/// Every head count a group and every head size that the CUDA decode kernels pad, once each.
+void add_heads_and_sizes(std::vector<Shape>& to) {
+  const int heads[] = {1, 3, 5, 7, 12, 17, 24, 32, 48, 64, 128}, sizes[] = {16, 48, 80, 96, 112, 160, 192, 224, 256};
+  for (std::size_t i = 0; i < std::size(heads); ++i) {
+    const std::string h = std::to_string(heads[i]), d = std::to_string(sizes[i % std::size(sizes)]);
+    to.push_back({"bf16, h = " + h + ", D = " + d,
+                  117,
+                  5,
+                  {"model.precision=\"bf16\"", "model.n_kv_groups=1", "model.n_heads=" + h, "model.d_k=" + d,
+                   "model.d_v=" + d}});
+  }
+}
+
+}  // namespace
+
 const std::vector<Shape>& attention_shapes() {
-  static const std::vector<Shape> shapes = {
-      {"T no multiple of d or l'", 143, 7, {}},
-      {"T = 1", 1, 21, {}},
-      {"B = 3, h = 5, Dk != Dv", 61, 9, {"run.batch=3", "model.n_heads=10", "model.d_v=24"}},
-      {"16/8/32, n_init = 0", 259, 9, {"nsa.l=16", "nsa.d=8", "nsa.l_sel=32", "nsa.n_init=0"}},
-      {"shared_kv, w > T", 117, 9, {"model.shared_kv=true", "nsa.w=512"}},
-      {"chunks of 1 block", 117, 9, {"parallel.kv_chunk_blocks=1"}},
-      {"bf16", 143, 7, {"model.precision=\"bf16\""}},
-      {"fp16, l = d", 117, 5, {"model.precision=\"fp16\"", "nsa.l=4"}},
-  };
+  static const std::vector<Shape> shapes = [] {
+    std::vector<Shape> all = {
+        {"T no multiple of d or l'", 143, 7, {}},
+        {"T = 1", 1, 21, {}},
+        {"B = 3, h = 5, Dk != Dv", 61, 9, {"run.batch=3", "model.n_heads=10", "model.d_v=24"}},
+        {"16/8/32, n_init = 0", 259, 9, {"nsa.l=16", "nsa.d=8", "nsa.l_sel=32", "nsa.n_init=0"}},
+        {"shared_kv, w > T", 117, 9, {"model.shared_kv=true", "nsa.w=512"}},
+        {"chunks of 1 block", 117, 9, {"parallel.kv_chunk_blocks=1"}},
+        {"bf16", 143, 7, {"model.precision=\"bf16\""}},
+        {"fp16, l = d", 117, 5, {"model.precision=\"fp16\"", "nsa.l=4"}},
+    };
+    add_heads_and_sizes(all);
+    return all;
+  }();
   return shapes;
 }
 

@@ -123,6 +123,22 @@ TEST_CASE("the transport of exchanges is printed unless it is MPI", "[report]") 
   for (const char* exchange : {"", "MPI"}) CHECK(notes({exchange}).find("went through") == std::string::npos);
 }
 
+TEST_CASE("a point that ran the scalar kernel says so in a line", "[report]") {
+  PointRecord p = a_point();
+  p.route_kernels = {"step", "tiled, rows", "decode"};
+  const auto notes = [&] { return printed([&](std::ostream& out) { print_notes(out, {p}); }); };
+  CHECK(notes().find("scalar") == std::string::npos);
+  p.parameters.push_back({"model.d_k", std::int64_t{100}});
+  p.parameters.push_back({"model.d_v", std::int64_t{36}});
+  p.parameters.push_back({"model.precision", "fp16"});
+  p.route_kernels = {"scalar", "decode", "rows, scalar"};
+  p.copy_bandwidth = 1e9;
+  p.bytes.assign(2 * stage_count, 0);
+  p.bytes[2 * static_cast<int>(Stage::step)] = 1000;  // in 50 us
+  has(notes(),
+      "scalar kernel at context_128: cmp, win (no tensor-core kernel takes d_k=100 d_v=36 fp16), 2.0% of the copy");
+}
+
 TEST_CASE("the share of the copy rate is that of the busiest rank, without bytes from peers", "[report]") {
   PointRecord p = a_point();
   CHECK(std::isnan(copy_rate_fraction(p)));

@@ -91,6 +91,8 @@ std::string Communicator::library_version() { return nccl_version(); }
 int Communicator::rank() const { return impl_->rank; }
 int Communicator::size() const { return impl_->size; }
 std::string Communicator::transport() const { return impl_->state ? impl_->ops.transport : ""; }
+const PeerMemory* Communicator::peer_memory() const { return impl_->ops.peers; }
+std::uint64_t Communicator::group_id() const { return impl_->group_id; }
 std::size_t Communicator::memory_bytes() const { return impl_->ops.memory_bytes; }
 
 void Communicator::all_gather(const char* what, const void* send, void* recv, std::size_t bytes, Stream* stream) const {

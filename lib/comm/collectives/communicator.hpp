@@ -8,6 +8,7 @@
 #include <string>
 
 #include "comm/session.hpp"
+#include "kernels/diagnostics/operation_log.hpp"
 #include "kernels/interface/backend.hpp"
 
 namespace nsa {
@@ -28,6 +29,14 @@ class Communicator {
   std::string transport() const;
   /// Device memory that the communicator holds.
   std::size_t memory_bytes() const;
+  /// Through which kernels exchange by themselves, each rank on a GPU of its own; null where there is none.
+  const PeerMemory* peer_memory() const;
+  /// Logs the exchange of that many bytes that kernels which `queue` queues do by themselves.
+  template <class Queue>
+  void exchange_in_kernel(const char* what, std::size_t bytes, Queue queue) const {
+    const Operation operation(OperationKind::exchange, "exchange in kernel", bytes, group_id(), what);
+    queue();
+  }
   /// recv [size][bytes] on every rank; send [bytes], may be recv + rank * bytes. `what` names the data in the operation
   /// log; a string literal.
   void all_gather(const char* what, const void* send, void* recv, std::size_t bytes, Stream* stream) const;
@@ -35,6 +44,7 @@ class Communicator {
   void all_reduce_sum(const char* what, float* data, std::size_t count, Stream* stream) const;
 
  private:
+  std::uint64_t group_id() const;
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };

@@ -14,7 +14,8 @@ struct CollectiveOps {
   void (*all_reduce_sum)(void* state, float* data, std::size_t count, Stream* stream);
   void (*close)(void* state) noexcept;
   const char* transport = "MPI";
-  std::size_t memory_bytes = 0;  ///< device memory that the state holds
+  std::size_t memory_bytes = 0;       ///< device memory that the state holds
+  const PeerMemory* peers = nullptr;  ///< of ranks that have a GPU each
 };
 
 struct Communicator::Impl {

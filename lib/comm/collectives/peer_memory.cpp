@@ -4,9 +4,11 @@
 #include <mpi.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <exception>
 #include <memory>
+#include <set>
 #include <string_view>
 #include <vector>
 
@@ -28,6 +30,7 @@ struct PeerState {
   Buffer memory;
   int* abort_flag = gpu::allocate_host_flag();
   gpu::PeerGroup group;
+  bool has_own_gpus = false;  ///< every rank has a GPU of its own
 
   PeerState(MPI_Comm owned, const ControlComm::Impl& of) : control(owned, of.group_id) {
     group.rank = of.rank;
@@ -47,6 +50,7 @@ struct PeerState {
 
 struct MemoryOffer {
   gpu::IpcHandle handle{};
+  std::array<char, 64> gpu{};  // its uuid
   bool available = false;
 };
 
@@ -66,6 +70,7 @@ MemoryOffer offer_memory(const DeviceOps& device, PeerState& peers) {
   device.fill(peers.memory.data(), 0, gpu::peer_memory_bytes, nullptr);
   device.synchronize(nullptr);
   own.available = gpu::export_memory(peers.memory.data(), own.handle);
+  device.info().uuid.copy(own.gpu.data(), own.gpu.size() - 1);
   return own;
 }
 
@@ -77,6 +82,9 @@ bool exchange_handles(PeerState& peers, const MemoryOffer& own) {
   check_mpi(MPI_Allgather(&own, sizeof own, MPI_BYTE, all.data(), sizeof own, MPI_BYTE, peers.control.comm),
             "MPI_Allgather");
   int opened = std::ranges::all_of(all, &MemoryOffer::available);
+  std::set<std::array<char, 64>> gpus;
+  for (const MemoryOffer& offer : all) gpus.insert(offer.gpu);
+  peers.has_own_gpus = std::ssize(gpus) == group.size;
   for (int rank = 0; opened && rank < group.size; ++rank) {
     group.memory[rank] = rank == group.rank ? peers.memory.as<std::byte>()
                                             : gpu::import_memory(all[static_cast<std::size_t>(rank)].handle);
@@ -128,6 +136,8 @@ void open_peer_memory(const DeviceOps& device, const ControlComm::Impl& group, v
   peers->nccl = state;
   peers->nccl_ops = ops;
   ops = {all_gather_peer, all_reduce_sum_peer, close_peer_memory, "peer memory", gpu::peer_memory_bytes};
+  // Kernels that wait for each other between their phases must run at the same time.
+  if (peers->has_own_gpus) ops.peers = reinterpret_cast<const PeerMemory*>(&peers->group);
   state = peers.release();
 }
 

@@ -14,6 +14,7 @@
 
 #include "kernels/cuda/attention/split_kv.cuh"
 #include "kernels/cuda/attention/stages.cuh"
+#include "kernels/cuda/decode/split_kv/instances.cuh"
 #include "kernels/cuda/decode/split_kv/stages.cuh"
 #include "kernels/cuda/dispatch.cuh"
 #include "kernels/cuda/prefill/stages.cuh"
@@ -55,6 +56,7 @@ Variant fused_variant(const AttendArgs& a) {
     throw InternalError("attend of cmp is to store no scores and its cache is cut into chunks");
   if (decode_accepts(s, a.tile) && reads_kv_map(B, s, map)) return {"decode", attend<B, attend_decode>};
   if (rows_accept(s, a.tile) && reads_kv_map(B, s, map)) return {"rows", attend<B, attend_rows>};
+  if (B == sel && a.tile.tokens > 1 && prefill_sel_accepts(s, map)) return tiled;
   return {"scalar", attend<B, attend_general>};
 }
 
@@ -94,7 +96,8 @@ AttendArgs with_packed_scratch(const AttendArgs& a) {
   return with_scratch(a, offset, a.scratch_bytes - offset);
 }
 
-bool split_kv_pays(const LayerShape& s) { return s.dtype != DType::f32; }
+// Measured at the tuned head sizes only.
+bool split_kv_pays(const LayerShape& s) { return s.dtype != DType::f32 && is_tuned_size(s); }
 
 template <Branch B>
 Variant sdpa_variant(const AttendArgs& a) {

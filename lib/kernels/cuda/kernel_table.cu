@@ -5,6 +5,8 @@
 #include "kernels/cuda/attention/block_sums.cuh"
 #include "kernels/cuda/attention/kv_tiles.cuh"
 #include "kernels/cuda/attention/stages.cuh"
+#include "kernels/cuda/decode/sharded/stages.cuh"
+#include "kernels/cuda/decode/split_kv/instances.cuh"
 #include "kernels/cuda/decode/split_kv/stages.cuh"
 #include "kernels/cuda/decode/stages.cuh"
 #include "kernels/cuda/dispatch.cuh"
@@ -56,6 +58,14 @@ void fused_decode_attention(const AttentionArgs& a, Stream* stream) {
   decode_attention(with, stream);
 }
 
+void fused_sharded_step(const ShardedStepArgs& a, Stream* stream) {
+  const CombineArgs& c = a.attention.combine;
+  ShardedStepArgs with = a;
+  with.attention.attend[cmp] =
+      with_scratch(a.attention.attend[cmp], 0, branches * branch_scratch(c.shape, c.tile, c.policy));
+  sharded_step(with, stream);
+}
+
 void fused_prefill_attention(const AttentionArgs& a, Stream* stream) {
   AttentionArgs with = a;
   with.rank = with_rank_scratch(a.rank, rank_prefill_scratch(a.rank.shape, a.rank.tile));
@@ -77,10 +87,10 @@ std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t
                      padding = round_up_to_sectors(segment) + round_up_to_sectors(halo) - segment - halo;
   const std::int64_t raw = tile.rows() * s.heads() * padded_columns(cmp_rows + chunks * padding);
   // A fused decode step may store block sums instead, which are more floats where a group has few heads.
-  const std::int64_t sums = tile.tokens == 1 && leaves_sums(s) && decode_accepts(s, tile)
-                                ? tile.rows() * s.groups * decode_head_tiles(s) *
-                                      tile_sum_floats((cmp_rows + tile_rows - 1) / tile_rows, decode_heads(s.dtype))
-                                : 0;
+  const std::int64_t sums =
+      tile.tokens == 1 && scores_by_tile(s) && decode_accepts(s, tile)
+          ? tile.rows() * s.groups * tile_sum_floats((cmp_rows + tile_rows - 1) / tile_rows, padded_heads(s))
+          : 0;
   return static_cast<std::size_t>(std::max(raw, sums)) * sizeof(float);
 }
 
@@ -109,6 +119,7 @@ const KernelTable& kernel_table() {
                             .local_attention = sharded_phase<local_attention>,
                             .normalise_partials = sharded_phase<normalise_partials>,
                             .merge_ranks = merge_ranks},
+      .sharded_step = {sharded_step_accepts, fused_sharded_step},
       .score_bytes = score_bytes,
       .scratch_bytes = scratch_bytes,
       // The partials of 9504 rows of 64 heads are 0.9 GB. With 4 groups, 132 SMs and 8, 16 and 12 rows a work item (cmp

@@ -71,6 +71,8 @@ struct KernelTable {
   FusedOp<AttentionArgs> decode_attention = {};
   FusedOp<AttentionArgs> prefill_attention = {};
   ShardedAttention sharded_attention = {};
+  /// All of sharded attention, exchanges included. Every rank of the group runs it on the same tile in the same order.
+  FusedOp<ShardedStepArgs> sharded_step = {};
 
   /// Bytes of `scores` for a tile of that many rows when the rank holds `cmp_rows` memory rows of compressed tokens.
   /// None are needed with policy.recompute_scores.

@@ -214,6 +214,15 @@ struct ShardedAttentionArgs {
   CombineArgs combine;               ///< ranks, gate, leave_out and o; the rest is not read
 };
 
+struct PeerMemory;  // opaque: memory through which the kernels of a group of ranks exchange by themselves
+
+/// A decode step's attention on one of the ranks that share its sequences, with the exchanges inside.
+struct ShardedStepArgs {
+  AttentionArgs attention;            ///< over this rank's rows; rank.selected wanted, p_slc and o_branch are not
+  const PeerMemory* peers = nullptr;  ///< of the ranks, each on a GPU of its own; null: there is none
+  bool exchanges = true;              ///< false: sends nothing and waits for nobody; o and `selected` are undefined
+};
+
 /// Copies rows [first, last) between two maps of the same sequence. For every chunk c that dst holds and every
 /// row i in [c*chunk + span_begin, c*chunk + span_end) and [first, last): dst row (c, i) = src row i, where src has it.
 struct CopyRowsArgs {

@@ -250,6 +250,7 @@ StepPlan DecodeRunner::probe() {
     plan.prologue = Prologue::fused;
   else
     staged_prologue(ctx, untimed);
+  plan.one_launch = has_sharded_step(ctx) && launches([&] { try_sharded_step(ctx); });
   const bool launched = wanted == Attention::fused ? has_fused_attention(ctx) && launches([&] { fused_attention(ctx); })
                                                    : has_sharded_attention(ctx) && launches([&] {
                                                        local_attention(ctx);
@@ -267,6 +268,7 @@ void DecodeRunner::choose_plan(const ControlComm& world) {
   const auto any = [&](bool here) { return world.max(std::int64_t{here}) == 1; };
   if (any(plan.prologue == Prologue::staged)) plan.prologue = Prologue::staged;
   if (any(plan.attention == Attention::staged)) plan.attention = Attention::staged;
+  if (any(!plan.one_launch)) plan.one_launch = false;
   plan_ = plan;
 }
 
@@ -275,20 +277,22 @@ void DecodeRunner::step(const StepOptions& options, StageTimer& timer) {
   for (std::int64_t layer = 0; layer < shard_.config.model.layers; ++layer) {
     const StepContext ctx = context(layer, options, plan.attention);
     plan.prologue == Prologue::fused ? fused_prologue(ctx) : staged_prologue(ctx, timer);
-    switch (plan.attention) {
-      case Attention::fused:
-        fused_attention(ctx);
-        break;
-      case Attention::sharded:
-        sharded_attention(ctx, timer);
-        break;
-      case Attention::staged:
-        staged_attention(ctx, timer);
-        break;
-    }
+    attention(plan, ctx, timer);
     output_projection(ctx, timer);
   }
   advance();
+}
+
+void DecodeRunner::attention(const StepPlan& plan, const StepContext& ctx, StageTimer& timer) {
+  if (plan.one_launch && !ctx.options.record) return sharded_step(ctx);
+  switch (plan.attention) {
+    case Attention::fused:
+      return fused_attention(ctx);
+    case Attention::sharded:
+      return sharded_attention(ctx, timer);
+    case Attention::staged:
+      return staged_attention(ctx, timer);
+  }
 }
 
 void DecodeRunner::advance() {

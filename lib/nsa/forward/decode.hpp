@@ -54,6 +54,7 @@ class DecodeRunner {
   StepContext context(std::int64_t layer, const StepOptions& options, Attention attention);
   StepPlan probe();
   void staged_prologue(const StepContext& ctx, StageTimer& timer);
+  void attention(const StepPlan& plan, const StepContext& ctx, StageTimer& timer);
   void staged_attention(const StepContext& ctx, StageTimer& timer);
   void sharded_attention(const StepContext& ctx, StageTimer& timer);
   void output_projection(const StepContext& ctx, StageTimer& timer);

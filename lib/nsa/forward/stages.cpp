@@ -151,6 +151,13 @@ ShardedAttentionArgs sharded_args(const StepContext& ctx) {
   return args;
 }
 
+ShardedStepArgs step_args(const StepContext& ctx) {
+  ShardedStepArgs args{attention_args(ctx), ctx.shard.comms->kv.peer_memory()};
+  args.attention.rank.candidates = nullptr;
+  args.attention.rank.selected = selected_of(ctx);
+  return args;
+}
+
 const FusedOp<AttentionArgs>& attention_op(const StepContext& ctx) {
   const KernelTable& kernels = ctx.shard.kernels();
   return ctx.phase == Phase::decode ? kernels.decode_attention : kernels.prefill_attention;
@@ -238,6 +245,29 @@ void fused_attention(const StepContext& ctx) {
 bool has_sharded_attention(const StepContext& ctx) {
   const ShardedAttention& op = ctx.shard.kernels().sharded_attention;
   return op.accepts && ctx.exchanges && routed_to_first(ctx, {cmp, win}) && op.accepts(sharded_args(ctx));
+}
+
+bool has_sharded_step(const StepContext& ctx) {
+  // The layouts and lengths in which the launch has run on two GPUs; `accepts` takes more (docs/kernels/sharding.md).
+  constexpr std::int64_t min_positions = 512;
+  if (ctx.shard.partition.kv != 2 || ctx.stage.tile.max_positions < min_positions) return false;
+  const FusedOp<ShardedStepArgs>& op = ctx.shard.kernels().sharded_step;
+  return op.accepts && ctx.exchanges && routed_to_first(ctx, {cmp, sel, win}) && op.accepts(step_args(ctx));
+}
+
+void sharded_step(const StepContext& ctx) {
+  const std::int64_t floats = gated_partial_floats(ctx.stage.shape, ctx.stage.tile.rows());
+  ctx.shard.comms->kv.exchange_in_kernel("sharded step", static_cast<std::size_t>(floats) * 4,
+                                         [&] { ctx.shard.kernels().sharded_step.run(step_args(ctx), ctx.stream()); });
+  for (const Branch b : {cmp, sel, win}) ctx.shard.routes.of(ctx.phase, b).record_kernel("sharded_step");
+  flip("kernel.combine", ctx, ctx.buffers.o);
+}
+
+void try_sharded_step(const StepContext& ctx) {
+  fault::refuse_launch("attend.step", ctx.shard.device(), ctx.stream());
+  ShardedStepArgs args = step_args(ctx);
+  args.exchanges = false;
+  ctx.shard.kernels().sharded_step.run(args, ctx.stream());
 }
 
 void local_attention(const StepContext& ctx) {

@@ -22,6 +22,9 @@ enum class Attention { staged, fused, sharded };
 struct StepPlan {
   Prologue prologue = Prologue::staged;
   Attention attention = Attention::staged;
+  /// Ranks that share the sequences: all of attention is KernelTable::sharded_step. `attention` holds for a pass that
+  /// records, which needs the branches apart.
+  bool one_launch = false;
 };
 
 /// The state that the stages of one layer and tile share. It does not change while they run.
@@ -57,8 +60,11 @@ void output(const StepContext& ctx);
 bool has_fused_prologue(const StepContext& ctx);
 bool has_fused_attention(const StepContext& ctx);
 bool has_sharded_attention(const StepContext& ctx);
+bool has_sharded_step(const StepContext& ctx);
 void fused_prologue(const StepContext& ctx);
 void fused_attention(const StepContext& ctx);
+void sharded_step(const StepContext& ctx);
+void try_sharded_step(const StepContext& ctx);  ///< without exchanges: o and the selection are undefined
 
 /// The phases of sharded attention: cmp and win over this rank's rows; their sum, gated and normalised over all ranks,
 /// once lse is exchanged; o, once the gated partials are.

@@ -188,6 +188,22 @@ void print_noise(std::ostream& out, const std::vector<PointRecord>& points) {
     for (const std::string& line : point.noisy) fmt::print(out, "noisy at {}: {}\n", point_name(point), line);
 }
 
+// One line for each point that ran the scalar kernel: branches, shape, and how far that is from the tensor cores.
+void print_scalar(std::ostream& out, const std::vector<PointRecord>& points) {
+  for (const PointRecord& point : points) {
+    std::vector<std::string> which;
+    for (int c = 0; c < branches; ++c)
+      if (point.route_kernels[c].find("scalar") != std::string::npos) which.push_back(branch_names[c]);
+    if (which.empty()) continue;
+    fmt::print(out,
+               "scalar kernel at {}: {} (no tensor-core kernel takes d_k={} d_v={} {}), {} of the copy rate; other "
+               "shapes are 10 to 20 times as fast (docs/ROUTES.md)\n",
+               point_name(point), fmt::join(which, ", "), integer_parameter(point, "model.d_k", 0),
+               integer_parameter(point, "model.d_v", 0), text_parameter(point, "model.precision", ""),
+               percent_text(copy_rate_fraction(point)));
+  }
+}
+
 void print_exchange(std::ostream& out, const std::vector<PointRecord>& points) {
   std::set<std::string> transports;
   for (const PointRecord& point : points)
@@ -238,6 +254,7 @@ void print_notes(std::ostream& out, const std::vector<PointRecord>& points) {
     print_slowest(out, points);
     print_exchange(out, points);
   }
+  print_scalar(out, points);
   print_fallbacks(out, points);
   print_noise(out, points);
 }

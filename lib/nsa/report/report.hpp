@@ -24,8 +24,8 @@ TableColumns table_columns(const std::vector<PointRecord>& points);
 void print_point(std::ostream& out, const TableColumns& columns, const PointRecord& point, bool first);
 
 /// Prints the notes below the table: the meaning of each column; with several ranks, the slowest rank of each point and
-/// the ratio of its own work to the median over ranks; one line for each fallback: point, implementation, reason,
-/// calls; one line for each reason why a point is NOISY.
+/// the ratio of its own work to the median over ranks; one line for each point that ran the scalar CUDA kernel, one for
+/// each fallback: point, implementation, reason, calls; one for each reason why a point is NOISY.
 void print_notes(std::ostream& out, const std::vector<PointRecord>& points);
 
 /// Prints table, notes and metrics as `nsa run` does.

@@ -11,9 +11,9 @@ constexpr bool cuda_on(const RouteKey& q, int capability) {
 }
 
 /// Types and head sizes that the tensor-core kernels cover; everything else in `fused` is scalar arithmetic.
-constexpr bool tuned(const RouteKey& q) {
-  const bool sized = (q.d_k == 64 && q.d_v == 64) || ((q.d_k == 128 || q.d_k == 192) && q.d_v == 128);
-  return sized && q.dtype != DType::f32;
+constexpr bool on_tensor_cores(const RouteKey& q) {
+  const int max_d_k = q.phase == Phase::decode ? 256 : 192, max_d_v = q.phase == Phase::decode ? 256 : 128;
+  return q.dtype != DType::f32 && q.d_k % 16 == 0 && q.d_v % 16 == 0 && q.d_k <= max_d_k && q.d_v <= max_d_v;
 }
 
 struct Rule {
@@ -30,14 +30,17 @@ constexpr Rule defaults[] = {
     {[](const RouteKey& q) { return cuda_on(q, 89); }, "sdpa",
      "nsa-vibe's decision for the RTX 4090: FlashAttention-2 at 0.01 to 0.20 of SDPA's speed, Triton selection slower "
      "and unstable (ADR-2025-08-M4-02)"},
-    {[](const RouteKey& q) { return cuda_on(q, 90) && tuned(q) && q.phase == Phase::decode; }, "fused",
+    {[](const RouteKey& q) { return cuda_on(q, 90) && on_tensor_cores(q) && q.phase == Phase::decode; }, "fused",
      "1.3 to 5.9 times as fast as sdpa_gemm on an H200, each branch at 8K and 64K (docs/ROUTES.md); sel 1.3 times as "
      "fast as sdpa (docs/kernels/log/sdpa.md)"},
-    {[](const RouteKey& q) { return cuda_on(q, 90) && tuned(q); }, "fused",
+    {[](const RouteKey& q) { return cuda_on(q, 90) && on_tensor_cores(q); }, "fused",
      "6 to 11 times as fast as sdpa_gemm on an H200, each branch at 8K (docs/ROUTES.md); sel 1.6 to 5.3 times as fast "
      "as sdpa (docs/M4.md)"},
     {[](const RouteKey& q) { return cuda_on(q, 90) && q.phase == Phase::decode; }, "fused",
      "no gather; scalar arithmetic at this type or head size, but few rows"},
+    {[](const RouteKey& q) { return cuda_on(q, 90) && q.dtype != DType::f32; }, "sdpa_gemm",
+     "3.2 times as fast on an H200 as the scalar kernel, which is all that `fused` has beyond Dk = 192 or Dv = 128 "
+     "(Dk = Dv = 256 at 4K; docs/ROUTES.md)"},
     {[](const RouteKey& q) { return cuda_on(q, 90); }, "fused",
      "no gather, and softmax weights stay in fp32; scalar arithmetic at this type or head size"},
     {[](const RouteKey&) { return true; }, "sdpa", "not measured: no result file of ours for this case"},

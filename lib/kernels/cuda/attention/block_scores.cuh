@@ -80,6 +80,26 @@ __device__ __forceinline__ Entry top16_of_two(Entry a, Entry b) {
   const Entry reversed = __shfl_xor_sync(0xffffffffu, b, 15);
   return bitonic_merge16(a > reversed ? a : reversed);
 }
+/// The best 32 of a and b, one a lane. a, b and the result descend.
+__device__ __forceinline__ Entry top32_of_two(Entry a, Entry b) {
+  const unsigned lane = threadIdx.x % 32;
+  const Entry reversed = __shfl_xor_sync(0xffffffffu, b, 31);
+  Entry mine = a > reversed ? a : reversed;
+#pragma unroll
+  for (unsigned step = 16; step > 0; step /= 2) {
+    const Entry other = __shfl_xor_sync(0xffffffffu, mine, step);
+    mine = (other > mine) == ((lane & step) == 0) ? other : mine;
+  }
+  return mine;
+}
+/// The best 32 of `count` sorted lists of 32 in shared memory, `stride` entries apart. All lanes must call it.
+__device__ __forceinline__ Entry top32_of_lists(const Entry* lists, int count, int stride = 32) {
+  const int lane = threadIdx.x % 32;
+  Entry best = count > 0 ? lists[lane] : 0;
+#pragma unroll 1
+  for (int i = 1; i < count; ++i) best = top32_of_two(best, lists[i * stride + lane]);
+  return best;
+}
 /// The best 16 of `count` <= MaxLists sorted lists of 16 in shared memory, `stride` entries apart. Both halves of the
 /// warp get them. All lanes must call it.
 template <int MaxLists>

@@ -19,6 +19,7 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/exchange/ll_words.cuh"
 #include "kernels/cuda/exchange/peer_exchange.hpp"
 #include "kernels/cuda/runtime/common.cuh"
 
@@ -40,23 +41,6 @@ struct ExchangeArgs {
 // neighbouring vectors.
 __device__ __forceinline__ std::byte* vector_address(std::byte* slot, std::size_t item, int half) {
   return slot + item / 32 * 1024 + half * 512 + item % 32 * 16;
-}
-
-__device__ __forceinline__ void ll_store(std::byte* to, std::uint32_t a, std::uint32_t b, std::uint32_t epoch) {
-  const std::uint64_t flag = std::uint64_t{epoch} << 32;
-  asm volatile("st.relaxed.sys.global.v2.b64 [%0], {%1, %2};" ::"l"(to), "l"(flag | a), "l"(flag | b) : "memory");
-}
-
-__device__ __forceinline__ ulonglong2 ll_load(const std::byte* from) {
-  ulonglong2 x;
-  asm volatile("ld.relaxed.sys.global.v2.b64 {%0, %1}, [%2];" : "=l"(x.x), "=l"(x.y) : "l"(from) : "memory");
-  return x;
-}
-
-__device__ __forceinline__ bool is_aborted(const int* flag) {
-  int value;
-  asm volatile("ld.relaxed.sys.global.b32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  return value != 0;
 }
 
 __device__ __forceinline__ int round_with(const ExchangeArgs& e, int peer) {
@@ -82,18 +66,12 @@ __device__ __forceinline__ void ll_send(const ExchangeArgs& e, int peer, std::si
   ll_store(vector_address(slot, item, 1), x.z, x.w, epoch);
 }
 
-// Waits for the data of the peer without a time limit: the watchdog ends a job that waits too long.
 __device__ __forceinline__ uint4 ll_receive(const ExchangeArgs& e, int peer, std::size_t item) {
   const std::uint32_t epoch = epoch_of(e, peer) + 1;
   std::byte* slot = slot_of(e, e.group.rank, peer, epoch);
-  for (unsigned polls = 1;; ++polls) {
-    const ulonglong2 x = ll_load(vector_address(slot, item, 0)), y = ll_load(vector_address(slot, item, 1));
-    const auto arrived = [&](unsigned long long word) { return static_cast<std::uint32_t>(word >> 32) == epoch; };
-    if ((arrived(x.x) && arrived(x.y) && arrived(y.x) && arrived(y.y)) ||
-        (polls % 4096 == 0 && is_aborted(e.group.abort_flag)))
-      return make_uint4(static_cast<unsigned>(x.x), static_cast<unsigned>(x.y), static_cast<unsigned>(y.x),
-                        static_cast<unsigned>(y.y));
-  }
+  uint2 x[2];
+  ll_wait({vector_address(slot, item, 0), vector_address(slot, item, 1)}, epoch, e.group.abort_flag, x);
+  return make_uint4(x[0].x, x[0].y, x[1].x, x[1].y);
 }
 
 // Loads or stores min(bytes, 16) bytes. A message may begin and end at any byte.

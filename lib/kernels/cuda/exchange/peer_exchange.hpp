@@ -22,7 +22,10 @@ constexpr std::size_t max_exchange_bytes(int ranks) { return max_total_bytes / r
 /// Layout of the memory that peers write to: [2][ranks] slots of 2 * max_exchange_bytes, then the epochs, uint32
 /// [ranks][CTAs]. Initially zero.
 constexpr std::size_t epochs_offset = 4 * max_total_bytes;
-constexpr std::size_t peer_memory_bytes = epochs_offset + max_total_bytes / cta_bytes * sizeof(std::uint32_t);
+/// Then what kernels exchange that do so between their own phases (decode/sharded/exchange.cuh).
+constexpr std::size_t step_exchange_offset = epochs_offset + max_total_bytes / cta_bytes * sizeof(std::uint32_t);
+constexpr std::size_t step_exchange_bytes = std::size_t{40} << 20;
+constexpr std::size_t peer_memory_bytes = step_exchange_offset + step_exchange_bytes;
 
 struct PeerGroup {
   int rank = 0, size = 1;

@@ -1,5 +1,7 @@
 // The shapes that the tiled prefill kernels accept, and their parameters.
 
+#include <cmath>
+
 #include "kernels/cuda/prefill/prefill.cuh"
 #include "kernels/cuda/prefill/stages.cuh"
 
@@ -9,19 +11,22 @@ bool tiles_shape(const LayerShape& s) {
 #ifdef NSA_HAS_SM90A
   const BlockRules& r = s.rules;
   const int ratio = r.l_sel / r.d;
-  return limits().capability == 90 && s.dtype != DType::f32 && s.d_k == s.d_v && (s.d_k == 64 || s.d_k == 128) &&
-         s.heads_per_group <= heads_per_tile && dense_tile_tokens % ratio == 0 && (r.l - 1) / r.d <= prefill_max_halo &&
-         s.lse.segment % 8 == 0 && r.n_sel <= 32;
+  return limits().capability == 90 && s.dtype != DType::f32 && s.d_k % 16 == 0 && s.d_v % 16 == 0 && s.d_k <= 192 &&
+         s.d_v <= 128 && s.heads_per_group <= heads_per_tile && dense_tile_tokens % ratio == 0 &&
+         (r.l - 1) / r.d <= prefill_max_halo && s.lse.segment % 8 == 0 && r.n_sel <= 32;
 #else
   (void)s;
   return false;
 #endif
 }
 
+float softmax_scale(const LayerShape& s) { return log2_e / std::sqrt(static_cast<float>(s.d_k)); }
+
 DenseWork dense_work(const LayerShape& s, const QueryTile& tile, const void* q, int item_queries) {
   DenseWork w{};
   w.q = query_tensor_map(q, s.dtype, tile.rows(), s.heads(), s.d_k, heads_per_tile, warpgroup_queries);
   w.shape = s;
+  w.scale = softmax_scale(s);
   w.tile = tile;
   w.item_queries = item_queries;
   w.query_tiles = (tile.tokens + item_queries - 1) / item_queries;

@@ -2,12 +2,18 @@
 // Shared by the tiled prefill kernels (capability 9.0): accepted shapes, work items, and the KV ring of the dense
 // kernels.
 //
+// Tuned instances have (Dk, Dv) = (64, 64) or (128, 128) as constants. Padded instances of (128, 128) and (192, 128) serve
+// all multiples of 16 up to these: tensor copies fill columns past the head size with zeros, in shared memory alone, and
+// results past it are not stored.
+//
 // A warp has one query: its (up to 16) heads are the 16 rows of its part of a product. A CTA of the dense kernels has
 // consumer warpgroups of 4 queries each, which read the same K (and V) tiles of 128 tokens, and one producer warpgroup,
 // which loads the tiles through a ring of slots. CTAs are persistent: each takes every gridDim-th work item, so that
 // the next item's first tiles are in flight during this one's epilogue.
 
+#include <algorithm>
 #include <cstddef>
+#include <type_traits>
 
 #include "kernels/cuda/attention/split_kv.cuh"
 #include "kernels/cuda/primitives/mma.cuh"
@@ -22,6 +28,25 @@ constexpr int dense_tile_tokens = 128;  ///< of a K or V tile
 constexpr int narrow_tile_tokens = 16;  ///< of a window's last tile, where 16 are enough
 constexpr int prefill_max_halo = 64;    ///< compressed tokens of the previous block that overlap a block
 
+/// Calls f(DK, DV, tuned), integral constants of the instance that serves a shape. A tuned instance has the shape's
+/// head sizes as constants.
+template <class F>
+void with_head_sizes(const LayerShape& s, F f) {
+  using std::integral_constant;
+  constexpr integral_constant<int, 64> small;
+  constexpr integral_constant<int, 128> large;
+  if (s.d_k == 64 && s.d_v == 64)
+    f(small, small, std::true_type{});
+  else if (s.d_k == 128 && s.d_v == 128)
+    f(large, large, std::true_type{});
+  else if (s.d_k <= 128)
+    f(large, large, std::false_type{});
+  else
+    f(integral_constant<int, 192>{}, large, std::false_type{});
+}
+/// Factor of scores before exponentials in base 2: log2(e) / sqrt(Dk).
+float softmax_scale(const LayerShape& s);
+
 /// The work of a dense kernel: a work item is some queries of a (sequence, group).
 struct DenseWork {
   CUtensorMap q;
@@ -30,6 +55,7 @@ struct DenseWork {
   int item_queries;
   int query_tiles;  // of a (sequence, group)
   int items;        // sequences * groups * query tiles
+  float scale;      // softmax_scale()
 };
 DenseWork dense_work(const LayerShape&, const QueryTile&, const void* q, int item_queries);
 

@@ -62,12 +62,34 @@ __device__ __forceinline__ void cp_async_tile(unsigned slot, const char* from, i
                  : "memory");
   });
 }
-/// Issues the copy of one row, without the swizzle.
-template <int RowBytes>
-__device__ __forceinline__ void cp_async_row(unsigned to, const char* from) {
-  static_assert(RowBytes <= 32 * 16);
+/// Issues the copy of a panel of columns of 32 rows, of which `rows` exist: `vectors` 16-byte vectors a row, rows
+/// `row_bytes` apart in memory (a multiple of 32) and PitchBytes in the slot. What a slot's row has past them is not
+/// written.
+template <int PitchBytes>
+__device__ __forceinline__ void cp_async_panel(unsigned slot, const char* from, int row_bytes, int vectors, int rows,
+                                               std::uint64_t policy) {
+  static_assert(PitchBytes % 128 == 0);
+  const int lane = threadIdx.x % 32, row0 = lane / 8 * 8, vector = lane % 8;
+  const char* source = from + row0 * row_bytes + vector * 16;
+  const unsigned first = slot + row0 * PitchBytes + ((vector ^ row0 / 4) << 4);
+#pragma unroll
+  for (int row = 0; row < slot_rows / 4; ++row) {
+    const int bytes = row0 + row < rows ? 16 : 0;  // 0: nothing is read, 16 zeros are written
+    const unsigned to = (first ^ row / 4 << 4) + row * PitchBytes;
+#pragma unroll
+    for (int c = 0; c < PitchBytes / 128; ++c)
+      if (c * 8 + vector < vectors)
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to + c * 128),
+                     "l"(source + c * 128), "r"(bytes), "l"(policy)
+                     : "memory");
+    source += row_bytes;
+  }
+}
+
+/// Issues the copy of one row of at most 512 bytes, without the swizzle.
+__device__ __forceinline__ void cp_async_row(unsigned to, const char* from, int row_bytes) {
   const int lane = threadIdx.x % 32;
-  if (lane < RowBytes / 16)
+  if (lane < row_bytes / 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + lane * 16), "l"(from + lane * 16) : "memory");
 }
 

@@ -10,9 +10,12 @@ namespace nsa::gpu {
 
 /// Coordinates of a thread in the launch.
 struct FusedCoord {
-  int work_item, row, group, first_head, valid_heads;  // valid_heads: heads of the group
-  int t, n, eligible;                                  // position, compressed tokens, blocks that begin at or before it
-  int cta, warp, warp_in_cluster, cluster_warps;       // cta: in the cluster; warp: in the CTA
+  int work_item, row, group, group_head;  // group_head: first head of the group
+  // The head tile of the CTA, one of those of the work item; its (work item, head tile), heads, and the CTA's index
+  // among its CTAs.
+  int head_tile, tile_item, first_head, valid_heads, tile_cta;
+  int t, n, eligible;                             // position, compressed tokens, blocks that begin at or before it
+  int cta, warp, warp_in_cluster, cluster_warps;  // cta: in the cluster; warp: in the CTA
   int scoring_warps, cta_scoring_warps;  // warps that score blocks, the first ones: of the cluster, of this CTA
 };
 
@@ -25,9 +28,10 @@ struct ScoresFromRaw {
   const FusedCoord& at;
   char* shared = nullptr;
 
+  static constexpr int heads = WarpTile::part_heads;  ///< loaded together
   template <int V>
   struct Scores {
-    float of[WarpTile::heads][V];
+    float of[heads][V];
   };
   Scores<4> scores = {};
   bool first = true, single_pass;
@@ -73,14 +77,15 @@ struct ScoresFromRaw {
     return reinterpret_cast<float2*>(shared + SharedLayout::normalisers_at(p.shape));
   }
   __device__ __forceinline__ bool is_token(int i) const { return i >= 0 && i < at.n; }
+  // Heads of the group from `first` on.
   template <int V>
-  __device__ __forceinline__ void load(int i, Scores<V>& to) const {
+  __device__ __forceinline__ void load(int i, Scores<V>& to, int first = 0) const {
     if (!is_token(i)) return;
-    const float* from = p.scores + at.first_head * p.pitch + i;
-    const int pitch = static_cast<int>(p.pitch);
+    const float* from = p.scores + (at.group_head + first) * p.pitch + i;
+    const int pitch = static_cast<int>(p.pitch), valid_heads = p.shape.heads_per_group - first;
 #pragma unroll
-    for (int h = 0; h < WarpTile::heads; ++h) {
-      const float* row = from + (h < at.valid_heads ? h : 0) * pitch;
+    for (int h = 0; h < heads; ++h) {
+      const float* row = from + (h < valid_heads ? h : 0) * pitch;
       if constexpr (V == 4) {
         const float4 x = __ldcg(reinterpret_cast<const float4*>(row));
         to.of[h][0] = x.x, to.of[h][1] = x.y, to.of[h][2] = x.z, to.of[h][3] = x.w;
@@ -92,17 +97,30 @@ struct ScoresFromRaw {
       }
     }
   }
-  // Stores the probabilities of V tokens, heads summed by rising index; 0 where there is no token.
+  // Adds the probabilities of V tokens, heads by rising index.
   template <int V>
-  __device__ __forceinline__ void store_probabilities(const Scores<V>& scores, int i, float* to) const {
-    float sum[V] = {};
+  __device__ __forceinline__ void add_heads(const Scores<V>& scores, int first, float (&sum)[V]) const {
 #pragma unroll
-    for (int h = 0; h < WarpTile::heads; h += 2) {
-      const float4 normaliser = *reinterpret_cast<const float4*>(normalisers() + h);  // of two heads
+    for (int h = 0; h < heads; h += 2) {
+      const float4 normaliser = *reinterpret_cast<const float4*>(normalisers() + first + h);  // of two heads
 #pragma unroll
       for (int e = 0; e < V; ++e) {
         sum[e] = __fmaf_rn(exp2_fast(scores.of[h][e] - normaliser.x), normaliser.y, sum[e]);
         sum[e] = __fmaf_rn(exp2_fast(scores.of[h + 1][e] - normaliser.z), normaliser.w, sum[e]);
+      }
+    }
+  }
+  // Stores the probabilities of V tokens, whose scores of the first heads are loaded; 0 where there is no token.
+  template <int V>
+  __device__ __forceinline__ void store_probabilities(const Scores<V>& scores, int i, float* to) const {
+    float sum[V] = {};
+    add_heads(scores, 0, sum);
+    if constexpr (!WarpTile::tuned) {
+#pragma unroll 1
+      for (int first = heads; first < p.shape.heads_per_group; first += heads) {
+        Scores<V> more{};
+        load(i, more, first);
+        add_heads(more, first, sum);
       }
     }
 #pragma unroll

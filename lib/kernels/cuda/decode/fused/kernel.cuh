@@ -18,44 +18,57 @@
 
 namespace nsa::gpu {
 
-template <class WarpTile, int W, bool Sums>
+template <class WarpTile, int W, bool Sums, class Params = FusedDecodeParams>
 struct FusedDecode {
   using T = typename WarpTile::Type;
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
-  using Select = FusedSelect<WarpTile, W, Sums>;
+  using Select = FusedSelect<WarpTile, W, Sums, Params>;
+  static constexpr bool is_shard = Params::is_shard;
   static constexpr int threads = 32 * W;
-  const FusedDecodeParams& p;
+  const Params& p;
   char* shared;
-  FusedCoord at;
-  TilePipeline<WarpTile, W> pipeline;
+  typename Params::Coord at;
+  TilePipeline<WarpTile, W, is_shard> pipeline;
   int win_tiles, sel_tiles;
   bool cluster_arrived = false;  // at the cluster barrier of block selection, whose wait is still due
   std::uint64_t scores_policy;
 
   // Sets up what depends on the launch alone. start() sets up what depends on the position, after the predecessor.
-  __device__ __forceinline__ FusedDecode(const FusedDecodeParams& params, char* memory) : p(params), shared(memory) {
+  __device__ __forceinline__ FusedDecode(const Params& params, char* memory) : p(params), shared(memory) {
     const LayerShape& s = p.shape;
     at.work_item = p.by_cluster(static_cast<int>(blockIdx.x));
     at.cta = static_cast<int>(blockIdx.x) - at.work_item * p.cluster;
     at.row = p.groups(at.work_item), at.group = at.work_item - at.row * s.groups;
-    at.valid_heads = s.heads_per_group;
-    at.first_head = at.row * s.heads() + at.group * s.heads_per_group;
+    at.group_head = at.row * s.heads() + at.group * s.heads_per_group;
+    at.tile_cta = WarpTile::tuned ? at.cta : p.by_head_tiles(at.cta);
+    at.head_tile = WarpTile::tuned ? 0 : at.cta - at.tile_cta * p.head_tiles;
+    at.valid_heads =
+        WarpTile::tuned ? s.heads_per_group : min(WarpTile::heads, s.heads_per_group - at.head_tile * WarpTile::heads);
+    at.first_head = at.group_head + at.head_tile * WarpTile::heads;
+    at.tile_item = WarpTile::tuned ? at.work_item : at.work_item * p.head_tiles + at.head_tile;
     at.warp = threadIdx.x / 32;
     at.warp_in_cluster = at.warp * p.cluster + at.cta;
     at.cluster_warps = W * p.cluster;
     at.scoring_warps = at.cluster_warps - p.win_warps;
     at.cta_scoring_warps = min(W, p.by_cluster(max(0, at.scoring_warps - at.cta + p.cluster - 1)));
     Select{p, at, shared}.prepare();
+    pipeline.shape = &p.shape;
     pipeline.scores_only = p.scores_only;
     pipeline.ring = shared_address(shared) + at.warp * SharedLayout::ring_bytes;
     pipeline.policy = cache_policy(p.keeps_scores ? CacheHint::evict_first : CacheHint::evict_normal);
     scores_policy = cache_policy(CacheHint::evict_last);
+    if constexpr (is_shard) {
+      at.p = &p;
+      pipeline.chunk_gap = p.k[cmp].map.halo;
+      pipeline.first_has_halo = p.rank > 0;
+      pipeline.halo_rows = shared_address(shared) + SharedLayout::halo_rows + at.warp * SharedLayout::halo_bytes;
+    }
     assign_tiles();
   }
   __device__ __forceinline__ void start() {
     const std::int64_t t = *p.tile.first_position;
     WarpTile::copy_queries_async(shared_address(shared) + SharedLayout::queries,
-                                 static_cast<const T*>(p.q) + std::int64_t{at.first_head} * WarpTile::d_k,
+                                 static_cast<const T*>(p.q) + std::int64_t{at.first_head} * size().d_k, size(),
                                  at.valid_heads, threadIdx.x, threads);
     if (threadIdx.x < branches)
       cp_async_word(shared_address(shared) + SharedLayout::gates + threadIdx.x * 4,
@@ -65,11 +78,21 @@ struct FusedDecode {
     at.t = static_cast<int>(t);
     at.n = at.t + 1 < r.l ? 0 : p.stride(at.t + 1 - r.l) + 1;
     at.eligible = p.block(at.t) + 1;
+    if constexpr (is_shard) at.start();
     plan_tiles();
     cp_async_wait<SharedLayout::slots>();  // the queries, the gates
     __syncthreads();
   }
 
+  __device__ __forceinline__ WarpTile make_tile() const {
+    return WarpTile(shared + SharedLayout::queries, shared + SharedLayout::prob + at.warp * WarpTile::prob_bytes,
+                    p.shape);
+  }
+  __device__ __forceinline__ typename WarpTile::Size size() const { return typename WarpTile::Size(p.shape); }
+  // Index and number of warps, of the cluster, of the scoring ones or of the others, within those of this head tile.
+  __device__ __forceinline__ int in_head_tile(int warps) const {
+    return WarpTile::tuned ? warps : p.by_head_tiles(warps);
+  }
   __device__ __forceinline__ TileRange* ranges() const {
     return reinterpret_cast<TileRange*>(shared + SharedLayout::ranges) + at.warp * 2;
   }
@@ -81,12 +104,12 @@ struct FusedDecode {
     if (threadIdx.x % 32 == 0) store_ranges(from_last, per_segment);
     __syncwarp();
     // Prefetch the first tile to the L2 while the predecessor runs.
-    const TileRows first = pipeline.rows_of(0, at.warp_in_cluster);
+    const TileRows first = pipeline.rows_of(0, in_head_tile(at.warp_in_cluster));
     __syncwarp();  // plan_tiles() overwrites the ranges read here
     if (threadIdx.x % 32 != 0 || first.count <= 0) return;
-    prefetch_l2(ranges()[0].k + std::int64_t{first.row} * WarpTile::k_bytes, first.count * WarpTile::k_bytes);
-    if (!p.scores_only)
-      prefetch_l2(ranges()[0].v + std::int64_t{first.row} * WarpTile::v_bytes, first.count * WarpTile::v_bytes);
+    const int k_bytes = k_row_bytes<WarpTile>(p.shape), v_bytes = v_row_bytes<WarpTile>(p.shape);
+    prefetch_l2(ranges()[0].k + std::int64_t{first.row} * k_bytes, first.count * k_bytes);
+    if (!p.scores_only) prefetch_l2(ranges()[0].v + std::int64_t{first.row} * v_bytes, first.count * v_bytes);
   }
   __device__ __forceinline__ void store_ranges(int from_last, int per_segment) const {
     const LayerShape& s = p.shape;
@@ -96,10 +119,11 @@ struct FusedDecode {
     };
     const Branch second = pipeline.attends_sel ? sel : win;
     const int span = pipeline.attends_sel ? s.rules.l_sel : window_span;
-    ranges()[0] = {plane_rows(p.k[cmp]),
-                   plane_rows(p.v[cmp]),
-                   at.warp_in_cluster,
-                   at.cluster_warps,
+    const int halo = is_shard ? p.k[cmp].map.halo : 0;  // in front of the first chunk
+    ranges()[0] = {plane_rows(p.k[cmp]) + halo * WarpTile::k_bytes,
+                   plane_rows(p.v[cmp]) + halo * WarpTile::v_bytes,
+                   in_head_tile(at.warp_in_cluster),
+                   in_head_tile(at.cluster_warps),
                    0,
                    static_cast<int>(s.lse.segment),
                    per_segment,
@@ -108,14 +132,22 @@ struct FusedDecode {
                    p.max_tokens};
     ranges()[1] = {plane_rows(p.k[second]),
                    plane_rows(p.v[second]),
-                   pipeline.attends_sel ? from_last - p.win_warps : from_last,
-                   pipeline.attends_sel ? at.scoring_warps : p.win_warps,
+                   in_head_tile(pipeline.attends_sel ? from_last - p.win_warps : from_last),
+                   in_head_tile(pipeline.attends_sel ? at.scoring_warps : p.win_warps),
                    0,
                    span,
                    (span + tile_rows - 1) / tile_rows,
                    0,
                    0,
                    0};
+  }
+
+  // Blocks that begin at or before the position, of all ranks.
+  __device__ __forceinline__ int all_eligible() const {
+    if constexpr (is_shard)
+      return at.all_eligible;
+    else
+      return at.eligible;
   }
 
   // Counts the tiles, and those of sel that are known before selection.
@@ -130,56 +162,84 @@ struct FusedDecode {
     if (threadIdx.x % 32 == 0) {
       const int segment = static_cast<int>(s.lse.segment);
       TileRange &first = ranges()[0], &second = ranges()[1];
-      first.count = p.segment(at.n + segment - 1) * tiles_per_span(cmp, s);
+      if constexpr (is_shard)
+        first.count = at.chunks * tiles_per_span(cmp, s);
+      else
+        first.count = p.segment(at.n + segment - 1) * tiles_per_span(cmp, s);
       first.first_span = first.low = 0, first.high = at.n;
       second.count = pipeline.attends_sel ? sel_tiles : win_tiles;
       second.first_span = pipeline.attends_sel ? 0 : first_span;
       second.low = pipeline.attends_sel ? 0 : begin, second.high = pipeline.attends_sel ? at.t + 1 : end;
+      if constexpr (is_shard)
+        if (pipeline.attends_sel) second.high = at.held_positions();
     }
     __syncwarp();
-    const int lane = threadIdx.x % 32;
-    const bool selects_all = at.eligible <= r.n_sel;
-    const int known_blocks = selects_all ? r.n_sel : r.n_init + r.n_local;
-    int block = lane < r.n_init ? lane : at.eligible - r.n_local + (lane - r.n_init);
-    if (selects_all) block = lane < at.eligible ? lane : -1;
+    const int lane = threadIdx.x % 32, eligible = all_eligible();
+    const bool selects_all = eligible <= r.n_sel;
+    int known_blocks = selects_all ? r.n_sel : r.n_init + r.n_local;
+    int block = lane < r.n_init ? lane : eligible - r.n_local + (lane - r.n_init);
+    if (selects_all) block = lane < eligible ? lane : -1;
     pipeline.selected = lane < known_blocks ? block : -1;
+    if constexpr (is_shard) {
+      at.selected = pipeline.selected;
+      pipeline.selected = at.held_of_selected(known_blocks);
+    }
     pipeline.start(!pipeline.attends_sel ? win_tiles : sel_tiles == 0 ? 0 : known_blocks * tiles_per_span(sel, s));
   }
 
+  // Whether blocks are scored by sums of tiles: a padded kernel decides it at run time.
+  __device__ __forceinline__ bool has_block_sums() const {
+    return WarpTile::tuned ? Sums : p.block_sums.memory != nullptr;
+  }
+  __device__ __forceinline__ int select_best(int tiles, int per_segment) const {
+    if constexpr (!WarpTile::tuned)
+      if (!has_block_sums()) return FusedSelect<WarpTile, W, false>{p, at, shared}.select(tiles, per_segment);
+    return Select{p, at, shared}.select(tiles, per_segment);
+  }
   __device__ __forceinline__ void mainloop(WarpTile& warp_tile, int pass) {
     const TileRange& c = pipeline.ranges[pass];
     const bool has_pv = pass == 1 || !p.scores_only;
-    float2* sums = p.tile_lse + at.work_item * p.max_tiles * WarpTile::heads;
+    float2* sums = p.tile_lse + at.tile_item * p.max_tiles * WarpTile::heads;
     int tokens = 0;
 #pragma unroll 1
     for (int i = c.first; i < c.count; i += c.step) {
       const TileRows rows = pipeline.rows_of(pass, i);
-      if (rows.count <= 0) {
+      const bool has_halo = pipeline.has_halo(pass, i);
+      if (rows.count <= 0 && !has_halo) {
         if (pass == 0 && threadIdx.x % 32 < WarpTile::heads)
           sums[i * WarpTile::heads + threadIdx.x % 32] = make_float2(neg_inf, 0.0f);
         continue;
       }
-      pipeline.consume([&](unsigned from) { warp_tile.multiply_qk(from); });
+      pipeline.consume([&](unsigned from) {
+        if constexpr (is_shard)
+          if (has_halo) warp_tile.store_halo_score(p.block_sums.halo_scores(at.work_item, i), pipeline.halo_row());
+        warp_tile.multiply_qk(from);
+      });
+#pragma unroll 1
+      for (int panel = 1; panel < k_panels<WarpTile>(p.shape); ++panel)
+        pipeline.consume([&](unsigned from) { warp_tile.multiply_qk(from, panel); });
       warp_tile.scale_scores();
-      if constexpr (Sums) {
-        BlockSumOutput block_output;
+      BlockSumOutput block_output;
+      if (has_block_sums()) {
         if (pass == 0)
-          block_output = {p.block_sums.sums(at.work_item, i), p.block_sums.halo_scores(at.work_item, i + 1),
+          block_output = {p.block_sums.sums(at.tile_item, i),
+                          pipeline.has_halo(0, i + 1) ? nullptr : p.block_sums.halo_scores(at.tile_item, i + 1),
                           p.keeps_scores, scores_policy};
         if (pass == 0) warp_tile.store_last_score(block_output, rows.count);
-        warp_tile.online_softmax(rows.count, block_output);
-      } else {
-        if (pass == 0)
-          warp_tile.store_scores(
-              {p.scores + at.first_head * p.pitch + rows.row, p.pitch, p.keeps_scores, scores_policy}, rows.count,
-              at.valid_heads);
-        warp_tile.online_softmax(rows.count);
+      } else if (pass == 0) {
+        warp_tile.store_scores({p.scores + at.first_head * p.pitch + rows.row, p.pitch, p.keeps_scores, scores_policy},
+                               rows.count, at.valid_heads);
       }
+      warp_tile.online_softmax(rows.count, block_output);
       if (pass == 0) warp_tile.store_tile_lse(sums + i * WarpTile::heads);
-      if (has_pv) pipeline.consume([&](unsigned from) { warp_tile.multiply_pv(from); });
+      if (has_pv)
+        for_each_part<WarpTile>(p.shape, [&](auto part) {
+          if constexpr (part < WarpTile::v_panels)
+            pipeline.consume([&](unsigned from) { warp_tile.template multiply_pv<part>(from); });
+        });
       tokens += rows.count;
     }
-    if (threadIdx.x % 32 == 0 && tokens > 0) {
+    if (threadIdx.x % 32 == 0 && tokens > 0 && at.head_tile == 0) {
       std::int64_t* reads = pass == 0 ? p.reads[cmp] : pipeline.attends_sel ? p.reads[sel] : p.reads[win];
       atomicAdd(reinterpret_cast<unsigned long long*>(reads) + at.work_item, static_cast<unsigned long long>(tokens));
     }
@@ -194,25 +254,38 @@ struct FusedDecode {
     else
       __syncthreads();
     if (p.leave_out[sel]) return;
-    const bool selects_all = at.eligible <= r.n_sel, scores = !selects_all || p.p_slc;
+    const bool selects_all = all_eligible() <= r.n_sel, scores = !selects_all || p.p_slc;
     if (!pipeline.attends_sel) {
       cluster_arrived = scores && p.cluster > 1;
       if (cluster_arrived) cluster_arrive_relaxed();
       return;
     }
     if (scores) {
-      const int best = Select{p, at, shared}.select(pipeline.ranges[0].count, pipeline.ranges[0].tiles_per_span);
-      if (!selects_all && threadIdx.x % 32 >= r.n_init + r.n_local) pipeline.selected = best;
+      const int best = select_best(pipeline.ranges[0].count, pipeline.ranges[0].tiles_per_span);
+      if constexpr (is_shard) {
+        if (!selects_all) at.selected = best;
+        int held;
+        pipeline.selected = at.held_of_selected(held);
+      } else {
+        if (!selects_all && threadIdx.x % 32 >= r.n_init + r.n_local) pipeline.selected = best;
+      }
     }
     pipeline.release_all_tiles();
     if (at.warp_in_cluster == 0) store_selected();
   }
-  __device__ __forceinline__ FusedMerge<WarpTile, W> merge() const {
+  __device__ __forceinline__ FusedMerge<WarpTile, W, Params> merge() const {
     return {p, at, shared, pipeline.ranges[0].count, sel_tiles, win_tiles};
+  }
+  // The selected blocks, one a lane; those that this rank holds are in the pipeline.
+  __device__ __forceinline__ int selected() const {
+    if constexpr (is_shard)
+      return at.selected;
+    else
+      return pipeline.selected;
   }
   // Stores the selected blocks in rising order.
   __device__ __forceinline__ void store_selected() const {
-    const int lane = threadIdx.x % 32, n = p.shape.rules.n_sel, own = pipeline.selected;
+    const int lane = threadIdx.x % 32, n = p.shape.rules.n_sel, own = selected();
     int index = 0;
 #pragma unroll 1
     for (int other = 0; other < n; ++other) {
@@ -223,6 +296,32 @@ struct FusedDecode {
   }
 };
 
+/// Both passes of a step.
+template <class WarpTile, int W, bool Sums, class Params>
+__device__ __forceinline__ void attend(FusedDecode<WarpTile, W, Sums, Params>& step, WarpTile& cmp_tile,
+                                       WarpTile& warp_tile) {
+#pragma unroll 1
+  for (int pass = 0;; ++pass) {
+    step.mainloop(warp_tile, pass);
+    if (pass == 1) break;
+    cmp_tile = warp_tile;
+    warp_tile = step.make_tile();
+    step.select_blocks();
+  }
+  if (step.cluster_arrived) cluster_wait();
+}
+/// Both passes of a step of a tuned instance. The partials of the cluster are sent, and not yet visible.
+template <class WarpTile, int W, bool Sums, class Params>
+__device__ __forceinline__ FusedMerge<WarpTile, W, Params> attend_and_send(
+    FusedDecode<WarpTile, W, Sums, Params>& step) {
+  static_assert(WarpTile::parts == 1);
+  WarpTile cmp_tile = step.make_tile(), warp_tile = step.make_tile();
+  attend(step, cmp_tile, warp_tile);
+  const auto merge = step.merge();
+  merge.template send_partials<0>(cmp_tile, warp_tile, step.pipeline.attends_sel);
+  return merge;
+}
+
 template <class WarpTile, int W, bool Sums>
 __global__ void __launch_bounds__(32 * W, fused_warps / W)
     fused_decode_kernel(const __grid_constant__ FusedDecodeParams p) {
@@ -231,31 +330,29 @@ __global__ void __launch_bounds__(32 * W, fused_warps / W)
   FusedDecode<WarpTile, W, Sums> step(p, shared);
   griddep_wait();
   step.start();
-  const auto make_tile = [&] {
-    return WarpTile(shared + SharedLayout::queries, shared + SharedLayout::prob + step.at.warp * WarpTile::prob_bytes);
-  };
-  WarpTile cmp_tile = make_tile(), warp_tile = make_tile();
-#pragma unroll 1
-  for (int pass = 0;; ++pass) {
-    step.mainloop(warp_tile, pass);
-    if (pass == 1) break;
-    cmp_tile = warp_tile;
-    warp_tile = make_tile();
-    step.select_blocks();
-  }
-  if (step.cluster_arrived) cluster_wait();
+  WarpTile cmp_tile = step.make_tile(), warp_tile = step.make_tile();
+  attend(step, cmp_tile, warp_tile);
   const auto merge = step.merge();
-  merge.send_partials(cmp_tile, warp_tile, step.pipeline.attends_sel);
-  if (W < fused_warps || p.cluster == 1) return;
-  cluster_barrier();
-  merge.merge();
+  const bool is_split = W == fused_warps && merge.ctas() > 1;  // several CTAs have partials of a head tile
+  if (!SharedLayout::whole && is_split) cluster_barrier();     // no CTA reads what the partials overlap
+  for_each_part<WarpTile>(p.shape, [&](auto part) {
+    if (part > 0 && is_split) cluster_barrier();  // the part before is merged
+    merge.template send_partials<part>(cmp_tile, warp_tile, step.pipeline.attends_sel);
+    if (!is_split) return;
+    cluster_barrier();
+    merge.template merge<part>();
+  });
 }
 
+/// Whether there is a kernel of CTAs of 4 warps: not where o has two parts.
 template <class WarpTile>
+constexpr bool has_small_ctas = WarpTile::parts == 1;
+
+/// Clusters of that size, of CTAs of W warps, that are resident at the same time; 0: none.
+template <auto* kernel, class WarpTile, int W>
 int count_active_clusters(const LayerShape& s, int cluster) {
   static int cached[fused_max_cluster + 1];  // count + 1; 0: not queried yet
-  constexpr auto* kernel = fused_decode_kernel<WarpTile, fused_warps, true>;
-  const std::size_t bytes = FusedSharedLayout<WarpTile, fused_warps>::bytes(s);
+  const std::size_t bytes = FusedSharedLayout<WarpTile, W>::bytes(s);
   if (bytes > limits().shared_bytes) return 0;
   if (cached[cluster] > 0) return cached[cluster] - 1;
   cudaLaunchAttribute size{};
@@ -263,7 +360,7 @@ int count_active_clusters(const LayerShape& s, int cluster) {
   size.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(limits().sms * cluster));
-  config.blockDim = dim3(32 * fused_warps);
+  config.blockDim = dim3(32 * W);
   config.dynamicSmemBytes = bytes;
   config.attrs = &size;
   config.numAttrs = 1;
@@ -289,41 +386,49 @@ void launch_fused_decode_of(const FusedDecodeParams& p, Stream* stream) {
   };
   const auto launch_of = [&](auto sums) {
     if (p.warps == fused_warps)
-      launch(fused_decode_kernel<WarpTile, fused_warps, sums>,
-             FusedSharedLayout<WarpTile, fused_warps>::bytes(p.shape));
-    else
+      return launch(fused_decode_kernel<WarpTile, fused_warps, sums>,
+                    FusedSharedLayout<WarpTile, fused_warps>::bytes(p.shape));
+    if constexpr (has_small_ctas<WarpTile>)
       launch(fused_decode_kernel<WarpTile, fused_warps_small, sums>,
              FusedSharedLayout<WarpTile, fused_warps_small>::bytes(p.shape));
   };
-  if (p.block_sums.memory)
-    launch_of(std::true_type{});
-  else
-    launch_of(std::false_type{});
+  if constexpr (WarpTile::tuned)
+    if (!p.block_sums.memory) return launch_of(std::false_type{});
+  launch_of(std::true_type{});
 }
 
-/// Calls f(std::type_identity<WarpTile>{}) with the warp tile of a storage type and head size.
-template <DType Storage, class F>
+/// Calls f(std::type_identity<WarpTile>{}) with the warp tile of a storage type and shape.
+template <DType Storage, bool Tuned, class F>
 auto with_warp_tile(const LayerShape& s, F f) {
   if constexpr (Storage == DType::f32) {
     return f(std::type_identity<WarpTileScalar<64, 64>>{});
   } else {
     using T = std::conditional_t<Storage == DType::bf16, __nv_bfloat16, __half>;
-    if (s.d_k == 64) return f(std::type_identity<WarpTileMma<T, 64, 64>>{});
-    if (s.d_k == 128) return f(std::type_identity<WarpTileMma<T, 128, 128>>{});
-    return f(std::type_identity<WarpTileMma<T, 192, 128>>{});
+    if constexpr (Tuned) {
+      if (s.d_k == 64) return f(std::type_identity<WarpTileMma<T, 64, 64>>{});
+      if (s.d_k == 128) return f(std::type_identity<WarpTileMma<T, 128, 128>>{});
+      return f(std::type_identity<WarpTileMma<T, 192, 128>>{});
+    } else {
+      const DecodeInstance instance = fused_instance(s);
+      if (instance.heads == 32) return f(std::type_identity<WarpTileMma<T, 128, 128, 2, false>>{});
+      if (instance.d_k == 128) return f(std::type_identity<WarpTileMma<T, 128, 128, 1, false>>{});
+      return f(std::type_identity<WarpTileMma<T, 256, 256, 1, false>>{});
+    }
   }
 }
 
-template <DType Storage>
+template <DType Storage, bool Tuned>
 int active_clusters(const LayerShape& s, int cluster) {
-  return with_warp_tile<Storage>(
-      s, [&](auto tile) { return count_active_clusters<typename decltype(tile)::type>(s, cluster); });
+  return with_warp_tile<Storage, Tuned>(s, [&](auto tile) {
+    using WarpTile = typename decltype(tile)::type;
+    return count_active_clusters<fused_decode_kernel<WarpTile, fused_warps, true>, WarpTile, fused_warps>(s, cluster);
+  });
 }
 
-template <DType Storage>
+template <DType Storage, bool Tuned>
 void launch_fused_decode(const FusedDecodeParams& p, Stream* stream) {
-  with_warp_tile<Storage>(p.shape,
-                          [&](auto tile) { launch_fused_decode_of<typename decltype(tile)::type>(p, stream); });
+  with_warp_tile<Storage, Tuned>(p.shape,
+                                 [&](auto tile) { launch_fused_decode_of<typename decltype(tile)::type>(p, stream); });
 }
 
 }  // namespace nsa::gpu

@@ -9,15 +9,26 @@ namespace nsa::gpu {
 
 namespace {
 
-bool is_built_for(const LayerShape& s) {
-  if (s.dtype == DType::f32) return s.d_k == 64 && s.d_v == 64;
-  return (s.d_k == 64 && s.d_v == 64) || ((s.d_k == 128 || s.d_k == 192) && s.d_v == 128);
+// Calls f(integral constant of the storage type, whether the instance is tuned).
+template <class F>
+auto with_instances(const LayerShape& s, F f) {
+  const bool tuned = fused_instance(s).tuned;
+  if (s.dtype == DType::f32) return f(std::integral_constant<DType, DType::f32>{}, std::true_type{});
+  if (s.dtype == DType::bf16)
+    return tuned ? f(std::integral_constant<DType, DType::bf16>{}, std::true_type{})
+                 : f(std::integral_constant<DType, DType::bf16>{}, std::false_type{});
+  return tuned ? f(std::integral_constant<DType, DType::f16>{}, std::true_type{})
+               : f(std::integral_constant<DType, DType::f16>{}, std::false_type{});
 }
 
 int resident_clusters(const LayerShape& s, int cluster) {
-  return s.dtype == DType::bf16  ? active_clusters<DType::bf16>(s, cluster)
-         : s.dtype == DType::f16 ? active_clusters<DType::f16>(s, cluster)
-                                 : active_clusters<DType::f32>(s, cluster);
+  return with_instances(s, [&](auto type, auto tuned) { return active_clusters<type, tuned>(s, cluster); });
+}
+
+// Head tiles of a work item. Each has CTAs of its own.
+int head_tiles_of(const LayerShape& s) {
+  const DecodeInstance instance = fused_instance(s);
+  return instance.tuned ? 1 : (s.heads_per_group + instance.heads - 1) / instance.heads;
 }
 
 // CTAs of a work item and warps of a CTA; cluster = 0: no division is possible.
@@ -25,27 +36,35 @@ struct Division {
   int cluster = 0, warps = fused_warps;
 };
 // The division with the least modelled time: a wave of clusters takes its latencies plus its bytes at an even share of
-// the bandwidth. There are no more warps than tiles.
-Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_t max_tiles) {
+// the bandwidth. There are no more warps than tiles. Every head tile reads all of them.
+Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_t max_tiles,
+                         const DivisionLimits& within) {
+  const int head_tiles = head_tiles_of(s);
+  const DecodeInstance instance = fused_instance(s);
+  const bool has_small_ctas = head_tiles == 1 && instance.heads <= 16 && instance.d_v <= 128;
   constexpr double latencies = 8e-6, bandwidth = 4.3e12;  // s and bytes/s of an H200; only their ratio matters
   const BlockRules& r = s.rules;
   const std::int64_t work_items = tile.rows() * s.groups, T = tile.max_positions;
-  const std::int64_t tokens = compressed_tokens(r, T - 1) + std::min<std::int64_t>(T, std::int64_t{r.n_sel} * r.l_sel) +
-                              std::min<std::int64_t>(T, r.w);
+  const std::int64_t tokens =
+      (compressed_tokens(r, T - 1) + std::min<std::int64_t>(T, std::int64_t{r.n_sel} * r.l_sel) +
+       std::min<std::int64_t>(T, r.w)) /
+      within.shards;
   const double alone = static_cast<double>(tokens * (s.d_k + s.d_v)) * static_cast<double>(size_of(s.dtype)) *
                        limits().sms / bandwidth;  // a work item on one SM
   Division best;
   double least = 0;
   const auto consider = [&](int cluster, int warps, std::int64_t resident, double fraction) {
+    if (within.one_wave && work_items > resident) return;
     const double time = static_cast<double>((work_items + resident - 1) / resident) * (latencies + alone * fraction);
     if (best.cluster == 0 || time < least) best = {cluster, warps}, least = time;
   };
   for (const int cluster : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
-    if (cluster > 1 && (cluster - 1) * fused_warps >= max_tiles) break;
-    const int resident = resident_clusters(s, cluster);
+    if (cluster % head_tiles != 0) continue;
+    if (cluster > head_tiles && (cluster / head_tiles - 1) * fused_warps >= max_tiles) break;
+    const int resident = within.active_clusters(s, cluster);
     if (resident == 0) break;
-    consider(cluster, fused_warps, resident, 1.0 / cluster);
-    if (cluster == 1) consider(1, fused_warps_small, 2 * resident, work_items > resident ? 2.0 : 1.0);
+    consider(cluster, fused_warps, resident, static_cast<double>(head_tiles) / cluster);
+    if (cluster == 1 && has_small_ctas) consider(1, fused_warps_small, 2 * resident, work_items > resident ? 2.0 : 1.0);
   }
   return best;
 }
@@ -62,15 +81,6 @@ int single_pass_blocks_of(const BlockRules& r) {
   return blocks * (r.l_sel / r.d) % 2 == 0 ? blocks : 0;
 }
 
-bool accepts(const AttentionArgs& a) {
-  const LayerShape& s = a.combine.shape;
-  const BlockRules& r = s.rules;
-  const int tokens = round_blocks_of(r) * (r.l_sel / r.d);  // of a round
-  return limits().capability >= 90 && is_built_for(s) && s.heads_per_group <= decode_heads(s.dtype) &&
-         r.n_sel <= warp_top_n && tokens > 0 && tokens % 4 == 0 &&
-         (r.l - 1) / r.d <= std::min(max_halo_tokens, tokens) && !a.rank.candidates && a.rank.selected;
-}
-
 // Memory of the raw scores or block sums that the KV mainloop stores. If they fit the L2, K and V are loaded such that
 // they do not evict them.
 void assign_score_memory(FusedDecodeParams& p, float* memory) {
@@ -78,15 +88,38 @@ void assign_score_memory(FusedDecodeParams& p, float* memory) {
   p.scores = memory;
   p.pitch = score_pitch(p.k[cmp].map, p.max_tokens);
   std::int64_t floats = rows * p.shape.heads() * p.pitch;
-  if (leaves_sums(p.shape)) {
-    p.block_sums = tile_sums(memory, (p.max_tokens + tile_rows - 1) / tile_rows, decode_heads(p.shape.dtype));
-    floats = rows * p.shape.groups * p.block_sums.tiles * p.block_sums.heads * (tile_blocks + 1);
+  if (scores_by_tile(p.shape)) {
+    const bool shard = p.k[cmp].map.chunk != INT64_MAX;  // the last chunk may have a halo row and no token
+    p.block_sums = tile_sums(memory, shard ? p.max_tiles : (p.max_tokens + tile_rows - 1) / tile_rows,
+                             fused_instance(p.shape).heads);
+    floats =
+        rows * p.shape.groups * head_tiles_of(p.shape) * p.block_sums.tiles * p.block_sums.heads * (tile_blocks + 1);
   }
   p.keeps_scores = keeps_scores(floats);
 }
 
-// Inputs and outputs of the kernel.
-FusedDecodeParams make_params(const AttentionArgs& a) {
+// Compressed tokens that the buffer holds of `tokens`.
+std::int64_t held_tokens(const RowMap& map, std::int64_t tokens) {
+  if (map.chunk == INT64_MAX) return tokens;
+  const std::int64_t owned = owned_chunks(map, tokens, map.rank), last = (owned - 1) * map.kv + map.rank;
+  return owned == 0 ? 0 : (owned - 1) * map.chunk + std::min(map.chunk, tokens - last * map.chunk);
+}
+
+void launch(const FusedDecodeParams& p, Stream* stream) {
+  with_instances(p.shape, [&](auto type, auto tuned) { launch_fused_decode<type, tuned>(p, stream); });
+}
+
+}  // namespace
+
+bool fused_decode_accepts(const AttentionArgs& a) {
+  const LayerShape& s = a.combine.shape;
+  const BlockRules& r = s.rules;
+  const int tokens = round_blocks_of(r) * (r.l_sel / r.d);  // of a round
+  return limits().capability >= 90 && static_cast<bool>(fused_instance(s)) && tokens > 0 && tokens % 4 == 0 &&
+         (r.l - 1) / r.d <= std::min(max_halo_tokens, tokens) && !a.rank.candidates && a.rank.selected;
+}
+
+FusedDecodeParams fused_decode_params(const AttentionArgs& a) {
   FusedDecodeParams p{};
   p.shape = a.combine.shape;
   p.tile = a.combine.tile;
@@ -98,11 +131,12 @@ FusedDecodeParams make_params(const AttentionArgs& a) {
     p.leave_out[b] = a.combine.leave_out[b];
     p.o_branch[b] = a.combine.o_branch[b];
   }
-  p.max_tokens = static_cast<int>(compressed_tokens(p.shape.rules, p.tile.max_positions - 1));
-  assign_score_memory(p, static_cast<float*>(a.attend[cmp].scores));
+  p.max_tokens =
+      static_cast<int>(held_tokens(p.k[cmp].map, compressed_tokens(p.shape.rules, p.tile.max_positions - 1)));
   p.scores_only = a.attend[cmp].scores_only;
   p.tile_lse = static_cast<float2*>(a.attend[cmp].scratch);
   p.max_tiles = max_kv_tiles(cmp, p.shape, p.k[cmp].map, p.tile.max_positions);
+  assign_score_memory(p, static_cast<float*>(a.attend[cmp].scores));
   p.selected = a.rank.selected;
   p.p_slc = a.rank.p_slc;
   p.p_slc_blocks = a.rank.p_slc_blocks;
@@ -111,17 +145,20 @@ FusedDecodeParams make_params(const AttentionArgs& a) {
   return p;
 }
 
-// How the work is divided; cluster = 0: not possible.
-void divide_work(FusedDecodeParams& p) {
+void divide_work(FusedDecodeParams& p, const DivisionLimits& within) {
   const LayerShape& s = p.shape;
   const BlockRules& r = s.rules;
-  const int win_tiles = p.leave_out[win] ? 0 : (r.w + tile_rows - 1) / tile_rows,
-            sel_tiles = p.leave_out[sel] ? 0 : r.n_sel * tiles_per_span(sel, s), second_tiles = win_tiles + sel_tiles;
-  const Division division = choose_division(s, p.tile, std::max<std::int64_t>(p.max_tiles, second_tiles));
+  const auto share = [&](int count) { return (count + within.shards - 1) / within.shards; };
+  const int win_tiles = p.leave_out[win] ? 0 : (share(r.w) + tile_rows - 1) / tile_rows,
+            sel_tiles = p.leave_out[sel] ? 0 : share(r.n_sel) * tiles_per_span(sel, s),
+            second_tiles = win_tiles + sel_tiles;
+  const Division division = choose_division(s, p.tile, std::max<std::int64_t>(p.max_tiles, second_tiles), within);
   p.cluster = division.cluster, p.warps = division.warps;
   if (p.cluster == 0) return;
-  const int column_quads = s.d_v / 4, warps = p.cluster * p.warps;
-  p.o_slice = (decode_heads(s.dtype) * column_quads + p.cluster - 1) / p.cluster;
+  p.head_tiles = head_tiles_of(s), p.tile_ctas = p.cluster / p.head_tiles;
+  p.by_head_tiles = Divisor(p.head_tiles), p.by_tile_ctas = Divisor(p.tile_ctas);
+  const int column_quads = std::min(fused_instance(s).d_v, 128) / 4, warps = p.cluster * p.warps;
+  p.o_slice = (decode_heads(s.dtype) * column_quads + p.tile_ctas - 1) / p.tile_ctas;
   p.o_slice_heads = p.o_slice % column_quads == 0   ? p.o_slice / column_quads
                     : column_quads % p.o_slice == 0 ? 1
                                                     : p.o_slice / column_quads + 2;
@@ -132,10 +169,10 @@ void divide_work(FusedDecodeParams& p) {
   if (win_tiles > 0) {
     // In proportion to tiles; a window that begins anywhere has two more. Where warps have several cmp tiles, the warps
     // of the window gain the time of block selection, so half as many suffice. Every CTA keeps a scoring warp.
-    const int weight = p.max_tiles > warps ? win_tiles / 2 : win_tiles;
-    p.win_warps = sel_tiles == 0 ? warps
-                                 : std::clamp((warps * weight + second_tiles / 2) / second_tiles, 1,
-                                              std::min(win_tiles + 2, warps - p.cluster));
+    const int tile_warps = warps / p.head_tiles, weight = p.max_tiles > tile_warps ? win_tiles / 2 : win_tiles;
+    p.win_warps = p.head_tiles * (sel_tiles == 0 ? tile_warps
+                                                 : std::clamp((tile_warps * weight + second_tiles / 2) / second_tiles,
+                                                              1, std::min(win_tiles + 2, tile_warps - p.tile_ctas)));
   }
   p.single_pass_blocks = p.cluster > 1 ? single_pass_blocks_of(r) : 0;
   p.by_single_pass = Divisor(std::max(1, p.single_pass_blocks));
@@ -143,21 +180,10 @@ void divide_work(FusedDecodeParams& p) {
   p.by_scoring_warps = Divisor(p.win_warps < warps ? warps - p.win_warps : warps);
 }
 
-void launch(const FusedDecodeParams& p, Stream* stream) {
-  if (p.shape.dtype == DType::bf16)
-    launch_fused_decode<DType::bf16>(p, stream);
-  else if (p.shape.dtype == DType::f16)
-    launch_fused_decode<DType::f16>(p, stream);
-  else
-    launch_fused_decode<DType::f32>(p, stream);
-}
-
-}  // namespace
-
 bool try_fused_decode(const AttentionArgs& a, Stream* stream) {
-  if (!accepts(a)) return false;
-  FusedDecodeParams p = make_params(a);
-  divide_work(p);
+  if (!fused_decode_accepts(a)) return false;
+  FusedDecodeParams p = fused_decode_params(a);
+  divide_work(p, {resident_clusters});
   if (p.cluster > 0) launch(p, stream);
   return p.cluster > 0;
 }

@@ -1,31 +1,57 @@
 #pragma once
 // Epilogue of the fused decode step: a CTA rescales the o of its warps and sums them by branch. A single CTA then has
-// o. Else each CTA of the cluster merges a slice of the columns, which the others send to its shared memory.
+// o. Else each CTA of a head tile merges a slice of the columns, which the others send to its shared memory. o has one
+// part of 16 heads and up to 128 columns, or two that are merged one after the other.
 
 #include "kernels/cuda/decode/fused/select_blocks.cuh"
 
 namespace nsa::gpu {
 
-template <class WarpTile, int W>
+template <class WarpTile, int W, class Params = FusedDecodeParams>
 struct FusedMerge {
   using T = typename WarpTile::Type;
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
   static constexpr int threads = 32 * W;
-  const FusedDecodeParams& p;
-  const FusedCoord& at;
+  const Params& p;
+  const typename Params::Coord& at;
   char* shared;
   int cmp_tiles, sel_tiles, win_tiles;  // of the work item
+  static constexpr int column_quads = WarpTile::v_columns / 4, part_heads = WarpTile::part_heads;
 
+  __device__ __forceinline__ int head_tiles() const { return WarpTile::tuned ? 1 : p.head_tiles; }
+  __device__ __forceinline__ int ctas() const { return WarpTile::tuned ? p.cluster : p.tile_ctas; }
+  // First head of a part in the head tile, its heads, its first column.
+  template <int Part>
+  static constexpr int first_head = Part / WarpTile::v_panels* part_heads;
+  template <int Part>
+  __device__ __forceinline__ int valid_heads() const {
+    return WarpTile::parts == 1 ? at.valid_heads : min(part_heads, at.valid_heads - first_head<Part>);
+  }
+  // Whether the shape has the columns of an item of a part.
+  template <int Part>
+  __device__ __forceinline__ bool has_columns(int item) const {
+    return WarpTile::tuned || Part % WarpTile::v_panels * WarpTile::v_columns + item % column_quads * 4 < p.shape.d_v;
+  }
+  // Index of four columns of an item of a part in o, in vectors of four.
+  template <int Part>
+  __device__ __forceinline__ std::int64_t quad_of(int item) const {
+    if (WarpTile::tuned) return std::int64_t{at.first_head} * column_quads + item;
+    return (std::int64_t{at.first_head} + first_head<Part> + item / column_quads) * (p.shape.d_v / 4) +
+           Part % WarpTile::v_panels * column_quads + item % column_quads;
+  }
+
+  template <int Part>
   __device__ __forceinline__ void store_warp(const WarpTile& warp_tile, int pass) const {
     auto* o = reinterpret_cast<float*>(shared) + (at.warp * 2 + pass) * SharedLayout::warp_floats;
     auto* states = reinterpret_cast<float2*>(shared + SharedLayout::warp_lse) + (at.warp * 2 + pass) * WarpTile::heads;
-    warp_tile.store_scaled_o(o, [](int, float) { return 1.0f; });
+    warp_tile.template store_scaled_o<Part>(o, [](int, float) { return 1.0f; });
     warp_tile.store_state(states);
   }
 
-  // Warps of this CTA before warp x of the cluster.
+  // Warps of this CTA before warp x of the head tile.
   __device__ __forceinline__ int warps_before(int x) const {
-    return min(W, p.by_cluster(max(0, x - at.cta + p.cluster - 1)));
+    const int warps = max(0, x - at.tile_cta + ctas() - 1);
+    return min(W, WarpTile::tuned ? p.by_cluster(warps) : p.by_tile_ctas(warps));
   }
 
   // Partials received from every CTA: o [branch][cta][items of the slice], then (m, sum) [branch][cta][heads of the
@@ -34,7 +60,7 @@ struct FusedMerge {
     return reinterpret_cast<float4*>(shared + SharedLayout::partials);
   }
   __device__ __forceinline__ float2* partials_ms() const {
-    return reinterpret_cast<float2*>(partials_o() + branches * p.cluster * p.o_slice);
+    return reinterpret_cast<float2*>(partials_o() + branches * ctas() * p.o_slice);
   }
 
   // Warps [from, to) of this CTA that attend branch b: in pass 0 if it is cmp, else in pass 1.
@@ -42,10 +68,11 @@ struct FusedMerge {
     int from, to;
   };
   __device__ __forceinline__ Range warps_of(int b) const {
-    const int sel_end = at.cluster_warps - p.win_warps;
+    const int warps = W * ctas(), win_warps = WarpTile::tuned ? p.win_warps : p.by_head_tiles(p.win_warps),
+              sel_end = warps - win_warps;
     if (b == cmp) return {0, p.scores_only ? 0 : warps_before(cmp_tiles)};
     if (b == sel) return {warps_before(sel_end - min(sel_end, sel_tiles)), warps_before(sel_end)};
-    return {warps_before(at.cluster_warps - min(p.win_warps, win_tiles)), W};
+    return {warps_before(warps - min(win_warps, win_tiles)), W};
   }
   __device__ __forceinline__ float2* warp_lse() const {
     return reinterpret_cast<float2*>(shared + SharedLayout::warp_lse);
@@ -54,15 +81,16 @@ struct FusedMerge {
     return reinterpret_cast<float2*>(shared + SharedLayout::cta_lse);
   }
 
-  // Forms the (m, sum) of the CTA by branch and head, and replaces the maximum of every warp by the scale of its o. A
-  // thread has one warp; neighbouring threads have the warps of one head.
+  // Forms the (m, sum) of the CTA by branch and head of the part, and replaces the maximum of every warp by the scale
+  // of its o. A thread has one warp; neighbouring threads have the warps of one head.
+  template <int Part>
   __device__ __forceinline__ void rescale_warps() const {
 #pragma unroll 1
-    for (int item0 = at.warp * 32; item0 < branches * WarpTile::heads * W; item0 += threads) {
-      const int item = item0 + threadIdx.x % 32, w = item % W, to = item / W, b = to / WarpTile::heads;
+    for (int item0 = at.warp * 32; item0 < branches * part_heads * W; item0 += threads) {
+      const int item = item0 + threadIdx.x % 32, w = item % W, to = item / W, b = to / part_heads;
       const Range warps = warps_of(b);
       const bool has = b < branches && w >= warps.from && w < warps.to;
-      float2* state = warp_lse() + (w * 2 + (b != cmp)) * WarpTile::heads + to % WarpTile::heads;
+      float2* state = warp_lse() + (w * 2 + (b != cmp)) * WarpTile::heads + first_head<Part> + to % part_heads;
       const SoftmaxState<Exp2> own = has ? SoftmaxState<Exp2>{state->x, state->y} : SoftmaxState<Exp2>{};
       float m = own.m;
 #pragma unroll
@@ -76,33 +104,35 @@ struct FusedMerge {
     }
   }
 
-  // Sums the warps of the CTA. A single CTA stores o; else the partials go to the CTAs that merge them.
+  // Sums a part of the warps of the CTA. A single CTA stores o; else the partials go to the CTAs that merge them.
+  template <int Part>
   __device__ __forceinline__ void send_partials(const WarpTile& cmp_tile, const WarpTile& second_tile,
                                                 bool attends_sel) const {
-    constexpr int column_quads = WarpTile::d_v / 4;
-    __syncthreads();  // the rings are empty
+    __syncthreads();  // the rings are empty, the part before is sent
     const Range ranges[branches] = {warps_of(cmp), warps_of(sel), warps_of(win)};
     const Range second = attends_sel ? ranges[sel] : ranges[win];
-    if (at.warp < ranges[cmp].to) store_warp(cmp_tile, 0);
-    if (at.warp >= second.from && at.warp < second.to) store_warp(second_tile, 1);
+    if (at.warp < ranges[cmp].to) store_warp<Part>(cmp_tile, 0);
+    if (at.warp >= second.from && at.warp < second.to) store_warp<Part>(second_tile, 1);
     __syncthreads();
-    rescale_warps();
+    rescale_warps<Part>();
     __syncthreads();
 #pragma unroll 1
-    for (int item = threadIdx.x; item < at.valid_heads * column_quads; item += threads) {
-      const float4 partials[branches] = {sum_warps(cmp, ranges[cmp], item), sum_warps(sel, ranges[sel], item),
-                                         sum_warps(win, ranges[win], item)};
-      if (p.cluster > 1)
+    for (int item = threadIdx.x; item < valid_heads<Part>() * column_quads; item += threads) {
+      if (!has_columns<Part>(item)) continue;
+      const float4 partials[branches] = {sum_warps<Part>(cmp, ranges[cmp], item),
+                                         sum_warps<Part>(sel, ranges[sel], item),
+                                         sum_warps<Part>(win, ranges[win], item)};
+      if (ctas() > 1 || Params::is_shard)
         send_item(item, partials);
       else
-        store_item(item, partials);
+        store_item<Part>(item, partials);
     }
   }
   // Sum over the warps of branch b of 4 columns of a head, unrolled over the usual number of warps.
+  template <int Part>
   __device__ __forceinline__ float4 sum_warps(int b, Range warps, int item) const {
-    constexpr int column_quads = WarpTile::d_v / 4;
     const int head = item / column_quads, slot = warps.from * 2 + (b != cmp);
-    const float2* states = warp_lse() + slot * WarpTile::heads + head;
+    const float2* states = warp_lse() + slot * WarpTile::heads + first_head<Part> + head;
     const float* o = reinterpret_cast<const float*>(shared) + slot * SharedLayout::warp_floats +
                      head * SharedLayout::pitch + item % column_quads * 4;
     float4 sum = {};
@@ -131,63 +161,74 @@ struct FusedMerge {
   }
   // Sends an item to the CTA that merges it.
   __device__ __forceinline__ void send_item(int item, const float4 (&partials)[branches]) const {
-    constexpr int column_quads = WarpTile::d_v / 4;
     const int head = item / column_quads, owner = p.by_o_slice(item), first = owner * p.o_slice, local = item - first;
-    float4* to_o = map_to_cta(partials_o(), owner) + at.cta * p.o_slice + local;
+    const auto in_owner = [&](auto* mine) {
+      return Params::is_shard && p.cluster == 1 ? mine : map_to_cta(mine, owner * head_tiles() + at.head_tile);
+    };
+    float4* to_o = in_owner(partials_o()) + at.tile_cta * p.o_slice + local;
 #pragma unroll
-    for (int b = 0; b < branches; ++b) to_o[b * p.cluster * p.o_slice] = partials[b];
+    for (int b = 0; b < branches; ++b) to_o[b * ctas() * p.o_slice] = partials[b];
     if (local != 0 && item % column_quads != 0) return;
-    float2* to_ms = map_to_cta(partials_ms(), owner) + at.cta * p.o_slice_heads + head - first / column_quads;
+    float2* to_ms = in_owner(partials_ms()) + at.tile_cta * p.o_slice_heads + head - first / column_quads;
 #pragma unroll
-    for (int b = 0; b < branches; ++b) to_ms[b * p.cluster * p.o_slice_heads] = cta_lse()[b * WarpTile::heads + head];
+    for (int b = 0; b < branches; ++b) to_ms[b * ctas() * p.o_slice_heads] = cta_lse()[b * part_heads + head];
   }
+  template <int Part>
   __device__ __forceinline__ void store_item(int item, const float4 (&partials)[branches]) const {
-    constexpr int column_quads = WarpTile::d_v / 4;
     float4 sum = {};
 #pragma unroll
     for (int b = 0; b < branches; ++b) {
       if (p.leave_out[b]) continue;
-      const float s = cta_lse()[b * WarpTile::heads + item / column_quads].y, inverse = inverse_or_zero(s),
+      const float s = cta_lse()[b * part_heads + item / column_quads].y, inverse = inverse_or_zero(s),
                   gate = gates()[b];
       const float4 value = {partials[b].x * inverse, partials[b].y * inverse, partials[b].z * inverse,
                             partials[b].w * inverse};
-      if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[at.first_head * column_quads + item] = value;
+      if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[quad_of<Part>(item)] = value;
       add_scaled(sum, gate, value);
     }
-    store_quad(item, sum);
+    store_quad(quad_of<Part>(item), sum);
   }
-  __device__ __forceinline__ void store_quad(int item, float4 x) const {
-    T* to = static_cast<T*>(p.o) + (std::int64_t{at.first_head} * (WarpTile::d_v / 4) + item) * 4;
+  __device__ __forceinline__ void store_quad(std::int64_t quad, float4 x) const {
+    T* to = static_cast<T*>(p.o) + quad * 4;
     store(to, x.x), store(to + 1, x.y), store(to + 2, x.z), store(to + 3, x.w);
   }
   __device__ __forceinline__ float* gates() const { return reinterpret_cast<float*>(shared + SharedLayout::gates); }
 
-  // Merges the slice of this CTA into o. Four threads an item, one branch each.
+  // The sum over four neighbouring lanes, the last of which has nothing, in the first.
+  static __device__ __forceinline__ float4 sum_branches(float4 x) {
+    const auto sum = [](float own) {
+      const float second = __shfl_down_sync(0xffffffffu, own, 1), third = __shfl_down_sync(0xffffffffu, own, 2);
+      return own + second + third;
+    };
+    return {sum(x.x), sum(x.y), sum(x.z), sum(x.w)};
+  }
+  // The partial of branch b and the local-th item of the slice, which begins at item `first`.
+  __device__ __forceinline__ Partial<Exp2> merge_ctas(int b, int first, int local) const {
+    const float4* o = partials_o() + b * ctas() * p.o_slice + local;
+    const float2* ms =
+        partials_ms() + b * ctas() * p.o_slice_heads + (first + local) / column_quads - first / column_quads;
+    return merge_partials<Exp2>(
+        ctas(), [&](int i) { return ms[i * p.o_slice_heads]; }, [&](int i) { return o[i * p.o_slice]; });
+  }
+  // Merges the slice of this CTA of a part into o. Four threads an item, one branch each.
+  template <int Part>
   __device__ __forceinline__ void merge() const {
-    constexpr int column_quads = WarpTile::d_v / 4;
-    const int first = at.cta * p.o_slice, b = threadIdx.x % 4;
+    const int first = at.tile_cta * p.o_slice, b = threadIdx.x % 4;
 #pragma unroll 1
     for (int i0 = 0; i0 < p.o_slice; i0 += threads / 4) {
       const int local = i0 + threadIdx.x / 4, item = first + local;
-      const bool in_slice = local < p.o_slice && item < at.valid_heads * column_quads;
+      const bool in_slice = local < p.o_slice && item < valid_heads<Part>() * column_quads && has_columns<Part>(item);
       float4 value = {};
       if (in_slice && b < branches && !p.leave_out[b]) {
-        const float4* o = partials_o() + b * p.cluster * p.o_slice + local;
-        const float2* ms = partials_ms() + b * p.cluster * p.o_slice_heads + item / column_quads - first / column_quads;
-        const Partial<Exp2> merged = merge_partials<Exp2>(
-            p.cluster, [&](int i) { return ms[i * p.o_slice_heads]; }, [&](int i) { return o[i * p.o_slice]; });
+        const Partial<Exp2> merged = merge_ctas(b, first, local);
         const float inverse = inverse_or_zero(merged.state.s);
         value = {merged.o.x * inverse, merged.o.y * inverse, merged.o.z * inverse, merged.o.w * inverse};
-        if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[at.first_head * column_quads + item] = value;
+        if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[quad_of<Part>(item)] = value;
         scale_by(value, gates()[b]);
       }
-      const auto over_branches = [](float x) {
-        const float second = __shfl_down_sync(0xffffffffu, x, 1), third = __shfl_down_sync(0xffffffffu, x, 2);
-        return x + second + third;
-      };
-      value = {over_branches(value.x), over_branches(value.y), over_branches(value.z), over_branches(value.w)};
+      value = sum_branches(value);
       if (!in_slice || b != 0) continue;
-      store_quad(item, value);
+      store_quad(quad_of<Part>(item), value);
     }
   }
 };

@@ -3,6 +3,7 @@
 // step.
 
 #include "kernels/cuda/attention/block_scores.cuh"
+#include "kernels/cuda/decode/split_kv/instances.cuh"
 #include "kernels/cuda/decode/split_kv/params.cuh"
 
 namespace nsa::gpu {
@@ -27,7 +28,13 @@ struct Divisor {
   }
 };
 
+struct FusedCoord;
+
+/// Of a rank that holds all K and V. ShardedDecodeParams (decode/sharded/params.cuh) adds to it what a rank needs that
+/// holds some chunks of them; the kernel is a template of both.
 struct FusedDecodeParams {
+  using Coord = FusedCoord;
+  static constexpr bool is_shard = false;
   LayerShape shape;
   QueryTile tile;
   const void* q;
@@ -52,7 +59,7 @@ struct FusedDecodeParams {
   int warps;                               ///< of a CTA
   int cluster;                             ///< CTAs of a work item
   Divisor by_cluster;                      ///< by cluster
-  int o_slice;                             ///< four-column vectors of o that a CTA of the cluster merges
+  int o_slice;                             ///< four-column vectors of a part of o that a CTA of a head tile merges
   Divisor by_o_slice;                      ///< by o_slice
   int o_slice_heads;                       ///< upper bound of the heads of a slice
   int win_warps;                           ///< last warps of the cluster: win after cmp; the others sel after cmp
@@ -62,16 +69,42 @@ struct FusedDecodeParams {
       by_scoring_warps;  ///< by round_blocks, single_pass_blocks, scoring warps (all but those of the window)
   int tokens_per_block,
       halo_tokens;  ///< compressed tokens that begin in a block, halo tokens before it that overlap it
+  // 1 in a tuned instance: head tiles of a work item, CTAs of a head tile.
+  int head_tiles, tile_ctas;
+  Divisor by_head_tiles, by_tile_ctas;
+  __device__ __forceinline__ int held_buckets() const { return shape.lse.buckets; }
 };
+
+/// Whether the kernel is built for the shape of these steps, and their geometry is one that it reads.
+bool fused_decode_accepts(const AttentionArgs& a);
+/// Inputs and outputs of the kernel. A rank that holds chunks has block sums only.
+FusedDecodeParams fused_decode_params(const AttentionArgs& a);
+/// How the work of `shards` ranks that share the sequences is divided; cluster = 0: not possible.
+struct DivisionLimits {
+  int (*active_clusters)(const LayerShape& s, int cluster);
+  int shards = 1;
+  bool one_wave = false;  ///< all work items are resident at the same time
+};
+void divide_work(FusedDecodeParams& p, const DivisionLimits& limits);
 
 /// Launches the fused decode step; false: it does not accept the shape and nothing was launched. decode/fused/launch.cu
 bool try_fused_decode(const AttentionArgs& a, Stream* stream);
 
-// The kernels of one storage type, which a source file of its own instantiates (decode/fused/kernel.cu.in).
+/// The instance for a shape whose block rules the fused kernel takes.
+inline DecodeInstance fused_instance(const LayerShape& s) {
+  const bool few_heads = s.heads_per_group <= decode_heads(s.dtype), few_blocks = s.rules.n_sel <= warp_top_n;
+  if (is_tuned_size(s) && few_heads && few_blocks && (s.dtype != DType::f32 || s.d_k == 64))
+    return {s.d_k, s.d_v, decode_heads(s.dtype), true};
+  if (s.heads_per_group > padded_max_heads || s.rules.n_sel > padded_max_blocks) return {};
+  return padded_instance(s, s.heads_per_group > 16 ? 32 : 16);
+}
+
+// The tuned or the padded kernels of one storage type, which a source file of its own instantiates
+// (decode/fused/kernel.cu.in).
 /// Clusters of that size, of CTAs of 8 warps, that are resident at the same time; 0: none.
-template <DType Storage>
+template <DType Storage, bool Tuned>
 int active_clusters(const LayerShape& s, int cluster);
-template <DType Storage>
+template <DType Storage, bool Tuned>
 void launch_fused_decode(const FusedDecodeParams& p, Stream* stream);
 
 }  // namespace nsa::gpu

@@ -3,7 +3,7 @@
 // softmax normalisers. Then a scoring warp takes rounds of up to 32 blocks (128 tokens), scores them
 // (decode/fused/from_raw_scores.cuh, decode/fused/from_block_sums.cuh) and keeps the best 16 sorted in its lanes; or,
 // where one round of all warps covers every block, up to 16 blocks in a single pass. The top 16 of the warps merge in
-// the CTA, those of the CTAs in every CTA.
+// the CTA, those of the CTAs in every CTA. Padded instances keep the best 32.
 
 #include "kernels/cuda/decode/fused/from_block_sums.cuh"
 #include "kernels/cuda/decode/fused/from_raw_scores.cuh"
@@ -18,12 +18,13 @@ __device__ __forceinline__ void cluster_arrive_relaxed() {
 #endif
 }
 
-template <class WarpTile, int W, bool Sums>
+template <class WarpTile, int W, bool Sums, class Params = FusedDecodeParams>
 struct FusedSelect {
   using Scores = std::conditional_t<Sums, ScoresFromBlockSums<WarpTile, W>, ScoresFromRaw<WarpTile, W>>;
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
-  const FusedDecodeParams& p;
-  const FusedCoord& at;
+  static constexpr int top = SharedLayout::top;
+  const Params& p;
+  const typename Params::Coord& at;
   char* shared;
 
   // Barrier of the scoring warps of the CTA: an mbarrier at which every thread arrives, because racecheck miscounts a
@@ -47,7 +48,10 @@ struct FusedSelect {
   __device__ __forceinline__ void prepare() const {
     const BlockRules& r = p.shape.rules;
     if (threadIdx.x == 0 && at.cta_scoring_warps > 0) mbarrier_init(barrier(), at.cta_scoring_warps * 32);
-    if (W == fused_warps && static_cast<int>(threadIdx.x) < p.cluster * warp_top_n) cta_top()[threadIdx.x] = 0;
+    static_assert(fused_max_cluster * warp_top_n <= 32 * fused_warps);
+    if (W == fused_warps && static_cast<int>(threadIdx.x) < p.cluster * warp_top_n)
+#pragma unroll
+      for (int i = 0; i < top; i += warp_top_n) cta_top()[threadIdx.x + p.cluster * i] = 0;
 #pragma unroll 1
     for (int k = threadIdx.x; k < p.tokens_per_block + p.halo_tokens; k += 32 * W) {
       const int begin = (k - p.halo_tokens) * r.d;  // relative to the block
@@ -55,12 +59,14 @@ struct FusedSelect {
     }
   }
 
-  // Merges the (m, sum) of the tiles to LSE buckets: each by rising segment, a segment by rising tile. A thread has two
-  // heads of a bucket and loads two tiles of four segments at a time. Absent tiles are the neutral element.
-  __device__ __forceinline__ void merge_buckets(int tiles, int per_segment) const {
+  // Merges the (m, sum) of the tiles of a head tile to LSE buckets: each by rising segment, a segment by rising tile. A
+  // thread has two heads of a bucket and loads two tiles of four segments at a time. Absent tiles are the neutral
+  // element. A shard forms the buckets of its segments and exchanges them.
+  __device__ __forceinline__ void merge_buckets(int tiles, int per_segment, int head_tile) const {
     constexpr int pairs = WarpTile::heads / 2;
-    const float2* sums = p.tile_lse + at.work_item * p.max_tiles * WarpTile::heads;
-    const int segments = per_segment == 2 ? tiles / 2 : tiles / per_segment, count = p.shape.lse.buckets;
+    const int item = WarpTile::tuned ? at.work_item : at.work_item * p.head_tiles + head_tile;
+    const float2* sums = p.tile_lse + item * p.max_tiles * WarpTile::heads;
+    const int segments = per_segment == 2 ? tiles / 2 : tiles / per_segment, count = p.held_buckets();
 #pragma unroll 1
     for (int item = threadIdx.x; item < count * pairs; item += at.cta_scoring_warps * 32) {
       const int bucket = item / pairs;
@@ -97,13 +103,18 @@ struct FusedSelect {
           for (int a = 0; a < 2; ++a) sum[a] = merge_exact(sum[a], segment[b][a]);
       }
       const float2 first = to_natural_log(sum[0]), second = to_natural_log(sum[1]);
-      reinterpret_cast<float4*>(buckets())[item] = {first.x, first.y, second.x, second.y};
+      const float4 pair = {first.x, first.y, second.x, second.y};
+      if constexpr (Params::is_shard)
+        at.send_bucket(reinterpret_cast<float4*>(buckets()), bucket, item % pairs, pairs, pair);
+      else
+        reinterpret_cast<float4*>(buckets())[item] = pair;
     }
   }
 
   // softmax_normalisers() with eight threads a head, four buckets each: the same sums in the same tree. Invalid heads
   // get a normaliser that makes every probability 0.
-  __device__ __forceinline__ void compute_normalisers() const {
+  __device__ __forceinline__ void compute_normalisers(int head_tile) const {
+    const int first_head = head_tile * WarpTile::heads;  // in the group
 #pragma unroll 1
     for (int item = threadIdx.x; item < WarpTile::heads * 8; item += at.cta_scoring_warps * 32) {
       const int head = item / 8, first = item % 8;
@@ -130,14 +141,19 @@ struct FusedSelect {
 #pragma unroll
       for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
       if (first == 0)
-        normalisers()[head] = head < at.valid_heads ? make_float2(m * log2_e, sum > 0.0f ? 1.0f / sum : 0.0f)
-                                                    : make_float2(INFINITY, 0.0f);
+        normalisers()[first_head + head] = first_head + head < p.shape.heads_per_group
+                                               ? make_float2(m * log2_e, sum > 0.0f ? 1.0f / sum : 0.0f)
+                                               : make_float2(INFINITY, 0.0f);
     }
   }
 
   // Sort entry of block j; stores its score.
   __device__ __forceinline__ Entry entry(int j, float score) const {
     const BlockRules& r = p.shape.rules;
+    if constexpr (Params::is_shard) {
+      const int block = at.block_of_held(j);
+      return entry_of(key_of(block < r.n_init || block >= at.all_eligible - r.n_local, score), block);
+    }
     if (p.p_slc && j < p.p_slc_blocks) p.p_slc[at.work_item * p.p_slc_blocks + j] = score;
     return entry_of(key_of(j < r.n_init || j >= at.eligible - r.n_local, score), j);
   }
@@ -155,8 +171,23 @@ struct FusedSelect {
     return {single_pass, begin, min(begin + count, at.eligible)};
   }
 
-  // The best 16 of the range, in the first half of the warp.
-  __device__ __forceinline__ Entry top16_of_range(const ScoreRange& range, Scores& scores) const {
+  static __device__ __forceinline__ Entry top_of_two(Entry a, Entry b) {
+    if constexpr (top == warp_top_n)
+      return top16_of_two(a, b);
+    else
+      return top32_of_two(a, b);
+  }
+  // The best of `count` <= MaxLists lists.
+  template <int MaxLists>
+  static __device__ __forceinline__ Entry top_of_lists(const Entry* lists, int count, int stride = top) {
+    if constexpr (top == warp_top_n)
+      return top16_of_lists<MaxLists>(lists, count, stride);
+    else
+      return top32_of_lists(lists, min(count, MaxLists), stride);
+  }
+
+  // The best of the range; the best 16 in the first half of the warp.
+  __device__ __forceinline__ Entry top_of_range(const ScoreRange& range, Scores& scores) const {
     const int lane = threadIdx.x % 32;
     Entry best = 0;
     if (range.begin >= range.end) return best;
@@ -166,19 +197,20 @@ struct FusedSelect {
       const float score = scores.score(b0, range.end);
       const int j = b0 + lane;
       const Entry sorted = warp_sort_descending(lane < p.round_blocks && j < range.end ? entry(j, score) : 0);
-      best = b0 == range.begin ? sorted : top16_of_two(best, sorted);
+      best = b0 == range.begin ? sorted : top_of_two(best, sorted);
     }
     return best;
   }
-  // Sends the sorted best 16 of this CTA to every CTA.
-  __device__ __forceinline__ void send_top16(const ScoreRange& run, Scores& scores, int rounds) const {
+  // Sends the sorted best blocks of this CTA to every CTA.
+  __device__ __forceinline__ void send_top(const ScoreRange& run, Scores& scores, int rounds) const {
     const int lane = threadIdx.x % 32;
-    const Entry own = top16_of_range(run, scores);
-    if (lane < warp_top_n) warp_top()[at.warp * warp_top_n + lane] = own;
+    const Entry own = top_of_range(run, scores);
+    if (lane < top) warp_top()[at.warp * top + lane] = own;
     sync_scoring_warps();
     if (at.warp > 0 || p.cluster == 1) return;
-    const Entry best = top16_of_lists<W>(warp_top(), warps_with_blocks(rounds));
-    for (int to = lane / 16; to < p.cluster; to += 2) map_to_cta(cta_top(), to)[at.cta * warp_top_n + lane % 16] = best;
+    const Entry best = top_of_lists<W>(warp_top(), warps_with_blocks(rounds));
+    for (int to = lane / top; to < p.cluster; to += 32 / top)
+      map_to_cta(cta_top(), to)[at.cta * top + lane % top] = best;
   }
   // Warps of this CTA that have blocks: there is at most one a round.
   __device__ __forceinline__ int warps_with_blocks(int rounds) const {
@@ -187,7 +219,7 @@ struct FusedSelect {
 
   // The same for a single pass of at most 16 blocks a warp: the index of an entry is the number of better ones in the
   // CTA. Of the two lanes that have a block each counts half.
-  __device__ __forceinline__ void send_top16_single_pass(const ScoreRange& range, Scores& scores) const {
+  __device__ __forceinline__ void send_top_single_pass(const ScoreRange& range, Scores& scores) const {
     const int begin = range.begin, end = range.end, rounds = p.by_single_pass(at.eligible + p.single_pass_blocks - 1),
               half = (threadIdx.x & Scores::duplicate_stride) != 0, block = Scores::single_pass_block();
     Entry own = 0;
@@ -208,24 +240,24 @@ struct FusedSelect {
       index += (pair.x > own) + (pair.y > own);
     }
     index += __shfl_xor_sync(0xffffffffu, index, Scores::duplicate_stride);
-    if (own == 0 || index >= warp_top_n) return;
-    for (int to = half; to < p.cluster; to += 2) map_to_cta(cta_top(), to)[at.cta * warp_top_n + index] = own;
+    if (own == 0 || index >= top) return;
+    for (int to = half; to < p.cluster; to += 2) map_to_cta(cta_top(), to)[at.cta * top + index] = own;
   }
 
-  // The best 16 of the lists of the CTAs: warps merge four lists each, then every warp merges the results.
-  __device__ __forceinline__ Entry top16_of_ctas() const {
+  // The best of the lists of the CTAs: warps merge four lists each, then every warp merges the results.
+  __device__ __forceinline__ Entry top_of_ctas() const {
     const int lane = threadIdx.x % 32;
-    int lists = p.cluster, stride = warp_top_n;
+    int lists = p.cluster, stride = top;
     if (p.cluster > 4) {
-      lists = (p.cluster + 3) / 4, stride = 4 * warp_top_n;
+      lists = (p.cluster + 3) / 4, stride = 4 * top;
 #pragma unroll 1
       for (int i = at.warp; i < lists; i += at.cta_scoring_warps) {
-        const Entry best = top16_of_lists<4>(cta_top() + i * stride, p.cluster - i * 4);
-        if (lane < warp_top_n) cta_top()[i * stride + lane] = best;
+        const Entry best = top_of_lists<4>(cta_top() + i * stride, p.cluster - i * 4);
+        if (lane < top) cta_top()[i * stride + lane] = best;
       }
       sync_scoring_warps();
     }
-    return top16_of_lists<4>(cta_top(), lists, stride);
+    return top_of_lists<4>(cta_top(), lists, stride);
   }
 
   // The selected blocks, best first, one a lane; -1: none. All scoring warps of the cluster call it once the tile
@@ -234,31 +266,49 @@ struct FusedSelect {
     const int lane = threadIdx.x % 32, rounds = p.by_round_blocks(at.eligible + p.round_blocks - 1);
     const ScoreRange blocks = score_range(rounds);
     Scores scores(p, at, blocks.single_pass);
+    if constexpr (Params::is_shard) {
+      scores.halo_tiles = at.halo_tiles;
+      scores.first_halo_tile = at.rank() == 0;
+    }
     // Before the loads of the buckets, unless K and V have long rows: those have twice as many bytes in flight, these
     // loads would wait for them, and the loads of the buckets for these.
     constexpr bool early = WarpTile::d_v <= 64;
     if (early) scores.prefetch(blocks.begin, blocks.single_pass);
-    merge_buckets(tiles, per_segment);
+    merge_buckets(tiles, per_segment, 0);
+    if constexpr (Params::is_shard) {
+      if (!early) scores.prefetch(blocks.begin, blocks.single_pass);  // while the buckets of the peers are under way
+      at.receive_buckets(reinterpret_cast<float4*>(buckets()), WarpTile::heads / 2, at.cta_scoring_warps * 32);
+    }
     sync_scoring_warps();
-    compute_normalisers();
-    if (!early) scores.prefetch(blocks.begin, blocks.single_pass);
+    compute_normalisers(0);
+    if constexpr (!WarpTile::tuned) {
+#pragma unroll 1
+      for (int head_tile = 1; head_tile < p.head_tiles; ++head_tile) {
+        sync_scoring_warps();
+        merge_buckets(tiles, per_segment, head_tile);
+        sync_scoring_warps();
+        compute_normalisers(head_tile);
+      }
+    }
+    if (!early && !Params::is_shard) scores.prefetch(blocks.begin, blocks.single_pass);
     sync_scoring_warps();
     if (W == fused_warps && blocks.single_pass)
-      send_top16_single_pass(blocks, scores);
+      send_top_single_pass(blocks, scores);
     else
-      send_top16(blocks, scores, rounds);
+      send_top(blocks, scores, rounds);
     __syncwarp();
     if (p.cluster > 1) cluster_barrier();
     Entry best;
     if (W < fused_warps || p.cluster == 1)
-      best = top16_of_lists<W>(warp_top(), warps_with_blocks(rounds));
+      best = top_of_lists<W>(warp_top(), warps_with_blocks(rounds));
     else
-      best = top16_of_ctas();
+      best = top_of_ctas();
+    if constexpr (Params::is_shard) best = at.top16_of_ranks(best);
     if (p.p_slc)  // zero where no block is eligible
       for (std::int64_t j = at.eligible + at.warp_in_cluster * 32 + lane; j < p.p_slc_blocks;
            j += at.scoring_warps * 32)
         p.p_slc[at.work_item * p.p_slc_blocks + j] = 0.0f;
-    return lane < p.shape.rules.n_sel && lane < warp_top_n && best != 0 ? block_of(best) : -1;
+    return lane < p.shape.rules.n_sel && lane < top && best != 0 ? block_of(best) : -1;
   }
 };
 

@@ -9,40 +9,53 @@
 
 namespace nsa::gpu {
 
-/// Shared memory of a CTA of W warps. The epilogue reuses the rings for o [warp][cmp, second][heads][d_v + 8] and (m,
-/// sum) of the warps. The CTAs of a work item send to `partials` what this one merges. That memory overlaps block
-/// selection, not the rings, because a CTA may send while the rings of another are in use. CTAs of 4 warps have a work
+/// Shared memory of a CTA of W warps. The epilogue reuses the rings for a part of o, [warp][cmp, second][heads][columns
+/// + 8], and (m, sum) of the warps. The CTAs of a work item send to `partials` what this one merges. That memory
+/// overlaps block selection, not the rings, because a CTA may send while the rings of another are in use. Where o has
+/// two parts it overlaps the queries too: no CTA sends before all are past their KV tiles. CTAs of 4 warps have a work
 /// item each.
 template <class WarpTile, int W>
 struct FusedSharedLayout {
   static constexpr int slot_bytes = DecodeSharedLayout<WarpTile>::slot_bytes,
                        slots = DecodeSharedLayout<WarpTile>::slots,
                        ring_bytes = DecodeSharedLayout<WarpTile>::ring_bytes;
-  static constexpr int queries = W * ring_bytes, prob = queries + WarpTile::query_bytes,
-                       ranges = prob + W * WarpTile::prob_bytes, gates = ranges + W * 2 * 48, barrier = gates + 16,
-                       cta_top = barrier + 16,
-                       select = cta_top + (W == fused_warps ? fused_max_cluster * warp_top_n * 8 : 0);
-  static constexpr int pitch = WarpTile::d_v + 8, warp_floats = WarpTile::heads * pitch,
-                       items = WarpTile::heads * (WarpTile::d_v / 4);
+  static constexpr bool whole = WarpTile::parts == 1;                        // o
+  static constexpr int top = WarpTile::tuned ? warp_top_n : 2 * warp_top_n;  // blocks of a sorted list
+  static constexpr int queries = W * ring_bytes + (whole ? 0 : 32), prob = queries + WarpTile::query_bytes,
+                       ranges = prob + W * WarpTile::prob_bytes, fixed_end = ranges + W * 2 * 48,
+                       gates = whole ? fixed_end : W * ring_bytes, barrier = gates + 16,
+                       cta_top = whole ? barrier + 16 : fixed_end,
+                       select = cta_top + (W == fused_warps ? fused_max_cluster * top * 8 : 0);
+  static constexpr int pitch = WarpTile::v_columns + 8, warp_floats = WarpTile::part_heads * pitch,
+                       items = WarpTile::part_heads * (WarpTile::v_columns / 4);
   static constexpr int warp_lse = W * 2 * warp_floats * 4;                // (m, sum) of the warps
   static constexpr int cta_lse = warp_lse + W * 2 * WarpTile::heads * 8;  // (m, sum) of the CTA by branch
-  static_assert(cta_lse + branches * WarpTile::heads * 8 <= queries);
-  static constexpr int partials = select, partial_bytes = W < fused_warps ? 0 : branches * ((items + 8) * 16 + 40 * 8);
-  // Block selection: the top 16 of the warps, LSE buckets, normalisers, probabilities by warp, overlaps.
-  static __host__ __device__ int buckets_at() { return select + W * warp_top_n * 8; }
+  static_assert(cta_lse + branches * WarpTile::part_heads * 8 <= W * ring_bytes);
+  // A CTA of 4 warps needs partials where ranks merge only; they are behind the warps' o and (m, sum).
+  static constexpr int merged_bytes = branches * ((items + 8) * 16 + 40 * 8),
+                       partials = W < fused_warps ? cta_lse + branches * WarpTile::part_heads * 8
+                                  : whole         ? select
+                                                  : queries,
+                       partial_bytes = W < fused_warps ? 0 : merged_bytes;
+  static_assert(W == fused_warps || partials + merged_bytes <= W * ring_bytes);
+  // Block selection: the sorted blocks of the warps, LSE buckets, normalisers, probabilities by warp, overlaps.
+  static __host__ __device__ int buckets_at() { return select + W * top * 8; }
   static __host__ __device__ int normalisers_at(const LayerShape& s) {
     return buckets_at() + s.lse.buckets * WarpTile::heads * 8;
   }
   static __host__ __device__ int terms_at(const LayerShape& s) {
-    return (normalisers_at(s) + WarpTile::heads * 8 + 15) / 16 * 16;
+    const int heads = WarpTile::tuned ? WarpTile::heads : padded_heads(s);
+    return (normalisers_at(s) + heads * 8 + 15) / 16 * 16;
   }
   static __host__ __device__ int overlaps_at(const LayerShape& s) {
     return terms_at(s) + W * (max_halo_tokens + round_tokens) * 4;
   }
+  /// A rank that holds chunks: a halo row a slot, while cmp is attended, in the place of what selection has later.
+  static constexpr int halo_rows = select + W * warp_top_n * 8, halo_bytes = slots * WarpTile::k_bytes;
   static int bytes(const LayerShape& s) {
     const BlockRules& r = s.rules;
     const int overlaps = r.l_sel / r.d + (r.l - 1) / r.d;
-    return std::max(partials + partial_bytes,
+    return std::max((W < fused_warps ? select : partials) + partial_bytes,
                     overlaps_at(s) + (overlaps + 4) * 4);  // 4: the compiler loads vectors of four
   }
 };
@@ -61,9 +74,12 @@ struct TileRows {
   int row, count;
 };
 
-template <class WarpTile, int W>
+/// Shard: cmp is chunks of one segment each, and K of a chunk begins with a halo row, which is loaded with its first
+/// tile and scored for its first block.
+template <class WarpTile, int W, bool Shard = false>
 struct TilePipeline {
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
+  const LayerShape* shape;
   const TileRange* ranges;        // shared, of this warp: cmp, then the second branch
   bool scores_only, attends_sel;  // attends_sel: the second branch is sel
   int selected;                   // lane u: the u-th selected block; -1: none
@@ -71,8 +87,12 @@ struct TilePipeline {
   std::uint64_t policy;
   // The producer side: the next copy is V (`load_v`) or K of tile `load_tile` of pass `load_pass`, if below `load_end`.
   TileRows load_rows;
-  int load_pass = 0, load_tile, load_end, known_tiles, write_slot = 0, read_slot = 0, filled_slots = 0;
+  int load_pass = 0, load_tile, load_panel = 0, load_end, known_tiles, write_slot = 0, read_slot = 0, filled_slots = 0;
   bool load_v = false;
+  // Shard: rows between chunks; whether the first chunk here has a halo; a row of shared memory beside every slot.
+  int chunk_gap = 0;
+  bool first_has_halo = false;
+  unsigned halo_rows = 0;
 
   __device__ __forceinline__ TileRows rows_of(int pass, int i) const {
     const TileRange& c = ranges[pass];
@@ -80,15 +100,24 @@ struct TilePipeline {
     int span = c.first_span + u;
     if (pass == 1 && attends_sel) span = __shfl_sync(0xffffffffu, selected, u);
     const int from = span * c.size, begin = max(c.low, from), end = min(from + c.size, c.high);
-    return {begin + at, min(tile_rows, end - begin - at)};
+    const int gaps = Shard && pass == 0 ? span * chunk_gap : 0;
+    return {begin + at + gaps, min(tile_rows, end - begin - at)};
   }
+  // Whether tile i of cmp comes with a halo row. A chunk may have a halo and no token yet.
+  __device__ __forceinline__ bool has_halo(int pass, int i) const {
+    if constexpr (!Shard) return false;
+    const int per_span = ranges[0].tiles_per_span;
+    return pass == 0 && (per_span == 2 ? i % 2 : i % per_span) == 0 && (i > 0 || first_has_halo);
+  }
+  /// While a slot is consumed.
+  __device__ __forceinline__ unsigned halo_row() const { return halo_rows + read_slot * WarpTile::k_bytes; }
   // To the first tile from `load_tile` on that has tokens.
   __device__ __forceinline__ void advance_load() {
 #pragma unroll 1
     while (true) {
       if (load_tile < load_end) {
         load_rows = rows_of(load_pass, load_tile);
-        if (load_rows.count > 0) return;
+        if (load_rows.count > 0 || has_halo(load_pass, load_tile)) return;
         load_tile += ranges[load_pass].step;
       } else if (load_pass == 0) {
         load_pass = 1, load_tile = ranges[1].first, load_end = known_tiles;
@@ -97,28 +126,47 @@ struct TilePipeline {
       }
     }
   }
+  // Issues the copy of a panel of the rows to load.
+  __device__ __forceinline__ void copy_rows(unsigned to, const TileRange& c, const LayerShape& s) const {
+    if constexpr (!WarpTile::tuned) {
+      const int row_bytes = load_v ? v_row_bytes<WarpTile>(s) : k_row_bytes<WarpTile>(s);
+      copy_panel<WarpTile>(to, (load_v ? c.v : c.k) + std::int64_t{load_rows.row} * row_bytes, load_v, load_panel,
+                           load_rows.count, s, policy);
+    } else if (WarpTile::k_bytes == WarpTile::v_bytes) {
+      cp_async_tile<WarpTile::k_bytes>(to, (load_v ? c.v : c.k) + std::int64_t{load_rows.row} * WarpTile::k_bytes,
+                                       load_rows.count, policy);
+    } else if (load_v) {
+      cp_async_tile<WarpTile::v_bytes>(to, c.v + std::int64_t{load_rows.row} * WarpTile::v_bytes, load_rows.count,
+                                       policy);
+    } else {
+      cp_async_tile<WarpTile::k_bytes>(to, c.k + std::int64_t{load_rows.row} * WarpTile::k_bytes, load_rows.count,
+                                       policy);
+    }
+  }
+  // To the next panel, the V of this tile, or the next tile.
+  __device__ __forceinline__ void advance_copy(const TileRange& c, const LayerShape& s) {
+    if (WarpTile::k_panels > 1 || WarpTile::v_panels > 1) {
+      if (++load_panel < (load_v ? v_panels<WarpTile>(s) : k_panels<WarpTile>(s))) return;
+      load_panel = 0;
+    }
+    load_v = !load_v && (load_pass == 1 || !scores_only);
+    if (load_v) return;
+    load_tile += c.step;
+    advance_load();
+  }
   // Issues the next copy, if a tile is known, into the oldest free slot. It always commits a group, so that the latest
   // `slots` groups are those of the slots, or older ones.
   __device__ __forceinline__ void issue_copy() {
     if (load_tile < load_end) {
       const TileRange& c = ranges[load_pass];
-      const unsigned to = ring + write_slot * SharedLayout::slot_bytes;
-      if (WarpTile::k_bytes == WarpTile::v_bytes)
-        cp_async_tile<WarpTile::k_bytes>(to, (load_v ? c.v : c.k) + std::int64_t{load_rows.row} * WarpTile::k_bytes,
-                                         load_rows.count, policy);
-      else if (load_v)
-        cp_async_tile<WarpTile::v_bytes>(to, c.v + std::int64_t{load_rows.row} * WarpTile::v_bytes, load_rows.count,
-                                         policy);
-      else
-        cp_async_tile<WarpTile::k_bytes>(to, c.k + std::int64_t{load_rows.row} * WarpTile::k_bytes, load_rows.count,
-                                         policy);
+      if constexpr (Shard)
+        if (!load_v && has_halo(load_pass, load_tile))
+          cp_async_row(halo_rows + write_slot * WarpTile::k_bytes,
+                       c.k + std::int64_t{load_rows.row - 1} * WarpTile::k_bytes, WarpTile::k_bytes);
+      copy_rows(ring + write_slot * SharedLayout::slot_bytes, c, *shape);
       write_slot = write_slot + 1 == SharedLayout::slots ? 0 : write_slot + 1;
       ++filled_slots;
-      load_v = !load_v && (load_pass == 1 || !scores_only);
-      if (!load_v) {
-        load_tile += c.step;
-        advance_load();
-      }
+      advance_copy(c, *shape);
     }
     cp_async_commit();
   }

@@ -2,28 +2,18 @@
 // split or long.
 
 #include <algorithm>
-#include <iterator>
 
 #include "kernels/cuda/attention/kv_tiles.cuh"
 #include "kernels/cuda/attention/stages.cuh"
+#include "kernels/cuda/decode/split_kv/instances.cuh"
 #include "kernels/cuda/decode/split_kv/merge_splits.cuh"
 #include "kernels/cuda/decode/split_kv/stages.cuh"
 
 namespace nsa::gpu {
 
-namespace {
-
-constexpr struct { int d_k, d_v; } sizes_16[] = {{64, 64}, {128, 128}, {192, 128}}, sizes_32[] = {{64, 64}, {128, 128}};
-
-bool is_built_for(const LayerShape& s) {
-  const auto fits = [&](const auto& size) { return size.d_k == s.d_k && size.d_v == s.d_v; };
-  return s.dtype == DType::f32 ? std::any_of(std::begin(sizes_32), std::end(sizes_32), fits)
-                               : std::any_of(std::begin(sizes_16), std::end(sizes_16), fits);
+bool decode_accepts(const LayerShape& s, const QueryTile& tile) {
+  return tile.tokens == 1 && static_cast<bool>(split_kv_instance(s));
 }
-
-}  // namespace
-
-bool decode_accepts(const LayerShape& s, const QueryTile& tile) { return tile.tokens == 1 && is_built_for(s); }
 
 // All work items together have at most two partials an SM, or one each.
 std::size_t decode_scratch(const LayerShape& s, const QueryTile& tile) {

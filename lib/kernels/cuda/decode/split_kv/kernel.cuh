@@ -31,7 +31,7 @@ struct KvMainloop {
   int warp, split, work_item, row, group, first_head, valid_heads, step;
   // The producer side: the next copy is V (`load_v`) or K of tile `load_tile`.
   KvRows load_rows;
-  int load_tile, slot, count;
+  int load_tile, load_panel, slot, count;
   bool load_v, has_pv;
   unsigned ring, halo_rows;
   bool has_halo_row;  // the halo row of a chunk is loaded with its first tile
@@ -45,6 +45,7 @@ struct KvMainloop {
         shared(memory),
         tiles(s, job.k.map, last_position(params, row_group)),
         split(split_of_cta),
+        load_panel(0),
         slot(0),
         count(0),
         load_v(false) {
@@ -60,7 +61,7 @@ struct KvMainloop {
     kv_policy = cache_policy(p.keeps_scores ? CacheHint::evict_first : CacheHint::evict_normal);
     scores_policy = cache_policy(CacheHint::evict_last);
     ring = shared_address(shared) + warp * SharedLayout::ring_bytes;
-    halo_rows = shared_address(shared) + SharedLayout::halo_rows + warp * SharedLayout::slots * WarpTile::k_bytes;
+    halo_rows = shared_address(shared) + SharedLayout::halo_rows + warp * SharedLayout::slots * SharedLayout::row_bytes;
     has_halo_row = B == cmp && shards_of(job.k.map) > 1 && job.k.map.halo == 1;
     has_pv = !(B == cmp && p.scores_only);
     step = job.splits * decode_warps;
@@ -96,26 +97,42 @@ struct KvMainloop {
     const char* from = plane + load_rows.owner * view.rank_stride * sizeof(T) + load_rows.row * RowBytes;
     cp_async_tile<RowBytes>(to, from, load_rows.count, kv_policy);
   }
+  // Issues the copy of a panel of the rows to load.
+  __device__ __forceinline__ void copy_rows(unsigned to) const {
+    if constexpr (!WarpTile::tuned) {
+      const KvView& view = load_v ? job.v : job.k;
+      const int row_bytes = load_v ? v_row_bytes<WarpTile>(s) : k_row_bytes<WarpTile>(s);
+      const char* from = (load_v ? v : k) + load_rows.owner * view.rank_stride * sizeof(T) + load_rows.row * row_bytes;
+      copy_panel<WarpTile>(to, from, load_v, load_panel, load_rows.count, s, kv_policy);
+    } else if (WarpTile::k_bytes == WarpTile::v_bytes) {
+      copy<WarpTile::k_bytes>(to, load_v ? v : k, load_v ? job.v : job.k);
+    } else if (load_v) {
+      copy<WarpTile::v_bytes>(to, v, job.v);
+    } else {
+      copy<WarpTile::k_bytes>(to, k, job.k);
+    }
+  }
   // Issues the next copy, into a free slot.
   __device__ __forceinline__ void issue_copy(int to_slot) {
-    const unsigned to = ring + to_slot * SharedLayout::slot_bytes;
     if (load_tile < tiles.count) {
-      if (!load_v && has_halo(load_tile))
-        cp_async_row<WarpTile::k_bytes>(halo_rows + to_slot * WarpTile::k_bytes,
-                                        k + (load_rows.row - 1) * WarpTile::k_bytes);
-      if (WarpTile::k_bytes == WarpTile::v_bytes)
-        copy<WarpTile::k_bytes>(to, load_v ? v : k, load_v ? job.v : job.k);
-      else if (load_v)
-        copy<WarpTile::v_bytes>(to, v, job.v);
-      else
-        copy<WarpTile::k_bytes>(to, k, job.k);
-      load_v = has_pv && !load_v;
-      if (!load_v) {
-        load_tile += step;
-        advance_load();
-      }
+      if (!load_v && load_panel == 0 && has_halo(load_tile))
+        cp_async_row(halo_rows + to_slot * SharedLayout::row_bytes, k + (load_rows.row - 1) * k_row_bytes<WarpTile>(s),
+                     k_row_bytes<WarpTile>(s));
+      copy_rows(ring + to_slot * SharedLayout::slot_bytes);
+      advance_copy();
     }
     cp_async_commit();
+  }
+  // To the next panel, the V of this tile, or the next tile.
+  __device__ __forceinline__ void advance_copy() {
+    if (WarpTile::k_panels > 1 || WarpTile::v_panels > 1) {
+      if (++load_panel < (load_v ? v_panels<WarpTile>(s) : k_panels<WarpTile>(s))) return;
+      load_panel = 0;
+    }
+    load_v = has_pv && !load_v;
+    if (load_v) return;
+    load_tile += step;
+    advance_load();
   }
   __device__ __forceinline__ void start() {
 #pragma unroll 1
@@ -136,7 +153,7 @@ struct KvMainloop {
   }
 
   __device__ __forceinline__ void store_halo(const WarpTile& warp_tile, int i, std::int64_t column) const {
-    const unsigned row = halo_rows + slot * WarpTile::k_bytes;
+    const unsigned row = halo_rows + slot * SharedLayout::row_bytes;
     if (p.block_sums.memory)
       warp_tile.store_halo_score(p.block_sums.halo_scores(work_item, i), row);
     else
@@ -171,10 +188,15 @@ struct KvMainloop {
         if (has_halo(i)) store_halo(warp_tile, i, now.column);
         warp_tile.multiply_qk(from);
       });
+#pragma unroll 1
+      for (int panel = 1; panel < k_panels<WarpTile>(s); ++panel)
+        consume([&](unsigned from) { warp_tile.multiply_qk(from, panel); });
       warp_tile.scale_scores();
       softmax_tile(warp_tile, i, now);
       if constexpr (B == cmp) warp_tile.store_tile_lse(sums);
-      if (has_pv) consume([&](unsigned from) { warp_tile.multiply_pv(from); });
+      if (has_pv)
+        for_each_part<WarpTile>(
+            s, [&](auto panel) { consume([&](unsigned from) { warp_tile.template multiply_pv<panel>(from); }); });
       count += now.count;
     }
   }
@@ -189,11 +211,17 @@ struct KvMainloop {
       const int rows = clamp_count(tiles.n - begin, map.halo);
       for (int at = 0; at < rows; at += tile_rows) {
         const int here = min(tile_rows, rows - at);
-        __syncwarp();
-        cp_async_tile<WarpTile::k_bytes>(ring, k + (from + at) * WarpTile::k_bytes, here);
-        cp_async_commit();
-        cp_async_wait<0>();
-        warp_tile.multiply_qk(ring);
+        for (int panel = 0; panel < k_panels<WarpTile>(s); ++panel) {
+          __syncwarp();
+          const char* rows_at = k + (from + at) * k_row_bytes<WarpTile>(s);
+          if constexpr (WarpTile::tuned)
+            cp_async_tile<WarpTile::k_bytes>(ring, rows_at, here);
+          else
+            copy_panel<WarpTile>(ring, rows_at, false, panel, here, s, kv_policy);
+          cp_async_commit();
+          cp_async_wait<0>();
+          warp_tile.multiply_qk(ring, panel);
+        }
         warp_tile.scale_scores();
         warp_tile.store_scores(scores_at(column + at), here, valid_heads);
       }
@@ -207,13 +235,18 @@ struct KvMainloop {
 
   // Rescales the partials of the warps to their common maximum and stores their sum. All threads.
   __device__ __forceinline__ void store_partial(const WarpTile& warp_tile) const {
-    constexpr int pitch = WarpTile::d_v + 8;
+    for_each_part<WarpTile>(s, [&](auto part) { store_part<part>(warp_tile); });
+  }
+  template <int Part>
+  __device__ __forceinline__ void store_part(const WarpTile& warp_tile) const {
+    constexpr int pitch = WarpTile::v_columns + 8, quads = WarpTile::v_columns / 4;
+    const int d_v = typename WarpTile::Size(s).d_v;
     float* o = reinterpret_cast<float*>(shared);
     float2* ms = reinterpret_cast<float2*>(o + decode_warps * WarpTile::heads * pitch);
-    float* partial = job.partials + (std::int64_t{work_item} * job.splits + split) *
-                                        decode_partial_floats(WarpTile::heads, WarpTile::d_v);
-    float* to = stores_output() ? p.out.o + std::int64_t{first_head} * WarpTile::d_v : partial;
-    __syncthreads();  // the rings are empty
+    float* partial =
+        job.partials + (std::int64_t{work_item} * job.splits + split) * decode_partial_floats(WarpTile::heads, d_v);
+    float* to = stores_output() ? p.out.o + std::int64_t{first_head} * d_v : partial;
+    __syncthreads();  // the rings are empty, the part before is stored
     warp_tile.store_state(ms + warp * WarpTile::heads);
     __syncthreads();
     const auto row_max = [&](int head) {
@@ -222,9 +255,9 @@ struct KvMainloop {
       for (int w = 0; w < decode_warps; ++w) m = fmaxf(m, ms[w * WarpTile::heads + head].x);
       return m;
     };
-    warp_tile.store_scaled_o(o + warp * WarpTile::heads * pitch,
-                             [&](int head, float m) { return exp2_fast(m - row_max(head)); });
-    if (static_cast<int>(threadIdx.x) < WarpTile::heads) {
+    warp_tile.template store_scaled_o<Part>(o + warp * WarpTile::heads * pitch,
+                                            [&](int head, float m) { return exp2_fast(m - row_max(head)); });
+    if (Part == 0 && static_cast<int>(threadIdx.x) < WarpTile::heads) {
       const int head = threadIdx.x;
       const float m = row_max(head);
       float sum = 0.0f;
@@ -234,20 +267,24 @@ struct KvMainloop {
         sum += x.y * exp2_fast(x.x - m);
       }
       if (!stores_output())
-        reinterpret_cast<float2*>(partial + WarpTile::heads * WarpTile::d_v)[head] = make_float2(m, sum);
+        reinterpret_cast<float2*>(partial + WarpTile::heads * d_v)[head] = make_float2(m, sum);
       else if (head < valid_heads)
         reinterpret_cast<float2*>(p.out.ms)[first_head + head] = to_natural_log(SoftmaxState<Exp2>{m, sum});
     }
     __syncthreads();
-    for (int item = threadIdx.x; item < valid_heads * (WarpTile::d_v / 4); item += decode_threads) {
-      const int head = item / (WarpTile::d_v / 4), column = item % (WarpTile::d_v / 4) * 4;
+    for (int item = threadIdx.x; item < valid_heads * quads; item += decode_threads) {
+      const int head = item / quads, column = item % quads * 4;
+      if (!WarpTile::tuned && Part * WarpTile::v_columns + column >= d_v) continue;
       float4 sum = {};
 #pragma unroll
       for (int w = 0; w < decode_warps; ++w) {
         const float4 x = *reinterpret_cast<const float4*>(o + (w * WarpTile::heads + head) * pitch + column);
         sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
       }
-      reinterpret_cast<float4*>(to)[item] = sum;
+      if (WarpTile::tuned)
+        reinterpret_cast<float4*>(to)[item] = sum;
+      else
+        *reinterpret_cast<float4*>(to + head * d_v + Part * WarpTile::v_columns + column) = sum;
     }
   }
 
@@ -287,22 +324,22 @@ struct KvMainloop {
 
   // Merges the partials of the splits, by rising split, into the partial of the row.
   __device__ __forceinline__ void merge_partials() const {
-    const std::int64_t stride = decode_partial_floats(WarpTile::heads, WarpTile::d_v);
+    const int d_v = typename WarpTile::Size(s).d_v, quads = d_v / 4;
+    const std::int64_t stride = decode_partial_floats(WarpTile::heads, d_v);
     const float* first = job.partials + std::int64_t{work_item} * job.splits * stride;
-    for (int item = threadIdx.x; item < valid_heads * (WarpTile::d_v / 4); item += decode_threads) {
-      const int head = item / (WarpTile::d_v / 4);
+    for (int item = threadIdx.x; item < valid_heads * quads; item += decode_threads) {
+      const int head = item / quads;
       SoftmaxState<Exp2> state;
       float4 o = {};
 #pragma unroll 8
       for (int i = 0; i < job.splits; ++i) {
         const float* partial = first + i * stride;
-        const float2 ms = __ldcg(reinterpret_cast<const float2*>(partial + WarpTile::heads * WarpTile::d_v) + head);
+        const float2 ms = __ldcg(reinterpret_cast<const float2*>(partial + WarpTile::heads * d_v) + head);
         const float4 x = __ldcg(reinterpret_cast<const float4*>(partial) + item);
         merge_partial(state, o, ms, x);
       }
-      reinterpret_cast<float4*>(p.out.o + std::int64_t{first_head} * WarpTile::d_v)[item] = o;
-      if (item % (WarpTile::d_v / 4) == 0)
-        reinterpret_cast<float2*>(p.out.ms)[first_head + head] = to_natural_log(state);
+      reinterpret_cast<float4*>(p.out.o + std::int64_t{first_head} * d_v)[item] = o;
+      if (item % quads == 0) reinterpret_cast<float2*>(p.out.ms)[first_head + head] = to_natural_log(state);
     }
   }
 
@@ -325,13 +362,13 @@ __device__ __forceinline__ void run_job(const DecodeParams& p, const DecodeJob& 
   KvMainloop<WarpTile, B> mainloop(p, job, shared, at / ctas, split);
   mainloop.start();
   if (first)  // the jobs of a CTA share their queries
-    WarpTile::load_queries(
-        shared + SharedLayout::queries,
-        static_cast<const typename WarpTile::Type*>(p.q) + std::int64_t{mainloop.first_head} * WarpTile::d_k,
-        mainloop.valid_heads, threadIdx.x, decode_threads);
+    WarpTile::load_queries(shared + SharedLayout::queries,
+                           static_cast<const typename WarpTile::Type*>(p.q) +
+                               std::int64_t{mainloop.first_head} * typename WarpTile::Size(p.shape).d_k,
+                           typename WarpTile::Size(p.shape), mainloop.valid_heads, threadIdx.x, decode_threads);
   __syncthreads();
-  WarpTile warp_tile(shared + SharedLayout::queries,
-                     shared + SharedLayout::prob + mainloop.warp * WarpTile::prob_bytes);
+  WarpTile warp_tile(shared + SharedLayout::queries, shared + SharedLayout::prob + mainloop.warp * WarpTile::prob_bytes,
+                     p.shape);
   mainloop.run(warp_tile);
   if (B == cmp && shards_of(job.k.map) > 1 && job.k.map.halo > 1) mainloop.score_halos(warp_tile);
   if (threadIdx.x % 32 == 0 && blockIdx.y == 0 && mainloop.count > 0 && job.reads)
@@ -374,16 +411,21 @@ void launch_warp_tile(const DecodeParams& p, Stream* stream) {
              DecodeSharedLayout<WarpTile>::bytes(p.shape), stream, 1, p);
 }
 
-template <DType Storage>
+template <DType Storage, bool Tuned>
 void launch_split_kv(const DecodeParams& p, Stream* stream) {
   if constexpr (Storage == DType::f32) {
     if (p.shape.d_k == 64) return launch_warp_tile<WarpTileScalar<64, 64>>(p, stream);
     return launch_warp_tile<WarpTileScalar<128, 128>>(p, stream);
   } else {
     using T = std::conditional_t<Storage == DType::bf16, __nv_bfloat16, __half>;
-    if (p.shape.d_k == 64) return launch_warp_tile<WarpTileMma<T, 64, 64>>(p, stream);
-    if (p.shape.d_k == 128) return launch_warp_tile<WarpTileMma<T, 128, 128>>(p, stream);
-    return launch_warp_tile<WarpTileMma<T, 192, 128>>(p, stream);
+    if constexpr (Tuned) {
+      if (p.shape.d_k == 64) return launch_warp_tile<WarpTileMma<T, 64, 64>>(p, stream);
+      if (p.shape.d_k == 128) return launch_warp_tile<WarpTileMma<T, 128, 128>>(p, stream);
+      return launch_warp_tile<WarpTileMma<T, 192, 128>>(p, stream);
+    } else {
+      if (split_kv_instance(p.shape).d_k == 128) return launch_warp_tile<WarpTileMma<T, 128, 128, 1, false>>(p, stream);
+      return launch_warp_tile<WarpTileMma<T, 256, 256, 1, false>>(p, stream);
+    }
   }
 }
 

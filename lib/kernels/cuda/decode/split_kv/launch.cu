@@ -3,13 +3,14 @@
 #include <algorithm>
 
 #include "kernels/cuda/attention/kv_tiles.cuh"
+#include "kernels/cuda/decode/split_kv/instances.cuh"
 #include "kernels/cuda/decode/split_kv/params.cuh"
 
 namespace nsa::gpu {
 
 std::int64_t tile_lse_floats(const LayerShape& s, const QueryTile& tile) {
   const std::int64_t segments = compressed_tokens(s.rules, tile.max_positions - 1) / s.lse.segment + 2;
-  return decode_work_items(s, tile) * segments * tiles_per_span(cmp, s) * decode_heads(s.dtype) * 2;
+  return tile.rows() * s.groups * padded_heads(s) * segments * tiles_per_span(cmp, s) * 2;
 }
 
 int decode_splits(std::int64_t work_items, std::int64_t tiles) {
@@ -41,12 +42,12 @@ DecodeJob decode_job(Branch branch, const AttendArgs& a, int splits, float* part
 }
 
 void launch_decode(const DecodeParams& p, Stream* stream) {
+  const bool tuned = split_kv_instance(p.shape).tuned;
+  if (p.shape.dtype == DType::f32) return launch_split_kv<DType::f32, true>(p, stream);
   if (p.shape.dtype == DType::bf16)
-    launch_split_kv<DType::bf16>(p, stream);
-  else if (p.shape.dtype == DType::f16)
-    launch_split_kv<DType::f16>(p, stream);
+    tuned ? launch_split_kv<DType::bf16, true>(p, stream) : launch_split_kv<DType::bf16, false>(p, stream);
   else
-    launch_split_kv<DType::f32>(p, stream);
+    tuned ? launch_split_kv<DType::f16, true>(p, stream) : launch_split_kv<DType::f16, false>(p, stream);
 }
 
 }  // namespace nsa::gpu

@@ -116,17 +116,19 @@ __device__ void merge_lse(const MergeParams& m, const DecodeJob& job, int heads,
   reinterpret_cast<float2*>(m.win_lse)[at.row_head] = to_natural_log(sum);
 }
 
-// Partials of one head by warp; a lane has four columns (Dv is at most 128).
+// Partials of one head by warp; a lane has four of up to 128 columns.
 struct WarpPartials {
   float4 o[warps][32];
   float2 sums[warps];
 };
 
-// Calls merge((m, sum), columns of this lane) for every split of this warp.
+// Calls merge((m, sum), columns of this lane) for every split of this warp. The columns of a CTA are four a lane from
+// column 4 * quad0 on.
 template <class Merge>
 __device__ __forceinline__ void for_each_split(const DecodeParams& p, const DecodeJob& job, int heads,
-                                               const WorkItemHead& at, Merge merge) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, d_v = p.shape.d_v, column_quad = min(lane, d_v / 4 - 1);
+                                               const WorkItemHead& at, int quad0, Merge merge) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, d_v = p.shape.d_v,
+            column_quad = min(quad0 + lane, d_v / 4 - 1);
   const float* first = partials_of(p, job, heads, at.work_item);
   for (int i0 = warp; i0 < job.splits; i0 += 4 * warps) {
     float2 ms[4];
@@ -150,18 +152,22 @@ __device__ void merge_head(const MergeParams& m, const DecodeJob& job, const Par
   const DecodeParams& p = m.launch;
   const WorkItemHead at = locate_head(p, heads, item / heads, item % heads);
   if (!at.valid) return;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  MergedHead partial;
-  for_each_split(p, job, heads, at, [&](float2 ms, float4 x) { partial.merge(ms, x); });
-  warp_partials.o[warp][lane] = partial.o;
-  if (lane == 0) warp_partials.sums[warp] = make_float2(partial.state.m, partial.state.s);
-  __syncthreads();
-  if (warp != 0) return;
-  MergedHead all;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quads = p.shape.d_v / 4;
+#pragma unroll 1
+  for (int quad0 = 0; quad0 < quads; quad0 += 32) {
+    MergedHead partial;
+    for_each_split(p, job, heads, at, quad0, [&](float2 ms, float4 x) { partial.merge(ms, x); });
+    if (quad0 > 0) __syncthreads();  // the columns before are merged
+    warp_partials.o[warp][lane] = partial.o;
+    if (lane == 0) warp_partials.sums[warp] = make_float2(partial.state.m, partial.state.s);
+    __syncthreads();
+    if (warp != 0) continue;
+    MergedHead all;
 #pragma unroll
-  for (int w = 0; w < warps; ++w) all.merge(warp_partials.sums[w], warp_partials.o[w][lane]);
-  if (lane < p.shape.d_v / 4) reinterpret_cast<float4*>(out.o + at.row_head * p.shape.d_v)[lane] = all.o;
-  if (lane == 0) reinterpret_cast<float2*>(out.ms)[at.row_head] = to_natural_log(all.state);
+    for (int w = 0; w < warps; ++w) all.merge(warp_partials.sums[w], warp_partials.o[w][lane]);
+    if (quad0 + lane < quads) reinterpret_cast<float4*>(out.o + at.row_head * p.shape.d_v)[quad0 + lane] = all.o;
+    if (quad0 == 0 && lane == 0) reinterpret_cast<float2*>(out.ms)[at.row_head] = to_natural_log(all.state);
+  }
 }
 
 // CTA counts by role, in this order: LSE buckets, (m, sum) of the window, the heads of the work items of each job.
@@ -227,19 +233,24 @@ __global__ void __launch_bounds__(threads) normalise_kernel(const __grid_constan
     if (lane == 0) normalisers[warp] = normaliser;
   }
   __syncthreads();
-  float4 value = {};
-  for (int i = 0; i < p.launch.job_count; ++i) {
-    const DecodeJob& job = p.launch.jobs[i];
-    if (p.leave_out[job.branch] || normalisers[job.branch].y == 0.0f) continue;
-    const float2 normaliser = normalisers[job.branch];
-    for_each_split(p.launch, job, heads, at,
-                   [&](float2 ms, float4 x) { add_scaled(value, exp2_fast(ms.x - normaliser.x) * normaliser.y, x); });
+  const int quads = p.launch.shape.d_v / 4;
+#pragma unroll 1
+  for (int quad0 = 0; quad0 < quads; quad0 += 32) {
+    float4 value = {};
+    for (int i = 0; i < p.launch.job_count; ++i) {
+      const DecodeJob& job = p.launch.jobs[i];
+      if (p.leave_out[job.branch] || normalisers[job.branch].y == 0.0f) continue;
+      const float2 normaliser = normalisers[job.branch];
+      for_each_split(p.launch, job, heads, at, quad0,
+                     [&](float2 ms, float4 x) { add_scaled(value, exp2_fast(ms.x - normaliser.x) * normaliser.y, x); });
+    }
+    if (quad0 > 0) __syncthreads();  // the columns before are merged
+    warp_partials.o[warp][lane] = value;
+    __syncthreads();
+    if (warp != 0 || quad0 + lane >= quads) continue;
+    for (int w = 1; w < warps; ++w) add_scaled(value, 1.0f, warp_partials.o[w][lane]);
+    reinterpret_cast<float4*>(p.to + at.row_head * p.launch.shape.d_v)[quad0 + lane] = value;
   }
-  warp_partials.o[warp][lane] = value;
-  __syncthreads();
-  if (warp != 0 || lane >= p.launch.shape.d_v / 4) return;
-  for (int w = 1; w < warps; ++w) add_scaled(value, 1.0f, warp_partials.o[w][lane]);
-  reinterpret_cast<float4*>(p.to + at.row_head * p.launch.shape.d_v)[lane] = value;
 }
 
 int ctas_for(std::int64_t items) { return static_cast<int>((items + threads - 1) / threads); }

@@ -77,8 +77,9 @@ DecodeJob decode_job(Branch branch, const AttendArgs& a, int splits, float* part
 
 /// Launches the kernel for a shape that decode_accepts() accepts.
 void launch_decode(const DecodeParams& p, Stream* stream);
-/// The kernels of one storage type, which a source file of its own instantiates (decode/split_kv/kernel.cu.in).
-template <DType Storage>
+/// The tuned or the padded kernels of one storage type, which a source file of its own instantiates
+/// (decode/split_kv/kernel.cu.in).
+template <DType Storage, bool Tuned>
 void launch_split_kv(const DecodeParams& p, Stream* stream);
 
 }  // namespace nsa::gpu

@@ -3,6 +3,7 @@
 
 #include "kernels/cuda/attention/kv_tiles.cuh"
 #include "kernels/cuda/attention/online_softmax.cuh"
+#include "kernels/cuda/decode/split_kv/instances.cuh"
 #include "kernels/cuda/decode/split_kv/params.cuh"
 #include "kernels/cuda/primitives/cp_async_ring.cuh"
 

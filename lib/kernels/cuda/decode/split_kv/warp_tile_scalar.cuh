@@ -10,6 +10,10 @@ namespace nsa::gpu {
 template <int DK, int DV>
 struct WarpTileScalar {
   using Type = float;
+  using Size = HeadSize<DK, DV, true>;
+  static constexpr bool tuned = true;
+  static constexpr int k_panels = 1, v_panels = 1, k_columns = DK, v_columns = DV, part_heads = 4,
+                       parts = 1;  // as WarpTileMma
   static constexpr int heads = 4, d_k = DK, d_v = DV, k_bytes = DK * 4, v_bytes = DV * 4;
   static constexpr int query_bytes = heads * DK * 4, prob_bytes = tile_rows * heads * 4;
   static constexpr int ctas_per_sm = DK > 64 ? 1 : 2;
@@ -21,22 +25,22 @@ struct WarpTileScalar {
   float o[heads][columns] = {};
   SoftmaxState<Exp2> total[heads], tile[heads];
 
-  static __device__ __forceinline__ void load_queries(char* to, const float* from, int valid_heads, int thread,
+  static __device__ __forceinline__ void load_queries(char* to, const float* from, Size, int valid_heads, int thread,
                                                       int threads) {
     for (int item = thread; item < heads * DK; item += threads)
       reinterpret_cast<float*>(to)[item] = item < valid_heads * DK ? from[item] : 0.0f;
   }
-  static __device__ __forceinline__ void copy_queries_async(unsigned to, const float* from, int valid_heads, int thread,
-                                                            int threads) {
+  static __device__ __forceinline__ void copy_queries_async(unsigned to, const float* from, Size, int valid_heads,
+                                                            int thread, int threads) {
     for (int item = thread; item < heads * DK / 4; item += threads) {
       const bool exists = item < valid_heads * DK / 4;
       cp_async_vector(to + item * 16, from + (exists ? item : 0) * 4, exists);
     }
   }
-  __device__ __forceinline__ WarpTileScalar(char* queries, char* warp_prob)
+  __device__ __forceinline__ WarpTileScalar(char* queries, char* warp_prob, const LayerShape&)
       : q(reinterpret_cast<const float4*>(queries)), prob(reinterpret_cast<float4*>(warp_prob)) {}
 
-  __device__ __forceinline__ void multiply_qk(unsigned slot) {
+  __device__ __forceinline__ void multiply_qk(unsigned slot, int = 0) {
     const int lane = threadIdx.x % 32;
     float sum[heads] = {};
 #pragma unroll 8
@@ -96,6 +100,7 @@ struct WarpTileScalar {
     __syncwarp();
   }
 
+  template <int Panel = 0>
   __device__ __forceinline__ void multiply_pv(unsigned slot) {
     const int lane = threadIdx.x % 32, vec = lane * columns / 4, offset = lane * columns % 4;
 #pragma unroll 8
@@ -123,7 +128,7 @@ struct WarpTileScalar {
   }
   __device__ __forceinline__ void store_tile_lse(float2* to) const { store_states(to, tile); }
   __device__ __forceinline__ void store_state(float2* to) const { store_states(to, total); }
-  template <class ScaleOf>
+  template <int Part = 0, class ScaleOf>
   __device__ __forceinline__ void store_scaled_o(float* to, ScaleOf scale_of) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll

@@ -7,12 +7,12 @@ namespace nsa::gpu::dense {
 
 // A consumer warpgroup's state over one branch of a work item. g and g + 8 are a lane's two rows, heads of the warp's
 // query; [2] is over them.
-template <class T, int DK, int DV>
+template <class T, int DK, int DV, bool Tuned>
 struct Consumer {
   const DenseAttentionParams& p;
   const Shared<DK, DV>& shared;
   int warpgroup;
-  PipelineState<slots> state;
+  PipelineState<slots<DK>> state;
   int current_slot;  // of the latest consumer_wait()
   float o[DV / 2], s[64];
   std::uint32_t probabilities[32];           // of a tile, packed as the A operand of p v
@@ -20,6 +20,14 @@ struct Consumer {
   TokenRange visible;                        // of the warp's query
   std::int64_t tokens_read;
   float gate[branches];  // of the warp's query; Job::gated
+
+  // Constants of a tuned instance; of others those of the shape (prefill/prefill.cuh).
+  __device__ __forceinline__ float score_scale() const {
+    return Tuned ? log2_e / sqrtf(static_cast<float>(DK)) : p.work.scale;
+  }
+  __device__ __forceinline__ int d_v() const { return Tuned ? DV : p.work.shape.d_v; }
+  // Whether o has columns [8 j, 8 j + 8).
+  __device__ __forceinline__ bool has_columns(int j) const { return Tuned || 8 * j < p.work.shape.d_v; }
 
   __device__ __forceinline__ void consumer_release(int i) const {
     mbarrier_arrive_if(shared.empty(i), threadIdx.x % 32 == 0);
@@ -68,9 +76,9 @@ struct Consumer {
 };
 
 // Sets scores of tokens that the warp's query does not see to -inf; scores [2 N tokens] from token `begin`.
-template <class T, int DK, int DV>
+template <class T, int DK, int DV, bool Tuned>
 template <bool Masked, int N>
-__device__ __forceinline__ void Consumer<T, DK, DV>::mask(float (&scores)[N], std::int64_t begin) {
+__device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::mask(float (&scores)[N], std::int64_t begin) {
   if constexpr (Masked) {
     const int from = static_cast<int>(visible.begin - begin), to = static_cast<int>(visible.end - begin);
     const int quad = threadIdx.x % 4;
@@ -86,9 +94,9 @@ __device__ __forceinline__ void Consumer<T, DK, DV>::mask(float (&scores)[N], st
 }
 
 // Scores, in base 2 and relative to row_max, to probabilities; adds them to row_sum.
-template <class T, int DK, int DV>
+template <class T, int DK, int DV, bool Tuned>
 template <int N>
-__device__ __forceinline__ void Consumer<T, DK, DV>::exponentiate(float (&scores)[N]) {
+__device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::exponentiate(float (&scores)[N]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float added = 0.0f;
@@ -106,10 +114,10 @@ __device__ __forceinline__ void Consumer<T, DK, DV>::exponentiate(float (&scores
 
 // Online softmax of the first tile that a row sees: scores to probabilities. The new row_max may have any sign. Returns
 // true: o must be multiplied by `rescale`.
-template <class T, int DK, int DV>
+template <class T, int DK, int DV, bool Tuned>
 template <bool Masked, int N>
-__device__ __forceinline__ bool Consumer<T, DK, DV>::first_softmax(float (&scores)[N], std::int64_t begin) {
-  const float scale = log2_e / sqrtf(static_cast<float>(DK));
+__device__ __forceinline__ bool Consumer<T, DK, DV, Tuned>::first_softmax(float (&scores)[N], std::int64_t begin) {
+  const float scale = score_scale();
   mask<Masked>(scores, begin);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -133,10 +141,10 @@ __device__ __forceinline__ bool Consumer<T, DK, DV>::first_softmax(float (&score
 
 // Online softmax of a later tile: row_max changes rarely. Only positive differences from it matter, so floats are
 // compared as integers, three at a time. Returns whether o must be multiplied by `rescale`.
-template <class T, int DK, int DV>
+template <class T, int DK, int DV, bool Tuned>
 template <bool Masked, int N>
-__device__ __forceinline__ bool Consumer<T, DK, DV>::online_softmax(float (&scores)[N], std::int64_t begin) {
-  const float scale = log2_e / sqrtf(static_cast<float>(DK));
+__device__ __forceinline__ bool Consumer<T, DK, DV, Tuned>::online_softmax(float (&scores)[N], std::int64_t begin) {
+  const float scale = score_scale();
   mask<Masked>(scores, begin);
   int max_rise[2] = {0, 0};  // above row_max
 #pragma unroll
@@ -167,9 +175,9 @@ __device__ __forceinline__ bool Consumer<T, DK, DV>::online_softmax(float (&scor
 }
 
 // o += probabilities v, issued as one group.
-template <class T, int DK, int DV>
+template <class T, int DK, int DV, bool Tuned>
 template <int Tokens>
-__device__ __forceinline__ void Consumer<T, DK, DV>::issue_pv(int slot) {
+__device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::issue_pv(int slot) {
   const std::uint64_t v = make_desc(shared.slot(slot), Shared<DK, DV>::Storage::tile_box);
 #pragma unroll
   for (int step = 0; step < Tokens / 16; ++step)
@@ -178,10 +186,10 @@ __device__ __forceinline__ void Consumer<T, DK, DV>::issue_pv(int slot) {
 }
 
 // Sets rows of V that were never written to zero: they may be NaN, and 0 * NaN is NaN.
-template <class T, int DK, int DV>
+template <class T, int DK, int DV, bool Tuned>
 template <int Tokens>
-__device__ __forceinline__ void Consumer<T, DK, DV>::zero_unwritten_rows(int slot, std::int64_t begin,
-                                                                         std::int64_t rows) {
+__device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::zero_unwritten_rows(int slot, std::int64_t begin,
+                                                                                std::int64_t rows) {
   if (begin + Tokens <= rows) return;
   const int written = static_cast<int>(rows - begin) * 8;  // 16-byte vectors
   for (int box = 0; box < DV / box_columns; ++box)
@@ -195,10 +203,10 @@ __device__ __forceinline__ void Consumer<T, DK, DV>::zero_unwritten_rows(int slo
 }
 
 // A later tile: q k^T of this tile and p v of the previous one are in flight together.
-template <class T, int DK, int DV>
+template <class T, int DK, int DV, bool Tuned>
 template <bool WithValues, int N>
-__device__ __forceinline__ void Consumer<T, DK, DV>::mainloop_step(float (&scores)[N], std::int64_t begin, bool masked,
-                                                                   bool first) {
+__device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::mainloop_step(float (&scores)[N], std::int64_t begin,
+                                                                          bool masked, bool first) {
   consumer_wait();
   warpgroup_arrive();
   issue_qk<T>(scores, shared, warpgroup, current_slot);
@@ -235,10 +243,10 @@ __device__ __forceinline__ void Consumer<T, DK, DV>::mainloop_step(float (&score
 }
 
 // p v of the last tile; overlapped() runs while it is in flight.
-template <class T, int DK, int DV>
+template <class T, int DK, int DV, bool Tuned>
 template <int Tokens, class Overlapped>
-__device__ __forceinline__ void Consumer<T, DK, DV>::last_pv(std::int64_t begin, std::int64_t rows,
-                                                             Overlapped overlapped) {
+__device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::last_pv(std::int64_t begin, std::int64_t rows,
+                                                                    Overlapped overlapped) {
   consumer_wait();
   zero_unwritten_rows<Tokens>(current_slot, begin, rows);
   warpgroup_arrive();
@@ -250,10 +258,10 @@ __device__ __forceinline__ void Consumer<T, DK, DV>::last_pv(std::int64_t begin,
 }
 
 // All KV tiles of one branch. `WithValues`: p v, too. `LastBranch`: the queries are not read after it.
-template <class T, int DK, int DV>
+template <class T, int DK, int DV, bool Tuned>
 template <Branch B, bool WithValues, bool LastBranch, class Overlapped>
-__device__ __forceinline__ void Consumer<T, DK, DV>::mainloop(const DenseWorkItem& item, int phase,
-                                                              Overlapped overlapped) {
+__device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::mainloop(const DenseWorkItem& item, int phase,
+                                                                     Overlapped overlapped) {
   visible = visible_tokens<B>(p.work.shape.rules, item.t + query());
   row_max[0] = row_max[1] = neg_inf;
   row_sum[0] = row_sum[1] = 0.0f;

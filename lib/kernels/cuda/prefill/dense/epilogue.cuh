@@ -21,23 +21,23 @@ struct OutputRow {
   __device__ __forceinline__ int column() const { return threadIdx.x % 4 * 2; }
 };
 
-template <class T, int DK, int DV>
+template <class T, int DK, int DV, bool Tuned>
 template <Branch B>
-__device__ __forceinline__ void Consumer<T, DK, DV>::add_reads(const DenseWorkItem& item) const {
+__device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::add_reads(const DenseWorkItem& item) const {
   if (threadIdx.x % 32 == 0 && tokens_read > 0 && item.first_query + query() < p.work.tile.tokens)
     atomicAdd(reinterpret_cast<unsigned long long*>(p.reads[B]) + item.sequence * p.work.shape.groups + item.group,
               static_cast<unsigned long long>(tokens_read));
 }
 
-template <class T, int DK, int DV>
-__device__ __forceinline__ void Consumer<T, DK, DV>::store_ms(std::int64_t head, float max, float sum) const {
+template <class T, int DK, int DV, bool Tuned>
+__device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::store_ms(std::int64_t head, float max, float sum) const {
   if (threadIdx.x % 4 == 0)
     reinterpret_cast<float2*>(p.out.ms)[head] = make_float2(sum > 0.0f ? max * 0.6931471805599453f : -INFINITY, sum);
 }
 
-template <class T, int DK, int DV>
+template <class T, int DK, int DV, bool Tuned>
 template <bool WithValues>
-__device__ __forceinline__ void Consumer<T, DK, DV>::store_partials(const DenseWorkItem& item) const {
+__device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::store_partials(const DenseWorkItem& item) const {
   const OutputRow at(p.work, item, query());
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -45,29 +45,31 @@ __device__ __forceinline__ void Consumer<T, DK, DV>::store_partials(const DenseW
     if (!at.exists(half)) continue;
     store_ms(at.head(half), row_max[half], total);
     if (!WithValues) continue;
-    float* to = p.out.o + at.head(half) * DV + at.column();
+    float* to = p.out.o + at.head(half) * d_v() + at.column();
 #pragma unroll
     for (int j = 0; j < DV / 8; ++j)
-      *reinterpret_cast<float2*>(to + 8 * j) = make_float2(o[4 * j + 2 * half], o[4 * j + 2 * half + 1]);
+      if (has_columns(j))
+        *reinterpret_cast<float2*>(to + 8 * j) = make_float2(o[4 * j + 2 * half], o[4 * j + 2 * half + 1]);
   }
 }
 
-template <class T, int DK, int DV>
-__device__ __forceinline__ void Consumer<T, DK, DV>::load_gates(const DenseWorkItem& item) {
+template <class T, int DK, int DV, bool Tuned>
+__device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::load_gates(const DenseWorkItem& item) {
   const OutputRow at(p.work, item, query());
   for (const Branch b : {win, cmp}) gate[b] = at.is_row ? p.gate[at.row_group * branches + b] : 0.0f;
 }
 
 // Loads the output of store_gated<win> into s.
-template <class T, int DK, int DV>
-__device__ __forceinline__ void Consumer<T, DK, DV>::load_win_output(const DenseWorkItem& item) {
+template <class T, int DK, int DV, bool Tuned>
+__device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::load_win_output(const DenseWorkItem& item) {
   const OutputRow at(p.work, item, query());
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (!at.exists(half)) continue;
-    const float* from = p.out.o + at.head(half) * DV + at.column();
+    const float* from = p.out.o + at.head(half) * d_v() + at.column();
 #pragma unroll
     for (int j = 0; j < DV / 8; ++j) {
+      if (!has_columns(j)) break;
       const float2 x = *reinterpret_cast<const float2*>(from + 8 * j);
       s[j + 32 * half] = x.x, s[j + 16 + 32 * half] = x.y;
     }
@@ -75,9 +77,9 @@ __device__ __forceinline__ void Consumer<T, DK, DV>::load_win_output(const Dense
 }
 
 // gate * o / sum. win comes first and stores its product; cmp adds its own to what the same thread stored.
-template <class T, int DK, int DV>
+template <class T, int DK, int DV, bool Tuned>
 template <Branch B>
-__device__ __forceinline__ void Consumer<T, DK, DV>::store_gated(const DenseWorkItem& item) {
+__device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::store_gated(const DenseWorkItem& item) {
   const OutputRow at(p.work, item, query());
   float weight[2];
 #pragma unroll
@@ -91,9 +93,10 @@ __device__ __forceinline__ void Consumer<T, DK, DV>::store_gated(const DenseWork
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (!at.exists(half)) continue;
-    float* to = p.out.o + at.head(half) * DV + at.column();
+    float* to = p.out.o + at.head(half) * d_v() + at.column();
 #pragma unroll
     for (int j = 0; j < DV / 8; ++j) {
+      if (!has_columns(j)) break;
       float2 x = make_float2(o[4 * j + 2 * half] * weight[half], o[4 * j + 2 * half + 1] * weight[half]);
       if (B == cmp) x.x += s[j + 32 * half], x.y += s[j + 16 + 32 * half];
       *reinterpret_cast<float2*>(to + 8 * j) = x;

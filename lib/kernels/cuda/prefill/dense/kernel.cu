@@ -20,15 +20,17 @@ using namespace dense;
 
 namespace {
 
-template <Branch B, bool WithValues, class T, int DK, int DV>
-__device__ __forceinline__ void attend_branch(Consumer<T, DK, DV>& consumer, const DenseWorkItem& item, int phase) {
+template <Branch B, bool WithValues, class T, int DK, int DV, bool Tuned>
+__device__ __forceinline__ void attend_branch(Consumer<T, DK, DV, Tuned>& consumer, const DenseWorkItem& item,
+                                              int phase) {
   consumer.template mainloop<B, WithValues, true>(item, phase, [] {});
   consumer.template add_reads<B>(item);
   consumer.template store_partials<WithValues>(item);
 }
 
-template <class T, int DK, int DV>
-__device__ __forceinline__ void attend_gated(Consumer<T, DK, DV>& consumer, const DenseWorkItem& item, int phase) {
+template <class T, int DK, int DV, bool Tuned>
+__device__ __forceinline__ void attend_gated(Consumer<T, DK, DV, Tuned>& consumer, const DenseWorkItem& item,
+                                             int phase) {
   consumer.load_gates(item);
   consumer.template mainloop<win, true, false>(item, phase, [] {});
   consumer.template add_reads<win>(item);
@@ -38,7 +40,7 @@ __device__ __forceinline__ void attend_gated(Consumer<T, DK, DV>& consumer, cons
   consumer.template store_gated<cmp>(item);
 }
 
-template <class T, int DK, int DV, Job J>
+template <class T, int DK, int DV, bool Tuned, Job J>
 __global__ void __launch_bounds__(threads, 1) dense_kernel(const __grid_constant__ DenseAttentionParams p) {
 #ifdef NSA_WGMMA
   extern __shared__ char memory[];
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(threads, 1) dense_kernel(const __grid_constant
     if (threadIdx.x % 128 == 0) produce<DK, DV, J>(p, shared, first_position);
   } else {
     warpgroup_reg_alloc<232>();
-    Consumer<T, DK, DV> consumer{p, shared, warpgroup};
+    Consumer<T, DK, DV, Tuned> consumer{p, shared, warpgroup};
     int phase = 0;
     for (int index = blockIdx.x; index < p.work.items; index += gridDim.x, phase ^= 1) {
       const DenseWorkItem item(p.work, index, first_position);
@@ -66,7 +68,7 @@ __global__ void __launch_bounds__(threads, 1) dense_kernel(const __grid_constant
 #endif
 }
 
-template <class T, int DK, int DV, Job J>
+template <class T, int DK, int DV, bool Tuned, Job J>
 void launch(const AttendArgs* of[branches], const float* gate, Stream* stream) {
   const AttendArgs& a = *of[J == Job::win ? win : cmp];
   DenseAttentionParams p{};
@@ -80,7 +82,8 @@ void launch(const AttendArgs* of[branches], const float* gate, Stream* stream) {
                              b == cmp ? compressed_tokens(a.shape.rules, end - 1) : end);
     p.reads[b] = of[b]->reads;
   }
-  launch_pdl(dense_kernel<T, DK, DV, J>, dim3(persistent_ctas(p.work)), threads, Shared<DK, DV>::bytes, stream, 1, p);
+  launch_pdl(dense_kernel<T, DK, DV, Tuned, J>, dim3(persistent_ctas(p.work)), threads, Shared<DK, DV>::bytes, stream,
+             1, p);
 }
 
 template <Job J>
@@ -88,10 +91,7 @@ void launch(const AttendArgs* of[branches], const float* gate, Stream* stream) {
   const LayerShape& s = of[J == Job::win ? win : cmp]->shape;
   const auto by_head_size = [&](auto type) {
     using T = decltype(type);
-    if (s.d_k == 64)
-      launch<T, 64, 64, J>(of, gate, stream);
-    else
-      launch<T, 128, 128, J>(of, gate, stream);
+    with_head_sizes(s, [&](auto d_k, auto d_v, auto tuned) { launch<T, d_k, d_v, tuned, J>(of, gate, stream); });
   };
   if (s.dtype == DType::bf16)
     by_head_size(__nv_bfloat16{});

@@ -5,12 +5,14 @@
 
 namespace nsa::gpu::dense {
 
-constexpr int slots = 6;
+/// Of one K or V tile: as many as fit.
+template <int DK>
+constexpr int slots = DK > 128 ? 3 : 6;
 constexpr int consumer_warpgroups = 2;
 constexpr int item_queries = consumer_warpgroups * warpgroup_queries, threads = 128 * (consumer_warpgroups + 1);
 
 template <int DK, int DV>
-using Shared = DenseShared<DK, DV, slots, consumer_warpgroups>;
+using Shared = DenseShared<DK, DV, slots<DK>, consumer_warpgroups>;
 
 // What a kernel computes: a branch's partials, cmp's (m, sum) alone, or win and then cmp of each item, normalised,
 // multiplied by the gates and added.
@@ -58,7 +60,7 @@ __device__ __forceinline__ KvTileRange kv_tiles(const DenseAttentionParams& p, c
 // K of tile j + 1 comes before V of tile j. `WithValues`: V too.
 template <int DK, int DV, Branch B, bool WithValues>
 __device__ __forceinline__ void load_kv_tiles(const DenseAttentionParams& p, const Shared<DK, DV>& shared,
-                                              PipelineState<slots>& state, const DenseWorkItem& item) {
+                                              PipelineState<slots<DK>>& state, const DenseWorkItem& item) {
   const KvTensorMaps& kv = p.kv[B];
   const KvTileRange range = kv_tiles<B>(p, item);
   const auto load = [&]<int Width>(const CUtensorMap& map, const CUtensorMap& narrow, int tile) {
@@ -79,7 +81,7 @@ __device__ __forceinline__ void load_kv_tiles(const DenseAttentionParams& p, con
 template <int DK, int DV, Job J>
 __device__ __forceinline__ void produce(const DenseAttentionParams& p, const Shared<DK, DV>& shared,
                                         std::int64_t first_position) {
-  PipelineState<slots> state;
+  PipelineState<slots<DK>> state;
   int phase = 0;
   for (int index = blockIdx.x; index < p.work.items; index += gridDim.x, phase ^= 1) {
     const DenseWorkItem item(p.work, index, first_position);

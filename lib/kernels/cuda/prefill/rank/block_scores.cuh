@@ -14,13 +14,14 @@
 
 namespace nsa::gpu::block_scoring {
 
-constexpr int slots = 4;
+template <int DK>
+constexpr int slots = DK > 128 ? 2 : 4;
 constexpr int consumer_warpgroups = 4;  // the products of one overlap with the exponentials of the others
 constexpr int item_queries = consumer_warpgroups * warpgroup_queries, threads = 128 * (consumer_warpgroups + 1);
 constexpr int quad_tokens = 4;  // of a block, where l' = 4 d
 
 template <int DK>
-using Shared = DenseShared<DK, DK, slots, consumer_warpgroups>;
+using Shared = DenseShared<DK, DK, slots<DK>, consumer_warpgroups>;
 
 struct BlockScoreParams {
   DenseWork work;
@@ -38,7 +39,7 @@ __device__ __forceinline__ int kv_tile_count(const BlockRules& r, const DenseWor
 // second tokens, and so on.
 template <int DK>
 __device__ __forceinline__ void load_quads(const BlockScoreParams& p, const Shared<DK>& shared,
-                                           const PipelineState<slots>& state, int plane, int begin) {
+                                           const PipelineState<slots<DK>>& state, int plane, int begin) {
   constexpr int box_bytes = Shared<DK>::Storage::tile_box;
   mbarrier_wait(shared.empty(state.slot), state.phase ^ 1);
   mbarrier_arrive_expect_tx(shared.full(state.slot), DK / box_columns * box_bytes);
@@ -56,7 +57,7 @@ __device__ __forceinline__ void load_quads(const BlockScoreParams& p, const Shar
 template <int DK, bool Quads>
 __device__ __forceinline__ void produce(const BlockScoreParams& p, const Shared<DK>& shared,
                                         std::int64_t first_position) {
-  PipelineState<slots> state;
+  PipelineState<slots<DK>> state;
   int phase = 0;
   for (int index = blockIdx.x; index < p.work.items; index += gridDim.x, phase ^= 1) {
     const DenseWorkItem item(p.work, index, first_position);
@@ -72,14 +73,14 @@ __device__ __forceinline__ void produce(const BlockScoreParams& p, const Shared<
 
 // A consumer warpgroup's state over a work item. The halo of a block: the last tokens of the previous block, which
 // overlap it.
-template <class T, int DK, bool Quads>
+template <class T, int DK, bool Tuned, bool Quads>
 struct ScoreConsumer {
   const BlockScoreParams& p;
   const Shared<DK>& shared;
   int warpgroup;
   float* token_sums;             // of the warp: probabilities summed over heads, [-halo, 128) from the tile's start
   const float* overlap_weights;  // of the halo + ratio tokens that overlap a block
-  PipelineState<slots> state;
+  PipelineState<slots<DK>> state;
   float row_lse[2];         // of rows g and g + 8, in base 2
   int visible, eligible;    // compressed tokens that the query sees, blocks it may select
   float halo_sum;           // Quads: sum over heads of the previous tile's last token
@@ -95,8 +96,8 @@ struct ScoreConsumer {
   __device__ __forceinline__ void score_item(const DenseWorkItem& item, int phase);
 };
 
-template <class T, int DK, bool Quads>
-__device__ __forceinline__ void ScoreConsumer<T, DK, Quads>::begin(const DenseWorkItem& item) {
+template <class T, int DK, bool Tuned, bool Quads>
+__device__ __forceinline__ void ScoreConsumer<T, DK, Tuned, Quads>::begin(const DenseWorkItem& item) {
   const LayerShape& shape = p.work.shape;
   const int lane = threadIdx.x % 32, query = item.first_query + warpgroup * warpgroup_queries + threadIdx.x % 128 / 32;
   const std::int64_t t = item.t + query - item.first_query;
@@ -137,9 +138,9 @@ __device__ __forceinline__ void exchange_halves(float (&x)[32], int i) {
 // Probabilities of the tile from `begin`, summed over the query's heads, to `token_sums`. The tree: rows g and g + 8,
 // then lanes 16, 8 and 4 apart, with half of the columns exchanged at each step. There is no branch after the first
 // exponential, and four columns at a time go down the tree, so that exchanges overlap with exponentials.
-template <class T, int DK, bool Quads>
-__device__ __forceinline__ void ScoreConsumer<T, DK, Quads>::sum_heads(float (&s)[64], int begin) const {
-  const float scale = log2_e / sqrtf(static_cast<float>(DK));
+template <class T, int DK, bool Tuned, bool Quads>
+__device__ __forceinline__ void ScoreConsumer<T, DK, Tuned, Quads>::sum_heads(float (&s)[64], int begin) const {
+  const float scale = Tuned ? log2_e / sqrtf(static_cast<float>(DK)) : p.work.scale;
   const int lane = threadIdx.x % 32, quad = lane % 4;
   if (begin + dense_tile_tokens > visible) {
     const int end = visible - begin;
@@ -168,8 +169,8 @@ __device__ __forceinline__ void ScoreConsumer<T, DK, Quads>::sum_heads(float (&s
 }
 
 // Scores of the blocks that end in the tile. The last `halo` tokens overlap the next tile's first block.
-template <class T, int DK, bool Quads>
-__device__ __forceinline__ void ScoreConsumer<T, DK, Quads>::sum_tokens(int first_block) {
+template <class T, int DK, bool Tuned, bool Quads>
+__device__ __forceinline__ void ScoreConsumer<T, DK, Tuned, Quads>::sum_tokens(int first_block) {
   __syncwarp();
   const int lane = threadIdx.x % 32;
   for (int b = lane; b < blocks; b += 32) {
@@ -195,9 +196,9 @@ __device__ __forceinline__ float exchange_half(float low, float high) {
 // Column 32 i + b of the tile is token i of block b, so a lane has all tokens of 8 blocks, 8 u + 2 quad + e, for two
 // heads; only the previous block's token may be another lane's. The sum over heads: lanes 16, 8 and 4 apart, with half
 // of the blocks exchanged at each step.
-template <class T, int DK, bool Quads>
-__device__ __forceinline__ void ScoreConsumer<T, DK, Quads>::sum_quads(float (&s)[64], int begin) {
-  const float scale = log2_e / sqrtf(static_cast<float>(DK));
+template <class T, int DK, bool Tuned, bool Quads>
+__device__ __forceinline__ void ScoreConsumer<T, DK, Tuned, Quads>::sum_quads(float (&s)[64], int begin) {
+  const float scale = Tuned ? log2_e / sqrtf(static_cast<float>(DK)) : p.work.scale;
   if (begin + dense_tile_tokens > visible) {
     const int end = visible - begin - static_cast<int>(threadIdx.x) % 4 * 8;
 #pragma unroll
@@ -231,8 +232,9 @@ __device__ __forceinline__ void ScoreConsumer<T, DK, Quads>::sum_quads(float (&s
 }
 
 // Lane 8 u + 4 e + quad has block 8 u + 2 quad + e of the tile and the last token of 8 u + 2 quad + 1.
-template <class T, int DK, bool Quads>
-__device__ __forceinline__ void ScoreConsumer<T, DK, Quads>::store_quads(float sum, float last, int first_block) {
+template <class T, int DK, bool Tuned, bool Quads>
+__device__ __forceinline__ void ScoreConsumer<T, DK, Tuned, Quads>::store_quads(float sum, float last,
+                                                                                int first_block) {
   const int lane = threadIdx.x % 32, block = first_block + lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2;
   const float before = __shfl_sync(0xffffffffu, last, lane % 4 ? lane - 1 : lane - 5);
   if (lane % 8 < 4) sum += lane == 0 ? halo_sum : before;
@@ -240,8 +242,8 @@ __device__ __forceinline__ void ScoreConsumer<T, DK, Quads>::store_quads(float s
   if (to && block < eligible) to[block] = sum;
 }
 
-template <class T, int DK, bool Quads>
-__device__ __forceinline__ void ScoreConsumer<T, DK, Quads>::score_tile(int tile) {
+template <class T, int DK, bool Tuned, bool Quads>
+__device__ __forceinline__ void ScoreConsumer<T, DK, Tuned, Quads>::score_tile(int tile) {
   float s[64];
   const int slot = warp_uniform(state.slot);
   mbarrier_wait(shared.full(slot), state.phase);
@@ -259,8 +261,8 @@ __device__ __forceinline__ void ScoreConsumer<T, DK, Quads>::score_tile(int tile
   }
 }
 
-template <class T, int DK, bool Quads>
-__device__ __forceinline__ void ScoreConsumer<T, DK, Quads>::score_item(const DenseWorkItem& item, int phase) {
+template <class T, int DK, bool Tuned, bool Quads>
+__device__ __forceinline__ void ScoreConsumer<T, DK, Tuned, Quads>::score_item(const DenseWorkItem& item, int phase) {
   begin(item);
   const int tiles = warp_uniform(kv_tile_count(p.work.shape.rules, item));
   mbarrier_wait(shared.queries_full(), phase);
@@ -277,7 +279,7 @@ __device__ __forceinline__ void ScoreConsumer<T, DK, Quads>::score_item(const De
   }
 }
 
-template <class T, int DK, bool Quads>
+template <class T, int DK, bool Tuned, bool Quads>
 __global__ void __launch_bounds__(threads, 1) score_kernel(const __grid_constant__ BlockScoreParams p) {
 #ifdef NSA_WGMMA
   extern __shared__ char memory[];
@@ -298,8 +300,8 @@ __global__ void __launch_bounds__(threads, 1) score_kernel(const __grid_constant
     if (threadIdx.x % 128 == 0) produce<DK, Quads>(p, shared, first_position);
   } else {
     warpgroup_reg_alloc<112>();
-    ScoreConsumer<T, DK, Quads> consumer{p, shared, warpgroup, token_sums[threadIdx.x / 32] + prefill_max_halo,
-                                         overlap_weights};
+    ScoreConsumer<T, DK, Tuned, Quads> consumer{p, shared, warpgroup, token_sums[threadIdx.x / 32] + prefill_max_halo,
+                                                overlap_weights};
     consumer.ratio = ratio;
     consumer.halo = halo;
     consumer.blocks = dense_tile_tokens / ratio;

@@ -20,7 +20,7 @@ std::int64_t score_pitch_of(const BlockRules& r, std::int64_t positions) {
   return (eligible_blocks(r, positions - 1) + 31) / 32 * 32;
 }
 
-template <class T, int DK>
+template <class T, int DK, bool Tuned>
 void launch_scores(const RankArgs& a, Stream* stream) {
   const LayerShape& s = a.shape;
   BlockScoreParams p{dense_work(s, a.tile, a.q, item_queries),
@@ -32,16 +32,15 @@ void launch_scores(const RankArgs& a, Stream* stream) {
     p.kv.k = kv_tensor_map(a.k_cmp, s.dtype, std::int64_t{a.tile.batch_begin + a.tile.batches} * s.groups,
                            whole ? p.kv.box_rows : 1, whole ? quad_tokens : 1);
   }
-  launch_pdl(quads ? score_kernel<T, DK, true> : score_kernel<T, DK, false>, dim3(persistent_ctas(p.work)), threads,
-             Shared<DK>::bytes, stream, 1, p);
+  launch_pdl(quads ? score_kernel<T, DK, Tuned, true> : score_kernel<T, DK, Tuned, false>,
+             dim3(persistent_ctas(p.work)), threads, Shared<DK>::bytes, stream, 1, p);
 }
 
 template <class T>
 void launch_scores(const RankArgs& a, Stream* stream) {
-  if (a.shape.d_k == 64)
-    launch_scores<T, 64>(a, stream);
-  else
-    launch_scores<T, 128>(a, stream);
+  LayerShape keys = a.shape;  // V is not read
+  keys.d_v = std::min(keys.d_k, 128);
+  with_head_sizes(keys, [&](auto d_k, auto, auto tuned) { launch_scores<T, d_k, tuned>(a, stream); });
 }
 
 }  // namespace

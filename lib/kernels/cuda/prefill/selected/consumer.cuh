@@ -6,15 +6,18 @@
 namespace nsa::gpu::selected {
 
 // A warp and its query. g and g + 8 are a lane's two rows, heads of the query; [2] is over them.
-template <class T, int DK, int DV>
+template <class T, int DK, int DV, bool Tuned>
 struct QueryConsumer {
   using Storage = SharedStorage<DK, DV>;
   const SelectedParams& p;
   const Shared<DK, DV>& shared;
+  int warp;
+  float scale_of_shape;         // of scores, in a padded instance
   unsigned k_row, v_row;        // the lane's row within 16 tokens, in bytes
   unsigned k_column, v_column;  // its 16 bytes within the row's first 32, swizzled
   PipelineState<mailbox_slots> mailbox = {};
-  std::uint32_t q[DK / 16][4];
+  static constexpr bool q_in_shared = Storage::keeps_queries;
+  std::uint32_t q[q_in_shared ? 1 : DK / 16][4];
   float o[DV / 8][4], s[8][4];
   std::uint32_t probabilities[4][4];  // of 16 tokens each, packed as the A operand of p v
   // Of rows g and g + 8. row_max is the reference of the exponentials, in base 2: update_row_max() lets it lag behind
@@ -22,14 +25,20 @@ struct QueryConsumer {
   float row_max[2], row_sum[2];
   int tokens_read;
 
-  __device__ __forceinline__ QueryConsumer(const SelectedParams& params, const Shared<DK, DV>& at)
-      : p(params), shared(at) {
+  __device__ __forceinline__ QueryConsumer(const SelectedParams& params, const Shared<DK, DV>& at, int warp_index)
+      : p(params), shared(at), warp(warp_index), scale_of_shape(log2_e / sqrtf(static_cast<float>(p.a.shape.d_k))) {
     const unsigned lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
     k_row = (matrix / 2 * 8 + r) * 128;
     k_column = (matrix % 2 ^ r) * 16;
     v_row = (matrix % 2 * 8 + r) * 128;
     v_column = (matrix / 2 ^ r) * 16;
   }
+  // Constants of a tuned instance; of others those of the shape (prefill/prefill.cuh).
+  __device__ __forceinline__ float score_scale() const {
+    return Tuned ? log2_e / sqrtf(static_cast<float>(DK)) : scale_of_shape;
+  }
+  __device__ __forceinline__ int d_k() const { return Tuned ? DK : p.a.shape.d_k; }
+  __device__ __forceinline__ int d_v() const { return Tuned ? DV : p.a.shape.d_v; }
   __device__ __forceinline__ void load_query(const T* from, int heads);
   __device__ __forceinline__ void multiply_qk(unsigned keys);
   __device__ __forceinline__ void online_softmax(int tokens);
@@ -41,20 +50,25 @@ struct QueryConsumer {
   __device__ __forceinline__ void store_partial(std::int64_t at, int half, float total) const;
   __device__ __forceinline__ void store_gated(const std::int64_t (&at)[2], int heads, float gate,
                                               const float (&total)[2]) const;
+  __device__ __forceinline__ void store_gated_columns(const std::int64_t (&at)[2], int heads, float gate,
+                                                      const float (&total)[2]) const;
 };
 
-// q of the query: row r of `from` is head r; those past `heads` are zero.
-template <class T, int DK, int DV>
-__device__ __forceinline__ void QueryConsumer<T, DK, DV>::load_query(const T* from, int heads) {
+// q of the query: row r of `from` is head r; those past `heads`, and columns past Dk, are zero.
+template <class T, int DK, int DV, bool Tuned>
+__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::load_query(const T* from, int heads) {
   const int lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4;
 #pragma unroll
   for (int step = 0; step < DK / 16; ++step) {
-    const auto* low = reinterpret_cast<const std::uint32_t*>(from + g * DK + step * 16 + quad * 2);
-    const auto* high = reinterpret_cast<const std::uint32_t*>(from + (g + 8) * DK + step * 16 + quad * 2);
-    q[step][0] = g < heads ? low[0] : 0u;
-    q[step][1] = g + 8 < heads ? high[0] : 0u;
-    q[step][2] = g < heads ? low[4] : 0u;
-    q[step][3] = g + 8 < heads ? high[4] : 0u;
+    const auto* low = reinterpret_cast<const std::uint32_t*>(from + g * d_k() + step * 16 + quad * 2);
+    const auto* high = reinterpret_cast<const std::uint32_t*>(from + (g + 8) * d_k() + step * 16 + quad * 2);
+    const bool has_columns = Tuned || step * 16 < d_k();
+    const uint4 x = {has_columns && g < heads ? low[0] : 0u, has_columns && g + 8 < heads ? high[0] : 0u,
+                     has_columns && g < heads ? low[4] : 0u, has_columns && g + 8 < heads ? high[4] : 0u};
+    if constexpr (q_in_shared)
+      shared.query(warp, step) = x;  // read back by the same lane
+    else
+      q[step][0] = x.x, q[step][1] = x.y, q[step][2] = x.z, q[step][3] = x.w;
   }
 #pragma unroll
   for (auto& x : o) x[0] = x[1] = x[2] = x[3] = 0.0f;
@@ -63,25 +77,31 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV>::load_query(const T* fr
   tokens_read = 0;
 }
 
-template <class T, int DK, int DV>
-__device__ __forceinline__ void QueryConsumer<T, DK, DV>::multiply_qk(unsigned keys) {
+template <class T, int DK, int DV, bool Tuned>
+__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::multiply_qk(unsigned keys) {
 #pragma unroll
   for (auto& x : s) x[0] = x[1] = x[2] = x[3] = 0.0f;
 #pragma unroll
-  for (int step = 0; step < DK / 16; ++step)
+  for (int step = 0; step < DK / 16; ++step) {
+    uint4 a;
+    if constexpr (q_in_shared)
+      a = shared.query(warp, step);
+    else
+      a = {q[step][0], q[step][1], q[step][2], q[step][3]};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       std::uint32_t k[4];
       ldmatrix_x4(k, keys + step / 4 * Storage::box + j * 2048 + k_row + (k_column ^ step % 4 * 32));
-      mma(s[2 * j], q[step][0], q[step][1], q[step][2], q[step][3], k[0], k[1], T{});
-      mma(s[2 * j + 1], q[step][0], q[step][1], q[step][2], q[step][3], k[2], k[3], T{});
+      mma(s[2 * j], a.x, a.y, a.z, a.w, k[0], k[1], T{});
+      mma(s[2 * j + 1], a.x, a.y, a.z, a.w, k[2], k[3], T{});
     }
+  }
 }
 
 // Scores to probabilities; rescales o if row_max changed. The query sees the block's first `tokens`.
-template <class T, int DK, int DV>
-__device__ __forceinline__ void QueryConsumer<T, DK, DV>::online_softmax(int tokens) {
-  const float scale = log2_e / sqrtf(static_cast<float>(DK));
+template <class T, int DK, int DV, bool Tuned>
+__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::online_softmax(int tokens) {
+  const float scale = score_scale();
   const int quad = threadIdx.x % 4;
   if (tokens < block_tokens) {
 #pragma unroll
@@ -124,9 +144,9 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV>::online_softmax(int tok
 }
 
 // o += p v. Rows of V that were never written are set to zero: they may be NaN, and 0 * NaN is NaN.
-template <class T, int DK, int DV>
+template <class T, int DK, int DV, bool Tuned>
 template <bool AllVisible>
-__device__ __forceinline__ void QueryConsumer<T, DK, DV>::accumulate_pv(unsigned values, int tokens) {
+__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::accumulate_pv(unsigned values, int tokens) {
   const int quad = threadIdx.x % 4;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -147,8 +167,8 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV>::accumulate_pv(unsigned
   }
 }
 
-template <class T, int DK, int DV>
-__device__ __forceinline__ void QueryConsumer<T, DK, DV>::attend_block(Notification block, int t) {
+template <class T, int DK, int DV, bool Tuned>
+__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::attend_block(Notification block, int t) {
   const bool first_lane = threadIdx.x % 32 == 0;
   const int tokens = min(t + 1 - block.block() * block_tokens, block_tokens);
   const int slot = block.slot();
@@ -169,14 +189,18 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV>::attend_block(Notificat
   tokens_read += tokens;
 }
 
-template <class T, int DK, int DV>
-__device__ __forceinline__ void QueryConsumer<T, DK, DV>::attend_item(const WorkItem& item, int query, int t) {
+template <class T, int DK, int DV, bool Tuned>
+__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::attend_item(const WorkItem& item, int query, int t) {
   const LayerShape& shape = p.a.shape;
   const int lane = threadIdx.x % 32, n = shape.rules.n_sel;
   if (!item.has(p, query)) return;
   const std::int64_t row_group = item.row(p, query) * shape.groups + item.group;
-  const bool selects = lane < n && p.a.selected[row_group * n + lane] >= 0;
-  load_query(static_cast<const T*>(p.a.q) + row_group * shape.heads_per_group * DK, shape.heads_per_group);
+  bool selects = lane < n && p.a.selected[row_group * n + lane] >= 0;
+  if constexpr (!Tuned) {
+    const int i = p.pairs_blocks ? lane / 2 : lane;
+    selects = i < n && block_of_selection(p, p.a.selected[row_group * n + i], lane, t) >= 0;
+  }
+  load_query(static_cast<const T*>(p.a.q) + row_group * shape.heads_per_group * d_k(), shape.heads_per_group);
   const int selected = __popc(__ballot_sync(0xffffffffu, selects));
   for (int i = 0; i < selected; ++i, mailbox.advance()) {
     mbarrier_wait(shared.mailbox_full(query, mailbox.slot), mailbox.phase);
@@ -185,8 +209,8 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV>::attend_item(const Work
   epilogue(item, query);
 }
 
-template <class T, int DK, int DV>
-__device__ __forceinline__ void QueryConsumer<T, DK, DV>::epilogue(const WorkItem& item, int query) const {
+template <class T, int DK, int DV, bool Tuned>
+__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::epilogue(const WorkItem& item, int query) const {
   const LayerShape& shape = p.a.shape;
   const int lane = threadIdx.x % 32;
   const std::int64_t row_group = item.row(p, query) * shape.groups + item.group;
@@ -198,8 +222,10 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV>::epilogue(const WorkIte
     at[half] = row_group * shape.heads_per_group + min(lane / 4 + half * 8, shape.heads_per_group - 1);
   }
   const int heads = shape.heads_per_group - lane / 4;  // above 0 and above 8: the lane's two rows are heads
-  if (p.gate)
+  if (p.gate && Tuned)
     store_gated(at, heads, p.gate[row_group * branches + sel], total);
+  else if (p.gate)
+    store_gated_columns(at, heads, p.gate[row_group * branches + sel], total);
   else
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -209,21 +235,24 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV>::epilogue(const WorkIte
               static_cast<unsigned long long>(tokens_read));
 }
 
-template <class T, int DK, int DV>
-__device__ __forceinline__ void QueryConsumer<T, DK, DV>::store_partial(std::int64_t at, int half, float total) const {
+template <class T, int DK, int DV, bool Tuned>
+__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::store_partial(std::int64_t at, int half,
+                                                                               float total) const {
   if (threadIdx.x % 4 == 0)
     reinterpret_cast<float2*>(p.a.out.ms)[at] =
         make_float2(total > 0.0f ? row_max[half] * 0.6931471805599453f : -INFINITY, total);
-  float* to = p.a.out.o + at * DV + threadIdx.x % 4 * 2;
+  float* to = p.a.out.o + at * d_v() + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int j = 0; j < DV / 8; ++j)
-    *reinterpret_cast<float2*>(to + 8 * j) = make_float2(o[j][2 * half], o[j][2 * half + 1]);
+    if (Tuned || 8 * j < d_v())
+      *reinterpret_cast<float2*>(to + 8 * j) = make_float2(o[j][2 * half], o[j][2 * half + 1]);
 }
 
 // Both heads' loads are issued before the first is used.
-template <class T, int DK, int DV>
-__device__ __forceinline__ void QueryConsumer<T, DK, DV>::store_gated(const std::int64_t (&at)[2], int heads,
-                                                                      float gate, const float (&total)[2]) const {
+template <class T, int DK, int DV, bool Tuned>
+__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::store_gated(const std::int64_t (&at)[2], int heads,
+                                                                             float gate,
+                                                                             const float (&total)[2]) const {
   const int column = threadIdx.x % 4 * 2;
   float2 other_branches[2][DV / 8];
 #pragma unroll
@@ -241,6 +270,28 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV>::store_gated(const std:
       __stcs(reinterpret_cast<std::uint32_t*>(to + 8 * j),
              pack(fmaf(o[j][2 * half], weight, other_branches[half][j].x),
                   fmaf(o[j][2 * half + 1], weight, other_branches[half][j].y), T{}));
+  }
+}
+
+// The same of a padded instance, with fewer registers.
+template <class T, int DK, int DV, bool Tuned>
+__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::store_gated_columns(const std::int64_t (&at)[2],
+                                                                                     int heads, float gate,
+                                                                                     const float (&total)[2]) const {
+  const int column = threadIdx.x % 4 * 2, d_v = p.a.shape.d_v;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (heads <= half * 8) continue;
+    const float weight = total[half] > 0.0f ? gate / total[half] : 0.0f;
+    const float* from = p.a.out.o + at[half] * d_v + column;
+    T* to = static_cast<T*>(p.o) + at[half] * d_v + column;
+#pragma unroll
+    for (int j = 0; j < DV / 8; ++j) {
+      if (8 * j >= d_v) break;
+      const float2 x = __ldcs(reinterpret_cast<const float2*>(from + 8 * j));
+      __stcs(reinterpret_cast<std::uint32_t*>(to + 8 * j),
+             pack(fmaf(o[j][2 * half], weight, x.x), fmaf(o[j][2 * half + 1], weight, x.y), T{}));
+    }
   }
 }
 

@@ -23,19 +23,19 @@ using namespace selected;
 namespace {
 
 // The four warps that are not consumers.
-template <int DK, int DV, int MaxBlocks>
+template <int DK, int DV, bool Tuned, int MaxBlocks>
 __device__ __forceinline__ void produce(const SelectedParams& p, const Shared<DK, DV>& shared, int warp) {
   if (threadIdx.x == 32 * item_queries)
     Producer<DK, DV>{p, shared}.load_keys();
   else if (threadIdx.x == 32 * (item_queries + 1))
     Producer<DK, DV>{p, shared}.load_values();
   else if (warp == item_queries + 2)
-    TileScheduler<DK, DV, MaxBlocks>{p, shared}.run();
+    TileScheduler<DK, DV, Tuned, MaxBlocks>{p, shared}.run();
   else if (warp == item_queries + 3)
     Producer<DK, DV>{p, shared}.notify_queries();
 }
 
-template <class T, int DK, int DV, int MaxBlocks>
+template <class T, int DK, int DV, bool Tuned, int MaxBlocks>
 __global__ void __launch_bounds__(threads, 1) sel_kernel(const __grid_constant__ SelectedParams p) {
 #ifdef NSA_WGMMA
   extern __shared__ __align__(1024) char memory[];
@@ -46,11 +46,11 @@ __global__ void __launch_bounds__(threads, 1) sel_kernel(const __grid_constant__
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp >= item_queries) {
     warpgroup_reg_dealloc<56>();
-    produce<DK, DV, MaxBlocks>(p, shared, warp);
+    produce<DK, DV, Tuned, MaxBlocks>(p, shared, warp);
   } else {
     warpgroup_reg_alloc<152>();
     const int first_position = static_cast<int>(*p.a.tile.first_position);
-    QueryConsumer<T, DK, DV> consumer(p, shared);
+    QueryConsumer<T, DK, DV, Tuned> consumer(p, shared, warp);
     for (WorkItems items(p); items.more(); items.next()) {
       const WorkItem item(p, items.index());
       consumer.attend_item(item, warp, first_position + item.first_query + warp);
@@ -64,7 +64,10 @@ constexpr std::int64_t max_interleaved_bytes = 24 << 20;  // bytes of K and V: h
 int query_tiles_of(const QueryTile& tile) { return (tile.tokens + item_queries - 1) / item_queries; }
 int items_of(const LayerShape& s, const QueryTile& tile) { return tile.batches * s.groups * query_tiles_of(tile); }
 
-template <class T, int DK, int DV>
+// Blocks of 64 tokens that a query selects.
+int blocks_of(const BlockRules& r) { return r.n_sel * (r.l_sel / block_tokens); }
+
+template <class T, int DK, int DV, bool Tuned>
 void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
   SelectedParams p{};
   p.a = a;
@@ -76,14 +79,16 @@ void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
   p.v = kv_tensor_map(a.v, a.shape.dtype, planes, p.box_rows);
   p.query_tiles = query_tiles_of(a.tile);
   p.items = items_of(a.shape, a.tile);
-  p.interleave_planes = planes * a.tile.max_positions * (DK + DV) * std::int64_t{sizeof(T)} <= max_interleaved_bytes;
+  p.pairs_blocks = a.shape.rules.l_sel > block_tokens;
+  p.interleave_planes =
+      planes * a.tile.max_positions * (a.shape.d_k + a.shape.d_v) * std::int64_t{sizeof(T)} <= max_interleaved_bytes;
   const auto launch_kernel = [&](auto* kernel) {
     launch_pdl(kernel, dim3(std::min(p.items, limits().sms)), threads, Shared<DK, DV>::bytes, stream, 1, p);
   };
-  if (a.shape.rules.n_sel <= max_blocks_small)
-    launch_kernel(sel_kernel<T, DK, DV, max_blocks_small>);
+  if (blocks_of(a.shape.rules) <= max_blocks_small)
+    launch_kernel(sel_kernel<T, DK, DV, Tuned, max_blocks_small>);
   else
-    launch_kernel(sel_kernel<T, DK, DV, max_blocks>);
+    launch_kernel(sel_kernel<T, DK, DV, Tuned, max_blocks>);
 }
 
 void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
@@ -91,10 +96,11 @@ void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
   if (a.tile.max_positions > max_schedulable_positions) throw LaunchError("tiled has no room for so many positions");
   const auto by_head_size = [&](auto type) {
     using T = decltype(type);
-    if (a.shape.d_k == 64)
-      launch<T, 64, 64>(a, gate, o, stream);
-    else
-      launch<T, 128, 128>(a, gate, o, stream);
+    with_head_sizes(a.shape, [&](auto d_k, auto d_v, auto tuned) {
+      if constexpr (tuned)
+        if (a.shape.rules.l_sel == block_tokens) return launch<T, d_k, d_v, true>(a, gate, o, stream);
+      launch<T, d_k, d_v, false>(a, gate, o, stream);
+    });
   };
   if (a.shape.dtype == DType::bf16)
     by_head_size(__nv_bfloat16{});
@@ -105,7 +111,9 @@ void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
 }  // namespace
 
 bool prefill_sel_accepts(const LayerShape& s, const RowMap& map) {
-  return tiles_shape(s) && s.rules.l_sel == block_tokens && s.rules.n_sel <= max_blocks && tma_accepts(map);
+  const BlockRules& r = s.rules;
+  return tiles_shape(s) && (r.l_sel == block_tokens || r.l_sel == 2 * block_tokens) && blocks_of(r) <= max_blocks &&
+         tma_accepts(map);
 }
 
 bool prefill_sel_pays(const LayerShape& s, const QueryTile& tile) {

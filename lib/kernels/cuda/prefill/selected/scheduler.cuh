@@ -9,8 +9,8 @@
 
 namespace nsa::gpu::selected {
 
-// `MaxBlocks`: that a query selects.
-template <int DK, int DV, int MaxBlocks>
+// `MaxBlocks`: blocks of 64 tokens that a query selects.
+template <int DK, int DV, bool Tuned, int MaxBlocks>
 struct TileScheduler {
   const SelectedParams& p;
   const Shared<DK, DV>& shared;
@@ -35,8 +35,16 @@ struct TileScheduler {
     scheduled = pooled = 0;
 #pragma unroll
     for (int i = 0; i < MaxBlocks; ++i) blocks[i] = has_query && i < n ? from[i] : -1;
+    if constexpr (!Tuned) split_blocks(static_cast<int>(*p.a.tile.first_position) + item.first_query + lane);
 #pragma unroll
     for (int i = 0; i < MaxBlocks; ++i) blocks[i] = blocks[i] < 0 ? none : blocks[i];
+  }
+  // Selection blocks to their blocks of 64 tokens, for a query at position t. From the last on: a selection block is
+  // read before these take its place.
+  __device__ __forceinline__ void split_blocks(int t) {
+#pragma unroll
+    for (int i = MaxBlocks - 1; i >= 0; --i)
+      blocks[i] = block_of_selection(p, p.pairs_blocks ? blocks[i / 2] : blocks[i], i, t);
   }
   // In registers: a load would delay all lanes at the next step.
   __device__ __forceinline__ void pop_first(bool pops) {

@@ -17,7 +17,7 @@ namespace nsa::gpu::selected {
 constexpr int item_queries = 12;                       // consumer warps
 constexpr int threads = 32 * (item_queries + 4);       // whole warpgroups, which exchange registers
 constexpr int block_tokens = 64;                       // of a KV slot: a selection block
-constexpr int max_blocks = 32, max_blocks_small = 16;  // that a query selects: two instances of the scheduler
+constexpr int max_blocks = 32, max_blocks_small = 16;  // of 64 tokens of a query: two instances of the scheduler
 constexpr int mailbox_slots = 8;                       // of a query: more than KV slots
 constexpr int schedule_slots = 4, slot_steps = 8;      // of the schedule ring, and steps in each
 constexpr std::int64_t max_schedulable_positions = std::int64_t{block_tokens}
@@ -28,10 +28,18 @@ struct SelectedParams {
   AttendArgs a;
   int box_rows, query_tiles, items;
   bool interleave_planes;  // items of all planes alternate, late queries first; otherwise plane after plane
+  bool pairs_blocks;       // a selection block is two blocks of 64 tokens, not one
   // Null: stores partials. Otherwise `o` of all branches is stored: this branch's, normalised and gated, plus a.out.o.
   const float* gate;
   void* o;
 };
+
+// The i-th block of 64 tokens of a query at position t, given its selection block; -1: none. Where blocks come in pairs
+// that is the one with index i / 2, and it may have blocks past t.
+__device__ __forceinline__ int block_of_selection(const SelectedParams& p, int selected, int i, int t) {
+  const int block = p.pairs_blocks ? 2 * selected + i % 2 : selected;
+  return selected >= 0 && block * block_tokens <= t ? block : -1;
+}
 
 struct WorkItem {
   int sequence, group, first_query, plane;
@@ -106,18 +114,21 @@ struct SharedBarriers {
   MbarrierWord schedule_full[schedule_slots], schedule_empty[schedule_slots];
 };
 
-// Shared memory of a CTA, at a multiple of 1024 bytes.
+// Shared memory of a CTA, at a multiple of 1024 bytes. Queries of more than 128 columns do not fit the registers.
 template <int DK, int DV>
 struct SharedStorage {
   static constexpr int box = block_tokens * 128, key_bytes = DK / box_columns * box,
                        value_bytes = DV / box_columns * box;
-  static constexpr int kv_slots = std::min(7, 224 * 1024 / (key_bytes + value_bytes));
+  static constexpr bool keeps_queries = DK > 128;
+  static constexpr int query_bytes = keeps_queries ? item_queries * (DK / 16) * 32 * 16 : 0;
+  static constexpr int kv_slots = std::min(7, (224 * 1024 - query_bytes) / (key_bytes + value_bytes));
   static_assert(kv_slots < mailbox_slots);
   char keys[kv_slots][key_bytes];
   char values[kv_slots][value_bytes];
   SharedBarriers<kv_slots> barriers;
   Notification mailboxes[item_queries][mailbox_slots];
   Step schedule[schedule_slots][slot_steps];
+  uint4 queries[keeps_queries ? item_queries : 1][keeps_queries ? DK / 16 * 32 : 1];  // operand A: [Dk / 16][lane]
 };
 
 // A CTA's shared memory by its addresses.
@@ -164,6 +175,10 @@ struct Shared {
     std::uint32_t word = 0;
     if (threadIdx.x % 32 == 0) word = mailbox(query, i).word;
     return {__shfl_sync(0xffffffffu, word, 0)};
+  }
+  __device__ __forceinline__ uint4& query(int warp, int step) const {
+    return reinterpret_cast<uint4*>(memory +
+                                    offsetof(Storage, queries))[(warp * (DK / 16) + step) * 32 + threadIdx.x % 32];
   }
   __device__ __forceinline__ Step& step(int slot, int i) const {
     return reinterpret_cast<Step*>(memory + offsetof(Storage, schedule))[slot * slot_steps + i];

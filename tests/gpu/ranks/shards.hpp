@@ -1,17 +1,18 @@
-// The attention of a decode step where ranks share the sequences, with all ranks on one GPU and copies as exchanges.
-// Compares the fused phases of ShardedAttention with the stages, which test_attention.cpp compares with the host.
+#pragma once
+// The attention of a decode step where ranks share the sequences, with all ranks on one GPU: stage by stage and in the
+// fused phases, with copies as exchanges, and as one launch a rank.
 
 #include <algorithm>
+#include <chrono>
 #include <memory>
 #include <string>
+#include <thread>
 
 #include "catch.hpp"
 #include "gpu/mirrored.hpp"
+#include "gpu/ranks/peers.hpp"
 
-using namespace nsa;
-using namespace nsa::test;
-
-namespace {
+namespace nsa::test {
 
 struct Case {
   DType type = DType::bf16;
@@ -20,9 +21,10 @@ struct Case {
   std::int64_t position = 0;
   int chunk_blocks = 2;
   BlockRules rules = {};
+  bool ties = false;  // queries of zero: all tokens have one score
 };
 
-LayerShape shape_of(const Case& c) {
+inline LayerShape shape_of(const Case& c) {
   LayerShape s;
   s.rules = c.rules;
   s.groups = c.groups;
@@ -48,11 +50,17 @@ class Shards {
   /// Both fill the results of the ranks, and o.
   void staged(int leave_out = -1);
   void sharded(bool gated, int leave_out = -1);
+  /// The launch of each rank, or whether it is accepted, without exchanges: so no launch of one_launch() loads a
+  /// kernel.
+  bool try_one_launch(const Group& group, int leave_out = -1);
+  /// Fills the selection, the reads and o_of. Ranks are launched from `first` on, `pause` apart.
+  void one_launch(const Group& group, int leave_out = -1, int first = 0, std::chrono::microseconds pause = {});
 
   const LayerShape s;
   const int kv;
   std::vector<RankResults> results;
   std::unique_ptr<MirroredBuffer> lse_all, candidates_all, partials_all, o;
+  std::vector<std::unique_ptr<MirroredBuffer>> o_of;  ///< one launch: of each rank
 
  private:
   RowMap map(std::int64_t chunk, int halo, int rank) const;
@@ -63,6 +71,7 @@ class Shards {
   void rank_and_select(int rank, bool local_attention) const;
   void select(int rank) const;
   CombineArgs combine_args(int leave_out) const;
+  AttentionArgs step_args(int rank, int leave_out) const;
   void gather(std::unique_ptr<MirroredBuffer> RankResults::*from, const MirroredBuffer& to, std::int64_t bytes) const;
 
   const Backend& b = gpu();
@@ -74,7 +83,7 @@ class Shards {
   std::vector<Rank> ranks_;
 };
 
-Shards::Shards(const Case& c, int ranks)
+inline Shards::Shards(const Case& c, int ranks)
     : s(shape_of(c)),
       kv(ranks),
       c_(c),
@@ -88,6 +97,7 @@ Shards::Shards(const Case& c, int ranks)
   for (std::int64_t i = 0; i < rows_ * s.groups * 3; ++i) gate_.host<float>()[i] = 0.1f + 0.2f * (i % 4);
   gate_.to_gpu();
   q_.fill(1, 1, c.batch, "q", 2.0f);
+  if (c.ties) q_.memory.clear();
   const BlockRules& r = s.rules;
   const std::int64_t n = compressed_tokens(r, c.position);
   for (int rank = 0; rank < kv; ++rank) {
@@ -112,7 +122,7 @@ Shards::Shards(const Case& c, int ranks)
   }
 }
 
-RowMap Shards::map(std::int64_t chunk, int halo, int rank) const {
+inline RowMap Shards::map(std::int64_t chunk, int halo, int rank) const {
   RowMap m;
   if (kv == 1) return m;
   m.chunk = chunk;
@@ -124,7 +134,7 @@ RowMap Shards::map(std::int64_t chunk, int halo, int rank) const {
 }
 
 // Allocates memory filled with NaN.
-void Shards::start() {
+inline void Shards::start() {
   const std::int64_t planes = std::int64_t{c_.batch} * s.groups;
   const auto make = [](std::size_t bytes) {
     return std::make_unique<MirroredBuffer>(std::max<std::int64_t>(bytes, 16));
@@ -141,14 +151,17 @@ void Shards::start() {
   lse_all = make(kv * lse_bytes);
   candidates_all = make(kv * candidate_bytes);
   partials_all = make(kv * partial_floats(s, rows_) * 4);
-  o = make(rows_ * s.heads() * s.d_v * static_cast<std::int64_t>(size_of(s.dtype)));
+  const std::int64_t o_bytes = rows_ * s.heads() * s.d_v * static_cast<std::int64_t>(size_of(s.dtype));
+  o = make(o_bytes);
+  o_of.clear();
+  for (int rank = 0; rank < kv; ++rank) o_of.push_back(make(o_bytes));
 }
 
-StageArgs Shards::stage(int rank) const {
+inline StageArgs Shards::stage(int rank) const {
   return {s, tile_, {}, results[rank].scratch->on<void>(b), results[rank].scratch->bytes()};
 }
 
-AttendArgs Shards::attend_args(Branch branch, int rank, int leave_out) const {
+inline AttendArgs Shards::attend_args(Branch branch, int rank, int leave_out) const {
   const RankResults& to = results[rank];
   AttendArgs a{stage(rank)};
   a.q = q_.memory.on<void>(b);
@@ -163,11 +176,11 @@ AttendArgs Shards::attend_args(Branch branch, int rank, int leave_out) const {
   return a;
 }
 
-void Shards::attend(Branch branch, int rank, int leave_out) const {
+inline void Shards::attend(Branch branch, int rank, int leave_out) const {
   b.kernels->attend[branch][0].run(attend_args(branch, rank, leave_out), nullptr);
 }
 
-void Shards::rank_and_select(int rank, bool local_attention) const {
+inline void Shards::rank_and_select(int rank, bool local_attention) const {
   RankArgs a{stage(rank)};
   a.scores = results[rank].scores->on<void>(b);
   a.local_attention = local_attention;
@@ -182,13 +195,13 @@ void Shards::rank_and_select(int rank, bool local_attention) const {
   b.kernels->rank(a, nullptr);
 }
 
-void Shards::select(int rank) const {
+inline void Shards::select(int rank) const {
   if (kv > 1)
     b.kernels->select({stage(rank), candidates_all->on<Candidate>(b), kv, results[rank].selected->on<std::int32_t>(b)},
                       nullptr);
 }
 
-CombineArgs Shards::combine_args(int leave_out) const {
+inline CombineArgs Shards::combine_args(int leave_out) const {
   CombineArgs a{stage(0)};
   a.partials = partials_all->on<float>(b);
   a.ranks = kv;
@@ -198,14 +211,14 @@ CombineArgs Shards::combine_args(int leave_out) const {
   return a;
 }
 
-void Shards::gather(std::unique_ptr<MirroredBuffer> RankResults::*from, const MirroredBuffer& to,
-                    std::int64_t bytes) const {
+inline void Shards::gather(std::unique_ptr<MirroredBuffer> RankResults::*from, const MirroredBuffer& to,
+                           std::int64_t bytes) const {
   for (int rank = 0; rank < kv; ++rank)
     b.device->copy(to.on<char>(b) + rank * bytes, (results[rank].*from)->on<void>(b), static_cast<std::size_t>(bytes),
                    nullptr);
 }
 
-void Shards::staged(int leave_out) {
+inline void Shards::staged(int leave_out) {
   start();
   for (int rank = 0; rank < kv; ++rank) {
     attend(cmp, rank, leave_out);
@@ -222,7 +235,7 @@ void Shards::staged(int leave_out) {
   b.device->synchronize(nullptr);
 }
 
-void Shards::sharded(bool gated, int leave_out) {
+inline void Shards::sharded(bool gated, int leave_out) {
   start();
   const ShardedAttention& op = b.kernels->sharded_attention;
   std::vector<ShardedAttentionArgs> args;
@@ -258,26 +271,49 @@ void Shards::sharded(bool gated, int leave_out) {
   b.device->synchronize(nullptr);
 }
 
-// 16-bit: partials are summed in another order, and o is rounded to storage on both sides.
-double tolerance(DType type) { return type == DType::f32 ? 2e-5 : type == DType::bf16 ? 8e-3 : 1.2e-3; }
-
-std::vector<float> values(const Shards& shards) {
-  const auto bytes = shards.o->from_gpu<unsigned char>();
-  std::vector<float> out;
-  for (std::size_t i = 0; i < bytes.size() / size_of(shards.s.dtype); ++i)
-    out.push_back(value_at(shards.s.dtype, bytes.data(), static_cast<std::int64_t>(i)));
-  return out;
+inline AttentionArgs Shards::step_args(int rank, int leave_out) const {
+  AttentionArgs a;
+  for (const Branch branch : {cmp, sel, win}) a.attend[branch] = attend_args(branch, rank, leave_out);
+  static_cast<StageArgs&>(a.rank) = static_cast<StageArgs&>(a.combine) = stage(rank);
+  a.rank.selected = results[rank].selected->on<std::int32_t>(b);
+  a.combine = combine_args(leave_out);
+  a.combine.o = o_of[rank]->on<void>(b);
+  return a;
 }
 
-// The lse buckets of all ranks in the order of a single rank.
-std::vector<float> lse_buckets(const Shards& shards) {
-  const auto all = shards.lse_all->from_gpu<float>();
-  const std::int64_t slots = lse_slots(shards.s, shards.kv), lane = std::ssize(all) / (slots * shards.kv);
-  std::vector<float> out;
-  for (std::int64_t x = 0; x < shards.s.lse.buckets; ++x) {
-    const auto from = all.begin() + (x % shards.kv * slots + x / shards.kv) * lane;
-    out.insert(out.end(), from, from + lane);
+inline bool Shards::try_one_launch(const Group& group, int leave_out) {
+  start();
+  for (int rank = 0; rank < kv; ++rank) {
+    const gpu::PeerGroup seen = group.seen_by(rank);
+    const ShardedStepArgs args{step_args(rank, leave_out), reinterpret_cast<const PeerMemory*>(&seen), false};
+    if (!b.kernels->sharded_step.accepts(args)) return false;
+    b.kernels->sharded_step.run(args, nullptr);
   }
+  b.device->synchronize(nullptr);
+  return true;
+}
+
+inline void Shards::one_launch(const Group& group, int leave_out, int first, std::chrono::microseconds pause) {
+  start();
+  b.device->synchronize(nullptr);
+  for (int i = 0; i < kv; ++i) {
+    const int rank = (first + i) % kv;
+    const gpu::PeerGroup seen = group.seen_by(rank);
+    b.kernels->sharded_step.run({step_args(rank, leave_out), reinterpret_cast<const PeerMemory*>(&seen)},
+                                group.streams[static_cast<std::size_t>(rank)]);
+    if (pause.count() > 0) std::this_thread::sleep_for(pause);
+  }
+  group.synchronize();
+}
+
+// 16-bit: partials are summed in another order, and o is rounded to storage on both sides.
+inline double tolerance(DType type) { return type == DType::f32 ? 2e-5 : type == DType::bf16 ? 8e-3 : 1.2e-3; }
+
+inline std::vector<float> values(const MirroredBuffer& o, DType type) {
+  const auto bytes = o.from_gpu<unsigned char>();
+  std::vector<float> out;
+  for (std::size_t i = 0; i < bytes.size() / size_of(type); ++i)
+    out.push_back(value_at(type, bytes.data(), static_cast<std::int64_t>(i)));
   return out;
 }
 
@@ -291,111 +327,4 @@ std::vector<T> of_ranks(const Shards& shards, std::unique_ptr<MirroredBuffer> Ra
   return out;
 }
 
-struct Answer {
-  std::vector<float> lanes, o;
-  std::vector<std::int32_t> selected;
-  std::vector<std::int64_t> reads, candidates;
-};
-Answer answer(const Shards& s) {
-  return {lse_buckets(s), values(s), of_ranks<std::int32_t>(s, &RankResults::selected),
-          of_ranks<std::int64_t>(s, &RankResults::reads), of_ranks<std::int64_t>(s, &RankResults::candidates)};
-}
-
-void compare(const Answer& got, const Answer& want, DType type, int leave_out) {
-  CHECK(got.lanes == want.lanes);
-  CHECK(got.reads == want.reads);
-  if (leave_out != sel) {
-    CHECK(got.candidates == want.candidates);
-    CHECK(got.selected == want.selected);
-  }
-  CHECK(relative_error(got.o, want.o) < tolerance(type));
-}
-
-void check(const Case& c, std::initializer_list<int> grid, std::initializer_list<int> leave_outs = {-1}) {
-  INFO(name_of(c.type) << " groups=" << c.groups << " h=" << c.h << " Dk=" << c.d_k << " Dv=" << c.d_v
-                       << " batch=" << c.batch << " position=" << c.position);
-  Shards whole(c, 1);
-  whole.staged();
-  const Answer one = answer(whole);
-  for (const int kv : grid)
-    for (const int leave_out : leave_outs) {
-      INFO("kv=" << kv << ", without branch " << leave_out);
-      Shards shards(c, kv);
-      shards.staged(leave_out);
-      const Answer staged = answer(shards);
-      CHECK(staged.lanes == one.lanes);
-      if (leave_out != sel)
-        CHECK(std::vector(staged.selected.begin(), staged.selected.begin() + std::ssize(one.selected)) == one.selected);
-      if (leave_out < 0) CHECK(relative_error(staged.o, one.o) < tolerance(c.type));
-      for (const bool gated : {true, false}) {
-        INFO((gated ? "gated partials" : "ordinary partials"));
-        shards.sharded(gated, leave_out);
-        compare(answer(shards), staged, c.type, leave_out);
-      }
-    }
-}
-
-}  // namespace
-
-TEST_CASE("a fused sharded step equals its stages", "[shards]") {
-  for (const DType type : {DType::bf16, DType::f32})
-    for (const std::int64_t position : {0, 20, 130, 1023, 1040, 5000})
-      for (const int chunk_blocks : {2, 8}) check({type, 1, 16, 128, 128, 2, position, chunk_blocks}, {2, 3, 8});
-}
-
-TEST_CASE("a sharded step of other head counts and sizes, and without a branch", "[shards]") {
-  for (const auto& [type, h, d_k, d_v] : {std::tuple{DType::bf16, 5, 64, 64},
-                                          {DType::f32, 5, 64, 64},
-                                          {DType::f16, 20, 128, 128},
-                                          {DType::f16, 16, 192, 128},
-                                          {DType::f32, 1, 128, 128}})
-    for (const int chunk_blocks : {2, 16})
-      check({type, 2, h, d_k, d_v, 3, 2333, chunk_blocks}, {2, 4}, {-1, cmp, sel, win});
-}
-
-// Many splits per work item, and work items of more tiles than the last CTA merges: a separate launch merges the
-// partials. In a layout of short work items the last CTA forms the lse buckets.
-TEST_CASE("long work items are split into many and select the same blocks", "[shards]") {
-  check({DType::bf16, 1, 4, 64, 64, 1, 40000, 16}, {2, 4});
-  check({DType::bf16, 2, 16, 64, 64, 1, 300000, 16}, {2, 8});
-  check({DType::f32, 1, 4, 64, 64, 1, 300000, 4}, {2, 3});
-}
-
-// Halos of no, one or several rows; chunks that end within a sector of scores; a sequence that ends with a chunk, so
-// that one rank has the halo of the next chunk and no token of it.
-TEST_CASE("a sharded step of other block geometries", "[shards]") {
-  for (const DType type : {DType::bf16, DType::f32})
-    for (const BlockRules& rules : {BlockRules{32, 32, 64, 8, 1, 1, 128},
-                                    {8, 4, 32, 6, 2, 2, 4096},
-                                    {64, 16, 64, 16, 1, 2, 128},
-                                    {32, 16, 48, 5, 1, 2, 512},
-                                    {4, 1, 8, 40, 1, 2, 64}})
-      for (const std::int64_t position : {100, 1030, 2063})
-        check({type, 1, 16, 128, 128, 2, position, 3, rules}, {2, 4});
-  for (const std::int64_t position : {1024 * 2 + 15, 1024 * 2 + 31, 1024 * 3 + 15})
-    check({DType::bf16, 1, 16, 128, 128, 1, position, 16}, {2, 4});
-  // Blocks scored by tile, by sums of the KV mainloop and, because so many are chosen, by raw scores.
-  for (const DType type : {DType::bf16, DType::f32})
-    for (const BlockRules& rules : {BlockRules{8, 4, 16, 12, 0, 1, 128}, {32, 16, 64, 20, 1, 2, 512}})
-      for (const std::int64_t position : {511, 1039, 2063, 9000})
-        check({type, 2, 7, 64, 64, 2, position, 8, rules}, {2, 4});
-}
-
-TEST_CASE("a sharded step gives the same bits every time", "[shards][repeats]") {
-  Shards shards({DType::bf16, 2, 16, 128, 128, 1, 40000, 16}, 2);
-  shards.sharded(true);
-  const Answer first = answer(shards);
-  int differ = 0;
-  for (int i = 0; i < 200; ++i) {
-    shards.sharded(true);
-    const Answer again = answer(shards);
-    differ += again.lanes != first.lanes || again.candidates != first.candidates || again.o != first.o;
-  }
-  CHECK(differ == 0);
-}
-
-TEST_CASE("a small sharded step", "[shards][small]") {
-  check({DType::bf16, 1, 4, 64, 64, 1, 700}, {2});
-  check({DType::bf16, 1, 4, 64, 64, 1, 2100, 8}, {2});
-  check({DType::bf16, 1, 4, 64, 64, 1, 20000, 4}, {2});
-}
+}  // namespace nsa::test

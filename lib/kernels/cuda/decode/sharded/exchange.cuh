@@ -1,0 +1,196 @@
+#pragma once
+// What the clusters of one work item on different ranks send each other between the phases of a step, and which chunks,
+// blocks and heads are whose. A cluster's only partners are those of the same work item: it stores into their memory
+// and polls its own.
+//
+// Memory of a rank: [2][work items] slots, then the epochs of the work items. A slot has a part for each of the
+// exchanges below. An exchange of step e uses the slots of parity e % 2. Two parities are enough: a rank that starts
+// step e + 1 has completed step e, for which it waited for every peer; that peer had then completed step
+// e - 1, which used the same slots. Slots do not depend on the shape, so steps of other sizes may follow each other.
+
+#include "kernels/cuda/decode/fused/from_raw_scores.cuh"
+#include "kernels/cuda/decode/sharded/params.cuh"
+#include "kernels/cuda/exchange/ll_words.cuh"
+
+namespace nsa::gpu {
+
+/// Byte offsets in the slot of a work item, for groups of up to 16 heads and Dv up to 128.
+struct StepSlot {
+  static constexpr int max_heads = 16, max_quads = 32, max_buckets = 24, max_merged_heads = 18;
+  static constexpr int lse_bytes = max_buckets * max_heads * ll_vector_bytes,
+                       candidate_bytes = ShardedDecodeParams::max_kv * warp_top_n * ll_vector_bytes,
+                       partial_bytes = max_merged_heads * branches * (2 * max_quads + 1) * ll_vector_bytes,
+                       o_bytes = max_heads * max_quads * ll_vector_bytes;
+  static constexpr int lse = 0, candidates = lse + lse_bytes, partials = candidates + candidate_bytes,
+                       o = partials + partial_bytes, bytes = o + o_bytes;
+  static constexpr int max_work_items = 264;
+  static constexpr std::size_t epochs = std::size_t{2} * max_work_items * bytes;
+  static_assert(epochs + max_work_items * sizeof(std::uint32_t) <= step_exchange_bytes);
+};
+
+struct ShardCoord : FusedCoord {
+  const ShardedDecodeParams* p;
+  std::uint32_t epoch;
+  int all_eligible;        ///< blocks of all ranks that begin at or before the position; `eligible`: held ones of them
+  int chunks, halo_tiles;  ///< chunks of cmp here; tiles of cmp here that begin at or before token n
+  int selected;            ///< lane u: the u-th selected block of all ranks; -1: none
+
+  __device__ __forceinline__ int rank() const { return p->rank; }
+
+  // Chunks.
+  /// Chunks of this rank among the first `count` of a sequence.
+  __device__ __forceinline__ int held_chunks(int count) const {
+    return count > p->rank ? p->by_kv(count - p->rank - 1) + 1 : 0;
+  }
+  /// From counts of the whole sequence to those of this rank; reads the epoch. After the predecessor.
+  __device__ __forceinline__ void start() {
+    epoch = *reinterpret_cast<const volatile std::uint32_t*>(epoch_address()) + 1;
+    const int segment = static_cast<int>(p->shape.lse.segment), per_segment = segment / tile_rows;
+    const int last = p->segment(n), rest = n - last * segment, whole = held_chunks(last);  // chunk `last` is not full
+    const bool holds_last = last - p->by_kv(last) * p->kv == p->rank;
+    n = whole * segment + (holds_last ? rest : 0);
+    chunks = whole + holds_last;
+    halo_tiles = whole * per_segment + (holds_last ? rest / tile_rows + 1 : 0);
+    all_eligible = eligible;
+    const int last_block_chunk = p->by_chunk_blocks(all_eligible - 1), whole_blocks = held_chunks(last_block_chunk);
+    const bool holds_last_block = last_block_chunk - p->by_kv(last_block_chunk) * p->kv == p->rank;
+    eligible =
+        whole_blocks * p->chunk_blocks + (holds_last_block ? all_eligible - last_block_chunk * p->chunk_blocks : 0);
+  }
+  /// Positions of the selection K and V here, counted without those of other ranks.
+  __device__ __forceinline__ int held_positions() const {
+    const int last = all_eligible - 1, chunk = p->by_chunk_blocks(last);
+    const int missing = chunk - p->by_kv(chunk) * p->kv == p->rank ? (last + 1) * p->shape.rules.l_sel - (t + 1) : 0;
+    return eligible * p->shape.rules.l_sel - missing;
+  }
+  /// The j-th block that this rank holds.
+  __device__ __forceinline__ int block_of_held(int j) const {
+    const int chunk = p->by_chunk_blocks(j);
+    return j + (chunk * (p->kv - 1) + p->rank) * p->chunk_blocks;
+  }
+  /// Which of the selected blocks this rank holds, by their index here, in the first lanes; -1 in the others. Keeps
+  /// their order. `count` lanes have one. All lanes.
+  __device__ __forceinline__ int held_of_selected(int& count) const {
+    const int lane = threadIdx.x % 32, chunk = p->by_chunk_blocks(max(selected, 0)), round = p->by_kv(chunk);
+    const bool held = selected >= 0 && chunk - round * p->kv == p->rank;
+    const int index = selected + (round - chunk) * p->chunk_blocks;
+    unsigned rest = __ballot_sync(0xffffffffu, held);
+    count = __popc(rest);
+    int mine = -1;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i, rest &= rest - 1) {
+      const int of_lane = __shfl_sync(0xffffffffu, index, __ffs(static_cast<int>(rest)) - 1);
+      if (lane == i) mine = of_lane;
+    }
+    return mine;
+  }
+
+  // Exchanges.
+  __device__ __forceinline__ std::byte* memory(int owner) const {
+    return p->peers.memory[owner] + step_exchange_offset;
+  }
+  __device__ __forceinline__ std::uint32_t* epoch_address() const {
+    return reinterpret_cast<std::uint32_t*>(memory(p->rank) + StepSlot::epochs) + work_item;
+  }
+  __device__ __forceinline__ std::byte* slot(int owner) const {
+    return memory(owner) + (std::size_t{epoch % 2} * StepSlot::max_work_items + work_item) * StepSlot::bytes;
+  }
+  template <class Use>
+  __device__ __forceinline__ void for_each_peer(Use use) const {
+    if (!p->exchanges) return;
+#pragma unroll 1
+    for (int i = 1; i < p->kv; ++i) use(p->rank + i < p->kv ? p->rank + i : p->rank + i - p->kv);
+  }
+  /// One thread at the end of a step: all threads of the cluster have read the epoch.
+  __device__ __forceinline__ void finish() const {
+    if (p->exchanges) *epoch_address() = epoch;
+  }
+
+  /// (m, sum) of two heads of the bucket-th bucket of this rank, for all ranks. Each CTA of the cluster sends a share.
+  __device__ __forceinline__ void send_bucket(float4* buckets, int bucket, int pair, int pairs, float4 x) const {
+    const int to = (bucket * p->kv + p->rank) * pairs + pair;
+    buckets[to] = x;
+    if (to - p->by_cluster(to) * p->cluster != cta) return;
+    for_each_peer([&](int peer) {
+      std::byte* at = slot(peer) + StepSlot::lse + to * 2 * ll_vector_bytes;
+      ll_store(at, __float_as_uint(x.x), __float_as_uint(x.y), epoch);
+      ll_store(at + ll_vector_bytes, __float_as_uint(x.z), __float_as_uint(x.w), epoch);
+    });
+  }
+  /// The buckets of the other ranks. By `threads` threads.
+  __device__ __forceinline__ void receive_buckets(float4* buckets, int pairs, int threads) const {
+    const std::byte* from = slot(p->rank) + StepSlot::lse;
+#pragma unroll 1
+    for (int item = threadIdx.x; item < p->shape.lse.buckets * pairs; item += threads) {
+      const int bucket = item / pairs;
+      if (bucket - p->by_kv(bucket) * p->kv == p->rank) continue;
+      uint2 x[2] = {{__float_as_uint(-INFINITY), 0}, {__float_as_uint(-INFINITY), 0}};
+      const std::byte* at = from + item * 2 * ll_vector_bytes;
+      if (p->exchanges) ll_wait({at, at + ll_vector_bytes}, epoch, p->peers.abort_flag, x);
+      buckets[item] = {__uint_as_float(x[0].x), __uint_as_float(x[0].y), __uint_as_float(x[1].x),
+                       __uint_as_float(x[1].y)};
+    }
+  }
+
+  /// The best 16 of all ranks, from those of this one. Every scoring warp of the cluster; its first warp sends.
+  __device__ __forceinline__ Entry top16_of_ranks(Entry best) const {
+    const int lane = threadIdx.x % 32;
+    const auto offset = [&](int source) {
+      return StepSlot::candidates + (source * warp_top_n + lane % warp_top_n) * ll_vector_bytes;
+    };
+    if (warp_in_cluster == 0 && lane < warp_top_n)
+      for_each_peer([&](int peer) {
+        ll_store(slot(peer) + offset(p->rank), static_cast<unsigned>(best), static_cast<unsigned>(best >> 32), epoch);
+      });
+    for_each_peer([&](int peer) {
+      uint2 x[1];
+      ll_wait({slot(p->rank) + offset(peer)}, epoch, p->peers.abort_flag, x);
+      __syncwarp();
+      best = top16_of_two(best, Entry{x[0].y} << 32 | x[0].x);
+    });
+    return best;
+  }
+
+  /// Offset of the partial of branch b that rank `source` sends: [source][branch][half][head][column quad], each 8
+  /// bytes of data, then (m, sum) [head].
+  __device__ __forceinline__ int partial_offset(int source, int b, int quads) const {
+    return StepSlot::partials + (source * branches + b) * p->own_heads * (2 * quads + 1) * ll_vector_bytes;
+  }
+  __device__ __forceinline__ void send_partial(int b, int head, int quad, int quads, const Partial<Exp2>& x) const {
+    if (!p->exchanges) return;
+    const int to = p->finisher[head], own_head = head - p->first_finished[to], all = p->own_heads * quads;
+    std::byte* at = slot(to) + partial_offset(p->rank, b, quads);
+    std::byte* o = at + (own_head * quads + quad) * ll_vector_bytes;
+    ll_store(o, __float_as_uint(x.o.x), __float_as_uint(x.o.y), epoch);
+    ll_store(o + all * ll_vector_bytes, __float_as_uint(x.o.z), __float_as_uint(x.o.w), epoch);
+    if (quad == 0)
+      ll_store(at + (2 * all + own_head) * ll_vector_bytes, __float_as_uint(x.state.m), __float_as_uint(x.state.s),
+               epoch);
+  }
+  __device__ __forceinline__ Partial<Exp2> receive_partial(int source, int b, int head, int quad, int quads) const {
+    const int own_head = head - p->first_finished[p->rank], all = p->own_heads * quads;
+    const std::byte* at = slot(p->rank) + partial_offset(source, b, quads);
+    const std::byte* o = at + (own_head * quads + quad) * ll_vector_bytes;
+    uint2 x[3];
+    ll_wait({o, o + all * ll_vector_bytes, at + (2 * all + own_head) * ll_vector_bytes}, epoch, p->peers.abort_flag, x);
+    Partial<Exp2> partial;
+    partial.o = {__uint_as_float(x[0].x), __uint_as_float(x[0].y), __uint_as_float(x[1].x), __uint_as_float(x[1].y)};
+    partial.state = {__uint_as_float(x[2].x), __uint_as_float(x[2].y)};
+    return partial;
+  }
+
+  /// Four columns of o in storage type, from the rank that finishes them to all others.
+  __device__ __forceinline__ std::byte* o_address(int owner, int item) const {
+    return slot(owner) + StepSlot::o + item * ll_vector_bytes;
+  }
+  __device__ __forceinline__ void send_o(int item, uint2 x) const {
+    for_each_peer([&](int peer) { ll_store(o_address(peer, item), x.x, x.y, epoch); });
+  }
+  __device__ __forceinline__ uint2 receive_o(int item) const {
+    uint2 x[1] = {};
+    if (p->exchanges) ll_wait({o_address(p->rank, item)}, epoch, p->peers.abort_flag, x);
+    return x[0];
+  }
+};
+
+}  // namespace nsa::gpu

@@ -1,0 +1,36 @@
+#pragma once
+// Arguments of a fused decode step on one of the ranks that share its sequences (decode/sharded/kernel.cuh).
+
+#include "kernels/cuda/decode/fused/params.cuh"
+#include "kernels/cuda/exchange/peer_exchange.hpp"
+
+namespace nsa::gpu {
+
+struct ShardCoord;
+
+struct ShardedDecodeParams : FusedDecodeParams {
+  using Coord = ShardCoord;
+  static constexpr bool is_shard = true;
+  static constexpr int max_kv = 8;
+  int kv = 1, rank = 0;
+  bool exchanges = true;  ///< false: sends nothing and waits for nobody, to try the launch alone
+  PeerGroup peers;
+  int chunk_blocks = 1;             ///< selection blocks of a chunk
+  Divisor by_chunk_blocks, by_kv;   ///< by chunk_blocks, kv
+  int own_heads = 1;                ///< upper bound of the heads of a group that one rank finishes
+  int finisher[16] = {};            ///< of a head of a group: the rank that merges it
+  int first_finished[max_kv] = {};  ///< the first such head of a rank
+  __device__ __forceinline__ int held_buckets() const { return by_kv(shape.lse.buckets); }
+};
+
+// The kernels of one storage type.
+/// active_clusters() of decode/fused/params.cuh.
+template <DType Storage>
+int active_sharded_clusters(const LayerShape& s, int cluster);
+/// Work items that are resident at the same time, with the division that `p` has.
+template <DType Storage>
+int resident_sharded_items(const ShardedDecodeParams& p);
+template <DType Storage>
+void launch_sharded_decode(const ShardedDecodeParams& p, Stream* stream);
+
+}  // namespace nsa::gpu

@@ -1,0 +1,98 @@
+// Compares the sharded step of one launch a rank with the stages: the same blocks, the same reads, o, on every rank the
+// same bits of it. The ranks are on one GPU, so few enough CTAs that all are resident.
+
+#include <map>
+
+#include "gpu/ranks/shards.hpp"
+
+using namespace nsa;
+using namespace nsa::test;
+
+namespace {
+
+// One group of each size for all cases: epochs go on while the shapes change.
+const Group& group_of(int kv) {
+  static std::map<int, std::unique_ptr<Group>> groups;
+  std::unique_ptr<Group>& group = groups[kv];
+  if (!group) group = std::make_unique<Group>(kv);
+  return *group;
+}
+
+struct Answer {
+  std::vector<std::int32_t> selected;
+  std::vector<std::int64_t> reads;
+  std::vector<std::vector<unsigned char>> o;
+  bool operator==(const Answer&) const = default;
+};
+Answer answer(const Shards& shards) {
+  Answer a{
+      of_ranks<std::int32_t>(shards, &RankResults::selected), of_ranks<std::int64_t>(shards, &RankResults::reads), {}};
+  for (const auto& o : shards.o_of) a.o.push_back(o->from_gpu<unsigned char>());
+  return a;
+}
+
+void check(const Case& c, std::initializer_list<int> grid, std::initializer_list<int> leave_outs = {-1}) {
+  for (const int kv : grid)
+    for (const int leave_out : leave_outs) {
+      INFO("groups=" << c.groups << " h=" << c.h << " D=" << c.d_k << " batch=" << c.batch << " position=" << c.position
+                     << " chunk_blocks=" << c.chunk_blocks << " kv=" << kv << ", without branch " << leave_out);
+      const Group& group = group_of(kv);
+      const Alarm alarm(std::chrono::seconds(20), group.abort_flag);
+      Shards shards(c, kv);
+      shards.staged(leave_out);
+      const auto selected = of_ranks<std::int32_t>(shards, &RankResults::selected);
+      const auto reads = of_ranks<std::int64_t>(shards, &RankResults::reads);
+      const auto o = values(*shards.o, c.type);
+      REQUIRE(shards.try_one_launch(group, leave_out));
+      shards.one_launch(group, leave_out);
+      REQUIRE(*group.abort_flag == 0);
+      const Answer first = answer(shards);
+      CHECK(first.reads == reads);
+      if (leave_out != sel) CHECK(first.selected == selected);
+      CHECK(relative_error(values(*shards.o_of[0], c.type), o) < tolerance(c.type));
+      for (const auto& of_rank : first.o) CHECK(of_rank == first.o[0]);
+      shards.one_launch(group, leave_out, 1, std::chrono::microseconds(50));
+      CHECK(answer(shards) == first);
+      REQUIRE(*group.abort_flag == 0);
+    }
+}
+
+}  // namespace
+
+TEST_CASE("a sharded step of one launch equals its stages", "[shards][one_launch]") {
+  for (const std::int64_t position : {0, 20, 130, 1023, 1040, 5000})
+    for (const int chunk_blocks : {2, 8})
+      check({DType::bf16, 1, 16, 128, 128, 2, position, chunk_blocks}, {2, 3, 4, 8});
+  // A sequence that ends with a chunk, so that one rank has the halo of the next chunk and no token of it.
+  for (const std::int64_t position : {1024 * 2 + 14, 1024 * 2 + 15, 1024 * 2 + 31, 1024 * 3, 1024 * 3 + 15})
+    check({DType::bf16, 1, 16, 128, 128, 1, position, 16}, {2, 4});
+}
+
+TEST_CASE("a sharded step of one launch: heads, sizes, long items, without a branch", "[shards][one_launch]") {
+  check({DType::bf16, 2, 5, 64, 64, 3, 2333, 2}, {2, 3}, {-1, cmp, sel, win});
+  check({DType::bf16, 2, 16, 128, 128, 3, 2333, 16}, {2}, {-1, cmp, sel, win});
+  check({DType::bf16, 1, 1, 128, 128, 1, 9000, 4}, {2, 4});
+  check({DType::bf16, 2, 16, 128, 128, 2, 65535, 16}, {2});
+  check({DType::bf16, 1, 16, 128, 128, 1, 300000, 16}, {2, 4});
+}
+
+TEST_CASE("a sharded step of one launch chooses among ties as the stages do", "[shards][one_launch]") {
+  for (const std::int64_t position : {1500, 5000, 40000})
+    check({DType::bf16, 1, 16, 128, 128, 2, position, 2, {}, true}, {2, 3});
+}
+
+TEST_CASE("a sharded step of one launch gives the same bits every time", "[shards][one_launch][repeats]") {
+  Shards shards({DType::bf16, 2, 16, 128, 128, 1, 40000, 16}, 2);
+  const Group& group = group_of(2);
+  const Alarm alarm(std::chrono::seconds(60), group.abort_flag);
+  REQUIRE(shards.try_one_launch(group));
+  shards.one_launch(group);
+  const Answer first = answer(shards);
+  int differ = 0;
+  for (int i = 0; i < 300; ++i) {
+    shards.one_launch(group, -1, i % 2, std::chrono::microseconds(i % 7 * 10));
+    differ += answer(shards) != first;
+  }
+  CHECK(*group.abort_flag == 0);
+  CHECK(differ == 0);
+}
