@@ -23,6 +23,7 @@
 #include "app/report.hpp"
 #include "app/run.hpp"
 #include "comm/watchdog/watchdog.hpp"
+#include "kernels/diagnostics/fault_injection.hpp"
 #include "kernels/diagnostics/out_of_memory.hpp"
 #include "nsa/config/config.hpp"
 #include "nsa/config/reference.hpp"
@@ -221,6 +222,7 @@ int run_collective(int& argc, char**& argv, double deadline, double startup_dead
   nsa::MpiSession session(argc, argv);
   const nsa::ControlComm world = nsa::ControlComm::world();
   try {
+    nsa::fault::at("session.start");
     const std::string warning = watchdog.join(world);
     if (!warning.empty()) std::cerr << "nsa: warning: " << warning << "\n";
     return static_cast<int>(command(world, watchdog));

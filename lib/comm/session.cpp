@@ -35,7 +35,6 @@ MpiSession::MpiSession(int& argc, char**& argv) {
     int rank = 0;
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     fault::set_rank(rank);
-    fault::at("session.start");
   }
 }
 

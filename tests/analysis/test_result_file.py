@@ -223,7 +223,7 @@ class Malformed(unittest.TestCase):
 
     def test_shape_larger_than_the_file(self):
         self.replace("points/0000/time", shape=(2, 11, 2**30, 2**20), dtype="f8")
-        self.refused("'time' has shape")
+        self.refused("dataset 'time' says it is larger than its file")
 
     def test_labels_larger_than_the_file(self):
         for shape, layout in ((2**44,), None), ((2**60,), (1024,)):

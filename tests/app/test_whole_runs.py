@@ -217,7 +217,7 @@ class WholeRuns(AppTest):
 
     def test_diff_fails_above(self):
         """A model that is 64 times as wide: other parameters, which count more than its time."""
-        self.write("in.toml", SMALL.replace("steps = 3", "steps = 60\nfill = \"synthetic\"\nmodes = [\"total\"]"))
+        self.write("in.toml", SMALL.replace("steps = 3", "steps = 600\nfill = \"synthetic\"\nmodes = [\"total\"]"))
         for name, dim in (("a.h5", 32), ("b.h5", 2048)):
             self.assert_ok(self.nsa("run", "in.toml", "--output", name, "--set", f"model.dim={dim}"))
         done = self.nsa("diff", "a.h5", "b.h5", "--fail-above", "20%")

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import unittest
 
 from private_slurm import PrivateSlurm
@@ -127,6 +128,9 @@ class Jobs(unittest.TestCase):
         stray = subprocess.Popen(["sleep", "60"], env=self.slurm.environment, start_new_session=True)
         self.addCleanup(stray.wait)
         self.addCleanup(stray.kill)
+        end = time.monotonic() + 10  # its environment shows a moment after its start
+        while stray.pid not in self.slurm.processes() and time.monotonic() < end:
+            time.sleep(0.1)
         self.assertIn(stray.pid, self.slurm.processes())
 
     def test_every_script_is_run(self):

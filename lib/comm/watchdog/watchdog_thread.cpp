@@ -159,7 +159,10 @@ void WatchdogThread::diagnose_self(std::int64_t now) {
   later.deadline_margin = connected ? self_diagnosis_delay : 0;
   later.grace_period = connected ? lost_rank_grace + self_diagnosis_delay : 0;
   std::uint64_t last_compared = 0;
-  if (const auto diagnosis = diagnose({own_status()}, now, later, last_compared)) end_job(*diagnosis);
+  const auto diagnosis = diagnose({own_status()}, now, later, last_compared);
+  if (!diagnosis) return;
+  without_monitor_ = !job_.monitor;
+  end_job(*diagnosis);
 }
 
 void WatchdogThread::end_job(const HangDiagnosis& diagnosis) {
@@ -208,7 +211,10 @@ void WatchdogThread::leave(const HangDiagnosis& diagnosis) const {
     return r >= 0 && r < std::ssize(all) &&
            all[static_cast<std::size_t>(r)].machine != all[static_cast<std::size_t>(job_.rank)].machine;
   };
-  if (std::ranges::any_of(diagnosis.silent_ranks, is_remote)) kill_stuck_launcher_after(launcher_timeout);
+  // A rank that has to end the job by itself hears no monitor: those of ranks 0 and last may be cut off.
+  const bool cut_off =
+      without_monitor_ && (is_remote(0) || is_remote(static_cast<int>(std::ssize(job_.processes)) - 1));
+  if (cut_off || std::ranges::any_of(diagnosis.silent_ranks, is_remote)) kill_stuck_launcher_after(launcher_timeout);
   _exit(static_cast<int>(ExitCode::communication));
 }
 

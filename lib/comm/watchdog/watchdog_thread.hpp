@@ -93,6 +93,7 @@ class WatchdogThread {
   std::int64_t next_heartbeat_ = 0;
   std::int64_t resumed_at_ = 0;    // when this process last continued after a stop
   std::int64_t diagnosed_at_ = 0;  // when this monitor first diagnosed a reason to end the job; 0: it has not
+  bool without_monitor_ = false;   // this rank ends the job by its own diagnosis, and no monitor runs here
 
   std::thread thread_;  // the last member: it uses all of the above
 };
