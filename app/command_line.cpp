@@ -3,32 +3,18 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <numeric>
+
+#include "nsa/config/spelling.hpp"
 
 namespace nsa {
 namespace {
-
-/// Edits (insert, delete, replace a character) that turn one word into the other.
-std::size_t distance(const std::string& a, const std::string& b) {
-  std::vector<std::size_t> row(b.size() + 1);
-  std::iota(row.begin(), row.end(), std::size_t{0});
-  for (std::size_t i = 1; i <= a.size(); ++i) {
-    std::size_t diagonal = std::exchange(row[0], i);
-    for (std::size_t j = 1; j <= b.size(); ++j) {
-      const std::size_t replaced = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
-      diagonal = row[j];
-      row[j] = std::min({replaced, row[j] + 1, row[j - 1] + 1});
-    }
-  }
-  return row[b.size()];
-}
 
 /// The candidate that the word was meant to be; "" if none is near.
 std::string nearest(const std::string& word, const std::vector<std::string>& candidates) {
   std::string best;
   std::size_t least = word.size() / 3 + 1;
   for (const std::string& candidate : candidates) {
-    const std::size_t edits = distance(word, candidate);
+    const std::size_t edits = edit_distance(word, candidate);
     if (edits <= least && (best.empty() || edits < least)) best = candidate, least = edits;
   }
   return best;

@@ -2,10 +2,9 @@
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
-#include <cstring>
 #include <fstream>
 #include <iostream>
+#include <sstream>
 
 #include "nsa/gate/csv_audit.hpp"
 #include "nsa/gate/gate.hpp"
@@ -32,10 +31,9 @@ void write_adr(const std::string& path, const std::vector<DeviceVerdict>& device
   if (devices.size() != 1)
     throw UserError("--adr records the verdict of one device (the files are of " + std::to_string(devices.size()) +
                     "); give the files of one");
-  std::ofstream file(path);
-  print_adr(file, devices[0]);
-  if (!file.flush())
-    throw UserError("cannot write " + path + " (" + std::strerror(errno) + "); choose another --adr", ExitCode::file);
+  std::ostringstream text;
+  print_adr(text, devices[0]);
+  write_text_file(path, "--adr", text.str());
 }
 
 }  // namespace

@@ -69,15 +69,6 @@ void check_files(const Config& config, const RunOptions& options) {
                        {NamedFile::text, options.json, "the JSON", "--json"}});
 }
 
-void write_side_file(const std::string& path, const char* option, const std::string& text) {
-  if (path.empty()) return;
-  std::ofstream file(path);
-  file << text << std::flush;
-  if (!file)
-    throw UserError("cannot write " + path + " (" + std::strerror(errno) + "); choose another " + option,
-                    ExitCode::file);
-}
-
 /// What the result file holds from an earlier run.
 struct Earlier {
   bool file = false, complete = false;
@@ -141,9 +132,9 @@ class Output {
   void finish(const RunRecord& run, const std::string& interrupted) {
     if (writer_) writer_->finish(run);
     print_notes(std::cout, points_);
-    write_side_file(config_.output.csv, "--csv", to_csv(points_));
+    write_text_file(config_.output.csv, "--csv", to_csv(points_));
     const bool json = !json_.empty() && interrupted.empty();
-    if (json) write_side_file(json_, "--json", to_json(run, config_.output.file, points_));
+    if (json) write_text_file(json_, "--json", to_json(run, config_.output.file, points_));
     if (!points_.empty())
       std::cout << "result: " << config_.output.file << (config_.output.csv.empty() ? "" : ", " + config_.output.csv)
                 << (json ? ", " + json_ : "") << "\n";
@@ -301,7 +292,7 @@ void dry_run(const RunOptions& options, int ranks) {
                        {NamedFile::text, options.json, "the JSON", "--json"}});
   std::string json;
   print_plan(std::cout, config, ranks, options.json.empty() ? nullptr : &json);
-  write_side_file(options.json, "--json", json);
+  write_text_file(options.json, "--json", json);
 }
 
 }  // namespace nsa

@@ -5,10 +5,7 @@
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <cmath>
-#include <cstring>
-#include <fstream>
 #include <map>
 #include <set>
 #include <span>
@@ -19,6 +16,7 @@
 #include "nsa/report/metrics.hpp"
 #include "nsa/report/report.hpp"
 #include "nsa/results/error_bound.hpp"
+#include "nsa/results/files.hpp"
 #include "nsa/results/result_file.hpp"
 
 namespace nsa {
@@ -256,13 +254,6 @@ bool print_result(std::ostream& out, TensorFile& tensors_a, const PointRecord& a
   return list.empty();
 }
 
-void write_csv(const std::string& path, const std::string& text) {
-  std::ofstream file(path);
-  file << text;
-  if (!file.flush())
-    throw UserError("cannot write " + path + " (" + std::strerror(errno) + "); choose another --csv", ExitCode::file);
-}
-
 }  // namespace
 
 const char* word_of(Difference difference) {
@@ -305,7 +296,7 @@ DiffResult diff_results(std::ostream& out, const DiffOptions& options) {
   for (const auto& [name, file, others] : {std::tuple("A", &a, &points_b), std::tuple("B", &b, &points_a)})
     for (const PointRecord& point : file->points)
       if (!find_pair(point, *others)) fmt::print(out, "\n{}: only in {}\n", sweep_key(point), name);
-  if (!options.csv.empty()) write_csv(options.csv, verdicts.csv());
+  write_text_file(options.csv, "--csv", verdicts.csv());
   verdicts.print(out);
   fmt::print(out, "DIFF: {} ({} points compared)\n", result.same ? "SAME" : "DIFFERENT", pairs.size());
   result.slower_than_allowed = verdicts.too_slow();

@@ -105,6 +105,13 @@ std::string copy_file(const std::string& from, const std::string& to) {
   return std::filesystem::copy_file(from, to, error) ? "" : error.message();
 }
 
+void write_text_file(const std::string& path, const char* option, const std::string& text) {
+  if (path.empty()) return;
+  std::ofstream file(path);
+  file << text << std::flush;
+  if (!file) file_error("cannot write " + path, std::strerror(errno), std::string("choose another ") + option);
+}
+
 bool is_hdf5(const std::string& path) {
   constexpr std::string_view signature("\x89HDF\r\n\x1a\n", 8);
   std::ifstream file(path, std::ios::binary);
