@@ -1,7 +1,9 @@
 #pragma once
 // The results that the oracle expects of a phase, and how far rounded softmax weights may change them.
 
+#include <map>
 #include <optional>
+#include <string>
 
 #include "parity/compare.hpp"
 #include "parity/product.hpp"
@@ -20,6 +22,12 @@ oracle::Options options_of(const Phase& phase);
 
 /// The oracle's last layer from the phase's own x and weights, or from its given q, k, v, gates.
 oracle::Layer expect(const Phase& phase, const std::optional<oracle::Chosen>& chosen = {});
+
+/// By name of a recorded tensor the standard deviation of its change by rounded softmax weights, of all positions; only
+/// tensors that change. After several layers every tensor of the last one changes: the deviation is estimated from a
+/// run of the oracle that rounds the weights itself.
+std::map<std::string, oracle::Reals> moves_by_name(const Phase& phase, const oracle::Layer& expected,
+                                                   const std::optional<oracle::Chosen>& chosen = {});
 
 /// The rows of `all` positions that the phase recorded.
 oracle::Reals recorded_rows(const Phase& phase, const oracle::Reals& all);
