@@ -12,7 +12,9 @@ fi
 tests=(--tests)
 [[ " $* " == *" -DNSA_TESTS=OFF "* ]] && tests=()
 scripts/setup.sh "${tests[@]}"
-[[ -n ${TOMLPLUSPLUS_INCLUDE_DIR:-} ]] && set -- "$@" "-DTOMLPLUSPLUS_INCLUDE_DIR=$TOMLPLUSPLUS_INCLUDE_DIR"
+for folder in TOMLPLUSPLUS_INCLUDE_DIR NLOHMANN_JSON_INCLUDE_DIR; do
+  [[ -n ${!folder:-} ]] && set -- "$@" "-D$folder=${!folder}"
+done
 cmake --preset "$preset" "$@" >/dev/null
 cmake --build --preset "$preset"
 if [[ $preset == host ]] && command -v nvcc >/dev/null; then

@@ -6,13 +6,14 @@
 set -euo pipefail
 [[ ${NSA_NO_APT:-} == 1 ]] && exit 0
 
-packages=(g++ cmake ninja-build git openmpi-bin libopenmpi-dev libhdf5-dev libtomlplusplus-dev libcli11-dev libfmt-dev)
+packages=(g++ cmake ninja-build git openmpi-bin libopenmpi-dev libhdf5-dev libtomlplusplus-dev nlohmann-json3-dev
+  libcli11-dev libfmt-dev)
 [[ ${NSA_WITHOUT_BLAS:-} == 1 ]] || packages+=(libopenblas-dev)
 [[ ${1:-} == --tests ]] && packages+=(catch2 python3 python3-venv)
 
 if ! command -v dpkg-query >/dev/null; then
   echo "setup: no dpkg found; the build needs a C++20 compiler, CMake >= 3.25, Ninja, MPI, HDF5 (C, HL), toml++," \
-    "CLI11 and fmt, the tests need Catch2 and Python; OpenBLAS is used if it is found"
+    "nlohmann-json, CLI11 and fmt, the tests need Catch2 and Python; OpenBLAS is used if it is found"
   exit 0
 fi
 
@@ -28,7 +29,8 @@ if command -v cmake ninja >/dev/null; then
   folder=$(mktemp -d)
   trap 'rm -rf "$folder"' EXIT
   found=$(cmake -S "$(dirname "${BASH_SOURCE[0]}")/.." -B "$folder" -G Ninja -DNSA_PROBE=ON \
-    ${TOMLPLUSPLUS_INCLUDE_DIR:+"-DTOMLPLUSPLUS_INCLUDE_DIR=$TOMLPLUSPLUS_INCLUDE_DIR"} 2>/dev/null) || true
+    ${TOMLPLUSPLUS_INCLUDE_DIR:+"-DTOMLPLUSPLUS_INCLUDE_DIR=$TOMLPLUSPLUS_INCLUDE_DIR"} \
+    ${NLOHMANN_JSON_INCLUDE_DIR:+"-DNLOHMANN_JSON_INCLUDE_DIR=$NLOHMANN_JSON_INCLUDE_DIR"} 2>/dev/null) || true
 fi
 finds() { [[ $found == *"found: $1"* ]]; }
 have() {
@@ -41,6 +43,7 @@ have() {
     libopenmpi-dev) finds MPI ;;
     libhdf5-dev) finds HDF5 ;;
     libtomlplusplus-dev) finds toml++ ;;
+    nlohmann-json3-dev) finds nlohmann-json ;;
     libcli11-dev) finds CLI11 ;;
     libfmt-dev) finds fmt ;;
     libopenblas-dev) finds CBLAS ;;

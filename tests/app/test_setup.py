@@ -54,7 +54,7 @@ class Setup(AppTest):
     @unittest.skipIf(os.geteuid() != 0, "becomes another user")
     def test_other_users_get_the_command(self):
         self.tool("cmake", "echo found: CXX; echo found: MPI; echo found: fmt; echo found: CLI11; echo found: CBLAS; "
-                           "echo found: toml++; $MORE")  # fmt: skip
+                           "echo found: toml++; echo found: nlohmann-json; $MORE")  # fmt: skip
         done, _ = self.setup(user=NOBODY, MORE="")
         self.assertEqual(done.returncode, 2)
         self.assertIn("setup: 1 package is missing and only root can install it; run\n"

@@ -42,7 +42,8 @@ ALLOWED = {
     "kernels/cuda/prefill/rank": "kernels/cuda/attention kernels/cuda/prefill",
     "kernels/cuda/prefill/selected": "kernels/cuda/prefill",
     "kernels/cuda": "kernels/cuda/attention kernels/cuda/decode kernels/cuda/decode/sharded "
-                    "kernels/cuda/decode/split_kv kernels/cuda/exchange kernels/cuda/layer kernels/cuda/prefill kernels/cuda/rank kernels/cuda/runtime kernels/interface",
+                    "kernels/cuda/decode/split_kv kernels/cuda/exchange kernels/cuda/layer kernels/cuda/prefill "
+                    "kernels/cuda/rank kernels/cuda/runtime kernels/interface",
     "kernels": "kernels/cuda/runtime kernels/diagnostics kernels/host/runtime kernels/interface",
     "comm": "kernels/diagnostics",
     "comm/collectives": "comm kernels/cuda/exchange kernels/diagnostics kernels/interface",
@@ -73,12 +74,14 @@ FOREIGN = {
     "cublas": r"lib/kernels/cuda/.*",
     "hdf5": r"lib/nsa/results/hdf5/.*",
     "toml++": r"lib/nsa/config/.*\.(hpp|cpp)",
+    "nlohmann/": r"lib/kernels/diagnostics/json\.hpp",
     "cblas.h": r"lib/kernels/host/.*",
     "omp.h": r"lib/kernels/host/.*",
     "CLI/": r"app/.*",
     "filesystem": r"lib/nsa/results/files\.cpp",  # most of its functions throw where a call is refused
 }
-HEADERS_WITH = {"mpi.h": r"lib/comm/mpi_group\.hpp"}  # foreign header -> the only .hpp that may include it
+# Header -> the only .hpp that may include it.
+HEADERS_WITH = {"mpi.h": r"lib/comm/mpi_group\.hpp", "kernels/diagnostics/json.hpp": r"(?!)"}
 # Host code reaches the CUDA folders only here.
 CUDA_FROM_HOST = r"lib/kernels/(cuda/.*|open_backend\.cpp)|lib/comm/collectives/(nccl|peer_memory)\.cpp"
 

@@ -151,7 +151,7 @@ TEST_CASE("gate: a record names the kernel of each shape, where the file does", 
       contains(record.str(),
                "| N=256 H=4 D=64 n=16 scattered | - | 3.00x [3.00, 3.00] | sdpa | 1.10x [1.10, 1.10] | sdpa_packed |"));
   print_gate_json(json, {v}, {});
-  CHECK(contains(json.str(), R"({"name": "N=256 H=4 D=64 n=8 scattered", "kernel": "rows", )"));
+  CHECK(contains(json.str(), R"({"name":"N=256 H=4 D=64 n=8 scattered","kernel":"rows",)"));
 }
 
 TEST_CASE("gate: without the gather the faster packed attention counts", "[gate]") {
@@ -383,7 +383,7 @@ TEST_CASE("gate: what an input asks for and its file does not hold is open", "[g
     CHECK(judge(files, {1024}).at(0).verdict == Verdict::proceed);  // --context: the others do not count
     std::ostringstream json;
     print_gate_json(json, {v}, {});
-    CHECK(contains(json.str(), R"("missing": ["context 2048, context 4096: not in d.h5 )"));
+    CHECK(contains(json.str(), R"("missing":["context 2048, context 4096: not in d.h5 )"));
     // Where the kernel fails no share can help.
     CHECK(
         judge({files[0], asked(file("k.h5", {kernels_point(8, {.error = 2e-3}), kernels_point(16), kernels_point(32)}),
@@ -492,8 +492,8 @@ TEST_CASE("gate: the fastest baseline decides, a library's too, and is named", "
   CHECK(contains(record.str(), "- Baselines: packed SDPA of this program, torch 2.11.0 (peers.h5)"));
   CHECK(contains(record.str(), "| 1.50x [1.50, 1.50] | torch_cudnn_sdpa |"));
   print_gate_json(json, {v}, {});
-  CHECK(contains(json.str(), R"("with_gather_baseline": "torch_cudnn_sdpa", )"));
-  CHECK(contains(json.str(), R"x("peers": ["torch 2.11.0 (peers.h5)"])x"));
+  CHECK(contains(json.str(), R"("with_gather_baseline":"torch_cudnn_sdpa",)"));
+  CHECK(contains(json.str(), R"x("peers":["torch 2.11.0 (peers.h5)"])x"));
 
   v = with(peers_file(shapes, 11.5, 10.5));
   CHECK(v.verdict == Verdict::stay);
@@ -666,7 +666,7 @@ TEST_CASE("gate: JSON holds the content of the page, null where nothing was meas
   PointRecord p = decode_point(1024);
   p.reason = "";
   print_gate_json(out, judge({file("d\"1\".h5", {p})}), {});
-  CHECK(contains(out.str(), R"("files": ["d\"1\".h5"], "verdict": "INCONCLUSIVE")"));
-  CHECK(contains(out.str(), R"("measured": {"value": null, "low": null, "high": null, "n": 0}, "outcome": "open")"));
-  CHECK(contains(out.str(), R"("share": {"name": "selection's share of the step >= 25%", "threshold": 0.25)"));
+  CHECK(contains(out.str(), R"("files":["d\"1\".h5"],"verdict":"INCONCLUSIVE")"));
+  CHECK(contains(out.str(), R"("measured":{"value":null,"low":null,"high":null,"n":0},"outcome":"open")"));
+  CHECK(contains(out.str(), R"("share":{"name":"selection's share of the step >= 25%","threshold":0.25)"));
 }

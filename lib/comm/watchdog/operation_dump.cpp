@@ -1,32 +1,38 @@
 #include "comm/watchdog/operation_dump.hpp"
 
-#include <fmt/format.h>
+#include <cmath>
 
-#include "kernels/diagnostics/json_quote.hpp"
+#include "kernels/diagnostics/json.hpp"
 
 namespace nsa {
 
 namespace {
 
-constexpr double seconds_per_ns = 1e-9;
+/// Seconds of a time in ns, in whole milliseconds.
+double seconds(std::int64_t ns) { return std::round(static_cast<double>(ns) * 1e-6) * 1e-3; }
+
+Json operation_json(const OperationRecord& o, std::int64_t now) {
+  return {{"number", o.number},
+          {"collective", o.kind != OperationKind::wait},
+          {"name", o.name},
+          {"phase", o.phase},
+          {"stage", o.stage},
+          {"bytes", o.bytes},
+          {"seconds_ago", seconds(now - o.begin)},
+          {"seconds", o.end == 0 ? Json() : Json(seconds(o.end - o.begin))}};
+}
 
 }  // namespace
 
 std::string operations_json(const RankStatus& status, std::int64_t now, const std::string& diagnosis) {
-  std::string text = fmt::format(
-      "{{\n  \"rank\": {},\n  \"host\": {},\n  \"device\": {},\n  \"verdict\": {},\n"
-      "  \"operations\": [",
-      status.rank, json_quote(status.host), json_quote(status.device), json_quote(diagnosis));
-  for (const OperationRecord& o : status.operations) {
-    const double seconds_ago = static_cast<double>(now - o.begin) * seconds_per_ns;
-    text += fmt::format(
-        "{}\n    {{\"number\": {}, \"collective\": {}, \"name\": {}, \"phase\": {}, \"stage\": {}, \"bytes\": {}, "
-        "\"seconds_ago\": {:.3f}, \"seconds\": {}}}",
-        &o == &status.operations.front() ? "" : ",", o.number, o.kind != OperationKind::wait, json_quote(o.name),
-        json_quote(o.phase), json_quote(o.stage), o.bytes, seconds_ago,
-        o.end == 0 ? "null" : fmt::format("{:.3f}", static_cast<double>(o.end - o.begin) * seconds_per_ns));
-  }
-  return text + "\n  ]\n}\n";
+  Json operations = Json::array();
+  for (const OperationRecord& o : status.operations) operations.push_back(operation_json(o, now));
+  const Json dump{{"rank", status.rank},
+                  {"host", status.host},
+                  {"device", status.device},
+                  {"verdict", diagnosis},
+                  {"operations", std::move(operations)}};
+  return json_text(dump, 2) + "\n";
 }
 
 }  // namespace nsa

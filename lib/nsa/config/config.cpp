@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "kernels/diagnostics/json_quote.hpp"
+#include "kernels/diagnostics/json.hpp"
 #include "nsa/config/keys.hpp"
 
 namespace nsa {
@@ -36,9 +36,16 @@ std::string as_text(const Value& value) {
   return std::get<std::string>(value);
 }
 
+/// A basic string of TOML: one of JSON, except that DEL has to be escaped too.
+std::string toml_string(const std::string& text) {
+  std::string quoted = json_text(text);
+  for (std::size_t at = 0; (at = quoted.find('\x7f', at)) != std::string::npos;) quoted.replace(at, 1, "\\u007f");
+  return quoted;
+}
+
 std::string as_toml(const Value& value) {
   const auto* text = std::get_if<std::string>(&value);
-  return text ? json_quote(*text) : as_text(value);
+  return text ? toml_string(*text) : as_text(value);
 }
 
 template <class T, class Spec>

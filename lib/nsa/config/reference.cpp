@@ -79,6 +79,7 @@ constexpr Variable tool_variables[] = {
     {"NSA_INPUT", "path", "The input that `contrib/jube` runs."},
     {"NSA_LAUNCH", "command", "The launcher of `contrib/jube`."},
     {"TOMLPLUSPLUS_INCLUDE_DIR", "path", "`scripts/build.sh` finds toml++ there."},
+    {"NLOHMANN_JSON_INCLUDE_DIR", "path", "`scripts/build.sh` finds nlohmann-json there."},
     {"NSA_NO_APT", "1", "`scripts/setup.sh`, and so `quickstart.sh`, installs nothing: CMake has to find everything."},
     {"NSA_WITHOUT_BLAS", "1", "`scripts/setup.sh` does not install OpenBLAS."},
     {"NSA_FAULTS_BINARY", "path", "The program with faults that `scripts/test_gpu_faults.sh` runs."},

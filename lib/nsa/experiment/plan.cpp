@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "kernels/diagnostics/error.hpp"
-#include "kernels/diagnostics/json_quote.hpp"
+#include "kernels/diagnostics/json.hpp"
 #include "nsa/experiment/experiment.hpp"
 #include "nsa/tasks/needle_task.hpp"
 
@@ -139,57 +139,60 @@ Plan make_plan(const Config& config, int ranks) {
 
 namespace {
 
-template <class Range, class Write>
-std::string json_list(const Range& items, Write&& write) {
-  std::string text;
-  for (const auto& item : items) text += (text.empty() ? "\n    " : ",\n    ") + write(item);
-  return "[" + text + "]";
+Json owners_json(const PlannedOwners& o) {
+  return {{"first_rank", o.first},
+          {"ranks", o.ranks},
+          {"head_shard", o.head_shard},
+          {"first_kv_rank", o.kv_rank},
+          {"first_group", o.group_begin},
+          {"groups", o.groups},
+          {"first_head", o.group_begin * o.heads_per_group},
+          {"heads", o.groups * o.heads_per_group},
+          {"blocks_each", o.blocks}};
 }
 
-std::string owners_json(const PlannedOwners& o) {
-  return fmt::format(
-      R"({{"first_rank": {}, "ranks": {}, "head_shard": {}, "first_kv_rank": {}, "first_group": {}, "groups": {}, )"
-      R"("first_head": {}, "heads": {}, "blocks_each": {}}})",
-      o.first, o.ranks, o.head_shard, o.kv_rank, o.group_begin, o.groups, o.group_begin * o.heads_per_group,
-      o.groups * o.heads_per_group, o.blocks);
-}
-
-std::string memory_json(const PlannedMemory& m) {
-  std::string kinds;
+Json memory_json(const PlannedMemory& m) {
+  Json memory{{"first_rank", m.first}, {"ranks", m.ranks}};
   for (std::size_t kind = 0; kind < memory_kind_names.size(); ++kind)
-    kinds += fmt::format(R"("{}": {}, )", memory_kind_names[kind], m.account.peak[kind]);
-  return fmt::format(R"({{"first_rank": {}, "ranks": {}, {}"peak": {}}})", m.first, m.ranks, kinds,
-                     m.account.total_peak);
+    memory[memory_kind_names[kind]] = m.account.peak[kind];
+  memory["peak"] = m.account.total_peak;
+  return memory;
 }
 
-std::string exchange_json(const Exchange& e) {
-  return fmt::format(R"({{"name": {}, "collective": {}, "ranks": {}, "bytes": {}}})", json_quote(e.name),
-                     json_quote(e.collective), e.ranks, e.bytes);
+Json exchange_json(const Exchange& e) {
+  return {{"name", e.name}, {"collective", e.collective}, {"ranks", e.ranks}, {"bytes", e.bytes}};
 }
 
-std::string route_json(const PlannedRoute& r) {
-  return fmt::format(
-      R"({{"phase": "{}", "branch": "{}", "device": {}, "implementation": {}, "reason": {}, "fallback": {}}})",
-      phase_names[static_cast<int>(r.phase)], branch_names[r.branch], json_quote(r.device), json_quote(r.name),
-      json_quote(r.reason), json_quote(r.fallback));
+Json route_json(const PlannedRoute& r) {
+  return {{"phase", phase_names[static_cast<int>(r.phase)]},
+          {"branch", branch_names[r.branch]},
+          {"device", r.device},
+          {"implementation", r.name},
+          {"reason", r.reason},
+          {"fallback", r.fallback}};
 }
 
-std::string point_json(const PlannedPoint& p) {
-  return fmt::format(
-      "{{\"context\": {}, \"batch\": {},\n    \"memory\": {},\n    \"exchanges\": {},\n    \"routes\": {}}}",
-      p.point.context, p.point.batch, json_list(p.memory, memory_json), json_list(p.exchanges, exchange_json),
-      json_list(p.routes, route_json));
+Json point_json(const PlannedPoint& p) {
+  return {{"context", p.point.context},
+          {"batch", p.point.batch},
+          {"memory", json_list(p.memory, memory_json)},
+          {"exchanges", json_list(p.exchanges, exchange_json)},
+          {"routes", json_list(p.routes, route_json)}};
 }
 
 }  // namespace
 
 std::string plan_json(const Plan& plan) {
-  return fmt::format(
-      "{{\n  \"ranks\": {},\n  \"heads\": {},\n  \"kv\": {},\n  \"kv_chunk_blocks\": {},\n  \"positions\": {},\n"
-      "  \"workspace_of\": \"{}\",\n  \"warning\": {},\n  \"owners\": {},\n  \"points\": {}\n}}\n",
-      plan.ranks, plan.heads, plan.kv, plan.kv_chunk_blocks, plan.positions,
-      plan.backend == BackendKind::cuda ? "cuda" : "host", json_quote(plan.idle), json_list(plan.owners, owners_json),
-      json_list(plan.points, point_json));
+  const Json document{{"ranks", plan.ranks},
+                      {"heads", plan.heads},
+                      {"kv", plan.kv},
+                      {"kv_chunk_blocks", plan.kv_chunk_blocks},
+                      {"positions", plan.positions},
+                      {"workspace_of", plan.backend == BackendKind::cuda ? "cuda" : "host"},
+                      {"warning", plan.idle},
+                      {"owners", json_list(plan.owners, owners_json)},
+                      {"points", json_list(plan.points, point_json)}};
+  return json_text(document, 2) + "\n";
 }
 
 }  // namespace nsa

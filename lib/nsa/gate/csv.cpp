@@ -46,7 +46,7 @@ class Reader {
   CsvRow row() {
     CsvRow row{line_, {}};
     while (true) {
-      row.cells.push_back(text_.starts_with('"') ? json_quote() : plain());
+      row.cells.push_back(text_.starts_with('"') ? quoted() : plain());
       if (text_.starts_with(',')) {
         text_.remove_prefix(1);
         continue;
@@ -62,7 +62,7 @@ class Reader {
     text_.remove_prefix(cell.size());
     return trimmed(cell);
   }
-  std::string json_quote() {
+  std::string quoted() {
     std::string cell;
     const std::int64_t first_line = line_;
     for (text_.remove_prefix(1); !text_.empty(); text_.remove_prefix(1)) {

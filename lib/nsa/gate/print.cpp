@@ -7,7 +7,7 @@
 #include <cmath>
 #include <map>
 
-#include "kernels/diagnostics/json_quote.hpp"
+#include "kernels/diagnostics/json.hpp"
 #include "nsa/gate/gate.hpp"
 #include "nsa/report/metrics.hpp"
 
@@ -145,69 +145,84 @@ void print_costs(std::ostream& out, const DeviceVerdict& device) {
   print_share_difference(out, device.contexts);
 }
 
-// JSON. Numbers that were not measured are null.
+// JSON. Numbers that were not measured are NaN and become null.
 
-std::string number(double value) { return std::isfinite(value) ? fmt::format("{}", value) : "null"; }
+Json measured_json(const Measured& m) { return {{"value", m.value}, {"low", m.low}, {"high", m.high}, {"n", m.n}}; }
 
-std::string measured_json(const Measured& m) {
-  return fmt::format(R"({{"value": {}, "low": {}, "high": {}, "n": {}}})", number(m.value), number(m.low),
-                     number(m.high), m.n);
+Json condition_json(const Condition& c) {
+  return {{"name", c.name},
+          {"threshold", c.threshold},
+          {"measured", measured_json(c.measured)},
+          {"outcome", word_of(c.outcome)},
+          {"why", c.why}};
 }
 
-std::string condition_json(const Condition& c) {
-  return fmt::format(R"({{"name": {}, "threshold": {}, "measured": {}, "outcome": {}, "why": {}}})", json_quote(c.name),
-                     number(c.threshold), measured_json(c.measured), json_quote(word_of(c.outcome)), json_quote(c.why));
+Json costs_json(const CostBreakdown& a) {
+  return {{"name", a.name},
+          {"stages", measured_json(a.stages)},
+          {"step", measured_json(a.step)},
+          {"agree", a.agree},
+          {"why", a.why}};
 }
 
-template <class List, class Each>
-std::string list_json(const List& list, Each&& each) {
-  std::string out;
-  for (const auto& item : list) out += (out.empty() ? "" : ", ") + each(item);
-  return "[" + out + "]";
+Json context_json(const ContextVerdict& v) {
+  return {{"context", v.context},
+          {"batch", v.batch},
+          {"verdict", word_of(v.verdict)},
+          {"why", v.why},
+          {"share", condition_json(v.share)},
+          {"share_30", condition_json(v.share_high)},
+          {"share_ablation", measured_json(v.share_ablation)},
+          {"share_attention", measured_json(v.share_attention)},
+          {"one_hot", measured_json(v.one_hot)},
+          {"accounts", json_list(v.costs, costs_json)}};
 }
 
-std::string context_json(const ContextVerdict& v) {
-  return fmt::format(
-      R"({{"context": {}, "batch": {}, "verdict": {}, "why": {}, "share": {}, "share_30": {}, "share_ablation": {}, )"
-      R"("share_attention": {}, "one_hot": {}, "accounts": {}}})",
-      v.context, v.batch, json_quote(word_of(v.verdict)), json_quote(v.why), condition_json(v.share),
-      condition_json(v.share_high), measured_json(v.share_ablation), measured_json(v.share_attention),
-      measured_json(v.one_hot), list_json(v.costs, [](const CostBreakdown& a) {
-        return fmt::format(R"({{"name": {}, "stages": {}, "step": {}, "agree": {}, "why": {}}})", json_quote(a.name),
-                           measured_json(a.stages), measured_json(a.step), a.agree, json_quote(a.why));
-      }));
+Json shape_json(const ShapeResult& s) {
+  return {{"name", s.name},
+          {"kernel", s.kernel},
+          {"with_gather", measured_json(s.with_gather.measured)},
+          {"with_gather_baseline", s.with_gather.baseline},
+          {"packed", measured_json(s.packed.measured)},
+          {"packed_baseline", s.packed.baseline},
+          {"error", measured_json(s.error)}};
 }
 
-std::string device_json(const DeviceVerdict& d) {
-  return fmt::format(
-      R"({{"device": {}, "backend": {}, "git_commit": {}, "precision": {}, "measured": {}, "files": {}, "verdict": {}, "why": {}, )"
-      R"("speedup": {}, "speedup_packed": {}, "error": {}, "contexts": {}, "shapes": {}, "peers": {}, "missing": {}, "notes": {}}})",
-      json_quote(d.device), json_quote(d.backend), json_quote(d.git_commit), json_quote(d.precision),
-      json_quote(d.measured), list_json(d.files, json_quote), json_quote(word_of(d.verdict)), json_quote(d.why),
-      condition_json(d.speedup), condition_json(d.speedup_packed), condition_json(d.error),
-      list_json(d.contexts, context_json),
-      list_json(d.shapes,
-                [](const ShapeResult& s) {
-                  return fmt::format(
-                      R"({{"name": {}, "kernel": {}, "with_gather": {}, "with_gather_baseline": {}, "packed": {}, )"
-                      R"("packed_baseline": {}, "error": {}}})",
-                      json_quote(s.name), json_quote(s.kernel), measured_json(s.with_gather.measured),
-                      json_quote(s.with_gather.baseline), measured_json(s.packed.measured),
-                      json_quote(s.packed.baseline), measured_json(s.error));
-                }),
-      list_json(d.peers, json_quote), list_json(d.missing, json_quote), list_json(d.notes, json_quote));
+Json device_json(const DeviceVerdict& d) {
+  return {{"device", d.device},
+          {"backend", d.backend},
+          {"git_commit", d.git_commit},
+          {"precision", d.precision},
+          {"measured", d.measured},
+          {"files", d.files},
+          {"verdict", word_of(d.verdict)},
+          {"why", d.why},
+          {"speedup", condition_json(d.speedup)},
+          {"speedup_packed", condition_json(d.speedup_packed)},
+          {"error", condition_json(d.error)},
+          {"contexts", json_list(d.contexts, context_json)},
+          {"shapes", json_list(d.shapes, shape_json)},
+          {"peers", d.peers},
+          {"missing", d.missing},
+          {"notes", d.notes}};
 }
 
-std::string audit_json(const CsvAudit& a) {
-  return fmt::format(R"({{"file": {}, "verdict": {}, "findings": {}, "notes": {}, "rows": {}}})", json_quote(a.path),
-                     json_quote(a.evidence() ? "CONSISTENT" : "NOT EVIDENCE"), list_json(a.findings, json_quote),
-                     list_json(a.notes, json_quote), list_json(a.rows, [](const CsvAuditRow& r) {
-                       return fmt::format(
-                           R"({{"context": {}, "total_ms": {}, "cmp_ms": {}, "sel_ms": {}, "win_ms": {}, )"
-                           R"("reads_actual": {}, "reads_expected": {}}})",
-                           number(r.context), number(r.total), number(r.branch[0]), number(r.branch[1]),
-                           number(r.branch[2]), number(r.reads_actual), number(r.reads_expected));
-                     }));
+Json row_json(const CsvAuditRow& r) {
+  return {{"context", r.context},
+          {"total_ms", r.total},
+          {"cmp_ms", r.branch[0]},
+          {"sel_ms", r.branch[1]},
+          {"win_ms", r.branch[2]},
+          {"reads_actual", r.reads_actual},
+          {"reads_expected", r.reads_expected}};
+}
+
+Json audit_json(const CsvAudit& a) {
+  return {{"file", a.path},
+          {"verdict", a.evidence() ? "CONSISTENT" : "NOT EVIDENCE"},
+          {"findings", a.findings},
+          {"notes", a.notes},
+          {"rows", json_list(a.rows, row_json)}};
 }
 
 }  // namespace
@@ -254,10 +269,13 @@ void print_adr(std::ostream& out, const DeviceVerdict& device) {
 
 void print_gate_json(std::ostream& out, const std::vector<DeviceVerdict>& devices,
                      const std::vector<CsvAudit>& audits) {
-  fmt::print(out, R"({{"gate": 1, "thresholds": {{"share": {}, "share_high": {}, "speedup": {}, "error": {}}}, )",
-             gate_share, gate_share_high, gate_speedup, gate_error);
-  fmt::print(out, "\"devices\": {}, \"audits\": {}}}\n", list_json(devices, device_json),
-             list_json(audits, audit_json));
+  const Json thresholds{
+      {"share", gate_share}, {"share_high", gate_share_high}, {"speedup", gate_speedup}, {"error", gate_error}};
+  const Json document{{"gate", 1},
+                      {"thresholds", thresholds},
+                      {"devices", json_list(devices, device_json)},
+                      {"audits", json_list(audits, audit_json)}};
+  out << json_text(document) << '\n';
 }
 
 }  // namespace nsa

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <set>
 
-#include "kernels/diagnostics/json_quote.hpp"
+#include "kernels/diagnostics/json.hpp"
 #include "nsa/report/metrics.hpp"
 
 namespace nsa {
@@ -90,11 +90,10 @@ Metrics metrics_of(const PointRecord& point) {
   return metrics;
 }
 
-/// JSON has no number for "inf" and "nan".
-const std::string& json_number(const std::string& value) {
-  static const std::string none = "null";
-  const char last = value.empty() ? 'n' : value.back();
-  return last >= '0' && last <= '9' ? value : none;
+/// The number that a figure's text is; null where it is "inf" or "nan".
+Json json_number(const std::string& text) {
+  Json number = Json::parse(text, nullptr, false);
+  return number.is_number() ? number : Json();
 }
 
 /// "point: reason" of the first invalid point; empty: all points are valid.
@@ -283,32 +282,28 @@ void print_metrics(std::ostream& out, const std::vector<PointRecord>& points, co
 
 std::string to_json(const RunRecord& run, const std::string& file, const std::vector<PointRecord>& points) {
   const std::string why = first_invalid(points);
-  std::string json = "{\n";
-  const auto text = [&](const char* key, const std::string& value) {
-    json += fmt::format("  \"{}\": {},\n", key, json_quote(value));
-  };
-  text("file", file);
-  text("run_uuid", run.run_uuid);
-  text("result", why.empty() ? "VALID" : "INVALID");
-  text("reason", why);
-  text("backend", run.backend);
-  text("git_commit", run.git_commit);
-  text("input_sha256", run.input_sha256);
-  text("argv", run.argv);
-  std::vector<std::string> noisy;
-  for (const PointRecord& point : points)
-    for (const std::string& line : point.noisy) noisy.push_back(json_quote(point_name(point) + ": " + line));
-  json += fmt::format("  \"noisy\": [{}],\n", fmt::join(noisy, ", "));
-  json += fmt::format("  \"ranks\": {},\n  \"heads\": {},\n  \"kv\": {},\n  \"figures\": {{", run.system.size(),
-                      points.empty() ? 0 : points.front().heads, points.empty() ? 0 : points.front().kv);
-  const char* before = "\n";
-  for (const PointRecord& point : points)
-    for (const Metric& metric : metrics_of(point)) {
-      json += fmt::format("{}    {}: {{\"value\": {}, \"unit\": {}}}", before, json_quote(metric.name),
-                          json_number(metric.value), json_quote(metric.unit));
-      before = ",\n";
-    }
-  return json + "\n  }\n}\n";
+  Json noisy = Json::array();
+  Json::object_t figures;
+  for (const PointRecord& point : points) {
+    for (const std::string& line : point.noisy) noisy.push_back(point_name(point) + ": " + line);
+    // A look-up by key would take a time that grows with the square of the figures.
+    for (const Metric& metric : metrics_of(point))
+      figures.emplace_back(metric.name, Json{{"value", json_number(metric.value)}, {"unit", metric.unit}});
+  }
+  const Json document{{"file", file},
+                      {"run_uuid", run.run_uuid},
+                      {"result", why.empty() ? "VALID" : "INVALID"},
+                      {"reason", why},
+                      {"backend", run.backend},
+                      {"git_commit", run.git_commit},
+                      {"input_sha256", run.input_sha256},
+                      {"argv", run.argv},
+                      {"noisy", std::move(noisy)},
+                      {"ranks", run.system.size()},
+                      {"heads", points.empty() ? 0 : points.front().heads},
+                      {"kv", points.empty() ? 0 : points.front().kv},
+                      {"figures", std::move(figures)}};
+  return json_text(document, 2) + "\n";
 }
 
 void print_needles(std::ostream& out, const std::vector<PointRecord>& points) {

@@ -2,9 +2,9 @@
 // Shared by the tiled prefill kernels (capability 9.0): accepted shapes, work items, and the KV ring of the dense
 // kernels.
 //
-// Tuned instances have (Dk, Dv) = (64, 64) or (128, 128) as constants. Padded instances of (128, 128) and (192, 128) serve
-// all multiples of 16 up to these: tensor copies fill columns past the head size with zeros, in shared memory alone, and
-// results past it are not stored.
+// Tuned instances have (Dk, Dv) = (64, 64) or (128, 128) as constants. Padded instances of (128, 128) and (192, 128)
+// serve all multiples of 16 up to these: tensor copies fill columns past the head size with zeros, in shared memory
+// alone, and results past it are not stored.
 //
 // A warp has one query: its (up to 16) heads are the 16 rows of its part of a product. A CTA of the dense kernels has
 // consumer warpgroups of 4 queries each, which read the same K (and V) tiles of 128 tokens, and one producer warpgroup,

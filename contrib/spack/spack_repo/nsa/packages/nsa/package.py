@@ -28,6 +28,7 @@ class Nsa(CMakePackage, CudaPackage):
     depends_on("mpi")
     depends_on("hdf5@1.10: +hl")
     depends_on("tomlplusplus@3.3:")
+    depends_on("nlohmann-json@3.9:")
     depends_on("cli11@2.1:")
     depends_on("fmt@9:")
     depends_on("openblas", when="+blas")
