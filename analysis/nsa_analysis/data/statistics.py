@@ -16,8 +16,8 @@ def interval_ranks(n, alpha=0.05):
     if n < 6:
         return 0, 0
     j = np.arange(n // 2)
-    steps = np.log((n - j) / (j + 1))  # log C(n, j+1) - log C(n, j)
-    log_terms = np.concatenate([[0.0], np.cumsum(steps)]) - n * math.log(2)
+    ratios = np.log((n - j) / (j + 1))  # log C(n, j+1) - log C(n, j)
+    log_terms = np.concatenate([[0.0], np.cumsum(ratios)]) - n * math.log(2)
     below = np.cumsum(np.exp(log_terms))  # below[i] = P(Binomial < i + 1)
     k = int(np.searchsorted(below, alpha / 2 * (1 + 1e-9), side="right"))
     return (k, n + 1 - k) if k else (0, 0)

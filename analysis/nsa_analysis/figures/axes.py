@@ -70,9 +70,9 @@ def log_ticks(axis, values):
     if not values:
         return
     low, high = min(values), max(values)
-    steps = (1, 1.5, 2, 3, 4, 5, 7) if high / low < 8 else (1, 2, 5) if high / low < 100 else (1,)
+    multiples = (1, 1.5, 2, 3, 4, 5, 7) if high / low < 8 else (1, 2, 5) if high / low < 100 else (1,)
     ticks = [
-        m * 10.0**e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1) for m in steps
+        m * 10.0**e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1) for m in multiples
     ]
     inside = [t for t in ticks if low / 1.3 <= t <= high * 1.3] or [low]
     inside = inside[::-1][:: math.ceil(len(inside) / (7 if low > 1e-3 else 4))]

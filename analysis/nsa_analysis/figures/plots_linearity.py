@@ -22,19 +22,19 @@ def linearity_panels(frame):
 def waterfall(row):
     """Linear efficiency, what each cause takes of it, and the efficiency that is left."""
     names = ["linear", *(c.replace("_", " ") for c in CAUSES), "efficiency"]
-    steps = np.nan_to_num(np.array([row[c] for c in CAUSES], dtype=float))  # a cause that is not known is in the rest
-    ends = 1 - np.cumsum(steps)
+    losses = np.nan_to_num(np.array([row[c] for c in CAUSES], dtype=float))  # a cause that is not known is in the rest
+    ends = 1 - np.cumsum(losses)
     starts = np.concatenate([[1.0], ends[:-1]])
 
     def draw(ax):
         ax.bar([0, len(names) - 1], [1.0, row.efficiency], 0.7, color=colour("blue"), label="efficiency")
-        at = np.arange(1, 1 + len(steps))
-        for sign, role, label in (steps >= 0, "vermillion", "lost"), (steps < 0, "green", "regained"):
+        at = np.arange(1, 1 + len(losses))
+        for sign, role, label in (losses >= 0, "vermillion", "lost"), (losses < 0, "green", "regained"):
             if sign.any():
-                ax.bar(at[sign], -steps[sign], 0.7, bottom=starts[sign], color=colour(role), label=label)
+                ax.bar(at[sign], -losses[sign], 0.7, bottom=starts[sign], color=colour(role), label=label)
         for i, start in zip(at, starts):
             ax.plot([i - 1.35, i + 0.35], [start, start], color=colour("muted"), linewidth=0.8)
-        texts = [1.0, *(-steps), row.efficiency]
+        texts = [1.0, *(-losses), row.efficiency]
         tops = [1.0, *np.maximum(starts, ends), row.efficiency]
         for i, (text, top) in enumerate(zip(texts, tops)):
             sign = "" if i in (0, len(names) - 1) else "+" if text > 0 else "−" if text < 0 else ""

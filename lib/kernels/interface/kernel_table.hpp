@@ -42,7 +42,7 @@ struct FusedOp {
 /// chosen as stage by stage.
 struct ShardedAttention {
   bool (*accepts)(const ShardedAttentionArgs&) = nullptr;  ///< null: the backend has no such operation
-  /// cmp and win over the rows of this rank: scores, lse, and the window's (m, l) after the buckets.
+  /// cmp and win over the rows of this rank: scores, lse, and the window's (m, s) after the buckets.
   void (*local_attention)(const ShardedAttentionArgs&, Stream*) = nullptr;
   /// Writes the sum of cmp and win, normalised and gated, to `gated`.
   void (*normalise_partials)(const ShardedAttentionArgs&, Stream*) = nullptr;

@@ -7,9 +7,9 @@
 //   group g is g * heads_per_group + j.
 // - A stage is queued on its stream and returns. Nothing a stage does depends on host memory at run time: the
 //   position is read from memory, so that one captured graph serves every step.
-// - A partial of an attention (one branch, one row, one head) is (o, m, l): m is the running maximum of the scores, or
-//   at most 8 ln 2 below it, l = sum exp(score - m), and o = sum exp(score - m) v is not normalised. A partial that
-//   attended nothing has m = -inf, l = 0, o = 0. "ms" names the pairs (m, l) of many partials.
+// - A partial of an attention (one branch, one row, one head) is (o, m, s): m is the running maximum of the scores, or
+//   at most 8 ln 2 below it, s = sum exp(score - m), and o = sum exp(score - m) v is not normalised. A partial that
+//   attended nothing has m = -inf, s = 0, o = 0. (m, s) is a softmax state, "ms" a buffer of them.
 
 #include <cstddef>
 #include <cstdint>
@@ -88,13 +88,13 @@ struct CompressArgs : StageArgs {
   bool fill_halo = false;
 };
 
-/// The partials of one branch: o [rows][H][Dv] and (m, l) [rows][H][2].
+/// The partials of one branch: o [rows][H][Dv] and (m, s) [rows][H][2].
 struct Partials {
   float* o = nullptr;
   float* ms = nullptr;
 };
 
-/// The partials of all branches lie in one buffer: o [3][rows][H][Dv], then (m, l) [3][rows][H][2].
+/// The partials of all branches lie in one buffer: o [3][rows][H][Dv], then (m, s) [3][rows][H][2].
 constexpr std::int64_t partial_floats(const LayerShape& s, std::int64_t rows) {
   return branches * rows * s.heads() * (s.d_v + 2);
 }
@@ -103,18 +103,18 @@ inline Partials partials_at(float* base, const LayerShape& s, std::int64_t rows,
   return {base + b * rows * s.heads() * s.d_v, ms + b * rows * s.heads() * 2};
 }
 
-/// (m, l) that a rank stores of the compressed scores: its LSE buckets. Where ranks exchange them there is room for one
-/// more, which carries the window's (m, l) where it is known by then (ShardedAttention).
+/// (m, s) that a rank stores of the compressed scores: its LSE buckets. Where ranks exchange them there is room for one
+/// more, which carries the window's (m, s) where it is known by then (ShardedAttention).
 constexpr std::int32_t lse_slots(const LayerShape& s, std::int32_t ranks) {
   return s.lse.buckets / ranks + (ranks > 1);
 }
 
 /// Attention of one branch over the K/V rows this rank holds.
-/// - cmp: the valid compressed tokens. Also stores raw scores for `rank`, and (m, l) by LSE bucket: a segment is
+/// - cmp: the valid compressed tokens. Also stores raw scores for `rank`, and (m, s) by LSE bucket: a segment is
 ///   lse.segment compressed tokens, reduced left to right; bucket x holds the segments c with c % lse.buckets = x,
 ///   reduced by rising c. So every kv layout forms the same buckets, bit for bit. A rank stores its buckets in order:
 ///   lse [buckets present][rows][H][2], bucket x at slot x / kv (x when it holds all chunks).
-///   With policy.recompute_scores neither scores nor lse are written, and (m, l) of `out` even with scores_only.
+///   With policy.recompute_scores neither scores nor lse are written, and (m, s) of `out` even with scores_only.
 /// - sel: tokens of `selected` at positions <= t.      - win: positions window_begin(t) .. t.
 /// Tokens read are added to reads[batches * groups] as they are loaded.
 struct AttendArgs : StageArgs {
@@ -143,7 +143,7 @@ struct RankArgs : StageArgs {
   std::int32_t lse_ranks = 1;    ///< kv when the buckets were exchanged, else 1
   RowMap cmp_map = {};           ///< of the compressed tokens that were scored
   RowMap token_map = {};         ///< of the selection K/V: whose block is whose
-  const void* q = nullptr;       ///< policy.recompute_scores: [rows, H, Dk]; then k_cmp and (m, l) of the cmp partials
+  const void* q = nullptr;       ///< policy.recompute_scores: [rows, H, Dk]; then k_cmp and (m, s) of the cmp partials
   KvView k_cmp = {};
   const float* cmp_ms = nullptr;     ///< [rows][H][2]
   Candidate* candidates = nullptr;   ///< [rows, groups, n_sel]; null when `selected` is wanted
@@ -196,7 +196,7 @@ struct AttentionArgs {
 
 /// What the ranks of a sharded decode step exchange last, once the normalisers of cmp and win are known: the sum of
 /// these two branches [rows][H][Dv], normalised over all ranks, times the gates; then the partial of sel, o
-/// [rows][H][Dv] and (m, l) [rows][H][2]. Whole 16-byte vectors.
+/// [rows][H][Dv] and (m, s) [rows][H][2]. Whole 16-byte vectors.
 constexpr std::int64_t gated_partial_floats(const LayerShape& s, std::int64_t rows) {
   return (2 * rows * s.heads() * (s.d_v + 1) + 3) / 4 * 4;
 }
@@ -207,7 +207,7 @@ inline Partials gated_partial_sel(float* base, const LayerShape& s, std::int64_t
 
 /// A decode step's attention on one of the ranks that share its sequences.
 struct ShardedAttentionArgs {
-  AttendArgs attend[branches];       ///< of cmp and win; cmp's lse has room for the window's (m, l)
+  AttendArgs attend[branches];       ///< of cmp and win; cmp's lse has room for the window's (m, s)
   const float* lse_all = nullptr;    ///< [ranks][lse_slots][rows][H][2]
   float* gated = nullptr;            ///< [gated_partial_floats]; null: local_attention stores ordinary partials
   const float* gated_all = nullptr;  ///< [ranks][gated_partial_floats]

@@ -55,9 +55,9 @@ __device__ __forceinline__ Entry warp_sort_descending(Entry mine) {
 #pragma unroll
   for (unsigned size = 2; size <= 32; size *= 2)
 #pragma unroll
-    for (unsigned step = size / 2; step > 0; step /= 2) {
-      const Entry other = __shfl_xor_sync(0xffffffffu, mine, step);
-      const bool keeps_larger = ((lane & step) == 0) == ((lane & size) == 0 || size == 32);
+    for (unsigned distance = size / 2; distance > 0; distance /= 2) {
+      const Entry other = __shfl_xor_sync(0xffffffffu, mine, distance);
+      const bool keeps_larger = ((lane & distance) == 0) == ((lane & size) == 0 || size == 32);
       mine = (other > mine) == keeps_larger ? other : mine;
     }
   return mine;
@@ -69,9 +69,9 @@ constexpr int warp_top_n = 16;  ///< entries of a sorted list that a warp keeps:
 __device__ __forceinline__ Entry bitonic_merge16(Entry mine) {
   const unsigned lane = threadIdx.x % 32;
 #pragma unroll
-  for (unsigned step = 8; step > 0; step /= 2) {
-    const Entry other = __shfl_xor_sync(0xffffffffu, mine, step);
-    mine = (other > mine) == ((lane & step) == 0) ? other : mine;
+  for (unsigned distance = 8; distance > 0; distance /= 2) {
+    const Entry other = __shfl_xor_sync(0xffffffffu, mine, distance);
+    mine = (other > mine) == ((lane & distance) == 0) ? other : mine;
   }
   return mine;
 }
@@ -86,9 +86,9 @@ __device__ __forceinline__ Entry top32_of_two(Entry a, Entry b) {
   const Entry reversed = __shfl_xor_sync(0xffffffffu, b, 31);
   Entry mine = a > reversed ? a : reversed;
 #pragma unroll
-  for (unsigned step = 16; step > 0; step /= 2) {
-    const Entry other = __shfl_xor_sync(0xffffffffu, mine, step);
-    mine = (other > mine) == ((lane & step) == 0) ? other : mine;
+  for (unsigned distance = 16; distance > 0; distance /= 2) {
+    const Entry other = __shfl_xor_sync(0xffffffffu, mine, distance);
+    mine = (other > mine) == ((lane & distance) == 0) ? other : mine;
   }
   return mine;
 }

@@ -95,10 +95,10 @@ struct PartialBlockScore {
   }
 };
 
-/// Adds two values across lanes `step` apart: the lower lane gets the sum of a, the upper one that of b.
-__device__ __forceinline__ float reduce_across(float a, float b, int step) {
-  const bool upper = threadIdx.x & step;
-  return __fadd_rn(upper ? b : a, __shfl_xor_sync(0xffffffffu, upper ? a : b, step));
+/// Adds two values across lanes `distance` apart: the lower lane gets the sum of a, the upper one that of b.
+__device__ __forceinline__ float reduce_across(float a, float b, int distance) {
+  const bool upper = threadIdx.x & distance;
+  return __fadd_rn(upper ? b : a, __shfl_xor_sync(0xffffffffu, upper ? a : b, distance));
 }
 /// Sums the partial scores of one tile over the four lanes of each block.
 __device__ __forceinline__ float reduce_over_heads(float partial) {

@@ -43,20 +43,20 @@ __device__ __forceinline__ void merge_exact_into(SoftmaxState<Base>& total, floa
   total.m = m;
 }
 
-/// Factors of an online softmax step: of the o accumulated so far, and of P of the new tile.
-struct StepScale {
+/// Factors when a tile is merged: of the o accumulated so far, and of P of the tile.
+struct TileScale {
   float o, p;
 };
-/// Online softmax step: merges the (m, s) of a tile, relative to its own maximum, into the running state.
+/// Merges the (m, s) of a tile, relative to its own maximum, into the running state.
 template <class Base>
-__device__ __forceinline__ StepScale merge_tile(SoftmaxState<Base>& total, SoftmaxState<Base> tile) {
+__device__ __forceinline__ TileScale merge_tile(SoftmaxState<Base>& total, SoftmaxState<Base> tile) {
   const float m = fmaxf(total.m, tile.m), p = Base::scale(tile.m, m), o = Base::scale(total.m, m);
   total = {m, total.s * o + tile.s * p};
   return {o, p};
 }
 /// The same with explicit roundings.
 template <class Base>
-__device__ __forceinline__ StepScale merge_tile_exact(SoftmaxState<Base>& total, SoftmaxState<Base> tile) {
+__device__ __forceinline__ TileScale merge_tile_exact(SoftmaxState<Base>& total, SoftmaxState<Base> tile) {
   const float m = fmaxf(total.m, tile.m), p = Base::scale(tile.m, m), o = Base::scale(total.m, m);
   total = {m, __fmaf_rn(total.s, o, __fmul_rn(tile.s, p))};
   return {o, p};

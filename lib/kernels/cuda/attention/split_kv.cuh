@@ -2,7 +2,7 @@
 // Split-KV: how the attention kernels divide work over CTAs and merge the splits of a work item.
 //
 // The K/V that a query row attends in one branch is a sequence of spans (cmp: LSE buckets or segments, sel: selected
-// blocks, win: runs of positions). Split s of S takes spans s, s + S, ... and stores its partial (o, m, l) in scratch.
+// blocks, win: runs of positions). Split s of S takes spans s, s + S, ... and stores its partial (o, m, s) in scratch.
 // The CTA that arrives last merges the partials by rising split, so the result does not depend on the order of arrival.
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 #pragma once
-// Prefill's stages and the fused prefill step: tiles of query rows.
+// Prefill's stages and fused prefill attention: tiles of query rows.
 
 #include "kernels/cuda/runtime/common.cuh"
 
@@ -17,7 +17,7 @@ bool tiles_shape(const LayerShape&);  ///< whether the kernels above and rank_pr
 void rank_prefill(const RankArgs&, Stream*);
 std::size_t rank_prefill_scratch(const LayerShape&, const QueryTile&);
 
-/// The fused prefill step, from cmp to combine without partials (prefill/attention.cu). First o of win and cmp,
+/// Fused prefill attention, from cmp to combine without partials (prefill/attention.cu). First o of win and cmp,
 /// normalised, multiplied by the gates [rows, groups, 3] and added, to cmp's out.o, and cmp's (m, sum) to its out.ms.
 /// After the rank stage sel's o is added to its out.o, and the sum is stored to `o` [rows, H, Dv] in storage type.
 void attend_prefill_gated(const AttendArgs& of_cmp, const AttendArgs& of_win, const float* gate, Stream*);

@@ -47,8 +47,8 @@ __device__ __forceinline__ uint4 load_no_allocate(const void* from) {
   return v;
 }
 
-/// Operand A of q k^T, in shared memory so that it takes no registers between steps: [Dk / 16][lane] in the product's
-/// layout, written once for all warps.
+/// Operand A of q k^T, in shared memory so that it takes no registers between products: [Dk / 16][lane] in the
+/// product's layout, written once for all warps.
 template <int DK>
 struct QueryFragments {
   uint4* words;

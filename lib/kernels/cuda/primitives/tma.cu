@@ -30,17 +30,17 @@ Encode encoder() {
 }
 
 // `strides` in bytes, of every dimension but the first; any value for a dimension of size one. A box takes every
-// `step`-th element of the second dimension.
+// `row_stride`-th element of the second dimension.
 template <int Rank>
 CUtensorMap encode(const void* data, DType type, const cuuint64_t (&sizes)[Rank], const cuuint64_t (&strides)[Rank - 1],
-                   const cuuint32_t (&box)[Rank], int step = 1) {
+                   const cuuint32_t (&box)[Rank], int row_stride = 1) {
   CUtensorMap map;
-  cuuint32_t steps[Rank];
-  std::fill_n(steps, Rank, 1u);
-  steps[1] = static_cast<cuuint32_t>(step);
+  cuuint32_t element_strides[Rank];
+  std::fill_n(element_strides, Rank, 1u);
+  element_strides[1] = static_cast<cuuint32_t>(row_stride);
   const CUresult code =
       encoder()(&map, type == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, Rank,
-                const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                const_cast<void*>(data), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (code != CUDA_SUCCESS) throw InternalError("cuTensorMapEncodeTiled: code " + std::to_string(code));
   return map;
@@ -48,7 +48,7 @@ CUtensorMap encode(const void* data, DType type, const cuuint64_t (&sizes)[Rank]
 
 }  // namespace
 
-CUtensorMap kv_tensor_map(const KvView& view, DType type, std::int64_t planes, int box_rows, int step) {
+CUtensorMap kv_tensor_map(const KvView& view, DType type, std::int64_t planes, int box_rows, int row_stride) {
   const auto size = static_cast<std::int64_t>(size_of(type));
   const std::int64_t ranks = view.map.chunk == INT64_MAX ? 1 : view.map.kv, row = view.width * size;
   const std::int64_t plane = std::max(view.plane_stride * size, row), rank = std::max(view.rank_stride * size, plane);
@@ -56,7 +56,7 @@ CUtensorMap kv_tensor_map(const KvView& view, DType type, std::int64_t planes, i
                    {static_cast<cuuint64_t>(view.width), static_cast<cuuint64_t>(plane / row),
                     static_cast<cuuint64_t>(planes), static_cast<cuuint64_t>(ranks)},
                    {static_cast<cuuint64_t>(row), static_cast<cuuint64_t>(plane), static_cast<cuuint64_t>(rank)},
-                   {box_columns, static_cast<cuuint32_t>(box_rows), 1, 1}, step);
+                   {box_columns, static_cast<cuuint32_t>(box_rows), 1, 1}, row_stride);
 }
 
 CUtensorMap query_tensor_map(const void* q, DType type, std::int64_t rows, int heads, int d_k, int box_heads,

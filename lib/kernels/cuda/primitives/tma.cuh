@@ -14,8 +14,9 @@ namespace nsa::gpu {
 
 constexpr int box_columns = 64;
 
-/// Of K or V [ranks][planes][rows][width]: boxes of every `step`-th of `box_rows` rows, at (column, row, plane, rank).
-CUtensorMap kv_tensor_map(const KvView& view, DType type, std::int64_t planes, int box_rows, int step = 1);
+/// Of K or V [ranks][planes][rows][width]: boxes of every `row_stride`-th of `box_rows` rows, at (column, row, plane,
+/// rank).
+CUtensorMap kv_tensor_map(const KvView& view, DType type, std::int64_t planes, int box_rows, int row_stride = 1);
 
 /// Of q [rows][heads][d_k]: boxes of `box_heads` heads by `box_queries` rows, at (column, head, row).
 CUtensorMap query_tensor_map(const void* q, DType type, std::int64_t rows, int heads, int d_k, int box_heads,

@@ -34,7 +34,7 @@ __device__ __forceinline__ BlockSum sum_block(const BlockScores& x) {
   const float4 s = x.own;
   float m = fmaxf(fmaxf(s.x, s.y), fmaxf(s.z, s.w));
 #pragma unroll
-  for (int step = 1; step < tile_blocks; step *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
+  for (int distance = 1; distance < tile_blocks; distance *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, distance));
   if (m == -INFINITY) m = neg_inf;
   const float last = exp2_fast(s.w - m), halo = __shfl_up_sync(0xffffffffu, last, 1);
   return {block_sum(exp2_fast(s.x - m), exp2_fast(s.y - m), exp2_fast(s.z - m), last,
@@ -97,9 +97,9 @@ __device__ inline void score_tiles(const RankParams& p, std::int64_t row, std::i
                           static_cast<const float*>(p.a.scores) + (row * s.heads() + g * s.heads_per_group) * p.pitch,
                           normaliser, static_cast<int>(compressed_tokens(r, t))};
   float* p_slc = p.a.p_slc ? p.a.p_slc + (row * s.groups + g) * p.a.p_slc_blocks : nullptr;
-  const int lane = threadIdx.x % 32, step = blockDim.x / 32 * tile_blocks;
+  const int lane = threadIdx.x % 32, stride = blockDim.x / 32 * tile_blocks;
 #pragma unroll 1
-  for (int u0 = begin + threadIdx.x / 32 * tile_blocks; u0 < end; u0 += step) {
+  for (int u0 = begin + threadIdx.x / 32 * tile_blocks; u0 < end; u0 += stride) {
     const int j0 = block_at(p, u0), u = u0 + lane, j = j0 + lane;
     const float score = scorer.score(u0, j0);
     if (lane >= tile_blocks || u >= end) continue;

@@ -29,9 +29,9 @@ __device__ inline Threshold nth_largest(std::int64_t blocks, std::int64_t n, uns
       unsigned counts[8], sum = 0;
       for (int d = 0; d < 8; ++d) sum += counts[d] = histogram[255 - threadIdx.x * 8 - d];
       unsigned inclusive = sum;
-      for (int step = 1; step < 32; step *= 2) {
-        const unsigned other = __shfl_up_sync(0xffffffffu, inclusive, step);
-        if (static_cast<int>(threadIdx.x) >= step) inclusive += other;
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const unsigned other = __shfl_up_sync(0xffffffffu, inclusive, distance);
+        if (static_cast<int>(threadIdx.x) >= distance) inclusive += other;
       }
       unsigned exclusive = inclusive - sum;
       if (exclusive < wanted && inclusive >= wanted)

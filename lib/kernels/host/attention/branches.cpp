@@ -65,10 +65,10 @@ void score_halo(const AttendArgs& args, const Widths& w, ThreadBuffers& buffers,
 /// K of the tile this thread attends after `run`: of the bucket's next segment, or of the next bucket's first segment.
 const void* next_k_in_bucket(const AttendArgs& args, std::int64_t plane, const RowRun& run, std::int64_t valid) {
   const LayerShape& s = args.shape;
-  const std::int64_t segment = run.first / s.lse.segment, step = holds_all_chunks(args.k.map) ? 1 : args.k.map.kv;
+  const std::int64_t segment = run.first / s.lse.segment, stride = holds_all_chunks(args.k.map) ? 1 : args.k.map.kv;
   std::int64_t next = run.first + run.tokens;
   if (next >= (segment + 1) * s.lse.segment) next = (segment + s.lse.buckets) * s.lse.segment;
-  if (next >= valid) next = (segment % s.lse.buckets + step) * s.lse.segment;
+  if (next >= valid) next = (segment % s.lse.buckets + stride) * s.lse.segment;
   return next < valid ? at(s.dtype, args.k.data, offset_of(args.k, plane, next)) : nullptr;
 }
 

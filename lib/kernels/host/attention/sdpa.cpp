@@ -179,11 +179,11 @@ void merge_statistics(const AttendArgs& args, const Variant& variant, const Widt
   buffers.total.clear(w, false);
   if (!variant.compressed) return merge_tiles(w, buffers, dense, buffers.total, 0, 1);
   const RowMap& map = args.k.map;
-  const int step = holds_all_chunks(map) ? 1 : map.kv;
-  for (int bucket = step == 1 ? 0 : map.rank; bucket < args.shape.lse.buckets; bucket += step) {
+  const int stride = holds_all_chunks(map) ? 1 : map.kv;
+  for (int bucket = stride == 1 ? 0 : map.rank; bucket < args.shape.lse.buckets; bucket += stride) {
     buffers.partial.clear(w, false);
     merge_tiles(w, buffers, dense, buffers.partial, bucket, args.shape.lse.buckets);
-    if (write) store_lse_bucket(args, dense.item, bucket / step, buffers.partial);
+    if (write) store_lse_bucket(args, dense.item, bucket / stride, buffers.partial);
     merge_softmax_columns(w.columns, buffers.total.m, buffers.total.s, buffers.partial.m, buffers.partial.s,
                           buffers.scale_prev, buffers.scale_new);
   }

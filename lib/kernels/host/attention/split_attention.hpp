@@ -147,7 +147,7 @@ std::size_t sdpa_scratch(const LayerShape& s, const QueryTile& tile);    ///< of
 std::size_t masked_scratch(const LayerShape& s, const QueryTile& tile);  ///< of either branch
 bool masked_accepts(const LayerShape& s, const QueryTile& tile);
 
-// Steps of several implementations.
+// Parts of several implementations.
 /// Item `index` of work_items().
 WorkItem work_item_of(const AttendArgs& args, int rows_per_item, std::int64_t index);
 /// Number of work items of a query tile.

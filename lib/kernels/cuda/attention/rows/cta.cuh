@@ -12,10 +12,10 @@
 // merge in shared memory, the CTAs of a row through the shared memory of their cluster (9.0) or in scratch
 // (attention/split_kv.cuh).
 //
-// LSE: (m, sum) of 16 tokens by one warp; a segment merges its steps by rising step, then its 4 warps by rising warp; a
-// bucket merges its segments by rising segment. This order depends neither on the split nor on the layout, so every kv
-// layout gets the same bits. Scores and maxima are in the exp2 domain inside the kernel: log2(e) is folded into the
-// scale.
+// LSE: (m, s) of a tile of 16 tokens by one warp; a segment merges a warp's tiles in rising order, then its 4 warps by
+// rising warp; a bucket merges its segments by rising segment. This order depends neither on the split nor on the
+// layout, so every kv layout gets the same bits. Scores and maxima are in the exp2 domain inside the kernel: log2(e) is
+// folded into the scale.
 
 #include "kernels/cuda/attention/kv_tiles.cuh"
 #include "kernels/cuda/attention/online_softmax.cuh"
@@ -88,9 +88,9 @@ struct RowsCta {
   __device__ void online_softmax(float (&c)[2][4]);
   __device__ void score_halos() const;
   __device__ void merge_warps(float* warp_o, float* partial) const;
-  __device__ void merge_buckets(int first, int step) const;
+  __device__ void merge_buckets(int first, int stride) const;
   template <class PartialOf, class Load>
-  __device__ void merge_splits(int first, int step, PartialOf partial_of, Load load) const;
+  __device__ void merge_splits(int first, int stride, PartialOf partial_of, Load load) const;
 };
 
 template <class T, int DK, int DV, Branch B>
@@ -248,15 +248,15 @@ __device__ __forceinline__ void RowsCta<T, DK, DV, B>::online_softmax(float (&c)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float &c0 = c[0][half * 2], &c1 = c[0][half * 2 + 1], &c2 = c[1][half * 2], &c3 = c[1][half * 2 + 1];
-    SoftmaxState<Exp2> step;
-    step.m = fmaxf(neg_inf, quad_max(fmaxf(fmaxf(c0, c1), fmaxf(c2, c3))));
-    c0 = exp2_fast(c0 - step.m);
-    c1 = exp2_fast(c1 - step.m);
-    c2 = exp2_fast(c2 - step.m);
-    c3 = exp2_fast(c3 - step.m);
-    step.s = quad_sum((c0 + c1) + (c2 + c3));
-    if constexpr (B == cmp) segment[half] = merge_exact(segment[half], step);
-    const StepScale scale = merge_tile(total[half], step);
+    SoftmaxState<Exp2> tile;
+    tile.m = fmaxf(neg_inf, quad_max(fmaxf(fmaxf(c0, c1), fmaxf(c2, c3))));
+    c0 = exp2_fast(c0 - tile.m);
+    c1 = exp2_fast(c1 - tile.m);
+    c2 = exp2_fast(c2 - tile.m);
+    c3 = exp2_fast(c3 - tile.m);
+    tile.s = quad_sum((c0 + c1) + (c2 + c3));
+    if constexpr (B == cmp) segment[half] = merge_exact(segment[half], tile);
+    const TileScale scale = merge_tile(total[half], tile);
     scale_prev[half] = scale.o;
     c0 *= scale.p, c1 *= scale.p, c2 *= scale.p, c3 *= scale.p;
   }

@@ -31,10 +31,10 @@ __global__ void __maxnreg__(rows_max_registers) rows_kernel(const __grid_constan
   cta.merge_warps(partial + RowsLayout<DK, DV>::partial_bytes / 4, to);
   if (p.cluster) {
     cluster_barrier();
-    const int first = threadIdx.x * p.splits + cta.split, step = blockDim.x * p.splits;
-    if constexpr (B == cmp) cta.merge_buckets(first, step);
+    const int first = threadIdx.x * p.splits + cta.split, stride = blockDim.x * p.splits;
+    if constexpr (B == cmp) cta.merge_buckets(first, stride);
     cta.merge_splits(
-        first, step, [&](int i) { return map_to_cta(partial, i); }, [](const auto* from) { return *from; });
+        first, stride, [&](int i) { return map_to_cta(partial, i); }, [](const auto* from) { return *from; });
     cluster_barrier();
     return;
   }

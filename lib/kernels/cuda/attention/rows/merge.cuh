@@ -59,11 +59,11 @@ __device__ __forceinline__ void RowsCta<T, DK, DV, B>::merge_warps(float* warp_o
 // Merges the (m, sum) of the warps to segments, and those to buckets by rising segment: this rank's u-th segment
 // belongs to its bucket u % local buckets.
 template <class T, int DK, int DV, Branch B>
-__device__ __forceinline__ void RowsCta<T, DK, DV, B>::merge_buckets(int first, int step) const {
+__device__ __forceinline__ void RowsCta<T, DK, DV, B>::merge_buckets(int first, int stride) const {
   const int local_buckets = s.lse.buckets / shards_of(map);
   const std::int64_t row_heads = p.a.tile.rows() * s.heads();
   const float2* segment_lse = p.segment_lse + work_item * p.max_spans * rows_warps * heads_per_tile;
-  for (int item = first; item < local_buckets * heads_per_tile; item += step) {
+  for (int item = first; item < local_buckets * heads_per_tile; item += stride) {
     const int slot = item / heads_per_tile, head = item % heads_per_tile;
     if (head >= heads) continue;
     SoftmaxState<Exp2> sum;
@@ -84,9 +84,9 @@ __device__ __forceinline__ void RowsCta<T, DK, DV, B>::merge_buckets(int first, 
 // Merges the partials of the splits, by rising split, into the partial of the row.
 template <class T, int DK, int DV, Branch B>
 template <class PartialOf, class Load>
-__device__ __forceinline__ void RowsCta<T, DK, DV, B>::merge_splits(int first, int step, PartialOf partial_of,
+__device__ __forceinline__ void RowsCta<T, DK, DV, B>::merge_splits(int first, int stride, PartialOf partial_of,
                                                                     Load load) const {
-  for (int item = first; item < heads * DV / 4; item += step) {
+  for (int item = first; item < heads * DV / 4; item += stride) {
     const int head = item / (DV / 4);
     float4 x[8];
     float2 ms[8];

@@ -298,7 +298,7 @@ struct WarpTileMma {
     for (int half = 0; half < 2; ++half) {
       SoftmaxState<Exp2>& now = tile[m][half];
       now.s = quad_sum(now.s);
-      const StepScale scale = merge_tile_exact(total[m][half], now);
+      const TileScale scale = merge_tile_exact(total[m][half], now);
       scale_prev[half] = scale.o;
 #pragma unroll
       for (int j = 0; j < 4; ++j) c[m][j][half * 2] *= scale.p, c[m][j][half * 2 + 1] *= scale.p;

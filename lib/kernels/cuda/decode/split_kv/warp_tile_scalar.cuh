@@ -90,7 +90,7 @@ struct WarpTileScalar {
 #pragma unroll
     for (int h = 0; h < heads; ++h) {
       tile[h].s = warp_sum(c[h]);
-      const StepScale scale = merge_tile_exact(total[h], tile[h]);
+      const TileScale scale = merge_tile_exact(total[h], tile[h]);
       c[h] *= scale.p;
 #pragma unroll
       for (int e = 0; e < columns; ++e) o[h][e] *= scale.o;
