@@ -1,4 +1,4 @@
-"""Files of peers (scripts/peers): what is written, and that `nsa` reads, reports and judges them. No GPU is needed."""
+"""Files of peers (scripts/bench/peers): what is written, and that `nsa` reads, reports and judges them."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ import numpy as np
 from harness import SMALL, AppTest
 from test_gate import INCONCLUSIVE, KERNELS
 
-SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts"
+SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "bench"
 sys.path.insert(0, str(SCRIPTS))
 from peers import kernels, report, result_file, shapes, timing  # noqa: E402
 
@@ -24,7 +24,7 @@ INPUT = KERNELS.replace('blocks = 4', 'blocks = [2, 4]\nspans = ["mixed", "scatt
 
 
 def measured(point, gather=40e-6, packed=30e-6):
-    """A point as scripts/bench_gpu.py makes it, with times of its own."""
+    """A point as scripts/bench/bench_gpu.py makes it, with times of its own."""
     reps = point["run.steps"]
     error = {"mean": 1e-8, "standard_error": 1e-10, "max": 1e-7}
     return {"parameters": point, "implementations": ["torch_cudnn_sdpa", "torch_cudnn_sdpa_packed"],
@@ -92,7 +92,7 @@ class Shapes(unittest.TestCase):
 
 
 class Kernels(unittest.TestCase):
-    """scripts/bench_peers.py where torch is not: what is there, and what each adapter asks of a shape."""
+    """scripts/bench/bench_peers.py where torch is not: what is there, and what each adapter asks of a shape."""
 
     def listed(self, *paths):
         arguments = [word for path in paths for word in ("--path", path)]

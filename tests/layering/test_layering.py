@@ -2,7 +2,8 @@
 """Includes point one way, folder by folder, and each foreign header stays in its module (docs/ARCHITECTURE.md).
 
 Prints the folder graph. Fails on an arrow that ALLOWED lacks, on an arrow of ALLOWED that no include needs, on a
-circle, on a foreign header outside its module, and on a folder that shows more than a dozen entries.
+circle, on a foreign header outside its module, and on a folder (scripts, analysis too) that shows more than a dozen
+entries.
 """
 import collections
 import pathlib
@@ -131,8 +132,8 @@ def arrow_problems(arrows):
 
 
 def crowded_folders(root):
-    """Folders of lib, app and analysis with more than MAX_ENTRIES entries; a header and its source count once."""
-    for top in ("lib", "app", "analysis"):
+    """Folders of lib, app, analysis and scripts with more than MAX_ENTRIES; a header and its source count once."""
+    for top in ("lib", "app", "analysis", "scripts"):
         for folder in [root / top, *(p for p in (root / top).rglob("*") if p.is_dir())]:
             entries = {p.stem if p.is_file() else p.name + "/" for p in folder.iterdir()
                        if not p.name.startswith((".", "__")) and p.suffix not in {".egg-info", ".pyc"}}

@@ -471,7 +471,7 @@ TEST_CASE("gate: the fastest baseline decides, a library's too, and is named", "
   CHECK(v.why.ends_with("; no library's SDPA is among the baselines"));
   CHECK(contains(v.notes.at(0),
                  "no library's SDPA is among the baselines; on this device: python3 "
-                 "scripts/bench_gpu.py --selection --output peers.h5"));
+                 "scripts/bench/bench_gpu.py --selection --output peers.h5"));
 
   v = with(peers_file(shapes, 15, 10.5));  // ours: 30 with the gather, 11 packed; fused 10
   CHECK(v.verdict == Verdict::proceed);

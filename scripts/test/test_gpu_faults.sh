@@ -2,10 +2,10 @@
 # The tests of docs/RELIABILITY.md that need GPUs: a rank killed, stopped, hanging or out of step during NCCL traffic
 # ends the job in time, and the error names the rank; exhausted memory and flipped bits are detected; undisturbed runs
 # are VALID on every repetition. As many ranks as GPUs; about 3 minutes on two.
-#   scripts/test_gpu_faults.sh [RANKS]     default: all GPUs of this host, at most 8. Builds build/cuda-faults, unless
+#   scripts/test/test_gpu_faults.sh [RANKS]     default: all GPUs of this host, at most 8. Builds build/cuda-faults, unless
 #   NSA_FAULTS_BINARY names a program with fault injection.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 gpus=$(nvidia-smi -L | wc -l)
 ranks=${1:-$((gpus > 8 ? 8 : gpus))}
 failed=0

@@ -2,9 +2,9 @@
 # Fuzzes the readers with libFuzzer, ASan and UBSan (needs clang): each target for SECONDS (default 60), one after the
 # other. New inputs go to build/fuzz/found/TARGET, crashing inputs to build/fuzz/artifacts. Add both to
 # tests/fuzz/corpus/TARGET (new inputs minimised with -merge=1); the tests replay that corpus.
-#   scripts/fuzz.sh [SECONDS] [TARGET ...]
+#   scripts/test/fuzz.sh [SECONDS] [TARGET ...]
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 seconds=${1:-60}
 shift || true
 targets=("$@")

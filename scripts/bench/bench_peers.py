@@ -7,7 +7,7 @@ graphs of 8 executions, all in alternation; every output is compared with float6
 installed or whose checkouts --path names; what is not there, or does other work, is named. Needs torch with CUDA.
 
 usage: bench_peers.py [--path CHECKOUT]... [--input INPUT.toml] [--output FILE.h5] [--list]
-e.g.   scripts/bench_peers.py --path ~/Scalable-Flash-Native-Sparse-Attention --output kernels.h5
+e.g.   scripts/bench/bench_peers.py --path ~/Scalable-Flash-Native-Sparse-Attention --output kernels.h5
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 
 from peers import kernels, report, shapes
 
-M4_SHAPES = pathlib.Path(__file__).resolve().parents[1] / "inputs/m4_kernels.toml"
+M4_SHAPES = pathlib.Path(__file__).resolve().parents[2] / "inputs/m4_kernels.toml"
 
 
 def print_what_is_there(found, absent):

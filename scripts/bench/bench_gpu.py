@@ -9,7 +9,7 @@ events; printed times are medians of the replays. Both sides rotate over sets of
 cache when it is read. Prints the ratio for each row. Needs torch with CUDA.
 
 usage: bench_gpu.py [BUILD_DIR] [--selection] [--input INPUT.toml] [--output FILE.h5] [--json FILE]
-e.g.   scripts/bench_gpu.py build/cuda
+e.g.   scripts/bench/bench_gpu.py build/cuda
 Without BUILD_DIR only the shapes of --selection run.
 """
 
@@ -24,7 +24,7 @@ import sys
 COLD_BYTES = 250e6  # read between two uses of a set: several times the L2
 REPLAYS = 15
 HEADS, GROUPS, D = 64, 4, 128
-M4_SHAPES = pathlib.Path(__file__).resolve().parents[1] / "inputs/m4_kernels.toml"
+M4_SHAPES = pathlib.Path(__file__).resolve().parents[2] / "inputs/m4_kernels.toml"
 
 
 def graph_seconds(calls):
