@@ -26,17 +26,6 @@ std::string read_link(const char* link) {
   return text;
 }
 
-// Field 22 of /proc/PID/stat. Field 2, the name, is in parentheses and may contain spaces. "?": no such process.
-std::string start_time_of(int pid) {
-  std::ifstream file(fmt::format("/proc/{}/stat", pid));
-  std::string line;
-  std::getline(file, line);
-  std::istringstream words(line.substr(std::min(line.size(), line.rfind(')') + 1)));
-  std::string word;
-  for (int i = 0; i < 20; ++i) words >> word;
-  return word.empty() ? "?" : word;
-}
-
 }  // namespace
 
 std::string host_name() {
@@ -50,6 +39,26 @@ std::string machine_id() {
   return id.empty() ? host_name() : id;
 }
 
+std::string process_stat_path(int pid) { return fmt::format("/proc/{}/stat", pid); }
+
+ProcessStat parse_process_stat(const std::string& text) {
+  ProcessStat stat;
+  const std::size_t name = text.find('('), name_end = text.rfind(')');
+  if (name == std::string::npos || name_end == std::string::npos || name_end < name) return stat;
+  stat.name = text.substr(name + 1, name_end - name - 1);
+  std::istringstream fields(text.substr(name_end + 1));
+  fields >> stat.state;
+  for (int field = 4; field <= 22; ++field) fields >> stat.start_time;
+  return stat;
+}
+
+ProcessStat process_stat(int pid) {
+  std::ifstream file(process_stat_path(pid));
+  std::string text;
+  std::getline(file, text, '\0');
+  return parse_process_stat(text);
+}
+
 std::optional<int> launched_rank() {
   // SLURM_PROCID comes last: mpirun within a batch job inherits that of the batch script.
   for (const char* name :
@@ -61,7 +70,7 @@ std::optional<int> launched_rank() {
 ProcessId own_process_id() {
   const std::string machine = read_first_word("/proc/sys/kernel/random/boot_id") + read_link("/proc/self/ns/pid") +
                               read_link("/proc/self/ns/net");
-  return {host_name(), machine, start_time_of(getpid()), getpid()};
+  return {host_name(), machine, process_stat(getpid()).start_time, getpid()};
 }
 
 std::vector<ProcessId> all_process_ids(const ControlComm& world) {
@@ -78,8 +87,8 @@ std::vector<ProcessId> all_process_ids(const ControlComm& world) {
 
 bool signal_process(const ProcessId& process, int signal_number) {
   static const std::string own_machine = own_process_id().machine;
-  return process.pid > 0 && process.machine == own_machine && start_time_of(process.pid) == process.start_time &&
-         kill(process.pid, signal_number) == 0;
+  return process.pid > 0 && process.machine == own_machine &&
+         process_stat(process.pid).start_time == process.start_time && kill(process.pid, signal_number) == 0;
 }
 
 }  // namespace nsa

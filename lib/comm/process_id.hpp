@@ -21,6 +21,16 @@ std::string host_name();  ///< of this machine; "?" when the system call fails
 /// The same for all processes of one machine, also in containers: its boot id; the host name where there is none.
 std::string machine_id();
 
+/// Of a process of this machine, from /proc/PID/stat (proc(5)).
+struct ProcessStat {
+  std::string name;              ///< of its program, at most 15 bytes; may contain spaces and parentheses
+  char state = '?';              ///< 'R', 'S', 'Z', ...; '?': no such process
+  std::string start_time = "?";  ///< in clock ticks since boot
+};
+std::string process_stat_path(int pid);
+ProcessStat parse_process_stat(const std::string& text);
+ProcessStat process_stat(int pid);
+
 /// The rank that the launcher gave this process, from its environment: known before MPI is. Empty without a launcher.
 std::optional<int> launched_rank();
 

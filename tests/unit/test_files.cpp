@@ -82,6 +82,22 @@ TEST_CASE("files: what killed runs left is removed, and nothing else", "[files]"
   for (const std::string& path : kept) CHECK(status_of(path).kind == PathStatus::file);
 }
 
+TEST_CASE("files: a process is told by its state, its start and its name, which may hold anything", "[files]") {
+  std::string fields = ") Z";
+  for (int field = 4; field <= 52; ++field) fields += " " + std::to_string(field);
+  const ProcessStat stat = parse_process_stat("123 (a) Z (b" + fields + "\n");
+  CHECK(stat.name == "a) Z (b");
+  CHECK(stat.state == 'Z');
+  CHECK(stat.start_time == "22");
+  CHECK(parse_process_stat("").start_time == "?");
+
+  const ProcessStat own = process_stat(getpid());
+  CHECK(own.name == "unit_tests");
+  CHECK(own.start_time == own_process_id().start_time);
+  CHECK(std::stoll(own.start_time) > 0);
+  CHECK(process_stat(1 << 30).state == '?');
+}
+
 TEST_CASE("limits: the least that a control group or one above it leaves", "[files]") {
   const Folder mount;
   const auto group = [&](const std::string& path, const std::string& limit, const std::string& usage,

@@ -9,12 +9,12 @@
 #include <array>
 #include <atomic>
 #include <cstdio>
-#include <fstream>
 #include <memory>
 #include <system_error>
 #include <thread>
 #include <utility>
 
+#include "comm/process_id.hpp"
 #include "comm/watchdog/connection.hpp"
 #include "kernels/diagnostics/operation_log.hpp"
 
@@ -32,13 +32,17 @@ void write_all(int file, const std::string& text) {
   }
 }
 
-/// Whether the process is mpirun or a daemon of it: they belong to one job. slurmstepd, a shell or a debugger is not.
-bool is_launcher(pid_t process) {
-  std::string name;
-  std::ifstream file(fmt::format("/proc/{}/comm", process));
-  std::getline(file, name);
+/// What the file holds from its beginning.
+std::string read_again(int file) {
+  std::array<char, 1024> text{};
+  const ssize_t n = pread(file, text.data(), text.size(), 0);
+  return {text.data(), static_cast<std::size_t>(std::max<ssize_t>(n, 0))};
+}
+
+/// Whether it is mpirun or a daemon of it: they belong to one job. slurmstepd, a shell or a debugger is not.
+bool is_launcher(const ProcessStat& process) {
   constexpr std::array names{"mpirun", "mpiexec", "orterun", "prterun", "orted", "prted"};
-  return std::ranges::find(names, name) != names.end();
+  return std::ranges::find(names, process.name) != names.end();
 }
 
 /// Only calls that are safe between fork and exec of a process with threads. `state`: a file of /proc that can be read
@@ -84,8 +88,8 @@ void run_detached(std::function<void()> work) {
 
 void kill_stuck_launcher_after(int seconds) {
   const pid_t parent = getppid();
-  const FileDescriptor state(open(fmt::format("/proc/{}/stat", parent).c_str(), O_RDONLY | O_CLOEXEC));
-  if (!state.is_open() || !is_launcher(parent)) return;
+  const FileDescriptor state(open(process_stat_path(parent).c_str(), O_RDONLY | O_CLOEXEC));
+  if (!state.is_open() || !is_launcher(parse_process_stat(read_again(state.get())))) return;
   if (fork() == 0) kill_later(parent, state.get(), seconds);
 }
 

@@ -40,13 +40,7 @@ bool is_temporary_name(std::string_view name, std::string_view result, std::stri
 }
 
 /// Whether the process has ended and only waits for its parent to take note: nobody may, in a container without init.
-bool is_zombie(int pid) {
-  std::ifstream file(fmt::format("/proc/{}/stat", pid));
-  std::string line;
-  std::getline(file, line);
-  const std::size_t name_end = line.rfind(')');
-  return name_end != std::string::npos && line.compare(name_end, 3, ") Z") == 0;
-}
+bool is_zombie(int pid) { return process_stat(pid).state == 'Z'; }
 
 bool may_be_alive(std::string_view host, int pid, const std::string& path) {
   if (host == host_name()) return pid != getpid() && (kill(pid, 0) == 0 || errno == EPERM) && !is_zombie(pid);
