@@ -156,12 +156,19 @@ class Files(AppTest):
         self.assertIn("FOM kernels_torch_cudnn_sdpa_time_sel_N32_H2_D16_n4_mixed_context_512 = 40.000 us\n", done.out)
         self.assertEqual(os.listdir(self.folder), ["peers.h5"])
 
+    def run_quietly(self, *arguments):
+        """Runs again where other work on this machine disturbed it: the gate decides nothing on NOISY points."""
+        for _ in range(5):
+            done = self.assert_ok(self.nsa("run", *arguments))
+            if "NOISY" not in done.out:
+                return
+
     def test_the_gate_decides_on_the_fastest(self):
         self.write("k.toml", INPUT)
-        self.assert_ok(self.nsa("run", "k.toml", "--output", "k.h5"))
+        self.run_quietly("k.toml", "--output", "k.h5")
         self.write("d.toml", SMALL)
-        self.assert_ok(self.nsa("run", "d.toml", "--output", "d.h5", "--set", "run.steps=12", "--set", "route.sel=sdpa",
-                                "--set", 'run.modes=["branches", "total", "ablation"]'))
+        self.run_quietly("d.toml", "--output", "d.h5", "--set", "run.steps=12", "--set", "route.sel=sdpa", "--set",
+                         'run.modes=["branches", "total", "ablation"]')  # fmt: skip
         alone = self.assert_ok(self.nsa("gate", "d.h5", "k.h5"))
         self.assertIn("note: no library's SDPA is among the baselines", alone.out)
         points = shapes.points_of(INPUT)

@@ -1,5 +1,6 @@
 // Speed of the host backend: a STREAM-like copy, decode attention at 64K context and prefill at 16K, by stage, with the
-// bytes read. Prints one JSON object per line; scripts/bench/bench_host.py compares it with torch and prints the ratios.
+// bytes read. Prints one JSON object per line; scripts/bench/bench_host.py compares it with torch and prints the
+// ratios.
 //   usage: bench_host [threads]
 
 #include <algorithm>
