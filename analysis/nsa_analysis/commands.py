@@ -10,9 +10,9 @@ import pandas as pd
 from .data import export, series
 from .data.reading import find_files, read, read_file
 from .data.statistics import STATISTICS
-from .data.tables import KERNEL_COLUMNS, kernels, points_table
+from .data.tables import kernels, points_table
 from .errors import AnalysisError, LeftOut
-from .figures import plots, style
+from .figures import plots
 from .models import cost_model, gate
 from .models.balance import ranks, stragglers
 from .models.compare import compare, sides
@@ -21,94 +21,20 @@ from .models.prediction import extrapolate
 from .models.roofline import roofline
 from .models.scaling import scaling
 from .models.stages import branches, reads, with_stages
-from .report import html
 from .report.report import make_report
 from .report.report_gate import gate_decisions
 from .report.report_series import PREDICTION_COLUMNS
-
-# Columns of the table on the terminal; --csv and --json have all columns.
-TERMINAL_COLUMNS = {
-    "points": [
-        "file",
-        "point",
-        "kind",
-        "context",
-        "batch",
-        "layout",
-        "median",
-        "low",
-        "high",
-        "n",
-        "selection_share",
-        "comm_share",
-        "validity",
-    ],
-    "scaling": [
-        "curve",
-        "stage",
-        "layout",
-        "time",
-        "time_low",
-        "time_high",
-        "speedup",
-        "efficiency",
-        "serial_fraction",
-        "comm_share",
-        "max_over_median",
-        "validity",
-    ],
-    "linearity": [
-        "context",
-        "batch",
-        "layout",
-        "time",
-        "efficiency",
-        "lost",
-        "exchange",
-        "fixed_cost",
-        "imbalance",
-        "overlap",
-        "rest",
-        "best",
-    ],
-    "branches": [
-        "context",
-        "batch",
-        "layout",
-        "stage",
-        "median",
-        "low",
-        "high",
-        "share",
-        "max_over_median",
-        "validity",
-    ],
-    "ranks": ["context", "layout", "stage", "rank", "host", "time", "ratio", "straggler"],
-    "roofline": ["context", "layout", "stage", "time", "bytes", "achieved", "fraction", "intensity", "validity"],
-    "kernels": KERNEL_COLUMNS,
-    "compare": [
-        "context",
-        "batch",
-        "branch",
-        "rows",
-        "heads",
-        "head_size",
-        "blocks",
-        "spans",
-        "layout",
-        "mode",
-        "stage",
-        "runs_a",
-        "runs_b",
-        "time_a",
-        "time_b",
-        "ratio",
-        "ratio_low",
-        "ratio_high",
-        "verdict",
-    ],
-    "gate": ["device", "condition", "at", "value", "bound_low", "bound_high", "threshold", "outcome"],
-}
+from .writing import (
+    TERMINAL_COLUMNS,
+    align_columns,
+    save_figure,
+    shown_columns,
+    write_data,
+    write_outputs,
+    write_parquet,
+    write_tables,
+    write_text,
+)
 
 
 def network_from(options):
@@ -121,55 +47,6 @@ def network_from(options):
 def selected_points(options):
     """Points of the files that satisfy --where."""
     return series.where(read(options.files), options.where)
-
-
-def write_outputs(options, frame, panels=None):
-    """Writes the table to --csv, --json or the terminal, and the figures to --figure."""
-    write_data(options, frame)
-    if getattr(options, "figure", None):
-        save_figure(options, panels)
-    if not (options.csv or options.json):
-        names = [c for c in TERMINAL_COLUMNS.get(options.name, list(frame)) if c in frame]
-        print(align_columns(frame, names) if len(frame) else "no rows")
-
-
-def write_data(options, frame):
-    """Writes the table to --csv and --json."""
-    if options.csv:
-        frame.to_csv(sys.stdout if options.csv == "-" else options.csv, index=False)
-    if options.json:
-        text = f"[{', '.join(export.json_lines(frame))}]"
-        print(text) if options.json == "-" else write_text(options.json, text)
-
-
-def save_figure(options, panels):
-    """Writes the panels to --figure."""
-    if not options.figure.endswith((".svg", ".png", ".pdf")):
-        raise AnalysisError(f"--figure {options.figure}: unknown image format; end the name in .svg, .png or .pdf")
-    if not panels:
-        raise AnalysisError(
-            f"nothing to draw for `{options.name}` in these files; give points of more sizes or rank counts"
-        )
-    style.save(panels, options.figure)
-
-
-def align_columns(frame, names):
-    """These columns as aligned text, with the units and digits of the report."""
-    headings, rows, text = html.format_table(frame, names)
-    columns = [[heading, *cells] for heading, cells in zip(headings.values(), zip(*rows))]
-    sides = [str.ljust if name in text else str.rjust for name in headings]
-    widths = [max(map(len, column)) for column in columns]
-    lines = zip(*([side(v, w) for v in column] for side, w, column in zip(sides, widths, columns)))
-    return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
-def write_text(path, text):
-    """Writes a file. An OSError names it."""
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def tables_by_series(options, points, make, what):
@@ -190,15 +67,6 @@ def tables_by_series(options, points, make, what):
     for name, reason in reasons:
         warnings.warn(f"{name}: {reason}", LeftOut, stacklevel=2)
     return pd.concat(frames, ignore_index=True)
-
-
-def write_tables(options, frame, panels=None):
-    """write_outputs; on the terminal a table for each series."""
-    if options.csv or options.json or frame.series.nunique() < 2:
-        return write_outputs(options, frame, panels)
-    for name, rows in frame.groupby("series", sort=False):
-        print(f"\n{name}")
-        write_outputs(options, rows)
 
 
 def run_points(options):
@@ -392,13 +260,6 @@ def run_compare(options):
         return 1
 
 
-def shown_columns(frame, names):
-    """The names that are columns with a value; those of kernel shapes and the batch only where they vary."""
-    optional = {"batch", "branch", "rows", "heads", "head_size", "blocks", "spans", "mode"}
-    present = [n for n in names if n in frame and frame[n].notna().any() or n.startswith("ratio")]
-    return [n for n in present if n not in optional or frame[n].nunique() > 1]
-
-
 def run_export(options):
     """Writes the tidy table file by file, so that it need not fit into memory; Parquet at once."""
     points = selected_points(options)
@@ -421,15 +282,6 @@ def run_export(options):
                 part.to_csv(file, index=False, header=i == 0)
             else:
                 file.writelines(f"{line}\n" for line in export.json_lines(part))
-
-
-def write_parquet(path, frame):
-    """Writes Parquet where pyarrow is installed. Raises AnalysisError where it is not."""
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise AnalysisError(f"-o {path}: Parquet needs pyarrow; pip install pyarrow, or write .csv or .jsonl") from None
-    export.one_type(frame).to_parquet(path, index=False)
 
 
 def run_report(options):

@@ -156,18 +156,20 @@ class Files(AppTest):
         self.assertIn("FOM kernels_torch_cudnn_sdpa_time_sel_N32_H2_D16_n4_mixed_context_512 = 40.000 us\n", done.out)
         self.assertEqual(os.listdir(self.folder), ["peers.h5"])
 
-    def run_quietly(self, *arguments):
-        """Runs again where other work on this machine disturbed it: the gate decides nothing on NOISY points."""
-        for _ in range(5):
-            done = self.assert_ok(self.nsa("run", *arguments))
+    def run_quietly(self, name, *arguments):
+        """NAME.toml to NAME.h5, again where other work on this machine disturbed it: NOISY points decide nothing."""
+        for _ in range(8):
+            done = self.assert_ok(self.nsa("run", f"{name}.toml", "--output", f"{name}.h5", *arguments))
             if "NOISY" not in done.out:
                 return
+            os.remove(os.path.join(self.folder, f"{name}.h5"))
+        self.skipTest("this machine is not quiet")
 
     def test_the_gate_decides_on_the_fastest(self):
         self.write("k.toml", INPUT)
-        self.run_quietly("k.toml", "--output", "k.h5")
+        self.run_quietly("k")
         self.write("d.toml", SMALL)
-        self.run_quietly("d.toml", "--output", "d.h5", "--set", "run.steps=12", "--set", "route.sel=sdpa", "--set",
+        self.run_quietly("d", "--set", "run.steps=12", "--set", "route.sel=sdpa", "--set",
                          'run.modes=["branches", "total", "ablation"]')  # fmt: skip
         alone = self.assert_ok(self.nsa("gate", "d.h5", "k.h5"))
         self.assertIn("note: no library's SDPA is among the baselines", alone.out)

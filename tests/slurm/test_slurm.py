@@ -3,56 +3,29 @@
 usage: test_slurm.py PACKAGES     a folder for what ../unpack.sh leaves; exits with 77 where it cannot be had
 """
 
-import json
-import os
-import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import time
-import unittest
 
-from private_slurm import PrivateSlurm
+from slurm_test import LAUNCHERS, LONG_POINTS, NSA, SCRIPTS, SMALL, SlurmTest, main
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path.append(str(ROOT / "tests" / "app"))
-
-from small import SMALL  # noqa: E402
-
-SCRIPTS = ROOT / "jobscripts" / "slurm"
-NSA = os.environ["NSA_BINARY"]
-LAUNCHERS = ("srun", "mpirun")
 PLAIN = ("cpu_one_node", "cpu_nodes", "gpu_one_node", "gpu_nodes")
 HERE_ONLY = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1")  # what this node has, over what the scripts ask
-PACKAGES = None
 ALL_DONE = 400  # seconds until every job has ended; some 30 on two quiet cores
 
 TINY = SMALL.replace("context = 64", "context = [64, 128]")
-LONG_POINTS = 4
-LONG = TINY.replace("context = [64, 128]", "context = [64, 72, 80, 88]") + """modes = ["total"]
-min_time = 0.5
-"""  # half a second a point at the least: long enough to be told in the middle
 SWEEP = """# ranks  heads x kv  input
 1,2   all   tiny.toml
 """
 
 
-class Jobs(unittest.TestCase):
+class Jobs(SlurmTest):
     """All jobs are submitted at once, each test looks at its own."""
 
     @classmethod
     def setUpClass(cls):
-        cls.slurm = PrivateSlurm(PACKAGES)
-        cls.addClassCleanup(cls.slurm.remove)
-        cls.addClassCleanup(cls.nothing_is_left)
-        cls.slurm.start()
-        cls.work = cls.slurm.folder / "work"
-        cls.work.mkdir()
-        (cls.work / "scripts").symlink_to(ROOT / "scripts")
-        (cls.work / "tiny.toml").write_text(TINY)
-        (cls.work / "long.toml").write_text(LONG)
+        cls.start_slurm(tiny=TINY)
         (cls.work / "tiny.sweep").write_text(SWEEP)
         cls.told = set()
         cls.long_jobs = {launcher: cls.submit("requeue", launcher, "long.toml") for launcher in LAUNCHERS}
@@ -63,18 +36,9 @@ class Jobs(unittest.TestCase):
         cls.wait_for_all()
 
     @classmethod
-    def nothing_is_left(cls):
-        left = cls.slurm.stop()
-        if left:
-            raise AssertionError(f"left running: {left}")
-
-    @classmethod
     def submit(cls, name, launcher, text="tiny.toml"):
-        environment = {"NSA": NSA, "INPUT": text, "LAUNCHER": launcher, "BACKEND": "host"}
         gpus = ["--gpus-per-node=2"] if name.startswith("gpu") else []
-        said = cls.slurm.run("sbatch", "--parsable", *HERE_ONLY, *gpus, str(SCRIPTS / f"{name}.sh"), cwd=cls.work,
-                             **environment)  # fmt: skip
-        return said.strip()
+        return cls.submit_script(name, *HERE_ONLY, *gpus, NSA=NSA, INPUT=text, LAUNCHER=launcher, BACKEND="host")
 
     @classmethod
     def run_sweep(cls, launcher, *arguments, check=True):
@@ -101,28 +65,11 @@ class Jobs(unittest.TestCase):
                 else:
                     cls.slurm.run("scancel", "--batch", "--signal=USR1", number)
                 cls.told.add(number)
-        return not cls.slurm.run("squeue", "-h").strip()
+        return cls.no_job_is_left()
 
     @classmethod
     def wait_for_all(cls):
         cls.slurm.until(cls.all_ended, "the end of all jobs", ALL_DONE)
-
-    def job(self, number):
-        """What Slurm knows of a job, as a dictionary."""
-        return dict(re.findall(r"(\S+?)=(\S*)", self.slurm.run("scontrol", "show", "job", number)))
-
-    def assert_completed(self, number, output):
-        told = self.job(number)
-        self.assertEqual((told["JobState"], told["ExitCode"]), ("COMPLETED", "0:0"), output)
-
-    def result(self, stem):
-        """The run's JSON; the HDF5 file beside it is there."""
-        self.assertTrue((self.work / f"{stem}.h5").exists())
-        return json.loads((self.work / f"{stem}.json").read_text())
-
-    def assert_same(self, a, b):
-        done = subprocess.run([NSA, "diff", f"{a}.h5", f"{b}.h5"], cwd=self.work, capture_output=True, text=True)
-        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
 
     def test_what_is_left_running_would_be_found(self):
         stray = subprocess.Popen(["sleep", "60"], env=self.slurm.environment, start_new_session=True)
@@ -140,37 +87,24 @@ class Jobs(unittest.TestCase):
     def test_one_and_several_nodes_cpu_and_gpu(self):
         for (name, launcher), number in self.jobs.items():
             with self.subTest(script=name, launcher=launcher):
-                output = next(self.work.glob(f"nsa-*-{number}.out")).read_text()
-                self.assert_completed(number, output)
-                self.assertEqual(output.splitlines()[-1], "RESULT: VALID")
+                self.assert_completed(number)
                 told = self.result(f"tiny-{number}")
                 self.assertEqual((told["ranks"], told["backend"], told["result"]), (2, "host", "VALID"))
         self.assert_same(*(f"tiny-{self.jobs['cpu_one_node', launcher]}" for launcher in LAUNCHERS))
 
-    def undisturbed(self):
-        """The result of long.toml that no job disturbed."""
-        if not (self.work / "undisturbed.h5").exists():
-            command = ("mpirun", "-n", "2", NSA, "run", "long.toml", "--output", "undisturbed.h5")
-            done = subprocess.run(command, cwd=self.work, capture_output=True, text=True)
-            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-        return "undisturbed"
-
     def test_a_plain_job_that_loses_its_node_goes_on_after_the_requeue(self):
         for launcher, number in self.lost_jobs.items():
             with self.subTest(launcher=launcher):
-                output = (self.work / f"nsa-cpus-{number}.out").read_text()
-                self.assert_completed(number, output)
+                output = self.assert_completed(number)
                 self.assertEqual((self.job(number)["Restarts"], number in self.told), ("1", True), output)
                 self.assertRegex(output, r"going on after \d+ points?")  # and what was printed before is kept:
                 self.assertLess(output.index("CANCELLED"), output.index("going on after"), output)
-                self.assertEqual(output.splitlines()[-1], "RESULT: VALID")
                 self.assert_same(self.undisturbed(), f"long-{number}")
 
     def test_a_signalled_job_requeues_resumes_and_ends_complete(self):
         for launcher, number in self.long_jobs.items():
             with self.subTest(launcher=launcher):
-                output = (self.work / f"nsa-long-{number}.out").read_text()
-                self.assert_completed(number, output)
+                output = self.assert_completed(number)
                 self.assertEqual((self.job(number)["Restarts"], number in self.told), ("1", True), output)
                 self.assertIn(f"requeue: job {number} goes back into the queue, restart 1", output)
                 verdicts = re.findall(r"^RESULT: (\w+)", output, re.MULTILINE)
@@ -192,18 +126,6 @@ class Jobs(unittest.TestCase):
                     self.assertEqual((told["ranks"], told["result"]), (ranks, "VALID"))
                     self.assertIn(f"heads={told['heads']}", told["argv"])
                 self.assertEqual(self.run_sweep(launcher, "--submit", "x"), "nothing is left to submit\n")
-
-
-def main():
-    global PACKAGES
-    PACKAGES = sys.argv.pop(1)
-    got = subprocess.run([HERE.parent / "unpack.sh", PACKAGES, "slurmctld", "slurmd", "slurm-client", "munge"])
-    if got.returncode == 77:
-        return 77
-    if got.returncode == 0 and not shutil.which("mpirun"):
-        print("SKIPPED: no mpirun; install Open MPI")
-        return 77
-    return 1 if got.returncode else not unittest.main(exit=False, verbosity=2).result.wasSuccessful()
 
 
 if __name__ == "__main__":
