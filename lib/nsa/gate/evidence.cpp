@@ -111,7 +111,7 @@ void add_point(DevicePoints& device, const PointRecord& point, const GateFile& f
   if (use != Use::decode && use != Use::kernels) return;
   if (!point.valid) {
     device.notes.push_back(fmt::format("{}: {} is left out, INVALID ({})", path, point_key(point), point.reason));
-    add_gap(device, point, fmt::format("INVALID in {} ({}); mend that and run it again", path, point.reason));
+    add_gap(device, point, fmt::format("INVALID in {} ({}); fix that and run it again", path, point.reason));
   } else if (point.stop_reason == "interrupted") {
     add_gap(device, point, fmt::format("cut short in {}; go on with --resume", path));
   } else if (use == Use::kernels) {

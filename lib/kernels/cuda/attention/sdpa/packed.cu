@@ -108,12 +108,13 @@ bool packed_fits(const AttendArgs& a) {
 }
 
 void attend_packed(const AttendArgs& a, Stream* stream) {
-  const std::int64_t items = a.tile.rows() * a.shape.groups, at_once = items_that_fit(a.shape, a.tile, a.scratch_bytes);
-  const JobBytes bytes(a.shape, a.tile, at_once);
+  const std::int64_t items = a.tile.rows() * a.shape.groups,
+                     items_a_launch = items_that_fit(a.shape, a.tile, a.scratch_bytes);
+  const JobBytes bytes(a.shape, a.tile, items_a_launch);
   char* const k = static_cast<char*>(a.scratch);
   char *const v = k + bytes.k, *const lengths = v + bytes.v, *const attention = lengths + bytes.lengths;
-  for (std::int64_t first = 0; first < items; first += at_once) {
-    const PackedRows packed{first, std::min(at_once, items - first),        packed_columns(a.shape, a.tile), k,
+  for (std::int64_t first = 0; first < items; first += items_a_launch) {
+    const PackedRows packed{first, std::min(items_a_launch, items - first), packed_columns(a.shape, a.tile), k,
                             v,     reinterpret_cast<std::int32_t*>(lengths)};
     run_job(a, packed, attention, bytes.attention, stream);
   }
