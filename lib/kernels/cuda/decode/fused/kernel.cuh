@@ -271,7 +271,7 @@ struct FusedDecode {
       }
     }
     pipeline.release_all_tiles();
-    if (at.warp_in_cluster == 0) store_selected();
+    if (!is_shard && at.warp_in_cluster == 0) store_selected();
   }
   __device__ __forceinline__ FusedMerge<WarpTile, W, Params> merge() const {
     return {p, at, shared, pipeline.ranges[0].count, sel_tiles, win_tiles};

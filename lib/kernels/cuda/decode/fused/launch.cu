@@ -59,6 +59,7 @@ Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_
     if (best.cluster == 0 || time < least) best = {cluster, warps}, least = time;
   };
   for (const int cluster : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
+    if (cluster > within.max_cluster) break;
     if (cluster % head_tiles != 0) continue;
     if (cluster > head_tiles && (cluster / head_tiles - 1) * fused_warps >= max_tiles) break;
     const int resident = within.active_clusters(s, cluster);
@@ -152,7 +153,7 @@ void divide_work(FusedDecodeParams& p, const DivisionLimits& within) {
   const int win_tiles = p.leave_out[win] ? 0 : (share(r.w) + tile_rows - 1) / tile_rows,
             sel_tiles = p.leave_out[sel] ? 0 : share(r.n_sel) * tiles_per_span(sel, s),
             second_tiles = win_tiles + sel_tiles;
-  const Division division = choose_division(s, p.tile, std::max<std::int64_t>(p.max_tiles, second_tiles), within);
+  const Division division = choose_division(s, p.tile, std::max<std::int64_t>(within.max_tiles, second_tiles), within);
   p.cluster = division.cluster, p.warps = division.warps;
   if (p.cluster == 0) return;
   p.head_tiles = head_tiles_of(s), p.tile_ctas = p.cluster / p.head_tiles;
@@ -169,7 +170,7 @@ void divide_work(FusedDecodeParams& p, const DivisionLimits& within) {
   if (win_tiles > 0) {
     // In proportion to tiles; a window that begins anywhere has two more. Where warps have several cmp tiles, the warps
     // of the window gain the time of block selection, so half as many suffice. Every CTA keeps a scoring warp.
-    const int tile_warps = warps / p.head_tiles, weight = p.max_tiles > tile_warps ? win_tiles / 2 : win_tiles;
+    const int tile_warps = warps / p.head_tiles, weight = within.max_tiles > tile_warps ? win_tiles / 2 : win_tiles;
     p.win_warps = p.head_tiles * (sel_tiles == 0 ? tile_warps
                                                  : std::clamp((tile_warps * weight + second_tiles / 2) / second_tiles,
                                                               1, std::min(win_tiles + 2, tile_warps - p.tile_ctas)));
@@ -183,7 +184,7 @@ void divide_work(FusedDecodeParams& p, const DivisionLimits& within) {
 bool try_fused_decode(const AttentionArgs& a, Stream* stream) {
   if (!fused_decode_accepts(a)) return false;
   FusedDecodeParams p = fused_decode_params(a);
-  divide_work(p, {resident_clusters});
+  divide_work(p, {resident_clusters, p.max_tiles});
   if (p.cluster > 0) launch(p, stream);
   return p.cluster > 0;
 }

@@ -116,6 +116,7 @@ struct FusedMerge {
     __syncthreads();
     rescale_warps<Part>();
     __syncthreads();
+    if constexpr (Params::is_shard) at.send_states(cta_lse(), WarpTile::heads);
 #pragma unroll 1
     for (int item = threadIdx.x; item < valid_heads<Part>() * column_quads; item += threads) {
       if (!has_columns<Part>(item)) continue;

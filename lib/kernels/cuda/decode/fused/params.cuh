@@ -82,7 +82,8 @@ FusedDecodeParams fused_decode_params(const AttentionArgs& a);
 /// How the work of `shards` ranks that share the sequences is divided; cluster = 0: not possible.
 struct DivisionLimits {
   int (*active_clusters)(const LayerShape& s, int cluster);
-  int shards = 1;
+  std::int64_t max_tiles;  ///< of cmp
+  int shards = 1, max_cluster = fused_max_cluster;
   bool one_wave = false;  ///< all work items are resident at the same time
 };
 void divide_work(FusedDecodeParams& p, const DivisionLimits& limits);

@@ -3,10 +3,12 @@
 // blocks and heads are whose. A cluster's only partners are those of the same work item: it stores into their memory
 // and polls its own.
 //
-// Memory of a rank: [2][work items] slots, then the epochs of the work items. A slot has a part for each of the
+// Memory of a rank: the epochs of the work items, then [2][work items] slots. A slot has a part for each of the
 // exchanges below. An exchange of step e uses the slots of parity e % 2. Two parities are enough: a rank that starts
-// step e + 1 has completed step e, for which it waited for every peer; that peer had then completed step
-// e - 1, which used the same slots. Slots do not depend on the shape, so steps of other sizes may follow each other.
+// step e + 1 has completed step e, for which it waited for the values of every peer; that peer had then completed step
+// e - 1, which used the same slots. Slots depend on the number of ranks alone, so steps of other sizes may follow.
+
+#include <algorithm>
 
 #include "kernels/cuda/decode/fused/from_raw_scores.cuh"
 #include "kernels/cuda/decode/sharded/params.cuh"
@@ -14,18 +16,21 @@
 
 namespace nsa::gpu {
 
-/// Byte offsets in the slot of a work item, for groups of up to 16 heads and Dv up to 128.
+/// Byte offsets in the slot of a work item, for groups of up to 16 heads, Dv up to 128 and 32 CTAs of all ranks.
 struct StepSlot {
-  static constexpr int max_heads = 16, max_quads = 32, max_buckets = 24, max_merged_heads = 18;
-  static constexpr int lse_bytes = max_buckets * max_heads * ll_vector_bytes,
-                       candidate_bytes = ShardedDecodeParams::max_kv * warp_top_n * ll_vector_bytes,
-                       partial_bytes = max_merged_heads * branches * (2 * max_quads + 1) * ll_vector_bytes,
-                       o_bytes = max_heads * max_quads * ll_vector_bytes;
-  static constexpr int lse = 0, candidates = lse + lse_bytes, partials = candidates + candidate_bytes,
-                       o = partials + partial_bytes, bytes = o + o_bytes;
-  static constexpr int max_work_items = 264;
-  static constexpr std::size_t epochs = std::size_t{2} * max_work_items * bytes;
-  static_assert(epochs + max_work_items * sizeof(std::uint32_t) <= step_exchange_bytes);
+  static constexpr int max_heads = 16, max_quads = 32, max_buckets = 24, max_ctas = 32, max_work_items = 264;
+  static constexpr int lse = 0, states = lse + max_buckets * max_heads * ll_vector_bytes,
+                       candidates = states + max_ctas * branches * max_heads * ll_vector_bytes,
+                       candidate_bytes = warp_top_n * ll_vector_bytes,
+                       value_bytes = 2 * max_heads * max_quads * ll_vector_bytes;  // both of a rank
+  static constexpr int values(int ranks) { return candidates + ranks * candidate_bytes; }
+  static constexpr int bytes(int ranks) { return values(ranks) + ranks * value_bytes; }
+  static constexpr int first_slot = 4096;
+  static_assert(max_work_items * sizeof(std::uint32_t) <= first_slot);
+  /// Work items that fit the memory.
+  static constexpr int work_items(int ranks) {
+    return std::min(max_work_items, (static_cast<int>(step_exchange_bytes) - first_slot) / (2 * bytes(ranks)));
+  }
 };
 
 struct ShardCoord : FusedCoord {
@@ -74,15 +79,16 @@ struct ShardCoord : FusedCoord {
     const int lane = threadIdx.x % 32, chunk = p->by_chunk_blocks(max(selected, 0)), round = p->by_kv(chunk);
     const bool held = selected >= 0 && chunk - round * p->kv == p->rank;
     const int index = selected + (round - chunk) * p->chunk_blocks;
-    unsigned rest = __ballot_sync(0xffffffffu, held);
-    count = __popc(rest);
-    int mine = -1;
-#pragma unroll 1
-    for (int i = 0; i < count; ++i, rest &= rest - 1) {
-      const int of_lane = __shfl_sync(0xffffffffu, index, __ffs(static_cast<int>(rest)) - 1);
-      if (lane == i) mine = of_lane;
+    const unsigned mask = __ballot_sync(0xffffffffu, held);
+    count = __popc(mask);
+    int from = 0, left = lane;  // the lane of the mask's bit `lane`
+#pragma unroll
+    for (int width = 16; width > 0; width /= 2) {
+      const int below = __popc(mask >> from & ((1u << width) - 1));
+      if (left >= below) left -= below, from += width;
     }
-    return mine;
+    const int mine = __shfl_sync(0xffffffffu, index, from % 32);
+    return lane < count ? mine : -1;
   }
 
   // Exchanges.
@@ -90,10 +96,11 @@ struct ShardCoord : FusedCoord {
     return p->peers.memory[owner] + step_exchange_offset;
   }
   __device__ __forceinline__ std::uint32_t* epoch_address() const {
-    return reinterpret_cast<std::uint32_t*>(memory(p->rank) + StepSlot::epochs) + work_item;
+    return reinterpret_cast<std::uint32_t*>(memory(p->rank)) + work_item;
   }
   __device__ __forceinline__ std::byte* slot(int owner) const {
-    return memory(owner) + (std::size_t{epoch % 2} * StepSlot::max_work_items + work_item) * StepSlot::bytes;
+    return memory(owner) + StepSlot::first_slot +
+           (static_cast<int>(epoch % 2) * p->slots + work_item) * std::int64_t{p->slot_bytes};
   }
   template <class Use>
   __device__ __forceinline__ void for_each_peer(Use use) const {
@@ -151,45 +158,40 @@ struct ShardCoord : FusedCoord {
     return best;
   }
 
-  /// Offset of the partial of branch b that rank `source` sends: [source][branch][half][head][column quad], each 8
-  /// bytes of data, then (m, sum) [head].
-  __device__ __forceinline__ int partial_offset(int source, int b, int quads) const {
-    return StepSlot::partials + (source * branches + b) * p->own_heads * (2 * quads + 1) * ll_vector_bytes;
+  /// (m, sum) of the branches and heads of this CTA, [branch][head], to all ranks.
+  __device__ __forceinline__ static int state_offset(int cta_of_ranks, int b, int head) {
+    return StepSlot::states + ((cta_of_ranks * branches + b) * StepSlot::max_heads + head) * ll_vector_bytes;
   }
-  __device__ __forceinline__ void send_partial(int b, int head, int quad, int quads, const Partial<Exp2>& x) const {
-    if (!p->exchanges) return;
-    const int to = p->finisher[head], own_head = head - p->first_finished[to], all = p->own_heads * quads;
-    std::byte* at = slot(to) + partial_offset(p->rank, b, quads);
-    std::byte* o = at + (own_head * quads + quad) * ll_vector_bytes;
-    ll_store(o, __float_as_uint(x.o.x), __float_as_uint(x.o.y), epoch);
-    ll_store(o + all * ll_vector_bytes, __float_as_uint(x.o.z), __float_as_uint(x.o.w), epoch);
-    if (quad == 0)
-      ll_store(at + (2 * all + own_head) * ll_vector_bytes, __float_as_uint(x.state.m), __float_as_uint(x.state.s),
-               epoch);
+  __device__ __forceinline__ void send_states(const float2* states, int heads) const {
+    if (static_cast<int>(threadIdx.x) >= branches * heads) return;
+    const int b = static_cast<int>(threadIdx.x) / heads, head = static_cast<int>(threadIdx.x) % heads;
+    if (p->leave_out[b]) return;
+    const float2 x = states[threadIdx.x];
+    const int offset = state_offset(p->rank * p->cluster + cta, b, head);
+    for_each_peer([&](int peer) { ll_store(slot(peer) + offset, __float_as_uint(x.x), __float_as_uint(x.y), epoch); });
   }
-  __device__ __forceinline__ Partial<Exp2> receive_partial(int source, int b, int head, int quad, int quads) const {
-    const int own_head = head - p->first_finished[p->rank], all = p->own_heads * quads;
-    const std::byte* at = slot(p->rank) + partial_offset(source, b, quads);
-    const std::byte* o = at + (own_head * quads + quad) * ll_vector_bytes;
-    uint2 x[3];
-    ll_wait({o, o + all * ll_vector_bytes, at + (2 * all + own_head) * ll_vector_bytes}, epoch, p->peers.abort_flag, x);
-    Partial<Exp2> partial;
-    partial.o = {__uint_as_float(x[0].x), __uint_as_float(x[0].y), __uint_as_float(x[1].x), __uint_as_float(x[1].y)};
-    partial.state = {__uint_as_float(x[2].x), __uint_as_float(x[2].y)};
-    return partial;
+  __device__ __forceinline__ float2 receive_state(int cta_of_ranks, int b, int head) const {
+    uint2 x[1] = {{__float_as_uint(neg_inf), 0}};
+    if (p->exchanges) ll_wait({slot(p->rank) + state_offset(cta_of_ranks, b, head)}, epoch, p->peers.abort_flag, x);
+    return {__uint_as_float(x[0].x), __uint_as_float(x[0].y)};
   }
 
-  /// Four columns of o in storage type, from the rank that finishes them to all others.
-  __device__ __forceinline__ std::byte* o_address(int owner, int item) const {
-    return slot(owner) + StepSlot::o + item * ll_vector_bytes;
+  /// Four columns of this rank's part of o, to all ranks: [rank][half][item].
+  __device__ __forceinline__ int value_offset(int source, int item) const {
+    return StepSlot::values(p->kv) + source * StepSlot::value_bytes + item * ll_vector_bytes;
   }
-  __device__ __forceinline__ void send_o(int item, uint2 x) const {
-    for_each_peer([&](int peer) { ll_store(o_address(peer, item), x.x, x.y, epoch); });
+  __device__ __forceinline__ void send_value(int item, float4 x) const {
+    for_each_peer([&](int peer) {
+      std::byte* at = slot(peer) + value_offset(p->rank, item);
+      ll_store(at, __float_as_uint(x.x), __float_as_uint(x.y), epoch);
+      ll_store(at + StepSlot::value_bytes / 2, __float_as_uint(x.z), __float_as_uint(x.w), epoch);
+    });
   }
-  __device__ __forceinline__ uint2 receive_o(int item) const {
-    uint2 x[1] = {};
-    if (p->exchanges) ll_wait({o_address(p->rank, item)}, epoch, p->peers.abort_flag, x);
-    return x[0];
+  __device__ __forceinline__ float4 receive_value(int source, int item) const {
+    const std::byte* at = slot(p->rank) + value_offset(source, item);
+    uint2 x[2] = {};
+    if (p->exchanges) ll_wait({at, at + StepSlot::value_bytes / 2}, epoch, p->peers.abort_flag, x);
+    return {__uint_as_float(x[0].x), __uint_as_float(x[0].y), __uint_as_float(x[1].x), __uint_as_float(x[1].y)};
   }
 };
 

@@ -1,21 +1,22 @@
 #pragma once
 // Fused decode attention on one of the ranks that share the sequences: the fused decode step (decode/fused/kernel.cuh)
-// over this rank's chunks, and four exchanges between its phases (decode/sharded/exchange.cuh): LSE buckets, after
-// which every rank has the normalisers; the best 16 blocks of each rank; partials of the branches, to the rank that
-// finishes a head; o. So the blocks are chosen by the same bits as on one rank.
+// over this rank's chunks, with exchanges between its phases (decode/sharded/exchange.cuh): LSE buckets, after which
+// every rank has the normalisers of cmp; the best 16 blocks of each rank; the (m, sum) of every CTA, on their way while
+// the CTAs add the o of their warps; one vector a head. So the blocks are chosen by the same bits as on one rank.
 //
 // All work items are resident at the same time, so that no cluster waits for one that cannot start.
 //
-// Bytes: those of the fused step over 1 / kv of the K and V, and over the link a work item and peer 2 * (8 * 16 *
-// buckets / kv + 128 + 4 * branches * heads / kv * (Dv + 2) + 2 * heads / kv * Dv). Bound: as the fused step, and four
-// times the way to a peer, some 1.6 us each.
+// Bytes: those of the fused step over 1 / kv of the K and V; over the link a work item and peer 2 * (8 * heads *
+// buckets / kv + 128 + 24 * heads * CTAs + 4 * heads * Dv). Bound: as the fused step, and three times the way to a
+// peer, some 1.2 us each.
 
 #include "kernels/cuda/decode/fused/kernel.cuh"
 #include "kernels/cuda/decode/sharded/exchange.cuh"
 
 namespace nsa::gpu {
 
-/// Merges the partials of the ranks. Each rank finishes some heads of the slice of a CTA.
+/// Merges the branches and ranks. The (m, sum) of all CTAs have come in meanwhile, so this rank's partials become one
+/// vector, normalised over all ranks and gated. The ranks exchange it and add by rising rank.
 template <class WarpTile, int W>
 struct ShardedMerge {
   using T = typename WarpTile::Type;
@@ -28,66 +29,82 @@ struct ShardedMerge {
 
   /// Once the partials of the cluster are visible.
   __device__ __forceinline__ void finish() const {
-    send_partials();
-    merge_ranks();
-    receive_o();
+    weigh_states();
+    __syncthreads();
+    send_values();
+    add_values();
   }
 
  private:
-  // Calls use(index in the slice, head, column quad, branch) with four threads an item, the last of which has none. All
-  // threads call it as often.
-  template <class Use>
-  __device__ __forceinline__ void for_each_item(Use use) const {
+  // Replaces m of the cluster's partials by the factor of their o: gate * 2^(m - M) / L. Neighbouring lanes have the
+  // CTAs of all ranks.
+  __device__ __forceinline__ void weigh_states() const {
+    const int lanes = p.merge_lanes, first_head = first / quads, heads = (first + count - 1) / quads - first_head + 1,
+              groups = count > 0 ? branches * heads : 0, cta_of_ranks = threadIdx.x % lanes,
+              rank = p.by_cluster(cta_of_ranks), cta = cta_of_ranks - rank * p.cluster;
 #pragma unroll 1
-    for (int i0 = 0; i0 < count; i0 += threads / 4) {
-      const int i = i0 + static_cast<int>(threadIdx.x) / 4, item = first + min(i, count - 1);
-      use(i, item / quads, item % quads, static_cast<int>(threadIdx.x) % 4);
-    }
-  }
-  __device__ __forceinline__ void send_partials() const {
-    for_each_item([&](int i, int head, int quad, int b) {
-      if (i < count && b < branches && !p.leave_out[b] && p.finisher[head] != p.rank)
-        at.send_partial(b, head, quad, quads, cluster.merge_ctas(b, first, i));
-    });
-  }
-  // By rising rank.
-  __device__ __forceinline__ Partial<Exp2> merge_branch(int i, int head, int quad, int b) const {
-    const Partial<Exp2> own = cluster.merge_ctas(b, first, i);
-    if (!p.exchanges) return own;
-    Partial<Exp2> sum;
-#pragma unroll 1
-    for (int rank = 0; rank < p.kv; ++rank) {
-      const Partial<Exp2> x = rank == p.rank ? own : at.receive_partial(rank, b, head, quad, quads);
-      merge_partial(sum.state, sum.o, make_float2(x.state.m, x.state.s), x.o);
-    }
-    return sum;
-  }
-  __device__ __forceinline__ void merge_ranks() const {
-    for_each_item([&](int i, int head, int quad, int b) {
-      const bool finishes = i < count && p.finisher[head] == p.rank;
-      float4 value = {};
-      if (finishes && b < branches && !p.leave_out[b]) {
-        const Partial<Exp2> sum = merge_branch(i, head, quad, b);
-        value = sum.o;
-        scale_by(value, inverse_or_zero(sum.state.s) * cluster.gates()[b]);
+    for (int g0 = 0; g0 < groups; g0 += threads / lanes) {
+      const int g = g0 + static_cast<int>(threadIdx.x) / lanes,
+                b = g < heads       ? 0
+                    : g < 2 * heads ? 1
+                                    : 2,
+                head = g - b * heads;
+      const bool own = g < groups && rank == p.rank;
+      float2* state = cluster.partials_ms() + (b * p.cluster + cta) * p.o_slice_heads + head;
+      SoftmaxState<Exp2> x;
+      if (g < groups && rank < p.kv && !p.leave_out[b]) {
+        const float2 ms = own ? *state : at.receive_state(cta_of_ranks, b, first_head + head);
+        x = {ms.x, ms.y};
       }
       __syncwarp();
-      value = cluster.sum_branches(value);
-      if (!finishes || b != 0) return;
-      T columns[4];
-      store(columns, value.x), store(columns + 1, value.y), store(columns + 2, value.z), store(columns + 3, value.w);
-      const uint2 packed = *reinterpret_cast<const uint2*>(columns);
-      store_columns(first + i, packed);
-      at.send_o(first + i, packed);
-    });
+      float m = x.m;
+      for (int step = lanes / 2; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
+      const float scale = exp2_fast(x.m - m);
+      float sum = scale * x.s;
+      for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      if (own) state->x = cluster.gates()[b] * scale * inverse_or_zero(sum);
+    }
   }
-  __device__ __forceinline__ void receive_o() const {
+  // Calls use(index in the slice) with the threads of an item: four where there are enough, which all have the result
+  // of value_of(). The last of a warp's items may not exist.
+  __device__ __forceinline__ int lanes_of_item() const { return p.o_slice * 4 <= threads ? 4 : 1; }
+  __device__ __forceinline__ float4 value_of(int i, int lanes) const {
+    const int lane = threadIdx.x % lanes, head = (first + i) / quads - first / quads;
+    const float4* o = cluster.partials_o() + i;
+    const float2* weights = cluster.partials_ms() + head;
+    float4 value = {};
+#pragma unroll 4
+    for (int k = lane; k < branches * p.cluster; k += lanes)
+      add_scaled(value, weights[k * p.o_slice_heads].x, o[k * p.o_slice]);
+    for (int step = lanes / 2; step > 0; step /= 2) {
+      value.x += __shfl_xor_sync(0xffffffffu, value.x, step), value.y += __shfl_xor_sync(0xffffffffu, value.y, step);
+      value.z += __shfl_xor_sync(0xffffffffu, value.z, step), value.w += __shfl_xor_sync(0xffffffffu, value.w, step);
+    }
+    return value;
+  }
+  __device__ __forceinline__ void send_values() const {
+    const int lanes = lanes_of_item();
 #pragma unroll 1
-    for (int item = first + static_cast<int>(threadIdx.x); item < first + count; item += threads)
-      if (p.finisher[item / quads] != p.rank) store_columns(item, at.receive_o(item));
+    for (int i0 = 0; i0 < count; i0 += threads / lanes) {
+      const int i = i0 + static_cast<int>(threadIdx.x) / lanes;
+      const float4 value = value_of(min(i, count - 1), lanes);
+      __syncwarp();
+      if (i >= count || threadIdx.x % lanes != 0) continue;
+      at.send_value(first + i, value);
+      cluster.partials_o()[i] = value;  // for add_values(), in the place of a partial that this thread alone has read
+    }
   }
-  __device__ __forceinline__ void store_columns(int item, uint2 packed) const {
-    reinterpret_cast<uint2*>(p.o)[std::int64_t{at.first_head} * quads + item] = packed;
+  __device__ __forceinline__ void add_values() const {
+    const int lanes = lanes_of_item();
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x) / lanes; i < count; i += threads / lanes) {
+      if (threadIdx.x % lanes != 0) continue;
+      float4 sum = {};
+#pragma unroll 1
+      for (int rank = 0; rank < p.kv; ++rank)
+        add_scaled(sum, 1.0f, rank == p.rank ? cluster.partials_o()[i] : at.receive_value(rank, first + i));
+      cluster.store_quad(first + i, sum);
+    }
   }
 };
 
@@ -104,6 +121,7 @@ __global__ void __launch_bounds__(32 * W, fused_warps / W)
   else
     __syncthreads();
   ShardedMerge<WarpTile, W>{merge}.finish();
+  if (step.at.warp_in_cluster == 0 && !p.leave_out[sel]) step.store_selected();
   if (step.at.cta == 0 && threadIdx.x == 0) step.at.finish();
 }
 

@@ -41,16 +41,16 @@ ShardedDecodeParams params_of(const ShardedStepArgs& a) {
   p.kv = p.peers.size, p.rank = p.peers.rank;
   p.exchanges = a.exchanges;
   const LayerShape& s = p.shape;
-  divide_work(p, {active_sharded_clusters<DType::bf16>, p.kv, true});
+  // As on the rank with the most chunks: a work item has as many CTAs on every rank.
+  RowMap first_rank = p.k[cmp].map;
+  first_rank.rank = 0;
+  divide_work(p, {active_sharded_clusters<DType::bf16>, max_kv_tiles(cmp, s, first_rank, p.tile.max_positions), p.kv,
+                  StepSlot::max_ctas / p.kv, true});
   if (p.cluster > 0 && resident_sharded_items<DType::bf16>(p) < p.tile.rows() * s.groups) p.cluster = 0;
   p.chunk_blocks = static_cast<int>(p.k[sel].map.chunk) / s.rules.l_sel;
   p.by_chunk_blocks = Divisor(p.chunk_blocks), p.by_kv = Divisor(p.kv);
-  const int heads = s.heads_per_group;
-  p.own_heads = (heads + p.kv - 1) / p.kv;
-  for (int head = heads - 1; head >= 0; --head) {
-    p.finisher[head] = head * p.kv / heads;
-    p.first_finished[p.finisher[head]] = head;
-  }
+  p.slots = StepSlot::work_items(p.kv), p.slot_bytes = StepSlot::bytes(p.kv);
+  while (p.merge_lanes < p.kv * p.cluster) p.merge_lanes *= 2;
   return p;
 }
 
@@ -59,7 +59,7 @@ ShardedDecodeParams params_of(const ShardedStepArgs& a) {
 bool sharded_step_accepts(const ShardedStepArgs& a) {
   const QueryTile& tile = a.attention.combine.tile;
   return a.peers && group_of(a).size > 1 && group_of(a).size <= ShardedDecodeParams::max_kv && tile.tokens == 1 &&
-         tile.rows() > 0 && tile.rows() * a.attention.combine.shape.groups <= StepSlot::max_work_items &&
+         tile.rows() > 0 && tile.rows() * a.attention.combine.shape.groups <= StepSlot::work_items(group_of(a).size) &&
          reads_shape(a) && reads_maps(a) && params_of(a).cluster > 0;
 }
 

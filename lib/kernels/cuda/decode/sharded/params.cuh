@@ -15,11 +15,10 @@ struct ShardedDecodeParams : FusedDecodeParams {
   int kv = 1, rank = 0;
   bool exchanges = true;  ///< false: sends nothing and waits for nobody, to try the launch alone
   PeerGroup peers;
-  int chunk_blocks = 1;             ///< selection blocks of a chunk
-  Divisor by_chunk_blocks, by_kv;   ///< by chunk_blocks, kv
-  int own_heads = 1;                ///< upper bound of the heads of a group that one rank finishes
-  int finisher[16] = {};            ///< of a head of a group: the rank that merges it
-  int first_finished[max_kv] = {};  ///< the first such head of a rank
+  int chunk_blocks = 1;            ///< selection blocks of a chunk
+  Divisor by_chunk_blocks, by_kv;  ///< by chunk_blocks, kv
+  int slots = 0, slot_bytes = 0;   ///< of a parity (decode/sharded/exchange.cuh)
+  int merge_lanes = 1;             ///< a power of two, not below the CTAs of a work item on all ranks
   __device__ __forceinline__ int held_buckets() const { return by_kv(shape.lse.buckets); }
 };
 
