@@ -11,6 +11,7 @@
 //   at most 8 ln 2 below it, s = sum exp(score - m), and o = sum exp(score - m) v is not normalised. A partial that
 //   attended nothing has m = -inf, s = 0, o = 0. (m, s) is a softmax state, "ms" a buffer of them.
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -216,11 +217,36 @@ struct ShardedAttentionArgs {
 
 struct PeerMemory;  // opaque: memory through which the kernels of a group of ranks exchange by themselves
 
+/// Phases of a sharded step in one launch, one after the other, as the first warp of a work item passes them. In those
+/// named wait_ it waits for words of the other ranks, in the cluster_ ones for the other CTAs of its work item.
+enum class StepPhase {
+  attend_cmp,
+  cluster_cmp,
+  merge_lse,
+  wait_lse,
+  score_blocks,
+  wait_candidates,
+  attend_sel,
+  merge_warps,
+  cluster_merge,
+  wait_states,
+  merge_branches,
+  wait_values
+};
+constexpr std::array step_phase_names = {"attend_cmp",    "cluster_cmp",     "merge_lse",      "wait_lse",
+                                         "score_blocks",  "wait_candidates", "attend_sel",     "merge_warps",
+                                         "cluster_merge", "wait_states",     "merge_branches", "wait_values"};
+constexpr int step_phase_count = static_cast<int>(step_phase_names.size());
+/// Readings of a work item: of its SM's clock when the step starts and at the end of each phase (0: it had none), then
+/// of the device's clock, in nanoseconds, at the first and the last of these.
+constexpr int step_readings = step_phase_count + 3;
+
 /// A decode step's attention on one of the ranks that share its sequences, with the exchanges inside.
 struct ShardedStepArgs {
   AttentionArgs attention;            ///< over this rank's rows; rank.selected wanted, p_slc and o_branch are not
   const PeerMemory* peers = nullptr;  ///< of the ranks, each on a GPU of its own; null: there is none
   bool exchanges = true;              ///< false: sends nothing and waits for nobody; o and `selected` are undefined
+  std::int64_t* readings = nullptr;   ///< optional [rows * groups][step_readings], zeroed before
 };
 
 /// Copies rows [first, last) between two maps of the same sequence. For every chunk c that dst holds and every

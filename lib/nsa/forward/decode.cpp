@@ -1,6 +1,7 @@
 #include "nsa/forward/decode.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "comm/agreement.hpp"
 
@@ -43,6 +44,7 @@ DecodeRunner::DecodeRunner(ModelShard& shard, const TensorSource* source, bool r
   selected_count_ = shard.config.model.layers * shard.planes() * s.rules.n_sel;
   reads_log_ = make(steps * branches * shard.planes() * 8);
   selected_log_ = make(steps * selected_count_ * 4);
+  if (shard.partition.kv > 1) readings_ = shard.allocator()(MemoryKind::workspace, shard.planes() * step_readings * 8);
   if (shard.config.run.scope == Scope::layer) {
     x_steps_ = make(steps * batch * s.dim * (shard.config.model.layers > 1 ? 4 : storage));
   } else {
@@ -317,6 +319,33 @@ std::vector<std::int64_t> DecodeRunner::stamps() const {
   shard_.device().synchronize(shard_.streams.compute);
   const auto count = static_cast<std::ptrdiff_t>(ring.front());
   return {ring.begin() + 1, ring.begin() + 1 + count};
+}
+
+StepOptions DecodeRunner::with_readings(StepOptions options) {
+  options.readings = readings_.as<std::int64_t>();
+  return options;
+}
+
+void DecodeRunner::clear_readings() {
+  shard_.device().fill(readings_.data(), 0, readings_.bytes(), shard_.streams.compute);
+}
+
+// Cycles become seconds by what both clocks say of all work items.
+std::vector<double> DecodeRunner::phase_seconds() const {
+  const auto readings = download_longs(shard_, readings_.data(), shard_.planes() * step_readings);
+  std::vector<double> cycles(step_phase_count, 0.0);
+  double all_cycles = 0, all_seconds = 0;
+  for (auto item = readings.begin(); item != readings.end(); item += step_readings) {
+    std::int64_t last = item[0];
+    for (int phase = 0; phase < step_phase_count; ++phase) {
+      const std::int64_t end = std::max(last, item[phase + 1]);  // 0: the step had no such phase
+      cycles[static_cast<std::size_t>(phase)] += static_cast<double>(end - std::exchange(last, end));
+    }
+    all_cycles += static_cast<double>(last - item[0]);
+    all_seconds += 1e-9 * static_cast<double>(item[step_phase_count + 2] - item[step_phase_count + 1]);
+  }
+  for (double& x : cycles) x *= all_seconds / all_cycles / static_cast<double>(shard_.planes());
+  return cycles;
 }
 
 StepContext DecodeRunner::last_layer(const StepOptions& options) {

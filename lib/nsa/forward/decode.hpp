@@ -36,6 +36,14 @@ class DecodeRunner {
   /// The readings since restore, in nanoseconds.
   std::vector<std::int64_t> stamps() const;
 
+  /// Whether the plan runs attention as one launch that exchanges by itself. A step with `with_readings(options)` then
+  /// reads clocks at its phases. phase_seconds() returns their durations in that step's last layer, by StepPhase, as
+  /// means over the work items of this rank.
+  bool has_phases() const { return plan_.one_launch; }
+  StepOptions with_readings(StepOptions options);
+  void clear_readings();
+  std::vector<double> phase_seconds() const;
+
   /// The context of the last layer, for checks of the step that has just run by the plan with these options.
   StepContext last_layer(const StepOptions& options);
 
@@ -68,6 +76,7 @@ class DecodeRunner {
   StepPlan plan_;
   Buffer position_, step_;  ///< int64 [1] each
   Buffer stamps_;           ///< int64 [1 + 2 steps]: their number, then the readings
+  Buffer readings_;         ///< kv > 1: int64 [batch * groups][step_readings]
   Buffer reads_log_, selected_log_;
   std::int64_t selected_count_ = 0;
   Buffer x_steps_;               ///< [steps][batch, dim]: fp32 with several layers, else storage

@@ -155,6 +155,7 @@ ShardedStepArgs step_args(const StepContext& ctx) {
   ShardedStepArgs args{attention_args(ctx), ctx.shard.comms->kv.peer_memory()};
   args.attention.rank.candidates = nullptr;
   args.attention.rank.selected = selected_of(ctx);
+  args.readings = ctx.options.readings;
   return args;
 }
 

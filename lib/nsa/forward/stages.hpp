@@ -9,9 +9,10 @@
 namespace nsa {
 
 struct StepOptions {
-  std::int32_t leave_out = -1;     ///< ablation: a Branch that is not computed
-  std::int32_t force_branch = -1;  ///< one-hot gates
-  bool record = false;             ///< also store o_c and p_slc
+  std::int32_t leave_out = -1;       ///< ablation: a Branch that is not computed
+  std::int32_t force_branch = -1;    ///< one-hot gates
+  bool record = false;               ///< also store o_c and p_slc
+  std::int64_t* readings = nullptr;  ///< of clocks by a sharded step (ShardedStepArgs)
 };
 
 enum class Prologue { staged, fused };

@@ -199,6 +199,16 @@ NoiseRecord read_noise(const h5::Handle& group) {
   return n;
 }
 
+PhaseRecord read_phases(const h5::Handle& group) {
+  PhaseRecord p;
+  p.phases = h5::read<std::string>(group, "phase");
+  p.ranks = std::ssize(h5::read<std::int64_t>(group, "rank"));
+  p.reps = std::ssize(h5::read<std::int64_t>(group, "rep"));
+  if (!h5::has(group, "time")) throw h5::Error("dataset 'phases/time' is missing");
+  p.seconds = column<double>(group, "time", {std::ssize(p.phases), p.ranks, p.reps});
+  return p;
+}
+
 PointRecord read_point(const h5::Handle& group, std::int64_t index) {
   PointRecord p;
   p.index = index;
@@ -206,6 +216,7 @@ PointRecord read_point(const h5::Handle& group, std::int64_t index) {
   read_columns(group, p);
   if (h5::has(group, "needle")) p.needle = read_needle(h5::open_group(group, "needle"));
   if (h5::has(group, "kernels")) p.kernels = read_kernels(h5::open_group(group, "kernels"));
+  if (h5::has(group, "phases")) p.phases = read_phases(h5::open_group(group, "phases"));  // since 1.6
   if (h5::has(group, "noise")) p.noise = read_noise(h5::open_group(group, "noise"));
   return p;
 }

@@ -55,6 +55,14 @@ struct TensorRecord {
   std::vector<std::int32_t> integers;
 };
 
+/// Phases inside the one launch of a decode step whose ranks exchange by themselves: seconds[phase][rank][rep], means
+/// over the work items of a rank. docs/METRICS.md, "Phases of one launch".
+struct PhaseRecord {
+  std::vector<std::string> phases;  ///< "attend_cmp", ..., "wait_lse": waiting for words of the other ranks
+  std::int64_t ranks = 0, reps = 0;
+  std::vector<double> seconds;
+};
+
 struct MemoryRecord {                                ///< bytes, by rank
   std::vector<std::string> kinds;                    ///< "weights", "caches", "activations", "workspace", "total"
   std::vector<std::int64_t> planned, measured_peak;  ///< [kind][rank]
@@ -97,6 +105,7 @@ struct PointRecord {
   std::string stop_reason;  ///< "steps", "min_time", "min_interval", "interval_time" (or "interrupted")
   std::int64_t heads = 1, kv = 1, first_position = 0, warmup_reps = 0;
   TimeTable time;
+  PhaseRecord phases;
   ReadTable reads;
   std::vector<std::int64_t> bytes;  ///< modelled bytes moved a step [stage][rank]
   double copy_bandwidth = 0;        ///< bytes/s read + written, measured on the slowest rank

@@ -10,7 +10,7 @@ namespace nsa {
 
 /// A reader refuses another major version. A new minor version only adds names.
 constexpr int schema_major = 1;
-constexpr const char* schema_version = "1.5";
+constexpr const char* schema_version = "1.6";
 
 /// A field of a record under its name in the file.
 template <class Record, class T>

@@ -37,6 +37,12 @@ auto members(R& r) {
   return std::tie(modes, ranks, reps, seconds);
 }
 
+template <Is<PhaseRecord> R>
+auto members(R& r) {
+  auto& [phases, ranks, reps, seconds] = r;
+  return std::tie(phases, ranks, reps, seconds);
+}
+
 template <Is<ReadTable> R>
 auto members(R& r) {
   auto& [ranks, steps, counted, expected, nsa_vibe] = r;
@@ -72,11 +78,11 @@ auto members(R& r) {
 template <Is<PointRecord> R>
 auto members(R& r) {
   auto& [index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps, time,
-         reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange, fallbacks, max_abs_err,
-         blocks_shared, tensors, noise, noisy, needle, kernels] = r;
+         phases, reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange, fallbacks,
+         max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels] = r;
   return std::tie(index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps,
-                  time, reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange, fallbacks,
-                  max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels);
+                  time, phases, reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange,
+                  fallbacks, max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels);
 }
 
 template <Is<ResultFile> R>

@@ -185,6 +185,15 @@ void write_noise(const h5::Handle& point_group, const NoiseRecord& n) {
   h5::write(group, "cache_bytes", n.cache_bytes, {"rank"}, {"byte", "last-level cache of the device, 0 if unknown"});
 }
 
+/// Writes the times of phases over phases and ranks.
+void write_phases(const h5::Handle& point_group, const PhaseRecord& p) {
+  const h5::Handle group = h5::create_group(point_group, "phases");
+  h5::write_scale(group, "phase", p.phases, {"1", "phase of the launch that a step's attention is"});
+  h5::write_scale(group, "rank", indices(p.ranks), {"1", "rank"});
+  h5::write_scale(group, "rep", indices(p.reps), {"1", "repetition, warm-up first"});
+  h5::write(group, "time", p.seconds, {"phase", "rank", "rep"}, {"s", "duration, mean over the work items of a rank"});
+}
+
 /// The group that holds the tensor of this name, created where missing.
 h5::Handle parent_group(const h5::Handle& tensors, const std::string& name) {
   for (auto slash = name.find('/'); slash != std::string::npos; slash = name.find('/', slash + 1)) {
@@ -228,6 +237,7 @@ void write_point(const h5::Handle& file, const PointRecord& p) {
   if (!p.needle.empty()) write_needle(group, p);
   if (!p.kernels.implementations.empty()) write_kernels(group, p.kernels);
   if (!p.noise.modes.empty()) write_noise(group, p.noise);
+  if (!p.phases.phases.empty()) write_phases(group, p.phases);
   if (p.tensors.empty()) return;
   const h5::Handle tensors = h5::create_group(group, "tensors");
   h5::write_attribute(tensors, "first_position", p.first_position);

@@ -119,6 +119,8 @@ class DecodePasses {
   void recorded(const TensorSource& source);
   // False: the run was asked to stop.
   bool measured(const ModeRun& run, StageTimer& timer, const TakeSample& take);
+  // A pass of its own: reading clocks takes time. Where a step is one launch, and was timed as such.
+  void measure_phases();
 
  private:
   bool run_one_by_one(const ModeRun& run, CapturedSteps& steps, StageTimer& timer, const TakeSample& take);
@@ -183,6 +185,28 @@ bool DecodePasses::measured(const ModeRun& run, StageTimer& timer, const TakeSam
   if (config_.run.check && computes_point_step(run, shard_.point))
     gather_problems(session_.world, pass_problem(session_.world, shard_, output(), expected_), record_);
   return true;
+}
+
+void DecodePasses::measure_phases() {
+  const auto& modes = config_.run.modes;
+  if (!decode_.has_phases() || std::find(modes.begin(), modes.end(), Mode::total) == modes.end()) return;
+  const PhaseScope phase("phases");
+  ModeRun run{"phases", decode_.with_readings(step_options(shard_.point))};
+  StageTimer timer(shard_.device(), shard_.streams.compute);
+  timer.set_per_stage(false);
+  CapturedSteps steps(shard_, decode_, timer, run);
+  decode_.restore();
+  std::vector<double> own;  // [step][phase]
+  for (std::int64_t step = 0; step < config_.run.steps; ++step) {
+    if (session_.stop->check_periodically()) return;
+    decode_.load(step, run.options);
+    decode_.clear_readings();
+    shard_.device().synchronize(shard_.streams.compute);
+    timer.step([&] { steps.run(); });
+    const std::vector<double> seconds = decode_.phase_seconds();
+    own.insert(own.end(), seconds.begin(), seconds.end());
+  }
+  record_.phases = gather_phases(session_.world, own, config_.run.steps);
 }
 
 bool DecodePasses::run_one_by_one(const ModeRun& run, CapturedSteps& steps, StageTimer& timer, const TakeSample& take) {
@@ -281,6 +305,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
       [&] { decode->choose_plan(world); },
       [&](const ModeRun& run, StageTimer& timer, const TakeSample& take) { return passes.measured(run, timer, take); }};
   const Samples samples = measure_point(session, *shard, task, record, progress);
+  passes.measure_phases();
   if (config.run.check) {
     decode->restore();
     const bool same = cache_checksum(*shard, point.context, config.model.layers) == checksum;

@@ -214,6 +214,18 @@ TimeTable gather_times(const ControlComm& world, const Samples& samples) {
   return table;
 }
 
+PhaseRecord gather_phases(const ControlComm& world, const std::vector<double>& seconds, std::int64_t steps) {
+  const std::vector<double> all = world.gather(seconds);  // [rank][step][phase]
+  PhaseRecord record;
+  if (all.empty()) return record;
+  record.phases.assign(step_phase_names.begin(), step_phase_names.end());
+  record.ranks = world.size(), record.reps = steps;
+  for (std::int64_t phase = 0; phase < step_phase_count; ++phase)
+    for (std::int64_t row = 0; row < record.ranks * steps; ++row)
+      record.seconds.push_back(all[static_cast<std::size_t>(row * step_phase_count + phase)]);
+  return record;
+}
+
 NoiseRecord gather_noise(const ControlComm& world, const DeviceOps& device, const std::vector<std::string>& modes,
                          const std::vector<ModeNoise>& noise) {
   if (noise.empty()) return {};

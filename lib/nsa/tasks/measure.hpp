@@ -65,6 +65,9 @@ Samples measure_point(const Session& session, ModelShard& shard, const MeasuredT
 /// Samples of all ranks, on rank 0.
 TimeTable gather_times(const ControlComm& world, const Samples& samples);
 
+/// Phases of the steps of all ranks, on rank 0, from this rank's seconds[step][phase] (StepPhase). Collective.
+PhaseRecord gather_phases(const ControlComm& world, const std::vector<double>& seconds, std::int64_t steps);
+
 /// What may have disturbed the modes on all ranks, on rank 0; empty where none was measured. judge_noise fills in the
 /// rest. Collective.
 NoiseRecord gather_noise(const ControlComm& world, const DeviceOps& device, const std::vector<std::string>& modes,

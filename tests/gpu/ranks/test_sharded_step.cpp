@@ -61,7 +61,7 @@ void check(const Case& c, std::initializer_list<int> grid, std::initializer_list
 
 TEST_CASE("a sharded step of one launch equals its stages", "[shards][one_launch]") {
   for (const std::int64_t position : {0, 20, 130, 1023, 1040, 5000})
-    for (const int chunk_blocks : {2, 8})
+    for (const int chunk_blocks : {8, 16})
       check({DType::bf16, 1, 16, 128, 128, 2, position, chunk_blocks}, {2, 3, 4, 8});
   // A sequence that ends with a chunk, so that one rank has the halo of the next chunk and no token of it.
   for (const std::int64_t position : {1024 * 2 + 14, 1024 * 2 + 15, 1024 * 2 + 31, 1024 * 3, 1024 * 3 + 15})
@@ -69,16 +69,16 @@ TEST_CASE("a sharded step of one launch equals its stages", "[shards][one_launch
 }
 
 TEST_CASE("a sharded step of one launch: heads, sizes, long items, without a branch", "[shards][one_launch]") {
-  check({DType::bf16, 2, 5, 64, 64, 3, 2333, 2}, {2, 3}, {-1, cmp, sel, win});
+  check({DType::bf16, 2, 5, 64, 64, 3, 2333, 8}, {2, 3}, {-1, cmp, sel, win});
   check({DType::bf16, 2, 16, 128, 128, 3, 2333, 16}, {2}, {-1, cmp, sel, win});
-  check({DType::bf16, 1, 1, 128, 128, 1, 9000, 4}, {2, 4});
+  check({DType::bf16, 1, 1, 128, 128, 1, 9000, 8}, {2, 4});
   check({DType::bf16, 2, 16, 128, 128, 2, 65535, 16}, {2});
   check({DType::bf16, 1, 16, 128, 128, 1, 300000, 16}, {2, 4});
 }
 
 TEST_CASE("a sharded step of one launch chooses among ties as the stages do", "[shards][one_launch]") {
   for (const std::int64_t position : {1500, 5000, 40000})
-    check({DType::bf16, 1, 16, 128, 128, 2, position, 2, {}, true}, {2, 3});
+    check({DType::bf16, 1, 16, 128, 128, 2, position, 8, {}, true}, {2, 3});
 }
 
 TEST_CASE("a sharded step of one launch gives the same bits every time", "[shards][one_launch][repeats]") {

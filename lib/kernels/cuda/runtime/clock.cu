@@ -7,19 +7,13 @@
 namespace nsa::gpu {
 namespace {
 
-__device__ std::int64_t nanoseconds_now() {
-  unsigned long long nanoseconds;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(nanoseconds));
-  return static_cast<std::int64_t>(nanoseconds);
-}
-
-__global__ void stamp_kernel(std::int64_t* ring) { ring[1 + ring[0]++] = nanoseconds_now(); }
+__global__ void stamp_kernel(std::int64_t* ring) { ring[1 + ring[0]++] = device_nanoseconds(); }
 
 __global__ void read_clock_kernel(ClockReading* reading) {
   unsigned sm;
   asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
   if (sm != 0) return;
-  *reading = {nanoseconds_now(), clock64()};
+  *reading = {device_nanoseconds(), clock64()};
 }
 
 }  // namespace

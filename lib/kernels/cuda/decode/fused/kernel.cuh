@@ -249,10 +249,12 @@ struct FusedDecode {
   // beforehand and wait on it after their window.
   __device__ __forceinline__ void select_blocks() {
     const BlockRules& r = p.shape.rules;
+    if constexpr (is_shard) at.end_phase(StepPhase::attend_cmp);
     if (p.cluster > 1)  // tile outputs are visible, and every CTA has started: remote writes are safe
       cluster_barrier();
     else
       __syncthreads();
+    if constexpr (is_shard) at.end_phase(StepPhase::cluster_cmp);
     if (p.leave_out[sel]) return;
     const bool selects_all = all_eligible() <= r.n_sel, scores = !selects_all || p.p_slc;
     if (!pipeline.attends_sel) {
@@ -317,6 +319,7 @@ __device__ __forceinline__ FusedMerge<WarpTile, W, Params> attend_and_send(
   static_assert(WarpTile::parts == 1);
   WarpTile cmp_tile = step.make_tile(), warp_tile = step.make_tile();
   attend(step, cmp_tile, warp_tile);
+  if constexpr (Params::is_shard) step.at.end_phase(StepPhase::attend_sel);
   const auto merge = step.merge();
   merge.template send_partials<0>(cmp_tile, warp_tile, step.pipeline.attends_sel);
   return merge;

@@ -277,7 +277,9 @@ struct FusedSelect {
     merge_buckets(tiles, per_segment, 0);
     if constexpr (Params::is_shard) {
       if (!early) scores.prefetch(blocks.begin, blocks.single_pass);  // while the buckets of the peers are under way
+      at.end_phase(StepPhase::merge_lse);
       at.receive_buckets(reinterpret_cast<float4*>(buckets()), WarpTile::heads / 2, at.cta_scoring_warps * 32);
+      at.end_phase(StepPhase::wait_lse);
     }
     sync_scoring_warps();
     compute_normalisers(0);
@@ -303,7 +305,11 @@ struct FusedSelect {
       best = top_of_lists<W>(warp_top(), warps_with_blocks(rounds));
     else
       best = top_of_ctas();
-    if constexpr (Params::is_shard) best = at.top16_of_ranks(best);
+    if constexpr (Params::is_shard) {
+      at.end_phase(StepPhase::score_blocks);
+      best = at.top16_of_ranks(best);
+      at.end_phase(StepPhase::wait_candidates);
+    }
     if (p.p_slc)  // zero where no block is eligible
       for (std::int64_t j = at.eligible + at.warp_in_cluster * 32 + lane; j < p.p_slc_blocks;
            j += at.scoring_warps * 32)

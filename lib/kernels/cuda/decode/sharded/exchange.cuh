@@ -13,6 +13,7 @@
 #include "kernels/cuda/decode/fused/from_raw_scores.cuh"
 #include "kernels/cuda/decode/sharded/params.cuh"
 #include "kernels/cuda/exchange/ll_words.cuh"
+#include "kernels/cuda/runtime/clock.cuh"
 
 namespace nsa::gpu {
 
@@ -90,6 +91,17 @@ struct ShardCoord : FusedCoord {
     const int mine = __shfl_sync(0xffffffffu, index, from % 32);
     return lane < count ? mine : -1;
   }
+
+  // Readings of clocks by the first thread of the work item, where they are wanted.
+  __device__ __forceinline__ void read_clock(int index) const {
+    if (p->readings && cta == 0 && threadIdx.x == 0) {
+      std::int64_t* to = p->readings + work_item * step_readings;
+      to[index] = clock64();
+      if (index == 0) to[step_phase_count + 1] = device_nanoseconds();
+      if (index == step_phase_count) to[step_phase_count + 2] = device_nanoseconds();
+    }
+  }
+  __device__ __forceinline__ void end_phase(StepPhase phase) const { read_clock(static_cast<int>(phase) + 1); }
 
   // Exchanges.
   __device__ __forceinline__ std::byte* memory(int owner) const {

@@ -30,9 +30,12 @@ struct ShardedMerge {
   /// Once the partials of the cluster are visible.
   __device__ __forceinline__ void finish() const {
     weigh_states();
+    at.end_phase(StepPhase::wait_states);
     __syncthreads();
     send_values();
+    at.end_phase(StepPhase::merge_branches);
     add_values();
+    at.end_phase(StepPhase::wait_values);
   }
 
  private:
@@ -115,11 +118,14 @@ __global__ void __launch_bounds__(32 * W, fused_warps / W)
   FusedDecode<WarpTile, W, true, ShardedDecodeParams> step(p, shared);
   griddep_wait();
   step.start();
+  step.at.read_clock(0);
   const auto merge = attend_and_send(step);
+  step.at.end_phase(StepPhase::merge_warps);
   if (W == fused_warps && p.cluster > 1)
     cluster_barrier();
   else
     __syncthreads();
+  step.at.end_phase(StepPhase::cluster_merge);
   ShardedMerge<WarpTile, W>{merge}.finish();
   if (step.at.warp_in_cluster == 0 && !p.leave_out[sel]) step.store_selected();
   if (step.at.cta == 0 && threadIdx.x == 0) step.at.finish();

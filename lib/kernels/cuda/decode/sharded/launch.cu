@@ -40,6 +40,7 @@ ShardedDecodeParams params_of(const ShardedStepArgs& a) {
   p.peers = group_of(a);
   p.kv = p.peers.size, p.rank = p.peers.rank;
   p.exchanges = a.exchanges;
+  p.readings = a.readings;
   const LayerShape& s = p.shape;
   // As on the rank with the most chunks: a work item has as many CTAs on every rank.
   RowMap first_rank = p.k[cmp].map;

@@ -15,10 +15,11 @@ struct ShardedDecodeParams : FusedDecodeParams {
   int kv = 1, rank = 0;
   bool exchanges = true;  ///< false: sends nothing and waits for nobody, to try the launch alone
   PeerGroup peers;
-  int chunk_blocks = 1;            ///< selection blocks of a chunk
-  Divisor by_chunk_blocks, by_kv;  ///< by chunk_blocks, kv
-  int slots = 0, slot_bytes = 0;   ///< of a parity (decode/sharded/exchange.cuh)
-  int merge_lanes = 1;             ///< a power of two, not below the CTAs of a work item on all ranks
+  int chunk_blocks = 1;              ///< selection blocks of a chunk
+  Divisor by_chunk_blocks, by_kv;    ///< by chunk_blocks, kv
+  int slots = 0, slot_bytes = 0;     ///< of a parity (decode/sharded/exchange.cuh)
+  std::int64_t* readings = nullptr;  ///< [work items][step_readings], or null
+  int merge_lanes = 1;               ///< a power of two, not below the CTAs of a work item on all ranks
   __device__ __forceinline__ int held_buckets() const { return by_kv(shape.lse.buckets); }
 };
 
