@@ -233,7 +233,7 @@ TEST_CASE("cuda projects, rotates, gates and computes the output as the host doe
             a.scratch = scratch.on<void>(*b);
             a.scratch_bytes = scratch.bytes();
             b->kernels->project(a, nullptr);
-            b->kernels->output({a, o.on<void>(*b), w_o.on<void>(*b), y.on<float>(*b)}, nullptr);
+            b->kernels->output({a, {0, s.heads()}, o.on<void>(*b), w_o.on<void>(*b), y.on<float>(*b)}, nullptr);
             gpu().device->synchronize(nullptr);
           }
           INFO(name_of(type) << " shared_kv=" << shared_kv << " tokens=" << tokens);

@@ -306,7 +306,11 @@ TEST_CASE("output, rmsnorm and add") {
     std::vector<float> y(rows * s.dim);
     const QueryTile tile{0, 1, static_cast<std::int32_t>(rows), &zero, rows};
     std::vector<std::byte> scratch(table().scratch_bytes(s, tile, {}));
-    table().output({{s, tile, {}, scratch.data(), scratch.size()}, o.bytes.data(), w.bytes.data(), y.data()}, nullptr);
+    const auto output = [&](HeadRange heads, const void* o_of_heads, std::vector<float>& to) {
+      table().output({{s, tile, {}, scratch.data(), scratch.size()}, heads, o_of_heads, w.bytes.data(), to.data()},
+                     nullptr);
+    };
+    output({0, s.heads()}, o.bytes.data(), y);
     Tensor normal(s.dtype, rows * s.dim);
     table().rmsnorm(s, rows, y.data(), normal.bytes.data(), true, nullptr);
     normal.read(s.dtype);
@@ -321,6 +325,18 @@ TEST_CASE("output, rmsnorm and add") {
       for (int j = 0; j < s.dim; ++j)
         CHECK(normal.values[r * s.dim + j] == Approx(y[r * s.dim + j] / std::sqrt(square + 1e-6)).margin(4 * 0x1p-9));
     }
+    std::vector<float> sum(y.size());
+    for (int rank = 0; rank < 3; ++rank) {  // y is the sum over the ranks that finish its heads
+      const HeadRange heads = finished_heads(s, 3, rank);
+      const std::int64_t row_bytes = s.d_v * 2 * heads.count;
+      std::vector<std::byte> part(rows * row_bytes);
+      for (std::int64_t r = 0; r < rows; ++r)
+        std::memcpy(part.data() + r * row_bytes, o.bytes.data() + (r * inner + heads.first * s.d_v) * 2, row_bytes);
+      std::vector<float> y_part(y.size());
+      output(heads, part.data(), y_part);
+      for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += y_part[i];
+    }
+    for (std::size_t i = 0; i < sum.size(); ++i) CHECK(sum[i] == Approx(y[i]).margin(1e-5));
     std::vector<float> x(y.size(), 1.0f);
     table().add(static_cast<std::int64_t>(x.size()), x.data(), y.data(), nullptr);
     CHECK(x[3] == 1.0f + y[3]);

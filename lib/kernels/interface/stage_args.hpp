@@ -171,8 +171,20 @@ struct CombineArgs : StageArgs {
 };
 
 /// y = o W_O over the local heads; the sum over head shards is the caller's.
+/// Heads [first, first + count) of a rank's H heads.
+struct HeadRange {
+  std::int32_t first = 0, count = 0;
+};
+/// The heads whose o a rank of `ranks` that share the sequences has after a sharded step in one launch.
+constexpr HeadRange finished_heads(const LayerShape& s, std::int32_t ranks, std::int32_t rank) {
+  const std::int32_t first = rank * s.heads() / ranks;
+  return {first, (rank + 1) * s.heads() / ranks - first};
+}
+
+/// y of some heads alone: its sum over disjoint ranges is y of all.
 struct OutputArgs : StageArgs {
-  const void* o = nullptr;    ///< [rows, H*Dv]
+  HeadRange heads;            ///< of o and y
+  const void* o = nullptr;    ///< [rows, heads.count * Dv]
   const void* w_o = nullptr;  ///< [H*Dv, dim]
   float* y = nullptr;         ///< [rows, dim]
 };
@@ -243,7 +255,8 @@ constexpr int step_readings = step_phase_count + 3;
 
 /// A decode step's attention on one of the ranks that share its sequences, with the exchanges inside.
 struct ShardedStepArgs {
-  AttentionArgs attention;            ///< over this rank's rows; rank.selected wanted, p_slc and o_branch are not
+  AttentionArgs attention;  ///< over this rank's rows; rank.selected wanted, p_slc and o_branch are not. o receives
+                            ///< [rows][finished_heads.count][Dv]: each rank has other heads
   const PeerMemory* peers = nullptr;  ///< of the ranks, each on a GPU of its own; null: there is none
   bool exchanges = true;              ///< false: sends nothing and waits for nobody; o and `selected` are undefined
   std::int64_t* readings = nullptr;   ///< optional [rows * groups][step_readings], zeroed before

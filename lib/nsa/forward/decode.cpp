@@ -149,7 +149,7 @@ void DecodeRunner::load(std::int64_t step, const StepOptions& options) {
   }
 }
 
-StepContext DecodeRunner::context(std::int64_t layer, const StepOptions& options, Attention attention) {
+StepContext DecodeRunner::context(std::int64_t layer, const StepOptions& options, const StepPlan& plan) {
   const LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
   const auto windowed = [&](KvView view) {
     view.map = shard_.partition.window_share();
@@ -167,7 +167,8 @@ StepContext DecodeRunner::context(std::int64_t layer, const StepOptions& options
           .layer = layer,
           .first_row = 0,
           .exchanges = shard_.partition.kv > 1,
-          .sharded = attention == Attention::sharded,
+          .sharded = plan.attention == Attention::sharded,
+          .one_launch = plan.one_launch && !options.record,
           .stage = stage,
           .k = {cache.cmp.k, cache.sel.k, windowed(cache.win.k)},
           .v = {cache.cmp.v, cache.sel.v, windowed(cache.win.v)}};
@@ -245,7 +246,7 @@ StepPlan DecodeRunner::probe() {
   };
   StepPlan plan;
   const Attention wanted = shard_.partition.kv > 1 ? Attention::sharded : Attention::fused;
-  const StepContext ctx = context(0, {}, wanted);
+  const StepContext ctx = context(0, {}, {.attention = wanted});
   restore();
   load(0, {});
   if (has_fused_prologue(ctx) && launches([&] { fused_prologue(ctx); }))
@@ -277,17 +278,17 @@ void DecodeRunner::choose_plan(const ControlComm& world) {
 void DecodeRunner::step(const StepOptions& options, StageTimer& timer) {
   const StepPlan plan = timer.per_stage() ? StepPlan{} : plan_;  // the default plan runs stage by stage
   for (std::int64_t layer = 0; layer < shard_.config.model.layers; ++layer) {
-    const StepContext ctx = context(layer, options, plan.attention);
+    const StepContext ctx = context(layer, options, plan);
     plan.prologue == Prologue::fused ? fused_prologue(ctx) : staged_prologue(ctx, timer);
-    attention(plan, ctx, timer);
+    attention(plan.attention, ctx, timer);
     output_projection(ctx, timer);
   }
   advance();
 }
 
-void DecodeRunner::attention(const StepPlan& plan, const StepContext& ctx, StageTimer& timer) {
-  if (plan.one_launch && !ctx.options.record) return sharded_step(ctx);
-  switch (plan.attention) {
+void DecodeRunner::attention(Attention attention, const StepContext& ctx, StageTimer& timer) {
+  if (ctx.one_launch) return sharded_step(ctx);
+  switch (attention) {
     case Attention::fused:
       return fused_attention(ctx);
     case Attention::sharded:
@@ -321,6 +322,16 @@ std::vector<std::int64_t> DecodeRunner::stamps() const {
   return {ring.begin() + 1, ring.begin() + 1 + count};
 }
 
+void DecodeRunner::align(const StepOptions& options) {
+  const StepContext ctx = last_layer(options);
+  if (ctx.one_launch) align_ranks(ctx);
+}
+
+void DecodeRunner::complete_output(const StepOptions& options) {
+  const StepContext ctx = last_layer(options);
+  if (ctx.one_launch) gather_heads(ctx);
+}
+
 StepOptions DecodeRunner::with_readings(StepOptions options) {
   options.readings = readings_.as<std::int64_t>();
   return options;
@@ -349,7 +360,7 @@ std::vector<double> DecodeRunner::phase_seconds() const {
 }
 
 StepContext DecodeRunner::last_layer(const StepOptions& options) {
-  return context(shard_.config.model.layers - 1, options, plan_.attention);
+  return context(shard_.config.model.layers - 1, options, plan_);
 }
 
 }  // namespace nsa

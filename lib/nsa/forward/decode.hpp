@@ -28,6 +28,9 @@ class DecodeRunner {
   /// Queues the inputs of step `step` (x, or q, k, v and gates). Not part of the timed work.
   void load(std::int64_t step, const StepOptions& options);
 
+  /// Queues what has ranks start a step of one launch together (align_ranks). Not part of the timed work.
+  void align(const StepOptions& options);
+
   /// Queues one step. Where the timer times each stage, the step runs stage by stage.
   void step(const StepOptions& options, StageTimer& timer);
 
@@ -35,6 +38,9 @@ class DecodeRunner {
   void stamp();
   /// The readings since restore, in nanoseconds.
   std::vector<std::int64_t> stamps() const;
+
+  /// Makes buffers().o whole after a step by the plan, which may leave it cut by heads. Collective over the kv ranks.
+  void complete_output(const StepOptions& options);
 
   /// Whether the plan runs attention as one launch that exchanges by itself. A step with `with_readings(options)` then
   /// reads clocks at its phases. phase_seconds() returns their durations in that step's last layer, by StepPhase, as
@@ -59,10 +65,10 @@ class DecodeRunner {
   void load_inputs(const TensorSource& source);
   void load_from_file(const TensorSource& source, const GivenTensor& input);
   void generate(const TensorSource& source, const GivenTensor& input);
-  StepContext context(std::int64_t layer, const StepOptions& options, Attention attention);
+  StepContext context(std::int64_t layer, const StepOptions& options, const StepPlan& plan);
   StepPlan probe();
   void staged_prologue(const StepContext& ctx, StageTimer& timer);
-  void attention(const StepPlan& plan, const StepContext& ctx, StageTimer& timer);
+  void attention(Attention attention, const StepContext& ctx, StageTimer& timer);
   void staged_attention(const StepContext& ctx, StageTimer& timer);
   void sharded_attention(const StepContext& ctx, StageTimer& timer);
   void output_projection(const StepContext& ctx, StageTimer& timer);

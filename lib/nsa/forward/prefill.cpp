@@ -156,6 +156,7 @@ StepContext PrefillRunner::context(std::int64_t layer, const StepOptions& option
           .first_row = first_row,
           .exchanges = false,
           .sharded = false,
+          .one_launch = false,
           .stage = {shard_.shape(), rows, policy_, buffers_.scratch.data(), buffers_.scratch.bytes()},
           .k = {caches.k[cmp], caches.k[sel], caches.k[win]},
           .v = {caches.v[cmp], caches.v[sel], caches.v[win]}};

@@ -136,6 +136,13 @@ CombineArgs combine_args(const StepContext& ctx) {
   return args;
 }
 
+// The heads that o has on this rank.
+HeadRange heads_of_o(const StepContext& ctx) {
+  const LayerShape& s = ctx.stage.shape;
+  const Partition& p = ctx.shard.partition;
+  return ctx.one_launch ? finished_heads(s, p.kv, p.kv_rank) : HeadRange{0, s.heads()};
+}
+
 AttentionArgs attention_args(const StepContext& ctx) {
   return {{attend_args(ctx, cmp), attend_args(ctx, sel), attend_args(ctx, win)}, rank_args(ctx), combine_args(ctx)};
 }
@@ -206,7 +213,7 @@ void combine(const StepContext& ctx) {
 }
 
 void output(const StepContext& ctx) {
-  OutputArgs args{ctx.stage};
+  OutputArgs args{ctx.stage, heads_of_o(ctx)};
   args.o = ctx.buffers.o.data();
   args.w_o = ctx.shard.weights[ctx.layer].layer().w_o;
   args.y = floats_at(ctx.buffers.y, ctx.first_row * args.shape.dim);
@@ -305,9 +312,33 @@ void exchange_partials(const StepContext& ctx, Stream* stream) {
                                  gated ? static_cast<std::size_t>(floats) * 4 : b.partials.bytes(), stream);
 }
 
+void align_ranks(const StepContext& ctx) {
+  const StepBuffers& b = ctx.buffers;
+  ctx.shard.comms->kv.all_gather("start", b.candidates.data(), b.candidates_all.data(), 16, ctx.stream());
+}
+
+void gather_heads(const StepContext& ctx) {
+  const LayerShape& s = ctx.stage.shape;
+  const StepBuffers& b = ctx.buffers;
+  const std::int32_t ranks = ctx.shard.partition.kv;
+  const std::int64_t rows = ctx.stage.tile.rows(), head_bytes = s.d_v * static_cast<std::int64_t>(size_of(s.dtype)),
+                     bytes = rows * ((s.heads() + ranks - 1) / ranks) * head_bytes;
+  const auto* all = b.partials_all.as<std::byte>();
+  ctx.shard.comms->kv.all_gather("heads of o", b.o.data(), b.partials_all.data(), static_cast<std::size_t>(bytes),
+                                 ctx.stream());
+  for (std::int32_t rank = 0; rank < ranks; ++rank) {
+    const HeadRange heads = finished_heads(s, ranks, rank);
+    for (std::int64_t row = 0; row < rows; ++row)
+      ctx.shard.device().copy(b.o.as<std::byte>() + (row * s.heads() + heads.first) * head_bytes,
+                              all + rank * bytes + row * heads.count * head_bytes,
+                              static_cast<std::size_t>(heads.count * head_bytes), ctx.stream());
+  }
+}
+
 void sum_outputs(const StepContext& ctx, std::int64_t rows) {
   const auto count = static_cast<std::size_t>(rows * ctx.stage.shape.dim);
   const StepBuffers& b = ctx.buffers;
+  if (ctx.one_launch) ctx.shard.comms->kv.all_reduce_sum("outputs", b.y.as<float>(), count, ctx.stream());
   ctx.shard.comms->heads.all_reduce_sum("outputs", b.y.as<float>(), count, ctx.stream());
   if (ctx.shard.config.model.layers > 1)
     ctx.shard.kernels().add(static_cast<std::int64_t>(count), b.x.as<float>(), b.y.as<float>(), ctx.stream());

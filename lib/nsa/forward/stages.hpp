@@ -38,6 +38,7 @@ struct StepContext {
   const std::int64_t first_row;  ///< of the tile within q, gate, x, y
   const bool exchanges;          ///< decode with kv > 1: each rank attends its own rows, and the ranks merge partials
   const bool sharded;            ///< this step's attention is Attention::sharded
+  const bool one_launch;         ///< it is StepPlan::one_launch, which leaves o cut by heads
   const StageArgs stage;
   const KvView k[branches], v[branches];  ///< what attention reads: [cmp], [sel], [win]
 
@@ -76,7 +77,12 @@ void merge_ranks(const StepContext& ctx);
 void exchange_lse(const StepContext& ctx, Stream* stream);
 void exchange_candidates(const StepContext& ctx, Stream* stream);
 void exchange_partials(const StepContext& ctx, Stream* stream);
-/// Sums y [rows, dim] over the head shards and, with several layers, adds it to the residual stream.
+/// Ranks that exchange inside a launch start it at the same time, as they do behind another layer: an exchange of 16
+/// bytes, queued before a timed step.
+void align_ranks(const StepContext& ctx);
+/// o of all heads on every rank, after a step that leaves it cut by heads. For checks: no timed step needs it.
+void gather_heads(const StepContext& ctx);
+/// Sums y [rows, dim] over the ranks that have other heads and, with several layers, adds it to the residual stream.
 void sum_outputs(const StepContext& ctx, std::int64_t rows);
 
 }  // namespace nsa

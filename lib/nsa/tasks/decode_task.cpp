@@ -182,8 +182,9 @@ bool DecodePasses::measured(const ModeRun& run, StageTimer& timer, const TakeSam
   if (run.timed == Timed::device || run.timed == Timed::queued) take_stamps(run, take);
   if (run.timed == Timed::queued) return true;  // its steps have the inputs of the first one
   if (run.options.leave_out < 0) record_reads(session_.world, shard_, reads(), record_);
-  if (config_.run.check && computes_point_step(run, shard_.point))
-    gather_problems(session_.world, pass_problem(session_.world, shard_, output(), expected_), record_);
+  if (!config_.run.check || !computes_point_step(run, shard_.point)) return true;
+  if (run.timed != Timed::stages) decode_.complete_output(run.options);
+  gather_problems(session_.world, pass_problem(session_.world, shard_, output(), expected_), record_);
   return true;
 }
 
@@ -202,6 +203,7 @@ void DecodePasses::measure_phases() {
     decode_.load(step, run.options);
     decode_.clear_readings();
     shard_.device().synchronize(shard_.streams.compute);
+    decode_.align(run.options);
     timer.step([&] { steps.run(); });
     const std::vector<double> seconds = decode_.phase_seconds();
     own.insert(own.end(), seconds.begin(), seconds.end());
@@ -215,6 +217,7 @@ bool DecodePasses::run_one_by_one(const ModeRun& run, CapturedSteps& steps, Stag
     decode_.load(step, run.options);
     shard_.device().synchronize(shard_.streams.compute);
     flip_caches();
+    if (run.timed != Timed::stages) decode_.align(run.options);
     StageTimes times = timer.step([&] { steps.run(); });
     if (run.timed == Timed::device) continue;
     for (std::int64_t i = 1; i < run.steps_a_sample; ++i) take(untimed_step());

@@ -291,7 +291,10 @@ void decode_prologue(const PrologueArgs& a, Stream* stream) {
 void output(const OutputArgs& a, Stream* stream) {
   const std::int64_t rows = a.tile.rows();
   if (rows == 0) return;
-  product(a.shape.dtype, rows, a.shape.heads() * a.shape.d_v, a.shape.dim, a.o, a.w_o, a.y, stream);
+  const LayerShape& s = a.shape;
+  const auto* w_o = static_cast<const std::byte*>(a.w_o) +
+                    std::int64_t{a.heads.first} * s.d_v * s.dim * static_cast<std::int64_t>(size_of(s.dtype));
+  product(s.dtype, rows, a.heads.count * s.d_v, s.dim, a.o, w_o, a.y, stream);
 }
 
 }  // namespace nsa::gpu

@@ -151,13 +151,14 @@ std::size_t output_scratch(const LayerShape& s, const QueryTile& tile) {
 
 void output(const OutputArgs& args, Stream*) {
   const LayerShape& s = args.shape;
-  const std::int64_t inner = std::int64_t{s.heads()} * s.d_v, rows = args.tile.rows();
+  const std::int64_t inner = std::int64_t{args.heads.count} * s.d_v, rows = args.tile.rows();
+  const void* w_o = at(s.dtype, args.w_o, std::int64_t{args.heads.first} * s.d_v * s.dim);
   Arena arena(args.scratch, args.scratch_bytes);
   float* o = arena.allocate<float>(std::min(rows, matmul_rows) * inner);
   for (std::int64_t begin = 0; begin < rows; begin += matmul_rows) {
     const std::int64_t n = std::min(matmul_rows, rows - begin);
-    matmul(arena, s.dtype, n, inner, s.dim, as_floats(s.dtype, n * inner, at(s.dtype, args.o, begin * inner), o),
-           args.w_o, args.y + begin * s.dim);
+    matmul(arena, s.dtype, n, inner, s.dim, as_floats(s.dtype, n * inner, at(s.dtype, args.o, begin * inner), o), w_o,
+           args.y + begin * s.dim);
   }
 }
 

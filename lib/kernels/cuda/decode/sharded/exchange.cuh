@@ -5,7 +5,7 @@
 //
 // Memory of a rank: the epochs of the work items, then [2][work items] slots. A slot has a part for each of the
 // exchanges below. An exchange of step e uses the slots of parity e % 2. Two parities are enough: a rank that starts
-// step e + 1 has completed step e, for which it waited for the values of every peer; that peer had then completed step
+// step e + 1 has completed step e, for which it waited for the states of every peer; that peer had then completed step
 // e - 1, which used the same slots. Slots depend on the number of ranks alone, so steps of other sizes may follow.
 
 #include <algorithm>
@@ -188,16 +188,19 @@ struct ShardCoord : FusedCoord {
     return {__uint_as_float(x[0].x), __uint_as_float(x[0].y)};
   }
 
-  /// Four columns of this rank's part of o, to all ranks: [rank][half][item].
+  /// The rank that finishes a head of this work item: finished_heads().
+  __device__ __forceinline__ int finisher(int head) const {
+    return p->by_heads((group * p->shape.heads_per_group + head + 1) * p->kv - 1);
+  }
+  /// Four columns of this rank's part of o, to the rank that finishes their head: [rank][half][item].
   __device__ __forceinline__ int value_offset(int source, int item) const {
     return StepSlot::values(p->kv) + source * StepSlot::value_bytes + item * ll_vector_bytes;
   }
-  __device__ __forceinline__ void send_value(int item, float4 x) const {
-    for_each_peer([&](int peer) {
-      std::byte* at = slot(peer) + value_offset(p->rank, item);
-      ll_store(at, __float_as_uint(x.x), __float_as_uint(x.y), epoch);
-      ll_store(at + StepSlot::value_bytes / 2, __float_as_uint(x.z), __float_as_uint(x.w), epoch);
-    });
+  __device__ __forceinline__ void send_value(int to, int item, float4 x) const {
+    if (!p->exchanges) return;
+    std::byte* at = slot(to) + value_offset(p->rank, item);
+    ll_store(at, __float_as_uint(x.x), __float_as_uint(x.y), epoch);
+    ll_store(at + StepSlot::value_bytes / 2, __float_as_uint(x.z), __float_as_uint(x.w), epoch);
   }
   __device__ __forceinline__ float4 receive_value(int source, int item) const {
     const std::byte* at = slot(p->rank) + value_offset(source, item);

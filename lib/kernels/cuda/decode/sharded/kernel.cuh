@@ -2,12 +2,13 @@
 // Fused decode attention on one of the ranks that share the sequences: the fused decode step (decode/fused/kernel.cuh)
 // over this rank's chunks, with exchanges between its phases (decode/sharded/exchange.cuh): LSE buckets, after which
 // every rank has the normalisers of cmp; the best 16 blocks of each rank; the (m, sum) of every CTA, on their way while
-// the CTAs add the o of their warps; one vector a head. So the blocks are chosen by the same bits as on one rank.
+// the CTAs add the o of their warps; one vector a head, to the rank that finishes it. So the blocks are chosen by the
+// same bits as on one rank.
 //
 // All work items are resident at the same time, so that no cluster waits for one that cannot start.
 //
 // Bytes: those of the fused step over 1 / kv of the K and V; over the link a work item and peer 2 * (8 * heads *
-// buckets / kv + 128 + 24 * heads * CTAs + 4 * heads * Dv). Bound: as the fused step, and three times the way to a
+// buckets / kv + 128 + 24 * heads * CTAs + 4 * heads * Dv / kv). Bound: as the fused step, and three times the way to a
 // peer, some 1.2 us each.
 
 #include "kernels/cuda/decode/fused/kernel.cuh"
@@ -16,7 +17,7 @@
 namespace nsa::gpu {
 
 /// Merges the branches and ranks. The (m, sum) of all CTAs have come in meanwhile, so this rank's partials become one
-/// vector, normalised over all ranks and gated. The ranks exchange it and add by rising rank.
+/// vector, normalised over all ranks and gated. The rank that finishes a head adds those of all ranks by rising rank.
 template <class WarpTile, int W>
 struct ShardedMerge {
   using T = typename WarpTile::Type;
@@ -93,20 +94,24 @@ struct ShardedMerge {
       const float4 value = value_of(min(i, count - 1), lanes);
       __syncwarp();
       if (i >= count || threadIdx.x % lanes != 0) continue;
-      at.send_value(first + i, value);
-      cluster.partials_o()[i] = value;  // for add_values(), in the place of a partial that this thread alone has read
+      const int to = at.finisher((first + i) / quads);
+      if (to == p.rank)
+        cluster.partials_o()[i] = value;  // for add_values(), in the place of a partial that this thread alone has read
+      else
+        at.send_value(to, first + i, value);
     }
   }
   __device__ __forceinline__ void add_values() const {
     const int lanes = lanes_of_item();
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x) / lanes; i < count; i += threads / lanes) {
-      if (threadIdx.x % lanes != 0) continue;
+      if (threadIdx.x % lanes != 0 || at.finisher((first + i) / quads) != p.rank) continue;
       float4 sum = {};
 #pragma unroll 1
       for (int rank = 0; rank < p.kv; ++rank)
         add_scaled(sum, 1.0f, rank == p.rank ? cluster.partials_o()[i] : at.receive_value(rank, first + i));
-      cluster.store_quad(first + i, sum);
+      const int head = at.group * p.shape.heads_per_group - p.finished.first;  // first of the item, among the finished
+      cluster.store_quad((std::int64_t{at.row} * p.finished.count + head) * quads + first + i, sum);
     }
   }
 };

@@ -50,6 +50,7 @@ ShardedDecodeParams params_of(const ShardedStepArgs& a) {
   if (p.cluster > 0 && resident_sharded_items<DType::bf16>(p) < p.tile.rows() * s.groups) p.cluster = 0;
   p.chunk_blocks = static_cast<int>(p.k[sel].map.chunk) / s.rules.l_sel;
   p.by_chunk_blocks = Divisor(p.chunk_blocks), p.by_kv = Divisor(p.kv);
+  p.finished = finished_heads(s, p.kv, p.rank), p.by_heads = Divisor(s.heads());
   p.slots = StepSlot::work_items(p.kv), p.slot_bytes = StepSlot::bytes(p.kv);
   while (p.merge_lanes < p.kv * p.cluster) p.merge_lanes *= 2;
   return p;

@@ -17,6 +17,8 @@ struct ShardedDecodeParams : FusedDecodeParams {
   PeerGroup peers;
   int chunk_blocks = 1;              ///< selection blocks of a chunk
   Divisor by_chunk_blocks, by_kv;    ///< by chunk_blocks, kv
+  HeadRange finished;                ///< heads that this rank finishes
+  Divisor by_heads;                  ///< by the heads of a row
   int slots = 0, slot_bytes = 0;     ///< of a parity (decode/sharded/exchange.cuh)
   std::int64_t* readings = nullptr;  ///< [work items][step_readings], or null
   int merge_lanes = 1;               ///< a power of two, not below the CTAs of a work item on all ranks
