@@ -16,7 +16,7 @@ from .data.export import export
 from .data.reading import Point, Run, read, read_file, read_samples
 from .data.tables import kernels, points_table, stages_table
 from .errors import AnalysisError, FileError
-from .models.balance import ranks, stragglers
+from .models.balance import phases, ranks, stragglers, waiting
 from .models.compare import compare
 from .models.cost_model import CostModel, Network, check, fit, held_out
 from .models.gate import call_gate, gate_table, verdicts

@@ -110,6 +110,8 @@ def parser():
     table("branches", commands.run_branches, "time of the stages by context and layout")
     table("reads", commands.run_reads, "tokens read against context")
     table("ranks", commands.run_ranks, "time by rank and stage; stragglers")
+    text = "phases of the one launch of a decode step of KV shards; who waits for whom"
+    table("phases", commands.run_phases, text, figure=False)
     table("roofline", commands.run_roofline, "achieved against measured bandwidth by stage")
     command = table("model", commands.run_model, "fit a cost model, show its error, extrapolate it to more ranks")
     command.add_argument("--fit-ranks", metavar="N,N", help="rank counts to fit to; the error is shown on the others")

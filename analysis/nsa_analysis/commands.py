@@ -14,7 +14,7 @@ from .data.tables import kernels, points_table
 from .errors import AnalysisError, LeftOut
 from .figures import plots
 from .models import cost_model, gate
-from .models.balance import ranks, stragglers
+from .models.balance import phases, ranks, stragglers, waiting
 from .models.compare import compare, sides
 from .models.linearity import linearity
 from .models.prediction import extrapolate
@@ -110,6 +110,16 @@ def run_ranks(options):
     slow = stragglers(frame)
     if not (options.csv or options.json):
         print("\nstragglers: " + ("none" if slow.empty else "\n" + align_columns(slow, list(slow))))
+
+
+def run_phases(options):
+    frame = phases(selected_points(options))
+    write_outputs(options, frame)
+    if not (options.csv or options.json):
+        table = waiting(frame)
+        print(
+            "\nwaiting for other ranks:\n" + align_columns(table, ["context", "batch", "layout", *table.columns[-3:]])
+        )
 
 
 def run_roofline(options):

@@ -66,6 +66,7 @@ TERMINAL_COLUMNS = {
         "validity",
     ],
     "ranks": ["context", "layout", "stage", "rank", "host", "time", "ratio", "straggler"],
+    "phases": ["context", "batch", "layout", "phase", "rank", "time", "share"],
     "roofline": ["context", "layout", "stage", "time", "bytes", "achieved", "fraction", "intensity", "validity"],
     "kernels": KERNEL_COLUMNS,
     "compare": [

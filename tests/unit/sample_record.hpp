@@ -63,6 +63,7 @@ inline PointRecord sample_point(std::int64_t index) {
   p.warmup_reps = 1;
   p.time = {{"branches", "total"}, 2, 3, counting(2 * stage_count * 2 * 3, 1e-3)};
   p.time.seconds[5] = std::nan("");
+  p.phases = {{"attend_cmp", "wait_lse"}, 2, 3, counting(2 * 2 * 3, 1e-6)};
   p.reads = {2, 4, counting<std::int64_t>(3 * 2 * 4, 100), counting<std::int64_t>(3 * 2 * 4, 200),
              counting<std::int64_t>(4, 1193)};
   p.bytes = counting<std::int64_t>(stage_count * 2, std::int64_t{1} << 40);

@@ -95,6 +95,10 @@ void check_same(const PointRecord& a, const PointRecord& b) {
   CHECK(a.time.ranks == b.time.ranks);
   CHECK(a.time.reps == b.time.reps);
   check_same(a.time.seconds, b.time.seconds);
+  CHECK(a.phases.phases == b.phases.phases);
+  CHECK(a.phases.ranks == b.phases.ranks);
+  CHECK(a.phases.reps == b.phases.reps);
+  check_same(a.phases.seconds, b.phases.seconds);
   CHECK(a.reads.ranks == b.reads.ranks);
   CHECK(a.reads.steps == b.reads.steps);
   check_same(a.reads.counted, b.reads.counted);

@@ -92,6 +92,7 @@ class Point:
     peak_memory: float  # byte, maximum over ranks
     kernels: dict | None  # kind = "kernels": implementation -> {"samples": [rep], s, slowest rank; errors}
     unknown_stages: tuple  # stages of a newer minor schema, which this reader leaves out
+    phases: dict | None = None  # phase of the launch that a step's attention is -> [rank]: median in s
 
     def __getitem__(self, key):
         return self.parameters[key]
@@ -182,6 +183,16 @@ def read_kernels(group, size):
     }
 
 
+def read_phases(group, size, ranks, warmup):
+    """Medians by phase and rank of a decode step whose ranks exchange in one launch; None for other points."""
+    if "phases" not in group:
+        return None
+    names, time = load_labels(group["phases"], "phase", size), load_numbers(group["phases"], "time", size, 3)
+    if time.shape[:2] != (len(names), ranks):
+        raise ValueError("the shape of 'phases/time' does not match its labels")
+    return dict(zip(names, median_and_interval(time[:, :, warmup:])[1]))
+
+
 def read_point(run, name, group, size):
     parameters = attributes_of(group)
     for key, kind in (("validity", str), ("heads", int), ("kv", int), ("warmup_reps", int), ("task.kind", str)):
@@ -206,7 +217,18 @@ def read_point(run, name, group, size):
         total = load_labels(group, "kind", size).index("total")
         memory = float(load_numbers(group, "memory_peak", size, 2)[total].max(initial=0))
     return Point(
-        run, int(name), parameters, ranks, modes, reads, nsa_vibe, modelled, memory, read_kernels(group, size), unknown
+        run,
+        int(name),
+        parameters,
+        ranks,
+        modes,
+        reads,
+        nsa_vibe,
+        modelled,
+        memory,
+        read_kernels(group, size),
+        unknown,
+        read_phases(group, size, ranks, parameters["warmup_reps"]),
     )
 
 

@@ -62,6 +62,34 @@ def ranks(points):
     return frame
 
 
+def phases(points):
+    """DataFrame, one row per (point, phase, rank) of the launch that a decode step of KV shards is.
+
+    Columns: median in s, its share of the sum of the rank's phases, and `waits`: the rank waits for words of others.
+    The rank that waits least is the one that the others wait for.
+    """
+    rows = []
+    for point in leave_out(points, lambda p: p.phases, "without phases of one launch"):
+        total = sum(point.phases.values())
+        for phase, times in point.phases.items():
+            for rank, time in enumerate(times):
+                row = {"phase": phase, "rank": rank, "time": time, "share": time / total[rank]}
+                rows.append(identity_row(point) | row | {"waits": phase.startswith("wait_")})
+    if not rows:
+        raise AnalysisError(
+            'no point has phases of one launch; run decode on GPUs with run.modes = ["total"] and parallel.kv = 2'
+        )
+    return pd.DataFrame(rows)
+
+
+def waiting(frame):
+    """DataFrame from that of `phases`, one row per (point, rank): seconds of waiting for others, and of the rest."""
+    keys = ["file", "point", "layout", "context", "batch", "rank"]
+    waits = frame.time.where(frame.waits, 0.0)
+    table = frame.assign(waiting=waits, working=frame.time - waits)
+    return table.groupby(keys, dropna=False, observed=True)[["waiting", "working"]].sum().reset_index()
+
+
 def stragglers(frame):
     """DataFrame from that of `ranks`, one row per straggling (point, rank) with its slow stages, the worst first."""
     slow = frame[frame.straggler]

@@ -123,6 +123,27 @@ def test_the_fast_rank_of_two_is_no_reason_to_name_the_other(tmp_path):
     assert nsa_analysis.stragglers(nsa_analysis.ranks(points)).empty
 
 
+def test_phases_say_who_waits_for_whom(tmp_path):
+    path = synthetic.write(tmp_path / "kv.h5", [synthetic.point(synthetic.times(2, 3, 50e-6), 1, 2)])
+    with h5py.File(path, "r+") as file:
+        group = file["points/0000"].create_group("phases")
+        for name, labels in ("phase", ["attend_cmp", "wait_lse"]), ("rank", [0, 1]), ("rep", list(range(5))):
+            synthetic.add_scale(group, name, labels)
+        seconds = [
+            [[9.0, 9.0, 8e-6, 8e-6, 8e-6], [9.0, 9.0, 10e-6, 11e-6, 12e-6]],
+            [[9.0, 9.0, 4e-6, 4e-6, 5e-6], [9.0, 9.0, 1e-6, 0, 1e-6]],
+        ]
+        synthetic.add_dataset(group, "time", seconds, ["phase", "rank", "rep"], "s")
+    frame = nsa_analysis.phases(nsa_analysis.read(path))
+    assert frame.time.tolist() == pytest.approx([8e-6, 11e-6, 4e-6, 1e-6])
+    assert frame.share.tolist() == pytest.approx([8 / 12, 11 / 12, 4 / 12, 1 / 12])
+    table = nsa_analysis.waiting(frame)
+    assert table.waiting.tolist() == pytest.approx([4e-6, 1e-6])
+    assert table.working.tolist() == pytest.approx([8e-6, 11e-6])
+    with pytest.raises(AnalysisError, match="no point has phases"):
+        nsa_analysis.phases(nsa_analysis.read(synthetic.sweep(tmp_path, layouts=[(2, 1)])))
+
+
 def test_an_even_run_has_no_stragglers(tmp_path):
     points = nsa_analysis.read(synthetic.sweep(tmp_path, layouts=[(2, 2)]))
     assert nsa_analysis.stragglers(nsa_analysis.ranks(points)).empty
