@@ -246,6 +246,48 @@ TEST_CASE("gathers in a graph carry new data at every replay", "[mpi][exchange]"
   if (graph) r.device.destroy_graph(graph);
 }
 
+// By hand: NSA_TEST_EXCHANGES=100000000 mpirun -n 2 mpi_tests "[many]". In an exchange a rank gets the values of the
+// next rank, to which it adds 1: a word of another exchange, or a lost one, stays in the values.
+TEST_CASE("exchanges replayed from a graph, as many as wanted", "[.][many]") {
+  Ranks& r = ranks();
+  if (r.size == 1 || !r.device.capture) return;
+  constexpr std::int64_t in_graph = 100, exact = 1 << 22;  // exchanges; floats stay exact for so many
+  const char* wanted = std::getenv("NSA_TEST_EXCHANGES");
+  const std::int64_t exchanges = wanted ? std::atoll(wanted) : 1000000;
+  struct Chain {
+    Ranks& r;
+    Buffer ones = r.make(count * 4), a = r.make(r.size * count * 4), b = r.make(r.size * count * 4);
+    float* next(const Buffer& all) const { return all.as<float>() + (r.rank + 1) % r.size * count; }
+    void queue() const {
+      for (std::int64_t i = 0; i < in_graph; ++i) {
+        const auto &from = i % 2 == 0 ? a : b, &to = i % 2 == 0 ? b : a;
+        r.one.all_gather("test", next(from), to.data(), count * 4, r.stream);
+        r.backend.kernels->add(count, next(to), ones.as<float>(), r.stream);
+      }
+    }
+  } chain{r};
+  r.upload(std::vector<float>(count, 1.0f), chain.ones.data());
+  Graph* graph = r.device.capture(
+      r.stream, [](void* self) { static_cast<const Chain*>(self)->queue(); }, &chain);
+  for (std::int64_t done = 0; done < exchanges; done += exact) {
+    const std::int64_t replays = (std::min(exact, exchanges - done) + in_graph - 1) / in_graph;
+    std::vector<float> values(count), want(count);
+    for (std::int64_t i = 0; i < count; ++i) {
+      values[i] = first_value(0, r.rank, i);
+      want[i] = first_value(0, static_cast<int>((r.rank + replays * in_graph) % r.size), i) +
+                static_cast<float>(replays * in_graph);
+    }
+    r.upload(values, chain.next(chain.a));
+    for (std::int64_t replay = 0; replay < replays; ++replay) {
+      r.device.launch(graph, r.stream);
+      if (replay % 64 == 63) r.device.synchronize(r.stream);
+    }
+    CAPTURE(done);
+    CHECK(r.download<float>(chain.next(chain.a), count) == want);
+  }
+  r.device.destroy_graph(graph);
+}
+
 TEST_CASE("all ranks of a communicator use the same transport", "[mpi][exchange]") {
   Ranks& r = ranks();
   if (r.size == 1) return;

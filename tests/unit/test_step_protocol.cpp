@@ -1,8 +1,9 @@
 // A model of the exchanges inside a sharded decode step (kernels/cuda/decode/sharded/exchange.cuh), searched over every
 // interleaving. Ranks run steps one after the other. In a step a cluster a work item goes through exchanges: it stores
 // a word into the slot of that item, parity and exchange on every peer, and reads the words of all peers, each once it
-// bears the expected epoch. A store is delivered at any later time; stores to one word keep their order. A rank starts
-// the next step when all of its work items have completed.
+// bears the expected epoch. The words of the last exchange go to the rank alone that finishes the item. A store is
+// delivered at any later time; stores to one word keep their order. A rank starts the next step when all of its work
+// items have completed.
 
 #include <cstdint>
 #include <string>
@@ -18,6 +19,7 @@ struct Protocol {
   bool delays = true;         ///< stores are delivered later
   int parities = 2;           ///< slots of a word
   int waits = 4;              ///< exchanges whose words are waited for; the others are sent only
+  int to_all = 4;             ///< exchanges whose words go to all ranks; the others to the one that finishes the item
   bool counts_epochs = true;  ///< false: every step uses the same epoch
   int resident = 2;           ///< clusters that run at the same time on a rank
   bool same_order = true;     ///< ranks start work items in the same order; false: odd ranks backwards
@@ -92,6 +94,7 @@ class Search {
     const Cluster& c = s.clusters[r][item];
     if (!c.sent) return send(s, r, item);
     if (c.exchange >= p_.waits) return next_exchange(s, r, item);
+    if (!receives(c.exchange, item, r)) return next_exchange(s, r, item);
     bool all = true;
     for (int peer = 0; peer < p_.ranks; ++peer)
       if (peer != r && (c.read >> peer & 1) == 0) all = false, read(s, r, item, peer);
@@ -101,9 +104,10 @@ class Search {
     s.clusters[r][item] = {static_cast<std::uint8_t>(s.clusters[r][item].exchange + 1), 0, 0};
     push(s);
   }
+  bool receives(int exchange, int item, int rank) const { return exchange < p_.to_all || item % p_.ranks == rank; }
   void send(State s, int r, int item) {
     for (int peer = 0; peer < p_.ranks; ++peer) {
-      if (peer == r) continue;
+      if (peer == r || !receives(s.clusters[r][item].exchange, item, peer)) continue;
       Word& word = s.words[peer][r][item][s.clusters[r][item].exchange][s.step[r] % p_.parities];
       const auto data = static_cast<std::uint8_t>(s.step[r] + 1);
       if (!p_.delays) {
@@ -152,6 +156,8 @@ Outcome outcome(const Protocol& protocol) { return Search(protocol).run(); }
 
 TEST_CASE("sharded step: every interleaving completes with the data of its own step", "[step_protocol]") {
   CHECK(outcome({}) == Outcome::completes);
+  CHECK(outcome({.to_all = 3}) == Outcome::completes);
+  CHECK(outcome({.ranks = 3, .items = 1, .exchanges = 2, .waits = 2, .to_all = 1}) == Outcome::completes);
   CHECK(outcome({.ranks = 3, .items = 1}) == Outcome::completes);
   CHECK(outcome({.ranks = 3, .items = 2, .exchanges = 1, .delays = false, .waits = 1}) == Outcome::completes);
   CHECK(outcome({.ranks = 2, .items = 2, .exchanges = 2, .waits = 2, .resident = 1}) == Outcome::completes);
@@ -161,6 +167,8 @@ TEST_CASE("sharded step: the model finds what breaks the protocol", "[step_proto
   // One slot, and the last exchange is not waited for: a word is replaced before it is read.
   CHECK(outcome({.exchanges = 1, .parities = 1, .waits = 1}) == Outcome::hangs);
   CHECK(outcome({.exchanges = 2, .parities = 1, .waits = 1}) == Outcome::hangs);
+  // Words go to one rank alone, and nothing else is waited for: a rank runs two steps ahead of it.
+  CHECK(outcome({.items = 1, .exchanges = 1, .waits = 1, .to_all = 0}) == Outcome::hangs);
   CHECK(outcome({.counts_epochs = false}) == Outcome::reads_other_data);
   // Work items that are not all resident, started in different orders.
   CHECK(outcome({.exchanges = 1, .waits = 1, .resident = 1, .same_order = false}) == Outcome::hangs);

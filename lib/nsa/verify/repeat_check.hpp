@@ -32,8 +32,9 @@ std::string output_problem(const StepOutput& output, const StepOutput& expected,
 /// backend fuses stages that are not timed one by one (CUDA). Sums are then in another order, and of two blocks whose
 /// scores differ by rounding only, the other one may be chosen: the output differs by more than rounding and is right.
 /// So values are compared only where all ranks chose the same blocks in all steps, and another choice is a problem only
-/// under the same arithmetic. Collective.
+/// under the same arithmetic, or where `same_inputs`: q and the compressed tokens have the same bits in both. Every
+/// implementation and layout then chooses the same blocks, unless a fallback took over. Collective.
 std::string pass_problem(const ControlComm& world, const ModelShard& shard, const StepOutput& output,
-                         const StepOutput& expected);
+                         const StepOutput& expected, bool same_inputs);
 
 }  // namespace nsa

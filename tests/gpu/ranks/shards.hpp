@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <thread>
@@ -14,6 +15,10 @@
 
 namespace nsa::test {
 
+/// Blocks of equal scores: all of them, with queries of zero; or those in the same place of all chunks, which are on
+/// different ranks.
+enum class Ties { none, zero_queries, equal_chunks };
+
 struct Case {
   DType type = DType::bf16;
   int groups = 1, h = 16, d_k = 128, d_v = 128;
@@ -21,7 +26,7 @@ struct Case {
   std::int64_t position = 0;
   int chunk_blocks = 2;
   BlockRules rules = {};
-  bool ties = false;  // queries of zero: all tokens have one score
+  Ties ties = Ties::none;
 };
 
 inline LayerShape shape_of(const Case& c) {
@@ -53,7 +58,9 @@ class Shards {
   /// The launch of each rank, or whether it is accepted, without exchanges: so no launch of one_launch() loads a
   /// kernel.
   bool try_one_launch(const Group& group, int leave_out = -1);
-  /// Fills the selection, the reads and o_of. Ranks are launched from `first` on, `pause` apart.
+  /// Fills the selection, the reads and o_of. Ranks are launched from `first` on, `pause` apart. launch_ranks() does it
+  /// over what is there: reads add up.
+  void launch_ranks(const Group& group, int leave_out, int first, std::chrono::microseconds pause);
   void one_launch(const Group& group, int leave_out = -1, int first = 0, std::chrono::microseconds pause = {});
 
   const LayerShape s;
@@ -64,6 +71,7 @@ class Shards {
 
  private:
   RowMap map(std::int64_t chunk, int halo, int rank) const;
+  void make_chunks_equal(const MirroredKv& cache, std::int64_t rows) const;
   void start();
   StageArgs stage(int rank) const;
   AttendArgs attend_args(Branch branch, int rank, int leave_out) const;
@@ -97,7 +105,7 @@ inline Shards::Shards(const Case& c, int ranks)
   for (std::int64_t i = 0; i < rows_ * s.groups * 3; ++i) gate_.host<float>()[i] = 0.1f + 0.2f * (i % 4);
   gate_.to_gpu();
   q_.fill(1, 1, c.batch, "q", 2.0f);
-  if (c.ties) q_.memory.clear();
+  if (c.ties == Ties::zero_queries) q_.memory.clear();
   const BlockRules& r = s.rules;
   const std::int64_t n = compressed_tokens(r, c.position);
   for (int rank = 0; rank < kv; ++rank) {
@@ -117,6 +125,7 @@ inline Shards::Shards(const Case& c, int ranks)
         if (value) cache->memory.clear();
         const std::string name = (value ? "v_" : "k_") + std::string(branch_names[branch]);
         if (counts[branch] > 0) cache->fill(c.batch, s.groups, counts[branch], name.c_str());
+        if (c.ties == Ties::equal_chunks && branch == cmp && !value) make_chunks_equal(*cache, n);
       }
     cmp_rows_ = std::max(cmp_rows_, kv == 1 ? n : MirroredKv::capacity(maps[cmp], std::max<std::int64_t>(n, 1)));
   }
@@ -131,6 +140,22 @@ inline RowMap Shards::map(std::int64_t chunk, int halo, int rank) const {
   m.kv = kv;
   m.rank = rank;
   return m;
+}
+
+// Every chunk of K, and its halo, becomes the first one of the sequence.
+inline void Shards::make_chunks_equal(const MirroredKv& cache, std::int64_t rows) const {
+  const KvView &from = ranks_[0].k[cmp]->view, &to = cache.view;
+  const std::int64_t size = static_cast<std::int64_t>(size_of(c_.type)), chunk = to.map.chunk;
+  const auto* first = ranks_[0].k[cmp]->memory.host<char>();
+  for (std::int64_t plane = 0; plane < c_.batch * s.groups; ++plane)
+    for (std::int64_t i = 0; i < owned_chunks(to.map, rows, to.map.rank); ++i) {
+      const std::int64_t c = i * to.map.kv + to.map.rank;
+      for (std::int64_t row = -to.map.halo; row < chunk; ++row)
+        std::memcpy(cache.memory.host<char>() + offset_in_chunk(to, plane, c, c * chunk + row) * size,
+                    first + offset_of(from, plane, (row + chunk) % chunk) * size,
+                    static_cast<std::size_t>(to.width * size));
+    }
+  cache.memory.to_gpu();
 }
 
 // Allocates memory filled with NaN.
@@ -296,6 +321,10 @@ inline bool Shards::try_one_launch(const Group& group, int leave_out) {
 inline void Shards::one_launch(const Group& group, int leave_out, int first, std::chrono::microseconds pause) {
   start();
   b.device->synchronize(nullptr);
+  launch_ranks(group, leave_out, first, pause);
+}
+
+inline void Shards::launch_ranks(const Group& group, int leave_out, int first, std::chrono::microseconds pause) {
   for (int i = 0; i < kv; ++i) {
     const int rank = (first + i) % kv;
     const gpu::PeerGroup seen = group.seen_by(rank);
