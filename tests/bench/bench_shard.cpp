@@ -7,6 +7,10 @@
 // set when it is used again; medians of replays.
 //
 // Usage: bench_shard [batch context heads kv]   those rows only; 0: any
+//
+// On several ranks, each on a GPU of its own: the step in one launch, as it is and without its exchanges, where every
+// rank attends the best blocks of its own. What exactness costs is the difference; turns of both, medians.
+// Usage: mpirun -n N bench_shard [batch context heads kv]   the rows with kv = N
 
 #include <algorithm>
 #include <cstdio>
@@ -16,6 +20,7 @@
 #include <string>
 #include <vector>
 
+#include "comm/collectives/communicator.hpp"
 #include "gpu/step_args.hpp"
 #include "kernels/cuda/runtime/cuda.hpp"
 #include "kernels/shared/random.hpp"
@@ -34,7 +39,8 @@ struct Row {
 };
 constexpr Row table[] = {{8, 1048576, 1, 1}, {8, 1048576, 4, 1}, {8, 1048576, 1, 2}, {8, 1048576, 2, 2},
                          {8, 1048576, 4, 2}, {8, 65536, 1, 1},   {8, 65536, 1, 2},   {8, 65536, 2, 2},
-                         {8, 65536, 4, 2},   {1, 65536, 1, 1},   {1, 65536, 1, 2},   {32, 65536, 1, 2}};
+                         {8, 65536, 4, 2},   {1, 65536, 1, 1},   {1, 65536, 1, 2},   {32, 65536, 1, 2},
+                         {1, 1048576, 1, 2}};
 
 struct Caches {
   KvView k[branches], v[branches];
@@ -42,7 +48,7 @@ struct Caches {
 
 class RankStep {
  public:
-  RankStep(const Backend& backend, const Row& row);
+  RankStep(const Backend& backend, const Row& row, int kv_rank = 0);
   void stages(const Caches& c);
   void fused(const Caches& c);
   void attend_cmp(const Caches& c) { attend(cmp, c); }
@@ -63,6 +69,11 @@ class RankStep {
     else
       b.kernels->combine(step(c).combine_args(), stream);
   }
+  void one_launch(const Caches& c, const PeerMemory* peers, bool exchanges) {
+    AttentionArgs args = step(c).attention_args();
+    args.rank.candidates = nullptr, args.rank.selected = selected;
+    test::run_fused<ShardedStepArgs>(b.kernels->sharded_step, {args, peers, exchanges}, stream);
+  }
   double measure(const std::function<void(RankStep&, const Caches&)>& step);
   double cmp_bytes = 0;
 
@@ -80,7 +91,7 @@ class RankStep {
   test::WorkMemory memory;
   LayerShape s;
   QueryTile tile;
-  int kv;
+  int kv, kv_rank;
   std::int64_t tokens, compressed;
   std::vector<Caches> sets;
   void *q, *scores, *scratch, *o;
@@ -95,7 +106,7 @@ class RankStep {
 RowMap RankStep::map(std::int64_t chunk, int halo) const {
   RowMap m;
   if (kv == 1) return m;
-  m.chunk = chunk, m.stride = chunk + halo, m.halo = halo, m.kv = kv, m.rank = 0;
+  m.chunk = chunk, m.stride = chunk + halo, m.halo = halo, m.kv = kv, m.rank = kv_rank;
   return m;
 }
 
@@ -104,7 +115,8 @@ Caches RankStep::make_caches(int number) {
   const int planes = tile.batches * s.groups;
   const std::int64_t chunk = 16 * s.rules.l_sel;
   RowMap window;
-  window.ring = s.rules.w, window.slot_end = s.rules.w / kv;
+  window.ring = s.rules.w;
+  window.slot_begin = kv_rank * s.rules.w / kv, window.slot_end = (kv_rank + 1) * s.rules.w / kv;
   const RowMap maps[branches] = {map(s.lse.segment, s.rules.l / s.rules.d - 1), map(chunk, 0), window};
   const std::int64_t counts[branches] = {compressed, tokens, tokens};
   for (int branch = 0; branch < branches; ++branch)
@@ -112,7 +124,7 @@ Caches RankStep::make_caches(int number) {
       const RowMap& m = maps[branch];
       const std::int64_t rows = m.ring > 0 ? m.ring
                                 : kv == 1  ? counts[branch]
-                                           : owned_chunks(m, counts[branch] + m.halo, 0) * m.stride;
+                                           : owned_chunks(m, counts[branch] + m.halo, kv_rank) * m.stride;
       view->map = m;
       view->width = s.d_k;
       view->plane_stride = rows * view->width;
@@ -125,8 +137,8 @@ Caches RankStep::make_caches(int number) {
   return c;
 }
 
-RankStep::RankStep(const Backend& backend, const Row& row)
-    : b(backend), memory{backend, {}, {}}, kv(row.kv), tokens(row.context) {
+RankStep::RankStep(const Backend& backend, const Row& row, int rank)
+    : b(backend), memory{backend, {}, {}}, kv(row.kv), kv_rank(rank), tokens(row.context) {
   memory.buffers.reserve(4096);
   stream = b.device->create_stream();
   s.groups = 4 / row.heads;
@@ -268,9 +280,38 @@ bool is_wanted(const Row& row, int argc, char** argv) {
   return true;
 }
 
+void bench_launch(const ControlComm& world, int argc, char** argv) {
+  const Backend backend = open_cuda(world.local_rank());
+  const Communicator ranks(backend, world);
+  const bool prints = world.rank() == 0;
+  if (prints)
+    std::printf("64 heads, 4 groups, D = 128, bf16; us of one launch, slowest rank\n%13s %10s %9s %9s %9s\n",
+                "batch x ctx", "heads x kv", "exact", "own", "ratio");
+  for (const Row& row : table) {
+    if (row.kv != world.size() || !is_wanted(row, argc, argv)) continue;
+    RankStep step(backend, row, world.rank());
+    std::vector<double> us[2];
+    for (int turn = 0; turn < 10; ++turn) {
+      world.barrier();
+      const bool exact = turn % 2 == 0;
+      us[turn % 2].push_back(world.max(
+          step.measure([&](RankStep& of, const Caches& c) { of.one_launch(c, ranks.peer_memory(), exact); })));
+    }
+    for (auto& turns : us) std::sort(turns.begin(), turns.end());
+    const double exact = us[0][us[0].size() / 2], own = us[1][us[1].size() / 2];
+    if (prints)
+      std::printf("%4d x %5lldK %6d x %d %9.1f %9.1f %9.3f\n", row.batch, static_cast<long long>(row.context / 1024),
+                  row.heads, row.kv, exact, own, exact / own);
+    std::fflush(stdout);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  MpiSession mpi(argc, argv);
+  const ControlComm world = ControlComm::world();
+  if (world.size() > 1) return bench_launch(world, argc, argv), 0;
   const Backend backend = open_cuda(0);
   std::printf("64 heads, 4 groups, D = 128, bf16; us of one rank, without exchanges\n%13s %10s", "batch x ctx",
               "heads x kv");
