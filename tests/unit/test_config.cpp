@@ -241,6 +241,9 @@ TEST_CASE("the KV chunk of a point depends on its task and context, not on the r
     return kv_chunk_blocks(config, point);
   };
   CHECK(blocks("decode", 65536) == 16);
+  CHECK(blocks("decode", 8192) == 16);
+  CHECK(blocks("decode", 4096) == 8);  // 8 chunks
+  CHECK(blocks("needle", 1024) == 8);
   CHECK(blocks("needle", 65536) == 16);
   CHECK(blocks("prefill", 8192) == 16);
   CHECK(blocks("prefill", 32768) == 32);

@@ -100,7 +100,11 @@ std::vector<Point> sweep(const Config& config) {
 std::int64_t kv_chunk_blocks(const Config& config, const Point& point) {
   constexpr std::int64_t least = 16, most = 64;
   if (config.parallel.kv_chunk_blocks > 0) return config.parallel.kv_chunk_blocks;
-  if (config.kind != TaskKind::prefill) return least;
+  // Whole KV tiles of compressed tokens are half as much at the paper's block sizes: short sequences then have chunks
+  // for more ranks.
+  constexpr std::int64_t least_in_decode = 8;
+  if (config.kind != TaskKind::prefill)
+    return point.context < least_in_decode * least * config.nsa.l_sel ? least_in_decode : least;
   // A rank's prefill runs in tiles of a chunk, and larger tiles waste less at their ends. With 16 chunks a sequence the
   // rank of the last chunk still has little more of the causal triangle than the others.
   constexpr std::int64_t chunks = 16;

@@ -157,8 +157,8 @@ void visit_parallel_and_route_keys(ConfigOrConst& c, Visitor&& visit) {
   visit("parallel.kv", c.parallel.kv, AutoOr{small_range}, "shards",
         "Shards of each sequence (decode context parallel); auto: ranks / heads.");
   visit("parallel.kv_chunk_blocks", c.parallel.kv_chunk_blocks, AutoOr{{1, 1'000'000}}, "blocks",
-        "Selection blocks of a chunk; KV shards own chunks round-robin. auto: 16; in a prefill, a sixteenth of the "
-        "context, from 16 to 64.");
+        "Selection blocks of a chunk; KV shards own chunks round-robin. auto: 16, in contexts below 128 blocks 8; in a "
+        "prefill, a sixteenth of the context, from 16 to 64.");
 
   visit("route.cmp", c.route.implementation[cmp], cmp_routes, "",
         "Implementation of compressed attention; auto: the router chooses (ROUTES.md).");
