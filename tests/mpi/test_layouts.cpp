@@ -221,6 +221,8 @@ TEST_CASE("for the same q and k every layout chooses the same blocks, bit for bi
        613,
        5,
        {attention, tiles, d_k, d_v, checked, bf16, "run.batch=2"}},
+      {"ranks that own nothing, whole tiles, bf16", 37, 13, {attention, tiles, d_k, d_v, checked, bf16}},
+      {"T = 1, whole tiles, bf16", 1, 18, {attention, tiles, d_k, d_v, checked, bf16}},
       {"shared_kv, bf16", 149, 5, {attention, small, "model.shared_kv=true", "model.precision=\"bf16\""}},
   };
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
