@@ -232,7 +232,7 @@ def exchanges(s):
         ]
     result = [Exchange(name, "all_gather", s.kv, size) for name, size in gathers if s.kv > 1 and size > 0]
     if s.heads > 1 and s.whole_layer:
-        result.append(Exchange("heads", "all_reduce", s.heads, rows * s.dim * 4))
+        result.append(Exchange("outputs", "all_reduce", s.heads, rows * s.dim * 4))
     return result
 
 
