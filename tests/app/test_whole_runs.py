@@ -158,7 +158,7 @@ class WholeRuns(AppTest):
         for memory in point["memory"]:
             self.assertGreaterEqual(memory["peak"], memory["weights"] + memory["caches"])
         self.assertEqual({exchange["name"] for exchange in point["exchanges"]},
-                         {"lse", "candidates", "partials", "heads"})
+                         {"lse", "candidates", "partials", "outputs"})
         if plan["workspace_of"] == "host":
             self.assertIn("note: no CUDA backend here", done.out)
             routes = {route["implementation"] for route in point["routes"]

@@ -176,6 +176,12 @@ TEST_CASE("the bytes of a whole step are those of what ran", "[report]") {
   CHECK(bytes("shard, decode") == 1'000'000 - 440'000);       // 10 of 32 numbers, stored and read
   const double kept = 3 * 5 * 4 * (2 * 64 * 2 + 6 * 32 * 4);  // q twice more, three outputs stored and read
   CHECK(bytes("step, decode") == 1'000'000 - 460'000 - kept);
+  p.kv = 2;  // in one launch: a rank stores no outputs of branches and reads none; o, and W_O, of half of the heads
+  p.parameters.emplace_back("model.dim", std::int64_t{10});
+  p.bytes[static_cast<int>(Stage::output)] = 100'000;  // 600 of them y
+  const double kept_by_two = 3 * 5 * 4 * (2 * 64 * 2 + 9 * 32 * 4);
+  CHECK(bytes("sharded_step, decode") == 1'000'000 - 460'000 - kept_by_two - (3 * 5 * 4 * 32 * 2 + 99'400) / 2);
+  p.kv = 1;
   p.parameters.emplace_back("parallel.kv_chunk_blocks", std::int64_t{4});  // chunks of half a tile: raw scores
   CHECK(bytes("step, decode") == 1'000'000 - kept);
   p.time.modes = {"branches"};

@@ -143,7 +143,7 @@ class CostModel:
 def exchange_time(exchange, shape, network, coefficients):
     """Seconds of one exchange that may span nodes."""
     # kv shards have consecutive ranks; the stride between head shards is kv.
-    stride = 1 if exchange.name != "heads" else shape.kv
+    stride = 1 if exchange.name != "outputs" else shape.kv
     inside = max(1, min(exchange.ranks, network.node // stride))
     fixed, _, received = exchange_terms(exchange)
     hops = exchange_terms(dataclasses.replace(exchange, ranks=inside))[1]

@@ -196,7 +196,8 @@ def step_bytes(s, plan, stages=None):
 
     `plan`: how the step runs attention, "staged", "fused" or "sharded". `stages`: bytes by stage, each a number or an
     array over ranks; those of the model by default. A fused step reads q once, keeps the outputs of the branches on
-    chip and hands fewer numbers to rank.
+    chip and hands fewer numbers to rank. With kv > 1 that is a sharded step in one launch: the ranks' outputs of the
+    branches arrive as exchanges, and a rank has o, and reads W_O, of 1 / kv of its heads.
     """
     stages = stages or modelled_bytes(s)
     whole = stages["step"] - stages["comm"]
@@ -205,7 +206,9 @@ def step_bytes(s, plan, stages=None):
     whole = whole - 2 * stages["rank"] * (1 - handed_over(s, plan))
     if plan == "fused":
         rows = s.layers * s.batch * s.query_heads
-        whole = whole - rows * (2 * s.d_k * s.storage + 6 * s.d_v * 4)
+        whole = whole - rows * (2 * s.d_k * s.storage + 3 * (1 + s.kv) * s.d_v * 4)
+        projected = np.maximum(stages["output"] - s.layers * s.batch * s.dim * 4, 0)  # without y
+        whole = whole - (rows * s.d_v * s.storage + projected) * (1 - 1 / s.kv)
     return whole
 
 
@@ -232,7 +235,7 @@ def exchanges(s):
         ]
     result = [Exchange(name, "all_gather", s.kv, size) for name, size in gathers if s.kv > 1 and size > 0]
     if s.heads > 1 and s.whole_layer:
-        result.append(Exchange("heads", "all_reduce", s.heads, rows * s.dim * 4))
+        result.append(Exchange("outputs", "all_reduce", s.heads, rows * s.dim * 4))
     return result
 
 

@@ -77,6 +77,7 @@ std::string share_gap(const PointRecord& point) {
 
 Condition share_of_step(double threshold) {
   return {fmt::format("selection's share of the step >= {:.0f}%", 100 * threshold),
+          Unit::share,
           threshold,
           true,
           {none, none, none, 0},
@@ -137,10 +138,15 @@ std::vector<CostBreakdown> cost_breakdowns(const PointRecord& point, double alph
 // Verdicts
 
 std::string number_of(const Condition& c) {
-  const bool share = c.threshold < 1 && c.at_least;
-  return share        ? fmt::format("{:.1f}%", 100 * c.measured.value)
-         : c.at_least ? fmt::format("{:.2f}x", c.measured.value)
-                      : fmt::format("{:.1e}", c.measured.value);
+  switch (c.unit) {
+    case Unit::share:
+      return fmt::format("{:.1f}%", 100 * c.measured.value);
+    case Unit::ratio:
+      return fmt::format("{:.2f}x", c.measured.value);
+    case Unit::error:
+      break;
+  }
+  return fmt::format("{:.1e}", c.measured.value);
 }
 
 /// ", worst: N=... against sdpa" where the condition is about shapes.

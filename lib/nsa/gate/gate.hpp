@@ -24,8 +24,12 @@ struct Measured {
 enum class Outcome { met, not_met, open };
 enum class Verdict { proceed, stay, inconclusive };
 
+/// What the number of a condition is: a share (of times), a ratio of times, a mean error.
+enum class Unit { share, ratio, error };
+
 struct Condition {
   std::string name;
+  Unit unit = Unit::share;
   double threshold = 0;
   bool at_least = true;  ///< false: at most
   Measured measured;

@@ -157,7 +157,7 @@ Condition over_shapes(const std::vector<Gap>& gaps, const std::vector<ShapeResul
   c.outcome = outcome_of(c.measured, c.threshold, c.at_least);
   if (!worst.empty()) c.why = "worst: " + worst;
   const auto noisy = std::ranges::find_if(shapes, [](const ShapeResult& shape) { return !shape.noisy.empty(); });
-  if (c.at_least && noisy != shapes.end()) {  // a ratio of times; an error does not depend on noise
+  if (c.unit != Unit::error && noisy != shapes.end()) {  // an error does not depend on noise
     c.outcome = Outcome::open;
     c.why = fmt::format("{}: {}", noisy->name, noisy->noisy);
     return c;
@@ -178,23 +178,24 @@ Condition over_shapes(const std::vector<Gap>& gaps, const std::vector<ShapeResul
 void judge_shapes(DeviceVerdict& device, const DevicePoints& points) {
   device.shapes = shape_results(points);
   const auto shapes = [&](const std::vector<Gap>& gaps, const ShapeValue& value_of, const char* name, double threshold,
-                          bool at_least) {
-    return over_shapes(gaps, device.shapes, value_of, {name, threshold, at_least, {}, Outcome::open, {}});
+                          Unit unit) {
+    const bool at_least = unit == Unit::ratio;
+    return over_shapes(gaps, device.shapes, value_of, {name, unit, threshold, at_least, {}, Outcome::open, {}});
   };
   std::vector<Gap> speed_gaps = points.kernel_gaps;
   speed_gaps.insert(speed_gaps.end(), points.peer_gaps.begin(), points.peer_gaps.end());
   device.speedup = shapes(
       speed_gaps, [](const ShapeResult& s) { return s.with_gather; }, "speed over packed SDPA with its gather >= 1.2x",
-      gate_speedup, true);
+      gate_speedup, Unit::ratio);
   device.speedup_packed = shapes(
       speed_gaps, [](const ShapeResult& s) { return s.packed; }, "speed over packed SDPA without the gather >= 1.2x",
-      gate_speedup, true);
+      gate_speedup, Unit::ratio);
   device.error = shapes(
       points.kernel_gaps,
       [](const ShapeResult& s) {
         return Speed{s.error, {}};
       },
-      "mean absolute error <= 1e-3", gate_error, false);
+      "mean absolute error <= 1e-3", gate_error, Unit::error);
 }
 
 }  // namespace nsa

@@ -28,7 +28,7 @@ std::vector<Exchange> exchanges(const Config& config, const Partition& p, const 
     gather("partials", partial_floats(s, rows) * 4);
   }
   if (p.heads > 1 && config.run.scope == Scope::layer)
-    list.push_back({"heads", "all_reduce", p.heads, rows * s.dim * 4});
+    list.push_back({"outputs", "all_reduce", p.heads, rows * s.dim * 4});
   return list;
 }
 

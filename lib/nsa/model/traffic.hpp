@@ -11,7 +11,7 @@ namespace nsa {
 
 /// One exchange of a decode step or of a prefill layer.
 struct Exchange {
-  std::string name;        ///< "lse", "candidates", "partials", "heads"; prefill: "raw halo", "k_cmp", ...
+  std::string name;        ///< "lse", "candidates", "partials", "outputs"; prefill: "raw halo", "k_cmp", ...
   std::string collective;  ///< "all_gather", "all_reduce"
   std::int32_t ranks = 1;
   std::int64_t bytes = 0;  ///< contributed by each rank

@@ -54,10 +54,15 @@ std::vector<double> rank_work(const PointRecord& point);
 /// rank (docs/METRICS.md).
 double step_bytes(const PointRecord& point, std::size_t rank);
 
+/// step_bytes of a decode step that runs fused, or sharded in one launch, whatever ran. Needs parameters, heads, kv,
+/// bytes. With kv > 1 the ranks' outputs of the branches arrive as exchanges, and a rank has o, and reads W_O, of 1 /
+/// kv of its heads.
+double fused_step_bytes(const PointRecord& point, std::size_t rank);
+
 /// step_bytes of the rank with most; 0 when unknown.
 double busiest_bytes(const PointRecord& point);
 
-/// busiest_bytes per second of a step, as a fraction of the measured copy rate; NaN when unknown.
+/// busiest_bytes per second of a step, as a fraction of the copy bandwidth; NaN when unknown.
 double copy_rate_fraction(const PointRecord& point);
 
 /// Tokens read at the last step (in prefill: by all queries) for one sequence and group in one layer, summed over

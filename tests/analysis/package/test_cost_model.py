@@ -87,7 +87,7 @@ def test_an_exchange_beyond_a_node_by_hand():
     assert cost_model.exchange_time(gather, shape, NETWORK, coefficients) == pytest.approx(
         4e-6 + 3 * 2e-6 + 15000e-9 + 2 * 10e-6 + 12000 / 4 / 1e9
     )
-    heads = traffic.Exchange("heads", "all_reduce", 4, 1000)
+    heads = traffic.Exchange("outputs", "all_reduce", 4, 1000)
     # Head shards are 16 ranks apart: each in a node of its own, 2 doublings and 3/4 of 1 kB, in both passes.
     assert cost_model.exchange_time(heads, shape, NETWORK, coefficients) == pytest.approx(
         4e-6 + 1500e-9 + 4 * 10e-6 + 1500 / 1e9

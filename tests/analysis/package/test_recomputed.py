@@ -30,7 +30,7 @@ def moved_by_step(group, rank):
     """Bytes of a whole step of one rank by docs/METRICS.md: sharded 10/32 of the raw scores, fused 9/32 and no o, q."""
     stage = dict(zip(group["stage"].asstr(), group["bytes"][:, rank].tolist()))
     total, a = stage["step"] - stage["comm"], group.attrs
-    ran = str(list(a.get("route_kernels", [""]))[0])
+    ran = str(list(a.get("route_kernels", [""]))[0]).split(", ")
     if "shard" in ran:
         return total - 2 * stage["rank"] * 22 / 32
     if "step" not in ran or a["task.kind"] != "decode":

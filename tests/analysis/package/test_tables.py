@@ -190,6 +190,25 @@ def test_the_bytes_of_a_step_are_those_of_what_ran(tmp_path, ran, changed, hande
     assert frame.bytes["rank"] == 320_000  # a stage is of mode branches
 
 
+def test_the_bytes_of_a_sharded_step_in_one_launch(tmp_path):
+    """120 rows of q and o on each of two kv ranks, which store and read no outputs of branches.
+
+    A rank has o of half of the heads, and reads their rows of W_O: the bytes of `output` without y, fp32 [15, 256].
+    """
+    moved = np.zeros((11, 2), dtype=np.int64)
+    moved[synthetic.STAGES.index("rank")], moved[-1] = 320_000, 10_000_000
+    moved[synthetic.STAGES.index("output")] = 515_360
+    given = {"model_layers": 3, "run_batch": 5}
+    path = synthetic.write(
+        tmp_path / "a.h5", [synthetic.point(synthetic.times(2, 8, 1e-4, rank=1e-5), 1, 2, moved=moved, **given)]
+    )
+    with h5py.File(path, "r+") as file:
+        file["points/0000"].attrs["route_kernels"] = ["sharded_step, decode"] * 3
+    frame = nsa_analysis.roofline(nsa_analysis.read(path)).set_index("stage")
+    kept = 640_000 * 23 / 32 + 120 * 64 * (2 * 2 + 9 * 4)
+    assert frame.bytes["step"] == 10_000_000 - kept - (120 * 64 * 2 + 500_000) / 2
+
+
 def test_a_fused_step_at_1m_is_below_the_copy_rate():
     """On one H200: 108% with all raw scores; a fused step hands over 9/32 of them."""
     points = nsa_analysis.read(RESULTS / "h200/scaling_gpu_decode_r1_h1_kv1.h5")

@@ -5,8 +5,8 @@
 // the latency of loads, merges and launches. Tiling: a work item is a (row, group, head tile). Its spans (LSE segments,
 // selected blocks, runs of 64 window rows) are dealt to the warps of its CTAs. Each warp attends its spans alone, in KV
 // tiles of 32 rows (decode/split_kv/warp_tile.cuh) from its own ring (primitives/cp_async_ring.cuh): 192 KB in flight
-// an SM and no barrier before the warps of the CTA merge in shared memory. The CTAs of a work item merge in global
-// memory as DecodeEpilogue says.
+// an SM and no barrier before the warps of the CTA merge in shared memory. The partials of CTAs go to global memory: a
+// later launch merges them, or the last CTA of the work item (DecodeEpilogue::merge_all).
 //
 // LSE: (m, sum) of 32 tokens by one warp in one order; a segment merges its tiles by rising tile, a bucket its segments
 // by rising segment. This order depends neither on the split nor on the layout, so every kv layout gets the same bits.
