@@ -269,6 +269,8 @@ TEST_CASE("a prefill's metrics count its whole context, and nsa-vibe has no form
   p.parameters[0].second = "prefill";
   has(metrics({p}), "FOM prefill_time_context_128 = 0.050 ms\nFOM prefill_rate_context_128 = 2560000.0 tokens/s\n");
   has(to_csv({p}), "\n128,0.050000,0.008000,0.022000,0.014000,329,329,,,\n");
+  p.parameters.emplace_back("run.prefix", std::int64_t{1000});  // its tokens are not run
+  has(metrics({p}), "FOM prefill_rate_context_128_prefix_1000 = 2560000.0 tokens/s\n");
 }
 
 TEST_CASE("needles: a line a depth, and how many were found", "[report]") {

@@ -75,7 +75,8 @@ void merge_ranks(const StepContext& ctx);
 void exchange_lse(const StepContext& ctx, Stream* stream);
 void exchange_candidates(const StepContext& ctx, Stream* stream);
 void exchange_partials(const StepContext& ctx, Stream* stream);
-/// Sums y [rows, dim] over the head shards and, with several layers, adds it to the residual stream.
+/// Sums y [rows, dim] from the context's first row on over the head shards and, with several layers, adds it to the
+/// residual stream.
 void sum_outputs(const StepContext& ctx, std::int64_t rows);
 
 }  // namespace nsa

@@ -122,7 +122,7 @@ std::int64_t owned_rows(const RowMap& m, std::int64_t rows) {
 }
 
 std::int64_t total_positions(const Config& config, const Point& point) {
-  return point.context + (config.kind == TaskKind::prefill ? 0 : config.run.steps);
+  return point.context + (config.kind == TaskKind::prefill ? config.run.prefix : config.run.steps);
 }
 
 }  // namespace nsa

@@ -47,7 +47,7 @@ std::int64_t nsa_vibe_reads(const BlockRules& rules, std::int64_t t);
 /// Rows [0, rows) of a sharded sequence that the map's rank owns.
 std::int64_t owned_rows(const RowMap& local, std::int64_t rows);
 
-/// Positions that a point needs memory for: its context, and in decode its steps.
+/// Positions that a point needs memory for: its context; in decode its steps, in a prefill its prefix.
 std::int64_t total_positions(const Config& config, const Point& point);
 
 }  // namespace nsa

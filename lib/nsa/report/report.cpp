@@ -32,6 +32,8 @@ std::string percent_text(double share) { return std::isnan(share) ? "-" : fmt::f
 std::string point_name(const PointRecord& point) {
   if (text_parameter(point, "task.kind") == "kernels") return kernel_point_name(point);
   std::string name = fmt::format("context_{}", integer_parameter(point, "run.context", 0));
+  if (const std::int64_t prefix = integer_parameter(point, "run.prefix", 0); prefix > 0)
+    name += fmt::format("_prefix_{}", prefix);
   const std::int64_t batch = integer_parameter(point, "run.batch", 1);
   if (batch != 1) name += fmt::format("_batch_{}", batch);
   const std::string forced = text_parameter(point, "run.force_branch", "none");
