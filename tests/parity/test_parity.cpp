@@ -211,6 +211,13 @@ const std::vector<Continuation>& continuations() {
       {{"L = 3, B = 2, sigmoid", 61, 40, {"model.layers=3", "run.batch=2", "model.gate=\"sigmoid\""}}, {0, 15}},
       {{"shared_kv, w > P + T, bf16", 61, 40, {"model.shared_kv=true", "nsa.w=512", bf16}}, {0, 10}},
       {{"all chunks, no prefix", 0, 101, {}}, {1, 13, 100}},
+      // On CUDA the tiled kernels, and rows of sel for the last chunk.
+      {{"the paper's blocks, bf16",
+        781,
+        330,
+        {"nsa.l=32", "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=6", "nsa.w=200", "model.n_heads=2", "model.d_k=64",
+         "model.d_v=64", bf16}},
+       {0, 290}},
   };
   return list;
 }

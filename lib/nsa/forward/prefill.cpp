@@ -295,8 +295,8 @@ void PrefillRunner::gather_compressed(const PrefillChunk& chunk, std::int64_t la
                                stream);
 }
 
-// Fills the rings that decode, or the next prefill chunk, starts from: the last w tokens of the window, the last l of the cmp projections, on every
-// rank.
+// Fills the rings that decode, or the next prefill chunk, starts from: the last w tokens of the window, the last l of
+// the cmp projections, on every rank.
 void PrefillRunner::fill_rings(const PrefillChunk& chunk, std::int64_t layer, const CacheViews& caches) {
   LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
   const BlockRules& r = shard_.shape().rules;

@@ -1,8 +1,8 @@
 #pragma once
 // Prefill: a rank has the query rows of its KV chunks. K and V are gathered in each layer; queries run tile by tile.
 //
-// A prefill runs on caches that may hold earlier tokens, its prefix, and as one or several prefill chunks: all layers of
-// one chunk, then of the next, whose prefix then includes it. Before a chunk, the rings hold the last tokens of its
+// A prefill runs on caches that may hold earlier tokens, its prefix, and as one or several prefill chunks: all layers
+// of one chunk, then of the next, whose prefix then includes it. Before a chunk, the rings hold the last tokens of its
 // prefix, which its windows and its first compressed tokens need.
 
 #include <functional>
@@ -111,11 +111,11 @@ class PrefillRunner {
 
   ModelShard& shard_;
   const PrefillRange range_;
-  const AttentionPolicy policy_;  ///< of the buffers; it stays the same when another implementation takes over
-  std::vector<PrefillTile> tiles_;          ///< of all prefill chunks
+  const AttentionPolicy policy_;    ///< of the buffers; it stays the same when another implementation takes over
+  std::vector<PrefillTile> tiles_;  ///< of all prefill chunks
   const std::vector<PrefillChunk> chunks_;  ///< by rising position
   StepBuffers buffers_;
-  Buffer starts_;                       ///< first positions, of the [tiles] and then of the [chunks]
+  Buffer starts_;  ///< first positions, of the [tiles] and then of the [chunks]
   std::optional<RingSnapshot> prefix_rings_;
   KvPair raw_, win_;                    ///< own rows of the cmp and win projections, at their positions
   KvPair sel_all_, cmp_all_, win_all_;  ///< gathered, kv > 1

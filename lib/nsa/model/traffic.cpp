@@ -88,8 +88,8 @@ std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& 
     set(Stage::output, (std::int64_t{s.heads()} * s.d_v * (s.dim + rows)) * storage + rows * s.dim * 4);
   }
   set(Stage::append, 2 * rows * s.groups * branches_kv * width);
-  set(Stage::compress,
-      prefill ? (rows * s.groups * width) + planes * completed * width / p.kv : planes * width * (s.rules.l + 1) / s.rules.d);
+  set(Stage::compress, prefill ? (rows * s.groups * width) + planes * completed * width / p.kv
+                               : planes * width * (s.rules.l + 1) / s.rules.d);
   set(Stage::attend_cmp, kv_rows(cmp) * width + q + o + (prefill ? 0 : kv_rows(cmp) * s.heads_per_group * 4));
   set(Stage::rank, prefill ? 0 : kv_rows(cmp) * s.heads_per_group * 4);
   set(Stage::attend_sel, kv_rows(sel) * width + q + o);

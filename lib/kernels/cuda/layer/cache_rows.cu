@@ -166,9 +166,8 @@ void copy_rows(const CopyRowsArgs& a, Stream* stream) {
   const std::int64_t first_chunk = whole || a.first < a.span_end ? 0 : (a.first - a.span_end) / map.chunk + 1;
   const std::int64_t chunks = whole ? 1 : (a.last - 1) / map.chunk + 2 - first_chunk;
   with_type(a.dtype, [&](auto type) {
-    copy_rows_kernel<decltype(type)>
-        <<<blocks_for(a.planes * chunks * span * a.dst.width), threads, 0, cuda(stream)>>>(args, first_chunk, chunks,
-                                                                                             span);
+    copy_rows_kernel<decltype(type)><<<blocks_for(a.planes * chunks * span * a.dst.width), threads, 0, cuda(stream)>>>(
+        args, first_chunk, chunks, span);
   });
   check_launch("copy_rows");
 }
