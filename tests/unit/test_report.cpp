@@ -212,6 +212,12 @@ TEST_CASE("the table has a line a point, and columns only where a point needs th
   has(text, "     128      4    sel  50.0 us");
   has(text, "  INVALID\n");
   has(text, "batch: sequences\nforced: the branch whose gate is 1");
+  CHECK(text.find("prefix") == std::string::npos);
+  p.parameters.emplace_back("run.prefix", std::int64_t{57344});
+  text = printed([&](std::ostream& out) { print_points(out, {a_point(), p}); });
+  has(text, " context   prefix  batch forced    total");
+  has(text, "     128    57344      4    sel  50.0 us");
+  has(text, "\nprefix: tokens of each sequence that the caches held before\n");
 }
 
 TEST_CASE("nsa-vibe's formula is in the table of a run that writes a CSV", "[report]") {

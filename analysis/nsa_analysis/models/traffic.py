@@ -229,22 +229,33 @@ def step_bytes(s, plan, stages=None):
     return whole
 
 
+def token_gathers(s, whole):
+    """Selected and window rows of one plane that a prefill gathers from each rank. `whole`: rows of a cache."""
+    chunks = prefill_chunks(s)
+    if s.prefix == 0 and len(chunks) == 1:
+        return whole, whole
+    dealt = s.chunk * s.kv
+    piece = max(((end - 1) // dealt - first // dealt + 1) * s.chunk for first, end in chunks)
+    wholes = len(chunks) if s.layers > 1 else int(s.prefix > 0)
+    return wholes * whole + (len(chunks) - wholes) * piece, len(chunks) * piece
+
+
 def exchanges(s):
     """Exchanges of one layer step, without those that send nothing."""
     planes = s.batch * s.groups
     stored = shard_rows(s.last + 1, s.chunk, s.kv)[0]
     rows = s.batch * (stored - shard_rows(s.prefix, s.chunk, s.kv)[1] if s.prefill else 1)
-    times = len(prefill_chunks(s)) if s.prefill else 1  # every chunk of a prefill gathers whole caches
     if s.prefill:
         chunks = stored // s.chunk if s.kv > 1 else 0
-        tokens = chunks * s.chunk
+        times, tokens = len(prefill_chunks(s)), chunks * s.chunk
+        sel, win = token_gathers(s, tokens)
         compressed = shard_rows(int(compressed_tokens(s, s.last)), s.chunk // s.d, s.kv, s.l // s.d - 1)[0]
         gathers = [
-            ("raw halo", planes * chunks * (s.l - s.d) * s.width),
-            ("k_cmp, v_cmp", planes * compressed * s.width),
-            ("k_sel, v_sel", planes * tokens * s.width),
-            ("k_win, v_win", 0 if s.shared_kv else planes * tokens * s.width),
-            ("raw ring", planes * s.l * s.width),
+            ("raw halo", times * planes * chunks * (s.l - s.d) * s.width),
+            ("k_cmp, v_cmp", times * planes * compressed * s.width),
+            ("k_sel, v_sel", planes * sel * s.width),
+            ("k_win, v_win", 0 if s.shared_kv else planes * win * s.width),
+            ("raw ring", times * planes * s.l * s.width),
         ]
     else:
         gathers = [
@@ -252,7 +263,7 @@ def exchanges(s):
             ("candidates", rows * s.groups * s.n_sel * CANDIDATE_BYTES),
             ("partials", len(BRANCHES) * rows * s.query_heads * (s.d_v + 2) * 4),
         ]
-    result = [Exchange(name, "all_gather", s.kv, times * size) for name, size in gathers if s.kv > 1 and size > 0]
+    result = [Exchange(name, "all_gather", s.kv, size) for name, size in gathers if s.kv > 1 and size > 0]
     if s.heads > 1 and s.whole_layer:
         result.append(Exchange("heads", "all_reduce", s.heads, rows * s.dim * 4))
     return result

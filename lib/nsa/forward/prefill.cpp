@@ -47,8 +47,8 @@ std::vector<PrefillChunk> chunks_of(std::vector<PrefillTile>& tiles, const Parti
                                     std::int64_t tokens) {
   std::vector<PrefillChunk> chunks;
   std::int64_t first_row = 0;
-  for (std::int64_t first = range.first; first < range.end; first = chunks.back().end) {
-    PrefillChunk chunk{first, first + std::min(range.chunk, range.end - first), tiles.size(), 0, first_row, 0};
+  for (const Span& span : range.chunks()) {
+    PrefillChunk chunk{span, tiles.size(), 0, first_row, 0};
     add_tiles(tiles, p, chunk.first, chunk.end, tokens);
     chunk.tiles_end = tiles.size();
     if (chunk.tiles_end > chunk.tiles_begin) chunk.rows = tiles.back().local_row + tiles.back().tokens;
@@ -56,6 +56,12 @@ std::vector<PrefillChunk> chunks_of(std::vector<PrefillTile>& tiles, const Parti
     chunks.push_back(chunk);
   }
   return chunks;
+}
+
+// A view of memory that begins with memory row `row` of the view's map.
+KvView begin_at(KvView view, std::int64_t row, DType type) {
+  view.data = static_cast<std::byte*>(view.data) - row * view.width * static_cast<std::int64_t>(size_of(type));
+  return view;
 }
 
 std::int64_t rows_of(const std::vector<PrefillChunk>& chunks) {
@@ -72,12 +78,6 @@ void gather_pair(const char* what, const ModelShard& shard, const KvPair& own, c
 }
 
 }  // namespace
-
-PrefillRange prefill_range(const Config& config, const Point& point) {
-  PrefillRange range{config.run.prefix, total_positions(config, point)};
-  if (config.run.prefill_chunk > 0) range.chunk = config.run.prefill_chunk;
-  return range;
-}
 
 PrefillRunner::PrefillRunner(ModelShard& shard, const PrefillRange& range, bool record)
     : shard_(shard),
@@ -102,10 +102,12 @@ PrefillRunner::PrefillRunner(ModelShard& shard, const PrefillRange& range, bool 
   const std::int64_t tokens = p.capacity(p.tokens(false), range.end);
   raw_ = make(p.raw_cmp(), p.capacity(p.raw_cmp(), range.end));
   if (!p.shape.shared_kv) win_ = make(p.tokens(false), tokens);
-  if (win_.v.data && (range.first > 0 || chunks_.size() > 1)) {  // rows that a chunk does not write: see AttendArgs::v
-    shard.device().fill(win_.v_memory.data(), 0, win_.v_memory.bytes(), shard.streams.compute);
+  const auto clear = [&](const KvPair& pair) {  // rows that a chunk does not write: see AttendArgs::v
+    if (pair.v_memory.bytes() == 0) return;
+    shard.device().fill(pair.v_memory.data(), 0, pair.v_memory.bytes(), shard.streams.compute);
     shard.device().synchronize(shard.streams.compute);
-  }
+  };
+  if (range.in_parts()) clear(win_);
   if (p.kv == 1) return;
   // The caches also hold the decode steps; a gathered copy has the row count of the caches.
   const std::int64_t cached = p.capacity(p.tokens(false), total_positions(shard.config, shard.point));
@@ -117,6 +119,12 @@ PrefillRunner::PrefillRunner(ModelShard& shard, const PrefillRange& range, bool 
   heads_ = make(p.raw_heads(false), p.capacity(p.raw_heads(false), range.end));
   heads_all_ = make(p.raw_heads(true), p.capacity(p.raw_heads(false), range.end), p.kv);
   ring_all_ = make(p.raw_ring(), p.shape.rules.l, p.kv);
+  if (!range.in_parts()) return;
+  const std::int64_t piece = widest_chunk(p.tokens(false), range);
+  piece_ = make(p.tokens(false), piece);
+  piece_all_ = make(p.tokens(true), piece, p.kv);
+  clear(sel_all_);
+  clear(win_all_);
 }
 
 std::vector<GivenTensor> PrefillRunner::row_inputs() const {
@@ -204,9 +212,9 @@ StepContext PrefillRunner::context(std::int64_t layer, const StepOptions& option
 }
 
 void PrefillRunner::copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t last,
-                              std::int64_t span_begin, std::int64_t span_end) {
+                              std::int64_t span_begin, std::int64_t span_end, Stream* stream) {
   shard_.kernels().copy_rows({shard_.shape().dtype, src, dst, shard_.planes(), first, last, span_begin, span_end},
-                             shard_.streams.compute);
+                             stream);
 }
 
 // The window's tokens before the chunk, and the positions of compressed tokens that it completes.
@@ -221,8 +229,9 @@ void PrefillRunner::read_rings(const PrefillChunk& chunk, std::int64_t layer) {
   copy_rows(cache.raw.v, raw_.v, raw_first, chunk.first, 0, stored + r.l - r.d);
   if (p.shape.shared_kv) return;
   const std::int64_t win_first = std::max<std::int64_t>(0, chunk.first - r.w);
-  copy_rows(cache.win.k, win_.k, win_first, chunk.first, 0, stored);
-  copy_rows(cache.win.v, win_.v, win_first, chunk.first, 0, stored);
+  const KvPair& to = p.kv == 1 ? win_ : win_all_;
+  copy_rows(cache.win.k, to.k, win_first, chunk.first, 0, stored);
+  copy_rows(cache.win.v, to.v, win_first, chunk.first, 0, stored);
 }
 
 void PrefillRunner::project_rows(const PrefillChunk& chunk, std::int64_t layer, const StepOptions& options,
@@ -277,9 +286,35 @@ PrefillRunner::CacheViews PrefillRunner::gathered(std::int64_t layer) {
   return views(cmp_all_, sel_all_, shard_.shape().shared_kv ? sel_all_ : win_all_);
 }
 
-void PrefillRunner::gather_tokens(std::int64_t layer, Stream* stream) {
-  gather_pair("k_sel, v_sel", shard_, shard_.caches[static_cast<std::size_t>(layer)].sel, sel_all_, stream);
-  if (!shard_.shape().shared_kv) gather_pair("k_win, v_win", shard_, win_, win_all_, stream);
+// The chunk's own rows of all ranks.
+void PrefillRunner::gather_rows(const char* what, const PrefillChunk& chunk, const KvPair& own, const KvPair& all,
+                                Stream* stream) {
+  const Partition& p = shard_.partition;
+  const std::int64_t row = memory_rows(own.k.map, chunk).first;
+  const auto copy = [&](const KvView& from, const KvView& to) {
+    copy_rows(from, to, chunk.first, chunk.end, 0, p.chunk_tokens, stream);
+  };
+  copy(own.k, begin_at(piece_.k, row, p.shape.dtype));
+  copy(own.v, begin_at(piece_.v, row, p.shape.dtype));
+  gather_pair(what, shard_, piece_, piece_all_, stream);
+  copy(begin_at(piece_all_.k, row, p.shape.dtype), all.k);
+  copy(begin_at(piece_all_.v, row, p.shape.dtype), all.v);
+}
+
+// The window's rows before the chunk come from the ring; those of sel are gathered again where other layers' rows have
+// taken their place, and in the first chunk.
+void PrefillRunner::gather_tokens(const PrefillChunk& chunk, std::int64_t layer, Stream* stream) {
+  const KvPair& own = shard_.caches[static_cast<std::size_t>(layer)].sel;
+  const bool holds_earlier = shard_.config.model.layers == 1 && (chunk.first == 0 || chunk.first > range_.first);
+  if (range_.in_parts() && holds_earlier)
+    gather_rows("k_sel, v_sel", chunk, own, sel_all_, stream);
+  else
+    gather_pair("k_sel, v_sel", shard_, own, sel_all_, stream);
+  if (shard_.shape().shared_kv) return;
+  if (range_.in_parts())
+    gather_rows("k_win, v_win", chunk, win_, win_all_, stream);
+  else
+    gather_pair("k_win, v_win", shard_, win_, win_all_, stream);
 }
 
 void PrefillRunner::gather_compressed(const PrefillChunk& chunk, std::int64_t layer) {
@@ -371,11 +406,11 @@ PrefillRunner::CacheViews PrefillRunner::make_caches(const PrefillChunk& chunk, 
   const bool gathers = shard_.partition.kv > 1, overlap = gathers && !timer.per_stage();
   timer.time(Stage::comm, [&] { exchange_raw_halo(chunk); });
   // Compression hides the largest exchange. A communicator has one exchange under way at a time.
-  if (overlap) shard_.streams.on_side([&](Stream* side) { gather_tokens(layer, side); });
+  if (overlap) shard_.streams.on_side([&](Stream* side) { gather_tokens(chunk, layer, side); });
   timer.time(Stage::compress, [&] { compress_rows(chunk, layer); });
   if (overlap) shard_.streams.wait_side();
   timer.time(Stage::comm, [&] {
-    if (gathers && !overlap) gather_tokens(layer, shard_.streams.compute);
+    if (gathers && !overlap) gather_tokens(chunk, layer, shard_.streams.compute);
     if (gathers) gather_compressed(chunk, layer);
   });
   const CacheViews caches = gathered(layer);

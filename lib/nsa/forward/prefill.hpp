@@ -17,13 +17,6 @@
 
 namespace nsa {
 
-/// The positions [first, end) that a prefill runs, `chunk` of them at a time. The caches hold those before `first`.
-struct PrefillRange {
-  std::int64_t first = 0, end = 0, chunk = INT64_MAX;
-};
-/// That of a point of kind = "prefill".
-PrefillRange prefill_range(const Config& config, const Point& point);
-
 /// Query rows of one sequence that are attended at a time.
 struct PrefillTile {
   std::int64_t first_position = 0;
@@ -31,10 +24,9 @@ struct PrefillTile {
   std::int64_t local_row = 0;  ///< within the rank's rows of a sequence and prefill chunk
 };
 
-/// Positions [first, end), and this rank's part: tiles [tiles_begin, tiles_end), `rows` query rows of each sequence.
+/// A prefill chunk and this rank's part of it: tiles [tiles_begin, tiles_end), `rows` query rows of each sequence.
 /// Buffers of all query rows hold the rows of each prefill chunk together: [batch][rows] from batch * first_row on.
-struct PrefillChunk {
-  std::int64_t first = 0, end = 0;
+struct PrefillChunk : Span {
   std::size_t tiles_begin = 0, tiles_end = 0;
   std::int64_t first_row = 0, rows = 0;
 };
@@ -91,7 +83,8 @@ class PrefillRunner {
   void exchange_raw_halo(const PrefillChunk& chunk);
   void compress_rows(const PrefillChunk& chunk, std::int64_t layer);
   CacheViews gathered(std::int64_t layer);
-  void gather_tokens(std::int64_t layer, Stream* stream);
+  void gather_rows(const char* what, const PrefillChunk& chunk, const KvPair& own, const KvPair& all, Stream* stream);
+  void gather_tokens(const PrefillChunk& chunk, std::int64_t layer, Stream* stream);
   void gather_compressed(const PrefillChunk& chunk, std::int64_t layer);
   void fill_rings(const PrefillChunk& chunk, std::int64_t layer, const CacheViews& caches);
   void attend_rows(const PrefillChunk& chunk, std::int64_t layer, const StepOptions& options, const CacheViews& caches,
@@ -107,7 +100,11 @@ class PrefillRunner {
   void each_tile(const PrefillChunk& chunk, Body&& body);
   /// Rows of [first, last), as CopyRowsArgs.
   void copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t last, std::int64_t span_begin,
-                 std::int64_t span_end);
+                 std::int64_t span_end, Stream* stream);
+  void copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t last, std::int64_t span_begin,
+                 std::int64_t span_end) {
+    copy_rows(src, dst, first, last, span_begin, span_end, shard_.streams.compute);
+  }
 
   ModelShard& shard_;
   const PrefillRange range_;
@@ -119,6 +116,7 @@ class PrefillRunner {
   std::optional<RingSnapshot> prefix_rings_;
   KvPair raw_, win_;                    ///< own rows of the cmp and win projections, at their positions
   KvPair sel_all_, cmp_all_, win_all_;  ///< gathered, kv > 1
+  KvPair piece_, piece_all_;            ///< a prefill chunk's rows of these, own and gathered
   KvPair heads_, heads_all_, ring_all_;
   std::function<void(double)> watch_;
   bool fuses_attention_ = true;  ///< until a launch of the fused operation fails

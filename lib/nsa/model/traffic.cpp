@@ -9,28 +9,31 @@ namespace nsa {
 
 namespace {
 
-/// The chunks of a prefill: positions [first, end) of each.
-struct Span {
-  std::int64_t first, end;
-};
-std::vector<Span> prefill_chunks(const Config& config, const Point& point) {
-  const std::int64_t end = total_positions(config, point),
-                     chunk = config.run.prefill_chunk > 0 ? config.run.prefill_chunk : end;
-  std::vector<Span> chunks;
-  for (std::int64_t first = config.run.prefix; first < end; first += chunk)
-    chunks.push_back({first, std::min(end, first + chunk)});
-  return chunks;
-}
-
 /// K/V rows of a branch that a prefill reads where every chunk reads each row once, for one (sequence, group).
 std::int64_t prefill_kv_rows(const Config& config, const Point& point, Branch c) {
   std::int64_t rows = 0;
-  for (const Span& chunk : prefill_chunks(config, point))
+  for (const Span& chunk : prefill_range(config, point).chunks())
     rows += c == cmp   ? compressed_tokens(config.nsa, chunk.end - 1)
             : c == sel ? chunk.end
                        : chunk.end - window_begin(config.nsa, chunk.first);
   return rows;
 }
+
+/// Bytes of one rank's rows that a prefill gathers of selected and of window tokens, of `width` bytes each.
+struct TokenGathers {
+  std::int64_t sel = 0, win = 0;
+  TokenGathers(const Config& config, const Partition& p, const Point& point, std::int64_t width) {
+    const PrefillRange range = prefill_range(config, point);
+    const RowMap map = p.tokens(false);
+    const std::int64_t whole = p.capacity(map, range.end), times = std::ssize(range.chunks());
+    sel = win = whole * width;
+    if (p.kv == 1 || !range.in_parts()) return;
+    const std::int64_t piece = widest_chunk(map, range);
+    const std::int64_t wholes = config.model.layers > 1 ? times : range.first > 0 ? 1 : 0;
+    sel = (wholes * whole + (times - wholes) * piece) * width;
+    win = times * piece * width;
+  }
+};
 
 }  // namespace
 
@@ -42,19 +45,19 @@ std::vector<Exchange> exchanges(const Config& config, const Partition& p, const 
   const std::int64_t total = total_positions(config, point), tokens = p.capacity(p.tokens(false), total);
   const std::int64_t rows =
       prefill ? point.batch * (tokens - owned_rows(p.tokens(false), config.run.prefix)) : point.batch;
-  // Every chunk of a prefill gathers whole caches.
-  const std::int64_t times = prefill ? std::ssize(prefill_chunks(config, point)) : 1;
   std::vector<Exchange> list;
   const auto gather = [&](const char* name, std::int64_t bytes) {
-    if (p.kv > 1 && bytes > 0) list.push_back({name, "all_gather", p.kv, times * bytes});
+    if (p.kv > 1 && bytes > 0) list.push_back({name, "all_gather", p.kv, bytes});
   };
   if (prefill) {
+    const std::int64_t times = std::ssize(prefill_range(config, point).chunks());
     const std::int64_t compressed = p.capacity(p.compressed(false), compressed_tokens(s.rules, total - 1));
-    gather("raw halo", planes * p.capacity(p.raw_heads(false), total) * width);
-    gather("k_cmp, v_cmp", planes * compressed * width);
-    gather("k_sel, v_sel", planes * tokens * width);
-    if (!s.shared_kv) gather("k_win, v_win", planes * tokens * width);
-    gather("raw ring", planes * s.rules.l * width);
+    const TokenGathers of(config, p, point, planes * width);
+    gather("raw halo", times * planes * p.capacity(p.raw_heads(false), total) * width);
+    gather("k_cmp, v_cmp", times * planes * compressed * width);
+    gather("k_sel, v_sel", of.sel);
+    if (!s.shared_kv) gather("k_win, v_win", of.win);
+    gather("raw ring", times * planes * s.rules.l * width);
   } else {
     gather("lse", lse_slots(s, p.kv) * rows * s.heads() * 2 * 4);
     gather("candidates", rows * s.groups * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate)));
