@@ -97,6 +97,7 @@ class Output {
       : config_(config), json_(options.json) {
     if (!earlier.complete)
       writer_.emplace(config.output.file, run, planned_result_bytes(config, ranks), options.resume);
+    columns_.prefix = config.run.prefix > 0;
     for (const std::int64_t batch : config.run.batch) columns_.batch |= batch != 1;
     for (const std::int32_t branch : config.run.force_branch) columns_.forced |= branch >= 0;
     columns_.nsa_vibe = !config.output.csv.empty();

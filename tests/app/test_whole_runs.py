@@ -196,6 +196,17 @@ class WholeRuns(AppTest):
         self.assertIn("differs: nsa.w: 512, 32", other.out)
         self.assertRegex(other.out, r"differs: reads: \d+, \d+ at the last step")
 
+    def test_diff_pairs_prefills_of_one_prefix(self):
+        self.write("in.toml", SMALL)
+        for name, prefix in ("a.h5", 100), ("b.h5", 100), ("c.h5", 101):
+            done = self.assert_ok(self.nsa("run", "in.toml", "--output", name, "--set", "task.kind=prefill", "--set",
+                                           f"run.prefix={prefix}", "--set", "run.prefill_chunk=23"))
+            self.assertIn(f"FOM prefill_time_context_64_prefix_{prefix} = ", done.out)
+            self.assertIn(" context   prefix ", done.out)
+        done = self.nsa("diff", "a.h5", "b.h5")
+        self.assertIn("prefill, context 64 after 100, batch 1, forced branch none", done.out)
+        self.assertIn("no point in common", self.nsa("diff", "a.h5", "c.h5").err)
+
     def test_diff_names_the_runs_and_fails_above(self):
         self.write("in.toml", SMALL)
         for name in "a.h5", "b.h5":

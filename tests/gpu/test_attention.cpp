@@ -187,6 +187,29 @@ TEST_CASE("cuda prefill equals the host's where scores rise", "[prefill]") {
   CHECK(run.fused);
 }
 
+// A prefill allocates for its widest tile, and runs chunks that end earlier and last tiles of few rows.
+TEST_CASE("the scratch of a tile suffices for tiles of fewer rows and positions", "[prefill][scratch]") {
+  for (const auto& [d, h, tokens, positions] : {std::tuple{128, 16, 331, 1500},
+                                                {128, 16, 3, 70000},
+                                                {128, 16, 4096, 70000},
+                                                {64, 2, 290, 1111},
+                                                {24, 5, 100, 3000}})
+    for (const DType type : {DType::bf16, DType::f32})
+      for (const bool recompute : {true, false}) {
+        const LayerShape s = shape_of(type, 4, h, d, d);
+        const auto scratch = [&](int rows, std::int64_t end) {
+          return gpu().kernels->scratch_bytes(s, {0, 1, rows, nullptr, end}, {recompute});
+        };
+        const std::size_t widest = scratch(tokens, positions);
+        for (std::int64_t end = 1; end <= positions; end += std::max<std::int64_t>(1, positions / 211))
+          for (const int rows : {1, 2, 15, 16, 17, 100, 176, 331}) {
+            if (rows > tokens) continue;
+            INFO("d=" << d << " " << name_of(type) << " recompute=" << recompute << " rows=" << rows << " end=" << end);
+            CHECK(scratch(rows, end) <= widest);
+          }
+      }
+}
+
 TEST_CASE("cuda prefill selects the same blocks on every layout and tile", "[prefill]") {
   for (const int chunk_blocks : {2, 4, 16})
     for (const auto& [first, tokens] : {std::pair{0, 100}, {1020, 77}, {6007, 50}}) {

@@ -56,10 +56,17 @@ nsa::PointRecord run_on_rank_0(const nsa::Config& config) {
   return record;
 }
 
-nsa::Config sharded(Shape shape, nsa::TaskKind kind, int heads) {
+/// The config of a shape: of which phase.
+using MakeConfig = nsa::Config (*)(const Shape&);
+nsa::Config prefill(const Shape& shape) { return config_of(shape, nsa::TaskKind::prefill); }
+nsa::Config decode(const Shape& shape) { return config_of(shape, nsa::TaskKind::decode); }
+nsa::Config onto_prefix(const Shape& shape) { return prefix_config_of(shape); }
+nsa::Config in_chunks(const Shape& shape) { return prefix_config_of(shape, 23); }
+
+nsa::Config sharded(Shape shape, MakeConfig config_of_phase, int heads) {
   shape.overrides.push_back("parallel.heads=" + std::to_string(heads));
   shape.overrides.push_back("parallel.kv=" + std::to_string(ranks().world.size() / heads));
-  return config_of(shape, kind);
+  return config_of_phase(shape);
 }
 
 void check_reads(const Answers& a) {
@@ -139,20 +146,21 @@ void check_same(const Answers& a) {
   check_reads(a);
 }
 
-void check_layouts(Shape shape) {
+void check_layouts(Shape shape, const std::vector<MakeConfig>& phases = {prefill, decode}) {
   const int size = ranks().world.size();
   // As many groups as every number of head shards divides.
   const int groups = size % 3 == 0 ? 6 : 8;
   shape.overrides.push_back("model.n_kv_groups=" + std::to_string(groups));
   shape.overrides.push_back("model.n_heads=" + std::to_string(2 * groups));
-  for (const nsa::TaskKind kind : {nsa::TaskKind::prefill, nsa::TaskKind::decode}) {
-    INFO((kind == nsa::TaskKind::prefill ? "prefill" : "decode"));
+  for (const MakeConfig config_of_phase : phases) {
+    const nsa::Config config = config_of_phase(shape);
+    INFO((config.kind == nsa::TaskKind::prefill ? "prefill" : "decode"));
     Answers answers;
-    answers.one = run_on_rank_0(config_of(shape, kind));
+    answers.one = run_on_rank_0(config);
     for (int heads = 1; heads <= size; ++heads) {
       if (size % heads != 0) continue;
       INFO("heads " << heads << ", kv " << size / heads);
-      answers.config = sharded(shape, kind, heads);
+      answers.config = sharded(shape, config_of_phase, heads);
       answers.all = run(answers.config, ranks().together);
       if (ranks().world.rank() == 0) CHECK_NOTHROW(check_same(answers));  // a rank that leaves lets the others wait
     }
@@ -227,5 +235,19 @@ TEST_CASE("for the same q and k every layout chooses the same blocks, bit for bi
   };
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
       check_layouts(shape);
+    }
+}
+
+TEST_CASE("every layout gives the one-rank answer onto a prefix and in chunks", "[mpi][prefix]") {
+  const std::vector<Shape> shapes = {
+      {"P in a stride", 90, 70, {attention, small, "run.batch=2"}},
+      {"P at a block of a chunk", 96, 71, {attention, "parallel.kv_chunk_blocks=2", bf16}},
+      {"P < l, L = 2", 6, 85, {small, "model.layers=2"}},
+      {"P in a block, ranks that own no new row", 101, 9, {small, "nsa.l=16", "model.shared_kv=true"}},
+      {"prefix filled directly, measured passes checked", 117, 50, {attention, small, synthetic, checked}},
+      {"measured passes checked, whole tiles", 530, 150, {attention, tiles, d_k, d_v, checked, bf16}},
+  };
+  for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
+      check_layouts(shape, {onto_prefix, in_chunks});
     }
 }

@@ -69,6 +69,15 @@ nsa::Config config_of(const Shape& shape, nsa::TaskKind kind) {
   return config;
 }
 
+nsa::Config prefix_config_of(const Shape& shape, std::int64_t chunk) {
+  nsa::Config config = config_of(shape, nsa::TaskKind::prefill);
+  config.run.prefix = shape.context;
+  config.run.context = {shape.steps};
+  config.run.prefill_chunk = chunk;
+  nsa::validate(config);
+  return config;
+}
+
 nsa::Session open_test_session(const nsa::Config& config, const nsa::ControlComm& group) {
   nsa::Session session = nsa::open_session(config, group);
   session.copy_bytes = std::size_t{64} << 10;
@@ -100,7 +109,7 @@ oracle::Options options_of(const nsa::Config& config) {
   const nsa::ModelConfig& m = config.model;
   oracle::Options o;
   o.batch = point.batch;
-  o.tokens = point.context + (config.kind == nsa::TaskKind::decode ? config.run.steps : 0);
+  o.tokens = point.context + (config.kind == nsa::TaskKind::decode ? config.run.steps : config.run.prefix);
   o.dim = m.dim;
   o.heads = m.n_heads;
   o.groups = m.n_kv_groups;

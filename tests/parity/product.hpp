@@ -23,6 +23,10 @@ struct Shape {
 /// Decode of the shape's steps, or prefill of context + steps tokens: the same tokens either way.
 nsa::Config config_of(const Shape& shape, nsa::TaskKind kind);
 
+/// Prefill of the shape's steps onto a prefix of its context, in chunks of `chunk` tokens (0: at once): the last rows
+/// of the other prefill.
+nsa::Config prefix_config_of(const Shape& shape, std::int64_t chunk = 0);
+
 /// A session that copies little to measure the copy bandwidth: at full size that takes longer than all else in a point.
 nsa::Session open_test_session(const nsa::Config& config, const nsa::ControlComm& group);
 /// Runs the one point of a config over the session's ranks. The record is complete on its rank 0.

@@ -49,7 +49,7 @@ TEST_CASE("a prefill's synthetic rows are the source's, bit for bit", "[inputs]"
   for (const parity::Shape& shape : shapes) {
     INFO(shape.name);
     Case c(parity::config_of(shape, TaskKind::prefill));
-    PrefillRunner prefill(c.shard, c.point.context, false);
+    PrefillRunner prefill(c.shard, {0, c.point.context}, false);
     prefill.load_rows(c.source);
     const StepBuffers& b = prefill.buffers();
     const DType storage = c.config.model.precision;

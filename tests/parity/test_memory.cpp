@@ -44,12 +44,16 @@ TEST_CASE("planned memory grows no faster than the context") {
 // Runs on any number of ranks and compares the memory of each with its plan.
 TEST_CASE("64K tokens take the memory that was planned, under 4 GiB") {
   const ControlComm world = ControlComm::world();
-  for (const char* kind : {"prefill", "decode"}) {
-    CAPTURE(kind);
-    const Config config = config_of(kind, {"run.modes=[\"total\"]", "run.steps=1", "run.warmup=0", "run.check=false"});
+  const std::vector<std::vector<std::string>> inputs = {
+      {"prefill"}, {"decode"}, {"prefill", "run.prefix=49152", "run.prefill_chunk=4096", "run.fill=synthetic"}};
+  for (const std::vector<std::string>& input : inputs) {
+    std::vector<std::string> more = {"run.modes=[\"total\"]", "run.steps=1", "run.warmup=0", "run.check=false"};
+    more.insert(more.end(), input.begin() + 1, input.end());
+    const Config config = config_of(input[0].c_str(), more);
+    CAPTURE(input[0], config.run.prefix);
     const Session session = open_session(config, world);
-    const PointRecord record =
-        run_point(session, config, {1 << 16, 1, -1}, 0, [](double, double, const std::string&) {});
+    const PointRecord record = run_point(session, config, {(1 << 16) - config.run.prefix, 1, -1}, 0,
+                                         [](double, double, const std::string&) {});
     CHECK(record.valid);
     if (world.rank() != 0) continue;
     CHECK(record.memory.measured_peak == record.memory.planned);

@@ -1,4 +1,5 @@
-// Compares every stage and the output of the program with the float64 oracle, and decode with prefill.
+// Compares every stage and the output of the program with the float64 oracle; and decode, and prefill onto a prefix or
+// in chunks, with prefill at once.
 
 #include <cmath>
 #include <map>
@@ -15,9 +16,11 @@ using namespace parity;
 using oracle::Options;
 using oracle::Reals;
 
-Phase run_phase(const Shape& shape, nsa::TaskKind kind) {
-  const nsa::Config config = config_of(shape, kind);
-  return {config, run(config, nsa::ControlComm::world())};
+Phase run_phase(const nsa::Config& config) { return {config, run(config, nsa::ControlComm::world())}; }
+Phase run_phase(const Shape& shape, nsa::TaskKind kind) { return run_phase(config_of(shape, kind)); }
+
+std::int64_t first_row_of(const nsa::Config& config) {
+  return config.kind == nsa::TaskKind::decode ? config.run.context.at(0) : config.run.prefix;
 }
 
 void check_reads(const Phase& phase, const oracle::Attended& expected) {
@@ -29,7 +32,7 @@ void check_reads(const Phase& phase, const oracle::Attended& expected) {
       std::int64_t sum = 0;
       for (std::int64_t t = 0; t < o.tokens; ++t)
         for (std::int64_t plane = 0; plane < o.batch * o.groups; ++plane)
-          if (!decode || t == phase.config.run.context.at(0) + step)
+          if (decode ? t == first_row_of(phase.config) + step : t >= first_row_of(phase.config))
             sum += o.layers * expected.reads(plane / o.groups, t, plane % o.groups, c);
       CHECK(counted_reads(phase.record, c, step) == sum);
     }
@@ -48,7 +51,7 @@ Moves check_phase(const Phase& phase) {
     const std::string& asked = phase.config.route.implementation[c];
     CHECK((asked == "auto" || asked == phase.record.routes[c]));
   }
-  CHECK(first == (phase.config.kind == nsa::TaskKind::decode ? phase.config.run.context.at(0) : 0));
+  CHECK(first == first_row_of(phase.config));
   std::optional<oracle::Chosen> chosen;
   oracle::Layer expected = expect(phase);
   const oracle::Integers selected = integers(phase.record, "selected");
@@ -178,6 +181,96 @@ TEST_CASE("every route agrees with the oracle, prefill and decode", "[parity][ro
         shape.overrides.push_back(std::string("route.") + nsa::branch_names[c] + "=\"" + names[c] + "\"");
       DYNAMIC_SECTION(names[0] << " " << names[1] << " " << names[2] << ": " << shape.name) { check_shape(shape); }
     }
+}
+
+namespace {
+
+/// A prefix that ends at every place of a stride d = 4, a compression block l = 8 and a selection block l' = 16; T new
+/// tokens that end at other ones; prefill chunks down to one token.
+struct Continuation {
+  Shape shape;  ///< context: the prefix; steps: the new tokens
+  std::vector<std::int64_t> chunks;
+};
+
+const std::vector<Continuation>& continuations() {
+  const char *bf16 = "model.precision=\"bf16\"", *fp16 = "model.precision=\"fp16\"";
+  static const std::vector<Continuation> list = {
+      {{"P = 1", 1, 70, {}}, {0, 9}},
+      {{"P < l, T < d", 6, 3, {}}, {0, 1}},
+      {{"P = l - 1, T = 1", 7, 1, {}}, {0}},
+      {{"P = l", 8, 57, {bf16}}, {0, 16}},
+      {{"P in a stride", 90, 41, {}}, {0, 7}},
+      {{"P at a stride, in a block", 92, 41, {fp16}}, {0, 4}},
+      {{"P at a block of l and l'", 96, 64, {}}, {0, 16, 33}},
+      {{"P past a block by one", 97, 64, {bf16}}, {0, 33}},
+      {{"P before a block by one", 95, 64, {}}, {0, 64}},
+      {{"P < w, B = 3", 19, 30, {"run.batch=3"}}, {0, 11}},
+      {{"P = w, l = d = l'", 24, 61, {"nsa.l=16", "nsa.d=16"}}, {0, 13}},
+      {{"w = 37, l = l'", 101, 50, {"nsa.w=37", "nsa.l=16"}}, {0, 17}},
+      {{"w = 1, learned phi", 61, 30, {"nsa.w=1", "nsa.phi=\"mlp\""}}, {0, 8}},
+      {{"L = 3, B = 2, sigmoid", 61, 40, {"model.layers=3", "run.batch=2", "model.gate=\"sigmoid\""}}, {0, 15}},
+      {{"shared_kv, w > P + T, bf16", 61, 40, {"model.shared_kv=true", "nsa.w=512", bf16}}, {0, 10}},
+      {{"all chunks, no prefix", 0, 101, {}}, {1, 13, 100}},
+      // On CUDA the tiled kernels, and rows of sel for the last chunk.
+      {{"the paper's blocks, bf16",
+        781,
+        330,
+        {"nsa.l=32", "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=6", "nsa.w=200", "model.n_heads=2", "model.d_k=64",
+         "model.d_v=64", bf16}},
+       {0, 290}},
+  };
+  return list;
+}
+
+/// A prefill of all positions, and its moves.
+struct Whole {
+  Phase phase;
+  Moves moves;
+  explicit Whole(const Shape& shape) : phase(run_phase(shape, nsa::TaskKind::prefill)), moves(check_phase(phase)) {}
+};
+
+Phase check_onto_prefix(const Shape& shape, const Whole& whole, std::int64_t chunk) {
+  const Phase onto = run_phase(prefix_config_of(shape, chunk));
+  Moves moves = whole.moves;
+  for (const auto& [name, by] : check_phase(onto)) moves[name] += by;
+  check_continuation(whole.phase, onto, moves);
+  return onto;
+}
+
+/// What has the same bits as in one prefill of all positions, where q, K and V do.
+void check_same_bits(const Phase& whole, const Phase& onto) {
+  const std::int64_t first = onto.config.run.prefix, rows = onto.config.run.context.at(0);
+  CHECK(integers(onto.record, "selected").values == rows_of(integers(whole.record, "selected"), first, rows).values);
+  CHECK(reals(onto.record, "p_slc").values == rows_of(reals(whole.record, "p_slc"), first, rows).values);
+  for (const char* name : {"k_cmp_tokens", "v_cmp_tokens"})
+    CHECK(reals(onto.record, name).values == reals(whole.record, name).values);
+}
+
+}  // namespace
+
+TEST_CASE("prefill onto a prefix and in chunks agrees with the oracle and with one prefill", "[parity][prefix]") {
+  for (const auto& [shape, chunks] : continuations()) DYNAMIC_SECTION(shape.name) {
+      const Whole whole(shape);
+      for (const std::int64_t chunk : chunks) {
+        INFO("chunks of " << chunk);
+        const Phase onto = check_onto_prefix(shape, whole, chunk);
+        CHECK(reals(onto.record, "x").values == reals(whole.phase.record, "x").values);
+      }
+    }
+}
+
+TEST_CASE("for given q, k, v a prefix and chunks change no bit of the selection", "[parity][prefix][attention]") {
+  for (Continuation c : continuations()) {
+    if (c.shape.name.find("L = 3") != std::string::npos || c.shape.name.find("phi") != std::string::npos) continue;
+    DYNAMIC_SECTION(c.shape.name) {
+      c.shape.overrides.push_back("run.scope=\"attention\"");
+      const Whole whole(c.shape);
+      for (const std::int64_t chunk : c.chunks) {
+        INFO("chunks of " << chunk);
+        check_same_bits(whole.phase, check_onto_prefix(c.shape, whole, chunk));
+      }
+    }
+  }
 }
 
 TEST_CASE("the same tokens and weights in both phases", "[parity]") {

@@ -187,6 +187,21 @@ TEST_CASE("what times launches and intervals has its rules", "[config]") {
   has(violations(decode, {"run.min_interval=2"}), "run.min_interval = 2 is out of range");
 }
 
+TEST_CASE("a prefix and prefill chunks belong to prefill, within the positions there are", "[config]") {
+  const char* prefill = "task.kind=prefill";
+  CHECK(violations(decode, {prefill, "run.prefix=57344", "run.context=[100, 8192]", "run.prefill_chunk=7"}).empty());
+  CHECK(violations(decode, {prefill, "run.context=64", "run.prefill_chunk=4096"}).empty());  // one chunk
+  has(violations(decode, {prefill, "run.prefix=-1"}), "run.prefix = -1 is out of range; give 0 to");
+  has(violations(decode, {prefill, "run.prefix=1073741824", "run.context=[1, 2]"}),
+      "run.prefix + run.context = 1073741824 + 2 is out of range; together at most 1073741824 positions");
+  has(violations(decode, {prefill, "run.prefill_chunk=-4"}), "run.prefill_chunk = -4 is out of range; give 1 to");
+  has(parse_error(decode, {"run.prefill_chunk=0"}),
+      "run.prefill_chunk holds the integer 0; give \"auto\" or a positive");
+  const std::string other = violations(decode, {"run.prefix=5", "run.prefill_chunk=4"});
+  has(other, "run.prefix needs task.kind = \"prefill\"");
+  has(other, "run.prefill_chunk needs task.kind = \"prefill\"; leave it out");
+}
+
 TEST_CASE("sizes have bounds", "[config]") {
   has(violations(decode, {"run.context=0"}), "run.context = 0 is out of range; give 1 to");
   has(violations(decode, {"nsa.d=0"}), "nsa.d = 0 is out of range");

@@ -218,6 +218,12 @@ TEST_CASE("the table has a line a point, and columns only where a point needs th
   has(text, "     128      4    sel  50.0 us");
   has(text, "  INVALID\n");
   has(text, "batch: sequences\nforced: the branch whose gate is 1");
+  CHECK(text.find("prefix") == std::string::npos);
+  p.parameters.emplace_back("run.prefix", std::int64_t{57344});
+  text = printed([&](std::ostream& out) { print_points(out, {a_point(), p}); });
+  has(text, " context   prefix  batch forced    total");
+  has(text, "     128    57344      4    sel  50.0 us");
+  has(text, "\nprefix: tokens of each sequence that the caches held before\n");
 }
 
 TEST_CASE("nsa-vibe's formula is in the table of a run that writes a CSV", "[report]") {
@@ -275,6 +281,8 @@ TEST_CASE("a prefill's metrics count its whole context, and nsa-vibe has no form
   p.parameters[0].second = "prefill";
   has(metrics({p}), "FOM prefill_time_context_128 = 0.050 ms\nFOM prefill_rate_context_128 = 2560000.0 tokens/s\n");
   has(to_csv({p}), "\n128,0.050000,0.008000,0.022000,0.014000,329,329,,,\n");
+  p.parameters.emplace_back("run.prefix", std::int64_t{1000});  // its tokens are not run
+  has(metrics({p}), "FOM prefill_rate_context_128_prefix_1000 = 2560000.0 tokens/s\n");
 }
 
 TEST_CASE("needles: a line a depth, and how many were found", "[report]") {

@@ -32,6 +32,8 @@ class Shape:
 
     kind: str
     context: int
+    prefix: int  # prefill: tokens before the context
+    prefill_chunk: int  # tokens of a prefill chunk
     batch: int
     last: int  # last position, 0-based
     dim: int
@@ -85,12 +87,15 @@ def shape_of(point, heads=None, kv=None):
         return None
     p = point.parameters
     steps = p["run.steps"] if point.kind == "decode" else 0
+    prefix, prefill_chunk = p.get("run.prefix", 0), p.get("run.prefill_chunk", "auto")
     hidden = (p.get("nsa.phi_hidden") or 2 * p["model.d_k"]) if p["nsa.phi"] == "mlp" else 0
     return Shape(
         point.kind,
         p["run.context"],
+        prefix,
+        p["run.context"] if prefill_chunk == "auto" else prefill_chunk,
         p["run.batch"],
-        p["run.context"] + steps - 1,
+        prefix + p["run.context"] + steps - 1,
         p["model.dim"],
         p["model.n_heads"],
         p["model.n_kv_groups"],
@@ -131,7 +136,7 @@ def expected_reads(s, t):
 @functools.lru_cache(maxsize=512)
 def summed_reads(s):
     """Reads of all queries of one sequence and group, by branch: decode, the last step; prefill, the whole context."""
-    t = np.arange(s.context) if s.prefill else s.last
+    t = np.arange(s.prefix, s.prefix + s.context) if s.prefill else s.last
     return {branch: int(np.sum(count)) for branch, count in expected_reads(s, t).items()}
 
 
@@ -145,23 +150,38 @@ def shard_rows(rows, chunk, kv, halo=0):
     return chunks * (halo + chunk), owned
 
 
+def prefill_chunks(s):
+    """Positions (first, end) of the chunks of a prefill."""
+    return [(first, min(first + s.prefill_chunk, s.last + 1)) for first in range(s.prefix, s.last + 1, s.prefill_chunk)]
+
+
+def prefill_kv_rows(s, branch):
+    """K/V rows of a branch that a prefill reads where every chunk reads each row once, for one (sequence, group)."""
+    rows = {
+        "cmp": lambda first, end: int(compressed_tokens(s, end - 1)),
+        "sel": lambda first, end: end,
+        "win": lambda first, end: end - max(0, first + 1 - s.w),
+    }[branch]
+    return sum(rows(first, end) for first, end in prefill_chunks(s))
+
+
 def modelled_bytes(s):
     """Modelled bytes of the first rank by stage, equal to the `bytes` dataset of the program."""
     prefill, storage, planes = s.prefill, s.storage, s.batch * s.groups
-    rows = s.batch * (shard_rows(s.context, s.chunk, s.kv)[1] if prefill else 1)
+    owned = [shard_rows(count, s.chunk, s.kv)[1] for count in (s.prefix, s.last + 1)]
+    rows = s.batch * (owned[1] - owned[0] if prefill else 1)
     reads = {k: int(v) for k, v in expected_reads(s, s.last).items()}
 
     def kv_rows(branch):
-        if not prefill:
-            return planes * reads[branch] // s.kv
-        return planes * (int(compressed_tokens(s, s.last)) if branch == "cmp" else s.last + 1)
+        return planes * (prefill_kv_rows(s, branch) if prefill else reads[branch]) // (1 if prefill else s.kv)
 
+    completed = int(compressed_tokens(s, s.last) - compressed_tokens(s, s.prefix - 1))
     q, o = rows * s.query_heads * s.d_k * storage, rows * s.query_heads * s.d_v * 4
     scores = 0 if prefill else kv_rows("cmp") * (s.query_heads // s.groups) * 4
     layer = {
         "project": (s.qkv_columns * (s.dim + rows) + rows * s.dim) * storage if s.whole_layer else 0,
         "append": 2 * rows * s.groups * s.branches_kv * s.width,
-        "compress": rows * s.groups * s.width + kv_rows("cmp") * s.width // s.kv
+        "compress": rows * s.groups * s.width + planes * completed * s.width // s.kv
         if prefill
         else planes * s.width * (s.l + 1) // s.d,
         "attend_cmp": kv_rows("cmp") * s.width + q + o + scores,
@@ -212,20 +232,33 @@ def step_bytes(s, plan, stages=None):
     return whole
 
 
+def token_gathers(s, whole):
+    """Selected and window rows of one plane that a prefill gathers from each rank. `whole`: rows of a cache."""
+    chunks = prefill_chunks(s)
+    if s.prefix == 0 and len(chunks) == 1:
+        return whole, whole
+    dealt = s.chunk * s.kv
+    piece = max(((end - 1) // dealt - first // dealt + 1) * s.chunk for first, end in chunks)
+    wholes = len(chunks) if s.layers > 1 else int(s.prefix > 0)
+    return wholes * whole + (len(chunks) - wholes) * piece, len(chunks) * piece
+
+
 def exchanges(s):
     """Exchanges of one layer step, without those that send nothing."""
     planes = s.batch * s.groups
-    rows = s.batch * (shard_rows(s.context, s.chunk, s.kv)[0] if s.prefill else 1)
+    stored = shard_rows(s.last + 1, s.chunk, s.kv)[0]
+    rows = s.batch * (stored - shard_rows(s.prefix, s.chunk, s.kv)[1] if s.prefill else 1)
     if s.prefill:
-        chunks = shard_rows(s.context, s.chunk, s.kv)[0] // s.chunk if s.kv > 1 else 0
-        tokens = chunks * s.chunk
-        compressed = shard_rows(int(compressed_tokens(s, s.context - 1)), s.chunk // s.d, s.kv, s.l // s.d - 1)[0]
+        chunks = stored // s.chunk if s.kv > 1 else 0
+        times, tokens = len(prefill_chunks(s)), chunks * s.chunk
+        sel, win = token_gathers(s, tokens)
+        compressed = shard_rows(int(compressed_tokens(s, s.last)), s.chunk // s.d, s.kv, s.l // s.d - 1)[0]
         gathers = [
-            ("raw halo", planes * chunks * (s.l - s.d) * s.width),
-            ("k_cmp, v_cmp", planes * compressed * s.width),
-            ("k_sel, v_sel", planes * tokens * s.width),
-            ("k_win, v_win", 0 if s.shared_kv else planes * tokens * s.width),
-            ("raw ring", planes * s.l * s.width),
+            ("raw halo", times * planes * chunks * (s.l - s.d) * s.width),
+            ("k_cmp, v_cmp", times * planes * compressed * s.width),
+            ("k_sel, v_sel", planes * sel * s.width),
+            ("k_win, v_win", 0 if s.shared_kv else planes * win * s.width),
+            ("raw ring", times * planes * s.l * s.width),
         ]
     else:
         gathers = [

@@ -108,7 +108,7 @@ std::int64_t kv_chunk_blocks(const Config& config, const Point& point) {
   // A rank's prefill runs in tiles of a chunk, and larger tiles waste less at their ends. With 16 chunks a sequence the
   // rank of the last chunk still has little more of the causal triangle than the others.
   constexpr std::int64_t chunks = 16;
-  return std::clamp(point.context / (chunks * config.nsa.l_sel), least, most);
+  return std::clamp((config.run.prefix + point.context) / (chunks * config.nsa.l_sel), least, most);
 }
 
 std::vector<Parameter> parameters(const Config& config, const Point& point) {

@@ -47,6 +47,8 @@ struct RunConfig {
   bool check = true;
   Scope scope = Scope::layer;
   CacheFill fill = CacheFill::prefill;
+  std::int64_t prefix = 0;         ///< prefill: tokens that the caches hold before it
+  std::int64_t prefill_chunk = 0;  ///< tokens of a prefill chunk; 0: auto, the whole context
 };
 
 struct ParallelConfig {

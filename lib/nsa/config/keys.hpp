@@ -111,7 +111,7 @@ void visit_run_keys(ConfigOrConst& c, Visitor&& visit) {
   visit("run.backend", c.run.backend, backend_choices, "",
         "Where the kernels run; auto: CUDA where the build has it and every rank has a GPU, else host.");
   visit("run.context", c.run.context, token_range, "tokens",
-        "Tokens before the first decode step; for the other kinds, tokens of the sequence. Swept.");
+        "Tokens before the first decode step; in a prefill, tokens that it runs; else tokens of the sequence. Swept.");
   visit("run.batch", c.run.batch, small_range, "sequences", "Sequences that run together. Swept.");
   visit("run.steps", c.run.steps, step_range, "steps",
         "Decode steps of each mode, or repetitions of a prefill or kernel; including the warm-up.");
@@ -145,7 +145,12 @@ void visit_run_keys(ConfigOrConst& c, Visitor&& visit) {
   visit("run.scope", c.run.scope, scopes, "",
         "layer: the whole layer; attention: q, K, V and gates are given, and no projection runs.");
   visit("run.fill", c.run.fill, fills, "",
-        "How decode gets its caches: by a prefill, or filled with synthetic values.");
+        "How decode, or the prefix of a prefill, gets its caches: by a prefill, or filled with synthetic values.");
+  visit("run.prefix", c.run.prefix, Range{0, token_range.most}, "tokens",
+        "Prefill: tokens of each sequence that the caches hold before it; the context's tokens follow them.");
+  visit("run.prefill_chunk", c.run.prefill_chunk, AutoOr{token_range}, "tokens",
+        "Prefill in chunks of so many tokens, each through all layers before the next one; auto: the context as a "
+        "whole. Not the chunks of parallel.kv_chunk_blocks, which ranks own.");
 }
 
 template <class ConfigOrConst, class Visitor>
@@ -158,7 +163,7 @@ void visit_parallel_and_route_keys(ConfigOrConst& c, Visitor&& visit) {
         "Shards of each sequence (decode context parallel); auto: ranks / heads.");
   visit("parallel.kv_chunk_blocks", c.parallel.kv_chunk_blocks, AutoOr{{1, 1'000'000}}, "blocks",
         "Selection blocks of a chunk; KV shards own chunks round-robin. auto: 16, in contexts below 128 blocks 8; in a "
-        "prefill, a sixteenth of the context, from 16 to 64.");
+        "prefill, a sixteenth of all positions, from 16 to 64.");
 
   visit("route.cmp", c.route.implementation[cmp], cmp_routes, "",
         "Implementation of compressed attention; auto: the router chooses (ROUTES.md).");

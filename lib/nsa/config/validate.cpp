@@ -164,6 +164,25 @@ void check_run(const Config& c, Checker& check) {
   if (c.output.file.empty()) check.add({"output.file"}, "output.file is empty; name the result file");
 }
 
+/// What a prefill finds in the caches, and its chunks.
+void check_prefill(const Config& c, Checker& check) {
+  if (c.kind != TaskKind::prefill) {
+    if (c.run.prefix > 0)
+      check.add({"run.prefix"},
+                "run.prefix needs task.kind = \"prefill\" (other kinds say by run.context what the caches hold); leave "
+                "it out");
+    if (c.run.prefill_chunk > 0)
+      check.add({"run.prefill_chunk"}, "run.prefill_chunk needs task.kind = \"prefill\"; leave it out");
+    return;
+  }
+  if (!check.valid({"run.context", "run.prefix"})) return;
+  const std::int64_t context = *std::max_element(c.run.context.begin(), c.run.context.end());
+  if (c.run.prefix + context > token_range.most)
+    check.add({"run.prefix", "run.context"},
+              fmt::format("run.prefix + run.context = {} + {} is out of range; together at most {} positions",
+                          c.run.prefix, context, token_range.most));
+}
+
 /// Why no selection of the last position can hold the block of a needle; "" if it can.
 std::string why_never_found(const BlockRules& r, std::int64_t context, double depth) {
   const std::int64_t t = context - 1, position = std::llround(depth * static_cast<double>(t - 1));
@@ -241,7 +260,7 @@ void check_sizes(const Config& c, Checker& check) {
   if (!check.valid({"run.context", "run.batch", "run.steps", "model.n_heads", "model.d_k", "model.d_v", "model.dim"}))
     return;
   const double positions = static_cast<double>(*std::max_element(c.run.context.begin(), c.run.context.end())) +
-                           static_cast<double>(c.run.steps);
+                           static_cast<double>(c.run.prefix + c.run.steps);
   const double batch = static_cast<double>(*std::max_element(c.run.batch.begin(), c.run.batch.end()));
   const double width = static_cast<double>(std::max(c.model.dim, c.model.n_heads * std::max(c.model.d_k, c.model.d_v)));
   if (batch * positions * width > std::pow(2.0, 50))
@@ -258,6 +277,7 @@ void validate(const Config& config) {
   check_layer(config, check);
   check_run(config, check);
   check_launches(config, check);
+  check_prefill(config, check);
   check_needle(config, check);
   check_kernels(config, check);
   check_sizes(config, check);

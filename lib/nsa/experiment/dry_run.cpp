@@ -114,7 +114,7 @@ std::size_t planned_result_bytes(const Config& config, int ranks) {
     if (!config.output.tensors) continue;
     const ModelConfig& m = config.model;
     const double positions = static_cast<double>(total_positions(config, point));
-    const double rows = config.kind == TaskKind::prefill ? positions : reps;
+    const double rows = config.kind == TaskKind::prefill ? static_cast<double>(point.context) : reps;
     const double heads = static_cast<double>(m.n_heads), groups = static_cast<double>(m.n_kv_groups);
     const double d_k = static_cast<double>(m.d_k), d_v = static_cast<double>(m.d_v), dim = static_cast<double>(m.dim);
     const double blocks = positions / config.nsa.l_sel + 1;
@@ -147,7 +147,8 @@ void print_plan(std::ostream& out, const Config& config, int ranks, std::string*
     fmt::print(out, "chunks of {} blocks are dealt round-robin over the {} kv ranks\n", plan.kv_chunk_blocks, plan.kv);
   print_owners(out, config, plan);
   for (const PlannedPoint& point : plan.points) {
-    fmt::print(out, "\ncontext {}, batch {}\n", point.point.context, point.point.batch);
+    fmt::print(out, "\ncontext {}, batch {}{}\n", point.point.context, point.point.batch,
+               config.run.prefix > 0 ? fmt::format(", onto a prefix of {}", config.run.prefix) : "");
     print_memory(out, point);
     print_exchanges(out, config, point);
     print_routes(out, point.routes);

@@ -198,13 +198,17 @@ MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, c
   for (const int group : {partition.heads, partition.kv})
     if (group > 1) e.account.add(MemoryKind::workspace, kernels.max_exchange_memory);
   if (planned.kind == TaskKind::prefill) {
-    PrefillRunner prefill(e, at.context, record);
+    const PrefillRange range = prefill_range(planned, at);
+    if (range.first > 0 && planned.run.fill == CacheFill::prefill) {
+      PrefillRunner prefix(e, {0, range.first}, false);  // freed before the measured prefill allocates its buffers
+    }
+    PrefillRunner prefill(e, range, record);
   } else if (needle) {
-    PrefillRunner prefill(e, at.context, false);
+    PrefillRunner prefill(e, {0, at.context}, false);
     DecodeRunner decode(e, nullptr, true);
   } else {
     if (planned.run.fill == CacheFill::prefill) {
-      PrefillRunner prefill(e, at.context, false);  // freed before decode allocates its buffers
+      PrefillRunner prefill(e, {0, at.context}, false);  // freed before decode allocates its buffers
     }
     DecodeRunner decode(e, nullptr, record);
   }

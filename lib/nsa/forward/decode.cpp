@@ -23,10 +23,6 @@ std::vector<float> by_step(const std::vector<float>& rows, std::int64_t batch, s
   return result;
 }
 
-std::vector<Buffer*> rings_of(LayerCaches& cache) {
-  return {&cache.win.k_memory, &cache.win.v_memory, &cache.raw.k_memory, &cache.raw.v_memory};
-}
-
 }  // namespace
 
 DecodeRunner::DecodeRunner(ModelShard& shard, const TensorSource* source, bool record)
@@ -36,7 +32,8 @@ DecodeRunner::DecodeRunner(ModelShard& shard, const TensorSource* source, bool r
                shard.choose_routes(Phase::decode, decode_tile(shard, nullptr), {})),
       position_(shard.allocator()(MemoryKind::workspace, 8)),
       step_(shard.allocator()(MemoryKind::workspace, 8)),
-      stamps_(shard.allocator()(MemoryKind::workspace, 8 * (1 + 2 * shard.config.run.steps))) {
+      stamps_(shard.allocator()(MemoryKind::workspace, 8 * (1 + 2 * shard.config.run.steps))),
+      rings_(shard) {
   const LayerShape& s = shard.shape();
   const std::int64_t steps = shard.config.run.steps, batch = shard.point.batch,
                      storage = static_cast<std::int64_t>(size_of(s.dtype));
@@ -56,8 +53,6 @@ DecodeRunner::DecodeRunner(ModelShard& shard, const TensorSource* source, bool r
       v_steps_[c] = make(steps * shard.planes() * s.d_v * storage);
     }
   }
-  for (LayerCaches& cache : shard.caches)
-    for (const Buffer* ring : rings_of(cache)) snapshot_.push_back(make(static_cast<std::int64_t>(ring->bytes())));
   if (source) load_inputs(*source);
 }
 
@@ -103,19 +98,14 @@ void DecodeRunner::generate(const TensorSource& source, const GivenTensor& input
 }
 
 void DecodeRunner::snapshot() {
-  std::size_t i = 0;
-  for (LayerCaches& cache : shard_.caches)
-    for (const Buffer* ring : rings_of(cache))
-      shard_.device().copy(snapshot_[i++].data(), ring->data(), ring->bytes(), shard_.streams.compute);
+  rings_.save();
   restore();
 }
 
 void DecodeRunner::restore() {
   const DeviceOps& device = shard_.device();
   Stream* stream = shard_.streams.compute;
-  std::size_t i = 0;
-  for (LayerCaches& cache : shard_.caches)
-    for (const Buffer* ring : rings_of(cache)) device.copy(ring->data(), snapshot_[i++].data(), ring->bytes(), stream);
+  rings_.restore();
   device.copy(position_.data(), &shard_.point.context, 8, stream);
   device.fill(step_.data(), 0, 8, stream);
   device.fill(stamps_.data(), 0, 8, stream);

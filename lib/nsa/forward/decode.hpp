@@ -88,7 +88,7 @@ class DecodeRunner {
   Buffer x_steps_;               ///< [steps][batch, dim]: fp32 with several layers, else storage
   Buffer q_steps_, gate_steps_;  ///< scope = attention: [steps][batch, H, Dk], [steps][batch, groups, 3]
   Buffer k_steps_[branches], v_steps_[branches];
-  std::vector<Buffer> snapshot_;  ///< ring caches of every layer
+  RingSnapshot rings_;
 };
 
 }  // namespace nsa

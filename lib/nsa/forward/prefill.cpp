@@ -14,34 +14,58 @@ AttentionPolicy policy_of(const ModelShard& shard) {
 }
 
 // The most rows whose scores are within the backend's budget.
-QueryTile widest_tile(const ModelShard& shard, std::int64_t positions) {
+QueryTile widest_tile(const ModelShard& shard, const PrefillRange& range) {
   const KernelTable& kernels = *shard.backend.kernels;
   QueryTile tile;
-  tile.max_positions = positions;
-  const std::int64_t chunk = shard.partition.kv == 1 ? positions : shard.partition.chunk_tokens;
-  tile.tokens = static_cast<std::int32_t>(std::min({std::int64_t{kernels.max_tile_tokens}, positions, chunk}));
+  tile.max_positions = range.end;
+  const std::int64_t owned = shard.partition.kv == 1 ? range.end : shard.partition.chunk_tokens;
+  tile.tokens = static_cast<std::int32_t>(
+      std::min({std::int64_t{kernels.max_tile_tokens}, range.end - range.first, range.chunk, owned}));
   if (policy_of(shard).recompute_scores) return tile;  // no scores are stored
-  const std::int64_t rows = compressed_tokens(shard.shape().rules, positions - 1);
+  const std::int64_t rows = compressed_tokens(shard.shape().rules, range.end - 1);
   while (tile.tokens > 1 && kernels.score_bytes(shard.shape(), tile, rows) > kernels.tile_score_budget)
     tile.tokens /= 2;
   return tile;
 }
 
-std::vector<PrefillTile> tiles_of(const Partition& p, std::int64_t positions, std::int64_t tokens) {
+// Appends this rank's tiles of positions [first, end), at most `tokens` long and none across KV chunks.
+void add_tiles(std::vector<PrefillTile>& tiles, const Partition& p, std::int64_t first, std::int64_t end,
+               std::int64_t tokens) {
   const RowMap map = p.tokens(false);
-  std::vector<PrefillTile> tiles;
-  const std::int64_t chunk = std::min(map.chunk, positions);
-  for (std::int64_t c = 0; c * chunk < positions; ++c) {
+  std::int64_t row = 0;
+  for (std::int64_t c = chunk_of(map, first); chunk_begin(map, c) < end; ++c) {
     if (!has_chunk(map, c)) continue;
-    const std::int64_t end = std::min(positions, (c + 1) * chunk);
-    for (std::int64_t t = c * chunk; t < end; t += tokens)
-      tiles.push_back({t, static_cast<std::int32_t>(std::min(tokens, end - t)), map.kv == 1 ? t : row_of(map, t)});
+    const std::int64_t last = std::min(end, chunk_begin(map, c + 1));
+    for (std::int64_t t = std::max(first, chunk_begin(map, c)); t < last; t += tokens) {
+      tiles.push_back({t, static_cast<std::int32_t>(std::min(tokens, last - t)), row});
+      row += tiles.back().tokens;
+    }
   }
-  return tiles;
 }
 
-std::int64_t rows_of(const std::vector<PrefillTile>& tiles) {
-  return tiles.empty() ? 0 : tiles.back().local_row + tiles.back().tokens;
+std::vector<PrefillChunk> chunks_of(std::vector<PrefillTile>& tiles, const Partition& p, const PrefillRange& range,
+                                    std::int64_t tokens) {
+  std::vector<PrefillChunk> chunks;
+  std::int64_t first_row = 0;
+  for (const Span& span : range.chunks()) {
+    PrefillChunk chunk{span, tiles.size(), 0, first_row, 0};
+    add_tiles(tiles, p, chunk.first, chunk.end, tokens);
+    chunk.tiles_end = tiles.size();
+    if (chunk.tiles_end > chunk.tiles_begin) chunk.rows = tiles.back().local_row + tiles.back().tokens;
+    first_row += chunk.rows;
+    chunks.push_back(chunk);
+  }
+  return chunks;
+}
+
+// A view of memory that begins with memory row `row` of the view's map.
+KvView begin_at(KvView view, std::int64_t row, DType type) {
+  view.data = static_cast<std::byte*>(view.data) - row * view.width * static_cast<std::int64_t>(size_of(type));
+  return view;
+}
+
+std::int64_t rows_of(const std::vector<PrefillChunk>& chunks) {
+  return chunks.empty() ? 0 : chunks.back().first_row + chunks.back().rows;
 }
 
 void gather_pair(const char* what, const ModelShard& shard, const KvPair& own, const KvPair& all, Stream* stream) {
@@ -55,19 +79,18 @@ void gather_pair(const char* what, const ModelShard& shard, const KvPair& own, c
 
 }  // namespace
 
-PrefillRunner::PrefillRunner(ModelShard& shard, std::int64_t positions, bool record)
+PrefillRunner::PrefillRunner(ModelShard& shard, const PrefillRange& range, bool record)
     : shard_(shard),
-      positions_(positions),
+      range_(range),
       policy_(policy_of(shard)),
-      tiles_(tiles_of(shard.partition, positions, widest_tile(shard, positions).tokens)),
-      local_rows_(rows_of(tiles_)),
+      chunks_(chunks_of(tiles_, shard.partition, range, widest_tile(shard, range).tokens)),
       buffers_(shard.allocator(), shard.kernels(), shard.config, shard.partition, shard.point,
-               shard.point.batch * local_rows_, widest_tile(shard, positions), false, record, policy_,
-               shard.choose_routes(Phase::prefill, widest_tile(shard, positions), policy_)),
-      starts_(shard.allocator()(MemoryKind::workspace, static_cast<std::int64_t>(tiles_.size() + 1) * 8)) {
+               shard.point.batch * rows_of(chunks_), widest_tile(shard, range), false, record, policy_,
+               shard.choose_routes(Phase::prefill, widest_tile(shard, range), policy_)),
+      starts_(shard.allocator()(MemoryKind::workspace, static_cast<std::int64_t>(tiles_.size() + chunks_.size()) * 8)) {
   std::vector<std::int64_t> starts;
   for (const PrefillTile& tile : tiles_) starts.push_back(tile.first_position);
-  starts.push_back(0);
+  for (const PrefillChunk& chunk : chunks_) starts.push_back(chunk.first);
   shard.device().copy(starts_.data(), starts.data(), starts_.bytes(), shard.streams.compute);
   shard.device().synchronize(shard.streams.compute);
 
@@ -75,9 +98,16 @@ PrefillRunner::PrefillRunner(ModelShard& shard, std::int64_t positions, bool rec
   const auto make = [&](const RowMap& map, std::int64_t rows, std::int64_t ranks = 1) {
     return make_kv(shard.allocator(), MemoryKind::activations, p.shape, shard.planes(), map, rows, ranks);
   };
-  const std::int64_t tokens = p.capacity(p.tokens(false), positions);
-  raw_ = make(p.raw_cmp(), p.capacity(p.raw_cmp(), positions));
+  if (range.first > 0) prefix_rings_.emplace(shard);
+  const std::int64_t tokens = p.capacity(p.tokens(false), range.end);
+  raw_ = make(p.raw_cmp(), p.capacity(p.raw_cmp(), range.end));
   if (!p.shape.shared_kv) win_ = make(p.tokens(false), tokens);
+  const auto clear = [&](const KvPair& pair) {  // rows that a chunk does not write: see AttendArgs::v
+    if (pair.v_memory.bytes() == 0) return;
+    shard.device().fill(pair.v_memory.data(), 0, pair.v_memory.bytes(), shard.streams.compute);
+    shard.device().synchronize(shard.streams.compute);
+  };
+  if (range.in_parts()) clear(win_);
   if (p.kv == 1) return;
   // The caches also hold the decode steps; a gathered copy has the row count of the caches.
   const std::int64_t cached = p.capacity(p.tokens(false), total_positions(shard.config, shard.point));
@@ -86,9 +116,15 @@ PrefillRunner::PrefillRunner(ModelShard& shard, std::int64_t positions, bool rec
   sel_all_ = make(p.tokens(true), cached, p.kv);
   cmp_all_ = make(p.compressed(true), compressed, p.kv);
   if (!p.shape.shared_kv) win_all_ = make(p.tokens(true), tokens, p.kv);
-  heads_ = make(p.raw_heads(false), p.capacity(p.raw_heads(false), positions));
-  heads_all_ = make(p.raw_heads(true), p.capacity(p.raw_heads(false), positions), p.kv);
+  heads_ = make(p.raw_heads(false), p.capacity(p.raw_heads(false), range.end));
+  heads_all_ = make(p.raw_heads(true), p.capacity(p.raw_heads(false), range.end), p.kv);
   ring_all_ = make(p.raw_ring(), p.shape.rules.l, p.kv);
+  if (!range.in_parts()) return;
+  const std::int64_t piece = widest_chunk(p.tokens(false), range);
+  piece_ = make(p.tokens(false), piece);
+  piece_all_ = make(p.tokens(true), piece, p.kv);
+  clear(sel_all_);
+  clear(win_all_);
 }
 
 std::vector<GivenTensor> PrefillRunner::row_inputs() const {
@@ -109,39 +145,53 @@ void PrefillRunner::load_rows(const TensorSource& source) {
 
 void PrefillRunner::load_from_file(const TensorSource& source, const GivenTensor& input) {
   const std::int64_t width = elements_of(input.columns.count), size = static_cast<std::int64_t>(size_of(input.type));
-  for (const PrefillTile& tile : tiles_) {
-    const std::vector<float> rows = given_rows(source, input.name, input.columns, tile.first_position, tile.tokens);
-    for (std::int64_t b = 0; b < shard_.point.batch; ++b) {
-      const auto begin = rows.begin() + b * tile.tokens * width;
-      upload(shard_, std::vector<float>(begin, begin + tile.tokens * width), input.type,
-             input.memory->as<std::byte>() + (b * local_rows_ + tile.local_row) * width * size);
+  for (const PrefillChunk& chunk : chunks_)
+    for (std::size_t i = chunk.tiles_begin; i < chunk.tiles_end; ++i) {
+      const PrefillTile& tile = tiles_[i];
+      const std::vector<float> rows = given_rows(source, input.name, input.columns, tile.first_position, tile.tokens);
+      for (std::int64_t b = 0; b < shard_.point.batch; ++b) {
+        const auto begin = rows.begin() + b * tile.tokens * width;
+        upload(shard_, std::vector<float>(begin, begin + tile.tokens * width), input.type,
+               input.memory->as<std::byte>() + row_of_tile(chunk, b, tile) * width * size);
+      }
     }
-  }
 }
 
 void PrefillRunner::generate(const TensorSource& source, const GivenTensor& input) {
   KvView rows;
-  rows.data = input.memory->data();
   rows.map = shard_.partition.tokens(false);
   rows.width = static_cast<std::int32_t>(elements_of(input.columns.count));
-  rows.plane_stride = local_rows_ * rows.width;
-  make_rows(shard_, source, input.name, input.columns, input.type, rows, 0, positions_);
+  for (const PrefillChunk& chunk : chunks_) {
+    rows.plane_stride = chunk.rows * rows.width;
+    // The chunk's first row is the first that is written: earlier rows of the map would lie before the memory.
+    const std::int64_t before = shard_.point.batch * chunk.first_row - owned_rows(rows.map, chunk.first);
+    rows.data = input.memory->as<std::byte>() + before * rows.width * static_cast<std::int64_t>(size_of(input.type));
+    make_rows(shard_, source, input.name, input.columns, input.type, rows, chunk.first, chunk.end);
+  }
 }
 
 void PrefillRunner::load_kv(const TensorSource& source) {
-  fill_kv(shard_, source, sel, shard_.caches[0].sel, 0, positions_);
-  fill_kv(shard_, source, cmp, raw_, 0, positions_);
-  if (!shard_.shape().shared_kv) fill_kv(shard_, source, win, win_, 0, positions_);
+  fill_kv(shard_, source, sel, shard_.caches[0].sel, range_.first, range_.end);
+  fill_kv(shard_, source, cmp, raw_, range_.first, range_.end);
+  if (!shard_.shape().shared_kv) fill_kv(shard_, source, win, win_, range_.first, range_.end);
+}
+
+void PrefillRunner::snapshot() {
+  if (prefix_rings_) prefix_rings_->save();
+}
+
+void PrefillRunner::restore() {
+  if (prefix_rings_) prefix_rings_->restore();
 }
 
 template <class Body>
-void PrefillRunner::each_tile(Body&& body) {
+void PrefillRunner::each_tile(const PrefillChunk& chunk, Body&& body) {
   const std::int64_t work_tiles = shard_.config.model.layers * shard_.point.batch * tile_count();
   for (std::int64_t b = 0; b < shard_.point.batch; ++b)
-    for (std::size_t i = 0; i < tiles_.size(); ++i) {
+    for (std::size_t i = chunk.tiles_begin; i < chunk.tiles_end; ++i) {
       const QueryTile rows{static_cast<std::int32_t>(b), 1, tiles_[i].tokens, starts_.as<std::int64_t>() + i,
-                           positions_};
-      body(tiles_[i], rows, b * local_rows_ + tiles_[i].local_row);
+                           chunk.end};
+      body(tiles_[i], rows, row_of_tile(chunk, b, tiles_[i]));
       if (watch_) watch_(static_cast<double>(++tiles_done_) / static_cast<double>(2 * work_tiles));
     }
 }
@@ -162,15 +212,33 @@ StepContext PrefillRunner::context(std::int64_t layer, const StepOptions& option
           .v = {caches.v[cmp], caches.v[sel], caches.v[win]}};
 }
 
-void PrefillRunner::copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t span_begin,
-                              std::int64_t span_end) {
-  shard_.kernels().copy_rows({shard_.shape().dtype, src, dst, shard_.planes(), first, positions_, span_begin, span_end},
-                             shard_.streams.compute);
+void PrefillRunner::copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t last,
+                              std::int64_t span_begin, std::int64_t span_end, Stream* stream) {
+  shard_.kernels().copy_rows({shard_.shape().dtype, src, dst, shard_.planes(), first, last, span_begin, span_end},
+                             stream);
 }
 
-void PrefillRunner::project_rows(std::int64_t layer, const StepOptions& options, StageTimer& timer) {
+// The window's tokens before the chunk, and the positions of compressed tokens that it completes.
+void PrefillRunner::read_rings(const PrefillChunk& chunk, std::int64_t layer) {
+  if (chunk.first == 0) return;
+  const LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
+  const Partition& p = shard_.partition;
+  const BlockRules& r = p.shape.rules;
+  const std::int64_t stored = p.kv == 1 ? chunk.first : p.chunk_tokens;  // rows of a KV chunk
+  const std::int64_t raw_first = std::max<std::int64_t>(0, chunk.first - r.l);
+  copy_rows(cache.raw.k, raw_.k, raw_first, chunk.first, 0, stored + r.l - r.d);
+  copy_rows(cache.raw.v, raw_.v, raw_first, chunk.first, 0, stored + r.l - r.d);
+  if (p.shape.shared_kv) return;
+  const std::int64_t win_first = std::max<std::int64_t>(0, chunk.first - r.w);
+  const KvPair& to = p.kv == 1 ? win_ : win_all_;
+  copy_rows(cache.win.k, to.k, win_first, chunk.first, 0, stored);
+  copy_rows(cache.win.v, to.v, win_first, chunk.first, 0, stored);
+}
+
+void PrefillRunner::project_rows(const PrefillChunk& chunk, std::int64_t layer, const StepOptions& options,
+                                 StageTimer& timer) {
   LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
-  each_tile([&](const PrefillTile&, const QueryTile& rows, std::int64_t first_row) {
+  each_tile(chunk, [&](const PrefillTile&, const QueryTile& rows, std::int64_t first_row) {
     const StepContext ctx = context(layer, options, {}, rows, first_row);
     timer.time(Stage::project, [&] { project(ctx); });
     timer.time(Stage::append, [&] {
@@ -181,21 +249,23 @@ void PrefillRunner::project_rows(std::int64_t layer, const StepOptions& options,
   });
 }
 
-// A chunk's last compressed tokens reach l - d positions into the next chunk, which another rank holds.
-void PrefillRunner::exchange_raw_halo() {
+// A KV chunk's last compressed tokens reach l - d positions into the next one, which another rank holds.
+void PrefillRunner::exchange_raw_halo(const PrefillChunk& chunk) {
   const Partition& p = shard_.partition;
   const std::int64_t halo = p.shape.rules.l - p.shape.rules.d;
   if (p.kv == 1 || halo == 0) return;
-  copy_rows(raw_.k, heads_.k, 0, 0, halo);
-  copy_rows(raw_.v, heads_.v, 0, 0, halo);
+  copy_rows(raw_.k, heads_.k, chunk.first, chunk.end, 0, halo);
+  copy_rows(raw_.v, heads_.v, chunk.first, chunk.end, 0, halo);
   gather_pair("raw halo", shard_, heads_, heads_all_, shard_.streams.compute);
-  copy_rows(heads_all_.k, raw_.k, 0, p.chunk_tokens, p.chunk_tokens + halo);
-  copy_rows(heads_all_.v, raw_.v, 0, p.chunk_tokens, p.chunk_tokens + halo);
+  copy_rows(heads_all_.k, raw_.k, chunk.first, chunk.end, p.chunk_tokens, p.chunk_tokens + halo);
+  copy_rows(heads_all_.v, raw_.v, chunk.first, chunk.end, p.chunk_tokens, p.chunk_tokens + halo);
 }
 
-void PrefillRunner::compress_rows(std::int64_t layer) {
-  const QueryTile rows{0, static_cast<std::int32_t>(shard_.point.batch), static_cast<std::int32_t>(positions_),
-                       starts_.as<std::int64_t>() + tiles_.size(), positions_};
+void PrefillRunner::compress_rows(const PrefillChunk& chunk, std::int64_t layer) {
+  const std::int64_t index = &chunk - chunks_.data();
+  const QueryTile rows{0, static_cast<std::int32_t>(shard_.point.batch),
+                       static_cast<std::int32_t>(chunk.end - chunk.first),
+                       starts_.as<std::int64_t>() + std::ssize(tiles_) + index, chunk.end};
   CompressArgs args{{shard_.shape(), rows, policy_, buffers_.scratch.data(), buffers_.scratch.bytes()}};
   if (shard_.config.run.scope == Scope::layer) {
     args.phi_k = shard_.weights[layer].layer().phi_k;
@@ -217,47 +287,71 @@ PrefillRunner::CacheViews PrefillRunner::gathered(std::int64_t layer) {
   return views(cmp_all_, sel_all_, shard_.shape().shared_kv ? sel_all_ : win_all_);
 }
 
-void PrefillRunner::gather_tokens(std::int64_t layer, Stream* stream) {
-  gather_pair("k_sel, v_sel", shard_, shard_.caches[static_cast<std::size_t>(layer)].sel, sel_all_, stream);
-  if (!shard_.shape().shared_kv) gather_pair("k_win, v_win", shard_, win_, win_all_, stream);
+// The chunk's own rows of all ranks.
+void PrefillRunner::gather_rows(const char* what, const PrefillChunk& chunk, const KvPair& own, const KvPair& all,
+                                Stream* stream) {
+  const Partition& p = shard_.partition;
+  const std::int64_t row = memory_rows(own.k.map, chunk).first;
+  const auto copy = [&](const KvView& from, const KvView& to) {
+    copy_rows(from, to, chunk.first, chunk.end, 0, p.chunk_tokens, stream);
+  };
+  copy(own.k, begin_at(piece_.k, row, p.shape.dtype));
+  copy(own.v, begin_at(piece_.v, row, p.shape.dtype));
+  gather_pair(what, shard_, piece_, piece_all_, stream);
+  copy(begin_at(piece_all_.k, row, p.shape.dtype), all.k);
+  copy(begin_at(piece_all_.v, row, p.shape.dtype), all.v);
 }
 
-void PrefillRunner::gather_compressed(std::int64_t layer) {
+// The window's rows before the chunk come from the ring; those of sel are gathered again where other layers' rows have
+// taken their place, and in the first chunk.
+void PrefillRunner::gather_tokens(const PrefillChunk& chunk, std::int64_t layer, Stream* stream) {
+  const KvPair& own = shard_.caches[static_cast<std::size_t>(layer)].sel;
+  const bool holds_earlier = shard_.config.model.layers == 1 && (chunk.first == 0 || chunk.first > range_.first);
+  if (range_.in_parts() && holds_earlier)
+    gather_rows("k_sel, v_sel", chunk, own, sel_all_, stream);
+  else
+    gather_pair("k_sel, v_sel", shard_, own, sel_all_, stream);
+  if (shard_.shape().shared_kv) return;
+  if (range_.in_parts())
+    gather_rows("k_win, v_win", chunk, win_, win_all_, stream);
+  else
+    gather_pair("k_win, v_win", shard_, win_, win_all_, stream);
+}
+
+void PrefillRunner::gather_compressed(const PrefillChunk& chunk, std::int64_t layer) {
   LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
   Stream* stream = shard_.streams.compute;
   gather_pair("k_cmp, v_cmp", shard_, cache.cmp, cmp_all_, stream);
   // Decode also scores the compressed tokens before each chunk that reach into its first block.
   const std::int64_t halo = cache.cmp.k.map.halo;
-  const std::int64_t tokens = compressed_tokens(shard_.shape().rules, positions_ - 1);
+  const std::int64_t tokens = compressed_tokens(shard_.shape().rules, chunk.end - 1);
   for (const bool value : {false, true})
     shard_.kernels().copy_rows({shard_.shape().dtype, value ? cmp_all_.v : cmp_all_.k,
                                 value ? cache.cmp.v : cache.cmp.k, shard_.planes(), 0, tokens, -halo, 0},
                                stream);
 }
 
-// Fills the rings that decode starts from: the last w tokens of the window, the last l of the cmp projections, on every
-// rank.
-void PrefillRunner::fill_rings(std::int64_t layer, const CacheViews& caches) {
+// Fills the rings that decode, or the next prefill chunk, starts from: the last w tokens of the window, the last l of
+// the cmp projections, on every rank.
+void PrefillRunner::fill_rings(const PrefillChunk& chunk, std::int64_t layer, const CacheViews& caches) {
   LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
   const BlockRules& r = shard_.shape().rules;
-  const std::int64_t win_first = std::max<std::int64_t>(0, positions_ - r.w);
-  copy_rows(caches.k[win], cache.win.k, win_first, 0, positions_);
-  copy_rows(caches.v[win], cache.win.v, win_first, 0, positions_);
-  const std::int64_t raw_first = std::max<std::int64_t>(0, positions_ - r.l);
-  copy_rows(raw_.k, cache.raw.k, raw_first, 0, positions_);
-  copy_rows(raw_.v, cache.raw.v, raw_first, 0, positions_);
+  const std::int64_t win_first = std::max<std::int64_t>(0, chunk.end - r.w);
+  copy_rows(caches.k[win], cache.win.k, win_first, chunk.end, 0, chunk.end);
+  copy_rows(caches.v[win], cache.win.v, win_first, chunk.end, 0, chunk.end);
+  const std::int64_t raw_first = std::max<std::int64_t>(0, chunk.end - r.l);
+  copy_rows(raw_.k, cache.raw.k, raw_first, chunk.end, 0, chunk.end);
+  copy_rows(raw_.v, cache.raw.v, raw_first, chunk.end, 0, chunk.end);
   const Partition& p = shard_.partition;
   if (p.kv == 1) return;
   gather_pair("raw ring", shard_, cache.raw, ring_all_, shard_.streams.compute);
   const std::int64_t size = static_cast<std::int64_t>(size_of(p.shape.dtype));
-  for (std::int64_t c = raw_first / p.chunk_tokens; c * p.chunk_tokens < positions_; ++c)
+  for (std::int64_t c = raw_first / p.chunk_tokens; c * p.chunk_tokens < chunk.end; ++c)
     for (const bool value : {false, true}) {
       KvView src = value ? ring_all_.v : ring_all_.k;
       src.data = static_cast<std::byte*>(src.data) + owner_of_chunk(p.tokens(true), c) * src.rank_stride * size;
-      shard_.kernels().copy_rows(
-          {p.shape.dtype, src, value ? cache.raw.v : cache.raw.k, shard_.planes(),
-           std::max(raw_first, c * p.chunk_tokens), std::min(positions_, (c + 1) * p.chunk_tokens), 0, positions_},
-          shard_.streams.compute);
+      copy_rows(src, value ? cache.raw.v : cache.raw.k, std::max(raw_first, c * p.chunk_tokens),
+                std::min(chunk.end, (c + 1) * p.chunk_tokens), 0, chunk.end);
     }
 }
 
@@ -284,18 +378,20 @@ void PrefillRunner::attention(const StepContext& ctx, StageTimer& timer) {
   staged_attention(ctx, timer);
 }
 
-void PrefillRunner::attend_rows(std::int64_t layer, const StepOptions& options, const CacheViews& caches,
-                                StageTimer& timer, const OnTile& on_tile) {
+void PrefillRunner::attend_rows(const PrefillChunk& chunk, std::int64_t layer, const StepOptions& options,
+                                const CacheViews& caches, StageTimer& timer, const OnTile& on_tile) {
   const bool last_layer = layer + 1 == shard_.config.model.layers;
-  each_tile([&](const PrefillTile& tile, const QueryTile& rows, std::int64_t first_row) {
+  each_tile(chunk, [&](const PrefillTile& tile, const QueryTile& rows, std::int64_t first_row) {
     const StepContext ctx = context(layer, options, caches, rows, first_row);
     attention(ctx, timer);
     if (ctx.whole_layer()) timer.time(Stage::output, [&] { output(ctx); });
     if (on_tile && last_layer) on_tile(ctx, tile);
   });
   if (shard_.config.run.scope == Scope::layer)
-    timer.time(Stage::comm,
-               [&] { sum_outputs(context(layer, options, caches, {}, 0), shard_.point.batch * local_rows_); });
+    timer.time(Stage::comm, [&] {
+      const std::int64_t batch = shard_.point.batch;
+      sum_outputs(context(layer, options, caches, {}, batch * chunk.first_row), batch * chunk.rows);
+    });
 }
 
 void PrefillRunner::start() {
@@ -304,40 +400,43 @@ void PrefillRunner::start() {
   shard_.device().fill(buffers_.reads.data(), 0, buffers_.reads.bytes(), shard_.streams.compute);
 }
 
-PrefillRunner::CacheViews PrefillRunner::make_caches(std::int64_t layer, const StepOptions& options,
-                                                     StageTimer& timer) {
-  if (shard_.config.run.scope == Scope::layer) project_rows(layer, options, timer);
+PrefillRunner::CacheViews PrefillRunner::make_caches(const PrefillChunk& chunk, std::int64_t layer,
+                                                     const StepOptions& options, StageTimer& timer) {
+  timer.time(Stage::append, [&] { read_rings(chunk, layer); });
+  if (shard_.config.run.scope == Scope::layer) project_rows(chunk, layer, options, timer);
   const bool gathers = shard_.partition.kv > 1, overlap = gathers && !timer.per_stage();
-  timer.time(Stage::comm, [&] { exchange_raw_halo(); });
+  timer.time(Stage::comm, [&] { exchange_raw_halo(chunk); });
   // Compression hides the largest exchange. A communicator has one exchange under way at a time.
-  if (overlap) shard_.streams.on_side([&](Stream* side) { gather_tokens(layer, side); });
-  timer.time(Stage::compress, [&] { compress_rows(layer); });
+  if (overlap) shard_.streams.on_side([&](Stream* side) { gather_tokens(chunk, layer, side); });
+  timer.time(Stage::compress, [&] { compress_rows(chunk, layer); });
   if (overlap) shard_.streams.wait_side();
   timer.time(Stage::comm, [&] {
-    if (gathers && !overlap) gather_tokens(layer, shard_.streams.compute);
-    if (gathers) gather_compressed(layer);
+    if (gathers && !overlap) gather_tokens(chunk, layer, shard_.streams.compute);
+    if (gathers) gather_compressed(chunk, layer);
   });
   const CacheViews caches = gathered(layer);
-  timer.time(Stage::append, [&] { fill_rings(layer, caches); });
+  timer.time(Stage::append, [&] { fill_rings(chunk, layer, caches); });
   return caches;
 }
 
 void PrefillRunner::run(StageTimer& timer, const StepOptions& options, const OnTile& on_tile) {
   start();
-  for (std::int64_t layer = 0; layer < shard_.config.model.layers; ++layer) {
-    const CacheViews caches = make_caches(layer, options, timer);
-    const Buffer& k_sel = shard_.caches[static_cast<std::size_t>(layer)].sel.k_memory;
-    fault::flip("cache.k", shard_.device(), k_sel.data(), k_sel.bytes(), shard_.streams.compute);
-    attend_rows(layer, options, caches, timer, on_tile);
-  }
+  for (const PrefillChunk& chunk : chunks_)
+    for (std::int64_t layer = 0; layer < shard_.config.model.layers; ++layer) {
+      const CacheViews caches = make_caches(chunk, layer, options, timer);
+      const Buffer& k_sel = shard_.caches[static_cast<std::size_t>(layer)].sel.k_memory;
+      fault::flip("cache.k", shard_.device(), k_sel.data(), k_sel.bytes(), shard_.streams.compute);
+      attend_rows(chunk, layer, options, caches, timer, on_tile);
+    }
 }
 
 void PrefillRunner::fill_caches(StageTimer& timer) {
   start();
-  for (std::int64_t layer = 0; layer < shard_.config.model.layers; ++layer) {
-    const CacheViews caches = make_caches(layer, {}, timer);
-    if (layer + 1 < shard_.config.model.layers) attend_rows(layer, {}, caches, timer, nullptr);
-  }
+  for (const PrefillChunk& chunk : chunks_)
+    for (std::int64_t layer = 0; layer < shard_.config.model.layers; ++layer) {
+      const CacheViews caches = make_caches(chunk, layer, {}, timer);
+      if (layer + 1 < shard_.config.model.layers) attend_rows(chunk, layer, {}, caches, timer, nullptr);
+    }
 }
 
 }  // namespace nsa

@@ -1,8 +1,13 @@
 #pragma once
-// Prefill: a rank has the query rows of its chunks. K and V are gathered in each layer; queries run tile by tile.
+// Prefill: a rank has the query rows of its KV chunks. K and V are gathered in each layer; queries run tile by tile.
+//
+// A prefill runs on caches that may hold earlier tokens, its prefix, and as one or several prefill chunks: all layers
+// of one chunk, then of the next, whose prefix then includes it. Before a chunk, the rings hold the last tokens of its
+// prefix, which its windows and its first compressed tokens need.
 
 #include <functional>
 #include <iterator>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -16,13 +21,25 @@ namespace nsa {
 struct PrefillTile {
   std::int64_t first_position = 0;
   std::int32_t tokens = 0;
-  std::int64_t local_row = 0;  ///< within the rank's rows of a sequence
+  std::int64_t local_row = 0;  ///< within the rank's rows of a sequence and prefill chunk
 };
 
-/// Runs a prefill of `positions` tokens and owns its memory, which is released before decode starts.
+/// A prefill chunk and this rank's part of it: tiles [tiles_begin, tiles_end), `rows` query rows of each sequence.
+/// Buffers of all query rows hold the rows of each prefill chunk together: [batch][rows] from batch * first_row on.
+struct PrefillChunk : Span {
+  std::size_t tiles_begin = 0, tiles_end = 0;
+  std::int64_t first_row = 0, rows = 0;
+};
+
+/// Runs a prefill and owns its memory, which is released before decode starts.
 class PrefillRunner {
  public:
-  PrefillRunner(ModelShard& shard, std::int64_t positions, bool record);
+  PrefillRunner(ModelShard& shard, const PrefillRange& range, bool record);
+
+  /// Keeps a copy of the rings for restore. Only with a prefix: a run starts from its rings, and overwrites them.
+  void snapshot();
+  /// Queues the rings' return to the prefix. Before every run; without a prefix there is nothing to do.
+  void restore();
 
   /// Loads x (scope = layer) or q and gates (attention) of this rank's rows. Untimed, before every run.
   void load_rows(const TensorSource& source);
@@ -60,33 +77,46 @@ class PrefillRunner {
   StepContext context(std::int64_t layer, const StepOptions& options, const CacheViews& caches, const QueryTile& rows,
                       std::int64_t first_row);
   void start();
-  CacheViews make_caches(std::int64_t layer, const StepOptions& options, StageTimer& timer);
-  void project_rows(std::int64_t layer, const StepOptions& options, StageTimer& timer);
-  void exchange_raw_halo();
-  void compress_rows(std::int64_t layer);
+  CacheViews make_caches(const PrefillChunk& chunk, std::int64_t layer, const StepOptions& options, StageTimer& timer);
+  void read_rings(const PrefillChunk& chunk, std::int64_t layer);
+  void project_rows(const PrefillChunk& chunk, std::int64_t layer, const StepOptions& options, StageTimer& timer);
+  void exchange_raw_halo(const PrefillChunk& chunk);
+  void compress_rows(const PrefillChunk& chunk, std::int64_t layer);
   CacheViews gathered(std::int64_t layer);
-  void gather_tokens(std::int64_t layer, Stream* stream);
-  void gather_compressed(std::int64_t layer);
-  void fill_rings(std::int64_t layer, const CacheViews& caches);
-  void attend_rows(std::int64_t layer, const StepOptions& options, const CacheViews& caches, StageTimer& timer,
-                   const OnTile& on_tile);
+  void gather_rows(const char* what, const PrefillChunk& chunk, const KvPair& own, const KvPair& all, Stream* stream);
+  void gather_tokens(const PrefillChunk& chunk, std::int64_t layer, Stream* stream);
+  void gather_compressed(const PrefillChunk& chunk, std::int64_t layer);
+  void fill_rings(const PrefillChunk& chunk, std::int64_t layer, const CacheViews& caches);
+  void attend_rows(const PrefillChunk& chunk, std::int64_t layer, const StepOptions& options, const CacheViews& caches,
+                   StageTimer& timer, const OnTile& on_tile);
   void attention(const StepContext& ctx, StageTimer& timer);
   void staged_attention(const StepContext& ctx, StageTimer& timer);
-  /// body(tile, query rows, first row within the buffers of all rows)
+  /// Of the tile's first query, within the buffers of all query rows.
+  std::int64_t row_of_tile(const PrefillChunk& chunk, std::int64_t batch, const PrefillTile& tile) const {
+    return shard_.point.batch * chunk.first_row + batch * chunk.rows + tile.local_row;
+  }
+  /// body(tile, query rows, first row within the buffers of all query rows)
   template <class Body>
-  void each_tile(Body&& body);
-  void copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t span_begin,
-                 std::int64_t span_end);
+  void each_tile(const PrefillChunk& chunk, Body&& body);
+  /// Rows of [first, last), as CopyRowsArgs.
+  void copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t last, std::int64_t span_begin,
+                 std::int64_t span_end, Stream* stream);
+  void copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t last, std::int64_t span_begin,
+                 std::int64_t span_end) {
+    copy_rows(src, dst, first, last, span_begin, span_end, shard_.streams.compute);
+  }
 
   ModelShard& shard_;
-  const std::int64_t positions_;
-  const AttentionPolicy policy_;  ///< of the buffers; it stays the same when another implementation takes over
-  const std::vector<PrefillTile> tiles_;
-  const std::int64_t local_rows_;  ///< of one sequence
+  const PrefillRange range_;
+  const AttentionPolicy policy_;    ///< of the buffers; it stays the same when another implementation takes over
+  std::vector<PrefillTile> tiles_;  ///< of all prefill chunks
+  const std::vector<PrefillChunk> chunks_;  ///< by rising position
   StepBuffers buffers_;
-  Buffer starts_;                       ///< [tiles] first positions, then one 0
-  KvPair raw_, win_;                    ///< own rows of the cmp and win projections
+  Buffer starts_;  ///< first positions, of the [tiles] and then of the [chunks]
+  std::optional<RingSnapshot> prefix_rings_;
+  KvPair raw_, win_;                    ///< own rows of the cmp and win projections, at their positions
   KvPair sel_all_, cmp_all_, win_all_;  ///< gathered, kv > 1
+  KvPair piece_, piece_all_;            ///< a prefill chunk's rows of these, own and gathered
   KvPair heads_, heads_all_, ring_all_;
   std::function<void(double)> watch_;
   bool fuses_attention_ = true;  ///< until a launch of the fused operation fails

@@ -337,11 +337,12 @@ void gather_heads(const StepContext& ctx) {
 
 void sum_outputs(const StepContext& ctx, std::int64_t rows) {
   const auto count = static_cast<std::size_t>(rows * ctx.stage.shape.dim);
-  const StepBuffers& b = ctx.buffers;
-  if (ctx.one_launch) ctx.shard.comms->kv.all_reduce_sum("outputs", b.y.as<float>(), count, ctx.stream());
-  ctx.shard.comms->heads.all_reduce_sum("outputs", b.y.as<float>(), count, ctx.stream());
+  const std::int64_t first = ctx.first_row * ctx.stage.shape.dim;
+  float* y = floats_at(ctx.buffers.y, first);
+  if (ctx.one_launch) ctx.shard.comms->kv.all_reduce_sum("outputs", y, count, ctx.stream());
+  ctx.shard.comms->heads.all_reduce_sum("outputs", y, count, ctx.stream());
   if (ctx.shard.config.model.layers > 1)
-    ctx.shard.kernels().add(static_cast<std::int64_t>(count), b.x.as<float>(), b.y.as<float>(), ctx.stream());
+    ctx.shard.kernels().add(static_cast<std::int64_t>(count), floats_at(ctx.buffers.x, first), y, ctx.stream());
 }
 
 }  // namespace nsa

@@ -82,7 +82,8 @@ void exchange_partials(const StepContext& ctx, Stream* stream);
 void align_ranks(const StepContext& ctx);
 /// o of all heads on every rank, after a step that leaves it cut by heads. For checks: no timed step needs it.
 void gather_heads(const StepContext& ctx);
-/// Sums y [rows, dim] over the ranks that have other heads and, with several layers, adds it to the residual stream.
+/// Sums y [rows, dim] from the context's first row on over the ranks that have other heads and, with several layers,
+/// adds it to the residual stream.
 void sum_outputs(const StepContext& ctx, std::int64_t rows);
 
 }  // namespace nsa

@@ -54,4 +54,32 @@ std::size_t ModelShard::choose_routes(Phase phase, const QueryTile& tile, const 
   return routes.scratch_bytes(kernels(), phase, shape(), tile, policy);
 }
 
+namespace {
+
+std::vector<const Buffer*> rings_of(const std::vector<LayerCaches>& caches) {
+  std::vector<const Buffer*> rings;
+  for (const LayerCaches& cache : caches)
+    for (const KvPair* pair : {&cache.win, &cache.raw}) rings.insert(rings.end(), {&pair->k_memory, &pair->v_memory});
+  return rings;
+}
+
+}  // namespace
+
+RingSnapshot::RingSnapshot(ModelShard& shard) : shard_(shard) {
+  for (const Buffer* ring : rings_of(shard.caches))
+    copies_.push_back(shard.allocator()(MemoryKind::activations, static_cast<std::int64_t>(ring->bytes())));
+}
+
+void RingSnapshot::save() {
+  std::size_t i = 0;
+  for (const Buffer* ring : rings_of(shard_.caches))
+    shard_.device().copy(copies_[i++].data(), ring->data(), ring->bytes(), shard_.streams.compute);
+}
+
+void RingSnapshot::restore() {
+  std::size_t i = 0;
+  for (const Buffer* ring : rings_of(shard_.caches))
+    shard_.device().copy(ring->data(), copies_[i++].data(), ring->bytes(), shard_.streams.compute);
+}
+
 }  // namespace nsa

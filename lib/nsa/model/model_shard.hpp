@@ -64,4 +64,16 @@ struct ModelShard {
   void allocate(const TensorSource* source);
 };
 
+/// A copy of the ring caches of every layer. Steps overwrite rings; other caches only grow.
+class RingSnapshot {
+ public:
+  explicit RingSnapshot(ModelShard& shard);
+  void save();     ///< queues the copy of the rings
+  void restore();  ///< queues the copy back
+
+ private:
+  ModelShard& shard_;
+  std::vector<Buffer> copies_;
+};
+
 }  // namespace nsa

@@ -121,8 +121,33 @@ std::int64_t owned_rows(const RowMap& m, std::int64_t rows) {
   return sum;
 }
 
+Span memory_rows(const RowMap& m, const Span& positions) {
+  return {chunk_of(m, positions.first) / m.kv * m.stride, (chunk_of(m, positions.end - 1) / m.kv + 1) * m.stride};
+}
+
+std::vector<Span> PrefillRange::chunks() const {
+  std::vector<Span> spans;
+  for (std::int64_t at = first; at < end; at = spans.back().end) spans.push_back({at, at + std::min(chunk, end - at)});
+  return spans;
+}
+
+std::int64_t widest_chunk(const RowMap& m, const PrefillRange& range) {
+  std::int64_t widest = 0;
+  for (const Span& chunk : range.chunks()) {
+    const Span rows = memory_rows(m, chunk);
+    widest = std::max(widest, rows.end - rows.first);
+  }
+  return widest;
+}
+
+PrefillRange prefill_range(const Config& config, const Point& point) {
+  PrefillRange range{config.run.prefix, total_positions(config, point)};
+  if (config.run.prefill_chunk > 0) range.chunk = config.run.prefill_chunk;
+  return range;
+}
+
 std::int64_t total_positions(const Config& config, const Point& point) {
-  return point.context + (config.kind == TaskKind::prefill ? 0 : config.run.steps);
+  return point.context + (config.kind == TaskKind::prefill ? config.run.prefix : config.run.steps);
 }
 
 }  // namespace nsa

@@ -47,7 +47,27 @@ std::int64_t nsa_vibe_reads(const BlockRules& rules, std::int64_t t);
 /// Rows [0, rows) of a sharded sequence that the map's rank owns.
 std::int64_t owned_rows(const RowMap& local, std::int64_t rows);
 
-/// Positions that a point needs memory for: its context, and in decode its steps.
+/// Positions [first, end) of a sequence.
+struct Span {
+  std::int64_t first = 0, end = 0;
+};
+
+/// The rows of memory that hold the positions of a span under a local map: rows [first, end), the same on every rank.
+Span memory_rows(const RowMap& local, const Span& positions);
+
+/// The positions [first, end) that a prefill runs, `chunk` of them at a time. The caches hold those before `first`.
+struct PrefillRange {
+  std::int64_t first = 0, end = 0, chunk = INT64_MAX;
+  std::vector<Span> chunks() const;  ///< the prefill chunks, by rising position
+  /// Whether a chunk finds rows before it, or leaves rows to the next one.
+  bool in_parts() const { return first > 0 || end - first > chunk; }
+};
+/// The most rows of memory that the positions of a prefill chunk take, KV chunks whole.
+std::int64_t widest_chunk(const RowMap& local, const PrefillRange& range);
+/// That of a point of kind = "prefill".
+PrefillRange prefill_range(const Config& config, const Point& point);
+
+/// Positions that a point needs memory for: its context; in decode its steps, in a prefill its prefix.
 std::int64_t total_positions(const Config& config, const Point& point);
 
 }  // namespace nsa

@@ -1,27 +1,63 @@
 #include "nsa/model/traffic.hpp"
 
+#include <algorithm>
+#include <iterator>
+
 #include "nsa/results/schema.hpp"
 
 namespace nsa {
+
+namespace {
+
+/// K/V rows of a branch that a prefill reads where every chunk reads each row once, for one (sequence, group).
+std::int64_t prefill_kv_rows(const Config& config, const Point& point, Branch c) {
+  std::int64_t rows = 0;
+  for (const Span& chunk : prefill_range(config, point).chunks())
+    rows += c == cmp   ? compressed_tokens(config.nsa, chunk.end - 1)
+            : c == sel ? chunk.end
+                       : chunk.end - window_begin(config.nsa, chunk.first);
+  return rows;
+}
+
+/// Bytes of one rank's rows that a prefill gathers of selected and of window tokens, of `width` bytes each.
+struct TokenGathers {
+  std::int64_t sel = 0, win = 0;
+  TokenGathers(const Config& config, const Partition& p, const Point& point, std::int64_t width) {
+    const PrefillRange range = prefill_range(config, point);
+    const RowMap map = p.tokens(false);
+    const std::int64_t whole = p.capacity(map, range.end), times = std::ssize(range.chunks());
+    sel = win = whole * width;
+    if (p.kv == 1 || !range.in_parts()) return;
+    const std::int64_t piece = widest_chunk(map, range);
+    const std::int64_t wholes = config.model.layers > 1 ? times : range.first > 0 ? 1 : 0;
+    sel = (wholes * whole + (times - wholes) * piece) * width;
+    win = times * piece * width;
+  }
+};
+
+}  // namespace
 
 std::vector<Exchange> exchanges(const Config& config, const Partition& p, const Point& point) {
   const LayerShape& s = p.shape;
   const bool prefill = config.kind == TaskKind::prefill;
   const std::int64_t storage = static_cast<std::int64_t>(size_of(s.dtype));
   const std::int64_t planes = point.batch * s.groups, width = (s.d_k + s.d_v) * storage;
-  const std::int64_t rows = prefill ? point.batch * p.capacity(p.tokens(false), point.context) : point.batch;
+  const std::int64_t total = total_positions(config, point), tokens = p.capacity(p.tokens(false), total);
+  const std::int64_t rows =
+      prefill ? point.batch * (tokens - owned_rows(p.tokens(false), config.run.prefix)) : point.batch;
   std::vector<Exchange> list;
   const auto gather = [&](const char* name, std::int64_t bytes) {
     if (p.kv > 1 && bytes > 0) list.push_back({name, "all_gather", p.kv, bytes});
   };
   if (prefill) {
-    const std::int64_t tokens = p.capacity(p.tokens(false), point.context);
-    const std::int64_t compressed = p.capacity(p.compressed(false), compressed_tokens(s.rules, point.context - 1));
-    gather("raw halo", planes * p.capacity(p.raw_heads(false), point.context) * width);
-    gather("k_cmp, v_cmp", planes * compressed * width);
-    gather("k_sel, v_sel", planes * tokens * width);
-    if (!s.shared_kv) gather("k_win, v_win", planes * tokens * width);
-    gather("raw ring", planes * s.rules.l * width);
+    const std::int64_t times = std::ssize(prefill_range(config, point).chunks());
+    const std::int64_t compressed = p.capacity(p.compressed(false), compressed_tokens(s.rules, total - 1));
+    const TokenGathers of(config, p, point, planes * width);
+    gather("raw halo", times * planes * p.capacity(p.raw_heads(false), total) * width);
+    gather("k_cmp, v_cmp", times * planes * compressed * width);
+    gather("k_sel, v_sel", of.sel);
+    if (!s.shared_kv) gather("k_win, v_win", of.win);
+    gather("raw ring", times * planes * s.rules.l * width);
   } else {
     gather("lse", lse_slots(s, p.kv) * rows * s.heads() * 2 * 4);
     gather("candidates", rows * s.groups * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate)));
@@ -37,14 +73,16 @@ std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& 
   const bool prefill = config.kind == TaskKind::prefill;
   const std::int64_t storage = static_cast<std::int64_t>(size_of(s.dtype)), t = total_positions(config, point) - 1;
   const std::int64_t planes = point.batch * s.groups, width = (s.d_k + s.d_v) * storage;
-  const std::int64_t rows = prefill ? point.batch * owned_rows(p.tokens(false), point.context) : point.batch;
+  const RowMap map = p.tokens(false);
+  const std::int64_t rows =
+      prefill ? point.batch * (owned_rows(map, t + 1) - owned_rows(map, config.run.prefix)) : point.batch;
   const std::int64_t branches_kv = s.shared_kv ? 1 : branches;
   const ExpectedReads reads = expected_reads(s.rules, t);
-  // Prefill: each K/V row once on every rank, since all are gathered. Decode: what one query row reads.
+  // Prefill: on every rank, since all are gathered. Decode: what one query row reads.
   const auto kv_rows = [&](Branch c) {
-    if (!prefill) return planes * reads.branch[c] / p.kv;
-    return planes * (c == cmp ? compressed_tokens(s.rules, t) : t + 1);
+    return prefill ? planes * prefill_kv_rows(config, point, c) : planes * reads.branch[c] / p.kv;
   };
+  const std::int64_t completed = compressed_tokens(s.rules, t) - compressed_tokens(s.rules, config.run.prefix - 1);
   const std::int64_t q = rows * s.heads() * s.d_k * storage, o = rows * s.heads() * s.d_v * 4;
   std::vector<std::int64_t> bytes(stage_count, 0);
   const auto set = [&](Stage stage, std::int64_t n) { bytes[static_cast<int>(stage)] = config.model.layers * n; };
@@ -53,8 +91,8 @@ std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& 
     set(Stage::output, (std::int64_t{s.heads()} * s.d_v * (s.dim + rows)) * storage + rows * s.dim * 4);
   }
   set(Stage::append, 2 * rows * s.groups * branches_kv * width);
-  set(Stage::compress,
-      prefill ? (rows * s.groups * width) + kv_rows(cmp) * width / p.kv : planes * width * (s.rules.l + 1) / s.rules.d);
+  set(Stage::compress, prefill ? (rows * s.groups * width) + planes * completed * width / p.kv
+                               : planes * width * (s.rules.l + 1) / s.rules.d);
   set(Stage::attend_cmp, kv_rows(cmp) * width + q + o + (prefill ? 0 : kv_rows(cmp) * s.heads_per_group * 4));
   set(Stage::rank, prefill ? 0 : kv_rows(cmp) * s.heads_per_group * 4);
   set(Stage::attend_sel, kv_rows(sel) * width + q + o);

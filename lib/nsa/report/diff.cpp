@@ -221,9 +221,10 @@ class Verdicts {
 std::string sweep_key(const PointRecord& p) {
   if (is_kernels(p))
     return fmt::format("kernels, {}, batch {}", kernel_point_name(p), integer_parameter(p, "run.batch", 1));
-  return fmt::format("{}, context {}, batch {}, forced branch {}", text_parameter(p, "task.kind"),
-                     integer_parameter(p, "run.context", 0), integer_parameter(p, "run.batch", 1),
-                     text_parameter(p, "run.force_branch", "none"));
+  const std::int64_t prefix = integer_parameter(p, "run.prefix", 0);
+  return fmt::format("{}, context {}{}, batch {}, forced branch {}", text_parameter(p, "task.kind"),
+                     integer_parameter(p, "run.context", 0), prefix > 0 ? fmt::format(" after {}", prefix) : "",
+                     integer_parameter(p, "run.batch", 1), text_parameter(p, "run.force_branch", "none"));
 }
 
 /// The first point of each key.

@@ -32,6 +32,8 @@ std::string percent_text(double share) { return std::isnan(share) ? "-" : fmt::f
 std::string point_name(const PointRecord& point) {
   if (text_parameter(point, "task.kind") == "kernels") return kernel_point_name(point);
   std::string name = fmt::format("context_{}", integer_parameter(point, "run.context", 0));
+  if (const std::int64_t prefix = integer_parameter(point, "run.prefix", 0); prefix > 0)
+    name += fmt::format("_prefix_{}", prefix);
   const std::int64_t batch = integer_parameter(point, "run.batch", 1);
   if (batch != 1) name += fmt::format("_batch_{}", batch);
   const std::string forced = text_parameter(point, "run.force_branch", "none");
@@ -124,6 +126,7 @@ std::string run_line(const std::string& path, const RunRecord& run) {
 TableColumns table_columns(const std::vector<PointRecord>& points) {
   TableColumns columns;
   for (const PointRecord& point : points) {
+    columns.prefix |= integer_parameter(point, "run.prefix", 0) > 0;
     columns.batch |= integer_parameter(point, "run.batch", 1) != 1;
     columns.forced |= text_parameter(point, "run.force_branch", "none") != "none";
     columns.nsa_vibe |= !text_parameter(point, "output.csv").empty();
@@ -135,6 +138,7 @@ namespace {
 
 void print_table_header(std::ostream& out, const TableColumns& columns) {
   fmt::print(out, "{:>8}", "context");
+  if (columns.prefix) fmt::print(out, " {:>8}", "prefix");
   if (columns.batch) fmt::print(out, " {:>6}", "batch");
   if (columns.forced) fmt::print(out, " {:>6}", "forced");
   for (const char* name : {"total", "cmp", "rank", "sel", "win", "comm", "other"}) fmt::print(out, " {:>8}", name);
@@ -145,6 +149,7 @@ void print_table_header(std::ostream& out, const TableColumns& columns) {
 
 void print_table_row(std::ostream& out, const TableColumns& columns, const PointRecord& point) {
   fmt::print(out, "{:>8}", integer_parameter(point, "run.context", 0));
+  if (columns.prefix) fmt::print(out, " {:>8}", integer_parameter(point, "run.prefix", 0));
   if (columns.batch) fmt::print(out, " {:>6}", integer_parameter(point, "run.batch", 1));
   if (columns.forced) fmt::print(out, " {:>6}", text_parameter(point, "run.force_branch", "none"));
   for (const double seconds : {step_time(point).median, median_of(point, Stage::attend_cmp),
@@ -160,6 +165,7 @@ void print_table_row(std::ostream& out, const TableColumns& columns, const Point
 }
 
 void print_table_notes(std::ostream& out, const TableColumns& columns) {
+  if (columns.prefix) fmt::print(out, "prefix: tokens of each sequence that the caches held before\n");
   if (columns.batch) fmt::print(out, "batch: sequences\n");
   if (columns.forced) fmt::print(out, "forced: the branch whose gate is 1 (the other gates are 0)\n");
   fmt::print(out,

@@ -15,7 +15,7 @@ std::string run_line(const std::string& path, const RunRecord& run);
 /// Columns that the table has only where a point needs them. `nsa_vibe`: the run writes a CSV for comparison with that
 /// project.
 struct TableColumns {
-  bool batch = false, forced = false, nsa_vibe = false;
+  bool prefix = false, batch = false, forced = false, nsa_vibe = false;
 };
 TableColumns table_columns(const std::vector<PointRecord>& points);
 

@@ -21,37 +21,15 @@ namespace nsa {
 namespace {
 
 // Fills the caches with synthetic rows, so that decode at a long context needs no prefill.
-void fill_directly(ModelShard& shard, const TensorSource& source) {
+void fill_directly(ModelShard& shard, const TensorSource& source, std::int64_t positions) {
   const BlockRules& r = shard.shape().rules;
-  const std::int64_t context = shard.point.context;
   for (std::size_t layer = 0; layer < shard.caches.size(); ++layer) {
     LayerCaches& cache = shard.caches[layer];
-    fill_kv(shard, source, sel, cache.sel, 0, context);
-    fill_kv(shard, source, win, cache.win, std::max<std::int64_t>(0, context - r.w), context);
-    fill_kv(shard, source, cmp, cache.raw, std::max<std::int64_t>(0, context - r.l), context);
-    fill_kv(shard, source, cmp, cache.cmp, 0, compressed_tokens(r, context - 1));
+    fill_kv(shard, source, sel, cache.sel, 0, positions);
+    fill_kv(shard, source, win, cache.win, std::max<std::int64_t>(0, positions - r.w), positions);
+    fill_kv(shard, source, cmp, cache.raw, std::max<std::int64_t>(0, positions - r.l), positions);
+    fill_kv(shard, source, cmp, cache.cmp, 0, compressed_tokens(r, positions - 1));
   }
-}
-
-void fill_caches(const Session& session, ModelShard& shard, const TensorSource& source, const Progress& progress) {
-  const PhaseScope phase("fill caches");
-  if (shard.config.run.fill == CacheFill::synthetic) {
-    fill_directly(shard, source);
-    return shard.connect(*session.grid);
-  }
-  std::optional<PrefillRunner> prefill;
-  StageTimer untimed(shard.device(), shard.streams.compute);
-  agreed(session.world, [&] {
-    prefill.emplace(shard, shard.point.context, false);
-    if (shard.config.run.scope == Scope::attention)
-      prefill->load_kv(source);
-    else
-      prefill->load_rows(source);
-  });
-  shard.connect(*session.grid);
-  prefill->watch([&](double done) { progress(done, 1, "filling caches"); });
-  prefill->fill_caches(untimed);
-  shard.device().synchronize(shard.streams.compute);
 }
 
 // Decode steps as one graph where the backend captures graphs; else, and to time each stage, their launches one by one.
@@ -289,6 +267,28 @@ void DecodePasses::flip_caches() const {
 
 }  // namespace
 
+void fill_caches(const Session& session, ModelShard& shard, const TensorSource& source, std::int64_t positions,
+                 const Progress& progress) {
+  const PhaseScope phase("fill caches");
+  if (shard.config.run.fill == CacheFill::synthetic) {
+    fill_directly(shard, source, positions);
+    return shard.connect(*session.grid);
+  }
+  std::optional<PrefillRunner> prefill;
+  StageTimer untimed(shard.device(), shard.streams.compute);
+  agreed(session.world, [&] {
+    prefill.emplace(shard, PrefillRange{0, positions}, false);
+    if (shard.config.run.scope == Scope::attention)
+      prefill->load_kv(source);
+    else
+      prefill->load_rows(source);
+  });
+  shard.connect(*session.grid);
+  prefill->watch([&](double done) { progress(done, 1, "filling caches"); });
+  prefill->fill_caches(untimed);
+  shard.device().synchronize(shard.streams.compute);
+}
+
 MemoryAccount run_decode(const Session& session, const Config& config, const Point& point, const TensorSource& source,
                          PointRecord& record, const Progress& progress) {
   const ControlComm& world = session.world;
@@ -296,7 +296,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   const bool records = config.run.check || config.output.tensors;
   std::optional<ModelShard> shard;
   agreed(world, [&] { shard.emplace(session.backend, world, config, point, source); });
-  fill_caches(session, *shard, source, progress);
+  fill_caches(session, *shard, source, point.context, progress);
   std::optional<DecodeRunner> decode;
   agreed(world, [&] { decode.emplace(*shard, &source, records); });
   decode->snapshot();

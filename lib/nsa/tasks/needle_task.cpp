@@ -124,7 +124,7 @@ MemoryAccount run_needles(const Session& session, const Config& input, const Poi
   std::optional<DecodeRunner> held_decode;
   agreed(session.world, [&] {
     held_shard.emplace(session.backend, session.world, config, point, source);
-    held_prefill.emplace(*held_shard, point.context, false);
+    held_prefill.emplace(*held_shard, PrefillRange{0, point.context}, false);
     held_decode.emplace(*held_shard, &source, true);
   });
   held_shard->connect(*session.grid);

@@ -75,17 +75,18 @@ void PrefillPasses::recorded() {
   CheckResult checked;
   SharedBlocks shared;
   std::int64_t seen = 0;
+  const std::int64_t first = config_.run.prefix, positions = total_positions(config_, shard_.point);
   const std::int64_t stride = std::max<std::int64_t>(1, prefill_.tile_count() * shard_.point.batch / 8);
   load(shard_, prefill_, source_);
+  prefill_.restore();
   prefill_.run(untimed, options, [&](const StepContext& ctx, const PrefillTile& tile) {
     shard_.device().synchronize(shard_.streams.compute);
-    if (tensors) tensors->take(ctx, tile.first_position, false);
+    if (tensors) tensors->take(ctx, tile.first_position - first, false);
     compare_neighbours(ctx, shared);
     if (!config_.run.check || seen++ % stride != 0) return;
     checked.merge(check_tile(ctx, tile, seen / stride % shard_.shape().groups));
   });
-  const double scale =
-      keep_records(session_.world, shard_, source_, checked, tensors.get(), shard_.point.context, record_);
+  const double scale = keep_records(session_.world, shard_, source_, checked, tensors.get(), positions, record_);
   record_shared(session_.world, shared, record_);
   expected_ = result();
   expected_.output.scale = scale;
@@ -98,6 +99,7 @@ bool PrefillPasses::measured(const ModeRun& run, StageTimer& timer, const TakeSa
   for (std::int64_t rep = 0; rep < config_.run.steps; ++rep) {
     if (session_.stop->check_periodically()) return false;
     if (config_.model.layers > 1) prefill_.load_rows(source_);  // the last run overwrote the residual stream
+    prefill_.restore();
     take(timer.step([&] { prefill_.run(timer, run.options); }));
     if (check && problem.empty()) problem = problem_of(result(), expected_);
   }
@@ -130,7 +132,8 @@ RankReads PrefillPasses::reads() const {
   const auto counters = download_longs(shard_, prefill_.buffers().reads.data(), branches * planes);
   RankReads reads(1);
   for (std::int64_t i = 0; i < std::ssize(counters); ++i) reads.counted[i / planes] += counters[i];
-  expect_prefill(reads, shard_.partition, shard_.point.context, planes * config_.model.layers);
+  expect_prefill(reads, shard_.partition, config_.run.prefix, total_positions(config_, shard_.point),
+                 planes * config_.model.layers);
   return reads;
 }
 
@@ -140,7 +143,7 @@ RunResult PrefillPasses::result() const {
   result.output = latest_output(shard_, prefill_.buffers(), rows, false);
   result.output.fallbacks = shard_.routes.fallbacks(Phase::prefill).size();
   result.reads = download_longs(shard_, prefill_.buffers().reads.data(), branches * shard_.planes());
-  result.caches = cache_checksum(shard_, shard_.point.context, 1);
+  result.caches = cache_checksum(shard_, total_positions(config_, shard_.point), 1);
   return result;
 }
 
@@ -160,12 +163,14 @@ MemoryAccount run_prefill(const Session& session, const Config& config, const Po
   const bool records = config.run.check || config.output.tensors;
   std::optional<ModelShard> shard;
   agreed(world, [&] { shard.emplace(session.backend, world, config, point, source); });
+  if (config.run.prefix > 0) fill_caches(session, *shard, source, config.run.prefix, progress);
   std::optional<PrefillRunner> prefill;
   agreed(world, [&] {
-    prefill.emplace(*shard, point.context, records);
+    prefill.emplace(*shard, prefill_range(config, point), records);
     load(*shard, *prefill, source);
   });
-  shard->connect(*session.grid);
+  if (config.run.prefix == 0) shard->connect(*session.grid);
+  prefill->snapshot();
   PrefillPasses passes(session, *shard, *prefill, source, record);
   prefill->watch([&](double done) { progress(done, 1, "checking"); });
   if (records) passes.recorded();
@@ -174,7 +179,8 @@ MemoryAccount run_prefill(const Session& session, const Config& config, const Po
   const MeasuredTask task{[] {}, [&](const ModeRun& run, StageTimer& timer,
                                      const TakeSample& take) { return passes.measured(run, timer, take); }};
   const Samples samples = measure_point(session, *shard, task, record, progress);
-  record.reads.nsa_vibe.push_back(nsa_vibe_reads(config.nsa, point.context - 1));
+  record.reads.nsa_vibe.push_back(nsa_vibe_reads(config.nsa, total_positions(config, point) - 1));
+  record.first_position = config.run.prefix;
   finish_point(world, *shard, samples, record);
   return shard->account;
 }

@@ -20,6 +20,11 @@ namespace nsa {
 /// Any rank's problem ("" = none) makes the point INVALID. Collective.
 void gather_problems(const ControlComm& world, const std::string& problem, PointRecord& record);
 
+/// Writes the first `positions` positions to the caches, by a prefill or with synthetic rows (run.fill), and connects
+/// the shard. Collective.
+void fill_caches(const Session& session, ModelShard& shard, const TensorSource& source, std::int64_t positions,
+                 const Progress& progress);
+
 /// After the recorded pass: stores what the checks found and, if tensors are asked for, those of all ranks. Returns the
 /// largest |v| that the checks of any rank saw. Collective.
 double keep_records(const ControlComm& world, ModelShard& shard, const TensorSource& source, const CheckResult& checked,

@@ -38,9 +38,9 @@ void expect_decode(RankReads& reads, const Partition& p, std::int64_t first, std
   }
 }
 
-void expect_prefill(RankReads& reads, const Partition& p, std::int64_t positions, std::int64_t lists) {
+void expect_prefill(RankReads& reads, const Partition& p, std::int64_t first, std::int64_t end, std::int64_t lists) {
   const RowMap map = p.tokens(false);
-  for (std::int64_t t = 0; t < positions; ++t) {
+  for (std::int64_t t = first; t < end; ++t) {
     if (!has_row(map, t)) continue;
     const ExpectedReads row = expected_reads(p.shape.rules, t);
     for (int c = 0; c < branches; ++c) reads.expected[c] += lists * row.branch[c];
@@ -49,7 +49,7 @@ void expect_prefill(RankReads& reads, const Partition& p, std::int64_t positions
 
 std::vector<std::int64_t> total_reads(const Config& config, const Point& point) {
   const bool prefill = config.kind == TaskKind::prefill;
-  const std::int64_t steps = prefill ? 1 : config.run.steps, first = prefill ? 0 : point.context;
+  const std::int64_t steps = prefill ? 1 : config.run.steps, first = prefill ? config.run.prefix : point.context;
   const std::int64_t positions = prefill ? point.context : steps;
   const std::int64_t lists = point.batch * config.model.n_kv_groups * config.model.layers;
   std::vector<std::int64_t> totals(branches * steps, 0);

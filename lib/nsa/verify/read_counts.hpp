@@ -23,8 +23,9 @@ struct RankReads {
 void expect_decode(RankReads& reads, const Partition& partition, std::int64_t first, std::int64_t lists,
                    const std::vector<std::int32_t>& selected);
 
-/// Expected reads of a prefill of `positions` tokens: this rank's query rows, each with every token it attends.
-void expect_prefill(RankReads& reads, const Partition& partition, std::int64_t positions, std::int64_t lists);
+/// Expected reads of a prefill of positions [first, end): this rank's query rows, each with every token it attends.
+void expect_prefill(RankReads& reads, const Partition& partition, std::int64_t first, std::int64_t end,
+                    std::int64_t lists);
 
 /// What all ranks together must read, [branch][step]. A prefill counts as one step.
 std::vector<std::int64_t> total_reads(const Config& config, const Point& point);

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import os
 import pathlib
+import subprocess
 import types
 
 import nsa_analysis
@@ -24,6 +26,25 @@ DECODE_FILES = sorted((ROOT / "docs/results/h200").glob("scaling_gpu_decode_r*.h
 @pytest.mark.parametrize("file", DECODE_FILES, ids=lambda f: f.stem)
 def test_bytes_are_those_the_program_stored(file):
     for point in nsa_analysis.read(file):
+        assert traffic.modelled_bytes(traffic.shape_of(point)) == dict(zip(STAGES, point.bytes[:, 0].tolist()))
+
+
+PREFIX = """task.kind = "prefill"
+model = { dim = 32, n_heads = 4, n_kv_groups = 2, d_k = 16, d_v = 16 }
+nsa = { l = 8, d = 4, l_sel = 16, n_sel = 5, w = 24 }
+run = { backend = "host", context = [60, 101], prefix = 77, prefill_chunk = 23, steps = 1, warmup = 0, check = false }
+parallel = { heads = 1, kv_chunk_blocks = 1 }
+"""
+
+
+@pytest.mark.skipif("NSA" not in os.environ, reason="NSA does not name the program")
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_bytes_of_chunks_onto_a_prefix_are_those_the_program_stored(tmp_path, ranks):
+    (tmp_path / "in.toml").write_text(PREFIX)
+    mpirun = [os.environ.get("MPIEXEC", "mpirun"), "--oversubscribe", "--allow-run-as-root", "-n", str(ranks)]
+    mpirun = mpirun if ranks > 1 else []
+    subprocess.run([*mpirun, os.environ["NSA"], "run", "in.toml"], cwd=tmp_path, check=True, capture_output=True)
+    for point in nsa_analysis.read(tmp_path / "result.h5"):
         assert traffic.modelled_bytes(traffic.shape_of(point)) == dict(zip(STAGES, point.bytes[:, 0].tolist()))
 
 
@@ -80,7 +101,7 @@ def test_error_is_measured_against_predicted(linear_points):
 def test_an_exchange_beyond_a_node_by_hand():
     coefficients = (4e-6, 2e-6, 1e-9)
     shape = traffic.Shape(
-        "decode", 65536, 1, 65567, 256, 8, 4, 64, 64, 1, 2, False, True, 32, 16, 64, 16, 512, 0, 1024, 1, 16
+        "decode", 65536, 0, 65536, 1, 65567, 256, 8, 4, 64, 64, 1, 2, False, True, 32, 16, 64, 16, 512, 0, 1024, 1, 16
     )
     gather = traffic.Exchange("lse", "all_gather", 16, 1000)
     # 4 us, 3 hops in the node, 15 kB received; 2 doublings to 4 nodes, 12 kB from others over 4 links.

@@ -34,14 +34,14 @@ __global__ void append_kernel(AppendArgs a) {
   }
 }
 
-// Chunks are those of the whole sequence; the ones that dst does not hold are skipped.
+// `chunks` of the sequence from first_chunk on; the ones that dst does not hold are skipped.
 template <class T>
-__global__ void copy_rows_kernel(CopyRowsArgs a, std::int64_t chunks, std::int64_t span) {
+__global__ void copy_rows_kernel(CopyRowsArgs a, std::int64_t first_chunk, std::int64_t chunks, std::int64_t span) {
   const int width = a.dst.width;
   const std::int64_t items = a.planes * chunks * span * width;
   for (std::int64_t item = first_item(); item < items; item += item_step()) {
     const std::int64_t e = item % width, k = item / width % span, rest = item / width / span;
-    const std::int64_t c = rest % chunks, p = rest / chunks;
+    const std::int64_t c = first_chunk + rest % chunks, p = rest / chunks;
     if (a.dst.map.ring == 0 && !has_chunk(a.dst.map, c)) continue;
     const std::int64_t i = (c == 0 ? 0 : c * a.dst.map.chunk) + a.span_begin + k;
     if (i < a.first || i >= a.last || !has_row(a.src.map, i)) continue;
@@ -162,11 +162,12 @@ void copy_rows(const CopyRowsArgs& a, Stream* stream) {
   args.span_begin = std::max(a.span_begin, whole ? args.first : -std::int64_t{map.halo});
   const std::int64_t span = (whole ? std::min(a.span_end, a.last) : a.span_end) - args.span_begin;
   if (span <= 0) return;
-  // One chunk past the last row: its halo may hold the last rows.
-  const std::int64_t chunks = whole ? 1 : (a.last - 1) / map.chunk + 2;
+  // The first chunk whose span ends after the first row; and one past the last row, whose halo may hold the last rows.
+  const std::int64_t first_chunk = whole || a.first < a.span_end ? 0 : (a.first - a.span_end) / map.chunk + 1;
+  const std::int64_t chunks = whole ? 1 : (a.last - 1) / map.chunk + 2 - first_chunk;
   with_type(a.dtype, [&](auto type) {
-    copy_rows_kernel<decltype(type)>
-        <<<blocks_for(a.planes * chunks * span * a.dst.width), threads, 0, cuda(stream)>>>(args, chunks, span);
+    copy_rows_kernel<decltype(type)><<<blocks_for(a.planes * chunks * span * a.dst.width), threads, 0, cuda(stream)>>>(
+        args, first_chunk, chunks, span);
   });
   check_launch("copy_rows");
 }

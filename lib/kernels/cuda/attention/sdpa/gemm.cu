@@ -56,9 +56,8 @@ bool stores_scores(Branch branch, const AttentionPolicy& policy) { return branch
 struct ScratchNeeds {
   std::size_t once = 0, work_item = 0;
   std::int64_t work_items = 0;
-  std::size_t bytes() const {
-    return once + 1024 + work_item * std::clamp<std::size_t>(budget / work_item, 1, work_items);
-  }
+  /// Not rounded to whole work items: a tile of fewer rows or positions then never needs more.
+  std::size_t bytes() const { return once + 1024 + std::min(std::max(budget, work_item), work_item * work_items); }
 };
 
 ScratchNeeds scratch_needs(bool stored, Source source, bool own_kv, std::int64_t columns, const LayerShape& s,
@@ -247,10 +246,15 @@ std::int64_t max_rows(const LayerShape& s, std::int64_t tokens) { return tokens 
 
 }  // namespace
 
+// The last tile of a prefill may have one row, which packs K and V of its own.
 std::size_t gemm_scratch(const LayerShape& s, const QueryTile& tile, const AttentionPolicy& policy) {
   const bool own_kv = tile.tokens == 1;
+  QueryTile last = tile;
+  last.tokens = 1;
+  const std::size_t least = own_kv ? 0 : gemm_scratch(s, last, policy);
   const std::int64_t compressed = tokens_of(cmp, s, tile);
-  std::size_t bytes = scratch_needs(false, Source::selected_blocks, true, selected_columns(s, tile), s, tile).bytes();
+  std::size_t bytes =
+      std::max(least, scratch_needs(false, Source::selected_blocks, true, selected_columns(s, tile), s, tile).bytes());
   const auto consider = [&](Branch branch, Source source, std::int64_t columns) {
     if (columns > 0)
       bytes = std::max(bytes, scratch_needs(stores_scores(branch, policy), source, own_kv, columns, s, tile).bytes());
@@ -263,8 +267,11 @@ std::size_t gemm_scratch(const LayerShape& s, const QueryTile& tile, const Atten
 
 std::size_t masked_scratch(const LayerShape& s, const QueryTile& tile) {
   const bool own_kv = tile.tokens == 1;
-  return std::max(scratch_needs(false, Source::whole, own_kv, tile.max_positions, s, tile).bytes(),
-                  scratch_needs(false, Source::in_place, own_kv, tile.max_positions, s, tile).bytes());
+  QueryTile last = tile;
+  last.tokens = 1;
+  const std::size_t least = own_kv ? 0 : masked_scratch(s, last);
+  return std::max({least, scratch_needs(false, Source::whole, own_kv, tile.max_positions, s, tile).bytes(),
+                   scratch_needs(false, Source::in_place, own_kv, tile.max_positions, s, tile).bytes()});
 }
 
 bool masked_accepts(const LayerShape& s, const QueryTile& tile) {
