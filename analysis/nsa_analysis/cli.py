@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   nsa-analysis scaling results/*.h5 --figure s.svg      time, speedup, efficiency, serial fraction by ranks
   nsa-analysis scaling results/ --where run.context=65536 --csv scaling.csv
   nsa-analysis model results/ --fit-ranks 1,2 --up-to 256
+  nsa-analysis model results/ --machine mine.toml       for nsa run --dry-run --advise mine.toml
   nsa-analysis gate m4_decode.h5 m4_kernels.h5          the decision of `nsa gate`, drawn
   nsa-analysis compare before/ after/ --fail-above 5%   ratios with intervals; exit 1 where it is slower
   nsa-analysis export results/ -o times.csv             every statistic of every stage and rank
@@ -114,6 +115,7 @@ def parser():
     command = table("model", commands.run_model, "fit a cost model, show its error, extrapolate it to more ranks")
     command.add_argument("--fit-ranks", metavar="N,N", help="rank counts to fit to; the error is shown on the others")
     command.add_argument("--up-to", type=int, default=1024, metavar="N", help="most ranks of predictions (1024)")
+    command.add_argument("--machine", metavar="FILE", help="also write the fit for `nsa run --dry-run --advise FILE`")
     add_network_options(command)
     table("kernels", commands.run_kernels, "implementations of a branch side by side, of kind = kernels")
     command = add("gate", commands.run_gate, "run `nsa gate` and draw its decision")

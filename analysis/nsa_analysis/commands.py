@@ -17,6 +17,7 @@ from .models import cost_model, gate
 from .models.balance import ranks, stragglers
 from .models.compare import compare, sides
 from .models.linearity import linearity
+from .models.machine import machine_text, write_machine
 from .models.prediction import extrapolate
 from .models.roofline import roofline
 from .models.scaling import scaling
@@ -141,6 +142,8 @@ def run_model(options):
             [checked.assign(table="model"), held.assign(table="held out"), predictions.assign(table="predictions")]
         )
 
+    if options.machine:
+        write_machine(options.machine, machine_text(points, network, memory))
     points = with_stages(points)
     frame = tables_by_series(options, points, tables, "cost model")
     if options.figure:

@@ -176,6 +176,8 @@ TEST_CASE("the bytes of a whole step are those of what ran", "[report]") {
   CHECK(bytes("shard, decode") == 1'000'000 - 440'000);       // 10 of 32 numbers, stored and read
   const double kept = 3 * 5 * 4 * (2 * 64 * 2 + 6 * 32 * 4);  // q twice more, three outputs stored and read
   CHECK(bytes("step, decode") == 1'000'000 - 460'000 - kept);
+  CHECK(bytes("sharded_step, decode") == bytes("step, decode"));  // sharded in one launch
+  CHECK(fused_step_bytes(p, 0) == bytes("step, decode"));
   p.parameters.emplace_back("parallel.kv_chunk_blocks", std::int64_t{4});  // chunks of half a tile: raw scores
   CHECK(bytes("step, decode") == 1'000'000 - kept);
   p.time.modes = {"branches"};

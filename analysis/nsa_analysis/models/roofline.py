@@ -11,11 +11,14 @@ from . import traffic
 
 
 def plan_of(point):
-    """How mode `total` ran attention, by `route_kernels` of the file: "fused", "sharded" or "staged"."""
+    """How mode `total` ran attention, by `route_kernels` of the file: "fused", "sharded" or "staged".
+
+    A sharded step in one launch keeps what a fused one keeps.
+    """
     ran = str((point.get("route_kernels") or [""])[0]).split(", ")
     if point.kind != "decode":
         return "staged"
-    return "fused" if "step" in ran else "sharded" if "shard" in ran else "staged"
+    return "fused" if {"step", "sharded_step"} & {*ran} else "sharded" if "shard" in ran else "staged"
 
 
 def step_bytes(point):

@@ -42,7 +42,7 @@ const T* find_parameter(const PointRecord& point, std::string_view key) {
   return nullptr;
 }
 
-/// Whether mode total ran as this kernel: "step", fused, or "shard", the sharded phases.
+/// Whether mode total ran as this kernel: "step", fused; "sharded_step", sharded in one launch; "shard", in several.
 bool ran_as(const PointRecord& point, std::string_view kernel) {
   return text_parameter(point, "task.kind") == "decode" &&
          fmt::format(", {}, ", point.route_kernels[cmp]).find(fmt::format(", {}, ", kernel)) != std::string::npos;
@@ -55,6 +55,20 @@ bool scores_by_tile(const PointRecord& point) {
   return d > 0 && value("nsa.l") == 2 * d && l_sel == 4 * d && value("nsa.n_sel") <= 16 &&
          value("model.n_heads") <= 16 * value("model.n_kv_groups") &&
          integer_parameter(point, "parallel.kv_chunk_blocks", 16) * (l_sel / d) % 32 == 0;
+}
+
+double modelled(const PointRecord& point, Stage stage, std::size_t rank) {
+  return static_cast<double>(point.bytes[static_cast<std::size_t>(stage) * (point.bytes.size() / stage_count) + rank]);
+}
+
+/// Modelled bytes of a step that runs stage by stage, without comm.
+double staged_step_bytes(const PointRecord& point, std::size_t rank) {
+  return modelled(point, Stage::step, rank) - modelled(point, Stage::comm, rank);
+}
+
+/// Bytes of raw scores that do not go through memory where that part of them is handed over as other numbers.
+double scores_kept(const PointRecord& point, std::size_t rank, double handed_over) {
+  return scores_by_tile(point) ? 2 * modelled(point, Stage::rank, rank) * (1 - handed_over) : 0;
 }
 
 }  // namespace
@@ -169,21 +183,19 @@ std::vector<double> rank_work(const PointRecord& point) {
   return work;
 }
 
-double step_bytes(const PointRecord& point, std::size_t rank) {
-  const std::size_t ranks = point.bytes.size() / stage_count;
-  const auto of = [&](Stage stage) {
-    return static_cast<double>(point.bytes[static_cast<std::size_t>(stage) * ranks + rank]);
-  };
-  const double whole = of(Stage::step) - of(Stage::comm);
-  const bool fused = ran_as(point, "step");
-  if (find_mode(point.time, "total") < 0 || !(fused || ran_as(point, "shard"))) return whole;
-  const double handed_over = !scores_by_tile(point) ? 1 : fused ? 9.0 / 32 : 10.0 / 32;
-  const double scores = 2 * of(Stage::rank) * (1 - handed_over);
-  if (!fused) return whole - scores;
+double fused_step_bytes(const PointRecord& point, std::size_t rank) {
   const auto value = [&](const char* key) { return integer_parameter(point, key, 0); };
   const std::int64_t rows = value("model.layers") * value("run.batch") * value("model.n_heads") / point.heads;
   const std::int64_t storage = text_parameter(point, "model.precision") == "fp32" ? 4 : 2;
-  return whole - scores - static_cast<double>(rows * (2 * value("model.d_k") * storage + 6 * value("model.d_v") * 4));
+  return staged_step_bytes(point, rank) - scores_kept(point, rank, 9.0 / 32) -
+         static_cast<double>(rows * (2 * value("model.d_k") * storage + 6 * value("model.d_v") * 4));
+}
+
+double step_bytes(const PointRecord& point, std::size_t rank) {
+  const double whole = staged_step_bytes(point, rank);
+  if (find_mode(point.time, "total") < 0) return whole;
+  if (ran_as(point, "step") || ran_as(point, "sharded_step")) return fused_step_bytes(point, rank);
+  return ran_as(point, "shard") ? whole - scores_kept(point, rank, 10.0 / 32) : whole;
 }
 
 double busiest_bytes(const PointRecord& point) {
@@ -225,6 +237,13 @@ double real_parameter(const PointRecord& point, std::string_view key, double fal
 std::string text_parameter(const PointRecord& point, std::string_view key, const std::string& fallback) {
   const auto* value = find_parameter<std::string>(point, key);
   return value ? *value : fallback;
+}
+
+std::string bytes_text(double bytes) {
+  const char* units[] = {"B", "kB", "MB", "GB", "TB", "PB"};
+  int unit = 0;
+  for (; bytes >= 999.5 && unit < 5; ++unit) bytes /= 1000;
+  return fmt::format("{:.{}f} {}", bytes, unit == 0 || bytes >= 99.95 ? 0 : bytes >= 9.995 ? 1 : 2, units[unit]);
 }
 
 std::string time_text(double seconds) {

@@ -54,6 +54,9 @@ std::vector<double> rank_work(const PointRecord& point);
 /// rank (docs/METRICS.md).
 double step_bytes(const PointRecord& point, std::size_t rank);
 
+/// step_bytes of a decode step that runs fused, or sharded in one launch, whatever ran. Needs parameters, heads, bytes.
+double fused_step_bytes(const PointRecord& point, std::size_t rank);
+
 /// step_bytes of the rank with most; 0 when unknown.
 double busiest_bytes(const PointRecord& point);
 
@@ -74,5 +77,8 @@ std::string text_parameter(const PointRecord& point, std::string_view key, const
 
 /// "1.23 us", "45.6 ms": three digits and a suitable unit; "-" for NaN.
 std::string time_text(double seconds);
+
+/// "12.5 MB": three digits, powers of 1000.
+std::string bytes_text(double bytes);
 
 }  // namespace nsa
