@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   nsa-analysis gate m4_decode.h5 m4_kernels.h5          the decision of `nsa gate`, drawn
   nsa-analysis compare before/ after/ --fail-above 5%   ratios with intervals; exit 1 where it is slower
   nsa-analysis export results/ -o times.csv             every statistic of every stage and rank
+  nsa-analysis export results/ --format aiconfigurator -o perf/
 
 FILES are result files of `nsa run`, or folders of them.
 Exit codes: 0 ok, 1 slower (compare --fail-above), 2 input or usage, 6 file."""
@@ -125,6 +126,12 @@ def parser():
     command = table("export", commands.run_export, "one tidy table: point, mode, stage, rank, statistic", figure=False)
     command.add_argument(
         "-o", "--output", metavar="FILE", help="write .csv, .parquet or .jsonl (JSON lines) by the ending of the name"
+    )
+    command.add_argument(
+        "--format",
+        choices=("table", "aiconfigurator"),
+        default="table",
+        help="aiconfigurator: tables of its perf database, below the folder -o",
     )
     command.add_argument("--statistics", metavar="NAME,NAME", help="only these: " + ", ".join(commands.STATISTICS))
     command = add("report", commands.run_report, "one self-contained HTML page")
