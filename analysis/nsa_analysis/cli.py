@@ -15,7 +15,7 @@ EXAMPLES = """examples:
   nsa-analysis scaling results/*.h5 --figure s.svg      time, speedup, efficiency, serial fraction by ranks
   nsa-analysis scaling results/ --where run.context=65536 --csv scaling.csv
   nsa-analysis model results/ --fit-ranks 1,2 --up-to 256
-  nsa-analysis model results/ --machine mine.toml       for nsa run --dry-run --advise mine.toml
+  nsa-analysis model results/ --memory 80 --machine m.toml   for nsa run --dry-run --advise m.toml
   nsa-analysis gate m4_decode.h5 m4_kernels.h5          the decision of `nsa gate`, drawn
   nsa-analysis compare before/ after/ --fail-above 5%   ratios with intervals; exit 1 where it is slower
   nsa-analysis export results/ -o times.csv             every statistic of every stage and rank
