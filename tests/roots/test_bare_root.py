@@ -29,7 +29,8 @@ def unpacked(suite, kept, folder):
     archive = kept / f"{suite}.tar"
     if not archive.is_file():
         fresh = folder / "fresh"
-        done = subprocess.run(["debootstrap", "--variant=minbase", suite, fresh, MIRROR], capture_output=True, text=True)
+        command = ["debootstrap", "--variant=minbase", suite, fresh, MIRROR]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             skip(f"no bare {suite} from {MIRROR} ({(done.stdout + done.stderr).strip().splitlines()[-1]})")
         kept.mkdir(parents=True, exist_ok=True)
@@ -71,8 +72,8 @@ def quick_start(suite, kept):
         start = time.monotonic()
         try:
             done = subprocess.run(
-                ["chroot", root, "/usr/bin/env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8",
-                 "NSA_COMMIT=bare", "sh", "-c", "cd /src && apt-get update -qq && ./quickstart.sh"],
+                ["chroot", root, "/usr/bin/env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root",
+                 "LANG=C.UTF-8", "NSA_COMMIT=bare", "sh", "-c", "cd /src && apt-get update -qq && ./quickstart.sh"],
                 capture_output=True, text=True)  # fmt: skip
             left = os.listdir(root / "dev/shm")
             compiler = subprocess.run(["chroot", root, "c++", "--version"], capture_output=True, text=True).stdout
