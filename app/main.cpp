@@ -44,6 +44,7 @@ constexpr const char* run_examples = R"(Examples:
   nsa run inputs/prefill.toml                           one rank
   mpirun -n 4 nsa run inputs/quickstart.toml            four ranks, heads=2 x kv=2
   nsa run big.toml --dry-run --ranks 64                 the plan: owners and bytes
+  nsa run big.toml --dry-run --ranks 8 --advise machines/h200.toml
   nsa run in.toml --set run.context=[4096,8192] --set run.backend=host --output a.h5
   nsa run inputs/rtx4090_v2.toml --csv decode.csv       the columns of nsa-vibe's benchmark
   nsa run big.toml --max-time 50m --resume              as much as fits; again: the rest
@@ -124,6 +125,9 @@ void describe(CLI::App& app, CommandLine& line) {
       ->check(CLI::Range(0.0, 86400.0));
   CLI::Option* dry = run->add_flag("--dry-run", line.dry_run, "print owners, bytes and exchanges; run nothing");
   run->add_option("--ranks", line.ranks, "ranks to plan for")->needs(dry)->check(CLI::Range(1, 1 << 20));
+  run->add_option("--advise", line.run.machine, "rank the layouts of these ranks on a machine, machines/h200.toml")
+      ->needs(dry)
+      ->check(named);
   run->add_flag("--resume", line.run.resume, "go on with the result file of an interrupted run: its points are kept");
   run->add_option("--max-time", line.run.max_time,
                   "stop after 90s, 10m, 1.5h, [[D-]HH:]MM:SS or D-HH, as SIGUSR1 and SIGTERM do")

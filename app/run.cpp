@@ -36,7 +36,7 @@ std::string read_text(const std::string& path) {
   constexpr std::size_t most = std::size_t{16} << 20;  // bytes; a device such as /dev/zero has no end
   std::ifstream file(path, std::ios::binary);
   const auto refuse = [&](const std::string& why) {
-    throw UserError("cannot read " + path + " (" + why + "); give the path of a TOML input");
+    throw UserError("cannot read " + path + " (" + why + "); give the path of a TOML file");
   };
   if (!file.is_open()) refuse(std::strerror(errno));
   if (status_of(path).kind == PathStatus::folder) refuse("not a file");
@@ -290,9 +290,12 @@ void dry_run(const RunOptions& options, int ranks) {
                              std::max<std::int64_t>(1, config.parallel.kv));
   check_written_files({{NamedFile::read, options.input, "the input", ""},
                        {NamedFile::read, config.input_file, "[input] file", ""},
+                       {NamedFile::read, options.machine, "the machine file", ""},
                        {NamedFile::text, options.json, "the JSON", "--json"}});
+  std::optional<Machine> machine;
+  if (!options.machine.empty()) machine = parse_machine(read_text(options.machine), options.machine);
   std::string json;
-  print_plan(std::cout, config, ranks, options.json.empty() ? nullptr : &json);
+  print_plan(std::cout, config, ranks, machine ? &*machine : nullptr, options.json.empty() ? nullptr : &json);
   write_text_file(options.json, "--json", json);
 }
 

@@ -15,6 +15,7 @@ struct RunOptions {
   std::vector<std::string> overrides;  ///< "section.key=value"
   std::string output, csv;             ///< empty: as in the input
   std::string json;                    ///< figures of the run, or the plan; empty: none
+  std::string machine;                 ///< machine file to advise for, with a dry run; empty: no advice
   std::string max_time;                ///< stop after this duration; empty: no limit
   bool resume = false;                 ///< continue the result file if it exists
   bool strict = false;                 ///< a fallback is an error

@@ -4,7 +4,7 @@ include(GNUInstallDirs)
 set(CMAKE_INSTALL_RPATH_USE_LINK_PATH ON)  # libraries of modules and Spack are found without LD_LIBRARY_PATH
 set(NSA_DATA ${CMAKE_INSTALL_DATADIR}/nsa)
 
-install(DIRECTORY inputs DESTINATION ${NSA_DATA})
+install(DIRECTORY inputs machines DESTINATION ${NSA_DATA})
 install(DIRECTORY examples DESTINATION ${NSA_DATA})
 install(FILES LICENSE cmake/THIRD_PARTY_LICENSES README.md CHANGELOG.md DESTINATION ${CMAKE_INSTALL_DOCDIR})
 install(FILES LICENSE DESTINATION ${CMAKE_INSTALL_DOCDIR} RENAME copyright)  # where Debian looks for it

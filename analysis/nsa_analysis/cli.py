@@ -15,9 +15,11 @@ EXAMPLES = """examples:
   nsa-analysis scaling results/*.h5 --figure s.svg      time, speedup, efficiency, serial fraction by ranks
   nsa-analysis scaling results/ --where run.context=65536 --csv scaling.csv
   nsa-analysis model results/ --fit-ranks 1,2 --up-to 256
+  nsa-analysis model results/ --memory 80 --machine m.toml   for nsa run --dry-run --advise m.toml
   nsa-analysis gate m4_decode.h5 m4_kernels.h5          the decision of `nsa gate`, drawn
   nsa-analysis compare before/ after/ --fail-above 5%   ratios with intervals; exit 1 where it is slower
   nsa-analysis export results/ -o times.csv             every statistic of every stage and rank
+  nsa-analysis export results/ --format aiconfigurator -o perf/
 
 FILES are result files of `nsa run`, or folders of them.
 Exit codes: 0 ok, 1 slower (compare --fail-above), 2 input or usage, 6 file."""
@@ -116,6 +118,7 @@ def parser():
     command = table("model", commands.run_model, "fit a cost model, show its error, extrapolate it to more ranks")
     command.add_argument("--fit-ranks", metavar="N,N", help="rank counts to fit to; the error is shown on the others")
     command.add_argument("--up-to", type=int, default=1024, metavar="N", help="most ranks of predictions (1024)")
+    command.add_argument("--machine", metavar="FILE", help="also write the fit for `nsa run --dry-run --advise FILE`")
     add_network_options(command)
     table("kernels", commands.run_kernels, "implementations of a branch side by side, of kind = kernels")
     command = add("gate", commands.run_gate, "run `nsa gate` and draw its decision")
@@ -125,6 +128,12 @@ def parser():
     command = table("export", commands.run_export, "one tidy table: point, mode, stage, rank, statistic", figure=False)
     command.add_argument(
         "-o", "--output", metavar="FILE", help="write .csv, .parquet or .jsonl (JSON lines) by the ending of the name"
+    )
+    command.add_argument(
+        "--format",
+        choices=("table", "aiconfigurator"),
+        default="table",
+        help="aiconfigurator: tables of its perf database, below the folder -o",
     )
     command.add_argument("--statistics", metavar="NAME,NAME", help="only these: " + ", ".join(commands.STATISTICS))
     command = add("report", commands.run_report, "one self-contained HTML page")

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pandas as pd
 
-from .data import export, series
+from .data import aiconfigurator, export, series
 from .data.reading import find_files, read, read_file
 from .data.statistics import STATISTICS
 from .data.tables import kernels, points_table
@@ -17,6 +17,7 @@ from .models import cost_model, gate
 from .models.balance import phases, ranks, stragglers, waiting
 from .models.compare import compare, sides
 from .models.linearity import linearity
+from .models.machine import machine_text, write_machine
 from .models.prediction import extrapolate
 from .models.roofline import roofline
 from .models.scaling import scaling
@@ -151,6 +152,8 @@ def run_model(options):
             [checked.assign(table="model"), held.assign(table="held out"), predictions.assign(table="predictions")]
         )
 
+    if options.machine:
+        write_machine(options.machine, machine_text(points, network, memory))
     points = with_stages(points)
     frame = tables_by_series(options, points, tables, "cost model")
     if options.figure:
@@ -273,6 +276,8 @@ def run_compare(options):
 def run_export(options):
     """Writes the tidy table file by file, so that it need not fit into memory; Parquet at once."""
     points = selected_points(options)
+    if options.format == "aiconfigurator":
+        return export_to_aiconfigurator(options, points)
     chosen = options.statistics.split(",") if options.statistics else STATISTICS
     if unknown := [s for s in chosen if s not in STATISTICS]:
         raise AnalysisError(f"--statistics {unknown[0]}: no such statistic; there are {', '.join(STATISTICS)}")
@@ -292,6 +297,25 @@ def run_export(options):
                 part.to_csv(file, index=False, header=i == 0)
             else:
                 file.writelines(f"{line}\n" for line in export.json_lines(part))
+
+
+def export_to_aiconfigurator(options, points):
+    """Writes FAMILY/TABLE and FAMILY/collection_meta.yaml below the folder -o: Parquet, or text without pyarrow."""
+    if not options.output or options.csv or options.json or options.statistics:
+        raise AnalysisError("--format aiconfigurator writes a folder: give -o FOLDER, and no other output")
+    families = aiconfigurator.tables(points)
+    metas = {family: aiconfigurator.collection_meta(tables) for family, tables in families.items()}
+    for family, tables in families.items():
+        folder = os.path.join(options.output, family)
+        os.makedirs(folder, exist_ok=True)
+        for name, table in tables.items():
+            path = os.path.join(folder, name)
+            try:
+                write_parquet(f"{path}.parquet", table)
+            except AnalysisError:  # no pyarrow: the text that AIConfigurator's collector converts
+                table.to_csv(f"{path}.txt", index=False)
+                print(f"nsa-analysis: note: {path}.txt is text, as pyarrow is not installed", file=sys.stderr)
+        write_text(os.path.join(folder, "collection_meta.yaml"), metas[family])
 
 
 def run_report(options):

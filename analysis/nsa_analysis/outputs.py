@@ -6,7 +6,7 @@ import os
 from .errors import FileError
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-OPTIONS = ("csv", "json", "figure", "output")
+OPTIONS = ("csv", "json", "figure", "output", "machine")
 
 
 def check_outputs(options):

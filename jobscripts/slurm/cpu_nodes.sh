@@ -22,6 +22,7 @@ read -ra OPTIONS <<<"${OPTIONS:-}"      # more of `nsa run`: OPTIONS="--set para
 set -euo pipefail
 # mpirun ends the job 20 s after a node was lost (Open MPI's default: 8 minutes).
 for keep in time=5 intvl=5 probes=3; do export {OMPI,PRTE}_MCA_oob_tcp_keepalive_$keep; done # Open MPI 4, 5
+export SLURM_PMIX_FENCE=tree            # of srun: the default lets a rank send before another one's MPI_Init can receive
 name=$(basename "$INPUT" .toml)-$SLURM_JOB_ID
 case $LAUNCHER in # srun does not take --cpus-per-task from sbatch
   srun) launch=(srun --mpi=pmix --kill-on-bad-exit=1 "--cpus-per-task=$SLURM_CPUS_PER_TASK") ;;

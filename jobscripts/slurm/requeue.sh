@@ -28,6 +28,7 @@ read -ra OPTIONS <<<"${OPTIONS:-}"      # more of `nsa run`: OPTIONS="--set run.
 set -euo pipefail
 # mpirun ends the job 20 s after a node was lost (Open MPI's default: 8 minutes).
 for keep in time=5 intvl=5 probes=3; do export {OMPI,PRTE}_MCA_oob_tcp_keepalive_$keep; done # Open MPI 4, 5
+export SLURM_PMIX_FENCE=tree            # of srun: the default lets a rank send before another one's MPI_Init can receive
 name=$(basename "$INPUT" .toml)-$SLURM_JOB_ID # the same job number after a requeue
 case $LAUNCHER in
   srun) launch=(srun --mpi=pmix --kill-on-bad-exit=1 --gpu-bind=none "--cpus-per-task=$SLURM_CPUS_PER_TASK") ;;

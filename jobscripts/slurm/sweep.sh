@@ -22,6 +22,7 @@ LAUNCHER=${LAUNCHER:-srun}              # srun, if `srun --mpi=list` has pmix; o
 set -euo pipefail
 # mpirun ends the job 20 s after a node was lost (Open MPI's default: 8 minutes).
 for keep in time=5 intvl=5 probes=3; do export {OMPI,PRTE}_MCA_oob_tcp_keepalive_$keep; done # Open MPI 4, 5
+export SLURM_PMIX_FENCE=tree            # of srun: the default lets a rank send before another one's MPI_Init can receive
 case $LAUNCHER in
   srun) launch="srun --mpi=pmix --kill-on-bad-exit=1 --gpu-bind=none --cpus-per-task=$SLURM_CPUS_PER_TASK -n {ranks}" ;;
   mpirun) launch="mpirun -n {ranks} --map-by ppr:$SLURM_NTASKS_PER_NODE:node:PE=$SLURM_CPUS_PER_TASK --bind-to core" ;;

@@ -18,7 +18,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SHARED = ["analysis", "contrib", "docs", "examples", "inputs", "jobscripts", "quickstart.sh", "tests"]
+SHARED = ["analysis", "contrib", "docs", "examples", "inputs", "jobscripts", "machines", "quickstart.sh", "tests"]
 TIMEOUT = 500  # seconds
 MODULES = {"./analysis": "nsa_analysis"}  # what `pip install` is told, and the module it gives
 

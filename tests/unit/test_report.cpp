@@ -176,6 +176,7 @@ TEST_CASE("the bytes of a whole step are those of what ran", "[report]") {
   CHECK(bytes("shard, decode") == 1'000'000 - 440'000);       // 10 of 32 numbers, stored and read
   const double kept = 3 * 5 * 4 * (2 * 64 * 2 + 6 * 32 * 4);  // q twice more, three outputs stored and read
   CHECK(bytes("step, decode") == 1'000'000 - 460'000 - kept);
+  CHECK(fused_step_bytes(p, 0) == bytes("step, decode"));
   p.kv = 2;  // in one launch: a rank stores no outputs of branches and reads none; o, and W_O, of half of the heads
   p.parameters.emplace_back("model.dim", std::int64_t{10});
   p.bytes[static_cast<int>(Stage::output)] = 100'000;  // 600 of them y

@@ -2,8 +2,9 @@
 
 Stage of a rank: fixed + bytes / rate + FLOPs / rate, with bytes and FLOPs from the shape (traffic.py).
 Exchange: fixed + latency x (ranks - 1) + bytes received / rate.
-Step: the same six terms, with coefficients of its own, because a whole step fuses stages and overlaps exchanges. Its
-bytes are those of what runs (traffic.step_bytes).
+Step: the same six terms, with coefficients of its own, because a whole step fuses stages and overlaps exchanges, and a
+time for each block of one sequence that a rank scores (traffic.scored_blocks). Its bytes are those of what runs
+(traffic.step_bytes).
 
 The coefficients are non-negative and minimise the squares of relative errors. Its error is that on layouts that were
 held out (held_out). Beyond one node an exchange uses an assumed network: each node receives the bytes of other nodes
@@ -83,13 +84,14 @@ class CostModel:
 
     stages: dict  # stage -> (s, s/byte, s/FLOP)
     comm: tuple  # of mode `branches`: (s per exchange, s per hop, s/byte)
-    step: tuple  # of a whole step: (s, s/byte, s/FLOP), and (s per exchange, s per hop, s/byte) of its exchanges
-    fused: bool  # a decode step runs fused, or sharded where kv > 1
+    step: tuple  # of a whole step: (s, s/byte, s/FLOP, s/block)
+    step_comm: tuple  # of its exchanges: (s per exchange, s per hop, s/byte)
+    plans: frozenset  # how decode steps run, of plan_of
     fit_ranks: tuple  # rank counts of the fitted points
 
     def covers(self, shape):
         """False for a layout with exchanges where no exchange was fitted, so that they would cost nothing."""
-        return any(self.step[3:]) or not traffic.exchanges(shape)
+        return any(self.step_comm) or not traffic.exchanges(shape)
 
     def stage_times(self, shape):
         """Seconds by stage of COMPUTE_STAGES."""
@@ -107,8 +109,8 @@ class CostModel:
 
     def step_time(self, shape, network=None):
         """Seconds of a whole step."""
-        own = np.dot(self.step[:3], step_columns(shape, self.fused))
-        return float(own) + self.comm_time(shape, network, self.step[3:])
+        own = np.dot(self.step, step_columns(shape, self.plans))
+        return float(own) + self.comm_time(shape, network, self.step_comm)
 
     def predict(self, shape, network=None):
         """Seconds by stage, including `comm` and `step`."""
@@ -118,26 +120,27 @@ class CostModel:
         }
 
     def coefficients(self):
-        """DataFrame, one row per stage: fixed seconds and rates; NaN where the coefficient of a term is 0."""
+        """DataFrame, one row per stage: fixed seconds, rates, seconds per hop; NaN where the coefficient is 0."""
 
         def rate(c):
             return 1 / c if c > 0 else NAN
 
         rows = [
-            {"stage": s, "fixed": c[0], "bytes_per_s": rate(c[1]), "flops_per_s": rate(c[2]), "per_hop": NAN}
-            for s, c in (self.stages | {"step": self.step[:3]}).items()
+            {"stage": s, "fixed": c[0], "bytes_per_s": rate(c[1]), "flops_per_s": rate(c[2])}
+            for s, c in (self.stages | {"step": self.step}).items()
         ]
-        for name, c in ("comm", self.comm), ("step: exchanges", self.step[3:]):
+        rows[-1]["blocks_per_s"] = rate(self.step[3])
+        for name, c in ("comm", self.comm), ("step: exchanges", self.step_comm):
             rows.append(
                 {
                     "stage": name,
                     "fixed": c[0],
                     "bytes_per_s": rate(c[2]),
-                    "flops_per_s": NAN,
                     "per_hop": c[1] or NAN,
                 }
             )
-        return pd.DataFrame(rows)
+        columns = ["stage", "fixed", "bytes_per_s", "flops_per_s", "blocks_per_s", "per_hop"]
+        return pd.DataFrame(rows, columns=columns)
 
 
 def exchange_time(exchange, shape, network, coefficients):
@@ -188,17 +191,17 @@ def fit(points, fit_ranks=None):
     return fit_points(chosen, fit_ranks)
 
 
-def fit_points(points, fit_ranks):
-    """CostModel of these points."""
+def fit_points(points, fit_ranks, plans=None):
+    """CostModel of these points; `plans` says how decode steps run where that is not as these points ran."""
     shapes = [(p, traffic.shape_of(p)) for p in points]
     stages = {stage: fit_stage(shapes, stage, stage_columns(stage)) for stage in COMPUTE_STAGES}
     stages = {stage: coefficients for stage, coefficients in stages.items() if coefficients}
     comm = fit_stage(shapes, "comm", comm_columns) or (0.0, 0.0, 0.0)
-    fused = any(plan_of(p) != "staged" for p in points)
-    rows = [(np.concatenate([step_columns(s, fused), comm_columns(s)]), measured_time(p, "step")[0]) for p, s in shapes]
+    plans = frozenset(plans or (plan_of(p) for p in points))
+    rows = [(np.concatenate([step_columns(s, plans), comm_columns(s)]), measured_time(p, "step")[0]) for p, s in shapes]
     rows = [(c, t) for c, t in rows if t > 0]
-    step = tuple(non_negative_fit(*map(np.array, zip(*rows))).tolist()) if rows else (0.0,) * 6
-    return CostModel(stages, comm, step, fused, fit_ranks)
+    step = tuple(non_negative_fit(*map(np.array, zip(*rows))).tolist()) if rows else (0.0,) * 7
+    return CostModel(stages, comm, step[:4], step[4:], plans, fit_ranks)
 
 
 def stage_columns(stage):
@@ -206,12 +209,14 @@ def stage_columns(stage):
     return lambda shape: (shape.layers, traffic.modelled_bytes(shape)[stage], traffic.modelled_flops(shape)[stage])
 
 
-def step_columns(shape, fused):
-    """(layers, bytes, FLOPs) of a whole step without its exchanges."""
-    plan = "staged" if not fused else "fused" if shape.kv == 1 else "sharded"
-    return np.array(
-        (shape.layers, traffic.step_bytes(shape, plan), traffic.modelled_flops(shape)["step"]), dtype=float
-    )
+def step_columns(shape, plans):
+    """(layers, bytes, FLOPs, scored blocks) of a whole step without its exchanges."""
+    if plans <= {"staged"}:
+        plan = "staged"
+    else:
+        plan = "sharded" if shape.kv > 1 and "sharded" in plans else "fused"
+    moved, flops = traffic.step_bytes(shape, plan), traffic.modelled_flops(shape)["step"]
+    return np.array((shape.layers, moved, flops, shape.layers * traffic.scored_blocks(shape, plan)), dtype=float)
 
 
 def fit_stage(chosen, stage, columns):

@@ -211,6 +211,15 @@ def handed_over(s, plan):
     return {"fused": 9 / 32, "sharded": 10 / 32}.get(plan, 1.0) if by_tile else 1.0
 
 
+def scored_blocks(s, plan):
+    """Selection blocks of one sequence that a rank scores in a decode step that is not staged; 0 of others.
+
+    However many ranks share the heads, some work item scores them all, and the step waits for it. Stages, and prefill,
+    spread the blocks of one sequence over all processors.
+    """
+    return 0.0 if s.prefill or plan == "staged" else (s.last // s.l_sel + 1) / s.kv
+
+
 def step_bytes(s, plan, stages=None):
     """Modelled bytes of a whole step without comm: those of its stages, less what a fused one keeps.
 

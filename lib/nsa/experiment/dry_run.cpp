@@ -6,19 +6,14 @@
 #include <algorithm>
 
 #include "kernels/diagnostics/error.hpp"
+#include "nsa/experiment/advise.hpp"
 #include "nsa/experiment/experiment.hpp"
 #include "nsa/experiment/plan.hpp"
+#include "nsa/report/metrics.hpp"
 #include "nsa/tasks/measure.hpp"
 
 namespace nsa {
 namespace {
-
-std::string bytes_text(double bytes) {
-  const char* units[] = {"B", "kB", "MB", "GB", "TB", "PB"};
-  int unit = 0;
-  for (; bytes >= 999.5 && unit < 5; ++unit) bytes /= 1000;
-  return fmt::format("{:.{}f} {}", bytes, unit == 0 || bytes >= 99.95 ? 0 : bytes >= 9.995 ? 1 : 2, units[unit]);
-}
 
 std::string span_text(std::int64_t first, std::int64_t count) {
   return count == 1 ? fmt::format("{}", first) : fmt::format("{}-{}", first, first + count - 1);
@@ -129,7 +124,9 @@ std::size_t planned_result_bytes(const Config& config, int ranks) {
   return static_cast<std::size_t>(std::min(total, 9e18));
 }
 
-void print_plan(std::ostream& out, const Config& config, int ranks, std::string* json) {
+void print_plan(std::ostream& out, const Config& config, int ranks, const Machine* machine, std::string* json) {
+  Advice advice;  // made before anything is printed, as it may throw
+  if (machine) advice = make_advice(config, *machine, ranks);
   if (config.kind == TaskKind::kernels) {
     factorise(config, ranks);
     route_environment();
@@ -156,7 +153,8 @@ void print_plan(std::ostream& out, const Config& config, int ranks, std::string*
   fmt::print(out, "\n");
   print_copy_rate_memory(out, ranks);
   fmt::print(out, "result file: at most {}\n", bytes_text(static_cast<double>(planned_result_bytes(config, ranks))));
-  if (json) *json = plan_json(plan);
+  if (machine) print_advice(out, advice, *machine, ranks);
+  if (json) *json = plan_json(plan, machine ? advice_json(advice, *machine) : "");
 }
 
 }  // namespace nsa

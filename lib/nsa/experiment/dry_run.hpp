@@ -7,12 +7,14 @@
 #include <string>
 
 #include "nsa/config/config.hpp"
+#include "nsa/config/machine.hpp"
 
 namespace nsa {
 
-/// Throws UserError when the input's heads and kv do not multiply to `ranks`. `json`: receives the plan as JSON, unless
-/// null; not for task.kind = "kernels".
-void print_plan(std::ostream& out, const Config& config, int ranks, std::string* json = nullptr);
+/// Throws UserError when the input's heads and kv do not multiply to `ranks`. `machine`: also ranks the layouts of
+/// these ranks on it, unless null. `json`: receives the plan as JSON, unless null; not for task.kind = "kernels".
+void print_plan(std::ostream& out, const Config& config, int ranks, const Machine* machine = nullptr,
+                std::string* json = nullptr);
 
 /// Upper bound of the result file's bytes, for the check of free disk space.
 std::size_t planned_result_bytes(const Config& config, int ranks);

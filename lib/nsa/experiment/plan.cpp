@@ -182,16 +182,17 @@ Json point_json(const PlannedPoint& p) {
 
 }  // namespace
 
-std::string plan_json(const Plan& plan) {
-  const Json document{{"ranks", plan.ranks},
-                      {"heads", plan.heads},
-                      {"kv", plan.kv},
-                      {"kv_chunk_blocks", plan.kv_chunk_blocks},
-                      {"positions", plan.positions},
-                      {"workspace_of", plan.backend == BackendKind::cuda ? "cuda" : "host"},
-                      {"warning", plan.idle},
-                      {"owners", json_list(plan.owners, owners_json)},
-                      {"points", json_list(plan.points, point_json)}};
+std::string plan_json(const Plan& plan, const std::string& advice) {
+  Json document{{"ranks", plan.ranks},
+                {"heads", plan.heads},
+                {"kv", plan.kv},
+                {"kv_chunk_blocks", plan.kv_chunk_blocks},
+                {"positions", plan.positions},
+                {"workspace_of", plan.backend == BackendKind::cuda ? "cuda" : "host"},
+                {"warning", plan.idle},
+                {"owners", json_list(plan.owners, owners_json)},
+                {"points", json_list(plan.points, point_json)}};
+  if (!advice.empty()) document["advice"] = Json::parse(advice);
   return json_text(document, 2) + "\n";
 }
 

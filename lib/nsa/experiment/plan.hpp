@@ -54,7 +54,7 @@ std::string idle_ranks(const Config& config, int ranks);
 /// The backend whose kernels say how much scratch a step needs: CUDA where there is a device, else host.
 Backend planning_backend(const Config& config);
 
-/// {"ranks": ..., "owners": [...], "points": [...]} (docs/METRICS.md).
-std::string plan_json(const Plan& plan);
+/// {"ranks": ..., "owners": [...], "points": [...]} (docs/METRICS.md), and "advice", a JSON document, unless empty.
+std::string plan_json(const Plan& plan, const std::string& advice);
 
 }  // namespace nsa

@@ -6,8 +6,28 @@
 #include "nsa/results/schema.hpp"
 
 namespace nsa {
-
 namespace {
+
+double triangle(double n) { return n * (n + 1) / 2; }
+
+/// Tokens that all queries of one sequence and group read, by branch: the sums of expected_reads over [0, tokens).
+struct SummedReads {
+  double branch[branches];
+};
+SummedReads summed_reads(const BlockRules& r, std::int64_t tokens) {
+  const auto real = [](std::int64_t n) { return static_cast<double>(n); };
+  SummedReads sum{};
+  if (tokens >= r.l) {
+    const std::int64_t last = tokens - r.l, q = last / r.d;
+    sum.branch[cmp] = real(last + 1) + real(r.d) * triangle(real(q - 1)) + real(q * (last % r.d + 1));
+  }
+  const std::int64_t whole = std::min<std::int64_t>(tokens, std::int64_t{r.n_sel} * r.l_sel), rest = tokens - whole;
+  sum.branch[sel] = triangle(real(whole)) + real(rest) * real(r.n_sel - 1) * real(r.l_sel) +
+                    real(rest / r.l_sel) * triangle(real(r.l_sel)) + triangle(real(rest % r.l_sel));
+  const std::int64_t ramp = std::min<std::int64_t>(tokens, r.w);
+  sum.branch[win] = triangle(real(ramp)) + real(tokens - ramp) * real(r.w);
+  return sum;
+}
 
 /// K/V rows of a branch that a prefill reads where every chunk reads each row once, for one (sequence, group).
 std::int64_t prefill_kv_rows(const Config& config, const Point& point, Branch c) {
@@ -102,6 +122,31 @@ std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& 
     bytes[static_cast<int>(Stage::comm)] += config.model.layers * e.bytes * (e.ranks - 1);
   for (int i = 0; i < static_cast<int>(Stage::step); ++i) bytes[static_cast<int>(Stage::step)] += bytes[i];
   return bytes;
+}
+
+double modelled_flops(const Config& config, const Partition& p, const Point& point) {
+  const LayerShape& s = p.shape;
+  const bool prefill = config.kind == TaskKind::prefill;
+  const double batch = static_cast<double>(point.batch), kv = p.kv, heads = s.heads(), width = s.d_k + s.d_v;
+  SummedReads reads{};
+  if (prefill) {
+    const PrefillRange range = prefill_range(config, point);
+    const SummedReads prefix = summed_reads(s.rules, range.first);
+    reads = summed_reads(s.rules, range.end);
+    for (int b = 0; b < branches; ++b) reads.branch[b] -= prefix.branch[b];
+  } else {
+    const ExpectedReads last = expected_reads(s.rules, total_positions(config, point) - 1);
+    for (int b = 0; b < branches; ++b) reads.branch[b] = static_cast<double>(last.branch[b]);
+  }
+  for (double& count : reads.branch) count *= batch / kv;
+  const double rows = batch * (prefill ? static_cast<double>(point.context) / kv : 1);
+  const double hidden = s.phi_hidden, token = hidden == 0 ? s.rules.l * width : 2 * hidden * (s.rules.l + 1) * width;
+  double flops = rows / s.rules.d * s.groups * token + 2 * heads * reads.branch[cmp] +
+                 2 * branches * rows * heads * s.d_v * (prefill ? 1 : kv);
+  for (const double count : reads.branch) flops += 2 * heads * count * width;
+  if (config.run.scope == Scope::layer)
+    flops += 2 * rows * s.dim * static_cast<double>(qkv_columns(s)) + 2 * rows * heads * s.d_v * s.dim;
+  return static_cast<double>(config.model.layers) * flops;
 }
 
 }  // namespace nsa

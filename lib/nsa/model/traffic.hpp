@@ -23,4 +23,8 @@ std::vector<Exchange> exchanges(const Config& config, const Partition& partition
 /// step of a decode, or in the whole prefill. comm: bytes received from peers.
 std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& partition, const Point& point);
 
+/// FLOPs of an average rank in a decode step or a whole prefill, all layers. A multiply-add counts two, and a score
+/// that ranks a block two.
+double modelled_flops(const Config& config, const Partition& partition, const Point& point);
+
 }  // namespace nsa

@@ -245,6 +245,13 @@ std::string text_parameter(const PointRecord& point, std::string_view key, const
   return value ? *value : fallback;
 }
 
+std::string bytes_text(double bytes) {
+  const char* units[] = {"B", "kB", "MB", "GB", "TB", "PB"};
+  int unit = 0;
+  for (; bytes >= 999.5 && unit < 5; ++unit) bytes /= 1000;
+  return fmt::format("{:.{}f} {}", bytes, unit == 0 || bytes >= 99.95 ? 0 : bytes >= 9.995 ? 1 : 2, units[unit]);
+}
+
 std::string time_text(double seconds) {
   if (std::isnan(seconds)) return "-";
   const auto [scale, unit] = seconds < 0.99995e-3 ? std::pair(1e6, "us")

@@ -80,4 +80,7 @@ std::string text_parameter(const PointRecord& point, std::string_view key, const
 /// "1.23 us", "45.6 ms": three digits and a suitable unit; "-" for NaN.
 std::string time_text(double seconds);
 
+/// "12.5 MB": three digits, powers of 1000.
+std::string bytes_text(double bytes);
+
 }  // namespace nsa

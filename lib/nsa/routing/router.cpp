@@ -17,7 +17,7 @@ namespace {
 
 constexpr const char* environment_variables[branches] = {"NSA_ROUTE_CMP", "NSA_ROUTE_SEL", "NSA_ROUTE_WIN"};
 
-void maybe_refuse_launch(Branch branch, const DeviceOps& device, Stream* stream) {
+[[maybe_unused]] void maybe_refuse_launch(Branch branch, const DeviceOps& device, Stream* stream) {
   if (branch == cmp)
     fault::refuse_launch("attend.cmp", device, stream);
   else if (branch == sel)

@@ -84,16 +84,18 @@ def test_the_cost_model_of_held_out_layouts():
             exchanges = [(1, e.ranks - 1, e.bytes * (e.ranks - 1)) for e in traffic.exchanges(s)]
             terms = np.sum(exchanges, axis=0) if exchanges else np.zeros(3)
             moved = moved_by_step(group, 0)
-            columns = [1.0, moved, traffic.modelled_flops(s)["step"], *terms]
+            blocks = np.ceil((p["run.context"] + p["run.steps"]) / p["nsa.l_sel"]) / p["kv"]
+            columns = [1.0, moved, traffic.modelled_flops(s)["step"], blocks, *terms]
             rows.append((p.layout, p["run.context"], np.array(columns), slowest_median(group, "total", "step")))
     table = cost_model.held_out(points).query("stage == 'step'").set_index(["layout", "context"])
     for layout, context, columns, time in rows:
         others = [(c, t) for name, _, c, t in rows if name != layout]
         model = cost_model.fit([p for p in points if p.layout != layout])
-        assert_best(np.array([c for c, _ in others]), np.array([t for _, t in others]), np.array(model.step))
+        coefficients = (*model.step, *model.step_comm)
+        assert_best(np.array([c for c, _ in others]), np.array([t for _, t in others]), np.array(coefficients))
         row = table.loc[layout, context]
         assert row.measured == pytest.approx(time, rel=1e-12)
-        assert row.predicted == pytest.approx(columns @ np.array(model.step), rel=1e-12)
+        assert row.predicted == pytest.approx(columns @ np.array(coefficients), rel=1e-12)
         assert row.error == pytest.approx(row.predicted / time - 1)
 
 

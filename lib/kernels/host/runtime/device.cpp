@@ -16,6 +16,7 @@
 #include "kernels/diagnostics/out_of_memory.hpp"
 #include "kernels/host/runtime/host.hpp"
 #include "kernels/host/runtime/limits.hpp"
+#include "kernels/host/runtime/x86_level.hpp"
 
 namespace nsa {
 
@@ -40,9 +41,8 @@ std::string cpu_name() {
 
 const char* simd_level() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
-  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
-  return "x86-64";
+  const int level = x86_level();
+  return level == 4 ? "x86-64-v4" : level == 3 ? "x86-64-v3" : "x86-64";
 #elif defined(__aarch64__)
   return "aarch64";
 #else

@@ -3,6 +3,7 @@
 // Tiling by SIMD level: v4 4 rows x 64 columns (8 x 16 in the remainder), v3 4 x 16, else 2 x 16. The sums are the same
 // at all levels. Bound by fused multiply-adds.
 
+#include "kernels/host/runtime/x86_level.hpp"
 #include "kernels/host/simd/loops.hpp"
 
 namespace nsa::host {
@@ -85,8 +86,8 @@ using ProductFunction = void (*)(const Operands&, int, int);
 
 ProductFunction best_function() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("x86-64-v4")) return product_v4;
-  if (__builtin_cpu_supports("x86-64-v3")) return product_v3;
+  if (x86_level() == 4) return product_v4;
+  if (x86_level() == 3) return product_v3;
 #endif
   return product_generic;
 }

@@ -1,0 +1,108 @@
+"""The README's first command in a bare Debian: debootstrap, a copy of the sources, ./quickstart.sh, as root.
+
+test_bare_root.py SUITE FOLDER: the suite ("bookworm", "trixie") is unpacked once and kept in FOLDER as SUITE.tar.
+Skipped (77), with the reason, without root, debootstrap or the mirror. Python 3, standard library only.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MIRROR = os.environ.get("NSA_DEBIAN_MIRROR", "")
+INSIDE = "NSA_TEST_INSIDE"  # environment variable: the process has a mount and PID namespace of its own
+SKIPPED = 77
+
+
+def skip(why):
+    print(f"SKIPPED: {why}")
+    sys.exit(SKIPPED)
+
+
+def unpacked(suite, kept, folder):
+    """Unpacks the suite below `folder`, from `kept` or from the mirror."""
+    archive = kept / f"{suite}.tar"
+    if not archive.is_file():
+        fresh = folder / "fresh"
+        command = ["debootstrap", "--variant=minbase", suite, fresh, MIRROR]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            skip(f"no bare {suite} from {MIRROR} ({(done.stdout + done.stderr).strip().splitlines()[-1]})")
+        kept.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["tar", "cf", f"{archive}.new", "-C", fresh, "."], check=True)
+        os.replace(f"{archive}.new", archive)
+        return fresh
+    root = folder / "root"
+    root.mkdir()
+    subprocess.run(["tar", "xf", archive, "-C", root], check=True)
+    return root
+
+
+def furnish(root):
+    """Sources as a clone has them, the settings that reach the mirror, and the file systems of a running system."""
+    files = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True)
+    archive = subprocess.Popen(["tar", "c", "-C", ROOT, "--null", "-T", "-"] if files.returncode == 0 else
+                               ["tar", "c", "-C", ROOT, "--exclude=./build", "."],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    (root / "src").mkdir()
+    unpack = subprocess.Popen(["tar", "x", "-C", root / "src"], stdin=archive.stdout)
+    archive.stdin.write(files.stdout)
+    archive.stdin.close()
+    assert unpack.wait() == 0 and archive.wait() == 0
+    shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
+    shutil.copy("/etc/hosts", root / "etc/hosts")
+    for path in pathlib.Path("/etc/apt/apt.conf.d").glob("*"):
+        if re.search("Acquire", path.read_text(errors="replace")):
+            shutil.copy(path, root / "etc/apt/apt.conf.d")
+    subprocess.run(["mount", "-t", "proc", "proc", root / "proc"], check=True)
+    for name in ("dev", "sys"):
+        subprocess.run(["mount", "--rbind", f"/{name}", root / name], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", root / "dev/shm"], check=True)
+
+
+def quick_start(suite, kept):
+    with tempfile.TemporaryDirectory(prefix="nsa-root-") as folder:
+        root = unpacked(suite, kept, pathlib.Path(folder))
+        furnish(root)
+        start = time.monotonic()
+        try:
+            done = subprocess.run(
+                ["chroot", root, "/usr/bin/env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root",
+                 "LANG=C.UTF-8", "NSA_COMMIT=bare", "sh", "-c", "cd /src && apt-get update -qq && ./quickstart.sh"],
+                capture_output=True, text=True)  # fmt: skip
+            left = os.listdir(root / "dev/shm")
+            compiler = subprocess.run(["chroot", root, "c++", "--version"], capture_output=True, text=True).stdout
+        finally:
+            for name in ("dev", "sys", "proc"):
+                subprocess.run(["umount", "-R", "-l", root / name], check=False)
+    said = done.stdout + done.stderr
+    print(said[-3000:])
+    print(f"{suite}: {time.monotonic() - start:.0f} s, {compiler.splitlines()[0] if compiler else 'no compiler'}")
+    assert done.returncode == 0, f"exit code {done.returncode}"
+    assert "RESULT: VALID" in said
+    warnings = [line for line in said.splitlines() if re.search(r"warning: ", line)]
+    assert not warnings, "\n".join(warnings[:10])
+    assert not left, f"left in /dev/shm: {left}"
+
+
+def main(suite, kept):
+    if os.geteuid() != 0:
+        skip("only root can change the root folder")
+    if not shutil.which("debootstrap"):
+        subprocess.run("apt-get install -y -qq --no-install-recommends debootstrap", shell=True, capture_output=True)
+    if not shutil.which("debootstrap"):
+        skip("no debootstrap, and apt-get cannot install it")
+    if not os.environ.get(INSIDE):
+        command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", sys.executable, "-B", *sys.argv]
+        done = subprocess.run(command, env=os.environ | {INSIDE: "1"})
+        sys.exit(done.returncode)
+    quick_start(suite, pathlib.Path(kept))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
