@@ -18,7 +18,7 @@ enum class TaskKind { decode, prefill, kernels, needle };
 enum class Scope { layer, attention };        ///< attention: q, k, v and gates are given
 enum class CacheFill { prefill, synthetic };  ///< synthetic: caches filled directly
 enum class BackendChoice { automatic, host, cuda };
-enum class Spans { contiguous, mixed, scattered };  ///< positions of a row's selected blocks
+enum class Spans { contiguous, mixed, scattered, recorded };  ///< positions of a row's selected blocks
 enum class Mode { branches, total, ablation, one_hot, launches };
 
 struct ModelConfig {
@@ -81,7 +81,7 @@ struct KernelsConfig {  ///< kind = "kernels"; every list but `implementations` 
 
 struct OutputConfig {
   std::string file = "result.h5";
-  bool tensors = false;
+  bool tensors = false, selection = false;
   std::string csv;
 };
 
@@ -104,7 +104,10 @@ struct Config {
   NeedleConfig needle;
   KernelsConfig kernels;
   std::string input_file;
+  std::string input_selection;  ///< a file with the selected blocks, which are attended; empty: ranking selects
   OutputConfig output;
+  /// Whether a point has a recorded pass before it is measured.
+  bool records() const { return run.check || output.tensors || output.selection; }
   std::map<std::string, SourcePosition>
       origin;  ///< "model.d_k" -> where it was set; without keys left at their default
 };

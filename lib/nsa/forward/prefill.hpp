@@ -9,6 +9,7 @@
 #include "nsa/forward/stage_timer.hpp"
 #include "nsa/forward/stages.hpp"
 #include "nsa/model/inputs.hpp"
+#include "nsa/model/selections.hpp"
 
 namespace nsa {
 
@@ -70,6 +71,8 @@ class PrefillRunner {
   void fill_rings(std::int64_t layer, const CacheViews& caches);
   void attend_rows(std::int64_t layer, const StepOptions& options, const CacheViews& caches, StageTimer& timer,
                    const OnTile& on_tile);
+  void load_selections();
+  void copy_recorded(const StepContext& ctx);
   void attention(const StepContext& ctx, StageTimer& timer);
   void staged_attention(const StepContext& ctx, StageTimer& timer);
   /// body(tile, query rows, first row within the buffers of all rows)
@@ -85,6 +88,7 @@ class PrefillRunner {
   const std::int64_t local_rows_;  ///< of one sequence
   StepBuffers buffers_;
   Buffer starts_;                       ///< [tiles] first positions, then one 0
+  Buffer recorded_;                     ///< given selections: [batch][local rows][groups][n] int32
   KvPair raw_, win_;                    ///< own rows of the cmp and win projections
   KvPair sel_all_, cmp_all_, win_all_;  ///< gathered, kv > 1
   KvPair heads_, heads_all_, ring_all_;

@@ -64,6 +64,8 @@ RunRecord read_run(const h5::Handle& file) {
     read_attributes(file, run, run_integers_1_1);
   }
   if (std::count(names.begin(), names.end(), "program") > 0) read_attributes(file, run, run_attributes_1_5);
+  if (std::count(names.begin(), names.end(), "input_selection_sha256") > 0)
+    read_attributes(file, run, run_attributes_1_6);
   const h5::Handle system = h5::open_group(file, "system");
   run.system.resize(h5::read<std::int64_t>(system, "rank").size());
   read_system_columns(system, run, system_texts);

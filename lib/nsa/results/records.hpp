@@ -130,11 +130,12 @@ struct RankSystem {
 
 struct RunRecord {
   std::string run_uuid, start, end, argv, input_toml, input_sha256, git_commit, compiler, backend, status;
-  std::string config;              ///< the effective input: every key, with --set; TOML
-  std::string input_file_sha256;   ///< of the content of [input] file; empty without one
-  std::int64_t resumed = 0;        ///< how often the run was resumed
-  std::string program = "nsa";     ///< that ran the points: "nsa", "torch 2.11.0, cuDNN 9.13.0"
-  std::vector<RankSystem> system;  ///< by rank
+  std::string config;                  ///< the effective input: every key, with --set; TOML
+  std::string input_file_sha256;       ///< of the content of [input] file; empty without one
+  std::string input_selection_sha256;  ///< the same of [input] selection
+  std::int64_t resumed = 0;            ///< how often the run was resumed
+  std::string program = "nsa";         ///< that ran the points: "nsa", "torch 2.11.0, cuDNN 9.13.0"
+  std::vector<RankSystem> system;      ///< by rank
 };
 
 }  // namespace nsa

@@ -10,7 +10,7 @@ namespace nsa {
 
 /// A reader refuses another major version. A new minor version only adds names.
 constexpr int schema_major = 1;
-constexpr const char* schema_version = "1.5";
+constexpr const char* schema_version = "1.6";
 
 /// A field of a record under its name in the file.
 template <class Record, class T>
@@ -46,6 +46,11 @@ constexpr Named<RunRecord, std::int64_t> run_integers_1_1[] = {
 /// Added by schema 1.5: a file without it is of nsa.
 constexpr Named<RunRecord, std::string> run_attributes_1_5[] = {
     {"program", &RunRecord::program},
+};
+
+/// Added by schema 1.6: a file of an earlier one lacks it.
+constexpr Named<RunRecord, std::string> run_attributes_1_6[] = {
+    {"input_selection_sha256", &RunRecord::input_selection_sha256},
 };
 
 /// Datasets of /system over rank.

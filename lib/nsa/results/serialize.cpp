@@ -25,10 +25,10 @@ auto members(R& r) {
 
 template <Is<RunRecord> R>
 auto members(R& r) {
-  auto& [uuid, start, end, argv, toml, sha256, commit, compiler, backend, status, config, file_sha256, resumed, program,
-         system] = r;
-  return std::tie(uuid, start, end, argv, toml, sha256, commit, compiler, backend, status, config, file_sha256, resumed,
-                  program, system);
+  auto& [uuid, start, end, argv, toml, sha256, commit, compiler, backend, status, config, file_sha256, selection_sha256,
+         resumed, program, system] = r;
+  return std::tie(uuid, start, end, argv, toml, sha256, commit, compiler, backend, status, config, file_sha256,
+                  selection_sha256, resumed, program, system);
 }
 
 template <Is<TimeTable> R>

@@ -92,6 +92,7 @@ void write_run(const h5::Handle& file, const RunRecord& run, const std::string& 
   write_attributes(file, run, run_attributes_1_1);
   write_attributes(file, run, run_integers_1_1);
   write_attributes(file, run, run_attributes_1_5);
+  write_attributes(file, run, run_attributes_1_6);
   if (h5::has(file, "system")) h5::remove(file, "system");
   const h5::Handle system = h5::create_group(file, "system");
   h5::write_scale(system, "rank", indices(static_cast<std::int64_t>(run.system.size())), {"1", "rank"});

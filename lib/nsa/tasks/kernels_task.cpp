@@ -152,6 +152,12 @@ MemoryAccount run_kernels(const Session& session, const Config& config, const Po
     for (std::int64_t i = 0; i < count; ++i)
       std::copy_n(all.begin() + (r * count + i) * reps, reps, k.seconds.begin() + (i * k.ranks + r) * reps);
   if (const double shared = bench->blocks_shared(); !std::isnan(shared)) record.blocks_shared = shared;
+  if (config.output.selection && point.kernel.branch == sel)
+    record.tensors.push_back({"selected",
+                              {1, bench->rows(), 1, point.kernel.blocks},
+                              {"batch", "row", "group", "choice"},
+                              {},
+                              bench->selected()});
   record.warmup_reps = config.run.warmup;
   record.first_position = point.context - kernel_rows(point);
   record.stop_reason = "steps";

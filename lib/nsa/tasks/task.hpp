@@ -20,8 +20,8 @@ namespace nsa {
 /// Any rank's problem ("" = none) makes the point INVALID. Collective.
 void gather_problems(const ControlComm& world, const std::string& problem, PointRecord& record);
 
-/// After the recorded pass: stores what the checks found and, if tensors are asked for, those of all ranks. Returns the
-/// largest |v| that the checks of any rank saw. Collective.
+/// After the recorded pass: stores what the checks found and the tensors that are asked for, those of all ranks.
+/// Returns the largest |v| that the checks of any rank saw. Collective.
 double keep_records(const ControlComm& world, ModelShard& shard, const TensorSource& source, const CheckResult& checked,
                     StepTensors* tensors, std::int64_t positions, PointRecord& record);
 
