@@ -18,9 +18,8 @@ import contextlib
 import pathlib
 
 import torch
-from torch.nn import functional
-
 from captured import write_input
+from torch.nn import functional
 
 
 class Captured:

@@ -18,7 +18,6 @@ import pathlib
 import gguf
 import numpy as np
 import tokenizers
-
 from captured import write_input
 
 
@@ -85,7 +84,8 @@ def projections(model, layer, x):
     name = f"blk.{layer}."
     normed = rms_norm(x, model.weight(name + "attn_norm.weight"), model.epsilon)
     q, k, v = (normed @ model.weight(name + f"attn_{which}.weight").T for which in "qkv")
-    q, k, v = q.reshape(len(x), model.heads, -1), k.reshape(len(x), model.groups, -1), v.reshape(len(x), model.groups, -1)
+    q = q.reshape(len(x), model.heads, -1)
+    k, v = (y.reshape(len(x), model.groups, -1) for y in (k, v))
     return rotate(q, model.base), rotate(k, model.base), v
 
 

@@ -8,7 +8,9 @@ def print_settings(source, q_shape, kv_shape, context, path):
     """The input of the run: a prefill of q_shape [T, H, Dk] and K/V [G, Dv], or with `context` decode from there on."""
     positions, heads, d_k = q_shape
     groups, d_v = kv_shape
-    steps = "" if context is None else f"\nsteps = {positions - context}" + ("\nwarmup = 0" if positions - context < 9 else "")
+    steps = "" if context is None else f"\nsteps = {positions - context}"
+    if context is not None and positions - context <= 8:  # as many as warm up by default
+        steps += "\nwarmup = 0"
     print(f'# {source}\n[task]\nkind = "{"prefill" if context is None else "decode"}"\n[model]\nn_heads = {heads}\n'
           f"n_kv_groups = {groups}\nd_k = {d_k}\nd_v = {d_v}\nshared_kv = true\n[run]\nscope = \"attention\"\n"
           f"context = {positions if context is None else context}{steps}" +

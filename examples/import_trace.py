@@ -2,13 +2,15 @@
 """A workload of a FlashInfer-Trace data set as an input file of nsa (docs/SCHEMA.md, "Tensors").
 
 Reads definitions/ and workloads/ of the data set (flashinfer-ai/flashinfer-bench, docs/flashinfer-trace) and takes
-operations of the kinds gqa_paged and gqa_ragged. One sequence of the workload becomes a run: where every position of it
-has a query, a prefill; else decode of the positions that have one. Lengths come from the indptr tensors. q, K and V come
-from their safetensors; where one of them is "random", no file is written, and the printed settings run on synthetic
-values. What the file does not have (gates; queries of positions that are not run) is 1/3 and 0. Needs numpy and h5py.
+operations of the kinds gqa_paged and gqa_ragged. One sequence of the workload becomes a run: where every position of
+it has a query, a prefill; else decode of the positions that have one. Lengths come from the indptr tensors. q, K and V
+come from their safetensors; where one of them is "random", no file is written, and the printed settings run on
+synthetic values. What the file does not have (gates; queries of positions that are not run) is 1/3 and 0.
+Needs numpy and h5py.
 
 usage: import_trace.py DATASET WORKLOADS.jsonl [--uuid UUID] [--sequence I] [--output FILE.h5]
-e.g.   examples/import_trace.py flashinfer-trace workloads/gqa_paged/gqa_paged_decode_h32_kv8_d128_ps1.jsonl --output q.h5
+e.g.   examples/import_trace.py flashinfer-trace workloads/gqa_paged/gqa_paged_decode_h32_kv8_d128_ps1.jsonl \
+           --output q.h5
 """
 
 import argparse
@@ -18,7 +20,6 @@ import struct
 import sys
 
 import numpy as np
-
 from captured import print_settings, write_input
 
 TYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "BF16": "u2"}
@@ -34,7 +35,8 @@ def read_safetensors(path, key):
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
         if key not in header:
-            raise TraceError(f"{path} has no tensor {key}; it holds {', '.join(sorted(set(header) - {'__metadata__'}))}")
+            names = ", ".join(sorted(set(header) - {"__metadata__"}))
+            raise TraceError(f"{path} has no tensor {key}; it holds {names}")
         kind, (begin, end) = header[key]["dtype"], header[key]["data_offsets"]
         if kind not in TYPES:
             raise TraceError(f"{path}: {key} is of type {kind}; this tool reads {', '.join(TYPES)}")
@@ -126,7 +128,8 @@ def run(args):
         raise TraceError(f"--sequence {args.sequence}: the workload has sequences 0 to {workload.sequences() - 1}")
     queries, positions = len(workload.rows_of_q(args.sequence)), len(workload.rows_of_kv(args.sequence))
     if not 0 < queries <= positions:
-        raise TraceError(f"sequence {args.sequence} has {queries} queries and {positions} keys; choose another --sequence")
+        raise TraceError(f"sequence {args.sequence} has {queries} queries and {positions} keys; "
+                         "choose another --sequence")
     context = None if queries == positions else positions - queries
     if context == 0:
         raise TraceError(f"sequence {args.sequence} has no context before its queries; choose another --sequence")

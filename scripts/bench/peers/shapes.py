@@ -55,7 +55,7 @@ def choose_blocks(point):
 
 
 def recorded_blocks(path, rows, n):
-    """[rows, n]: the last rows of the first sequence and group of a file of selections (docs/SCHEMA.md, "Selections")."""
+    """[rows, n]: the last rows of the first sequence and group of a file (docs/SCHEMA.md, "Selections")."""
     import h5py
 
     with h5py.File(path) as file:
