@@ -124,8 +124,9 @@ class Replay(AppTest):
         self.write("lists.h5", "text")
         self.refuses("cannot use lists.h5", given)
         self.write_lists("short.h5", self.other_lists(100))
-        self.refuses("this input needs 1 sequences, positions 0 to 199, 2 groups, 8 blocks a query; it holds 1 sequences, "
-                     "positions 0 to 99, 2 groups, 8 blocks a query", 'task.kind="prefill"', 'input.selection="short.h5"')
+        self.refuses("this input needs 1 sequences, positions 0 to 199, 2 groups, 8 blocks a query; "
+                     "it holds 1 sequences, positions 0 to 99, 2 groups, 8 blocks a query", 'task.kind="prefill"',
+                     'input.selection="short.h5"')
         self.write_lists("reals.h5", self.other_lists().astype(np.float32))
         self.refuses("/selected is not an array of integers", 'input.selection="reals.h5"')
         with h5py.File(os.path.join(self.folder, "other.h5"), "w") as file:

@@ -4,12 +4,12 @@
 Runs the input in pairs of equal runs, first A then B, in the next pair first B then A. Then, of all pairs:
 
 - `nsa diff A B`: each pair is a comparison. With --slowdown 2% the step times in a copy of B are 1.02 times as long.
-- by turns, as `nsa run --against` decides (docs/METRICS.md, "By turns"; recomputed here): comparisons are --draws draws of
-  --turns pairs.
+- by turns, as `nsa run --against` decides (docs/METRICS.md, "By turns"; recomputed here): comparisons are --draws draws
+  of --turns pairs.
 
 Prints for both how many verdicts are wrong (equal runs called FASTER or SLOWER) and how many slowdowns are found
-(SLOWER), with 95% intervals (Clopper and Pearson), over all and over those whose interval allows it: it is narrow enough
-that the slowdown lies outside it in 95% of cases, that is, its half width is at most slowdown / (1 + 1.645 / 2.576).
+(SLOWER), with 95% intervals (Clopper and Pearson), over all and over those whose interval allows it: it is narrow
+enough that the slowdown lies outside it in 95% of cases: its half width is at most slowdown / (1 + 1.645 / 2.576).
 NOISY pairs are compared like any other. --jobs runs several pairs side by side, each on its own cores (--cores N: of so
 many). Needs h5py.
 
@@ -100,8 +100,9 @@ class Pairs:
     def run(self, job, path):
         first = job % self.args.jobs * self.args.cores + self.args.first_core
         cores = ",".join(str(first + i) for i in range(self.args.cores))
-        subprocess.run(["taskset", "-c", cores, self.args.nsa, "run", self.args.input, "--output", path, *self.args.set],
-                       check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": str(self.args.cores)})
+        command = [self.args.nsa, "run", self.args.input, "--output", path, *self.args.set]
+        subprocess.run(["taskset", "-c", cores, *command], check=True, stdout=subprocess.DEVNULL,
+                       env={**os.environ, "OMP_NUM_THREADS": str(self.args.cores)})
 
     def diff(self, a, b):
         table = b.with_suffix(".csv")

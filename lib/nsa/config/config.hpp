@@ -42,6 +42,8 @@ struct RunConfig {
   double min_time = 0.0;        ///< seconds that each mode measures at least, by repeating its steps
   double min_interval = 0.0;    ///< the 95% interval of the median, as a share of it, until which each mode repeats
   double interval_time = 60.0;  ///< seconds after which a mode does not repeat for min_interval
+  double throttle_threshold = 0.75;  ///< mean SM clock of a pass, of the largest, below which it is measured again
+  double recovery_delay = 0.05;      ///< seconds before that
   double deadline = 300.0;  ///< seconds that an operation between ranks or a wait for a device may take; 0: no limit
   double overlap = 0.0;     ///< how often a query repeats the one before it
   bool check = true;

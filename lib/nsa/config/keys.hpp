@@ -137,6 +137,11 @@ void visit_run_keys(ConfigOrConst& c, Visitor&& visit) {
         "Each mode repeats its steps until the median's 95% interval is at most this wide; 0: no such goal.");
   visit("run.interval_time", c.run.interval_time, RealRange{0.0, 86400.0}, "s",
         "Longest time that a mode measures to reach min_interval; one that does not reach it is NOISY.");
+  visit(
+      "run.throttle_threshold", c.run.throttle_threshold, RealRange{0.0, 1.0}, "of the largest clock",
+      "Mean SM clock of a pass below which it is dropped and measured again, 20 times at most; 0: every pass counts.");
+  visit("run.recovery_delay", c.run.recovery_delay, RealRange{0.0, 60.0}, "s",
+        "Wait before a pass is measured again, in which the GPU recovers.");
   visit("run.deadline", c.run.deadline, RealRange{0.0, 86400.0}, "s",
         "Longest wait for other ranks or for a device before the job ends; 0: no limit.");
   visit(

@@ -196,6 +196,8 @@ NoiseRecord read_noise(const h5::Handle& group) {
   };
   for (const auto& entry : noise_reals) whole(entry.name, n.*entry.field, {std::ssize(n.modes), n.ranks});
   for (const auto& entry : noise_counts) whole(entry.name, n.*entry.field, {std::ssize(n.modes), n.ranks});
+  if (h5::has(group, "throttled_passes"))
+    for (const auto& entry : noise_counts_1_6) whole(entry.name, n.*entry.field, {std::ssize(n.modes), n.ranks});
   whole("sm_clock_max", n.sm_clock_max_mhz, {n.ranks});
   whole("cache_bytes", n.cache_bytes, {n.ranks});
   return n;

@@ -83,6 +83,7 @@ struct NoiseRecord {
   std::vector<double> steal;                   ///< s, taken by other machines or the CPU quota, mean over cores
   std::vector<double> sm_clock_mhz;            ///< mean; 0: unknown
   std::vector<std::int64_t> throttle_reasons;  ///< at the mode's end, NVML's bits; -1: unknown
+  std::vector<std::int64_t> throttled_passes;  ///< at a lowered clock, which were measured again; empty before 1.6
   std::vector<double> cv, outlier_share;       ///< of the rank's steps; NaN below two samples
   std::vector<double> sm_clock_max_mhz;        ///< [rank]; 0: unknown
   std::vector<std::int64_t> cache_bytes;       ///< [rank], last-level cache of the device; 0: unknown

@@ -99,6 +99,11 @@ constexpr Named<NoiseRecord, std::vector<std::int64_t>> noise_counts[] = {
     {"throttle_reasons", &NoiseRecord::throttle_reasons, "1", "why the clock is lowered, bits of NVML, -1 if unknown"},
 };
 
+/// Added by schema 1.6.
+constexpr Named<NoiseRecord, std::vector<std::int64_t>> noise_counts_1_6[] = {
+    {"throttled_passes", &NoiseRecord::throttled_passes, "1", "passes at a lowered clock, which were measured again"},
+};
+
 /// Attributes of a point, besides its parameters, validity, routes and fallbacks.
 constexpr Named<PointRecord, std::string> point_texts[] = {
     {"fingerprint", &PointRecord::fingerprint},

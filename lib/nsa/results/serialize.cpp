@@ -63,10 +63,10 @@ auto members(R& r) {
 
 template <Is<NoiseRecord> R>
 auto members(R& r) {
-  auto& [modes, ranks, seconds, voluntary, involuntary, minor, major, steal, clock, throttle, cv, outliers, clock_max,
-         cache] = r;
-  return std::tie(modes, ranks, seconds, voluntary, involuntary, minor, major, steal, clock, throttle, cv, outliers,
-                  clock_max, cache);
+  auto& [modes, ranks, seconds, voluntary, involuntary, minor, major, steal, clock, throttle, throttled, cv, outliers,
+         clock_max, cache] = r;
+  return std::tie(modes, ranks, seconds, voluntary, involuntary, minor, major, steal, clock, throttle, throttled, cv,
+                  outliers, clock_max, cache);
 }
 
 template <Is<PointRecord> R>

@@ -182,6 +182,7 @@ void write_noise(const h5::Handle& point_group, const NoiseRecord& n) {
   };
   columns(noise_reals);
   columns(noise_counts);
+  columns(noise_counts_1_6);
   h5::write(group, "sm_clock_max", n.sm_clock_max_mhz, {"rank"}, {"MHz", "largest clock of an SM, 0 if unknown"});
   h5::write(group, "cache_bytes", n.cache_bytes, {"rank"}, {"byte", "last-level cache of the device, 0 if unknown"});
 }
