@@ -10,8 +10,8 @@ Runs the input in pairs of equal runs, first A then B, in the next pair first B 
 Prints for both how many verdicts are wrong (equal runs called FASTER or SLOWER) and how many slowdowns are found
 (SLOWER), with 95% intervals (Clopper and Pearson), over all and over those whose interval allows it: it is narrow
 enough that the slowdown lies outside it in 95% of cases: its half width is at most slowdown / (1 + 1.645 / 2.576).
-NOISY pairs are compared like any other. --jobs runs several pairs side by side, each on its own cores (--cores N: of so
-many). Needs h5py.
+Draws share pairs, so that their intervals hold for these pairs alone. NOISY pairs are compared like any other. --jobs
+runs several pairs side by side, each on its own cores (--cores N: of so many). Needs h5py.
 
 usage: error_rates.py NSA INPUT.toml [--pairs 200] [--jobs 1] [--cores 2] [--slowdown 2%] [--json FILE]
 """
