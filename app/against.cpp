@@ -26,6 +26,7 @@ std::vector<std::string> command_of(const std::string& binary, const RunOptions&
   words.insert(words.end(), {binary, "run", run.input});
   for (const std::string& text : run.overrides) words.insert(words.end(), {"--set", text});
   if (run.strict) words.push_back("--strict");
+  if (run.record_selection) words.push_back("--record-selection");
   if (run.deadline) words.insert(words.end(), {"--deadline", std::to_string(*run.deadline)});
   if (run.min_interval) words.insert(words.end(), {"--min-interval", std::to_string(*run.min_interval)});
   return words;

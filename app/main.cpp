@@ -115,6 +115,8 @@ void describe(CLI::App& app, CommandLine& line) {
   run->add_option("--json", line.run.json,
                   "also write the figures of the FOM lines as JSON, last of all; with --dry-run the plan")
       ->check(named);
+  run->add_flag("--record-selection", line.run.record_selection,
+                "the result file also holds the selected blocks of each query, for [input] selection");
   run->add_flag("--strict", line.run.strict, "an implementation that falls back to sdpa is an error (exit 3)");
   run->add_option(
          "--deadline", line.run.deadline,

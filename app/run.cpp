@@ -54,6 +54,7 @@ Config configure(const std::string& text, const RunOptions& options) {
   Config config = parse_config(text, options.input, options.overrides);
   if (!options.output.empty()) config.output.file = options.output;
   if (!options.csv.empty()) config.output.csv = options.csv;
+  if (options.record_selection) config.output.selection = true;
   if (options.min_interval) config.run.min_interval = *options.min_interval;
   if (options.deadline) config.run.deadline = *options.deadline;
   validate(config);
@@ -64,6 +65,7 @@ Config configure(const std::string& text, const RunOptions& options) {
 void check_files(const Config& config, const RunOptions& options) {
   check_written_files({{NamedFile::read, options.input, "the input", ""},
                        {NamedFile::read, config.input_file, "[input] file", ""},
+                       {NamedFile::read, config.input_selection, "[input] selection", ""},
                        {NamedFile::result, config.output.file, "the result file", "--output"},
                        {NamedFile::text, config.output.csv, "the CSV", "--csv"},
                        {NamedFile::text, options.json, "the JSON", "--json"}});
@@ -291,6 +293,7 @@ void dry_run(const RunOptions& options, int ranks) {
   check_written_files({{NamedFile::read, options.input, "the input", ""},
                        {NamedFile::read, config.input_file, "[input] file", ""},
                        {NamedFile::read, options.machine, "the machine file", ""},
+                       {NamedFile::read, config.input_selection, "[input] selection", ""},
                        {NamedFile::text, options.json, "the JSON", "--json"}});
   std::optional<Machine> machine;
   if (!options.machine.empty()) machine = parse_machine(read_text(options.machine), options.machine);

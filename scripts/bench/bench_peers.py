@@ -30,8 +30,14 @@ def measured_points(input_toml, adapters):
     from peers import selection
 
     for point in shapes.points_of(input_toml):
-        inputs = selection.Inputs(point)
-        measured = selection.measure(point, inputs, kernels.implementations(inputs, adapters))
+        try:
+            inputs = selection.Inputs(point)
+            measured = selection.measure(point, inputs, kernels.implementations(inputs, adapters))
+        except RuntimeError as error:  # of CUDA: no kernel runs in this process any more
+            shape = " ".join(str(point[f"kernels.{key}"]) for key in report.SHAPE)
+            print(f"a kernel failed at {shape} ({str(error).splitlines()[0]}); that shape and those after it are not "
+                  "measured: leave it out of --input")
+            return
         if measured:
             yield measured
 

@@ -8,7 +8,7 @@ ROOT_ATTRIBUTES = {"run_uuid", "start", "end", "argv", "resumed"}
 POINT_ATTRIBUTES = {"copy_bandwidth", "noisy"}
 DATASETS = {"time", "process_peak", "clock_mhz_before", "clock_mhz_after"}
 NOISE = {"seconds", "steal", "sm_clock", "cv", "outlier_share", "voluntary_switches", "involuntary_switches",
-         "minor_faults", "major_faults", "throttle_reasons"}
+         "minor_faults", "major_faults", "throttle_reasons", "throttled_passes"}
 
 
 def attributes(item, but):

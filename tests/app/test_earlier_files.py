@@ -45,6 +45,7 @@ class EarlierFiles(AppTest):
             with self.subTest(record=record.name):
                 text = record.read_text()
                 files = re.findall(r"^- `(\S+\.h5)`: `", text, re.MULTILINE)
+                files += re.findall(r"\((\S+\.h5)\)", re.search("^- Baselines: .*", text, re.MULTILINE)[0])
                 page = self.assert_ok(nsa("gate", *files, cwd=ROOT)).out
                 self.assertIn("```\n" + page + "```\n", text)
 

@@ -48,6 +48,19 @@ class Noise(FaultTest):
         self.assertEqual(page.code, INCONCLUSIVE, page.out + page.err)
         self.assertRegex(page.out, r"open.*\n*.*NOISY \(branches: \d+ of 16 samples above 3 x the median")
 
+    def test_a_pass_at_a_lowered_clock_is_measured_again(self):
+        """On all ranks where it was low on one; the samples of a mode are those of the passes that count."""
+        text = INPUT.replace("warmup = 8", "warmup = 8\nrecovery_delay = 0.01")
+        for at, passes in ("1", 1), ("every", 20):  # 20 times at most: then it counts
+            done = self.assert_ok(self.run_with(f"noise.clock:rank=1:at={at}:shorten=74", text))
+            self.assertIn(f"\nmeasured again at context_64: total: {passes} passes at a lowered clock\n", done.out)
+            self.assertIn("RESULT: VALID\n", done.out)
+        for fault, settings in ("noise.clock:at=every:shorten=76", ""), ("noise.clock:at=every:shorten=10",
+                                                                         "\nthrottle_threshold = 0"):
+            changed = text.replace("delay = 0.01", "delay = 0.01" + settings)
+            done = self.assert_ok(self.run_with(fault, changed, ranks=0))
+            self.assertNotIn("measured again", done.out)
+
     def test_a_program_that_is_slower_fails_above(self):
         for name, delay in (("a.h5", 0.02), ("b.h5", 0.04)):
             self.assert_ok(self.run_with(f"decode.step:at=every:delay={delay}", INPUT, ranks=0))

@@ -20,6 +20,7 @@ inline RunRecord sample_run() {
   run.compiler = "GNU 12.2.0";
   run.backend = "host";
   run.program = "torch 2.11.0";
+  run.input_selection_sha256 = "0f1e";
   run.status = "running";
   run.system.resize(2);
   for (int r = 0; r < 2; ++r) {
@@ -94,6 +95,7 @@ inline PointRecord sample_point(std::int64_t index) {
   p.noise.involuntary_switches = counting<std::int64_t>(4, 20);
   p.noise.minor_faults = counting<std::int64_t>(4, 30), p.noise.major_faults = counting<std::int64_t>(4, 40);
   p.noise.throttle_reasons = {-1, 0, 4, 64};
+  p.noise.throttled_passes = {0, 0, 3, 3};
   p.noise.sm_clock_max_mhz = {1980, 1981};
   p.noise.cache_bytes = {50'000'000, 60'000'000};
   p.noisy = {"total: the median moved", "copy rate 2878%"};

@@ -114,6 +114,7 @@ void check_same(const PointRecord& a, const PointRecord& b) {
   CHECK(a.noise.ranks == b.noise.ranks);
   for (const auto& entry : noise_reals) check_same(a.noise.*entry.field, b.noise.*entry.field);
   for (const auto& entry : noise_counts) check_same(a.noise.*entry.field, b.noise.*entry.field);
+  for (const auto& entry : noise_counts_1_6) check_same(a.noise.*entry.field, b.noise.*entry.field);
   check_same(a.noise.sm_clock_max_mhz, b.noise.sm_clock_max_mhz);
   check_same(a.noise.cache_bytes, b.noise.cache_bytes);
   CHECK(a.needle == b.needle);
@@ -141,6 +142,7 @@ TEST_CASE("result file: every field is read back", "[result]") {
   const RunRecord run = sample_run();
   CHECK(result.run.status == "complete");
   for (const auto& entry : run_attributes) CHECK(result.run.*entry.field == run.*entry.field);
+  for (const auto& entry : run_attributes_1_6) CHECK(result.run.*entry.field == run.*entry.field);
   for (const auto& entry : run_attributes_1_5) CHECK(result.run.*entry.field == run.*entry.field);
   REQUIRE(result.run.system.size() == run.system.size());
   for (std::size_t r = 0; r < run.system.size(); ++r) {

@@ -21,11 +21,14 @@ NOT_COMPARED = (
     "run.min_time",
     "run.min_interval",
     "run.interval_time",
+    "run.throttle_threshold",
+    "run.recovery_delay",
     "run.deadline",
     "run.check",
     "output.file",
     "output.csv",
     "output.tensors",
+    "output.selection",
 )
 TASK_SECTIONS = ("kernels", "needle")  # sections that only the task of that name reads
 MAX_SHOWN = 5  # differences whose values a message shows

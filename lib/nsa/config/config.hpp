@@ -18,7 +18,7 @@ enum class TaskKind { decode, prefill, kernels, needle };
 enum class Scope { layer, attention };        ///< attention: q, k, v and gates are given
 enum class CacheFill { prefill, synthetic };  ///< synthetic: caches filled directly
 enum class BackendChoice { automatic, host, cuda };
-enum class Spans { contiguous, mixed, scattered };  ///< positions of a row's selected blocks
+enum class Spans { contiguous, mixed, scattered, recorded };  ///< positions of a row's selected blocks
 enum class Mode { branches, total, ablation, one_hot, launches };
 
 struct ModelConfig {
@@ -42,6 +42,8 @@ struct RunConfig {
   double min_time = 0.0;        ///< seconds that each mode measures at least, by repeating its steps
   double min_interval = 0.0;    ///< the 95% interval of the median, as a share of it, until which each mode repeats
   double interval_time = 60.0;  ///< seconds after which a mode does not repeat for min_interval
+  double throttle_threshold = 0.75;  ///< mean SM clock of a pass, of the largest, below which it is measured again
+  double recovery_delay = 0.05;      ///< seconds before that
   double deadline = 300.0;  ///< seconds that an operation between ranks or a wait for a device may take; 0: no limit
   double overlap = 0.0;     ///< how often a query repeats the one before it
   bool check = true;
@@ -83,7 +85,7 @@ struct KernelsConfig {  ///< kind = "kernels"; every list but `implementations` 
 
 struct OutputConfig {
   std::string file = "result.h5";
-  bool tensors = false;
+  bool tensors = false, selection = false;
   std::string csv;
 };
 
@@ -106,7 +108,10 @@ struct Config {
   NeedleConfig needle;
   KernelsConfig kernels;
   std::string input_file;
+  std::string input_selection;  ///< a file with the selected blocks, which are attended; empty: ranking selects
   OutputConfig output;
+  /// Whether a point has a recorded pass before it is measured.
+  bool records() const { return run.check || output.tensors || output.selection; }
   std::map<std::string, SourcePosition>
       origin;  ///< "model.d_k" -> where it was set; without keys left at their default
 };

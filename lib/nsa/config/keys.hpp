@@ -49,8 +49,10 @@ inline constexpr Choice<std::int32_t> forced_branches[] = {{"none", -1}, {"cmp",
 inline constexpr Choice<Scope> scopes[] = {{"layer", Scope::layer}, {"attention", Scope::attention}};
 inline constexpr Choice<CacheFill> fills[] = {{"prefill", CacheFill::prefill}, {"synthetic", CacheFill::synthetic}};
 inline constexpr Choice<std::int32_t> branch_choices[] = {{"cmp", cmp}, {"sel", sel}, {"win", win}};
-inline constexpr Choice<Spans> span_choices[] = {
-    {"contiguous", Spans::contiguous}, {"mixed", Spans::mixed}, {"scattered", Spans::scattered}};
+inline constexpr Choice<Spans> span_choices[] = {{"contiguous", Spans::contiguous},
+                                                 {"mixed", Spans::mixed},
+                                                 {"scattered", Spans::scattered},
+                                                 {"recorded", Spans::recorded}};
 inline const Choice<std::string> implementation_choices[] = {{"fused", "fused"},
                                                              {"sdpa", "sdpa"},
                                                              {"sdpa_packed", "sdpa_packed"},
@@ -135,6 +137,11 @@ void visit_run_keys(ConfigOrConst& c, Visitor&& visit) {
         "Each mode repeats its steps until the median's 95% interval is at most this wide; 0: no such goal.");
   visit("run.interval_time", c.run.interval_time, RealRange{0.0, 86400.0}, "s",
         "Longest time that a mode measures to reach min_interval; one that does not reach it is NOISY.");
+  visit(
+      "run.throttle_threshold", c.run.throttle_threshold, RealRange{0.0, 1.0}, "of the largest clock",
+      "Mean SM clock of a pass below which it is dropped and measured again, 20 times at most; 0: every pass counts.");
+  visit("run.recovery_delay", c.run.recovery_delay, RealRange{0.0, 60.0}, "s",
+        "Wait before a pass is measured again, in which the GPU recovers.");
   visit("run.deadline", c.run.deadline, RealRange{0.0, 86400.0}, "s",
         "Longest wait for other ranks or for a device before the job ends; 0: no limit.");
   visit(
@@ -190,7 +197,7 @@ void visit_kernels_keys(ConfigOrConst& c, Visitor&& visit) {
   visit("kernels.blocks", c.kernels.blocks, small_range, "blocks", "Selected blocks of each row, n; only sel. Swept.");
   visit("kernels.spans", c.kernels.spans, span_choices, "",
         "Positions of a row's selected blocks: n neighbours (contiguous), n/2 neighbours and the rest drawn at random "
-        "(mixed), all drawn at random (scattered); only sel. Swept.");
+        "(mixed), all drawn at random (scattered), or those of input.selection (recorded); only sel. Swept.");
   visit("kernels.cold", c.kernels.cold, AnyValue{}, "", "No execution finds its K and V in a cache.");
   visit("kernels.implementations", c.kernels.implementations, implementation_choices, "",
         "Implementations that are measured (METRICS.md, \"Kernels beside one another\").");
@@ -211,9 +218,14 @@ void visit_documented_keys(ConfigOrConst& c, Visitor&& visit) {
   visit_kernels_keys(c, visit);
   visit("input.file", c.input_file, AnyValue{}, "",
         "HDF5 file with x and weights (SCHEMA.md, \"Tensors\"); empty: synthetic values.");
+  visit("input.selection", c.input_selection, AnyValue{}, "",
+        "HDF5 file with the selected blocks of each query (SCHEMA.md, \"Selections\"), which are attended as they are; "
+        "empty: ranking selects.");
 
   visit("output.file", c.output.file, AnyValue{}, "", "Result file, HDF5 (SCHEMA.md).");
   visit("output.tensors", c.output.tensors, AnyValue{}, "", "The result file also holds the tensors of the run.");
+  visit("output.selection", c.output.selection, AnyValue{}, "",
+        "The result file also holds the selected blocks of each query, for input.selection of another run.");
   visit("output.csv", c.output.csv, AnyValue{}, "", "CSV file with the columns of nsa-vibe's benchmark; empty: none.");
 }
 

@@ -135,6 +135,28 @@ void check_launches(const Config& c, Checker& check) {
                     r.steps_per_graph, r.steps, r.warmup));
 }
 
+/// Given selections, and where selections are recorded.
+void check_selections(const Config& c, Checker& check) {
+  const bool kernels = c.kind == TaskKind::kernels;
+  const auto recorded = std::ranges::count(c.kernels.spans, Spans::recorded);
+  if (c.output.selection && c.kind == TaskKind::needle)
+    check.add({"output.selection"}, "output.selection needs another kind of run than \"needle\"; leave it out");
+  if (kernels && recorded > 0 && c.run.overlap > 0)
+    check.add({"run.overlap", "kernels.spans"},
+              "run.overlap has no effect on recorded blocks; leave it out, or \"recorded\"");
+  if (kernels && (recorded > 0) == c.input_selection.empty())
+    check.add({"input.selection", "kernels.spans"},
+              "kernels.spans = \"recorded\" and input.selection need each other (the file holds the blocks)");
+  if (c.input_selection.empty() || kernels) return;
+  if (c.kind == TaskKind::needle)
+    check.add({"input.selection"}, "task.kind = \"needle\" looks at what ranking selects; leave input.selection out");
+  if (c.model.layers > 1)
+    check.add({"input.selection", "model.layers"}, "input.selection needs model.layers = 1 (a record is of one layer)");
+  if (c.run.steps_per_graph > 1)
+    check.add({"input.selection", "run.steps_per_graph"},
+              "input.selection needs run.steps_per_graph = 1 (each step has lists of its own)");
+}
+
 void check_run(const Config& c, Checker& check) {
   const RunConfig& r = c.run;
   if (r.warmup >= r.steps)
@@ -276,6 +298,7 @@ void validate(const Config& config) {
   visit_keys(config, check);
   check_layer(config, check);
   check_run(config, check);
+  check_selections(config, check);
   check_launches(config, check);
   check_prefill(config, check);
   check_needle(config, check);

@@ -10,6 +10,7 @@
 #include "nsa/experiment/experiment.hpp"
 #include "nsa/experiment/plan.hpp"
 #include "nsa/report/metrics.hpp"
+#include "nsa/tasks/kernel_bench.hpp"
 #include "nsa/tasks/measure.hpp"
 
 namespace nsa {
@@ -106,10 +107,14 @@ std::size_t planned_result_bytes(const Config& config, int ranks) {
     total += 5e4 + 1e3 * ranks +
              8.0 * ranks *
                  (static_cast<double>(modes * stage_count) * stored_reps(config, modes, ranks) + 2.0 * branches * reps);
-    if (!config.output.tensors) continue;
     const ModelConfig& m = config.model;
     const double positions = static_cast<double>(total_positions(config, point));
     const double rows = config.kind == TaskKind::prefill ? static_cast<double>(point.context) : reps;
+    if (config.output.selection)
+      total += 4.0 * (config.kind == TaskKind::kernels
+                          ? static_cast<double>(kernel_rows(point) * point.kernel.blocks)
+                          : static_cast<double>(point.batch * m.n_kv_groups * config.nsa.n_sel) * rows);
+    if (!config.output.tensors) continue;
     const double heads = static_cast<double>(m.n_heads), groups = static_cast<double>(m.n_kv_groups);
     const double d_k = static_cast<double>(m.d_k), d_v = static_cast<double>(m.d_v), dim = static_cast<double>(m.dim);
     const double blocks = positions / config.nsa.l_sel + 1;

@@ -124,10 +124,11 @@ MemoryRecord gather_memory(const Session& session, const MemoryAccount& planned,
   return record;
 }
 
-/// Whether files of schema 1.4 and earlier lack the key and it has its default: it is then no part of a fingerprint, so
+/// Whether earlier files lack the key and it has its default: it is then no part of a fingerprint, so
 /// that those of such files hold.
 bool is_later_default(const std::string& name, const decltype(Parameter::second)& value) {
-  for (const char* later : {"run.min_interval", "run.interval_time", "run.steps_per_graph", "run.overlap"}) {
+  for (const char* later : {"run.min_interval", "run.interval_time", "run.steps_per_graph", "run.overlap",
+                            "run.throttle_threshold", "run.recovery_delay", "output.selection"}) {
     if (name != later) continue;
     const std::vector<Parameter> defaults = parameters(Config(), Point());
     return std::ranges::count(defaults, Parameter(name, value)) == 1;
@@ -151,8 +152,12 @@ Session open_session(const Config& config, const ControlComm& world, std::functi
   Backend backend{};
   agreed(world, [&] { backend = open_backend(kind, world.local_rank()); });
   backend.capability = static_cast<int>(-world.max(-std::int64_t{backend.capability}));  // all ranks choose alike
-  Session session{world, backend, std::make_shared<ProcessGrid>(backend, world),
-                  std::make_shared<StopPoll>(world, std::move(asked_to_stop)), hash_of(config.input_file, world)};
+  Session session{world,
+                  backend,
+                  std::make_shared<ProcessGrid>(backend, world),
+                  std::make_shared<StopPoll>(world, std::move(asked_to_stop)),
+                  hash_of(config.input_file, world),
+                  hash_of(config.input_selection, world)};
   session.copy_bytes = copy_bytes_of(backend.device->info().memory_free, sharers(session));
   return session;
 }
@@ -180,6 +185,7 @@ std::string fingerprint(const Session& session, const Config& config, const Poin
   text += "heads=" + std::to_string(partition.heads) + "\nkv=" + std::to_string(partition.kv) + "\n";
   text += "device=" + session.backend.device->info().name + "\n";
   text += "input_file=" + session.input_hash + "\n";
+  if (replays(config)) text += "input_selection=" + session.selection_hash + "\n";
   return sha256(text);
 }
 
@@ -193,7 +199,7 @@ MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, c
   const bool needle = config.kind == TaskKind::needle;
   const Config planned = needle ? needle_config(config) : config;
   const Point at = needle ? needle_point(point) : point;
-  const bool record = needle || planned.run.check || planned.output.tensors;
+  const bool record = needle || planned.records();
   ModelShard e(Backend{BackendKind::host, &kernels, &dry_device()}, planned, at, partition);
   for (const int group : {partition.heads, partition.kv})
     if (group > 1) e.account.add(MemoryKind::workspace, kernels.max_exchange_memory);
@@ -267,6 +273,7 @@ RunRecord describe_run(const Session& session, const Config& config, const std::
   run.input_toml = input_toml;
   run.input_sha256 = sha256(input_toml);
   run.input_file_sha256 = session.input_hash;
+  run.input_selection_sha256 = session.selection_hash;
   run.config = to_toml(config);
   run.backend = session.backend.kind == BackendKind::cuda ? "cuda" : "host";
   run.status = "running";

@@ -54,8 +54,8 @@ void compare_machines(const RunRecord& before, const RunRecord& now, std::vector
 }  // namespace
 
 bool decides_point(const std::string& key) {
-  for (const char* name :
-       {"input.file", "output.file", "output.csv", "run.backend", "run.deadline", "parallel.heads", "parallel.kv"}) {
+  for (const char* name : {"input.file", "input.selection", "output.file", "output.csv", "run.backend", "run.deadline",
+                           "parallel.heads", "parallel.kv"}) {
     if (key == name) return false;
   }
   return true;
@@ -72,6 +72,7 @@ void check_same_run(const std::string& path, const ResultFile& before, const Run
   if (list.empty() && before.run.config.empty()) list.push_back("the file does not hold its configuration");
   if (list.empty()) compare_settings(path, before.run, now, list);
   compare("content of [input] file (SHA-256)", before.run.input_file_sha256, now.input_file_sha256);
+  compare("content of [input] selection (SHA-256)", before.run.input_selection_sha256, now.input_selection_sha256);
   compare("backend", before.run.backend, now.backend);
   compare("ranks", std::to_string(before.run.system.size()), std::to_string(now.system.size()));
   if (before.run.system.size() == now.system.size()) {

@@ -14,8 +14,9 @@ QueryTile decode_tile(const ModelShard& shard, const std::int64_t* position) {
 }
 
 // [batch][steps][width] -> [steps][batch][width]
-std::vector<float> by_step(const std::vector<float>& rows, std::int64_t batch, std::int64_t steps) {
-  std::vector<float> result(rows.size());
+template <class T>
+std::vector<T> by_step(const std::vector<T>& rows, std::int64_t batch, std::int64_t steps) {
+  std::vector<T> result(rows.size());
   const std::int64_t width = static_cast<std::int64_t>(rows.size()) / (batch * steps);
   for (std::int64_t b = 0; b < batch; ++b)
     for (std::int64_t s = 0; s < steps; ++s)
@@ -53,6 +54,7 @@ DecodeRunner::DecodeRunner(ModelShard& shard, const TensorSource* source, bool r
       v_steps_[c] = make(steps * shard.planes() * s.d_v * storage);
     }
   }
+  if (replays(shard.config)) recorded_steps_ = make(steps * selected_count_ * 4);
   if (source) load_inputs(*source);
 }
 
@@ -76,6 +78,16 @@ std::vector<GivenTensor> DecodeRunner::step_inputs() const {
 void DecodeRunner::load_inputs(const TensorSource& source) {
   for (const GivenTensor& input : step_inputs())
     source.from_file() ? load_from_file(source, input) : generate(source, input);
+  if (replays(shard_.config)) load_selections();
+}
+
+void DecodeRunner::load_selections() {
+  const std::int64_t steps = shard_.config.run.steps;
+  const std::vector<std::int32_t> lists =
+      by_step(recorded_lists(shard_.config, shard_.point, shard_.partition, shard_.point.context, steps),
+              shard_.point.batch, steps);
+  shard_.device().copy(recorded_steps_.data(), lists.data(), recorded_steps_.bytes(), shard_.streams.compute);
+  shard_.device().synchronize(shard_.streams.compute);
 }
 
 void DecodeRunner::load_from_file(const TensorSource& source, const GivenTensor& input) {
@@ -121,6 +133,7 @@ void DecodeRunner::load(std::int64_t step, const StepOptions& options) {
   const auto bytes_a_step = [&](const Buffer& steps) {
     return static_cast<std::int64_t>(steps.bytes()) / shard_.config.run.steps;
   };
+  if (recorded_steps_.bytes() > 0) copy(buffers_.selected, recorded_steps_, bytes_a_step(recorded_steps_));
   if (shard_.config.run.scope == Scope::layer)
     return copy(shard_.config.model.layers > 1 ? buffers_.x : buffers_.x_in, x_steps_, bytes_a_step(x_steps_));
   copy(buffers_.q, q_steps_, bytes_a_step(q_steps_));
@@ -189,12 +202,12 @@ void DecodeRunner::staged_attention(const StepContext& ctx, StageTimer& timer) {
   overlap ? on_side_stream(ctx, exchange_lse) : exchange(ctx, timer, exchange_lse);
   if (!ctx.leaves_out(win)) timer.time(Stage::attend_win, [&] { attend(ctx, win); });
   if (overlap) shard_.streams.wait_side();
-  if (!ctx.leaves_out(sel)) {
+  if (ctx.ranks_blocks()) {
     timer.time(Stage::rank, [&] { score_blocks(ctx); });
     exchange(ctx, timer, exchange_candidates);
     if (ctx.exchanges) timer.time(Stage::rank, [&] { select_blocks(ctx); });
-    timer.time(Stage::attend_sel, [&] { attend(ctx, sel); });
   }
+  if (!ctx.leaves_out(sel)) timer.time(Stage::attend_sel, [&] { attend(ctx, sel); });
   exchange(ctx, timer, exchange_partials);
   timer.time(Stage::combine, [&] { combine(ctx); });
 }
@@ -243,6 +256,10 @@ StepPlan DecodeRunner::probe() {
     plan.prologue = Prologue::fused;
   else
     staged_prologue(ctx, untimed);
+  if (replays(shard_.config)) {  // a fused operation ranks blocks too
+    restore();
+    return plan;
+  }
   plan.one_launch = has_sharded_step(ctx) && launches([&] { try_sharded_step(ctx); });
   const bool launched = wanted == Attention::fused ? has_fused_attention(ctx) && launches([&] { fused_attention(ctx); })
                                                    : has_sharded_attention(ctx) && launches([&] {

@@ -6,6 +6,7 @@
 #include "nsa/forward/stage_timer.hpp"
 #include "nsa/forward/stages.hpp"
 #include "nsa/model/inputs.hpp"
+#include "nsa/model/selections.hpp"
 
 namespace nsa {
 
@@ -63,6 +64,7 @@ class DecodeRunner {
   /// The given tensors, with the memory that holds them for all steps.
   std::vector<GivenTensor> step_inputs() const;
   void load_inputs(const TensorSource& source);
+  void load_selections();
   void load_from_file(const TensorSource& source, const GivenTensor& input);
   void generate(const TensorSource& source, const GivenTensor& input);
   StepContext context(std::int64_t layer, const StepOptions& options, const StepPlan& plan);
@@ -88,6 +90,7 @@ class DecodeRunner {
   Buffer x_steps_;               ///< [steps][batch, dim]: fp32 with several layers, else storage
   Buffer q_steps_, gate_steps_;  ///< scope = attention: [steps][batch, H, Dk], [steps][batch, groups, 3]
   Buffer k_steps_[branches], v_steps_[branches];
+  Buffer recorded_steps_;  ///< given selections: [steps][batch, groups, n] int32
   RingSnapshot rings_;
 };
 

@@ -6,23 +6,27 @@
 
 namespace nsa {
 
-/// What was noted of a mode, over its whole passes.
+/// What was noted of a mode, over its whole passes that count.
 struct ModeNoise {
   double seconds = 0;  ///< of its passes, with what they do between the timed steps
   ProcessCounters counters;
   double sm_clock_mhz = 0;             ///< mean while its steps ran; 0: unknown
   std::int64_t throttle_reasons = -1;  ///< at its end, NVML's bits; -1: unknown
+  std::int64_t throttled_passes = 0;   ///< that were measured again, and are in nothing else
 };
 
 class NoiseMeter {
  public:
   NoiseMeter(const DeviceOps& device, Stream* stream) : device_(device), stream_(stream) {}
 
-  /// A pass begins. It ends with `end`; one that does not is not noted.
+  /// A pass begins. It ends with `end`, then `keep` or `drop`; one that does not is not noted.
   void begin();
   /// After each timed step of the pass. The clock is read after the first one, and at the end.
   void stepped();
-  void end();
+  /// The mean clock of the pass as a share of the device's largest one; 1 where it is unknown.
+  double end();
+  void keep();
+  void drop() { ++noted_.throttled_passes; }
   /// What was noted since the last call.
   ModeNoise take();
 
@@ -31,10 +35,11 @@ class NoiseMeter {
 
   const DeviceOps& device_;
   Stream* stream_;
-  double begun_ = 0;
-  ProcessCounters counters_;
-  ClockReading clock_;     ///< after the first step of the pass
-  ClockReading measured_;  ///< nanoseconds and cycles of the passes so far
+  double begun_ = 0, seconds_ = 0;  ///< of the pass: its begin, its length
+  ProcessCounters counters_;        ///< at its begin, then what it added
+  ClockReading clock_;              ///< after its first step, then what passed until its end
+  ClockReading measured_;           ///< nanoseconds and cycles of the kept passes
+  double clock_max_mhz_ = -1;       ///< of the device; below 0: not read yet
   bool stepped_ = false;
   ModeNoise noted_;
 };

@@ -95,6 +95,8 @@ PrefillRunner::PrefillRunner(ModelShard& shard, const PrefillRange& range, bool 
   shard.device().synchronize(shard.streams.compute);
 
   const Partition& p = shard.partition;
+  if (replays(shard.config) && shard.config.kind == TaskKind::prefill)
+    recorded_ = shard.allocator()(MemoryKind::activations, shard.planes() * rows_of(chunks_) * p.shape.rules.n_sel * 4);
   const auto make = [&](const RowMap& map, std::int64_t rows, std::int64_t ranks = 1) {
     return make_kv(shard.allocator(), MemoryKind::activations, p.shape, shard.planes(), map, rows, ranks);
   };
@@ -141,6 +143,21 @@ std::vector<GivenTensor> PrefillRunner::row_inputs() const {
 void PrefillRunner::load_rows(const TensorSource& source) {
   for (const GivenTensor& input : row_inputs())
     source.from_file() ? load_from_file(source, input) : generate(source, input);
+  if (recorded_.bytes() > 0) load_selections();
+}
+
+void PrefillRunner::load_selections() {
+  const std::int64_t width = std::int64_t{shard_.shape().groups} * shard_.shape().rules.n_sel,
+                     positions = range_.end - range_.first;
+  const std::vector<std::int32_t> lists =
+      recorded_lists(shard_.config, shard_.point, shard_.partition, range_.first, positions);
+  for (const PrefillChunk& chunk : chunks_)
+    for (std::size_t i = chunk.tiles_begin; i < chunk.tiles_end; ++i)
+      for (std::int64_t b = 0; b < shard_.point.batch; ++b)
+        shard_.device().copy(recorded_.as<std::int32_t>() + row_of_tile(chunk, b, tiles_[i]) * width,
+                             lists.data() + (b * positions + tiles_[i].first_position - range_.first) * width,
+                             static_cast<std::size_t>(tiles_[i].tokens * width) * 4, shard_.streams.compute);
+  shard_.device().synchronize(shard_.streams.compute);
 }
 
 void PrefillRunner::load_from_file(const TensorSource& source, const GivenTensor& input) {
@@ -355,12 +372,17 @@ void PrefillRunner::fill_rings(const PrefillChunk& chunk, std::int64_t layer, co
     }
 }
 
+void PrefillRunner::copy_recorded(const StepContext& ctx) {
+  const std::int64_t width = std::int64_t{shard_.shape().groups} * shard_.shape().rules.n_sel;
+  shard_.device().copy(buffers_.selected.data(), recorded_.as<std::int32_t>() + ctx.first_row * width,
+                       static_cast<std::size_t>(ctx.stage.tile.rows() * width) * 4, shard_.streams.compute);
+}
+
 void PrefillRunner::staged_attention(const StepContext& ctx, StageTimer& timer) {
   timer.time(Stage::attend_cmp, [&] { attend(ctx, cmp); });
-  if (!ctx.leaves_out(sel)) {
-    timer.time(Stage::rank, [&] { score_blocks(ctx); });
-    timer.time(Stage::attend_sel, [&] { attend(ctx, sel); });
-  }
+  if (ctx.ranks_blocks()) timer.time(Stage::rank, [&] { score_blocks(ctx); });
+  if (recorded_.bytes() > 0) copy_recorded(ctx);
+  if (!ctx.leaves_out(sel)) timer.time(Stage::attend_sel, [&] { attend(ctx, sel); });
   if (!ctx.leaves_out(win)) timer.time(Stage::attend_win, [&] { attend(ctx, win); });
   timer.time(Stage::combine, [&] { combine(ctx); });
 }
@@ -368,7 +390,7 @@ void PrefillRunner::staged_attention(const StepContext& ctx, StageTimer& timer) 
 // The fused operation accepts some tiles and options only. After a launch that fails, tiles run stage by stage. Ranks
 // depend on each other between layers, not between tiles, so each rank decides alone.
 void PrefillRunner::attention(const StepContext& ctx, StageTimer& timer) {
-  if (fuses_attention_ && !timer.per_stage() && has_fused_attention(ctx)) {
+  if (fuses_attention_ && !replays(shard_.config) && !timer.per_stage() && has_fused_attention(ctx)) {
     try {
       return fused_attention(ctx);
     } catch (const LaunchError&) {

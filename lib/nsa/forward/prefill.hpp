@@ -14,6 +14,7 @@
 #include "nsa/forward/stage_timer.hpp"
 #include "nsa/forward/stages.hpp"
 #include "nsa/model/inputs.hpp"
+#include "nsa/model/selections.hpp"
 
 namespace nsa {
 
@@ -89,6 +90,8 @@ class PrefillRunner {
   void fill_rings(const PrefillChunk& chunk, std::int64_t layer, const CacheViews& caches);
   void attend_rows(const PrefillChunk& chunk, std::int64_t layer, const StepOptions& options, const CacheViews& caches,
                    StageTimer& timer, const OnTile& on_tile);
+  void load_selections();
+  void copy_recorded(const StepContext& ctx);
   void attention(const StepContext& ctx, StageTimer& timer);
   void staged_attention(const StepContext& ctx, StageTimer& timer);
   /// Of the tile's first query, within the buffers of all query rows.
@@ -112,7 +115,8 @@ class PrefillRunner {
   std::vector<PrefillTile> tiles_;  ///< of all prefill chunks
   const std::vector<PrefillChunk> chunks_;  ///< by rising position
   StepBuffers buffers_;
-  Buffer starts_;  ///< first positions, of the [tiles] and then of the [chunks]
+  Buffer starts_;    ///< first positions, of the [tiles] and then of the [chunks]
+  Buffer recorded_;  ///< given selections: [query rows][groups][n] int32
   std::optional<RingSnapshot> prefix_rings_;
   KvPair raw_, win_;                    ///< own rows of the cmp and win projections, at their positions
   KvPair sel_all_, cmp_all_, win_all_;  ///< gathered, kv > 1

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "nsa/model/model_shard.hpp"
+#include "nsa/model/selections.hpp"
 
 namespace nsa {
 
@@ -43,6 +44,8 @@ struct StepContext {
   const KvView k[branches], v[branches];  ///< what attention reads: [cmp], [sel], [win]
 
   bool leaves_out(Branch branch) const { return options.leave_out == branch; }
+  /// Whether the step selects blocks; else nobody attends them, or they are given.
+  bool ranks_blocks() const { return !leaves_out(sel) && !replays(shard.config); }
   bool whole_layer() const { return shard.config.run.scope == Scope::layer; }
   /// Sharded: the ranks exchange gated partials. A record needs the branches apart, so it exchanges ordinary ones.
   bool exchanges_gated() const { return sharded && !options.record; }

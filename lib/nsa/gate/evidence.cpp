@@ -82,12 +82,13 @@ void check_same_input(DeviceInputs& inputs, const PointRecord& point, const std:
 }
 
 /// What the gate does with a point.
-enum class Use { decode, kernels, dense, forced, none };
+enum class Use { decode, kernels, dense, forced, given, none };
 
 Use use_of(const PointRecord& point) {
   const std::string kind = kind_of(point);
   if (kind == "kernels") return text_parameter(point, "kernels.branch", "sel") == "sel" ? Use::kernels : Use::dense;
   if (kind != "decode") return Use::none;
+  if (!text_parameter(point, "input.selection", "").empty()) return Use::given;
   return text_parameter(point, "run.force_branch", "none") == "none" ? Use::decode : Use::forced;
 }
 
@@ -107,6 +108,9 @@ void add_point(DevicePoints& device, const PointRecord& point, const GateFile& f
     device.notes.push_back(fmt::format("{}: points of kind {} are not read", path, kind_of(point)));
   if (use == Use::forced)
     device.notes.push_back(fmt::format("{}: {} is left out (forced gates)", path, point_key(point)));
+  if (use == Use::given)
+    device.notes.push_back(
+        fmt::format("{}: {} is left out (its selections are given, so nothing was ranked)", path, point_key(point)));
   if (use == Use::dense) device.dense.push_back(&point);
   if (use != Use::decode && use != Use::kernels) return;
   if (!point.valid) {
@@ -124,10 +128,12 @@ void add_point(DevicePoints& device, const PointRecord& point, const GateFile& f
 bool is_peer(const GateFile* file) { return file->result.run.program != "nsa"; }
 
 /// What has to be equal for two programs to have done the same work: the shape, where the blocks lie, what is stored.
-std::string work_of(const PointRecord& point) {
-  return fmt::format("{}, {}, blocks of {}, cold {}, overlap {}", point_key(point),
+std::string work_of(const PointRecord& point, const RunRecord& run) {
+  const bool recorded = text_parameter(point, "kernels.spans", "?") == "recorded";
+  return fmt::format("{}, {}, blocks of {}, cold {}, overlap {}{}", point_key(point),
                      text_parameter(point, "model.precision"), integer_parameter(point, "nsa.l_sel", 0),
-                     integer_parameter(point, "kernels.cold", 1), real_parameter(point, "run.overlap", 0));
+                     integer_parameter(point, "kernels.cold", 1), real_parameter(point, "run.overlap", 0),
+                     recorded ? ", selection " + run.input_selection_sha256 : "");
 }
 
 /// Both ran on one card: a ratio of times of two cards would hold the difference between the cards.
@@ -150,12 +156,12 @@ void pair_peers(DevicePoints& device, const std::vector<const GateFile*>& peers)
     device.peers.push_back(fmt::format("{} ({})", file->result.run.program, file->path));
     std::map<std::string, const PointRecord*> by_work;
     for (const PointRecord& point : file->result.points)
-      if (!by_work.emplace(work_of(point), &point).second)
-        throw UserError(
-            fmt::format("{} holds {} twice; give a file that holds each shape once", file->path, work_of(point)));
+      if (!by_work.emplace(work_of(point, file->result.run), &point).second)
+        throw UserError(fmt::format("{} holds {} twice; give a file that holds each shape once", file->path,
+                                    work_of(point, file->result.run)));
     for (KernelEvidence& kernel : device.kernels) {
       require_one_card(*kernel.file, *file);
-      const auto found = by_work.find(work_of(*kernel.point));
+      const auto found = by_work.find(work_of(*kernel.point, kernel.file->result.run));
       if (found != by_work.end() && found->second->valid)
         kernel.peers.push_back({found->second, file});
       else

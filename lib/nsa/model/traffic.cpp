@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "nsa/model/selections.hpp"
 #include "nsa/results/schema.hpp"
 
 namespace nsa {
@@ -80,7 +81,8 @@ std::vector<Exchange> exchanges(const Config& config, const Partition& p, const 
     gather("raw ring", times * planes * s.rules.l * width);
   } else {
     gather("lse", lse_slots(s, p.kv) * rows * s.heads() * 2 * 4);
-    gather("candidates", rows * s.groups * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate)));
+    if (!replays(config))
+      gather("candidates", rows * s.groups * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate)));
     gather("partials", partial_floats(s, rows) * 4);
   }
   if (p.heads > 1 && config.run.scope == Scope::layer)
@@ -114,7 +116,7 @@ std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& 
   set(Stage::compress, prefill ? (rows * s.groups * width) + planes * completed * width / p.kv
                                : planes * width * (s.rules.l + 1) / s.rules.d);
   set(Stage::attend_cmp, kv_rows(cmp) * width + q + o + (prefill ? 0 : kv_rows(cmp) * s.heads_per_group * 4));
-  set(Stage::rank, prefill ? 0 : kv_rows(cmp) * s.heads_per_group * 4);
+  set(Stage::rank, prefill || replays(config) ? 0 : kv_rows(cmp) * s.heads_per_group * 4);
   set(Stage::attend_sel, kv_rows(sel) * width + q + o);
   set(Stage::attend_win, kv_rows(win) * width + q + o);
   set(Stage::combine, o * branches * (prefill ? 1 : p.kv) + rows * s.heads() * s.d_v * storage);

@@ -24,9 +24,9 @@ namespace {
 
 /// Parameters that say how a run was made and measured, not what it computes.
 bool decides_result(const std::string& key) {
-  for (const char* prefix :
-       {"input.", "parallel.", "route.", "runtime.", "output.", "run.backend", "run.modes", "run.warmup", "run.min_",
-        "run.interval_time", "run.steps_per_graph", "run.deadline", "run.check"}) {
+  for (const char* prefix : {"input.", "parallel.", "route.", "runtime.", "output.", "run.backend", "run.modes",
+                             "run.warmup", "run.min_", "run.interval_time", "run.throttle_", "run.recovery_delay",
+                             "run.steps_per_graph", "run.deadline", "run.check"}) {
     if (key.starts_with(prefix)) return false;
   }
   return true;

@@ -188,7 +188,17 @@ void print_fallbacks(std::ostream& out, const std::vector<PointRecord>& points) 
     for (const std::string& line : point.fallbacks) fmt::print(out, "fallback at {}: {}\n", point_name(point), line);
 }
 
+/// Passes that ran at a lowered clock and are in no sample. All ranks drop the same ones.
+void print_recovered(std::ostream& out, const PointRecord& point) {
+  const NoiseRecord& n = point.noise;
+  for (std::size_t mode = 0; mode < n.modes.size() && !n.throttled_passes.empty(); ++mode)
+    if (const std::int64_t passes = n.throttled_passes[mode * static_cast<std::size_t>(n.ranks)]; passes > 0)
+      fmt::print(out, "measured again at {}: {}: {} passes at a lowered clock\n", point_name(point), n.modes[mode],
+                 passes);
+}
+
 void print_noise(std::ostream& out, const std::vector<PointRecord>& points) {
+  for (const PointRecord& point : points) print_recovered(out, point);
   for (const PointRecord& point : points)
     for (const std::string& line : point.noisy) fmt::print(out, "noisy at {}: {}\n", point_name(point), line);
 }

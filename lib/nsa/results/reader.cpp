@@ -64,6 +64,8 @@ RunRecord read_run(const h5::Handle& file) {
     read_attributes(file, run, run_integers_1_1);
   }
   if (std::count(names.begin(), names.end(), "program") > 0) read_attributes(file, run, run_attributes_1_5);
+  if (std::count(names.begin(), names.end(), "input_selection_sha256") > 0)
+    read_attributes(file, run, run_attributes_1_6);
   const h5::Handle system = h5::open_group(file, "system");
   run.system.resize(h5::read<std::int64_t>(system, "rank").size());
   read_system_columns(system, run, system_texts);
@@ -194,6 +196,8 @@ NoiseRecord read_noise(const h5::Handle& group) {
   };
   for (const auto& entry : noise_reals) whole(entry.name, n.*entry.field, {std::ssize(n.modes), n.ranks});
   for (const auto& entry : noise_counts) whole(entry.name, n.*entry.field, {std::ssize(n.modes), n.ranks});
+  if (h5::has(group, "throttled_passes"))
+    for (const auto& entry : noise_counts_1_6) whole(entry.name, n.*entry.field, {std::ssize(n.modes), n.ranks});
   whole("sm_clock_max", n.sm_clock_max_mhz, {n.ranks});
   whole("cache_bytes", n.cache_bytes, {n.ranks});
   return n;

@@ -91,6 +91,7 @@ struct NoiseRecord {
   std::vector<double> steal;                   ///< s, taken by other machines or the CPU quota, mean over cores
   std::vector<double> sm_clock_mhz;            ///< mean; 0: unknown
   std::vector<std::int64_t> throttle_reasons;  ///< at the mode's end, NVML's bits; -1: unknown
+  std::vector<std::int64_t> throttled_passes;  ///< at a lowered clock, which were measured again; empty before 1.6
   std::vector<double> cv, outlier_share;       ///< of the rank's steps; NaN below two samples
   std::vector<double> sm_clock_max_mhz;        ///< [rank]; 0: unknown
   std::vector<std::int64_t> cache_bytes;       ///< [rank], last-level cache of the device; 0: unknown
@@ -139,11 +140,12 @@ struct RankSystem {
 
 struct RunRecord {
   std::string run_uuid, start, end, argv, input_toml, input_sha256, git_commit, compiler, backend, status;
-  std::string config;              ///< the effective input: every key, with --set; TOML
-  std::string input_file_sha256;   ///< of the content of [input] file; empty without one
-  std::int64_t resumed = 0;        ///< how often the run was resumed
-  std::string program = "nsa";     ///< that ran the points: "nsa", "torch 2.11.0, cuDNN 9.13.0"
-  std::vector<RankSystem> system;  ///< by rank
+  std::string config;                  ///< the effective input: every key, with --set; TOML
+  std::string input_file_sha256;       ///< of the content of [input] file; empty without one
+  std::string input_selection_sha256;  ///< the same of [input] selection
+  std::int64_t resumed = 0;            ///< how often the run was resumed
+  std::string program = "nsa";         ///< that ran the points: "nsa", "torch 2.11.0, cuDNN 9.13.0"
+  std::vector<RankSystem> system;      ///< by rank
 };
 
 }  // namespace nsa

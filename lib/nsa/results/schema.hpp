@@ -48,6 +48,11 @@ constexpr Named<RunRecord, std::string> run_attributes_1_5[] = {
     {"program", &RunRecord::program},
 };
 
+/// Added by schema 1.6: a file of an earlier one lacks it.
+constexpr Named<RunRecord, std::string> run_attributes_1_6[] = {
+    {"input_selection_sha256", &RunRecord::input_selection_sha256},
+};
+
 /// Datasets of /system over rank.
 constexpr Named<RankSystem, std::string> system_texts[] = {
     {"host", &RankSystem::host, "1", "name of the host"},
@@ -92,6 +97,11 @@ constexpr Named<NoiseRecord, std::vector<std::int64_t>> noise_counts[] = {
     {"minor_faults", &NoiseRecord::minor_faults, "1", "page faults without a read from the disk"},
     {"major_faults", &NoiseRecord::major_faults, "1", "page faults with a read from the disk"},
     {"throttle_reasons", &NoiseRecord::throttle_reasons, "1", "why the clock is lowered, bits of NVML, -1 if unknown"},
+};
+
+/// Added by schema 1.6.
+constexpr Named<NoiseRecord, std::vector<std::int64_t>> noise_counts_1_6[] = {
+    {"throttled_passes", &NoiseRecord::throttled_passes, "1", "passes at a lowered clock, which were measured again"},
 };
 
 /// Attributes of a point, besides its parameters, validity, routes and fallbacks.

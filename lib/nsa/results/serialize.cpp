@@ -25,10 +25,10 @@ auto members(R& r) {
 
 template <Is<RunRecord> R>
 auto members(R& r) {
-  auto& [uuid, start, end, argv, toml, sha256, commit, compiler, backend, status, config, file_sha256, resumed, program,
-         system] = r;
-  return std::tie(uuid, start, end, argv, toml, sha256, commit, compiler, backend, status, config, file_sha256, resumed,
-                  program, system);
+  auto& [uuid, start, end, argv, toml, sha256, commit, compiler, backend, status, config, file_sha256, selection_sha256,
+         resumed, program, system] = r;
+  return std::tie(uuid, start, end, argv, toml, sha256, commit, compiler, backend, status, config, file_sha256,
+                  selection_sha256, resumed, program, system);
 }
 
 template <Is<TimeTable> R>
@@ -69,10 +69,10 @@ auto members(R& r) {
 
 template <Is<NoiseRecord> R>
 auto members(R& r) {
-  auto& [modes, ranks, seconds, voluntary, involuntary, minor, major, steal, clock, throttle, cv, outliers, clock_max,
-         cache] = r;
-  return std::tie(modes, ranks, seconds, voluntary, involuntary, minor, major, steal, clock, throttle, cv, outliers,
-                  clock_max, cache);
+  auto& [modes, ranks, seconds, voluntary, involuntary, minor, major, steal, clock, throttle, throttled, cv, outliers,
+         clock_max, cache] = r;
+  return std::tie(modes, ranks, seconds, voluntary, involuntary, minor, major, steal, clock, throttle, throttled, cv,
+                  outliers, clock_max, cache);
 }
 
 template <Is<PointRecord> R>

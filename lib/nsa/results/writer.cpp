@@ -92,6 +92,7 @@ void write_run(const h5::Handle& file, const RunRecord& run, const std::string& 
   write_attributes(file, run, run_attributes_1_1);
   write_attributes(file, run, run_integers_1_1);
   write_attributes(file, run, run_attributes_1_5);
+  write_attributes(file, run, run_attributes_1_6);
   if (h5::has(file, "system")) h5::remove(file, "system");
   const h5::Handle system = h5::create_group(file, "system");
   h5::write_scale(system, "rank", indices(static_cast<std::int64_t>(run.system.size())), {"1", "rank"});
@@ -181,6 +182,7 @@ void write_noise(const h5::Handle& point_group, const NoiseRecord& n) {
   };
   columns(noise_reals);
   columns(noise_counts);
+  columns(noise_counts_1_6);
   h5::write(group, "sm_clock_max", n.sm_clock_max_mhz, {"rank"}, {"MHz", "largest clock of an SM, 0 if unknown"});
   h5::write(group, "cache_bytes", n.cache_bytes, {"rank"}, {"byte", "last-level cache of the device, 0 if unknown"});
 }

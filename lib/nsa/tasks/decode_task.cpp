@@ -126,7 +126,8 @@ void DecodePasses::recorded(const TensorSource& source) {
   StageTimer untimed(shard_.device(), shard_.streams.compute);
   std::unique_ptr<StepTensors> tensors;
   agreed(session_.world, [&] {
-    if (config_.output.tensors) tensors = std::make_unique<StepTensors>(shard_, config_.run.steps);
+    if (config_.output.tensors || config_.output.selection)
+      tensors = std::make_unique<StepTensors>(shard_, config_.run.steps);
   });
   CheckResult checked;
   std::string problem;
@@ -293,7 +294,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
                          PointRecord& record, const Progress& progress) {
   const ControlComm& world = session.world;
   const PhaseScope phase("decode");
-  const bool records = config.run.check || config.output.tensors;
+  const bool records = config.records();
   std::optional<ModelShard> shard;
   agreed(world, [&] { shard.emplace(session.backend, world, config, point, source); });
   fill_caches(session, *shard, source, point.context, progress);

@@ -7,6 +7,7 @@
 
 #include "kernels/diagnostics/error.hpp"
 #include "kernels/shared/random.hpp"
+#include "nsa/model/selections.hpp"
 #include "nsa/model/weights.hpp"
 #include "nsa/results/error_bound.hpp"
 #include "nsa/verify/shared_blocks.hpp"
@@ -170,8 +171,11 @@ KernelBench::KernelBench(const Allocator& allocate, const KernelTable& kernels, 
   std::int64_t scratch = static_cast<std::int64_t>(kernels.scratch_bytes(shape_, tile_, {}));
   std::int64_t lse_rows = tile_.rows();
   if (branch_ == sel) {
-    selected_ = choose_blocks(point.kernel.spans, rows_, shape_.rules.n_sel, first_position_ / shape_.rules.l_sel,
-                              static_cast<std::uint64_t>(config.run.seed), config.run.overlap);
+    const std::int64_t blocks = first_position_ / shape_.rules.l_sel;  // whole ones in front of the rows
+    selected_ = point.kernel.spans == Spans::recorded
+                    ? recorded_rows(config, rows_, shape_.rules.n_sel, blocks)
+                    : choose_blocks(point.kernel.spans, rows_, shape_.rules.n_sel, blocks,
+                                    static_cast<std::uint64_t>(config.run.seed), config.run.overlap);
     chosen_ = activations(std::ssize(selected_) * 4);
   }
   const std::vector<KernelChoice> choices = kernel_choices(kernels, config, point);

@@ -63,6 +63,8 @@ class KernelBench {
   /// Tokens that the last execution read, and those it must read.
   std::int64_t reads(Stream* stream) const;
   std::int64_t expected_reads_total() const;
+  /// The blocks of each row, [rows][n]; empty for another branch than sel.
+  const std::vector<std::int32_t>& selected() const { return selected_; }
   /// The share of blocks that neighbouring rows have in common; NaN where there is no such pair.
   double blocks_shared() const;
 

@@ -129,20 +129,22 @@ MemoryAccount run_kernels(const Session& session, const Config& config, const Po
   });
   const std::int64_t count = std::ssize(choices), reps = config.run.steps;
   std::vector<double> seconds(static_cast<std::size_t>(count * reps));
-  meter.begin();
-  for (std::int64_t rep = 0; rep < reps; ++rep) {
-    if (session.stop->check_periodically()) throw Interrupted();
-    world.barrier();
-    for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t turn = (i + rep) % count;  // the order rotates, and is reversed in every other rep
-      const std::int64_t which = rep % 2 == 0 ? turn : count - 1 - turn;
-      seconds[static_cast<std::size_t>(which * reps + rep)] =
-          executions[static_cast<std::size_t>(which)]->sample(timer);
+  ThrottleRecovery recovery(world, config.run);
+  do {
+    meter.begin();
+    for (std::int64_t rep = 0; rep < reps; ++rep) {
+      if (session.stop->check_periodically()) throw Interrupted();
+      world.barrier();
+      for (std::int64_t i = 0; i < count; ++i) {
+        const std::int64_t turn = (i + rep) % count;  // the order rotates, and is reversed in every other rep
+        const std::int64_t which = rep % 2 == 0 ? turn : count - 1 - turn;
+        seconds[static_cast<std::size_t>(which * reps + rep)] =
+            executions[static_cast<std::size_t>(which)]->sample(timer);
+      }
+      meter.stepped();
+      progress(static_cast<double>(rep + 1), static_cast<double>(reps), "kernels");
     }
-    meter.stepped();
-    progress(static_cast<double>(rep + 1), static_cast<double>(reps), "kernels");
-  }
-  meter.end();
+  } while (recovery.repeats(meter));
   record.noise = gather_noise(world, device, {"kernels"}, {meter.take()});
   const std::vector<double> all = world.gather(seconds);  // [rank][implementation][rep]
   k.ranks = world.size();
@@ -152,6 +154,12 @@ MemoryAccount run_kernels(const Session& session, const Config& config, const Po
     for (std::int64_t i = 0; i < count; ++i)
       std::copy_n(all.begin() + (r * count + i) * reps, reps, k.seconds.begin() + (i * k.ranks + r) * reps);
   if (const double shared = bench->blocks_shared(); !std::isnan(shared)) record.blocks_shared = shared;
+  if (config.output.selection && point.kernel.branch == sel)
+    record.tensors.push_back({"selected",
+                              {1, bench->rows(), 1, point.kernel.blocks},
+                              {"batch", "row", "group", "choice"},
+                              {},
+                              bench->selected()});
   record.warmup_reps = config.run.warmup;
   record.first_position = point.context - kernel_rows(point);
   record.stop_reason = "steps";

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <thread>
 #include <utility>
 
 #include "kernels/diagnostics/fault_injection.hpp"
@@ -52,6 +53,15 @@ class IntervalWidth {
   void add(double step) {
     if (count_++ >= warmup_) own_.push_back(step);
   }
+  // The times since the pass began are of one that does not count.
+  void drop_pass() {
+    count_ = kept_count_;
+    own_.resize(kept_own_);
+  }
+  void keep_pass() {
+    kept_count_ = count_;
+    kept_own_ = own_.size();
+  }
   // Sorts the samples again only when a tenth more are there: the cost of all calls stays in proportion to the samples.
   // Every rank gets the same width; infinite before there is an interval.
   double update() {
@@ -72,6 +82,8 @@ class IntervalWidth {
   const ControlComm& world_;
   const std::int64_t warmup_;
   std::int64_t count_ = 0, next_ = 1;
+  std::int64_t kept_count_ = 0;  // before this pass; kept_own_ likewise
+  std::size_t kept_own_ = 0;
   std::vector<double> own_;  // since the last exchange
   double width_ = std::numeric_limits<double>::infinity();
   std::vector<double> slowest_;  // on rank 0
@@ -85,6 +97,7 @@ Stop measure_mode(const ControlComm& world, const ModeRun& run, const RunConfig&
                   NoiseMeter& meter, std::vector<StageTimes>& taken, const Pass& pass) {
   IntervalWidth interval(world, goal.warmup);
   StoredPasses stored(taken, most_reps);
+  ThrottleRecovery recovery(world, goal);
   Stop stop = Stop::steps;
   for (double measured = 0;;) {
     world.barrier();
@@ -102,10 +115,15 @@ Stop measure_mode(const ControlComm& world, const ModeRun& run, const RunConfig&
       taken.resize(before);
       return Stop::interrupted;
     }
-    meter.end();
+    if (recovery.repeats(meter)) {
+      taken.resize(before);
+      interval.drop_pass();
+      continue;
+    }
     stored.end_pass(before);
     measured += world.max(seconds);
     const bool narrow = goal.min_interval <= 0 || interval.update() <= goal.min_interval;
+    interval.keep_pass();
     const bool late = measured >= goal.interval_time;
     if (measured >= goal.min_time && (narrow || late)) return narrow ? stop : Stop::interval_time;
     stop = std::max(stop, measured >= goal.min_time ? Stop::min_interval : Stop::min_time);
@@ -127,6 +145,18 @@ std::string measure_modes(const ControlComm& world, const std::vector<ModeRun>& 
 }
 
 }  // namespace
+
+bool ThrottleRecovery::repeats(NoiseMeter& meter) {
+  const bool low = meter.end() < run_.throttle_threshold && repeated_ < most_repeated;
+  if (world_.max(std::int64_t{low}) == 0) {
+    meter.keep();
+    return false;
+  }
+  ++repeated_;
+  meter.drop();
+  std::this_thread::sleep_for(std::chrono::duration<double>(run_.recovery_delay));
+  return true;
+}
 
 std::int64_t most_stored_reps(const Config& config, std::int64_t modes, std::int64_t ranks) {
   constexpr std::int64_t most_bytes = std::int64_t{16} << 20;
@@ -234,8 +264,9 @@ NoiseRecord gather_noise(const ControlComm& world, const DeviceOps& device, cons
   std::vector<std::int64_t> counts{info.cache_bytes};
   for (const ModeNoise& n : noise) {
     reals.insert(reals.end(), {n.seconds, n.counters.steal, n.sm_clock_mhz});
-    counts.insert(counts.end(), {n.counters.voluntary_switches, n.counters.involuntary_switches,
-                                 n.counters.minor_faults, n.counters.major_faults, n.throttle_reasons});
+    counts.insert(counts.end(),
+                  {n.counters.voluntary_switches, n.counters.involuntary_switches, n.counters.minor_faults,
+                   n.counters.major_faults, n.throttle_reasons, n.throttled_passes});
   }
   const auto all_reals = world.gather(reals);
   const auto all_counts = world.gather(counts);
@@ -249,11 +280,11 @@ NoiseRecord gather_noise(const ControlComm& world, const DeviceOps& device, cons
   pick(record.sm_clock_max_mhz, all_reals, reals.size(), 0);
   pick(record.cache_bytes, all_counts, counts.size(), 0);
   for (std::size_t mode = 0; mode < noise.size(); ++mode) {
-    std::size_t real = 1 + 3 * mode, count = 1 + 5 * mode;
+    std::size_t real = 1 + 3 * mode, count = 1 + 6 * mode;
     for (auto* column : {&record.seconds, &record.steal, &record.sm_clock_mhz})
       pick(*column, all_reals, reals.size(), real++);
     for (auto* column : {&record.voluntary_switches, &record.involuntary_switches, &record.minor_faults,
-                         &record.major_faults, &record.throttle_reasons})
+                         &record.major_faults, &record.throttle_reasons, &record.throttled_passes})
       pick(*column, all_counts, counts.size(), count++);
   }
   return record;

@@ -50,6 +50,22 @@ struct MeasuredTask {
   std::function<bool(const ModeRun& run, StageTimer& timer, const TakeSample& take)> pass;
 };
 
+/// Measures again what ran at a lowered clock: a pass whose mean SM clock is below run.throttle_threshold of the
+/// largest one is dropped, on all ranks, and repeated after run.recovery_delay seconds; most_repeated times, then it
+/// counts.
+class ThrottleRecovery {
+ public:
+  static constexpr int most_repeated = 20;
+  ThrottleRecovery(const ControlComm& world, const RunConfig& run) : world_(world), run_(run) {}
+  /// After a pass. True: it does not count; this has waited. Collective.
+  bool repeats(NoiseMeter& meter);
+
+ private:
+  const ControlComm& world_;
+  const RunConfig& run_;
+  int repeated_ = 0;
+};
+
 /// Most repetitions of a mode that a point stores: 16 MiB of samples of all modes and ranks, but two passes at least.
 std::int64_t most_stored_reps(const Config& config, std::int64_t modes, std::int64_t ranks);
 

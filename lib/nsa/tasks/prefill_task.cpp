@@ -70,7 +70,8 @@ void PrefillPasses::recorded() {
   StageTimer untimed(shard_.device(), shard_.streams.compute);
   std::unique_ptr<StepTensors> tensors;
   agreed(session_.world, [&] {
-    if (config_.output.tensors) tensors = std::make_unique<StepTensors>(shard_, shard_.point.context);
+    if (config_.output.tensors || config_.output.selection)
+      tensors = std::make_unique<StepTensors>(shard_, shard_.point.context);
   });
   CheckResult checked;
   SharedBlocks shared;
@@ -160,7 +161,7 @@ MemoryAccount run_prefill(const Session& session, const Config& config, const Po
                           PointRecord& record, const Progress& progress) {
   const ControlComm& world = session.world;
   const PhaseScope phase("prefill");
-  const bool records = config.run.check || config.output.tensors;
+  const bool records = config.records();
   std::optional<ModelShard> shard;
   agreed(world, [&] { shard.emplace(session.backend, world, config, point, source); });
   if (config.run.prefix > 0) fill_caches(session, *shard, source, config.run.prefix, progress);

@@ -31,6 +31,7 @@ struct Session {
   std::shared_ptr<ProcessGrid> grid;  ///< reused by all points
   std::shared_ptr<StopPoll> stop;     ///< polled between steps and points
   std::string input_hash;             ///< SHA-256 of [input] file, on rank 0; empty without one
+  std::string selection_hash;         ///< the same of [input] selection
   bool strict = false;                ///< a fallback makes the point INVALID
   std::size_t copy_bytes = 0;         ///< of each buffer of the copy that copy_bandwidth measures
   std::shared_ptr<CopyRate> copy_rate = std::make_shared<CopyRate>();

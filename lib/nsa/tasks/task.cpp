@@ -21,12 +21,13 @@ double keep_records(const ControlComm& world, ModelShard& shard, const TensorSou
   }
   const double scale = shard.config.run.check ? world.max(checked.scale) : 0;
   if (!tensors) return scale;
+  const bool all = shard.config.output.tensors;
   const auto keep = [&](std::vector<TensorRecord> list) {
     std::ranges::move(list, std::back_inserter(record.tensors));
   };
-  keep(input_tensors(shard, source, world.rank() == 0));
+  if (all) keep(input_tensors(shard, source, world.rank() == 0));
   keep(tensors->reduce(world));
-  keep(compressed_tensors(shard, positions, world));
+  if (all) keep(compressed_tensors(shard, positions, world));
   return scale;
 }
 

@@ -25,8 +25,8 @@ void gather_problems(const ControlComm& world, const std::string& problem, Point
 void fill_caches(const Session& session, ModelShard& shard, const TensorSource& source, std::int64_t positions,
                  const Progress& progress);
 
-/// After the recorded pass: stores what the checks found and, if tensors are asked for, those of all ranks. Returns the
-/// largest |v| that the checks of any rank saw. Collective.
+/// After the recorded pass: stores what the checks found and the tensors that are asked for, those of all ranks.
+/// Returns the largest |v| that the checks of any rank saw. Collective.
 double keep_records(const ControlComm& world, ModelShard& shard, const TensorSource& source, const CheckResult& checked,
                     StepTensors* tensors, std::int64_t positions, PointRecord& record);
 

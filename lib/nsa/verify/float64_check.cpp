@@ -98,9 +98,9 @@ CombineError combine_error(const StepContext& ctx, std::int64_t row, std::int64_
 }
 
 // Empty where the chosen blocks are the forced ones and the best of the others, up to rounding of the scores, of which
-// the largest has the magnitude `largest_score`.
+// the largest has the magnitude `largest_score`. Of given blocks only their number and eligibility is known.
 std::string selection_problem(const BlockRules& r, std::int64_t t, const std::vector<double>& s, double largest_score,
-                              const std::vector<std::int32_t>& chosen) {
+                              const std::vector<std::int32_t>& chosen, bool given) {
   const std::int64_t eligible = eligible_blocks(r, t), wanted = std::min<std::int64_t>(r.n_sel, eligible);
   std::vector<bool> is_chosen(static_cast<std::size_t>(eligible), false);
   std::int64_t count = 0;
@@ -111,6 +111,7 @@ std::string selection_problem(const BlockRules& r, std::int64_t t, const std::ve
     ++count;
   }
   if (count != wanted) return std::to_string(count) + " blocks chosen, not " + std::to_string(wanted);
+  if (given) return {};
   double worst_in = std::numeric_limits<double>::infinity(), best_out = 0;
   for (std::int64_t j = 0; j < eligible; ++j) {
     if (is_forced(r, j, t)) {
@@ -183,7 +184,7 @@ CheckResult check_row(const StepContext& ctx, std::int64_t plane, std::int64_t r
     }
   }
   if (!ctx.exchanges || shard.partition.kv_rank == 0)
-    result.problem = selection_problem(r, t, importance, largest_score, chosen);
+    result.problem = selection_problem(r, t, importance, largest_score, chosen, replays(shard.config));
   if (result.problem.empty()) result.problem = error_problem;
   if (const auto [error, bound] = combine_error(ctx, row, group); result.problem.empty() && !(error <= bound))
     result.problem =

@@ -29,6 +29,9 @@ TensorRecord SharedTensor::reduce(const ControlComm& world, bool as_integers) {
 }
 
 StepTensors::StepTensors(ModelShard& shard, std::int64_t positions)
+    : StepTensors(shard, positions, shard.config.output.tensors ? positions : 0) {}
+
+StepTensors::StepTensors(ModelShard& shard, std::int64_t selections, std::int64_t positions)
     : shard_(shard),
       q_("q", {shard.point.batch, positions, shard.config.model.n_heads, shard.config.model.d_k},
          {"batch", "row", "head", "d_k"}, positions),
@@ -38,8 +41,8 @@ StepTensors::StepTensors(ModelShard& shard, std::int64_t positions)
              {shard.point.batch, positions, shard.config.model.n_kv_groups,
               eligible_blocks(shard.shape().rules, total_positions(shard.config, shard.point) - 1)},
              {"batch", "row", "group", "block"}, positions),
-      selected_("selected", {shard.point.batch, positions, shard.config.model.n_kv_groups, shard.shape().rules.n_sel},
-                {"batch", "row", "group", "choice"}, positions),
+      selected_("selected", {shard.point.batch, selections, shard.config.model.n_kv_groups, shard.shape().rules.n_sel},
+                {"batch", "row", "group", "choice"}, selections),
       o_("o", {shard.point.batch, positions, shard.config.model.n_heads, shard.config.model.d_v},
          {"batch", "row", "head", "d_v"}, positions),
       y_("y", {shard.point.batch, positions, shard.config.run.scope == Scope::layer ? shard.config.model.dim : 0},
@@ -62,19 +65,21 @@ void StepTensors::take(const StepContext& ctx, std::int64_t row, bool shared) {
       to.store(ctx.stage.tile.batch_begin + r / ctx.stage.tile.tokens, row + r % ctx.stage.tile.tokens, column,
                values.data() + r * width, width);
   };
-  if (!ctx.leaves_out(sel))
+  const bool all = shard_.config.output.tensors;
+  if (all && ctx.ranks_blocks())
     store(p_slc_, download(shard_, b.p_slc.data(), rows * s.groups * b.p_slc_blocks, DType::f32),
           shard_.partition.group_begin * b.p_slc_blocks);
   if (shared && shard_.partition.kv_rank != 0) return;
+  const std::int64_t choices = rows * s.groups * s.rules.n_sel;
+  const auto selected =
+      download_ints(shard_, b.selected.as<std::int32_t>() + (shard_.config.model.layers - 1) * choices, choices);
+  store(selected_, {selected.begin(), selected.end()}, std::int64_t{shard_.partition.group_begin} * s.rules.n_sel);
+  if (!all) return;
   const std::int64_t q_width = heads * s.d_k, size = static_cast<std::int64_t>(size_of(s.dtype));
   store(q_, download(shard_, b.q.as<std::byte>() + ctx.first_row * q_width * size, rows * q_width, s.dtype),
         first_head * s.d_k);
   store(gate_, download(shard_, b.gate.as<float>() + ctx.first_row * s.groups * 3, rows * s.groups * 3, DType::f32),
         shard_.partition.group_begin * 3);
-  const std::int64_t choices = rows * s.groups * s.rules.n_sel;
-  const auto selected =
-      download_ints(shard_, b.selected.as<std::int32_t>() + (shard_.config.model.layers - 1) * choices, choices);
-  store(selected_, {selected.begin(), selected.end()}, std::int64_t{shard_.partition.group_begin} * s.rules.n_sel);
   store(o_, download(shard_, b.o.data(), rows * heads * s.d_v, s.dtype), first_head * s.d_v);
   for (int c = 0; c < branches; ++c)
     store(o_branch_[c], download(shard_, b.o_branch[c].data(), rows * heads * s.d_v, DType::f32), first_head * s.d_v);
@@ -85,10 +90,11 @@ void StepTensors::take(const StepContext& ctx, std::int64_t row, bool shared) {
 
 std::vector<TensorRecord> StepTensors::reduce(const ControlComm& world) {
   std::vector<TensorRecord> list;
+  list.push_back(selected_.reduce(world, true));
+  if (!shard_.config.output.tensors) return list;
   list.push_back(q_.reduce(world));
   list.push_back(gate_.reduce(world));
   list.push_back(p_slc_.reduce(world));
-  list.push_back(selected_.reduce(world, true));
   for (SharedTensor& branch : o_branch_) list.push_back(branch.reduce(world));
   list.push_back(o_.reduce(world));
   if (shard_.config.run.scope == Scope::layer) list.push_back(y_.reduce(world));

@@ -24,7 +24,8 @@ class SharedTensor {
   std::int64_t rows_, columns_;
 };
 
-/// The stage tensors of R recorded positions (docs/SCHEMA.md): q, gate, p_slc, selected, o_cmp, o_sel, o_win, o, y.
+/// The stage tensors of R recorded positions (docs/SCHEMA.md): selected and, with output.tensors, q, gate, p_slc,
+/// o_cmp, o_sel, o_win, o, y.
 class StepTensors {
  public:
   StepTensors(ModelShard& shard, std::int64_t positions);
@@ -34,6 +35,7 @@ class StepTensors {
   std::vector<TensorRecord> reduce(const ControlComm& world);
 
  private:
+  StepTensors(ModelShard& shard, std::int64_t selections, std::int64_t positions);
   ModelShard& shard_;
   SharedTensor q_, gate_, p_slc_, selected_, o_, y_;
   std::vector<SharedTensor> o_branch_;

@@ -11,8 +11,9 @@ import uuid
 
 import h5py
 import numpy as np
+import tomllib  # Python 3.11
 
-SCHEMA_VERSION = "1.5"
+SCHEMA_VERSION = "1.6"
 # lib/nsa/results/records.hpp
 STAGES = "project append compress attend_cmp rank attend_sel attend_win combine output comm step".split()
 BRANCHES = ["cmp", "sel", "win"]
@@ -27,6 +28,14 @@ def git_commit():
     command = "git describe --always --dirty --abbrev=12 --exclude=*".split()
     done = subprocess.run(command, cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def file_sha256(path):
+    """Of its content; empty without a path."""
+    if not path:
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cpu_name():
@@ -53,6 +62,7 @@ def run_attributes(program, input_toml, backend, start):
         "backend": backend,
         "config": input_toml,
         "input_file_sha256": "",
+        "input_selection_sha256": file_sha256(tomllib.loads(input_toml).get("input", {}).get("selection", "")),
         "resumed": 0,
         "program": program,
     }

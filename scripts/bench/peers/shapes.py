@@ -11,6 +11,7 @@ DEFAULTS = {  # lib/nsa/config/config.hpp
     "run": {"context": [128, 256, 512, 1024], "steps": 32, "warmup": 8, "seed": 1, "overlap": 0.0},
     "kernels": {"branch": "sel", "rows": 256, "heads": 4, "head_size": 64, "blocks": 16, "spans": "scattered",
                 "cold": True},
+    "input": {"selection": ""},
 }
 SWEPT = ["run.context", "kernels.branch", "kernels.rows", "kernels.heads", "kernels.head_size", "kernels.blocks",
          "kernels.spans"]
@@ -31,11 +32,14 @@ def points_of(input_toml):
 
 
 def choose_blocks(point):
-    """[rows, n] ascending: n neighbours, n / 2 neighbours and the rest anywhere, or all anywhere (kernels.spans).
+    """[rows, n] ascending: n neighbours, n / 2 neighbours and the rest anywhere, all anywhere, or those of a file
+    (kernels.spans).
 
     A row repeats the one before it with probability run.overlap.
     """
     rows, n = point["kernels.rows"], point["kernels.blocks"]
+    if point["kernels.spans"] == "recorded":
+        return recorded_blocks(point["input.selection"], rows, n)
     blocks = (point["run.context"] - rows) // point["nsa.l_sel"]
     together = {"contiguous": n, "mixed": n // 2, "scattered": 0}[point["kernels.spans"]]
     if blocks < n:
@@ -48,6 +52,17 @@ def choose_blocks(point):
     chosen = np.sort(np.argsort(order, axis=1)[:, :n], axis=1).astype(np.int32)
     source = np.where(random.random(rows) < point["run.overlap"], 0, np.arange(rows))
     return chosen[np.maximum.accumulate(source)]
+
+
+def recorded_blocks(path, rows, n):
+    """[rows, n]: the last rows of the first sequence and group of a file (docs/SCHEMA.md, "Selections")."""
+    import h5py
+
+    with h5py.File(path) as file:
+        for group in [file, *(point.get("tensors", {}) for point in file.get("points", {}).values())]:
+            if "selected" in group and group["selected"].shape[1] >= rows and group["selected"].shape[3] == n:
+                return group["selected"][0, -rows:, 0].astype(np.int32)
+    raise ValueError(f"{path} holds no {rows} rows of {n} blocks; record them by nsa run --record-selection")
 
 
 def error_of(output, exact):

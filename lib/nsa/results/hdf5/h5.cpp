@@ -248,10 +248,16 @@ std::vector<std::int64_t> shape(const Handle& at, const std::string& path) {
   return {dims.begin(), dims.end()};
 }
 
-bool is_floating_point(const Handle& at, const std::string& path) {
+namespace {
+bool is_of_class(const Handle& at, const std::string& path, H5T_class_t wanted) {
   const Handle type = own(H5Dget_type(open_dataset(at, path).id()), path);
-  return H5Tget_class(type.id()) == H5T_FLOAT;
+  return H5Tget_class(type.id()) == wanted;
 }
+}  // namespace
+
+bool is_floating_point(const Handle& at, const std::string& path) { return is_of_class(at, path, H5T_FLOAT); }
+
+bool is_integer(const Handle& at, const std::string& path) { return is_of_class(at, path, H5T_INTEGER); }
 
 namespace {
 

@@ -98,6 +98,7 @@ void write(const Handle& group, const std::string& name, const std::vector<T>& v
 
 std::vector<std::int64_t> shape(const Handle& at, const std::string& path);
 bool is_floating_point(const Handle& at, const std::string& path);  ///< of any width
+bool is_integer(const Handle& at, const std::string& path);         ///< of any width
 /// A whole dataset, converted to T. Throws where the dataset claims to be larger than the file can be.
 template <class T>
 std::vector<T> read(const Handle& at, const std::string& path);

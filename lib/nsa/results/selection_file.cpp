@@ -1,0 +1,93 @@
+#include "nsa/results/selection_file.hpp"
+
+#include <fmt/format.h>
+
+#include "kernels/diagnostics/error.hpp"
+#include "nsa/results/files.hpp"
+#include "nsa/results/hdf5/h5.hpp"
+
+namespace nsa {
+namespace {
+
+constexpr const char* advice =
+    "give a file of `nsa run --record-selection`, or one as docs/SCHEMA.md says, \"Selections\"";
+
+struct Dataset {
+  std::string path;
+  SelectionShape shape;
+};
+
+/// Adds the dataset `selected` of a group, if it has one.
+void add_dataset(const h5::Handle& file, const std::string& group, std::vector<Dataset>& list) {
+  const std::string path = group + "selected";
+  if (!h5::has(file, path)) return;
+  const std::vector<std::int64_t> shape = h5::shape(file, path);
+  if (!h5::is_integer(file, path) || shape.size() != 4)
+    throw h5::Error(path + " is not an array of integers over sequence, position, group and choice");
+  std::int64_t first = 0;
+  const h5::Handle at = h5::open_group(file, group);
+  for (const std::string& name : h5::attribute_names(at))
+    if (name == "first_position") first = h5::attribute_as<std::int64_t>(at, name);
+  list.push_back({path, {shape[0], shape[1], shape[2], shape[3], first}});
+}
+
+std::vector<Dataset> find_datasets(const h5::Handle& file) {
+  std::vector<Dataset> list;
+  add_dataset(file, "/", list);
+  if (list.empty() && h5::has(file, "points"))
+    for (const std::string& name : h5::names(h5::open_group(file, "points")))
+      if (h5::has(file, "points/" + name + "/tensors")) add_dataset(file, "/points/" + name + "/tensors/", list);
+  return list;
+}
+
+}  // namespace
+
+struct SelectionFile::Impl {
+  std::string path;
+  h5::Handle file;
+  std::vector<Dataset> datasets;
+  std::vector<SelectionShape> shapes;
+
+  template <class Action>
+  auto attempt(Action&& action) const {
+    try {
+      return action();
+    } catch (const h5::Error& error) {
+      h5::user_error(error, "use", path, advice);
+    }
+  }
+};
+
+SelectionFile::SelectionFile(const std::string& path) : impl_(std::make_unique<Impl>()) {
+  impl_->path = path;
+  if (const std::string why = why_no_file(path); !why.empty()) fail(why);
+  impl_->attempt([&] {
+    h5::run_sandboxed([&](const auto&) {  // what the sandbox reads without damage is read here
+      const h5::Handle file = h5::open_file(path);
+      for (const Dataset& d : find_datasets(file)) h5::read_slab(file, d.path, {0, 0, 0, 0}, {1, 1, 1, 1});
+      return std::string();
+    });
+    impl_->file = h5::open_file(path);
+    impl_->datasets = find_datasets(impl_->file);
+  });
+  for (const Dataset& d : impl_->datasets) impl_->shapes.push_back(d.shape);
+  if (impl_->shapes.empty()) fail("it holds no selected blocks");
+}
+
+SelectionFile::~SelectionFile() = default;
+
+const std::vector<SelectionShape>& SelectionFile::shapes() const { return impl_->shapes; }
+
+std::vector<std::int32_t> SelectionFile::read(std::size_t index, std::int64_t first, std::int64_t count) const {
+  const auto& [path, shape] = impl_->datasets[index];
+  const std::vector<float> values = impl_->attempt([&] {  // below 2^24 every integer is a float
+    return h5::read_slab(impl_->file, path, {0, first, 0, 0}, {shape.batch, count, shape.groups, shape.n});
+  });
+  return {values.begin(), values.end()};
+}
+
+void SelectionFile::fail(const std::string& why) const {
+  throw UserError(fmt::format("cannot use {} ({}); {}", impl_->path, why, advice), ExitCode::file);
+}
+
+}  // namespace nsa
