@@ -118,7 +118,9 @@ class WholeRuns(AppTest):
         for name in sorted(str(path.relative_to(INPUTS)) for path in Path(INPUTS).rglob("*.toml")):
             with self.subTest(name=name):
                 ranks = "4" if name == "quickstart.toml" else "1"
-                done = self.run_input(name, "--dry-run", "--ranks", ranks)
+                # [input] selection is a path from the folder of the run.
+                recorded = ["--set", f'input.selection="{INPUTS}/recorded/smollm2.h5"'] if "recorded" in name else []
+                done = self.run_input(name, "--dry-run", "--ranks", ranks, *recorded)
                 self.assertIn(f"plan: {ranks} ranks", done.out)
         self.assertEqual(os.listdir(self.folder), [])
 

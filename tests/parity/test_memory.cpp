@@ -62,7 +62,10 @@ TEST_CASE("64K tokens take the memory that was planned, under 4 GiB") {
       const double planned = static_cast<double>(record.memory.planned.at(total));
       const double resident = static_cast<double>(record.memory.process_peak.at(static_cast<std::size_t>(rank)));
       CAPTURE(rank);
-      if (!keeps_freed_memory) CHECK(resident == Approx(planned).epsilon(0.10));
+      if (!keeps_freed_memory) CHECK(resident <= 1.10 * planned);
+      // kv ranks hold window and raw rows at their positions, and touch none of the prefix.
+      const bool touches_all = config.run.prefix == 0 || world.size() == 1;
+      if (!keeps_freed_memory && touches_all) CHECK(resident >= 0.90 * planned);
       CHECK(resident < 4.0 * (std::int64_t{1} << 30));
     }
   }

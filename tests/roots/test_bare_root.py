@@ -14,7 +14,6 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-MIRROR = os.environ.get("NSA_DEBIAN_MIRROR", "")
 INSIDE = "NSA_TEST_INSIDE"  # environment variable: the process has a mount and PID namespace of its own
 SKIPPED = 77
 
@@ -24,15 +23,28 @@ def skip(why):
     sys.exit(SKIPPED)
 
 
+def mirror():
+    """NSA_DEBIAN_MIRROR, or the first repository that apt of this machine installs Debian packages from."""
+    if "NSA_DEBIAN_MIRROR" in os.environ:
+        return os.environ["NSA_DEBIAN_MIRROR"]
+    if not shutil.which("apt-get"):
+        skip("no apt-get here to say where Debian packages come from; set NSA_DEBIAN_MIRROR")
+    command = ["apt-get", "indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI)", "Created-By: Packages"]
+    listed = subprocess.run(command, capture_output=True, text=True).stdout
+    found = re.search(r"^Debian Debian (\S+)$", listed, re.MULTILINE)
+    return found[1] if found else skip("apt has no Debian repository; set NSA_DEBIAN_MIRROR")
+
+
 def unpacked(suite, kept, folder):
     """Unpacks the suite below `folder`, from `kept` or from the mirror."""
     archive = kept / f"{suite}.tar"
     if not archive.is_file():
         fresh = folder / "fresh"
-        command = ["debootstrap", "--variant=minbase", suite, fresh, MIRROR]
+        source = mirror()
+        command = ["debootstrap", "--variant=minbase", suite, fresh, source]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            skip(f"no bare {suite} from {MIRROR} ({(done.stdout + done.stderr).strip().splitlines()[-1]})")
+            skip(f"no bare {suite} from {source} ({(done.stdout + done.stderr).strip().splitlines()[-1]})")
         kept.mkdir(parents=True, exist_ok=True)
         subprocess.run(["tar", "cf", f"{archive}.new", "-C", fresh, "."], check=True)
         os.replace(f"{archive}.new", archive)

@@ -313,7 +313,7 @@ TEST_CASE("a plan lists owners and the exchanges of a step", "[plan]") {
   has(text, "     4          1         1          1        2-3  2-3 8-9 14-15\n");
   has(text, "     5          1         2          1        2-3  4-5 10-11\n");
   has(text, "exchange a step and layer: candidates     all_gather over 3 ranks, 128 B from each\n");    // 16 of 8 bytes
-  has(text, "exchange a step and layer: heads          all_reduce over 2 ranks, 1.02 kB from each\n");  // 256 floats
+  has(text, "exchange a step and layer: outputs        all_reduce over 2 ranks, 1.02 kB from each\n");  // 256 floats
   CHECK_THROWS(printed([&](std::ostream& out) { print_plan(out, config, 4); }));
   CHECK(idle_ranks(config, 6).empty());
 }

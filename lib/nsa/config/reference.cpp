@@ -87,6 +87,8 @@ constexpr Variable tool_variables[] = {
     {"NSA_PRIVATE_SLURM", "path", "Set by `tests/slurm` to mark its processes."},
     {"NSA_ROOT", "path", "Set by the module file: where nsa is installed."},
     {"NSA_TEST_BACKEND", "`cuda`", "Tests of parity, MPI and fallbacks run on GPUs."},
+    {"NSA_TEST_EXCHANGES", "count", "Chained exchanges of `mpi_tests \"[many]\"`, which then runs for longer."},
+    {"NSA_DEBIAN_MIRROR", "URL", "Where `tests/roots` installs bare Debian roots from; apt's own source by default."},
     {"NSA_EXPECT_EXCHANGE", "`NCCL`, `peer memory`", "Tests fail where GPUs exchange through anything else."},
     {"NSA_RUNS", "count", "Repetitions of the quick start in `tests/app/test_many_runs.py`."},
     {"NSA_ROWS", "1", "`bench_prefill` runs selected attention row by row."},

@@ -103,10 +103,9 @@ std::size_t planned_result_bytes(const Config& config, int ranks) {
   double total = 1e5;  // attributes, the input, HDF5's metadata
   for (const Point& point : sweep(config)) {
     const auto modes = std::max<std::int64_t>(1, std::ssize(mode_runs(config, point)));
-    const double reps = static_cast<double>(config.run.steps);
-    total += 5e4 + 1e3 * ranks +
-             8.0 * ranks *
-                 (static_cast<double>(modes * stage_count) * stored_reps(config, modes, ranks) + 2.0 * branches * reps);
+    const double reps = static_cast<double>(config.run.steps), stored = stored_reps(config, modes, ranks);
+    total += 5e4 + 1e3 * ranks + 8.0 * stored +  // the coordinate rep, and samples and reads
+             8.0 * ranks * (static_cast<double>(modes * stage_count) * stored + 2.0 * branches * reps);
     const ModelConfig& m = config.model;
     const double positions = static_cast<double>(total_positions(config, point));
     const double rows = config.kind == TaskKind::prefill ? static_cast<double>(point.context) : reps;
