@@ -124,11 +124,12 @@ MemoryRecord gather_memory(const Session& session, const MemoryAccount& planned,
   return record;
 }
 
-/// Whether earlier files lack the key and it has its default: it is then no part of a fingerprint, so
-/// that those of such files hold.
+/// Whether earlier files lack the key and it has its default: it is then no part of a fingerprint, so that those of
+/// such files hold.
 bool is_later_default(const std::string& name, const decltype(Parameter::second)& value) {
-  for (const char* later : {"run.min_interval", "run.interval_time", "run.steps_per_graph", "run.overlap",
-                            "run.throttle_threshold", "run.recovery_delay", "output.selection"}) {
+  for (const char* later :
+       {"run.min_interval", "run.interval_time", "run.steps_per_graph", "run.overlap", "run.throttle_threshold",
+        "run.recovery_delay", "run.prefix", "run.prefill_chunk", "output.selection"}) {
     if (name != later) continue;
     const std::vector<Parameter> defaults = parameters(Config(), Point());
     return std::ranges::count(defaults, Parameter(name, value)) == 1;
