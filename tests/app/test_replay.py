@@ -62,6 +62,17 @@ class Replay(AppTest):
             stages = [name.decode() for name in file["points/0000/stage"][()]]
             self.assertTrue(np.isnan(times[0, stages.index("rank")]).all())  # nothing was ranked
 
+    def test_a_prefill_onto_a_prefix_is_replayed(self):
+        for scope in "attention", "layer":
+            onto = ('task.kind="prefill"', "run.context=90", "run.prefix=77", "run.prefill_chunk=32",
+                    f'run.scope="{scope}"')  # fmt: skip
+            self.run_to(f"{scope}.h5", *onto, options=["--record-selection"])
+            lists, first = self.selected(f"{scope}.h5")
+            self.assertEqual((first, lists.shape[1]), (77, 90))
+            name = f"{scope}_replayed.h5"
+            self.run_to(name, *onto, f'input.selection="{scope}.h5"', "parallel.kv=2", "output.selection=true", ranks=2)
+            np.testing.assert_array_equal(self.selected(name)[0], lists)
+
     def test_lists_of_another_program(self):
         lists = self.other_lists()
         self.write_lists("lists.h5", lists)

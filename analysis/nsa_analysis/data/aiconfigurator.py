@@ -29,7 +29,7 @@ def tables(points):
     """{family: {table name: DataFrame}} of the VALID points, each by its whole step.
 
     Points that the format has no words for are left out, each kind with its reason: sequences shared by ranks (no
-    column says how many), fp32, and heads of two sizes. Raises AnalysisError where none is left.
+    column says how many), fp32, heads of two sizes, and given blocks. Raises AnalysisError where none is left.
     """
     points = leave_out(points, lambda p: p.kind in ("decode", "prefill"), "neither decode nor prefill")
     points = leave_out(keep_latest(points), lambda p: p.valid, "INVALID")
@@ -38,6 +38,7 @@ def tables(points):
         (lambda p: p["model.precision"] in DTYPES, "fp32, which the format does not know"),
         (lambda p: p["model.d_k"] == p["model.d_v"], "K and V of two sizes, which the format does not know"),
         (lambda p: p.get("run.force_branch", "none") == "none", "only one branch counts"),
+        (lambda p: not p.get("input.selection", ""), "blocks are given, so that none is ranked"),
     ):
         kept = leave_out(points, keep, why)
         if points and not kept:
@@ -68,7 +69,7 @@ def row(point, scope):
     }
     sizes = {"batch_size": point["run.batch"], "isl": 1 if decode else tokens}
     last = {
-        "step": tokens - 1 if decode else 0,
+        "step": tokens - 1 if decode else point.get("run.prefix", 0),
         "latency": float(median_and_interval(point.step_samples())[1]) * 1e3 / point["model.layers"],
     }
     if scope == "layer":

@@ -124,6 +124,10 @@ std::vector<std::string> notes_of(const Config& config, const Machine& machine, 
     notes.push_back(cost.ranks == 0 ? "warning: no exchange was measured, so that exchanges cost nothing here"
                                     : fmt::format("exchanges were measured among up to {} ranks; more are extrapolated",
                                                   cost.ranks));
+  if (cost.fused && config.kind == TaskKind::decode && !may_run_in_one_launch(ranks, config.run.context.front()))
+    notes.push_back(
+        "warning: decode with kv > 2, or of a short context, runs in several launches and takes longer than "
+        "the times here, which are of one");
   if (ranks > machine.node)
     notes.push_back("between nodes: " +
                     (machine.network.empty() ? "no network is given, as if it were free" : machine.network));

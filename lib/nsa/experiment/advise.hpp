@@ -13,7 +13,7 @@ namespace nsa {
 struct LayoutAdvice {
   std::int32_t heads = 1, kv = 1;
   PredictedTime time;
-  double memory = 0;      ///< bytes of the rank with most
+  double memory = 0;      ///< bytes of the first rank
   std::int32_t idle = 0;  ///< kv ranks that own no block
   std::string why;        ///< why it is not the first, or what makes it the first
 };

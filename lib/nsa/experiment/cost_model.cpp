@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/diagnostics/error.hpp"
+#include "nsa/model/selections.hpp"
 #include "nsa/model/traffic.hpp"
 #include "nsa/report/metrics.hpp"
 
@@ -12,6 +13,11 @@ namespace {
 
 double per(double amount, double rate) { return rate > 0 ? amount / rate : 0; }
 
+/// Given selections are attended stage by stage.
+bool runs_fused(const PhaseCost& cost, const Config& config) {
+  return cost.fused && config.kind == TaskKind::decode && !replays(config);
+}
+
 /// Modelled bytes of the first rank without exchanges.
 double own_bytes(const PhaseCost& cost, const Config& config, const Partition& partition, const Point& point) {
   PointRecord record;
@@ -19,7 +25,7 @@ double own_bytes(const PhaseCost& cost, const Config& config, const Partition& p
   record.heads = partition.heads;
   record.kv = partition.kv;
   record.bytes = modelled_bytes(config, partition, point);
-  if (cost.fused && config.kind == TaskKind::decode) return fused_step_bytes(record, 0);
+  if (runs_fused(cost, config)) return fused_step_bytes(record, 0);
   return static_cast<double>(record.bytes[static_cast<std::size_t>(Stage::step)] -
                              record.bytes[static_cast<std::size_t>(Stage::comm)]);
 }
@@ -62,9 +68,8 @@ PredictedTime predict(const Machine& machine, const Config& config, const Partit
   double exchanged = 0;
   for (const Exchange& e : exchanges(config, partition, point)) exchanged += exchange_time(machine, cost, e, partition);
   const std::int64_t last = total_positions(config, point) - 1;
-  const double blocks = cost.fused && config.kind == TaskKind::decode
-                            ? static_cast<double>(eligible_blocks(partition.shape.rules, last)) / partition.kv
-                            : 0;
+  const double blocks =
+      runs_fused(cost, config) ? static_cast<double>(eligible_blocks(partition.shape.rules, last)) / partition.kv : 0;
   return {{layers * cost.fixed, per(own_bytes(cost, config, partition, point), cost.bandwidth),
            per(modelled_flops(config, partition, point), cost.arithmetic), layers * blocks * cost.block,
            layers * exchanged}};

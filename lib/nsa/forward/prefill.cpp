@@ -95,7 +95,8 @@ PrefillRunner::PrefillRunner(ModelShard& shard, const PrefillRange& range, bool 
   shard.device().synchronize(shard.streams.compute);
 
   const Partition& p = shard.partition;
-  if (replays(shard.config) && shard.config.kind == TaskKind::prefill)
+  const bool is_measured = shard.config.kind == TaskKind::prefill && range.first == shard.config.run.prefix;
+  if (replays(shard.config) && is_measured)
     recorded_ = shard.allocator()(MemoryKind::activations, shard.planes() * rows_of(chunks_) * p.shape.rules.n_sel * 4);
   const auto make = [&](const RowMap& map, std::int64_t rows, std::int64_t ranks = 1) {
     return make_kv(shard.allocator(), MemoryKind::activations, p.shape, shard.planes(), map, rows, ranks);

@@ -256,9 +256,7 @@ bool has_sharded_attention(const StepContext& ctx) {
 }
 
 bool has_sharded_step(const StepContext& ctx) {
-  // The layouts and lengths in which the launch has run on two GPUs; `accepts` takes more (docs/kernels/sharding.md).
-  constexpr std::int64_t min_positions = 512;
-  if (ctx.shard.partition.kv != 2 || ctx.stage.tile.max_positions < min_positions) return false;
+  if (!may_run_in_one_launch(ctx.shard.partition.kv, ctx.stage.tile.max_positions)) return false;
   const FusedOp<ShardedStepArgs>& op = ctx.shard.kernels().sharded_step;
   return op.accepts && ctx.exchanges && routed_to_first(ctx, {cmp, sel, win}) && op.accepts(step_args(ctx));
 }

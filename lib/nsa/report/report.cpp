@@ -210,12 +210,13 @@ void print_scalar(std::ostream& out, const std::vector<PointRecord>& points) {
     for (int c = 0; c < branches; ++c)
       if (point.route_kernels[c].find("scalar") != std::string::npos) which.push_back(branch_names[c]);
     if (which.empty()) continue;
-    fmt::print(out,
-               "scalar kernel at {}: {} (no tensor-core kernel takes d_k={} d_v={} {}), {} of the copy rate; other "
-               "shapes are 10 to 20 times as fast (docs/ROUTES.md)\n",
-               point_name(point), fmt::join(which, ", "), integer_parameter(point, "model.d_k", 0),
-               integer_parameter(point, "model.d_v", 0), text_parameter(point, "model.precision", ""),
-               percent_text(copy_rate_fraction(point)));
+    fmt::print(
+        out,
+        "scalar kernel at {}: {} (no tensor-core kernel takes d_k={} d_v={} {}), {} of the copy bandwidth; other "
+        "shapes are 10 to 20 times as fast (docs/ROUTES.md)\n",
+        point_name(point), fmt::join(which, ", "), integer_parameter(point, "model.d_k", 0),
+        integer_parameter(point, "model.d_v", 0), text_parameter(point, "model.precision", ""),
+        percent_text(copy_rate_fraction(point)));
   }
 }
 

@@ -44,11 +44,20 @@ def test_a_whole_layer_is_a_module(tmp_path, kind, name, isl, step):
     assert row["latency"] == pytest.approx(0.2)
 
 
+def test_a_prefill_says_what_came_before_it(tmp_path):
+    tables = aiconfigurator.tables(points(tmp_path, (1, 1), task_kind="prefill", run_prefix=57344))
+    (row,) = tables["attention"]["context_attention_perf"].to_dict("records")
+    assert (row["isl"], row["step"]) == (65536, 57344)
+
+
 def test_what_the_format_cannot_say_is_left_out(tmp_path):
     members = points(tmp_path, (1, 1), (1, 2))
     with pytest.warns(LeftOut, match="1 of 2 points are left out, ranks share their sequences"):
         tables = aiconfigurator.tables(members)
     assert len(tables["attention"]["generation_attention_perf"]) == 1
+    (tmp_path / "given").mkdir()
+    with pytest.raises(AnalysisError, match="blocks are given"):
+        aiconfigurator.tables(points(tmp_path / "given", (1, 1), input_selection="blocks.h5"))
     (tmp_path / "fp32").mkdir()
     with pytest.raises(AnalysisError, match="fp32, which the format does not know"):
         aiconfigurator.tables(points(tmp_path / "fp32", (1, 1), model_precision="fp32"))
