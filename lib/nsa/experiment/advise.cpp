@@ -25,13 +25,6 @@ Config with_layout(Config config, std::int64_t heads, std::int64_t kv) {
   return config;
 }
 
-/// kv ranks that own no block of the sequence.
-std::int32_t idle_kv_ranks(const Config& config, const Partition& p, const Point& point) {
-  const std::int64_t blocks = eligible_blocks(p.shape.rules, total_positions(config, point) - 1),
-                     chunk = kv_chunk_blocks(config, point), chunks = (blocks + chunk - 1) / chunk;
-  return p.kv > 1 ? static_cast<std::int32_t>(std::max<std::int64_t>(0, p.kv - chunks)) : 0;
-}
-
 std::vector<LayoutAdvice> layouts_of(const Config& config, const Machine& machine, const KernelTable& kernels,
                                      const Point& point, int ranks) {
   std::vector<LayoutAdvice> layouts;
@@ -39,9 +32,10 @@ std::vector<LayoutAdvice> layouts_of(const Config& config, const Machine& machin
     if (config.model.n_kv_groups % heads != 0 || ranks % heads != 0) continue;
     const Config with = with_layout(config, heads, ranks / heads);
     const Partition first = make_partition(with, point, ranks, 0);
+    const std::int64_t blocks = eligible_blocks(first.shape.rules, total_positions(with, point) - 1);
     layouts.push_back({heads, ranks / heads, predict(machine, with, first, point),
                        static_cast<double>(planned_memory(kernels, with, first, point).total_peak),
-                       idle_kv_ranks(with, first, point), ""});
+                       static_cast<std::int32_t>(idle_kv_ranks(with, point, ranks / heads, blocks)), ""});
   }
   return layouts;
 }
@@ -155,11 +149,8 @@ Advice make_advice(const Config& input, const Machine& machine, int ranks) {
   const Config config = on_machine(input, machine);
   const Backend backend = planning_backend(config);
   Advice advice{notes_of(config, machine, backend, ranks), {}};
-  const std::vector<Point> points = sweep(config);
-  for (const Point& point : points) {
-    if (point.force_branch != points.front().force_branch) break;  // later points repeat these
+  for (const Point& point : planned_points(config))
     advice.points.push_back(advise_point(config, machine, *backend.kernels, point, ranks));
-  }
   return advice;
 }
 

@@ -88,17 +88,29 @@ std::string layout_for_all(const Config& config, int ranks, std::int32_t kv, std
 
 }  // namespace
 
+std::int64_t idle_kv_ranks(const Config& config, const Point& point, std::int64_t kv, std::int64_t blocks) {
+  const std::int64_t chunk = kv_chunk_blocks(config, point);
+  return std::max<std::int64_t>(0, kv - (blocks + chunk - 1) / chunk);
+}
+
+std::vector<Point> planned_points(const Config& config) {
+  std::vector<Point> points = sweep(config);
+  const auto is_other = [&](const Point& point) { return point.force_branch != points.front().force_branch; };
+  points.erase(std::ranges::find_if(points, is_other), points.end());
+  return points;
+}
+
 std::string idle_ranks(const Config& config, int ranks) {
   if (config.kind == TaskKind::kernels) return "";
   const Point point = longest_point(config);
   const std::int64_t positions = total_positions(config, point);
   const Partition p = make_partition(config, point, ranks, 0);
   const std::int64_t blocks = eligible_blocks(p.shape.rules, positions - 1), chunk = kv_chunk_blocks(config, point);
-  const std::int64_t chunks = (blocks + chunk - 1) / chunk;
-  if (p.kv <= chunks) return "";
+  const std::int64_t idle = idle_kv_ranks(config, point, p.kv, blocks);
+  if (idle == 0) return "";
   const std::string layout = layout_for_all(config, ranks, p.kv, blocks, chunk);
-  return fmt::format("{} of {} kv ranks own no block of the {} positions ({} blocks in chunks of {}); {}",
-                     p.kv - chunks, p.kv, positions, blocks, chunk,
+  return fmt::format("{} of {} kv ranks own no block of the {} positions ({} blocks in chunks of {}); {}", idle, p.kv,
+                     positions, blocks, chunk,
                      layout.empty()
                          ? fmt::format("use at most {} ranks, or a longer context", config.model.n_kv_groups * blocks)
                          : layout + " would use them all");
@@ -128,12 +140,9 @@ Plan make_plan(const Config& config, int ranks) {
   plan.kv_chunk_blocks = kv_chunk_blocks(config, plan.longest);
   plan.owners = plan_owners(config, plan.longest, ranks);
   plan.idle = idle_ranks(config, ranks);
-  const std::vector<Point> points = sweep(config);
-  for (const Point& point : points) {
-    if (point.force_branch != points.front().force_branch) break;  // later points repeat memory and exchanges
+  for (const Point& point : planned_points(config))
     plan.points.push_back({point, plan_memory(config, *backend.kernels, point, plan),
                            plan_exchanges(config, point, ranks), planned_routes(backend, config, point, ranks)});
-  }
   return plan;
 }
 

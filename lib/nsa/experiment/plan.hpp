@@ -51,6 +51,12 @@ Plan make_plan(const Config& config, int ranks);
 /// Plan::idle alone: "4031 of 4096 kv ranks own no block (...); parallel.kv_chunk_blocks = 1 would use them all".
 std::string idle_ranks(const Config& config, int ranks);
 
+/// kv ranks that own none of the `blocks` selection blocks of a point's longest sequence.
+std::int64_t idle_kv_ranks(const Config& config, const Point& point, std::int64_t kv, std::int64_t blocks);
+
+/// The points that have plans of their own: later ones repeat them for another branch alone.
+std::vector<Point> planned_points(const Config& config);
+
 /// The backend whose kernels say how much scratch a step needs: CUDA where there is a device, else host.
 Backend planning_backend(const Config& config);
 

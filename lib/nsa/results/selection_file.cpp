@@ -50,11 +50,7 @@ struct SelectionFile::Impl {
 
   template <class Action>
   auto attempt(Action&& action) const {
-    try {
-      return action();
-    } catch (const h5::Error& error) {
-      h5::user_error(error, "use", path, advice);
-    }
+    return h5::attempt("use", path, advice, action);
   }
 };
 

@@ -29,6 +29,16 @@ class Error : public std::runtime_error {
 [[noreturn]] void user_error(const Error& error, const std::string& doing, const std::string& path,
                              const std::string& advice);
 
+/// The action's result; its Error becomes a user_error.
+template <class Action>
+auto attempt(const char* doing, const std::string& path, const std::string& advice, Action&& action) {
+  try {
+    return action();
+  } catch (const Error& error) {
+    user_error(error, doing, path, advice);
+  }
+}
+
 /// An action in a child process calls `progress()` after each part of its work.
 using SandboxedAction = std::function<std::string(const std::function<void()>& progress)>;
 
