@@ -18,6 +18,7 @@
 #include "app/stop_request.hpp"
 #include "app/threads.hpp"
 #include "kernels/diagnostics/fault_injection.hpp"
+#include "nsa/config/lengths.hpp"
 #include "nsa/experiment/dry_run.hpp"
 #include "nsa/experiment/experiment.hpp"
 #include "nsa/experiment/plan.hpp"
@@ -32,11 +33,11 @@
 namespace nsa {
 namespace {
 
-std::string read_text(const std::string& path) {
+std::string read_text(const std::string& path, const char* wanted = "a TOML input") {
   constexpr std::size_t most = std::size_t{16} << 20;  // bytes; a device such as /dev/zero has no end
   std::ifstream file(path, std::ios::binary);
   const auto refuse = [&](const std::string& why) {
-    throw UserError("cannot read " + path + " (" + why + "); give the path of a TOML file");
+    throw UserError("cannot read " + path + " (" + why + "); give the path of " + wanted);
   };
   if (!file.is_open()) refuse(std::strerror(errno));
   if (status_of(path).kind == PathStatus::folder) refuse("not a file");
@@ -50,7 +51,17 @@ std::string read_text(const std::string& path) {
   return text;
 }
 
-Config configure(const std::string& text, const RunOptions& options) {
+/// What batch.file holds; "" without one.
+std::string trace_text(const Config& config) {
+  const std::string& path = config.batch.file;
+  if (path.empty()) return "";
+  if (const std::string why = why_no_file(path); !why.empty())
+    file_error("cannot read batch.file = " + path, why, "give a trace of requests, CSV or JSON");
+  return read_text(path, "a trace of requests, CSV or JSON");
+}
+
+/// `trace`: what batch.file holds.
+Config configure(const std::string& text, const std::string& trace, const RunOptions& options) {
   Config config = parse_config(text, options.input, options.overrides);
   if (!options.output.empty()) config.output.file = options.output;
   if (!options.csv.empty()) config.output.csv = options.csv;
@@ -58,6 +69,7 @@ Config configure(const std::string& text, const RunOptions& options) {
   if (options.min_interval) config.run.min_interval = *options.min_interval;
   if (options.deadline) config.run.deadline = *options.deadline;
   validate(config);
+  if (!config.batch.file.empty()) config.batch.requests = parse_trace(trace, config.batch.file);
   return config;
 }
 
@@ -66,6 +78,7 @@ void check_files(const Config& config, const RunOptions& options) {
   check_written_files({{NamedFile::read, options.input, "the input", ""},
                        {NamedFile::read, config.input_file, "[input] file", ""},
                        {NamedFile::read, config.input_selection, "[input] selection", ""},
+                       {NamedFile::read, config.batch.file, "[batch] file", ""},
                        {NamedFile::result, config.output.file, "the result file", "--output"},
                        {NamedFile::text, config.output.csv, "the CSV", "--csv"},
                        {NamedFile::text, options.json, "the JSON", "--json"}});
@@ -100,7 +113,8 @@ class Output {
     if (!earlier.complete)
       writer_.emplace(config.output.file, run, planned_result_bytes(config, ranks), options.resume);
     columns_.prefix = config.run.prefix > 0;
-    for (const std::int64_t batch : config.run.batch) columns_.batch |= batch != 1;
+    for (const Point& point : sweep(config)) columns_.batch |= point.batch != 1;
+    columns_.rate = columns_.batch && config.kind == TaskKind::decode;
     for (const std::int32_t branch : config.run.force_branch) columns_.forced |= branch >= 0;
     columns_.nsa_vibe = !config.output.csv.empty();
     for (const std::string& note : notes) std::cout << "note: " << note << "\n";
@@ -199,9 +213,15 @@ Input read_input(const ControlComm& world, const RunOptions& options) {
     if (world.rank() == 0) input.text = read_text(options.input);
   });
   input.text = world.broadcast(input.text);
+  std::string trace;
+  agreed(world, [&] {
+    if (world.rank() == 0) trace = trace_text(parse_config(input.text, options.input, options.overrides));
+  });
+  trace = world.broadcast(trace);
   const std::string routes = world.broadcast(route_environment_text());
   agreed(world, [&] {
-    input.config = configure(input.text, options);
+    input.config = configure(input.text, trace, options);
+    sweep(input.config);  // throws where the trace has too few requests
     route_environment();
     if (route_environment_text() != routes)
       throw UserError("this rank's environment holds " + route_environment_text() + "(rank 0's: " + routes +
@@ -286,7 +306,8 @@ ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& opt
 }
 
 void dry_run(const RunOptions& options, int ranks) {
-  const Config config = configure(read_text(options.input), options);
+  const std::string text = read_text(options.input);
+  const Config config = configure(text, trace_text(parse_config(text, options.input, options.overrides)), options);
   if (ranks == 0)
     ranks = static_cast<int>(std::max<std::int64_t>(1, config.parallel.heads) *
                              std::max<std::int64_t>(1, config.parallel.kv));
@@ -294,9 +315,10 @@ void dry_run(const RunOptions& options, int ranks) {
                        {NamedFile::read, config.input_file, "[input] file", ""},
                        {NamedFile::read, options.machine, "the machine file", ""},
                        {NamedFile::read, config.input_selection, "[input] selection", ""},
+                       {NamedFile::read, config.batch.file, "[batch] file", ""},
                        {NamedFile::text, options.json, "the JSON", "--json"}});
   std::optional<Machine> machine;
-  if (!options.machine.empty()) machine = parse_machine(read_text(options.machine), options.machine);
+  if (!options.machine.empty()) machine = parse_machine(read_text(options.machine, "a machine file"), options.machine);
   std::string json;
   print_plan(std::cout, config, ranks, machine ? &*machine : nullptr, options.json.empty() ? nullptr : &json);
   write_text_file(options.json, "--json", json);

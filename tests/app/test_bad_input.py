@@ -84,6 +84,19 @@ class BadInput(AppTest):
                              "--set needle.depths=2: needle.depths = 2 is out of range"],
                      "in.toml", "--set", "needle.depths=2")
 
+    def test_trace_of_a_batch(self):
+        batch = '[batch]\ndistribution = "file"\nfile = "trace.csv"\n'
+        self.write("in.toml", SMALL.replace("context = 64\n", "") + batch)
+        self.refuses(FILE, ["cannot read batch.file = trace.csv (no such file)"], "in.toml")
+        self.refuses(FILE, ["cannot read batch.file = . (it is a folder)"], "in.toml", "--set", "batch.file='.'")
+        self.write("trace.csv", "prompt,output\n4096,12\n-7,3\n")
+        self.refuses(FILE, ['trace.csv:3: "-7" is no number of tokens; give 1 to'], "in.toml")
+        self.refuses(FILE, ['trace.csv:3: "-7" is no number of tokens'], "in.toml", "--dry-run", ranks=(0,))
+        self.write("trace.csv", "")
+        self.refuses(FILE, ["trace.csv:1: no request"], "in.toml")
+        self.write("trace.csv", "prompt,output\n40,12\n")
+        self.refuses(USAGE, ["holds 1 requests, fewer than run.batch = 2"], "in.toml", "--set", "run.batch=2")
+
     def test_heads_times_kv_is_not_the_rank_count(self):
         self.write("in.toml", SMALL + "[parallel]\nheads = 2\nkv = 3\n")
         self.refuses(USAGE, ["parallel.heads = 2, parallel.kv = 3 need 6 ranks"], "in.toml")

@@ -270,6 +270,36 @@ class WholeRuns(AppTest):
         self.assertEqual(refused.code, 2)
         self.assertIn("run.min_interval needs task.kind = \"decode\" or \"prefill\"", refused.err)
 
+    def test_a_ragged_batch_on_every_layout(self):
+        self.write("in.toml", SMALL.replace("context = 64\n", "") + "[batch]\ncontext = [1, 300, 40]\n")
+        for ranks, layout in ((0, []), (2, ["--set", "parallel.kv=2", "--set", "parallel.kv_chunk_blocks=1"])):
+            done = self.assert_ok(self.nsa("run", "in.toml", "--output", f"ragged{ranks}.h5", *layout, ranks=ranks))
+            self.assertRegex(done.out, r"context +batch .* reads tokens/s\n +114 +3 ")
+            self.assertRegex(done.out, r"\nFOM decode_rate_context_114_batch_3_listed = \S+ tokens/s\n")
+            self.assertIn("RESULT: VALID", done.out)
+            again = self.assert_ok(self.nsa("report", f"ragged{ranks}.h5"))
+            self.assertIn("decode_time_context_114_batch_3_listed", again.out)
+
+    def test_ragged_beside_equal_lengths(self):
+        self.write("in.toml", SMALL + 'batch = 4\n[batch]\ndistribution = ["equal", "zipf"]\n')
+        for name in ("a.h5", "b.h5"):
+            done = self.assert_ok(self.nsa("run", "in.toml", "--output", name))
+            self.assertRegex(done.out, r"\nragged at context_64_batch_4_zipf: \S+ x the time of equal lengths, ")
+            self.assertRegex(done.out, r"\nFOM decode_ragged_cost_context_64_batch_4_zipf = \S+ 1\n")
+        same = self.nsa("diff", "a.h5", "b.h5").out
+        self.assertIn("decode, context 64, batch 4, forced branch none: the same result", same)
+        self.assertIn("decode, context 64, batch 4, lengths zipf, forced branch none: the same result", same)
+
+    def test_a_trace_of_requests(self):
+        batch = '[batch]\ndistribution = "file"\nfile = "trace.csv"\n'
+        self.write("in.toml", SMALL.replace("context = 64\n", "batch = [1, 2]\n") + batch)
+        self.write("trace.csv", "ContextTokens,GeneratedTokens\n90,0\n10,0\n")
+        done = self.assert_ok(self.nsa("run", "in.toml"))
+        self.assertIn("FOM decode_time_context_90_file = ", done.out)
+        self.assertIn("FOM decode_time_context_50_batch_2_file = ", done.out)
+        self.write("trace.csv", "ContextTokens,GeneratedTokens\n90,0\n11,0\n")
+        self.assertIn("another fingerprint", self.nsa("run", "in.toml", "--resume").err)
+
     def test_a_sweep_of_batches_and_forced_branches(self):
         self.write("in.toml", SMALL)
         done = self.assert_ok(self.nsa("run", "in.toml", "--set", "run.batch=[1, 3]", "--set",

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -18,13 +19,18 @@ struct WholeDecode {
     KvView k[branches], v[branches];
     void* q;
   };
-  WholeDecode(const Backend& b, const LayerShape& shape, int batch, std::int64_t context, int set_count);
+  WholeDecode(const Backend& b, const LayerShape& shape, int batch, std::int64_t context, int set_count)
+      : WholeDecode(b, shape, std::vector<std::int64_t>(static_cast<std::size_t>(batch), context), set_count) {}
+  /// A ragged batch where the contexts differ: a sequence of each. Every one has caches for the longest.
+  WholeDecode(const Backend& b, const LayerShape& shape, const std::vector<std::int64_t>& contexts, int set_count);
   ~WholeDecode() { backend.device->destroy_stream(stream); }
   WholeDecode(const WholeDecode&) = delete;
   WholeDecode& operator=(const WholeDecode&) = delete;
   /// K and V bytes a step must read.
   static std::int64_t bytes(const LayerShape& s, int batch, std::int64_t context);
   StepMemory step(const Set& set) const;
+  /// The step of sequence b alone, at its own position; its outputs are those of row 0.
+  StepMemory step_alone(const Set& set, std::int64_t b, std::int64_t context) const;
   std::int64_t o_bytes() const { return tile.rows() * s.heads() * s.d_v * static_cast<std::int64_t>(size_of(s.dtype)); }
   std::int64_t selected_bytes() const { return tile.rows() * s.groups * s.rules.n_sel * 4; }
   void run_fused(const Set& set) const;
@@ -64,15 +70,21 @@ inline KvView WholeDecode::make_rows(std::int64_t planes, std::int64_t rows, int
   return v;
 }
 
-inline WholeDecode::WholeDecode(const Backend& b, const LayerShape& shape, int batch, std::int64_t context,
+inline WholeDecode::WholeDecode(const Backend& b, const LayerShape& shape, const std::vector<std::int64_t>& contexts,
                                 int set_count)
     : backend(b), memory{b, {}, {}}, s(shape) {
-  const std::int64_t t = context - 1, n = compressed_tokens(s.rules, t), planes = std::int64_t{batch} * s.groups;
+  const auto batch = static_cast<int>(contexts.size());
+  const auto [shortest, longest] = std::ranges::minmax(contexts);
+  const std::int64_t context = longest, n = compressed_tokens(s.rules, context - 1),
+                     planes = std::int64_t{batch} * s.groups,
+                     mean = std::accumulate(contexts.begin(), contexts.end(), std::int64_t{0}) / batch;
   memory.buffers.reserve(4096);
-  auto* position = memory.make<std::int64_t>(8);
-  b.device->copy(position, &t, 8, nullptr);
+  std::vector<std::int64_t> last = contexts;
+  for (std::int64_t& position : last) --position;
+  auto* positions = memory.make<std::int64_t>(8 * batch);
+  b.device->copy(positions, last.data(), 8 * last.size(), nullptr);
   b.device->synchronize(nullptr);
-  tile = {0, batch, 1, position, context};
+  tile = {0, batch, 1, positions, context, shortest < longest, mean};
   const std::int64_t rows[branches] = {n, context, s.rules.w};
   for (int i = 0; i < set_count; ++i) {
     Set set;
@@ -109,6 +121,20 @@ inline StepMemory WholeDecode::step(const Set& set) const {
   m.partials = partials, m.lse = lse;
   m.scores = scores, m.o = o;
   m.reads = reads, m.selected = selected;
+  return m;
+}
+
+inline StepMemory WholeDecode::step_alone(const Set& set, std::int64_t b, std::int64_t context) const {
+  const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
+  const auto from = [](const auto& data, std::int64_t bytes) {
+    return const_cast<std::byte*>(reinterpret_cast<const std::byte*>(data)) + bytes;
+  };
+  StepMemory m = step(set);
+  m.stage.tile = {0, 1, 1, tile.first_position + b * tile.position_stride, context};
+  m.q = from(m.q, b * s.heads() * s.d_k * size);
+  for (int c = 0; c < branches; ++c)
+    for (KvView* view : {&m.k[c], &m.v[c]}) view->data = from(view->data, b * s.groups * view->plane_stride * size);
+  m.gate = gate + b * s.groups * branches;
   return m;
 }
 

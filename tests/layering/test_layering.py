@@ -49,7 +49,7 @@ ALLOWED = {
     "comm": "kernels/diagnostics",
     "comm/collectives": "comm kernels/cuda/exchange kernels/diagnostics kernels/interface",
     "comm/watchdog": "comm kernels/diagnostics",
-    "nsa/config": "kernels/diagnostics kernels/interface",
+    "nsa/config": "kernels/diagnostics kernels/interface kernels/shared",
     "nsa/results/hdf5": "kernels/diagnostics",
     "nsa/results": "comm kernels/diagnostics nsa/config nsa/results/hdf5",
     "nsa/routing": "comm kernels/diagnostics kernels/interface nsa/config",

@@ -84,7 +84,7 @@ void check_given(const Answers& a, const char* attended, const char* given) {
   bool same = true;
   for (std::int64_t b = 0; b < batch; ++b)
     same &= std::equal(rows.values.begin() + b * count * width, rows.values.begin() + (b + 1) * count * width,
-                       all.values.begin() + (b * all.shape[1] + a.all.first_position) * width);
+                       all.values.begin() + (b * all.shape[1] + first_of(a.all)(b)) * width);
   INFO(given);
   CHECK(same);
 }
@@ -115,7 +115,7 @@ void check_same(const Answers& a) {
   const oracle::Integers selected = integers(a.all, "selected"), expected = integers(a.one, "selected");
   SelectionDifference difference;
   if (layer) {  // a GEMM of another shape may round q otherwise, and scores with it
-    difference = check_selection(options, selected, expected, reals(a.one, "p_slc"), a.one.first_position);
+    difference = check_selection(options, selected, expected, reals(a.one, "p_slc"), first_of(a.one));
   } else {
     check_given(a, "q", "given/q");
     check_given(a, "gate", "given/gate");
@@ -152,7 +152,9 @@ void check_layouts(Shape shape, const std::vector<MakeConfig>& phases = {prefill
   const int groups = size % 3 == 0 ? 6 : 8;
   shape.overrides.push_back("model.n_kv_groups=" + std::to_string(groups));
   shape.overrides.push_back("model.n_heads=" + std::to_string(2 * groups));
+  const bool ragged = std::ranges::any_of(shape.overrides, [](const auto& o) { return o.starts_with("batch."); });
   for (const MakeConfig config_of_phase : phases) {
+    if (ragged && config_of_phase != decode) continue;
     const nsa::Config config = config_of_phase(shape);
     INFO((config.kind == nsa::TaskKind::prefill ? "prefill" : "decode"));
     Answers answers;
@@ -173,7 +175,7 @@ const char *small = "parallel.kv_chunk_blocks=1", *tiles = "parallel.kv_chunk_bl
 // Head sizes that a GPU's own kernels take, so that its sharded step runs at once: recorded, and in the measured pass,
 // which exchanges less and is held against the recorded one.
 const char *d_k = "model.d_k=64", *d_v = "model.d_v=64", *checked = "run.check=true",
-           *bf16 = "model.precision=\"bf16\"";
+           *bf16 = "model.precision=\"bf16\"", *ragged = "batch.context=[1, 271, 40, 5, 149]";
 
 }  // namespace
 
@@ -191,6 +193,8 @@ TEST_CASE("every layout gives the one-rank answer", "[mpi][layer]") {
       {"L = 2", 85, 5, {small, "model.layers=2"}},
       {"bf16", 117, 5, {small, "model.precision=\"bf16\""}},
       {"caches filled directly", 117, 5, {small, synthetic}},
+      {"ragged", 0, 5, {small, ragged, checked}},
+      {"ragged, chunks of 2 blocks, bf16", 0, 5, {"parallel.kv_chunk_blocks=2", ragged, bf16}},
       {"L = 2, measured passes checked", 117, 5, {small, d_k, d_v, checked, "model.layers=2"}},
   };
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
@@ -231,6 +235,9 @@ TEST_CASE("for the same q and k every layout chooses the same blocks, bit for bi
        {attention, tiles, d_k, d_v, checked, bf16, "run.batch=2"}},
       {"ranks that own nothing, whole tiles, bf16", 37, 13, {attention, tiles, d_k, d_v, checked, bf16}},
       {"T = 1, whole tiles, bf16", 1, 18, {attention, tiles, d_k, d_v, checked, bf16}},
+      {"ragged", 0, 7, {attention, small, ragged, checked}},
+      {"ragged, caches filled directly", 0, 7, {attention, small, synthetic, ragged, checked}},
+      {"ragged, whole tiles, bf16", 0, 5, {attention, tiles, d_k, d_v, ragged, checked, bf16}},
       {"shared_kv, bf16", 149, 5, {attention, small, "model.shared_kv=true", "model.precision=\"bf16\""}},
   };
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {

@@ -68,29 +68,31 @@ Bound moved(const Bound& bound, const Reals& values, const Reals& moves) {
 }
 
 template <class T>
-oracle::Array<T> rows_of(const oracle::Array<T>& array, std::int64_t first, std::int64_t rows) {
+oracle::Array<T> rows_of(const oracle::Array<T>& array, const FirstPositions& first, std::int64_t rows) {
   std::vector<std::int64_t> shape = array.shape;
   const std::int64_t all = shape.at(1);
   shape[1] = rows;
   oracle::Array<T> out(shape);
-  if (first < 0 || first + rows > all) throw std::out_of_range("rows_of: rows outside of the array");
   const std::int64_t width = rows * shape[0] > 0 ? static_cast<std::int64_t>(out.values.size()) / (rows * shape[0]) : 0;
-  for (std::int64_t b = 0; b < shape[0]; ++b)
-    std::copy_n(array.values.begin() + (b * all + first) * width, rows * width, out.values.begin() + b * rows * width);
+  for (std::int64_t b = 0; b < shape[0]; ++b) {
+    if (first(b) < 0 || first(b) + rows > all) throw std::out_of_range("rows_of: rows outside of the array");
+    std::copy_n(array.values.begin() + (b * all + first(b)) * width, rows * width,
+                out.values.begin() + b * rows * width);
+  }
   return out;
 }
-template Reals rows_of(const Reals&, std::int64_t, std::int64_t);
-template Integers rows_of(const Integers&, std::int64_t, std::int64_t);
+template Reals rows_of(const Reals&, const FirstPositions&, std::int64_t);
+template Integers rows_of(const Integers&, const FirstPositions&, std::int64_t);
 
 SelectionDifference compare_selections(const Options& o, const Integers& a, const Integers& b, const Reals& scores,
-                                       std::int64_t first_position) {
+                                       const FirstPositions& first_position) {
   SelectionDifference result;
   for (std::int64_t s = 0; s < a.shape[0]; ++s)
     for (std::int64_t r = 0; r < a.shape[1]; ++r)
       for (std::int64_t g = 0; g < a.shape[2]; ++g) {
         const auto taken = blocks_at(a, s, r, g), own = blocks_at(b, s, r, g);
         ++result.total;
-        result.well_formed = result.well_formed && well_formed(o, taken, first_position + r);
+        result.well_formed = result.well_formed && well_formed(o, taken, first_position(s) + r);
         if (taken == own) continue;
         ++result.differing;
         for (const std::int64_t in : taken)
@@ -112,7 +114,7 @@ void check_close(const std::string& what, const Reals& a, const Reals& b, const 
 }
 
 SelectionDifference check_selection(const Options& o, const Integers& a, const Integers& b, const Reals& scores,
-                                    std::int64_t first_position) {
+                                    const FirstPositions& first_position) {
   INFO("selected");
   CHECK(a.shape == b.shape);
   if (a.shape != b.shape) return {};

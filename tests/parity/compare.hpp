@@ -13,6 +13,8 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "oracle/oracle.hpp"
 
@@ -34,9 +36,19 @@ Bound moved(const Bound& bound, const oracle::Reals& values, const oracle::Reals
 /// The bound of any tensor of a model with these options.
 Bound bound_of(const oracle::Options& options);
 
+/// Positions of the first recorded row: one for all sequences, or one each.
+struct FirstPositions {
+  std::int64_t all = 0;
+  std::vector<std::int64_t> each;
+  FirstPositions(std::int64_t first) : all(first) {}
+  FirstPositions(std::int64_t first, std::vector<std::int64_t> of_sequences)
+      : all(first), each(std::move(of_sequences)) {}
+  std::int64_t operator()(std::int64_t b) const { return each.empty() ? all : each.at(static_cast<std::size_t>(b)); }
+};
+
 /// Rows [first, first + rows) of axis 1.
 template <class T>
-oracle::Array<T> rows_of(const oracle::Array<T>& array, std::int64_t first, std::int64_t rows);
+oracle::Array<T> rows_of(const oracle::Array<T>& array, const FirstPositions& first, std::int64_t rows);
 
 /// How two selections [B, R, G, n] differ, judged by scores [B, R, G, blocks].
 struct SelectionDifference {
@@ -47,12 +59,12 @@ struct SelectionDifference {
 };
 SelectionDifference compare_selections(const oracle::Options& options, const oracle::Integers& a,
                                        const oracle::Integers& b, const oracle::Reals& scores,
-                                       std::int64_t first_position);
+                                       const FirstPositions& first_position);
 
 /// Catch2 checks of one tensor, and of a selection whose differences must be ties.
 void check_close(const std::string& what, const oracle::Reals& a, const oracle::Reals& b, const Bound& bound);
 SelectionDifference check_selection(const oracle::Options& options, const oracle::Integers& a,
                                     const oracle::Integers& b, const oracle::Reals& scores,
-                                    std::int64_t first_position);
+                                    const FirstPositions& first_position);
 
 }  // namespace parity

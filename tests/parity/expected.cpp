@@ -103,9 +103,4 @@ std::map<std::string, Reals> moves_by_name(const Phase& phase, const oracle::Lay
   return moves;
 }
 
-Reals recorded_rows(const Phase& phase, const Reals& all) {
-  const std::int64_t first = phase.record.first_position;
-  return rows_of(all, first, options_of(phase).tokens - first);
-}
-
 }  // namespace parity

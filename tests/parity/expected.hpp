@@ -30,7 +30,11 @@ std::map<std::string, oracle::Reals> moves_by_name(const Phase& phase, const ora
                                                    const std::optional<oracle::Chosen>& chosen = {});
 
 /// The rows of `all` positions that the phase recorded.
-oracle::Reals recorded_rows(const Phase& phase, const oracle::Reals& all);
+template <class T>
+oracle::Array<T> recorded_rows(const Phase& phase, const oracle::Array<T>& all) {
+  const std::int64_t rows = options_of(phase).tokens - phase.record.first_position;  // of the longest sequence
+  return rows_of(all, first_of(phase.record), rows);
+}
 
 enum class Against { oracle, layout };
 

@@ -61,7 +61,10 @@ nsa::Config config_of(const Shape& shape, nsa::TaskKind kind) {
   const bool decode = kind == nsa::TaskKind::decode;
   std::vector<std::string> overrides = shape.overrides;
   overrides.push_back(decode ? "task.kind=\"decode\"" : "task.kind=\"prefill\"");
-  overrides.push_back("run.context=" + std::to_string(decode ? shape.context : shape.context + shape.steps));
+  const bool ragged =
+      std::ranges::any_of(overrides, [](const std::string& o) { return o.starts_with("batch.context"); });
+  if (!ragged)
+    overrides.push_back("run.context=" + std::to_string(decode ? shape.context : shape.context + shape.steps));
   overrides.push_back("run.steps=" + std::to_string(decode ? shape.steps : 1));
   if (const char* backend = std::getenv("NSA_TEST_BACKEND")) overrides.push_back(std::string("run.backend=") + backend);
   nsa::Config config = nsa::parse_config(base, "test.toml", overrides);
@@ -92,6 +95,8 @@ nsa::PointRecord run(const nsa::Config& config, const nsa::ControlComm& group) {
   return run(config, open_test_session(config, group));
 }
 
+FirstPositions first_of(const nsa::PointRecord& record) { return {record.first_position, record.batch.lengths}; }
+
 bool has(const nsa::PointRecord& record, const std::string& name) { return find(record, name) != nullptr; }
 
 oracle::Reals reals(const nsa::PointRecord& record, const std::string& name) {
@@ -109,7 +114,7 @@ oracle::Options options_of(const nsa::Config& config) {
   const nsa::ModelConfig& m = config.model;
   oracle::Options o;
   o.batch = point.batch;
-  o.tokens = point.context + (config.kind == nsa::TaskKind::decode ? config.run.steps : config.run.prefix);
+  o.tokens = point.longest() + (config.kind == nsa::TaskKind::decode ? config.run.steps : config.run.prefix);
   o.dim = m.dim;
   o.heads = m.n_heads;
   o.groups = m.n_kv_groups;

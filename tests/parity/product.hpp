@@ -10,6 +10,7 @@
 #include "nsa/experiment/experiment.hpp"
 #include "nsa/results/records.hpp"
 #include "oracle/oracle.hpp"
+#include "parity/compare.hpp"
 
 namespace parity {
 
@@ -17,7 +18,8 @@ namespace parity {
 struct Shape {
   std::string name;
   std::int64_t context = 0, steps = 0;
-  std::vector<std::string> overrides;  ///< "section.key=value" on top of a small fp32 model
+  std::vector<std::string> overrides;  ///< "section.key=value" on top of a small fp32 model; with batch.context,
+                                       ///< `context` is not used
 };
 
 /// Decode of the shape's steps, or prefill of context + steps tokens: the same tokens either way.
@@ -33,6 +35,9 @@ nsa::Session open_test_session(const nsa::Config& config, const nsa::ControlComm
 nsa::PointRecord run(const nsa::Config& config, const nsa::Session& session);
 /// The same in a session of its own over the ranks of `group`.
 nsa::PointRecord run(const nsa::Config& config, const nsa::ControlComm& group);
+
+/// The positions of the first recorded rows.
+FirstPositions first_of(const nsa::PointRecord& record);
 
 bool has(const nsa::PointRecord& record, const std::string& name);
 /// Throw std::runtime_error when the record has no such tensor.

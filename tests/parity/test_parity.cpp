@@ -1,11 +1,16 @@
 // Compares every stage and the output of the program with the float64 oracle; and decode, and prefill onto a prefix or
 // in chunks, with prefill at once.
 
+#include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <map>
+#include <string>
+#include <vector>
 
 #include "catch.hpp"
 #include "nsa/report/metrics.hpp"
+#include "nsa/results/result_file.hpp"
 #include "parity/compare.hpp"
 #include "parity/expected.hpp"
 #include "parity/shapes.hpp"
@@ -20,7 +25,7 @@ Phase run_phase(const nsa::Config& config) { return {config, run(config, nsa::Co
 Phase run_phase(const Shape& shape, nsa::TaskKind kind) { return run_phase(config_of(shape, kind)); }
 
 std::int64_t first_row_of(const nsa::Config& config) {
-  return config.kind == nsa::TaskKind::decode ? config.run.context.at(0) : config.run.prefix;
+  return config.kind == nsa::TaskKind::decode ? nsa::sweep(config).at(0).longest() : config.run.prefix;
 }
 
 void check_reads(const Phase& phase, const oracle::Attended& expected) {
@@ -32,7 +37,7 @@ void check_reads(const Phase& phase, const oracle::Attended& expected) {
       std::int64_t sum = 0;
       for (std::int64_t t = 0; t < o.tokens; ++t)
         for (std::int64_t plane = 0; plane < o.batch * o.groups; ++plane)
-          if (decode ? t == first_row_of(phase.config) + step : t >= first_row_of(phase.config))
+          if (decode ? t == first_of(phase.record)(plane / o.groups) + step : t >= first_row_of(phase.config))
             sum += o.layers * expected.reads(plane / o.groups, t, plane % o.groups, c);
       CHECK(counted_reads(phase.record, c, step) == sum);
     }
@@ -40,6 +45,18 @@ void check_reads(const Phase& phase, const oracle::Attended& expected) {
 
 /// The amount by which rounded softmax weights widen the mean bound of a tensor.
 using Moves = std::map<std::string, double>;
+
+/// The compressed tokens of every sequence up to its own last position, then zeros.
+Reals completed(const Phase& phase, Reals tokens) {
+  const nsa::Point point = nsa::sweep(phase.config).at(0);
+  for (std::int64_t b = 0; point.ragged() && b < point.batch; ++b) {
+    const std::int64_t valid = nsa::compressed_tokens(phase.config.nsa, point.length(b) + phase.config.run.steps - 1),
+                       width = tokens.shape[2] * tokens.shape[3];
+    const auto of_sequence = tokens.values.begin() + b * tokens.shape[1] * width;
+    std::fill(of_sequence + valid * width, of_sequence + tokens.shape[1] * width, 0.0);
+  }
+  return tokens;
+}
 
 /// Compares every recorded tensor of a phase with the oracle.
 Moves check_phase(const Phase& phase) {
@@ -56,9 +73,12 @@ Moves check_phase(const Phase& phase) {
   oracle::Layer expected = expect(phase);
   const oracle::Integers selected = integers(phase.record, "selected");
   const SelectionDifference difference =
-      check_selection(options, selected, rows_of(expected.attended.selected, first, options.tokens - first),
-                      recorded_rows(phase, expected.attended.p_slc), first);
-  if (difference.differing > 0) {
+      check_selection(options, selected, recorded_rows(phase, expected.attended.selected),
+                      recorded_rows(phase, expected.attended.p_slc), first_of(phase.record));
+  const bool ragged = !phase.record.batch.lengths.empty();
+  if (ragged) {
+    CHECK(difference.differing == 0);  // the oracle takes chosen blocks from one position on only
+  } else if (difference.differing > 0) {
     chosen = {selected, first};
     expected = expect(phase, chosen);
   }
@@ -77,7 +97,7 @@ Moves check_phase(const Phase& phase) {
     check_all(name, recorded_rows(phase, all), [&](const Reals& by) { return recorded_rows(phase, by); });
   };
   for (const auto& [name, tokens] : {std::pair{"k_cmp_tokens", &a.k_cmp_tokens}, {"v_cmp_tokens", &a.v_cmp_tokens}})
-    check_all(name, *tokens, [](const Reals& by) { return by; });
+    check_all(name, completed(phase, *tokens), [&](const Reals& by) { return completed(phase, by); });
   check("p_slc", a.p_slc);
   check("o_cmp", a.o_branch[oracle::cmp]);
   check("o_sel", a.o_branch[oracle::sel]);
@@ -124,6 +144,49 @@ void check_continuation(const Phase& prefill, const Phase& decode, const Moves& 
   }
   for (const char* name : {"k_cmp_tokens", "v_cmp_tokens"})
     check_close(name, reals(decode.record, name), reals(prefill.record, name), wider(name));
+}
+
+/// Writes the first `positions` of the given tensors of one sequence of a batch, as an [input] file.
+void write_sequence(const std::string& file, const nsa::PointRecord& record, std::int64_t b, std::int64_t positions) {
+  std::remove(file.c_str());
+  nsa::PointRecord one;
+  for (const nsa::TensorRecord& tensor : record.tensors) {
+    if (!tensor.name.starts_with("given/")) continue;
+    nsa::TensorRecord& own = one.tensors.emplace_back(tensor);
+    const std::ptrdiff_t size = std::ssize(tensor.values) / tensor.shape[0], row = size / tensor.shape[1];
+    own.shape[0] = 1, own.shape[1] = positions;
+    own.values.assign(tensor.values.begin() + b * size, tensor.values.begin() + b * size + positions * row);
+  }
+  nsa::RunRecord run;
+  run.system.resize(1);
+  nsa::ResultWriter writer(file, run, 0, false);
+  writer.seal(one);
+  writer.finish(run);
+}
+
+/// Sequence b of a batch against the same sequence alone: bit for bit on the host. On a GPU outputs are summed in
+/// another order, but scores and blocks are not.
+void check_same_row(const Phase& batch, const Phase& alone, std::int64_t b) {
+  const bool cuda = batch.config.run.backend == nsa::BackendChoice::cuda;
+  const auto row_of = [&](const auto& all, const auto& wanted) {
+    auto own = wanted;
+    const std::int64_t last = all.shape.back(),
+                       kept = own.shape.back();  // p_slc has the blocks of the longest sequence
+    const std::int64_t rows = static_cast<std::int64_t>(own.values.size()) / kept;
+    for (std::int64_t i = 0; i < rows; ++i)
+      std::copy_n(all.values.begin() + (b * rows + i) * last, kept, own.values.begin() + i * kept);
+    return own;
+  };
+  const oracle::Integers selected = integers(alone.record, "selected");
+  CHECK(row_of(integers(batch.record, "selected"), selected).values == selected.values);
+  for (const char* name : {"q", "gate", "p_slc", "o_cmp", "o_sel", "o_win", "o"}) {
+    INFO(name);
+    const Reals expected = reals(alone.record, name), own = row_of(reals(batch.record, name), expected);
+    if (cuda && name[0] == 'o')
+      check_close(name, own, expected, bound_of(options_of(alone)));
+    else
+      CHECK(own.values == expected.values);
+  }
 }
 
 void check_shape(const Shape& shape) {
@@ -181,6 +244,55 @@ TEST_CASE("every route agrees with the oracle, prefill and decode", "[parity][ro
         shape.overrides.push_back(std::string("route.") + nsa::branch_names[c] + "=\"" + names[c] + "\"");
       DYNAMIC_SECTION(names[0] << " " << names[1] << " " << names[2] << ": " << shape.name) { check_shape(shape); }
     }
+}
+
+TEST_CASE("a ragged batch agrees with the oracle", "[parity][ragged]") {
+  const char *lengths = "batch.context=[1, 143, 5, 300, 61]", *attention = "run.scope=\"attention\"",
+             *paper = "nsa.l=32", *masked = "route.sel=\"masked\"", *sdpa = "route.sel=\"sdpa\"";
+  const std::vector<Shape> shapes = {
+      {"layer", 0, 7, {lengths}},
+      {"L = 2, learned phi", 0, 7, {lengths, "model.layers=2", "nsa.phi=\"mlp\""}},
+      {"attention", 0, 7, {lengths, attention}},
+      {"attention, measured passes checked", 0, 7, {lengths, attention, "run.check=true"}},
+      {"sdpa", 0, 7, {lengths, "route.cmp=\"sdpa\"", sdpa, "route.win=\"sdpa\""}},
+      {"masked", 0, 7, {lengths, masked, "route.win=\"masked\""}},
+      {"bf16, h = 5", 0, 7, {lengths, "model.precision=\"bf16\"", "model.n_heads=10"}},
+      {"fp16, the paper's blocks",
+       0,
+       5,
+       {"batch.context=[600, 3, 40, 300, 64]", attention, paper, "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=8", "nsa.w=512",
+        "model.n_heads=2", "model.d_k=64", "model.d_v=64", "model.precision=\"fp16\""}},
+      {"equal lengths", 0, 5, {"batch.context=[61, 61, 61]"}},
+      {"one sequence", 0, 5, {"batch.context=[61]"}},
+  };
+  for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
+      const Phase decode = run_phase(shape, nsa::TaskKind::decode);
+      check_phase(decode);
+      CHECK(decode.record.reason == "");
+      CHECK(decode.record.batch.reads == decode.record.batch.reads_expected);
+      CHECK(decode.record.memory.measured_peak == decode.record.memory.planned);
+      CHECK(decode.record.batch.lengths == nsa::sweep(decode.config).at(0).lengths);
+    }
+}
+
+/// Scope "attention": a matrix product of another number of rows may round otherwise.
+TEST_CASE("a row of a ragged batch is the sequence run alone", "[parity][ragged]") {
+  const std::vector<std::int64_t> lengths = {1, 143, 5, 300, 61};
+  const std::string file = "test_ragged_alone.h5";
+  for (const char* precision : {"fp32", "bf16"}) {
+    Shape shape{"", 0, 7, {"run.scope=\"attention\"", std::string("model.precision=\"") + precision + "\""}};
+    const std::vector<std::string> common = shape.overrides;
+    shape.overrides.push_back("batch.context=[1, 143, 5, 300, 61]");
+    const Phase batch = run_phase(shape, nsa::TaskKind::decode);
+    for (std::int64_t b = 0; b < std::ssize(lengths); ++b) DYNAMIC_SECTION(precision << ", sequence " << b) {
+        write_sequence(file, batch.record, b, lengths[b] + 7);
+        Shape one{"", lengths[b], 7, common};
+        one.overrides.push_back("input.file=\"" + file + "\"");
+        const Phase alone = run_phase(one, nsa::TaskKind::decode);
+        std::remove(file.c_str());
+        check_same_row(batch, alone, b);
+      }
+  }
 }
 
 namespace {

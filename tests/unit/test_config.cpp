@@ -1,11 +1,13 @@
 #include <algorithm>
 #include <functional>
+#include <numeric>
 #include <set>
 #include <string>
 
 #include "catch.hpp"
 #include "kernels/diagnostics/error.hpp"
 #include "nsa/config/config.hpp"
+#include "nsa/config/lengths.hpp"
 #include "nsa/model/partition.hpp"
 
 using namespace nsa;
@@ -242,6 +244,119 @@ TEST_CASE("a sweep has one point for each context, batch and forced branch", "[c
   CHECK(points[1].context == 16);
   CHECK(points[2].batch == 2);
   CHECK(points[4].force_branch == sel);
+}
+
+TEST_CASE("a batch has lengths of its own", "[config][batch]") {
+  const auto point_of = [](std::vector<std::string> overrides) { return sweep(parse(decode, overrides)).at(0); };
+  CHECK(!point_of({}).ragged());
+  const Point listed = point_of({"batch.context=[4096, 70000, 4096]"});
+  CHECK(listed.batch == 3);
+  CHECK(listed.lengths == std::vector<std::int64_t>{4096, 70000, 4096});
+  CHECK(listed.context == 26064);
+  CHECK(listed.longest() == 70000);
+  CHECK(sweep(parse(decode, {"batch.context=[4096, 70000]"})).size() == 1);
+  CHECK(violations(decode, {"batch.context=[4096, 70000, 4096]"}).empty());
+  const std::string text = to_toml(parse(decode, {"batch.context=[1, 2]", "batch.sigma=0.5"}));
+  CHECK(to_toml(parse(text)) == text);
+}
+
+TEST_CASE("drawn lengths have the mean that is asked for and lie within the bounds", "[config][batch]") {
+  for (const char* distribution : {"uniform", "lognormal", "zipf"})
+    for (const std::int64_t batch : {1, 3, 32, 257}) {
+      INFO(distribution << " " << batch);
+      const std::vector<std::string> overrides = {"run.context=1000", "run.batch=" + std::to_string(batch),
+                                                  std::string("batch.distribution=") + distribution, "batch.min=100",
+                                                  "batch.max=5000"};
+      CHECK(violations(decode, overrides).empty());
+      const Point point = sweep(parse(decode, overrides)).at(0);
+      CHECK(std::ssize(point.lengths) == batch);
+      CHECK(point.context == 1000);
+      CHECK(std::accumulate(point.lengths.begin(), point.lengths.end(), std::int64_t{0}) == 1000 * batch);
+      for (const std::int64_t length : point.lengths) CHECK((length >= 100 && length <= 5000));
+      if (batch > 3) CHECK(point.longest() > 1500);
+      CHECK(sweep(parse(decode, overrides)).at(0).lengths == point.lengths);
+      std::vector<std::string> other = overrides;
+      other.push_back("batch.seed=2");
+      if (batch > 3) CHECK(sweep(parse(decode, other)).at(0).lengths != point.lengths);
+    }
+  CHECK(sweep(parse(decode, {"run.context=[100, 200]", "run.batch=[2, 4]", "batch.distribution=zipf"})).size() == 4);
+  const Config both = parse(decode, {"run.context=100", "run.batch=4", "batch.distribution=[\"equal\", \"zipf\"]"});
+  REQUIRE(sweep(both).size() == 2);
+  CHECK(!sweep(both)[0].ragged());
+  CHECK(sweep(both)[1].ragged());
+  CHECK(std::ranges::count(parameters(both, sweep(both)[1]), Parameter("batch.distribution", "zipf")) == 1);
+}
+
+TEST_CASE("the lengths of a batch come from one place", "[config][batch]") {
+  has(violations(decode, {"batch.context=[8]", "run.context=64"}), "leave run.context and run.batch out");
+  has(violations(decode, {"batch.context=[8]", "batch.distribution=zipf"}), "leave batch.distribution out");
+  has(violations(decode, {"batch.context=[8, 0]"}), "batch.context = 0 is out of range");
+  has(violations(decode, {"batch.context=[8, -4]"}), "batch.context = -4 is out of range");
+  has(parse_error(decode, {"batch.context=[8, nan]"}), "batch.context holds the number nan; give an integer");
+  has(violations(decode, {"batch.distribution=file"}), "needs batch.file");
+  has(violations(decode, {"batch.distribution=[\"file\", \"zipf\"]"}), "give it alone, not in a list");
+  has(violations(decode, {"batch.file=\"a.csv\""}), "is read with batch.distribution = \"file\" only");
+  has(violations(decode, {"batch.distribution=file", "batch.file=\"a.csv\"", "run.context=64"}),
+      "leave run.context out");
+  has(violations(decode, {"batch.distribution=zipf", "batch.min=2000", "run.context=64"}),
+      "must lie around run.context");
+  has(violations(decode, {"task.kind=prefill", "batch.context=[8]"}), "needs task.kind = \"decode\"");
+  has(violations(decode, {"batch.sigma=nan"}), "batch.sigma = nan is out of range");
+}
+
+TEST_CASE("a trace is read as CSV or JSON, with the names of public traces", "[config][batch]") {
+  const auto prompts = [](const char* text) {
+    std::vector<std::int64_t> list;
+    for (const Request& r : parse_trace(text, "trace")) list.insert(list.end(), {r.prompt, r.output});
+    return list;
+  };
+  const std::vector<std::int64_t> expected = {4096, 128, 7, 0};
+  CHECK(prompts("prompt,output\n4096,128\n7,0\n") == expected);
+  CHECK(prompts("TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 18:17:03.97,4096,128\r\n\r\nx,7,0") == expected);
+  CHECK(prompts("Model,\"Request tokens\",\"Response tokens\"\nGPT,4096,128\nGPT,7,0\n") == expected);
+  CHECK(prompts("4096\n7\n") == std::vector<std::int64_t>{4096, 0, 7, 0});
+  CHECK(prompts("[{\"prompt\": 4096, \"output\": 128}, {\"output\": 0, \"prompt\": 7}]") == expected);
+  CHECK(prompts("{\"input_length\": 4096, \"output_length\": 128, \"hash_ids\": [1, {\"a\": 2}]}\n"
+                "{\"input_length\": 7, \"output_length\": 0}\n") == expected);
+  CHECK(prompts("[4096, 7]") == std::vector<std::int64_t>{4096, 0, 7, 0});
+}
+
+TEST_CASE("a trace that cannot be read gets one message with the line", "[config][batch]") {
+  const auto refused = [](const char* text) {
+    try {
+      parse_trace(text, "t.csv");
+    } catch (const UserError& error) {
+      CHECK(error.code() == ExitCode::file);
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  has(refused(""), "t.csv:1: no request");
+  has(refused("prompt,output\n"), "t.csv:1: no request");
+  has(refused("a,b\n1,2\n"), "t.csv:1: no column prompt");
+  has(refused("prompt,output\n1,2\n3\n"), "t.csv:3: 1 cells");
+  has(refused("prompt,output\n1,2\n-3,4\n"), "t.csv:3: \"-3\" is no number of tokens");
+  has(refused("prompt,output\n1,2\nnan,4\n"), "t.csv:3: \"nan\" is no number of tokens");
+  has(refused("prompt,output\n1,2\n0,4\n"), "t.csv:3: \"0\" is no number of tokens; give 1 to");
+  has(refused("prompt\n99999999999999999999\n"), "t.csv:2: ");
+  has(refused("[{\"prompt\": 1},\n {\"output\": 2}]"), "t.csv:2: an object without prompt");
+  has(refused("[{\"prompt\": 1},\n {\"prompt\": NaN}]"), "t.csv:2: \"NaN\" is no number of tokens");
+  has(refused("[1, 2"), "t.csv:1: no ']'");
+  has(refused("{\"prompt\": 1"), "t.csv:1: no '}'");
+  has(refused(std::string(1000, '[').c_str()), "without end");
+}
+
+TEST_CASE("a trace gives a sequence its prompt and a part of its output", "[config][batch]") {
+  Config config = parse(decode, {"batch.distribution=file", "batch.file=\"t\"", "run.batch=[2, 1]"});
+  CHECK(violations(decode, {"batch.distribution=file", "batch.file=\"t\"", "run.batch=2"}).empty());
+  config.batch.requests = {{100, 50}, {7, 0}, {9, 9}};
+  const std::vector<Point> points = sweep(config);
+  REQUIRE(points.size() == 2);
+  CHECK((points[0].lengths[0] >= 100 && points[0].lengths[0] < 150));
+  CHECK(points[0].lengths[1] == 7);
+  CHECK(points[1].lengths == std::vector{points[0].lengths[0]});
+  config.run.batch = {4};
+  has(message_of([&] { sweep(config); }), "holds 3 requests, fewer than run.batch = 4");
 }
 
 TEST_CASE("the KV chunk of a point depends on its task and context, not on the ranks", "[config]") {

@@ -372,6 +372,48 @@ TEST_CASE("copy_rows and fill_rows give the same rows on every map, halos includ
   CHECK(back == whole);
 }
 
+// Sequences at positions 30, 6 and 7 of caches of 40 rows: each appends at its own and completes its own token.
+TEST_CASE("append and compress of a ragged batch follow the position of each sequence") {
+  const LayerShape s = shape_of(DType::f32);
+  const std::int64_t positions[] = {31, 6, 7};
+  const QueryTile tile{0, 3, 1, positions, 40, 1};
+  const std::int64_t planes = 3 * s.groups;
+  const Tensor k(DType::f32, "k", planes * s.d_k), v(DType::f32, "v", planes * s.d_v),
+      raw_k(DType::f32, "raw k", planes * 40 * s.d_k), raw_v(DType::f32, "raw v", planes * 40 * s.d_v);
+  std::vector<float> k_cache(planes * 40 * s.d_k, -9.0f), v_cache(planes * 40 * s.d_v, -9.0f), k_cmp = k_cache,
+                                                                                               v_cmp = v_cache;
+  const auto view = [](const void* data, std::int32_t width) {
+    return KvView{const_cast<void*>(data), {}, 40 * std::int64_t{width}, 0, width};
+  };
+  table().append({{s, tile}, k.bytes.data(), v.bytes.data(), view(k_cache.data(), s.d_k), view(v_cache.data(), s.d_v)},
+                 nullptr);
+  std::vector<std::byte> scratch(table().scratch_bytes(s, tile, {}));
+  CompressArgs compress{{s, tile, {}, scratch.data(), scratch.size()}};
+  compress.k_raw = view(raw_k.bytes.data(), s.d_k), compress.v_raw = view(raw_v.bytes.data(), s.d_v);
+  compress.k_cmp = view(k_cmp.data(), s.d_k), compress.v_cmp = view(v_cmp.data(), s.d_v);
+  table().compress(compress, nullptr);
+  const std::int64_t completes[] = {6, -1, 0};  // token i ends at position 4 i + 7
+  for (std::int64_t plane = 0; plane < planes; ++plane) {
+    const std::int64_t b = plane / s.groups, i = completes[b];
+    CHECK(v_cache[(plane * 40 + positions[b]) * s.d_v] == v.values[plane * s.d_v]);
+    CHECK(std::count(&v_cache[plane * 40 * s.d_v], &v_cache[0] + (plane + 1) * 40 * s.d_v, -9.0f) == 39 * s.d_v);
+    CHECK(std::count(&v_cmp[plane * 40 * s.d_v], &v_cmp[0] + (plane + 1) * 40 * s.d_v, -9.0f) ==
+          (i < 0 ? 40 : 39) * s.d_v);
+    if (i < 0) continue;
+    double mean = 0;
+    for (std::int64_t m = 0; m < s.rules.l; ++m) mean += raw_v.values[(plane * 40 + i * s.rules.d + m) * s.d_v] / 8;
+    CHECK(v_cmp[(plane * 40 + i) * s.d_v] == Approx(mean));
+  }
+}
+
+TEST_CASE("advance moves every sequence of a ragged batch on") {
+  std::int64_t positions[] = {10, 3, 70}, step = 0;
+  AdvanceArgs args;
+  args.position = positions, args.positions = 3, args.step = &step;
+  table().advance(args, nullptr);
+  CHECK(std::vector(positions, positions + 3) == std::vector<std::int64_t>{11, 4, 71});
+}
+
 TEST_CASE("advance logs the counters of a step and increments position and step") {
   std::int64_t position = 10, step = 0, reads[2] = {3, 4}, log[4] = {-1, -1, -1, -1};
   std::int32_t selected[2] = {5, 6}, selected_log[4] = {};

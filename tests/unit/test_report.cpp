@@ -219,12 +219,33 @@ TEST_CASE("the table has a line a point, and columns only where a point needs th
   has(text, "     128      4    sel  50.0 us");
   has(text, "  INVALID\n");
   has(text, "batch: sequences\nforced: the branch whose gate is 1");
+  has(text, "           reads tokens/s\n");
+  has(text, "82.25/82.25    80000  INVALID\n");
+  has(text, "\ntokens/s: sequences / total\n");
   CHECK(text.find("prefix") == std::string::npos);
   p.parameters.emplace_back("run.prefix", std::int64_t{57344});
   text = printed([&](std::ostream& out) { print_points(out, {a_point(), p}); });
   has(text, " context   prefix  batch forced    total");
   has(text, "     128    57344      4    sel  50.0 us");
   has(text, "\nprefix: tokens of each sequence that the caches held before\n");
+}
+
+TEST_CASE("a ragged batch has its own name in figures", "[report]") {
+  PointRecord p = a_point();
+  p.parameters[2].second = std::int64_t{3};
+  PointRecord equal = p;
+  p.batch = {{1, 2, 381}, {}, {}, 2.98, 1.02};
+  has(metrics({p}), "FOM decode_rate_context_128_batch_3_listed = 60000.0 tokens/s\n");
+  p.parameters.emplace_back("batch.distribution", "zipf");
+  CHECK(metrics({p}).find("ragged_cost") == std::string::npos);
+  for (double& seconds : equal.time.seconds) seconds /= 1.25;
+  has(metrics({equal, p}), "FOM decode_ragged_cost_context_128_batch_3_zipf = 1.250 1\n");
+  has(printed([&](std::ostream& out) {
+        print_points(out, {equal, p});
+      }),
+      "\nragged at context_128_batch_3_zipf: 1.250 x the time of equal lengths, longest 2.98 x the mean, most work of "
+      "an "
+      "SM 1.02 x the mean\n");
 }
 
 TEST_CASE("nsa-vibe's formula is in the table of a run that writes a CSV", "[report]") {

@@ -126,6 +126,11 @@ void check_same(const PointRecord& a, const PointRecord& b) {
   CHECK(a.kernels.max_abs_err == b.kernels.max_abs_err);
   CHECK(a.kernels.mean_abs_err_se == b.kernels.mean_abs_err_se);
   CHECK(a.kernels.variants == b.kernels.variants);
+  CHECK(a.batch.lengths == b.batch.lengths);
+  CHECK(a.batch.reads == b.batch.reads);
+  CHECK(a.batch.reads_expected == b.batch.reads_expected);
+  CHECK(a.batch.length_imbalance == b.batch.length_imbalance);
+  CHECK(a.batch.schedule_imbalance == b.batch.schedule_imbalance);
 }
 
 }  // namespace

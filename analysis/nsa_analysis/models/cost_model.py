@@ -167,7 +167,7 @@ def usable(points):
     points = leave_out(points, lambda p: p.valid, "INVALID")
     points = leave_out(points, lambda p: not p.run.oversubscribed, "their ranks share cores")
     points = leave_out(points, lambda p: measured_time(p, "step")[0] > 0, "without a time of a step")
-    return leave_out(points, traffic.shape_of, "neither decode nor prefill")
+    return leave_out(points, traffic.shape_of, "neither prefill nor decode of equal sequences")
 
 
 def exchange_widths(points):

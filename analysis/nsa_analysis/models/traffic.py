@@ -82,10 +82,14 @@ class Shape:
 
 
 def shape_of(point, heads=None, kv=None):
-    """Shape of a decode or prefill point, on the given layout or its own; None for points of other tasks."""
-    if point.kind not in ("decode", "prefill"):
-        return None
+    """Shape of a decode or prefill point, on the given layout or its own.
+
+    None for points of other tasks, and for a ragged batch: its sequences have no length in common.
+    """
     p = point.parameters
+    ragged = p.get("batch.context") or p.get("batch.distribution", "equal") != "equal"
+    if point.kind not in ("decode", "prefill") or ragged:
+        return None
     steps = p["run.steps"] if point.kind == "decode" else 0
     prefix, prefill_chunk = p.get("run.prefix", 0), p.get("run.prefill_chunk", "auto")
     hidden = (p.get("nsa.phi_hidden") or 2 * p["model.d_k"]) if p["nsa.phi"] == "mlp" else 0

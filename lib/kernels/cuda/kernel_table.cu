@@ -113,7 +113,7 @@ const KernelTable& kernel_table() {
       .checksum = checksum,
       .advance = advance,
       .prologue = {prologue_accepts, decode_prologue},
-      .decode_attention = {decode_attention_accepts, fused_decode_attention},
+      .decode_attention = {decode_attention_accepts, fused_decode_attention, decode_attention_variant},
       .prefill_attention = {prefill_attention_accepts, fused_prefill_attention},
       .sharded_attention = {.accepts = sharded_attention_accepts,
                             .local_attention = sharded_phase<local_attention>,
@@ -122,6 +122,7 @@ const KernelTable& kernel_table() {
       .sharded_step = {sharded_step_accepts, fused_sharded_step},
       .score_bytes = score_bytes,
       .scratch_bytes = scratch_bytes,
+      .schedule_imbalance = schedule_imbalance,
       // The partials of 9504 rows of 64 heads are 0.9 GB. With 4 groups, 132 SMs and 8, 16 and 12 rows a work item (cmp
       // and win, rank, sel) every SM has exactly 36, 18 and 24 work items.
       .max_tile_tokens = 9504,

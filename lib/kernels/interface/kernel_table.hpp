@@ -34,6 +34,7 @@ template <class Args>
 struct FusedOp {
   bool (*accepts)(const Args&) = nullptr;       ///< null: the backend has no such operation
   void (*run)(const Args&, Stream*) = nullptr;  ///< throws LaunchError where it could not be queued and nothing is lost
+  const char* (*variant)(const Args&) = nullptr;  ///< the name of what `run` takes for these arguments; null: "step"
 };
 
 /// The phases of a decode step's attention between the exchanges of the ranks that share its sequences, in order:
@@ -80,6 +81,9 @@ struct KernelTable {
   /// Bytes of `scratch` that suffice for every stage on such a tile; AttendKernel::scratch says which kernel needs
   /// more.
   std::size_t (*scratch_bytes)(const LayerShape&, const QueryTile&, const AttentionPolicy&);
+  /// Of a decode step of a ragged batch at these positions: the most K/V rows of compressed tokens that an SM or a
+  /// cluster attends, over the mean of all that could. Null: work is dealt as threads become free.
+  double (*schedule_imbalance)(const LayerShape&, const QueryTile&, std::span<const std::int64_t> positions) = nullptr;
   std::int32_t max_tile_tokens;   ///< rows of a prefill tile at most
   std::size_t tile_score_budget;  ///< bytes that the scores of a prefill tile may take
   std::size_t max_exchange_memory =

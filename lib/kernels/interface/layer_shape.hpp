@@ -40,12 +40,25 @@ struct LayerShape {
 };
 
 /// The query rows a stage works on. Row r = i * tokens + j is sequence batch_begin + i at position
-/// *first_position + j. Decode: tokens = 1. Prefill: consecutive positions, never across a chunk.
+/// first_position(tile, i) + j. Decode: tokens = 1. Prefill: consecutive positions, never across a chunk.
 struct QueryTile {
   std::int32_t batch_begin = 0, batches = 1, tokens = 1;
-  const std::int64_t* first_position = nullptr;
-  std::int64_t max_positions = 0;  ///< no position of any row reaches this: sizes launches and scratch
+  const std::int64_t* first_position = nullptr;  ///< memory of the backend: [1], or [batches] of a ragged batch
+  std::int64_t max_positions = 0;                ///< no position of any row reaches this: sizes launches and scratch
+  std::int32_t position_stride = 0;              ///< between the positions of sequences: 0, or 1 of a ragged batch
+  std::int64_t mean_positions = 0;               ///< of a ragged batch: positions of a sequence in the mean
   constexpr std::int64_t rows() const { return std::int64_t{batches} * tokens; }
+  /// Whether every sequence has a position of its own.
+  constexpr bool ragged() const { return position_stride != 0; }
 };
+
+/// Position of the first row of the tile's i-th sequence.
+NSA_HD std::int64_t first_position(const QueryTile& tile, std::int64_t i) {
+  return tile.first_position[i * tile.position_stride];
+}
+/// Position of row r of the tile.
+NSA_HD std::int64_t position_of_row(const QueryTile& tile, std::int64_t r) {
+  return tile.tokens == 1 ? first_position(tile, r) : first_position(tile, r / tile.tokens) + r % tile.tokens;
+}
 
 }  // namespace nsa

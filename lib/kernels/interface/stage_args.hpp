@@ -272,8 +272,8 @@ struct CopyRowsArgs {
   std::int64_t span_begin = 0, span_end = 0;
 };
 
-/// dst rows [first, last) that dst holds = scale * synthetic_value(key, b, source_row(key, row, repeat), column), with
-/// column = (group_begin + g) * width + e. The rows of a halo are filled too.
+/// dst rows [first, last) that dst holds = scale * synthetic_value(key, batch_begin + b, source_row(key, row, repeat),
+/// column), with column = (group_begin + g) * width + e. The rows of a halo are filled too.
 struct FillRowsArgs {
   DType dtype = DType::f32;
   KvView dst;
@@ -281,7 +281,8 @@ struct FillRowsArgs {
   std::int64_t first = 0, last = 0;
   std::uint64_t key = 0;
   float scale = 1.0f;
-  std::uint64_t repeat = 0;  ///< of 2^32: how often a row repeats the one before it
+  std::uint64_t repeat = 0;      ///< of 2^32: how often a row repeats the one before it
+  std::int32_t batch_begin = 0;  ///< b of the first plane of dst
 };
 
 /// *sum += checksum_term of every element of the rows [first, last) that the view has; its index is
@@ -296,7 +297,7 @@ struct ChecksumArgs {
 
 /// End of a decode step: logs the counters and moves on. All memory is the backend's.
 struct AdvanceArgs {
-  std::int64_t* position = nullptr;   ///< += 1
+  std::int64_t* position = nullptr;   ///< [positions], each += 1
   std::int64_t* step = nullptr;       ///< += 1
   std::int64_t* reads = nullptr;      ///< [counters], set to zero
   std::int64_t* reads_log = nullptr;  ///< [log_steps][counters], row *step is written when it exists
@@ -304,6 +305,7 @@ struct AdvanceArgs {
   const std::int32_t* selected = nullptr;  ///< [selected_count], logged beside the counters
   std::int32_t* selected_log = nullptr;    ///< [log_steps][selected_count]
   std::int64_t selected_count = 0;
+  std::int64_t positions = 1;  ///< one, or one a sequence
 };
 
 }  // namespace nsa

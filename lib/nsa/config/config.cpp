@@ -5,9 +5,11 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "kernels/diagnostics/json.hpp"
 #include "nsa/config/keys.hpp"
+#include "nsa/config/lengths.hpp"
 
 namespace nsa {
 namespace {
@@ -18,6 +20,7 @@ Value value_of(bool value, AnyValue) { return std::int64_t{value}; }
 Value value_of(const std::string& value, AnyValue) { return value; }
 Value value_of(std::int64_t value, Range) { return value; }
 Value value_of(double value, RealRange) { return value; }
+Value value_of(std::int64_t value, EachSequence) { return value; }
 Value value_of(std::int64_t value, AutoOr) { return value == 0 ? Value("auto") : Value(value); }
 template <class T, std::size_t n>
 Value value_of(const T& value, const Choice<T> (&choices)[n]) {
@@ -63,7 +66,8 @@ std::string toml_of(const std::vector<T>& field, const Spec& spec) {
 /// At a point a swept key has one value. Other lists (modes, depths) become text: "branches,total".
 template <class T, class Spec>
 Value value_of(const std::vector<T>& field, const Spec& spec) {
-  if (field.size() == 1 && !std::is_same_v<T, double>) return value_of(field[0], spec);
+  constexpr bool always_text = std::is_same_v<T, double> || std::is_same_v<Spec, EachSequence>;
+  if (field.size() == 1 && !always_text) return value_of(field[0], spec);
   std::vector<std::string> list;
   for (const T& value : field) list.push_back(as_text(value_of(value, spec)));
   return fmt::format("{}", fmt::join(list, ","));
@@ -86,14 +90,36 @@ std::vector<Point> kernel_sweep(const Config& config) {
 
 }  // namespace
 
+std::int64_t Point::longest() const { return ragged() ? *std::ranges::max_element(lengths) : context; }
+
+namespace {
+
+/// A point of a ragged batch has the mean of its lengths as context.
+Point point_of(const Config& config, Distribution distribution, std::int64_t context, std::int64_t batch,
+               std::int32_t branch) {
+  Point point{context, batch, branch};
+  point.distribution = distribution;
+  point.lengths = sequence_lengths(config.batch, distribution, context, batch);
+  if (!point.ragged()) return point;
+  point.batch = std::ssize(point.lengths);
+  const std::int64_t sum = std::accumulate(point.lengths.begin(), point.lengths.end(), std::int64_t{0});
+  point.context = (sum + point.batch / 2) / point.batch;
+  return point;
+}
+
+}  // namespace
+
 std::vector<Point> sweep(const Config& config) {
   if (config.kind == TaskKind::kernels) return kernel_sweep(config);
+  const bool listed = !config.batch.context.empty();  // then neither context nor batch is swept; of a trace, batch is
+  const bool drawn = !listed && config.batch.distribution.front() != Distribution::file;
+  const auto first = [](const std::vector<std::int64_t>& list) { return std::vector{list.front()}; };
   std::vector<Point> points;
-  for (const std::int32_t branch : config.run.force_branch) {
-    for (const std::int64_t batch : config.run.batch) {
-      for (const std::int64_t context : config.run.context) points.push_back({context, batch, branch});
-    }
-  }
+  for (const std::int32_t branch : config.run.force_branch)
+    for (const std::int64_t batch : listed ? first(config.run.batch) : config.run.batch)
+      for (const std::int64_t context : drawn ? config.run.context : first(config.run.context))
+        for (const Distribution distribution : config.batch.distribution)
+          points.push_back(point_of(config, distribution, context, batch, branch));
   return points;
 }
 
@@ -116,6 +142,7 @@ std::vector<Parameter> parameters(const Config& config, const Point& point) {
   at_point.run.context = {point.context};
   at_point.run.batch = {point.batch};
   at_point.run.force_branch = {point.force_branch};
+  at_point.batch.distribution = {point.distribution};
   at_point.parallel.kv_chunk_blocks = kv_chunk_blocks(config, point);
   if (config.kind == TaskKind::kernels) {
     const KernelShape& shape = point.kernel;

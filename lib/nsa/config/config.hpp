@@ -18,7 +18,8 @@ enum class TaskKind { decode, prefill, kernels, needle };
 enum class Scope { layer, attention };        ///< attention: q, k, v and gates are given
 enum class CacheFill { prefill, synthetic };  ///< synthetic: caches filled directly
 enum class BackendChoice { automatic, host, cuda };
-enum class Spans { contiguous, mixed, scattered, recorded };  ///< positions of a row's selected blocks
+enum class Spans { contiguous, mixed, scattered, recorded };        ///< positions of a row's selected blocks
+enum class Distribution { equal, uniform, lognormal, zipf, file };  ///< of the lengths of a batch
 enum class Mode { branches, total, ablation, one_hot, launches };
 
 struct ModelConfig {
@@ -51,6 +52,22 @@ struct RunConfig {
   CacheFill fill = CacheFill::prefill;
   std::int64_t prefix = 0;         ///< prefill: tokens that the caches hold before it
   std::int64_t prefill_chunk = 0;  ///< tokens of a prefill chunk; 0: auto, the whole context
+};
+
+/// A request of a trace, tokens.
+struct Request {
+  std::int64_t prompt = 0, output = 0;
+};
+
+struct BatchConfig {                  ///< decode: sequences of different lengths
+  std::vector<std::int64_t> context;  ///< tokens of each sequence; empty: by the distribution
+  std::vector<Distribution> distribution = {Distribution::equal};  ///< swept
+  std::int64_t least = 1, most = 1 << 30;                          ///< tokens of a sequence
+  double sigma = 1.0;     ///< lognormal: standard deviation of the logarithm of a length
+  double exponent = 1.0;  ///< zipf: the k-th longest sequence has 1 / k^exponent of the longest
+  std::int64_t seed = 1;
+  std::string file;
+  std::vector<Request> requests;  ///< what `file` holds, once it is read (config/lengths.hpp)
 };
 
 struct ParallelConfig {
@@ -102,6 +119,7 @@ struct Config {
   PhiKind phi = PhiKind::mean;
   std::int64_t phi_hidden = 0;  ///< 0: 2 * d_k
   RunConfig run;
+  BatchConfig batch;
   ParallelConfig parallel;
   RouteConfig route;
   RuntimeConfig runtime;
@@ -125,9 +143,16 @@ struct KernelShape {
 
 /// One point of the sweep.
 struct Point {
-  std::int64_t context = 0, batch = 1;
+  std::int64_t context = 0, batch = 1;  ///< context of a ragged batch: the mean of its lengths
   std::int32_t force_branch = -1;
   KernelShape kernel = {};  ///< kind = "kernels"
+  Distribution distribution = Distribution::equal;
+  std::vector<std::int64_t> lengths = {};  ///< [batch] of a ragged batch; empty: every sequence has `context` tokens
+
+  bool ragged() const { return !lengths.empty(); }
+  /// Tokens of sequence b before the first decode step.
+  std::int64_t length(std::int64_t b) const { return ragged() ? lengths[static_cast<std::size_t>(b)] : context; }
+  std::int64_t longest() const;
 };
 
 /// Reads `text` (named `path` in messages) after applying `overrides` ("section.key=value", TOML values).
@@ -138,6 +163,7 @@ Config parse_config(std::string_view text, const std::string& path, const std::v
 /// Throws one UserError that lists every violated constraint: position in the input, key, value, rule.
 void validate(const Config& config);
 
+/// The points, in order. Throws UserError where a trace has too few requests.
 std::vector<Point> sweep(const Config& config);
 
 /// Selection blocks of a KV chunk at the point: parallel.kv_chunk_blocks, or what "auto" means. It does not depend on

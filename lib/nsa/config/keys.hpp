@@ -23,6 +23,11 @@ struct Range {
   std::int64_t least = 1, most = std::numeric_limits<std::int32_t>::max();
 };
 
+/// A list with one value a sequence, in their order; it may be empty or hold a value twice.
+struct EachSequence {
+  Range range;
+};
+
 struct AutoOr {  ///< "auto" (stored as 0), or an integer of the range but 0
   Range range;
 };
@@ -45,6 +50,11 @@ inline constexpr Choice<Mode> mode_names[] = {{"branches", Mode::branches},
                                               {"ablation", Mode::ablation},
                                               {"one_hot", Mode::one_hot},
                                               {"launches", Mode::launches}};
+inline constexpr Choice<Distribution> distributions[] = {{"equal", Distribution::equal},
+                                                         {"uniform", Distribution::uniform},
+                                                         {"lognormal", Distribution::lognormal},
+                                                         {"zipf", Distribution::zipf},
+                                                         {"file", Distribution::file}};
 inline constexpr Choice<std::int32_t> forced_branches[] = {{"none", -1}, {"cmp", cmp}, {"sel", sel}, {"win", win}};
 inline constexpr Choice<Scope> scopes[] = {{"layer", Scope::layer}, {"attention", Scope::attention}};
 inline constexpr Choice<CacheFill> fills[] = {{"prefill", CacheFill::prefill}, {"synthetic", CacheFill::synthetic}};
@@ -161,6 +171,28 @@ void visit_run_keys(ConfigOrConst& c, Visitor&& visit) {
 }
 
 template <class ConfigOrConst, class Visitor>
+void visit_batch_keys(ConfigOrConst& c, Visitor&& visit) {
+  visit("batch.context", c.batch.context, EachSequence{token_range}, "tokens",
+        "Tokens of each sequence before the first decode step, in place of run.context and run.batch; empty: by the "
+        "distribution.");
+  visit("batch.distribution", c.batch.distribution, distributions, "",
+        "Lengths of the run.batch sequences: all run.context (equal); drawn, with run.context tokens in the mean "
+        "(uniform, lognormal, zipf); or those of the first requests of batch.file (file). Swept. METRICS.md, \"Ragged "
+        "batches\".");
+  visit("batch.min", c.batch.least, token_range, "tokens", "Shortest length that is drawn.");
+  visit("batch.max", c.batch.most, token_range, "tokens", "Longest length that is drawn.");
+  visit("batch.sigma", c.batch.sigma, RealRange{0.0, 4.0}, "",
+        "Lognormal: standard deviation of the natural logarithm of a length.");
+  visit("batch.exponent", c.batch.exponent, RealRange{0.0, 8.0}, "",
+        "Zipf: the k-th longest sequence has 1 / k^exponent of the tokens of the longest.");
+  visit("batch.seed", c.batch.seed, Range{0, std::numeric_limits<std::int64_t>::max()}, "",
+        "Seed of the lengths that are drawn, and of how much of its output a request of batch.file has.");
+  visit("batch.file", c.batch.file, AnyValue{}, "",
+        "Trace of requests, CSV or JSON, with the tokens of each prompt and output; a sequence has its prompt and a "
+        "part of its output.");
+}
+
+template <class ConfigOrConst, class Visitor>
 void visit_parallel_and_route_keys(ConfigOrConst& c, Visitor&& visit) {
   visit(
       "parallel.heads", c.parallel.heads, AutoOr{head_range}, "shards",
@@ -213,6 +245,7 @@ void visit_documented_keys(ConfigOrConst& c, Visitor&& visit) {
   visit_model_keys(c, visit);
   visit_nsa_keys(c, visit);
   visit_run_keys(c, visit);
+  visit_batch_keys(c, visit);
   visit_parallel_and_route_keys(c, visit);
   visit("needle.depths", c.needle.depths, RealRange{0.0, 1.0}, "of the context", "Positions of the planted keys.");
   visit_kernels_keys(c, visit);

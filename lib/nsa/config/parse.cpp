@@ -140,6 +140,10 @@ bool read_value(const toml::node& node, std::int64_t& out, AutoOr spec) {
   return read_value(node, out, spec.range) && out != 0;
 }
 
+bool read_value(const toml::node& node, std::int64_t& out, EachSequence spec) {
+  return read_value(node, out, spec.range);
+}
+
 bool read_value(const toml::node& node, double& out, RealRange) {
   if (!node.is_number()) return false;
   out = *node.value<double>();
@@ -160,6 +164,7 @@ std::string expected(const bool&, AnyValue) { return "true or false"; }
 std::string expected(const std::string&, AnyValue) { return "a string"; }
 std::string expected(const double&, RealRange) { return "a number"; }
 std::string expected(const std::int64_t&, AutoOr) { return "\"auto\" or a positive integer"; }
+std::string expected(const std::int64_t&, EachSequence) { return "an integer"; }
 std::string expected(const std::int64_t&, Range) { return "an integer"; }
 std::string expected(const std::int32_t&, Range) { return "an integer of 32 bits"; }
 template <class T, std::size_t n>

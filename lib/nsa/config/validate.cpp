@@ -53,6 +53,10 @@ class Checker {
       add({key}, fmt::format("{} holds a value twice; give each once", key));
   }
 
+  void operator()(const char* key, const std::vector<std::int64_t>& field, const EachSequence& spec) {
+    for (const std::int64_t value : field) check_value(key, value, spec.range);
+  }
+
   /// Adds a violated rule over several keys, at the position of the first key that was set.
   void add(std::initializer_list<const char*> keys, std::string what) {
     for (const char* key : keys) {
@@ -141,6 +145,12 @@ void check_selections(const Config& c, Checker& check) {
   const auto recorded = std::ranges::count(c.kernels.spans, Spans::recorded);
   if (c.output.selection && c.kind == TaskKind::needle)
     check.add({"output.selection"}, "output.selection needs another kind of run than \"needle\"; leave it out");
+  const bool ragged = !c.batch.context.empty() || std::ranges::any_of(c.batch.distribution, [](Distribution d) {
+    return d != Distribution::equal;
+  });
+  if (ragged && (c.output.selection || !c.input_selection.empty()))
+    check.add({"output.selection", "input.selection", "batch.context", "batch.distribution"},
+              "selections are recorded and replayed for sequences of one length; leave them or the lengths out");
   if (kernels && recorded > 0 && c.run.overlap > 0)
     check.add({"run.overlap", "kernels.spans"},
               "run.overlap has no effect on recorded blocks; leave it out, or \"recorded\"");
@@ -184,6 +194,36 @@ void check_run(const Config& c, Checker& check) {
     check.add({"run.min_interval"},
               "run.min_interval needs task.kind = \"decode\" or \"prefill\" (the others have no modes); leave it out");
   if (c.output.file.empty()) check.add({"output.file"}, "output.file is empty; name the result file");
+}
+
+/// Lengths of a batch come from one place: run.context and run.batch, a list, a distribution, or a trace.
+void check_batch(const Config& c, Checker& check) {
+  const BatchConfig& b = c.batch;
+  const auto has = [&](Distribution d) { return std::ranges::count(b.distribution, d) > 0; };
+  const bool file = has(Distribution::file), listed = !b.context.empty(), several = b.distribution.size() > 1;
+  const bool drawn = has(Distribution::uniform) || has(Distribution::lognormal) || has(Distribution::zipf);
+  const bool context = c.run.context != RunConfig().context, batch = c.run.batch != RunConfig().batch;
+  if ((drawn || file || listed) && c.kind != TaskKind::decode)
+    check.add({"batch.context", "batch.distribution"},
+              "[batch] gives sequences different lengths, which needs task.kind = \"decode\"; leave it out");
+  if (listed && (several || !has(Distribution::equal)))
+    check.add({"batch.distribution"}, "batch.context gives the lengths; leave batch.distribution out");
+  if (listed && (context || batch))
+    check.add({"run.context", "run.batch"}, "batch.context gives the lengths; leave run.context and run.batch out");
+  if (file && context) check.add({"run.context"}, "batch.file gives the lengths; leave run.context out");
+  if (file && several)
+    check.add({"batch.distribution"},
+              "batch.distribution = \"file\" has lengths of its own; give it alone, not in a list");
+  if (file == b.file.empty())
+    check.add({"batch.file", "batch.distribution"},
+              file ? "batch.distribution = \"file\" needs batch.file; name the trace"
+                   : "batch.file is read with batch.distribution = \"file\" only; set it");
+  if (!drawn || !check.valid({"run.context", "batch.min", "batch.max"})) return;
+  const auto [least, most] = std::ranges::minmax(c.run.context);
+  if (b.least > least || b.most < most)
+    check.add({"batch.min", "batch.max"},
+              fmt::format("batch.min = {} and batch.max = {} must lie around run.context, the mean of the lengths",
+                          b.least, b.most));
 }
 
 /// What a prefill finds in the caches, and its chunks.
@@ -281,8 +321,9 @@ void check_kernels(const Config& c, Checker& check) {
 void check_sizes(const Config& c, Checker& check) {
   if (!check.valid({"run.context", "run.batch", "run.steps", "model.n_heads", "model.d_k", "model.d_v", "model.dim"}))
     return;
-  const double positions = static_cast<double>(*std::max_element(c.run.context.begin(), c.run.context.end())) +
-                           static_cast<double>(c.run.prefix + c.run.steps);
+  std::int64_t longest = *std::max_element(c.run.context.begin(), c.run.context.end());
+  for (const std::int64_t length : c.batch.context) longest = std::max(longest, length);
+  const double positions = static_cast<double>(longest) + static_cast<double>(c.run.prefix + c.run.steps);
   const double batch = static_cast<double>(*std::max_element(c.run.batch.begin(), c.run.batch.end()));
   const double width = static_cast<double>(std::max(c.model.dim, c.model.n_heads * std::max(c.model.d_k, c.model.d_v)));
   if (batch * positions * width > std::pow(2.0, 50))
@@ -299,6 +340,7 @@ void validate(const Config& config) {
   check_layer(config, check);
   check_run(config, check);
   check_selections(config, check);
+  check_batch(config, check);
   check_launches(config, check);
   check_prefill(config, check);
   check_needle(config, check);

@@ -148,8 +148,10 @@ void print_plan(std::ostream& out, const Config& config, int ranks, const Machin
     fmt::print(out, "chunks of {} blocks are dealt round-robin over the {} kv ranks\n", plan.kv_chunk_blocks, plan.kv);
   print_owners(out, config, plan);
   for (const PlannedPoint& point : plan.points) {
-    fmt::print(out, "\ncontext {}, batch {}{}\n", point.point.context, point.point.batch,
-               config.run.prefix > 0 ? fmt::format(", onto a prefix of {}", config.run.prefix) : "");
+    fmt::print(out, "\ncontext {}, batch {}", point.point.context, point.point.batch);
+    if (const std::vector<std::int64_t>& lengths = point.point.lengths; !lengths.empty())
+      fmt::print(out, ", lengths {} to {}", *std::ranges::min_element(lengths), point.point.longest());
+    fmt::print(out, "{}\n", config.run.prefix > 0 ? fmt::format(", onto a prefix of {}", config.run.prefix) : "");
     print_memory(out, point);
     print_exchanges(out, config, point);
     print_routes(out, point.routes);

@@ -129,7 +129,8 @@ MemoryRecord gather_memory(const Session& session, const MemoryAccount& planned,
 bool is_later_default(const std::string& name, const decltype(Parameter::second)& value) {
   for (const char* later :
        {"run.min_interval", "run.interval_time", "run.steps_per_graph", "run.overlap", "run.throttle_threshold",
-        "run.recovery_delay", "run.prefix", "run.prefill_chunk", "output.selection"}) {
+        "run.recovery_delay", "run.prefix", "run.prefill_chunk", "output.selection", "batch.context",
+        "batch.distribution", "batch.min", "batch.max", "batch.sigma", "batch.exponent", "batch.seed", "batch.file"}) {
     if (name != later) continue;
     const std::vector<Parameter> defaults = parameters(Config(), Point());
     return std::ranges::count(defaults, Parameter(name, value)) == 1;
@@ -178,6 +179,7 @@ std::string fingerprint(const Session& session, const Config& config, const Poin
                 value) +
             "\n";
   }
+  for (const std::int64_t length : point.lengths) text += "length=" + std::to_string(length) + "\n";
   const RouteEnvironment routes = route_environment();
   for (const Branch branch : kv_column_order)
     if (!routes.implementation[branch].empty())
@@ -215,7 +217,7 @@ MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, c
     DecodeRunner decode(e, nullptr, true);
   } else {
     if (planned.run.fill == CacheFill::prefill) {
-      PrefillRunner prefill(e, {0, at.context}, false);  // freed before decode allocates its buffers
+      PrefillRunner prefill(e, {0, at.longest()}, false);  // freed before decode allocates its buffers
     }
     DecodeRunner decode(e, nullptr, record);
   }

@@ -18,7 +18,7 @@ constexpr int listed_ranks = 64;  // owners of more ranks are joined where they 
 
 Point longest_point(const Config& config) {
   const std::vector<Point> points = sweep(config);
-  return *std::ranges::max_element(points, {}, &Point::context);
+  return *std::ranges::max_element(points, {}, &Point::longest);
 }
 
 std::int64_t owned_blocks(const Partition& p, std::int64_t positions) {

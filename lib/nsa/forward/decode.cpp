@@ -9,9 +9,8 @@ namespace nsa {
 
 namespace {
 
-QueryTile decode_tile(const ModelShard& shard, const std::int64_t* position) {
-  return {0, static_cast<std::int32_t>(shard.point.batch), 1, position, total_positions(shard.config, shard.point)};
-}
+// Positions that the backend keeps: one for all sequences, or one each.
+std::int64_t position_count(const Point& point) { return point.ragged() ? point.batch : 1; }
 
 // [batch][steps][width] -> [steps][batch][width]
 template <class T>
@@ -26,12 +25,23 @@ std::vector<T> by_step(const std::vector<T>& rows, std::int64_t batch, std::int6
 
 }  // namespace
 
+QueryTile decode_tile(const ModelShard& shard, const std::int64_t* positions) {
+  const Point& point = shard.point;
+  return {0,
+          static_cast<std::int32_t>(point.batch),
+          1,
+          positions,
+          total_positions(shard.config, point),
+          point.ragged(),
+          point.context + shard.config.run.steps};
+}
+
 DecodeRunner::DecodeRunner(ModelShard& shard, const TensorSource* source, bool record)
     : shard_(shard),
       buffers_(shard.allocator(), shard.kernels(), shard.config, shard.partition, shard.point, shard.point.batch,
                decode_tile(shard, nullptr), shard.partition.kv > 1, record, {},
                shard.choose_routes(Phase::decode, decode_tile(shard, nullptr), {})),
-      position_(shard.allocator()(MemoryKind::workspace, 8)),
+      positions_(shard.allocator()(MemoryKind::workspace, 8 * position_count(shard.point))),
       step_(shard.allocator()(MemoryKind::workspace, 8)),
       stamps_(shard.allocator()(MemoryKind::workspace, 8 * (1 + 2 * shard.config.run.steps))),
       rings_(shard) {
@@ -92,7 +102,12 @@ void DecodeRunner::load_selections() {
 
 void DecodeRunner::load_from_file(const TensorSource& source, const GivenTensor& input) {
   const std::int64_t steps = shard_.config.run.steps;
-  const std::vector<float> rows = given_rows(source, input.name, input.columns, shard_.point.context, steps);
+  std::vector<float> rows;  // [batch][steps][width]
+  for (const SequenceRange& some : equal_sequences(shard_.point)) {
+    const std::vector<float> own =
+        given_rows(source, input.name, input.columns, shard_.point.length(some.begin), steps, some);
+    rows.insert(rows.end(), own.begin(), own.end());
+  }
   upload(shard_, by_step(rows, shard_.point.batch, steps), input.type, input.memory->data());
 }
 
@@ -103,9 +118,11 @@ void DecodeRunner::generate(const TensorSource& source, const GivenTensor& input
   rows.plane_stride = rows.width;
   const std::int64_t bytes = shard_.point.batch * rows.width * static_cast<std::int64_t>(size_of(input.type));
   for (std::int64_t step = 0; step < shard_.config.run.steps; ++step) {
-    const std::int64_t position = shard_.point.context + step;
     rows.data = input.memory->as<std::byte>() + step * bytes;
-    make_rows(shard_, source, input.name, input.columns, input.type, rows, position, position + 1);
+    for (const SequenceRange& some : equal_sequences(shard_.point)) {
+      const std::int64_t position = shard_.point.length(some.begin) + step;
+      make_rows(shard_, source, input.name, input.columns, input.type, rows, position, position + 1, &some);
+    }
   }
 }
 
@@ -118,7 +135,8 @@ void DecodeRunner::restore() {
   const DeviceOps& device = shard_.device();
   Stream* stream = shard_.streams.compute;
   rings_.restore();
-  device.copy(position_.data(), &shard_.point.context, 8, stream);
+  const Point& point = shard_.point;
+  device.copy(positions_.data(), point.ragged() ? point.lengths.data() : &point.context, positions_.bytes(), stream);
   device.fill(step_.data(), 0, 8, stream);
   device.fill(stamps_.data(), 0, 8, stream);
   device.fill(buffers_.reads.data(), 0, buffers_.reads.bytes(), stream);
@@ -159,7 +177,7 @@ StepContext DecodeRunner::context(std::int64_t layer, const StepOptions& options
     return view;
   };
   const StageArgs stage{shard_.shape(),
-                        decode_tile(shard_, position_.as<std::int64_t>()),
+                        decode_tile(shard_, positions_.as<std::int64_t>()),
                         {},
                         buffers_.scratch.data(),
                         buffers_.scratch.bytes()};
@@ -307,7 +325,8 @@ void DecodeRunner::attention(Attention attention, const StepContext& ctx, StageT
 
 void DecodeRunner::advance() {
   AdvanceArgs args;
-  args.position = position_.as<std::int64_t>();
+  args.position = positions_.as<std::int64_t>();
+  args.positions = position_count(shard_.point);
   args.step = step_.as<std::int64_t>();
   args.reads = buffers_.reads.as<std::int64_t>();
   args.reads_log = reads_log_.as<std::int64_t>();

@@ -10,6 +10,9 @@
 
 namespace nsa {
 
+/// The query rows of a step: one a sequence.
+QueryTile decode_tile(const ModelShard& shard, const std::int64_t* positions);
+
 /// Runs the decode steps of a point and owns their memory.
 class DecodeRunner {
  public:
@@ -82,9 +85,10 @@ class DecodeRunner {
   ModelShard& shard_;
   StepBuffers buffers_;
   StepPlan plan_;
-  Buffer position_, step_;  ///< int64 [1] each
-  Buffer stamps_;           ///< int64 [1 + 2 steps]: their number, then the readings
-  Buffer readings_;         ///< kv > 1: int64 [batch * groups][step_readings]
+  Buffer positions_;  ///< int64: of the next token, [1], or [batch] of a ragged batch
+  Buffer step_;       ///< int64 [1]
+  Buffer stamps_;     ///< int64 [1 + 2 steps]: their number, then the readings
+  Buffer readings_;   ///< kv > 1: int64 [batch * groups][step_readings]
   Buffer reads_log_, selected_log_;
   std::int64_t selected_count_ = 0;
   Buffer x_steps_;               ///< [steps][batch, dim]: fp32 with several layers, else storage

@@ -350,27 +350,40 @@ void PrefillRunner::gather_compressed(const PrefillChunk& chunk, std::int64_t la
 }
 
 // Fills the rings that decode, or the next prefill chunk, starts from: the last w tokens of the window, the last l of
-// the cmp projections, on every rank.
+// the cmp projections, on every rank. A ragged batch is prefilled to its longest sequence, and every ring ends with its
+// own sequence.
 void PrefillRunner::fill_rings(const PrefillChunk& chunk, std::int64_t layer, const CacheViews& caches) {
-  LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
-  const BlockRules& r = shard_.shape().rules;
-  const std::int64_t win_first = std::max<std::int64_t>(0, chunk.end - r.w);
-  copy_rows(caches.k[win], cache.win.k, win_first, chunk.end, 0, chunk.end);
-  copy_rows(caches.v[win], cache.win.v, win_first, chunk.end, 0, chunk.end);
-  const std::int64_t raw_first = std::max<std::int64_t>(0, chunk.end - r.l);
-  copy_rows(raw_.k, cache.raw.k, raw_first, chunk.end, 0, chunk.end);
-  copy_rows(raw_.v, cache.raw.v, raw_first, chunk.end, 0, chunk.end);
   const Partition& p = shard_.partition;
+  LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
+  const auto copy = [&](const KvView& src, const KvView& dst, const SequenceRange& some, std::int64_t first,
+                        std::int64_t last) {
+    const LayerShape& s = p.shape;
+    shard_.kernels().copy_rows(
+        {s.dtype, of_sequences(src, some, s.groups, s.dtype), of_sequences(dst, some, s.groups, s.dtype),
+         some.count * s.groups, first, last, 0, last},
+        shard_.streams.compute);
+  };
+  const auto first_of = [](std::int64_t ring, std::int64_t last) { return std::max<std::int64_t>(0, last - ring); };
+  for (const SequenceRange& some : equal_sequences(shard_.point)) {
+    const std::int64_t last = end_of(shard_.point, some, chunk.end);
+    copy(caches.k[win], cache.win.k, some, first_of(p.shape.rules.w, last), last);
+    copy(caches.v[win], cache.win.v, some, first_of(p.shape.rules.w, last), last);
+    copy(raw_.k, cache.raw.k, some, first_of(p.shape.rules.l, last), last);
+    copy(raw_.v, cache.raw.v, some, first_of(p.shape.rules.l, last), last);
+  }
   if (p.kv == 1) return;
   gather_pair("raw ring", shard_, cache.raw, ring_all_, shard_.streams.compute);
   const std::int64_t size = static_cast<std::int64_t>(size_of(p.shape.dtype));
-  for (std::int64_t c = raw_first / p.chunk_tokens; c * p.chunk_tokens < chunk.end; ++c)
-    for (const bool value : {false, true}) {
-      KvView src = value ? ring_all_.v : ring_all_.k;
-      src.data = static_cast<std::byte*>(src.data) + owner_of_chunk(p.tokens(true), c) * src.rank_stride * size;
-      copy_rows(src, value ? cache.raw.v : cache.raw.k, std::max(raw_first, c * p.chunk_tokens),
-                std::min(chunk.end, (c + 1) * p.chunk_tokens), 0, chunk.end);
-    }
+  for (const SequenceRange& some : equal_sequences(shard_.point)) {
+    const std::int64_t last = end_of(shard_.point, some, chunk.end), first = first_of(p.shape.rules.l, last);
+    for (std::int64_t c = first / p.chunk_tokens; c * p.chunk_tokens < last; ++c)
+      for (const bool value : {false, true}) {
+        KvView src = value ? ring_all_.v : ring_all_.k;
+        src.data = static_cast<std::byte*>(src.data) + owner_of_chunk(p.tokens(true), c) * src.rank_stride * size;
+        copy(src, value ? cache.raw.v : cache.raw.k, some, std::max(first, c * p.chunk_tokens),
+             std::min(last, (c + 1) * p.chunk_tokens));
+      }
+  }
 }
 
 void PrefillRunner::copy_recorded(const StepContext& ctx) {

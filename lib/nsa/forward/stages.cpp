@@ -245,8 +245,11 @@ bool has_fused_attention(const StepContext& ctx) {
 
 void fused_attention(const StepContext& ctx) {
   fault::refuse_launch("attend.step", ctx.shard.device(), ctx.stream());
-  attention_op(ctx).run(attention_args(ctx), ctx.stream());
-  for (const Branch b : {cmp, sel, win}) ctx.shard.routes.of(ctx.phase, b).record_kernel("step");
+  const FusedOp<AttentionArgs>& op = attention_op(ctx);
+  const AttentionArgs args = attention_args(ctx);
+  op.run(args, ctx.stream());
+  const char* kernel = op.variant ? op.variant(args) : "step";
+  for (const Branch b : {cmp, sel, win}) ctx.shard.routes.of(ctx.phase, b).record_kernel(kernel);
   flip("kernel.combine", ctx, ctx.buffers.o);
 }
 

@@ -26,9 +26,32 @@ Columns gate_columns(const Config& c, const Point& point, const Partition& p) {
   return {{point.batch, total_positions(c, point), c.model.n_kv_groups, 3}, {p.group_begin, 0}, {p.shape.groups, 3}};
 }
 
+std::vector<SequenceRange> equal_sequences(const Point& point) {
+  if (!point.ragged()) return {{0, point.batch}};
+  std::vector<SequenceRange> list;
+  for (std::int64_t b = 0; b < point.batch; ++b) list.push_back({b, 1});
+  return list;
+}
+
+std::int64_t end_of(const Point& point, const SequenceRange& equal, std::int64_t positions) {
+  return point.ragged() ? point.length(equal.begin) : positions;
+}
+
+KvView of_sequences(const KvView& view, const SequenceRange& sequences, std::int64_t groups, DType type) {
+  KvView part = view;
+  part.data = static_cast<std::byte*>(view.data) +
+              sequences.begin * groups * view.plane_stride * static_cast<std::int64_t>(size_of(type));
+  return part;
+}
+
 std::vector<float> given_rows(const TensorSource& source, const std::string& name, const Columns& columns,
                               std::int64_t first, std::int64_t rows) {
-  std::vector<std::int64_t> begin{0, first}, count{columns.shape[0], rows};
+  return given_rows(source, name, columns, first, rows, {0, columns.shape[0]});
+}
+
+std::vector<float> given_rows(const TensorSource& source, const std::string& name, const Columns& columns,
+                              std::int64_t first, std::int64_t rows, const SequenceRange& sequences) {
+  std::vector<std::int64_t> begin{sequences.begin, first}, count{sequences.count, rows};
   begin.insert(begin.end(), columns.begin.begin(), columns.begin.end());
   count.insert(count.end(), columns.count.begin(), columns.count.end());
   return source.slab(name, columns.shape, 1.0f, begin, count);
@@ -42,14 +65,14 @@ namespace {
 
 // Loads rows of a file, some positions at a time: the whole tensor is never in host memory.
 void load_rows(ModelShard& shard, const TensorSource& source, const std::string& name, const Columns& columns,
-               KvView& view, std::int64_t first, std::int64_t last) {
+               const KvView& view, std::int64_t first, std::int64_t last, const SequenceRange& sequences) {
   constexpr std::int64_t max_rows = 4096;
   const std::int64_t groups = shard.shape().groups, size = static_cast<std::int64_t>(size_of(shard.shape().dtype));
   for (std::int64_t at = first; at < last; at += max_rows) {
     const std::int64_t rows = std::min(max_rows, last - at);
-    const std::vector<float> values = given_rows(source, name, columns, at, rows);
+    const std::vector<float> values = given_rows(source, name, columns, at, rows, sequences);
     const std::vector<std::byte> stored = to_storage(values, shard.shape().dtype);
-    for (std::int64_t plane = 0; plane < shard.planes(); ++plane)
+    for (std::int64_t plane = 0; plane < sequences.count * groups; ++plane)
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t from = ((plane / groups * rows + r) * groups + plane % groups) * view.width;
         const std::int64_t chunk = chunk_of(view.map, at + r);
@@ -70,18 +93,21 @@ void load_rows(ModelShard& shard, const TensorSource& source, const std::string&
 }  // namespace
 
 void fill_kv(ModelShard& shard, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
-             std::int64_t last) {
+             std::int64_t last, const SequenceRange* some) {
+  const SequenceRange sequences = some ? *some : SequenceRange{0, shard.point.batch};
   for (const bool value : {false, true}) {
     const std::string name = kv_name(shard.shape(), branch, value);
-    KvView& view = value ? pair.v : pair.k;
+    const KvView view = of_sequences(value ? pair.v : pair.k, sequences, shard.shape().groups, shard.shape().dtype);
     if (source.from_file()) {
-      load_rows(shard, source, name, kv_columns(shard.config, shard.point, shard.partition, value), view, first, last);
+      load_rows(shard, source, name, kv_columns(shard.config, shard.point, shard.partition, value), view, first, last,
+                sequences);
       continue;
     }
     FillRowsArgs args;
     args.dtype = shard.shape().dtype;
     args.dst = view;
-    args.batch = static_cast<std::int32_t>(shard.point.batch);
+    args.batch = static_cast<std::int32_t>(sequences.count);
+    args.batch_begin = static_cast<std::int32_t>(sequences.begin);
     args.groups = shard.shape().groups;
     args.group_begin = shard.partition.group_begin;
     args.first = first;
@@ -92,13 +118,15 @@ void fill_kv(ModelShard& shard, const TensorSource& source, Branch branch, KvPai
 }
 
 void make_rows(ModelShard& shard, const TensorSource& source, const std::string& name, const Columns& columns,
-               DType type, const KvView& to, std::int64_t first, std::int64_t last) {
+               DType type, const KvView& to, std::int64_t first, std::int64_t last, const SequenceRange* some) {
+  const SequenceRange sequences = some ? *some : SequenceRange{0, shard.point.batch};
   std::int64_t column = 0;  // the first one, among all columns of a position
   for (std::size_t i = 0; i < columns.begin.size(); ++i) column = column * columns.shape[i + 2] + columns.begin[i];
   FillRowsArgs args;
   args.dtype = type;
-  args.dst = to;
-  args.batch = static_cast<std::int32_t>(shard.point.batch);
+  args.dst = of_sequences(to, sequences, 1, type);
+  args.batch = static_cast<std::int32_t>(sequences.count);
+  args.batch_begin = static_cast<std::int32_t>(sequences.begin);
   args.group_begin = static_cast<std::int32_t>(column / to.width);  // all shards have the same number
   args.first = first;
   args.last = last;

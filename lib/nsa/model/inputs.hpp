@@ -26,21 +26,39 @@ struct GivenTensor {
   const Buffer* memory;
 };
 
-/// Rows [first, first + rows) of every sequence as [batch][rows][columns], fp32.
+/// The sequences [begin, begin + count) of a batch.
+struct SequenceRange {
+  std::int64_t begin = 0, count = 0;
+};
+/// Those that have rows in common: all, or, of a ragged batch, one after the other.
+std::vector<SequenceRange> equal_sequences(const Point& point);
+/// The end of their rows in caches that hold the first `positions` of every sequence; of a ragged batch, whose caches
+/// are filled to its longest sequence, their own length.
+std::int64_t end_of(const Point& point, const SequenceRange& equal, std::int64_t positions);
+/// The view of these sequences alone, of `groups` planes each. It keeps the strides.
+KvView of_sequences(const KvView& view, const SequenceRange& sequences, std::int64_t groups, DType type);
+
+/// Rows [first, first + rows) of the sequences as [sequence][rows][columns], fp32.
+std::vector<float> given_rows(const TensorSource& source, const std::string& name, const Columns& columns,
+                              std::int64_t first, std::int64_t rows, const SequenceRange& sequences);
+/// The same of every sequence.
 std::vector<float> given_rows(const TensorSource& source, const std::string& name, const Columns& columns,
                               std::int64_t first, std::int64_t rows);
 
 /// The same of a synthetic source, bit for bit, generated in backend memory: the rows of [first, last) that `to` holds,
-/// storage or fp32, [batch][rows][columns] under its map. All head shards have the same number of columns.
+/// storage or fp32, [batch][rows][columns] under its map. All head shards have the same number of columns. Null
+/// `sequences`: all.
 void make_rows(ModelShard& shard, const TensorSource& source, const std::string& name, const Columns& columns,
-               DType type, const KvView& to, std::int64_t first, std::int64_t last);
+               DType type, const KvView& to, std::int64_t first, std::int64_t last,
+               const SequenceRange* sequences = nullptr);
 
 /// "given/k_sel", "given/v_win", ...: the given tensor that serves `branch`.
 std::string kv_name(const LayerShape& shape, Branch branch, bool value);
 
-/// Fills the rows of [first, last) that the pair holds, its halos too, with the given K and V of a branch.
+/// Fills the rows of [first, last) that the pair holds, its halos too, with the given K and V of a branch. Null
+/// `sequences`: all.
 void fill_kv(ModelShard& shard, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
-             std::int64_t last);
+             std::int64_t last, const SequenceRange* sequences = nullptr);
 
 /// Copies host values to the device, rounded to storage or as fp32.
 void upload(ModelShard& shard, const std::vector<float>& values, DType type, void* to);

@@ -147,7 +147,7 @@ PrefillRange prefill_range(const Config& config, const Point& point) {
 }
 
 std::int64_t total_positions(const Config& config, const Point& point) {
-  return point.context + (config.kind == TaskKind::prefill ? config.run.prefix : config.run.steps);
+  return point.longest() + (config.kind == TaskKind::prefill ? config.run.prefix : config.run.steps);
 }
 
 }  // namespace nsa

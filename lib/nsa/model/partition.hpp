@@ -71,7 +71,7 @@ std::int64_t widest_chunk(const RowMap& local, const PrefillRange& range);
 /// That of a point of kind = "prefill".
 PrefillRange prefill_range(const Config& config, const Point& point);
 
-/// Positions that a point needs memory for: its context; in decode its steps, in a prefill its prefix.
+/// Positions that a point needs memory for: those of its longest sequence; in decode its steps, in prefill its prefix.
 std::int64_t total_positions(const Config& config, const Point& point);
 
 }  // namespace nsa

@@ -99,10 +99,13 @@ std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& 
   const std::int64_t rows =
       prefill ? point.batch * (owned_rows(map, t + 1) - owned_rows(map, config.run.prefix)) : point.batch;
   const std::int64_t branches_kv = s.shared_kv ? 1 : branches;
-  const ExpectedReads reads = expected_reads(s.rules, t);
-  // Prefill: on every rank, since all are gathered. Decode: what one query row reads.
+  // Prefill: on every rank, since all are gathered. Decode: what the query rows read.
   const auto kv_rows = [&](Branch c) {
-    return prefill ? planes * prefill_kv_rows(config, point, c) : planes * reads.branch[c] / p.kv;
+    if (prefill) return planes * prefill_kv_rows(config, point, c);
+    std::int64_t reads = 0;
+    for (std::int64_t b = 0; b < point.batch; ++b)
+      reads += expected_reads(s.rules, point.length(b) + config.run.steps - 1).branch[c];
+    return s.groups * reads / p.kv;
   };
   const std::int64_t completed = compressed_tokens(s.rules, t) - compressed_tokens(s.rules, config.run.prefix - 1);
   const std::int64_t q = rows * s.heads() * s.d_k * storage, o = rows * s.heads() * s.d_v * 4;

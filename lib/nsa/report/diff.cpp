@@ -50,6 +50,8 @@ std::vector<std::string> different_parameters(const PointRecord& a, const PointR
   for (const std::string& key : keys) {
     const auto at_a = of_a.find(key), at_b = of_b.find(key);
     if (at_a != of_a.end() && at_b != of_b.end() && at_a->second == at_b->second) continue;
+    const bool missing = at_a == of_a.end() || at_b == of_b.end();
+    if (missing && key.starts_with("batch.")) continue;  // a file of schema 1.5 or earlier; its sequences are equal
     if (decides_result(key) != deciding) continue;
     list.push_back(fmt::format("{}: {}, {}", key, at_a == of_a.end() ? "-" : text_of(at_a->second),
                                at_b == of_b.end() ? "-" : text_of(at_b->second)));
@@ -222,9 +224,11 @@ std::string sweep_key(const PointRecord& p) {
   if (is_kernels(p))
     return fmt::format("kernels, {}, batch {}", kernel_point_name(p), integer_parameter(p, "run.batch", 1));
   const std::int64_t prefix = integer_parameter(p, "run.prefix", 0);
-  return fmt::format("{}, context {}{}, batch {}, forced branch {}", text_parameter(p, "task.kind"),
+  const std::string lengths =
+      p.batch.lengths.empty() ? "" : ", lengths " + text_parameter(p, "batch.distribution", "equal");
+  return fmt::format("{}, context {}{}, batch {}{}, forced branch {}", text_parameter(p, "task.kind"),
                      integer_parameter(p, "run.context", 0), prefix > 0 ? fmt::format(" after {}", prefix) : "",
-                     integer_parameter(p, "run.batch", 1), text_parameter(p, "run.force_branch", "none"));
+                     integer_parameter(p, "run.batch", 1), lengths, text_parameter(p, "run.force_branch", "none"));
 }
 
 /// The first point of each key.

@@ -26,7 +26,15 @@ double other_stages(const PointRecord& point) {
 }
 
 std::string count_text(double count) { return std::isnan(count) ? "-" : fmt::format("{:.10g}", count); }
+std::string rate_text(double rate) { return std::isnan(rate) ? "-" : fmt::format("{:.0f}", rate); }
 std::string percent_text(double share) { return std::isnan(share) ? "-" : fmt::format("{:.1f}%", 100 * share); }
+
+/// Tokens a second that a decode appends to all sequences; NaN where it is none, or was not timed.
+double decode_rate(const PointRecord& point) {
+  const double seconds = step_time(point).median;
+  if (text_parameter(point, "task.kind") != "decode" || !(seconds > 0)) return std::nan("");
+  return static_cast<double>(integer_parameter(point, "run.batch", 1)) / seconds;
+}
 
 /// The end of a metric's name, unique among the points of a sweep: "context_1024", "context_64_batch_4_force_sel".
 std::string point_name(const PointRecord& point) {
@@ -36,9 +44,28 @@ std::string point_name(const PointRecord& point) {
     name += fmt::format("_prefix_{}", prefix);
   const std::int64_t batch = integer_parameter(point, "run.batch", 1);
   if (batch != 1) name += fmt::format("_batch_{}", batch);
+  if (!point.batch.lengths.empty()) {
+    const std::string distribution = text_parameter(point, "batch.distribution", "equal");
+    name += "_" + (distribution == "equal" ? "listed" : distribution);
+  }
   const std::string forced = text_parameter(point, "run.force_branch", "none");
   if (forced != "none") name += "_force_" + forced;
   return name;
+}
+
+/// Time of a ragged batch over that of the same tokens in sequences of one length; NaN where `points` has no such one.
+double ragged_cost(const PointRecord& point, const std::vector<PointRecord>& points) {
+  if (point.batch.lengths.empty()) return std::nan("");
+  const auto same = [&](const char* key) {
+    return [&point, key](const PointRecord& other) {
+      return integer_parameter(other, key, 0) == integer_parameter(point, key, 0);
+    };
+  };
+  for (const PointRecord& other : points)
+    if (other.batch.lengths.empty() && same("run.context")(other) && same("run.batch")(other) &&
+        text_parameter(other, "run.force_branch") == text_parameter(point, "run.force_branch"))
+      return step_time(point).median / step_time(other).median;
+  return std::nan("");
 }
 
 using Metrics = std::vector<Metric>;
@@ -73,10 +100,12 @@ double peak_memory(const MemoryRecord& memory) {
   return static_cast<double>(*std::max_element(memory.measured_peak.end() - ranks, memory.measured_peak.end()));
 }
 
-Metrics metrics_of(const PointRecord& point) {
+Metrics metrics_of(const PointRecord& point, const std::vector<PointRecord>& points) {
   const std::string kind = text_parameter(point, "task.kind", "step"), name = point_name(point);
   Metrics metrics;
   add_time_metrics(metrics, point);
+  if (const double cost = ragged_cost(point, points); !std::isnan(cost))
+    metrics.push_back({kind + "_ragged_cost_" + name, fmt::format("{:.3f}", cost), "1"});
   if (kind == "kernels") metrics = kernel_metrics(point);
   if (const auto found = point.needle.find("found"); found != point.needle.end() && !found->second.empty()) {
     const auto hits = std::count(found->second.begin(), found->second.end(), 1.0);
@@ -128,6 +157,7 @@ TableColumns table_columns(const std::vector<PointRecord>& points) {
   for (const PointRecord& point : points) {
     columns.prefix |= integer_parameter(point, "run.prefix", 0) > 0;
     columns.batch |= integer_parameter(point, "run.batch", 1) != 1;
+    columns.rate |= text_parameter(point, "task.kind") == "decode" && integer_parameter(point, "run.batch", 1) != 1;
     columns.forced |= text_parameter(point, "run.force_branch", "none") != "none";
     columns.nsa_vibe |= !text_parameter(point, "output.csv").empty();
   }
@@ -143,6 +173,7 @@ void print_table_header(std::ostream& out, const TableColumns& columns) {
   if (columns.forced) fmt::print(out, " {:>6}", "forced");
   for (const char* name : {"total", "cmp", "rank", "sel", "win", "comm", "other"}) fmt::print(out, " {:>8}", name);
   fmt::print(out, " {:>6} {:>15}", "share", "reads");
+  if (columns.rate) fmt::print(out, " {:>8}", "tokens/s");
   if (columns.nsa_vibe) fmt::print(out, " {:>8}", "nsa-vibe");
   fmt::print(out, "\n");
 }
@@ -159,6 +190,7 @@ void print_table_row(std::ostream& out, const TableColumns& columns, const Point
   const ReadCounts reads = last_reads(point);
   fmt::print(out, " {:>6} {:>15}", percent_text(selection_share(point)),
              count_text(reads.counted) + "/" + count_text(reads.expected));
+  if (columns.rate) fmt::print(out, " {:>8}", rate_text(decode_rate(point)));
   if (columns.nsa_vibe) fmt::print(out, " {:>8}", count_text(reads.nsa_vibe));
   fmt::print(out, "{}{}{}\n", point.fallbacks.empty() ? "" : "  FALLBACK", point.noisy.empty() ? "" : "  NOISY",
              point.valid ? "" : "  INVALID");
@@ -173,6 +205,7 @@ void print_table_notes(std::ostream& out, const TableColumns& columns) {
              "cmp: compressed attention   rank: block scoring and top-n   sel: selected attention\n"
              "win: window attention       comm: exchanges among ranks     other: all other stages\n"
              "share: (rank + sel) / all stages   reads: tokens counted/expected, last step, one sequence and group\n");
+  if (columns.rate) fmt::print(out, "tokens/s: sequences / total\n");
   if (columns.nsa_vibe) fmt::print(out, "nsa-vibe: tokens by the formula of that project, cmp + n*l' + min(w, S)\n");
   fmt::print(out, "Times are medians over steps; the time of a step is that of its slowest rank.\n");
 }
@@ -201,6 +234,17 @@ void print_noise(std::ostream& out, const std::vector<PointRecord>& points) {
   for (const PointRecord& point : points) print_recovered(out, point);
   for (const PointRecord& point : points)
     for (const std::string& line : point.noisy) fmt::print(out, "noisy at {}: {}\n", point_name(point), line);
+}
+
+// One line for each ragged batch beside which the same tokens ran in sequences of one length.
+void print_ragged(std::ostream& out, const std::vector<PointRecord>& points) {
+  for (const PointRecord& point : points)
+    if (const double cost = ragged_cost(point, points); !std::isnan(cost))
+      fmt::print(out, "ragged at {}: {:.3f} x the time of equal lengths, longest {:.2f} x the mean{}\n",
+                 point_name(point), cost, point.batch.length_imbalance,
+                 point.batch.schedule_imbalance < 0
+                     ? ""
+                     : fmt::format(", most work of an SM {:.2f} x the mean", point.batch.schedule_imbalance));
 }
 
 // One line for each point that ran the scalar kernel: branches, shape, and how far that is from the tensor cores.
@@ -267,6 +311,7 @@ void print_notes(std::ostream& out, const std::vector<PointRecord>& points) {
     print_needle_notes(out);
   } else {
     print_table_notes(out, table_columns(points));
+    print_ragged(out, points);
     print_slowest(out, points);
     print_exchange(out, points);
   }
@@ -284,7 +329,7 @@ void print_points(std::ostream& out, const std::vector<PointRecord>& points, con
 
 void print_metrics(std::ostream& out, const std::vector<PointRecord>& points, const std::string& interrupted) {
   for (const PointRecord& point : points)
-    for (const Metric& metric : metrics_of(point))
+    for (const Metric& metric : metrics_of(point, points))
       fmt::print(out, "FOM {} = {} {}\n", metric.name, metric.value, metric.unit);
   if (const auto noisy = std::ranges::count_if(points, [](const PointRecord& p) { return !p.noisy.empty(); }))
     fmt::print(out, "NOISY: {} of {} points; something else than their own work decided their times\n", noisy,
@@ -304,7 +349,7 @@ std::string to_json(const RunRecord& run, const std::string& file, const std::ve
   for (const PointRecord& point : points) {
     for (const std::string& line : point.noisy) noisy.push_back(point_name(point) + ": " + line);
     // A look-up by key would take a time that grows with the square of the figures.
-    for (const Metric& metric : metrics_of(point))
+    for (const Metric& metric : metrics_of(point, points))
       figures.emplace_back(metric.name, Json{{"value", json_number(metric.value)}, {"unit", metric.unit}});
   }
   const Json document{{"file", file},

@@ -203,6 +203,18 @@ NoiseRecord read_noise(const h5::Handle& group) {
   return n;
 }
 
+BatchRecord read_batch(const h5::Handle& group) {
+  BatchRecord b;
+  const auto sequences = std::ssize(h5::read<std::int64_t>(group, "sequence"));
+  b.lengths = column<std::int64_t>(group, "length", {sequences});
+  if (b.lengths.empty()) throw h5::Error("dataset 'batch/length' is missing");
+  b.reads = column<std::int64_t>(group, "reads", {branches, sequences});
+  b.reads_expected = column<std::int64_t>(group, "reads_expected", {branches, sequences});
+  b.length_imbalance = h5::attribute_as<double>(group, "length_imbalance");
+  b.schedule_imbalance = h5::attribute_as<double>(group, "schedule_imbalance");
+  return b;
+}
+
 PhaseRecord read_phases(const h5::Handle& group) {
   PhaseRecord p;
   p.phases = h5::read<std::string>(group, "phase");
@@ -222,6 +234,7 @@ PointRecord read_point(const h5::Handle& group, std::int64_t index) {
   if (h5::has(group, "kernels")) p.kernels = read_kernels(h5::open_group(group, "kernels"));
   if (h5::has(group, "phases")) p.phases = read_phases(h5::open_group(group, "phases"));  // since 1.6
   if (h5::has(group, "noise")) p.noise = read_noise(h5::open_group(group, "noise"));
+  if (h5::has(group, "batch")) p.batch = read_batch(h5::open_group(group, "batch"));
   return p;
 }
 

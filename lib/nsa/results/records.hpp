@@ -97,6 +97,14 @@ struct NoiseRecord {
   std::vector<std::int64_t> cache_bytes;       ///< [rank], last-level cache of the device; 0: unknown
 };
 
+/// A ragged batch (docs/METRICS.md, "Ragged batches").
+struct BatchRecord {
+  std::vector<std::int64_t> lengths;                ///< [sequence] tokens before the first step; empty: not ragged
+  std::vector<std::int64_t> reads, reads_expected;  ///< [branch][sequence] at the last step, by all ranks
+  double length_imbalance = 0;                      ///< the longest length over the mean
+  double schedule_imbalance = -1;                   ///< most work of a CTA over the mean; < 0: the backend has none
+};
+
 struct PointRecord {
   std::int64_t index = 0;
   std::vector<Parameter> parameters;
@@ -128,6 +136,7 @@ struct PointRecord {
   std::vector<std::string> noisy;                     ///< why the point is NOISY, a line each; empty: it is not
   std::map<std::string, std::vector<double>> needle;  ///< kind = "needle": depth, position, block, found, abs_err
   KernelRecord kernels;                               ///< kind = "kernels"
+  BatchRecord batch;
 };
 
 struct RankSystem {

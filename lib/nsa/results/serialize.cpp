@@ -75,14 +75,20 @@ auto members(R& r) {
                   outliers, clock_max, cache);
 }
 
+template <Is<BatchRecord> R>
+auto members(R& r) {
+  auto& [lengths, reads, reads_expected, length_imbalance, schedule_imbalance] = r;
+  return std::tie(lengths, reads, reads_expected, length_imbalance, schedule_imbalance);
+}
+
 template <Is<PointRecord> R>
 auto members(R& r) {
   auto& [index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps, time,
          phases, reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange, fallbacks,
-         max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels] = r;
+         max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch] = r;
   return std::tie(index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps,
                   time, phases, reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange,
-                  fallbacks, max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels);
+                  fallbacks, max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch);
 }
 
 template <Is<ResultFile> R>

@@ -171,6 +171,21 @@ void write_kernels(const h5::Handle& point_group, const KernelRecord& k) {
   h5::write(group, "variant", k.variants, {"implementation"}, {"1", "kernel of the backend that ran"});
 }
 
+/// Writes lengths and reads over the sequences.
+void write_batch(const h5::Handle& point_group, const BatchRecord& b) {
+  const h5::Handle group = h5::create_group(point_group, "batch");
+  h5::write_scale(group, "sequence", indices(std::ssize(b.lengths)), {"1", "sequence"});
+  h5::write_scale<std::string>(group, "branch", {branch_names, branch_names + branches}, {"1", "branch of attention"});
+  h5::write(group, "length", b.lengths, {"sequence"}, {"1", "tokens before the first step"});
+  const auto column = [&](const char* name, const std::vector<std::int64_t>& values, const char* text) {
+    if (!values.empty()) h5::write(group, name, values, {"branch", "sequence"}, {"1", text});
+  };
+  column("reads", b.reads, "tokens read at the last step, counted where they are loaded");
+  column("reads_expected", b.reads_expected, "tokens read at the last step, from the shape alone");
+  h5::write_attribute(group, "length_imbalance", b.length_imbalance);
+  h5::write_attribute(group, "schedule_imbalance", b.schedule_imbalance);
+}
+
 /// Writes what may have disturbed each mode, over modes and ranks.
 void write_noise(const h5::Handle& point_group, const NoiseRecord& n) {
   const h5::Handle group = h5::create_group(point_group, "noise");
@@ -239,6 +254,7 @@ void write_point(const h5::Handle& file, const PointRecord& p) {
   if (!p.needle.empty()) write_needle(group, p);
   if (!p.kernels.implementations.empty()) write_kernels(group, p.kernels);
   if (!p.noise.modes.empty()) write_noise(group, p.noise);
+  if (!p.batch.lengths.empty()) write_batch(group, p.batch);
   if (!p.phases.phases.empty()) write_phases(group, p.phases);
   if (p.tensors.empty()) return;
   const h5::Handle tensors = h5::create_group(group, "tensors");

@@ -23,13 +23,14 @@ namespace {
 // Fills the caches with synthetic rows, so that decode at a long context needs no prefill.
 void fill_directly(ModelShard& shard, const TensorSource& source, std::int64_t positions) {
   const BlockRules& r = shard.shape().rules;
-  for (std::size_t layer = 0; layer < shard.caches.size(); ++layer) {
-    LayerCaches& cache = shard.caches[layer];
-    fill_kv(shard, source, sel, cache.sel, 0, positions);
-    fill_kv(shard, source, win, cache.win, std::max<std::int64_t>(0, positions - r.w), positions);
-    fill_kv(shard, source, cmp, cache.raw, std::max<std::int64_t>(0, positions - r.l), positions);
-    fill_kv(shard, source, cmp, cache.cmp, 0, compressed_tokens(r, positions - 1));
-  }
+  for (LayerCaches& cache : shard.caches)
+    for (const SequenceRange& some : equal_sequences(shard.point)) {
+      const std::int64_t end = end_of(shard.point, some, positions);
+      fill_kv(shard, source, sel, cache.sel, 0, end, &some);
+      fill_kv(shard, source, win, cache.win, std::max<std::int64_t>(0, end - r.w), end, &some);
+      fill_kv(shard, source, cmp, cache.raw, std::max<std::int64_t>(0, end - r.l), end, &some);
+      fill_kv(shard, source, cmp, cache.cmp, 0, compressed_tokens(r, end - 1), &some);
+    }
 }
 
 // Decode steps as one graph where the backend captures graphs; else, and to time each stage, their launches one by one.
@@ -108,6 +109,8 @@ class DecodePasses {
   std::string latest_problem() const;
   CheckResult check_rows(const StepContext& ctx, std::int64_t step) const;
   RankReads reads() const;
+  // The reads of each sequence of a ragged batch. Collective.
+  void record_batch() const;
   StepOutput output() const;
   void flip_caches() const;
 
@@ -161,6 +164,7 @@ bool DecodePasses::measured(const ModeRun& run, StageTimer& timer, const TakeSam
   if (run.timed == Timed::device || run.timed == Timed::queued) take_stamps(run, take);
   if (run.timed == Timed::queued) return true;  // its steps have the inputs of the first one
   if (run.options.leave_out < 0) record_reads(session_.world, shard_, reads(), record_);
+  if (run.options.leave_out < 0 && shard_.point.ragged()) record_batch();
   if (!config_.run.check || !computes_point_step(run, shard_.point)) return true;
   if (run.timed != Timed::stages) decode_.complete_output(run.options);
   // The prologue of a step whose stages are timed one by one may round a compressed token otherwise.
@@ -236,8 +240,10 @@ std::string DecodePasses::latest_problem() const {
 CheckResult DecodePasses::check_rows(const StepContext& ctx, std::int64_t step) const {
   CheckResult checked;
   const std::int64_t stride = std::max<std::int64_t>(1, shard_.planes() / 2);
-  for (std::int64_t plane = 0; plane < shard_.planes(); plane += stride)
-    checked.merge(check_row(ctx, plane, plane / shard_.shape().groups, shard_.point.context + step));
+  for (std::int64_t plane = 0; plane < shard_.planes(); plane += stride) {
+    const std::int64_t b = plane / shard_.shape().groups;
+    checked.merge(check_row(ctx, plane, b, shard_.point.length(b) + step));
+  }
   return checked;
 }
 
@@ -248,8 +254,27 @@ RankReads DecodePasses::reads() const {
   RankReads reads(steps);
   for (std::int64_t i = 0; i < std::ssize(log); ++i)
     reads.counted[i / planes % branches * steps + i / (planes * branches)] += log[i];
-  expect_decode(reads, shard_.partition, shard_.point.context, planes * config_.model.layers, selected);
+  expect_decode(reads, shard_.partition, shard_.point, config_.model.layers, selected);
   return reads;
+}
+
+void DecodePasses::record_batch() const {
+  const Point& point = shard_.point;
+  const std::int64_t planes = shard_.planes(), groups = shard_.shape().groups, last = config_.run.steps - 1;
+  const auto log = download_longs(shard_, decode_.reads_log().data(), config_.run.steps * branches * planes);
+  std::vector<std::int64_t> own(static_cast<std::size_t>(branches * point.batch), 0);
+  for (std::int64_t i = 0; i < branches * planes; ++i) own[i / groups] += log[last * branches * planes + i];
+  const std::vector<std::int64_t> ranks = session_.world.gather(own);
+  if (ranks.empty()) return;
+  BatchRecord& batch = record_.batch;
+  batch.reads.assign(own.size(), 0);
+  for (std::size_t i = 0; i < ranks.size(); ++i) batch.reads[i % own.size()] += ranks[i];
+  batch.reads_expected = sequence_reads(config_, point, last);
+  for (std::int64_t i = 0; i < std::ssize(batch.reads); ++i)
+    if (batch.reads[i] != batch.reads_expected[i])
+      record_.fail(std::string("reads of ") + branch_names[i / point.batch] + " of sequence " +
+                   std::to_string(i % point.batch) + " at the last step: counted " + std::to_string(batch.reads[i]) +
+                   ", expected " + std::to_string(batch.reads_expected[i]));
 }
 
 StepOutput DecodePasses::output() const {
@@ -264,6 +289,14 @@ void DecodePasses::flip_caches() const {
   Stream* stream = shard_.streams.compute;
   fault::flip("cache.k", shard_.device(), cache.k_memory.data(), cache.k_memory.bytes(), stream);
   fault::flip("cache.v", shard_.device(), cache.v_memory.data(), cache.v_memory.bytes(), stream);
+}
+
+void describe_batch(const ModelShard& shard, BatchRecord& batch) {
+  const Point& point = shard.point;
+  batch.lengths = point.lengths;
+  batch.length_imbalance = static_cast<double>(point.longest()) / static_cast<double>(point.context);
+  if (const auto imbalance = shard.kernels().schedule_imbalance)
+    batch.schedule_imbalance = imbalance(shard.shape(), decode_tile(shard, nullptr), point.lengths);
 }
 
 }  // namespace
@@ -297,7 +330,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   const bool records = config.records();
   std::optional<ModelShard> shard;
   agreed(world, [&] { shard.emplace(session.backend, world, config, point, source); });
-  fill_caches(session, *shard, source, point.context, progress);
+  fill_caches(session, *shard, source, point.longest(), progress);
   std::optional<DecodeRunner> decode;
   agreed(world, [&] { decode.emplace(*shard, &source, records); });
   decode->snapshot();
@@ -305,7 +338,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   DecodePasses passes(session, *shard, *decode, record);
   if (records) passes.recorded(source);
   decode->restore();
-  const std::uint64_t checksum = config.run.check ? cache_checksum(*shard, point.context, config.model.layers) : 0;
+  const std::uint64_t checksum = config.run.check ? cache_checksum(*shard, config.model.layers) : 0;
 
   const MeasuredTask task{
       [&] { decode->choose_plan(world); },
@@ -314,12 +347,13 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   passes.measure_phases();
   if (config.run.check) {
     decode->restore();
-    const bool same = cache_checksum(*shard, point.context, config.model.layers) == checksum;
+    const bool same = cache_checksum(*shard, config.model.layers) == checksum;
     gather_problems(world, same ? "" : "the cached K or V changed while the steps ran", record);
   }
   for (std::int64_t step = 0; step < config.run.steps; ++step)
     record.reads.nsa_vibe.push_back(nsa_vibe_reads(config.nsa, point.context + step));
-  record.first_position = point.context;
+  record.first_position = point.longest();
+  if (point.ragged()) describe_batch(*shard, record.batch);
   finish_point(world, *shard, samples, record);
   return shard->account;
 }

@@ -144,7 +144,7 @@ RunResult PrefillPasses::result() const {
   result.output = latest_output(shard_, prefill_.buffers(), rows, false);
   result.output.fallbacks = shard_.routes.fallbacks(Phase::prefill).size();
   result.reads = download_longs(shard_, prefill_.buffers().reads.data(), branches * shard_.planes());
-  result.caches = cache_checksum(shard_, total_positions(config_, shard_.point), 1);
+  result.caches = cache_checksum(shard_, 1);
   return result;
 }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "nsa/model/inputs.hpp"
+
 namespace nsa {
 
 namespace {
@@ -24,17 +26,20 @@ std::int64_t selected_tokens_read(const Partition& p, std::int64_t t, const std:
 
 }  // namespace
 
-void expect_decode(RankReads& reads, const Partition& p, std::int64_t first, std::int64_t lists,
+void expect_decode(RankReads& reads, const Partition& p, const Point& point, std::int64_t layers,
                    const std::vector<std::int32_t>& selected) {
-  const std::int64_t width = lists * p.shape.rules.n_sel;
+  const std::int64_t lists = layers * p.shape.groups, width = p.shape.groups * p.shape.rules.n_sel;
   for (std::int64_t step = 0; step < reads.steps; ++step) {
-    const std::int64_t t = first + step;
-    reads.expected[cmp * reads.steps + step] =
-        lists * owned_rows(p.compressed(false), compressed_tokens(p.shape.rules, t));
-    reads.expected[win * reads.steps + step] = lists * window_slots_read(p, t);
-    reads.expected[sel * reads.steps + step] = p.kv == 1
-                                                   ? lists * expected_reads(p.shape.rules, t).branch[sel]
-                                                   : selected_tokens_read(p, t, selected.data() + step * width, width);
+    const auto add = [&](Branch branch, std::int64_t n) { reads.expected[branch * reads.steps + step] += n; };
+    for (std::int64_t b = 0; b < point.batch; ++b) {
+      const std::int64_t t = point.length(b) + step;
+      add(cmp, lists * owned_rows(p.compressed(false), compressed_tokens(p.shape.rules, t)));
+      add(win, lists * window_slots_read(p, t));
+      if (p.kv == 1) add(sel, lists * expected_reads(p.shape.rules, t).branch[sel]);
+      for (std::int64_t layer = 0; p.kv > 1 && layer < layers; ++layer)
+        add(sel,
+            selected_tokens_read(p, t, selected.data() + ((step * layers + layer) * point.batch + b) * width, width));
+    }
   }
 }
 
@@ -49,14 +54,27 @@ void expect_prefill(RankReads& reads, const Partition& p, std::int64_t first, st
 
 std::vector<std::int64_t> total_reads(const Config& config, const Point& point) {
   const bool prefill = config.kind == TaskKind::prefill;
-  const std::int64_t steps = prefill ? 1 : config.run.steps, first = prefill ? config.run.prefix : point.context;
-  const std::int64_t positions = prefill ? point.context : steps;
-  const std::int64_t lists = point.batch * config.model.n_kv_groups * config.model.layers;
+  const std::int64_t steps = prefill ? 1 : config.run.steps, positions = prefill ? point.context : steps;
+  const std::int64_t lists = config.model.n_kv_groups * config.model.layers;
   std::vector<std::int64_t> totals(branches * steps, 0);
-  for (std::int64_t i = 0; i < positions; ++i)
-    for (int c = 0; c < branches; ++c)
-      totals[c * steps + (prefill ? 0 : i)] += lists * expected_reads(config.nsa, first + i).branch[c];
+  for (const SequenceRange& some : equal_sequences(point)) {
+    const std::int64_t first = prefill ? config.run.prefix : point.length(some.begin);
+    for (std::int64_t i = 0; i < positions; ++i) {
+      const ExpectedReads reads = expected_reads(config.nsa, first + i);
+      for (int c = 0; c < branches; ++c) totals[c * steps + (prefill ? 0 : i)] += some.count * lists * reads.branch[c];
+    }
+  }
   return totals;
+}
+
+std::vector<std::int64_t> sequence_reads(const Config& config, const Point& point, std::int64_t step) {
+  const std::int64_t lists = config.model.n_kv_groups * config.model.layers;
+  std::vector<std::int64_t> reads(static_cast<std::size_t>(branches * point.batch));
+  for (std::int64_t b = 0; b < point.batch; ++b) {
+    const ExpectedReads expected = expected_reads(config.nsa, point.length(b) + step);
+    for (int c = 0; c < branches; ++c) reads[c * point.batch + b] = lists * expected.branch[c];
+  }
+  return reads;
 }
 
 ReadTable gather_reads(const ControlComm& world, const RankReads& reads) {

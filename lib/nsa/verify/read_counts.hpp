@@ -18,9 +18,9 @@ struct RankReads {
   explicit RankReads(std::int64_t n) : steps(n), counted(branches * n), expected(branches * n) {}
 };
 
-/// Expected reads of decode steps at positions first, first + 1, ... on one rank. `selected` [steps][lists][n] are
+/// Adds the expected reads of the decode steps of a point on one rank. `selected` [steps][layers][batch][groups][n] are
 /// the chosen blocks; they are used only where there are several kv ranks, to count the blocks that this rank owns.
-void expect_decode(RankReads& reads, const Partition& partition, std::int64_t first, std::int64_t lists,
+void expect_decode(RankReads& reads, const Partition& partition, const Point& point, std::int64_t layers,
                    const std::vector<std::int32_t>& selected);
 
 /// Expected reads of a prefill of positions [first, end): this rank's query rows, each with every token it attends.
@@ -29,6 +29,9 @@ void expect_prefill(RankReads& reads, const Partition& partition, std::int64_t f
 
 /// What all ranks together must read, [branch][step]. A prefill counts as one step.
 std::vector<std::int64_t> total_reads(const Config& config, const Point& point);
+
+/// What all ranks together must read of each sequence of a batch at a decode step, [branch][sequence].
+std::vector<std::int64_t> sequence_reads(const Config& config, const Point& point, std::int64_t step);
 
 /// Gathers the reads of all ranks on rank 0. Collective.
 ReadTable gather_reads(const ControlComm& world, const RankReads& reads);

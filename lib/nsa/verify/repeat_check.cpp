@@ -12,12 +12,14 @@ namespace nsa {
 
 namespace {
 
-void add_rows(ModelShard& shard, const KvPair& pair, std::int64_t first, std::int64_t last) {
+void add_rows(ModelShard& shard, const KvPair& pair, const SequenceRange& sequences, std::int64_t first,
+              std::int64_t last) {
+  const LayerShape& s = shard.shape();
   for (const KvView& view : {pair.k, pair.v})
     if (view.data && first < last)
-      shard.kernels().checksum(
-          {shard.shape().dtype, view, shard.planes(), first, last, shard.checksum.as<std::uint64_t>()},
-          shard.streams.compute);
+      shard.kernels().checksum({s.dtype, of_sequences(view, sequences, s.groups, s.dtype), sequences.count * s.groups,
+                                first, last, shard.checksum.as<std::uint64_t>()},
+                               shard.streams.compute);
 }
 
 /// The largest difference; infinite where a value is not finite.
@@ -32,15 +34,18 @@ double difference(const std::vector<float>& got, const std::vector<float>& expec
 
 }  // namespace
 
-std::uint64_t cache_checksum(ModelShard& shard, std::int64_t positions, std::int64_t layers) {
+std::uint64_t cache_checksum(ModelShard& shard, std::int64_t layers) {
   const BlockRules& r = shard.shape().rules;
   shard.device().fill(shard.checksum.data(), 0, shard.checksum.bytes(), shard.streams.compute);
   for (std::int64_t layer = 0; layer < layers; ++layer) {
     const LayerCaches& cache = shard.caches[static_cast<std::size_t>(layer)];
-    add_rows(shard, cache.sel, 0, positions);
-    add_rows(shard, cache.cmp, 0, compressed_tokens(r, positions - 1));
-    add_rows(shard, cache.win, std::max<std::int64_t>(0, positions - r.w), positions);
-    add_rows(shard, cache.raw, std::max<std::int64_t>(0, positions - r.l), positions);
+    for (const SequenceRange& some : equal_sequences(shard.point)) {
+      const std::int64_t positions = shard.config.run.prefix + shard.point.length(some.begin);
+      add_rows(shard, cache.sel, some, 0, positions);
+      add_rows(shard, cache.cmp, some, 0, compressed_tokens(r, positions - 1));
+      add_rows(shard, cache.win, some, std::max<std::int64_t>(0, positions - r.w), positions);
+      add_rows(shard, cache.raw, some, std::max<std::int64_t>(0, positions - r.l), positions);
+    }
   }
   return static_cast<std::uint64_t>(download_longs(shard, shard.checksum.data(), 1)[0]);
 }

@@ -10,9 +10,9 @@
 
 namespace nsa {
 
-/// Checksum of this rank's cached rows of the first `positions` positions, in the first `layers` layers: K and V of sel
-/// and cmp, and the rings. Any changed bit changes it.
-std::uint64_t cache_checksum(ModelShard& shard, std::int64_t positions, std::int64_t layers);
+/// Checksum of this rank's cached rows of the prefix and the context of every sequence, in the first `layers` layers: K
+/// and V of sel and cmp, and the rings. Any changed bit changes it.
+std::uint64_t cache_checksum(ModelShard& shard, std::int64_t layers);
 
 /// The output of the last step or tile on this rank: o [rows, heads, d_v] and, in decode of whole layers, y [rows,
 /// dim].

@@ -147,14 +147,16 @@ std::vector<TensorRecord> compressed_tensors(ModelShard& shard, std::int64_t pos
     SharedTensor all(value ? "v_cmp_tokens" : "k_cmp_tokens",
                      {shard.point.batch, tokens, shard.config.model.n_kv_groups, view.width},
                      {"batch", "compressed_token", "group", value ? "d_v" : "d_k"}, tokens);
-    for (std::int64_t plane = 0; plane < shard.planes(); ++plane)
-      for (std::int64_t i = 0; i < tokens; ++i) {
+    for (std::int64_t plane = 0; plane < shard.planes(); ++plane) {
+      const std::int64_t shorter = shard.point.longest() - shard.point.length(plane / s.groups);
+      for (std::int64_t i = 0; i < compressed_tokens(s.rules, positions - shorter - 1); ++i) {
         if (p.kv > 1 && owner_of_chunk(view.map, chunk_of(view.map, i)) != p.kv_rank) continue;
         const auto* from = static_cast<std::byte*>(view.data) +
                            offset_of(view, plane, i) * static_cast<std::int64_t>(size_of(s.dtype));
         const std::vector<float> row = download(shard, from, view.width, s.dtype);
         all.store(plane / s.groups, i, (p.group_begin + plane % s.groups) * view.width, row.data(), view.width);
       }
+    }
     list.push_back(all.reduce(world));
   }
   return list;

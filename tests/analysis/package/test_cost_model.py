@@ -29,6 +29,13 @@ def test_bytes_are_those_the_program_stored(file):
         assert traffic.modelled_bytes(traffic.shape_of(point)) == dict(zip(STAGES, point.bytes[:, 0].tolist()))
 
 
+@pytest.mark.parametrize("key, value", [("batch.context", "64,300"), ("batch.distribution", "zipf")])
+def test_a_ragged_batch_has_no_shape(key, value):
+    parameters = synthetic.PARAMETERS | {"heads": 1, "kv": 1, "batch.context": "", "batch.distribution": "equal"}
+    assert traffic.shape_of(types.SimpleNamespace(kind="decode", parameters=parameters))
+    assert traffic.shape_of(types.SimpleNamespace(kind="decode", parameters=parameters | {key: value})) is None
+
+
 PREFIX = """task.kind = "prefill"
 model = { dim = 32, n_heads = 4, n_kv_groups = 2, d_k = 16, d_v = 16 }
 nsa = { l = 8, d = 4, l_sel = 16, n_sel = 5, w = 24 }

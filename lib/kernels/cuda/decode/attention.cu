@@ -4,8 +4,13 @@
 //
 // Where cmp alone fills the GPU, every CTA takes a split of win and then one of cmp, so that all finish together; where
 // it does not, win has CTAs of its own.
+//
+// Of a ragged batch the tiles are dealt by length (attention/tile_schedule.cuh).
 
 #include <algorithm>
+#include <functional>
+#include <numeric>
+#include <vector>
 
 #include "kernels/cuda/attention/kv_tiles.cuh"
 #include "kernels/cuda/attention/online_softmax.cuh"
@@ -23,8 +28,7 @@ constexpr int threads = 128;
 
 struct MergeBranchesParams {
   CombineArgs a;
-  const float* partials[branches];  // [work item][splits][partial]
-  int splits[branches];
+  DecodeJob jobs[branches];
   int tiles, heads;  // head tiles of a group, heads of a tile
 };
 
@@ -38,28 +42,29 @@ __global__ void __launch_bounds__(threads) merge_branches_kernel(const __grid_co
   if (rh >= p.a.tile.rows() * s.heads()) return;
   const int group = rh / s.heads_per_group, in_group = rh % s.heads_per_group;  // row * groups + g
   const int head = in_group % p.heads;
-  const std::int64_t work_item = std::int64_t{group} * p.tiles + in_group / p.heads;
+  const int rows = static_cast<int>(p.a.tile.rows()), work_item = group * p.tiles + in_group / p.heads;
   const std::int64_t partial_stride = decode_partial_floats(p.heads, s.d_v);
   float4 sum = {};
 #pragma unroll
   for (int b = 0; b < branches; ++b) {
     if (p.a.leave_out[b]) continue;
-    const float* partial = p.partials[b] + work_item * p.splits[b] * partial_stride;
+    const PartialRange range = partials_of(p.jobs[b], s, rows, p.tiles, work_item);
+    const float* partial = p.jobs[b].partials + range.first * partial_stride;
     SoftmaxState<Exp2> state;
     float4 o = {};
-    for (int i0 = 0; i0 < p.splits[b]; i0 += 4) {
+    for (int i0 = 0; i0 < range.count; i0 += 4) {
       float2 ms[4];
       float4 x[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (i0 + i >= p.splits[b]) break;
+        if (i0 + i >= range.count) break;
         const float* from = partial + (i0 + i) * partial_stride;
         ms[i] = reinterpret_cast<const float2*>(from + p.heads * s.d_v)[head];
         x[i] = reinterpret_cast<const float4*>(from)[head * column_quads + column_quad];
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (i0 + i >= p.splits[b]) break;
+        if (i0 + i >= range.count) break;
         merge_partial(state, o, ms[i], x[i]);
       }
     }
@@ -72,17 +77,52 @@ __global__ void __launch_bounds__(threads) merge_branches_kernel(const __grid_co
   store(to, sum.x), store(to + 1, sum.y), store(to + 2, sum.z), store(to + 3, sum.w);
 }
 
-// A job whose partials begin at `partials`, which is advanced past them.
-DecodeJob make_job(Branch branch, const AttendArgs& a, int splits, float*& partials) {
-  const DecodeJob job = decode_job(branch, a, splits, partials);
-  partials +=
-      decode_work_items(a.shape, a.tile) * splits * decode_partial_floats(decode_heads(a.shape.dtype), a.shape.d_v);
+// Advances `partials` past those of the job.
+DecodeJob place(const DecodeJob& job, const AttendArgs& a, float*& partials) {
+  partials += partial_count(job, a.shape, a.tile) * decode_partial_floats(decode_heads(a.shape.dtype), a.shape.d_v);
   return job;
 }
 
 int splits_for(Branch branch, const AttendArgs& a) {
   return decode_splits(decode_work_items(a.shape, a.tile),
                        max_kv_tiles(branch, a.shape, a.k.map, a.tile.max_positions));
+}
+
+// The jobs of a step, by branch.
+struct StepJobs {
+  DecodeJob of[branches];
+};
+StepJobs split_jobs(const AttentionArgs& a, const DecodeParams& p, float* partials) {
+  const AttendArgs &cmp_args = a.attend[cmp], &sel_args = a.attend[sel], &win_args = a.attend[win];
+  const int row_groups = static_cast<int>(p.tile.rows()) * p.shape.groups, cmp_splits = splits_for(cmp, cmp_args);
+  const bool shares_ctas = row_groups * p.head_tiles * cmp_splits > limits().sms;
+  StepJobs jobs;
+  jobs.of[cmp] = place(decode_job(cmp, cmp_args, cmp_splits, partials), cmp_args, partials);
+  const int win_splits = shares_ctas ? cmp_splits : splits_for(win, win_args);
+  jobs.of[win] = place(decode_job(win, win_args, win_splits, partials), win_args, partials);
+  if (!shares_ctas) jobs.of[win].first_cta = row_groups * cmp_splits;
+  jobs.of[sel] = place(decode_job(sel, sel_args, splits_for(sel, sel_args), partials), sel_args, partials);
+  return jobs;
+}
+// The tiles of a ragged batch dealt by length.
+StepJobs dealt_jobs(const AttentionArgs& a, const DecodeParams& p, float* partials, Stream* stream) {
+  const TileSchedules schedules = schedules_at(partials, p.tile);
+  launch_schedules(p.shape, p.tile, a.attend[cmp].k.map, a.attend[win].k.map, schedules, stream);
+  partials += schedule_words(p.tile);
+  StepJobs jobs;
+  for (const Branch b : {cmp, sel, win})
+    jobs.of[b] = place(dealt_job(b, a.attend[b], schedules, partials), a.attend[b], partials);
+  return jobs;
+}
+
+// The most work of a slot over the mean of all, where each in turn takes the longest sequence and group that is left.
+double longest_first_imbalance(const LayerShape& s, std::vector<std::int64_t> tiles, int slots) {
+  std::ranges::sort(tiles, std::greater<>());
+  std::vector<std::int64_t> work(static_cast<std::size_t>(std::max(1, slots)), 0);
+  for (const std::int64_t of_sequence : tiles)
+    for (int g = 0; g < s.groups; ++g) *std::ranges::min_element(work) += of_sequence;
+  const double sum = static_cast<double>(std::accumulate(work.begin(), work.end(), std::int64_t{0}));
+  return static_cast<double>(*std::ranges::max_element(work)) * static_cast<double>(work.size()) / sum;
 }
 
 }  // namespace
@@ -98,46 +138,52 @@ bool decode_attention_accepts(const AttentionArgs& a) {
   return reads;
 }
 
+const char* decode_attention_variant(const AttentionArgs& a) {
+  return a.combine.tile.ragged() && !fused_decode_accepts(a) ? "dealt" : "step";
+}
+
+double schedule_imbalance(const LayerShape& s, const QueryTile& tile, std::span<const std::int64_t> positions) {
+  std::vector<std::int64_t> tiles;  // of a group
+  for (const std::int64_t t : positions)
+    tiles.push_back((compressed_tokens(s.rules, t) + s.lse.segment - 1) / s.lse.segment * tiles_per_span(cmp, s));
+  const std::int64_t total = std::accumulate(tiles.begin(), tiles.end(), std::int64_t{0}) * s.groups;
+  if (total == 0) return 1.0;
+  if (const int slots = fused_slots(s, tile); slots > 0) return longest_first_imbalance(s, tiles, slots);
+  const std::int64_t ctas = dealt_ctas(s), share = (total + ctas * decode_warps - 1) / (ctas * decode_warps);
+  return static_cast<double>(std::min(share * decode_warps, total) * ctas) / static_cast<double>(total);
+}
+
 void decode_attention(const AttentionArgs& a, Stream* stream) {
   const LayerShape& s = a.combine.shape;
   const QueryTile& tile = a.combine.tile;
   if (tile.rows() == 0) return;
   if (try_fused_decode(a, stream)) return;
   const AttendArgs& cmp_args = a.attend[cmp];
-  const int row_groups = static_cast<int>(tile.rows()) * s.groups;
   const bool* leave_out = a.combine.leave_out;
   DecodeParams p = decode_params(s, tile, cmp_args.q);
   set_cmp_outputs(p, cmp_args);
-  const bool separate_buckets = !leave_out[sel] && merges_separately(cmp, 1, p.max_tiles);
+  const bool separate_buckets = !leave_out[sel] && (tile.ragged() || merges_separately(cmp, 1, p.max_tiles));
   p.epilogue = leave_out[sel] || separate_buckets ? DecodeEpilogue::store_partials : DecodeEpilogue::merge_buckets;
   p.arrivals = arrival_counters(cmp);
   float* partials = static_cast<float*>(cmp_args.scratch) + tile_lse_floats(s, tile);
 
-  const int cmp_splits = splits_for(cmp, cmp_args);
-  const bool shares_ctas = row_groups * p.head_tiles * cmp_splits > limits().sms;
-  const DecodeJob cmp_job = make_job(cmp, cmp_args, cmp_splits, partials);
-  DecodeJob win_job = make_job(win, a.attend[win], shares_ctas ? cmp_splits : splits_for(win, a.attend[win]), partials);
-  if (!shares_ctas) win_job.first_cta = row_groups * cmp_splits;
-  if (!leave_out[win]) p.jobs[p.job_count++] = win_job;
-  p.jobs[p.job_count++] = cmp_job;
+  const StepJobs jobs = tile.ragged() ? dealt_jobs(a, p, partials, stream) : split_jobs(a, p, partials);
+  if (!leave_out[win]) p.jobs[p.job_count++] = jobs.of[win];
+  p.jobs[p.job_count++] = jobs.of[cmp];
   launch_decode(p, stream);
   if (separate_buckets) launch_merge_splits({.launch = p, .buckets = true}, stream);
 
-  const DecodeJob sel_job = make_job(sel, a.attend[sel], splits_for(sel, a.attend[sel]), partials);
   if (!leave_out[sel]) {
     rank(a.rank, stream);
     p.epilogue = DecodeEpilogue::store_partials;
     p.selected = a.rank.selected;
-    p.jobs[0] = sel_job;
+    p.jobs[0] = jobs.of[sel];
     p.job_count = 1;
     launch_decode(p, stream);
   }
 
-  const MergeBranchesParams merge{a.combine,
-                                  {cmp_job.partials, sel_job.partials, win_job.partials},
-                                  {cmp_job.splits, sel_job.splits, win_job.splits},
-                                  p.head_tiles,
-                                  decode_heads(s.dtype)};
+  const MergeBranchesParams merge{
+      a.combine, {jobs.of[cmp], jobs.of[sel], jobs.of[win]}, p.head_tiles, decode_heads(s.dtype)};
   const std::int64_t items = tile.rows() * s.heads() * (s.d_v / 4);
   with_type(s.dtype, [&](auto type) {
     launch_pdl(merge_branches_kernel<decltype(type)>, dim3(static_cast<unsigned>((items + threads - 1) / threads)),

@@ -36,6 +36,14 @@ DecodeParams local_attention_params(const ShardedAttentionArgs& a) {
   if (leaves_sums(s)) p.block_sums = tile_sums(p.scores, p.max_tiles, decode_heads(s.dtype));
   p.keeps_scores = keeps_scores(p.block_sums.memory ? work_items * p.block_sums.item_floats
                                                     : std::int64_t{tile.rows()} * s.heads() * p.pitch);
+  float* cmp_partials = static_cast<float*>(cmp_args.scratch) + tile_lse_floats(s, tile);
+  if (tile.ragged()) {
+    const TileSchedules schedules = schedules_at(cmp_partials, tile);
+    if (!a.combine.leave_out[win])
+      p.jobs[p.job_count++] = dealt_job(win, win_args, schedules, static_cast<float*>(win_args.scratch));
+    p.jobs[p.job_count++] = dealt_job(cmp, cmp_args, schedules, cmp_partials + schedule_words(tile));
+    return p;
+  }
   const int cmp_splits = decode_splits(work_items, p.max_tiles);
   // Where cmp alone fills the GPU, some of its CTAs take win too.
   const bool shares_ctas = work_items * cmp_splits > limits().sms;
@@ -47,7 +55,6 @@ DecodeParams local_attention_params(const ShardedAttentionArgs& a) {
     job.ctas = shares_ctas ? cmp_splits : 0;
     p.jobs[p.job_count++] = job;
   }
-  float* cmp_partials = static_cast<float*>(cmp_args.scratch) + tile_lse_floats(s, tile);
   p.jobs[p.job_count++] = decode_job(cmp, cmp_args, cmp_splits, cmp_partials);
   return p;
 }
@@ -94,8 +101,13 @@ bool sharded_attention_accepts(const ShardedAttentionArgs& a) {
 void local_attention(const ShardedAttentionArgs& a, Stream* stream) {
   MergeParams merge{local_attention_params(a)};
   DecodeParams& launch = merge.launch;
-  launch_decode(launch, stream);
   const LayerShape& s = launch.shape;
+  if (launch.tile.ragged()) {
+    float* scratch = static_cast<float*>(a.attend[cmp].scratch) + tile_lse_floats(s, launch.tile);
+    launch_schedules(s, launch.tile, a.attend[cmp].k.map, a.attend[win].k.map, schedules_at(scratch, launch.tile),
+                     stream);
+  }
+  launch_decode(launch, stream);
   const std::int64_t buckets = s.lse.buckets / a.combine.ranks;
   merge.buckets = true;
   merge.win_lse = launch.lse + buckets * launch.tile.rows() * s.heads() * 2;

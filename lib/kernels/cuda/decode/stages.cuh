@@ -8,6 +8,10 @@ namespace nsa::gpu {
 /// All branches, rank and combine in one launch (decode/fused/launch.cu) or four (decode/attention.cu).
 bool decode_attention_accepts(const AttentionArgs&);
 void decode_attention(const AttentionArgs&, Stream*);
+/// "step", or "dealt" where the tiles of a ragged batch are dealt by length.
+const char* decode_attention_variant(const AttentionArgs&);
+/// KernelTable::schedule_imbalance, of a rank that holds all K and V.
+double schedule_imbalance(const LayerShape&, const QueryTile&, std::span<const std::int64_t> positions);
 
 /// The launches between the exchanges of a step whose sequences are sharded over ranks. decode/sharded.cu
 bool sharded_attention_accepts(const ShardedAttentionArgs&);

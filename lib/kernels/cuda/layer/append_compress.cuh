@@ -25,8 +25,9 @@ __device__ void append_element(const QueryTile& tile, int groups, const T* from,
 struct TokenRange {
   std::int64_t begin, end;
 };
-__device__ __forceinline__ TokenRange completed(const LayerShape& s, const QueryTile& tile) {
-  const std::int64_t first = *tile.first_position;
+/// The compressed tokens that the tile's i-th sequence completes.
+__device__ __forceinline__ TokenRange completed(const LayerShape& s, const QueryTile& tile, std::int64_t i) {
+  const std::int64_t first = first_position(tile, i);
   return {compressed_tokens(s.rules, first - 1), compressed_tokens(s.rules, first + tile.tokens - 1)};
 }
 /// Whether the buffer `cmp` holds token i, as a row of a chunk or of a halo.

@@ -76,7 +76,7 @@ __global__ void fill_rows_kernel(FillRowsArgs a) {
     const std::int64_t b = p / a.groups, g = p % a.groups;
     T value;
     const std::uint64_t row = source_row(a.key, static_cast<std::uint64_t>(i), a.repeat);
-    store(&value, a.scale * synthetic_value(a.key, static_cast<std::uint32_t>(b), row,
+    store(&value, a.scale * synthetic_value(a.key, static_cast<std::uint32_t>(a.batch_begin + b), row,
                                             static_cast<std::uint32_t>((a.group_begin + g) * width + e)));
     T* data = static_cast<T*>(a.dst.data);
     if (map.ring > 0) {
@@ -103,10 +103,8 @@ __global__ void advance_kernel(AdvanceArgs a) {
   if (a.selected && a.selected_log && step < a.log_steps)
     for (std::int64_t i = threadIdx.x; i < a.selected_count; i += blockDim.x)
       a.selected_log[step * a.selected_count + i] = a.selected[i];
-  if (threadIdx.x == 0) {
-    *a.position += 1;
-    *a.step = step + 1;
-  }
+  for (std::int64_t i = threadIdx.x; i < a.positions; i += blockDim.x) a.position[i] += 1;
+  if (threadIdx.x == 0) *a.step = step + 1;
 }
 
 template <class T>

@@ -21,9 +21,10 @@ std::int64_t max_completed(const LayerShape& s, const QueryTile& tile) { return 
 template <class T>
 __global__ void mean_kernel(CompressArgs a, std::int64_t max_tokens) {
   griddep_wait();
-  const TokenRange tokens = completed(a.shape, a.tile);
+  const std::int64_t in_tile = blockIdx.x / max_tokens,
+                     plane = std::int64_t{a.tile.batch_begin} * a.shape.groups + in_tile;
+  const TokenRange tokens = completed(a.shape, a.tile, in_tile / a.shape.groups);
   const std::int64_t i = tokens.begin + blockIdx.x % max_tokens;
-  const std::int64_t plane = std::int64_t{a.tile.batch_begin} * a.shape.groups + blockIdx.x / max_tokens;
   if (i >= tokens.end || !is_wanted(a.k_cmp, a.fill_halo, i)) return;
   mean_of<T>(a.shape, a.k_raw, a.k_cmp, a.fill_halo, plane, i);
   mean_of<T>(a.shape, a.v_raw, a.v_cmp, a.fill_halo, plane, i);
@@ -41,9 +42,9 @@ __global__ void mlp_kernel(CompressArgs a, std::int64_t max_tokens) {
   const int width = cmp.width, hidden_units = a.shape.phi_hidden;
   float *x = shared, *hidden = shared + tokens_per_cta * width;
   const std::int64_t strips = (max_tokens + tokens_per_cta - 1) / tokens_per_cta;
-  const TokenRange tokens = completed(a.shape, a.tile);
+  const std::int64_t in_tile = blockIdx.x / strips, plane = std::int64_t{a.tile.batch_begin} * a.shape.groups + in_tile;
+  const TokenRange tokens = completed(a.shape, a.tile, in_tile / a.shape.groups);
   const std::int64_t begin = tokens.begin + blockIdx.x % strips * tokens_per_cta;
-  const std::int64_t plane = std::int64_t{a.tile.batch_begin} * a.shape.groups + blockIdx.x / strips;
   bool wanted[tokens_per_cta], any = false;
   for (int n = 0; n < tokens_per_cta; ++n)
     any |= wanted[n] = begin + n < tokens.end && is_wanted(cmp, a.fill_halo, begin + n);

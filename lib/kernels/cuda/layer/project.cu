@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(gate_threads) decode_prologue_kernel(const __g
   if (!p.compresses) return;
   __syncthreads();
   const CompressArgs& c = p.a.compress;
-  const TokenRange tokens = completed(s, tile);
+  const TokenRange tokens = completed(s, tile, work_item / s.groups);
   if (tokens.begin == tokens.end || !is_wanted(c.k_cmp, c.fill_halo, tokens.begin)) return;
   mean_of<T>(s, c.k_raw, c.k_cmp, c.fill_halo, plane, tokens.begin);
   mean_of<T>(s, c.v_raw, c.v_cmp, c.fill_halo, plane, tokens.begin);

@@ -145,7 +145,9 @@ void attend_cmp(const AttendArgs& args, Stream*) {
   if (!holds_all_chunks(map) && map.chunk != args.shape.lse.segment)
     throw InternalError(
         "compressed chunks differ from the LSE segment (the map is cut otherwise than shape.lse.segment)");
-  const std::int64_t last = compressed_tokens(args.shape.rules, *args.tile.first_position + args.tile.tokens - 1) - 1;
+  std::int64_t longest = 0;
+  for (std::int64_t i = 0; i < args.tile.batches; ++i) longest = std::max(longest, first_position(args.tile, i));
+  const std::int64_t last = compressed_tokens(args.shape.rules, longest + args.tile.tokens - 1) - 1;
   for (std::int64_t c = chunk_of(map, std::max<std::int64_t>(last, 0)); !holds_all_chunks(map) && last >= 0; ++c) {
     if (c * map.chunk - map.halo > last) break;
     const std::int64_t row = row_in_chunk(map, c, std::min(c * map.chunk, last));

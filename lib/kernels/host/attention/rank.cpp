@@ -51,7 +51,7 @@ RankItem rank_item_of(const RankArgs& args, std::int64_t index, float* p) {
   RankItem item;
   item.row = index / args.shape.groups;
   item.group = index % args.shape.groups;
-  item.t = *args.tile.first_position + item.row % args.tile.tokens;
+  item.t = position_of_row(args.tile, item.row);
   item.valid = compressed_tokens(args.shape.rules, item.t);
   item.p = p;
   return item;

@@ -131,7 +131,7 @@ void store_rows(const AttendArgs& args, const SharedRowBuffers& buffers, const W
 void attend_item(const AttendArgs& args, const Widths& w, SharedRowBuffers& buffers, RowsByBlock& rows_by_block,
                  std::int32_t b, std::int32_t g, int row, int rows) {
   const LayerShape& s = args.shape;
-  const std::int64_t t0 = *args.tile.first_position + row, tile_row = std::int64_t{b} * args.tile.tokens + row;
+  const std::int64_t t0 = first_position(args.tile, b) + row, tile_row = std::int64_t{b} * args.tile.tokens + row;
   const std::int64_t plane = std::int64_t{args.tile.batch_begin + b} * s.groups + g;
   const std::int64_t blocks = eligible_blocks(s.rules, t0 + rows - 1);
   rows_by_block.collect(args, tile_row, g, rows, blocks);

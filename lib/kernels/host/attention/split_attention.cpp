@@ -77,7 +77,7 @@ WorkItem work_item_of(const AttendArgs& args, int rows_per_item, std::int64_t in
   item.b = static_cast<std::int32_t>(index / blocks / args.shape.groups);
   item.row = block * rows_per_item;
   item.rows = std::min(rows_per_item, tile.tokens - item.row);
-  item.t0 = *tile.first_position + item.row;
+  item.t0 = first_position(tile, item.b) + item.row;
   item.plane = std::int64_t{tile.batch_begin + item.b} * args.shape.groups + item.g;
   item.tile_row = std::int64_t{item.b} * tile.tokens + item.row;
   return item;

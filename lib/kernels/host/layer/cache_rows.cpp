@@ -31,12 +31,11 @@ std::int64_t chunks_before(const RowMap& map, std::int64_t last, std::int64_t sp
 void append_rows(const AppendArgs& args, const void* rows, const KvView& cache) {
   const QueryTile& tile = args.tile;
   const LayerShape& s = args.shape;
-  const std::int64_t t0 = *tile.first_position;
-  const std::int64_t first_kept = cache.map.ring > 0 ? t0 + tile.tokens - cache.map.ring : 0;
+  const std::int64_t first_kept = cache.map.ring > 0 ? tile.tokens - cache.map.ring : 0;  // of a sequence's rows
 #pragma omp parallel for if (tile.rows() > 16)
   for (std::int64_t row = 0; row < tile.rows(); ++row) {
-    const std::int64_t t = t0 + row % tile.tokens;
-    if (t < first_kept || !stores_chunk(cache.map, chunk_of(cache.map, t))) continue;
+    const std::int64_t t = position_of_row(tile, row);
+    if (row % tile.tokens < first_kept || !stores_chunk(cache.map, chunk_of(cache.map, t))) continue;
     for (std::int32_t g = 0; g < s.groups; ++g) {
       const std::int64_t plane = (tile.batch_begin + row / tile.tokens) * s.groups + g;
       std::memcpy(at(s.dtype, cache.data, offset_of(cache, plane, t)),
@@ -82,7 +81,7 @@ void fill_rows(const FillRowsArgs& args, Stream*) {
   {
     float values[256];
     for (std::int64_t plane = 0; plane < std::int64_t{args.batch} * args.groups; ++plane) {
-      const auto b = static_cast<std::uint32_t>(plane / args.groups);
+      const auto b = static_cast<std::uint32_t>(args.batch_begin + plane / args.groups);
       const auto column0 = static_cast<std::uint32_t>((args.group_begin + plane % args.groups) * dst.width);
       for (std::int64_t c = 0; c < chunks; ++c) {
         if (!stores_chunk(map, c)) continue;
@@ -137,7 +136,7 @@ void advance(const AdvanceArgs& args, Stream*) {
   }
   std::fill_n(args.reads, args.counters, 0);
   *args.step = step + 1;
-  *args.position += 1;
+  for (std::int64_t i = 0; i < args.positions; ++i) args.position[i] += 1;
 }
 
 }  // namespace nsa::host

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
+#include <vector>
 
 #include "kernels/host/runtime/arena.hpp"
 #include "kernels/host/runtime/stages.hpp"
@@ -26,16 +28,32 @@ struct Token {
 };
 
 /// The tokens that complete within the query tile, by plane and index.
-struct CompletedTokens {
-  explicit CompletedTokens(const CompressArgs& args)
-      : t0(*args.tile.first_position),
-        begin(compressed_tokens(args.shape.rules, t0 - 1)),
-        count(compressed_tokens(args.shape.rules, t0 + args.tile.tokens - 1) - begin),
-        planes(std::int64_t{args.tile.batches} * args.shape.groups),
-        first_plane(std::int64_t{args.tile.batch_begin} * args.shape.groups) {}
-  Token token(std::int64_t index) const { return {first_plane + index / count, begin + index % count}; }
-  std::int64_t tokens() const { return planes * count; }
-  std::int64_t t0, begin, count, planes, first_plane;
+class CompletedTokens {
+ public:
+  explicit CompletedTokens(const CompressArgs& args) : groups_(args.shape.groups) {
+    const QueryTile& tile = args.tile;
+    for (std::int64_t i = 0; i < tile.batches; ++i) {
+      const std::int64_t t0 = first_position(tile, i), begin = compressed_tokens(args.shape.rules, t0 - 1),
+                         count = compressed_tokens(args.shape.rules, t0 + tile.tokens - 1) - begin;
+      if (count > 0) sequences_.push_back({tokens_, (tile.batch_begin + i) * groups_, begin, count});
+      tokens_ += count * groups_;
+    }
+  }
+  Token token(std::int64_t index) const {
+    const auto after = std::upper_bound(sequences_.begin(), sequences_.end(), index,
+                                        [](std::int64_t i, const Sequence& s) { return i < s.first_index; });
+    const Sequence& s = *std::prev(after);
+    return {s.first_plane + (index - s.first_index) / s.count, s.begin + (index - s.first_index) % s.count};
+  }
+  std::int64_t tokens() const { return tokens_; }
+
+ private:
+  /// Tokens [begin, begin + count) of every group of a sequence that completes any.
+  struct Sequence {
+    std::int64_t first_index, first_plane, begin, count;
+  };
+  std::vector<Sequence> sequences_;
+  std::int64_t groups_, tokens_ = 0;
 };
 
 bool owns(const KvView& compressed, std::int64_t i) { return has_chunk(compressed.map, chunk_of(compressed.map, i)); }
@@ -139,7 +157,7 @@ std::size_t compress_scratch(const LayerShape& s, const QueryTile&) {
 
 void compress(const CompressArgs& args, Stream*) {
   const CompletedTokens completed(args);
-  if (completed.count == 0) return;
+  if (completed.tokens() == 0) return;
   Arena arena(args.scratch, args.scratch_bytes);
   if (args.shape.phi == PhiKind::mlp) {
     compress_mlp(args, completed, args.phi_k, args.k_raw, args.k_cmp, arena);

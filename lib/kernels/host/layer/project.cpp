@@ -133,7 +133,7 @@ void project(const ProjectArgs& args, Stream*) {
       std::vector<float> mean(s.d_k), hidden(s.d_k / 2);
 #pragma omp for
       for (std::int64_t i = 0; i < n; ++i) {
-        rotation.set_position(*args.tile.first_position + (begin + i) % args.tile.tokens);
+        rotation.set_position(position_of_row(args.tile, begin + i));
         store_q_and_gates(args, rotation, begin + i, columns + i * cols, mean, hidden);
         store_kv(args, rotation, begin + i, columns + i * cols + std::int64_t{s.heads()} * s.d_k);
       }

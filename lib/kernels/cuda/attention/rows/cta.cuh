@@ -115,7 +115,7 @@ __device__ __forceinline__ RowsCta<T, DK, DV, B>::RowsCta(const RowsParams& para
   heads = min(heads_per_tile, s.heads_per_group - static_cast<int>(blockIdx.y) * heads_per_tile);
   halo_rows = B == cmp && shards_of(map) > 1 ? map.halo : 0;
   griddep_wait();
-  t = *p.a.tile.first_position + row % p.a.tile.tokens;
+  t = first_position(p.a.tile, sequence) + row % p.a.tile.tokens;
   if (warp < rows_warps) q.fill(static_cast<const T*>(p.a.q) + first_head * DK, heads, threadIdx.x, 32 * rows_warps);
   n = B == cmp ? compressed_tokens(s.rules, t) : 0;
   if constexpr (B == cmp) {

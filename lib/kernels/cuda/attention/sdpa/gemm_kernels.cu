@@ -35,7 +35,8 @@ __device__ Column column_at(const SdpaJob& p, const std::int32_t* selected_block
   if (p.source == Source::whole) return {j, false};
   if (p.source == Source::window) {
     const std::int64_t row = p.own_kv ? 0 : p.first;  // the first of the job
-    const std::int64_t i = (p.columns == p.a.tile.max_positions ? 0 : *p.a.tile.first_position + row + 1 - r.w) + j;
+    const std::int64_t last = p.a.tile.ragged() ? t : *p.a.tile.first_position + row;
+    const std::int64_t i = (p.columns == p.a.tile.max_positions ? 0 : last + 1 - r.w) + j;
     return {i < 0 || i > t || !holds(map, i) ? -1 : i, false};
   }
   if (map.ring > 0) {

@@ -38,6 +38,8 @@ struct FusedDecode {
     const LayerShape& s = p.shape;
     at.work_item = p.by_cluster(static_cast<int>(blockIdx.x));
     at.cta = static_cast<int>(blockIdx.x) - at.work_item * p.cluster;
+    if constexpr (!is_shard)
+      if (p.longest_first) at.work_item = longest_first(at.work_item);
     at.row = p.groups(at.work_item), at.group = at.work_item - at.row * s.groups;
     at.group_head = at.row * s.heads() + at.group * s.heads_per_group;
     at.tile_cta = WarpTile::tuned ? at.cta : p.by_head_tiles(at.cta);
@@ -65,8 +67,27 @@ struct FusedDecode {
     }
     assign_tiles();
   }
+  // The k-th work item by falling length: clusters start in this order, so the longest sequence starts first. The
+  // positions were written before the predecessor began. All threads.
+  __device__ int longest_first(int k) const {
+    int* found = reinterpret_cast<int*>(shared + SharedLayout::queries);
+    const int rows = static_cast<int>(p.tile.rows()), rank = p.groups(k);
+    for (int row = threadIdx.x; row < rows; row += threads) {
+      const std::int64_t own = first_position(p.tile, row);
+      int longer = 0;
+      for (int other = 0; other < rows; ++other) {
+        const std::int64_t t = first_position(p.tile, other);
+        longer += t > own || (t == own && other < row);
+      }
+      if (longer == rank) *found = row;
+    }
+    __syncthreads();
+    const int row = *found;
+    __syncthreads();  // the queries overwrite it
+    return row * p.shape.groups + k - rank * p.shape.groups;
+  }
   __device__ __forceinline__ void start() {
-    const std::int64_t t = *p.tile.first_position;
+    const std::int64_t t = first_position(p.tile, at.row);
     WarpTile::copy_queries_async(shared_address(shared) + SharedLayout::queries,
                                  static_cast<const T*>(p.q) + std::int64_t{at.first_head} * size().d_k, size(),
                                  at.valid_heads, threadIdx.x, threads);

@@ -33,30 +33,40 @@ int head_tiles_of(const LayerShape& s) {
 
 // CTAs of a work item and warps of a CTA; cluster = 0: no division is possible.
 struct Division {
-  int cluster = 0, warps = fused_warps;
+  int cluster = 0, warps = fused_warps, resident = 0;
 };
 // The division with the least modelled time: a wave of clusters takes its latencies plus its bytes at an even share of
-// the bandwidth. There are no more warps than tiles. Every head tile reads all of them.
+// the bandwidth. Of a ragged batch the longest item decides where all are resident; else clusters start longest first,
+// and one that follows another takes a start more. There are no more warps than tiles. Every head tile reads all of
+// them.
 Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_t max_tiles,
                          const DivisionLimits& within) {
   const int head_tiles = head_tiles_of(s);
   const DecodeInstance instance = fused_instance(s);
   const bool has_small_ctas = head_tiles == 1 && instance.heads <= 16 && instance.d_v <= 128;
   constexpr double latencies = 8e-6, bandwidth = 4.3e12;  // s and bytes/s of an H200; only their ratio matters
+  constexpr double start = 30e-6;                         // of a cluster that follows another, its latencies among it
   const BlockRules& r = s.rules;
-  const std::int64_t work_items = tile.rows() * s.groups, T = tile.max_positions;
-  const std::int64_t tokens =
-      (compressed_tokens(r, T - 1) + std::min<std::int64_t>(T, std::int64_t{r.n_sel} * r.l_sel) +
-       std::min<std::int64_t>(T, r.w)) /
-      within.shards;
-  const double alone = static_cast<double>(tokens * (s.d_k + s.d_v)) * static_cast<double>(size_of(s.dtype)) *
-                       limits().sms / bandwidth;  // a work item on one SM
+  const std::int64_t work_items = tile.rows() * s.groups;
+  const auto alone_at = [&](std::int64_t T) {  // a work item of T positions on one SM
+    const std::int64_t tokens =
+        (compressed_tokens(r, T - 1) + std::min<std::int64_t>(T, std::int64_t{r.n_sel} * r.l_sel) +
+         std::min<std::int64_t>(T, r.w)) /
+        within.shards;
+    return static_cast<double>(tokens * (s.d_k + s.d_v)) * static_cast<double>(size_of(s.dtype)) * limits().sms /
+           bandwidth;
+  };
+  const double alone = alone_at(tile.max_positions), mean = tile.ragged() ? alone_at(tile.mean_positions) : alone;
   Division best;
   double least = 0;
   const auto consider = [&](int cluster, int warps, std::int64_t resident, double fraction) {
     if (within.one_wave && work_items > resident) return;
-    const double time = static_cast<double>((work_items + resident - 1) / resident) * (latencies + alone * fraction);
-    if (best.cluster == 0 || time < least) best = {cluster, warps}, least = time;
+    const double longest = latencies + alone * fraction,
+                 all = static_cast<double>(work_items) * (start + mean * fraction);
+    const double time = !tile.ragged()           ? static_cast<double>((work_items + resident - 1) / resident) * longest
+                        : work_items <= resident ? longest
+                                                 : std::max(longest, all / static_cast<double>(resident));
+    if (best.cluster == 0 || time < least) best = {cluster, warps, static_cast<int>(resident)}, least = time;
   };
   for (const int cluster : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
     if (cluster > within.max_cluster) break;
@@ -155,6 +165,7 @@ void divide_work(FusedDecodeParams& p, const DivisionLimits& within) {
             second_tiles = win_tiles + sel_tiles;
   const Division division = choose_division(s, p.tile, std::max<std::int64_t>(within.max_tiles, second_tiles), within);
   p.cluster = division.cluster, p.warps = division.warps;
+  p.longest_first = p.tile.ragged() && within.shards == 1 && p.tile.rows() * s.groups > division.resident;
   if (p.cluster == 0) return;
   p.head_tiles = head_tiles_of(s), p.tile_ctas = p.cluster / p.head_tiles;
   p.by_head_tiles = Divisor(p.head_tiles), p.by_tile_ctas = Divisor(p.tile_ctas);
@@ -179,6 +190,12 @@ void divide_work(FusedDecodeParams& p, const DivisionLimits& within) {
   p.by_single_pass = Divisor(std::max(1, p.single_pass_blocks));
   p.tokens_per_block = r.l_sel / r.d, p.halo_tokens = (r.l - 1) / r.d;
   p.by_scoring_warps = Divisor(p.win_warps < warps ? warps - p.win_warps : warps);
+}
+
+int fused_slots(const LayerShape& s, const QueryTile& tile) {
+  if (limits().capability < 90 || !static_cast<bool>(fused_instance(s))) return 0;
+  const std::int64_t max_tiles = max_kv_tiles(cmp, s, RowMap{}, tile.max_positions);
+  return choose_division(s, tile, max_tiles, {resident_clusters, max_tiles}).resident;
 }
 
 bool try_fused_decode(const AttentionArgs& a, Stream* stream) {

@@ -44,8 +44,9 @@ struct FusedDecodeParams {
   std::int64_t pitch;
   TileBlockSums block_sums;  ///< or sums of blocks, by tile
   bool scores_only;
-  bool keeps_scores;  ///< in the L2: K and V are loaded with evict_first
-  float2* tile_lse;   ///< (m, sum) of each KV tile: [work item][max_tiles][heads of a warp tile]
+  bool keeps_scores;   ///< in the L2: K and V are loaded with evict_first
+  bool longest_first;  ///< the k-th cluster has the k-th work item by falling length
+  float2* tile_lse;    ///< (m, sum) of each KV tile: [work item][max_tiles][heads of a warp tile]
   std::int64_t max_tiles;
   int max_tokens;  ///< upper bound of compressed tokens
   std::int32_t* selected;
@@ -87,6 +88,9 @@ struct DivisionLimits {
   bool one_wave = false;  ///< all work items are resident at the same time
 };
 void divide_work(FusedDecodeParams& p, const DivisionLimits& limits);
+
+/// Clusters of the step that are resident at the same time; 0: the kernel does not take the shape.
+int fused_slots(const LayerShape& s, const QueryTile& tile);
 
 /// Launches the fused decode step; false: it does not accept the shape and nothing was launched. decode/fused/launch.cu
 bool try_fused_decode(const AttentionArgs& a, Stream* stream);

@@ -33,6 +33,21 @@ bool reads_shape(const ShardedStepArgs& a) {
          leaves_sums(s) && s.lse.buckets <= StepSlot::max_buckets && s.lse.buckets % group_of(a).size == 0 && !record;
 }
 
+// Whether the longest sequence of a ragged batch would keep its clusters busy, after the others, for longer than the
+// launches and exchanges of ShardedAttention take, which deals tiles by length.
+bool longest_delays(const ShardedStepArgs& a) {
+  const LayerShape& s = a.attention.combine.shape;
+  const QueryTile& tile = a.attention.combine.tile;
+  if (!tile.ragged()) return false;
+  constexpr double launches = 100e-6, bandwidth = 4.3e12;  // s, bytes/s of an H200
+  const double work_items = static_cast<double>(tile.rows() * s.groups), sms = limits().sms,
+               ctas = std::clamp(sms / work_items, 1.0, double{fused_max_cluster}),
+               excess_tokens = static_cast<double>(compressed_tokens(s.rules, tile.max_positions) -
+                                                   compressed_tokens(s.rules, tile.mean_positions)) /
+                               group_of(a).size;
+  return excess_tokens * (s.d_k + s.d_v) * static_cast<double>(size_of(s.dtype)) * sms / ctas / bandwidth > launches;
+}
+
 // cluster = 0: the work items do not run all at the same time.
 ShardedDecodeParams params_of(const ShardedStepArgs& a) {
   ShardedDecodeParams p{};
@@ -62,7 +77,7 @@ bool sharded_step_accepts(const ShardedStepArgs& a) {
   const QueryTile& tile = a.attention.combine.tile;
   return a.peers && group_of(a).size > 1 && group_of(a).size <= ShardedDecodeParams::max_kv && tile.tokens == 1 &&
          tile.rows() > 0 && tile.rows() * a.attention.combine.shape.groups <= StepSlot::work_items(group_of(a).size) &&
-         reads_shape(a) && reads_maps(a) && params_of(a).cluster > 0;
+         reads_shape(a) && reads_maps(a) && !longest_delays(a) && params_of(a).cluster > 0;
 }
 
 void sharded_step(const ShardedStepArgs& a, Stream* stream) {

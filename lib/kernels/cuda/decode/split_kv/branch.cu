@@ -15,13 +15,13 @@ bool decode_accepts(const LayerShape& s, const QueryTile& tile) {
   return tile.tokens == 1 && static_cast<bool>(split_kv_instance(s));
 }
 
-// All work items together have at most two partials an SM, or one each.
+// All work items together have at most two partials an SM, or one each; of a ragged batch the sum of both.
 std::size_t decode_scratch(const LayerShape& s, const QueryTile& tile) {
   if (!decode_accepts(s, tile)) return 0;
   const std::int64_t work_items = decode_work_items(s, tile);
-  const std::int64_t partials = std::max<std::int64_t>(2 * limits().sms, work_items);
+  const std::int64_t ctas = 2 * limits().sms, partials = tile.ragged() ? ctas + work_items : std::max(ctas, work_items);
   return static_cast<std::size_t>(partials * decode_partial_floats(decode_heads(s.dtype), s.d_v) +
-                                  tile_lse_floats(s, tile)) *
+                                  tile_lse_floats(s, tile) + schedule_words(tile)) *
          sizeof(float);
 }
 
@@ -36,7 +36,8 @@ void launch_branch(Branch branch, const AttendArgs& a, const std::int32_t* lengt
   p.out = a.out;
   const std::int64_t tiles = max_kv_tiles(branch, a.shape, a.k.map, a.tile.max_positions);
   const int splits = decode_splits(decode_work_items(a.shape, a.tile), tiles);
-  const bool separate_merge = merges_separately(branch, splits, tiles);
+  const bool dealt = branch == cmp && a.tile.ragged();
+  const bool separate_merge = dealt || merges_separately(branch, splits, tiles);
   p.epilogue = separate_merge ? DecodeEpilogue::store_partials : DecodeEpilogue::merge_all;
   float* partials = static_cast<float*>(a.scratch);
   if (branch == cmp) {
@@ -44,7 +45,13 @@ void launch_branch(Branch branch, const AttendArgs& a, const std::int32_t* lengt
     p.keeps_scores = keeps_scores(p.tile.rows() * p.shape.heads() * p.pitch);
     partials += tile_lse_floats(a.shape, a.tile);
   }
-  p.jobs[p.job_count++] = decode_job(branch, a, splits, partials);
+  if (dealt) {
+    const TileSchedules schedules = schedules_at(partials, a.tile);
+    launch_schedules(a.shape, a.tile, a.k.map, a.k.map, schedules, stream);
+    p.jobs[p.job_count++] = dealt_job(branch, a, schedules, partials + schedule_words(a.tile));
+  } else {
+    p.jobs[p.job_count++] = decode_job(branch, a, splits, partials);
+  }
   launch_decode(p, stream);
   if (!separate_merge) return;
   MergeParams merge{p};

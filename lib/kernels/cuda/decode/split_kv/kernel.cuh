@@ -6,7 +6,9 @@
 // selected blocks, runs of 64 window rows) are dealt to the warps of its CTAs. Each warp attends its spans alone, in KV
 // tiles of 32 rows (decode/split_kv/warp_tile.cuh) from its own ring (primitives/cp_async_ring.cuh): 192 KB in flight
 // an SM and no barrier before the warps of the CTA merge in shared memory. The partials of CTAs go to global memory: a
-// later launch merges them, or the last CTA of the work item (DecodeEpilogue::merge_all).
+// later launch merges them, or the last CTA of the work item (DecodeEpilogue::merge_all). Where tiles are dealt by
+// length (attention/tile_schedule.cuh), a CTA takes the tiles of its share, one work item after another, and stores a
+// partial for each.
 //
 // LSE: (m, sum) of 32 tokens by one warp in one order; a segment merges its tiles by rising tile, a bucket its segments
 // by rising segment. This order depends neither on the split nor on the layout, so every kv layout gets the same bits.
@@ -17,7 +19,73 @@
 
 namespace nsa::gpu {
 
-// KV mainloop of one CTA over one split of one branch.
+// Tiles first, first + step, ... below `end` of a (row, group), for warp 0 of a CTA; and the number of their partial.
+struct TileShare {
+  int row_group, first, end, step;
+  std::int64_t partial;
+};
+
+// The shares of a CTA in a job, `at` of its CTAs: one split of one work item, or what the schedule deals to it. All
+// threads.
+struct ShareCursor {
+  const DecodeParams& p;
+  const DecodeJob& job;
+  TileShare share;
+  int tile, end, row;  // dealt: the next tile, one past the last, the row that may hold it
+  bool dealt;
+
+  __device__ __forceinline__ ShareCursor(const DecodeParams& params, const DecodeJob& of, int at)
+      : p(params), job(of), tile(0), end(1), row(0), dealt(of.schedule.tiles_before != nullptr) {
+    if (dealt)
+      start_dealt(at);
+    else
+      start_split(at);
+  }
+  __device__ __forceinline__ bool next() {
+    if (tile >= end) return false;
+    if (dealt)
+      next_dealt();
+    else
+      tile = end;
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ void start_split(int at) {
+    const bool has_idle_ctas = job.ctas > job.splits;
+    const int ctas = has_idle_ctas ? job.ctas : job.splits, split = has_idle_ctas ? ctas - 1 - at % ctas : at % ctas;
+    const int row_group = at / ctas, work_item = row_group * p.head_tiles + blockIdx.y;
+    share = {row_group, split * decode_warps, INT32_MAX, job.splits * decode_warps,
+             std::int64_t{work_item} * job.splits + split};
+  }
+  // Where cmp and win share a launch, the last CTAs have the first shares of win: in a small batch others than cmp.
+  __device__ void start_dealt(int at) {
+    __shared__ int first_row;
+    const int rows = static_cast<int>(p.tile.rows()), groups = p.shape.groups;
+    const std::int32_t* before = job.schedule.tiles_before;
+    const int total = before[rows] * groups, tiles = job.schedule.share(total, decode_warps);
+    const int cta = job.branch == win ? job.schedule.ctas - 1 - at : at;
+    tile = cta * tiles, end = min(tile + tiles, total);
+    share = {0, 0, 0, decode_warps, std::int64_t{blockIdx.y} * (job.schedule.ctas + rows * groups) + cta};
+    for (int r = threadIdx.x; tile < end && r < rows; r += decode_threads)
+      if (before[r] * groups <= tile && tile < before[r + 1] * groups) first_row = r;
+    __syncthreads();
+    if (tile < end) row = first_row;
+  }
+  __device__ void next_dealt() {
+    const std::int32_t* before = job.schedule.tiles_before;
+    const int groups = p.shape.groups;
+    while (tile >= before[row + 1] * groups) ++row;
+    const int tiles = before[row + 1] - before[row], in_row = tile - before[row] * groups, group = in_row / tiles;
+    share.partial += row * groups + group - share.row_group;
+    share.row_group = row * groups + group;
+    share.first = in_row - group * tiles;
+    share.end = min(tiles, share.first + end - tile);
+    tile += share.end - share.first;
+  }
+};
+
+// KV mainloop of one CTA over a share of the tiles of one branch.
 template <class WarpTile, Branch B>
 struct KvMainloop {
   using T = typename WarpTile::Type;
@@ -28,7 +96,9 @@ struct KvMainloop {
   char* shared;
   KvTiles<B> tiles;
   const char *k, *v;  // of the K/V plane
-  int warp, split, work_item, row, group, first_head, valid_heads, step;
+  int warp, work_item, row, group, first_head, valid_heads;
+  int first, end, step;  // of the tiles of this warp
+  std::int64_t partial_index;
   // The producer side: the next copy is V (`load_v`) or K of tile `load_tile`.
   KvRows load_rows;
   int load_tile, load_panel, slot, count;
@@ -38,18 +108,22 @@ struct KvMainloop {
   std::uint64_t kv_policy, scores_policy;
 
   __device__ __forceinline__ KvMainloop(const DecodeParams& params, const DecodeJob& job_of_cta, char* memory,
-                                        int row_group, int split_of_cta)
+                                        const TileShare& share)
       : p(params),
         job(job_of_cta),
         s(params.shape),
         shared(memory),
-        tiles(s, job.k.map, last_position(params, row_group)),
-        split(split_of_cta),
+        tiles(s, job.k.map, last_position(params, share.row_group)),
+        step(share.step),
+        partial_index(share.partial),
         load_panel(0),
         slot(0),
         count(0),
         load_v(false) {
     warp = threadIdx.x / 32;
+    const int row_group = share.row_group;
+    first = share.first + warp;
+    end = min(share.end, tiles.count);
     row = row_group / s.groups;
     group = row_group % s.groups;
     work_item = row_group * p.head_tiles + blockIdx.y;
@@ -64,8 +138,7 @@ struct KvMainloop {
     halo_rows = shared_address(shared) + SharedLayout::halo_rows + warp * SharedLayout::slots * SharedLayout::row_bytes;
     has_halo_row = B == cmp && shards_of(job.k.map) > 1 && job.k.map.halo == 1;
     has_pv = !(B == cmp && p.scores_only);
-    step = job.splits * decode_warps;
-    load_tile = first();
+    load_tile = first;
     if constexpr (B == sel) {
       auto* own = reinterpret_cast<std::int32_t*>(shared + SharedLayout::selected);
       for (int i = threadIdx.x; i < s.rules.n_sel; i += decode_threads)
@@ -78,15 +151,14 @@ struct KvMainloop {
 
   static __device__ __forceinline__ std::int64_t last_position(const DecodeParams& p, int row_group) {
     if (B == win && p.lengths) return p.lengths[row_group / p.shape.groups] - 1;
-    return *p.tile.first_position;
+    return first_position(p.tile, row_group / p.shape.groups);
   }
-  __device__ __forceinline__ int first() const { return split * decode_warps + warp; }
   // Whether tile i is the first of a chunk other than chunk 0. A chunk may have a halo row and no token yet.
   __device__ __forceinline__ bool has_halo(int i) const {
     return has_halo_row && (tiles.per_span == 2 ? i % 2 : i % tiles.per_span) == 0 && (i > 0 || job.k.map.rank > 0);
   }
   __device__ __forceinline__ void advance_load() {  // to the first tile from `load_tile` on that has rows to load
-    for (; load_tile < tiles.count; load_tile += step) {
+    for (; load_tile < end; load_tile += step) {
       load_rows = tiles(load_tile);
       if (load_rows.count > 0 || has_halo(load_tile)) break;
     }
@@ -114,7 +186,7 @@ struct KvMainloop {
   }
   // Issues the next copy, into a free slot.
   __device__ __forceinline__ void issue_copy(int to_slot) {
-    if (load_tile < tiles.count) {
+    if (load_tile < end) {
       if (!load_v && load_panel == 0 && has_halo(load_tile))
         cp_async_row(halo_rows + to_slot * SharedLayout::row_bytes, k + (load_rows.row - 1) * k_row_bytes<WarpTile>(s),
                      k_row_bytes<WarpTile>(s));
@@ -177,7 +249,7 @@ struct KvMainloop {
 
   __device__ __forceinline__ void run(WarpTile& warp_tile) {
 #pragma unroll 1
-    for (int i = first(); i < tiles.count; i += step) {
+    for (int i = first; i < end; i += step) {
       const KvRows now = tiles(i);
       float2* sums = B == cmp ? p.tile_lse + (work_item * p.max_tiles + i) * WarpTile::heads : nullptr;
       if (now.count <= 0 && !has_halo(i)) {
@@ -204,7 +276,10 @@ struct KvMainloop {
   // Halo rows of a chunk, where there are several: scored for its first block, neither attended nor counted.
   __device__ __forceinline__ void score_halos(WarpTile& warp_tile) {
     const RowMap& map = job.k.map;
-    for (int i = first(); i < tiles.count / tiles.per_span; i += step) {
+    const bool dealt = job.schedule.tiles_before != nullptr;  // a warp then has the segments whose first tile it has
+    for (int at_i = first; at_i < (dealt ? end : tiles.count / tiles.per_span); at_i += step) {
+      if (dealt && at_i % tiles.per_span != 0) continue;
+      const int i = dealt ? at_i / tiles.per_span : at_i;
       const std::int64_t c = segment_at(map, i), begin = c * map.chunk - map.halo;
       if (c == 0) continue;
       const std::int64_t from = row_in_chunk(map, c, begin), column = score_column(map, c, begin);
@@ -243,8 +318,7 @@ struct KvMainloop {
     const int d_v = typename WarpTile::Size(s).d_v;
     float* o = reinterpret_cast<float*>(shared);
     float2* ms = reinterpret_cast<float2*>(o + decode_warps * WarpTile::heads * pitch);
-    float* partial =
-        job.partials + (std::int64_t{work_item} * job.splits + split) * decode_partial_floats(WarpTile::heads, d_v);
+    float* partial = job.partials + partial_index * decode_partial_floats(WarpTile::heads, d_v);
     float* to = stores_output() ? p.out.o + std::int64_t{first_head} * d_v : partial;
     __syncthreads();  // the rings are empty, the part before is stored
     warp_tile.store_state(ms + warp * WarpTile::heads);
@@ -355,13 +429,12 @@ struct KvMainloop {
 };
 
 template <class WarpTile, Branch B>
-__device__ __forceinline__ void run_job(const DecodeParams& p, const DecodeJob& job, char* shared, int at, bool first) {
+__device__ __forceinline__ void run_share(const DecodeParams& p, const DecodeJob& job, char* shared,
+                                          const TileShare& share, bool loads_queries) {
   using SharedLayout = DecodeSharedLayout<WarpTile>;
-  const bool has_idle_ctas = job.ctas > job.splits;
-  const int ctas = has_idle_ctas ? job.ctas : job.splits, split = has_idle_ctas ? ctas - 1 - at % ctas : at % ctas;
-  KvMainloop<WarpTile, B> mainloop(p, job, shared, at / ctas, split);
+  KvMainloop<WarpTile, B> mainloop(p, job, shared, share);
   mainloop.start();
-  if (first)  // the jobs of a CTA share their queries
+  if (loads_queries)
     WarpTile::load_queries(shared + SharedLayout::queries,
                            static_cast<const typename WarpTile::Type*>(p.q) +
                                std::int64_t{mainloop.first_head} * typename WarpTile::Size(p.shape).d_k,
@@ -379,6 +452,14 @@ __device__ __forceinline__ void run_job(const DecodeParams& p, const DecodeJob& 
   __syncthreads();
 }
 
+template <class WarpTile, Branch B>
+__device__ __forceinline__ void run_job(const DecodeParams& p, const DecodeJob& job, char* shared, int at, bool first) {
+  ShareCursor cursor(p, job, at);
+#pragma unroll 1
+  while (cursor.next())  // the jobs of a CTA share their queries where tiles are not dealt
+    run_share<WarpTile, B>(p, job, shared, cursor.share, first || cursor.dealt);
+}
+
 template <class WarpTile>
 __global__ void __launch_bounds__(decode_threads, WarpTile::ctas_per_sm)
     split_kv_kernel(const __grid_constant__ DecodeParams p) {
@@ -389,8 +470,8 @@ __global__ void __launch_bounds__(decode_threads, WarpTile::ctas_per_sm)
   for (int i = 0; i < p.job_count; ++i) {
     const DecodeJob& job = p.jobs[i];
     const int at = static_cast<int>(blockIdx.x) - job.first_cta;
-    if (at < 0 || at >= row_groups * max(job.ctas, job.splits)) continue;
-    if (job.ctas - 1 - at % max(job.ctas, 1) >= job.splits) continue;
+    if (at < 0 || at >= job_ctas(job, row_groups)) continue;
+    if (!job.schedule.tiles_before && job.ctas - 1 - at % max(job.ctas, 1) >= job.splits) continue;
     if (job.branch == cmp)
       run_job<WarpTile, cmp>(p, job, shared, at, first);
     else if (job.branch == sel)
@@ -405,8 +486,7 @@ template <class WarpTile>
 void launch_warp_tile(const DecodeParams& p, Stream* stream) {
   int ctas = 0;
   for (int i = 0; i < p.job_count; ++i)
-    ctas = std::max(ctas, p.jobs[i].first_cta + static_cast<int>(p.tile.rows()) * p.shape.groups *
-                                                    std::max(p.jobs[i].ctas, p.jobs[i].splits));
+    ctas = std::max(ctas, p.jobs[i].first_cta + job_ctas(p.jobs[i], static_cast<int>(p.tile.rows()) * p.shape.groups));
   launch_pdl(split_kv_kernel<WarpTile>, dim3(ctas, p.head_tiles), decode_threads,
              DecodeSharedLayout<WarpTile>::bytes(p.shape), stream, 1, p);
 }

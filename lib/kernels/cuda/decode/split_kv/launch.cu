@@ -41,6 +41,19 @@ DecodeJob decode_job(Branch branch, const AttendArgs& a, int splits, float* part
   return {branch, splits, 0, a.k, a.v, a.reads, partials};
 }
 
+int dealt_ctas(const LayerShape& s) { return std::max(1, 2 * limits().sms / decode_head_tiles(s)); }
+
+DecodeJob dealt_job(Branch branch, const AttendArgs& a, const TileSchedules& schedules, float* partials) {
+  DecodeJob job = decode_job(branch, a, 1, partials);
+  job.schedule = {schedules.tiles_before[branch], dealt_ctas(a.shape)};
+  return job;
+}
+
+std::int64_t partial_count(const DecodeJob& job, const LayerShape& s, const QueryTile& tile) {
+  if (!job.schedule.tiles_before) return decode_work_items(s, tile) * job.splits;
+  return decode_head_tiles(s) * max_partials(job.schedule.ctas, tile.rows() * s.groups);
+}
+
 void launch_decode(const DecodeParams& p, Stream* stream) {
   const bool tuned = split_kv_instance(p.shape).tuned;
   if (p.shape.dtype == DType::f32) return launch_split_kv<DType::f32, true>(p, stream);

@@ -35,10 +35,16 @@ __device__ __forceinline__ WorkItemHead locate_head(const DecodeParams& p, int h
           in_group < s.heads_per_group};
 }
 
-__device__ __forceinline__ const float* partials_of(const DecodeParams& p, const DecodeJob& job, int heads,
-                                                    int work_item) {
-  return job.partials + std::int64_t{work_item} * job.splits * decode_partial_floats(heads, p.shape.d_v);
-}
+// The partials of a work item.
+struct WorkItemPartials {
+  const float* first;
+  int count;
+  __device__ __forceinline__ WorkItemPartials(const DecodeParams& p, const DecodeJob& job, int heads, int work_item) {
+    const PartialRange range = partials_of(job, p.shape, static_cast<int>(p.tile.rows()), p.head_tiles, work_item);
+    first = job.partials + std::int64_t{range.first} * decode_partial_floats(heads, p.shape.d_v);
+    count = range.count;
+  }
+};
 __device__ __forceinline__ float2 partial_lse(const float* partial, int heads, int d_v, int head) {
   return __ldcg(reinterpret_cast<const float2*>(partial + heads * d_v) + head);
 }
@@ -64,7 +70,7 @@ __device__ void merge_bucket_quad(const MergeParams& m, const DecodeJob& job, in
   const int bucket_index = item / head_quads % buckets;
   const WorkItemHead at = locate_head(p, heads, item / head_quads / buckets, item % head_quads * 4 + lane % 4);
   if (at.row_group >= p.tile.rows() * s.groups) return;
-  const KvTiles<cmp> tiles(s, job.k.map, *p.tile.first_position);
+  const KvTiles<cmp> tiles(s, job.k.map, first_position(p.tile, at.row_group / s.groups));
   const int per_segment = tiles.per_span, segments = tiles.count / per_segment;
   const float2* sums = p.tile_lse + at.work_item * p.max_tiles * heads + at.head;
   constexpr int rounds = 4;  // loads in flight
@@ -106,11 +112,12 @@ __device__ void merge_lse(const MergeParams& m, const DecodeJob& job, int heads,
   const DecodeParams& p = m.launch;
   const WorkItemHead at = locate_head(p, heads, item / heads, item % heads);
   if (at.row_group >= p.tile.rows() * p.shape.groups || !at.valid) return;
-  const float* partial = partials_of(p, job, heads, at.work_item);
+  const WorkItemPartials partials(p, job, heads, at.work_item);
   SoftmaxState<Exp2> sum;
 #pragma unroll 8
-  for (int i = 0; i < job.splits; ++i) {
-    const float2 ms = partial_lse(partial + i * decode_partial_floats(heads, p.shape.d_v), heads, p.shape.d_v, at.head);
+  for (int i = 0; i < partials.count; ++i) {
+    const float2 ms =
+        partial_lse(partials.first + i * decode_partial_floats(heads, p.shape.d_v), heads, p.shape.d_v, at.head);
     sum = merge_exact(sum, {ms.x, ms.y});
   }
   reinterpret_cast<float2*>(m.win_lse)[at.row_head] = to_natural_log(sum);
@@ -129,20 +136,20 @@ __device__ __forceinline__ void for_each_split(const DecodeParams& p, const Deco
                                                const WorkItemHead& at, int quad0, Merge merge) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, d_v = p.shape.d_v,
             column_quad = min(quad0 + lane, d_v / 4 - 1);
-  const float* first = partials_of(p, job, heads, at.work_item);
-  for (int i0 = warp; i0 < job.splits; i0 += 4 * warps) {
+  const WorkItemPartials partials(p, job, heads, at.work_item);
+  for (int i0 = warp; i0 < partials.count; i0 += 4 * warps) {
     float2 ms[4];
     float4 x[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (i0 + i * warps >= job.splits) break;
-      const float* partial = first + (i0 + i * warps) * decode_partial_floats(heads, d_v);
+      if (i0 + i * warps >= partials.count) break;
+      const float* partial = partials.first + (i0 + i * warps) * decode_partial_floats(heads, d_v);
       ms[i] = partial_lse(partial, heads, d_v, at.head);
       x[i] = partial_o(partial, d_v, at.head, column_quad);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (i0 + i * warps < job.splits) merge(ms[i], x[i]);
+      if (i0 + i * warps < partials.count) merge(ms[i], x[i]);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/attention/block_sums.cuh"
 #include "kernels/cuda/attention/split_kv.cuh"
+#include "kernels/cuda/attention/tile_schedule.cuh"
 
 namespace nsa::gpu {
 
@@ -12,14 +13,16 @@ constexpr int decode_threads = 32 * decode_warps;
 
 /// One branch within a launch: CTAs [first_cta, first_cta + rows * groups * ctas) of x. Of the `ctas` of a work item
 /// the last `splits` take this branch in reverse order: where spans do not divide evenly, those have fewer of the other
-/// branch.
+/// branch. A job with a schedule has `schedule.ctas` CTAs in all, each with a share of the tiles of all work items.
 struct DecodeJob {
   Branch branch;
   int splits, first_cta;
   KvView k, v;
   std::int64_t* reads;
-  float* partials;  ///< [work item][split][heads of a tile * (Dv + 2)]; work item: (row, group, head tile)
+  float* partials;  ///< [work item][split][heads of a tile * (Dv + 2)]; work item: (row, group, head tile). With a
+                    ///< schedule: [head tile][number of the partial][...]
   int ctas = 0;     ///< more than `splits`; 0: equal to `splits`
+  TileSchedule schedule = {};
 };
 
 /// What the last CTA of a work item does: nothing (the partials stay in scratch); cmp: merges the (m, sum) of the tiles
@@ -49,6 +52,20 @@ struct DecodeParams {
   const std::int32_t* lengths;  ///< win: the row attends its first `lengths[row]` tokens; null: by position
 };
 
+/// CTAs of a job, for each head tile.
+__host__ __device__ inline int job_ctas(const DecodeJob& job, int row_groups) {
+  if (job.schedule.tiles_before) return job.schedule.ctas;
+  return row_groups * (job.ctas > job.splits ? job.ctas : job.splits);
+}
+
+/// The partials of a work item.
+__device__ __forceinline__ PartialRange partials_of(const DecodeJob& job, const LayerShape& s, int rows, int head_tiles,
+                                                    int work_item) {
+  if (!job.schedule.tiles_before) return {work_item * job.splits, job.splits};
+  const PartialRange range = partials_of(job.schedule, rows, s.groups, work_item / head_tiles, decode_warps);
+  return {work_item % head_tiles * (job.schedule.ctas + rows * s.groups) + range.first, range.count};
+}
+
 __host__ __device__ inline std::int64_t decode_partial_floats(int heads, int d_v) {
   return std::int64_t{heads} * (d_v + 2);
 }
@@ -74,6 +91,12 @@ DecodeParams decode_params(const LayerShape& s, const QueryTile& tile, const voi
 void set_cmp_outputs(DecodeParams& p, const AttendArgs& cmp_args);
 /// A job of a launch on `splits` CTAs from CTA 0 on.
 DecodeJob decode_job(Branch branch, const AttendArgs& a, int splits, float* partials);
+/// CTAs of a job whose tiles are dealt by length, for each head tile: all work items together fill the SMs twice.
+int dealt_ctas(const LayerShape& s);
+/// A job of a launch whose tiles are dealt by length. The launch stores partials.
+DecodeJob dealt_job(Branch branch, const AttendArgs& a, const TileSchedules& schedules, float* partials);
+/// Partials of a job of any kind, of all work items.
+std::int64_t partial_count(const DecodeJob& job, const LayerShape& s, const QueryTile& tile);
 
 /// Launches the kernel for a shape that decode_accepts() accepts.
 void launch_decode(const DecodeParams& p, Stream* stream);

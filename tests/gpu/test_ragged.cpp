@@ -1,0 +1,131 @@
+// Decode steps of ragged batches: in one launch, and with tiles dealt by length.
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "catch.hpp"
+#include "gpu/mirrored.hpp"
+#include "gpu/whole_decode.hpp"
+
+using namespace nsa;
+using namespace nsa::test;
+
+namespace {
+
+LayerShape shape_of(DType type, int d, int heads, int blocks = 16) {
+  LayerShape s;
+  s.rules.n_sel = blocks;
+  s.groups = 2;
+  s.heads_per_group = heads;
+  s.d_k = s.d_v = d;
+  s.dtype = type;
+  return s;
+}
+
+template <class T>
+std::vector<T> download(const WholeDecode& whole, const void* from, std::int64_t count) {
+  std::vector<T> values(static_cast<std::size_t>(count));
+  gpu().device->copy(values.data(), from, values.size() * sizeof(T), whole.stream);
+  gpu().device->synchronize(whole.stream);
+  return values;
+}
+
+/// What a step leaves: o and the blocks of `rows` rows, and what they read.
+struct Result {
+  std::vector<float> o;
+  std::vector<std::int32_t> selected;
+  std::vector<std::int64_t> reads;
+  Result(const WholeDecode& whole, const StepMemory& step) {
+    const LayerShape& s = whole.s;
+    const std::int64_t rows = step.stage.tile.rows(), size = static_cast<std::int64_t>(size_of(s.dtype));
+    for (const auto& [what, bytes] : {std::pair<void*, std::int64_t>{whole.o, rows * s.heads() * s.d_v * size},
+                                      {whole.selected, rows * s.groups * s.rules.n_sel * 4}})
+      gpu().device->fill(what, 0xFF, static_cast<std::size_t>(bytes), whole.stream);
+    gpu().device->fill(whole.scores, 0xFF, whole.score_bytes, whole.stream);
+    gpu().device->fill(whole.scratch, 0xFF, whole.scratch_bytes, whole.stream);
+    gpu().device->fill(whole.reads, 0, static_cast<std::size_t>(branches * rows * s.groups * 8), whole.stream);
+    run_fused(gpu().kernels->decode_attention, step.attention_args(), whole.stream);
+    const auto bytes = download<std::byte>(whole, whole.o, rows * s.heads() * s.d_v * size);
+    for (std::int64_t i = 0; i < rows * s.heads() * s.d_v; ++i) o.push_back(value_at(s.dtype, bytes.data(), i));
+    selected = download<std::int32_t>(whole, whole.selected, rows * s.groups * s.rules.n_sel);
+    reads = download<std::int64_t>(whole, whole.reads, branches * rows * s.groups);
+  }
+};
+
+/// Fills the rows of every sequence that no step may read with NaN.
+void poison(const WholeDecode& whole, const std::vector<std::int64_t>& contexts) {
+  const LayerShape& s = whole.s;
+  const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
+  for (const WholeDecode::Set& set : whole.sets)
+    for (std::int64_t plane = 0; plane < whole.tile.rows() * s.groups; ++plane)
+      for (const Branch c : {cmp, sel}) {
+        const std::int64_t context = contexts[static_cast<std::size_t>(plane / s.groups)],
+                           from = c == sel ? context : compressed_tokens(s.rules, context - 1);
+        const KvView& k = set.k[c];
+        gpu().device->fill(static_cast<std::byte*>(k.data) + (plane * k.plane_stride + from * k.width) * size, 0xFF,
+                           static_cast<std::size_t>((k.plane_stride - from * k.width) * size), nullptr);
+      }
+  gpu().device->synchronize(nullptr);
+}
+
+void check_alone(const LayerShape& s, const std::vector<std::int64_t>& contexts, const std::string& kernel) {
+  const WholeDecode whole(gpu(), s, contexts, 1);
+  poison(whole, contexts);
+  const StepMemory step = whole.step(whole.sets[0]);
+  CHECK(gpu().kernels->decode_attention.variant(step.attention_args()) == kernel);
+  const Result batch(whole, step);
+  const std::int64_t batches = std::ssize(contexts), chosen = s.groups * s.rules.n_sel, width = s.heads() * s.d_v;
+  for (std::int64_t b = 0; b < batches; ++b) {
+    INFO("sequence " << b << " of " << contexts[b] << " tokens, type " << static_cast<int>(s.dtype) << ", d " << s.d_k);
+    const Result alone(whole, whole.step_alone(whole.sets[0], b, contexts[b]));
+    CHECK(std::equal(alone.selected.begin(), alone.selected.end(), batch.selected.begin() + b * chosen));
+    const std::vector<float> own(batch.o.begin() + b * width, batch.o.begin() + (b + 1) * width);
+    CHECK(relative_error(own, alone.o) < (s.dtype == DType::f32 ? 1e-5 : s.dtype == DType::bf16 ? 4e-3 : 5e-4));
+    bool same_reads = true;
+    for (int c = 0; c < branches; ++c)
+      for (std::int64_t g = 0; g < s.groups; ++g)
+        same_reads &= batch.reads[(c * batches + b) * s.groups + g] == alone.reads[c * s.groups + g];
+    CHECK(same_reads);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("a ragged decode step in one launch is each sequence alone", "[step][ragged]") {
+  for (const DType type : {DType::bf16, DType::f16, DType::f32})
+    for (const int d : {64, 128}) {
+      if (type == DType::f32 && d == 128) continue;
+      check_alone(shape_of(type, d, type == DType::f32 ? 4 : 16), {5000, 1, 17, 2048, 31, 32, 700}, "step");
+    }
+}
+
+// More clusters than are resident: they start longest first.
+TEST_CASE("a ragged decode step of many sequences in one launch is each sequence alone", "[step][ragged]") {
+  std::vector<std::int64_t> contexts = {30001, 64, 64, 5000, 64};
+  while (contexts.size() < 150) contexts.push_back(1 + static_cast<std::int64_t>(contexts.size() * 7919 % 9000));
+  contexts.push_back(40000);
+  for (const auto& [type, d, heads] : {std::tuple{DType::bf16, 128, 16}, {DType::f16, 64, 16}, {DType::bf16, 80, 40}})
+    check_alone(shape_of(type, d, heads), contexts, "step");
+}
+
+// So many chosen blocks that the step does not run in one launch.
+TEST_CASE("a ragged decode step with tiles dealt by length is each sequence alone", "[step][ragged]") {
+  const std::vector<std::int64_t> contexts = {5000, 150000, 1, 31, 64000, 17, 33, 2048, 90001};
+  for (const auto& [type, d, heads] : {std::tuple{DType::bf16, 128, 16},
+                                       {DType::bf16, 64, 16},
+                                       {DType::f16, 128, 5},
+                                       {DType::bf16, 80, 40},
+                                       {DType::f32, 64, 6}})
+    check_alone(shape_of(type, d, heads, 40), contexts, "dealt");
+}
+
+TEST_CASE("a ragged decode step with tiles dealt by length gives the same bits every time", "[step][ragged]") {
+  const WholeDecode whole(gpu(), shape_of(DType::bf16, 128, 16, 40), {900, 150000, 64000, 33, 120000}, 1);
+  const StepMemory step = whole.step(whole.sets[0]);
+  const Result first(whole, step);
+  for (int i = 0; i < 50; ++i) {
+    const Result again(whole, step);
+    CHECK((again.o == first.o && again.selected == first.selected && again.reads == first.reads));
+  }
+}
