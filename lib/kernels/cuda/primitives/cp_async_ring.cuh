@@ -63,8 +63,8 @@ __device__ __forceinline__ void cp_async_tile(unsigned slot, const char* from, i
   });
 }
 /// Issues the copy of a panel of columns of 32 rows, of which `rows` exist: `vectors` 16-byte vectors a row, rows
-/// `row_bytes` apart in memory (a multiple of 32) and PitchBytes in the slot. What a slot's row has past them is not
-/// written.
+/// `row_bytes` apart in memory (a multiple of 32) and PitchBytes in the slot. A row's last 128 bytes of them are filled
+/// up with zeros.
 template <int PitchBytes>
 __device__ __forceinline__ void cp_async_panel(unsigned slot, const char* from, int row_bytes, int vectors, int rows,
                                                std::uint64_t policy) {
@@ -74,13 +74,13 @@ __device__ __forceinline__ void cp_async_panel(unsigned slot, const char* from, 
   const unsigned first = slot + row0 * PitchBytes + ((vector ^ row0 / 4) << 4);
 #pragma unroll
   for (int row = 0; row < slot_rows / 4; ++row) {
-    const int bytes = row0 + row < rows ? 16 : 0;  // 0: nothing is read, 16 zeros are written
+    const int existing = row0 + row < rows ? vectors : 0;
     const unsigned to = (first ^ row / 4 << 4) + row * PitchBytes;
 #pragma unroll
     for (int c = 0; c < PitchBytes / 128; ++c)
-      if (c * 8 + vector < vectors)
+      if (c * 8 < vectors)
         asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to + c * 128),
-                     "l"(source + c * 128), "r"(bytes), "l"(policy)
+                     "l"(source + c * 128), "r"(c * 8 + vector < existing ? 16 : 0), "l"(policy)  // 0: 16 zeros
                      : "memory");
     source += row_bytes;
   }

@@ -321,13 +321,13 @@ struct FusedDecode {
 
 /// Both passes of a step.
 template <class WarpTile, int W, bool Sums, class Params>
-__device__ __forceinline__ void attend(FusedDecode<WarpTile, W, Sums, Params>& step, WarpTile& cmp_tile,
+__device__ __forceinline__ void attend(FusedDecode<WarpTile, W, Sums, Params>& step, ParkedTile<WarpTile>& cmp_tile,
                                        WarpTile& warp_tile) {
 #pragma unroll 1
   for (int pass = 0;; ++pass) {
     step.mainloop(warp_tile, pass);
     if (pass == 1) break;
-    cmp_tile = warp_tile;
+    cmp_tile.park(warp_tile);
     warp_tile = step.make_tile();
     step.select_blocks();
   }
@@ -338,7 +338,8 @@ template <class WarpTile, int W, bool Sums, class Params>
 __device__ __forceinline__ FusedMerge<WarpTile, W, Params> attend_and_send(
     FusedDecode<WarpTile, W, Sums, Params>& step) {
   static_assert(WarpTile::parts == 1);
-  WarpTile cmp_tile = step.make_tile(), warp_tile = step.make_tile();
+  WarpTile warp_tile = step.make_tile();
+  ParkedTile<WarpTile> cmp_tile(warp_tile);
   attend(step, cmp_tile, warp_tile);
   if constexpr (Params::is_shard) step.at.end_phase(StepPhase::attend_sel);
   const auto merge = step.merge();
@@ -354,7 +355,8 @@ __global__ void __launch_bounds__(32 * W, fused_warps / W)
   FusedDecode<WarpTile, W, Sums> step(p, shared);
   griddep_wait();
   step.start();
-  WarpTile cmp_tile = step.make_tile(), warp_tile = step.make_tile();
+  WarpTile warp_tile = step.make_tile();
+  ParkedTile<WarpTile> cmp_tile(warp_tile);
   attend(step, cmp_tile, warp_tile);
   const auto merge = step.merge();
   const bool is_split = W == fused_warps && merge.ctas() > 1;  // several CTAs have partials of a head tile

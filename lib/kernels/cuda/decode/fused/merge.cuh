@@ -106,12 +106,12 @@ struct FusedMerge {
 
   // Sums a part of the warps of the CTA. A single CTA stores o; else the partials go to the CTAs that merge them.
   template <int Part>
-  __device__ __forceinline__ void send_partials(const WarpTile& cmp_tile, const WarpTile& second_tile,
+  __device__ __forceinline__ void send_partials(const ParkedTile<WarpTile>& cmp_tile, const WarpTile& second_tile,
                                                 bool attends_sel) const {
     __syncthreads();  // the rings are empty, the part before is sent
     const Range ranges[branches] = {warps_of(cmp), warps_of(sel), warps_of(win)};
     const Range second = attends_sel ? ranges[sel] : ranges[win];
-    if (at.warp < ranges[cmp].to) store_warp<Part>(cmp_tile, 0);
+    if (at.warp < ranges[cmp].to) store_warp<Part>(cmp_tile.template unpark<Part>(second_tile), 0);
     if (at.warp >= second.from && at.warp < second.to) store_warp<Part>(second_tile, 1);
     __syncthreads();
     rescale_warps<Part>();

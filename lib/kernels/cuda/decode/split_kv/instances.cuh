@@ -3,8 +3,9 @@
 //
 // A tuned instance serves one pair of head sizes, which are constants of its code, with up to 16 query heads a group
 // and 16 selected blocks in the fused step. A padded instance serves every pair of multiples of 16 up to its size: rows
-// in memory have the shape's length, slots and registers the instance's. Columns past the head size are neither copied
-// nor multiplied. It takes up to 128 query heads a group, in head tiles, and 32 selected blocks.
+// in memory have the shape's length, slots and registers the instance's. Columns past the head size are zeros up
+// to the next 64, and nothing is multiplied past these. It takes up to 128 query heads a group, in head tiles, and 32
+// selected blocks.
 
 #include <algorithm>
 

@@ -53,6 +53,33 @@ __device__ __forceinline__ void for_each_part(const LayerShape& s, F f) {
     if (WarpTile::v_panels == 1 || s.d_v > WarpTile::v_columns) f(std::integral_constant<int, 1>{});
 }
 
+/// A tile of pass 0 of the fused step while pass 1 runs: of a tuned instance in registers, of a padded one in local
+/// memory, so that the main loop has its registers.
+template <class WarpTile>
+struct ParkedTile {
+  WarpTile tile;
+  __device__ __forceinline__ explicit ParkedTile(const WarpTile& empty) : tile(empty) {}
+  __device__ __forceinline__ void park(const WarpTile& from) { tile = from; }
+  /// The tile with a part of its o; what is the same in all tiles comes from `second`.
+  template <int Part>
+  __device__ __forceinline__ const WarpTile& unpark(const WarpTile&) const {
+    return tile;
+  }
+};
+template <class WarpTile>
+  requires(!WarpTile::tuned)
+struct ParkedTile<WarpTile> {
+  __align__(16) float memory[WarpTile::parked_floats];
+  __device__ __forceinline__ explicit ParkedTile(const WarpTile&) {}
+  __device__ __forceinline__ void park(const WarpTile& from) { from.park(memory); }
+  template <int Part>
+  __device__ __forceinline__ WarpTile unpark(const WarpTile& second) const {
+    WarpTile tile = second;
+    tile.template unpark<Part>(memory);
+    return tile;
+  }
+};
+
 /// Shared memory of a CTA: the rings of the warps, the queries, P of scalar warps, halo rows, the selected blocks. The
 /// epilogue reuses the rings for a part of o, [heads][columns + 8], and (m, sum) of every warp.
 template <class WarpTile>

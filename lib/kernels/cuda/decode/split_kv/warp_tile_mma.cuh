@@ -96,8 +96,7 @@ struct WarpTileMma {
 #pragma unroll
     for (int k = 0; k < k_columns / 32; ++k) {
       const int step = panel * (k_columns / 32) + k;  // of 32 columns
-      if (!Tuned && step * 32 >= size.d_k) break;
-      const bool has_odd = Tuned || step * 32 + 16 < size.d_k;
+      if (!Tuned && k % 2 == 0 && step * 32 >= size.d_k) break;
       uint4 even[M], odd[M];
 #pragma unroll
       for (int m = 0; m < M; ++m) even[m] = q(m, 2 * step * 32 + lane), odd[m] = q(m, (2 * step + 1) * 32 + lane);
@@ -109,7 +108,7 @@ struct WarpTileMma {
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           mma(c[m][j], even[m].x, even[m].y, even[m].z, even[m].w, b[0], b[1], T{});
-          if (has_odd) mma(c[m][j], odd[m].x, odd[m].y, odd[m].z, odd[m].w, b[2], b[3], T{});
+          mma(c[m][j], odd[m].x, odd[m].y, odd[m].z, odd[m].w, b[2], b[3], T{});
         }
       }
     }
@@ -230,7 +229,7 @@ struct WarpTileMma {
       }
 #pragma unroll
       for (int j = 0; j < v_columns / 16; ++j) {
-        if (!Tuned && Panel * v_columns + j * 16 >= size.d_v) break;
+        if (!Tuned && j % 4 == 0 && Panel * v_columns + j * 16 >= size.d_v) break;
         std::uint32_t b[4];
         ldmatrix_x4_trans(b, slot + (step * 2 + row) * v_bytes + j / 4 * 128 + ((j % 4 * 2 + vec) ^ row / 4) * 16);
 #pragma unroll
@@ -253,6 +252,30 @@ struct WarpTileMma {
 #pragma unroll
       for (int half = 0; half < 2; ++half) store_word(rows, to + m * 16 + lane / 4 + half * 8, tile[m][half].m);
   }
+  /// Floats of park(): o and the states of a lane.
+  static constexpr int parked_floats = M * (DV / 2 + 4);
+  /// Stores o and the states to local memory, by a pointer that keeps them out of registers. unpark() loads the states
+  /// and a part of o.
+  __device__ __forceinline__ void park(float* to) const {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int j = 0; j < DV / 8; ++j) store_local(to + (m * (DV / 8) + j) * 4, o[m][j]);
+      store_local(to + M * (DV / 2) + m * 4, {total[m][0].m, total[m][0].s, total[m][1].m, total[m][1].s});
+    }
+  }
+  template <int Part>
+  __device__ __forceinline__ void unpark(const float* from) {
+    constexpr int m = Part / v_panels, first = Part % v_panels * (v_columns / 8);
+#pragma unroll
+    for (int j = first; j < first + v_columns / 8; ++j) load_local(from + (m * (DV / 8) + j) * 4, o[m][j]);
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+      float states[4];
+      load_local(from + M * (DV / 2) + i * 4, states);
+      total[i][0] = {states[0], states[1]}, total[i][1] = {states[2], states[3]};
+    }
+  }
   /// Stores the (m, sum) of the tile alone.
   __device__ __forceinline__ void store_tile_lse(float2* to) const { store_states(to, tile); }
   __device__ __forceinline__ void store_state(float2* to) const { store_states(to, total); }
@@ -273,6 +296,15 @@ struct WarpTileMma {
   }
 
  private:
+  static __device__ __forceinline__ void store_local(float* to, const float (&x)[4]) {
+    asm volatile("st.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+  }
+  static __device__ __forceinline__ void load_local(const float* from, float (&x)[4]) {
+    asm volatile("ld.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                 : "l"(from)
+                 : "memory");
+  }
   static __device__ __forceinline__ int block_of_column(int n) { return n / 2 + n % 2 * 4; }
   // Loops without branches, so that the shuffles of both halves overlap.
   __device__ __forceinline__ void softmax_of_head_tile(int m, bool first, const BlockSumOutput& sums) {
