@@ -1,7 +1,8 @@
 // Speed of the host backend: a STREAM-like copy, decode attention at 64K context and prefill at 16K, by stage, with the
 // bytes read. Prints one JSON object per line; scripts/bench/bench_host.py compares it with torch and prints the
 // ratios.
-//   usage: bench_host [threads]
+//   usage: bench_host [threads]            the shapes of the script
+//          bench_host threads shapes       decode of other head counts, head sizes and blocks, bf16
 
 #include <algorithm>
 #include <chrono>
@@ -52,6 +53,7 @@ double copy_rate() {
 struct Case {
   std::int32_t batch, heads, groups, width;
   DType dtype;
+  std::int32_t d_v = width, l_sel = 64, n_sel = 16;
 };
 
 /// The caches and buffers of one attention layer. Steps rotate over `copies` of the compressed and window caches, so
@@ -61,17 +63,19 @@ class Bench {
   Bench(const Case& c, std::int64_t positions, std::int32_t tokens, int copies) : positions_(positions) {
     shape_.groups = c.groups;
     shape_.heads_per_group = c.heads / c.groups;
-    shape_.d_k = shape_.d_v = c.width;
+    shape_.d_k = c.width, shape_.d_v = c.d_v;
     shape_.dtype = c.dtype;
+    shape_.rules.l_sel = c.l_sel, shape_.rules.n_sel = c.n_sel;
     tile_ = {0, c.batch, tokens, &position_, positions};
     const std::int64_t rows = tile_.rows();
     const std::int64_t n = compressed_tokens(shape_.rules, positions - 1);
-    sel_ = {cache("sel.k", positions), cache("sel.v", positions)};
+    const std::int32_t d_k = shape_.d_k, d_v = shape_.d_v;
+    sel_ = {cache("sel.k", d_k, positions), cache("sel.v", d_v, positions)};
     for (int i = 0; i < copies; ++i) {
-      cmp_.push_back({cache("cmp.k", n), cache("cmp.v", n)});
-      win_.push_back(
-          tokens > 1 ? sel_
-                     : KvCaches{cache("win.k", positions, shape_.rules.w), cache("win.v", positions, shape_.rules.w)});
+      cmp_.push_back({cache("cmp.k", d_k, n), cache("cmp.v", d_v, n)});
+      win_.push_back(tokens > 1 ? sel_
+                                : KvCaches{cache("win.k", d_k, positions, shape_.rules.w),
+                                           cache("win.v", d_v, positions, shape_.rules.w)});
     }
     for (int i = 0; i < queries; ++i)
       q_.push_back(filled(rows * c.heads * c.width, std::string(1, static_cast<char>('a' + i))));
@@ -82,7 +86,7 @@ class Bench {
     selected_ = make(rows * c.groups * shape_.rules.n_sel * 4);
     reads_ = make(branches * c.batch * c.groups * 8);
     gate_ = make(rows * c.groups * branches * 4);
-    o_ = make(rows * c.heads * c.width * size_of(c.dtype));
+    o_ = make(rows * c.heads * c.d_v * size_of(c.dtype));
     std::fill_n(gate_->as<float>(), rows * c.groups * branches, 1.0f / 3.0f);
     std::fill_n(reads_->as<std::int64_t>(), branches * c.batch * c.groups, 0);
   }
@@ -130,11 +134,10 @@ class Bench {
     return std::make_shared<Buffer>(host_device(), account_, MemoryKind::workspace, static_cast<std::size_t>(bytes));
   }
 
-  Cache cache(const std::string& name, std::int64_t rows, std::int64_t ring = 0) {
+  Cache cache(const std::string& name, std::int32_t width, std::int64_t rows, std::int64_t ring = 0) {
     RowMap map;
     map.ring = ring;
     const std::int64_t memory_rows = ring > 0 ? ring : rows;
-    const std::int32_t width = shape_.d_k;
     Cache result{
         make(tile_.batches * shape_.groups * memory_rows * width * static_cast<std::int64_t>(size_of(shape_.dtype))),
         {}};
@@ -198,8 +201,9 @@ constexpr const char* stage_names[5] = {"attend_cmp", "rank", "attend_sel", "att
 void print_case(const char* what, const Case& c, std::int64_t context) {
   std::printf(
       "{\"what\": \"%s\", \"dtype\": \"%s\", \"batch\": %d, \"heads\": %d, \"groups\": %d, \"d\": %d, \"context\": "
-      "%lld",
-      what, name_of(c.dtype), c.batch, c.heads, c.groups, c.width, static_cast<long long>(context));
+      "%lld, \"d_v\": %d, \"l_sel\": %d, \"n_sel\": %d",
+      what, name_of(c.dtype), c.batch, c.heads, c.groups, c.width, static_cast<long long>(context), c.d_v, c.l_sel,
+      c.n_sel);
 }
 
 void print_stages(const double seconds[5]) {
@@ -209,7 +213,7 @@ void print_stages(const double seconds[5]) {
 /// Medians of each stage and of their sum over the steps after a warm-up.
 void decode(const Case& c, std::int64_t context) {
   const std::int64_t bytes =
-      (context / 16 + 512) * 2 * c.width * c.groups * c.batch * static_cast<std::int64_t>(size_of(c.dtype));
+      (context / 16 + 512) * (c.width + c.d_v) * c.groups * c.batch * static_cast<std::int64_t>(size_of(c.dtype));
   const int copies = static_cast<int>(std::clamp<std::int64_t>((std::int64_t{192} << 20) / bytes, 1, 32));
   Bench bench(c, context, 1, copies);
   std::vector<double> samples[6];
@@ -258,6 +262,17 @@ int main(int argc, char** argv) {
   std::printf("{\"what\": \"machine\", \"cpu\": \"%s\", \"simd\": \"%s\", \"threads\": %d}\n", info.name.c_str(),
               info.architecture.c_str(), info.units);
   std::printf("{\"what\": \"copy\", \"bytes_per_second\": %.4e}\n", copy_rate());
+  if (argc > 2 && std::string(argv[2]) == "shapes") {
+    constexpr DType bf16 = DType::bf16;
+    for (const Case c :
+         {Case{1, 64, 4, 128, bf16}, Case{1, 64, 4, 192, bf16, 128}, Case{1, 64, 4, 16, bf16}, Case{1, 64, 4, 80, bf16},
+          Case{1, 64, 4, 96, bf16}, Case{1, 64, 4, 160, bf16}, Case{1, 64, 4, 256, bf16}, Case{1, 16, 8, 256, bf16},
+          Case{1, 32, 32, 96, bf16}, Case{1, 32, 32, 128, bf16}, Case{1, 40, 8, 128, bf16}, Case{1, 128, 4, 128, bf16},
+          Case{1, 64, 1, 128, bf16}, Case{1, 128, 1, 128, bf16}, Case{1, 64, 4, 128, bf16, 128, 128},
+          Case{1, 64, 4, 128, bf16, 128, 64, 32}})
+      decode(c, 65536);
+    return 0;
+  }
   for (const DType dtype : {DType::f32, DType::bf16})
     for (const Case c :
          {Case{1, 8, 2, 64, dtype}, Case{4, 8, 2, 64, dtype}, Case{1, 64, 4, 128, dtype}, Case{4, 64, 4, 128, dtype}})
