@@ -53,9 +53,13 @@ __device__ __forceinline__ void for_each_part(const LayerShape& s, F f) {
     if (WarpTile::v_panels == 1 || s.d_v > WarpTile::v_columns) f(std::integral_constant<int, 1>{});
 }
 
-/// A tile of pass 0 of the fused step while pass 1 runs: of a tuned instance in registers, of a padded one in local
-/// memory, so that the main loop has its registers.
+/// Whether a tile of pass 0 of the fused step waits in local memory while pass 1 runs, so that the main loop has its
+/// registers: in padded instances of 16 heads. With 32 heads the compiler's own choice is measured.
 template <class WarpTile>
+constexpr bool parks_tile = !WarpTile::tuned && WarpTile::heads <= 16;
+
+/// That tile, in registers or in local memory.
+template <class WarpTile, bool Parks = parks_tile<WarpTile>>
 struct ParkedTile {
   WarpTile tile;
   __device__ __forceinline__ explicit ParkedTile(const WarpTile& empty) : tile(empty) {}
@@ -67,8 +71,7 @@ struct ParkedTile {
   }
 };
 template <class WarpTile>
-  requires(!WarpTile::tuned)
-struct ParkedTile<WarpTile> {
+struct ParkedTile<WarpTile, true> {
   __align__(16) float memory[WarpTile::parked_floats];
   __device__ __forceinline__ explicit ParkedTile(const WarpTile&) {}
   __device__ __forceinline__ void park(const WarpTile& from) { from.park(memory); }
