@@ -125,7 +125,7 @@ TEST_CASE("cuda prefill tiles equal the host's", "[prefill]") {
 }
 
 // Head sizes that the tiled kernels pad, of K and V each, and blocks of 128 tokens.
-TEST_CASE("cuda prefill takes every head size up to 192 and 128, and blocks of 128", "[prefill][padded_prefill]") {
+TEST_CASE("cuda prefill takes every head size up to 256, and blocks of 128", "[prefill][padded_prefill]") {
   int index = 0;
   for (const auto& [d_k, d_v] : {std::pair{16, 16},
                                  {48, 48},
@@ -155,6 +155,29 @@ TEST_CASE("cuda prefill takes every head size up to 192 and 128, and blocks of 1
       c.scored = true;
       check(Run(c));
     }
+}
+
+// Groups and values that take several launches: more than 16 heads, more than 128 columns of V. The first has raw
+// scores too; the last tile is large enough for the fused operation, whose blocks must be those of the stages.
+TEST_CASE("cuda prefill takes groups and values in parts", "[prefill][parts]") {
+  for (const auto& [h, d_k, d_v] : {std::tuple{16, 256, 256},
+                                    {2, 256, 256},
+                                    {16, 160, 160},
+                                    {5, 224, 192},
+                                    {3, 64, 144},
+                                    {32, 128, 128},
+                                    {20, 64, 64},
+                                    {40, 256, 176}}) {
+    Case c{shape_of(d_k == 160 ? DType::f16 : DType::bf16, 2, h, d_k, d_v), 1, 70, 1100};
+    c.chunk_blocks = 4;
+    check(Run(c));
+    c.scored = true;
+    check(Run(c));
+    c.scored = false, c.first = 2040, c.tokens = 270;
+    const Run run(c);
+    CHECK(run.fused);
+    check(run);
+  }
 }
 
 // More chosen blocks than the single-pass kernel holds, and enough rows for tiles.

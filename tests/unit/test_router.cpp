@@ -72,8 +72,8 @@ TEST_CASE("the table: each choose_route has its reason") {
     CHECK(default_route(cuda(89, branch, 1)).reason.find("RTX 4090") != std::string::npos);
     CHECK(default_route({BackendKind::host, 0, Phase::prefill, branch, DType::f32, 6, 10, 5}).name == "fused");
     // Beyond the tensor-core kernels a prefill is sdpa_gemm, a decode step fused.
-    CHECK(default_route({BackendKind::cuda, 90, Phase::prefill, branch, DType::bf16, 192, 128, 5}).name == "fused");
-    CHECK(default_route({BackendKind::cuda, 90, Phase::prefill, branch, DType::bf16, 256, 256, 5}).name == "sdpa_gemm");
+    CHECK(default_route({BackendKind::cuda, 90, Phase::prefill, branch, DType::bf16, 256, 256, 5}).name == "fused");
+    CHECK(default_route({BackendKind::cuda, 90, Phase::prefill, branch, DType::bf16, 272, 256, 5}).name == "sdpa_gemm");
     CHECK(default_route({BackendKind::cuda, 90, Phase::prefill, branch, DType::f16, 100, 100, 5}).name == "sdpa_gemm");
     CHECK(default_route({BackendKind::cuda, 90, Phase::decode, branch, DType::bf16, 256, 256, 5}).name == "fused");
   }

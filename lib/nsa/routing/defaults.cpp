@@ -12,8 +12,7 @@ constexpr bool cuda_on(const RouteKey& q, int capability) {
 
 /// Types and head sizes that the tensor-core kernels cover; everything else in `fused` is scalar arithmetic.
 constexpr bool on_tensor_cores(const RouteKey& q) {
-  const int max_d_k = q.phase == Phase::decode ? 256 : 192, max_d_v = q.phase == Phase::decode ? 256 : 128;
-  return q.dtype != DType::f32 && q.d_k % 16 == 0 && q.d_v % 16 == 0 && q.d_k <= max_d_k && q.d_v <= max_d_v;
+  return q.dtype != DType::f32 && q.d_k % 16 == 0 && q.d_v % 16 == 0 && q.d_k <= 256 && q.d_v <= 256;
 }
 
 struct Rule {
@@ -39,8 +38,9 @@ constexpr Rule defaults[] = {
     {[](const RouteKey& q) { return cuda_on(q, 90) && q.phase == Phase::decode; }, "fused",
      "no gather; scalar arithmetic at this type or head size, but few rows"},
     {[](const RouteKey& q) { return cuda_on(q, 90) && q.dtype != DType::f32; }, "sdpa_gemm",
-     "3.2 times as fast on an H200 as the scalar kernel, which is all that `fused` has beyond Dk = 192 or Dv = 128 "
-     "(Dk = Dv = 256 at 4K; docs/ROUTES.md)"},
+     "3.2 times as fast on an H200 as the scalar kernel, which is all that `fused` has beyond 256 columns or where "
+     "they "
+     "are no multiple of 16 (Dk = Dv = 256 at 4K; docs/ROUTES.md)"},
     {[](const RouteKey& q) { return cuda_on(q, 90); }, "fused",
      "no gather, and softmax weights stay in fp32; scalar arithmetic at this type or head size"},
     {[](const RouteKey&) { return true; }, "sdpa", "not measured: no result file of ours for this case"},

@@ -11,9 +11,9 @@ bool tiles_shape(const LayerShape& s) {
 #ifdef NSA_HAS_SM90A
   const BlockRules& r = s.rules;
   const int ratio = r.l_sel / r.d;
-  return limits().capability == 90 && s.dtype != DType::f32 && s.d_k % 16 == 0 && s.d_v % 16 == 0 && s.d_k <= 192 &&
-         s.d_v <= 128 && s.heads_per_group <= heads_per_tile && dense_tile_tokens % ratio == 0 &&
-         (r.l - 1) / r.d <= prefill_max_halo && s.lse.segment % 8 == 0 && r.n_sel <= 32;
+  return limits().capability == 90 && s.dtype != DType::f32 && s.d_k % 16 == 0 && s.d_v % 16 == 0 && s.d_k <= 256 &&
+         s.d_v <= 256 && dense_tile_tokens % ratio == 0 && (r.l - 1) / r.d <= prefill_max_halo &&
+         s.lse.segment % 8 == 0 && r.n_sel <= 32;
 #else
   (void)s;
   return false;
@@ -22,9 +22,10 @@ bool tiles_shape(const LayerShape& s) {
 
 float softmax_scale(const LayerShape& s) { return log2_e / std::sqrt(static_cast<float>(s.d_k)); }
 
-DenseWork dense_work(const LayerShape& s, const QueryTile& tile, const void* q, int item_queries) {
+DenseWork dense_work(const LayerShape& s, const PrefillPart& part, const QueryTile& tile, const void* q,
+                     int item_queries) {
   DenseWork w{};
-  w.q = query_tensor_map(q, s.dtype, tile.rows(), s.heads(), s.d_k, heads_per_tile, warpgroup_queries);
+  w.q = query_tensor_map(q, s.dtype, tile.rows(), s.heads(), s.d_k, heads_per_tile, warpgroup_queries, part.first_head);
   w.shape = s;
   w.scale = softmax_scale(s);
   w.tile = tile;
@@ -35,16 +36,16 @@ DenseWork dense_work(const LayerShape& s, const QueryTile& tile, const void* q, 
 }
 
 KvTensorMaps kv_tensor_maps(const LayerShape& s, const QueryTile& tile, const KvView& k, const KvView* v,
-                            std::int64_t rows) {
+                            std::int64_t rows, int first_column) {
   KvTensorMaps kv{};
   const std::int64_t planes = std::int64_t{tile.batch_begin + tile.batches} * s.groups;
   kv.map = k.map;
   kv.box_rows = max_box_rows(k.map, dense_tile_tokens);
   kv.k = kv_tensor_map(k, s.dtype, planes, kv.box_rows);
-  if (v) kv.v = kv_tensor_map(*v, s.dtype, planes, kv.box_rows);
+  if (v) kv.v = kv_tensor_map(*v, s.dtype, planes, kv.box_rows, 1, first_column);
   if (v && k.map.chunk == INT64_MAX) {
     kv.narrow_k = kv_tensor_map(k, s.dtype, planes, narrow_tile_tokens);
-    kv.narrow_v = kv_tensor_map(*v, s.dtype, planes, narrow_tile_tokens);
+    kv.narrow_v = kv_tensor_map(*v, s.dtype, planes, narrow_tile_tokens, 1, first_column);
   }
   kv.rows = rows;
   return kv;

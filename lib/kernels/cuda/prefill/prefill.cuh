@@ -2,9 +2,9 @@
 // Shared by the tiled prefill kernels (capability 9.0): accepted shapes, work items, and the KV ring of the dense
 // kernels.
 //
-// Tuned instances have (Dk, Dv) = (64, 64) or (128, 128) as constants. Padded instances of (128, 128) and (192, 128)
-// serve all multiples of 16 up to these: tensor copies fill columns past the head size with zeros, in shared memory
-// alone, and results past it are not stored.
+// Tuned instances have (Dk, Dv) = (64, 64) or (128, 128) as constants. Padded instances of (128, 128), (192, 128) and
+// (256, 128) serve all multiples of 16: tensor copies fill columns past the head size with zeros, in shared memory
+// alone, and results past it are not stored. More than 128 columns of V, or 16 heads, are several parts, a launch each.
 //
 // A warp has one query: its (up to 16) heads are the 16 rows of its part of a product. A CTA of the dense kernels has
 // consumer warpgroups of 4 queries each, which read the same K (and V) tiles of 128 tokens, and one producer warpgroup,
@@ -35,14 +35,37 @@ void with_head_sizes(const LayerShape& s, F f) {
   using std::integral_constant;
   constexpr integral_constant<int, 64> small;
   constexpr integral_constant<int, 128> large;
-  if (s.d_k == 64 && s.d_v == 64)
+  const bool tuned = s.heads_per_group <= heads_per_tile;
+  if (tuned && s.d_k == 64 && s.d_v == 64)
     f(small, small, std::true_type{});
-  else if (s.d_k == 128 && s.d_v == 128)
+  else if (tuned && s.d_k == 128 && s.d_v == 128)
     f(large, large, std::true_type{});
   else if (s.d_k <= 128)
     f(large, large, std::false_type{});
-  else
+  else if (s.d_k <= 192)
     f(integral_constant<int, 192>{}, large, std::false_type{});
+  else
+    f(integral_constant<int, 256>{}, large, std::false_type{});
+}
+
+/// What one launch computes of every group: up to 16 heads, and up to `columns` columns of V and o.
+struct PrefillPart {
+  int first_head, heads, first_column, columns;
+  __host__ __device__ bool is_first() const { return first_head == 0 && first_column == 0; }
+};
+/// Calls f(part) for all parts of a shape, each with up to `columns` columns of V.
+template <class F>
+void for_each_prefill_part(const LayerShape& s, int columns, F f) {
+  for (int head = 0; head < s.heads_per_group; head += heads_per_tile)
+    for (int column = 0; column < s.d_v; column += columns)
+      f(PrefillPart{head, std::min(heads_per_tile, s.heads_per_group - head), column,
+                    std::min(columns, s.d_v - column)});
+}
+/// The outputs of a part: its first head and column.
+inline Partials partials_of(const PrefillPart& part, const LayerShape& s, Partials out) {
+  out.o += std::int64_t{part.first_head} * s.d_v + part.first_column;
+  out.ms += std::int64_t{part.first_head} * 2;
+  return out;
 }
 /// Factor of scores before exponentials in base 2: log2(e) / sqrt(Dk).
 float softmax_scale(const LayerShape& s);
@@ -57,7 +80,7 @@ struct DenseWork {
   int items;        // sequences * groups * query tiles
   float scale;      // softmax_scale()
 };
-DenseWork dense_work(const LayerShape&, const QueryTile&, const void* q, int item_queries);
+DenseWork dense_work(const LayerShape&, const PrefillPart&, const QueryTile&, const void* q, int item_queries);
 
 /// K and V of a branch.
 struct KvTensorMaps {
@@ -67,8 +90,9 @@ struct KvTensorMaps {
   int box_rows;
   std::int64_t rows;  // that are written; later ones have any value
 };
-/// `v` may be null: only K is read.
-KvTensorMaps kv_tensor_maps(const LayerShape&, const QueryTile&, const KvView& k, const KvView* v, std::int64_t rows);
+/// `v` may be null: only K is read. Columns of V count from `first_column`.
+KvTensorMaps kv_tensor_maps(const LayerShape&, const QueryTile&, const KvView& k, const KvView* v, std::int64_t rows,
+                            int first_column = 0);
 inline int persistent_ctas(const DenseWork& w) { return w.items < limits().sms ? w.items : limits().sms; }
 
 /// compressed_tokens by 32-bit division: positions are below 2^31.

@@ -48,24 +48,26 @@ CUtensorMap encode(const void* data, DType type, const cuuint64_t (&sizes)[Rank]
 
 }  // namespace
 
-CUtensorMap kv_tensor_map(const KvView& view, DType type, std::int64_t planes, int box_rows, int row_stride) {
+CUtensorMap kv_tensor_map(const KvView& view, DType type, std::int64_t planes, int box_rows, int row_stride,
+                          int first_column) {
   const auto size = static_cast<std::int64_t>(size_of(type));
   const std::int64_t ranks = view.map.chunk == INT64_MAX ? 1 : view.map.kv, row = view.width * size;
   const std::int64_t plane = std::max(view.plane_stride * size, row), rank = std::max(view.rank_stride * size, plane);
-  return encode<4>(view.data, type,
-                   {static_cast<cuuint64_t>(view.width), static_cast<cuuint64_t>(plane / row),
+  return encode<4>(static_cast<const char*>(view.data) + first_column * size, type,
+                   {static_cast<cuuint64_t>(view.width - first_column), static_cast<cuuint64_t>(plane / row),
                     static_cast<cuuint64_t>(planes), static_cast<cuuint64_t>(ranks)},
                    {static_cast<cuuint64_t>(row), static_cast<cuuint64_t>(plane), static_cast<cuuint64_t>(rank)},
                    {box_columns, static_cast<cuuint32_t>(box_rows), 1, 1}, row_stride);
 }
 
 CUtensorMap query_tensor_map(const void* q, DType type, std::int64_t rows, int heads, int d_k, int box_heads,
-                             int box_queries) {
+                             int box_queries, int first_head) {
   const auto row = static_cast<cuuint64_t>(d_k) * size_of(type);
-  return encode<3>(q, type,
-                   {static_cast<cuuint64_t>(d_k), static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(rows)},
-                   {row, row * static_cast<cuuint64_t>(heads)},
-                   {box_columns, static_cast<cuuint32_t>(box_heads), static_cast<cuuint32_t>(box_queries)});
+  return encode<3>(
+      static_cast<const char*>(q) + static_cast<std::size_t>(first_head) * row, type,
+      {static_cast<cuuint64_t>(d_k), static_cast<cuuint64_t>(heads - first_head), static_cast<cuuint64_t>(rows)},
+      {row, row * static_cast<cuuint64_t>(heads)},
+      {box_columns, static_cast<cuuint32_t>(box_heads), static_cast<cuuint32_t>(box_queries)});
 }
 
 }  // namespace nsa::gpu

@@ -15,12 +15,14 @@ namespace nsa::gpu {
 constexpr int box_columns = 64;
 
 /// Of K or V [ranks][planes][rows][width]: boxes of every `row_stride`-th of `box_rows` rows, at (column, row, plane,
-/// rank).
-CUtensorMap kv_tensor_map(const KvView& view, DType type, std::int64_t planes, int box_rows, int row_stride = 1);
+/// rank). Columns count from `first_column`, a multiple of 8.
+CUtensorMap kv_tensor_map(const KvView& view, DType type, std::int64_t planes, int box_rows, int row_stride = 1,
+                          int first_column = 0);
 
-/// Of q [rows][heads][d_k]: boxes of `box_heads` heads by `box_queries` rows, at (column, head, row).
+/// Of q [rows][heads][d_k]: boxes of `box_heads` heads by `box_queries` rows, at (column, head, row). Heads count from
+/// `first_head`.
 CUtensorMap query_tensor_map(const void* q, DType type, std::int64_t rows, int heads, int d_k, int box_heads,
-                             int box_queries);
+                             int box_queries, int first_head = 0);
 
 /// Whether one tensor map describes the buffer: whole sequences, or gathered chunks that are contiguous.
 inline bool tma_accepts(const RowMap& m) {

@@ -26,8 +26,8 @@ struct Consumer {
     return Tuned ? log2_e / sqrtf(static_cast<float>(DK)) : p.work.scale;
   }
   __device__ __forceinline__ int d_v() const { return Tuned ? DV : p.work.shape.d_v; }
-  // Whether o has columns [8 j, 8 j + 8).
-  __device__ __forceinline__ bool has_columns(int j) const { return Tuned || 8 * j < p.work.shape.d_v; }
+  // Whether the part of o has columns [8 j, 8 j + 8).
+  __device__ __forceinline__ bool has_columns(int j) const { return Tuned || 8 * j < p.part.columns; }
 
   __device__ __forceinline__ void consumer_release(int i) const {
     mbarrier_arrive_if(shared.empty(i), threadIdx.x % 32 == 0);

@@ -8,22 +8,25 @@ namespace nsa::gpu::dense {
 // Addresses of a lane's two rows of a product: heads lane / 4 and lane / 4 + 8 of the warp's query.
 struct OutputRow {
   std::int64_t row_group;  // (row, group)
-  int heads;
+  int heads, part_heads;
   bool is_row;  // false past the tile's last query
-  __device__ __forceinline__ OutputRow(const DenseWork& w, const DenseWorkItem& item, int query)
+  __device__ __forceinline__ OutputRow(const DenseWork& w, const DenseWorkItem& item, int query, bool tuned,
+                                       const PrefillPart& part)
       : row_group((std::int64_t{item.sequence} * w.tile.tokens + item.first_query + query) * w.shape.groups +
                   item.group),
         heads(w.shape.heads_per_group),
+        part_heads(tuned ? heads : part.heads),
         is_row(item.first_query + query < w.tile.tokens) {}
-  __device__ __forceinline__ int head_in_group(int half) const { return threadIdx.x % 32 / 4 + half * 8; }
-  __device__ __forceinline__ bool exists(int half) const { return is_row && head_in_group(half) < heads; }
-  __device__ __forceinline__ std::int64_t head(int half) const { return row_group * heads + head_in_group(half); }
+  __device__ __forceinline__ int head_in_part(int half) const { return threadIdx.x % 32 / 4 + half * 8; }
+  __device__ __forceinline__ bool exists(int half) const { return is_row && head_in_part(half) < part_heads; }
+  __device__ __forceinline__ std::int64_t head(int half) const { return row_group * heads + head_in_part(half); }
   __device__ __forceinline__ int column() const { return threadIdx.x % 4 * 2; }
 };
 
 template <class T, int DK, int DV, bool Tuned>
 template <Branch B>
 __device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::add_reads(const DenseWorkItem& item) const {
+  if (!Tuned && !p.reads[B]) return;
   if (threadIdx.x % 32 == 0 && tokens_read > 0 && item.first_query + query() < p.work.tile.tokens)
     atomicAdd(reinterpret_cast<unsigned long long*>(p.reads[B]) + item.sequence * p.work.shape.groups + item.group,
               static_cast<unsigned long long>(tokens_read));
@@ -38,7 +41,7 @@ __device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::store_ms(std::int64_
 template <class T, int DK, int DV, bool Tuned>
 template <bool WithValues>
 __device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::store_partials(const DenseWorkItem& item) const {
-  const OutputRow at(p.work, item, query());
+  const OutputRow at(p.work, item, query(), Tuned, p.part);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float total = quad_sum(row_sum[half]);
@@ -55,14 +58,14 @@ __device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::store_partials(const
 
 template <class T, int DK, int DV, bool Tuned>
 __device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::load_gates(const DenseWorkItem& item) {
-  const OutputRow at(p.work, item, query());
+  const OutputRow at(p.work, item, query(), Tuned, p.part);
   for (const Branch b : {win, cmp}) gate[b] = at.is_row ? p.gate[at.row_group * branches + b] : 0.0f;
 }
 
 // Loads the output of store_gated<win> into s.
 template <class T, int DK, int DV, bool Tuned>
 __device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::load_win_output(const DenseWorkItem& item) {
-  const OutputRow at(p.work, item, query());
+  const OutputRow at(p.work, item, query(), Tuned, p.part);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (!at.exists(half)) continue;
@@ -80,7 +83,7 @@ __device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::load_win_output(cons
 template <class T, int DK, int DV, bool Tuned>
 template <Branch B>
 __device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::store_gated(const DenseWorkItem& item) {
-  const OutputRow at(p.work, item, query());
+  const OutputRow at(p.work, item, query(), Tuned, p.part);
   float weight[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

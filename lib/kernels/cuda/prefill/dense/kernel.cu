@@ -71,19 +71,23 @@ __global__ void __launch_bounds__(threads, 1) dense_kernel(const __grid_constant
 template <class T, int DK, int DV, bool Tuned, Job J>
 void launch(const AttendArgs* of[branches], const float* gate, Stream* stream) {
   const AttendArgs& a = *of[J == Job::win ? win : cmp];
-  DenseAttentionParams p{};
-  p.work = dense_work(a.shape, a.tile, a.q, item_queries);
-  p.out = a.out;
-  p.gate = gate;
-  for (const Branch b : {cmp, win}) {
-    if (!of[b]) continue;
-    const std::int64_t end = a.tile.max_positions;
-    p.kv[b] = kv_tensor_maps(a.shape, a.tile, of[b]->k, &of[b]->v,
-                             b == cmp ? compressed_tokens(a.shape.rules, end - 1) : end);
-    p.reads[b] = of[b]->reads;
-  }
-  launch_pdl(dense_kernel<T, DK, DV, Tuned, J>, dim3(persistent_ctas(p.work)), threads, Shared<DK, DV>::bytes, stream,
-             1, p);
+  for_each_prefill_part(a.shape, DV, [&](const PrefillPart& part) {
+    if (J == Job::cmp_ms && part.first_column > 0) return;
+    DenseAttentionParams p{};
+    p.work = dense_work(a.shape, part, a.tile, a.q, item_queries);
+    p.out = partials_of(part, a.shape, a.out);
+    p.gate = gate;
+    p.part = part;
+    for (const Branch b : {cmp, win}) {
+      if (!of[b]) continue;
+      const std::int64_t end = a.tile.max_positions;
+      p.kv[b] = kv_tensor_maps(a.shape, a.tile, of[b]->k, &of[b]->v,
+                               b == cmp ? compressed_tokens(a.shape.rules, end - 1) : end, part.first_column);
+      p.reads[b] = part.is_first() ? of[b]->reads : nullptr;
+    }
+    launch_pdl(dense_kernel<T, DK, DV, Tuned, J>, dim3(persistent_ctas(p.work)), threads, Shared<DK, DV>::bytes, stream,
+               1, p);
+  });
 }
 
 template <Job J>

@@ -7,7 +7,9 @@ namespace nsa::gpu::dense {
 
 /// Of one K or V tile: as many as fit.
 template <int DK>
-constexpr int slots = DK > 128 ? 3 : 6;
+constexpr int slots = DK > 192   ? 2
+                      : DK > 128 ? 3
+                                 : 6;
 constexpr int consumer_warpgroups = 2;
 constexpr int item_queries = consumer_warpgroups * warpgroup_queries, threads = 128 * (consumer_warpgroups + 1);
 
@@ -21,9 +23,10 @@ enum class Job { cmp, win, cmp_ms, gated };
 struct DenseAttentionParams {
   DenseWork work;
   KvTensorMaps kv[branches];
-  std::int64_t* reads[branches];
-  Partials out;       // gated: `o` is the sum of both branches, `ms` is cmp's
-  const float* gate;  // gated
+  std::int64_t* reads[branches];  // null: counted by another part
+  Partials out;                   // gated: `o` is the sum of both branches, `ms` is cmp's
+  const float* gate;              // gated
+  PrefillPart part;  // the last member, so that tuned instances, which do not read it, keep their machine code
 };
 
 // Tokens [begin, end) that position t attends.

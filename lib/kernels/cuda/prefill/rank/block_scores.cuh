@@ -15,7 +15,9 @@
 namespace nsa::gpu::block_scoring {
 
 template <int DK>
-constexpr int slots = DK > 128 ? 2 : 4;
+constexpr int slots = DK > 192   ? 1
+                      : DK > 128 ? 2
+                                 : 4;
 constexpr int consumer_warpgroups = 4;  // the products of one overlap with the exponentials of the others
 constexpr int item_queries = consumer_warpgroups * warpgroup_queries, threads = 128 * (consumer_warpgroups + 1);
 constexpr int quad_tokens = 4;  // of a block, where l' = 4 d
@@ -26,9 +28,10 @@ using Shared = DenseShared<DK, DK, slots<DK>, consumer_warpgroups>;
 struct BlockScoreParams {
   DenseWork work;
   KvTensorMaps kv;  // K_cmp
-  const float* ms;  // [rows][H][2]
-  float* scores;    // [rows][consumer_warpgroups][pitch]
+  const float* ms;  // [rows][H][2], from the part's first head on
+  float* scores;    // [rows][G][pitch]
   std::int64_t pitch;
+  PrefillPart part;  // the last member: prefill/dense/producer.cuh
 };
 
 __device__ __forceinline__ int kv_tile_count(const BlockRules& r, const DenseWorkItem& item) {
@@ -87,6 +90,9 @@ struct ScoreConsumer {
   float* to;                // the query's block scores; null past the tile's last query
   int ratio, halo, blocks;  // blocks: per tile
 
+  __device__ __forceinline__ void store_score(int block, float sum) const {
+    to[block] = !Tuned && !p.part.is_first() ? to[block] + sum : sum;
+  }
   __device__ __forceinline__ void begin(const DenseWorkItem& item);
   __device__ __forceinline__ void sum_heads(float (&s)[64], int begin) const;
   __device__ __forceinline__ void sum_tokens(int first_block);
@@ -110,7 +116,7 @@ __device__ __forceinline__ void ScoreConsumer<T, DK, Tuned, Quads>::begin(const 
   for (int half = 0; half < 2; ++half) {
     const int head = lane / 4 + half * 8;
     row_lse[half] = INFINITY;
-    if (!exists || head >= shape.heads_per_group) continue;
+    if (!exists || head >= (Tuned ? shape.heads_per_group : p.part.heads)) continue;
     const float2 ms =
         reinterpret_cast<const float2*>(p.ms)[row * shape.heads() + item.group * shape.heads_per_group + head];
     if (ms.y > 0.0f) row_lse[half] = ms.x * log2_e + log2f(ms.y);
@@ -176,7 +182,7 @@ __device__ __forceinline__ void ScoreConsumer<T, DK, Tuned, Quads>::sum_tokens(i
   for (int b = lane; b < blocks; b += 32) {
     float sum = 0.0f;
     for (int k = 0; k < ratio + halo; ++k) sum += token_sums[b * ratio + k - halo] * overlap_weights[k];
-    if (to && first_block + b < eligible) to[first_block + b] = sum;
+    if (to && first_block + b < eligible) store_score(first_block + b, sum);
   }
   __syncwarp();
   for (int i = lane; i < halo; i += 32)
@@ -239,7 +245,7 @@ __device__ __forceinline__ void ScoreConsumer<T, DK, Tuned, Quads>::store_quads(
   const float before = __shfl_sync(0xffffffffu, last, lane % 4 ? lane - 1 : lane - 5);
   if (lane % 8 < 4) sum += lane == 0 ? halo_sum : before;
   halo_sum = before;
-  if (to && block < eligible) to[block] = sum;
+  if (to && block < eligible) store_score(block, sum);
 }
 
 template <class T, int DK, bool Tuned, bool Quads>

@@ -21,11 +21,14 @@ std::int64_t score_pitch_of(const BlockRules& r, std::int64_t positions) {
 }
 
 template <class T, int DK, bool Tuned>
-void launch_scores(const RankArgs& a, Stream* stream) {
+void launch_scores(const RankArgs& a, const PrefillPart& part, Stream* stream) {
   const LayerShape& s = a.shape;
-  BlockScoreParams p{dense_work(s, a.tile, a.q, item_queries),
+  BlockScoreParams p{dense_work(s, part, a.tile, a.q, item_queries),
                      kv_tensor_maps(s, a.tile, a.k_cmp, nullptr, compressed_tokens(s.rules, a.tile.max_positions - 1)),
-                     a.cmp_ms, static_cast<float*>(a.scratch), score_pitch_of(s.rules, a.tile.max_positions)};
+                     a.cmp_ms + std::int64_t{part.first_head} * 2,
+                     static_cast<float*>(a.scratch),
+                     score_pitch_of(s.rules, a.tile.max_positions),
+                     part};
   const bool quads = s.rules.l_sel == quad_tokens * s.rules.d && s.rules.l == 2 * s.rules.d;
   if (quads) {
     const bool whole = p.kv.box_rows % quad_tokens == 0;
@@ -40,7 +43,10 @@ template <class T>
 void launch_scores(const RankArgs& a, Stream* stream) {
   LayerShape keys = a.shape;  // V is not read
   keys.d_v = std::min(keys.d_k, 128);
-  with_head_sizes(keys, [&](auto d_k, auto, auto tuned) { launch_scores<T, d_k, tuned>(a, stream); });
+  with_head_sizes(keys, [&](auto d_k, auto, auto tuned) {
+    for_each_prefill_part(keys, keys.d_v,
+                          [&](const PrefillPart& part) { launch_scores<T, d_k, tuned>(a, part, stream); });
+  });
 }
 
 }  // namespace

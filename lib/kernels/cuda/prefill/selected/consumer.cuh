@@ -39,6 +39,7 @@ struct QueryConsumer {
   }
   __device__ __forceinline__ int d_k() const { return Tuned ? DK : p.a.shape.d_k; }
   __device__ __forceinline__ int d_v() const { return Tuned ? DV : p.a.shape.d_v; }
+  __device__ __forceinline__ int part_heads() const { return Tuned ? p.a.shape.heads_per_group : p.part.heads; }
   __device__ __forceinline__ void load_query(const T* from, int heads);
   __device__ __forceinline__ void multiply_qk(unsigned keys);
   __device__ __forceinline__ void online_softmax(int tokens);
@@ -200,7 +201,7 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::attend_item(con
     const int i = p.pairs_blocks ? lane / 2 : lane;
     selects = i < n && block_of_selection(p, p.a.selected[row_group * n + i], lane, t) >= 0;
   }
-  load_query(static_cast<const T*>(p.a.q) + row_group * shape.heads_per_group * d_k(), shape.heads_per_group);
+  load_query(static_cast<const T*>(p.a.q) + row_group * shape.heads_per_group * d_k(), part_heads());
   const int selected = __popc(__ballot_sync(0xffffffffu, selects));
   for (int i = 0; i < selected; ++i, mailbox.advance()) {
     mbarrier_wait(shared.mailbox_full(query, mailbox.slot), mailbox.phase);
@@ -219,9 +220,9 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::epilogue(const 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     total[half] = quad_sum(row_sum[half]);
-    at[half] = row_group * shape.heads_per_group + min(lane / 4 + half * 8, shape.heads_per_group - 1);
+    at[half] = row_group * shape.heads_per_group + min(lane / 4 + half * 8, part_heads() - 1);
   }
-  const int heads = shape.heads_per_group - lane / 4;  // above 0 and above 8: the lane's two rows are heads
+  const int heads = part_heads() - lane / 4;  // above 0 and above 8: the lane's two rows are heads
   if (p.gate && Tuned)
     store_gated(at, heads, p.gate[row_group * branches + sel], total);
   else if (p.gate)
@@ -230,7 +231,7 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::epilogue(const 
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       if (heads > half * 8) store_partial(at[half], half, total[half]);
-  if (lane == 0)
+  if (lane == 0 && (Tuned || p.a.reads))
     atomicAdd(reinterpret_cast<unsigned long long*>(p.a.reads) + item.sequence * shape.groups + item.group,
               static_cast<unsigned long long>(tokens_read));
 }
@@ -244,7 +245,7 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::store_partial(s
   float* to = p.a.out.o + at * d_v() + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int j = 0; j < DV / 8; ++j)
-    if (Tuned || 8 * j < d_v())
+    if (Tuned || 8 * j < p.part.columns)
       *reinterpret_cast<float2*>(to + 8 * j) = make_float2(o[j][2 * half], o[j][2 * half + 1]);
 }
 
@@ -287,7 +288,7 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::store_gated_col
     T* to = static_cast<T*>(p.o) + at[half] * d_v + column;
 #pragma unroll
     for (int j = 0; j < DV / 8; ++j) {
-      if (8 * j >= d_v) break;
+      if (8 * j >= p.part.columns) break;
       const float2 x = __ldcs(reinterpret_cast<const float2*>(from + 8 * j));
       __stcs(reinterpret_cast<std::uint32_t*>(to + 8 * j),
              pack(fmaf(o[j][2 * half], weight, x.x), fmaf(o[j][2 * half + 1], weight, x.y), T{}));

@@ -68,15 +68,19 @@ int items_of(const LayerShape& s, const QueryTile& tile) { return tile.batches *
 int blocks_of(const BlockRules& r) { return r.n_sel * (r.l_sel / block_tokens); }
 
 template <class T, int DK, int DV, bool Tuned>
-void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
+void launch(const AttendArgs& a, const PrefillPart& part, const float* gate, void* o, Stream* stream) {
   SelectedParams p{};
   p.a = a;
+  p.part = part;
+  p.a.q = static_cast<const T*>(a.q) + std::int64_t{part.first_head} * a.shape.d_k;
+  p.a.out = partials_of(part, a.shape, a.out);
+  if (!part.is_first()) p.a.reads = nullptr;
   p.gate = gate;
-  p.o = o;
+  if (o) p.o = static_cast<T*>(o) + std::int64_t{part.first_head} * a.shape.d_v + part.first_column;
   p.box_rows = max_box_rows(a.k.map, block_tokens);
   const std::int64_t planes = std::int64_t{a.tile.batch_begin + a.tile.batches} * a.shape.groups;
   p.k = kv_tensor_map(a.k, a.shape.dtype, planes, p.box_rows);
-  p.v = kv_tensor_map(a.v, a.shape.dtype, planes, p.box_rows);
+  p.v = kv_tensor_map(a.v, a.shape.dtype, planes, p.box_rows, 1, part.first_column);
   p.query_tiles = query_tiles_of(a.tile);
   p.items = items_of(a.shape, a.tile);
   p.pairs_blocks = a.shape.rules.l_sel > block_tokens;
@@ -97,9 +101,11 @@ void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
   const auto by_head_size = [&](auto type) {
     using T = decltype(type);
     with_head_sizes(a.shape, [&](auto d_k, auto d_v, auto tuned) {
-      if constexpr (tuned)
-        if (a.shape.rules.l_sel == block_tokens) return launch<T, d_k, d_v, true>(a, gate, o, stream);
-      launch<T, d_k, d_v, false>(a, gate, o, stream);
+      for_each_prefill_part(a.shape, d_v, [&](const PrefillPart& part) {
+        if constexpr (tuned)
+          if (a.shape.rules.l_sel == block_tokens) return launch<T, d_k, d_v, true>(a, part, gate, o, stream);
+        launch<T, d_k, d_v, false>(a, part, gate, o, stream);
+      });
     });
   };
   if (a.shape.dtype == DType::bf16)

@@ -25,13 +25,14 @@ constexpr std::int64_t max_schedulable_positions = std::int64_t{block_tokens}
 
 struct SelectedParams {
   CUtensorMap k, v;
-  AttendArgs a;
+  AttendArgs a;  // q and out from the part's first head and column on; reads: null where another part counts them
   int box_rows, query_tiles, items;
   bool interleave_planes;  // items of all planes alternate, late queries first; otherwise plane after plane
   bool pairs_blocks;       // a selection block is two blocks of 64 tokens, not one
   // Null: stores partials. Otherwise `o` of all branches is stored: this branch's, normalised and gated, plus a.out.o.
   const float* gate;
   void* o;
+  PrefillPart part;  // the last member: prefill/dense/producer.cuh
 };
 
 // The i-th block of 64 tokens of a query at position t, given its selection block; -1: none. Where blocks come in pairs
