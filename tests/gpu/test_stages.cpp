@@ -196,6 +196,9 @@ TEST_CASE("cuda projects, rotates, gates and computes the output as the host doe
           const std::int64_t columns = qkv_columns(s), half = s.d_k / 2;
           MirroredBuffer x(rows * s.dim * size), w(s.dim * columns * size), w_o(s.heads() * s.d_v * s.dim * size);
           fill_matrix(x, type, rows, s.dim, "x", 1.0f);
+          const bool residual_stream = gate_kind == GateKind::sigmoid;  // x is its norm
+          MirroredBuffer residual(rows * s.dim * 4);
+          fill_matrix(residual, DType::f32, rows, s.dim, "r", 3.0f);
           fill_matrix(w, type, s.dim, columns, "w", 0.1f);
           fill_matrix(w_o, type, s.heads() * s.d_v, s.dim, "wo", 0.1f);
           MirroredBuffer w1(s.d_k * half * 4), b1(half * 4), w2(half * 3 * 4), b2(3 * 4);
@@ -221,6 +224,7 @@ TEST_CASE("cuda projects, rotates, gates and computes the output as the host doe
             a.weights.gate_w2 = w2.on<float>(*b);
             a.weights.gate_b2 = b2.on<float>(*b);
             a.x = x.on<void>(*b);
+            if (residual_stream) a.residual = residual.on<float>(*b);
             a.q = q.on<void>(*b);
             a.gate = gate.on<float>(*b);
             const MirroredBuffer* k[] = {&k0, &k1, &k2};
@@ -251,6 +255,40 @@ TEST_CASE("cuda projects, rotates, gates and computes the output as the host doe
           }
           CHECK(relative_error(y, DType::f32) < 1e-5);
         }
+}
+
+// Rows at the limits of each kernel; columns that fill no strip, and strips shared by clusters of two to eight CTAs.
+TEST_CASE("cuda products of few rows equal the host's, and add to a residual stream") {
+  for (const DType type : {DType::f32, DType::bf16, DType::f16})
+    for (const auto& [depth, columns] : {std::pair{64, 8}, {96, 72}, {1024, 200}, {4096, 40}, {40, 30}})
+      for (const int rows : {1, 8, 9, 16, 17, 32, 33}) {
+        LayerShape s;
+        s.heads_per_group = 1;
+        s.d_v = depth;
+        s.dim = columns;
+        s.dtype = type;
+        const std::int64_t size = static_cast<std::int64_t>(size_of(type));
+        MirroredBuffer o(std::int64_t{rows} * depth * size), w(std::int64_t{depth} * columns * size),
+            y(std::int64_t{rows} * columns * 4), residual(std::int64_t{rows} * columns * 4);
+        fill_matrix(o, type, rows, depth, "o", 1.0f);
+        fill_matrix(w, type, depth, columns, "w", 0.1f);
+        fill_matrix(residual, DType::f32, rows, columns, "r", 1.0f);
+        for (const Backend* b : {&cpu(), &gpu()}) {
+          OutputArgs a;
+          a.shape = s;
+          a.tile = {0, rows, 1, nullptr, 1};
+          a.o = o.on<void>(*b), a.w_o = w.on<void>(*b);
+          a.y = y.on<float>(*b), a.residual = residual.on<float>(*b);
+          MirroredBuffer scratch(static_cast<std::int64_t>(b->kernels->scratch_bytes(s, a.tile, {})) + 16);
+          a.scratch = scratch.on<void>(*b);
+          a.scratch_bytes = scratch.bytes();
+          b->kernels->output(a, nullptr);
+          gpu().device->synchronize(nullptr);
+        }
+        INFO(name_of(type) << " " << rows << " x " << depth << " x " << columns);
+        CHECK(relative_error(y, DType::f32) < 1e-5);
+        CHECK(relative_error(residual, DType::f32) < 1e-5);
+      }
 }
 
 // The fused prologue must write the same bits as project, append and compress one by one.

@@ -29,15 +29,16 @@ ALLOWED = {
     "kernels/cuda/exchange": "kernels/cuda/runtime kernels/interface",
     "kernels/cuda/attention": "kernels/cuda/runtime",
     "kernels/cuda/attention/rows": "kernels/cuda/attention kernels/cuda/primitives",
-    "kernels/cuda/layer": "kernels/cuda/attention kernels/cuda/runtime kernels/shared",
+    "kernels/cuda/layer": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/runtime kernels/shared",
     "kernels/cuda/rank": "kernels/cuda/attention kernels/cuda/runtime",
     "kernels/cuda/decode/split_kv": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/runtime",
     "kernels/cuda/attention/sdpa": "kernels/cuda/attention kernels/cuda/decode/split_kv kernels/cuda/runtime",
-    "kernels/cuda/decode/fused": "kernels/cuda/attention kernels/cuda/decode/split_kv kernels/cuda/primitives",
+    "kernels/cuda/decode/fused": "kernels/cuda/attention kernels/cuda/decode/split_kv kernels/cuda/layer "
+                                 "kernels/cuda/primitives",
     "kernels/cuda/decode/sharded": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/exchange "
                                    "kernels/cuda/runtime",
     "kernels/cuda/decode": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/decode/split_kv "
-                           "kernels/cuda/rank kernels/cuda/runtime",
+                           "kernels/cuda/layer kernels/cuda/rank kernels/cuda/runtime",
     "kernels/cuda/prefill": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/rank kernels/cuda/runtime",
     "kernels/cuda/prefill/dense": "kernels/cuda/prefill",
     "kernels/cuda/prefill/rank": "kernels/cuda/attention kernels/cuda/prefill",

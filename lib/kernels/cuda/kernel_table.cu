@@ -37,8 +37,10 @@ std::size_t rank_scratch_of(const LayerShape& s, const QueryTile& tile, const At
 }  // namespace
 
 std::size_t scratch_bytes(const LayerShape& s, const QueryTile& tile, const AttentionPolicy& policy) {
-  return std::max(padded(project_scratch(s, tile)),
-                  branches * branch_scratch(s, tile, policy) + padded(rank_scratch_of(s, tile, policy)));
+  const std::size_t product = padded(project_scratch(s, tile));
+  // A decode layer in one launch reads its product while it attends.
+  const std::size_t behind = std::max(padded(rank_scratch_of(s, tile, policy)), tile.tokens == 1 ? product : 0);
+  return std::max(product, branches * branch_scratch(s, tile, policy) + behind);
 }
 
 namespace {
@@ -56,6 +58,15 @@ void fused_decode_attention(const AttentionArgs& a, Stream* stream) {
   with.attend[cmp] = with_scratch(a.attend[cmp], 0, branches * branch_scratch(c.shape, c.tile, c.policy));
   with.rank = with_rank_scratch(a.rank, rank_scratch(c.shape, c.tile));
   decode_attention(with, stream);
+}
+
+void fused_decode_layer(const DecodeLayerArgs& a, Stream* stream) {
+  const CombineArgs& c = a.attention.combine;
+  DecodeLayerArgs with = a;
+  const std::size_t attention = branches * branch_scratch(c.shape, c.tile, c.policy);
+  with.attention.attend[cmp] = with_scratch(a.attention.attend[cmp], 0, attention);
+  if (a.projects) with.project = with_scratch(a.project, attention, padded(project_scratch(c.shape, c.tile)));
+  decode_layer(with, stream);
 }
 
 void fused_sharded_step(const ShardedStepArgs& a, Stream* stream) {
@@ -114,6 +125,7 @@ const KernelTable& kernel_table() {
       .advance = advance,
       .prologue = {prologue_accepts, decode_prologue},
       .decode_attention = {decode_attention_accepts, fused_decode_attention, decode_attention_variant},
+      .decode_layer = {decode_layer_accepts, fused_decode_layer},
       .prefill_attention = {prefill_attention_accepts, fused_prefill_attention},
       .sharded_attention = {.accepts = sharded_attention_accepts,
                             .local_attention = sharded_phase<local_attention>,

@@ -70,6 +70,7 @@ struct KernelTable {
 
   FusedOp<PrologueArgs> prologue = {};  ///< decode: tile.tokens = 1
   FusedOp<AttentionArgs> decode_attention = {};
+  FusedOp<DecodeLayerArgs> decode_layer = {};
   FusedOp<AttentionArgs> prefill_attention = {};
   ShardedAttention sharded_attention = {};
   /// All of sharded attention, exchanges included. Every rank of the group runs it on the same tile in the same order.

@@ -64,12 +64,13 @@ struct StageArgs {
 /// x -> q, k_c, v_c, gates. Q and k are rotated (RoPE, interleaved pairs, absolute position), v is not.
 struct ProjectArgs : StageArgs {
   LayerWeights weights = {};
-  const void* x = nullptr;         ///< [rows, dim]
-  void* q = nullptr;               ///< [rows, H, Dk]
-  void* k[branches] = {};          ///< [rows, groups, Dk]; shared_kv: only [sel] is written
-  void* v[branches] = {};          ///< [rows, groups, Dv]
-  float* gate = nullptr;           ///< [rows, groups, 3]
-  std::int32_t force_branch = -1;  ///< >= 0: one-hot gates
+  void* x = nullptr;                ///< [rows, dim]; with `residual` not read, and undefined afterwards
+  const float* residual = nullptr;  ///< [rows, dim]: x is rmsnorm of it (KernelTable::rmsnorm)
+  void* q = nullptr;                ///< [rows, H, Dk]
+  void* k[branches] = {};           ///< [rows, groups, Dk]; shared_kv: only [sel] is written
+  void* v[branches] = {};           ///< [rows, groups, Dv]
+  float* gate = nullptr;            ///< [rows, groups, 3]
+  std::int32_t force_branch = -1;   ///< >= 0: one-hot gates
 };
 
 /// Writes the rows' k and v where the cache holds them; other rows are skipped.
@@ -187,6 +188,7 @@ struct OutputArgs : StageArgs {
   const void* o = nullptr;    ///< [rows, heads.count * Dv]
   const void* w_o = nullptr;  ///< [H*Dv, dim]
   float* y = nullptr;         ///< [rows, dim]
+  float* residual = nullptr;  ///< optional [rows, dim]: += y
 };
 
 /// All that comes before a decode step's attention: project, append (in the order of Branch; cmp: the raw rows) and
@@ -306,6 +308,22 @@ struct AdvanceArgs {
   std::int32_t* selected_log = nullptr;    ///< [log_steps][selected_count]
   std::int64_t selected_count = 0;
   std::int64_t positions = 1;  ///< one, or one a sequence
+};
+
+/// One layer of a decode step up to output: project, append (in the order of Branch; cmp: the raw rows), compress,
+/// attention, and in the last layer the end of the step, with the arguments they have one by one. Counters and blocks
+/// go to row *step of the logs, which is zero before the step, where it exists: reads of attention.attend[b].reads to
+/// reads_log + (their index in log.reads), blocks to selected_log + (their index in log.selected). log.reads itself is
+/// not written.
+struct DecodeLayerArgs {
+  bool projects = false;  ///< else q, k, v and gate are given
+  ProjectArgs project;
+  AppendArgs append[branches];
+  CompressArgs compress;
+  AttentionArgs attention;
+  AdvanceArgs log;
+  std::int64_t first_position = 0;  ///< *log.step = *log.position - first_position
+  bool ends_step = false;           ///< the last layer: moves position and step on
 };
 
 }  // namespace nsa

@@ -140,6 +140,7 @@ void DecodeRunner::restore() {
   device.fill(step_.data(), 0, 8, stream);
   device.fill(stamps_.data(), 0, 8, stream);
   device.fill(buffers_.reads.data(), 0, buffers_.reads.bytes(), stream);
+  device.fill(reads_log_.data(), 0, reads_log_.bytes(), stream);
   device.synchronize(stream);
 }
 
@@ -270,6 +271,12 @@ StepPlan DecodeRunner::probe() {
   const StepContext ctx = context(0, {}, {.attention = wanted});
   restore();
   load(0, {});
+  if (!replays(shard_.config) && has_decode_layer(ctx, step_log()) &&
+      launches([&] { decode_layer(ctx, step_log(), false); })) {
+    plan.fused_layer = true;
+    restore();
+    return plan;
+  }
   if (has_fused_prologue(ctx) && launches([&] { fused_prologue(ctx); }))
     plan.prologue = Prologue::fused;
   else
@@ -297,6 +304,7 @@ void DecodeRunner::choose_plan(const ControlComm& world) {
   if (any(plan.prologue == Prologue::staged)) plan.prologue = Prologue::staged;
   if (any(plan.attention == Attention::staged)) plan.attention = Attention::staged;
   if (any(!plan.one_launch)) plan.one_launch = false;
+  if (any(!plan.fused_layer)) plan.fused_layer = false;
   plan_ = plan;
 }
 
@@ -304,11 +312,15 @@ void DecodeRunner::step(const StepOptions& options, StageTimer& timer) {
   const StepPlan plan = timer.per_stage() ? StepPlan{} : plan_;  // the default plan runs stage by stage
   for (std::int64_t layer = 0; layer < shard_.config.model.layers; ++layer) {
     const StepContext ctx = context(layer, options, plan);
-    plan.prologue == Prologue::fused ? fused_prologue(ctx) : staged_prologue(ctx, timer);
-    attention(plan.attention, ctx, timer);
+    if (plan.fused_layer) {
+      decode_layer(ctx, step_log(), layer + 1 == shard_.config.model.layers);
+    } else {
+      plan.prologue == Prologue::fused ? fused_prologue(ctx) : staged_prologue(ctx, timer);
+      attention(plan.attention, ctx, timer);
+    }
     output_projection(ctx, timer);
   }
-  advance();
+  if (!plan.fused_layer) shard_.kernels().advance(step_log(), shard_.streams.compute);
 }
 
 void DecodeRunner::attention(Attention attention, const StepContext& ctx, StageTimer& timer) {
@@ -323,7 +335,7 @@ void DecodeRunner::attention(Attention attention, const StepContext& ctx, StageT
   }
 }
 
-void DecodeRunner::advance() {
+AdvanceArgs DecodeRunner::step_log() const {
   AdvanceArgs args;
   args.position = positions_.as<std::int64_t>();
   args.positions = position_count(shard_.point);
@@ -335,7 +347,7 @@ void DecodeRunner::advance() {
   args.selected = buffers_.selected.as<std::int32_t>();
   args.selected_log = selected_log_.as<std::int32_t>();
   args.selected_count = selected_count_;
-  shard_.kernels().advance(args, shard_.streams.compute);
+  return args;
 }
 
 void DecodeRunner::stamp() { shard_.device().stamp(stamps_.as<std::int64_t>(), shard_.streams.compute); }

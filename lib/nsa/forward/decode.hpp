@@ -77,7 +77,7 @@ class DecodeRunner {
   void staged_attention(const StepContext& ctx, StageTimer& timer);
   void sharded_attention(const StepContext& ctx, StageTimer& timer);
   void output_projection(const StepContext& ctx, StageTimer& timer);
-  void advance();
+  AdvanceArgs step_log() const;
   void exchange(const StepContext& ctx, StageTimer& timer, void (*what)(const StepContext&, Stream*));
   /// Runs concurrently with what is queued on the compute stream from here to Streams::wait_side.
   void on_side_stream(const StepContext& ctx, void (*what)(const StepContext&, Stream*));

@@ -32,13 +32,11 @@ void flip(const char* site, const StepContext& ctx, const Buffer& buffer) {
   fault::flip(site, ctx.shard.device(), buffer.data(), buffer.bytes(), ctx.stream());
 }
 
-// With several layers x is normalised before the projection; a single layer projects x itself.
-void normalise_input(const StepContext& ctx) {
-  if (ctx.shard.config.model.layers == 1) return;
-  const LayerShape& s = ctx.stage.shape;
-  void* x_in = at(ctx.buffers.x_in, ctx.first_row * s.dim, size_of(s.dtype));
-  ctx.shard.kernels().rmsnorm(s, ctx.stage.tile.rows(), floats_at(ctx.buffers.x, ctx.first_row * s.dim), x_in, true,
-                              ctx.stream());
+// Decode with several layers: output adds y to the residual stream where no other rank has a part of y. (A prefill tile
+// may not: later tiles still project from it.)
+bool adds_output(const StepContext& ctx) {
+  return ctx.phase == Phase::decode && ctx.shard.config.model.layers > 1 && ctx.shard.partition.heads == 1 &&
+         !ctx.one_launch;
 }
 
 ProjectArgs project_args(const StepContext& ctx) {
@@ -47,6 +45,7 @@ ProjectArgs project_args(const StepContext& ctx) {
   ProjectArgs args{ctx.stage};
   args.weights = ctx.shard.weights[ctx.layer].layer();
   args.x = at(b.x_in, ctx.first_row * s.dim, size_of(s.dtype));
+  if (ctx.shard.config.model.layers > 1) args.residual = floats_at(b.x, ctx.first_row * s.dim);
   args.q = query_of(ctx);
   for (int c = 0; c < branches; ++c) {
     args.k[c] = b.k[c].data();
@@ -60,6 +59,14 @@ ProjectArgs project_args(const StepContext& ctx) {
 AppendArgs append_args(const StepContext& ctx, Branch branch, const KvView& k_cache, const KvView& v_cache) {
   const Branch source = ctx.stage.shape.shared_kv ? sel : branch;
   return {ctx.stage, ctx.buffers.k[source].data(), ctx.buffers.v[source].data(), k_cache, v_cache};
+}
+
+// What a decode step appends, in the order of Branch.
+void set_appends(const StepContext& ctx, AppendArgs (&append)[branches]) {
+  const LayerCaches& cache = ctx.shard.caches[ctx.layer];
+  append[cmp] = append_args(ctx, cmp, cache.raw.k, cache.raw.v);
+  append[sel] = append_args(ctx, sel, cache.sel.k, cache.sel.v);
+  append[win] = append_args(ctx, win, cache.win.k, cache.win.v);
 }
 
 CompressArgs compress_args(const StepContext& ctx) {
@@ -171,6 +178,19 @@ const FusedOp<AttentionArgs>& attention_op(const StepContext& ctx) {
   return ctx.phase == Phase::decode ? kernels.decode_attention : kernels.prefill_attention;
 }
 
+DecodeLayerArgs layer_args(const StepContext& ctx, const AdvanceArgs& log, bool ends_step) {
+  DecodeLayerArgs args;
+  args.projects = ctx.whole_layer();
+  if (args.projects) args.project = project_args(ctx);
+  set_appends(ctx, args.append);
+  args.compress = compress_args(ctx);
+  args.attention = attention_args(ctx);
+  args.log = log;
+  args.first_position = ctx.shard.point.context;
+  args.ends_step = ends_step;
+  return args;
+}
+
 // A fused operation computes what the first implementation of each branch does; the input may ask for another one.
 bool routed_to_first(const StepContext& ctx, std::initializer_list<Branch> of) {
   for (const Branch b : of)
@@ -180,10 +200,7 @@ bool routed_to_first(const StepContext& ctx, std::initializer_list<Branch> of) {
 
 }  // namespace
 
-void project(const StepContext& ctx) {
-  normalise_input(ctx);
-  ctx.shard.kernels().project(project_args(ctx), ctx.stream());
-}
+void project(const StepContext& ctx) { ctx.shard.kernels().project(project_args(ctx), ctx.stream()); }
 
 void append(const StepContext& ctx, Branch branch, const KvView& k_cache, const KvView& v_cache) {
   ctx.shard.kernels().append(append_args(ctx, branch, k_cache, v_cache), ctx.stream());
@@ -217,6 +234,7 @@ void output(const StepContext& ctx) {
   args.o = ctx.buffers.o.data();
   args.w_o = ctx.shard.weights[ctx.layer].layer().w_o;
   args.y = floats_at(ctx.buffers.y, ctx.first_row * args.shape.dim);
+  if (adds_output(ctx)) args.residual = floats_at(ctx.buffers.x, ctx.first_row * args.shape.dim);
   ctx.shard.kernels().output(args, ctx.stream());
   flip("kernel.output", ctx, ctx.buffers.y);
 }
@@ -224,16 +242,10 @@ void output(const StepContext& ctx) {
 bool has_fused_prologue(const StepContext& ctx) { return ctx.shard.kernels().prologue.accepts != nullptr; }
 
 void fused_prologue(const StepContext& ctx) {
-  const LayerCaches& cache = ctx.shard.caches[ctx.layer];
   PrologueArgs args;
   args.projects = ctx.whole_layer();
-  if (args.projects) {
-    normalise_input(ctx);
-    args.project = project_args(ctx);
-  }
-  args.append[cmp] = append_args(ctx, cmp, cache.raw.k, cache.raw.v);
-  args.append[sel] = append_args(ctx, sel, cache.sel.k, cache.sel.v);
-  args.append[win] = append_args(ctx, win, cache.win.k, cache.win.v);
+  if (args.projects) args.project = project_args(ctx);
+  set_appends(ctx, args.append);
   args.compress = compress_args(ctx);
   ctx.shard.kernels().prologue.run(args, ctx.stream());
 }
@@ -250,6 +262,19 @@ void fused_attention(const StepContext& ctx) {
   op.run(args, ctx.stream());
   const char* kernel = op.variant ? op.variant(args) : "step";
   for (const Branch b : {cmp, sel, win}) ctx.shard.routes.of(ctx.phase, b).record_kernel(kernel);
+  flip("kernel.combine", ctx, ctx.buffers.o);
+}
+
+bool has_decode_layer(const StepContext& ctx, const AdvanceArgs& log) {
+  const FusedOp<DecodeLayerArgs>& op = ctx.shard.kernels().decode_layer;
+  return op.accepts && !ctx.exchanges && routed_to_first(ctx, {cmp, sel, win}) &&
+         op.accepts(layer_args(ctx, log, false));
+}
+
+void decode_layer(const StepContext& ctx, const AdvanceArgs& log, bool ends_step) {
+  fault::refuse_launch("attend.step", ctx.shard.device(), ctx.stream());
+  ctx.shard.kernels().decode_layer.run(layer_args(ctx, log, ends_step), ctx.stream());
+  for (const Branch b : {cmp, sel, win}) ctx.shard.routes.of(ctx.phase, b).record_kernel("step");
   flip("kernel.combine", ctx, ctx.buffers.o);
 }
 
@@ -342,7 +367,7 @@ void sum_outputs(const StepContext& ctx, std::int64_t rows) {
   float* y = floats_at(ctx.buffers.y, first);
   if (ctx.one_launch) ctx.shard.comms->kv.all_reduce_sum("outputs", y, count, ctx.stream());
   ctx.shard.comms->heads.all_reduce_sum("outputs", y, count, ctx.stream());
-  if (ctx.shard.config.model.layers > 1)
+  if (ctx.shard.config.model.layers > 1 && !adds_output(ctx))
     ctx.shard.kernels().add(static_cast<std::int64_t>(count), floats_at(ctx.buffers.x, first), y, ctx.stream());
 }
 

@@ -27,6 +27,8 @@ struct StepPlan {
   /// Ranks that share the sequences: all of attention is KernelTable::sharded_step. `attention` holds for a pass that
   /// records, which needs the branches apart.
   bool one_launch = false;
+  /// One rank: everything up to output, and the end of the step, is KernelTable::decode_layer.
+  bool fused_layer = false;
 };
 
 /// The state that the stages of one layer and tile share. It does not change while they run.
@@ -64,10 +66,12 @@ void output(const StepContext& ctx);
 /// The fused operations: whether the backend has one for this context and its routes, and the call of it.
 bool has_fused_prologue(const StepContext& ctx);
 bool has_fused_attention(const StepContext& ctx);
+bool has_decode_layer(const StepContext& ctx, const AdvanceArgs& log);
 bool has_sharded_attention(const StepContext& ctx);
 bool has_sharded_step(const StepContext& ctx);
 void fused_prologue(const StepContext& ctx);
 void fused_attention(const StepContext& ctx);
+void decode_layer(const StepContext& ctx, const AdvanceArgs& log, bool ends_step);
 void sharded_step(const StepContext& ctx);
 void try_sharded_step(const StepContext& ctx);  ///< without exchanges: o and the selection are undefined
 

@@ -13,6 +13,10 @@ const char* decode_attention_variant(const AttentionArgs&);
 /// KernelTable::schedule_imbalance, of a rank that holds all K and V.
 double schedule_imbalance(const LayerShape&, const QueryTile&, std::span<const std::int64_t> positions);
 
+/// A layer of a step between project and output in one launch. decode/layer.cu
+bool decode_layer_accepts(const DecodeLayerArgs&);
+void decode_layer(const DecodeLayerArgs&, Stream*);
+
 /// The launches between the exchanges of a step whose sequences are sharded over ranks. decode/sharded.cu
 bool sharded_attention_accepts(const ShardedAttentionArgs&);
 void local_attention(const ShardedAttentionArgs&, Stream*);

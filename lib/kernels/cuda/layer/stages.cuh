@@ -20,6 +20,9 @@ void advance(const AdvanceArgs&, Stream*);
 /// Fused prologue of a decode step: project, append and compress in two launches. layer/project.cu
 void decode_prologue(const PrologueArgs&, Stream*);
 
+/// The product of project in its scratch: [rows, qkv_columns].
+float* project_product(const ProjectArgs&, Stream*);
+
 /// Bytes of scratch a stage needs.
 std::size_t project_scratch(const LayerShape&, const QueryTile&);
 

@@ -120,6 +120,7 @@ std::size_t project_scratch(const LayerShape& s, const QueryTile& tile) {
 void project(const ProjectArgs& args, Stream*) {
   const LayerShape& s = args.shape;
   const std::int64_t rows = args.tile.rows(), cols = qkv_columns(s);
+  if (args.residual) rmsnorm(s, rows, args.residual, args.x, true, nullptr);
   Arena arena(args.scratch, args.scratch_bytes);
   float* x = arena.allocate<float>(std::min(rows, matmul_rows) * s.dim);
   float* columns = arena.allocate<float>(std::min(rows, matmul_rows) * cols);
@@ -160,6 +161,7 @@ void output(const OutputArgs& args, Stream*) {
     matmul(arena, s.dtype, n, inner, s.dim, as_floats(s.dtype, n * inner, at(s.dtype, args.o, begin * inner), o), w_o,
            args.y + begin * s.dim);
   }
+  if (args.residual) add(rows * s.dim, args.residual, args.y, nullptr);
 }
 
 void rmsnorm(const LayerShape& s, std::int64_t rows, const float* x, void* out, bool normalise, Stream*) {

@@ -9,12 +9,19 @@
 // branch and sends every CTA of the cluster the columns which that one merges, normalises and gates. Block scores come
 // from sums by tile (attention/block_sums.cuh), or from raw scores where the shape has none.
 //
+// As a whole layer (DecodeLayerArgs) every CTA of a work item first forms q, k, v and gate from project's product, and
+// appends: every CTA of a work item writes the new rows of K and V, so that
+// its own warps may read them, and the CTA that attends the compressed token which completes forms it. Counters and
+// blocks go to the logs, and the last CTA to read the position moves it on.
+//
 // Bytes: K and V once; block sums add 9/8 * heads / (2 * Dk + 2 * Dv) of the bytes of cmp, written and read (raw
 // scores: 4 * heads / (2 * Dk + 2 * Dv)). Bound: memory bandwidth from some 16 work items of 64K tokens on; with few
 // work items the latency of the chain launch, cmp, selection, sel, merge with three cluster barriers, which is the
 // instructions on that path at 4 to 5 cycles each.
 
+#include "kernels/cuda/decode/fused/append.cuh"
 #include "kernels/cuda/decode/fused/merge.cuh"
+#include "kernels/cuda/layer/rope_gate.cuh"
 
 namespace nsa::gpu {
 
@@ -86,7 +93,18 @@ struct FusedDecode {
     __syncthreads();  // the queries overwrite it
     return row * p.shape.groups + k - rank * p.shape.groups;
   }
+  // Waits for the predecessor. Where that is project's product every CTA of a work item forms its q, k, v and gate.
+  __device__ __forceinline__ void wait_for_inputs() const {
+    if constexpr (Params::projects) {
+      rope_and_gate<T, threads>(p.project, p.product, p.columns, at.work_item, reinterpret_cast<float2*>(shared));
+      __syncthreads();
+    } else {
+      griddep_wait();
+    }
+  }
   __device__ __forceinline__ void start() {
+    [[maybe_unused]] FusedAppend<WarpTile, W, Params> append{p, at};
+    if constexpr (Params::is_layer) append.load();
     const std::int64_t t = first_position(p.tile, at.row);
     WarpTile::copy_queries_async(shared_address(shared) + SharedLayout::queries,
                                  static_cast<const T*>(p.q) + std::int64_t{at.first_head} * size().d_k, size(),
@@ -100,10 +118,21 @@ struct FusedDecode {
     at.n = at.t + 1 < r.l ? 0 : p.stride(at.t + 1 - r.l) + 1;
     at.eligible = p.block(at.t) + 1;
     if constexpr (is_shard) at.start();
+    if constexpr (Params::is_layer) append.store();
     plan_tiles();
     cp_async_wait<SharedLayout::slots>();  // the queries, the gates
     __syncthreads();
+    if constexpr (Params::is_layer)
+      if (p.log.position && threadIdx.x == 0) end_step();
   }
+  // Moves the position on once every CTA has read it. The next launch waits for this one.
+  __device__ __forceinline__ void end_step() const {
+    if (atomicInc(p.log.arrivals, gridDim.x - 1) != gridDim.x - 1) return;
+    *p.log.position = at.t + 1;
+    *p.log.step = at.t + 1 - p.log.first_position;
+  }
+  // Row of the logs; those from p.log.rows on do not exist.
+  __device__ __forceinline__ int log_row() const { return at.t - p.log.first_position; }
 
   __device__ __forceinline__ WarpTile make_tile() const {
     return WarpTile(shared + SharedLayout::queries, shared + SharedLayout::prob + at.warp * WarpTile::prob_bytes,
@@ -262,6 +291,10 @@ struct FusedDecode {
     }
     if (threadIdx.x % 32 == 0 && tokens > 0 && at.head_tile == 0) {
       std::int64_t* reads = pass == 0 ? p.reads[cmp] : pipeline.attends_sel ? p.reads[sel] : p.reads[win];
+      if constexpr (Params::is_layer) {
+        if (log_row() >= p.log.rows) return;
+        reads += std::int64_t{log_row()} * p.log.counters;
+      }
       atomicAdd(reinterpret_cast<unsigned long long*>(reads) + at.work_item, static_cast<unsigned long long>(tokens));
     }
   }
@@ -316,6 +349,10 @@ struct FusedDecode {
       index += block >= 0 && block < own;
     }
     if (lane < n) p.selected[std::int64_t{at.work_item} * n + (own < 0 ? lane : index)] = own;
+    if constexpr (Params::is_layer)
+      if (lane < n && log_row() < p.log.rows)
+        p.log.selected[log_row() * p.log.selected_count + std::int64_t{at.work_item} * n + (own < 0 ? lane : index)] =
+            own;
   }
 };
 
@@ -347,13 +384,12 @@ __device__ __forceinline__ FusedMerge<WarpTile, W, Params> attend_and_send(
   return merge;
 }
 
-template <class WarpTile, int W, bool Sums>
-__global__ void __launch_bounds__(32 * W, fused_warps / W)
-    fused_decode_kernel(const __grid_constant__ FusedDecodeParams p) {
+template <class WarpTile, int W, bool Sums, class Params = FusedDecodeParams>
+__global__ void __launch_bounds__(32 * W, fused_warps / W) fused_decode_kernel(const __grid_constant__ Params p) {
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
   extern __shared__ __align__(128) char shared[];
-  FusedDecode<WarpTile, W, Sums> step(p, shared);
-  griddep_wait();
+  FusedDecode<WarpTile, W, Sums, Params> step(p, shared);
+  step.wait_for_inputs();
   step.start();
   WarpTile warp_tile = step.make_tile();
   ParkedTile<WarpTile> cmp_tile(warp_tile);
@@ -404,21 +440,21 @@ int count_active_clusters(const LayerShape& s, int cluster) {
   return count;
 }
 
-template <class WarpTile>
-void launch_fused_decode_of(const FusedDecodeParams& p, Stream* stream) {
+template <class WarpTile, class Params>
+void launch_fused_decode_of(const Params& p, Stream* stream) {
   const dim3 grid(static_cast<unsigned>(p.tile.rows() * p.shape.groups * p.cluster));
   const auto launch = [&](auto* kernel, int bytes) {
     launch_pdl(kernel, grid, 32 * p.warps, bytes, stream, p.cluster, p);
   };
   const auto launch_of = [&](auto sums) {
     if (p.warps == fused_warps)
-      return launch(fused_decode_kernel<WarpTile, fused_warps, sums>,
+      return launch(fused_decode_kernel<WarpTile, fused_warps, sums, Params>,
                     FusedSharedLayout<WarpTile, fused_warps>::bytes(p.shape));
-    if constexpr (has_small_ctas<WarpTile>)
-      launch(fused_decode_kernel<WarpTile, fused_warps_small, sums>,
+    if constexpr (has_small_ctas<WarpTile> && !Params::projects)
+      launch(fused_decode_kernel<WarpTile, fused_warps_small, sums, Params>,
              FusedSharedLayout<WarpTile, fused_warps_small>::bytes(p.shape));
   };
-  if constexpr (WarpTile::tuned)
+  if constexpr (WarpTile::tuned && !Params::is_layer)
     if (!p.block_sums.memory) return launch_of(std::false_type{});
   launch_of(std::true_type{});
 }
@@ -451,8 +487,8 @@ int active_clusters(const LayerShape& s, int cluster) {
   });
 }
 
-template <DType Storage, bool Tuned>
-void launch_fused_decode(const FusedDecodeParams& p, Stream* stream) {
+template <DType Storage, bool Tuned, class Params>
+void launch_fused_decode(const Params& p, Stream* stream) {
   with_warp_tile<Storage, Tuned>(p.shape,
                                  [&](auto tile) { launch_fused_decode_of<typename decltype(tile)::type>(p, stream); });
 }

@@ -116,10 +116,6 @@ std::int64_t held_tokens(const RowMap& map, std::int64_t tokens) {
   return owned == 0 ? 0 : (owned - 1) * map.chunk + std::min(map.chunk, tokens - last * map.chunk);
 }
 
-void launch(const FusedDecodeParams& p, Stream* stream) {
-  with_instances(p.shape, [&](auto type, auto tuned) { launch_fused_decode<type, tuned>(p, stream); });
-}
-
 }  // namespace
 
 bool fused_decode_accepts(const AttentionArgs& a) {
@@ -201,9 +197,19 @@ int fused_slots(const LayerShape& s, const QueryTile& tile) {
 bool try_fused_decode(const AttentionArgs& a, Stream* stream) {
   if (!fused_decode_accepts(a)) return false;
   FusedDecodeParams p = fused_decode_params(a);
-  divide_work(p, {resident_clusters, p.max_tiles});
-  if (p.cluster > 0) launch(p, stream);
+  divide_work(p);
+  if (p.cluster > 0) launch_divided(p, stream);
   return p.cluster > 0;
 }
+
+void divide_work(FusedDecodeParams& p) { divide_work(p, {resident_clusters}); }
+
+template <class Params>
+void launch_divided(const Params& p, Stream* stream) {
+  with_instances(p.shape, [&](auto type, auto tuned) { launch_fused_decode<type, tuned, Params>(p, stream); });
+}
+template void launch_divided(const FusedDecodeParams&, Stream*);
+template void launch_divided(const FusedAppendParams&, Stream*);
+template void launch_divided(const FusedLayerParams&, Stream*);
 
 }  // namespace nsa::gpu

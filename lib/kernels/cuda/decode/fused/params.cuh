@@ -30,11 +30,34 @@ struct Divisor {
 
 struct FusedCoord;
 
+/// Rows of K and V, in the order of Branch (cmp: raw rows), that the step appends before it attends them, and the
+/// compressed token that completes.
+struct AppendedRows {
+  struct Row {
+    const char* from;  ///< [work item][bytes]
+    char* to;          ///< plane of the first work item
+    std::int64_t plane_bytes;
+    int bytes;  ///< whole 16-byte vectors
+  };
+  Row rows[2 * branches] = {};  ///< K of cmp, V of cmp, K of sel, ...
+  int ring[branches] = {};      ///< rows of the cache; 0: one a position
+  Divisor by_ring[branches];
+};
+
+/// Where the counters and the blocks of a step are logged, and the end of the step (DecodeLayerArgs).
+struct StepLog {
+  int rows = INT32_MAX, counters = 0, first_position = 0;  ///< counters = 0: `reads` are the counters themselves
+  std::int32_t* selected = nullptr;                        ///< [rows][selected_count]; null: not logged
+  std::int64_t selected_count = 0;
+  std::int64_t *position = nullptr, *step = nullptr;  ///< null: the step goes on
+  unsigned* arrivals = nullptr;                       ///< zero between launches
+};
+
 /// Of a rank that holds all K and V. ShardedDecodeParams (decode/sharded/params.cuh) adds to it what a rank needs that
 /// holds some chunks of them; the kernel is a template of both.
 struct FusedDecodeParams {
   using Coord = FusedCoord;
-  static constexpr bool is_shard = false;
+  static constexpr bool is_shard = false, is_layer = false, projects = false;
   LayerShape shape;
   QueryTile tile;
   const void* q;
@@ -76,6 +99,20 @@ struct FusedDecodeParams {
   __device__ __forceinline__ int held_buckets() const { return shape.lse.buckets; }
 };
 
+/// The step with the rows it appends and its logs. A kernel of its own: the code would slow the step without them.
+struct FusedAppendParams : FusedDecodeParams {
+  static constexpr bool is_layer = true;
+  AppendedRows appended;
+  StepLog log;
+};
+/// RoPE and gate of project too.
+struct FusedLayerParams : FusedAppendParams {
+  static constexpr bool projects = true;
+  ProjectArgs project;
+  const float* product = nullptr;  ///< [rows, columns] of project
+  std::int64_t columns = 0;
+};
+
 /// Whether the kernel is built for the shape of these steps, and their geometry is one that it reads.
 bool fused_decode_accepts(const AttentionArgs& a);
 /// Inputs and outputs of the kernel. A rank that holds chunks has block sums only.
@@ -95,6 +132,11 @@ int fused_slots(const LayerShape& s, const QueryTile& tile);
 /// Launches the fused decode step; false: it does not accept the shape and nothing was launched. decode/fused/launch.cu
 bool try_fused_decode(const AttentionArgs& a, Stream* stream);
 
+/// Divides the work on one rank and launches; cluster = 0: not possible.
+void divide_work(FusedDecodeParams& p);
+template <class Params>
+void launch_divided(const Params& p, Stream* stream);
+
 /// The instance for a shape whose block rules the fused kernel takes.
 inline DecodeInstance fused_instance(const LayerShape& s) {
   const bool few_heads = s.heads_per_group <= decode_heads(s.dtype), few_blocks = s.rules.n_sel <= warp_top_n;
@@ -109,7 +151,7 @@ inline DecodeInstance fused_instance(const LayerShape& s) {
 /// Clusters of that size, of CTAs of 8 warps, that are resident at the same time; 0: none.
 template <DType Storage, bool Tuned>
 int active_clusters(const LayerShape& s, int cluster);
-template <DType Storage, bool Tuned>
-void launch_fused_decode(const FusedDecodeParams& p, Stream* stream);
+template <DType Storage, bool Tuned, class Params>
+void launch_fused_decode(const Params& p, Stream* stream);
 
 }  // namespace nsa::gpu

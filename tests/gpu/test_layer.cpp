@@ -1,0 +1,195 @@
+// A layer of a decode step in one launch against the same work in several: the same bits in caches, blocks, output and
+// logs, step after step.
+
+#include <cstring>
+
+#include "catch.hpp"
+#include "gpu/differences.hpp"
+#include "gpu/mirrored.hpp"
+#include "gpu/whole_decode.hpp"
+
+using namespace nsa;
+using namespace nsa::test;
+
+namespace {
+
+constexpr std::int64_t log_steps = 3;
+
+// A decode step's caches, the raw rows of the compressed branch beside them, and what the step appends.
+struct WholeLayer {
+  WholeDecode whole;
+  std::int64_t planes, first_position, counters, selected_count;
+  KvView k_raw, v_raw;
+  void *k[branches], *v[branches];
+  AdvanceArgs log;
+  ProjectArgs project;
+  bool projects;
+
+  WholeLayer(const LayerShape& s, int batch, std::int64_t context, bool from_x)
+      : whole(gpu(), s, batch, context + log_steps + 1, 1),
+        planes(std::int64_t{batch} * s.groups),
+        first_position(context),
+        counters(branches * planes),
+        selected_count(planes * s.rules.n_sel),
+        projects(from_x) {
+    gpu().device->copy(position(), &first_position, 8, nullptr);
+    k_raw = raw("kraw", s.d_k);
+    v_raw = raw("vraw", s.d_v);
+    for (int b = 0; b < branches; ++b) {
+      k[b] = rows(planes, s.d_k, std::string("k") + branch_names[b]).data;
+      v[b] = rows(planes, s.d_v, std::string("v") + branch_names[b]).data;
+    }
+    log.position = position();
+    log.step = zeros<std::int64_t>(8);
+    log.reads = whole.reads;
+    gpu().device->fill(whole.reads, 0, static_cast<std::size_t>(counters * 8), nullptr);
+    log.reads_log = zeros<std::int64_t>(log_steps * counters * 8);
+    log.counters = counters;
+    log.log_steps = log_steps;
+    log.selected = whole.selected;
+    log.selected_log = zeros<std::int32_t>(log_steps * selected_count * 4);
+    log.selected_count = selected_count;
+    set_project(batch);
+    gpu().device->synchronize(nullptr);
+  }
+  void set_project(int batch) {
+    const LayerShape& s = whole.s;
+    const std::int64_t half = s.d_k / 2;
+    const auto floats = [&](std::int64_t count, const char* name) {
+      KvView view;
+      view.width = 1, view.plane_stride = count;
+      view.data = whole.memory.make(count * 4);
+      gpu().kernels->fill_rows({DType::f32, view, 1, 1, 0, 0, count, tensor_key(2, name), 0.2f}, nullptr);
+      return static_cast<float*>(view.data);
+    };
+    project.x = rows(batch, s.dim, "x").data;
+    project.weights.w_qkv = rows(s.dim, static_cast<int>(qkv_columns(s)), "w").data;
+    project.weights.gate_w1 = floats(s.d_k * half, "g1");
+    project.weights.gate_b1 = floats(half, "b1");
+    project.weights.gate_w2 = floats(half * branches, "g2");
+    project.weights.gate_b2 = floats(branches, "b2");
+    project.q = whole.sets[0].q;
+    std::copy_n(k, branches, project.k);
+    std::copy_n(v, branches, project.v);
+    project.gate = whole.gate;
+  }
+  std::int64_t* position() const { return const_cast<std::int64_t*>(whole.tile.first_position); }
+  template <class T>
+  T* zeros(std::int64_t bytes) {
+    T* memory = whole.memory.make<T>(bytes);
+    gpu().device->fill(memory, 0, static_cast<std::size_t>(bytes), nullptr);
+    return memory;
+  }
+  KvView rows(std::int64_t count, int width, const std::string& name) {
+    KvView view;
+    view.width = width;
+    view.plane_stride = count * width;
+    view.data = whole.memory.make(count * width * static_cast<std::int64_t>(size_of(whole.s.dtype)));
+    gpu().kernels->fill_rows({whole.s.dtype, view, 1, 1, 0, 0, count, tensor_key(2, name.c_str()), 1.0f}, nullptr);
+    return view;
+  }
+  KvView raw(const std::string& name, int width) {
+    KvView view = rows(planes * whole.s.rules.l, width, name);
+    view.plane_stride = std::int64_t{whole.s.rules.l} * width;
+    view.map.ring = whole.s.rules.l;
+    return view;
+  }
+
+  DecodeLayerArgs args() const {
+    const WholeDecode::Set& set = whole.sets[0];
+    DecodeLayerArgs a;
+    a.attention = whole.step(set).attention_args();
+    const StageArgs& stage = a.attention.combine;
+    a.projects = projects;
+    a.project = project;
+    static_cast<StageArgs&>(a.project) = stage;
+    a.append[cmp] = {stage, k[cmp], v[cmp], k_raw, v_raw};
+    for (const Branch b : {sel, win}) a.append[b] = {stage, k[b], v[b], set.k[b], set.v[b]};
+    static_cast<StageArgs&>(a.compress) = stage;
+    a.compress.k_raw = k_raw, a.compress.v_raw = v_raw;
+    a.compress.k_cmp = set.k[cmp], a.compress.v_cmp = set.v[cmp];
+    a.log = log;
+    a.first_position = first_position;
+    a.ends_step = true;
+    return a;
+  }
+  void run_stages() const {
+    const DecodeLayerArgs a = args();
+    const KernelTable& kernels = *gpu().kernels;
+    if (projects) kernels.project(a.project, whole.stream);
+    for (const AppendArgs& append : a.append) kernels.append(append, whole.stream);
+    kernels.compress(a.compress, whole.stream);
+    run_fused(kernels.decode_attention, a.attention, whole.stream);
+    kernels.advance(a.log, whole.stream);
+  }
+  void run_layer() const { run_fused(gpu().kernels->decode_layer, args(), whole.stream); }
+};
+
+bool same(const void* a, const void* b, std::int64_t bytes, const WholeDecode& whole) {
+  if (bytes == 0) return true;
+  return differences(a, b, static_cast<std::size_t>(bytes), whole.stream).count == 0;
+}
+
+void check_layer(const LayerShape& s, int batch, std::int64_t context, bool projects) {
+  INFO((projects ? "projects " : "given ") << "type=" << static_cast<int>(s.dtype) << " h=" << s.heads_per_group
+                                           << " d=" << s.d_k << "," << s.d_v << " " << batch << " x " << context);
+  WholeLayer stages(s, batch, context, projects), layer(s, batch, context, projects);
+  const auto size = static_cast<std::int64_t>(size_of(s.dtype));
+  for (int step = 0; step <= log_steps; ++step) {  // the last one has no row in the logs
+    stages.run_stages();
+    layer.run_layer();
+    gpu().device->synchronize(layer.whole.stream);
+    INFO("step " << step);
+    CHECK(same(stages.whole.o, layer.whole.o, stages.whole.o_bytes(), stages.whole));
+    CHECK(same(stages.whole.selected, layer.whole.selected, stages.whole.selected_bytes(), stages.whole));
+  }
+  const auto same_cache = [&](const KvView& a, const KvView& b) {
+    CHECK(same(a.data, b.data, stages.planes * a.plane_stride * size, stages.whole));
+  };
+  for (int b = 0; b < branches; ++b) {
+    same_cache(stages.whole.sets[0].k[b], layer.whole.sets[0].k[b]);
+    same_cache(stages.whole.sets[0].v[b], layer.whole.sets[0].v[b]);
+  }
+  same_cache(stages.k_raw, layer.k_raw);
+  same_cache(stages.v_raw, layer.v_raw);
+  CHECK(same(stages.log.reads_log, layer.log.reads_log, log_steps * stages.counters * 8, stages.whole));
+  CHECK(same(stages.log.selected_log, layer.log.selected_log, log_steps * stages.selected_count * 4, stages.whole));
+  CHECK(same(stages.log.position, layer.log.position, 8, stages.whole));
+  CHECK(same(stages.log.step, layer.log.step, 8, stages.whole));
+  std::int64_t position = 0;
+  gpu().device->copy(&position, layer.log.position, 8, layer.whole.stream);
+  gpu().device->synchronize(layer.whole.stream);
+  CHECK(position == context + log_steps + 1);
+}
+
+void check_layer(const LayerShape& s, int batch, std::int64_t context) {
+  for (const bool projects : {false, true}) check_layer(s, batch, context, projects);
+}
+
+LayerShape shape_of(DType type, int groups, int h, int d_k, int d_v) {
+  LayerShape s;
+  s.groups = groups, s.heads_per_group = h;
+  s.d_k = d_k, s.d_v = d_v;
+  s.dtype = type;
+  return s;
+}
+
+}  // namespace
+
+// Positions before and at the first compressed token, in front of, at and after one that completes; clusters of 16 CTAs
+// to one, CTAs of 4 warps; padded instances and head tiles.
+TEST_CASE("a decode layer in one launch equals its stages", "[step][layer]") {
+  for (const std::int64_t context : {1, 29, 30, 31, 46, 62, 1023, 8190, 65534}) {
+    check_layer(shape_of(DType::f32, 2, 2, 64, 64), 1, context);
+    check_layer(shape_of(DType::bf16, 4, 16, 128, 128), 1, context);
+  }
+  for (const int batch : {2, 5, 16, 40, 90}) {
+    check_layer(shape_of(DType::bf16, 4, 16, 128, 128), batch, 4092);
+    check_layer(shape_of(DType::f16, 2, 3, 192, 128), batch, 1022);
+    check_layer(shape_of(DType::bf16, 1, 16, 64, 64), batch, 20010);
+  }
+  check_layer(shape_of(DType::bf16, 4, 16, 96, 96), 3, 4092);
+  check_layer(shape_of(DType::bf16, 2, 16, 256, 256), 3, 4092);
+  check_layer(shape_of(DType::bf16, 2, 32, 128, 128), 3, 4092);
+  check_layer(shape_of(DType::bf16, 1, 48, 80, 80), 2, 4092);
+}
