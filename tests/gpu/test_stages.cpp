@@ -277,6 +277,7 @@ TEST_CASE("cuda products of few rows equal the host's, and add to a residual str
           OutputArgs a;
           a.shape = s;
           a.tile = {0, rows, 1, nullptr, 1};
+          a.heads = {0, s.heads()};
           a.o = o.on<void>(*b), a.w_o = w.on<void>(*b);
           a.y = y.on<float>(*b), a.residual = residual.on<float>(*b);
           MirroredBuffer scratch(static_cast<std::int64_t>(b->kernels->scratch_bytes(s, a.tile, {})) + 16);

@@ -50,6 +50,12 @@ Deviation deviation(const Reals& a, const Reals& b) {
   return {d.largest / scale, d.mean / scale};
 }
 
+double largest_of(const Reals& values) {
+  double largest = 0;
+  for (const double value : values.values) largest = std::max(largest, std::abs(value));
+  return largest;
+}
+
 Bound bound_of(const Options& o) {
   const std::int64_t longest =
       std::max({o.dim, o.heads * o.d_v, o.tokens, o.mlp_phi ? o.l * std::max(o.d_k, o.d_v) : 1});
@@ -61,8 +67,8 @@ Bound bound_of(const Options& o) {
 }
 
 Bound moved(const Bound& bound, const Reals& values, const Reals& moves) {
-  double scale = 0, mean = 0;
-  for (const double value : values.values) scale = std::max(scale, std::abs(value));
+  const double scale = largest_of(values);
+  double mean = 0;
   for (const double value : moves.values) mean += value / static_cast<double>(moves.values.size());
   return {bound.largest, bound.mean + (scale > 0 ? mean / scale : 0)};
 }

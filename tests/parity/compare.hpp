@@ -25,6 +25,7 @@ struct Deviation {
   double largest = 0, mean = 0;
 };
 Deviation deviation(const oracle::Reals& a, const oracle::Reals& b);
+double largest_of(const oracle::Reals& values);  ///< largest magnitude
 
 struct Bound {
   double largest = 0, mean = 0;

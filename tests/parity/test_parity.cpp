@@ -2,6 +2,7 @@
 // in chunks, with prefill at once.
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdio>
 #include <map>
@@ -121,7 +122,7 @@ Moves check_phase(const Phase& phase) {
 }
 
 /// Compares the rows of `decode` with the same rows of `prefill`. Both are within the bound of the oracle, each widened
-/// by its own moves.
+/// by its own moves, and each in units of the largest value of all of its rows.
 void check_continuation(const Phase& prefill, const Phase& decode, const Moves& moves) {
   const Options options = options_of(prefill);
   const std::int64_t first = decode.record.first_position, rows = options.tokens - first;
@@ -130,20 +131,25 @@ void check_continuation(const Phase& prefill, const Phase& decode, const Moves& 
       check_selection(options, selected, rows_of(integers(prefill.record, "selected"), first, rows),
                       rows_of(reals(prefill.record, "p_slc"), first, rows), first);
   const bool layer = prefill.config.run.scope == nsa::Scope::layer;
-  const Bound one = bound_of(options), bound{2 * one.largest, 2 * one.mean};
-  const auto wider = [&](const char* name) {
+  const Bound one = bound_of(options);
+  const auto compare = [&](const char* name, const Reals& decoded, const Reals& all, const Reals& prefilled) {
+    const double units = 1 + largest_of(all) / std::max(largest_of(prefilled), DBL_MIN);
     const auto found = moves.find(name);
-    return Bound{bound.largest, bound.mean + (found == moves.end() ? 0 : found->second)};
+    check_close(name, decoded, prefilled,
+                {units * one.largest, units * one.mean + (found == moves.end() ? 0 : found->second)});
   };
   const bool compares_y = layer && (options.layers > 1 || moves.at("o") == 0);
   for (const char* name : {"q", "gate", "p_slc", "o_cmp", "o_sel", "o_win", compares_y ? "y" : "o"}) {
     // Other blocks, chosen in a tie, have another output.
     const bool follows_selection = std::string(name) == "o_sel" || std::string(name) == "y" || std::string(name) == "o";
     if (difference.differing > 0 && follows_selection) continue;
-    check_close(name, reals(decode.record, name), rows_of(reals(prefill.record, name), first, rows), wider(name));
+    const Reals all = reals(prefill.record, name);
+    compare(name, reals(decode.record, name), all, rows_of(all, first, rows));
   }
-  for (const char* name : {"k_cmp_tokens", "v_cmp_tokens"})
-    check_close(name, reals(decode.record, name), reals(prefill.record, name), wider(name));
+  for (const char* name : {"k_cmp_tokens", "v_cmp_tokens"}) {
+    const Reals all = reals(prefill.record, name);
+    compare(name, reals(decode.record, name), all, all);
+  }
 }
 
 /// Writes the first `positions` of the given tensors of one sequence of a batch, as an [input] file.

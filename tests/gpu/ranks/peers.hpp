@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -12,6 +13,10 @@
 #include "kernels/interface/buffer.hpp"
 
 namespace nsa::test {
+
+/// CUDA loads a kernel at its first launch, which waits for running kernels: here for one that waits for a peer whose
+/// kernel has not been launched. So all are loaded at the start.
+inline const int loads_kernels_at_start = setenv("CUDA_MODULE_LOADING", "EAGER", 1);
 
 /// The ranks, and the abort flag of their kernels.
 class Group {

@@ -202,7 +202,7 @@ bool try_fused_decode(const AttentionArgs& a, Stream* stream) {
   return p.cluster > 0;
 }
 
-void divide_work(FusedDecodeParams& p) { divide_work(p, {resident_clusters}); }
+void divide_work(FusedDecodeParams& p) { divide_work(p, {resident_clusters, p.max_tiles}); }
 
 template <class Params>
 void launch_divided(const Params& p, Stream* stream) {
