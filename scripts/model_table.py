@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints the times of `inputs/models.sweep` beside their floors (docs/METRICS.md, "Floors") as a Markdown table.
+"""Prints the times of `inputs/models/models.sweep` beside their floors (docs/METRICS.md, "Floors") as a Markdown table.
 
     scripts/model_table.py RESULTS [--inputs inputs/models]      RESULTS: the folder of scripts/sweep.py
         [--before FOLDER]    the same sweep by another program: its times, in a column before

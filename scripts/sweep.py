@@ -5,8 +5,8 @@ other runs. A summary is printed at the end. --submit submits the same list to S
 The list has one line per group of runs; # starts a comment:
 
   # ranks   heads x kv   input                 options of `nsa run`
-  1,2,4     all          inputs/scaling.toml
-  8         1x8,2x4      inputs/scaling.toml   --set run.context=131072
+  1,2,4     all          inputs/scaling/scaling.toml
+  8         1x8,2x4      inputs/scaling/scaling.toml   --set run.context=131072
 
 heads x kv: layouts whose product is the rank count; "all": every layout that the input allows; "auto": nsa chooses.
 Paths are relative to the current folder. Results go to RESULTS/<input>_r<ranks>_h<heads>_kv<kv>[_<options>].h5, with

@@ -184,7 +184,7 @@ def print_model(model, points, checked, predictions, network):
 def run_kernels(options):
     frame = kernels(selected_points(options))
     if frame.empty:
-        raise AnalysisError('no point of these files is of kind = "kernels"; run inputs/m4_kernels.toml')
+        raise AnalysisError('no point of these files is of kind = "kernels"; run inputs/gate/m4_kernels.toml')
     write_outputs(options, frame, plots.kernel_panels(frame))
 
 
@@ -221,7 +221,7 @@ def answers_of_folder(options):
         raise AnalysisError(
             decisions[0].reason
             if decisions
-            else "no evidence for the gate in these folders; run inputs/m4_decode.toml and inputs/m4_kernels.toml"
+            else "no evidence for the gate in these folders; run inputs/gate/m4_decode.toml and m4_kernels.toml beside it"
         )
     return answers
 

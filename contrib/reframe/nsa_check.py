@@ -28,7 +28,7 @@ class NsaCheck(rfm.RunOnlyRegressionTest):
     sourcesdir = None
     ranks = parameter([1, 2, 4])
     nsa = variable(str, value=str(ROOT / "build" / "host" / "nsa"))
-    input = variable(str, value=str(ROOT / "inputs" / "scaling.toml"))
+    input = variable(str, value=str(ROOT / "inputs" / "scaling" / "scaling.toml"))
     options = variable(str, value="")
     env_vars = {  # more ranks than cores: Open MPI 4, 5
         "OMPI_MCA_rmaps_base_oversubscribe": "1",

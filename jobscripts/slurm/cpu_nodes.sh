@@ -14,7 +14,7 @@
 #SBATCH --output=%x-%j.out
 # module load gcc openmpi hdf5          # what nsa was built with
 NSA=${NSA:-build/host/nsa}
-INPUT=${INPUT:-inputs/scaling.toml}
+INPUT=${INPUT:-inputs/scaling/scaling.toml}
 LAUNCHER=${LAUNCHER:-srun}              # srun, if `srun --mpi=list` has pmix; or mpirun
 read -ra OPTIONS <<<"${OPTIONS:-}"      # more of `nsa run`: OPTIONS="--set parallel.kv=8" sbatch ...
 

@@ -17,7 +17,7 @@
 # --gpus-per-task, which implies it) would hide a rank's GPU from the others, and with it the direct path between them.
 # module load gcc cuda nccl openmpi hdf5   # what nsa was built with
 NSA=${NSA:-build/cuda/nsa}
-INPUT=${INPUT:-inputs/scaling.toml}
+INPUT=${INPUT:-inputs/scaling/scaling.toml}
 BACKEND=${BACKEND:-cuda}                # "cuda" and not "auto": without its GPUs the job is to fail
 LAUNCHER=${LAUNCHER:-srun}              # srun, if `srun --mpi=list` has pmix; or mpirun
 read -ra OPTIONS <<<"${OPTIONS:-}"      # more of `nsa run`: OPTIONS="--set run.batch=4" sbatch ...

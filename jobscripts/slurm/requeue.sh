@@ -18,7 +18,7 @@
 # B: the signal comes to this script, which passes it on; 300 s must suffice for a point of the sweep.
 # module load gcc openmpi hdf5          # what nsa was built with
 NSA=${NSA:-build/host/nsa}
-INPUT=${INPUT:-inputs/scaling.toml}
+INPUT=${INPUT:-inputs/scaling/scaling.toml}
 BACKEND=${BACKEND:-host}                # host or cuda
 LAUNCHER=${LAUNCHER:-srun}              # srun, if `srun --mpi=list` has pmix; or mpirun
 MAX_RESTARTS=${MAX_RESTARTS:-20}        # a point longer than the time limit would be started over and over

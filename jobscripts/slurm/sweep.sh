@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One run of a sweep list, as a task of a job array. scripts/sweep.py submits it, an array for each rank count:
-#   scripts/sweep.py inputs/scaling.sweep --submit jobscripts/slurm/sweep.sh --ranks-per-node 8
-#   scripts/sweep.py inputs/scaling.sweep --status           when they have ended, or meanwhile
+#   scripts/sweep.py inputs/scaling/scaling.sweep --submit jobscripts/slurm/sweep.sh --ranks-per-node 8
+#   scripts/sweep.py inputs/scaling/scaling.sweep --status           when they have ended, or meanwhile
 # Submitting again runs what is missing; --retry-failed what has failed too. It sets --array, --nodes and --ntasks-per-node over these:
 #SBATCH --job-name=nsa-sweep
 ##SBATCH --account=PROJECT

@@ -24,7 +24,7 @@ import sys
 COLD_BYTES = 250e6  # read between two uses of a set: several times the L2
 REPLAYS = 15
 HEADS, GROUPS, D = 64, 4, 128
-M4_SHAPES = pathlib.Path(__file__).resolve().parents[2] / "inputs/m4_kernels.toml"
+M4_SHAPES = pathlib.Path(__file__).resolve().parents[2] / "inputs/gate/m4_kernels.toml"
 
 
 def graph_seconds(calls):

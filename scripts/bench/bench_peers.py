@@ -16,7 +16,7 @@ import sys
 
 from peers import kernels, report, shapes
 
-M4_SHAPES = pathlib.Path(__file__).resolve().parents[2] / "inputs/m4_kernels.toml"
+M4_SHAPES = pathlib.Path(__file__).resolve().parents[2] / "inputs/gate/m4_kernels.toml"
 
 
 def print_what_is_there(found, absent):

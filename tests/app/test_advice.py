@@ -127,9 +127,9 @@ class Advice(AppTest):
 
     def test_the_machine_files_here_can_be_read(self):
         for path in sorted(MACHINES.glob("*.toml")):
-            for name, kind in (("scaling_gpu_decode.toml", "decode"), ("scaling_gpu_prefill.toml", "prefill")):
-                done = self.nsa("run", os.path.join(INPUTS, name), "--set", "run.backend=auto", "--dry-run", "--ranks",
-                                "4", "--advise", str(path))
+            for kind in ("decode", "prefill"):
+                done = self.nsa("run", os.path.join(INPUTS, "scaling", f"scaling_gpu_{kind}.toml"), "--set",
+                                "run.backend=auto", "--dry-run", "--ranks", "4", "--advise", str(path))
                 self.assertIn("the fastest", self.assert_ok(done).out, kind)
         self.assertGreaterEqual(len(list(MACHINES.glob("*.toml"))), 3)
 

@@ -90,7 +90,7 @@ class Files(AppTest):
         self.small_run("a.h5", "--set", "run.context=[64, 128]")
         done = self.assert_ok(self.nsa("gate", "a.h5"))
         self.assertIn("VERDICT: INCONCLUSIVE", done.out)
-        self.assertIn("nsa run inputs/m4_kernels.toml", done.out)
+        self.assertIn("nsa run inputs/gate/m4_kernels.toml", done.out)
         self.assertEqual(self.nsa("gate", "a.h5", "--exit-verdict").code, INCONCLUSIVE)
         device = json.loads(self.nsa("gate", "a.h5", "--json").out)["devices"][0]
         self.assertEqual([c["context"] for c in device["contexts"]], [64, 128])

@@ -1,6 +1,5 @@
 """docs/INPUT.md is the output of `nsa info --keys`, and its table of environment variables is complete."""
 
-import os
 import pathlib
 import re
 import subprocess
@@ -43,15 +42,13 @@ class InputPage(AppTest):
     def test_every_key_of_the_inputs_is_on_the_page(self):
         page = PAGE.read_text()
         sections = dict(re.findall(r"^## \[(\w+)\]\n(.*?)(?=^## )", page, re.MULTILINE | re.DOTALL))
-        for name in sorted(os.listdir(ROOT / "inputs")):
-            if not name.endswith(".toml"):
-                continue
+        for path in sorted((ROOT / "inputs").rglob("*.toml")):
             section = None
-            for line in (ROOT / "inputs" / name).read_text().splitlines():
+            for line in path.read_text().splitlines():
                 if match := re.match(r"\[(\w+)\]", line):
                     section = match[1]
                 elif match := re.match(r"(\w+) *=", line):
-                    self.assertIn(f"| `{match[1]}` |", sections[section], name)
+                    self.assertIn(f"| `{match[1]}` |", sections[section], path)
 
     def test_the_variables_that_sources_read_are_on_the_page(self):
         sources, page = read_in_sources(), documented()

@@ -11,7 +11,7 @@ BUILD = pathlib.Path(BINARY).parent
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 INSTALLED = """bin/nsa
 share/doc/nsa/LICENSE share/doc/nsa/THIRD_PARTY_LICENSES share/doc/nsa/copyright
-share/nsa/inputs/quickstart.toml share/nsa/inputs/scaling.sweep share/nsa/examples/make_input.py
+share/nsa/inputs/quickstart.toml share/nsa/inputs/scaling/scaling.sweep share/nsa/examples/make_input.py
 share/nsa/machines/h200.toml
 share/nsa/jobscripts/slurm/cpu_nodes.sh share/nsa/scripts/sweep.py share/nsa/scripts/sweeps/cases.py""".split()
 

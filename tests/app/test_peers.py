@@ -40,7 +40,7 @@ class Shapes(unittest.TestCase):
         self.assertEqual({p["kernels.blocks"] for p in points}, {2, 4})
         self.assertEqual({p["kernels.spans"] for p in points}, {"mixed", "scattered"})
         self.assertEqual({p["model.precision"] for p in points}, {"fp32"})
-        inputs = pathlib.Path(os.environ["NSA_INPUTS"])
+        inputs = pathlib.Path(os.environ["NSA_INPUTS"], "gate")
         self.assertEqual(len(shapes.points_of((inputs / "m4_kernels.toml").read_text())), 48)
         self.assertEqual(shapes.points_of((inputs / "flash_guard.toml").read_text()), [])
         with self.assertRaisesRegex(ValueError, 'not of kind = "kernels"'):

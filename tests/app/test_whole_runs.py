@@ -131,8 +131,9 @@ class WholeRuns(AppTest):
             self.assertRegex(path.read_text(), r"^# [^[]*(Hugging Face|arXiv)", path.name)
 
     def test_a_plan_of_64_ranks_lists_owners(self):
-        done = self.run_input("scaling.toml", "--dry-run", "--ranks", "64", "--set", "parallel.heads=4", "--set",
-                              "parallel.kv=16", "--set", "parallel.kv_chunk_blocks=2", "--set", "run.context=8192")
+        done = self.run_input("scaling/scaling.toml", "--dry-run", "--ranks", "64", "--set", "parallel.heads=4",
+                              "--set", "parallel.kv=16", "--set", "parallel.kv_chunk_blocks=2", "--set",
+                              "run.context=8192")
         lines = done.out.splitlines()
         owners = [line.split() for line in lines[3:67]]
         self.assertEqual(owners[0][:5], ["0", "0", "0", "0", "0-3"])

@@ -2,7 +2,8 @@
 """Every relative link, anchor and path in backticks on the pages exists. Python 3, standard library only.
 
 A path in backticks is relative to the root of the repository or to its page; on pages of docs/kernels also to
-lib/kernels/cuda. docs/kernels/log and CHANGELOG.md are history: their links are checked, their paths are not.
+lib/kernels/cuda. docs/kernels/log, CHANGELOG.md and the records of docs/adr, which repeat commands from result files,
+are history: their links are checked, their paths are not.
 """
 
 import pathlib
@@ -18,7 +19,8 @@ EXAMPLES = {"big.toml", "in.toml", "INPUT.toml", "docs/adr/NAME.md"}  # names th
 
 
 def history(page):
-    return page.name == "CHANGELOG.md" or "log" in page.parts
+    record = page.parent.name == "adr" and page.name != "README.md"
+    return page.name == "CHANGELOG.md" or "log" in page.parts or record
 
 
 def prose(text):

@@ -2,8 +2,7 @@
 """Includes point one way, folder by folder, and each foreign header stays in its module (docs/ARCHITECTURE.md).
 
 Prints the folder graph. Fails on an arrow that ALLOWED lacks, on an arrow of ALLOWED that no include needs, on a
-circle, on a foreign header outside its module, and on a folder (scripts, analysis too) that shows more than a dozen
-entries.
+circle, on a foreign header outside its module, and on a folder (of TOPS) that shows more than a dozen entries.
 """
 import collections
 import pathlib
@@ -13,6 +12,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SUFFIXES = {".hpp", ".cpp", ".cu", ".cuh"}
 MAX_ENTRIES = 12
+TOPS = ("lib", "app", "analysis", "scripts", "inputs")
 
 # Folder -> folders it may include, lowest first. A folder may name earlier ones only, so the graph has no circle.
 ALLOWED = {
@@ -133,8 +133,8 @@ def arrow_problems(arrows):
 
 
 def crowded_folders(root):
-    """Folders of lib, app, analysis and scripts with more than MAX_ENTRIES; a header and its source count once."""
-    for top in ("lib", "app", "analysis", "scripts"):
+    """Folders of TOPS with more than MAX_ENTRIES; a header and its source count once, as an input and its list do."""
+    for top in TOPS:
         for folder in [root / top, *(p for p in (root / top).rglob("*") if p.is_dir())]:
             entries = {p.stem if p.is_file() else p.name + "/" for p in folder.iterdir()
                        if not p.name.startswith((".", "__")) and p.suffix not in {".egg-info", ".pyc"}}

@@ -107,7 +107,7 @@ TEST_CASE("audit: nsa-vibe's CSV is no evidence, for three reasons", "[csv][gate
   std::ostringstream page;
   print_audit(page, a);
   CHECK(contains(page.str(), "VERDICT: NOT EVIDENCE (a.csv:"));
-  CHECK(contains(page.str(), "nsa run inputs/m4_decode.toml"));
+  CHECK(contains(page.str(), "nsa run inputs/gate/m4_decode.toml"));
 }
 
 TEST_CASE("audit: each finding alone", "[csv][gate]") {

@@ -144,7 +144,7 @@ TEST_CASE("gate: a missing mode or run is named with the command that makes it",
   p.time.modes[3] = "ablation_other";
   DeviceVerdict v = judge({file("d.h5", {p}), file("k.h5", {kernels_point(8)})}).at(0);
   CHECK(v.verdict == Verdict::inconclusive);
-  CHECK(contains(v.why, "no ablation_sel: nsa run inputs/m4_decode.toml --set run.context=1024"));
+  CHECK(contains(v.why, "no ablation_sel: nsa run inputs/gate/m4_decode.toml --set run.context=1024"));
 
   p = decode_point(1024);
   p.routes[sel] = "fused";
@@ -154,11 +154,11 @@ TEST_CASE("gate: a missing mode or run is named with the command that makes it",
 
   v = judge({file("d.h5", {decode_point(1024)})}).at(0);
   CHECK(v.verdict == Verdict::inconclusive);
-  CHECK(contains(v.why, "not measured: nsa run inputs/m4_kernels.toml"));
+  CHECK(contains(v.why, "not measured: nsa run inputs/gate/m4_kernels.toml"));
 
   v = judge({file("k.h5", {kernels_point(8)})}).at(0);
   CHECK(v.verdict == Verdict::inconclusive);
-  CHECK(contains(v.why, "no valid decode point, so no share of selection: nsa run inputs/m4_decode.toml"));
+  CHECK(contains(v.why, "no valid decode point, so no share of selection: nsa run inputs/gate/m4_decode.toml"));
 
   PointRecord k = kernels_point(8);
   k.kernels.implementations[1] = "masked";

@@ -49,8 +49,8 @@ def gate_section(decisions):
         return html.section(
             "gate",
             heading,
-            "<p>Nothing to decide: none of these files has kernel points (inputs/m4_kernels.toml) or decode "
-            "with ablations (inputs/m4_decode.toml).</p>",
+            "<p>Nothing to decide: none of these files has kernel points (inputs/gate/m4_kernels.toml) or decode "
+            "with ablations (inputs/gate/m4_decode.toml).</p>",
         )
     text = (
         "Decided by <code>nsa gate --json</code>: each decode input with each kernels input of the same device and "

@@ -8,10 +8,9 @@ from ..data import series
 from ..data.tables import points_table
 from ..errors import AnalysisError
 from ..figures.axes import by_size, pick_evenly, time_unit, times_sign
-from ..models import warnings
 from ..models.balance import ranks, stragglers
 from ..models.scaling import scaling
-from . import html
+from . import html, report_warnings
 
 GLANCE = ("context", "fewest ranks", "time", "ranks", "time", "speedup", "bounds", "efficiency", "comm")
 GLANCE_ALONE = ("context", "ranks", "time", "95% interval", "selection", "comm")
@@ -214,7 +213,7 @@ def time_text(seconds):
 def warnings_section(points):
     """INVALID results and warnings; all but the first SHOWN_WARNINGS lines are folded."""
     parts = []
-    for kind, lines in (" bad", warnings.invalid_results(points)), ("", warnings.warnings(points)):
+    for kind, lines in (" bad", report_warnings.invalid_results(points)), ("", report_warnings.warnings(points)):
         if not lines:
             continue
         shown = "".join(f"<li>{html.escape(line)}</li>" for line in lines[:SHOWN_WARNINGS])

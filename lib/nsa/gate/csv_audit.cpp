@@ -170,8 +170,8 @@ void print_audit(std::ostream& out, const CsvAudit& audit) {
   fmt::print(out,
              "\nVERDICT: NOT EVIDENCE ({}: it says nothing about the share of selection)\n"
              "Measure instead, on that machine:\n"
-             "  nsa run inputs/m4_decode.toml     stages timed apart, and steps with one branch really left out\n"
-             "  nsa run inputs/m4_kernels.toml    custom against packed SDPA, errors against float64\n"
+             "  nsa run inputs/gate/m4_decode.toml     stages timed apart, and steps with one branch really left out\n"
+             "  nsa run inputs/gate/m4_kernels.toml    custom against packed SDPA, errors against float64\n"
              "  nsa gate m4_decode.h5 m4_kernels.h5\n",
              audit.path);
 }

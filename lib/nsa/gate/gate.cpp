@@ -18,7 +18,7 @@
 namespace nsa {
 namespace {
 
-constexpr const char* decode_run = "nsa run inputs/m4_decode.toml";
+constexpr const char* decode_run = "nsa run inputs/gate/m4_decode.toml";
 constexpr const char* peers_run = "python3 scripts/bench/bench_gpu.py --selection --output peers.h5";
 
 using Samples = std::vector<double>;

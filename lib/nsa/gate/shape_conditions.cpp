@@ -29,7 +29,7 @@ std::string noise_gap(const PointRecord& point) {
 
 namespace {
 
-constexpr const char* kernels_run = "nsa run inputs/m4_kernels.toml";
+constexpr const char* kernels_run = "nsa run inputs/gate/m4_kernels.toml";
 
 std::int64_t find_implementation(const KernelRecord& k, const char* name) {
   const auto at = std::find(k.implementations.begin(), k.implementations.end(), name);

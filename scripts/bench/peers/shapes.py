@@ -21,7 +21,7 @@ def points_of(input_toml):
     """The points of the selected branch: dicts "section.key" -> value. Raises ValueError for another kind of run."""
     given = tomllib.loads(input_toml)
     if given.get("task", {}).get("kind") != "kernels":
-        raise ValueError('the input is not of kind = "kernels"; give inputs/m4_kernels.toml')
+        raise ValueError('the input is not of kind = "kernels"; give inputs/gate/m4_kernels.toml')
     values = {"task.kind": "kernels"}
     for section, defaults in DEFAULTS.items():
         for key, default in defaults.items():

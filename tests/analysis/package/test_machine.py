@@ -78,7 +78,8 @@ def test_a_machine_file_from_results(tmp_path):
     machine.write_machine(path, text)
     machine.write_machine(path, text)  # its own file may be replaced
     errors = cost_model.held_out(cost_model.usable(points)).query("stage == 'step'").error.abs()
-    command = [os.environ["NSA"], "run", str(ROOT / "inputs/scaling_gpu_decode.toml"), "--dry-run", "--ranks", "2"]
+    path_of_input = str(ROOT / "inputs/scaling/scaling_gpu_decode.toml")
+    command = [os.environ["NSA"], "run", path_of_input, "--dry-run", "--ranks", "2"]
     said = subprocess.run([*command, "--advise", str(path)], capture_output=True, text=True, check=True).stdout
     assert f"{100 * errors.median():.0f}% in the median and {100 * errors.max():.0f}% at worst" in said
     # One launch and the exchange against half of the heads: 2 x 1 is the fastest, as it was measured.

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import synthetic
 from nsa_analysis.data.reading import read
-from nsa_analysis.models.warnings import common_folder, warnings
+from nsa_analysis.report.report_warnings import common_folder, warnings
 
 
 def warnings_of_two_ranks(path, attributes=(), **columns):
