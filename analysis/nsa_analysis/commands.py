@@ -221,7 +221,8 @@ def answers_of_folder(options):
         raise AnalysisError(
             decisions[0].reason
             if decisions
-            else "no evidence for the gate in these folders; run inputs/gate/m4_decode.toml and m4_kernels.toml beside it"
+            else "no evidence for the gate in these folders; run inputs/gate/m4_decode.toml and "
+            "inputs/gate/m4_kernels.toml"
         )
     return answers
 
