@@ -7,7 +7,7 @@
         [--svg FILE]         also writes a heat map: the floor as a fraction of the time, by model and context
 
 A row is a model, kind and context: total of the slowest rank, floor on an H200, their ratio. Exits with 1 where no
-result of a model is found.
+result of a model is found. Needs `pip install ./analysis` (Python 3.11).
 """
 import argparse
 import glob
@@ -15,34 +15,27 @@ import json
 import os
 import re
 import sys
+import types
 
+import numpy as np
 import tomllib
+from nsa_analysis.models.traffic import expected_reads
 
 READ_RATE, PRODUCT_RATE = 4.3e12, 788e12  # bytes/s and bf16 operations/s of an H200
 NAME = re.compile(r"(decode|prefill)_time_context_(\d+)(?:_batch_(\d+))?$")
 KERNEL = re.compile(r"\s*(\d+)/\s*(\d+)\s+(\d+)\s+(\d+)\s+(\d+)\s+(\d+)\s+([\d.]+)")
 
 
-def compressed(rules, position):
-    """Compressed tokens that the token at `position` sees."""
-    return max(0, (position + 1 - rules["l"]) // rules["d"] + 1)
-
-
 def decode_floor(model, rules, positions, batch):
     """Seconds to read K and V of a step once; 16-bit storage."""
-    tokens = (compressed(rules, positions - 1) + min(positions, rules["n_sel"] * rules["l_sel"])
-              + min(positions, rules["w"]))
+    tokens = int(sum(expected_reads(rules, positions - 1).values()))
     return batch * model["n_kv_groups"] * tokens * (model["d_k"] + model["d_v"]) * 2 / READ_RATE
 
 
 def prefill_floor(model, rules, positions, batch):
     """Seconds of the products of all positions: attention, and the scores of the blocks."""
-    operations = 0
-    for t in range(positions):
-        cmp = compressed(rules, t)
-        blocks, win = t // rules["l_sel"] + 1, min(t + 1, rules["w"])
-        sel = (min(rules["n_sel"], blocks) - 1) * rules["l_sel"] + t % rules["l_sel"] + 1
-        operations += (model["d_k"] + model["d_v"]) * (cmp + sel + win) + model["d_k"] * cmp
+    reads = {branch: int(tokens.sum()) for branch, tokens in expected_reads(rules, np.arange(positions)).items()}
+    operations = (model["d_k"] + model["d_v"]) * sum(reads.values()) + model["d_k"] * reads["cmp"]
     return 2 * batch * model["n_heads"] * operations / PRODUCT_RATE
 
 
@@ -82,7 +75,8 @@ def rows(results, inputs):
         for key, seconds in times(results, name).items():
             kind, context, batch = key
             floor_of = decode_floor if kind == "decode" else prefill_floor
-            yield name, config, key, seconds, floor_of(config["model"], config["nsa"], context, batch)
+            rules = types.SimpleNamespace(**config["nsa"])
+            yield name, config, key, seconds, floor_of(config["model"], rules, context, batch)
 
 
 def kernel_of(found, config, key):
