@@ -65,20 +65,20 @@ def linearity(points):
 def lost_efficiency(point, base, fixed):
     """Columns of `linearity` for one point; `fixed` is the fixed time of a fused step in s."""
     time, base_time = measured_time(point, "step")[0], measured_time(base, "step")[0]
-    share = base.ranks / point.ranks
+    ideal = base.ranks / point.ranks  # time over that of the baseline
     mean, slowest, exchange = work_and_exchange(point)
     base_mean, base_slowest, base_exchange = work_and_exchange(base)
     # A whole step fuses stages: its work takes this part of what the stages take in sequence, by the baseline.
     fused = base_time / (base_slowest + base_exchange)
     if plan_of(base) == "staged":  # the stages show what does not shrink
-        fixed_cost = fused * (mean - base_mean * share)
+        fixed_cost = fused * (mean - base_mean * ideal)
     else:
-        fixed_cost = fixed * (1 - share)
-    lost = time - base_time * share
+        fixed_cost = fixed * (1 - ideal)
+    lost = time - base_time * ideal
     causes = {
-        "exchange": exchange - base_exchange * share,
+        "exchange": exchange - base_exchange * ideal,
         "fixed_cost": fixed_cost,
-        "imbalance": fused * (slowest - mean - (base_slowest - base_mean) * share),
+        "imbalance": fused * (slowest - mean - (base_slowest - base_mean) * ideal),
         "overlap": -min(exchange, max(0.0, fused * slowest + exchange - time)),
     }
     return {

@@ -65,7 +65,7 @@ class KernelBench {
   std::int64_t expected_reads_total() const;
   /// The blocks of each row, [rows][n]; empty for another branch than sel.
   const std::vector<std::int32_t>& selected() const { return selected_; }
-  /// The share of blocks that neighbouring rows have in common; NaN where there is no such pair.
+  /// The fraction of blocks that neighbouring rows have in common; NaN where there is no such pair.
   double blocks_shared() const;
 
   /// The same attention in float64 by plain loops over the tokens of each row. `threads` share the rows.

@@ -44,7 +44,7 @@ class StoredPasses {
 
 using Pass = std::function<bool(const ModeRun&, const TakeSample&)>;
 
-// The width of the 95% interval of a mode's median, as a share of the median, by the slowest rank of each step.
+// The width of the 95% interval of a mode's median, as a fraction of the median, by the slowest rank of each step.
 class IntervalWidth {
  public:
   IntervalWidth(const ControlComm& world, std::int64_t warmup) : world_(world), warmup_(warmup) {}

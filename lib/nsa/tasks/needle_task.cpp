@@ -32,7 +32,7 @@ Needle make_needle(ModelShard& shard, const TensorSource& source, const std::vec
   Needle needle{position, std::vector<float>(shard.planes() * s.d_k, 0.0f), {}};
   // Kaczmarz: for head after head, moves the key along the head's query until their product is `wanted`.
   const double wanted = strength * s.rules.l * std::sqrt(static_cast<double>(s.d_k));
-  for (int sweep = 0; sweep < 200; ++sweep)
+  for (int round = 0; round < 200; ++round)
     for (std::int64_t row = 0; row < shard.planes() * s.heads_per_group; ++row) {
       const float* head = q.data() + row * s.d_k;
       float* k = needle.k.data() + row / s.heads_per_group * s.d_k;

@@ -5,7 +5,7 @@
 
 namespace nsa {
 
-/// The sum over pairs of neighbours of the share of the later query's blocks that the earlier one has too.
+/// The sum over pairs of neighbours of the fraction of the later query's blocks that the earlier one has too.
 struct SharedBlocks {
   double shares = 0, pairs = 0;
 
