@@ -5,9 +5,9 @@
 // scores a slice of the blocks. Small slices: every CTA selects its best n by counting better entries and stores them
 // in the shared memory of CTA 0, which selects among those the same way. Large slices: all keys go to the shared memory
 // of CTA 0 (scratch where they do not fit), where a radix selection of 4 passes finds the n-th largest and one ordered
-// sweep collects.
+// pass collects.
 //
-// Bytes: where LSE segments have whole tiles and the geometry is that of the paper, blocks are scored by tile
+// Bytes: where LSE segments have whole KV tiles and the geometry is that of the paper, blocks are scored by KV tile
 // (rank/from_raw_scores.cuh): raw scores once, or the 10 floats instead of 32 that the KV mainloop of a sharded step
 // stores a tile and head. Else raw scores, 4 bytes a head and compressed token, once where the columns of this rank's
 // blocks are contiguous (it holds all blocks, or chunks with their halos), otherwise once per overlapping block (1.25

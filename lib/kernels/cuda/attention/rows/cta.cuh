@@ -80,7 +80,6 @@ struct RowsCta {
 
   __device__ RowsCta(const RowsParams& params, char* shared);
   __device__ void window_rows(std::int64_t& begin, std::int64_t& end) const;
-  __device__ KvRows rows_of_range(std::int64_t begin, std::int64_t end) const;
   __device__ KvRows span_at(int u) const;
   __device__ void produce();
   __device__ void mainloop();
@@ -141,30 +140,20 @@ __device__ __forceinline__ void RowsCta<T, DK, DV, B>::window_rows(std::int64_t&
   }
 }
 
-// Rows of tokens [begin, end), all of one chunk (for a ring: of slots).
-template <class T, int DK, int DV, Branch B>
-__device__ __forceinline__ KvRows RowsCta<T, DK, DV, B>::rows_of_range(std::int64_t begin, std::int64_t end) const {
-  const int count = clamp_count(end - begin, INT32_MAX);
-  if (map.ring > 0 || map.chunk == INT64_MAX) return {begin, count, 0, begin};
-  const std::int64_t c = chunk_of(map, begin), row = row_in_chunk(map, c, begin);
-  if (map.rank == all_ranks) return {row, count, owner_of_chunk(map, c), begin};
-  return {row, has_chunk(map, c) ? count : 0, 0, score_column(map, c, begin)};
-}
-
 template <class T, int DK, int DV, Branch B>
 __device__ __forceinline__ KvRows RowsCta<T, DK, DV, B>::span_at(int u) const {
   if constexpr (B == cmp) {
     const std::int64_t begin = segment_at(map, u) * s.lse.segment, end = begin + s.lse.segment;
-    return rows_of_range(begin, end < n ? end : n);
+    return rows_of_range(map, begin, end < n ? end : n);
   } else if constexpr (B == sel) {
     const std::int64_t j = p.a.selected[std::int64_t{row_group} * s.rules.n_sel + u];
     const std::int64_t begin = j * s.rules.l_sel, end = begin + s.rules.l_sel;
-    return j < 0 ? KvRows{} : rows_of_range(begin, end < t + 1 ? end : t + 1);
+    return j < 0 ? KvRows{} : rows_of_range(map, begin, end < t + 1 ? end : t + 1);
   } else {
     std::int64_t begin, end;
     window_rows(begin, end);
     const std::int64_t from = (begin / window_span + u) * window_span, to = from + window_span;
-    return rows_of_range(begin > from ? begin : from, end < to ? end : to);
+    return rows_of_range(map, begin > from ? begin : from, end < to ? end : to);
   }
 }
 
@@ -192,13 +181,13 @@ __device__ __forceinline__ KeyFragments<DK> load_keys(const T* from, int rows) {
 }
 
 template <class T, int DV>
-__device__ __forceinline__ ValueFragments load_values(const T* from, int block, int rows) {
+__device__ __forceinline__ ValueFragments load_values(const T* from, int column_block, int rows) {
   const int g = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
   ValueFragments values;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const int token = 2 * quad + (r & 1) + (r & 2) * 4;
-    values.row[r] = token < rows ? load_vector(from + token * DV + block * 64 + g * 8) : uint4{};
+    values.row[r] = token < rows ? load_vector(from + token * DV + column_block * 64 + g * 8) : uint4{};
   }
   return values;
 }
@@ -262,11 +251,11 @@ __device__ __forceinline__ void RowsCta<T, DK, DV, B>::online_softmax(float (&c)
   }
   if (!__any_sync(0xffffffffu, scale_prev[0] != 1.0f || scale_prev[1] != 1.0f)) return;
 #pragma unroll
-  for (int block = 0; block < DV / 64; ++block)
+  for (int column_block = 0; column_block < DV / 64; ++column_block)
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      o[block][j][0] *= scale_prev[0], o[block][j][1] *= scale_prev[0];
-      o[block][j][2] *= scale_prev[1], o[block][j][3] *= scale_prev[1];
+      o[column_block][j][0] *= scale_prev[0], o[column_block][j][1] *= scale_prev[0];
+      o[column_block][j][2] *= scale_prev[1], o[column_block][j][3] *= scale_prev[1];
     }
 }
 
@@ -310,8 +299,8 @@ __device__ __forceinline__ void RowsCta<T, DK, DV, B>::mainloop() {
       if (rows > 0) {
         const ProbabilityFragments<T> p_operand(c);
 #pragma unroll
-        for (int block = 0; block < DV / 64; ++block)
-          accumulate_pv(o[block], p_operand, load_values<T, DV>(values, block, rows));
+        for (int column_block = 0; column_block < DV / 64; ++column_block)
+          accumulate_pv(o[column_block], p_operand, load_values<T, DV>(values, column_block, rows));
       }
       if (bulk_copies) ring.consumer_release();
     }

@@ -24,14 +24,14 @@ __device__ __forceinline__ void RowsCta<T, DK, DV, B>::merge_warps(float* warp_o
     const float scale = exp2_fast(total[half].m - m);
     float* to = warp_o + (warp * heads_per_tile + head) * DV + quad * 16;
 #pragma unroll
-    for (int block = 0; block < DV / 64; ++block)
+    for (int column_block = 0; column_block < DV / 64; ++column_block)
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd)
 #pragma unroll
         for (int j = 0; j < 8; j += 4) {
-          const auto& x = o[block];
+          const auto& x = o[column_block];
           const int i = half * 2 + odd;
-          *reinterpret_cast<float4*>(to + block * 64 + odd * 8 + j) =
+          *reinterpret_cast<float4*>(to + column_block * 64 + odd * 8 + j) =
               make_float4(scale * x[j][i], scale * x[j + 1][i], scale * x[j + 2][i], scale * x[j + 3][i]);
         }
   }
