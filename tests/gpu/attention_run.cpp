@@ -105,202 +105,271 @@ void check_fused(const Run& run, const std::vector<float>& host) {
   CHECK(relative_error(values_of(*run.fused_o, s.dtype, branch_floats).first, sum) < 2 * tolerance(s.dtype));
 }
 
+using Buffers = std::vector<std::unique_ptr<MirroredBuffer>>;
+
+// Inputs and scratch of a case, and the passes that fill a Run with results.
+struct Passes {
+  Run& run;
+  const Case& c;
+  const LayerShape& s;
+  std::size_t kernel;
+  int ranks;
+  std::int64_t planes;
+  QueryTile tile;  // without first_position, which differs by backend
+  MirroredBuffer position, lse_all, partials_all, candidates_all;
+  MirroredKv q;
+  Buffers scores, scratch;
+  std::vector<std::unique_ptr<MirroredKv>> k[branches], v[branches];  // by rank
+
+  Passes(Run& results, std::size_t kernel_index);
+  const AttendKernel& route(const Backend& b, Branch branch) const;
+  StageArgs stage(const Backend& b) const;
+  std::int64_t scratch_bytes() const;
+  std::unique_ptr<MirroredKv> cache(const RowMap& map, std::int64_t count, int width, const char* name) const;
+  void add_caches(int rank);
+  void add_rank(int rank);
+  void gather(const Backend& b, const Buffers& from, const MirroredBuffer& to) const;
+  void attend(const Backend& b, Branch branch, int rank) const;
+  void rank_blocks(const Backend& b, int rank) const;
+  void select(const Backend& b) const;
+  void attend_selected(const Backend& b) const;
+  AttentionArgs fused_args(const MirroredBuffer& partials, const MirroredBuffer& lse, const MirroredBuffer& raw) const;
+  void run_fused() const;
+};
+
+std::int64_t lse_floats(const LayerShape& s, std::int64_t rows, int ranks) {
+  return lse_slots(s, ranks) * rows * s.heads() * 2;
+}
+
+Passes::Passes(Run& results, std::size_t kernel_index)
+    : run(results),
+      c(run.c),
+      s(run.s),
+      kernel(kernel_index),
+      ranks(c.gathered ? 1 : c.kv),
+      planes(std::int64_t{c.batch} * s.groups),
+      tile{0, c.batch, c.tokens, nullptr, c.positions()},
+      position(8),
+      lse_all(ranks * lse_floats(s, run.rows, ranks) * 4),
+      partials_all(ranks * partial_floats(s, run.rows) * 4),
+      candidates_all(ranks * run.lists * s.rules.n_sel * 8),
+      q(s.dtype, RowMap{}, 1, run.rows, s.heads() * s.d_k) {
+  *position.host<std::int64_t>() = c.first;
+  position.to_gpu();
+  q.fill(1, 1, run.rows, "q", c.q_scale);
+  for (int rank = 0; rank < ranks; ++rank) {
+    add_caches(rank);
+    add_rank(rank);
+  }
+}
+
+const AttendKernel& Passes::route(const Backend& b, Branch branch) const {
+  const auto& list = b.kernels->attend[branch];
+  const std::size_t i = b.kind == BackendKind::host ? 0 : kernel;
+  return i < list.size() && list[i].accepts(s, tile) ? list[i] : list[0];
+}
+
+StageArgs Passes::stage(const Backend& b) const {
+  const bool whole = c.kv == 1 || c.gathered;
+  const auto recompute = route(b, cmp).recompute_scores;
+  QueryTile here = tile;
+  here.first_position = position.on<std::int64_t>(b);
+  return {s, here, AttentionPolicy{c.tokens > 1 && whole && !c.scored && recompute && recompute(s)}};
+}
+
+// What the kernel that needs most needs, on either backend.
+std::int64_t Passes::scratch_bytes() const {
+  std::size_t largest = 0;
+  for (const Backend* b : {&cpu(), &gpu()}) {
+    const StageArgs args = stage(*b);
+    largest = std::max(largest, b->kernels->scratch_bytes(s, args.tile, args.policy));
+    for (const auto& list : b->kernels->attend)
+      for (const AttendKernel& attend : list)
+        if (attend.scratch) largest = std::max(largest, attend.scratch(s, args.tile, args.policy));
+  }
+  return static_cast<std::int64_t>(largest);
+}
+
+std::unique_ptr<MirroredKv> Passes::cache(const RowMap& map, std::int64_t count, int width, const char* name) const {
+  auto kv = std::make_unique<MirroredKv>(s.dtype, map, planes, std::max<std::int64_t>(count, 1), width);
+  if (name[0] == 'v') kv->memory.clear();
+  if (count > 0) kv->fill(c.batch, s.groups, count, name);
+  return kv;
+}
+
+void Passes::add_caches(int rank) {
+  const BlockRules& r = s.rules;
+  const std::int64_t n = compressed_tokens(r, c.positions() - 1);
+  const RowMap cmp_map = chunked(c, s.lse.segment, r.l / r.d - 1, rank),
+               token_map = chunked(c, c.chunk_blocks * r.l_sel, 0, rank);
+  RowMap win_map = token_map;
+  if (c.ring) {
+    win_map = {};
+    win_map.ring = r.w;
+    win_map.slot_begin = std::int64_t{rank} * r.w / ranks;
+    win_map.slot_end = std::int64_t{rank + 1} * r.w / ranks;
+  }
+  k[cmp].push_back(cache(cmp_map, n, s.d_k, "k_cmp"));
+  v[cmp].push_back(cache(cmp_map, n, s.d_v, "v_cmp"));
+  k[sel].push_back(cache(token_map, c.positions(), s.d_k, "k_sel"));
+  v[sel].push_back(cache(token_map, c.positions(), s.d_v, "v_sel"));
+  k[win].push_back(cache(win_map, c.positions(), s.d_k, "k_win"));
+  v[win].push_back(cache(win_map, c.positions(), s.d_v, "v_win"));
+}
+
+// The rank's results and scratch; its caches are there.
+void Passes::add_rank(int rank) {
+  const std::int64_t n = compressed_tokens(s.rules, c.positions() - 1);
+  const RowMap& cmp_map = k[cmp][rank]->view.map;
+  const std::int64_t cmp_rows = ranks == 1 ? n : MirroredKv::capacity(cmp_map, std::max<std::int64_t>(n, 1));
+  const auto score_bytes = [&](const Backend& b) { return b.kernels->score_bytes(s, stage(b).tile, cmp_rows); };
+  const auto largest = static_cast<std::int64_t>(std::max(score_bytes(cpu()), score_bytes(gpu())));
+  const auto add = [](Buffers& to, std::int64_t bytes) { to.push_back(std::make_unique<MirroredBuffer>(bytes)); };
+  add(scores, std::max<std::int64_t>(largest, 16));
+  add(scratch, scratch_bytes());
+  add(run.partials, partial_floats(s, run.rows) * 4);
+  add(run.lse, lse_floats(s, run.rows, ranks) * 4);
+  add(run.p_slc, run.lists * run.blocks * 4);
+  add(run.candidates, run.lists * s.rules.n_sel * 8);
+  add(run.reads, branches * planes * 8);
+  run.reads.back()->clear();
+}
+
+void Passes::gather(const Backend& b, const Buffers& from, const MirroredBuffer& to) const {
+  for (int rank = 0; rank < ranks; ++rank)
+    b.device->copy(to.on<char>(b) + rank * from[rank]->bytes(), from[rank]->on<void>(b), from[rank]->bytes(), nullptr);
+}
+
+void Passes::attend(const Backend& b, Branch branch, int rank) const {
+  attend_on(b, branch, c, stage(b), q.memory, *k[branch][rank], *v[branch][rank], *run.partials[rank], *run.reads[rank],
+            branch == sel ? run.selected.get() : nullptr, branch == cmp ? run.lse[rank].get() : nullptr,
+            branch == cmp ? scores[rank].get() : nullptr, *scratch[rank], route(b, branch));
+}
+
+void Passes::rank_blocks(const Backend& b, int rank) const {
+  RankArgs a{stage(b)};
+  a.scores = scores[rank]->on<void>(b);
+  a.lse = lse_all.on<float>(b);
+  a.lse_ranks = ranks;
+  a.cmp_map = k[cmp][rank]->view.map;
+  a.token_map = k[sel][rank]->view.map;
+  a.candidates = run.candidates[rank]->on<Candidate>(b);
+  a.q = q.memory.on<void>(b);
+  a.k_cmp = k[cmp][rank]->on(b);
+  a.cmp_ms = partials_at(run.partials[rank]->on<float>(b), s, run.rows, cmp).ms;
+  if (ranks == 1) a.selected = run.selected->on<std::int32_t>(b);
+  a.p_slc = run.p_slc[rank]->on<float>(b);
+  a.p_slc_blocks = run.blocks;
+  a.scratch = scratch[rank]->on<void>(b);
+  a.scratch_bytes = scratch[rank]->bytes();
+  b.kernels->rank(a, nullptr);
+}
+
+// cmp and win, the scores of the blocks, and the choice.
+void Passes::select(const Backend& b) const {
+  for (int rank = 0; rank < ranks; ++rank) {
+    attend(b, cmp, rank);
+    attend(b, win, rank);
+  }
+  gather(b, run.lse, lse_all);
+  for (int rank = 0; rank < ranks; ++rank) rank_blocks(b, rank);
+  gather(b, run.candidates, candidates_all);
+  if (ranks > 1)
+    b.kernels->select({stage(b), candidates_all.on<Candidate>(b), ranks, run.selected->on<std::int32_t>(b)}, nullptr);
+}
+
+// sel, and the outputs.
+void Passes::attend_selected(const Backend& b) const {
+  for (int rank = 0; rank < ranks; ++rank) attend(b, sel, rank);
+  gather(b, run.partials, partials_all);
+  CombineArgs a{stage(b)};
+  a.partials = partials_all.on<float>(b);
+  a.ranks = ranks;
+  a.gate = run.gate->on<float>(b);
+  a.o = run.o->on<void>(b);
+  for (int branch = 0; branch < branches; ++branch)
+    a.o_branch[branch] = run.o_branch->on<float>(b) + branch * run.rows * s.heads() * s.d_v;
+  b.kernels->combine(a, nullptr);
+}
+
+AttentionArgs Passes::fused_args(const MirroredBuffer& partials, const MirroredBuffer& lse,
+                                 const MirroredBuffer& raw) const {
+  const Backend& b = gpu();
+  StageArgs common = stage(b);
+  common.scratch = scratch[0]->on<void>(b);
+  common.scratch_bytes = scratch[0]->bytes();
+  AttentionArgs a;
+  for (int branch = 0; branch < branches; ++branch) {
+    AttendArgs& of = a.attend[branch];
+    static_cast<StageArgs&>(of) = common;
+    of.q = q.memory.on<void>(b);
+    of.k = k[branch][0]->on(b);
+    of.v = v[branch][0]->on(b);
+    of.out = partials_at(partials.on<float>(b), s, run.rows, static_cast<Branch>(branch));
+    of.reads = run.fused_reads->on<std::int64_t>(b) + branch * planes;
+    if (c.tokens == 1)
+      a.combine.o_branch[branch] = run.fused_o_branch->on<float>(b) + branch * run.rows * s.heads() * s.d_v;
+  }
+  a.rank.lse = a.attend[cmp].lse = lse.on<float>(b);
+  a.rank.scores = a.attend[cmp].scores = raw.on<void>(b);
+  static_cast<StageArgs&>(a.rank) = common;
+  a.rank.cmp_map = k[cmp][0]->view.map;
+  a.rank.token_map = k[sel][0]->view.map;
+  a.rank.q = q.memory.on<void>(b);
+  a.rank.k_cmp = k[cmp][0]->on(b);
+  a.rank.cmp_ms = a.attend[cmp].out.ms;
+  a.attend[sel].selected = a.rank.selected = run.fused_selected->on<std::int32_t>(b);
+  a.rank.p_slc = run.fused_p_slc->on<float>(b);
+  a.rank.p_slc_blocks = run.blocks;
+  static_cast<StageArgs&>(a.combine) = common;
+  a.combine.partials = partials.on<float>(b);
+  a.combine.gate = run.gate->on<float>(b);
+  a.combine.o = run.fused_o->on<void>(b);
+  if (c.left_out >= 0) {
+    a.combine.leave_out[c.left_out] = true;
+    a.attend[cmp].scores_only = c.left_out == cmp;
+  }
+  return a;
+}
+
+void Passes::run_fused() const {
+  run.fused_selected = std::make_unique<MirroredBuffer>(run.selected->bytes());
+  run.fused_o = std::make_unique<MirroredBuffer>(run.o->bytes());
+  run.fused_o_branch = std::make_unique<MirroredBuffer>(run.o_branch->bytes());
+  run.fused_p_slc = std::make_unique<MirroredBuffer>(run.p_slc[0]->bytes());
+  run.fused_reads = std::make_unique<MirroredBuffer>(run.reads[0]->bytes());
+  run.fused_reads->clear();
+  const MirroredBuffer partials(run.partials[0]->bytes()), lse(run.lse[0]->bytes()), raw(scores[0]->bytes());
+  const AttentionArgs a = fused_args(partials, lse, raw);
+  const KernelTable& kernels = *gpu().kernels;
+  const FusedOp<AttentionArgs>& op = c.tokens > 1 ? kernels.prefill_attention : kernels.decode_attention;
+  run.fused = op.accepts(a);
+  if (run.fused) op.run(a, nullptr);
+  gpu().device->synchronize(nullptr);
+}
+
 }  // namespace
 
 Run::Run(const Case& given, std::size_t kernel) : c(given), s(given.shape) {
   s.lse.segment = c.chunk_blocks * s.rules.l_sel / s.rules.d;
   s.lse.buckets = 24;
-  const BlockRules& r = s.rules;
-  const std::int64_t planes = std::int64_t{c.batch} * s.groups, T = c.positions(), n = compressed_tokens(r, T - 1);
-  const std::int64_t chunk_tokens = c.chunk_blocks * r.l_sel;
-  QueryTile tile{0, c.batch, c.tokens, nullptr, T};
-  const bool whole = c.kv == 1 || c.gathered;
-  const auto route = [&](const Backend& b, Branch branch) -> const AttendKernel& {
-    const auto& list = b.kernels->attend[branch];
-    const std::size_t i = b.kind == BackendKind::host ? 0 : kernel;
-    return i < list.size() && list[i].accepts(s, tile) ? list[i] : list[0];
-  };
-  const auto policy = [&](const Backend& b) {
-    const AttendKernel& first = route(b, cmp);
-    const auto recompute = first.recompute_scores;
-    return AttentionPolicy{c.tokens > 1 && whole && !c.scored && recompute && recompute(s)};
-  };
-  rows = tile.rows();
+  rows = std::int64_t{c.batch} * c.tokens;
   lists = rows * s.groups;
-  blocks = eligible_blocks(r, T - 1);
-  const int ranks = c.gathered ? 1 : c.kv;
-  MirroredBuffer position(8);
-  *position.host<std::int64_t>() = c.first;
-  position.to_gpu();
-  const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
-  MirroredKv q(s.dtype, RowMap{}, 1, rows, s.heads() * s.d_k);
-  q.fill(1, 1, rows, "q", c.q_scale);
+  blocks = eligible_blocks(s.rules, c.positions() - 1);
   gate = std::make_unique<MirroredBuffer>(lists * 3 * 4);
   for (std::int64_t i = 0; i < lists * 3; ++i) gate->host<float>()[i] = 0.1f + 0.2f * static_cast<float>(i % 4);
   gate->to_gpu();
-  selected = std::make_unique<MirroredBuffer>(lists * r.n_sel * 4);
-  const std::int64_t lse_floats = lse_slots(s, ranks) * rows * s.heads() * 2;
-  MirroredBuffer lse_all(ranks * lse_floats * 4), partials_all(ranks * partial_floats(s, rows) * 4),
-      candidates_all(ranks * lists * r.n_sel * 8);
-  std::vector<std::unique_ptr<MirroredBuffer>> scores, scratch;
-  std::vector<std::unique_ptr<MirroredKv>> k_cmp, v_cmp, k_sel, v_sel, k_win, v_win;
-  const auto tile_on = [&](const Backend& b) {
-    QueryTile t = tile;
-    t.first_position = position.on<std::int64_t>(b);
-    return t;
-  };
-  std::size_t largest = 0;
-  for (const Backend* b : {&cpu(), &gpu()}) {
-    largest = std::max(largest, b->kernels->scratch_bytes(s, tile_on(*b), policy(*b)));
-    for (const auto& list : b->kernels->attend)
-      for (const AttendKernel& kernel : list)
-        if (kernel.scratch) largest = std::max(largest, kernel.scratch(s, tile_on(*b), policy(*b)));
-  }
-  const auto scratch_bytes = static_cast<std::int64_t>(largest);
-  for (int rank = 0; rank < ranks; ++rank) {
-    const RowMap cmp_map = chunked(c, s.lse.segment, r.l / r.d - 1, rank),
-                 token_map = chunked(c, chunk_tokens, 0, rank);
-    RowMap win_map = token_map;
-    if (c.ring) {
-      win_map = {};
-      win_map.ring = r.w;
-      win_map.slot_begin = std::int64_t{rank} * r.w / ranks;
-      win_map.slot_end = std::int64_t{rank + 1} * r.w / ranks;
-    }
-    const auto cache = [&](const RowMap& map, std::int64_t count, int width, const char* name) {
-      auto kv = std::make_unique<MirroredKv>(s.dtype, map, planes, std::max<std::int64_t>(count, 1), width);
-      if (name[0] == 'v') kv->memory.clear();
-      if (count > 0) kv->fill(c.batch, s.groups, count, name);
-      return kv;
-    };
-    k_cmp.push_back(cache(cmp_map, n, s.d_k, "k_cmp"));
-    v_cmp.push_back(cache(cmp_map, n, s.d_v, "v_cmp"));
-    k_sel.push_back(cache(token_map, T, s.d_k, "k_sel"));
-    v_sel.push_back(cache(token_map, T, s.d_v, "v_sel"));
-    k_win.push_back(cache(win_map, T, s.d_k, "k_win"));
-    v_win.push_back(cache(win_map, T, s.d_v, "v_win"));
-    const std::int64_t cmp_rows = ranks == 1 ? n : MirroredKv::capacity(cmp_map, std::max<std::int64_t>(n, 1));
-    const std::int64_t score_bytes =
-        static_cast<std::int64_t>(std::max(cpu().kernels->score_bytes(s, tile_on(cpu()), cmp_rows),
-                                           gpu().kernels->score_bytes(s, tile_on(gpu()), cmp_rows)));
-    scores.push_back(std::make_unique<MirroredBuffer>(std::max<std::int64_t>(score_bytes, 16)));
-    scratch.push_back(std::make_unique<MirroredBuffer>(scratch_bytes));
-    partials.push_back(std::make_unique<MirroredBuffer>(partial_floats(s, rows) * 4));
-    lse.push_back(std::make_unique<MirroredBuffer>(lse_floats * 4));
-    p_slc.push_back(std::make_unique<MirroredBuffer>(lists * blocks * 4));
-    candidates.push_back(std::make_unique<MirroredBuffer>(lists * r.n_sel * 8));
-    reads.push_back(std::make_unique<MirroredBuffer>(branches * planes * 8));
-    std::memset(reads.back()->host<void>(), 0, reads.back()->bytes());
-    reads.back()->to_gpu();
-  }
-  const auto gather = [&](const Backend& b, const std::vector<std::unique_ptr<MirroredBuffer>>& from,
-                          const MirroredBuffer& to) {
-    for (int rank = 0; rank < ranks; ++rank)
-      b.device->copy(to.on<char>(b) + rank * from[rank]->bytes(), from[rank]->on<void>(b), from[rank]->bytes(),
-                     nullptr);
-  };
-  for (const Backend* b : {&cpu(), &gpu()}) {
-    const StageArgs stage{s, tile_on(*b), policy(*b)};
-    for (int rank = 0; rank < ranks; ++rank) {
-      attend_on(*b, cmp, c, stage, q.memory, *k_cmp[rank], *v_cmp[rank], *partials[rank], *reads[rank], nullptr,
-                lse[rank].get(), scores[rank].get(), *scratch[rank], route(*b, cmp));
-      attend_on(*b, win, c, stage, q.memory, *k_win[rank], *v_win[rank], *partials[rank], *reads[rank], nullptr,
-                nullptr, nullptr, *scratch[rank], route(*b, win));
-    }
-    gather(*b, lse, lse_all);
-    for (int rank = 0; rank < ranks; ++rank) {
-      RankArgs a{stage};
-      a.scores = scores[rank]->on<void>(*b);
-      a.lse = lse_all.on<float>(*b);
-      a.lse_ranks = ranks;
-      a.cmp_map = k_cmp[rank]->view.map;
-      a.token_map = k_sel[rank]->view.map;
-      a.candidates = candidates[rank]->on<Candidate>(*b);
-      a.q = q.memory.on<void>(*b);
-      a.k_cmp = k_cmp[rank]->on(*b);
-      a.cmp_ms = partials_at(partials[rank]->on<float>(*b), s, rows, cmp).ms;
-      if (ranks == 1) a.selected = selected->on<std::int32_t>(*b);
-      a.p_slc = p_slc[rank]->on<float>(*b);
-      a.p_slc_blocks = blocks;
-      a.scratch = scratch[rank]->on<void>(*b);
-      a.scratch_bytes = scratch[rank]->bytes();
-      b->kernels->rank(a, nullptr);
-    }
-    gather(*b, candidates, candidates_all);
-    if (ranks > 1)
-      b->kernels->select({stage, candidates_all.on<Candidate>(*b), ranks, selected->on<std::int32_t>(*b)}, nullptr);
-  }
+  selected = std::make_unique<MirroredBuffer>(lists * s.rules.n_sel * 4);
+  const Passes passes(*this, kernel);
+  for (const Backend* b : {&cpu(), &gpu()}) passes.select(*b);
   gpu_selected = selected->from_gpu<std::int32_t>();
   selected->to_gpu();  // both attend the same blocks, so that near ties do not become differences
-  o = std::make_unique<MirroredBuffer>(rows * s.heads() * s.d_v * size);
-  o_branch = std::make_unique<MirroredBuffer>(branches * rows * s.heads() * s.d_v * 4);
-  for (const Backend* b : {&cpu(), &gpu()}) {
-    const StageArgs stage{s, tile_on(*b), policy(*b)};
-    for (int rank = 0; rank < ranks; ++rank)
-      attend_on(*b, sel, c, stage, q.memory, *k_sel[rank], *v_sel[rank], *partials[rank], *reads[rank], selected.get(),
-                nullptr, nullptr, *scratch[rank], route(*b, sel));
-    gather(*b, partials, partials_all);
-    CombineArgs a{stage};
-    a.partials = partials_all.on<float>(*b);
-    a.ranks = ranks;
-    a.gate = gate->on<float>(*b);
-    a.o = o->on<void>(*b);
-    for (int branch = 0; branch < branches; ++branch)
-      a.o_branch[branch] = o_branch->on<float>(*b) + branch * rows * s.heads() * s.d_v;
-    b->kernels->combine(a, nullptr);
-  }
+  const std::int64_t elements = rows * s.heads() * s.d_v;
+  o = std::make_unique<MirroredBuffer>(elements * static_cast<std::int64_t>(size_of(s.dtype)));
+  o_branch = std::make_unique<MirroredBuffer>(branches * elements * 4);
+  for (const Backend* b : {&cpu(), &gpu()}) passes.attend_selected(*b);
   gpu().device->synchronize(nullptr);
-  const bool prefill = c.tokens > 1;
-  if (kernel > 0 || ranks > 1 || (c.gathered && !prefill)) return;
-
-  fused_selected = std::make_unique<MirroredBuffer>(selected->bytes());
-  fused_o = std::make_unique<MirroredBuffer>(o->bytes());
-  fused_o_branch = std::make_unique<MirroredBuffer>(o_branch->bytes());
-  fused_p_slc = std::make_unique<MirroredBuffer>(p_slc[0]->bytes());
-  fused_reads = std::make_unique<MirroredBuffer>(reads[0]->bytes());
-  std::memset(fused_reads->host<void>(), 0, fused_reads->bytes());
-  fused_reads->to_gpu();
-  const Backend& b = gpu();
-  const StageArgs stage{s, tile_on(b), policy(b), scratch[0]->on<void>(b), scratch[0]->bytes()};
-  MirroredBuffer fused_partials(partials[0]->bytes()), fused_lse(lse[0]->bytes()), fused_scores(scores[0]->bytes());
-  AttentionArgs a;
-  const MirroredKv* k[branches] = {k_cmp[0].get(), k_sel[0].get(), k_win[0].get()};
-  const MirroredKv* v[branches] = {v_cmp[0].get(), v_sel[0].get(), v_win[0].get()};
-  for (int branch = 0; branch < branches; ++branch) {
-    AttendArgs& of = a.attend[branch];
-    static_cast<StageArgs&>(of) = stage;
-    of.q = q.memory.on<void>(b);
-    of.k = k[branch]->on(b);
-    of.v = v[branch]->on(b);
-    of.out = partials_at(fused_partials.on<float>(b), s, rows, static_cast<Branch>(branch));
-    of.reads = fused_reads->on<std::int64_t>(b) + branch * planes;
-    if (!prefill) a.combine.o_branch[branch] = fused_o_branch->on<float>(b) + branch * rows * s.heads() * s.d_v;
-  }
-  a.attend[cmp].lse = fused_lse.on<float>(b);
-  a.attend[cmp].scores = fused_scores.on<void>(b);
-  static_cast<StageArgs&>(a.rank) = stage;
-  a.rank.scores = fused_scores.on<void>(b);
-  a.rank.lse = fused_lse.on<float>(b);
-  a.rank.cmp_map = k_cmp[0]->view.map;
-  a.rank.token_map = k_sel[0]->view.map;
-  a.rank.q = q.memory.on<void>(b);
-  a.rank.k_cmp = k_cmp[0]->on(b);
-  a.rank.cmp_ms = a.attend[cmp].out.ms;
-  a.attend[sel].selected = a.rank.selected = fused_selected->on<std::int32_t>(b);
-  a.rank.p_slc = fused_p_slc->on<float>(b);
-  a.rank.p_slc_blocks = blocks;
-  static_cast<StageArgs&>(a.combine) = stage;
-  a.combine.partials = fused_partials.on<float>(b);
-  a.combine.gate = gate->on<float>(b);
-  a.combine.o = fused_o->on<void>(b);
-  if (c.left_out >= 0) {
-    a.combine.leave_out[c.left_out] = true;
-    a.attend[cmp].scores_only = c.left_out == cmp;
-  }
-  const FusedOp<AttentionArgs>& op = prefill ? b.kernels->prefill_attention : b.kernels->decode_attention;
-  fused = op.accepts(a);
-  if (fused) op.run(a, nullptr);
-  b.device->synchronize(nullptr);
+  if (kernel == 0 && passes.ranks == 1 && (!c.gathered || c.tokens > 1)) passes.run_fused();
 }
 
 void check(const Run& run) {
