@@ -97,15 +97,9 @@ const CLI::Validator percent(
     },
     "SHARE");
 
-void describe(CLI::App& app, CommandLine& line) {
-  const CLI::Validator named(not_empty, "", "");
-  app.set_version_flag("--version",
-                       std::string("nsa ") + nsa::build::version + " (commit " + nsa::build::git_commit + ")");
-  app.require_subcommand(1);
-  app.add_option("--completion", line.completion, "print a completion script: source <(nsa --completion bash)")
-      ->check(CLI::IsMember({"bash"}));
-  app.footer(std::string(run_examples) + "More: nsa COMMAND --help\n\n" + exit_codes);
+const CLI::Validator named(not_empty, "", "");
 
+void describe_run(CLI::App& app, CommandLine& line) {
   CLI::App* run = app.add_subcommand("run", "Run an input: prefill, decode or needle, on all ranks of the launch");
   run->add_option("INPUT", line.run.input, "TOML input")->check(named)->required();
   run->add_option("--set", line.run.overrides, "section.key=value, overrides the input; may be repeated")
@@ -147,7 +141,9 @@ void describe(CLI::App& app, CommandLine& line) {
   for (const char* other : {"--csv", "--json", "--dry-run", "--resume", "--max-time"})
     against->excludes(run->get_option(other));
   run->footer(std::string(run_examples) + "\n" + exit_codes);
+}
 
+void describe_gate(CLI::App& app, CommandLine& line) {
   CLI::App* gate = app.add_subcommand("gate", "Is a custom selection kernel worth it on this device? Needs no GPU");
   gate->add_option("FILES", line.gate.files, "result files, and CSVs of nsa-vibe's benchmark to audit")->required();
   gate->add_option("--context", line.gate.contexts, "only these contexts count")
@@ -157,28 +153,45 @@ void describe(CLI::App& app, CommandLine& line) {
   gate->add_flag("--json", line.gate.json, "print JSON");
   gate->add_flag("--exit-verdict", line.gate.exit_verdict,
                  "exit code 0 PROCEED, 10 STAY, 11 INCONCLUSIVE, 12 NOT EVIDENCE; the largest of several");
-
   gate->footer(gate_examples);
+}
 
+void describe_report(CLI::App& app, CommandLine& line) {
   CLI::App* report =
       app.add_subcommand("report", "Print result files as `run` printed them. Needs no GPU and no launch");
   report->add_option("FILES", line.reported, "result files")->required();
-
   report->footer(report_examples);
+}
 
+void describe_diff(CLI::App& app, CommandLine& line) {
   CLI::App* diff = app.add_subcommand("diff", "Compare two result files: the same result? which stage got slower?");
   diff->add_option("A", line.diff.a, "result file")->required();
   diff->add_option("B", line.diff.b, "result file")->required();
   diff->add_option("--csv", line.diff.csv, "also write a line for each time that is compared");
   diff->add_option("--fail-above", line.diff.fail_above, "exit code 1 where B is SLOWER by more than this, 5%")
       ->transform(percent);
-
   diff->footer(diff_examples);
+}
 
+void describe_info(CLI::App& app, CommandLine& line) {
   CLI::App* info = app.add_subcommand("info", "What this build is made of and the devices it sees");
   info->add_flag("--routes", line.routes, "which implementations would run here instead, and why; needs no GPU");
   info->add_flag("--keys", line.keys, "the keys of an input and the environment variables instead (docs/INPUT.md)");
   info->footer(info_examples);
+}
+
+void describe(CLI::App& app, CommandLine& line) {
+  app.set_version_flag("--version",
+                       std::string("nsa ") + nsa::build::version + " (commit " + nsa::build::git_commit + ")");
+  app.require_subcommand(1);
+  app.add_option("--completion", line.completion, "print a completion script: source <(nsa --completion bash)")
+      ->check(CLI::IsMember({"bash"}));
+  app.footer(std::string(run_examples) + "More: nsa COMMAND --help\n\n" + exit_codes);
+  describe_run(app, line);
+  describe_gate(app, line);
+  describe_report(app, line);
+  describe_diff(app, line);
+  describe_info(app, line);
 }
 
 struct Failure {
