@@ -1,10 +1,10 @@
 #pragma once
-// Prefill's selected branch (prefill/selected/kernel.cu): the warps that load K and V and notify the queries, step by
-// step of the schedule.
+// Prefill's selected branch (prefill/selected/kernel.cu): the warps that load K and V and notify the queries, block
+// by scheduled block.
 //
 // K's slots are empty sooner than V's. With one warp for each, the next block's K is in flight and its scores are
 // computed while its V still waits for a slot. Accesses to shared memory queue behind the ldmatrix of twelve warps, so
-// a step has few of them.
+// a scheduled block has few of them.
 
 #include "kernels/cuda/prefill/selected/shared_memory.cuh"
 
@@ -17,53 +17,54 @@ struct Producer {
   const Shared<DK, DV>& shared;
   PipelineState<Storage::kv_slots> kv = {};  // of K's or V's slots
   PipelineState<schedule_slots> schedule = {};
-  int slot_step = 0;                          // of the schedule slot
-  PipelineState<mailbox_slots> mailbox = {};  // of the lane's query
-  PipelineState<mailbox_slots> steps = {};    // of the step's `key_issued` and `notified`
+  int in_slot = 0;                             // blocks of the schedule slot that are done
+  PipelineState<mailbox_slots> mailbox = {};   // of the lane's query
+  PipelineState<mailbox_slots> progress = {};  // of the scheduled block's `key_issued` and `notified`
 
   // One lane: K or V of a block to an empty slot. Arrives at `empty` for the queries that did not select the block.
-  __device__ __forceinline__ void load_block(const Step& step, const CUtensorMap& map, int width, unsigned to,
-                                             unsigned full, unsigned empty) const {
+  __device__ __forceinline__ void load_block(const ScheduledBlock& scheduled, const CUtensorMap& map, int width,
+                                             unsigned to, unsigned full, unsigned empty) const {
     mbarrier_arrive_expect_tx(full, width / box_columns * Storage::box);
     for (int at = 0; at < block_tokens; at += p.box_rows) {
-      const RowCoordinate from = row_coordinate(p.a.k.map, step.block() * block_tokens + at);
+      const RowCoordinate from = row_coordinate(p.a.k.map, scheduled.block() * block_tokens + at);
       for (int box = 0; box < width / box_columns; ++box)
-        tma_load(to + at * 128 + box * Storage::box, &map, full, box * box_columns, from.row, step.plane, from.rank);
+        tma_load(to + at * 128 + box * Storage::box, &map, full, box * box_columns, from.row, scheduled.plane,
+                 from.rank);
     }
-    const int others = item_queries - __popc(step.queries());
+    const int others = item_queries - __popc(scheduled.queries());
     if (others > 0) mbarrier_arrive(empty, others);
   }
-  __device__ __forceinline__ Step wait_step() {
-    if (slot_step == 0) mbarrier_wait(shared.schedule_full(schedule.slot), schedule.phase);
-    return shared.step(schedule.slot, slot_step);
+  __device__ __forceinline__ ScheduledBlock wait_scheduled() {
+    if (in_slot == 0) mbarrier_wait(shared.schedule_full(schedule.slot), schedule.phase);
+    return shared.scheduled(schedule.slot, in_slot);
   }
-  // Every lane that has read the step.
-  __device__ __forceinline__ void release_step() {
-    if (++slot_step < slot_steps) return;
+  // Every lane that has read the scheduled block.
+  __device__ __forceinline__ void release_scheduled() {
+    if (++in_slot < slot_blocks) return;
     mbarrier_arrive(shared.schedule_empty(schedule.slot));
-    slot_step = 0;
+    in_slot = 0;
     schedule.advance();
   }
   // One lane of its own warp, as load_values().
   __device__ __forceinline__ void load_keys() {
-    for (Step step = wait_step(); !step.is_last(); step = wait_step()) {
+    for (ScheduledBlock scheduled = wait_scheduled(); !scheduled.is_last(); scheduled = wait_scheduled()) {
       const int slot = kv.slot;
       mbarrier_wait(shared.key_empty(slot), kv.phase ^ 1);
-      load_block(step, p.k, DK, shared.key(slot), shared.key_full(slot), shared.key_empty(slot));
-      mbarrier_arrive(shared.key_issued(steps.slot));
-      release_step();
-      steps.advance();
+      load_block(scheduled, p.k, DK, shared.key(slot), shared.key_full(slot), shared.key_empty(slot));
+      mbarrier_arrive(shared.key_issued(progress.slot));
+      release_scheduled();
+      progress.advance();
       kv.advance();
     }
   }
   __device__ __forceinline__ void load_values() {
-    for (Step step = wait_step(); !step.is_last(); step = wait_step()) {
+    for (ScheduledBlock scheduled = wait_scheduled(); !scheduled.is_last(); scheduled = wait_scheduled()) {
       const int slot = kv.slot;
-      mbarrier_wait(shared.notified(steps.slot), steps.phase);
+      mbarrier_wait(shared.notified(progress.slot), progress.phase);
       mbarrier_wait(shared.value_empty(slot), kv.phase ^ 1);
-      load_block(step, p.v, DV, shared.value(slot), shared.value_full(slot), shared.value_empty(slot));
-      release_step();
-      steps.advance();
+      load_block(scheduled, p.v, DV, shared.value(slot), shared.value_full(slot), shared.value_empty(slot));
+      release_scheduled();
+      progress.advance();
       kv.advance();
     }
   }
@@ -73,18 +74,18 @@ struct Producer {
   // notification, and never ahead of it.
   __device__ __forceinline__ void notify_queries() {
     const int lane = threadIdx.x % 32;
-    for (Step step = wait_step(); !step.is_last(); step = wait_step()) {
-      mbarrier_wait(shared.key_issued(steps.slot), steps.phase);
+    for (ScheduledBlock scheduled = wait_scheduled(); !scheduled.is_last(); scheduled = wait_scheduled()) {
+      mbarrier_wait(shared.key_issued(progress.slot), progress.phase);
       mbarrier_wait(shared.value_full(kv.slot), kv.phase ^ 1);
-      if (step.queries() >> lane & 1) {
-        shared.mailbox(lane, mailbox.slot) = Notification::of(step.block(), kv.slot, kv.phase);
+      if (scheduled.queries() >> lane & 1) {
+        shared.mailbox(lane, mailbox.slot) = Notification::of(scheduled.block(), kv.slot, kv.phase);
         mbarrier_arrive(shared.mailbox_full(lane, mailbox.slot));
         mailbox.advance();
       }
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(shared.notified(steps.slot));
-      release_step();
-      steps.advance();
+      if (lane == 0) mbarrier_arrive(shared.notified(progress.slot));
+      release_scheduled();
+      progress.advance();
       kv.advance();
     }
   }

@@ -3,7 +3,7 @@
 //
 // In order of rising index one query would get several blocks in a row while the others, whose blocks are not in the
 // ring yet, wait. So the queries' sorted selections are merged into a pool of up to 32 blocks, a lane each, and the
-// next block is always one of the query that has got the fewest. A step takes some 500 cycles.
+// next block is always one of the query that has got the fewest. Scheduling a block takes some 500 cycles.
 
 #include "kernels/cuda/prefill/selected/shared_memory.cuh"
 
@@ -15,13 +15,13 @@ struct TileScheduler {
   const SelectedParams& p;
   const Shared<DK, DV>& shared;
   PipelineState<schedule_slots> schedule = {};
-  Step lane_step = {};  // of the schedule slot
-  int steps = 0;        // of the schedule slot that are set
+  ScheduledBlock lane_block = {};  // of the schedule slot
+  int in_slot = 0;                 // blocks of the schedule slot that are set
   // The lane's query: its blocks that are not in the pool yet, in rising order; how many of its blocks are scheduled;
   // how many are in the pool.
   int blocks[MaxBlocks] = {};
   int scheduled = 0, pooled = 0;
-  // The lane's block of the pool, as Step::word; 0: none. And the mask of lanes that have one.
+  // The lane's block of the pool, as ScheduledBlock::word; 0: none. And the mask of lanes that have one.
   int word = 0;
   unsigned used = 0;
 
@@ -46,41 +46,43 @@ struct TileScheduler {
     for (int i = MaxBlocks - 1; i >= 0; --i)
       blocks[i] = block_of_selection(p, p.pairs_blocks ? blocks[i / 2] : blocks[i], i, t);
   }
-  // In registers: a load would delay all lanes at the next step.
+  // In registers: a load would delay all lanes at the next block.
   __device__ __forceinline__ void pop_first(bool pops) {
 #pragma unroll
     for (int i = 0; i < MaxBlocks; ++i) blocks[i] = !pops ? blocks[i] : i + 1 < MaxBlocks ? blocks[i + 1] : none;
   }
-  // Sets the next step; stores the schedule slot when all its steps are set.
-  __device__ __forceinline__ void store_step(Step step) {
+  // Sets the next scheduled block; stores the schedule slot when all its blocks are set.
+  __device__ __forceinline__ void store_scheduled(ScheduledBlock next) {
     const int lane = threadIdx.x % 32;
-    if (lane == steps) lane_step = step;
-    if (++steps < slot_steps) return;
+    if (lane == in_slot) lane_block = next;
+    if (++in_slot < slot_blocks) return;
     mbarrier_wait(shared.schedule_empty(schedule.slot), schedule.phase ^ 1);
-    if (lane < slot_steps) {
-      shared.step(schedule.slot, lane) = lane_step;
+    if (lane < slot_blocks) {
+      shared.scheduled(schedule.slot, lane) = lane_block;
       mbarrier_arrive(shared.schedule_full(schedule.slot));
     }
     schedule.advance();
-    steps = 0;
+    in_slot = 0;
   }
-  // Whether the lane's query selected a step's block.
-  __device__ __forceinline__ int selected(Step step) const { return step.queries() >> threadIdx.x % 32 & 1; }
-  __device__ __forceinline__ void add_to_pool(Step step) {
+  // Whether the lane's query selected the block.
+  __device__ __forceinline__ int selected(ScheduledBlock pool_block) const {
+    return pool_block.queries() >> threadIdx.x % 32 & 1;
+  }
+  __device__ __forceinline__ void add_to_pool(ScheduledBlock added) {
     const int free = __ffs(static_cast<int>(~used)) - 1;
-    if (threadIdx.x % 32 == free) word = step.word;
+    if (threadIdx.x % 32 == free) word = added.word;
     used |= 1u << free;
-    pooled += selected(step);
+    pooled += selected(added);
   }
   // The pool must not be empty.
   __device__ __forceinline__ void schedule_from_pool(int plane) {
     const int lane = threadIdx.x % 32;
     const int fewest = __reduce_min_sync(all, pooled > 0 ? scheduled * 32 + lane : none) % 32;
     const int from = __ffs(static_cast<int>(__ballot_sync(all, word >> fewest & 1))) - 1;
-    const Step step{__shfl_sync(all, word, from), plane};
-    store_step(step);
-    scheduled += selected(step);
-    pooled -= selected(step);
+    const ScheduledBlock next{__shfl_sync(all, word, from), plane};
+    store_scheduled(next);
+    scheduled += selected(next);
+    pooled -= selected(next);
     if (lane == from) word = 0;
     used &= ~(1u << from);
   }
@@ -91,15 +93,15 @@ struct TileScheduler {
       if (block == none) break;
       const unsigned queries = __ballot_sync(all, blocks[0] == block);
       pop_first(blocks[0] == block);
-      add_to_pool(Step::of(block, queries, item.plane));
+      add_to_pool(ScheduledBlock::of(block, queries, item.plane));
       if (used == all) schedule_from_pool(item.plane);
     }
     while (used) schedule_from_pool(item.plane);
   }
   __device__ __forceinline__ void run() {
     for (WorkItems items(p); items.more(); items.next()) schedule_item(WorkItem(p, items.index()));
-    do store_step(Step::last());  // fills the last slot of the schedule, which is handed over whole
-    while (steps > 0);
+    do store_scheduled(ScheduledBlock::last());  // fills the last slot of the schedule, which is handed over whole
+    while (in_slot > 0);
   }
 };
 

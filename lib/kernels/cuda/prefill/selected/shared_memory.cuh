@@ -19,9 +19,9 @@ constexpr int threads = 32 * (item_queries + 4);       // whole warpgroups, whic
 constexpr int block_tokens = 64;                       // of a KV slot: a selection block
 constexpr int max_blocks = 32, max_blocks_small = 16;  // of 64 tokens of a query: two instances of the scheduler
 constexpr int mailbox_slots = 8;                       // of a query: more than KV slots
-constexpr int schedule_slots = 4, slot_steps = 8;      // of the schedule ring, and steps in each
+constexpr int schedule_slots = 4, slot_blocks = 8;     // of the schedule ring, and scheduled blocks in each
 constexpr std::int64_t max_schedulable_positions = std::int64_t{block_tokens}
-                                                   << 19;  // a step's block index has 19 bits
+                                                   << 19;  // ScheduledBlock::block() has 19 bits
 
 struct SelectedParams {
   CUtensorMap k, v;
@@ -77,13 +77,13 @@ struct WorkItems {
   __device__ __forceinline__ void next() { ++round; }
 };
 
-// A step of the schedule: a block, below 2^19, and the mask of the queries that selected it.
-struct Step {
+// What the schedule holds: a block, below 2^19, and the mask of the queries that selected it.
+struct ScheduledBlock {
   int word, plane;
-  __device__ __forceinline__ static Step of(int block, unsigned queries, int plane) {
+  __device__ __forceinline__ static ScheduledBlock of(int block, unsigned queries, int plane) {
     return {block << item_queries | static_cast<int>(queries), plane};
   }
-  __device__ __forceinline__ static Step last() { return {-1, 0}; }
+  __device__ __forceinline__ static ScheduledBlock last() { return {-1, 0}; }
   __device__ __forceinline__ bool is_last() const { return word < 0; }
   __device__ __forceinline__ int block() const { return word >> item_queries; }
   __device__ __forceinline__ unsigned queries() const { return word & ((1u << item_queries) - 1); }
@@ -105,11 +105,11 @@ template <int KvSlots>
 struct SharedBarriers {
   MbarrierWord key_full[KvSlots], key_empty[KvSlots], value_full[KvSlots], value_empty[KvSlots];
   MbarrierWord mailbox_full[item_queries][mailbox_slots];
-  // Of a step. They need no empty barriers: each is waited for before its next arrival, mailbox_slots > KvSlots steps
-  // later. K of step i + mailbox_slots is issued once its slot is empty, so after the queries of a step later than i
-  // were notified, so after the notifying warp has waited for key_issued of step i. Queries of step i + mailbox_slots
-  // are notified once V of a step later than i has arrived, so after the warp that loads V has waited for notified of
-  // step i.
+  // Of a scheduled block. They need no empty barriers: each is waited for before its next arrival, mailbox_slots >
+  // KvSlots blocks later. K of block i + mailbox_slots of the schedule is issued once its slot is empty, so after the
+  // queries of a later block than i were notified, so after the notifying warp has waited for key_issued of block i.
+  // Queries of block i + mailbox_slots are notified once V of a later block than i has arrived, so after the warp that
+  // loads V has waited for notified of block i.
   MbarrierWord key_issued[mailbox_slots];  // the copy of its K is issued
   MbarrierWord notified[mailbox_slots];    // its queries are notified, and V of one round before has arrived
   MbarrierWord schedule_full[schedule_slots], schedule_empty[schedule_slots];
@@ -128,7 +128,7 @@ struct SharedStorage {
   char values[kv_slots][value_bytes];
   SharedBarriers<kv_slots> barriers;
   Notification mailboxes[item_queries][mailbox_slots];
-  Step schedule[schedule_slots][slot_steps];
+  ScheduledBlock schedule[schedule_slots][slot_blocks];
   uint4 queries[keeps_queries ? item_queries : 1][keeps_queries ? DK / 16 * 32 : 1];  // operand A: [Dk / 16][lane]
 };
 
@@ -181,8 +181,8 @@ struct Shared {
     return reinterpret_cast<uint4*>(memory +
                                     offsetof(Storage, queries))[(warp * (DK / 16) + step) * 32 + threadIdx.x % 32];
   }
-  __device__ __forceinline__ Step& step(int slot, int i) const {
-    return reinterpret_cast<Step*>(memory + offsetof(Storage, schedule))[slot * slot_steps + i];
+  __device__ __forceinline__ ScheduledBlock& scheduled(int slot, int i) const {
+    return reinterpret_cast<ScheduledBlock*>(memory + offsetof(Storage, schedule))[slot * slot_blocks + i];
   }
   // One thread, before a __syncthreads.
   __device__ __forceinline__ void init_barriers() const {
@@ -195,7 +195,7 @@ struct Shared {
     // mailbox_full, and key_issued and notified after it.
     for (int i = 0; i < (item_queries + 2) * mailbox_slots; ++i) mbarrier_init(mailbox_full(0, i), 1);
     for (int i = 0; i < schedule_slots; ++i) {
-      mbarrier_init(schedule_full(i), slot_steps);  // a lane a step
+      mbarrier_init(schedule_full(i), slot_blocks);  // a lane a block
       mbarrier_init(schedule_empty(i), 2 + 32);  // the threads that load K and V, and all lanes of the notifying warp
     }
     fence_mbarrier_init();
