@@ -17,13 +17,8 @@ using MbarrierWord = std::uint64_t;
 __device__ __forceinline__ void mbarrier_init(unsigned barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
-__device__ __forceinline__ void mbarrier_arrive(unsigned barrier) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-#endif
-}
 /// `count` arrivals.
-__device__ __forceinline__ void mbarrier_arrive(unsigned barrier, int count) {
+__device__ __forceinline__ void mbarrier_arrive(unsigned barrier, int count = 1) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 #endif
@@ -56,17 +51,16 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, int parity) {
 __device__ __forceinline__ void mbarrier_arrive_and_wait(unsigned barrier) {
   std::uint64_t phase;
   asm volatile("mbarrier.arrive.shared.b64 %0, [%1];" : "=l"(phase) : "r"(barrier) : "memory");
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN:\nmbarrier."
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.shared.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(barrier),
-      "l"(phase)
-      : "memory");
+      "try_wait"
 #else
-  asm volatile(
-      "{\n.reg .pred done;\nAGAIN:\nmbarrier.test_wait.shared.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(barrier),
+      "test_wait"
+#endif
+      ".shared.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(barrier),
       "l"(phase)
       : "memory");
-#endif
 }
 /// After the inits and before the __syncthreads that shows the barriers to all threads: shows them to the copy engine.
 __device__ __forceinline__ void fence_mbarrier_init() {
