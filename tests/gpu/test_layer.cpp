@@ -1,7 +1,10 @@
 // A layer of a decode step in one launch against the same work in several: the same bits in caches, blocks, output and
 // logs, step after step.
 
-#include <cstring>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
 
 #include "catch.hpp"
 #include "gpu/differences.hpp"
@@ -15,7 +18,8 @@ namespace {
 
 constexpr std::int64_t log_steps = 3;
 
-// A decode step's caches, the raw rows of the compressed branch beside them, and what the step appends.
+// A decode step's caches, the raw rows of the compressed branch beside them, and what the step appends. The tile begins
+// behind `skipped` sequences.
 struct WholeLayer {
   WholeDecode whole;
   std::int64_t planes, first_position, counters, selected_count;
@@ -25,13 +29,14 @@ struct WholeLayer {
   ProjectArgs project;
   bool projects;
 
-  WholeLayer(const LayerShape& s, int batch, std::int64_t context, bool from_x)
-      : whole(gpu(), s, batch, context + log_steps + 1, 1),
-        planes(std::int64_t{batch} * s.groups),
+  WholeLayer(const LayerShape& s, int batch, std::int64_t context, bool from_x, int skipped = 0)
+      : whole(gpu(), s, skipped + batch, context + log_steps + 1, 1),
+        planes(std::int64_t{skipped + batch} * s.groups),
         first_position(context),
         counters(branches * planes),
         selected_count(planes * s.rules.n_sel),
         projects(from_x) {
+    whole.tile.batch_begin = skipped, whole.tile.batches = batch;
     gpu().device->copy(position(), &first_position, 8, nullptr);
     k_raw = raw("kraw", s.d_k);
     v_raw = raw("vraw", s.d_v);
@@ -95,7 +100,7 @@ struct WholeLayer {
     return view;
   }
 
-  DecodeLayerArgs args() const {
+  DecodeLayerArgs args(bool ends_step = true) const {
     const WholeDecode::Set& set = whole.sets[0];
     DecodeLayerArgs a;
     a.attention = whole.step(set).attention_args();
@@ -110,19 +115,60 @@ struct WholeLayer {
     a.compress.k_cmp = set.k[cmp], a.compress.v_cmp = set.v[cmp];
     a.log = log;
     a.first_position = first_position;
-    a.ends_step = true;
+    a.ends_step = ends_step;
     return a;
   }
-  void run_stages() const {
-    const DecodeLayerArgs a = args();
+  void run_stages(bool ends_step = true) const {
+    const DecodeLayerArgs a = args(ends_step);
     const KernelTable& kernels = *gpu().kernels;
     if (projects) kernels.project(a.project, whole.stream);
     for (const AppendArgs& append : a.append) kernels.append(append, whole.stream);
     kernels.compress(a.compress, whole.stream);
     run_fused(kernels.decode_attention, a.attention, whole.stream);
-    kernels.advance(a.log, whole.stream);
+    if (ends_step) kernels.advance(a.log, whole.stream);
   }
-  void run_layer() const { run_fused(gpu().kernels->decode_layer, args(), whole.stream); }
+  void run_layer(bool ends_step = true) const { run_fused(gpu().kernels->decode_layer, args(ends_step), whole.stream); }
+};
+
+// Two layers with the output projection and the residual stream, which no step loads anew: every step depends on all
+// before it. They share the position, the logs and all memory of one step.
+struct Model {
+  std::unique_ptr<WholeLayer> layers[2];
+  float *x, *y;
+  void* w_o;
+
+  Model(const LayerShape& s, int batch, std::int64_t context) {
+    for (auto& layer : layers) layer = std::make_unique<WholeLayer>(s, batch, context, true);
+    WholeLayer &first = *layers[0], &last = *layers[1];
+    WholeDecode &from = first.whole, &to = last.whole;
+    to.tile.first_position = from.tile.first_position;
+    to.scratch = from.scratch, to.scores = from.scores, to.o = from.o, to.gate = from.gate;
+    to.reads = from.reads, to.selected = from.selected;
+    last.log = first.log, last.project.gate = from.gate;
+    x = first.zeros<float>(std::int64_t{batch} * s.dim * 4);
+    y = first.zeros<float>(std::int64_t{batch} * s.dim * 4);
+    const KvView w = first.rows(std::int64_t{s.heads()} * s.d_v, s.dim, "wo");
+    w_o = w.data;
+    KvView residual;
+    residual.data = x, residual.width = s.dim, residual.plane_stride = std::int64_t{batch} * s.dim;
+    gpu().kernels->fill_rows({DType::f32, residual, 1, 1, 0, 0, batch, tensor_key(2, "residual"), 3.0f}, nullptr);
+    first.project.residual = last.project.residual = x;
+    gpu().device->synchronize(nullptr);
+  }
+  Stream* stream() const { return layers[0]->whole.stream; }
+  void step(bool in_one_launch) const {
+    for (const auto& layer : layers) {
+      WholeDecode& whole = layer->whole;
+      Stream* own = std::exchange(whole.stream, stream());
+      const bool ends_step = layer == layers[1];
+      in_one_launch ? layer->run_layer(ends_step) : layer->run_stages(ends_step);
+      OutputArgs output{layer->args().attention.combine, {0, whole.s.heads()}};
+      output.o = whole.o, output.w_o = w_o;
+      output.y = y, output.residual = x;
+      gpu().kernels->output(output, stream());
+      whole.stream = own;
+    }
+  }
 };
 
 bool same(const void* a, const void* b, std::int64_t bytes, const WholeDecode& whole) {
@@ -130,19 +176,15 @@ bool same(const void* a, const void* b, std::int64_t bytes, const WholeDecode& w
   return differences(a, b, static_cast<std::size_t>(bytes), whole.stream).count == 0;
 }
 
-void check_layer(const LayerShape& s, int batch, std::int64_t context, bool projects) {
-  INFO((projects ? "projects " : "given ") << "type=" << static_cast<int>(s.dtype) << " h=" << s.heads_per_group
-                                           << " d=" << s.d_k << "," << s.d_v << " " << batch << " x " << context);
-  WholeLayer stages(s, batch, context, projects), layer(s, batch, context, projects);
-  const auto size = static_cast<std::int64_t>(size_of(s.dtype));
-  for (int step = 0; step <= log_steps; ++step) {  // the last one has no row in the logs
-    stages.run_stages();
-    layer.run_layer();
-    gpu().device->synchronize(layer.whole.stream);
-    INFO("step " << step);
-    CHECK(same(stages.whole.o, layer.whole.o, stages.whole.o_bytes(), stages.whole));
-    CHECK(same(stages.whole.selected, layer.whole.selected, stages.whole.selected_bytes(), stages.whole));
-  }
+std::string name_of(const LayerShape& s, int batch, std::int64_t context) {
+  return "type=" + std::to_string(static_cast<int>(s.dtype)) + " h=" + std::to_string(s.heads_per_group) +
+         " d=" + std::to_string(s.d_k) + "," + std::to_string(s.d_v) + " " + std::to_string(batch) + " x " +
+         std::to_string(context);
+}
+
+// Caches and logs, and that the position is that after all steps.
+void check_same(const WholeLayer& stages, const WholeLayer& layer) {
+  const auto size = static_cast<std::int64_t>(size_of(stages.whole.s.dtype));
   const auto same_cache = [&](const KvView& a, const KvView& b) {
     CHECK(same(a.data, b.data, stages.planes * a.plane_stride * size, stages.whole));
   };
@@ -159,7 +201,21 @@ void check_layer(const LayerShape& s, int batch, std::int64_t context, bool proj
   std::int64_t position = 0;
   gpu().device->copy(&position, layer.log.position, 8, layer.whole.stream);
   gpu().device->synchronize(layer.whole.stream);
-  CHECK(position == context + log_steps + 1);
+  CHECK(position == layer.first_position + log_steps + 1);
+}
+
+void check_layer(const LayerShape& s, int batch, std::int64_t context, bool projects, int skipped = 0) {
+  INFO((projects ? "projects " : "given ") << name_of(s, batch, context));
+  WholeLayer stages(s, batch, context, projects, skipped), layer(s, batch, context, projects, skipped);
+  for (int step = 0; step <= log_steps; ++step) {  // the last one has no row in the logs
+    stages.run_stages();
+    layer.run_layer();
+    gpu().device->synchronize(layer.whole.stream);
+    INFO("step " << step);
+    CHECK(same(stages.whole.o, layer.whole.o, stages.whole.o_bytes(), stages.whole));
+    CHECK(same(stages.whole.selected, layer.whole.selected, stages.whole.selected_bytes(), stages.whole));
+  }
+  check_same(stages, layer);
 }
 
 void check_layer(const LayerShape& s, int batch, std::int64_t context) {
@@ -192,4 +248,51 @@ TEST_CASE("a decode layer in one launch equals its stages", "[step][layer]") {
   check_layer(shape_of(DType::bf16, 2, 16, 256, 256), 3, 4092);
   check_layer(shape_of(DType::bf16, 2, 32, 128, 128), 3, 4092);
   check_layer(shape_of(DType::bf16, 1, 48, 80, 80), 2, 4092);
+}
+
+TEST_CASE("a decode layer in one launch takes sequences behind others", "[step][layer]") {
+  for (const bool projects : {false, true}) {
+    check_layer(shape_of(DType::bf16, 4, 16, 128, 128), 2, 4092, projects, 1);
+    check_layer(shape_of(DType::bf16, 2, 32, 128, 128), 1, 4092, projects, 2);
+  }
+}
+
+// Launches follow one another without a wait between them, as in `nsa run`: first one by one, then as a graph.
+TEST_CASE("decode steps of several layers, queued and as a graph, equal their stages", "[step][layer]") {
+  for (const auto& [s, batch, context] : {std::tuple{shape_of(DType::f32, 2, 2, 64, 64), 1, 1022},
+                                          {shape_of(DType::f32, 2, 2, 64, 64), 1, 30},
+                                          {shape_of(DType::bf16, 4, 16, 128, 128), 1, 8190},
+                                          {shape_of(DType::bf16, 4, 16, 128, 128), 16, 4092},
+                                          {shape_of(DType::bf16, 4, 16, 128, 128), 40, 1022},
+                                          {shape_of(DType::f16, 2, 16, 96, 96), 2, 4092}}) {
+    INFO(name_of(s, batch, context));
+    const Model stages(s, batch, context), queued(s, batch, context), replayed(s, batch, context);
+    const auto steps = [](const Model& model, bool in_one_launch) {
+      for (int step = 0; step <= log_steps; ++step) model.step(in_one_launch);
+    };
+    steps(stages, false);
+    steps(queued, true);
+    const DeviceOps& device = *gpu().device;
+    device.synchronize(stages.stream());
+    device.synchronize(queued.stream());
+    struct Captured {
+      const Model& model;
+      decltype(steps)& run;
+    } captured{replayed, steps};
+    Graph* graph = device.capture(
+        replayed.stream(),
+        [](void* c) {
+          const auto& at = *static_cast<const Captured*>(c);
+          at.run(at.model, true);
+        },
+        &captured);
+    device.launch(graph, replayed.stream());
+    device.synchronize(replayed.stream());
+    device.destroy_graph(graph);
+    for (const Model* model : {&queued, &replayed}) {
+      INFO((model == &queued ? "queued" : "graph"));
+      for (int i = 0; i < 2; ++i) check_same(*stages.layers[i], *model->layers[i]);
+      CHECK(same(stages.x, model->x, std::int64_t{batch} * s.dim * 4, stages.layers[0]->whole));
+    }
+  }
 }
