@@ -178,7 +178,7 @@ TEST_CASE("the exponential is correct to 2 ulp and exact at its limits") {
 }
 
 TEST_CASE("an element of a product has the same bits at every position") {
-  const int inner = 72, n = 80;
+  const int inner = 72, n = 112;
   const std::vector<float> a = random_floats(64 * inner, 1), b = random_floats(inner * n, 2);
   std::vector<float> whole(64 * n);
   host::product(64, n, inner, a.data(), inner, 1, b.data(), n, whole.data(), n);
@@ -189,14 +189,30 @@ TEST_CASE("an element of a product has the same bits at every position") {
       CHECK(whole[i * n + j] == Approx(exact).margin(1e-4));  // 72 roundings of sums of order 10
     }
   }
-  for (int rows = 1; rows < 64; ++rows) {
-    for (int first = 0; first + 16 <= n; first += 16) {
-      std::vector<float> slice(64 * 16);
-      const int begin = 64 - rows;
-      host::product(rows, 16, inner, a.data() + begin * inner, inner, 1, b.data() + first, n, slice.data(), 16);
-      for (int i = 0; i < rows; ++i)
-        if (std::memcmp(slice.data() + i * 16, whole.data() + (begin + i) * n + first, 64) != 0)
-          FAIL("row " << begin + i << " of " << rows);
+  for (const int width : {16, 32, 48}) {
+    for (int rows = 1; rows < 64; ++rows) {
+      for (int first = 0; first + width <= n; first += width) {
+        std::vector<float> slice(64 * width);
+        const int begin = 64 - rows;
+        host::product(rows, width, inner, a.data() + begin * inner, inner, 1, b.data() + first, n, slice.data(), width);
+        for (int i = 0; i < rows; ++i)
+          if (std::memcmp(slice.data() + i * width, whole.data() + (begin + i) * n + first, width * 4u) != 0)
+            FAIL("row " << begin + i << " of " << rows << ", " << width << " columns");
+      }
+    }
+  }
+}
+
+TEST_CASE("a tile is transposed, whatever its sides, and nothing beside it is written") {
+  for (const int rows : {1, 15, 16, 37, 64}) {
+    for (const int columns : {1, 16, 20, 48}) {
+      const int from_row = columns + 3, to_row = 70;
+      const std::vector<float> from = random_floats(rows * from_row, 3);
+      std::vector<float> to(static_cast<std::size_t>(columns * to_row), 7.0f);
+      host::transpose(rows, columns, from.data(), from_row, to.data(), to_row);
+      for (int c = 0; c < columns; ++c)
+        for (int r = 0; r < to_row; ++r)
+          if (to[c * to_row + r] != (r < rows ? from[r * from_row + c] : 7.0f)) FAIL(rows << " x " << columns);
     }
   }
 }

@@ -13,12 +13,10 @@ void store_scores(const AttendArgs& args, const Widths& w, const ThreadBuffers& 
   for (int done = 0; done < tokens;) {
     const int n = static_cast<int>(std::min<std::int64_t>(tokens - done, score_block - (slot + done) % score_block));
     for (int r = 0; r < item.rows; ++r) {
-      for (int j = 0; j < s.heads_per_group; ++j) {
-        const std::int64_t row_head = (item.tile_row + r) * s.heads() + item.g * s.heads_per_group + j;
-        float* to = scores + score_offset(slot + done, row_heads, row_head);
-        const float* from = buffers.scores + std::int64_t{done} * w.columns + r * s.heads_per_group + j;
-        for (int t = 0; t < n; ++t) to[t] = from[t * w.columns];
-      }
+      const std::int64_t row_head = (item.tile_row + r) * s.heads() + item.g * s.heads_per_group;
+      const float* from = buffers.scores + std::int64_t{done} * w.columns + r * s.heads_per_group;
+      transpose(n, s.heads_per_group, from, w.columns, scores + score_offset(slot + done, row_heads, row_head),
+                score_block);
     }
     done += n;
   }

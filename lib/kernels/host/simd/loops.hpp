@@ -32,6 +32,9 @@ void product_rescale_add(int m, int n, int inner, const float* a, std::ptrdiff_t
                          const float* b, std::ptrdiff_t ldb, float* c, std::ptrdiff_t ldc, const float* scale_prev,
                          const float* scale_new);
 
+/// to [columns, rows] = from [rows, columns] transposed, rows of both `from_row` and `to_row` apart.
+void transpose(int rows, int columns, const float* from, std::ptrdiff_t from_row, float* to, std::ptrdiff_t to_row);
+
 /// Scores s [tokens, columns] -> exp(s - m) in place, with m and sum by column; columns a multiple of `simd_lanes`.
 /// A column whose scores are all -inf gets m = -inf, sum = 0 and zeros.
 void softmax_columns(int tokens, int columns, float* s, float* m, float* sum);

@@ -1,7 +1,7 @@
 // Register-blocked matrix product of tiles that are in L1 or L2: a broadcast element of a times a vector of b.
 //
-// Tiling by SIMD level: v4 4 rows x 64 columns (8 x 16 in the remainder), v3 4 x 16, else 2 x 16. The sums are the same
-// at all levels. Bound by fused multiply-adds.
+// Tiling by SIMD level: v4 4 rows x 64 columns (8 x 32 and 8 x 16 in the remainder), v3 4 x 16, else 2 x 16. The sums
+// are the same at all levels. Bound by fused multiply-adds; a single row of 16 columns by their latency.
 
 #include "kernels/host/runtime/x86_level.hpp"
 #include "kernels/host/simd/loops.hpp"
@@ -63,6 +63,8 @@ template <int width, int rows, int vectors>
 [[gnu::always_inline]] inline void multiply_columns(const Operands& p, int m, int j0) {
   int i = 0;
   for (; i + rows <= m; i += rows) multiply_block<width, rows, vectors>(p, i, j0);
+  if constexpr (rows > 4)
+    for (; i + 4 <= m; i += 4) multiply_block<width, 4, vectors>(p, i, j0);
   for (; i < m; ++i) multiply_block<width, 1, vectors>(p, i, j0);
 }
 
@@ -70,7 +72,8 @@ template <int width, int rows, int vectors>
 __attribute__((target("arch=x86-64-v4"))) void product_v4(const Operands& p, int m, int n) {
   int j = 0;
   for (; j + 64 <= n; j += 64) multiply_columns<16, 4, 4>(p, m, j);
-  for (; j < n; j += 16) multiply_columns<16, 8, 1>(p, m, j);
+  for (; j + 32 <= n; j += 32) multiply_columns<16, 8, 2>(p, m, j);
+  if (j < n) multiply_columns<16, 8, 1>(p, m, j);
 }
 
 __attribute__((target("arch=x86-64-v3"))) void product_v3(const Operands& p, int m, int n) {
