@@ -2,7 +2,7 @@
 // bytes read. Prints one JSON object per line; scripts/bench/bench_host.py compares it with torch and prints the
 // ratios.
 //   usage: bench_host [threads]            the shapes of the script
-//          bench_host threads shapes       decode of other head counts, head sizes and blocks, bf16
+//          bench_host threads shapes [row] decode of other head counts, head sizes and blocks, bf16; a row of them
 
 #include <algorithm>
 #include <chrono>
@@ -264,13 +264,24 @@ int main(int argc, char** argv) {
   std::printf("{\"what\": \"copy\", \"bytes_per_second\": %.4e}\n", copy_rate());
   if (argc > 2 && std::string(argv[2]) == "shapes") {
     constexpr DType bf16 = DType::bf16;
-    for (const Case c :
-         {Case{1, 64, 4, 128, bf16}, Case{1, 64, 4, 192, bf16, 128}, Case{1, 64, 4, 16, bf16}, Case{1, 64, 4, 80, bf16},
-          Case{1, 64, 4, 96, bf16}, Case{1, 64, 4, 160, bf16}, Case{1, 64, 4, 256, bf16}, Case{1, 16, 8, 256, bf16},
-          Case{1, 32, 32, 96, bf16}, Case{1, 32, 32, 128, bf16}, Case{1, 40, 8, 128, bf16}, Case{1, 128, 4, 128, bf16},
-          Case{1, 64, 1, 128, bf16}, Case{1, 128, 1, 128, bf16}, Case{1, 64, 4, 128, bf16, 128, 128},
-          Case{1, 64, 4, 128, bf16, 128, 64, 32}})
-      decode(c, 65536);
+    const std::vector<Case> rows = {Case{1, 64, 4, 128, bf16},
+                                    Case{1, 64, 4, 192, bf16, 128},
+                                    Case{1, 64, 4, 16, bf16},
+                                    Case{1, 64, 4, 80, bf16},
+                                    Case{1, 64, 4, 96, bf16},
+                                    Case{1, 64, 4, 160, bf16},
+                                    Case{1, 64, 4, 256, bf16},
+                                    Case{1, 16, 8, 256, bf16},
+                                    Case{1, 32, 32, 96, bf16},
+                                    Case{1, 32, 32, 128, bf16},
+                                    Case{1, 40, 8, 128, bf16},
+                                    Case{1, 128, 4, 128, bf16},
+                                    Case{1, 64, 1, 128, bf16},
+                                    Case{1, 128, 1, 128, bf16},
+                                    Case{1, 64, 4, 128, bf16, 128, 128},
+                                    Case{1, 64, 4, 128, bf16, 128, 64, 32}};
+    for (std::size_t row = 0; row < rows.size(); ++row)
+      if (argc < 4 || row == static_cast<std::size_t>(std::atoi(argv[3]))) decode(rows[row], 65536);
     return 0;
   }
   for (const DType dtype : {DType::f32, DType::bf16})

@@ -275,7 +275,6 @@ TEST_CASE("cuda products of few rows equal the host's, and add to a residual str
         fill_matrix(residual, DType::f32, rows, columns, "r", 1.0f);
         for (const Backend* b : {&cpu(), &gpu()}) {
           OutputArgs a;
-          a.heads = {0, s.heads()};
           a.shape = s;
           a.tile = {0, rows, 1, nullptr, 1};
           a.heads = {0, s.heads()};

@@ -38,9 +38,8 @@ constexpr Rule defaults[] = {
     {[](const RouteKey& q) { return cuda_on(q, 90) && q.phase == Phase::decode; }, "fused",
      "no gather; scalar arithmetic at this type or head size, but few rows"},
     {[](const RouteKey& q) { return cuda_on(q, 90) && q.dtype != DType::f32; }, "sdpa_gemm",
-     "3.2 times as fast on an H200 as the scalar kernel, which is all that `fused` has beyond 256 columns or where "
-     "they "
-     "are no multiple of 16 (Dk = Dv = 256 at 4K; docs/ROUTES.md)"},
+     "3.2 times as fast on an H200 as the scalar kernel (Dk = Dv = 256 at 4K; docs/ROUTES.md), which is all that "
+     "`fused` has where head sizes are beyond 256 or no multiple of 16"},
     {[](const RouteKey& q) { return cuda_on(q, 90); }, "fused",
      "no gather, and softmax weights stay in fp32; scalar arithmetic at this type or head size"},
     {[](const RouteKey&) { return true; }, "sdpa", "not measured: no result file of ours for this case"},
