@@ -33,8 +33,8 @@ struct WholeLayer {
       : whole(gpu(), s, skipped + batch, context + log_steps + 1, 1),
         planes(std::int64_t{skipped + batch} * s.groups),
         first_position(context),
-        counters(branches * planes),
-        selected_count(planes * s.rules.n_sel),
+        counters(branches * std::int64_t{batch} * s.groups),
+        selected_count(std::int64_t{batch} * s.groups * s.rules.n_sel),
         projects(from_x) {
     whole.tile.batch_begin = skipped, whole.tile.batches = batch;
     gpu().device->copy(position(), &first_position, 8, nullptr);
