@@ -1,5 +1,6 @@
 // Opens the backend of a rank: the only place that chooses between host and CUDA.
 
+#include "kernels/cuda/sizes/planned_kernels.hpp"
 #include "kernels/diagnostics/error.hpp"
 #include "kernels/host/runtime/host.hpp"
 #include "kernels/interface/backend.hpp"
@@ -15,6 +16,11 @@ bool cuda_built() noexcept {
 #else
   return false;
 #endif
+}
+
+Backend planned_backend(const PlannedGpu& planned) {
+  gpu::set_limits({planned.sms, planned.capability, gpu::shared_bytes_of(planned.capability)});
+  return {BackendKind::cuda, &gpu::planned_kernels(), nullptr, planned.capability};
 }
 
 Backend open_backend(BackendKind kind, [[maybe_unused]] int local_rank) {

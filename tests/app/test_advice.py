@@ -125,6 +125,40 @@ class Advice(AppTest):
         self.assertEqual(self.nsa("run", "in.toml", "--advise", "m.toml").code, 2)  # without --dry-run
         self.assertEqual(self.advise("--json", "m.toml").code, 6)
 
+    def test_a_gpu_that_is_not_here(self):
+        """[gpu] decides workspace and routes: more SMs need more of it, another capability takes other ones."""
+        self.write("in.toml", SMALL)
+        text = MACHINE.format(memory="1e12", exchange="5e-6", ranks=4, more="").replace('"host"', '"cuda"')
+
+        def plan(gpu):
+            self.write("m.toml", text.replace("[decode]", gpu + "[decode]"))
+            done = self.assert_ok(self.advise("--json", "plan.json"))
+            with open(os.path.join(self.folder, "plan.json")) as file:
+                found = json.load(file)
+            layouts = {(at["heads"], at["kv"]): at["memory"] for at in found["advice"]["points"][0]["layouts"]}
+            point = found["points"][0]
+            self.assertEqual(layouts[found["heads"], found["kv"]], point["memory"][0]["peak"])
+            routes = {route["implementation"] for route in point["routes"]}
+            return done.out, found["gpu"], point["memory"][0]["workspace"], routes
+
+        out, gpu, whole, routes = plan("[gpu]\ncapability = 90\nsms = 132\n")
+        self.assertEqual((gpu, routes), ("compute capability 9.0, 132 SMs (m.toml)", {"fused"}))
+        self.assertNotIn("no [gpu]", out)
+        self.assertGreater(plan("[gpu]\ncapability = 90\nsms = 13200\n")[2], whole)
+        self.assertEqual(plan("[gpu]\ncapability = 89\nsms = 128\n")[3], {"sdpa"})
+        self.write("m.toml", text)
+        self.assertIn("the machine file has no [gpu]", self.assert_ok(self.advise()).out)
+        for gpu, said in (("[gpu]\nsms = 132\n", "gpu.capability is missing"),
+                          ("[gpu]\ncapability = 90\nsms = 0\n", "gpu.sms holds something else"),
+                          ("[gpu]\ncapability = 90\nsms = 1\nsm = 1\n", "unknown key gpu.sm; did you mean gpu.sms?")):
+            self.write("m.toml", text.replace("[decode]", gpu + "[decode]"))
+            done = self.advise()
+            self.assertEqual(done.code, 2)
+            self.assertIn(said, done.err)
+        of_host = text.replace('"cuda"', '"host"')
+        self.write("m.toml", of_host.replace("[decode]", "[gpu]\ncapability = 90\nsms = 1\n[decode]"))
+        self.assertIn("gpu holds something else", self.advise().err)
+
     def test_the_machine_files_here_can_be_read(self):
         for path in sorted(MACHINES.glob("*.toml")):
             for kind in ("decode", "prefill"):

@@ -162,11 +162,11 @@ class WholeRuns(AppTest):
             self.assertGreaterEqual(memory["peak"], memory["weights"] + memory["caches"])
         self.assertEqual({exchange["name"] for exchange in point["exchanges"]},
                          {"lse", "candidates", "partials", "outputs"})
-        if plan["workspace_of"] == "host":
-            self.assertIn("note: no CUDA backend here", done.out)
-            routes = {route["implementation"] for route in point["routes"]
-                      if route["device"] == "compute capability 9.0"}
-            self.assertEqual(routes, {"fused"})
+        self.assertEqual(plan["workspace_of"], "cuda")
+        if plan["gpu"]:  # no GPU here
+            self.assertIn("workspace and routes of a GPU that is not here: compute capability 9.0, 132 SMs", done.out)
+            self.assertEqual({(r["device"], r["implementation"]) for r in point["routes"]},
+                             {("compute capability 9.0", "fused")})
         refused = self.nsa("run", os.path.join(INPUTS, "paper.toml"), "--dry-run", "--json", "none/plan.json")
         self.assertEqual((refused.code, refused.out), (6, ""))
 

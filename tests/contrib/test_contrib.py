@@ -1,6 +1,6 @@
 """What stands under contrib/ against the tools it is written for, on a tiny run of the real binary.
 
-usage: test_contrib.py reframe|jube|module|syntax FOLDER     tools go into FOLDER; 77 where a tool cannot be had
+usage: test_contrib.py reframe|jube|module|spack|syntax FOLDER     tools go into FOLDER; 77 where a tool cannot be had
 """
 
 import csv
@@ -16,6 +16,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CONTRIB = ROOT / "contrib"
 sys.path.append(str(ROOT / "tests" / "app"))
+
+import spack_names  # noqa: E402
 
 from small import SMALL  # noqa: E402
 
@@ -111,6 +113,42 @@ def test_module(folder, work):
     check((CONTRIB / "modulefiles" / "nsa" / version).exists(), f"the module file is of version {version}")
 
 
+def test_spack(folder, work):
+    """Spack, where NSA_SPACK or PATH has it, reads the recipe and prints its variants and dependencies. Everywhere the
+    recipe loads with the names that Spack documents, and says of CMake what CMakeLists.txt has."""
+    path = CONTRIB / "spack" / "spack_repo" / "nsa" / "packages" / "nsa" / "package.py"
+    names, recipe = spack_names.load(path)
+    package, said = names["Nsa"], recipe.said
+    sources = "".join(file.read_text() for file in [ROOT / "CMakeLists.txt", *(ROOT / "cmake").glob("*.cmake")])
+    version = re.search(r"project\(nsa VERSION (\S+)", sources)[1]
+    check([a[0] for a, _ in said["version"]] == [version], f"{said['version']}, and the project is {version}")
+    variants = {a[0] for a, _ in said["variant"]} | {"cuda", "cuda_arch"}
+    for arguments, keywords in [*said["depends_on"], *said["conflicts"]]:
+        for name in re.findall(r"[+~]([\w-]+)", keywords.get("when", "")):
+            check(name in variants, f"{arguments}: no variant {name}")
+    needed = {a[0].split("@")[0] for a, _ in said["depends_on"]}
+    found = {"MPI": "mpi", "HDF5": "hdf5", "fmt": "fmt", "CLI11": "cli11", "CUDAToolkit": "cuda"}
+    checked = set(re.findall(r"find_package\((\w+)", sources)) - {"Threads", "OpenMP", "Catch2", "Cblas", "Python3"}
+    check(checked <= found.keys(), f"find_package of {checked - found.keys()}: which Spack package is it?")
+    check({*found.values(), "tomlplusplus", "nlohmann-json", "nccl"} <= needed, f"dependencies: {sorted(needed)}")
+    for on, cuda in ({"blas"}, "OFF"), ({"cuda"}, "ON"):
+        made = package()
+        made.spec = spack_names.Spec(on, cuda_arch=("80", "90"))
+        defined = dict(re.fullmatch(r"-D(\w+):\w+=(.*)", argument).groups() for argument in made.cmake_args())
+        for name in defined:
+            check(re.search(rf"(option|set)\({name}\b|\${{{name}}}", sources), f"CMake reads no {name}")
+        check((defined["NSA_CUDA"], defined["NSA_BLAS"]) == (cuda, "ON" if "blas" in on else "OFF"), defined)
+        check(defined.get("NSA_CUDA_ARCHITECTURES") == ("80;90" if on == {"cuda"} else None), defined)
+    program = os.environ.get("NSA_SPACK") or shutil.which("spack")
+    if not program:
+        return print("no Spack here (NSA_SPACK): the recipe was loaded with the documented names alone")
+    apart = {"SPACK_USER_CONFIG_PATH": str(work / "config"), "SPACK_USER_CACHE_PATH": str(work / "cache")}
+    run(program, "repo", "add", CONTRIB / "spack" / "spack_repo" / "nsa", **apart)
+    told = run(program, "info", "nsa", **apart)
+    for name in ("blas", "cuda", "tomlplusplus", version):
+        check(name in told, f"spack info: no {name} in {told}")
+
+
 def test_syntax(folder, work):
     """What cannot be run here at least parses: Python by its compiler, shell by bash and, where it is, shellcheck."""
     for path in sorted(CONTRIB.rglob("*.py")):
@@ -129,7 +167,9 @@ def main():
     with tempfile.TemporaryDirectory(prefix="nsa-contrib-") as work:
         work = pathlib.Path(work)
         (work / "tiny.toml").write_text(SMALL)
-        {"reframe": test_reframe, "jube": test_jube, "module": test_module, "syntax": test_syntax}[name](folder, work)
+        tests = {"reframe": test_reframe, "jube": test_jube, "module": test_module, "spack": test_spack,
+                 "syntax": test_syntax}  # fmt: skip
+        tests[name](folder, work)
     print("passed")
 
 

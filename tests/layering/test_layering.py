@@ -24,29 +24,34 @@ ALLOWED = {
     "kernels/host/attention": "kernels/host/runtime kernels/host/simd kernels/interface",
     "kernels/host/layer": "kernels/host/runtime kernels/host/simd kernels/shared",
     "kernels/host": "kernels/host/attention kernels/host/runtime",
-    "kernels/cuda/runtime": "kernels/diagnostics kernels/interface",
+    "kernels/cuda/sizes": "kernels/diagnostics kernels/interface kernels/shared",
+    "kernels/cuda/runtime": "kernels/cuda/sizes kernels/diagnostics kernels/interface",
     "kernels/cuda/primitives": "kernels/cuda/runtime",
-    "kernels/cuda/exchange": "kernels/cuda/runtime kernels/interface",
-    "kernels/cuda/attention": "kernels/cuda/runtime",
+    "kernels/cuda/exchange": "kernels/cuda/runtime kernels/cuda/sizes kernels/interface",
+    "kernels/cuda/attention": "kernels/cuda/runtime kernels/cuda/sizes",
     "kernels/cuda/attention/rows": "kernels/cuda/attention kernels/cuda/primitives",
-    "kernels/cuda/layer": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/runtime kernels/shared",
+    "kernels/cuda/layer": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/runtime kernels/cuda/sizes "
+                          "kernels/shared",
     "kernels/cuda/rank": "kernels/cuda/attention kernels/cuda/runtime",
-    "kernels/cuda/decode/split_kv": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/runtime",
-    "kernels/cuda/attention/sdpa": "kernels/cuda/attention kernels/cuda/decode/split_kv kernels/cuda/runtime",
+    "kernels/cuda/decode/split_kv": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/runtime "
+                                    "kernels/cuda/sizes",
+    "kernels/cuda/attention/sdpa": "kernels/cuda/attention kernels/cuda/decode/split_kv kernels/cuda/runtime "
+                                   "kernels/cuda/sizes",
     "kernels/cuda/decode/fused": "kernels/cuda/attention kernels/cuda/decode/split_kv kernels/cuda/layer "
                                  "kernels/cuda/primitives",
     "kernels/cuda/decode/sharded": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/exchange "
                                    "kernels/cuda/runtime",
     "kernels/cuda/decode": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/decode/split_kv "
                            "kernels/cuda/layer kernels/cuda/rank kernels/cuda/runtime",
-    "kernels/cuda/prefill": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/rank kernels/cuda/runtime",
+    "kernels/cuda/prefill": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/rank kernels/cuda/runtime "
+                            "kernels/cuda/sizes",
     "kernels/cuda/prefill/dense": "kernels/cuda/prefill",
     "kernels/cuda/prefill/rank": "kernels/cuda/attention kernels/cuda/prefill",
     "kernels/cuda/prefill/selected": "kernels/cuda/prefill",
     "kernels/cuda": "kernels/cuda/attention kernels/cuda/decode kernels/cuda/decode/sharded "
-                    "kernels/cuda/decode/split_kv kernels/cuda/exchange kernels/cuda/layer kernels/cuda/prefill "
-                    "kernels/cuda/rank kernels/cuda/runtime kernels/interface",
-    "kernels": "kernels/cuda/runtime kernels/diagnostics kernels/host/runtime kernels/interface",
+                    "kernels/cuda/decode/split_kv kernels/cuda/layer kernels/cuda/prefill kernels/cuda/rank "
+                    "kernels/cuda/sizes kernels/interface",
+    "kernels": "kernels/cuda/runtime kernels/cuda/sizes kernels/diagnostics kernels/host/runtime kernels/interface",
     "comm": "kernels/diagnostics",
     "comm/collectives": "comm kernels/cuda/exchange kernels/diagnostics kernels/interface",
     "comm/watchdog": "comm kernels/diagnostics",

@@ -1,7 +1,6 @@
 // Memory is linear in the context, as planned, and within the stated limit.
 
 #include "catch.hpp"
-#include "kernels/host/runtime/host.hpp"
 #include "nsa/experiment/experiment.hpp"
 
 using namespace nsa;
@@ -23,7 +22,7 @@ Config config_of(const char* kind, const std::vector<std::string>& more = {}) {
 double planned_bytes(const Config& config, std::int64_t context, int ranks) {
   const Point point{context, 1, -1};
   const Partition partition = make_partition(config, point, ranks, 0);
-  return static_cast<double>(planned_memory(host_kernels(), config, partition, point).total_peak);
+  return static_cast<double>(planned_memory(open_backend(BackendKind::host, 0), config, partition, point).total_peak);
 }
 
 }  // namespace

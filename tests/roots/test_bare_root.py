@@ -1,6 +1,7 @@
-"""The README's first command in a bare Debian: debootstrap, a copy of the sources, ./quickstart.sh, as root.
+"""The README's commands in a bare Debian: debootstrap, a copy of the sources, ./quickstart.sh, as root.
 
-test_bare_root.py SUITE FOLDER: the suite ("bookworm", "trixie") is unpacked once and kept in FOLDER as SUITE.tar.
+test_bare_root.py SUITE FOLDER [--tests]: the suite ("bookworm", "trixie") is unpacked once and kept in FOLDER as
+SUITE.tar. --tests adds the README's second command, ./test.sh, with what it skips and why: half an hour.
 Skipped (77), with the reason, without root, debootstrap or the mirror. Python 3, standard library only.
 """
 
@@ -77,7 +78,9 @@ def furnish(root):
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", root / "dev/shm"], check=True)
 
 
-def quick_start(suite, kept):
+def commands(suite, kept, *options):
+    """Runs the README's commands in a fresh root and prints their figures."""
+    tests = "--tests" in options
     with tempfile.TemporaryDirectory(prefix="nsa-root-") as folder:
         root = unpacked(suite, kept, pathlib.Path(folder))
         furnish(root)
@@ -85,7 +88,8 @@ def quick_start(suite, kept):
         try:
             done = subprocess.run(
                 ["chroot", root, "/usr/bin/env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root",
-                 "LANG=C.UTF-8", "NSA_COMMIT=bare", "sh", "-c", "cd /src && apt-get update -qq && ./quickstart.sh"],
+                 "LANG=C.UTF-8", "NSA_COMMIT=bare", "sh", "-c",
+                 "cd /src && apt-get update -qq && ./quickstart.sh" + (" && ./test.sh" if tests else "")],
                 capture_output=True, text=True)  # fmt: skip
             left = os.listdir(root / "dev/shm")
             compiler = subprocess.run(["chroot", root, "c++", "--version"], capture_output=True, text=True).stdout
@@ -94,6 +98,9 @@ def quick_start(suite, kept):
                 subprocess.run(["umount", "-R", "-l", root / name], check=False)
     said = done.stdout + done.stderr
     print(said[-3000:])
+    if tests:
+        figures = r"^.*(?:% tests passed|Total Test time|\*\*\*(?:Failed|Timeout)|skipped: ).*$"
+        print("\n".join(re.findall(figures, said, re.MULTILINE)))
     print(f"{suite}: {time.monotonic() - start:.0f} s, {compiler.splitlines()[0] if compiler else 'no compiler'}")
     assert done.returncode == 0, f"exit code {done.returncode}"
     assert "RESULT: VALID" in said
@@ -102,7 +109,7 @@ def quick_start(suite, kept):
     assert not left, f"left in /dev/shm: {left}"
 
 
-def main(suite, kept):
+def main(suite, kept, *options):
     if os.geteuid() != 0:
         skip("only root can change the root folder")
     if not shutil.which("debootstrap"):
@@ -113,7 +120,7 @@ def main(suite, kept):
         command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", sys.executable, "-B", *sys.argv]
         done = subprocess.run(command, env=os.environ | {INSIDE: "1"})
         sys.exit(done.returncode)
-    quick_start(suite, pathlib.Path(kept))
+    commands(suite, pathlib.Path(kept), *options)
 
 
 if __name__ == "__main__":

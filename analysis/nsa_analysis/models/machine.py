@@ -121,6 +121,8 @@ def machine_text(points, network, memory=None):
         f"memory = {memory:.4g}  # byte a rank\n"
         f"node = {network.node}  # ranks\n"
     )
+    if gpu := prediction.device_gpu(first.run.device):
+        head += f"\n[gpu]  # whose workspace is planned\ncapability = {gpu[0]}\nsms = {gpu[1]}\n"
     return head + "".join(phases) + network_text(network)
 
 

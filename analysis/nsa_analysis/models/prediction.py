@@ -25,6 +25,14 @@ def layouts_of(shape, ranks):
 
 DEVICE_MEMORY = {"H200": 141e9, "H100": 80e9, "GB200": 186e9, "B200": 180e9, "A100": 80e9, "4090": 24e9}  # byte
 
+# Compute capability times 10 and SMs, of which the workspace of a plan follows.
+GPUS = {"H200": (90, 132), "H100 PCIe": (90, 114), "H100": (90, 132), "A100": (80, 108), "4090": (89, 128)}
+
+
+def device_gpu(device):
+    """(capability, SMs) of a GPU by its name; None where unknown."""
+    return next((gpu for name, gpu in GPUS.items() if name in device), None)
+
 
 def device_memory(device):
     """Memory in bytes of a device by its name, "80GB" in it or a known one; NaN where unknown."""

@@ -12,19 +12,21 @@
 // sdpa_split_kv  sel, and win of a decode step: 16-bit, tensor cores      attention/sdpa/packed.cu, decode/split_kv
 // sdpa_gemm      every other shape, and cmp, whose scores rank reads      attention/sdpa/gemm.cu
 
+#include <array>
+#include <string_view>
+
 #include "kernels/cuda/attention/split_kv.cuh"
 #include "kernels/cuda/attention/stages.cuh"
 #include "kernels/cuda/decode/split_kv/instances.cuh"
 #include "kernels/cuda/decode/split_kv/stages.cuh"
 #include "kernels/cuda/dispatch.cuh"
 #include "kernels/cuda/prefill/stages.cuh"
-#include "kernels/cuda/scratch.cuh"
+#include "kernels/cuda/sizes/planned_kernels.hpp"
+#include "kernels/cuda/sizes/scratch.hpp"
 
 namespace nsa::gpu {
 
 namespace {
-
-bool accepts_any(const LayerShape&, const QueryTile&) { return true; }
 
 template <Branch B, void (*Run)(Branch, const AttendArgs&, Stream*)>
 void attend(const AttendArgs& a, Stream* stream) {
@@ -70,24 +72,11 @@ const char* variant_name(const AttendArgs& a) {
   return VariantOf(a).name;
 }
 
-// masked and the packed rows of sdpa are used only where a route asks for them. Their scratch lies after that of the
-// other stages: first that of masked, for sel and win, then that of the packed rows.
-std::size_t scratch_with_masked(const LayerShape& s, const QueryTile& tile, const AttentionPolicy& policy) {
-  return padded(scratch_bytes(s, tile, policy)) + 2 * padded(masked_scratch(s, tile));
-}
-
 template <Branch B>
 void attend_with_mask(const AttendArgs& a, Stream* stream) {
   const std::size_t part = padded(masked_scratch(a.shape, a.tile));
   const std::size_t offset = padded(scratch_bytes(a.shape, a.tile, a.policy)) + (B == win ? part : 0);
   attend_masked(B, with_scratch(a, offset, part), stream);
-}
-
-std::size_t offset_of_packed(const LayerShape& s, const QueryTile& tile, const AttentionPolicy& policy) {
-  return masked_accepts(s, tile) ? scratch_with_masked(s, tile, policy) : padded(scratch_bytes(s, tile, policy));
-}
-std::size_t scratch_with_packed(const LayerShape& s, const QueryTile& tile, const AttentionPolicy& policy) {
-  return offset_of_packed(s, tile, policy) + packed_scratch(s, tile);
 }
 
 // The arguments of packed SDPA; without scratch where there is no room, as after a fallback to sdpa.
@@ -113,56 +102,64 @@ Variant sdpa_variant(const AttendArgs& a) {
   return gemm;
 }
 
-// A kernels input may name two of the variants of `fused` for sel; no route does.
-bool tiled_sel_accepts(const LayerShape& s, const QueryTile& tile) {
-  return tile.tokens > 1 && prefill_sel_accepts(s, RowMap{});
-}
 void attend_tiled_sel(const AttendArgs& a, Stream* stream) {
   if (!prefill_sel_accepts(a.shape, a.k.map)) throw LaunchError("tiled does not read a cache that is cut like this");
   attend_prefill_sel(a, stream);
 }
 
-// flash: dense tiles of many queries over the window of a prefill. The compressed tokens are part of `fused`, where
-// rank recomputes the scores.
-bool flash_accepts(const LayerShape& s, const QueryTile& tile) {
-  return tile.tokens > 1 && prefill_accepts(win, s, RowMap{});
-}
 void attend_flash(const AttendArgs& a, Stream* stream) {
   if (!prefill_accepts(win, a.shape, a.k.map)) throw LaunchError("flash does not read a cache that is cut like this");
   attend_prefill(win, a, stream);
 }
 
+/// What runs under a name of planned_attend_kernels().
+struct Run {
+  std::string_view name;
+  void (*run)(const AttendArgs&, Stream*);
+  const char* (*variant)(const AttendArgs&) = nullptr;
+};
 template <Branch B>
-constexpr AttendKernel fused = {.name = "fused",
-                                .accepts = accepts_any,
-                                .run = run_variant<fused_variant<B>>,
-                                .recompute_scores = B == cmp ? tiles_shape : nullptr,
-                                .variant = variant_name<fused_variant<B>>};
+constexpr Run fused = {"fused", run_variant<fused_variant<B>>, variant_name<fused_variant<B>>};
 template <Branch B>
-constexpr AttendKernel sdpa = {.name = "sdpa",
-                               .accepts = accepts_any,
-                               .run = run_variant<sdpa_variant<B>>,
-                               .scratch = B == sel ? scratch_with_packed : nullptr,
-                               .variant = variant_name<sdpa_variant<B>>};
+constexpr Run sdpa = {"sdpa", run_variant<sdpa_variant<B>>, variant_name<sdpa_variant<B>>};
 template <Branch B>
-constexpr AttendKernel gemm = {.name = "sdpa_gemm", .accepts = accepts_any, .run = attend<B, attend_gemm>};
+constexpr Run gemm = {"sdpa_gemm", attend<B, attend_gemm>};
 template <Branch B>
-constexpr AttendKernel masked = {
-    .name = "masked", .accepts = masked_accepts, .run = attend_with_mask<B>, .scratch = scratch_with_masked};
+constexpr Run masked = {"masked", attend_with_mask<B>};
 template <Branch B>
-constexpr AttendKernel scalar = {.name = "scalar", .accepts = accepts_any, .run = attend<B, attend_general>};
-constexpr AttendKernel tiled_sel = {.name = "tiled", .accepts = tiled_sel_accepts, .run = attend_tiled_sel};
-constexpr AttendKernel rows_sel = {.name = "rows", .accepts = rows_accept, .run = attend<sel, attend_rows>};
-constexpr AttendKernel flash_win = {.name = "flash", .accepts = flash_accepts, .run = attend_flash};
+constexpr Run scalar = {"scalar", attend<B, attend_general>};
 
-constexpr AttendKernel cmp_kernels[] = {fused<cmp>, sdpa<cmp>, gemm<cmp>, scalar<cmp>};
-constexpr AttendKernel sel_kernels[] = {fused<sel>,  sdpa<sel>, gemm<sel>, masked<sel>,
-                                        scalar<sel>, tiled_sel, rows_sel};
-constexpr AttendKernel win_kernels[] = {fused<win>, sdpa<win>, gemm<win>, masked<win>, scalar<win>, flash_win};
+constexpr Run cmp_runs[] = {fused<cmp>, sdpa<cmp>, gemm<cmp>, scalar<cmp>};
+constexpr Run sel_runs[] = {fused<sel>,
+                            sdpa<sel>,
+                            gemm<sel>,
+                            masked<sel>,
+                            scalar<sel>,
+                            {"tiled", attend_tiled_sel},
+                            {"rows", attend<sel, attend_rows>}};
+constexpr Run win_runs[] = {fused<win>, sdpa<win>, gemm<win>, masked<win>, scalar<win>, {"flash", attend_flash}};
+
+/// The planned kernels with what runs: the same names in the same order.
+template <std::size_t N>
+std::array<AttendKernel, N> with_runs(Branch branch, const Run (&runs)[N]) {
+  const std::span<const AttendKernel> planned = planned_attend_kernels(branch);
+  if (planned.size() != N) throw InternalError("the lists of planned kernels and of what runs differ");
+  std::array<AttendKernel, N> kernels;
+  for (std::size_t i = 0; i < N; ++i) {
+    if (planned[i].name != runs[i].name) throw InternalError("no run of " + std::string(planned[i].name));
+    kernels[i] = planned[i];
+    kernels[i].run = runs[i].run;
+    kernels[i].variant = runs[i].variant;
+  }
+  return kernels;
+}
 
 }  // namespace
 
 std::span<const AttendKernel> attend_kernels(Branch branch) {
+  static const auto cmp_kernels = with_runs(cmp, cmp_runs);
+  static const auto sel_kernels = with_runs(sel, sel_runs);
+  static const auto win_kernels = with_runs(win, win_runs);
   if (branch == cmp) return cmp_kernels;
   return branch == sel ? std::span<const AttendKernel>(sel_kernels) : win_kernels;
 }

@@ -72,4 +72,14 @@ Backend open_backend(BackendKind kind, int local_rank);
 
 bool cuda_built() noexcept;
 
+/// A GPU as a plan needs to know it; the defaults are those of an H200.
+struct PlannedGpu {
+  int capability = 90;  ///< 10 * major + minor
+  int sms = 132;        ///< streaming multiprocessors
+};
+
+/// The CUDA backend of a GPU that is not here, in every build: what its kernels accept and the sizes of what they need.
+/// It has neither a device nor anything that runs. A process plans for one GPU at a time.
+Backend planned_backend(const PlannedGpu& gpu);
+
 }  // namespace nsa

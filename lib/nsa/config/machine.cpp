@@ -143,6 +143,15 @@ Machine parse_machine(std::string_view text, const std::string& path) {
   read.integer("node", machine.node, Range{1}, Need::required);
   if (backend != "host" && backend != "cuda") read.refuse(*document.get("backend"), "backend", "\"host\" or \"cuda\"");
   machine.backend = backend == "cuda" ? BackendKind::cuda : BackendKind::host;
+  if (const toml::table* gpu = read.section("gpu")) {
+    TableReader of_gpu(*gpu, "gpu.", path, problems);
+    std::int64_t capability = 0, sms = 0;
+    of_gpu.integer("capability", capability, {10, 999}, Need::required);
+    of_gpu.integer("sms", sms, {1, 100000}, Need::required);
+    of_gpu.refuse_others();
+    if (backend == "host") read.refuse(*document.get("gpu"), "gpu", "it with backend = \"cuda\"");
+    machine.gpu = {static_cast<int>(capability), static_cast<int>(sms)};
+  }
   machine.decode = read_phase(read.section("decode"), "decode", path, problems);
   machine.prefill = read_phase(read.section("prefill"), "prefill", path, problems);
   if (const toml::table* network = read.section("network")) {

@@ -32,8 +32,9 @@ struct PhaseCost {
 struct Machine {
   std::string path, name;
   BackendKind backend = BackendKind::host;
-  double memory = 0;      ///< bytes of a rank
-  std::int64_t node = 1;  ///< ranks of a node
+  double memory = 0;              ///< bytes of a rank
+  std::optional<PlannedGpu> gpu;  ///< whose workspace is planned
+  std::int64_t node = 1;          ///< ranks of a node
   std::optional<PhaseCost> decode, prefill;
   double network_latency = 0, network_bandwidth = 0;  ///< between nodes: s of a message, byte/s of a rank's link
   std::string network;                                ///< what it is, and whether it was measured

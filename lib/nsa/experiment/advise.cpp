@@ -25,7 +25,7 @@ Config with_layout(Config config, std::int64_t heads, std::int64_t kv) {
   return config;
 }
 
-std::vector<LayoutAdvice> layouts_of(const Config& config, const Machine& machine, const KernelTable& kernels,
+std::vector<LayoutAdvice> layouts_of(const Config& config, const Machine& machine, const Backend& backend,
                                      const Point& point, int ranks) {
   std::vector<LayoutAdvice> layouts;
   for (std::int32_t heads = 1; heads <= config.model.n_kv_groups && heads <= ranks; ++heads) {
@@ -34,7 +34,7 @@ std::vector<LayoutAdvice> layouts_of(const Config& config, const Machine& machin
     const Partition first = make_partition(with, point, ranks, 0);
     const std::int64_t blocks = eligible_blocks(first.shape.rules, total_positions(with, point) - 1);
     layouts.push_back({heads, ranks / heads, predict(machine, with, first, point),
-                       static_cast<double>(planned_memory(kernels, with, first, point).total_peak),
+                       static_cast<double>(planned_memory(backend, with, first, point).total_peak),
                        static_cast<std::int32_t>(idle_kv_ranks(with, point, ranks / heads, blocks)), ""});
   }
   return layouts;
@@ -71,9 +71,9 @@ void explain(PointAdvice& advice, const PhaseCost& cost, double memory) {
   }
 }
 
-PointAdvice advise_point(const Config& config, const Machine& machine, const KernelTable& kernels, const Point& point,
+PointAdvice advise_point(const Config& config, const Machine& machine, const Backend& backend, const Point& point,
                          int ranks) {
-  PointAdvice advice{point, layouts_of(config, machine, kernels, point, ranks), 0};
+  PointAdvice advice{point, layouts_of(config, machine, backend, point, ranks), 0};
   const auto fits = [&](const LayoutAdvice& l) { return l.memory <= machine.memory; };
   std::ranges::stable_sort(advice.layouts, [&](const LayoutAdvice& a, const LayoutAdvice& b) {
     return fits(a) != fits(b) ? fits(a) : a.time.total() < b.time.total();
@@ -109,7 +109,7 @@ std::string error_text(const PhaseCost& cost) {
                      error, 100 * asked_median, 100 * asked_worst);
 }
 
-std::vector<std::string> notes_of(const Config& config, const Machine& machine, const Backend& backend, int ranks) {
+std::vector<std::string> notes_of(const Config& config, const Machine& machine, int ranks) {
   const PhaseCost& cost = phase_cost(machine, config);
   std::vector<std::string> notes = {error_text(cost), "measured: " + cost.measured};
   if (const std::string text = differences(config, cost); !text.empty())
@@ -125,12 +125,14 @@ std::vector<std::string> notes_of(const Config& config, const Machine& machine, 
   if (ranks > machine.node)
     notes.push_back("between nodes: " +
                     (machine.network.empty() ? "no network is given, as if it were free" : machine.network));
-  if (backend.kind != machine.backend)
-    notes.push_back("workspace is that of the host's kernels (no CUDA backend here)");
+  if (machine.backend == BackendKind::cuda && !machine.gpu)
+    notes.push_back(
+        "memory is that of an H200's kernels, as the machine file has no [gpu], unless there is a GPU here");
   return notes;
 }
 
-/// The input as it runs on the machine: "auto" is the machine's backend.
+}  // namespace
+
 Config on_machine(Config config, const Machine& machine) {
   const bool cuda = machine.backend == BackendKind::cuda;
   const BackendChoice choice = cuda ? BackendChoice::cuda : BackendChoice::host;
@@ -143,14 +145,10 @@ Config on_machine(Config config, const Machine& machine) {
   return config;
 }
 
-}  // namespace
-
-Advice make_advice(const Config& input, const Machine& machine, int ranks) {
-  const Config config = on_machine(input, machine);
-  const Backend backend = planning_backend(config);
-  Advice advice{notes_of(config, machine, backend, ranks), {}};
+Advice make_advice(const Config& config, const Machine& machine, const Backend& backend, int ranks) {
+  Advice advice{notes_of(config, machine, ranks), {}};
   for (const Point& point : planned_points(config))
-    advice.points.push_back(advise_point(config, machine, *backend.kernels, point, ranks));
+    advice.points.push_back(advise_point(config, machine, backend, point, ranks));
   return advice;
 }
 

@@ -29,8 +29,11 @@ struct Advice {
   std::vector<PointAdvice> points;
 };
 
-/// Throws UserError where the machine says nothing of the input's task or of its backend.
-Advice make_advice(const Config& config, const Machine& machine, int ranks);
+/// The input as it runs on the machine: run.backend = "auto" is the machine's. Throws UserError for the other backend.
+Config on_machine(Config config, const Machine& machine);
+
+/// Of such an input, with the sizes of `backend`. Throws UserError where the machine says nothing of the input's task.
+Advice make_advice(const Config& config, const Machine& machine, const Backend& backend, int ranks);
 
 void print_advice(std::ostream& out, const Advice& advice, const Machine& machine, int ranks);
 

@@ -80,11 +80,11 @@ void print_copy_rate_memory(std::ostream& out, int ranks) {
 }
 
 /// Every rank measures every shape independently of the others.
-void print_kernels_plan(std::ostream& out, const Config& config, const KernelTable& kernels, int ranks) {
+void print_kernels_plan(std::ostream& out, const Config& config, const Backend& backend, int ranks) {
   const std::vector<Point> points = sweep(config);
   std::size_t most = 0;
   for (const Point& point : points)
-    most = std::max(most, planned_memory(kernels, config, make_partition(config, point, ranks, 0), point).total_peak);
+    most = std::max(most, planned_memory(backend, config, make_partition(config, point, ranks, 0), point).total_peak);
   fmt::print(out, "plan: {} ranks, each measures {} shapes, {} at most at a time\n", ranks, points.size(),
              bytes_text(static_cast<double>(most)));
   print_copy_rate_memory(out, ranks);
@@ -128,21 +128,22 @@ std::size_t planned_result_bytes(const Config& config, int ranks) {
   return static_cast<std::size_t>(std::min(total, 9e18));
 }
 
-void print_plan(std::ostream& out, const Config& config, int ranks, const Machine* machine, std::string* json) {
+void print_plan(std::ostream& out, const Config& input, int ranks, const Machine* machine, std::string* json) {
+  const Config config = machine ? on_machine(input, *machine) : input;
+  const PlanningBackend planning = planning_backend(config, machine);
   Advice advice;  // made before anything is printed, as it may throw
-  if (machine) advice = make_advice(config, *machine, ranks);
+  if (machine) advice = make_advice(config, *machine, planning.backend, ranks);
   if (config.kind == TaskKind::kernels) {
     factorise(config, ranks);
     route_environment();
     if (json)
       throw UserError("--json of a dry run (task.kind = \"kernels\" has no owners and exchanges); leave it out");
-    return print_kernels_plan(out, config, *planning_backend(config).kernels, ranks);
+    return print_kernels_plan(out, config, planning.backend, ranks);
   }
-  const Plan plan = make_plan(config, ranks);
+  const Plan plan = make_plan(config, planning, ranks);
   fmt::print(out, "plan: {} ranks = heads {} x kv {}, memory as the {} backend lays it out\n", ranks, plan.heads,
              plan.kv, plan.backend == BackendKind::cuda ? "cuda" : "host");
-  if (plan.without_device)
-    fmt::print(out, "note: no CUDA backend here, so workspace is that of the host's kernels; all else is the GPU's\n");
+  if (!plan.gpu.empty()) fmt::print(out, "workspace and routes of a GPU that is not here: {}\n", plan.gpu);
   if (!plan.idle.empty()) fmt::print(out, "warning: {}\n", plan.idle);
   if (plan.kv > 1)
     fmt::print(out, "chunks of {} blocks are dealt round-robin over the {} kv ranks\n", plan.kv_chunk_blocks, plan.kv);

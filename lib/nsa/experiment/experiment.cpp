@@ -192,8 +192,9 @@ std::string fingerprint(const Session& session, const Config& config, const Poin
   return sha256(text);
 }
 
-MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, const Partition& partition,
+MemoryAccount planned_memory(const Backend& backend, const Config& config, const Partition& partition,
                              const Point& point) {
+  const KernelTable& kernels = *backend.kernels;
   if (config.kind == TaskKind::kernels) {
     MemoryAccount account;
     KernelBench(Allocator{dry_device(), account}, kernels, config, point);
@@ -203,7 +204,7 @@ MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, c
   const Config planned = needle ? needle_config(config) : config;
   const Point at = needle ? needle_point(point) : point;
   const bool record = needle || planned.records();
-  ModelShard e(Backend{BackendKind::host, &kernels, &dry_device()}, planned, at, partition);
+  ModelShard e(Backend{backend.kind, &kernels, &dry_device(), backend.capability}, planned, at, partition);
   for (const int group : {partition.heads, partition.kv})
     if (group > 1) e.account.add(MemoryKind::workspace, kernels.max_exchange_memory);
   if (planned.kind == TaskKind::prefill) {
@@ -236,7 +237,7 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
 
   const std::int64_t errors_before = session.backend.device->info().ecc_errors;
   MemoryAccount planned;
-  agreed(session.world, [&] { planned = planned_memory(*session.backend.kernels, config, partition, point); });
+  agreed(session.world, [&] { planned = planned_memory(session.backend, config, partition, point); });
   check_memory(session, planned);
   record.copy_bandwidth = copy_bandwidth(session);
   std::ofstream("/proc/self/clear_refs") << "5";  // resets the peak of the resident set, where Linux allows it

@@ -17,7 +17,7 @@ namespace nsa {
 Session open_session(const Config& config, const ControlComm& world, std::function<bool()> asked_to_stop = {});
 
 /// Peak bytes of memory of a rank, by kind, from the shapes alone: nothing is allocated.
-MemoryAccount planned_memory(const KernelTable& kernels, const Config& config, const Partition& partition,
+MemoryAccount planned_memory(const Backend& backend, const Config& config, const Partition& partition,
                              const Point& point);
 
 /// Runs one point. Collective. The record is complete on rank 0; every rank gets valid, reason and stop_reason.

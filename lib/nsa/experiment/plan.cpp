@@ -51,12 +51,12 @@ std::vector<PlannedOwners> plan_owners(const Config& config, const Point& point,
 bool same(const MemoryAccount& a, const MemoryAccount& b) { return a.peak == b.peak && a.total_peak == b.total_peak; }
 
 /// Head shards hold equally many groups, so the ranks of the first one stand for all.
-std::vector<PlannedMemory> plan_memory(const Config& config, const KernelTable& kernels, const Point& point,
+std::vector<PlannedMemory> plan_memory(const Config& config, const Backend& backend, const Point& point,
                                        const Plan& plan) {
   std::vector<PlannedMemory> memory;
   std::vector<MemoryAccount> of_kv_rank;
   for (int k = 0; k < plan.kv; ++k)
-    of_kv_rank.push_back(planned_memory(kernels, config, make_partition(config, point, plan.ranks, k), point));
+    of_kv_rank.push_back(planned_memory(backend, config, make_partition(config, point, plan.ranks, k), point));
   for (int rank = 0; rank < plan.ranks; ++rank) {
     const MemoryAccount& account = of_kv_rank[static_cast<std::size_t>(rank % plan.kv)];
     if (!memory.empty() && same(memory.back().account, account))
@@ -116,33 +116,38 @@ std::string idle_ranks(const Config& config, int ranks) {
                          : layout + " would use them all");
 }
 
-Backend planning_backend(const Config& config) {
-  if (config.run.backend != BackendChoice::host && cuda_built()) {
+PlanningBackend planning_backend(const Config& config, const Machine* machine) {
+  const bool given = machine && machine->gpu;
+  if (config.run.backend != BackendChoice::host && cuda_built() && !given) {
     try {
-      return open_backend(BackendKind::cuda, 0);
+      return {open_backend(BackendKind::cuda, 0), ""};
     } catch (const UserError&) {
-      // no device: the plan uses the host's kernels
+      // no device here
     }
   }
-  return open_backend(BackendKind::host, 0);
+  if (config.run.backend != BackendChoice::cuda) return {open_backend(BackendKind::host, 0), ""};
+  const PlannedGpu gpu = given ? *machine->gpu : PlannedGpu();
+  return {planned_backend(gpu),
+          fmt::format("compute capability {}.{}, {} SMs ({})", gpu.capability / 10, gpu.capability % 10, gpu.sms,
+                      given ? machine->path : "an H200; --advise MACHINE plans for another")};
 }
 
-Plan make_plan(const Config& config, int ranks) {
+Plan make_plan(const Config& config, const PlanningBackend& planning, int ranks) {
   Plan plan;
   plan.ranks = ranks;
   std::tie(plan.heads, plan.kv) = factorise(config, ranks);
   route_environment();  // throws where a variable has a value that is not allowed
-  const Backend backend = planning_backend(config);
+  const Backend& backend = planning.backend;
   plan.backend = backend.kind;
-  plan.without_device = config.run.backend == BackendChoice::cuda && backend.kind == BackendKind::host;
+  plan.gpu = planning.gpu;
   plan.longest = longest_point(config);
   plan.positions = total_positions(config, plan.longest);
   plan.kv_chunk_blocks = kv_chunk_blocks(config, plan.longest);
   plan.owners = plan_owners(config, plan.longest, ranks);
   plan.idle = idle_ranks(config, ranks);
   for (const Point& point : planned_points(config))
-    plan.points.push_back({point, plan_memory(config, *backend.kernels, point, plan),
-                           plan_exchanges(config, point, ranks), planned_routes(backend, config, point, ranks)});
+    plan.points.push_back({point, plan_memory(config, backend, point, plan), plan_exchanges(config, point, ranks),
+                           planned_routes(backend, config, point, ranks)});
   return plan;
 }
 
@@ -198,6 +203,7 @@ std::string plan_json(const Plan& plan, const std::string& advice) {
                 {"kv_chunk_blocks", plan.kv_chunk_blocks},
                 {"positions", plan.positions},
                 {"workspace_of", plan.backend == BackendKind::cuda ? "cuda" : "host"},
+                {"gpu", plan.gpu},
                 {"warning", plan.idle},
                 {"owners", json_list(plan.owners, owners_json)},
                 {"points", json_list(plan.points, point_json)}};

@@ -8,6 +8,7 @@
 
 #include "kernels/interface/buffer.hpp"
 #include "nsa/config/config.hpp"
+#include "nsa/config/machine.hpp"
 #include "nsa/model/traffic.hpp"
 #include "nsa/routing/router.hpp"
 
@@ -36,7 +37,7 @@ struct PlannedPoint {
 struct Plan {
   std::int32_t ranks = 1, heads = 1, kv = 1;
   BackendKind backend = BackendKind::host;  ///< whose kernels say how much workspace they need
-  bool without_device = false;              ///< planned for a GPU where no backend for it can be opened
+  std::string gpu;                          ///< the GPU planned for, where it is not the one here; else ""
   Point longest;                            ///< the point of the longest context
   std::int64_t positions = 0;               ///< of that point
   std::int64_t kv_chunk_blocks = 0;         ///< of that point
@@ -45,8 +46,14 @@ struct Plan {
   std::vector<PlannedPoint> points;
 };
 
+/// The kernels that say how much scratch a step needs and which routes there are.
+struct PlanningBackend {
+  Backend backend;
+  std::string gpu;  ///< Plan::gpu
+};
+
 /// Not for task.kind = "kernels". Throws UserError when the input's heads and kv do not multiply to `ranks`.
-Plan make_plan(const Config& config, int ranks);
+Plan make_plan(const Config& config, const PlanningBackend& planning, int ranks);
 
 /// Plan::idle alone: "4031 of 4096 kv ranks own no block (...); parallel.kv_chunk_blocks = 1 would use them all".
 std::string idle_ranks(const Config& config, int ranks);
@@ -57,8 +64,8 @@ std::int64_t idle_kv_ranks(const Config& config, const Point& point, std::int64_
 /// The points that have plans of their own: later ones repeat them for another branch alone.
 std::vector<Point> planned_points(const Config& config);
 
-/// The backend whose kernels say how much scratch a step needs: CUDA where there is a device, else host.
-Backend planning_backend(const Config& config);
+/// Of run.backend. A GPU is the machine's, else the one here, else an H200; "auto" is the GPU here or the host.
+PlanningBackend planning_backend(const Config& config, const Machine* machine);
 
 /// {"ranks": ..., "owners": [...], "points": [...]} (docs/METRICS.md), and "advice", a JSON document, unless empty.
 std::string plan_json(const Plan& plan, const std::string& advice);

@@ -94,24 +94,6 @@ void print_device_routes(std::ostream& out, BackendKind backend, int capability,
   }
 }
 
-/// By the table: what the kernels of a GPU accept is known only where there is one.
-void add_routes_of_known_gpus(std::vector<PlannedRoute>& planned, const Config& config, Phase phase,
-                              const LayerShape& shape, std::int64_t positions) {
-  const RouteEnvironment environment = route_environment();
-  for (const int capability : known_capabilities)
-    for (const Branch branch : {cmp, sel, win}) {
-      const RouteKey key{BackendKind::cuda, capability, phase,     branch,
-                         shape.dtype,       shape.d_k,  shape.d_v, attended_rows(shape.rules, branch, positions)};
-      const std::string device = fmt::format("compute capability {}.{}", capability / 10, capability % 10);
-      try {
-        const RouteChoice choice = choose_route(key, config, environment);
-        planned.push_back({phase, branch, device, choice.name, choice.reason, ""});
-      } catch (const UserError& error) {
-        planned.push_back({phase, branch, device, "refused", error.what(), ""});
-      }
-    }
-}
-
 }  // namespace
 
 void print_routes(std::ostream& out) {
@@ -145,16 +127,13 @@ void print_routes(std::ostream& out) {
 std::vector<PlannedRoute> planned_routes(const Backend& backend, const Config& config, const Point& point, int ranks) {
   const LayerShape shape = make_partition(config, point, ranks, 0).shape;
   const std::int64_t positions = total_positions(config, point);
-  const bool elsewhere = config.run.backend == BackendChoice::cuda && backend.kind == BackendKind::host;
+  const std::string device =
+      backend.device ? "" : fmt::format("compute capability {}.{}", backend.capability / 10, backend.capability % 10);
   std::vector<PlannedRoute> planned;
   for (const Phase phase : {Phase::prefill, Phase::decode}) {
     if (phase == Phase::decode && config.kind == TaskKind::prefill) continue;
     if (phase == Phase::prefill && config.kind != TaskKind::prefill && config.run.fill == CacheFill::synthetic)
       continue;
-    if (elsewhere) {
-      add_routes_of_known_gpus(planned, config, phase, shape, positions);
-      continue;
-    }
     QueryTile tile{0, static_cast<std::int32_t>(point.batch), 1, nullptr, positions};
     if (phase == Phase::prefill)
       tile = {0, 1, static_cast<std::int32_t>(std::min<std::int64_t>(256, positions)), nullptr, positions};
@@ -163,7 +142,7 @@ std::vector<PlannedRoute> planned_routes(const Backend& backend, const Config& c
     for (const Branch branch : {cmp, sel, win}) {
       const Route& route = routes.of(phase, branch);
       const std::string fallback = route.fallback.empty() ? "" : route.chosen + " " + route.fallback;
-      planned.push_back({phase, branch, "", route.kernel->name, route.reason, fallback});
+      planned.push_back({phase, branch, device, route.kernel->name, route.reason, fallback});
     }
   }
   return planned;

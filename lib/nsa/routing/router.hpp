@@ -104,11 +104,11 @@ void print_routes(std::ostream& out);
 struct PlannedRoute {
   Phase phase = Phase::decode;
   Branch branch = cmp;
-  std::string device;  ///< "compute capability 9.0" where the table answers for a GPU that is not here, else ""
+  std::string device;  ///< "compute capability 9.0" of a GPU that is not here, else ""
   std::string name, reason;
   std::string fallback;  ///< why sdpa runs instead; "": it does not
 };
-/// Of one point of an input. On `backend`; for a GPU that is not here, by the table and for each known capability.
+/// Of one point of an input, on `backend`.
 std::vector<PlannedRoute> planned_routes(const Backend& backend, const Config& config, const Point& point, int ranks);
 void print_routes(std::ostream& out, const std::vector<PlannedRoute>& routes);  ///< one line for each
 

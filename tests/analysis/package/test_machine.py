@@ -74,6 +74,7 @@ def test_a_machine_file_from_results(tmp_path):
     files = [str(f) for f in sorted((ROOT / "docs/results/h200").glob("scaling_gpu_decode_r[12]*.h5"))]
     points = nsa_analysis.read(files)
     text = machine.machine_text(points, nsa_analysis.Network())
+    assert "\n[gpu]  # whose workspace is planned\ncapability = 90\nsms = 132\n" in text
     path = tmp_path / "h200.toml"
     machine.write_machine(path, text)
     machine.write_machine(path, text)  # its own file may be replaced
@@ -84,6 +85,7 @@ def test_a_machine_file_from_results(tmp_path):
     assert f"{100 * errors.median():.0f}% in the median and {100 * errors.max():.0f}% at worst" in said
     # One launch and the exchange against half of the heads: 2 x 1 is the fastest, as it was measured.
     fastest = [line.split()[:3] for line in said.splitlines() if "the fastest:" in line]
+    assert f"compute capability 9.0, 132 SMs ({path})" in said
     assert fastest == [["2", "x", "1"]] * 2
 
 

@@ -15,14 +15,6 @@
 
 namespace nsa::gpu {
 
-constexpr int cmp_tokens_per_block = 4, tile_blocks = tile_rows / cmp_tokens_per_block;
-
-/// Whether blocks are scored this way. It depends on the shape alone. An LSE segment, and so a chunk, has whole tiles.
-__host__ __device__ inline bool scores_by_tile(const LayerShape& s) {
-  const BlockRules& r = s.rules;
-  return r.l == 2 * r.d && r.l_sel == cmp_tokens_per_block * r.d && s.lse.segment % tile_rows == 0;
-}
-
 /// Whether the KV mainloop of a fused or sharded step stores block sums by tile; rank then sorts lists of 16.
 inline bool leaves_sums(const LayerShape& s) {
   return scores_by_tile(s) && s.rules.n_sel <= warp_top_n && s.heads_per_group <= 16;
@@ -46,9 +38,6 @@ struct TileBlockSums {
     return memory + work_item * item_floats + tiles * (heads * (tile_blocks + 1)) + (tile + 1) * heads;
   }
 };
-constexpr std::int64_t tile_sum_floats(std::int64_t tiles, int heads) {
-  return tiles * heads * (tile_blocks + 2) + heads;
-}
 inline TileBlockSums tile_sums(void* memory, std::int64_t tiles, int heads) {
   return {static_cast<float*>(memory), tile_sum_floats(tiles, heads), static_cast<int>(tiles), heads};
 }

@@ -78,13 +78,6 @@ __device__ __forceinline__ KvRows span_at(const LayerShape& s, const RowMap& map
   }
 }
 
-/// Rows of a KV tile.
-constexpr int tile_rows = 32;
-__host__ __device__ inline int tiles_per_span(Branch branch, const LayerShape& s) {
-  const std::int64_t tokens = branch == cmp ? s.lse.segment : branch == sel ? s.rules.l_sel : window_span;
-  return static_cast<int>((tokens + tile_rows - 1) / tile_rows);
-}
-
 /// The KV tiles of one query row, span after span.
 template <Branch B>
 struct KvTiles {

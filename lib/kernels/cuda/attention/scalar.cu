@@ -257,12 +257,6 @@ void launch(const AttendArgs& a, Stream* stream) {
 
 }  // namespace
 
-// Work items are split only while they are fewer than the CTAs wanted (2 an SM), so there are less than twice as many
-// splits.
-std::size_t attend_scratch(const LayerShape& s, const QueryTile&) {
-  return static_cast<std::size_t>(4 * limits().sms * split_partial_floats(s)) * sizeof(float);
-}
-
 void attend_general(Branch branch, const AttendArgs& a, Stream* stream) {
   if (a.tile.rows() == 0) return;
   if (branch == cmp)

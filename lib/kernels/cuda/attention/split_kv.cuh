@@ -8,23 +8,14 @@
 #include <algorithm>
 
 #include "kernels/cuda/runtime/common.cuh"
+#include "kernels/cuda/sizes/work.hpp"
 
 namespace nsa::gpu {
-
-constexpr int window_span = 64;     ///< positions of a span of the window
-constexpr int heads_per_tile = 16;  ///< query heads of a group that share one pass over K/V
 
 /// Upper bound of the spans of a branch on this rank, where a span of cmp is an LSE bucket.
 inline std::int64_t max_bucket_spans(Branch branch, const LayerShape& s, const RowMap& map) {
   if (branch == cmp) return map.rank == all_ranks ? s.lse.buckets : std::max(1, s.lse.buckets / map.kv);
   return branch == sel ? s.rules.n_sel : (std::int64_t{s.rules.w} + window_span - 1) / window_span;
-}
-
-inline int head_tiles(const LayerShape& s) { return (s.heads_per_group + heads_per_tile - 1) / heads_per_tile; }
-
-constexpr int decode_heads(DType type) { return type == DType::f32 ? 4 : 16; }
-inline int decode_head_tiles(const LayerShape& s) {
-  return (s.heads_per_group + decode_heads(s.dtype) - 1) / decode_heads(s.dtype);
 }
 
 /// Whether the tuned kernels read this map: whole sequences; a rank's own chunks; gathered chunks; for the window the
@@ -40,11 +31,6 @@ inline int splits_of(const LayerShape& s, const QueryTile& tile, std::int64_t sp
   const std::int64_t work_items = tile.rows() * s.groups * head_tiles(s);
   const std::int64_t wanted = (2 * limits().sms + work_items - 1) / work_items;
   return work_items > max_split_rows ? 1 : static_cast<int>(std::clamp<std::int64_t>(wanted, 1, spans));
-}
-
-/// Floats of the partial of one split of a work item.
-__host__ __device__ inline std::int64_t split_partial_floats(const LayerShape& s) {
-  return std::int64_t{heads_per_tile} * (s.d_v + 2);
 }
 
 /// Whether this CTA is the last of `splits` to arrive. All threads call it once the writes of the CTA are issued.

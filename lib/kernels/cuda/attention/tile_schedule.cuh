@@ -42,10 +42,6 @@ inline std::int64_t max_partials(std::int64_t ctas, std::int64_t row_groups) { r
 struct TileSchedules {
   std::int32_t* tiles_before[branches];
 };
-/// Words of scratch that they take: whole vectors; 0 where the batch is not ragged.
-inline std::int64_t schedule_words(const QueryTile& tile) {
-  return tile.ragged() ? (branches * (tile.rows() + 1) + 3) / 4 * 4 : 0;
-}
 inline TileSchedules schedules_at(float* scratch, const QueryTile& tile) {
   auto* first = reinterpret_cast<std::int32_t*>(scratch);
   return {{first, first + tile.rows() + 1, first + 2 * (tile.rows() + 1)}};

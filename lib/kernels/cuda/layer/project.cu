@@ -57,10 +57,6 @@ __global__ void __launch_bounds__(threads) decode_prologue_kernel(const __grid_c
 
 }  // namespace
 
-std::size_t project_scratch(const LayerShape& s, const QueryTile& tile) {
-  return static_cast<std::size_t>(tile.rows() * qkv_columns(s)) * sizeof(float);
-}
-
 float* project_product(const ProjectArgs& a, Stream* stream) {
   if (a.scratch_bytes < project_scratch(a.shape, a.tile)) throw InternalError("project: scratch too small");
   auto* sums = static_cast<float*>(a.scratch);

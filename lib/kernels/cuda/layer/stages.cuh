@@ -2,6 +2,7 @@
 // The stages of a layer around its attention.
 
 #include "kernels/cuda/runtime/common.cuh"
+#include "kernels/cuda/sizes/scratch.hpp"
 
 namespace nsa::gpu {
 
@@ -22,8 +23,5 @@ void decode_prologue(const PrologueArgs&, Stream*);
 
 /// The product of project in its scratch: [rows, qkv_columns].
 float* project_product(const ProjectArgs&, Stream*);
-
-/// Bytes of scratch a stage needs.
-std::size_t project_scratch(const LayerShape&, const QueryTile&);
 
 }  // namespace nsa::gpu

@@ -1,4 +1,4 @@
-// The shapes that the tiled prefill kernels accept, and their parameters.
+// Parameters of the tiled prefill kernels.
 
 #include <cmath>
 
@@ -6,19 +6,6 @@
 #include "kernels/cuda/prefill/stages.cuh"
 
 namespace nsa::gpu {
-
-bool tiles_shape(const LayerShape& s) {
-#ifdef NSA_HAS_SM90A
-  const BlockRules& r = s.rules;
-  const int ratio = r.l_sel / r.d;
-  return limits().capability == 90 && s.dtype != DType::f32 && s.d_k % 16 == 0 && s.d_v % 16 == 0 && s.d_k <= 256 &&
-         s.d_v <= 256 && dense_tile_tokens % ratio == 0 && (r.l - 1) / r.d <= prefill_max_halo &&
-         s.lse.segment % 8 == 0 && r.n_sel <= 32;
-#else
-  (void)s;
-  return false;
-#endif
-}
 
 float softmax_scale(const LayerShape& s) { return log2_e / std::sqrt(static_cast<float>(s.d_k)); }
 

@@ -20,13 +20,12 @@
 #include "kernels/cuda/primitives/tma.cuh"
 #include "kernels/cuda/primitives/wgmma.cuh"
 #include "kernels/cuda/runtime/common.cuh"
+#include "kernels/cuda/sizes/accepts.hpp"
 
 namespace nsa::gpu {
 
 constexpr int warpgroup_queries = 4;
-constexpr int dense_tile_tokens = 128;  ///< of a K or V tile
 constexpr int narrow_tile_tokens = 16;  ///< of a window's last tile, where 16 are enough
-constexpr int prefill_max_halo = 64;    ///< compressed tokens of the previous block that overlap a block
 
 /// Calls f(DK, DV, tuned), integral constants of the instance that serves a shape. A tuned instance has the shape's
 /// head sizes as constants.

@@ -2,6 +2,8 @@
 // Prefill's stages and fused prefill attention: tiles of query rows.
 
 #include "kernels/cuda/runtime/common.cuh"
+#include "kernels/cuda/sizes/accepts.hpp"
+#include "kernels/cuda/sizes/scratch.hpp"
 
 namespace nsa::gpu {
 
@@ -13,9 +15,7 @@ bool prefill_sel_accepts(const LayerShape&, const RowMap&);
 void attend_prefill_sel(const AttendArgs&, Stream*);
 /// Whether the tile has enough work items of 12 queries to keep the SMs busy. Fewer rows are faster row by row.
 bool prefill_sel_pays(const LayerShape&, const QueryTile&);
-bool tiles_shape(const LayerShape&);  ///< whether the kernels above and rank_prefill accept a shape
 void rank_prefill(const RankArgs&, Stream*);
-std::size_t rank_prefill_scratch(const LayerShape&, const QueryTile&);
 
 /// Fused prefill attention, from cmp to combine without partials (prefill/attention.cu). First o of win and cmp,
 /// normalised, multiplied by the gates [rows, groups, 3] and added, to cmp's out.o, and cmp's (m, sum) to its out.ms.

@@ -248,14 +248,6 @@ void plan_rounds(RankParams& p, int threads, std::int64_t slice) {
 
 }  // namespace
 
-std::size_t rank_scratch(const LayerShape& s, const QueryTile& tile) {
-  const std::int64_t blocks = tile.max_positions / s.rules.l_sel + 1;
-  const std::size_t max_fixed_bytes = 48 << 10;  // of RankShared::bytes besides the keys; above it keys go to scratch
-  return blocks * sizeof(unsigned) + max_fixed_bytes <= limits().shared_bytes
-             ? 0
-             : static_cast<std::size_t>(tile.rows() * s.groups * blocks) * sizeof(unsigned);
-}
-
 void rank(const RankArgs& a, Stream* stream) {
   const std::int64_t work_items = a.tile.rows() * a.shape.groups;
   if (work_items == 0) return;

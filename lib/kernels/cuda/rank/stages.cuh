@@ -8,7 +8,4 @@ namespace nsa::gpu {
 void rank(const RankArgs&, Stream*);
 void select(const SelectArgs&, Stream*);
 
-/// Bytes of scratch a stage needs.
-std::size_t rank_scratch(const LayerShape&, const QueryTile&);
-
 }  // namespace nsa::gpu

@@ -1,5 +1,5 @@
 #pragma once
-// Included by every .cu file: checked calls, launches, storage types, dispatch by type, warp reductions, score layout.
+// Included by every .cu file: checked calls, launches, storage types, dispatch by type, warp reductions.
 
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
@@ -12,6 +12,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "kernels/cuda/sizes/limits.hpp"
+#include "kernels/cuda/sizes/score_layout.hpp"
 #include "kernels/diagnostics/error.hpp"
 #include "kernels/interface/kernel_table.hpp"
 
@@ -45,14 +47,6 @@ inline cudaStream_t cuda(Stream* stream) { return reinterpret_cast<cudaStream_t>
 
 /// The process's cuBLAS handle, set to `stream`, with its own workspace (graph capture needs one).
 cublasHandle_t blas(Stream* stream);
-
-/// Properties of the open device that decide launch sizes.
-struct DeviceLimits {
-  int sms = 132;                        ///< streaming multiprocessors
-  int capability = 90;                  ///< 10 * major + minor
-  std::size_t shared_bytes = 48 << 10;  ///< maximum dynamic shared memory of a block
-};
-const DeviceLimits& limits();
 
 /// Raises a kernel's dynamic shared memory limit where it needs more than the default.
 template <class Kernel>
@@ -156,39 +150,9 @@ __device__ __forceinline__ float exp_shifted(float x, float m) {
   return x == -INFINITY ? 0.0f : exp2f((x - m) * log2_e);
 }
 
-/// Layout of the raw scores of a rank's own chunks: every chunk starts at a multiple of 8 columns (a 32-byte sector),
-/// and so does its halo, which ends where the chunk starts. Partial writes of a sector cost more than full ones.
-constexpr __host__ __device__ std::int64_t round_up_to_sectors(std::int64_t columns) { return (columns + 7) / 8 * 8; }
-__host__ __device__ inline std::int64_t score_halo_columns(const RowMap& map) { return round_up_to_sectors(map.halo); }
-__host__ __device__ inline std::int64_t score_stride(const RowMap& map) {
-  return score_halo_columns(map) + round_up_to_sectors(map.chunk);
-}
-/// Whether columns are counted chunk by chunk; otherwise by token.
-__host__ __device__ inline bool scores_by_chunk(const RowMap& map) {
-  return map.rank != all_ranks && map.chunk != INT64_MAX;
-}
-
 /// Column of compressed token i of chunk c in the raw scores. A token in the halo of chunk c has a column of its own.
 __device__ __forceinline__ std::int64_t score_column(const RowMap& map, std::int64_t c, std::int64_t i) {
   return scores_by_chunk(map) ? c / map.kv * score_stride(map) + score_halo_columns(map) + (i - c * map.chunk) : i;
-}
-
-/// Columns of the raw scores of a tile: every token below `tokens`, and the halos of the chunks.
-inline std::int64_t score_columns(const RowMap& map, std::int64_t tokens) {
-  if (!scores_by_chunk(map)) return tokens;
-  const std::int64_t owned = owned_chunks(map, tokens + map.halo, map.rank);
-  if (owned == 0) return 0;
-  const std::int64_t rest = tokens - ((owned - 1) * map.kv + map.rank) * map.chunk;
-  return (owned - 1) * score_stride(map) + score_halo_columns(map) +
-         (rest < 0           ? 0
-          : rest < map.chunk ? rest
-                             : map.chunk);
-}
-
-/// Floats between the score rows of two heads of so many columns: whole sectors.
-inline std::int64_t padded_columns(std::int64_t columns) { return round_up_to_sectors(columns); }
-inline std::int64_t score_pitch(const RowMap& map, std::int64_t tokens) {
-  return padded_columns(score_columns(map, tokens));
 }
 
 /// Row r of a tile.

@@ -225,7 +225,7 @@ __global__ void unlaunchable_kernel() {}
 
 // Launches a kernel with more shared memory than a block may have. The launch also fails during a graph capture.
 void refused_launch(Stream* stream) {
-  unlaunchable_kernel<<<1, 32, open_device.limits.shared_bytes + 1024, cuda(stream)>>>();
+  unlaunchable_kernel<<<1, 32, limits().shared_bytes + 1024, cuda(stream)>>>();
   check_launch("a kernel with too much shared memory (by NSA_FAULT)");
 }
 #else
@@ -237,7 +237,7 @@ constexpr DeviceOps device_ops = {
     wait,     elapsed, capture,       launch,         destroy_graph, info, stamp, read_clock,   refused_launch};
 
 void open(int index) {
-  if (open_device.index == index) return;
+  if (open_device.index == index) return set_limits(open_device.limits);  // a plan for another GPU may have set them
   const Operation operation(OperationKind::wait, "open device");
   if (open_device.index >= 0)
     throw InternalError("GPU " + std::to_string(index) + " asked for while " + std::to_string(open_device.index) +
@@ -246,6 +246,7 @@ void open(int index) {
   cudaDeviceProp p;
   check(cudaGetDeviceProperties(&p, index), "cudaGetDeviceProperties");
   open_device.limits = {p.multiProcessorCount, p.major * 10 + p.minor, p.sharedMemPerBlockOptin};
+  set_limits(open_device.limits);
   check(cublasCreate(&open_device.blas), "cublasCreate");
   check(cudaMalloc(&open_device.blas_workspace, blas_workspace_bytes), "cudaMalloc");
   constexpr std::size_t arrival_bytes = branches * max_split_rows * sizeof(unsigned);
@@ -270,8 +271,6 @@ cublasHandle_t blas(Stream* stream) {
 }
 
 unsigned* arrival_counters(Branch branch) { return open_device.arrivals + branch * max_split_rows; }
-
-const DeviceLimits& limits() { return open_device.limits; }
 
 }  // namespace gpu
 

@@ -25,7 +25,6 @@
 
 namespace nsa::gpu {
 
-constexpr int rows_warps = 4;  // consumer warps
 constexpr int rows_warp_tokens = 16;
 constexpr int rows_tile_tokens = rows_warps * rows_warp_tokens;
 constexpr int rows_max_registers = 168;  // two CTAs of 5 warps an SM

@@ -95,20 +95,6 @@ void launch_typed(const RowsParams& p, Stream* stream) {
 
 }  // namespace
 
-bool rows_accept(const LayerShape& s, const QueryTile&) {
-  const bool sized = (s.d_k == 64 && s.d_v == 64) || ((s.d_k == 128 || s.d_k == 192) && s.d_v == 128);
-  return sized && s.dtype != DType::f32;
-}
-
-std::size_t rows_scratch(const LayerShape& s, const QueryTile& tile) {
-  if (!rows_accept(s, tile)) return 0;
-  const std::int64_t work_items = work_items_of(s, tile),
-                     segment_lse = compressed_tokens(s.rules, tile.max_positions - 1) / s.lse.segment + 2;
-  const std::int64_t partials = std::max<std::int64_t>(4 * limits().sms, 16 * std::min<std::int64_t>(work_items, 16));
-  return static_cast<std::size_t>(partials * split_partial_floats(s)) * sizeof(float) +
-         static_cast<std::size_t>(work_items * segment_lse * rows_warps * heads_per_tile) * sizeof(float2);
-}
-
 void attend_rows(Branch branch, const AttendArgs& a, Stream* stream) {
   if (a.tile.rows() == 0) return;
   if (!reads_kv_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);

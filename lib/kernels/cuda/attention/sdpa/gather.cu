@@ -79,11 +79,6 @@ __global__ void __launch_bounds__(threads) gather_kernel(const __grid_constant__
 
 }  // namespace
 
-bool gather_accepts(const LayerShape& s) {
-  const int storage = static_cast<int>(size_of(s.dtype));
-  return s.d_k * storage % 16 == 0 && s.d_v * storage % 16 == 0;
-}
-
 bool gather_reads(const RowMap& map) { return map.ring == 0 && map.rank == all_ranks; }
 
 void gather_selected(const AttendArgs& a, const PackedRows& packed, Stream* stream) {

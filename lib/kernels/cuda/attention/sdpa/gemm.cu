@@ -5,7 +5,7 @@
 // A job is one batched cuBLAS product. Either each (row, group) has its own K/V (sel: its selected tokens, packed;
 // decode: the cache plane in place) and the heads of the group are the rows of its product, or all rows of a (sequence,
 // group) share one K/V (prefill) and the batch is over the heads. Jobs are sized so that packed K and V, scores and P
-// stay within `budget`, most of which an L2 holds.
+// stay within `gemm_budget`, most of which an L2 holds.
 //
 // Bytes, sel: the gather reads and writes each selected K/V row and the GEMM reads it again, three times the bytes of
 // `fused`, plus 4 + 4 + 2 + 2 bytes a score. V rows without a token are multiplied by P = 0, so they must be finite.
@@ -15,30 +15,11 @@
 #include "kernels/cuda/attention/sdpa/gemm.cuh"
 #include "kernels/cuda/attention/stages.cuh"
 #include "kernels/cuda/runtime/cublas.cuh"
+#include "kernels/cuda/sizes/scratch.hpp"
 
 namespace nsa::gpu {
 
 namespace {
-
-constexpr int max_window_rows = 256;           // rows of a job whose window is packed
-constexpr std::int64_t max_job_items = 65535;  // work items of a job: the limit of a grid's y
-constexpr std::size_t budget = std::size_t{64} << 20;
-
-std::size_t padded(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
-
-/// Tokens of the branch below max_positions.
-std::int64_t tokens_of(Branch branch, const LayerShape& s, const QueryTile& tile) {
-  return branch == cmp ? compressed_tokens(s.rules, tile.max_positions - 1) : tile.max_positions;
-}
-
-std::int64_t selected_columns(const LayerShape& s, const QueryTile& tile) {
-  return std::min<std::int64_t>(s.rules.n_sel, eligible_blocks(s.rules, tile.max_positions - 1)) * s.rules.l_sel;
-}
-
-// A short sequence is packed from its beginning.
-std::int64_t window_columns(const LayerShape& s, const QueryTile& tile) {
-  return std::min<std::int64_t>(s.rules.w + std::min(tile.tokens, max_window_rows) - 1, tile.max_positions);
-}
 
 /// Memory rows of a rank's own chunks with their halos; of an uncut cache the tokens.
 std::int64_t rows_of(const RowMap& map, std::int64_t tokens) {
@@ -47,28 +28,6 @@ std::int64_t rows_of(const RowMap& map, std::int64_t tokens) {
   if (owned == 0) return 0;
   const std::int64_t rest = tokens - ((owned - 1) * map.kv + map.rank) * map.chunk;
   return (owned - 1) * map.stride + map.halo + std::clamp<std::int64_t>(rest, 0, map.chunk);
-}
-
-/// Whether the compressed scores are stored for rank: not where rank recomputes them.
-bool stores_scores(Branch branch, const AttentionPolicy& policy) { return branch == cmp && !policy.recompute_scores; }
-
-/// Scratch bytes: those of one work item and those that a job needs once.
-struct ScratchNeeds {
-  std::size_t once = 0, work_item = 0;
-  std::int64_t work_items = 0;
-  /// Not rounded to whole work items: a tile of fewer rows or positions then never needs more.
-  std::size_t bytes() const { return once + 1024 + std::min(std::max(budget, work_item), work_item * work_items); }
-};
-
-ScratchNeeds scratch_needs(bool stored, Source source, bool own_kv, std::int64_t columns, const LayerShape& s,
-                           const QueryTile& tile) {
-  const std::size_t storage = size_of(s.dtype), packed = columns * (s.d_k + s.d_v) * storage;
-  ScratchNeeds needs;
-  needs.work_items = own_kv ? tile.rows() * s.groups : tile.tokens;
-  needs.work_item = s.heads_per_group * padded_columns(columns) * (storage + (stored ? 0 : sizeof(float)));
-  if (source == Source::in_place) return needs;
-  (own_kv ? needs.work_item : needs.once) += packed;
-  return needs;
 }
 
 template <Branch B>
@@ -241,44 +200,7 @@ void attend(const AttendArgs& a, bool masked, Stream* stream) {
     run_jobs<B>(p, stream);
 }
 
-/// Upper bound of the rows of a rank, halos with them (halo < segment <= chunk).
-std::int64_t max_rows(const LayerShape& s, std::int64_t tokens) { return tokens + 2 * s.lse.segment + tokens; }
-
 }  // namespace
-
-// The last tile of a prefill may have one row, which packs K and V of its own.
-std::size_t gemm_scratch(const LayerShape& s, const QueryTile& tile, const AttentionPolicy& policy) {
-  const bool own_kv = tile.tokens == 1;
-  QueryTile last = tile;
-  last.tokens = 1;
-  const std::size_t least = own_kv ? 0 : gemm_scratch(s, last, policy);
-  const std::int64_t compressed = tokens_of(cmp, s, tile);
-  std::size_t bytes =
-      std::max(least, scratch_needs(false, Source::selected_blocks, true, selected_columns(s, tile), s, tile).bytes());
-  const auto consider = [&](Branch branch, Source source, std::int64_t columns) {
-    if (columns > 0)
-      bytes = std::max(bytes, scratch_needs(stores_scores(branch, policy), source, own_kv, columns, s, tile).bytes());
-  };
-  consider(win, Source::window, window_columns(s, tile));
-  consider(cmp, Source::whole, compressed);
-  consider(cmp, Source::in_place, max_rows(s, compressed));
-  return bytes;
-}
-
-std::size_t masked_scratch(const LayerShape& s, const QueryTile& tile) {
-  const bool own_kv = tile.tokens == 1;
-  QueryTile last = tile;
-  last.tokens = 1;
-  const std::size_t least = own_kv ? 0 : masked_scratch(s, last);
-  return std::max({least, scratch_needs(false, Source::whole, own_kv, tile.max_positions, s, tile).bytes(),
-                   scratch_needs(false, Source::in_place, own_kv, tile.max_positions, s, tile).bytes()});
-}
-
-bool masked_accepts(const LayerShape& s, const QueryTile& tile) {
-  const ScratchNeeds one =
-      scratch_needs(false, Source::whole, tile.tokens == 1, std::max<std::int64_t>(1, tile.max_positions), s, tile);
-  return one.once + one.work_item <= budget;
-}
 
 void attend_gemm(Branch branch, const AttendArgs& a, Stream* stream) {
   if (branch == cmp)

@@ -3,16 +3,9 @@
 // attention/sdpa/gemm_kernels.cu has the kernels beside the products.
 
 #include "kernels/cuda/runtime/common.cuh"
+#include "kernels/cuda/sizes/sdpa.hpp"
 
 namespace nsa::gpu {
-
-// Source of column j of K and V.
-enum class Source {
-  in_place,         // memory row j of the plane (ring: slot_begin + j)
-  selected_blocks,  // packed: token j % l' of selected block j / l'
-  window,           // packed: the window of the rows of the job, from its first token on
-  whole             // packed: token j of the sequence
-};
 
 struct SdpaJob {
   AttendArgs a;

@@ -16,8 +16,6 @@ struct PackedRows {
 
 /// Copies the tokens of the selected blocks at positions <= t and counts them in a.reads. attention/sdpa/gather.cu
 void gather_selected(const AttendArgs& a, const PackedRows& packed, Stream* stream);
-/// Whole sequences, whose rows are whole 16-byte vectors.
-bool gather_accepts(const LayerShape&);
-bool gather_reads(const RowMap&);
+bool gather_reads(const RowMap&);  ///< whole sequences
 
 }  // namespace nsa::gpu

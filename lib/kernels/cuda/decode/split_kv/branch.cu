@@ -11,20 +11,6 @@
 
 namespace nsa::gpu {
 
-bool decode_accepts(const LayerShape& s, const QueryTile& tile) {
-  return tile.tokens == 1 && static_cast<bool>(split_kv_instance(s));
-}
-
-// All work items together have at most two partials an SM, or one each; of a ragged batch the sum of both.
-std::size_t decode_scratch(const LayerShape& s, const QueryTile& tile) {
-  if (!decode_accepts(s, tile)) return 0;
-  const std::int64_t work_items = decode_work_items(s, tile);
-  const std::int64_t ctas = 2 * limits().sms, partials = tile.ragged() ? ctas + work_items : std::max(ctas, work_items);
-  return static_cast<std::size_t>(partials * decode_partial_floats(decode_heads(s.dtype), s.d_v) +
-                                  tile_lse_floats(s, tile) + schedule_words(tile)) *
-         sizeof(float);
-}
-
 namespace {
 
 void launch_branch(Branch branch, const AttendArgs& a, const std::int32_t* lengths, unsigned* arrivals,

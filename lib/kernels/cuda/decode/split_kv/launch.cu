@@ -8,11 +8,6 @@
 
 namespace nsa::gpu {
 
-std::int64_t tile_lse_floats(const LayerShape& s, const QueryTile& tile) {
-  const std::int64_t segments = compressed_tokens(s.rules, tile.max_positions - 1) / s.lse.segment + 2;
-  return tile.rows() * s.groups * padded_heads(s) * segments * tiles_per_span(cmp, s) * 2;
-}
-
 int decode_splits(std::int64_t work_items, std::int64_t tiles) {
   if (work_items > max_split_rows) return 1;
   const std::int64_t wanted = std::max<std::int64_t>(1, 2 * limits().sms / work_items);

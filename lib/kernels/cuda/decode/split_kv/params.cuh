@@ -5,6 +5,7 @@
 #include "kernels/cuda/attention/block_sums.cuh"
 #include "kernels/cuda/attention/split_kv.cuh"
 #include "kernels/cuda/attention/tile_schedule.cuh"
+#include "kernels/cuda/sizes/scratch.hpp"
 
 namespace nsa::gpu {
 
@@ -65,18 +66,6 @@ __device__ __forceinline__ PartialRange partials_of(const DecodeJob& job, const 
   const PartialRange range = partials_of(job.schedule, rows, s.groups, work_item / head_tiles, decode_warps);
   return {work_item % head_tiles * (job.schedule.ctas + rows * s.groups) + range.first, range.count};
 }
-
-__host__ __device__ inline std::int64_t decode_partial_floats(int heads, int d_v) {
-  return std::int64_t{heads} * (d_v + 2);
-}
-
-/// Work items of a launch: (row, group, head tile).
-inline std::int64_t decode_work_items(const LayerShape& s, const QueryTile& tile) {
-  return tile.rows() * s.groups * decode_head_tiles(s);
-}
-
-/// Floats of scratch for the (m, sum) of all KV tiles.
-std::int64_t tile_lse_floats(const LayerShape& s, const QueryTile& tile);
 
 /// Splits of a work item: all work items together fill the SMs twice, and every warp has a tile.
 int decode_splits(std::int64_t work_items, std::int64_t tiles);

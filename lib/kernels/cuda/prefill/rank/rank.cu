@@ -16,10 +16,6 @@ using namespace block_scoring;
 
 namespace {
 
-std::int64_t score_pitch_of(const BlockRules& r, std::int64_t positions) {
-  return (eligible_blocks(r, positions - 1) + 31) / 32 * 32;
-}
-
 template <class T, int DK, bool Tuned>
 void launch_scores(const RankArgs& a, const PrefillPart& part, Stream* stream) {
   const LayerShape& s = a.shape;
@@ -27,7 +23,7 @@ void launch_scores(const RankArgs& a, const PrefillPart& part, Stream* stream) {
                      kv_tensor_maps(s, a.tile, a.k_cmp, nullptr, compressed_tokens(s.rules, a.tile.max_positions - 1)),
                      a.cmp_ms + std::int64_t{part.first_head} * 2,
                      static_cast<float*>(a.scratch),
-                     score_pitch_of(s.rules, a.tile.max_positions),
+                     block_score_pitch(s.rules, a.tile.max_positions),
                      part};
   const bool quads = s.rules.l_sel == quad_tokens * s.rules.d && s.rules.l == 2 * s.rules.d;
   if (quads) {
@@ -51,11 +47,6 @@ void launch_scores(const RankArgs& a, Stream* stream) {
 
 }  // namespace
 
-std::size_t rank_prefill_scratch(const LayerShape& s, const QueryTile& tile) {
-  if (!tiles_shape(s)) return 0;
-  return static_cast<std::size_t>(tile.rows() * s.groups * score_pitch_of(s.rules, tile.max_positions)) * sizeof(float);
-}
-
 void rank_prefill(const RankArgs& a, Stream* stream) {
   const std::int64_t row_groups = a.tile.rows() * a.shape.groups;
   if (row_groups == 0) return;
@@ -65,7 +56,7 @@ void rank_prefill(const RankArgs& a, Stream* stream) {
     launch_scores<__nv_bfloat16>(a, stream);
   else
     launch_scores<__half>(a, stream);
-  const TopNParams p{a, static_cast<const float*>(a.scratch), score_pitch_of(a.shape.rules, a.tile.max_positions)};
+  const TopNParams p{a, static_cast<const float*>(a.scratch), block_score_pitch(a.shape.rules, a.tile.max_positions)};
   launch_pdl(top_n_kernel, dim3(static_cast<unsigned>((row_groups + top_n_warps - 1) / top_n_warps)), 32 * top_n_warps,
              0, stream, 1, p);
 }

@@ -64,9 +64,6 @@ constexpr std::int64_t max_interleaved_bytes = 24 << 20;  // bytes of K and V: h
 int query_tiles_of(const QueryTile& tile) { return (tile.tokens + item_queries - 1) / item_queries; }
 int items_of(const LayerShape& s, const QueryTile& tile) { return tile.batches * s.groups * query_tiles_of(tile); }
 
-// Blocks of 64 tokens that a query selects.
-int blocks_of(const BlockRules& r) { return r.n_sel * (r.l_sel / block_tokens); }
-
 template <class T, int DK, int DV, bool Tuned>
 void launch(const AttendArgs& a, const PrefillPart& part, const float* gate, void* o, Stream* stream) {
   SelectedParams p{};
@@ -116,11 +113,7 @@ void launch(const AttendArgs& a, const float* gate, void* o, Stream* stream) {
 
 }  // namespace
 
-bool prefill_sel_accepts(const LayerShape& s, const RowMap& map) {
-  const BlockRules& r = s.rules;
-  return tiles_shape(s) && (r.l_sel == block_tokens || r.l_sel == 2 * block_tokens) && blocks_of(r) <= max_blocks &&
-         tma_accepts(map);
-}
+bool prefill_sel_accepts(const LayerShape& s, const RowMap& map) { return selected_tiles_shape(s) && tma_accepts(map); }
 
 bool prefill_sel_pays(const LayerShape& s, const QueryTile& tile) {
   return tile.max_positions <= max_schedulable_positions && std::int64_t{3} * items_of(s, tile) > limits().sms;

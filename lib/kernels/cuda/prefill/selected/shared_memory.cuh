@@ -14,12 +14,13 @@
 
 namespace nsa::gpu::selected {
 
-constexpr int item_queries = 12;                       // consumer warps
-constexpr int threads = 32 * (item_queries + 4);       // whole warpgroups, which exchange registers
-constexpr int block_tokens = 64;                       // of a KV slot: a selection block
-constexpr int max_blocks = 32, max_blocks_small = 16;  // of 64 tokens of a query: two instances of the scheduler
-constexpr int mailbox_slots = 8;                       // of a query: more than KV slots
-constexpr int schedule_slots = 4, slot_blocks = 8;     // of the schedule ring, and scheduled blocks in each
+constexpr int item_queries = 12;                     // consumer warps
+constexpr int threads = 32 * (item_queries + 4);     // whole warpgroups, which exchange registers
+constexpr int block_tokens = selected_block_tokens;  // of a KV slot: a selection block
+constexpr int max_blocks = selected_max_blocks,
+              max_blocks_small = 16;                // of 64 tokens of a query: two instances of the scheduler
+constexpr int mailbox_slots = 8;                    // of a query: more than KV slots
+constexpr int schedule_slots = 4, slot_blocks = 8;  // of the schedule ring, and scheduled blocks in each
 constexpr std::int64_t max_schedulable_positions = std::int64_t{block_tokens}
                                                    << 19;  // ScheduledBlock::block() has 19 bits
 
