@@ -18,7 +18,7 @@ from test_gate import INCONCLUSIVE, KERNELS
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "bench"
 sys.path.insert(0, str(SCRIPTS))
-from peers import kernels, report, result_file, shapes, timing  # noqa: E402
+from peers import isolation, kernels, measure, report, result_file, shapes, timing  # noqa: E402
 
 INPUT = KERNELS.replace('blocks = 4', 'blocks = [2, 4]\nspans = ["mixed", "scattered"]')
 
@@ -89,6 +89,128 @@ class Shapes(unittest.TestCase):
         self.assertEqual(seconds, [[1, 5, 8], [2, 4, 9], [3, 6, 7]])
         self.assertEqual([timing.copies_of(2 << 20), timing.copies_of(1), timing.copies_of(1, False)], [64, 64, 1])
         self.assertEqual([timing.copies_of(100 << 20), timing.copies_of(1 << 30)], [2, 1])
+
+
+class FakeSampler:
+    """Replays that write `value` into rows [:written], `writes` times; then nothing."""
+
+    def __init__(self, exact, value=0.0, written=None, writes=10**9, seconds=10e-6):
+        self.output, self.value, self.written, self.writes = np.zeros_like(exact), value, written, writes
+        self.seconds = seconds
+
+    def poison(self):
+        self.output[:] = np.nan
+
+    def sample(self):
+        if self.writes > 0:
+            self.output[:self.written] = self.value
+        self.writes -= 1
+        return self.seconds
+
+    def worst_error(self, exact):
+        return np.nan_to_num(np.abs(self.output - exact), nan=np.inf).max()
+
+
+class FakeInputs:
+    """Inputs whose exact output is 0 and whose floor is 5 us. The copies of a candidate are its sampler's arguments."""
+
+    synchronized = 0
+
+    def exact(self):
+        return np.zeros((4, 2, 3))
+
+    def floor(self):
+        return 5e-6
+
+    def on_host(self, output):
+        return output
+
+    def sampler(self, call, sampler):
+        return FakeSampler(self.exact(), **sampler)
+
+    def synchronize(self):
+        self.synchronized += 1
+
+
+class Measure(unittest.TestCase):
+    def measured(self, candidates):
+        """(names that have a time, what was said of the others)."""
+        point = {"model.precision": "bf16", "run.steps": 8, "run.warmup": 2}
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            found = measure.measure(point, FakeInputs(), [(name, "v", lambda copy, out=out: out, sampler)
+                                                          for name, out, sampler in candidates])
+        return found, said.getvalue()
+
+    def test_a_time_counts_where_the_timed_replays_did_the_work(self):
+        right = np.zeros((4, 2, 3))
+        found, said = self.measured([
+            ("honest", right, {}),
+            ("not_captured", right, {"writes": 0, "seconds": 2.8e-6}),  # it ran on another stream than the graph's
+            ("half", right, {"written": 2}),
+            ("once", right, {"writes": 1}),  # right when it is checked, and idle when it is timed
+            ("other", right, {"value": 0.5}),
+            ("too_fast", right, {"seconds": 2.8e-6}),
+            ("wrong", right + 1, {}),
+        ])  # fmt: skip
+        self.assertEqual(found["implementations"], ["honest"])
+        self.assertEqual((len(found["seconds"][0]), found["warmup"], found["errors"][0]["max"]), (8, 2, 0))
+        for name in "not_captured", "half", "once":
+            self.assertIn(f"{name} is INVALID: replays of its graph do not write all of the output", said)
+        self.assertIn("other is INVALID: replays of its graph are off by 5.0e-01", said)
+        self.assertIn("too_fast is INVALID: 2.80 us are less than the floor of 5.00 us", said)
+        self.assertIn("wrong is left out: its error against float64 is 1.0e+00", said)
+        self.assertEqual(len(said.splitlines()), 6)
+        self.assertIsNone(self.measured([("half", right, {"written": 2})])[0])
+
+    def test_least_work(self):
+        """By hand: 3 blocks of 64 tokens of K and V, 16 wide, in 2 bytes; q and the output of 32 rows of 2 heads."""
+        point = {**shapes.points_of(INPUT)[0], "kernels.rows": 32, "kernels.heads": 2, "kernels.head_size": 16,
+                 "nsa.l_sel": 64, "kernels.cold": True}
+        blocks = np.array([[0, 1], [1, 2]] * 16)
+        kv, q = 3 * 64 * 16 * 2 * 2, 32 * 2 * 16 * 2
+        self.assertEqual(shapes.least_work(point, blocks, 2), (kv + 2 * q, 2 * 2 * 32 * 2 * (2 * 64) * 16))
+        self.assertEqual(shapes.least_work({**point, "kernels.cold": False}, blocks, 2)[0], 2 * q)
+
+
+PACKAGE = """
+import os, signal, sys, time
+sys.path.insert(0, {bench!r})
+from peers import isolation
+
+def measure_point(point):
+    package, rows = sys.argv[1], point["kernels.rows"]
+    if rows == 2 and package == "crashes":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if rows == 2 and package == "exits":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if rows == 2 and package == "hangs":
+        time.sleep(100)
+    if package == "refuses":
+        return None
+    return {{"parameters": point, "implementations": [package], "variants": ["v"], "warmup": 1,
+             "errors": [{{"mean": 0, "standard_error": 0, "max": 0}}], "seconds": [[rows, rows]]}}
+
+isolation.serve(sys.argv[2], lambda: {{"program": "fake 1.0", "system": {{}}}}, measure_point)
+"""
+
+
+class Isolation(unittest.TestCase):
+    def test_a_crash_costs_one_shape_of_one_package(self):
+        points = [{"kernels.rows": rows} for rows in (1, 2, 3)]
+        with tempfile.TemporaryDirectory() as folder:
+            script = pathlib.Path(folder, "package.py")
+            script.write_text(PACKAGE.format(bench=str(SCRIPTS)))
+            commands = {name: [sys.executable, str(script), name] for name in
+                        ("crashes", "honest", "exits", "hangs", "refuses")}
+            found, about, crashes = isolation.measure_apart(commands, points, limit=4)
+        names = [point["implementations"] for point in found]
+        self.assertEqual(names, [["crashes", "honest", "exits", "hangs"], ["honest"],
+                                 ["crashes", "honest", "exits", "hangs"]])
+        self.assertEqual([point["seconds"][-1][0] for point in found], [1, 2, 3])
+        self.assertEqual(about["program"], "fake 1.0")
+        self.assertEqual(crashes, {("crashes", 1): "killed by SIGSEGV", ("exits", 1): "exit code 1",
+                                   ("hangs", 1): "no end after 4 s"})
 
 
 class Kernels(unittest.TestCase):

@@ -15,7 +15,7 @@ class CudaGraphs:
     def __init__(self, call, copies):
         import torch
 
-        self.graphs, self.next = [], 0
+        self.graphs, self.outputs, self.next, self.replayed = [], [], 0, set()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries select and load their kernels outside of a graph
@@ -27,21 +27,39 @@ class CudaGraphs:
             graph = torch.cuda.CUDAGraph()
             pool = self.graphs[0].pool() if self.graphs else None
             with torch.cuda.graph(graph, stream=stream, pool=pool):
-                for i in range(EXECUTIONS_A_GRAPH):
-                    call((first + i) % copies)
+                outputs = [call((first + i) % copies) for i in range(EXECUTIONS_A_GRAPH)]
             self.graphs.append(graph)
+            self.outputs.append(outputs)
 
     def sample(self):
         """Seconds of one execution."""
         import torch
 
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        which = self.next % len(self.graphs)
         begin.record()
-        self.graphs[self.next % len(self.graphs)].replay()
+        self.graphs[which].replay()
         end.record()
         end.synchronize()
         self.next += 1
+        self.replayed.add(which)
         return begin.elapsed_time(end) * 1e-3 / EXECUTIONS_A_GRAPH
+
+
+    def poison(self):
+        """Makes all outputs NaN: what a replay does not write stays so."""
+        for output in (output for outputs in self.outputs for output in outputs):
+            output.fill_(float("nan"))
+        self.replayed.clear()
+
+    def worst_error(self, exact):
+        """Largest error of the outputs of what was replayed since poison(); infinite where a value is NaN."""
+        import torch
+
+        truth = torch.from_numpy(exact).cuda()
+        errors = [(output.double() - truth).abs().nan_to_num(float("inf")).max().item()
+                  for which in self.replayed for output in self.outputs[which]]
+        return max(errors, default=float("inf"))
 
 
 def alternate(samplers, steps):
