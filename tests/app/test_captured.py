@@ -127,10 +127,31 @@ class Trace(Run):
                                 "kv_indptr": ("I32", rows), "kv_indices": ("I32", np.arange(150, dtype="i4"))})
         settings, code = self.tool("--sequence", "1")
         self.assertIsNone(code)
-        for line in 'kind = "decode"', "context = 80\n", f"n_heads = {H}\n", f"n_kv_groups = {G}\n", f"d_k = {D}\n":
+        for line in 'kind = "prefill"', "context = 20\n", f"n_heads = {H}\n", f"n_kv_groups = {G}\n", f"d_k = {D}\n":
             self.assertIn(line, settings)
-        self.assertIn("steps = 20", settings)
+        self.assertIn("prefix = 80", settings)
         self.assertNotIn("file", settings)
+        self.write("in.toml", settings)
+        self.assertIn("RESULT: VALID", self.assert_ok(self.nsa("run", "in.toml", "--output", "r.h5", *(
+            word for setting in SMALL_BLOCKS for word in ("--set", setting)))).out)
+
+    def test_queries_behind_a_prefix(self):
+        """The last 20 of 100 positions have queries: a prefill onto the 80 before, whose K and V are the file's."""
+        self.define("ragged", "gqa_ragged")
+        q, k, v = self.values(20, H, D), self.values(100, G, D), self.values(100, G, D)
+        rows = {name: ("I32", np.array([0, n], "i4")) for name, n in (("qo_indptr", 20), ("kv_indptr", 100))}
+        self.workload("ragged", {"q": ("F32", q), "k": ("F32", k), "v": ("F32", v), **rows})
+        settings, code = self.tool("--output", os.path.join(self.folder, "q.h5"))
+        self.assertIsNone(code)
+        for line in 'kind = "prefill"', "context = 20\n", "prefix = 80\n":
+            self.assertIn(line, settings)
+        given = self.captured_run(settings, "r.h5")
+        np.testing.assert_allclose(given["q"][80:], q, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(given["k_sel"], k, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(given["v_sel"], v, rtol=1e-3, atol=1e-6)
+        with h5py.File(os.path.join(self.folder, "r.h5")) as file:
+            self.assertEqual((file["points/0000"].attrs["run.context"], file["points/0000"].attrs["run.prefix"]),
+                             (20, 80))
 
     def test_what_it_does_not_take(self):
         self.define("mla", "mla_paged")
