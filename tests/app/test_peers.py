@@ -99,7 +99,7 @@ class FakeSampler:
         self.seconds = seconds
 
     def poison(self):
-        self.output[:] = np.nan
+        self.output[:] = timing.POISON
 
     def sample(self):
         if self.writes > 0:
@@ -108,7 +108,7 @@ class FakeSampler:
         return self.seconds
 
     def worst_error(self, exact):
-        return np.nan_to_num(np.abs(self.output - exact), nan=np.inf).max()
+        return np.abs(self.output - exact).max()
 
 
 class FakeInputs:

@@ -1,6 +1,7 @@
 """Times implementations of one shape in alternation, as `nsa run` does for `kind = "kernels"` (docs/METRICS.md)."""
 
 EXECUTIONS_A_GRAPH = 8  # as lib/nsa/tasks/kernels_task.cpp
+POISON = 1e4
 COLD_BYTES, MAX_COPIES = 128 << 20, 64  # as lib/nsa/tasks/kernel_bench.cpp
 
 
@@ -24,9 +25,8 @@ class CudaGraphs:
         torch.cuda.synchronize()
         count = -(-copies // EXECUTIONS_A_GRAPH)
         for first in range(0, count * EXECUTIONS_A_GRAPH, EXECUTIONS_A_GRAPH):
-            graph = torch.cuda.CUDAGraph()
-            pool = self.graphs[0].pool() if self.graphs else None
-            with torch.cuda.graph(graph, stream=stream, pool=pool):
+            graph = torch.cuda.CUDAGraph()  # with memory of its own: no other graph writes over its outputs
+            with torch.cuda.graph(graph, stream=stream):
                 outputs = [call((first + i) % copies) for i in range(EXECUTIONS_A_GRAPH)]
             self.graphs.append(graph)
             self.outputs.append(outputs)
@@ -47,19 +47,23 @@ class CudaGraphs:
 
 
     def poison(self):
-        """Makes all outputs NaN: what a replay does not write stays so."""
+        """Fills all outputs with what no attention gives: where a replay does not write, it stays.
+
+        Not with NaN: a kernel may read scratch memory that it has not written, with a weight of 0, and outputs of later
+        executions lie where scratch memory of earlier ones was.
+        """
         for output in (output for outputs in self.outputs for output in outputs):
-            output.fill_(float("nan"))
+            output.fill_(POISON)
         self.replayed.clear()
 
     def worst_error(self, exact):
         """Largest error of the outputs of what was replayed since poison(); infinite where a value is NaN."""
         import torch
 
-        truth = torch.from_numpy(exact).cuda()
-        errors = [(output.double() - truth).abs().nan_to_num(float("inf")).max().item()
+        truth, infinite = torch.from_numpy(exact).cuda(), float("inf")
+        errors = [(output.double() - truth).abs().nan_to_num(infinite, infinite).max().item()
                   for which in self.replayed for output in self.outputs[which]]
-        return max(errors, default=float("inf"))
+        return max(errors, default=infinite)
 
 
 def alternate(samplers, steps):
