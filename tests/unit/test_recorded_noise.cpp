@@ -97,7 +97,7 @@ Rates by_turns(const Recorded& recorded, int n, double slowdown, int comparisons
         ratios.push_back(summarise(runs.run(n, 1 + slowdown)).median / a);
       }
       const Summary r = summarise(ratios, family_error);
-      rates.add(judge_ratio({r.median, r.low, r.high}, cuda_variation.same_margin));
+      rates.add(judge_ratio({r.median, r.low, r.high}, turns_same_margin));
     }
   }
   return rates;
@@ -121,17 +121,17 @@ TEST_CASE("recorded noise: two runs are called different in 1%", "[diff]") {
     CAPTURE(recorded.file, equal.slower, equal.faster);
     CHECK(equal.slower + equal.faster <= 9);
   }
-  CHECK(by_diff(gpu, 400, 0.03, 20).found() >= 0.95);
+  CHECK(by_diff(gpu, 400, 0.035, 20).found() >= 0.95);
 }
 
 TEST_CASE("the table of error rates with recorded noise", "[.][study]") {
   std::cout << std::fixed << std::setprecision(1) << std::setw(20) << "noise of" << std::setw(10) << "samples"
-            << std::setw(30) << "nsa diff: differ, 2%, 3%" << std::setw(34) << "by turns: pairs, differ, 2%\n";
+            << std::setw(30) << "nsa diff: differ, 2%, 3.5%" << std::setw(34) << "by turns: pairs, differ, 2%\n";
   for (const Recorded& recorded : {gpu, host})
     for (const int n : {24, 100, 400, 1600}) {
       const auto percent = [](double share) { return 100 * share; };
       std::cout << std::setw(20) << recorded.file << std::setw(10) << n;
-      for (const double slowdown : {0.0, 0.02, 0.03}) {
+      for (const double slowdown : {0.0, 0.02, 0.035}) {
         const Rates rates = by_diff(recorded, n, slowdown, 100);
         std::cout << std::setw(10) << percent(slowdown > 0 ? rates.found() : rates.different());
       }

@@ -377,7 +377,7 @@ DiffResult compare_pairs(std::ostream& out, const std::vector<PairedFiles>& pair
       fmt::print(out, "\n{}\n  {:<9} {:<12} {:>10} {:>10} {:>22}\n", s.point, "mode", "stage", "A", "B",
                  "B/A [99% all]");
     const Summary r = summarise(s.ratio, family_error / static_cast<double>(series.size()));
-    const Difference d = judge_ratio({r.median, r.low, r.high}, cuda_variation.same_margin);
+    const Difference d = judge_ratio({r.median, r.low, r.high}, turns_same_margin);
     ++counts[static_cast<std::size_t>(d)];
     const bool too_slow = d == Difference::slower && r.median > 1 + fail_above;
     result.slower_than_allowed |= too_slow;
