@@ -8,7 +8,9 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import types
 import unittest
+import unittest.mock
 
 import h5py
 import numpy as np
@@ -132,6 +134,68 @@ class FakeInputs:
         self.synchronized += 1
 
 
+class Output(np.ndarray):
+    """The operations of a tensor on a GPU that timing.CudaGraphs calls."""
+
+    def cuda(self):
+        return self
+
+    def double(self):
+        return self.astype("f8")
+
+    def fill_(self, value):
+        self[...] = value
+
+    def nan_to_num(self, nan, posinf):
+        return np.nan_to_num(self, nan=nan, posinf=posinf)
+
+    def abs(self):
+        return np.abs(self)
+
+
+class FakeCuda(types.SimpleNamespace):
+    """torch.cuda whose graphs replay the kernels that were launched while they captured."""
+
+    class CUDAGraph:
+        def __init__(self):
+            self.kernels = []
+
+        def replay(self):
+            for kernel in self.kernels:
+                kernel()
+
+    class Event(types.SimpleNamespace):
+        def record(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 0.08  # ms, of 8 executions
+
+        synchronize = record
+
+    def __init__(self):
+        super().__init__(capturing=None, synchronize=lambda: None, current_stream=lambda: None,
+                         stream=lambda stream: contextlib.nullcontext(),
+                         Stream=lambda: types.SimpleNamespace(wait_stream=lambda other: None))
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        self.capturing = graph
+        yield
+        self.capturing = None
+
+    def launch(self, kernel, captured=True):
+        if captured and self.capturing:
+            self.capturing.kernels.append(kernel)
+        else:
+            kernel()
+
+
+class GraphInputs(FakeInputs):
+    def sampler(self, call, copies):
+        return timing.CudaGraphs(call, copies)
+
+
 class Measure(unittest.TestCase):
     def measured(self, candidates):
         """(names that have a time, what was said of the others)."""
@@ -162,6 +226,28 @@ class Measure(unittest.TestCase):
         self.assertIn("wrong is left out: its error against float64 is 1.0e+00", said)
         self.assertEqual(len(said.splitlines()), 6)
         self.assertIsNone(self.measured([("half", right, {"written": 2})])[0])
+
+    def test_graphs_that_replay_the_work(self):
+        """Through CudaGraphs on a fake of torch: 3 graphs of 8 executions over 20 copies."""
+        cuda = FakeCuda()
+        torch = types.SimpleNamespace(cuda=cuda, from_numpy=lambda values: values.view(Output))
+
+        def adapter(captured=True, bad_copy=None):
+            def call(copy):
+                output = np.zeros((4, 2, 3)).view(Output)
+                cuda.launch(lambda: output.fill_(1.0 if copy == bad_copy else 0.0), captured)
+                return output
+            return call
+
+        point = {"model.precision": "bf16", "run.steps": 8, "run.warmup": 2}
+        adapters = {"honest": adapter(), "on_another_stream": adapter(captured=False), "bad_copy": adapter(bad_copy=19)}
+        said = io.StringIO()
+        with unittest.mock.patch.dict(sys.modules, torch=torch), contextlib.redirect_stderr(said):
+            found = measure.measure(point, GraphInputs(), [(name, "v", call, 20) for name, call in adapters.items()])
+        self.assertEqual(found["implementations"], ["honest"])
+        self.assertEqual(found["seconds"], [[1e-5] * 8])
+        self.assertIn("on_another_stream is INVALID: replays of its graph do not write all", said.getvalue())
+        self.assertIn("bad_copy is INVALID: replays of its graph are off by 1.0e+00", said.getvalue())
 
     def test_least_work(self):
         """By hand: 3 blocks of 64 tokens of K and V, 16 wide, in 2 bytes; q and the output of 32 rows of 2 heads."""
