@@ -29,7 +29,7 @@ run() {
   local input=$1 fewest=-1 noisy begin
   for attempt in 1 2 3; do
     begin=$SECONDS
-    "$nsa" run "inputs/$input.toml" --set "run.backend=$backend" --output "$new/$input.$attempt.h5" >"$new/$input.txt"
+    "$nsa" run "inputs/gate/$input.toml" --set "run.backend=$backend" --output "$new/$input.$attempt.h5" >"$new/$input.txt"
     noisy=$(sed -n 's/^NOISY: \([0-9]*\) of .*/\1/p' "$new/$input.txt")
     echo "$SECONDS s: $input, attempt $attempt: $(tail -n 1 "$new/$input.txt"), ${noisy:=0} NOISY points"
     if ((fewest < 0 || noisy < fewest)); then

@@ -17,7 +17,7 @@ if [[ $1 == gate ]]; then
   echo "VERDICT: PROCEED"
   exit
 fi
-[[ "$*" == "run inputs/"*" --set run.backend=host --output "* ]]
+[[ "$*" == "run inputs/gate/"*" --set run.backend=host --output "* ]]
 input=$(basename "$2" .toml)
 attempt=$(($(cat "$input.count" 2>/dev/null || echo 0) + 1))
 echo $attempt >"$input.count"
