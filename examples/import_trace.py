@@ -2,10 +2,11 @@
 """A workload of a FlashInfer-Trace data set as an input file of nsa (docs/SCHEMA.md, "Tensors").
 
 Reads definitions/ and workloads/ of the data set (flashinfer-ai/flashinfer-bench, docs/flashinfer-trace) and takes
-operations of the kinds gqa_paged and gqa_ragged. One sequence of the workload becomes a run: where every position of
-it has a query, a prefill; else decode of the positions that have one. Lengths come from the indptr tensors. q, K and V
-come from their safetensors; where one of them is "random", no file is written, and the printed settings run on
-synthetic values. What the file does not have (gates; queries of positions that are not run) is 1/3 and 0.
+operations of the kinds gqa_paged and gqa_ragged. One sequence of the workload becomes a run: of one query a decode
+step, of several a prefill, onto a prefix (run.prefix) where positions before them have none. Lengths come from the
+indptr tensors. q, K and V come from their safetensors; where one of them is "random", no file is written, and the
+printed settings run on synthetic values. What the file does not have (gates; queries of positions that are not run) is
+1/3 and 0.
 Needs numpy and h5py.
 
 usage: import_trace.py DATASET WORKLOADS.jsonl [--uuid UUID] [--sequence I] [--output FILE.h5]
@@ -130,20 +131,17 @@ def run(args):
     if not 0 < queries <= positions:
         raise TraceError(f"sequence {args.sequence} has {queries} queries and {positions} keys; "
                          "choose another --sequence")
-    context = None if queries == positions else positions - queries
-    if context == 0:
-        raise TraceError(f"sequence {args.sequence} has no context before its queries; choose another --sequence")
     source = f"{workload.name}, workload {workload.uuid}, sequence {args.sequence}"
     values = workload.queries_keys_values(args.sequence)
     if values is None:
         heads, groups, d = (workload.axes[axis] for axis in ("num_qo_heads", "num_kv_heads", "head_dim"))
-        return print_settings(source, (positions, heads, d), (groups, d), context, None)
+        return print_settings(source, (positions, heads, d), (groups, d), queries, None)
     if not args.output:
         raise TraceError("the workload has tensors; name the file to write with --output")
     q, k, v = values
     whole = np.zeros((positions, *q.shape[1:]), "f4")
     whole[positions - queries:] = q
-    write_input(args.output, whole, k, v, source, context)
+    write_input(args.output, whole, k, v, source, queries)
 
 
 def main():

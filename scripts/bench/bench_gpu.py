@@ -100,30 +100,14 @@ def dense_prefill(context):
     )
 
 
-def packed_selection(input_toml):
-    """Yields the measured points of the input's shapes, for peers.result_file.write()."""
-    from peers import selection, shapes, torch_sdpa
-
-    for point in shapes.points_of(input_toml):
-        inputs = selection.Inputs(point)
-        candidates = [c for c in torch_sdpa.implementations(inputs) if "math" not in c[0]]
-        measured = selection.measure(point, inputs, candidates)
-        if measured is None:  # fp32: only torch's own arithmetic
-            measured = selection.measure(point, inputs, torch_sdpa.implementations(inputs))
-        if measured:
-            yield measured
-
-
 def run_selection(args, results):
-    """Measures and prints the shapes, and writes the file of peers."""
-    from peers import report, torch_sdpa
+    """Measures and prints the shapes in a process of their own, and writes the file of peers."""
+    from peers import report, shapes
 
-    def points():
-        for point in packed_selection(args.input.read_text()):
-            results.append({"what": "selection", **report.medians(point)})
-            yield point
-
-    report.run(points(), torch_sdpa.program(), args.input.read_text(), args.output)
+    input_toml = args.input.read_text()
+    rows = report.run({"torch": report.worker_command("torch")}, shapes.points_of(input_toml), [], input_toml,
+                      args.output)
+    results += [{"what": "selection", **row} for row in rows]
 
 
 def decode_rows(build):

@@ -2,7 +2,9 @@
 """Public NSA kernels on the shapes of an input of kind = "kernels", timed and checked as ours are.
 
 Each kernel runs on inputs like ours (docs/METRICS.md, "Kernels beside one another"): the same work, cold K and V, CUDA
-graphs of 8 executions, all in alternation; every output is compared with float64, and what is wrong is left out.
+graphs of 8 executions. A time counts where the outputs that the timed replays wrote are those of float64, and where it
+is not below the floor of the work; else the kernel is named INVALID at that shape. Each package runs in processes of
+its own: one that crashes loses its shape, and nothing of another package.
 --output writes the samples as a file of peers (docs/SCHEMA.md, "Peers"; needs h5py). The packages are those that are
 installed or whose checkouts --path names; what is not there, or does other work, is named. Needs torch with CUDA.
 
@@ -26,22 +28,6 @@ def print_what_is_there(found, absent):
         print(f"{name}: not measured ({reason})")
 
 
-def measured_points(input_toml, adapters):
-    from peers import selection
-
-    for point in shapes.points_of(input_toml):
-        try:
-            inputs = selection.Inputs(point)
-            measured = selection.measure(point, inputs, kernels.implementations(inputs, adapters))
-        except RuntimeError as error:  # of CUDA: no kernel runs in this process any more
-            shape = " ".join(str(point[f"kernels.{key}"]) for key in report.SHAPE)
-            print(f"a kernel failed at {shape} ({str(error).splitlines()[0]}); that shape and those after it are not "
-                  "measured: leave it out of --input")
-            return
-        if measured:
-            yield measured
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", action="append", default=[], help="a checkout to import from; may be repeated")
@@ -56,11 +42,10 @@ def main():
         return
     if not found:
         sys.exit("none of the kernels is there")
-    from peers import torch_sdpa
-
-    program = ", ".join([torch_sdpa.program(), *versions])
     input_toml = args.input.read_text()
-    report.run(measured_points(input_toml, found), program, input_toml, args.output)
+    commands = {name: report.worker_command(name, args.path) for name in found}
+    if not report.run(commands, shapes.points_of(input_toml), versions, input_toml, args.output):
+        sys.exit("none of the kernels was measured")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import os
 import pathlib
 import struct
 import sys
+import types
 import unittest
+import unittest.mock
 
 import h5py
 import numpy as np
@@ -125,10 +127,31 @@ class Trace(Run):
                                 "kv_indptr": ("I32", rows), "kv_indices": ("I32", np.arange(150, dtype="i4"))})
         settings, code = self.tool("--sequence", "1")
         self.assertIsNone(code)
-        for line in 'kind = "decode"', "context = 80\n", f"n_heads = {H}\n", f"n_kv_groups = {G}\n", f"d_k = {D}\n":
+        for line in 'kind = "prefill"', "context = 20\n", f"n_heads = {H}\n", f"n_kv_groups = {G}\n", f"d_k = {D}\n":
             self.assertIn(line, settings)
-        self.assertIn("steps = 20", settings)
+        self.assertIn("prefix = 80", settings)
         self.assertNotIn("file", settings)
+        self.write("in.toml", settings)
+        self.assertIn("RESULT: VALID", self.assert_ok(self.nsa("run", "in.toml", "--output", "r.h5", *(
+            word for setting in SMALL_BLOCKS for word in ("--set", setting)))).out)
+
+    def test_queries_behind_a_prefix(self):
+        """The last 20 of 100 positions have queries: a prefill onto the 80 before, whose K and V are the file's."""
+        self.define("ragged", "gqa_ragged")
+        q, k, v = self.values(20, H, D), self.values(100, G, D), self.values(100, G, D)
+        rows = {name: ("I32", np.array([0, n], "i4")) for name, n in (("qo_indptr", 20), ("kv_indptr", 100))}
+        self.workload("ragged", {"q": ("F32", q), "k": ("F32", k), "v": ("F32", v), **rows})
+        settings, code = self.tool("--output", os.path.join(self.folder, "q.h5"))
+        self.assertIsNone(code)
+        for line in 'kind = "prefill"', "context = 20\n", "prefix = 80\n":
+            self.assertIn(line, settings)
+        given = self.captured_run(settings, "r.h5")
+        np.testing.assert_allclose(given["q"][80:], q, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(given["k_sel"], k, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(given["v_sel"], v, rtol=1e-3, atol=1e-6)
+        with h5py.File(os.path.join(self.folder, "r.h5")) as file:
+            self.assertEqual((file["points/0000"].attrs["run.context"], file["points/0000"].attrs["run.prefix"]),
+                             (20, 80))
 
     def test_what_it_does_not_take(self):
         self.define("mla", "mla_paged")
@@ -142,38 +165,143 @@ class Trace(Run):
         self.assertIn("definitions has no definition gone", self.tool()[1])
 
 
-@unittest.skipUnless(importlib.util.find_spec("torch"), "needs torch")
-class Model(Run):
-    def test_a_layer_of_a_tiny_transformer(self):
+class Tensor:
+    """The few operations of torch.Tensor that capture_attention.py and this test call, over a numpy array."""
+
+    def __init__(self, values):
+        self.values, self.shape = values, values.shape
+
+    def __getitem__(self, index):
+        return Tensor(self.values[index])
+
+    def __mul__(self, factor):
+        return Tensor((self.values * factor).astype(self.values.dtype))
+
+    def transpose(self, a, b):
+        return Tensor(self.values.swapaxes(a, b))
+
+    def repeat_interleave(self, repeats, dim):
+        return Tensor(self.values.repeat(repeats, dim))
+
+    def float(self):
+        return Tensor(self.values.astype("f4"))
+
+    def detach(self):
+        return Tensor(self.values.view())
+
+    def cpu(self):
+        return self
+
+    def numpy(self):
+        return self.values
+
+
+def causal_attention(query, key, value, is_causal=False, scale=None):
+    assert is_causal
+    q, k, v = query.values, key.values, value.values
+    scores = q @ k.swapaxes(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = np.where(np.tri(q.shape[-2], dtype=bool), scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return Tensor((p / p.sum(-1, keepdims=True) @ v).astype("f4"))
+
+
+def fake_torch():
+    """Modules `torch` and `torch.nn`, for where torch is not installed."""
+    torch, nn = types.ModuleType("torch"), types.ModuleType("torch.nn")
+    torch.nn, nn.functional = nn, types.SimpleNamespace(scaled_dot_product_attention=causal_attention)
+    torch.from_numpy, torch.no_grad = Tensor, contextlib.nullcontext
+    torch.equal = lambda a, b: bool(np.array_equal(a.numpy(), b.numpy()))
+    return {"torch": torch, "torch.nn": nn}
+
+
+class Transformer:
+    """Three layers of attention over 32 channels. `seen`: q, K and V [heads, T, D] of each layer, before scaling."""
+
+    def __init__(self, scale=None):
+        self.random, self.scale, self.seen = np.random.default_rng(1), scale, []
+        self.weights = [[self.normal(32, heads * D) for heads in (H, G, G)] for _ in range(3)]
+        self.embedding = self.normal(1000, 32)
+
+    def normal(self, *shape):
+        return self.random.standard_normal(shape).astype("f4")
+
+    def __call__(self, tokens, use_cache):
         import torch
-        from capture_attention import capture
         from torch.nn import functional
 
-        torch.manual_seed(1)
-        weights = [[torch.randn(32, heads * D) for heads in (H, G, G)] for _ in range(3)]
-        seen = []
-
-        def layer(x, w_q, w_k, w_v):
-            q, k, v = ((x @ w).view(1, len(x), -1, D).transpose(1, 2) for w in (w_q, w_k, w_v))
-            seen.append((q, k, v))
+        assert not use_cache
+        x = self.embedding[tokens[0]]
+        for weights in self.weights:
+            q, k, v = ((x @ w).reshape(1, len(x), -1, D).swapaxes(1, 2) for w in weights)
+            self.seen.append((q[0], k[0], v[0]))
+            q, k, v = (torch.from_numpy(np.ascontiguousarray(y)) for y in (q, k, v))
             wide = (y.repeat_interleave(H // G, 1) for y in (k, v))
-            o = functional.scaled_dot_product_attention(q, *wide, is_causal=True)
-            return functional.normalize(o.transpose(1, 2).reshape(len(x), -1)[:, :32])
+            o = functional.scaled_dot_product_attention(q, *wide, is_causal=True, scale=self.scale)
+            o = o.numpy()[0].swapaxes(0, 1).reshape(len(x), -1)[:, :32]
+            x = o / np.linalg.norm(o, axis=1, keepdims=True)
 
-        x = torch.randn(100, 32)
-        with capture(layer=1) as captured:
-            for w in weights:
-                x = layer(x, *w)
+
+class Model(Run):
+    """examples/capture_attention.py, on torch where it is installed, else on a fake of what it calls."""
+
+    def setUp(self):
+        super().setUp()
+        if importlib.util.find_spec("torch") is None:
+            patch = unittest.mock.patch.dict(sys.modules, fake_torch())
+            patch.start()
+            self.addCleanup(patch.stop)
+        self.addCleanup(sys.modules.pop, "capture_attention", None)
+
+    def captured(self, model, tokens, layer, name):
+        """What the tool prints where it writes the layer's q, K and V to the file."""
+        from capture_attention import capture
+
         settings = io.StringIO()
+        with capture(layer) as captured:
+            model(tokens, use_cache=False)
         with contextlib.redirect_stdout(settings):
-            captured.write(os.path.join(self.folder, "q.h5"), "a tiny transformer")
-        given = self.captured_run(settings.getvalue(), "r.h5")
-        for name, values in zip(("q", "k_sel", "v_sel"), seen[1]):
-            np.testing.assert_allclose(given[name], values[0].transpose(0, 1).numpy(), rtol=1e-3, atol=1e-6)
-        with capture(layer=7) as never:
-            layer(torch.randn(100, 32), *weights[0])
-        with self.assertRaisesRegex(ValueError, "was not reached"):
-            never.write(os.path.join(self.folder, "no.h5"), "")
+            captured.write(os.path.join(self.folder, name), "a tiny transformer")
+        return settings.getvalue()
+
+    def check(self, settings, seen, q_factor=1):
+        given = self.captured_run(settings, f"r{len(os.listdir(self.folder))}.h5")
+        for name, values, factor in zip(("q", "k_sel", "v_sel"), seen, (q_factor, 1, 1)):
+            np.testing.assert_allclose(given[name], values.swapaxes(0, 1) * factor, rtol=1e-3, atol=1e-6)
+
+    def test_a_layer_of_a_tiny_transformer(self):
+        from torch.nn import functional
+
+        tokens, model, original = np.arange(100)[None], Transformer(), functional.scaled_dot_product_attention
+        self.check(self.captured(model, tokens, 1, "q.h5"), model.seen[1])
+        self.assertIs(functional.scaled_dot_product_attention, original)
+        scaled = Transformer(scale=0.5)
+        self.check(self.captured(scaled, tokens, 2, "scaled.h5"), scaled.seen[2], 0.5 * D ** 0.5)
+        with self.assertRaisesRegex(ValueError, "was not reached; choose a smaller one"):
+            self.captured(model, tokens, 7, "no.h5")
+        self.assertFalse(os.path.exists(os.path.join(self.folder, "no.h5")))
+
+    def test_a_model_of_transformers(self):
+        model = Transformer()
+        transformers = types.ModuleType("transformers")
+        transformers.AutoTokenizer = unittest.mock.Mock()
+        transformers.AutoTokenizer.from_pretrained.return_value = lambda text, return_tensors: types.SimpleNamespace(
+            input_ids=np.array([[ord(c) for c in text]]))
+        transformers.AutoModelForCausalLM = unittest.mock.Mock()
+        transformers.AutoModelForCausalLM.from_pretrained.return_value.eval.return_value = model
+        self.write("text.txt", "words of a text, " * 10)
+        settings = io.StringIO()
+        argv = ["capture_attention.py", "some/model", os.path.join(self.folder, "text.txt"), "--layer", "2",
+                "--tokens", "90", "--output", os.path.join(self.folder, "q.h5")]
+        with unittest.mock.patch.dict(sys.modules, transformers=transformers), \
+                unittest.mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(settings):
+            import capture_attention
+
+            capture_attention.main()
+        options = transformers.AutoModelForCausalLM.from_pretrained.call_args
+        self.assertEqual((options.args, options.kwargs), (("some/model",), {"attn_implementation": "sdpa"}))
+        self.assertIn("# some/model, layer 2, 90 tokens\n", settings.getvalue())
+        self.assertIn("context = 90\n", settings.getvalue())
+        self.check(settings.getvalue(), model.seen[2])
 
 
 if __name__ == "__main__":

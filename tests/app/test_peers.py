@@ -8,7 +8,9 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import types
 import unittest
+import unittest.mock
 
 import h5py
 import numpy as np
@@ -18,7 +20,7 @@ from test_gate import INCONCLUSIVE, KERNELS
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "bench"
 sys.path.insert(0, str(SCRIPTS))
-from peers import kernels, report, result_file, shapes, timing  # noqa: E402
+from peers import isolation, kernels, measure, report, result_file, shapes, timing  # noqa: E402
 
 INPUT = KERNELS.replace('blocks = 4', 'blocks = [2, 4]\nspans = ["mixed", "scattered"]')
 
@@ -89,6 +91,211 @@ class Shapes(unittest.TestCase):
         self.assertEqual(seconds, [[1, 5, 8], [2, 4, 9], [3, 6, 7]])
         self.assertEqual([timing.copies_of(2 << 20), timing.copies_of(1), timing.copies_of(1, False)], [64, 64, 1])
         self.assertEqual([timing.copies_of(100 << 20), timing.copies_of(1 << 30)], [2, 1])
+
+
+class FakeSampler:
+    """Replays that write V + `error` into rows [:written], `writes` times; then nothing."""
+
+    def __init__(self, inputs, error=0.0, written=None, writes=10**9, seconds=10e-6):
+        self.inputs, self.error, self.written, self.writes = inputs, error, written, writes
+        self.output, self.seconds = inputs.exact(), seconds
+
+    def sample(self):
+        if self.writes > 0:
+            self.output[:self.written] = self.inputs.values + self.error
+        self.writes -= 1
+        return self.seconds
+
+    def worst_error(self, exact):
+        return np.abs(self.output - exact).max()
+
+
+class FakeInputs:
+    """Inputs whose output is V, 1, and whose floor is 5 us. The copies of a candidate are its sampler's arguments."""
+
+    values = 1.0
+
+    def exact(self):
+        return np.ones((4, 2, 3))
+
+    def scale_values(self, factor):
+        self.values *= factor
+
+    def floor(self):
+        return 5e-6
+
+    def on_host(self, output):
+        return output
+
+    def sampler(self, call, sampler):
+        return FakeSampler(self, **sampler)
+
+    def synchronize(self):
+        pass
+
+
+class Output(np.ndarray):
+    """The operations of a tensor on a GPU that timing.CudaGraphs calls."""
+
+    def cuda(self):
+        return self
+
+    def double(self):
+        return self.astype("f8")
+
+    def fill_(self, value):
+        self[...] = value
+
+    def nan_to_num(self, nan, posinf):
+        return np.nan_to_num(self, nan=nan, posinf=posinf)
+
+    def abs(self):
+        return np.abs(self)
+
+
+class FakeCuda(types.SimpleNamespace):
+    """torch.cuda whose graphs replay the kernels that were launched while they captured."""
+
+    class CUDAGraph:
+        def __init__(self):
+            self.kernels = []
+
+        def replay(self):
+            for kernel in self.kernels:
+                kernel()
+
+    class Event(types.SimpleNamespace):
+        def record(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 0.08  # ms, of 8 executions
+
+        synchronize = record
+
+    def __init__(self):
+        super().__init__(capturing=None, synchronize=lambda: None, current_stream=lambda: None,
+                         stream=lambda stream: contextlib.nullcontext(),
+                         Stream=lambda: types.SimpleNamespace(wait_stream=lambda other: None))
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        self.capturing = graph
+        yield
+        self.capturing = None
+
+    def launch(self, kernel, captured=True):
+        if captured and self.capturing:
+            self.capturing.kernels.append(kernel)
+        else:
+            kernel()
+
+
+class GraphInputs(FakeInputs):
+    def sampler(self, call, copies):
+        return timing.CudaGraphs(call, copies)
+
+
+class Measure(unittest.TestCase):
+    def measured(self, candidates):
+        """(names that have a time, what was said of the others)."""
+        point = {"model.precision": "bf16", "run.steps": 8, "run.warmup": 2}
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            found = measure.measure(point, FakeInputs(), [(name, "v", lambda copy, out=out: out, sampler)
+                                                          for name, out, sampler in candidates])
+        return found, said.getvalue()
+
+    def test_a_time_counts_where_the_timed_replays_did_the_work(self):
+        right = np.ones((4, 2, 3))
+        found, said = self.measured([
+            ("honest", right, {}),
+            ("not_captured", right, {"writes": 0, "seconds": 2.8e-6}),  # it ran on another stream than the graph's
+            ("half", right, {"written": 2}),
+            ("once", right, {"writes": 1}),  # right when it is checked, and idle when it is timed
+            ("other", right, {"error": 0.5}),
+            ("too_fast", right, {"seconds": 2.8e-6}),
+            ("wrong", right + 1, {}),
+        ])  # fmt: skip
+        self.assertEqual(found["implementations"], ["honest"])
+        self.assertEqual((len(found["seconds"][0]), found["warmup"], found["errors"][0]["max"]), (8, 2, 0))
+        for name, error in ("not_captured", 1.0), ("half", 1.0), ("once", 1.0), ("other", 0.5):
+            self.assertIn(f"{name} is INVALID: outputs of its replays are off by {error:.1e} after V has changed", said)
+        self.assertIn("too_fast is INVALID: 2.80 us are less than the floor of 5.00 us", said)
+        self.assertIn("wrong is left out: its error against float64 is 1.0e+00", said)
+        self.assertEqual(len(said.splitlines()), 6)
+        self.assertIsNone(self.measured([("half", right, {"written": 2})])[0])
+
+    def test_graphs_that_replay_the_work(self):
+        """Through CudaGraphs on a fake of torch: 3 graphs of 8 executions over 20 copies."""
+        cuda, inputs = FakeCuda(), GraphInputs()
+        torch = types.SimpleNamespace(cuda=cuda, from_numpy=lambda values: values.view(Output))
+
+        def adapter(captured=True, bad_copy=None):
+            def call(copy):
+                output = np.zeros((4, 2, 3)).view(Output)
+                cuda.launch(lambda: output.fill_(0.0 if copy == bad_copy else inputs.values), captured)
+                return output
+            return call
+
+        point = {"model.precision": "bf16", "run.steps": 8, "run.warmup": 2}
+        adapters = {"honest": adapter(), "on_another_stream": adapter(captured=False), "bad_copy": adapter(bad_copy=19)}
+        said = io.StringIO()
+        with unittest.mock.patch.dict(sys.modules, torch=torch), contextlib.redirect_stderr(said):
+            found = measure.measure(point, inputs, [(name, "v", call, 20) for name, call in adapters.items()])
+        self.assertEqual(found["implementations"], ["honest"])
+        self.assertEqual(found["seconds"], [[1e-5] * 8])
+        for name in "on_another_stream", "bad_copy":
+            self.assertIn(f"{name} is INVALID: outputs of its replays are off by 1.0e+00", said.getvalue())
+
+    def test_least_work(self):
+        """By hand: 3 blocks of 64 tokens of K and V, 16 wide, in 2 bytes; q and the output of 32 rows of 2 heads."""
+        point = {**shapes.points_of(INPUT)[0], "kernels.rows": 32, "kernels.heads": 2, "kernels.head_size": 16,
+                 "nsa.l_sel": 64, "kernels.cold": True}
+        blocks = np.array([[0, 1], [1, 2]] * 16)
+        kv, q = 3 * 64 * 16 * 2 * 2, 32 * 2 * 16 * 2
+        self.assertEqual(shapes.least_work(point, blocks, 2), (kv + 2 * q, 2 * 2 * 32 * 2 * (2 * 64) * 16))
+        self.assertEqual(shapes.least_work({**point, "kernels.cold": False}, blocks, 2)[0], 2 * q)
+
+
+PACKAGE = """
+import os, signal, sys, time
+sys.path.insert(0, {bench!r})
+from peers import isolation
+
+def measure_point(point):
+    package, rows = sys.argv[1], point["kernels.rows"]
+    if rows == 2 and package == "crashes":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if rows == 2 and package == "exits":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if rows == 2 and package == "hangs":
+        time.sleep(100)
+    if package == "refuses":
+        return None
+    return {{"parameters": point, "implementations": [package], "variants": ["v"], "warmup": 1,
+             "errors": [{{"mean": 0, "standard_error": 0, "max": 0}}], "seconds": [[rows, rows]]}}
+
+isolation.serve(sys.argv[2], lambda: {{"program": "fake 1.0", "system": {{}}}}, measure_point)
+"""
+
+
+class Isolation(unittest.TestCase):
+    def test_a_crash_costs_one_shape_of_one_package(self):
+        points = [{"kernels.rows": rows} for rows in (1, 2, 3)]
+        with tempfile.TemporaryDirectory() as folder:
+            script = pathlib.Path(folder, "package.py")
+            script.write_text(PACKAGE.format(bench=str(SCRIPTS)))
+            commands = {name: [sys.executable, str(script), name] for name in
+                        ("crashes", "honest", "exits", "hangs", "refuses")}
+            found, about, crashes = isolation.measure_apart(commands, points, limit=4)
+        names = [point["implementations"] for point in found]
+        self.assertEqual(names, [["crashes", "honest", "exits", "hangs"], ["honest"],
+                                 ["crashes", "honest", "exits", "hangs"]])
+        self.assertEqual([point["seconds"][-1][0] for point in found], [1, 2, 3])
+        self.assertEqual(about["program"], "fake 1.0")
+        self.assertEqual(crashes, {("crashes", 1): "killed by SIGSEGV", ("exits", 1): "exit code 1",
+                                   ("hangs", 1): "no end after 4 s"})
 
 
 class Kernels(unittest.TestCase):

@@ -1,5 +1,6 @@
 """Selections that a run recorded, or another program wrote, are attended as they are, on every layout."""
 
+import csv
 import os
 import unittest
 
@@ -56,11 +57,23 @@ class Replay(AppTest):
                         "output.tensors=true", ranks=2)
             np.testing.assert_array_equal(self.selected(name)[0], lists)
             self.assertIn("DIFF: SAME", self.assert_ok(self.nsa("diff", "whole.h5", name)).out)
+        self.steps_of_other_work("whole.h5", "kv.h5", "only A ranks")
+        self.steps_of_other_work("kv.h5", "whole.h5", "only B ranks")
         with h5py.File(os.path.join(self.folder, "kv.h5")) as file:
             self.assertEqual(len(file.attrs["input_selection_sha256"]), 64)
             times = file["points/0000/time"]
             stages = [name.decode() for name in file["points/0000/stage"][()]]
             self.assertTrue(np.isnan(times[0, stages.index("rank")]).all())  # nothing was ranked
+
+    def steps_of_other_work(self, a, b, why):
+        """A step that ranks and one that does not are never called faster or slower; their stages may be."""
+        self.assert_ok(self.nsa("diff", a, b, "--csv", "times.csv"))
+        with open(os.path.join(self.folder, "times.csv"), newline="") as file:
+            rows = {(row["mode"], row["stage"]): (row["verdict"], row["why"]) for row in csv.DictReader(file)}
+        for mode in "total", "branches":
+            self.assertEqual(rows[mode, "step"], ("UNCLEAR", why))
+        self.assertNotEqual(rows["branches", "attend_sel"][1], why)
+        self.assertNotIn(("branches", "rank"), rows)
 
     def test_a_prefill_onto_a_prefix_is_replayed(self):
         for scope in "attention", "layer":
@@ -122,9 +135,12 @@ class Replay(AppTest):
             ((0, 100, 1), [0, 1, 2, 3, 4, -1, 5, 12], "block 5 follows the end of the list, -1"),
             ((0, 100, 1), [-2, 1, 2, 3, 4, 5, 6, 12], "block -2 is none of 0 to 12"),
             ((0, 100, 1), [0, 1, 2, 3, 4, 5, 6, 7], "block 12, that of the query, is missing"),
+            # 2^24 + 1 is no float; 2^32 + 1 is block 1 in 32 bits
+            ((0, 100, 1), [0, 1, 2, 3, 4, 5, 6, 2**24 + 1], "block 16777217 is none of 0 to 12"),
+            ((0, 100, 1), [0, 2**32 + 1, 2, 3, 4, 5, 6, 12], "block 2147483647 is none of 0 to 12"),
             ((0, 9, 0), [0, -1, -1, -1, -1, -1, -1, -1], "it has 1 blocks, not 2"),
         ):
-            lists = self.other_lists()
+            lists = self.other_lists().astype(np.int64)
             lists[where] = values
             self.write_lists("bad_lists.h5", lists)
             self.refuses(message, prefill, given)

@@ -174,6 +174,7 @@ def by_turns(pairs, turns, draws, slowdown):
     for equal, _ in pairs:
         for row in equal:
             ratios.setdefault(key(row), []).append(float(row["b_median_s"]) / float(row["a_median_s"]))
+    draws = min(draws, math.comb(len(pairs), turns))  # all pairs are one comparison
     generator = random.Random(1)
     counts = {"comparisons": draws, "called different": 0, "series": 0, "series called different": 0, "found": 0,
               "allowed": 0, "found of allowed": 0, "unclear": 0}

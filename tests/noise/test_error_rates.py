@@ -44,6 +44,7 @@ class ErrorRates(unittest.TestCase):
         counts = error_rates.by_turns(equal, 24, 50, 0.02)
         self.assertEqual((counts["comparisons"], counts["found"], counts["allowed"]), (50, 50, 50))
         self.assertEqual((counts["called different"], counts["unclear"]), (0, 0))
+        self.assertEqual(error_rates.by_turns(equal[:24], 24, 1000, 0.02)["comparisons"], 1)
 
 
 if __name__ == "__main__":

@@ -62,10 +62,10 @@ TEST_CASE("equal runs: at most 1% of the pairs are called different", "[diff]") 
       }
 }
 
-TEST_CASE("a slowdown of 3% is found in 95% of the pairs of GPU runs whose samples are narrow", "[diff]") {
+TEST_CASE("a slowdown of 3.5% is found in 95% of the pairs of GPU runs whose samples are narrow", "[diff]") {
   for (const auto& [n, spread, memory] :
        {std::tuple(24, 0.002, 0.0), {80, 0.003, 0.5}, {400, 0.01, 0.0}, {400, 0.003, 0.8}}) {
-    const Counts c = compare_pairs(200, n, spread, memory, 0.03);
+    const Counts c = compare_pairs(200, n, spread, memory, 0.035);
     CAPTURE(n, spread, memory, c.slower, c.unclear);
     CHECK(c.slower >= 190);
     CHECK(c.faster == 0);
@@ -89,7 +89,7 @@ TEST_CASE("by turns, 2% is found in 95% of the comparisons, and equal programs d
         for (int i = 0; i < pairs; ++i)
           ratios.push_back((1 + slowdown) * std::exp(variation.between_runs * std::sqrt(2.0) * normal(random)));
         const Summary r = summarise(ratios, family_error);
-        const Difference d = judge_ratio({r.median, r.low, r.high}, cuda_variation.same_margin);
+        const Difference d = judge_ratio({r.median, r.low, r.high}, turns_same_margin);
         slower += d == Difference::slower;
         faster += d == Difference::faster;
       }

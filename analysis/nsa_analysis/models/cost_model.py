@@ -4,7 +4,8 @@ Stage of a rank: fixed + bytes / rate + FLOPs / rate, with bytes and FLOPs from 
 Exchange: fixed + latency x (ranks - 1) + bytes received / rate.
 Step: the same six terms, with coefficients of its own, because a whole step fuses stages and overlaps exchanges, and a
 time for each block of one sequence that a rank scores (traffic.scored_blocks). Its bytes are those of what runs
-(traffic.step_bytes).
+(traffic.step_bytes). Exchanges of a decode step in several launches have coefficients of their own, which hold what the
+further launches cost.
 
 The coefficients are non-negative and minimise the squares of relative errors. Its error is that on layouts that were
 held out (held_out). Beyond one node an exchange uses an assumed network: each node receives the bytes of other nodes
@@ -51,11 +52,10 @@ def non_negative_fit(columns, times):
     """
     a, ones = columns / times[:, None], np.ones(len(times))
     best, best_error = np.zeros(columns.shape[1]), math.inf
-    for size in range(columns.shape[1] + 1):
-        for subset in itertools.combinations(range(columns.shape[1]), size):
+    used = np.flatnonzero(a.any(axis=0))
+    for size in range(len(used) + 1):
+        for subset in itertools.combinations(used, size):
             scale = np.linalg.norm(a[:, subset], axis=0)
-            if (scale == 0).any():
-                continue
             c = np.linalg.lstsq(a[:, subset] / scale, ones, rcond=None)[0] / scale
             error = np.sum((a[:, subset] @ c - 1) ** 2)
             if (c >= 0).all() and error < best_error * (1 - 1e-9) - 1e-12:
@@ -72,9 +72,26 @@ def exchange_terms(exchange):
     return 1, k - 1, exchange.bytes * (k - 1)
 
 
-def comm_columns(shape):
+def plans_of(points):
+    """How decode steps of these points ran: "staged", "fused", "sharded" of plan_of; "one launch" over kv ranks."""
+    plans = {plan_of(p) for p in points}
+    return frozenset(plans | {"one launch" for p in points if p["kv"] > 1 and plan_of(p) == "fused"})
+
+
+def plan_on(shape, plans):
+    """How a step of this shape runs, "staged", "fused" or "sharded", where steps that ran by `plans` were measured.
+
+    One launch over kv ranks is "fused", and taken where one was measured.
+    """
+    if plans <= {"staged"} or shape.prefill or shape.replayed:
+        return "staged"
+    one_launch = "one launch" in plans and traffic.may_run_in_one_launch(shape)
+    return "fused" if shape.kv == 1 or one_launch else "sharded"
+
+
+def comm_columns(shape, one_launch=False):
     """The three terms of exchange_terms, summed over the exchanges of a step."""
-    terms = [exchange_terms(e) for e in traffic.exchanges(shape)]
+    terms = [exchange_terms(e) for e in traffic.exchanges(shape, one_launch)]
     return shape.layers * np.sum(terms, axis=0, dtype=float) if terms else np.zeros(3)
 
 
@@ -86,31 +103,38 @@ class CostModel:
     comm: tuple  # of mode `branches`: (s per exchange, s per hop, s/byte)
     step: tuple  # of a whole step: (s, s/byte, s/FLOP, s/block)
     step_comm: tuple  # of its exchanges: (s per exchange, s per hop, s/byte)
-    plans: frozenset  # how decode steps run, of plan_of
+    plans: frozenset  # how decode steps ran, of plans_of
     fit_ranks: tuple  # rank counts of the fitted points
+    launch_comm: tuple = (0.0, 0.0, 0.0)  # of the exchanges of a decode step in several launches
 
     def covers(self, shape):
         """False for a layout with exchanges where no exchange was fitted, so that they would cost nothing."""
-        return any(self.step_comm) or not traffic.exchanges(shape)
+        return any(self.exchange_costs(shape)) or not traffic.exchanges(shape)
+
+    def exchange_costs(self, shape):
+        """Coefficients of an exchange of a whole step of this shape."""
+        several = plan_on(shape, self.plans) == "sharded" and any(self.launch_comm)
+        return self.launch_comm if several else self.step_comm
 
     def stage_times(self, shape):
         """Seconds by stage of COMPUTE_STAGES."""
         return {s: float(np.dot(c, stage_columns(s)(shape))) for s, c in self.stages.items()}
 
-    def comm_time(self, shape, network=None, coefficients=None):
+    def comm_time(self, shape, network=None, coefficients=None, one_launch=False):
         """Seconds of all exchanges of a step, by default as mode `branches` runs them.
 
         With a network, exchanges that span nodes use it.
         """
         c = self.comm if coefficients is None else coefficients
         if network is None or shape.heads * shape.kv <= network.node:
-            return float(np.dot(c, comm_columns(shape)))
-        return shape.layers * sum(exchange_time(e, shape, network, c) for e in traffic.exchanges(shape))
+            return float(np.dot(c, comm_columns(shape, one_launch)))
+        return shape.layers * sum(exchange_time(e, shape, network, c) for e in traffic.exchanges(shape, one_launch))
 
     def step_time(self, shape, network=None):
         """Seconds of a whole step."""
         own = np.dot(self.step, step_columns(shape, self.plans))
-        return float(own) + self.comm_time(shape, network, self.step_comm)
+        one_launch = plan_on(shape, self.plans) == "fused"
+        return float(own) + self.comm_time(shape, network, self.exchange_costs(shape), one_launch)
 
     def predict(self, shape, network=None):
         """Seconds by stage, including `comm` and `step`."""
@@ -130,7 +154,10 @@ class CostModel:
             for s, c in (self.stages | {"step": self.step}).items()
         ]
         rows[-1]["blocks_per_s"] = rate(self.step[3])
-        for name, c in ("comm", self.comm), ("step: exchanges", self.step_comm):
+        costs = {"comm": self.comm, "step: exchanges": self.step_comm}
+        if any(self.launch_comm):
+            costs["step: exchanges, several launches"] = self.launch_comm
+        for name, c in costs.items():
             rows.append(
                 {
                     "stage": name,
@@ -191,17 +218,17 @@ def fit(points, fit_ranks=None):
     return fit_points(chosen, fit_ranks)
 
 
-def fit_points(points, fit_ranks, plans=None):
-    """CostModel of these points; `plans` says how decode steps run where that is not as these points ran."""
+def fit_points(points, fit_ranks):
+    """CostModel of these points."""
     shapes = [(p, traffic.shape_of(p)) for p in points]
     stages = {stage: fit_stage(shapes, stage, stage_columns(stage)) for stage in COMPUTE_STAGES}
     stages = {stage: coefficients for stage, coefficients in stages.items() if coefficients}
     comm = fit_stage(shapes, "comm", comm_columns) or (0.0, 0.0, 0.0)
-    plans = frozenset(plans or (plan_of(p) for p in points))
-    rows = [(np.concatenate([step_columns(s, plans), comm_columns(s)]), measured_time(p, "step")[0]) for p, s in shapes]
+    plans = plans_of(points)
+    rows = [(whole_step_columns(s, plans), measured_time(p, "step")[0]) for p, s in shapes]
     rows = [(c, t) for c, t in rows if t > 0]
-    step = tuple(non_negative_fit(*map(np.array, zip(*rows))).tolist()) if rows else (0.0,) * 7
-    return CostModel(stages, comm, step[:4], step[4:], plans, fit_ranks)
+    step = tuple(non_negative_fit(*map(np.array, zip(*rows))).tolist()) if rows else (0.0,) * 10
+    return CostModel(stages, comm, step[:4], step[4:7], plans, fit_ranks, step[7:])
 
 
 def stage_columns(stage):
@@ -211,12 +238,16 @@ def stage_columns(stage):
 
 def step_columns(shape, plans):
     """(layers, bytes, FLOPs, scored blocks) of a whole step without its exchanges."""
-    if plans <= {"staged"}:
-        plan = "staged"
-    else:
-        plan = "sharded" if shape.kv > 1 and "sharded" in plans else "fused"
+    plan = plan_on(shape, plans)
     moved, flops = traffic.step_bytes(shape, plan), traffic.modelled_flops(shape)["step"]
     return np.array((shape.layers, moved, flops, shape.layers * traffic.scored_blocks(shape, plan)), dtype=float)
+
+
+def whole_step_columns(shape, plans):
+    """step_columns, and the terms of its exchanges twice: where it runs in several launches, and elsewhere."""
+    plan, none = plan_on(shape, plans), np.zeros(3)
+    comm = comm_columns(shape, plan == "fused")
+    return np.concatenate([step_columns(shape, plans), *((none, comm) if plan == "sharded" else (comm, none))])
 
 
 def fit_stage(chosen, stage, columns):

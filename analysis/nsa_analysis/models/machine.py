@@ -15,6 +15,11 @@ from . import cost_model, prediction, traffic
 # Parameters on which coefficients depend: those that differ in an input make its error unknown.
 INPUT = ("model.precision", "model.n_heads", "model.n_kv_groups", "model.d_k", "model.d_v", "model.layers",
          "model.shared_kv", "run.scope", "nsa.l", "nsa.d", "nsa.l_sel", "nsa.n_sel", "nsa.w", "nsa.phi")  # fmt: skip
+# The same, with the value of files that are older than the key.
+LATER_INPUT = {
+    "decode": {"batch.distribution": "equal", "input.selection": ""},
+    "prefill": {"run.prefix": 0, "run.prefill_chunk": "auto", "input.selection": ""},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,59 +27,78 @@ class Phase:
     """What a decode step or a prefill takes, fitted to the points of one series."""
 
     step: tuple  # (s, s/byte, s/FLOP, s/block)
-    comm: tuple  # (s, s per further rank, s/byte) of an exchange
+    comm: tuple  # (s, s per further rank, s/byte) of an exchange; of a decode step that runs fused, inside one launch
     fused: bool  # a decode step runs fused
     errors: tuple  # absolute errors of steps on held-out layouts
     ranks: int  # most ranks that shared an exchange
     measured: str
     parameters: dict
+    launches: tuple = (0.0, 0.0, 0.0)  # of an exchange of a decode step in several launches
+    launches_measured: str = ""
 
     @staticmethod
     def of(points):
-        """Fit to points of one series. A decode step that runs fused on one rank is taken to be one launch on more."""
+        """Fit to points of one series."""
         points = cost_model.usable(points)
         if not points:
             raise AnalysisError('no VALID point with mode `branches`; run with run.modes = ["branches", "total"]')
-        plans = {"fused"} if any(cost_model.plan_of(p) != "staged" for p in points) else {"staged"}
-        model = cost_model.fit_points(points, tuple(sorted({p.ranks for p in points})), plans)
+        model = cost_model.fit_points(points, tuple(sorted({p.ranks for p in points})))
+        in_launches = [p for p in points if cost_model.plan_of(p) == "sharded"]
+        first = points[0]
         held = cost_model.held_out(points).query("stage == 'step'")
         return Phase(
             model.step,
             model.step_comm,
-            plans == {"fused"},
+            not model.plans <= {"staged"},
             tuple(held.error.abs()),
             max(cost_model.exchange_widths(points), default=0),
             measured_text(points),
-            {name: points[0].get(name) for name in INPUT},
+            {name: first.get(name) for name in INPUT}
+            | {name: first.get(name, default) for name, default in LATER_INPUT[first.kind].items()},
+            model.launch_comm,
+            measured_text(in_launches) if in_launches else "",
         )
 
     def text(self, name):
-        """TOML of the sections [name] and [name.input]."""
-
-        def rate(coefficient):
-            return 1 / coefficient if coefficient > 0 else 0
-
+        """TOML of the sections [name], [name.launches] and [name.input]."""
         fixed, byte, flop, block = self.step
         values = [
             ("fixed", fixed, "s a layer"),
             ("bandwidth", rate(byte), "byte/s of modelled bytes"),
             ("arithmetic", rate(flop), "FLOP/s"),
             ("block", block, "s for each block of a sequence that a rank scores"),
-            ("exchange", self.comm[0], "s, of an exchange"),
-            ("exchange_rank", self.comm[1], "s, of an exchange, for each rank but one"),
-            ("exchange_bandwidth", rate(self.comm[2]), "byte/s received"),
-        ]
+        ] + exchange_values(self.comm)
         lines = [f"\n[{name}]", f'measured = "{self.measured}"']
-        lines += [f"{key} = {value:.4g}  # {unit}" for key, value, unit in values if value > 0 or key == "fixed"]
+        lines += value_lines(values)
         lines.append(f"ranks = {self.ranks}  # most that shared a measured exchange")
         if self.errors:
             lines.append(f"error_median = {np.median(self.errors):.3f}  # on layouts that were not fitted")
             lines.append(f"error_worst = {max(self.errors):.3f}")
         if self.fused:
             lines.append("fused = true")
+        if any(self.launches):
+            lines.append(f"\n[{name}.launches]  # exchanges of a step over kv ranks in several launches")
+            lines += [f'measured = "{self.launches_measured}"', *value_lines(exchange_values(self.launches))]
         lines.append(f"\n[{name}.input]  # what was measured; the error of other inputs is not known")
         lines += [f'"{key}" = {toml_value(value)}' for key, value in self.parameters.items() if value is not None]
         return "\n".join(lines) + "\n"
+
+
+def rate(coefficient):
+    return 1 / coefficient if coefficient > 0 else 0
+
+
+def exchange_values(comm):
+    """(key, value, unit) of the coefficients of an exchange."""
+    return [
+        ("exchange", comm[0], "s, of an exchange"),
+        ("exchange_rank", comm[1], "s, of an exchange, for each rank but one"),
+        ("exchange_bandwidth", rate(comm[2]), "byte/s received"),
+    ]
+
+
+def value_lines(values):
+    return [f"{key} = {value:.4g}  # {unit}" for key, value, unit in values if value > 0 or key == "fixed"]
 
 
 def toml_value(value):

@@ -54,6 +54,7 @@ class Shape:
     chunk: int  # tokens of a kv chunk
     heads: int  # head shards
     kv: int  # kv shards
+    replayed: bool = False  # the blocks are given (input.selection): nothing is ranked
 
     @property
     def groups(self):
@@ -118,6 +119,7 @@ def shape_of(point, heads=None, kv=None):
         p.get("parallel.kv_chunk_blocks", 16) * p["nsa.l_sel"],
         heads or p["heads"],
         kv or p["kv"],
+        bool(p.get("input.selection")),
     )
 
 
@@ -189,7 +191,7 @@ def modelled_bytes(s):
         if prefill
         else planes * s.width * (s.l + 1) // s.d,
         "attend_cmp": kv_rows("cmp") * s.width + q + o + scores,
-        "rank": scores,
+        "rank": 0 if s.replayed else scores,
         "attend_sel": kv_rows("sel") * s.width + q + o,
         "attend_win": kv_rows("win") * s.width + q + o,
         "combine": o * len(BRANCHES) * (1 if prefill else s.kv) + rows * s.query_heads * s.d_v * storage,
@@ -256,8 +258,17 @@ def token_gathers(s, whole):
     return wholes * whole + (len(chunks) - wholes) * piece, len(chunks) * piece
 
 
-def exchanges(s):
-    """Exchanges of one layer step, without those that send nothing."""
+def may_run_in_one_launch(s):
+    """Whether a decode step over KV ranks may run in one launch (lib/nsa/model/partition.hpp)."""
+    return s.kv == 2 and s.last + 1 >= 512
+
+
+def exchanges(s, one_launch=False):
+    """Exchanges of one layer step, without those that send nothing.
+
+    `one_launch`: of a sharded decode step in one launch, which leaves o cut by heads, so that y is summed over the kv
+    ranks too.
+    """
     planes = s.batch * s.groups
     stored = shard_rows(s.last + 1, s.chunk, s.kv)[0]
     rows = s.batch * (stored - shard_rows(s.prefix, s.chunk, s.kv)[1] if s.prefill else 1)
@@ -276,10 +287,12 @@ def exchanges(s):
     else:
         gathers = [
             ("lse", (math.lcm(24, s.kv) // s.kv + 1) * rows * s.query_heads * 2 * 4),  # + 1: the window's (m, sum)
-            ("candidates", rows * s.groups * s.n_sel * CANDIDATE_BYTES),
+            ("candidates", 0 if s.replayed else rows * s.groups * s.n_sel * CANDIDATE_BYTES),
             ("partials", len(BRANCHES) * rows * s.query_heads * (s.d_v + 2) * 4),
         ]
     result = [Exchange(name, "all_gather", s.kv, size) for name, size in gathers if s.kv > 1 and size > 0]
+    if one_launch and s.kv > 1 and s.whole_layer:
+        result.append(Exchange("outputs over kv", "all_reduce", s.kv, rows * s.dim * 4))
     if s.heads > 1 and s.whole_layer:
         result.append(Exchange("outputs", "all_reduce", s.heads, rows * s.dim * 4))
     return result
@@ -297,7 +310,7 @@ def modelled_flops(s):
         "append": 0.0,
         "compress": rows / s.d * s.groups * token,
         "attend_cmp": attend["cmp"],
-        "rank": 2.0 * s.query_heads * reads["cmp"],
+        "rank": 0.0 if s.replayed else 2.0 * s.query_heads * reads["cmp"],
         "attend_sel": attend["sel"],
         "attend_win": attend["win"],
         "combine": 2.0 * len(BRANCHES) * rows * s.query_heads * s.d_v * (1 if s.prefill else s.kv),

@@ -11,6 +11,7 @@ namespace nsa {
 namespace {
 
 enum class Need { required, optional };
+constexpr RealRange seconds{0, 1e6}, rate{1, 1e20};
 
 /// Reads the keys of one table of a machine file; what no call has read is unknown.
 class TableReader {
@@ -105,24 +106,39 @@ void read_input(const toml::table& table, const std::string& path, PhaseCost& co
   }
 }
 
+void read_exchange(TableReader& read, ExchangeCost& cost) {
+  read.number("exchange", cost.fixed, seconds);
+  read.number("exchange_rank", cost.rank, seconds);
+  read.number("exchange_bandwidth", cost.bandwidth, rate);
+}
+
+/// [decode.launches]: exchanges of a step over KV ranks in several launches.
+void read_launches(const toml::table& table, const std::string& name, const std::string& path, PhaseCost& cost,
+                   std::vector<Problem>& problems) {
+  TableReader read(table, name + ".", path, problems);
+  read_exchange(read, cost.launches);
+  read.text("measured", cost.launches_measured, Need::required);
+  read.refuse_others();
+}
+
 std::optional<PhaseCost> read_phase(const toml::table* table, const std::string& name, const std::string& path,
                                     std::vector<Problem>& problems) {
   if (!table) return std::nullopt;
-  constexpr RealRange seconds{0, 1e6}, rate{1, 1e20}, error{0, 1e6};
+  constexpr RealRange error{0, 1e6};
   PhaseCost cost;
   TableReader read(*table, name + ".", path, problems);
   read.number("fixed", cost.fixed, seconds, Need::required);
   read.number("bandwidth", cost.bandwidth, rate);
   read.number("arithmetic", cost.arithmetic, rate);
   read.number("block", cost.block, seconds);
-  read.number("exchange", cost.exchange, seconds);
-  read.number("exchange_rank", cost.exchange_rank, seconds);
-  read.number("exchange_bandwidth", cost.exchange_bandwidth, rate);
+  read_exchange(read, cost.exchange);
   read.number("error_median", cost.error_median, error);
   read.number("error_worst", cost.error_worst, error);
   read.integer("ranks", cost.ranks, Range{0});
   read.flag("fused", cost.fused);
   read.text("measured", cost.measured, Need::required);
+  if (const toml::table* table = read.section("launches"))
+    read_launches(*table, name + ".launches", path, cost, problems);
   if (const toml::table* input = read.section("input")) read_input(*input, path, cost, problems);
   read.refuse_others();
   return cost;

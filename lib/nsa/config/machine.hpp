@@ -12,19 +12,27 @@
 
 namespace nsa {
 
+/// What an exchange takes.
+struct ExchangeCost {
+  double fixed = 0;      ///< s
+  double rank = 0;       ///< s, for each of its ranks but one
+  double bandwidth = 0;  ///< byte/s received
+  bool known() const { return fixed > 0 || rank > 0 || bandwidth > 0; }
+};
+
 /// What a layer takes in a decode step, or in a whole prefill. A rate of 0 is no limit.
 struct PhaseCost {
   double fixed = 0;                            ///< s
   double bandwidth = 0;                        ///< byte/s of modelled bytes
   double arithmetic = 0;                       ///< FLOP/s
   double block = 0;                            ///< s for each block of one sequence that a rank scores; decode
-  double exchange = 0;                         ///< s, of an exchange
-  double exchange_rank = 0;                    ///< s, of an exchange, for each rank but one
-  double exchange_bandwidth = 0;               ///< byte/s received
+  ExchangeCost exchange;                       ///< of a fused decode step: inside one launch
+  ExchangeCost launches;                       ///< of a fused decode step in several launches, with what they cost
   double error_median = -1, error_worst = -1;  ///< |predicted / measured - 1| on layouts not fitted; < 0: not known
   std::int64_t ranks = 0;                      ///< most ranks that shared a measured exchange; 0: none did
-  bool fused = false;    ///< a decode step runs fused, so that its bytes are fewer (docs/METRICS.md)
-  std::string measured;  ///< where the numbers are from
+  bool fused = false;             ///< a decode step runs fused, so that its bytes are fewer (docs/METRICS.md)
+  std::string measured;           ///< where the numbers are from
+  std::string launches_measured;  ///< where those of `launches` are from
   /// Keys of the input and their values where they were measured. What differs has an unknown error.
   std::vector<Parameter> input;
 };

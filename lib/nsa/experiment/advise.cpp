@@ -109,6 +109,21 @@ std::string error_text(const PhaseCost& cost) {
                      error, 100 * asked_median, 100 * asked_worst);
 }
 
+/// How decode over kv ranks is priced where it is not as it would run; "" where it is.
+std::string launches_note(const Config& config, const PhaseCost& cost, int ranks) {
+  if (!cost.fused || config.kind != TaskKind::decode || ranks == 1) return "";
+  const std::int64_t positions = config.run.context.front() + config.run.steps;
+  if (cost.launches.known() && !cost.exchange.known())
+    return "one launch over kv ranks was not measured: these times are of several launches, which take longer; "
+           "measured: " +
+           cost.launches_measured;
+  if (may_run_in_one_launch(ranks, positions)) return "";
+  if (cost.launches.known())
+    return "decode with kv > 2, or of a short context, runs in several launches; measured: " + cost.launches_measured;
+  return "warning: decode with kv > 2, or of a short context, runs in several launches and takes longer than the times "
+         "here, whose exchanges are those of one";
+}
+
 std::vector<std::string> notes_of(const Config& config, const Machine& machine, int ranks) {
   const PhaseCost& cost = phase_cost(machine, config);
   std::vector<std::string> notes = {error_text(cost), "measured: " + cost.measured};
@@ -118,10 +133,7 @@ std::vector<std::string> notes_of(const Config& config, const Machine& machine, 
     notes.push_back(cost.ranks == 0 ? "warning: no exchange was measured, so that exchanges cost nothing here"
                                     : fmt::format("exchanges were measured among up to {} ranks; more are extrapolated",
                                                   cost.ranks));
-  if (cost.fused && config.kind == TaskKind::decode && !may_run_in_one_launch(ranks, config.run.context.front()))
-    notes.push_back(
-        "warning: decode with kv > 2, or of a short context, runs in several launches and takes longer than "
-        "the times here, which are of one");
+  if (const std::string note = launches_note(config, cost, ranks); !note.empty()) notes.push_back(note);
   if (ranks > machine.node)
     notes.push_back("between nodes: " +
                     (machine.network.empty() ? "no network is given, as if it were free" : machine.network));

@@ -58,7 +58,7 @@ struct TokenGathers {
 
 }  // namespace
 
-std::vector<Exchange> exchanges(const Config& config, const Partition& p, const Point& point) {
+std::vector<Exchange> exchanges(const Config& config, const Partition& p, const Point& point, bool one_launch) {
   const LayerShape& s = p.shape;
   const bool prefill = config.kind == TaskKind::prefill;
   const std::int64_t storage = static_cast<std::int64_t>(size_of(s.dtype));
@@ -85,8 +85,9 @@ std::vector<Exchange> exchanges(const Config& config, const Partition& p, const 
       gather("candidates", rows * s.groups * s.rules.n_sel * static_cast<std::int64_t>(sizeof(Candidate)));
     gather("partials", partial_floats(s, rows) * 4);
   }
-  if (p.heads > 1 && config.run.scope == Scope::layer)
-    list.push_back({"outputs", "all_reduce", p.heads, rows * s.dim * 4});
+  const bool layer = config.run.scope == Scope::layer;
+  if (one_launch && p.kv > 1 && layer) list.push_back({"outputs over kv", "all_reduce", p.kv, rows * s.dim * 4});
+  if (p.heads > 1 && layer) list.push_back({"outputs", "all_reduce", p.heads, rows * s.dim * 4});
   return list;
 }
 
@@ -146,7 +147,7 @@ double modelled_flops(const Config& config, const Partition& p, const Point& poi
   for (double& count : reads.branch) count *= batch / kv;
   const double rows = batch * (prefill ? static_cast<double>(point.context) / kv : 1);
   const double hidden = s.phi_hidden, token = hidden == 0 ? s.rules.l * width : 2 * hidden * (s.rules.l + 1) * width;
-  double flops = rows / s.rules.d * s.groups * token + 2 * heads * reads.branch[cmp] +
+  double flops = rows / s.rules.d * s.groups * token + (replays(config) ? 0 : 2 * heads * reads.branch[cmp]) +
                  2 * branches * rows * heads * s.d_v * (prefill ? 1 : kv);
   for (const double count : reads.branch) flops += 2 * heads * count * width;
   if (config.run.scope == Scope::layer)

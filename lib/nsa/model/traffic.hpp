@@ -16,15 +16,17 @@ struct Exchange {
   std::int32_t ranks = 1;
   std::int64_t bytes = 0;  ///< contributed by each rank
 };
-/// Those of one layer; empty on one rank.
-std::vector<Exchange> exchanges(const Config& config, const Partition& partition, const Point& point);
+/// Those of one layer; empty on one rank. `one_launch`: of a sharded decode step in one launch, which leaves o cut by
+/// heads, so that y is summed over the kv ranks too.
+std::vector<Exchange> exchanges(const Config& config, const Partition& partition, const Point& point,
+                                bool one_launch = false);
 
 /// Bytes that must move between memory and this rank's processor, by stage, with every element read once: in the last
 /// step of a decode, or in the whole prefill. comm: bytes received from peers.
 std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& partition, const Point& point);
 
 /// FLOPs of an average rank in a decode step or a whole prefill, all layers. A multiply-add counts two, and a score
-/// that ranks a block two.
+/// that ranks a block two; none where selections are given.
 double modelled_flops(const Config& config, const Partition& partition, const Point& point);
 
 }  // namespace nsa

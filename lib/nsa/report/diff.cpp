@@ -34,6 +34,15 @@ bool decides_result(const std::string& key) {
 
 bool is_kernels(const PointRecord& p) { return text_parameter(p, "task.kind") == "kernels"; }
 
+/// Whether the blocks of a step were given, so that it did not rank.
+bool replays(const PointRecord& p) { return !is_kernels(p) && !text_parameter(p, "input.selection").empty(); }
+
+/// Why the steps of two points are different work; "" where they are not.
+const char* other_work(const PointRecord& a, const PointRecord& b) {
+  if (replays(a) == replays(b)) return "";
+  return replays(a) ? "only B ranks" : "only A ranks";
+}
+
 std::string text_of(const decltype(Parameter::second)& value) {
   return std::visit([](const auto& v) { return fmt::format("{}", v); }, value);
 }
@@ -121,7 +130,7 @@ std::string interval_text(const Summary& s) {
 struct Series {
   std::string point, mode, what;
   std::vector<double> a, b;
-  bool noisy = false;
+  const char* why = "";  ///< why its times cannot be compared
 };
 
 /// The series that both points have.
@@ -130,7 +139,9 @@ std::vector<Series> common_series(const std::string& point, const PointRecord& a
   const auto add = [&](const std::string& mode, const std::string& what, std::vector<double> of_a,
                        std::vector<double> of_b) {
     if (of_a.empty() || of_b.empty()) return;
-    list.push_back({point, mode, what, std::move(of_a), std::move(of_b), !a.noisy.empty() || !b.noisy.empty()});
+    const bool noisy = !a.noisy.empty() || !b.noisy.empty();
+    const char* work = what == "step" ? other_work(a, b) : "";
+    list.push_back({point, mode, what, std::move(of_a), std::move(of_b), work[0] != 0 ? work : noisy ? "NOISY" : ""});
   };
   const auto add_stage = [&](const char* mode, Stage stage) {
     add(mode, stage_names[static_cast<std::size_t>(stage)], slowest_samples(a, mode, stage),
@@ -155,11 +166,9 @@ Comparison compare(const Series& s, std::size_t series, bool cuda) {
   const RunVariation& variation = s.mode == "branches" ? stage_variation : cuda ? cuda_variation : host_variation;
   const double alpha = family_error / static_cast<double>(series);
   Comparison c{summarise(s.a), summarise(s.b), median_ratio(s.a, s.b, alpha, variation.between_runs)};
-  c.difference = s.noisy ? Difference::unclear : judge_ratio(c.ratio, variation.same_margin);
-  if (s.noisy)
-    c.why = "NOISY";
-  else if (std::isnan(c.ratio.low))
-    c.why = "too few samples";
+  c.why = s.why;
+  if (c.why[0] == 0 && std::isnan(c.ratio.low)) c.why = "too few samples";
+  c.difference = c.why[0] != 0 ? Difference::unclear : judge_ratio(c.ratio, variation.same_margin);
   return c;
 }
 
@@ -368,7 +377,7 @@ DiffResult compare_pairs(std::ostream& out, const std::vector<PairedFiles>& pair
       fmt::print(out, "\n{}\n  {:<9} {:<12} {:>10} {:>10} {:>22}\n", s.point, "mode", "stage", "A", "B",
                  "B/A [99% all]");
     const Summary r = summarise(s.ratio, family_error / static_cast<double>(series.size()));
-    const Difference d = judge_ratio({r.median, r.low, r.high}, cuda_variation.same_margin);
+    const Difference d = judge_ratio({r.median, r.low, r.high}, turns_same_margin);
     ++counts[static_cast<std::size_t>(d)];
     const bool too_slow = d == Difference::slower && r.median > 1 + fail_above;
     result.slower_than_allowed |= too_slow;

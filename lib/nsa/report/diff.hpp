@@ -24,7 +24,9 @@ struct RunVariation {
   double same_margin;   ///< a ratio whose whole interval is this close to 1 is SAME
 };
 /// Of whole steps and kernels on GPUs and on the host, and of stages that are launched and timed one by one.
-constexpr RunVariation cuda_variation{0.004, 0.02}, host_variation{0.010, 0.05}, stage_variation{0.016, 0.05};
+constexpr RunVariation cuda_variation{0.005, 0.025}, host_variation{0.010, 0.05}, stage_variation{0.016, 0.05};
+/// The same_margin of runs by turns, which measure what differs between runs.
+constexpr double turns_same_margin = 0.02;
 
 /// SLOWER: the whole interval is above 1; FASTER: below 1; SAME: within same_margin of 1 on both sides; else UNCLEAR.
 Difference judge_ratio(const Ratio& ratio, double same_margin);

@@ -197,11 +197,14 @@ double fused_step_bytes(const PointRecord& point, std::size_t rank) {
          (o + projected) * (1 - 1 / kv);
 }
 
+double sharded_step_bytes(const PointRecord& point, std::size_t rank) {
+  return staged_step_bytes(point, rank) - scores_kept(point, rank, 10.0 / 32);
+}
+
 double step_bytes(const PointRecord& point, std::size_t rank) {
-  const double whole = staged_step_bytes(point, rank);
-  if (find_mode(point.time, "total") < 0) return whole;
+  if (find_mode(point.time, "total") < 0) return staged_step_bytes(point, rank);
   if (ran_as(point, "step") || ran_as(point, "sharded_step")) return fused_step_bytes(point, rank);
-  return ran_as(point, "shard") ? whole - scores_kept(point, rank, 10.0 / 32) : whole;
+  return ran_as(point, "shard") ? sharded_step_bytes(point, rank) : staged_step_bytes(point, rank);
 }
 
 double busiest_bytes(const PointRecord& point) {

@@ -54,6 +54,9 @@ std::vector<double> rank_work(const PointRecord& point);
 /// rank (docs/METRICS.md).
 double step_bytes(const PointRecord& point, std::size_t rank);
 
+/// step_bytes of a decode step that runs sharded in several launches, whatever ran.
+double sharded_step_bytes(const PointRecord& point, std::size_t rank);
+
 /// step_bytes of a decode step that runs fused, or sharded in one launch, whatever ran. Needs parameters, heads, kv,
 /// bytes. With kv > 1 the ranks' outputs of the branches arrive as exchanges, and a rank has o, and reads W_O, of 1 /
 /// kv of its heads.

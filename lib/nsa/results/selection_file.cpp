@@ -60,7 +60,8 @@ SelectionFile::SelectionFile(const std::string& path) : impl_(std::make_unique<I
   impl_->attempt([&] {
     h5::run_sandboxed([&](const auto&) {  // what the sandbox reads without damage is read here
       const h5::Handle file = h5::open_file(path);
-      for (const Dataset& d : find_datasets(file)) h5::read_slab(file, d.path, {0, 0, 0, 0}, {1, 1, 1, 1});
+      for (const Dataset& d : find_datasets(file))
+        h5::read_slab<std::int32_t>(file, d.path, {0, 0, 0, 0}, {1, 1, 1, 1});
       return std::string();
     });
     impl_->file = h5::open_file(path);
@@ -76,10 +77,10 @@ const std::vector<SelectionShape>& SelectionFile::shapes() const { return impl_-
 
 std::vector<std::int32_t> SelectionFile::read(std::size_t index, std::int64_t first, std::int64_t count) const {
   const auto& [path, shape] = impl_->datasets[index];
-  const std::vector<float> values = impl_->attempt([&] {  // below 2^24 every integer is a float
-    return h5::read_slab(impl_->file, path, {0, first, 0, 0}, {shape.batch, count, shape.groups, shape.n});
+  return impl_->attempt([&] {
+    return h5::read_slab<std::int32_t>(impl_->file, path, {0, first, 0, 0},
+                                       {shape.batch, count, shape.groups, shape.n});
   });
-  return {values.begin(), values.end()};
 }
 
 void SelectionFile::fail(const std::string& why) const {

@@ -80,4 +80,4 @@ def implementations(inputs, adapters):
         try:
             yield from adapter(inputs)
         except Exception as reason:  # of the package, which may not import, or not take the shape
-            print(f"  {name} is left out: {(str(reason) or repr(reason)).splitlines()[0]}")
+            print(f"  {name} is left out: {(str(reason) or repr(reason)).splitlines()[0]}", flush=True)

@@ -1,14 +1,13 @@
-"""Inputs of a selection shape on the GPU, and its measurement by several implementations. Needs torch with CUDA."""
+"""Inputs of a selection shape on the GPU, as measure.measure() takes them. Needs torch with CUDA."""
 
 import functools
-import sys
 
 import torch
 
 from . import shapes, timing
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MAX_ERROR = {"bf16": 2e-2, "fp16": 2e-2, "fp32": 1e-4}  # lib/nsa/results/error_bound.hpp
+READ_OVER_COPY = 1.5  # docs/METRICS.md, "Noise": reads alone are up to 1.5 times as fast as a copy
 
 
 class Inputs:
@@ -45,27 +44,52 @@ class Inputs:
             outputs.append((p @ v).cpu())
         return torch.cat(outputs).numpy()
 
+    def floor(self):
+        """Seconds that an execution takes at the least: a launch, the bytes that it moves, or its products."""
+        moved, flops = shapes.least_work(self.point, self.blocks.cpu().numpy(), self.dtype.itemsize)
+        return max(launch_seconds(), moved / read_rate(), flops / product_rate())
 
-def measure(point, inputs, candidates):
-    """The point for result_file.write(), or None where nothing of `candidates` runs; says what is left out and why.
+    def scale_values(self, factor):
+        """Multiplies V of all copies, and so the output, by a power of two: no rounding changes."""
+        for _, v in self.kv + self.packed:
+            v.mul_(factor)
 
-    `candidates`: (name, variant, call, copies); call(copy) gives the output [rows, H, D] from one copy of the inputs.
-    """
-    exact, kept = inputs.exact(), []
-    for name, variant, call, copies in candidates:
-        try:
-            error = shapes.error_of(call(0).float().cpu().numpy(), exact)
-            if not error["max"] <= MAX_ERROR[point["model.precision"]]:
-                raise RuntimeError(f"its error against float64 is {error['max']:.1e}")
-            kept.append((name, variant, error, timing.CudaGraphs(call, copies)))
-        except Exception as reason:  # of a library, which may not support the shape
-            print(f"  {name} is left out: {(str(reason) or repr(reason)).splitlines()[0]}", file=sys.stderr)
-            torch.cuda.synchronize()
-    if not kept:
-        return None
-    names, variants, errors, samplers = (list(x) for x in zip(*kept))
-    return {"parameters": point, "implementations": names, "variants": variants, "errors": errors,
-            "warmup": point["run.warmup"], "seconds": timing.alternate(samplers, point["run.steps"])}
+    def on_host(self, output):
+        return output.float().cpu().numpy()
+
+    def sampler(self, call, copies):
+        return timing.CudaGraphs(call, copies)
+
+    def synchronize(self):
+        torch.cuda.synchronize()
+
+
+def fastest(call):
+    """Seconds of the fastest of some executions, as samples take them."""
+    graphs = timing.CudaGraphs(lambda copy: call(), 1)
+    return min(graphs.sample() for _ in range(10))
+
+
+@functools.cache
+def launch_seconds():
+    """Of a kernel that fills a word."""
+    word = torch.zeros(1, device="cuda")
+    return 0.9 * fastest(lambda: word.fill_(0))
+
+
+@functools.cache
+def read_rate():
+    """Byte/s, more than any kernel reads."""
+    source = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return READ_OVER_COPY * 2 * source.numel() / fastest(lambda: target.copy_(source))
+
+
+@functools.cache
+def product_rate():
+    """FLOP/s, more than any kernel does in 16 bits."""
+    a, b = (torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return 1.2 * 2 * 8192**3 / fastest(lambda: a @ b)
 
 
 def system():

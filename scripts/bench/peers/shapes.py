@@ -65,6 +65,16 @@ def recorded_blocks(path, rows, n):
     raise ValueError(f"{path} holds no {rows} rows of {n} blocks; record them by nsa run --record-selection")
 
 
+def least_work(point, blocks, size):
+    """(bytes, FLOPs) of an execution at the least, elements of `size` bytes.
+
+    Bytes: q, the output, and where K and V are in no cache (kernels.cold) each chosen block of them once.
+    """
+    rows, heads, d, l_sel = (point[key] for key in ("kernels.rows", "kernels.heads", "kernels.head_size", "nsa.l_sel"))
+    kv = 2 * len(np.unique(blocks)) * l_sel * d if point["kernels.cold"] else 0
+    return (kv + 2 * rows * heads * d) * size, 4 * rows * heads * d * blocks.shape[1] * l_sel
+
+
 def error_of(output, exact):
     """Errors of outputs [rows, ...] against float64: mean, its standard error over rows, and the largest."""
     absolute = np.abs(np.asarray(output, "f8") - exact).reshape(len(exact), -1)

@@ -15,7 +15,7 @@ class CudaGraphs:
     def __init__(self, call, copies):
         import torch
 
-        self.graphs, self.next = [], 0
+        self.graphs, self.outputs, self.next, self.replayed = [], [], 0, set()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries select and load their kernels outside of a graph
@@ -24,24 +24,36 @@ class CudaGraphs:
         torch.cuda.synchronize()
         count = -(-copies // EXECUTIONS_A_GRAPH)
         for first in range(0, count * EXECUTIONS_A_GRAPH, EXECUTIONS_A_GRAPH):
-            graph = torch.cuda.CUDAGraph()
-            pool = self.graphs[0].pool() if self.graphs else None
-            with torch.cuda.graph(graph, stream=stream, pool=pool):
-                for i in range(EXECUTIONS_A_GRAPH):
-                    call((first + i) % copies)
+            graph = torch.cuda.CUDAGraph()  # with memory of its own: no other graph writes over its outputs
+            with torch.cuda.graph(graph, stream=stream):
+                outputs = [call((first + i) % copies) for i in range(EXECUTIONS_A_GRAPH)]
             self.graphs.append(graph)
+            self.outputs.append(outputs)
 
     def sample(self):
         """Seconds of one execution."""
         import torch
 
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        which = self.next % len(self.graphs)
         begin.record()
-        self.graphs[self.next % len(self.graphs)].replay()
+        self.graphs[which].replay()
         end.record()
         end.synchronize()
         self.next += 1
+        self.replayed.add(which)
         return begin.elapsed_time(end) * 1e-3 / EXECUTIONS_A_GRAPH
+
+
+    def worst_error(self, exact):
+        """Largest error of the outputs of all replays since the last call; infinite where a value is NaN."""
+        import torch
+
+        truth, infinite = torch.from_numpy(exact).cuda(), float("inf")
+        errors = [(output.double() - truth).abs().nan_to_num(infinite, infinite).max().item()
+                  for which in self.replayed for output in self.outputs[which]]
+        self.replayed.clear()
+        return max(errors, default=infinite)
 
 
 def alternate(samplers, steps):

@@ -44,15 +44,44 @@ parallel = { heads = 1, kv_chunk_blocks = 1 }
 """
 
 
+def run_program(folder, ranks, *options):
+    """The points of in.toml, run with these options of `nsa run`."""
+    mpirun = [os.environ.get("MPIEXEC", "mpirun"), "--oversubscribe", "--allow-run-as-root", "-n", str(ranks)]
+    name = f"r{len(list(folder.iterdir()))}.h5"
+    command = [*(mpirun if ranks > 1 else []), os.environ["NSA"], "run", "in.toml", "--output", name, *options]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return nsa_analysis.read(folder / name)
+
+
 @pytest.mark.skipif("NSA" not in os.environ, reason="NSA does not name the program")
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_bytes_of_chunks_onto_a_prefix_are_those_the_program_stored(tmp_path, ranks):
     (tmp_path / "in.toml").write_text(PREFIX)
-    mpirun = [os.environ.get("MPIEXEC", "mpirun"), "--oversubscribe", "--allow-run-as-root", "-n", str(ranks)]
-    mpirun = mpirun if ranks > 1 else []
-    subprocess.run([*mpirun, os.environ["NSA"], "run", "in.toml"], cwd=tmp_path, check=True, capture_output=True)
-    for point in nsa_analysis.read(tmp_path / "result.h5"):
+    for point in run_program(tmp_path, ranks):
         assert traffic.modelled_bytes(traffic.shape_of(point)) == dict(zip(STAGES, point.bytes[:, 0].tolist()))
+
+
+@pytest.mark.skipif("NSA" not in os.environ, reason="NSA does not name the program")
+@pytest.mark.parametrize("kind", ("prefill", "decode"))
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_a_replayed_point_ranks_nothing(tmp_path, kind, ranks):
+    """No bytes and FLOPs of rank, no candidates; all else as in the run that ranked, and as the program stored it."""
+    (tmp_path / "in.toml").write_text(PREFIX.replace(" prefix = 77, prefill_chunk = 23,", ""))
+    (recorded,) = run_program(tmp_path, 1, "--record-selection", "--set", "run.context=200")
+    lists = f'input.selection="{recorded.run.path}"'
+    sizes = ("--set", f'task.kind="{kind}"', "--set", f"run.context={200 if kind == 'prefill' else 190}", "--set",
+             "run.steps=3")  # fmt: skip
+    (ranked,) = run_program(tmp_path, ranks, *sizes)
+    (replayed,) = run_program(tmp_path, ranks, *sizes, "--set", lists)
+    shapes = [traffic.shape_of(point) for point in (ranked, replayed)]
+    moved, other = (traffic.modelled_bytes(shape) for shape in shapes)
+    assert other == dict(zip(STAGES, replayed.bytes[:, 0].tolist()))
+    assert moved == dict(zip(STAGES, ranked.bytes[:, 0].tolist()))
+    flops, fewer = (traffic.modelled_flops(shape) for shape in shapes)
+    assert (other["rank"], fewer["rank"]) == (0, 0) and flops["rank"] > 0
+    assert flops["step"] - fewer["step"] == flops["rank"]
+    assert moved["step"] - other["step"] == moved["rank"] + moved["comm"] - other["comm"]
+    assert (moved["comm"] > other["comm"]) == (kind == "decode" and ranks > 1)
 
 
 def linear_sweep(folder, layouts=((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (4, 1), (2, 4))):

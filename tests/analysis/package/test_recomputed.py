@@ -91,7 +91,8 @@ def test_the_cost_model_of_held_out_layouts():
     for layout, context, columns, time in rows:
         others = [(c, t) for name, _, c, t in rows if name != layout]
         model = cost_model.fit([p for p in points if p.layout != layout])
-        coefficients = (*model.step, *model.step_comm)
+        coefficients = (*model.step, *model.launch_comm)  # over kv ranks these files ran in several launches
+        assert not any(model.step_comm)
         assert_best(np.array([c for c, _ in others]), np.array([t for _, t in others]), np.array(coefficients))
         row = table.loc[layout, context]
         assert row.measured == pytest.approx(time, rel=1e-12)
