@@ -34,7 +34,7 @@ void probe_tensors(const h5::Handle& group, const std::function<void()>& progres
         if (depth < deepest) probe_tensors(h5::open_group(group, name), progress, left, depth + 1);
       } else if (h5::is_floating_point(group, name)) {
         const std::size_t rank = h5::shape(group, name).size();
-        h5::read_slab(group, name, std::vector<std::int64_t>(rank, 0), std::vector<std::int64_t>(rank, 1));
+        h5::read_slab<float>(group, name, std::vector<std::int64_t>(rank, 0), std::vector<std::int64_t>(rank, 1));
         if (left-- > 0) progress();
       }
     } catch (const std::exception&) {  // reading this tensor reports the error
@@ -112,7 +112,7 @@ std::vector<float> TensorFile::read(const std::string& name, const std::vector<s
   if (found != expected_shape)
     impl_->fail(
         fmt::format("tensor '{}' has shape {}, this input needs {}", name, text_of(found), text_of(expected_shape)));
-  std::vector<float> values = impl_->attempt([&] { return h5::read_slab(impl_->tensors, name, begin, count); });
+  std::vector<float> values = impl_->attempt([&] { return h5::read_slab<float>(impl_->tensors, name, begin, count); });
   for (std::size_t i = 0; i < values.size(); ++i) {
     if (!std::isfinite(values[i]))
       impl_->fail(fmt::format("tensor '{}' is {} at {}, as a 32-bit float", name, values[i],

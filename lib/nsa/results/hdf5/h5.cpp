@@ -294,8 +294,9 @@ std::optional<Array<T>> read_if_there(const Handle& group, const std::string& na
   return Array<T>{{dims.begin(), dims.end()}, read_dataset<T>(dataset, dims, name)};
 }
 
-std::vector<float> read_slab(const Handle& at, const std::string& path, const std::vector<std::int64_t>& begin,
-                             const std::vector<std::int64_t>& count) {
+template <class T>
+std::vector<T> read_slab(const Handle& at, const std::string& path, const std::vector<std::int64_t>& begin,
+                         const std::vector<std::int64_t>& count) {
   const Handle dataset = open_dataset(at, path);
   const std::vector<hsize_t> start(begin.begin(), begin.end()), size(count.begin(), count.end());
   const Handle space = own(H5Dget_space(dataset.id()), path);
@@ -304,8 +305,8 @@ std::vector<float> read_slab(const Handle& at, const std::string& path, const st
   check(H5Sselect_hyperslab(space.id(), H5S_SELECT_SET, start.data(), nullptr, size.data(), nullptr), path);
   if (check(H5Sselect_valid(space.id()), path) == 0) throw InternalError("slab of '" + path + "' leaves its shape");
   const Handle memory = own(H5Screate_simple(static_cast<int>(size.size()), size.data(), nullptr), path);
-  std::vector<float> values(std::accumulate(size.begin(), size.end(), std::size_t{1}, std::multiplies<>()));
-  check(H5Dread(dataset.id(), H5T_NATIVE_FLOAT, memory.id(), space.id(), H5P_DEFAULT, values.data()),
+  std::vector<T> values(std::accumulate(size.begin(), size.end(), std::size_t{1}, std::multiplies<>()));
+  check(H5Dread(dataset.id(), memory_type<T>().id(), memory.id(), space.id(), H5P_DEFAULT, values.data()),
         "reading '" + path + "'");
   return values;
 }
@@ -318,6 +319,11 @@ std::vector<float> read_slab(const Handle& at, const std::string& path, const st
 #define NSA_H5_READ(T)                                             \
   template std::vector<T> read(const Handle&, const std::string&); \
   template std::optional<Array<T>> read_if_there(const Handle&, const std::string&);
+#define NSA_H5_READ_SLAB(T)                                                                              \
+  template std::vector<T> read_slab(const Handle&, const std::string&, const std::vector<std::int64_t>&, \
+                                    const std::vector<std::int64_t>&);
+NSA_H5_READ_SLAB(float)
+NSA_H5_READ_SLAB(std::int32_t)
 #define NSA_H5_ALL(T) NSA_H5_SCALE(T) NSA_H5_WRITE(T) NSA_H5_READ(T)
 NSA_H5_ALL(std::string)
 NSA_H5_ALL(std::int64_t)
