@@ -4,6 +4,7 @@ A sweep has thousands of points with seventy attributes and a dozen small datase
 """
 
 import functools
+import math
 import sys
 
 import h5py
@@ -28,7 +29,7 @@ def to_python(value):
     return to_python(value.tolist()) if isinstance(value, (np.ndarray, np.generic)) else value
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def name_of(name):
     """The text of a name; the same object for all points, which keeps them small in memory and between processes."""
     return sys.intern(name.decode())
@@ -91,14 +92,14 @@ def open_dataset(group, name):
 def load_numbers(group, name, size, dimensions):
     """A numeric dataset with that many dimensions. Raises ValueError if it is larger than `size`, that of its file."""
     dataset = open_dataset(group, name)
-    kind = dataset.dtype
+    kind, shape = dataset.dtype, dataset.shape
     if kind.kind not in "if":
         raise ValueError(f"'{name}' is not numeric")
-    if dataset.rank != dimensions:
-        raise ValueError(f"'{name}' has {dataset.rank} dimensions (expected {dimensions})")
-    if np.prod(dataset.shape, dtype=float) * kind.itemsize > size:
+    if len(shape) != dimensions:
+        raise ValueError(f"'{name}' has {len(shape)} dimensions (expected {dimensions})")
+    if math.prod(shape) * kind.itemsize > size:
         raise ValueError(f"'{name}' is larger than its file")
-    values = np.empty(dataset.shape, dtype=kind)
+    values = np.empty(shape, dtype=kind)
     if values.size:
         dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
     return values
@@ -107,11 +108,12 @@ def load_numbers(group, name, size, dimensions):
 def load_labels(group, name, size):
     """A list of strings. Raises ValueError if it is another kind of dataset, or larger than its file."""
     dataset = open_dataset(group, name)
-    if h5py.check_string_dtype(dataset.dtype) is None or dataset.rank != 1:
+    kind, shape = dataset.dtype, dataset.shape
+    if h5py.check_string_dtype(kind) is None or len(shape) != 1:
         raise ValueError(f"'{name}' is not a list of labels")
-    if dataset.shape[0] > size:
+    if shape[0] > size:
         raise ValueError(f"'{name}' is larger than its file")
-    values = np.empty(dataset.shape, dtype=dataset.dtype)
+    values = np.empty(shape, dtype=kind)
     if values.size:
         dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
-    return to_python(values)
+    return list(map(name_of, values.tolist()))

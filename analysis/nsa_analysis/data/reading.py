@@ -215,11 +215,11 @@ def read_phases(group, size, ranks, warmup):
 
 def read_points(run, names, file, size):
     """Points of these names. Times of many points are summarised together, since each has few samples."""
-    points, shapes = [], {}
+    points, groups, shapes = [], file["points"], {}
     for block in in_blocks(names):
         samples = []  # ((point, mode), [stage, rank, rep])
         for name in block:
-            point, of_point = read_point(run, name, file["points"][name], size, shapes)
+            point, of_point = read_point(run, name, groups[name], size, shapes)
             points.append(point)
             samples += [((point, mode), of_mode) for mode, of_mode in of_point.items()]
             point.modes.update(dict.fromkeys(of_point))  # keeps their order
