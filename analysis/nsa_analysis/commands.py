@@ -282,21 +282,20 @@ def run_export(options):
     chosen = options.statistics.split(",") if options.statistics else STATISTICS
     if unknown := [s for s in chosen if s not in STATISTICS]:
         raise AnalysisError(f"--statistics {unknown[0]}: no such statistic; there are {', '.join(STATISTICS)}")
-    parts = export.frames(points, tuple(chosen))
     outputs = {options.output, options.csv, options.json} - {None}
     if len(outputs) > 1:
         raise AnalysisError("one output at a time: give -o, --csv or --json")
     path = outputs.pop() if outputs else "-"
     ending = ".jsonl" if options.json else ".csv" if options.csv or path == "-" else os.path.splitext(path)[1]
     if ending == ".parquet":
-        return write_parquet(path, pd.concat(parts, ignore_index=True))
+        return write_parquet(path, export.export(points, chosen))
     if ending not in (".csv", ".jsonl"):
         raise AnalysisError(f"-o {path}: unknown format; end the name in .csv, .parquet or .jsonl")
     with open(path, "w", encoding="utf-8", newline="") if path != "-" else nullcontext(sys.stdout) as file:
-        for i, part in enumerate(parts):
-            if ending == ".csv":
-                part.to_csv(file, index=False, header=i == 0)
-            else:
+        if ending == ".csv":
+            file.writelines(export.csv_lines(points, chosen))
+        else:
+            for part in export.frames(points, chosen):
                 file.writelines(f"{line}\n" for line in export.json_lines(part))
 
 

@@ -75,6 +75,24 @@ class Replay(AppTest):
         self.assertNotEqual(rows["branches", "attend_sel"][1], why)
         self.assertNotIn(("branches", "rank"), rows)
 
+    def test_a_file_whose_numbers_are_out_of_range(self):
+        lists = self.other_lists()
+        large = lists.astype(np.int64)
+        large[0, 0, 0, 0] = (1 << 32) + 1  # 1 in 32 bits
+        odd = lists.astype(np.int64)
+        odd[0, 0, 0, 0] = (1 << 24) + 1  # no 32-bit float
+        for data, first, part in ((lists[:0], 0, "/selected is empty"), (lists[..., :0], 0, "/selected is empty"),
+                                  (lists, (1 << 63) - 1, "/selected begins at position 9223372036854775807"),
+                                  (lists, -(1 << 63), "/selected begins at position -9223372036854775808"),
+                                  (large, 0, "block 2147483647 is none of 0 to 0"),
+                                  (odd, 0, "block 16777217 is none of 0 to 0")):  # fmt: skip
+            with self.subTest(part=part):
+                self.write_lists("s.h5", data, first)
+                done = self.nsa("run", "in.toml", "--set", 'task.kind="prefill"', "--set", 'input.selection="s.h5"')
+                self.assertEqual(done.code, FILE, done.out + done.err)
+                self.assertIn("cannot use s.h5 (", done.err)
+                self.assertIn(part, done.err)
+
     def test_a_prefill_onto_a_prefix_is_replayed(self):
         for scope in "attention", "layer":
             onto = ('task.kind="prefill"', "run.context=90", "run.prefix=77", "run.prefill_chunk=32",

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import unittest
@@ -119,6 +120,33 @@ class Streams(SlipsTest):
                 self.assertEqual(done.returncode, FILE, done.stderr)
                 self.assertEqual(done.stderr.count("nsa: error: cannot write the standard output (No space left"), 1)
         self.assert_ok(self.nsa("report", "b.h5"))  # the run itself is whole
+
+    def test_a_reader_that_goes_away_ends_no_run(self):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run([BINARY, "run", "in.toml", "--set", "run.context=[64, 65]"], cwd=self.folder,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=write, stderr=subprocess.PIPE,
+                              text=True)  # fmt: skip
+        os.close(write)
+        self.assertEqual(done.returncode, FILE, done.stderr)
+        self.assertEqual(done.stderr.count("nsa: error: cannot write the standard output (Broken pipe)"), 1)
+        self.assertIn("RESULT: VALID", self.assert_ok(self.nsa("report", "result.h5")).out)
+        self.assertIn("is complete: 2 points", self.assert_ok(self.nsa("run", "in.toml", "--set",
+                                                                      "run.context=[64, 65]", "--resume")).out)
+
+    def test_a_limit_on_the_size_of_files(self):
+        large = 16 << 20  # bytes: Open MPI itself needs some
+        self.write("in.toml", SMALL.replace("warmup = 1", "warmup = 0") + "[output]\ntensors = true\n")
+        settings = ("task.kind=prefill", "run.steps=1", 'run.modes=["total"]', "run.context=[64, 4096]", "run.batch=6",
+                    "run.check=false")  # fmt: skip
+        options = [word for setting in settings for word in ("--set", setting)]
+        done = subprocess.run([BINARY, "run", "in.toml", *options], cwd=self.folder, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"},
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (large, large)))  # fmt: skip
+        self.assertEqual(done.returncode, FILE, done.stderr)
+        self.assertIn("File too large); make room", done.stderr)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["in.toml", "result.h5"])
+        self.assertIn("INTERRUPTED", self.nsa("report", "result.h5").out)
 
     def test_closed_streams_end_up_in_no_file(self):
         done = subprocess.run(f"{BINARY} run in.toml >&- 2>&- <&-", shell=True, cwd=self.folder)
@@ -255,6 +283,20 @@ class Input(SlipsTest):
         self.assert_ok(self.nsa("run", "in.toml", "--output", "a.h5"))
         for value in ("", "-1", "0", "100000000000000000000", "64,x"):
             self.refuses(USAGE, ["--context"], "gate", "a.h5", f"--context={value}")
+
+    def test_a_trace_whose_numbers_would_move(self):
+        trace = "run", "in.toml", "--set", "batch.distribution=file", "--set", 'batch.file="t.csv"'
+        self.write("in.toml", SMALL.replace("context = 64\n", ""))
+        self.write("t.csv", "prompt\n1,024\n")
+        self.refuses(FILE, ["t.csv:2: 2 cells in a table of 1 columns"], *trace)
+        self.write("t.csv", '\ufefftime,prompt\r\n"Nov 16, 2023",70\r\n')
+        self.assertIn("lengths 70 to 70", self.assert_ok(self.nsa(*trace, "--dry-run")).out)
+
+    def test_contexts_that_no_machine_holds(self):
+        for settings in (["run.context=1073741824"], ["task.kind=prefill", "run.context=1", "run.prefix=1073741823"],
+                         ["task.kind=prefill", "run.context=1073741824", "run.prefill_chunk=1"]):  # fmt: skip
+            options = [word for setting in settings for word in ("--set", setting)]
+            self.refuses(USAGE, ["positions takes too many tiles", "; lower"], "run", "in.toml", "--dry-run", *options)
 
     def test_durations(self):
         for value in ("0x10", "inf", "nan", "1e400", "-5", "1:60", "1-24", "1:2:3:4", "10 m", "1d", "-", ":"):

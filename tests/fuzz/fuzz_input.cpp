@@ -1,10 +1,11 @@
-// The reader of [input] file: tensors that another program wrote.
+// The readers of [input] file and [input] selection: tensors and lists of blocks that another program wrote.
 
 #include <algorithm>
 #include <vector>
 
 #include "fuzz/target.hpp"
 #include "nsa/results/result_file.hpp"
+#include "nsa/results/selection_file.hpp"
 
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const nsa::fuzz::File file(data, size, ".h5");
@@ -19,5 +20,9 @@ int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
       tensors.read(name, shape, std::vector<std::int64_t>(shape.size(), 0), count);
     });
   }
-  return 0;
+  return nsa::fuzz::attempt([&] {
+    const nsa::SelectionFile selections(file.path());
+    for (std::size_t i = 0; i < selections.shapes().size(); ++i)
+      if (selections.shapes()[i].n < 4096) selections.read_rows(i, selections.shapes()[i].positions - 1, 1);
+  });
 }

@@ -319,6 +319,9 @@ TEST_CASE("a trace is read as CSV or JSON, with the names of public traces", "[c
   CHECK(prompts("{\"input_length\": 4096, \"output_length\": 128, \"hash_ids\": [1, {\"a\": 2}]}\n"
                 "{\"input_length\": 7, \"output_length\": 0}\n") == expected);
   CHECK(prompts("[4096, 7]") == std::vector<std::int64_t>{4096, 0, 7, 0});
+  CHECK(prompts("\xef\xbb\xbfprompt,output\r\n4096,128\r\n7,0\r\n") == expected);  // as spreadsheets write it
+  CHECK(prompts("\xef\xbb\xbf[4096, 7]") == std::vector<std::int64_t>{4096, 0, 7, 0});
+  CHECK(prompts("time,prompt,output\n\"Nov 16, 2023\",4096,128\n\"a \"\"b, 1\"\"\", \"7\" ,0\n") == expected);
 }
 
 TEST_CASE("a trace that cannot be read gets one message with the line", "[config][batch]") {
@@ -334,7 +337,15 @@ TEST_CASE("a trace that cannot be read gets one message with the line", "[config
   has(refused(""), "t.csv:1: no request");
   has(refused("prompt,output\n"), "t.csv:1: no request");
   has(refused("a,b\n1,2\n"), "t.csv:1: no column prompt");
-  has(refused("prompt,output\n1,2\n3\n"), "t.csv:3: 1 cells");
+  has(refused("prompt,output\n1,2\n3\n"), "t.csv:3: 1 cells in a table of 2 columns");
+  has(refused("prompt,output\n1,2\n3,4,5\n"), "t.csv:3: 3 cells in a table of 2 columns");
+  has(refused("prompt\n1,024\n"), "t.csv:2: 2 cells in a table of 1 columns; give one for each column, in quotes");
+  has(refused("1024\n2,048\n"), "t.csv:2: 2 cells in a table of 1 columns");
+  has(refused("id,prompt\n\"1,2\n"), "t.csv:2: a quote without its end");
+  has(refused("prompt;output\n1;2\n"), "give a header \"prompt,output\" with commas");
+  has(refused("prompt,output\n1073741824,1\n"), "t.csv:2: 1073741824 + 1 tokens are too many");
+  has(refused("[{\"prompt\": 1073741824, \"output\": 1073741824}]"), "tokens are too many");
+  has(refused("prompt\n1\033[2J\n"), "\"1\\u001b[2J\" is no number");
   has(refused("prompt,output\n1,2\n-3,4\n"), "t.csv:3: \"-3\" is no number of tokens");
   has(refused("prompt,output\n1,2\nnan,4\n"), "t.csv:3: \"nan\" is no number of tokens");
   has(refused("prompt,output\n1,2\n0,4\n"), "t.csv:3: \"0\" is no number of tokens; give 1 to");
@@ -344,6 +355,22 @@ TEST_CASE("a trace that cannot be read gets one message with the line", "[config
   has(refused("[1, 2"), "t.csv:1: no ']'");
   has(refused("{\"prompt\": 1"), "t.csv:1: no '}'");
   has(refused(std::string(1000, '[').c_str()), "without end");
+}
+
+TEST_CASE("a ragged batch counts as long as its longest sequence", "[config][batch]") {
+  const auto problem = [](std::vector<std::string> settings, std::vector<Request> requests = {}) {
+    settings.insert(settings.end(), {"model.dim=65536", "model.n_heads=4096", "model.d_k=4096"});  // 2^24 a position
+    Config config = parse(decode, settings);
+    config.batch.requests = std::move(requests);
+    return message_of([&] { sweep(config); });
+  };
+  has(problem({"batch.context=[67108864, 1]"}), "2 sequences, the longest of 67108864 tokens, is too large");
+  CHECK(problem({"batch.context=[1048576, 1]"}).empty());
+  const std::vector<std::string> trace = {"batch.distribution=file", "batch.file=\"t\"", "run.batch=2"};
+  has(problem(trace, {{1 << 26, 0}, {1, 0}}), "is too large for this model");
+  CHECK(problem(trace, {{1 << 20, 0}, {1, 0}}).empty());
+  has(problem({"batch.distribution=zipf", "batch.exponent=8", "run.batch=64", "run.context=65536"}),
+      "lower run.batch, or the lengths in [batch]");
 }
 
 TEST_CASE("a trace gives a sequence its prompt and a part of its output", "[config][batch]") {

@@ -1,16 +1,22 @@
 """Every measured time as one tidy table: point x mode x stage x rank x statistic, with every parameter of the point."""
 
+import csv
+import functools
+import io
+import itertools
 import json
 
 import numpy as np
 import pandas as pd
 
-from .reading import read_samples
+from .parallel import parallel
+from .reading import by_shape, in_blocks, samples_of
 from .statistics import STATISTICS, summaries
 from .tables import identity_row
 
 SLOWEST = "slowest"  # label of the maximum over ranks in column `rank`
 UNITS = {"n": "1", "cv": "1"}  # of the statistics that are no times
+TIMES = ["mode", "stage", "rank", "statistic", "value", "unit"]  # columns that differ between the rows of a point
 
 
 def export(points, statistics=STATISTICS):
@@ -25,43 +31,111 @@ def frames(points, statistics=STATISTICS):
     is the maximum over ranks of each repetition, else a number), statistic, value, and unit ("s" or "1"). A stage that
     was not timed has no row. Implementations of kernel points are stages of mode "kernels".
     """
+    for same, times in parts(points, statistics):
+        counts = [sum(len(values) for _, values in of_point) for of_point in times]
+        rows = [(*label, value, unit) for label, value, unit in itertools.chain(*map(rows_of, times))]
+        repeated = same.iloc[np.repeat(np.arange(len(same)), counts)].reset_index(drop=True)
+        yield pd.concat([repeated, pd.DataFrame(rows, columns=TIMES)], axis=1)
+
+
+def parts(points, statistics):
+    """(columns that are the same for all rows of a point, a row each; times of each point as in times_of) by file."""
     names = list(dict.fromkeys(name for p in points for name in p.parameters))
     files = {}
     for point in points:
         files.setdefault(point.run.path, []).append(point)
-    for members in files.values():
-        yield pd.concat([point_frame(p, names, statistics) for p in members], ignore_index=True)
+    for path, members in files.items():
+        blocks = [(path, block, tuple(statistics)) for block in in_blocks(members)]
+        yield same_columns(members, names), [times for block in parallel(times_of, blocks) for times in block]
 
 
-def point_frame(point, names, statistics):
-    """Rows of one point; `names` are the parameters that become columns."""
-    parts = []
-    for mode, (labels, samples) in read_samples(point).items():
-        table = summaries(np.concatenate([np.fmax.reduce(samples, axis=1, keepdims=True), samples], axis=1))
-        grid = np.stack([table[s] for s in statistics], axis=-1)  # [stage, 1 + rank, statistic]
-        stage, rank, statistic = np.indices(grid.shape).reshape(3, -1)
-        timed = (table["n"] > 0)[stage, rank]
-        ranks = np.array([SLOWEST, *map(str, range(samples.shape[1]))], dtype=object)
-        rows = pd.DataFrame(
-            {
-                "mode": mode,
-                "stage": np.array(labels, dtype=object)[stage],
-                "rank": ranks[rank],
-                "statistic": np.array(statistics, dtype=object)[statistic],
-                "value": grid.ravel(),
-            }
-        )[timed]
-        parts.append(rows.assign(unit=rows.statistic.map(UNITS).fillna("s")))
-    columns = ["mode", "stage", "rank", "statistic", "value", "unit"]
-    rows = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
-    same = {k: v for k, v in identity_row(point).items() if k not in names}
-    same |= {name: text_of_list(point.get(name)) for name in names}
-    return pd.concat([pd.DataFrame(same, index=rows.index), rows], axis=1)
+def times_of(path, points, statistics):
+    """For each point [(arguments of labels_of, values [label])] by mode."""
+    samples = [
+        ((i, mode, tuple(stages)), array)
+        for i, modes in enumerate(samples_of(path, points))
+        for mode, (stages, array) in modes.items()
+    ]
+    found = {}
+    for keys, stack in by_shape(samples):
+        table = summaries(np.concatenate([np.fmax.reduce(stack, axis=2, keepdims=True), stack], axis=2))
+        grid = np.stack([table[s] for s in statistics], axis=-1)  # [entry, stage, 1 + rank, statistic]
+        timed = np.broadcast_to((table["n"] > 0)[..., None], grid.shape)
+        for (i, mode, stages), values, chosen in zip(keys, grid, timed):
+            arguments = (mode, stages, values.shape[1] - 1, statistics, chosen.tobytes())
+            found[i, mode, stages] = arguments, values[chosen]
+    times = [[] for _ in points]
+    for key, _ in samples:
+        times[key[0]].append(found[key])
+    return times
+
+
+@functools.lru_cache(maxsize=256)  # most points have the same stages
+def labels_of(mode, stages, ranks, statistics, timed):
+    """[(mode, stage, rank, statistic)] of the timed ones of [stage, 1 + rank, statistic]; `timed`: bytes of flags."""
+    every = itertools.product([mode], stages, [SLOWEST, *map(str, range(ranks))], statistics)
+    return list(itertools.compress(every, np.frombuffer(timed, dtype=bool)))
+
+
+def rows_of(times):
+    """((mode, stage, rank, statistic), value, unit) of every row of a point."""
+    for key, values in times:
+        for label, value in zip(labels_of(*key), values.tolist()):
+            yield label, value, UNITS.get(label[-1], "s")
+
+
+def same_columns(points, names):
+    """DataFrame, one row per point: identity and parameters. A column of numbers and text keeps both as they are."""
+    rows = [identity_row(p) for p in points]
+    for point, row in zip(points, rows):
+        kept = {k: v for k, v in row.items() if k not in names}
+        row.clear()
+        row.update(kept, **{name: text_of_list(point.get(name)) for name in names})
+    return pd.DataFrame({name: column([row[name] for row in rows]) for name in rows[0]})
+
+
+def column(values):
+    """Series of these values: of numbers or text where all are, else of objects."""
+    kinds = set(map(type, values))
+    return pd.Series(values, dtype=None if len(kinds) == 1 or kinds <= {int, float} else object)
 
 
 def text_of_list(value):
     """A list as text, joined by commas; other values as they are."""
     return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def csv_lines(points, statistics=STATISTICS):
+    """The table as lines of CSV, as pandas writes them, with a header. Of a point's columns the text is made once."""
+    for i, (same, times) in enumerate(parts(points, statistics)):
+        header, *lines = records(same.to_csv(index=False))
+        if i == 0:
+            yield f"{header},{','.join(TIMES)}\n"
+        for line, of_point in zip(lines, times):
+            for key, values in of_point:
+                texts = ("" if value != value else repr(value) for value in values.tolist())
+                yield from (f"{line},{a}{text}{b}" for (a, b), text in zip(csv_labels(*key), texts))
+
+
+@functools.lru_cache(maxsize=256)
+def csv_labels(*key):
+    """(text before the value, text after it) of the rows of labels_of."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(labels_of(*key))
+    return [
+        (f"{text},", f",{UNITS.get(label[-1], 's')}\n") for text, label in zip(records(out.getvalue()), labels_of(*key))
+    ]
+
+
+def records(text):
+    """The records of CSV, without the ends of their lines; quoted text may hold others."""
+    found, begun = [], []
+    for line in text.removesuffix("\n").split("\n"):
+        begun.append(line)
+        if sum(part.count('"') for part in begun) % 2 == 0:
+            found.append("\n".join(begun))
+            begun = []
+    return found
 
 
 def json_lines(frame):

@@ -3,6 +3,10 @@
 A sweep has thousands of points with seventy attributes and a dozen small datasets each.
 """
 
+import functools
+import math
+import sys
+
 import h5py
 import numpy as np
 from h5py import h5a, h5d, h5t
@@ -25,46 +29,77 @@ def to_python(value):
     return to_python(value.tolist()) if isinstance(value, (np.ndarray, np.generic)) else value
 
 
-def attributes_of(item):
-    """{name: Python value} of the attributes of a file, group or dataset, in the order of their names."""
+@functools.lru_cache(maxsize=4096)
+def name_of(name):
+    """The text of a name; the same object for all points, which keeps them small in memory and between processes."""
+    return sys.intern(name.decode())
+
+
+def attributes_of(item, shapes=None):
+    """{name: Python value} of the attributes of a file, group or dataset, in the order of their names.
+
+    `shapes` keeps the shapes of the attributes of one file from call to call: its points have the same ones, and an
+    object of HDF5 for each shape takes longer than the value. So a list of one value and the value alone are not told
+    apart under one name.
+    """
     names = []
     h5a.iterate(item.id, names.append)
-    return {name.decode(): read_attribute(item.id, name) for name in sorted(names) if name not in SCALES}
+    shapes = {} if shapes is None else shapes
+    return {name_of(name): read_attribute(item.id, name, shapes) for name in sorted(names) if name not in SCALES}
 
 
-def read_attribute(owner, name):
-    """Value of one attribute."""
+def read_attribute(owner, name, shapes):
+    """Value of one attribute; `shapes` as in attributes_of."""
     attribute = h5a.open(owner, name)
-    stored, shape = attribute.get_type(), attribute.shape
+    try:
+        size = attribute.get_storage_size()
+    except RuntimeError:  # 0 bytes, which h5py takes for an error: an attribute without a value
+        return None
+    shape = shapes.get((name, size, h5t.STRING))
+    if shape is not None:
+        try:  # HDF5 refuses to read as such text what is something else
+            return read_value(attribute, shape, *NATIVE[h5t.STRING])
+        except (OSError, TypeError, ValueError):
+            pass
+    stored = attribute.get_type()
     kind = stored.get_class()
-    memory = NATIVE.get(kind) if kind != h5t.STRING or stored.is_variable_str() else None
-    dtype, memory = memory or (attribute.dtype, None)
-    value = np.empty(() if shape is None else shape, dtype=dtype)
+    if (shape := shapes.get((name, size, kind))) is None:
+        shape = attribute.shape
+    if kind not in NATIVE or (kind == h5t.STRING and not stored.is_variable_str()):
+        return read_value(attribute, attribute.shape, attribute.dtype, None)
+    shapes[name, size, kind] = shape
+    return read_value(attribute, shape, *NATIVE[kind])
+
+
+def read_value(attribute, shape, dtype, memory):
+    """Value of an attribute of this shape, through this type in memory."""
+    value = np.empty(shape, dtype=dtype)
     attribute.read(value, memory)
-    return to_python(value)
+    if shape != ():
+        return to_python(value)
+    value = value.item()
+    return sys.intern(value.decode()) if type(value) is bytes else to_python(value)
 
 
 def open_dataset(group, name):
     """The low-level dataset. Raises KeyError where there is none, ValueError where the name is of something else."""
-    if name not in group:
-        raise KeyError(f"no '{name}'")
     try:
         return h5d.open(group.id, name.encode())
     except (KeyError, OSError) as error:
-        raise KeyError(f"'{name}' cannot be opened ({error})") from None
+        raise KeyError(f"'{name}' cannot be opened ({error})" if name in group else f"no '{name}'") from None
 
 
 def load_numbers(group, name, size, dimensions):
     """A numeric dataset with that many dimensions. Raises ValueError if it is larger than `size`, that of its file."""
     dataset = open_dataset(group, name)
-    kind = dataset.dtype
+    kind, shape = dataset.dtype, dataset.shape
     if kind.kind not in "if":
         raise ValueError(f"'{name}' is not numeric")
-    if dataset.rank != dimensions:
-        raise ValueError(f"'{name}' has {dataset.rank} dimensions (expected {dimensions})")
-    if np.prod(dataset.shape, dtype=float) * kind.itemsize > size:
+    if len(shape) != dimensions:
+        raise ValueError(f"'{name}' has {len(shape)} dimensions (expected {dimensions})")
+    if math.prod(shape) * kind.itemsize > size:
         raise ValueError(f"'{name}' is larger than its file")
-    values = np.empty(dataset.shape, dtype=kind)
+    values = np.empty(shape, dtype=kind)
     if values.size:
         dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
     return values
@@ -73,11 +108,12 @@ def load_numbers(group, name, size, dimensions):
 def load_labels(group, name, size):
     """A list of strings. Raises ValueError if it is another kind of dataset, or larger than its file."""
     dataset = open_dataset(group, name)
-    if h5py.check_string_dtype(dataset.dtype) is None or dataset.rank != 1:
+    kind, shape = dataset.dtype, dataset.shape
+    if h5py.check_string_dtype(kind) is None or len(shape) != 1:
         raise ValueError(f"'{name}' is not a list of labels")
-    if dataset.shape[0] > size:
+    if shape[0] > size:
         raise ValueError(f"'{name}' is larger than its file")
-    values = np.empty(dataset.shape, dtype=dataset.dtype)
+    values = np.empty(shape, dtype=kind)
     if values.size:
         dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
-    return to_python(values)
+    return list(map(name_of, values.tolist()))

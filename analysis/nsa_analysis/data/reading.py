@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import AnalysisError, FileError
 from .hdf5 import attributes_of, load_labels, load_numbers, to_python
 from .parallel import parallel
-from .statistics import median_and_interval, summaries
+from .statistics import STATISTICS, median_and_interval, summaries
 
 SCHEMA_MAJOR = 1
 LARGE = 8 << 20  # bytes: what is larger is read by several processes
@@ -70,11 +70,13 @@ class ModeTimes:
     rank_median: np.ndarray  # [stage, rank]
     rank_low: np.ndarray  # [stage, rank]: low end of the median's interval
     compute_median: np.ndarray  # [rank]: median of the sum of COMPUTE_STAGES
+    statistics: np.ndarray  # [statistic of STATISTICS, stage]: of the slowest rank
 
     @functools.cached_property
     def summary(self):
         """Statistics of the slowest rank by stage: {name of STATISTICS: [stage]}."""
-        return summaries(self.slowest)
+        table = dict(zip(STATISTICS, self.statistics))
+        return table | {"n": table["n"].astype(int)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +124,30 @@ class Point:
 
 
 def mode_times(samples):
-    """ModeTimes from samples [stage, rank, rep] of one mode, without warm-up."""
+    """ModeTimes of each entry of samples [entry, stage, rank, rep], without warm-up."""
     _, median, low, _ = median_and_interval(samples)
-    compute = samples[: len(COMPUTE_STAGES)]
-    timed = ~np.isnan(compute).all(axis=0)
-    sums = np.where(timed, np.nansum(compute, axis=0), np.nan)
-    return ModeTimes(np.fmax.reduce(samples, axis=1), median, low, median_and_interval(sums)[1])
+    compute = samples[:, : len(COMPUTE_STAGES)]
+    timed = ~np.isnan(compute).all(axis=1)
+    sums = np.where(timed, np.nansum(compute, axis=1), np.nan)
+    slowest = np.fmax.reduce(samples, axis=2)
+    statistics = np.stack([*summaries(slowest).values()], axis=1)
+    return list(map(ModeTimes, slowest, median, low, median_and_interval(sums)[1], statistics))
+
+
+BLOCK = 256  # points whose samples are in memory at a time
+
+
+def in_blocks(items):
+    """The items in lists of at most BLOCK."""
+    return [items[i : i + BLOCK] for i in range(0, len(items), BLOCK)]
+
+
+def by_shape(items):
+    """[(keys, stacked arrays)] of (key, array) pairs, one for each shape of the arrays."""
+    groups = {}
+    for key, array in items:
+        groups.setdefault(array.shape, []).append((key, array))
+    return [([key for key, _ in group], np.stack([array for _, array in group])) for group in groups.values()]
 
 
 def samples_by_mode(group, size, warmup):
@@ -193,19 +213,35 @@ def read_phases(group, size, ranks, warmup):
     return dict(zip(names, median_and_interval(time[:, :, warmup:])[1]))
 
 
-def read_point(run, name, group, size):
-    parameters = attributes_of(group)
+def read_points(run, names, file, size):
+    """Points of these names. Times of many points are summarised together, since each has few samples."""
+    points, groups, shapes = [], file["points"], {}
+    for block in in_blocks(names):
+        samples = []  # ((point, mode), [stage, rank, rep])
+        for name in block:
+            point, of_point = read_point(run, name, groups[name], size, shapes)
+            points.append(point)
+            samples += [((point, mode), of_mode) for mode, of_mode in of_point.items()]
+            point.modes.update(dict.fromkeys(of_point))  # keeps their order
+        for keys, stack in by_shape(samples):
+            for (point, mode), times in zip(keys, mode_times(stack)):
+                point.modes[mode] = times
+    return points
+
+
+def read_point(run, name, group, size, shapes):
+    """(a Point without its `modes`, their samples); `shapes` as in attributes_of."""
+    parameters = attributes_of(group, shapes)
     for key, kind in (("validity", str), ("heads", int), ("kv", int), ("warmup_reps", int), ("task.kind", str)):
         if not isinstance(parameters.get(key), kind):
             raise ValueError(f"attribute '{key}' of point {name} is missing or has another type")
     ranks = parameters["heads"] * parameters["kv"]
-    modes, unknown = {}, ()
+    samples, unknown = {}, ()
     if "time" in group:
         samples, unknown = samples_by_mode(group, size, parameters["warmup_reps"])
         timed = group["time"].shape[2]
         if timed != ranks:
             raise ValueError(f"point {name} has times of {timed} ranks (heads x kv = {ranks})")
-        modes = {mode: mode_times(s) for mode, s in samples.items()}
     reads, nsa_vibe = last_reads(group, size)
     modelled = None
     if "bytes" in group:
@@ -216,12 +252,12 @@ def read_point(run, name, group, size):
     if "memory_peak" in group:
         total = load_labels(group, "kind", size).index("total")
         memory = float(load_numbers(group, "memory_peak", size, 2)[total].max(initial=0))
-    return Point(
+    point = Point(
         run,
         int(name),
         parameters,
         ranks,
-        modes,
+        {},
         reads,
         nsa_vibe,
         modelled,
@@ -230,6 +266,7 @@ def read_point(run, name, group, size):
         unknown,
         read_phases(group, size, ranks, parameters["warmup_reps"]),
     )
+    return point, samples
 
 
 def read_system(file, size):
@@ -268,7 +305,7 @@ def read_file(path, part=0, parts=1):
             run = Run(path, attributes, read_system(file, size))
             names = point_names(file)
             chosen = names[len(names) * part // parts : len(names) * (part + 1) // parts]
-            points = [read_point(run, name, file["points"][name], size) for name in chosen]
+            points = read_points(run, chosen, file, size)
     except FileError:
         raise
     except FileNotFoundError:
@@ -293,11 +330,20 @@ def read_samples(point):
 
     The labels are STAGES; of mode "kernels", which is that of kernel points, the implementations.
     """
-    with h5py.File(point.run.path, "r") as file:
-        size, group, warmup = os.path.getsize(point.run.path), file[f"points/{point.index:04d}"], point["warmup_reps"]
-        found = samples_by_mode(group, size, warmup)[0] if "time" in group else {}
-        modes = {mode: (STAGES, samples) for mode, samples in found.items()}
-        return modes | ({"kernels": kernel_samples(group["kernels"], size, warmup)} if "kernels" in group else {})
+    return samples_of(point.run.path, [point])[0]
+
+
+def samples_of(path, points):
+    """read_samples of several points of one file."""
+    with h5py.File(path, "r") as file:
+        return [samples_in(file, os.path.getsize(path), point) for point in points]
+
+
+def samples_in(file, size, point):
+    group, warmup = file[f"points/{point.index:04d}"], point["warmup_reps"]
+    found = samples_by_mode(group, size, warmup)[0] if "time" in group else {}
+    modes = {mode: (STAGES, samples) for mode, samples in found.items()}
+    return modes | ({"kernels": kernel_samples(group["kernels"], size, warmup)} if "kernels" in group else {})
 
 
 def first_line(error):

@@ -1,6 +1,7 @@
 """Series: points that are comparable on one curve. They differ only in ranks, layout and the swept sizes."""
 
 import fnmatch
+import functools
 import pathlib
 import shlex
 import warnings
@@ -44,6 +45,12 @@ def is_compared(key, kind):
     return not (kind == "kernels" and key in KERNEL_SHAPE)
 
 
+@functools.lru_cache(maxsize=64)  # the points of a file have the same names
+def compared_keys(kind, names):
+    """Those of the names in which points of a curve must agree, sorted."""
+    return tuple(sorted(key for key in names if is_compared(key, kind)))
+
+
 CHUNKS = "parallel.kv_chunk_blocks"
 
 
@@ -61,7 +68,7 @@ def identity(point):
     run = point.run.attributes
     routes = zip(("cmp", "sel", "win"), point.get("routes", []), point.get("route_reasons", []))
     forced = {f"NSA_ROUTE_{name.upper()}": route for name, route, why in routes if "NSA_ROUTE_" in str(why)}
-    compared = sorted(key for key in point.parameters if is_compared(key, point.kind))
+    compared = compared_keys(point.kind, tuple(point.parameters))
     return {
         "device": point.run.device,
         "backend": run.get("backend", "unknown"),

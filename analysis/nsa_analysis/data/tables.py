@@ -44,6 +44,8 @@ def imbalance(times):
     times = np.asarray(times, dtype=float)
     if len(times) == 0 or np.isnan(times).all():
         return NAN, -1
+    if len(times) == 1:
+        return (1.0 if times[0] > 0 else NAN), 0
     slowest = int(np.nanargmax(times))
     others = median_of_others(times)[slowest]
     return (float(times[slowest] / others), slowest) if others > 0 else (NAN, -1)
@@ -118,18 +120,20 @@ def stages_table(points, modes=("branches", "total")):
     """One row per (point, mode, stage): statistics of the slowest rank, max/median over ranks, share of all stages."""
     rows = []
     for point in points:
+        identity = identity_row(point)
         for mode in modes:
             if (times := point.times(mode)) is None:
                 continue
             all_stages = sum(stage_medians(point, mode).values())
-            for i, stage in enumerate(STAGES):
-                summary = {name: values[i].item() for name, values in times.summary.items()}
+            columns = [values.tolist() for values in times.summary.values()]
+            for i, (stage, values) in enumerate(zip(STAGES, zip(*columns))):
+                summary = dict(zip(times.summary, values))
                 if summary["n"] == 0:
                     continue
                 ratio, slowest = imbalance(times.rank_median[i])
                 share = summary["median"] / all_stages if all_stages and stage != "step" else NAN
                 rows.append(
-                    identity_row(point)
+                    identity
                     | {"mode": mode, "stage": stage}
                     | summary
                     | {"share": share, "max_over_median": ratio, "slowest_rank": slowest}

@@ -39,7 +39,7 @@ def roofline(points):
     """
     rows = []
     for point in leave_out(points, lambda p: p.bytes is not None and p.modes, "without times or modelled bytes"):
-        flops = traffic.point_flops(point)
+        identity, flops = identity_row(point), traffic.point_flops(point)
         copy = point.get("copy_bandwidth", NAN)
         busiest = point.bytes.max(axis=1, initial=0).astype(float)
         by_mode = step_bytes(point) if point.times("total") else point.bytes[-1] - point.bytes[STAGES.index("comm")]
@@ -51,7 +51,7 @@ def roofline(points):
                 continue
             achieved = busiest[i] / time
             rows.append(
-                identity_row(point)
+                identity
                 | {
                     "stage": stage,
                     "bytes": busiest[i],

@@ -143,14 +143,14 @@ def scaling(points, kind="both", per_stage=True):
         base = baseline(members)
         fastest = {r: baseline([p for p in members if p.ranks == r]) for r in {p.ranks for p in members}}
         for p in sorted(members, key=lambda p: (p.ranks, p["heads"])):
+            identity = {"curve": name} | identity_row(p)
             for stage in ("step", *STAGES[:-1]) if per_stage else ("step",):
                 row = compare(p, base, stage, name.startswith("weak"))
                 if stage != "step" and math.isnan(row["time"]):
                     continue
                 ratio, slowest = stage_imbalance(p, stage)
                 rows.append(
-                    {"curve": name}
-                    | identity_row(p)
+                    identity
                     | row
                     | {
                         "crowded": bool(p.run.oversubscribed),

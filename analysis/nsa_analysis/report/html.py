@@ -113,7 +113,7 @@ def format_cell(value, factor, name):
     """Text of a cell; – where the value is missing."""
     if isinstance(value, str):
         return times_sign(value) if name == "layout" else value
-    if value is None or pd.isna(value):
+    if value is None or value != value:  # NaN
         return "–"
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else ""

@@ -12,7 +12,7 @@ from ..figures import plots
 from . import html
 from .report_gate import gate_decisions, gate_section
 from .report_head import header, in_order, runs_section, warnings_section
-from .report_series import series_section, varying_columns
+from .report_series import PARTS, series_part, series_section, varying_columns
 
 
 def make_report(paths, program=None, title="nsa report", network=None, options=("-o", "report.html")):
@@ -29,19 +29,18 @@ def make_report(paths, program=None, title="nsa report", network=None, options=(
     groups = in_order(series.split([p for p in points if p.modes]))
     decisions = gate_decisions(points, csvs, program)
     regenerate = shlex.join(["nsa-analysis", "report", *series.shown_paths(paths), *options])
-    parts = parallel(
-        call,
-        [
-            (header, title, points, groups, decisions, regenerate),
-            (warnings_section, points),
-            *((series_section, i, members, groups, paths, network) for i, members in enumerate(groups)),
-            (kernels_section, points, paths),
-            (gate_section, decisions),
-            (runs_section, points),
-            (points_section, points, paths),
-        ],
-    )
-    return html.page(title, "\n".join(filter(None, parts)))
+    top = [(header, title, points, groups, decisions, regenerate), (warnings_section, points)]
+    of_series = [(series_part, build, i, groups, paths, network) for i in range(len(groups)) for build in PARTS]
+    bottom = [
+        (kernels_section, points, paths),
+        (gate_section, decisions),
+        (runs_section, points),
+        (points_section, points, paths),
+    ]
+    texts = iter(parallel(call, [*top, *of_series, *bottom]))
+    parts = [next(texts) for _ in top]
+    parts += [series_section(i, groups, [next(texts) for _ in PARTS]) for i in range(len(groups))]
+    return html.page(title, "\n".join(filter(None, [*parts, *texts])))
 
 
 def call(function, *arguments):

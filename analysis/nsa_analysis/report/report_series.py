@@ -30,22 +30,25 @@ def subsection(heading, text, command, body):
     return f"<h3>{html.escape(heading)}</h3><p class=muted>{html.escape(text)}</p>{html.command_line(command)}{body}"
 
 
-def series_section(i, members, groups, paths, network):
-    """HTML of series number i, folded where there are several; `network` is of the cost model, None: the default."""
-    name = series.titles(groups)[i]
+def series_part(build, i, groups, paths, network):
+    """HTML of one of PARTS of series number i; `network` is of the cost model, None: the default."""
+    members = groups[i]
 
     def command(verb):
         return series.shell_command(verb, members, groups, paths, "--figure", f"{verb}.svg")
 
-    parts = [f"<p class=muted>{html.escape(parameters_text(members))}</p>"]
-    for build in scaling_part, linearity_part, branches_part, ranks_part, roofline_part, model_part:
-        try:
-            options = (network,) if build is model_part else ()
-            parts.append(build(f"s{i}", members, command, *options))
-        except AnalysisError as reason:
-            part = build.__name__.removesuffix("_part").capitalize()
-            parts.append(f"<p class=muted>{part}: not available: {html.escape(reason)}.</p>")
-    return html.section(f"s{i}", name, "".join(parts), opened=len(groups) == 1)
+    try:
+        options = (network,) if build is model_part else ()
+        return build(f"s{i}", members, command, *options)
+    except AnalysisError as reason:
+        part = build.__name__.removesuffix("_part").capitalize()
+        return f"<p class=muted>{part}: not available: {html.escape(reason)}.</p>"
+
+
+def series_section(i, groups, parts):
+    """HTML of series number i, of that of its parts; folded where there are several series."""
+    text = f"<p class=muted>{html.escape(parameters_text(groups[i]))}</p>"
+    return html.section(f"s{i}", series.titles(groups)[i], text + "".join(parts), opened=len(groups) == 1)
 
 
 def parameters_text(members):
@@ -266,3 +269,6 @@ def model_part(prefix, members, command, network):
         + "</div>"
     )
     return subsection("Cost model", text, command("model"), body + predicted)
+
+
+PARTS = (scaling_part, linearity_part, branches_part, ranks_part, roofline_part, model_part)

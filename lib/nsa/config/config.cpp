@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "kernels/diagnostics/error.hpp"
 #include "kernels/diagnostics/json.hpp"
 #include "nsa/config/keys.hpp"
 #include "nsa/config/lengths.hpp"
@@ -104,6 +105,12 @@ Point point_of(const Config& config, Distribution distribution, std::int64_t con
   point.batch = std::ssize(point.lengths);
   const std::int64_t sum = std::accumulate(point.lengths.begin(), point.lengths.end(), std::int64_t{0});
   point.context = (sum + point.batch / 2) / point.batch;
+  const std::int64_t rows = point.longest() + config.run.steps;  // caches of each sequence, in tokens
+  if (static_cast<double>(point.batch) * static_cast<double>(rows) * values_per_position(config.model) > most_values)
+    throw UserError(fmt::format(
+        "a batch of {} sequences, the longest of {} tokens, is too large for this model (2^50 values at most); "
+        "lower run.batch, or the lengths in [batch]",
+        point.batch, point.longest()));
   return point;
 }
 

@@ -2,6 +2,7 @@
 // The one list of the keys of the input: name, field, allowed values, unit and meaning. Parsing, suggestions for
 // unknown keys, range checks, parameters, to_toml and `nsa info --keys` are visitors of this list.
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -80,6 +81,12 @@ inline const Choice<std::string> win_routes[] = {{"auto", "auto"},     {"sdpa", 
 // Without "masked": the compressed branch attends every compressed token, so that its sdpa is dense already.
 inline const Choice<std::string> cmp_routes[] = {
     {"auto", "auto"}, {"sdpa", "sdpa"}, {"sdpa_gemm", "sdpa_gemm"}, {"fused", "fused"}, {"flash", "flash"}};
+
+/// Values of the largest tensor of a point: no index and no count of bytes overflows.
+inline constexpr double most_values = 1125899906842624.0;  // 2^50
+inline double values_per_position(const ModelConfig& m) {
+  return static_cast<double>(std::max(m.dim, m.n_heads * std::max(m.d_k, m.d_v)));
+}
 
 // The keys by section: visit("section.key", field, allowed values, unit, meaning). The upper bounds keep every index
 // and byte count within 64 bits and every per-row size within 32 bits.

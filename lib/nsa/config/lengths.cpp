@@ -10,6 +10,7 @@
 #include <numeric>
 
 #include "kernels/diagnostics/error.hpp"
+#include "kernels/diagnostics/json.hpp"
 #include "kernels/shared/random.hpp"
 #include "nsa/config/keys.hpp"
 
@@ -34,8 +35,8 @@ std::string normalised(std::string_view name) {
 }
 
 std::string_view without_blanks(std::string_view text) {
-  const auto first = text.find_first_not_of(" \t\r\"");
-  return first == std::string_view::npos ? "" : text.substr(first, text.find_last_not_of(" \t\r\"") - first + 1);
+  const auto first = text.find_first_not_of(" \t\r");
+  return first == std::string_view::npos ? "" : text.substr(first, text.find_last_not_of(" \t\r") - first + 1);
 }
 
 /// Where a trace is read, for messages.
@@ -50,16 +51,31 @@ struct TracePosition {
     std::int64_t value = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
     if (error != std::errc() || end != text.data() + text.size() || value < least || value > token_range.most)
-      refuse(fmt::format("\"{}\" is no number of tokens", text), fmt::format("give {} to {}", least, token_range.most));
+      refuse(json_text(std::string(text)) + " is no number of tokens",
+             fmt::format("give {} to {}", least, token_range.most));
     return value;
+  }
+  /// The request, if its sequence stays in range.
+  Request checked(const Request& request) const {
+    if (request.prompt + request.output > token_range.most)
+      refuse(fmt::format("{} + {} tokens are too many", request.prompt, request.output),
+             fmt::format("give at most {} together", token_range.most));
+    return request;
   }
 };
 
-std::vector<std::string_view> cells_of(std::string_view line) {
+/// The cells of a line of CSV. One in quotes may hold commas; doubled quotes inside it stay doubled.
+std::vector<std::string_view> cells_of(std::string_view line, const TracePosition& at) {
   std::vector<std::string_view> cells;
   for (std::size_t begin = 0; begin <= line.size();) {
-    const std::size_t end = std::min(line.find(',', begin), line.size());
-    cells.push_back(without_blanks(line.substr(begin, end - begin)));
+    bool quoted = false;
+    std::size_t end = begin;
+    for (; end < line.size() && (quoted || line[end] != ','); ++end) quoted ^= line[end] == '"';
+    if (quoted) at.refuse("a quote without its end", "close it on the same line");
+    std::string_view cell = without_blanks(line.substr(begin, end - begin));
+    if (cell.size() > 1 && cell.front() == '"' && cell.back() == '"')
+      cell = without_blanks(cell.substr(1, cell.size() - 2));
+    cells.push_back(cell);
     begin = end + 1;
   }
   return cells;
@@ -88,26 +104,26 @@ std::vector<Request> parse_csv(std::string_view text, const std::string& path) {
   TracePosition at{path};
   std::vector<Request> requests;
   Columns columns;
+  std::size_t width = 0;  // cells of the header
   for (std::size_t begin = 0; begin < text.size(); ++at.line) {
     const std::size_t end = std::min(text.find('\n', begin), text.size());
-    const std::vector<std::string_view> cells = cells_of(text.substr(begin, end - begin));
+    const std::vector<std::string_view> cells = cells_of(text.substr(begin, end - begin), at);
     begin = end + 1;
     if (cells.size() == 1 && cells[0].empty()) continue;
     if (columns.prompt < 0) {
       columns = columns_of(cells);
+      width = cells.size();
       if (columns.prompt >= 0) continue;
       if (cells.size() > 1 || !starts_with_digit(cells[0]))
-        at.refuse("no column prompt", "give a header \"prompt,output\", or one length a line");
+        at.refuse("no column prompt", "give a header \"prompt,output\" with commas, or one length a line");
       columns.prompt = 0;
     }
-    const auto cell = [&](std::ptrdiff_t column) {
-      if (column >= std::ssize(cells))
-        at.refuse(fmt::format("{} cells", cells.size()), "give one for each column of the header");
-      return cells[static_cast<std::size_t>(column)];
-    };
-    Request request{at.tokens(cell(columns.prompt), 1)};
-    if (columns.output >= 0) request.output = at.tokens(cell(columns.output), 0);
-    requests.push_back(request);
+    if (cells.size() != width)  // a comma too many, as in 1,024, would move the numbers to other columns
+      at.refuse(fmt::format("{} cells in a table of {} columns", cells.size(), width),
+                "give one for each column, in quotes where it holds a comma");
+    Request request{at.tokens(cells[static_cast<std::size_t>(columns.prompt)], 1)};
+    if (columns.output >= 0) request.output = at.tokens(cells[static_cast<std::size_t>(columns.output)], 0);
+    requests.push_back(at.checked(request));
   }
   return requests;
 }
@@ -198,7 +214,7 @@ class JsonTrace {
     }
     if (nested) return;
     if (!found) at_.refuse("an object without prompt", "give objects {\"prompt\": 4096, \"output\": 128}");
-    requests_.push_back(request);
+    requests_.push_back(at_.checked(request));
   }
 
   std::string_view rest_;
@@ -263,6 +279,8 @@ std::vector<std::int64_t> scaled(const std::vector<double>& weights, std::int64_
 }  // namespace
 
 std::vector<Request> parse_trace(std::string_view text, const std::string& path) {
+  constexpr std::string_view byte_order_mark = "\xef\xbb\xbf";  // spreadsheets write it
+  if (text.starts_with(byte_order_mark)) text.remove_prefix(byte_order_mark.size());
   const auto first = text.find_first_not_of(" \t\r\n");
   const bool json = first != std::string_view::npos && (text[first] == '[' || text[first] == '{');
   std::vector<Request> requests = json ? JsonTrace(text, path).parse() : parse_csv(text, path);

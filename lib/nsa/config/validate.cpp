@@ -325,8 +325,7 @@ void check_sizes(const Config& c, Checker& check) {
   for (const std::int64_t length : c.batch.context) longest = std::max(longest, length);
   const double positions = static_cast<double>(longest) + static_cast<double>(c.run.prefix + c.run.steps);
   const double batch = static_cast<double>(*std::max_element(c.run.batch.begin(), c.run.batch.end()));
-  const double width = static_cast<double>(std::max(c.model.dim, c.model.n_heads * std::max(c.model.d_k, c.model.d_v)));
-  if (batch * positions * width > std::pow(2.0, 50))
+  if (batch * positions * values_per_position(c.model) > most_values)
     check.add({"run.context", "run.batch"},
               fmt::format("run.batch x run.context = {} x {} is too large for this model (2^50 values at most)", batch,
                           positions));

@@ -1,7 +1,10 @@
 #include "nsa/forward/prefill.hpp"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 
+#include "kernels/diagnostics/error.hpp"
 #include "kernels/diagnostics/fault_injection.hpp"
 
 namespace nsa {
@@ -43,8 +46,21 @@ void add_tiles(std::vector<PrefillTile>& tiles, const Partition& p, std::int64_t
   }
 }
 
+/// The list of the tiles is in memory, and no prefill of more of them ends within days.
+void check_tiles(const PrefillRange& range, std::int64_t tokens) {
+  constexpr std::int64_t most = std::int64_t{1} << 27;
+  const std::int64_t positions = range.end - range.first;
+  if (positions / tokens > most)
+    throw UserError(
+        fmt::format("a prefill of {} positions takes too many tiles ({} of {} positions, {} at most); lower "
+                    "run.context or raise run.prefill_chunk; decode can do without, by run.fill = "
+                    "\"synthetic\"",
+                    positions, positions / tokens, tokens, most));
+}
+
 std::vector<PrefillChunk> chunks_of(std::vector<PrefillTile>& tiles, const Partition& p, const PrefillRange& range,
                                     std::int64_t tokens) {
+  check_tiles(range, tokens);
   std::vector<PrefillChunk> chunks;
   std::int64_t first_row = 0;
   for (const Span& span : range.chunks()) {

@@ -71,10 +71,10 @@ std::vector<std::int32_t> recorded_rows(const Config& config, std::int64_t rows,
     file.fail(
         fmt::format("this input needs {} rows of {} blocks; it holds {}", rows, n, text_of(file.shapes().front())));
   const std::vector<std::int32_t> all =
-      file.read(static_cast<std::size_t>(found - file.shapes().begin()), found->positions - rows, rows);
+      file.read_rows(static_cast<std::size_t>(found - file.shapes().begin()), found->positions - rows, rows);
   std::vector<std::int32_t> lists;
   for (std::int64_t row = 0; row < rows; ++row) {
-    const std::int32_t* list = all.data() + row * found->groups * n;
+    const std::int32_t* list = all.data() + row * n;
     std::int64_t count = 0;
     std::string problem = problem_of_order(list, n, blocks, count);
     if (problem.empty() && count != n) problem = fmt::format("it has {} blocks, not {}", count, n);

@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "kernels/diagnostics/error.hpp"
 #include "nsa/results/files.hpp"
 #include "nsa/results/hdf5/h5.hpp"
@@ -24,10 +26,14 @@ void add_dataset(const h5::Handle& file, const std::string& group, std::vector<D
   const std::vector<std::int64_t> shape = h5::shape(file, path);
   if (!h5::is_integer(file, path) || shape.size() != 4)
     throw h5::Error(path + " is not an array of integers over sequence, position, group and choice");
+  if (std::ranges::min(shape) < 1) throw h5::Error(path + " is empty");
   std::int64_t first = 0;
   const h5::Handle at = h5::open_group(file, group);
   for (const std::string& name : h5::attribute_names(at))
     if (name == "first_position") first = h5::attribute_as<std::int64_t>(at, name);
+  constexpr std::int64_t most = std::int64_t{1} << 31;  // more positions than any run has
+  if (first < 0 || first > most || shape[1] > most)
+    throw h5::Error(fmt::format("{} begins at position {} and has {}", path, first, shape[1]));
   list.push_back({path, {shape[0], shape[1], shape[2], shape[3], first}});
 }
 
@@ -51,6 +57,10 @@ struct SelectionFile::Impl {
   template <class Action>
   auto attempt(Action&& action) const {
     return h5::attempt("use", path, advice, action);
+  }
+  std::vector<std::int32_t> read(const Dataset& d, const std::vector<std::int64_t>& begin,
+                                 const std::vector<std::int64_t>& count) const {
+    return attempt([&] { return h5::read_slab<std::int32_t>(file, d.path, begin, count); });
   }
 };
 
@@ -76,11 +86,13 @@ SelectionFile::~SelectionFile() = default;
 const std::vector<SelectionShape>& SelectionFile::shapes() const { return impl_->shapes; }
 
 std::vector<std::int32_t> SelectionFile::read(std::size_t index, std::int64_t first, std::int64_t count) const {
-  const auto& [path, shape] = impl_->datasets[index];
-  return impl_->attempt([&] {
-    return h5::read_slab<std::int32_t>(impl_->file, path, {0, first, 0, 0},
-                                       {shape.batch, count, shape.groups, shape.n});
-  });
+  const Dataset& d = impl_->datasets[index];
+  return impl_->read(d, {0, first, 0, 0}, {d.shape.batch, count, d.shape.groups, d.shape.n});
+}
+
+std::vector<std::int32_t> SelectionFile::read_rows(std::size_t index, std::int64_t first, std::int64_t count) const {
+  const Dataset& d = impl_->datasets[index];
+  return impl_->read(d, {0, first, 0, 0}, {1, count, 1, d.shape.n});
 }
 
 void SelectionFile::fail(const std::string& why) const {

@@ -24,6 +24,8 @@ class SelectionFile {
   const std::vector<SelectionShape>& shapes() const;
   /// The lists of `count` positions, the first of them first_position + `first`, [batch][count][groups][n].
   std::vector<std::int32_t> read(std::size_t index, std::int64_t first, std::int64_t count) const;
+  /// The same of the first sequence and group alone, [count][n].
+  std::vector<std::int32_t> read_rows(std::size_t index, std::int64_t first, std::int64_t count) const;
   /// Throws UserError(file): "cannot use PATH (<why>); ...".
   [[noreturn]] void fail(const std::string& why) const;
 

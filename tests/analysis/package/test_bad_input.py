@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import synthetic
 from nsa_analysis.cli import main
+from nsa_analysis.data import hdf5
 
 COMMANDS = ["points", "scaling", "branches", "reads", "ranks", "roofline", "model", "report"]
 
@@ -228,3 +229,19 @@ def test_mutated_files_are_read_or_refused(good, tmp_path, run):
             mutant[random_.randrange(8000)] = random_.randrange(256)
         changed.write_bytes(mutant)
         assert run("scaling", changed, "--csv", "-").returncode in (0, 2, 6)
+
+
+def test_attributes_of_other_types_in_each_point(tmp_path):
+    """What is known of the attributes of one point says nothing wrong about another."""
+    values = [3, 2.5, "three", np.array([3, 4]), np.bytes_(b"sixteen bytes 16"), np.float32(0.5)]
+    values += [np.array(["a", "b"], dtype=h5py.string_dtype()), h5py.Empty("f8"), True, np.int64(-1), "", 7]
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for i, value in enumerate(values):
+            file.create_group(str(i)).attrs["value"] = value
+    shapes = {}
+    with h5py.File(tmp_path / "a.h5") as file:
+        found = [hdf5.attributes_of(file[str(i)], shapes)["value"] for i in range(len(values))]
+        again = [hdf5.attributes_of(file[str(i)], shapes)["value"] for i in range(len(values))]
+        alone = [hdf5.attributes_of(file[str(i)])["value"] for i in range(len(values))]
+    assert list(map(repr, found)) == list(map(repr, again)) == list(map(repr, alone))
+    assert alone[:5] == [3, 2.5, "three", [3, 4], "sixteen bytes 16"] and alone[-1] == 7

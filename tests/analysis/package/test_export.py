@@ -86,6 +86,33 @@ def test_formats_hold_the_same(noisy, tmp_path, capsys):
         np.testing.assert_array_equal(pd.read_parquet(paths["parquet"]).value, lines.value)
 
 
+def test_csv_is_that_of_pandas(tmp_path):
+    table = synthetic.times(2, 7, np.array([[3e-5] * 7, [1e-5, np.nan, 0, 1e22, 1 / 3, 5e-324, 2]]))
+    points = [
+        synthetic.point(table, 2, nsa_w=256),
+        synthetic.point(table[:, :, :1], nsa_w="auto", output_file='a "b", c\nd'),
+        synthetic.point(table, 2, nsa_w=2.5, model_extra=7),
+        synthetic.kernel_point({"fused, 1": 2e-6, 'the "other"': 1e-5}),
+    ]
+    path = synthetic.write(tmp_path / "odd.h5", points)
+    assert main(["export", str(path), "-o", str(tmp_path / "t.csv")]) == 0
+    frame = nsa_analysis.export(nsa_analysis.read(path))
+    assert (tmp_path / "t.csv").read_text() == frame.to_csv(index=False)
+    assert frame["model.extra"].notna().sum() == (frame.point == 2).sum() > 0
+    assert set(frame["nsa.w"]) == {256, "auto", 2.5, 512}
+    assert set(frame[frame["mode"] == "kernels"].stage) == {"fused, 1", 'the "other"'}
+
+
+def test_a_file_is_opened_once_for_its_points(tmp_path, monkeypatch):
+    table = synthetic.times(1, 4, np.full((1, 4), 1e-5))
+    points = [synthetic.point(table, run_context=context) for context in range(64, 104)]
+    read = nsa_analysis.read(synthetic.write(tmp_path / "many.h5", points))
+    opened = []
+    monkeypatch.setattr(h5py, "File", lambda *args, of=h5py.File: opened.append(args) or of(*args))
+    assert nsa_analysis.export(read).point.nunique() == 40
+    assert len(opened) == 1
+
+
 def test_selection_and_errors(noisy, tmp_path, capsys):
     assert main(["export", str(noisy), "--where", "layout=2x1", "--statistics", "median", "--csv", "-"]) == 0
     assert capsys.readouterr().out.count("\n") == 1 + 9

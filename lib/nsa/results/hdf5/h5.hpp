@@ -121,8 +121,8 @@ struct Array {
 /// The same as read; nothing where the group has no member of that name.
 template <class T>
 std::optional<Array<T>> read_if_there(const Handle& group, const std::string& name);
-/// Elements [begin, begin + count) in each dimension, row-major. T: float, std::int32_t; integers out of its range
-/// become its least or largest value.
+/// Elements [begin, begin + count) in each dimension, row-major. An integer that T cannot hold becomes its nearest.
+/// T: float, std::int32_t.
 template <class T>
 std::vector<T> read_slab(const Handle& at, const std::string& path, const std::vector<std::int64_t>& begin,
                          const std::vector<std::int64_t>& count);
