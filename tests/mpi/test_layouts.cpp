@@ -175,7 +175,8 @@ const char *small = "parallel.kv_chunk_blocks=1", *tiles = "parallel.kv_chunk_bl
 // Head sizes that a GPU's own kernels take, so that its sharded step runs at once: recorded, and in the measured pass,
 // which exchanges less and is held against the recorded one.
 const char *d_k = "model.d_k=64", *d_v = "model.d_v=64", *checked = "run.check=true",
-           *bf16 = "model.precision=\"bf16\"", *ragged = "batch.context=[1, 271, 40, 5, 149]";
+           *bf16 = "model.precision=\"bf16\"", *paged = "cache.layout=\"paged\"",
+           *ragged = "batch.context=[1, 271, 40, 5, 149]";
 
 }  // namespace
 
@@ -239,8 +240,13 @@ TEST_CASE("for the same q and k every layout chooses the same blocks, bit for bi
       {"ragged, caches filled directly", 0, 7, {attention, small, synthetic, ragged, checked}},
       {"ragged, whole tiles, bf16", 0, 5, {attention, tiles, d_k, d_v, ragged, checked, bf16}},
       {"shared_kv, bf16", 149, 5, {attention, small, "model.shared_kv=true", "model.precision=\"bf16\""}},
+      {"paged, shared prefix", 271, 7, {attention, small, paged, "run.batch=2", "cache.shared_prefix=75", checked}},
+      {"paged, ragged, caches filled directly", 0, 7, {attention, small, synthetic, paged, ragged, checked}},
+      {"paged, whole tiles, bf16", 613, 5, {attention, tiles, paged, d_k, d_v, checked, bf16, "run.batch=2"}},
   };
-  for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
+  for (Shape shape : shapes) DYNAMIC_SECTION(shape.name) {
+      if (shape.name.starts_with("paged"))
+        for (const char* key : {"cache.page=16", "cache.order=\"shuffled\""}) shape.overrides.push_back(key);
       check_layouts(shape);
     }
 }

@@ -303,6 +303,111 @@ TEST_CASE("a row of a ragged batch is the sequence run alone", "[parity][ragged]
 
 namespace {
 
+/// Every recorded tensor: bit for bit on the host. On a GPU another kernel may attend, but scores and blocks stay.
+void check_same_tensors(const Phase& phase, const Phase& other) {
+  const bool cuda = phase.config.run.backend == nsa::BackendChoice::cuda;
+  CHECK(integers(phase.record, "selected").values == integers(other.record, "selected").values);
+  for (const char* name : {"p_slc", "k_cmp_tokens", "v_cmp_tokens", "o_cmp", "o_sel", "o_win", "o"}) {
+    INFO(name);
+    const Reals own = reals(phase.record, name), expected = reals(other.record, name);
+    if (cuda && name[0] == 'o')
+      check_close(name, own, expected, bound_of(options_of(phase)));
+    else
+      CHECK(own.values == expected.values);
+  }
+}
+
+const char *paged = "cache.layout=\"paged\"", *page_16 = "cache.page=16", *shuffled = "cache.order=\"shuffled\"";
+
+std::vector<Shape> paged_shapes() {
+  const char *batch = "run.batch=3", *lengths = "batch.context=[1, 143, 5, 300, 61]";
+  return {
+      {"pages of 64", 143, 7, {}},
+      {"pages of 16, shuffled, B = 3", 149, 7, {page_16, shuffled, batch}},
+      {"pages of 48, L = 2, learned phi", 143, 7, {"cache.page=48", shuffled, "model.layers=2", "nsa.phi=\"mlp\""}},
+      {"T < l", 5, 14, {page_16, shuffled, batch}},
+      {"T = 1, a page for all", 1, 21, {"cache.page=4096"}},
+      {"chunks of 1 block", 143, 7, {page_16, shuffled, "parallel.kv_chunk_blocks=1"}},
+      {"attention, measured passes checked", 143, 7, {page_16, shuffled, "run.scope=\"attention\"", "run.check=true"}},
+      {"sdpa", 143, 7, {shuffled, "route.cmp=\"sdpa\"", "route.sel=\"sdpa\"", "route.win=\"sdpa\""}},
+      {"shared_kv, bf16", 149, 5, {page_16, shuffled, "model.shared_kv=true", "model.precision=\"bf16\""}},
+      {"fp16, the paper's blocks",
+       600,
+       5,
+       {shuffled, batch, "nsa.l=32", "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=8", "nsa.w=512", "model.n_heads=2",
+        "model.d_k=64", "model.d_v=64", "model.precision=\"fp16\"", "run.check=true"}},
+      {"ragged", 0, 7, {lengths, page_16, shuffled}},
+      {"ragged, bf16, the paper's blocks",
+       0,
+       5,
+       {"batch.context=[600, 3, 40, 300, 64]", shuffled, "nsa.l=32", "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=8",
+        "nsa.w=512", "model.n_heads=2", "model.d_k=64", "model.d_v=64", "model.precision=\"bf16\""}},
+  };
+}
+
+void check_paged(const Shape& shape, nsa::TaskKind kind) {
+  Shape in_pages = shape, in_order = shape;
+  in_pages.overrides.push_back(paged);
+  std::erase_if(in_order.overrides, [](const std::string& o) { return o.starts_with("cache."); });
+  const Phase phase = run_phase(in_pages, kind);
+  check_phase(phase);
+  CHECK(phase.record.reason == "");
+  CHECK(phase.record.memory.measured_peak == phase.record.memory.planned);
+  check_same_tensors(phase, run_phase(in_order, kind));
+}
+
+}  // namespace
+
+TEST_CASE("paged caches agree with the oracle and change no block", "[parity][paged]") {
+  for (const Shape& shape : paged_shapes()) DYNAMIC_SECTION(shape.name) {
+      check_paged(shape, nsa::TaskKind::decode);
+      if (shape.context > 0) check_paged(shape, nsa::TaskKind::prefill);
+    }
+}
+
+TEST_CASE("prefill onto a paged prefix and in chunks agrees with one prefill", "[parity][paged][prefix]") {
+  for (const char* layers : {"model.layers=1", "model.layers=2"}) {
+    const Shape shape{"", 90, 41, {paged, page_16, shuffled, layers, "run.batch=2", "cache.shared_prefix=40"}};
+    const Phase whole = run_phase(shape, nsa::TaskKind::prefill);
+    const Moves moves = check_phase(whole);
+    for (const std::int64_t chunk : {0, 7}) DYNAMIC_SECTION(layers << ", chunks of " << chunk) {
+        const Phase onto = run_phase(prefix_config_of(shape, chunk));
+        check_phase(onto);
+        check_continuation(whole, onto, moves);
+      }
+  }
+}
+
+/// The prefix ends within a block, at a page, within a stride, and with the context.
+TEST_CASE("sequences that share a prefix agree with the oracle", "[parity][paged]") {
+  const char *batch = "run.batch=3", *prefix = "cache.shared_prefix=";
+  const std::vector<Shape> shapes = {
+      {"75 of 149", 149, 7, {page_16, shuffled, batch, prefix + std::to_string(75)}},
+      {"96 of 149, attention",
+       149,
+       7,
+       {page_16, batch, prefix + std::to_string(96), "run.scope=\"attention\"", "run.check=true"}},
+      {"less than a page, L = 2", 149, 7, {batch, prefix + std::to_string(61), "model.layers=2"}},
+      {"all of 97, bf16", 97, 7, {page_16, batch, prefix + std::to_string(97), "model.precision=\"bf16\""}},
+      {"ragged", 0, 7, {"batch.context=[80, 143, 300]", page_16, shuffled, prefix + std::to_string(75)}},
+  };
+  for (Shape shape : shapes) DYNAMIC_SECTION(shape.name) {
+      shape.overrides.push_back(paged);
+      const Phase decode = run_phase(shape, nsa::TaskKind::decode);
+      check_phase(decode);
+      CHECK(decode.record.reason == "");
+      CHECK(decode.record.memory.measured_peak == decode.record.memory.planned);
+      const bool attention = decode.config.run.scope == nsa::Scope::attention;
+      const Reals rows = reals(decode.record, attention ? "given/k_sel" : "x");
+      const std::ptrdiff_t sequence = std::ssize(rows.values) / rows.shape[0],
+                           shared = sequence / rows.shape[1] * decode.config.cache.shared_prefix;
+      for (std::int64_t b = 1; b < rows.shape[0]; ++b)
+        CHECK(std::equal(rows.values.begin(), rows.values.begin() + shared, rows.values.begin() + b * sequence));
+    }
+}
+
+namespace {
+
 /// A prefix that ends at every place of a stride d = 4, a compression block l = 8 and a selection block l' = 16; T new
 /// tokens that end at other ones; prefill chunks down to one token.
 struct Continuation {

@@ -88,6 +88,7 @@ inline PointRecord sample_point(std::int64_t index) {
   p.kernels = {{"fused", "sdpa"}, 2, 3, counting(2 * 2 * 3, 1e-5), {1e-4, 2e-4}, {1e-2, 2e-2}, {1e-6, 2e-6},
                {"tiled", "sdpa"}};
   p.batch = {{7, 300, 41}, {1, 2, 3, 4, 5, 6, 7, 8, 9}, {1, 2, 3, 4, 5, 6, 7, 8, 9}, 2.5, 1.03};
+  p.pages = {{"sel", "cmp"}, 2, {64, 64, 65, 65}, {5, 6, 7, 8}, {9, 10, 11, 12}, {1, 2, 3, 4}, {512, 1024, 2048, 4096}};
   p.noise.modes = {"branches", "total"};
   p.noise.ranks = 2;
   p.noise.seconds = counting(4, 0.5), p.noise.steal = counting(4, 0.25), p.noise.sm_clock_mhz = counting(4, 1500.0);

@@ -204,6 +204,24 @@ TEST_CASE("a prefix and prefill chunks belong to prefill, within the positions t
   has(other, "run.prefill_chunk needs task.kind = \"prefill\"; leave it out");
 }
 
+TEST_CASE("pages hold whole blocks, and every sequence the shared prefix", "[config]") {
+  const std::string decode = "[task]\nkind = \"decode\"\n[cache]\nlayout = \"paged\"\n";
+  CHECK(violations(decode) == "");
+  CHECK(violations(decode, {"cache.page=192", "cache.shared_prefix=128"}) == "");
+  CHECK(has(violations(decode + "page = 96\n"), "in.toml:5:1: cache.page = 96 must be a multiple of nsa.l_sel = 64"));
+  CHECK(has(violations(decode + "shared_prefix = 129\n"),
+            "in.toml:5:1: cache.shared_prefix = 129 must be at most 128, the tokens of the shortest sequence"));
+  CHECK(has(violations(decode, {"batch.context=[700, 80]", "cache.shared_prefix=100"}), "must be at most 80"));
+  CHECK(violations(decode, {"batch.context=[700, 80]", "cache.shared_prefix=80"}) == "");
+  CHECK(has(violations(decode, {"cache.page=0"}), "cache.page = 0 is out of range"));
+  CHECK(has(violations(decode, {"task.kind=\"needle\""}), "cache.layout = \"paged\" needs task.kind"));
+  CHECK(has(violations(decode, {"cache.layout=contiguous", "cache.shared_prefix=16"}),
+            "cache.page, cache.order and cache.shared_prefix need cache.layout = \"paged\""));
+  const Config drawn =
+      parse(decode, {"batch.distribution=uniform", "run.context=[64]", "run.batch=[8]", "cache.shared_prefix=60"});
+  CHECK(has(message_of([&] { sweep(drawn); }), "cache.shared_prefix = 60 is longer than a sequence of"));
+}
+
 TEST_CASE("sizes have bounds", "[config]") {
   has(violations(decode, {"run.context=0"}), "run.context = 0 is out of range; give 1 to");
   has(violations(decode, {"nsa.d=0"}), "nsa.d = 0 is out of range");

@@ -76,6 +76,9 @@ void check_same(const PointRecord& a, const PointRecord& b) {
   CHECK(a.kernels.max_abs_err == b.kernels.max_abs_err);
   CHECK(a.kernels.mean_abs_err_se == b.kernels.mean_abs_err_se);
   CHECK(a.kernels.variants == b.kernels.variants);
+  CHECK(a.pages.caches == b.pages.caches);
+  CHECK(a.pages.ranks == b.pages.ranks);
+  for (const auto& column : page_columns) CHECK(a.pages.*column.field == b.pages.*column.field);
   CHECK(a.batch.lengths == b.batch.lengths);
   CHECK(a.batch.reads == b.batch.reads);
   CHECK(a.batch.reads_expected == b.batch.reads_expected);

@@ -11,6 +11,7 @@
 // variant        for                                                      source
 // sdpa_split_kv  sel, and win of a decode step: 16-bit, tensor cores      attention/sdpa/packed.cu, decode/split_kv
 // sdpa_gemm      every other shape, and cmp, whose scores rank reads      attention/sdpa/gemm.cu
+// scalar         cmp of a paged cache                                     attention/scalar.cu
 
 #include <array>
 #include <string_view>
@@ -51,13 +52,13 @@ Variant fused_variant(const AttendArgs& a) {
   const LayerShape& s = a.shape;
   const RowMap& map = a.k.map;
   constexpr Variant tiled = {"tiled", attend_tiled<B>};
-  const bool dense = a.policy.recompute_scores || (B == win && a.tile.tokens > 1);
+  const bool dense = a.policy.recompute_scores || (B == win && a.tile.tokens > 1), paged = a.k.pages.pages;
   if (B != sel && dense && prefill_accepts(B, s, map)) return tiled;
   if (B == sel && a.tile.tokens > 1 && prefill_sel_accepts(s, map) && prefill_sel_pays(s, a.tile)) return tiled;
   if (B == cmp && a.policy.recompute_scores)
     throw InternalError("attend of cmp is to store no scores and its cache is cut into chunks");
   if (decode_accepts(s, a.tile) && reads_kv_map(B, s, map)) return {"decode", attend<B, attend_decode>};
-  if (rows_accept(s, a.tile) && reads_kv_map(B, s, map)) return {"rows", attend<B, attend_rows>};
+  if (!paged && rows_accept(s, a.tile) && reads_kv_map(B, s, map)) return {"rows", attend<B, attend_rows>};
   if (B == sel && a.tile.tokens > 1 && prefill_sel_accepts(s, map)) return tiled;
   return {"scalar", attend<B, attend_general>};
 }
@@ -74,6 +75,7 @@ const char* variant_name(const AttendArgs& a) {
 
 template <Branch B>
 void attend_with_mask(const AttendArgs& a, Stream* stream) {
+  if (a.k.pages.pages) throw LaunchError("masked does not read a paged cache");
   const std::size_t part = padded(masked_scratch(a.shape, a.tile));
   const std::size_t offset = padded(scratch_bytes(a.shape, a.tile, a.policy)) + (B == win ? part : 0);
   attend_masked(B, with_scratch(a, offset, part), stream);
@@ -85,12 +87,19 @@ AttendArgs with_packed_scratch(const AttendArgs& a) {
   return with_scratch(a, offset, a.scratch_bytes - offset);
 }
 
+template <Branch B>
+void attend_products(const AttendArgs& a, Stream* stream) {
+  if (B == cmp && a.k.pages.pages) throw LaunchError("sdpa_gemm does not read a paged cache of compressed tokens");
+  attend<B, attend_gemm>(a, stream);
+}
+
 // Measured at the tuned head sizes only.
 bool split_kv_pays(const LayerShape& s) { return s.dtype != DType::f32 && is_tuned_size(s); }
 
 template <Branch B>
 Variant sdpa_variant(const AttendArgs& a) {
   constexpr Variant gemm = {"sdpa_gemm", attend<B, attend_gemm>};
+  if (B == cmp && a.k.pages.pages) return {"scalar", attend<B, attend_general>};  // products take rows in order
   if (B == cmp || !split_kv_pays(a.shape) || a.tile.rows() == 0) return gemm;
   if constexpr (B == sel) {
     if (packed_fits(with_packed_scratch(a)))
@@ -123,7 +132,7 @@ constexpr Run fused = {"fused", run_variant<fused_variant<B>>, variant_name<fuse
 template <Branch B>
 constexpr Run sdpa = {"sdpa", run_variant<sdpa_variant<B>>, variant_name<sdpa_variant<B>>};
 template <Branch B>
-constexpr Run gemm = {"sdpa_gemm", attend<B, attend_gemm>};
+constexpr Run gemm = {"sdpa_gemm", attend_products<B>};
 template <Branch B>
 constexpr Run masked = {"masked", attend_with_mask<B>};
 template <Branch B>

@@ -265,7 +265,8 @@ struct ShardedStepArgs {
 };
 
 /// Copies rows [first, last) between two maps of the same sequence. For every chunk c that dst holds and every
-/// row i in [c*chunk + span_begin, c*chunk + span_end) and [first, last): dst row (c, i) = src row i, where src has it.
+/// row i in [c*chunk + span_begin, c*chunk + span_end) and [first, last): dst row (c, i) = src row i, where src has it
+/// (has_row, has_page) and dst writes it (writes_row).
 struct CopyRowsArgs {
   DType dtype = DType::f32;
   KvView src, dst;
@@ -285,6 +286,7 @@ struct FillRowsArgs {
   float scale = 1.0f;
   std::uint64_t repeat = 0;      ///< of 2^32: how often a row repeats the one before it
   std::int32_t batch_begin = 0;  ///< b of the first plane of dst
+  std::int64_t shared_rows = 0;  ///< rows before this one have the values of b = 0
 };
 
 /// *sum += checksum_term of every element of the rows [first, last) that the view has; its index is

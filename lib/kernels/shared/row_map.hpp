@@ -60,25 +60,69 @@ NSA_HD std::int64_t owned_chunks(const RowMap& m, std::int64_t rows, std::int32_
 /// Rows allocated after the last plane of a cache: a matrix product reads four rows at a time and may read these.
 constexpr std::int64_t padding_rows = 3;
 
-/// Rows of a sharded K or V cache: data[plane][row][width], plane = b * groups + g, in storage type.
+/// Where the memory rows of a paged cache lie: row m of a sequence is row m % rows of the page that entry m / rows of
+/// its table names. A page holds the rows of all groups: data[page][group][rows][width]. Sequences may share pages,
+/// which are the same entries of each; the first sequence writes them.
+struct PageTable {
+  const std::int32_t* pages = nullptr;    ///< [sequence][per_sequence], the backend's memory; -1: the sequence has no
+                                          ///< page there. Null: rows are contiguous
+  const std::int32_t* on_host = nullptr;  ///< the same in host memory
+  std::int32_t per_sequence = 0;
+  std::int32_t rows = 1;            ///< of a page
+  std::int32_t groups = 1;          ///< planes of a sequence
+  std::int32_t first_sequence = 0;  ///< of the view: the sequence of plane 0
+};
+
+/// Entries of the sequence that plane p belongs to; null where rows are contiguous.
+NSA_HD const std::int32_t* pages_of_plane(const PageTable& t, std::int64_t p) {
+  return t.pages ? t.pages + (t.first_sequence + p / t.groups) * t.per_sequence : nullptr;
+}
+
+/// Row m of a plane in rows from where the plane begins. `pages`: of the plane.
+NSA_HD std::int64_t row_in_pages(const PageTable& t, const std::int32_t* pages, std::int64_t m) {
+  return pages ? std::int64_t{pages[m / t.rows]} * t.groups * t.rows + m % t.rows : m;
+}
+
+/// Rows of a sharded K or V cache in storage type: data[plane][row][width], plane = b * groups + g, or in pages.
 struct KvView {
   void* data = nullptr;
   RowMap map;
-  std::int64_t plane_stride = 0;  ///< elements between planes
+  std::int64_t plane_stride = 0;  ///< elements between planes; of a paged cache the elements that a plane may have
   std::int64_t rank_stride = 0;   ///< elements between ranks of a gathered buffer (map.rank == all_ranks, kv > 1)
   std::int32_t width = 0;         ///< Dk or Dv
+  PageTable pages = {};           ///< of this rank's memory rows
 };
+
+/// Element at which plane p begins.
+NSA_HD std::int64_t plane_offset(const KvView& v, std::int64_t p) {
+  return v.pages.pages ? p % v.pages.groups * v.pages.rows * v.width : p * v.plane_stride;
+}
 
 /// Element offset in plane p of row i as a row of chunk c or of its halo.
 NSA_HD std::int64_t offset_in_chunk(const KvView& v, std::int64_t p, std::int64_t c, std::int64_t i) {
   const std::int64_t from_rank =
       v.map.ring == 0 && v.map.rank == all_ranks ? owner_of_chunk(v.map, c) * v.rank_stride : 0;
-  return from_rank + p * v.plane_stride + row_in_chunk(v.map, c, i) * v.width;
+  return from_rank + plane_offset(v, p) +
+         row_in_pages(v.pages, pages_of_plane(v.pages, p), row_in_chunk(v.map, c, i)) * v.width;
 }
 
 /// Element offset in plane p of row i in its own chunk.
 NSA_HD std::int64_t offset_of(const KvView& v, std::int64_t p, std::int64_t i) {
   return offset_in_chunk(v, p, chunk_of(v.map, i), i);
+}
+
+/// Whether plane p has memory for row i as a row of chunk c.
+NSA_HD bool has_page(const KvView& v, std::int64_t p, std::int64_t c, std::int64_t i) {
+  const std::int32_t* own = pages_of_plane(v.pages, p);
+  return !own || own[row_in_chunk(v.map, c, i) / v.pages.rows] >= 0;
+}
+
+/// Whether plane p writes row i as a row of chunk c: it has memory there, and not in a page of the first sequence.
+NSA_HD bool writes_row(const KvView& v, std::int64_t p, std::int64_t c, std::int64_t i) {
+  const std::int32_t* own = pages_of_plane(v.pages, p);
+  if (!own) return true;
+  const std::int64_t entry = row_in_chunk(v.map, c, i) / v.pages.rows;
+  return own[entry] >= 0 && (own == v.pages.pages || own[entry] != v.pages.pages[entry]);
 }
 
 }  // namespace nsa

@@ -93,6 +93,8 @@ std::vector<Point> kernel_sweep(const Config& config) {
 
 std::int64_t Point::longest() const { return ragged() ? *std::ranges::max_element(lengths) : context; }
 
+std::int64_t Point::shortest() const { return ragged() ? *std::ranges::min_element(lengths) : context; }
+
 namespace {
 
 /// A point of a ragged batch has the mean of its lengths as context.
@@ -127,6 +129,13 @@ std::vector<Point> sweep(const Config& config) {
       for (const std::int64_t context : drawn ? config.run.context : first(config.run.context))
         for (const Distribution distribution : config.batch.distribution)
           points.push_back(point_of(config, distribution, context, batch, branch));
+  for (const Point& point : points)
+    if (config.run.prefix + point.shortest() < config.cache.shared_prefix)
+      throw UserError(
+          fmt::format("cache.shared_prefix = {} is longer than a sequence of {} tokens (every sequence begins with "
+                      "it); lower it, or "
+                      "raise run.context or batch.min",
+                      config.cache.shared_prefix, config.run.prefix + point.shortest()));
   return points;
 }
 

@@ -20,6 +20,8 @@ enum class CacheFill { prefill, synthetic };  ///< synthetic: caches filled dire
 enum class BackendChoice { automatic, host, cuda };
 enum class Spans { contiguous, mixed, scattered, recorded };        ///< positions of a row's selected blocks
 enum class Distribution { equal, uniform, lognormal, zipf, file };  ///< of the lengths of a batch
+enum class CacheLayout { contiguous, paged };
+enum class PageOrder { sequential, shuffled };  ///< of a sequence's pages in memory
 enum class Mode { branches, total, ablation, one_hot, launches };
 
 struct ModelConfig {
@@ -68,6 +70,16 @@ struct BatchConfig {                  ///< decode: sequences of different length
   std::int64_t seed = 1;
   std::string file;
   std::vector<Request> requests;  ///< what `file` holds, once it is read (config/lengths.hpp)
+};
+
+/// How the caches that grow lie in memory (model/pages.hpp).
+struct CacheConfig {
+  CacheLayout layout = CacheLayout::contiguous;
+  std::int64_t page = 64;  ///< tokens
+  PageOrder order = PageOrder::sequential;
+  std::int64_t shared_prefix = 0;  ///< first tokens that all sequences have in common
+
+  bool paged() const { return layout == CacheLayout::paged; }
 };
 
 struct ParallelConfig {
@@ -120,6 +132,7 @@ struct Config {
   std::int64_t phi_hidden = 0;  ///< 0: 2 * d_k
   RunConfig run;
   BatchConfig batch;
+  CacheConfig cache;
   ParallelConfig parallel;
   RouteConfig route;
   RuntimeConfig runtime;
@@ -153,6 +166,7 @@ struct Point {
   /// Tokens of sequence b before the first decode step.
   std::int64_t length(std::int64_t b) const { return ragged() ? lengths[static_cast<std::size_t>(b)] : context; }
   std::int64_t longest() const;
+  std::int64_t shortest() const;
 };
 
 /// Reads `text` (named `path` in messages) after applying `overrides` ("section.key=value", TOML values).

@@ -59,6 +59,10 @@ inline constexpr Choice<Distribution> distributions[] = {{"equal", Distribution:
 inline constexpr Choice<std::int32_t> forced_branches[] = {{"none", -1}, {"cmp", cmp}, {"sel", sel}, {"win", win}};
 inline constexpr Choice<Scope> scopes[] = {{"layer", Scope::layer}, {"attention", Scope::attention}};
 inline constexpr Choice<CacheFill> fills[] = {{"prefill", CacheFill::prefill}, {"synthetic", CacheFill::synthetic}};
+inline constexpr Choice<CacheLayout> cache_layouts[] = {{"contiguous", CacheLayout::contiguous},
+                                                        {"paged", CacheLayout::paged}};
+inline constexpr Choice<PageOrder> page_orders[] = {{"sequential", PageOrder::sequential},
+                                                    {"shuffled", PageOrder::shuffled}};
 inline constexpr Choice<std::int32_t> branch_choices[] = {{"cmp", cmp}, {"sel", sel}, {"win", win}};
 inline constexpr Choice<Spans> span_choices[] = {{"contiguous", Spans::contiguous},
                                                  {"mixed", Spans::mixed},
@@ -200,6 +204,22 @@ void visit_batch_keys(ConfigOrConst& c, Visitor&& visit) {
 }
 
 template <class ConfigOrConst, class Visitor>
+void visit_cache_keys(ConfigOrConst& c, Visitor&& visit) {
+  visit(
+      "cache.layout", c.cache.layout, cache_layouts, "",
+      "Rows of a sequence in the caches of selected K and V and of compressed tokens: one after the other, or in pages "
+      "that a table names (paged). The rings of the window and of rows that await compression are contiguous. "
+      "METRICS.md, \"Paged caches\".");
+  visit("cache.page", c.cache.page, token_range, "tokens",
+        "Selected K and V of a page; a multiple of l_sel. A page of compressed tokens holds those of a KV chunk.");
+  visit("cache.order", c.cache.order, page_orders, "",
+        "Where a sequence's pages lie in memory: one after the other, or anywhere (shuffled, from run.seed).");
+  visit("cache.shared_prefix", c.cache.shared_prefix, Range{0, token_range.most}, "tokens",
+        "First tokens that all sequences have in common. They share the pages that these fill; a page that holds other "
+        "tokens too is every sequence's own.");
+}
+
+template <class ConfigOrConst, class Visitor>
 void visit_parallel_and_route_keys(ConfigOrConst& c, Visitor&& visit) {
   visit(
       "parallel.heads", c.parallel.heads, AutoOr{head_range}, "shards",
@@ -253,6 +273,7 @@ void visit_documented_keys(ConfigOrConst& c, Visitor&& visit) {
   visit_nsa_keys(c, visit);
   visit_run_keys(c, visit);
   visit_batch_keys(c, visit);
+  visit_cache_keys(c, visit);
   visit_parallel_and_route_keys(c, visit);
   visit("needle.depths", c.needle.depths, RealRange{0.0, 1.0}, "of the context", "Positions of the planted keys.");
   visit_kernels_keys(c, visit);

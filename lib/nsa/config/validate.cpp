@@ -226,6 +226,32 @@ void check_batch(const Config& c, Checker& check) {
                           b.least, b.most));
 }
 
+/// Pages hold whole selection blocks, so that a block is never in two of them.
+void check_cache(const Config& c, Checker& check) {
+  const CacheConfig& cache = c.cache;
+  if (!cache.paged()) {
+    if (cache.page != CacheConfig().page || cache.order != CacheConfig().order || cache.shared_prefix > 0)
+      check.add(
+          {"cache.page", "cache.order", "cache.shared_prefix"},
+          "cache.page, cache.order and cache.shared_prefix need cache.layout = \"paged\"; set it, or leave them out");
+    return;
+  }
+  if (c.kind != TaskKind::decode && c.kind != TaskKind::prefill)
+    check.add({"cache.layout"}, "cache.layout = \"paged\" needs task.kind = \"decode\" or \"prefill\"; leave it out");
+  if (check.valid({"cache.page", "nsa.l_sel"}) && cache.page % c.nsa.l_sel != 0)
+    check.add({"cache.page", "nsa.l_sel"},
+              fmt::format("cache.page = {} must be a multiple of nsa.l_sel = {} (a page holds whole selection blocks)",
+                          cache.page, c.nsa.l_sel));
+  const bool listed = !c.batch.context.empty(), drawn = c.batch.distribution.front() != Distribution::equal;
+  if ((drawn && !listed) || !check.valid({"cache.shared_prefix", "run.context", "run.prefix", "batch.context"})) return;
+  const std::int64_t shortest = c.run.prefix + std::ranges::min(listed ? c.batch.context : c.run.context);
+  if (cache.shared_prefix > shortest)
+    check.add({"cache.shared_prefix", "run.context", "batch.context"},
+              fmt::format("cache.shared_prefix = {} must be at most {}, the tokens of the shortest sequence (every one "
+                          "begins with it)",
+                          cache.shared_prefix, shortest));
+}
+
 /// What a prefill finds in the caches, and its chunks.
 void check_prefill(const Config& c, Checker& check) {
   if (c.kind != TaskKind::prefill) {
@@ -340,6 +366,7 @@ void validate(const Config& config) {
   check_run(config, check);
   check_selections(config, check);
   check_batch(config, check);
+  check_cache(config, check);
   check_launches(config, check);
   check_prefill(config, check);
   check_needle(config, check);

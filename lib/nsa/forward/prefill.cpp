@@ -127,11 +127,19 @@ PrefillRunner::PrefillRunner(ModelShard& shard, const PrefillRange& range, bool 
     shard.device().synchronize(shard.streams.compute);
   };
   if (range.in_parts()) clear(win_);
-  if (p.kv == 1) return;
-  // The caches also hold the decode steps; a gathered copy has the row count of the caches.
+  // The caches also hold the decode steps; a copy has the row count of the caches.
   const std::int64_t cached = p.capacity(p.tokens(false), total_positions(shard.config, shard.point));
   const std::int64_t compressed =
       p.capacity(p.compressed(false), compressed_tokens(p.shape.rules, total_positions(shard.config, shard.point) - 1));
+  if (shard.pages) {
+    sel_rows_ = make(p.tokens(false), cached);
+    cmp_rows_ = make(p.compressed(false), compressed);
+    for (const KvPair* rows : {&sel_rows_, &cmp_rows_}) {  // past the pages of a shorter sequence too
+      shard.device().fill(rows->k_memory.data(), 0, rows->k_memory.bytes(), shard.streams.compute);
+      clear(*rows);
+    }
+  }
+  if (p.kv == 1) return;
   sel_all_ = make(p.tokens(true), cached, p.kv);
   cmp_all_ = make(p.compressed(true), compressed, p.kv);
   if (!p.shape.shared_kv) win_all_ = make(p.tokens(true), tokens, p.kv);
@@ -312,12 +320,41 @@ void PrefillRunner::compress_rows(const PrefillChunk& chunk, std::int64_t layer)
   shard_.kernels().compress(args, shard_.streams.compute);
 }
 
-PrefillRunner::CacheViews PrefillRunner::gathered(std::int64_t layer) {
-  LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
+// Whether buffers that serve all layers hold the rows before the chunk. The first chunk copies the prefix again: the
+// run before may have been of another one.
+bool PrefillRunner::holds_earlier(const PrefillChunk& chunk) const {
+  return shard_.config.model.layers == 1 && (chunk.first == 0 || chunk.first > range_.first);
+}
+
+const KvPair& PrefillRunner::sel_in_order(const PrefillChunk& chunk, std::int64_t layer, Stream* stream) {
+  const KvPair& cache = shard_.caches[static_cast<std::size_t>(layer)].sel;
+  if (!shard_.pages) return cache;
+  const std::int64_t first = holds_earlier(chunk) ? chunk.first : 0, span = std::min(cache.k.map.chunk, chunk.end);
+  copy_rows(cache.k, sel_rows_.k, first, chunk.end, 0, span, stream);
+  copy_rows(cache.v, sel_rows_.v, first, chunk.end, 0, span, stream);
+  return sel_rows_;
+}
+
+const KvPair& PrefillRunner::cmp_in_order(const PrefillChunk& chunk, std::int64_t layer, Stream* stream) {
+  const KvPair& cache = shard_.caches[static_cast<std::size_t>(layer)].cmp;
+  if (!shard_.pages) return cache;
+  const BlockRules& r = shard_.shape().rules;
+  const std::int64_t first = holds_earlier(chunk) ? compressed_tokens(r, chunk.first - 1) : 0,
+                     last = compressed_tokens(r, chunk.end - 1), span = std::min(cache.k.map.chunk, last);
+  copy_rows(cache.k, cmp_rows_.k, first, last, 0, span, stream);
+  copy_rows(cache.v, cmp_rows_.v, first, last, 0, span, stream);
+  return cmp_rows_;
+}
+
+PrefillRunner::CacheViews PrefillRunner::gathered(const PrefillChunk& chunk, std::int64_t layer) {
   const auto views = [](const KvPair& of_cmp, const KvPair& of_sel, const KvPair& of_win) {
     return CacheViews{{of_cmp.k, of_sel.k, of_win.k}, {of_cmp.v, of_sel.v, of_win.v}};
   };
-  if (shard_.partition.kv == 1) return views(cache.cmp, cache.sel, rows(win, layer));
+  if (shard_.partition.kv == 1) {
+    const KvPair &compressed = cmp_in_order(chunk, layer, shard_.streams.compute),
+                 &tokens = sel_in_order(chunk, layer, shard_.streams.compute);
+    return views(compressed, tokens, shard_.shape().shared_kv ? tokens : win_);
+  }
   return views(cmp_all_, sel_all_, shard_.shape().shared_kv ? sel_all_ : win_all_);
 }
 
@@ -339,9 +376,8 @@ void PrefillRunner::gather_rows(const char* what, const PrefillChunk& chunk, con
 // The window's rows before the chunk come from the ring; those of sel are gathered again where other layers' rows have
 // taken their place, and in the first chunk.
 void PrefillRunner::gather_tokens(const PrefillChunk& chunk, std::int64_t layer, Stream* stream) {
-  const KvPair& own = shard_.caches[static_cast<std::size_t>(layer)].sel;
-  const bool holds_earlier = shard_.config.model.layers == 1 && (chunk.first == 0 || chunk.first > range_.first);
-  if (range_.in_parts() && holds_earlier)
+  const KvPair& own = sel_in_order(chunk, layer, stream);
+  if (range_.in_parts() && holds_earlier(chunk))
     gather_rows("k_sel, v_sel", chunk, own, sel_all_, stream);
   else
     gather_pair("k_sel, v_sel", shard_, own, sel_all_, stream);
@@ -355,7 +391,7 @@ void PrefillRunner::gather_tokens(const PrefillChunk& chunk, std::int64_t layer,
 void PrefillRunner::gather_compressed(const PrefillChunk& chunk, std::int64_t layer) {
   LayerCaches& cache = shard_.caches[static_cast<std::size_t>(layer)];
   Stream* stream = shard_.streams.compute;
-  gather_pair("k_cmp, v_cmp", shard_, cache.cmp, cmp_all_, stream);
+  gather_pair("k_cmp, v_cmp", shard_, cmp_in_order(chunk, layer, stream), cmp_all_, stream);
   // Decode also scores the compressed tokens before each chunk that reach into its first block.
   const std::int64_t halo = cache.cmp.k.map.halo;
   const std::int64_t tokens = compressed_tokens(shard_.shape().rules, chunk.end - 1);
@@ -466,8 +502,11 @@ PrefillRunner::CacheViews PrefillRunner::make_caches(const PrefillChunk& chunk, 
     if (gathers && !overlap) gather_tokens(chunk, layer, shard_.streams.compute);
     if (gathers) gather_compressed(chunk, layer);
   });
-  const CacheViews caches = gathered(layer);
-  timer.time(Stage::append, [&] { fill_rings(chunk, layer, caches); });
+  CacheViews caches;
+  timer.time(Stage::append, [&] {
+    caches = gathered(chunk, layer);
+    fill_rings(chunk, layer, caches);
+  });
   return caches;
 }
 

@@ -83,7 +83,10 @@ class PrefillRunner {
   void project_rows(const PrefillChunk& chunk, std::int64_t layer, const StepOptions& options, StageTimer& timer);
   void exchange_raw_halo(const PrefillChunk& chunk);
   void compress_rows(const PrefillChunk& chunk, std::int64_t layer);
-  CacheViews gathered(std::int64_t layer);
+  /// The rows of a layer's caches in order: copied from their pages up to the end of the chunk, or the caches.
+  const KvPair& sel_in_order(const PrefillChunk& chunk, std::int64_t layer, Stream* stream);
+  const KvPair& cmp_in_order(const PrefillChunk& chunk, std::int64_t layer, Stream* stream);
+  CacheViews gathered(const PrefillChunk& chunk, std::int64_t layer);
   void gather_rows(const char* what, const PrefillChunk& chunk, const KvPair& own, const KvPair& all, Stream* stream);
   void gather_tokens(const PrefillChunk& chunk, std::int64_t layer, Stream* stream);
   void gather_compressed(const PrefillChunk& chunk, std::int64_t layer);
@@ -101,6 +104,7 @@ class PrefillRunner {
   /// body(tile, query rows, first row within the buffers of all query rows)
   template <class Body>
   void each_tile(const PrefillChunk& chunk, Body&& body);
+  bool holds_earlier(const PrefillChunk& chunk) const;
   /// Rows of [first, last), as CopyRowsArgs.
   void copy_rows(const KvView& src, const KvView& dst, std::int64_t first, std::int64_t last, std::int64_t span_begin,
                  std::int64_t span_end, Stream* stream);
@@ -119,6 +123,7 @@ class PrefillRunner {
   Buffer recorded_;  ///< given selections: [query rows][groups][n] int32
   std::optional<RingSnapshot> prefix_rings_;
   KvPair raw_, win_;                    ///< own rows of the cmp and win projections, at their positions
+  KvPair sel_rows_, cmp_rows_;          ///< of paged caches: own rows in order
   KvPair sel_all_, cmp_all_, win_all_;  ///< gathered, kv > 1
   KvPair piece_, piece_all_;            ///< a prefill chunk's rows of these, own and gathered
   KvPair heads_, heads_all_, ring_all_;

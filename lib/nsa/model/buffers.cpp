@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "nsa/model/pages.hpp"
+
 namespace nsa {
 
 const DeviceOps& dry_device() {
@@ -40,16 +42,38 @@ KvPair make_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& sha
   return pair;
 }
 
-LayerCaches::LayerCaches(const Allocator& allocate, const Partition& p, std::int64_t batch, std::int64_t positions) {
+KvPair make_paged_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& shape, const RowMap& map,
+                     const PageTable& pages, std::int64_t count) {
+  const std::int64_t page_rows = std::int64_t{pages.rows} * pages.groups;
+  KvPair pair = make_kv(allocate, kind, shape, 1, map, count * page_rows);
+  for (KvView* view : {&pair.k, &pair.v}) {
+    view->pages = pages;
+    view->plane_stride = std::int64_t{pages.per_sequence} * pages.rows * view->width;
+  }
+  return pair;
+}
+
+LayerCaches::LayerCaches(const Allocator& allocate, const Partition& p, std::int64_t batch, std::int64_t positions,
+                         const CachePages* pages) {
   const std::int64_t planes = batch * p.shape.groups;
-  const auto make = [&](const RowMap& map, std::int64_t rows) {
-    KvPair pair = make_kv(allocate, MemoryKind::caches, p.shape, planes, map, p.capacity(map, rows));
+  const auto cleared = [&](KvPair pair) {
     allocate.device.fill(pair.v_memory.data(), 0, pair.v_memory.bytes(), nullptr);  // see AttendArgs::v
     allocate.device.synchronize(nullptr);
     return pair;
   };
-  sel = make(p.tokens(false), positions);
-  cmp = make(p.compressed(false), compressed_tokens(p.shape.rules, positions - 1));
+  const auto make = [&](const RowMap& map, std::int64_t rows) {
+    return cleared(make_kv(allocate, MemoryKind::caches, p.shape, planes, map, p.capacity(map, rows)));
+  };
+  const auto make_paged = [&](const RowMap& map, const PageTable& table, const PageLayout& layout) {
+    return cleared(make_paged_kv(allocate, MemoryKind::caches, p.shape, map, table, layout.count));
+  };
+  if (pages) {
+    sel = make_paged(p.tokens(false), pages->sel_table(), pages->sel);
+    cmp = make_paged(p.compressed(false), pages->cmp_table(), pages->cmp);
+  } else {
+    sel = make(p.tokens(false), positions);
+    cmp = make(p.compressed(false), compressed_tokens(p.shape.rules, positions - 1));
+  }
   win = make(p.window_ring(), positions);
   raw = make(p.raw_ring(), positions);
 }

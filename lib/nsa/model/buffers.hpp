@@ -31,13 +31,20 @@ struct KvPair {
 KvPair make_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& shape, std::int64_t planes,
                const RowMap& map, std::int64_t rows, std::int64_t ranks = 1);
 
-/// One layer's caches for up to `positions` tokens.
+/// K and V in `count` pages.
+KvPair make_paged_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& shape, const RowMap& map,
+                     const PageTable& pages, std::int64_t count);
+
+class CachePages;
+
+/// One layer's caches for up to `positions` tokens; with `pages`, sel and cmp lie in these.
 struct LayerCaches {
   KvPair sel;  ///< own chunks
   KvPair cmp;  ///< compressed tokens of own chunks, with the halo before each
   KvPair win;  ///< ring of the last w
   KvPair raw;  ///< ring of the last l cmp projections
-  LayerCaches(const Allocator& allocate, const Partition& partition, std::int64_t batch, std::int64_t positions);
+  LayerCaches(const Allocator& allocate, const Partition& partition, std::int64_t batch, std::int64_t positions,
+              const CachePages* pages);
 };
 
 /// What the stages of both phases pass on, for `rows` query rows of which one tile is attended at a time.

@@ -39,6 +39,10 @@ std::int64_t end_of(const Point& point, const SequenceRange& equal, std::int64_t
 
 KvView of_sequences(const KvView& view, const SequenceRange& sequences, std::int64_t groups, DType type) {
   KvView part = view;
+  if (view.pages.pages) {
+    part.pages.first_sequence += static_cast<std::int32_t>(sequences.begin);
+    return part;
+  }
   part.data = static_cast<std::byte*>(view.data) +
               sequences.begin * groups * view.plane_stride * static_cast<std::int64_t>(size_of(type));
   return part;
@@ -81,19 +85,18 @@ void load_rows(ModelShard& shard, const TensorSource& source, const std::string&
           const std::int64_t local = at + r - (view.map.kv > 1 ? c * view.map.chunk : 0) + view.map.halo;
           if ((view.map.kv == 1 && c != chunk) || !has_chunk(view.map, c) || local < 0 || local >= view.map.stride)
             continue;
-          shard.device().copy(static_cast<std::byte*>(view.data) + offset_in_chunk(view, plane, c, at + r) * size,
-                              stored.data() + from * size, static_cast<std::size_t>(view.width * size),
-                              shard.streams.compute);
+          if (!writes_row(on_host(view), plane, c, at + r)) continue;
+          shard.device().copy(
+              static_cast<std::byte*>(view.data) + offset_in_chunk(on_host(view), plane, c, at + r) * size,
+              stored.data() + from * size, static_cast<std::size_t>(view.width * size), shard.streams.compute);
         }
       }
     shard.device().synchronize(shard.streams.compute);
   }
 }
 
-}  // namespace
-
 void fill_kv(ModelShard& shard, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
-             std::int64_t last, const SequenceRange* some) {
+             std::int64_t last, const SequenceRange* some, std::int64_t shared_rows) {
   const SequenceRange sequences = some ? *some : SequenceRange{0, shard.point.batch};
   for (const bool value : {false, true}) {
     const std::string name = kv_name(shard.shape(), branch, value);
@@ -113,8 +116,22 @@ void fill_kv(ModelShard& shard, const TensorSource& source, Branch branch, KvPai
     args.first = first;
     args.last = last;
     args.key = source.key(name);
+    args.shared_rows = shared_rows;
     shard.kernels().fill_rows(args, shard.streams.compute);
   }
+}
+
+}  // namespace
+
+void fill_kv(ModelShard& shard, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
+             std::int64_t last, const SequenceRange* some) {
+  fill_kv(shard, source, branch, pair, first, last, some, shard.config.cache.shared_prefix);
+}
+
+void fill_compressed(ModelShard& shard, const TensorSource& source, KvPair& pair, std::int64_t first, std::int64_t last,
+                     const SequenceRange& some) {
+  fill_kv(shard, source, cmp, pair, first, last, &some,
+          compressed_tokens(shard.shape().rules, shard.config.cache.shared_prefix - 1));
 }
 
 void make_rows(ModelShard& shard, const TensorSource& source, const std::string& name, const Columns& columns,
@@ -132,6 +149,7 @@ void make_rows(ModelShard& shard, const TensorSource& source, const std::string&
   args.last = last;
   args.key = source.key(name);
   args.repeat = source.repeat(name);
+  args.shared_rows = shard.config.cache.shared_prefix;
   shard.kernels().fill_rows(args, shard.streams.compute);
 }
 

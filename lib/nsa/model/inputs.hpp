@@ -59,6 +59,9 @@ std::string kv_name(const LayerShape& shape, Branch branch, bool value);
 /// `sequences`: all.
 void fill_kv(ModelShard& shard, const TensorSource& source, Branch branch, KvPair& pair, std::int64_t first,
              std::int64_t last, const SequenceRange* sequences = nullptr);
+/// The same of compressed tokens, which are then no means of anything.
+void fill_compressed(ModelShard& shard, const TensorSource& source, KvPair& pair, std::int64_t first, std::int64_t last,
+                     const SequenceRange& sequences);
 
 /// Copies host values to the device, rounded to storage or as fp32.
 void upload(ModelShard& shard, const std::vector<float>& values, DType type, void* to);

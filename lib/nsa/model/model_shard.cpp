@@ -36,10 +36,11 @@ void ModelShard::allocate(const TensorSource* source) {
   for (const Phase phase : {Phase::prefill, Phase::decode})
     choose_routes(phase, {0, static_cast<std::int32_t>(point.batch), 1, nullptr, total_positions(config, point)}, {});
   checksum = allocator()(MemoryKind::workspace, 8);
+  if (config.cache.paged()) pages.emplace(allocator(), config, partition, point);
   for (std::int64_t layer = 0; layer < config.model.layers; ++layer) {
     if (config.run.scope == Scope::layer)
       weights.emplace_back(device(), streams.compute, account, config, partition, layer, source);
-    caches.emplace_back(allocator(), partition, point.batch, total_positions(config, point));
+    caches.emplace_back(allocator(), partition, point.batch, total_positions(config, point), pages ? &*pages : nullptr);
   }
 }
 

@@ -2,10 +2,12 @@
 // One rank's shard of a layer stack, ready to run: its partition, weights, caches, streams and communicators.
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "comm/collectives/process_grid.hpp"
 #include "nsa/model/buffers.hpp"
+#include "nsa/model/pages.hpp"
 #include "nsa/model/weights.hpp"
 #include "nsa/routing/router.hpp"
 
@@ -41,6 +43,7 @@ struct ModelShard {
   MemoryAccount account;
   Streams streams;
   std::vector<Weights> weights;     ///< by layer; none in scope = attention
+  std::optional<CachePages> pages;  ///< of paged caches
   std::vector<LayerCaches> caches;  ///< by layer
   Routes routes;
   Buffer checksum;  ///< uint64 [1], for cache_checksum

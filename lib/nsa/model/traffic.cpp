@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "nsa/model/pages.hpp"
 #include "nsa/model/selections.hpp"
 #include "nsa/results/schema.hpp"
 
@@ -56,6 +57,13 @@ struct TokenGathers {
   }
 };
 
+/// Compressed tokens of one group that sequences read of pages which another has read before: their bytes are moved
+/// once. The blocks that sequences choose of a shared prefix need not be the same.
+std::int64_t shared_tokens(const Config& config, const Partition& p, const Point& point) {
+  if (!config.cache.paged()) return 0;
+  return (point.batch - 1) * cmp_pages(config, p, point).shared * p.shape.lse.segment;
+}
+
 }  // namespace
 
 std::vector<Exchange> exchanges(const Config& config, const Partition& p, const Point& point, bool one_launch) {
@@ -106,7 +114,7 @@ std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& 
     std::int64_t reads = 0;
     for (std::int64_t b = 0; b < point.batch; ++b)
       reads += expected_reads(s.rules, point.length(b) + config.run.steps - 1).branch[c];
-    return s.groups * reads / p.kv;
+    return s.groups * (reads / p.kv - (c == cmp ? shared_tokens(config, p, point) : 0));
   };
   const std::int64_t completed = compressed_tokens(s.rules, t) - compressed_tokens(s.rules, config.run.prefix - 1);
   const std::int64_t q = rows * s.heads() * s.d_k * storage, o = rows * s.heads() * s.d_v * 4;

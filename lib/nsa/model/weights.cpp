@@ -47,14 +47,33 @@ std::vector<float> from_storage(const void* data, std::size_t count, DType type)
 }
 
 TensorSource::TensorSource(const Config& config, const std::string& file)
-    : seed_(static_cast<std::uint64_t>(config.run.seed)), repeat_(repeats(config.run.overlap)) {
+    : seed_(static_cast<std::uint64_t>(config.run.seed)),
+      repeat_(repeats(config.run.overlap)),
+      shared_prefix_(config.cache.shared_prefix) {
   if (!file.empty()) file_ = std::make_unique<TensorFile>(file);
+}
+
+std::int64_t TensorSource::shared_rows(const std::string& name) const {
+  return name == "x" || name.starts_with("given/") ? shared_prefix_ : 0;
+}
+
+std::vector<float> TensorSource::read_file(const std::string& name, const std::vector<std::int64_t>& shape,
+                                           const std::vector<std::int64_t>& begin,
+                                           const std::vector<std::int64_t>& count) const {
+  std::vector<float> values = file_->read(name, shape, begin, count);
+  if (shared_rows(name) == 0 || shared_rows(name) <= begin[1]) return values;
+  std::vector<std::int64_t> first = begin, rows = count;
+  first[0] = 0, rows[0] = 1, rows[1] = std::min(count[1], shared_rows(name) - begin[1]);
+  const std::vector<float> shared = file_->read(name, shape, first, rows);
+  const std::ptrdiff_t sequence = std::ssize(values) / count[0];
+  for (std::int64_t b = 0; b < count[0]; ++b) std::ranges::copy(shared, values.begin() + b * sequence);
+  return values;
 }
 
 std::vector<float> TensorSource::slab(const std::string& name, const std::vector<std::int64_t>& shape, float scale,
                                       const std::vector<std::int64_t>& begin,
                                       const std::vector<std::int64_t>& count) const {
-  if (file_) return file_->read(name, shape, begin, count);
+  if (file_) return read_file(name, shape, begin, count);
   // Coordinates (plane, row, column) = (0, 0, i), (0, i, j), (i, j, the rest flattened).
   const std::size_t rank = shape.size();
   const std::size_t leading = rank < 3 ? rank - 1 : 2;
@@ -65,7 +84,7 @@ std::vector<float> TensorSource::slab(const std::string& name, const std::vector
     std::int64_t column = 0;
     for (std::size_t i = leading; i < rank; ++i) column = column * shape[i] + begin[i] + at[i];
     const std::int64_t row = leading > 0 ? begin[leading - 1] + at[leading - 1] : 0;
-    const std::int64_t plane = leading > 1 ? begin[0] + at[0] : 0;
+    const std::int64_t plane = leading > 1 && row >= shared_rows(name) ? begin[0] + at[0] : 0;
     value = scale * synthetic_value(key, static_cast<std::uint32_t>(plane),
                                     source_row(key, static_cast<std::uint64_t>(row), repeat),
                                     static_cast<std::uint32_t>(column));

@@ -22,13 +22,19 @@ class TensorSource {
   std::uint64_t key(const std::string& name) const { return tensor_key(seed_, name.c_str()); }
   /// How often a row of the synthetic tensor repeats the one before it, of 2^32: run.overlap for given/q.
   std::uint64_t repeat(const std::string& name) const { return name == "given/q" ? repeat_ : 0; }
+  /// First rows of every sequence of the tensor that are those of sequence 0: cache.shared_prefix.
+  std::int64_t shared_rows(const std::string& name) const;
   /// A slab of the whole tensor, row-major fp32, not yet rounded to storage.
   /// Throws UserError(file) when the file lacks the tensor, or it has another shape or a value that is not finite.
   std::vector<float> slab(const std::string& name, const std::vector<std::int64_t>& shape, float scale,
                           const std::vector<std::int64_t>& begin, const std::vector<std::int64_t>& count) const;
 
  private:
+  std::vector<float> read_file(const std::string& name, const std::vector<std::int64_t>& shape,
+                               const std::vector<std::int64_t>& begin, const std::vector<std::int64_t>& count) const;
+
   std::uint64_t seed_, repeat_;
+  std::int64_t shared_prefix_;
   std::unique_ptr<TensorFile> file_;
 };
 

@@ -24,9 +24,10 @@ namespace {
 
 /// Parameters that say how a run was made and measured, not what it computes.
 bool decides_result(const std::string& key) {
-  for (const char* prefix : {"input.", "parallel.", "route.", "runtime.", "output.", "run.backend", "run.modes",
-                             "run.warmup", "run.min_", "run.interval_time", "run.throttle_", "run.recovery_delay",
-                             "run.steps_per_graph", "run.deadline", "run.check"}) {
+  for (const char* prefix :
+       {"input.", "parallel.", "route.", "runtime.", "output.", "run.backend", "run.modes", "run.warmup", "run.min_",
+        "run.interval_time", "run.throttle_", "run.recovery_delay", "run.steps_per_graph", "run.deadline", "run.check",
+        "cache.layout", "cache.page", "cache.order"}) {
     if (key.starts_with(prefix)) return false;
   }
   return true;
@@ -61,6 +62,7 @@ std::vector<std::string> different_parameters(const PointRecord& a, const PointR
     if (at_a != of_a.end() && at_b != of_b.end() && at_a->second == at_b->second) continue;
     const bool missing = at_a == of_a.end() || at_b == of_b.end();
     if (missing && key.starts_with("batch.")) continue;  // a file of schema 1.5 or earlier; its sequences are equal
+    if (missing && key.starts_with("cache.")) continue;  // 1.6 or earlier: contiguous
     if (decides_result(key) != deciding) continue;
     list.push_back(fmt::format("{}: {}, {}", key, at_a == of_a.end() ? "-" : text_of(at_a->second),
                                at_b == of_b.end() ? "-" : text_of(at_b->second)));

@@ -215,6 +215,18 @@ BatchRecord read_batch(const h5::Handle& group) {
   return b;
 }
 
+PageRecord read_pages(const h5::Handle& group) {
+  PageRecord p;
+  p.caches = h5::read<std::string>(group, "cache");
+  p.ranks = std::ssize(h5::read<std::int64_t>(group, "rank"));
+  for (const auto& column_of : page_columns) {
+    if (!h5::has(group, column_of.name))
+      throw h5::Error(std::string("dataset 'pages/") + column_of.name + "' is missing");
+    p.*column_of.field = column<std::int64_t>(group, column_of.name, {std::ssize(p.caches), p.ranks});
+  }
+  return p;
+}
+
 PhaseRecord read_phases(const h5::Handle& group) {
   PhaseRecord p;
   p.phases = h5::read<std::string>(group, "phase");
@@ -235,6 +247,7 @@ PointRecord read_point(const h5::Handle& group, std::int64_t index) {
   if (h5::has(group, "phases")) p.phases = read_phases(h5::open_group(group, "phases"));  // since 1.6
   if (h5::has(group, "noise")) p.noise = read_noise(h5::open_group(group, "noise"));
   if (h5::has(group, "batch")) p.batch = read_batch(h5::open_group(group, "batch"));
+  if (h5::has(group, "pages")) p.pages = read_pages(h5::open_group(group, "pages"));  // since 1.7
   return p;
 }
 

@@ -105,6 +105,17 @@ struct BatchRecord {
   double schedule_imbalance = -1;                   ///< most work of a CTA over the mean; < 0: the backend has none
 };
 
+/// Paged caches (docs/METRICS.md, "Paged caches"): a layer's, by [cache][rank].
+struct PageRecord {
+  std::vector<std::string> caches;  ///< "sel", "cmp"; empty: not paged
+  std::int64_t ranks = 0;
+  std::vector<std::int64_t> rows;     ///< of a page
+  std::vector<std::int64_t> pages;    ///< in memory
+  std::vector<std::int64_t> entries;  ///< of the page table that name a page: pages if none were shared
+  std::vector<std::int64_t> shared;   ///< first entries of every sequence that name the same pages
+  std::vector<std::int64_t> bytes;    ///< of the pages, K and V
+};
+
 struct PointRecord {
   std::int64_t index = 0;
   std::vector<Parameter> parameters;
@@ -137,6 +148,7 @@ struct PointRecord {
   std::map<std::string, std::vector<double>> needle;  ///< kind = "needle": depth, position, block, found, abs_err
   KernelRecord kernels;                               ///< kind = "kernels"
   BatchRecord batch;
+  PageRecord pages;
 };
 
 struct RankSystem {

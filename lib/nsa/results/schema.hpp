@@ -10,7 +10,7 @@ namespace nsa {
 
 /// A reader refuses another major version. A new minor version only adds names.
 constexpr int schema_major = 1;
-constexpr const char* schema_version = "1.6";
+constexpr const char* schema_version = "1.7";
 
 /// A field of a record under its name in the file.
 template <class Record, class T>
@@ -102,6 +102,15 @@ constexpr Named<NoiseRecord, std::vector<std::int64_t>> noise_counts[] = {
 /// Added by schema 1.6.
 constexpr Named<NoiseRecord, std::vector<std::int64_t>> noise_counts_1_6[] = {
     {"throttled_passes", &NoiseRecord::throttled_passes, "1", "passes at a lowered clock, which were measured again"},
+};
+
+/// Datasets of a point's group pages over cache and rank, since schema 1.7.
+constexpr Named<PageRecord, std::vector<std::int64_t>> page_columns[] = {
+    {"rows", &PageRecord::rows, "1", "rows of a page"},
+    {"pages", &PageRecord::pages, "1", "pages in memory, of a layer"},
+    {"entries", &PageRecord::entries, "1", "entries of the page table that name a page"},
+    {"shared", &PageRecord::shared, "1", "first entries of every sequence that name the same pages"},
+    {"bytes", &PageRecord::bytes, "B", "bytes of the pages, K and V of a layer"},
 };
 
 /// Attributes of a point, besides its parameters, validity, routes and fallbacks.

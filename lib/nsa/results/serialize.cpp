@@ -81,14 +81,20 @@ auto members(R& r) {
   return std::tie(lengths, reads, reads_expected, length_imbalance, schedule_imbalance);
 }
 
+template <Is<PageRecord> R>
+auto members(R& r) {
+  auto& [caches, ranks, rows, pages, entries, shared, bytes] = r;
+  return std::tie(caches, ranks, rows, pages, entries, shared, bytes);
+}
+
 template <Is<PointRecord> R>
 auto members(R& r) {
   auto& [index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps, time,
          phases, reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange, fallbacks,
-         max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch] = r;
+         max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch, pages] = r;
   return std::tie(index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps,
                   time, phases, reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange,
-                  fallbacks, max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch);
+                  fallbacks, max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch, pages);
 }
 
 template <Is<ResultFile> R>

@@ -186,6 +186,15 @@ void write_batch(const h5::Handle& point_group, const BatchRecord& b) {
   h5::write_attribute(group, "schedule_imbalance", b.schedule_imbalance);
 }
 
+/// Writes the pages of paged caches over caches and ranks.
+void write_pages(const h5::Handle& point_group, const PageRecord& p) {
+  const h5::Handle group = h5::create_group(point_group, "pages");
+  h5::write_scale(group, "cache", p.caches, {"1", "paged cache"});
+  h5::write_scale(group, "rank", indices(p.ranks), {"1", "rank"});
+  for (const auto& [name, field, unit, text] : page_columns)
+    h5::write(group, name, p.*field, {"cache", "rank"}, {unit, text});
+}
+
 /// Writes what may have disturbed each mode, over modes and ranks.
 void write_noise(const h5::Handle& point_group, const NoiseRecord& n) {
   const h5::Handle group = h5::create_group(point_group, "noise");
@@ -255,6 +264,7 @@ void write_point(const h5::Handle& file, const PointRecord& p) {
   if (!p.kernels.implementations.empty()) write_kernels(group, p.kernels);
   if (!p.noise.modes.empty()) write_noise(group, p.noise);
   if (!p.batch.lengths.empty()) write_batch(group, p.batch);
+  if (!p.pages.caches.empty()) write_pages(group, p.pages);
   if (!p.phases.phases.empty()) write_phases(group, p.phases);
   if (p.tensors.empty()) return;
   const h5::Handle tensors = h5::create_group(group, "tensors");

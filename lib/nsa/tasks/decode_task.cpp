@@ -29,7 +29,7 @@ void fill_directly(ModelShard& shard, const TensorSource& source, std::int64_t p
       fill_kv(shard, source, sel, cache.sel, 0, end, &some);
       fill_kv(shard, source, win, cache.win, std::max<std::int64_t>(0, end - r.w), end, &some);
       fill_kv(shard, source, cmp, cache.raw, std::max<std::int64_t>(0, end - r.l), end, &some);
-      fill_kv(shard, source, cmp, cache.cmp, 0, compressed_tokens(r, end - 1), &some);
+      fill_compressed(shard, source, cache.cmp, 0, compressed_tokens(r, end - 1), some);
     }
 }
 

@@ -43,6 +43,31 @@ void record_reads(const ControlComm& world, const ModelShard& shard, const RankR
   if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(shard.config, shard.point)));
 }
 
+namespace {
+
+PageRecord gather_pages(const ControlComm& world, const ModelShard& shard) {
+  const LayerShape& s = shard.shape();
+  const std::int64_t row_bytes = (s.d_k + s.d_v) * static_cast<std::int64_t>(size_of(s.dtype));
+  PageRecord record;
+  record.caches = {"sel", "cmp"};
+  record.ranks = world.size();
+  const auto column = [&](const auto& value_of) {
+    const std::vector<std::int64_t> ranks =
+        world.gather(std::vector<std::int64_t>{value_of(shard.pages->sel), value_of(shard.pages->cmp)});
+    std::vector<std::int64_t> values(ranks.size());
+    for (std::size_t i = 0; i < ranks.size(); ++i) values[i % 2 * ranks.size() / 2 + i / 2] = ranks[i];
+    return values;
+  };
+  record.rows = column([](const PageLayout& p) { return std::int64_t{p.rows}; });
+  record.pages = column([](const PageLayout& p) { return p.count; });
+  record.entries = column([](const PageLayout& p) { return p.used(); });
+  record.shared = column([](const PageLayout& p) { return p.shared; });
+  record.bytes = column([&](const PageLayout& p) { return p.count * p.rows * s.groups * row_bytes; });
+  return record;
+}
+
+}  // namespace
+
 void finish_point(const ControlComm& world, ModelShard& shard, const Samples& samples, PointRecord& record) {
   record.warmup_reps = shard.config.run.warmup;
   record.time = gather_times(world, samples);
@@ -57,6 +82,7 @@ void finish_point(const ControlComm& world, ModelShard& shard, const Samples& sa
   }
   record.exchange = (shard.partition.kv > 1 ? shard.comms->kv : shard.comms->heads).transport();
   record.fallbacks = shard.routes.fallbacks(phase);
+  if (shard.pages) record.pages = gather_pages(world, shard);
 }
 
 }  // namespace nsa

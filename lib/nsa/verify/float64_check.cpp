@@ -24,7 +24,7 @@ Rows fetch(const StepContext& ctx, const KvView& view, std::int64_t plane, const
   for (std::size_t i = 0; i < rows.size(); ++i)
     if (has_row(view.map, rows[i]))
       shard.device().copy(stored.data() + i * view.width * size,
-                          static_cast<std::byte*>(view.data) + offset_of(view, plane, rows[i]) * size,
+                          static_cast<std::byte*>(view.data) + offset_of(on_host(view), plane, rows[i]) * size,
                           static_cast<std::size_t>(view.width * size), shard.streams.compute);
   shard.device().synchronize(shard.streams.compute);
   Rows values = from_storage(stored.data(), rows.size() * view.width, shard.shape().dtype);

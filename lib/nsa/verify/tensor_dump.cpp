@@ -143,7 +143,7 @@ std::vector<TensorRecord> compressed_tensors(ModelShard& shard, std::int64_t pos
   const std::int64_t tokens = compressed_tokens(s.rules, positions - 1);
   std::vector<TensorRecord> list;
   for (const bool value : {false, true}) {
-    const KvView& view = value ? shard.caches.back().cmp.v : shard.caches.back().cmp.k;
+    const KvView view = on_host(value ? shard.caches.back().cmp.v : shard.caches.back().cmp.k);
     SharedTensor all(value ? "v_cmp_tokens" : "k_cmp_tokens",
                      {shard.point.batch, tokens, shard.config.model.n_kv_groups, view.width},
                      {"batch", "compressed_token", "group", value ? "d_v" : "d_k"}, tokens);

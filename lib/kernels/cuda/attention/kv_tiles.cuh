@@ -84,6 +84,10 @@ struct KvTiles {
   const LayerShape& s;
   const RowMap& map;
   const std::int32_t* selected;  // sel
+  // Of paged cmp and sel: the table, and the entries of the sequence. An LSE segment is a page; a page of sel holds
+  // whole blocks.
+  const PageTable* table = nullptr;
+  const std::int32_t* pages = nullptr;
   int t, n, per_span, count;
   bool contiguous;  // row = position (or ring slot): no division is needed
 
@@ -95,6 +99,19 @@ struct KvTiles {
     contiguous = map.chunk == INT64_MAX || map.ring > 0;
   }
   __device__ __forceinline__ KvRows operator()(int i) const {
+    KvRows rows = memory_rows(i);
+    if (B != win && pages) rows.row = row_in_page(rows, i);
+    return rows;
+  }
+
+ private:
+  // Where the row lies, from the begin of the plane. A block of no rows may have no page.
+  __device__ __forceinline__ std::int64_t row_in_page(const KvRows& rows, int i) const {
+    if (B == sel && rows.count <= 0) return rows.row;
+    const int m = static_cast<int>(rows.row), entry = B == cmp ? i / per_span : m / table->rows;
+    return std::int64_t{pages[entry]} * table->groups * table->rows + m - entry * table->rows;
+  }
+  __device__ __forceinline__ KvRows memory_rows(int i) const {
     const int u = per_span == 2 ? i / 2 : i / per_span, at = (i - u * per_span) * tile_rows;
     if (!contiguous) {
       if constexpr (B == cmp)
@@ -118,8 +135,6 @@ struct KvTiles {
     }
     return {begin + at, min(tile_rows, end - begin - at), 0, begin + at};
   }
-
- private:
   // Out of line because it divides by the chunk size.
   static __device__ __noinline__ KvRows chunked_tile(const LayerShape& s, const RowMap& map, int t, int n,
                                                      const std::int32_t* selected, int u, int at) {

@@ -19,6 +19,10 @@ AppendedRows appended_rows(const DecodeLayerArgs& a) {
     const AppendArgs& append = a.append[b];
     const auto row = [&](const void* from, const KvView& cache) {
       const auto size = static_cast<std::int64_t>(size_of(s.dtype));
+      if (cache.pages.pages)
+        return AppendedRows::Row{static_cast<const char*>(from), static_cast<char*>(cache.data),
+                                 std::int64_t{cache.pages.rows} * cache.width * size,
+                                 static_cast<int>(cache.width * size)};
       return AppendedRows::Row{
           static_cast<const char*>(from),
           static_cast<char*>(cache.data) + std::int64_t{tile.batch_begin} * s.groups * cache.plane_stride * size,

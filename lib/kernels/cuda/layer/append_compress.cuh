@@ -19,7 +19,8 @@ __device__ void append_element(const QueryTile& tile, int groups, const T* from,
   const TileRow row = tile_row(tile, r);
   if (!is_kept(cache.map, tile, r % tile.tokens, row.t)) return;
   const std::int64_t plane = (tile.batch_begin + row.sequence) * groups + g;
-  static_cast<T*>(cache.data)[offset_of(cache, plane, row.t) + e] = from[item];
+  if (writes_row(cache, plane, chunk_of(cache.map, row.t), row.t))
+    static_cast<T*>(cache.data)[offset_of(cache, plane, row.t) + e] = from[item];
 }
 
 struct TokenRange {
@@ -42,8 +43,9 @@ __device__ void write_token(const KvView& cmp, bool fill_halo, std::int64_t plan
   const RowMap& m = cmp.map;
   T* data = static_cast<T*>(cmp.data);
   const std::int64_t c = chunk_of(m, i);
-  if (has_chunk(m, c)) store(&data[offset_in_chunk(cmp, plane, c, i) + e], value);
-  if (fill_halo && m.halo > 0 && m.rank != all_ranks && i >= (c + 1) * m.chunk - m.halo && has_chunk(m, c + 1))
+  if (has_chunk(m, c) && writes_row(cmp, plane, c, i)) store(&data[offset_in_chunk(cmp, plane, c, i) + e], value);
+  if (fill_halo && m.halo > 0 && m.rank != all_ranks && i >= (c + 1) * m.chunk - m.halo && has_chunk(m, c + 1) &&
+      writes_row(cmp, plane, c + 1, i))
     store(&data[offset_in_chunk(cmp, plane, c + 1, i) + e], value);
 }
 

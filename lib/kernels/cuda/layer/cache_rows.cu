@@ -35,6 +35,20 @@ __global__ void append_kernel(AppendArgs a) {
 }
 
 // `chunks` of the sequence from first_chunk on; the ones that dst does not hold are skipped.
+// The view in vectors of so many elements, which its rows consist of.
+KvView in_vectors(KvView view, int elements) {
+  view.width /= elements;
+  view.plane_stride /= elements;
+  view.rank_stride /= elements;
+  return view;
+}
+
+// Whether rows are whole aligned vectors of so many elements.
+bool has_vectors(const KvView& view, int elements) {
+  return view.width % elements == 0 && view.plane_stride % elements == 0 && view.rank_stride % elements == 0 &&
+         reinterpret_cast<std::uintptr_t>(view.data) % sizeof(uint4) == 0;
+}
+
 template <class T>
 __global__ void copy_rows_kernel(CopyRowsArgs a, std::int64_t first_chunk, std::int64_t chunks, std::int64_t span) {
   const int width = a.dst.width;
@@ -45,6 +59,7 @@ __global__ void copy_rows_kernel(CopyRowsArgs a, std::int64_t first_chunk, std::
     if (a.dst.map.ring == 0 && !has_chunk(a.dst.map, c)) continue;
     const std::int64_t i = (c == 0 ? 0 : c * a.dst.map.chunk) + a.span_begin + k;
     if (i < a.first || i >= a.last || !has_row(a.src.map, i)) continue;
+    if (!has_page(a.src, p, chunk_of(a.src.map, i), i) || !writes_row(a.dst, p, c, i)) continue;
     static_cast<T*>(a.dst.data)[offset_in_chunk(a.dst, p, c, i) + e] =
         static_cast<const T*>(a.src.data)[offset_of(a.src, p, i) + e];
   }
@@ -74,21 +89,24 @@ __global__ void fill_rows_kernel(FillRowsArgs a) {
   for (std::int64_t item = first_item(); item < items; item += item_step()) {
     const std::int64_t e = item % width, i = a.first + item / width % rows, p = item / width / rows;
     const std::int64_t b = p / a.groups, g = p % a.groups;
+    const auto sequence = static_cast<std::uint32_t>(i < a.shared_rows ? 0 : a.batch_begin + b);
     T value;
     const std::uint64_t row = source_row(a.key, static_cast<std::uint64_t>(i), a.repeat);
-    store(&value, a.scale * synthetic_value(a.key, static_cast<std::uint32_t>(a.batch_begin + b), row,
-                                            static_cast<std::uint32_t>((a.group_begin + g) * width + e)));
+    store(&value,
+          a.scale * synthetic_value(a.key, sequence, row, static_cast<std::uint32_t>((a.group_begin + g) * width + e)));
     T* data = static_cast<T*>(a.dst.data);
     if (map.ring > 0) {
       if (i + map.ring >= a.last) data[offset_of(a.dst, p, i) + e] = value;
       continue;
     }
     const std::int64_t c = chunk_of(map, i), k = i - (c == 0 ? 0 : c * map.chunk);
-    if (has_chunk(map, c)) data[offset_in_chunk(a.dst, p, c, i) + e] = value;
+    const auto write = [&](std::int64_t chunk) {
+      if (writes_row(a.dst, p, chunk, i)) data[offset_in_chunk(a.dst, p, chunk, i) + e] = value;
+    };
+    if (has_chunk(map, c)) write(c);
     if (map.rank == all_ranks) continue;
-    if (map.halo > 0 && k >= map.chunk - map.halo && has_chunk(map, c + 1))
-      data[offset_in_chunk(a.dst, p, c + 1, i) + e] = value;
-    if (k < tail_rows && c > 0 && has_chunk(map, c - 1)) data[offset_in_chunk(a.dst, p, c - 1, i) + e] = value;
+    if (map.halo > 0 && k >= map.chunk - map.halo && has_chunk(map, c + 1)) write(c + 1);
+    if (k < tail_rows && c > 0 && has_chunk(map, c - 1)) write(c - 1);
   }
 }
 
@@ -163,10 +181,18 @@ void copy_rows(const CopyRowsArgs& a, Stream* stream) {
   // The first chunk whose span ends after the first row; and one past the last row, whose halo may hold the last rows.
   const std::int64_t first_chunk = whole || a.first < a.span_end ? 0 : (a.first - a.span_end) / map.chunk + 1;
   const std::int64_t chunks = whole ? 1 : (a.last - 1) / map.chunk + 2 - first_chunk;
-  with_type(a.dtype, [&](auto type) {
-    copy_rows_kernel<decltype(type)><<<blocks_for(a.planes * chunks * span * a.dst.width), threads, 0, cuda(stream)>>>(
-        args, first_chunk, chunks, span);
-  });
+  const auto run = [&](auto type) {
+    copy_rows_kernel<decltype(type)>
+        <<<blocks_for(a.planes * chunks * span * args.dst.width), threads, 0, cuda(stream)>>>(args, first_chunk, chunks,
+                                                                                              span);
+  };
+  const int elements = static_cast<int>(sizeof(uint4) / size_of(a.dtype));
+  if (has_vectors(a.src, elements) && has_vectors(a.dst, elements)) {
+    args.src = in_vectors(a.src, elements), args.dst = in_vectors(a.dst, elements);
+    run(uint4{});
+  } else {
+    with_type(a.dtype, run);
+  }
   check_launch("copy_rows");
 }
 

@@ -80,15 +80,16 @@ void cmp_split(const AttendArgs& args, const Widths& w, ThreadBuffers& buffers, 
   const std::int64_t halo = all ? 0 : map.halo;
   for (std::int64_t segment = bucket; segment * s.lse.segment - halo < valid; segment += s.lse.buckets) {
     if (halo > 0) score_halo(args, w, buffers, item, segment, valid);
-    for_each_run(map, segment * s.lse.segment, std::min((segment + 1) * s.lse.segment, valid), [&](const RowRun& run) {
-      KvTile kv_tile = kv_tile_of(s.dtype, args.k, args.v, item.plane, run);
-      kv_tile.next_k = next_k_in_bucket(args, item.plane, run, valid);
-      score_tile(s, w, buffers, kv_tile);
-      store_scores(args, w, buffers, item, score_slot(map, segment, run.first), run.tokens);
-      attend_tile(
-          s, w, buffers, kv_tile, item, state, !args.scores_only, [](int) { return 0; },
-          [&](int r) { return compressed_tokens(s.rules, item.t0 + r); });
-    });
+    for_each_run(args.k, segment * s.lse.segment, std::min((segment + 1) * s.lse.segment, valid),
+                 [&](const RowRun& run) {
+                   KvTile kv_tile = kv_tile_of(s.dtype, args.k, args.v, item.plane, run);
+                   kv_tile.next_k = next_k_in_bucket(args, item.plane, run, valid);
+                   score_tile(s, w, buffers, kv_tile);
+                   store_scores(args, w, buffers, item, score_slot(map, segment, run.first), run.tokens);
+                   attend_tile(
+                       s, w, buffers, kv_tile, item, state, !args.scores_only, [](int) { return 0; },
+                       [&](int r) { return compressed_tokens(s.rules, item.t0 + r); });
+                 });
   }
   store_lse_bucket(args, item, all ? bucket : bucket / map.kv, state);
 }
@@ -105,7 +106,7 @@ void sel_split(const AttendArgs& args, const Widths& w, ThreadBuffers& buffers, 
                SoftmaxState& state) {
   const RowRun block = selected_block(args, item, index);
   const RowRun next = index + 1 < args.shape.rules.n_sel ? selected_block(args, item, index + 1) : RowRun{};
-  for_each_run(args.k.map, block.first, block.first + block.tokens, [&](const RowRun& run) {
+  for_each_run(args.k, block.first, block.first + block.tokens, [&](const RowRun& run) {
     KvTile kv_tile = kv_tile_of(args.shape.dtype, args.k, args.v, item.plane, run);
     if (next.tokens > 0) kv_tile.next_k = at(args.shape.dtype, args.k.data, offset_of(args.k, item.plane, next.first));
     attend_causal_tile(args, w, buffers, item, kv_tile, state);
@@ -117,9 +118,9 @@ void win_split(const AttendArgs& args, const Widths& w, ThreadBuffers& buffers, 
   const LayerShape& s = args.shape;
   const std::int64_t begin = window_begin(s.rules, item.t0) + std::int64_t{index} * kv_tile_tokens;
   const std::int64_t end = std::min(begin + kv_tile_tokens, item.t0 + item.rows);
-  for_each_run(args.k.map, begin, end, [&](const RowRun& run) {
+  for_each_run(args.k, begin, end, [&](const RowRun& run) {
     KvTile kv_tile = kv_tile_of(s.dtype, args.k, args.v, item.plane, run);
-    const RowRun next = next_run(args.k.map, run.first + run.tokens, item.t0 + item.rows);
+    const RowRun next = next_run(args.k, run.first + run.tokens, item.t0 + item.rows);
     if (next.tokens > 0) kv_tile.next_k = at(s.dtype, args.k.data, offset_of(args.k, item.plane, next.first));
     score_tile(s, w, buffers, kv_tile);
     attend_tile(

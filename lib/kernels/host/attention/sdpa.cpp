@@ -49,9 +49,9 @@ struct DenseItem {
         v(arena.allocate<float>(packs ? tokens * shape.d_v : 0)) {}
 };
 
-void add_tiles(const RowMap& map, std::int64_t begin, std::int64_t end, std::int64_t block, bool halo,
+void add_tiles(const KvView& view, std::int64_t begin, std::int64_t end, std::int64_t block, bool halo,
                std::vector<ScoreTile>& tiles) {
-  for_each_run(map, begin, end, [&](const RowRun& run) { tiles.push_back({run, 0, block, halo}); });
+  for_each_run(view, begin, end, [&](const RowRun& run) { tiles.push_back({run, 0, block, halo}); });
 }
 
 std::vector<ScoreTile> compressed_tiles(const AttendArgs& args, const WorkItem& item) {
@@ -66,14 +66,14 @@ std::vector<ScoreTile> compressed_tiles(const AttendArgs& args, const WorkItem& 
       const std::int64_t n = std::min<std::int64_t>(kv_tile_tokens, std::min(begin, valid) - i);
       if (halo > 0) tiles.push_back({{i, static_cast<int>(n)}, 0, segment, true});
     }
-    add_tiles(map, begin, std::min(begin + s.lse.segment, valid), segment, false, tiles);
+    add_tiles(args.k, begin, std::min(begin + s.lse.segment, valid), segment, false, tiles);
   }
   return tiles;
 }
 
 std::vector<ScoreTile> window_tiles(const AttendArgs& args, const WorkItem& item) {
   std::vector<ScoreTile> tiles;
-  add_tiles(args.k.map, window_begin(args.shape.rules, item.t0), item.t0 + item.rows, 0, false, tiles);
+  add_tiles(args.k, window_begin(args.shape.rules, item.t0), item.t0 + item.rows, 0, false, tiles);
   return tiles;
 }
 
@@ -81,7 +81,7 @@ std::vector<ScoreTile> selected_tiles(const AttendArgs& args, const WorkItem& it
   std::vector<ScoreTile> tiles;
   for (int i = 0; i < args.shape.rules.n_sel; ++i) {
     const RowRun block = selected_block(args, item, i);
-    add_tiles(args.k.map, block.first, block.first + block.tokens, block.first / args.shape.rules.l_sel, false, tiles);
+    add_tiles(args.k, block.first, block.first + block.tokens, block.first / args.shape.rules.l_sel, false, tiles);
   }
   return tiles;
 }
@@ -91,7 +91,7 @@ std::vector<ScoreTile> all_tiles(const AttendArgs& args, const WorkItem& item) {
   if (args.k.map.ring > 0) return window_tiles(args, item);
   std::vector<ScoreTile> tiles;
   const std::int64_t end = item.t0 + item.rows, l = args.shape.rules.l_sel;
-  for (std::int64_t j = 0; j * l < end; ++j) add_tiles(args.k.map, j * l, std::min((j + 1) * l, end), j, false, tiles);
+  for (std::int64_t j = 0; j * l < end; ++j) add_tiles(args.k, j * l, std::min((j + 1) * l, end), j, false, tiles);
   return tiles;
 }
 

@@ -140,7 +140,7 @@ void attend_item(const AttendArgs& args, const Widths& w, SharedRowBuffers& buff
     const int count = rows_by_block.begin[j + 1] - rows_by_block.begin[j];
     if (count == 0) continue;
     const int* selected_by = rows_by_block.row.data() + rows_by_block.begin[j];
-    for_each_run(args.k.map, j * s.rules.l_sel, std::min((j + 1) * s.rules.l_sel, t0 + rows), [&](const RowRun& run) {
+    for_each_run(args.k, j * s.rules.l_sel, std::min((j + 1) * s.rules.l_sel, t0 + rows), [&](const RowRun& run) {
       const KvTile kv_tile = kv_tile_of(s.dtype, args.k, args.v, plane, run);
       load(s.dtype, std::int64_t{run.tokens} * s.d_k, kv_tile.k, buffers.tile.k);
       load_values(s, w, kv_tile, buffers.tile.v);

@@ -87,7 +87,8 @@ std::int64_t work_items(const LayerShape& s, const QueryTile& tile, int rows_per
   return std::int64_t{tile.batches} * s.groups * ((tile.tokens + rows_per_item - 1) / rows_per_item);
 }
 
-RowRun next_run(const RowMap& map, std::int64_t i, std::int64_t end) {
+RowRun next_run(const KvView& view, std::int64_t i, std::int64_t end) {
+  const RowMap& map = view.map;
   const auto bounded = [&](std::int64_t stop) {
     return RowRun{i, static_cast<int>(std::min({stop, end, i + kv_tile_tokens}) - i)};
   };
@@ -106,7 +107,10 @@ RowRun next_run(const RowMap& map, std::int64_t i, std::int64_t end) {
     i = ++c * map.chunk;
     if (i >= end) return {};
   }
-  return bounded(map.chunk > end ? end : (c + 1) * map.chunk);
+  const std::int64_t chunk_end = map.chunk > end ? end : (c + 1) * map.chunk;
+  if (!view.pages.pages) return bounded(chunk_end);
+  const std::int64_t in_page = row_in_chunk(map, c, i) % view.pages.rows;
+  return bounded(std::min(chunk_end, i + view.pages.rows - in_page));
 }
 
 KvTile kv_tile_of(DType type, const KvView& k, const KvView& v, std::int64_t plane, const RowRun& run) {

@@ -112,15 +112,15 @@ struct RowRun {
   std::int64_t first = 0;
   int tokens = 0;
 };
-RowRun next_run(const RowMap& map, std::int64_t i, std::int64_t end);
+RowRun next_run(const KvView& view, std::int64_t i, std::int64_t end);
 
 /// K and V of a run.
 KvTile kv_tile_of(DType type, const KvView& k, const KvView& v, std::int64_t plane, const RowRun& run);
 
 /// Calls `body(run)` for every run of held rows in [begin, end).
 template <class Body>
-void for_each_run(const RowMap& map, std::int64_t begin, std::int64_t end, Body&& body) {
-  for (RowRun run = next_run(map, begin, end); run.tokens > 0; run = next_run(map, run.first + run.tokens, end))
+void for_each_run(const KvView& view, std::int64_t begin, std::int64_t end, Body&& body) {
+  for (RowRun run = next_run(view, begin, end); run.tokens > 0; run = next_run(view, run.first + run.tokens, end))
     body(run);
 }
 

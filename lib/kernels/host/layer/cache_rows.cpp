@@ -38,6 +38,7 @@ void append_rows(const AppendArgs& args, const void* rows, const KvView& cache) 
     if (row % tile.tokens < first_kept || !stores_chunk(cache.map, chunk_of(cache.map, t))) continue;
     for (std::int32_t g = 0; g < s.groups; ++g) {
       const std::int64_t plane = (tile.batch_begin + row / tile.tokens) * s.groups + g;
+      if (!writes_row(cache, plane, chunk_of(cache.map, t), t)) continue;
       std::memcpy(at(s.dtype, cache.data, offset_of(cache, plane, t)),
                   at(s.dtype, rows, (row * s.groups + g) * cache.width), cache.width * size_of(s.dtype));
     }
@@ -63,7 +64,8 @@ void copy_rows(const CopyRowsArgs& args, Stream*) {
       const std::int64_t begin = std::max(first, saturating_add(chunk_begin(dst.map, c), args.span_begin));
       const std::int64_t end = std::min(args.last, saturating_add(chunk_begin(dst.map, c), args.span_end));
       for (std::int64_t i = std::max<std::int64_t>(begin, 0); i < end; ++i) {
-        if (!has_row(src.map, i)) continue;
+        if (!has_row(src.map, i) || !has_page(src, plane, chunk_of(src.map, i), i) || !writes_row(dst, plane, c, i))
+          continue;
         std::memcpy(at(args.dtype, dst.data, offset_in_chunk(dst, plane, c, i)),
                     at(args.dtype, src.data, offset_of(src, plane, i)), row_bytes);
       }
@@ -81,7 +83,7 @@ void fill_rows(const FillRowsArgs& args, Stream*) {
   {
     float values[256];
     for (std::int64_t plane = 0; plane < std::int64_t{args.batch} * args.groups; ++plane) {
-      const auto b = static_cast<std::uint32_t>(args.batch_begin + plane / args.groups);
+      const std::int64_t b = args.batch_begin + plane / args.groups;
       const auto column0 = static_cast<std::uint32_t>((args.group_begin + plane % args.groups) * dst.width);
       for (std::int64_t c = 0; c < chunks; ++c) {
         if (!stores_chunk(map, c)) continue;
@@ -90,10 +92,12 @@ void fill_rows(const FillRowsArgs& args, Stream*) {
             map.ring > 0 ? args.last : std::min(args.last, saturating_add(chunk_begin(map, c), stored_rows));
 #pragma omp for nowait
         for (std::int64_t i = begin; i < end; ++i) {
+          if (!writes_row(dst, plane, c, i)) continue;
+          const auto sequence = static_cast<std::uint32_t>(i < args.shared_rows ? 0 : b);
           const std::uint64_t row = source_row(args.key, static_cast<std::uint64_t>(i), args.repeat);
           for (std::int32_t e = 0; e < dst.width; e += 256) {
             const std::int32_t n = std::min(256, dst.width - e);
-            synthetic_row(n, args.key, b, row, column0 + e, args.scale, values);
+            synthetic_row(n, args.key, sequence, row, column0 + e, args.scale, values);
             store(args.dtype, n, values, at(args.dtype, dst.data, offset_in_chunk(dst, plane, c, i) + e));
           }
         }

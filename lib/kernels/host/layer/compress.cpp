@@ -74,6 +74,7 @@ bool wanted(const CompressArgs& args, const KvView& compressed, std::int64_t i) 
 void store_token(const CompressArgs& args, const KvView& compressed, const Token& token, const float* value) {
   const std::int64_t c = chunk_of(compressed.map, token.i);
   const auto store_at = [&](std::int64_t chunk) {
+    if (!writes_row(compressed, token.plane, chunk, token.i)) return;
     store(args.shape.dtype, compressed.width, value,
           at(args.shape.dtype, compressed.data, offset_in_chunk(compressed, token.plane, chunk, token.i)));
   };

@@ -35,8 +35,8 @@ struct BlockCopy {
                                        int block, int tokens) {
     const int l_sel = p.a.shape.rules.l_sel, row_bytes = view.width * p.storage;
     const std::int64_t first = std::int64_t{block} * l_sel,  // offset_of() without its divisions where it can be
-        offset = view.map.chunk == INT64_MAX ? plane * view.plane_stride + first * view.width
-                                             : offset_of(view, plane, first);
+        offset = view.map.chunk == INT64_MAX && !view.pages.pages ? plane * view.plane_stride + first * view.width
+                                                                  : offset_of(view, plane, first);
     from = reinterpret_cast<const uint4*>(static_cast<const char*>(view.data) + offset * p.storage);
     to = reinterpret_cast<uint4*>(static_cast<char*>(packed) +
                                   (blockIdx.y * p.packed.columns + std::int64_t{blockIdx.x} * l_sel) * row_bytes);

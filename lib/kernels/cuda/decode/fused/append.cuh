@@ -32,8 +32,15 @@ struct FusedAppend {
     const int ring = p.appended.ring[b];
     return ring == 0 ? t : t - p.appended.by_ring[b](t) * ring;
   }
+  /// The same from where the plane begins, in the page of the position where there are pages.
+  __device__ __forceinline__ int row_of_position(int b) const {
+    const int slot = slot_of(b, at.t);
+    return b == sel && p.pages.table[1] ? p.pages.row(1, at.row, p.pages.by_blocks(p.block(at.t)), slot) : slot;
+  }
+  /// Where the plane begins, or its rows in the first page.
   __device__ __forceinline__ char* plane_of(int row) const {
-    return p.appended.rows[row].to + at.work_item * p.appended.rows[row].plane_bytes;
+    const AppendedRows::Row& r = p.appended.rows[row];
+    return r.to + (row / 2 == sel && p.pages.table[1] ? at.group : at.work_item) * r.plane_bytes;
   }
   /// Writes the rows and the compressed token. All threads; the caches may be read afterwards.
   __device__ __forceinline__ void store() const {
@@ -41,7 +48,7 @@ struct FusedAppend {
     for (int i = 0; i < rows_a_warp; ++i) {
       const int row = at.warp + i * W;
       if (!has_vector(row)) continue;
-      char* to = plane_of(row) + std::int64_t{slot_of(row / 2, at.t)} * p.appended.rows[row].bytes;
+      char* to = plane_of(row) + std::int64_t{row_of_position(row / 2)} * p.appended.rows[row].bytes;
       reinterpret_cast<uint4*>(to)[threadIdx.x % 32] = vectors[i];
     }
     __syncthreads();
@@ -62,6 +69,7 @@ struct FusedAppend {
   __device__ __forceinline__ void compress() const {
     const int l = p.shape.rules.l, ring = p.appended.ring[cmp], first = slot_of(cmp, at.t + 1 - l), d_k = p.shape.d_k;
     const std::int64_t plane = std::int64_t{p.tile.batch_begin} * p.shape.groups + at.work_item;
+    const std::int64_t to_row = p.pages.table[0] ? p.pages.row(0, at.row, p.segment(at.n - 1), at.n - 1) : at.n - 1;
 #pragma unroll 1
     for (int item = threadIdx.x; item < d_k + p.shape.d_v; item += threads) {
       const bool is_v = item >= d_k;
@@ -74,7 +82,9 @@ struct FusedAppend {
         const int slot = first + m;
         sum += to_float(raw[(ring > 0 && slot >= ring ? slot - ring : slot) * std::int64_t{width}]);
       }
-      T* to = static_cast<T*>(cache.data) + plane * cache.plane_stride + std::int64_t{at.n - 1} * width + e;
+      const std::int64_t begin = p.pages.table[0] ? std::int64_t{at.group} * p.pages.rows[0] * width  // of the plane
+                                                  : plane * cache.plane_stride;
+      T* to = static_cast<T*>(cache.data) + begin + to_row * width + e;
       nsa::gpu::store(to, sum / l);
     }
   }

@@ -63,6 +63,8 @@ struct FusedDecode {
     Select{p, at, shared}.prepare();
     pipeline.shape = &p.shape;
     pipeline.scores_only = p.scores_only;
+    pipeline.pages = &p.pages;
+    pipeline.sequence = at.row;
     pipeline.ring = shared_address(shared) + at.warp * SharedLayout::ring_bytes;
     pipeline.policy = cache_policy(p.keeps_scores ? CacheHint::evict_first : CacheHint::evict_normal);
     scores_policy = cache_policy(CacheHint::evict_last);
@@ -154,9 +156,9 @@ struct FusedDecode {
     if (threadIdx.x % 32 == 0) store_ranges(from_last, per_segment);
     __syncwarp();
     // Prefetch the first tile to the L2 while the predecessor runs.
-    const TileRows first = pipeline.rows_of(0, in_head_tile(at.warp_in_cluster));
+    const TileRows first = pipeline.memory_rows_of(0, in_head_tile(at.warp_in_cluster));
     __syncwarp();  // plan_tiles() overwrites the ranges read here
-    if (threadIdx.x % 32 != 0 || first.count <= 0) return;
+    if (threadIdx.x % 32 != 0 || first.count <= 0 || first.row < 0) return;  // < 0: a shorter sequence has no such page
     const int k_bytes = k_row_bytes<WarpTile>(p.shape), v_bytes = v_row_bytes<WarpTile>(p.shape);
     prefetch_l2(ranges()[0].k + std::int64_t{first.row} * k_bytes, first.count * k_bytes);
     if (!p.scores_only) prefetch_l2(ranges()[0].v + std::int64_t{first.row} * v_bytes, first.count * v_bytes);
@@ -165,7 +167,9 @@ struct FusedDecode {
     const LayerShape& s = p.shape;
     const std::int64_t plane = (p.tile.batch_begin + at.row) * s.groups + at.group;
     const auto plane_rows = [&](const KvView& view) {
-      return static_cast<const char*>(view.data) + plane * view.plane_stride * static_cast<int>(sizeof(T));
+      const std::int64_t begin =
+          view.pages.pages ? std::int64_t{at.group} * view.pages.rows * view.width : plane * view.plane_stride;
+      return static_cast<const char*>(view.data) + begin * static_cast<int>(sizeof(T));
     };
     const Branch second = pipeline.attends_sel ? sel : win;
     const int span = pipeline.attends_sel ? s.rules.l_sel : window_span;

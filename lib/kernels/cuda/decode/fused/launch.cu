@@ -138,6 +138,7 @@ FusedDecodeParams fused_decode_params(const AttentionArgs& a) {
     p.leave_out[b] = a.combine.leave_out[b];
     p.o_branch[b] = a.combine.o_branch[b];
   }
+  p.pages = FusedPages(p.k[cmp].pages, p.k[sel].pages, p.shape, p.tile.batch_begin);
   p.max_tokens =
       static_cast<int>(held_tokens(p.k[cmp].map, compressed_tokens(p.shape.rules, p.tile.max_positions - 1)));
   p.scores_only = a.attend[cmp].scores_only;

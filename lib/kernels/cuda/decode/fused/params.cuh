@@ -28,6 +28,31 @@ struct Divisor {
   }
 };
 
+/// Pages of cmp and sel. An LSE segment is a page of cmp; a page of sel holds whole blocks.
+struct FusedPages {
+  const std::int32_t* table[2] = {};  ///< [cmp, sel], of the tile's first sequence; null: rows are contiguous
+  int per_sequence[2] = {}, rows[2] = {}, groups = 1;
+  Divisor by_blocks;  ///< by the blocks of a page of sel
+
+  FusedPages() = default;
+  FusedPages(const PageTable& of_cmp, const PageTable& of_sel, const LayerShape& s, int first_sequence) {
+    if (!of_cmp.pages) return;
+    const PageTable* tables[2] = {&of_cmp, &of_sel};
+    for (int i = 0; i < 2; ++i) {
+      const PageTable& t = *tables[i];
+      table[i] = t.pages + std::int64_t{t.first_sequence + first_sequence} * t.per_sequence;
+      per_sequence[i] = t.per_sequence, rows[i] = t.rows;
+    }
+    groups = of_sel.groups;
+    by_blocks = Divisor(rows[1] / s.rules.l_sel);
+  }
+  /// Row m of a plane, which lies in page `entry` of a sequence, from where the plane begins in a page.
+  __device__ __forceinline__ int row(int cache, int sequence, int entry, int m) const {
+    const int page = table[cache][std::int64_t{sequence} * per_sequence[cache] + entry];
+    return (page * groups - entry) * rows[cache] + m;
+  }
+};
+
 struct FusedCoord;
 
 /// Rows of K and V, in the order of Branch (cmp: raw rows), that the step appends before it attends them, and the
@@ -62,6 +87,7 @@ struct FusedDecodeParams {
   QueryTile tile;
   const void* q;
   KvView k[branches], v[branches];
+  FusedPages pages;
   std::int64_t* reads[branches];
   float* scores;  ///< raw scores, where there are no block sums
   std::int64_t pitch;

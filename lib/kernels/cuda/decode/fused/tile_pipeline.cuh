@@ -93,6 +93,8 @@ struct TilePipeline {
   int chunk_gap = 0;
   bool first_has_halo = false;
   unsigned halo_rows = 0;
+  const FusedPages* pages;
+  int sequence;  // of the tile
 
   __device__ __forceinline__ TileRows rows_of(int pass, int i) const {
     const TileRange& c = ranges[pass];
@@ -102,6 +104,17 @@ struct TilePipeline {
     const int from = span * c.size, begin = max(c.low, from), end = min(from + c.size, c.high);
     const int gaps = Shard && pass == 0 ? span * chunk_gap : 0;
     return {begin + at + gaps, min(tile_rows, end - begin - at)};
+  }
+  // The same where they lie in memory. Rows without tokens may have no page.
+  __device__ __forceinline__ TileRows memory_rows_of(int pass, int i) const {
+    TileRows rows = rows_of(pass, i);
+    if (!pages->table[0] || (pass == 1 && !attends_sel)) return rows;
+    const TileRange& c = ranges[pass];
+    const int u = c.tiles_per_span == 2 ? i / 2 : i / c.tiles_per_span;
+    int entry = u;
+    if (pass == 1) entry = pages->by_blocks(max(0, __shfl_sync(0xffffffffu, selected, u)));
+    if (rows.count > 0 || has_halo(pass, i)) rows.row = pages->row(pass, sequence, entry, rows.row);
+    return rows;
   }
   // Whether tile i of cmp comes with a halo row. A chunk may have a halo and no token yet.
   __device__ __forceinline__ bool has_halo(int pass, int i) const {
@@ -116,7 +129,7 @@ struct TilePipeline {
 #pragma unroll 1
     while (true) {
       if (load_tile < load_end) {
-        load_rows = rows_of(load_pass, load_tile);
+        load_rows = memory_rows_of(load_pass, load_tile);
         if (load_rows.count > 0 || has_halo(load_pass, load_tile)) return;
         load_tile += ranges[load_pass].step;
       } else if (load_pass == 0) {

@@ -130,8 +130,13 @@ struct KvMainloop {
     first_head = row * s.heads() + group * s.heads_per_group + blockIdx.y * WarpTile::heads;
     valid_heads = min(WarpTile::heads, s.heads_per_group - static_cast<int>(blockIdx.y) * WarpTile::heads);
     const std::int64_t plane = (p.tile.batch_begin + row) * s.groups + group;
-    k = static_cast<const char*>(job.k.data) + plane * job.k.plane_stride * sizeof(T);
-    v = static_cast<const char*>(job.v.data) + plane * job.v.plane_stride * sizeof(T);
+    k = static_cast<const char*>(job.k.data) + plane_begin(job.k, plane) * sizeof(T);
+    v = static_cast<const char*>(job.v.data) + plane_begin(job.v, plane) * sizeof(T);
+    if (B != win && job.k.pages.pages) {
+      tiles.table = &job.k.pages;
+      tiles.pages =
+          job.k.pages.pages + (job.k.pages.first_sequence + p.tile.batch_begin + row) * job.k.pages.per_sequence;
+    }
     kv_policy = cache_policy(p.keeps_scores ? CacheHint::evict_first : CacheHint::evict_normal);
     scores_policy = cache_policy(CacheHint::evict_last);
     ring = shared_address(shared) + warp * SharedLayout::ring_bytes;
@@ -149,6 +154,10 @@ struct KvMainloop {
     advance_load();
   }
 
+  // plane_offset() without its division.
+  __device__ __forceinline__ std::int64_t plane_begin(const KvView& view, std::int64_t plane) const {
+    return view.pages.pages ? std::int64_t{group} * view.pages.rows * view.width : plane * view.plane_stride;
+  }
   static __device__ __forceinline__ std::int64_t last_position(const DecodeParams& p, int row_group) {
     if (B == win && p.lengths) return p.lengths[row_group / p.shape.groups] - 1;
     return first_position(p.tile, row_group / p.shape.groups);
@@ -282,7 +291,8 @@ struct KvMainloop {
       const int i = dealt ? at_i / tiles.per_span : at_i;
       const std::int64_t c = segment_at(map, i), begin = c * map.chunk - map.halo;
       if (c == 0) continue;
-      const std::int64_t from = row_in_chunk(map, c, begin), column = score_column(map, c, begin);
+      const std::int64_t from = row_in_pages(job.k.pages, tiles.pages, row_in_chunk(map, c, begin)),
+                         column = score_column(map, c, begin);
       const int rows = clamp_count(tiles.n - begin, map.halo);
       for (int at = 0; at < rows; at += tile_rows) {
         const int here = min(tile_rows, rows - at);
