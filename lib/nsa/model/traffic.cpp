@@ -114,7 +114,7 @@ std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& 
     std::int64_t reads = 0;
     for (std::int64_t b = 0; b < point.batch; ++b)
       reads += expected_reads(s.rules, point.length(b) + config.run.steps - 1).branch[c];
-    return s.groups * (reads / p.kv - (c == cmp ? shared_tokens(config, p, point) : 0));
+    return s.groups * reads / p.kv - (c == cmp ? s.groups * shared_tokens(config, p, point) : 0);
   };
   const std::int64_t completed = compressed_tokens(s.rules, t) - compressed_tokens(s.rules, config.run.prefix - 1);
   const std::int64_t q = rows * s.heads() * s.d_k * storage, o = rows * s.heads() * s.d_v * 4;
