@@ -267,6 +267,7 @@ TEST_CASE("every layout gives the one-rank answer for several query tokens", "[m
       {"attention, rejects", 117, 6, {attention, small, four, rejects, "run.batch=3"}},
       {"L = 2, ragged", 0, 3, {small, ragged, "model.layers=2", three}},
       {"caches filled directly", 271, 3, {attention, small, synthetic, four}},
+      {"paged, ragged, rejects", 0, 4, {attention, small, paged, ragged, checked, four, rejects}},
   };
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
       check_layouts(shape, {decode});

@@ -107,6 +107,7 @@ Shape with(Shape shape, std::int64_t tokens, const std::string& accept = "all") 
 }
 
 const char *attention = "run.scope=\"attention\"", *ragged = "batch.context=[1, 143, 5, 300, 61]",
+           *paged = "cache.layout=\"paged\"", *shuffled = "cache.order=\"shuffled\"",
            *bf16 = "model.precision=\"bf16\"", *checked = "run.check=true",
            *paper[] = {"nsa.l=32", "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=8", "nsa.w=512"};
 
@@ -136,6 +137,7 @@ TEST_CASE("several query tokens a step agree with the oracle", "[parity][tokens]
       {"ragged", 0, 5, {ragged, checked}},
       {"ragged, attention, fp16", 0, 5, {ragged, attention, "model.precision=\"fp16\""}},
       {"sdpa", 117, 5, {attention, "route.cmp=\"sdpa\"", "route.sel=\"sdpa\"", "route.win=\"sdpa\""}},
+      {"ragged, shuffled pages", 0, 5, {attention, ragged, paged, shuffled, checked}},
       {"masked, ragged", 0, 5, {attention, ragged, "route.sel=\"masked\"", "route.win=\"masked\""}},
   };
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
@@ -157,6 +159,7 @@ TEST_CASE("tokens that a step rejects leave no trace", "[parity][tokens]") {
       {"T < l, bf16", 5, 9, {attention, bf16, "run.batch=4"}},
       {"ragged", 0, 9, {ragged, attention, checked}},
       {"ragged, layer", 0, 7, {ragged}},
+      {"ragged, shuffled pages", 0, 7, {ragged, attention, paged, shuffled}},
   };
   for (const Shape& shape : shapes)
     for (const char* accept : {"0.0", "0.6"}) DYNAMIC_SECTION(shape.name << ", " << accept << " accepted") {
