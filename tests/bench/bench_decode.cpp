@@ -6,6 +6,7 @@
 // the columns after the bar are the stages, each measured by itself.
 // Usage: bench_decode [batch context]   that row only, for a profiler
 //        bench_decode shapes [row]      other head counts, head sizes and blocks at 16 x 64K; a row of them
+//        bench_decode tokens [number]   several query tokens a step, and the ratio to one; so many of 32 x 64K only
 
 #include <algorithm>
 #include <cstdio>
@@ -107,11 +108,47 @@ void print_shapes(const Backend& backend, int only) {
   }
 }
 
+// K and V of cmp and win once, the blocks of sel once for each query token: their q have nothing in common.
+double token_bytes(const LayerShape& s, int batch, std::int64_t context, int tokens) {
+  const std::int64_t chosen = std::min<std::int64_t>(context, std::int64_t{s.rules.n_sel} * s.rules.l_sel);
+  return static_cast<double>(WholeDecode::bytes(s, batch, context) + std::int64_t{batch} * s.groups * (tokens - 1) *
+                                                                         chosen * (s.d_k + s.d_v) *
+                                                                         static_cast<std::int64_t>(size_of(s.dtype)));
+}
+
+void print_tokens(const Backend& backend, int only) {
+  const std::vector<std::string> stages = {"cmp", "win", "rank", "sel", "combine"};
+  std::printf("64 heads, 4 groups, Dk = Dv = 128, bf16: us a step\n%12s %7s %8s %8s %7s %7s |", "batch x ctx", "tokens",
+              "us", "floor", "ratio", "to one");
+  for (const std::string& name : stages) std::printf(" %8s", name.c_str());
+  std::printf("\n");
+  for (const auto& [batch, context] : {std::pair{32, 65536}, {1, 65536}, {8, 65536}, {128, 8192}}) {
+    double one = 0;
+    for (const int tokens : {1, 2, 4, 8}) {
+      if (only > 0 && (tokens != only || batch != 32)) continue;
+      LayerShape s;
+      s.groups = 4, s.heads_per_group = 16;
+      s.d_k = s.d_v = 128;
+      s.dtype = DType::bf16;
+      const double bytes = token_bytes(s, batch, context, tokens);
+      const WholeDecode whole(backend, s, batch, context, sets_for(bytes), tokens);
+      const double us = measure(whole, "step") * 1e6, floor_us = bytes / floor_rate * 1e6;
+      if (tokens == 1) one = us;
+      std::printf("%4d x %5lldK %7d %8.1f %8.1f %6.2fx %6.2fx |", batch, static_cast<long long>(context / 1024), tokens,
+                  us, floor_us, us / floor_us, us / one);
+      for (const std::string& name : stages) std::printf(" %8.1f", measure(whole, name) * 1e6);
+      std::printf("\n");
+      std::fflush(stdout);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const Backend backend = open_cuda(0);
   if (argc > 1 && std::string(argv[1]) == "shapes") return print_shapes(backend, argc > 2 ? std::atoi(argv[2]) : -1), 0;
+  if (argc > 1 && std::string(argv[1]) == "tokens") return print_tokens(backend, argc > 2 ? std::atoi(argv[2]) : 0), 0;
   const std::vector<std::string> stages = {"cmp", "win", "rank", "sel", "combine"};
   for (const int d : {128, 64}) {
     std::printf("64 heads, 4 groups, Dk = Dv = %d, bf16: us a step\n%12s %8s %8s %7s %7s %7s |", d, "batch x ctx", "us",

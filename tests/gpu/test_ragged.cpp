@@ -1,4 +1,4 @@
-// Decode steps of ragged batches: in one launch, and with tiles dealt by length.
+// Decode steps of ragged batches: in one launch, and with tiles dealt by length. Steps of several query tokens.
 
 #include <cstring>
 #include <string>
@@ -44,12 +44,13 @@ struct Result {
       gpu().device->fill(what, 0xFF, static_cast<std::size_t>(bytes), whole.stream);
     gpu().device->fill(whole.scores, 0xFF, whole.score_bytes, whole.stream);
     gpu().device->fill(whole.scratch, 0xFF, whole.scratch_bytes, whole.stream);
-    gpu().device->fill(whole.reads, 0, static_cast<std::size_t>(branches * rows * s.groups * 8), whole.stream);
+    gpu().device->fill(whole.reads, 0, static_cast<std::size_t>(branches * step.stage.tile.batches * s.groups * 8),
+                       whole.stream);
     run_fused(gpu().kernels->decode_attention, step.attention_args(), whole.stream);
     const auto bytes = download<std::byte>(whole, whole.o, rows * s.heads() * s.d_v * size);
     for (std::int64_t i = 0; i < rows * s.heads() * s.d_v; ++i) o.push_back(value_at(s.dtype, bytes.data(), i));
     selected = download<std::int32_t>(whole, whole.selected, rows * s.groups * s.rules.n_sel);
-    reads = download<std::int64_t>(whole, whole.reads, branches * rows * s.groups);
+    reads = download<std::int64_t>(whole, whole.reads, branches * step.stage.tile.batches * s.groups);
   }
 };
 
@@ -58,7 +59,7 @@ void poison(const WholeDecode& whole, const std::vector<std::int64_t>& contexts)
   const LayerShape& s = whole.s;
   const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
   for (const WholeDecode::Set& set : whole.sets)
-    for (std::int64_t plane = 0; plane < whole.tile.rows() * s.groups; ++plane)
+    for (std::int64_t plane = 0; plane < std::ssize(contexts) * s.groups; ++plane)
       for (const Branch c : {cmp, sel}) {
         const std::int64_t context = contexts[static_cast<std::size_t>(plane / s.groups)],
                            from = c == sel ? context : compressed_tokens(s.rules, context - 1);
@@ -69,8 +70,9 @@ void poison(const WholeDecode& whole, const std::vector<std::int64_t>& contexts)
   gpu().device->synchronize(nullptr);
 }
 
-void check_alone(const LayerShape& s, const std::vector<std::int64_t>& contexts, const std::string& kernel) {
-  const WholeDecode whole(gpu(), s, contexts, 1);
+void check_alone(const LayerShape& s, const std::vector<std::int64_t>& contexts, const std::string& kernel,
+                 int tokens = 1) {
+  const WholeDecode whole(gpu(), s, contexts, 1, tokens);
   poison(whole, contexts);
   const StepMemory step = whole.step(whole.sets[0]);
   CHECK(gpu().kernels->decode_attention.variant(step.attention_args()) == kernel);
@@ -78,14 +80,19 @@ void check_alone(const LayerShape& s, const std::vector<std::int64_t>& contexts,
   const std::int64_t batches = std::ssize(contexts), chosen = s.groups * s.rules.n_sel, width = s.heads() * s.d_v;
   for (std::int64_t b = 0; b < batches; ++b) {
     INFO("sequence " << b << " of " << contexts[b] << " tokens, type " << static_cast<int>(s.dtype) << ", d " << s.d_k);
-    const Result alone(whole, whole.step_alone(whole.sets[0], b, contexts[b]));
-    CHECK(std::equal(alone.selected.begin(), alone.selected.end(), batch.selected.begin() + b * chosen));
-    const std::vector<float> own(batch.o.begin() + b * width, batch.o.begin() + (b + 1) * width);
-    CHECK(relative_error(own, alone.o) < (s.dtype == DType::f32 ? 1e-5 : s.dtype == DType::bf16 ? 4e-3 : 5e-4));
+    std::vector<std::int64_t> reads(static_cast<std::size_t>(branches * s.groups), 0);
+    for (std::int64_t row = b * tokens; row < (b + 1) * tokens; ++row) {
+      INFO("row " << row);
+      const Result alone(whole, whole.step_alone(whole.sets[0], row, contexts[b]));
+      CHECK(std::equal(alone.selected.begin(), alone.selected.end(), batch.selected.begin() + row * chosen));
+      const std::vector<float> own(batch.o.begin() + row * width, batch.o.begin() + (row + 1) * width);
+      CHECK(relative_error(own, alone.o) < (s.dtype == DType::f32 ? 1e-5 : s.dtype == DType::bf16 ? 4e-3 : 5e-4));
+      for (std::size_t i = 0; i < reads.size(); ++i) reads[i] += alone.reads[i];
+    }
     bool same_reads = true;
     for (int c = 0; c < branches; ++c)
       for (std::int64_t g = 0; g < s.groups; ++g)
-        same_reads &= batch.reads[(c * batches + b) * s.groups + g] == alone.reads[c * s.groups + g];
+        same_reads &= batch.reads[(c * batches + b) * s.groups + g] == reads[c * s.groups + g];
     CHECK(same_reads);
   }
 }
@@ -122,6 +129,43 @@ TEST_CASE("a ragged decode step with tiles dealt by length is each sequence alon
 
 TEST_CASE("a ragged decode step with tiles dealt by length gives the same bits every time", "[step][ragged]") {
   const WholeDecode whole(gpu(), shape_of(DType::bf16, 128, 16, 40), {900, 150000, 64000, 33, 120000}, 1);
+  const StepMemory step = whole.step(whole.sets[0]);
+  const Result first(whole, step);
+  for (int i = 0; i < 50; ++i) {
+    const Result again(whole, step);
+    CHECK((again.o == first.o && again.selected == first.selected && again.reads == first.reads));
+  }
+}
+
+TEST_CASE("a row of a step of several query tokens is that row alone", "[step][tokens]") {
+  const std::vector<std::int64_t> equal(5, 3000), ragged = {5000, 70000, 8, 31, 17, 33, 2048, 9};
+  for (const int tokens : {2, 3, 4, 5, 8})
+    for (const auto& [type, d, heads] : {std::tuple{DType::bf16, 128, 16},
+                                         {DType::bf16, 64, 4},
+                                         {DType::f16, 128, 5},
+                                         {DType::bf16, 80, 40},
+                                         {DType::f32, 64, 6}}) {
+      check_alone(shape_of(type, d, heads), equal, "tokens", tokens);
+      check_alone(shape_of(type, d, heads, tokens == 5 ? 40 : 16), ragged, "tokens", tokens);
+    }
+}
+
+// So many rows that all after cmp is one launch.
+TEST_CASE("a row of a step of several query tokens of many sequences is that row alone", "[step][tokens]") {
+  std::vector<std::int64_t> contexts = {30001, 8, 64, 5000, 9};
+  while (contexts.size() < 34) contexts.push_back(8 + static_cast<std::int64_t>(contexts.size() * 7919 % 9000));
+  for (const int tokens : {2, 4, 7})
+    for (const auto& [type, d, heads] : {std::tuple{DType::bf16, 128, 16},
+                                         {DType::bf16, 64, 4},
+                                         {DType::f16, 128, 5},
+                                         {DType::bf16, 80, 12},
+                                         {DType::f32, 64, 4}})
+      check_alone(shape_of(type, d, heads), contexts, "tokens", tokens);
+}
+
+TEST_CASE("a step of several query tokens gives the same bits every time", "[step][tokens]") {
+  const WholeDecode whole(gpu(), shape_of(DType::bf16, 128, 16),
+                          {900, 150000, 64000, 33, 120000, 4000, 4001, 4002, 4003, 4004, 4005}, 1, 6);
   const StepMemory step = whole.step(whole.sets[0]);
   const Result first(whole, step);
   for (int i = 0; i < 50; ++i) {

@@ -12,25 +12,26 @@
 
 namespace nsa::test {
 
-/// `batch` sequences of `context` positions; the step is at the last position. There are several sets of q and caches:
-/// steps that rotate over enough sets find nothing of their inputs in the L2.
+/// `batch` sequences of `context` positions; the step is at the last position, or at the last `tokens` ones. There are
+/// several sets of q and caches: steps that rotate over enough sets find nothing of their inputs in the L2.
 struct WholeDecode {
   struct Set {
     KvView k[branches], v[branches];
     void* q;
   };
-  WholeDecode(const Backend& b, const LayerShape& shape, int batch, std::int64_t context, int set_count)
-      : WholeDecode(b, shape, std::vector<std::int64_t>(static_cast<std::size_t>(batch), context), set_count) {}
+  WholeDecode(const Backend& b, const LayerShape& shape, int batch, std::int64_t context, int set_count, int tokens = 1)
+      : WholeDecode(b, shape, std::vector<std::int64_t>(static_cast<std::size_t>(batch), context), set_count, tokens) {}
   /// A ragged batch where the contexts differ: a sequence of each. Every one has caches for the longest.
-  WholeDecode(const Backend& b, const LayerShape& shape, const std::vector<std::int64_t>& contexts, int set_count);
+  WholeDecode(const Backend& b, const LayerShape& shape, const std::vector<std::int64_t>& contexts, int set_count,
+              int tokens = 1);
   ~WholeDecode() { backend.device->destroy_stream(stream); }
   WholeDecode(const WholeDecode&) = delete;
   WholeDecode& operator=(const WholeDecode&) = delete;
   /// K and V bytes a step must read.
   static std::int64_t bytes(const LayerShape& s, int batch, std::int64_t context);
   StepMemory step(const Set& set) const;
-  /// The step of sequence b alone, at its own position; its outputs are those of row 0.
-  StepMemory step_alone(const Set& set, std::int64_t b, std::int64_t context) const;
+  /// The step of one row alone, of a sequence of `context` positions; its outputs are those of row 0.
+  StepMemory step_alone(const Set& set, std::int64_t row, std::int64_t context) const;
   std::int64_t o_bytes() const { return tile.rows() * s.heads() * s.d_v * static_cast<std::int64_t>(size_of(s.dtype)); }
   std::int64_t selected_bytes() const { return tile.rows() * s.groups * s.rules.n_sel * 4; }
   void run_fused(const Set& set) const;
@@ -44,7 +45,7 @@ struct WholeDecode {
   float *partials, *lse, *gate;
   void *scores, *scratch, *o;
   std::size_t score_bytes, scratch_bytes;
-  std::int64_t* reads;
+  std::int64_t *reads, *row_positions;
   std::int32_t* selected;
   Stream* stream;
 
@@ -71,7 +72,7 @@ inline KvView WholeDecode::make_rows(std::int64_t planes, std::int64_t rows, int
 }
 
 inline WholeDecode::WholeDecode(const Backend& b, const LayerShape& shape, const std::vector<std::int64_t>& contexts,
-                                int set_count)
+                                int set_count, int tokens)
     : backend(b), memory{b, {}, {}}, s(shape) {
   const auto batch = static_cast<int>(contexts.size());
   const auto [shortest, longest] = std::ranges::minmax(contexts);
@@ -79,13 +80,25 @@ inline WholeDecode::WholeDecode(const Backend& b, const LayerShape& shape, const
                      planes = std::int64_t{batch} * s.groups,
                      mean = std::accumulate(contexts.begin(), contexts.end(), std::int64_t{0}) / batch;
   memory.buffers.reserve(4096);
-  std::vector<std::int64_t> last = contexts;
-  for (std::int64_t& position : last) --position;
+  std::vector<std::int64_t> first, of_rows;
+  for (const std::int64_t length : contexts) {
+    first.push_back(length - tokens);
+    for (int j = 0; j < tokens; ++j) of_rows.push_back(length - tokens + j);
+  }
   auto* positions = memory.make<std::int64_t>(8 * batch);
-  b.device->copy(positions, last.data(), 8 * last.size(), nullptr);
+  row_positions = memory.make<std::int64_t>(8 * batch * tokens);
+  b.device->copy(positions, first.data(), 8 * first.size(), nullptr);
+  b.device->copy(row_positions, of_rows.data(), 8 * of_rows.size(), nullptr);
   b.device->synchronize(nullptr);
-  tile = {0, batch, 1, positions, context, shortest < longest, mean};
-  const std::int64_t rows[branches] = {n, context, s.rules.w};
+  tile = {.batches = batch,
+          .tokens = tokens,
+          .first_position = positions,
+          .max_positions = context,
+          .position_stride = shortest < longest,
+          .mean_positions = mean,
+          .decodes = true};
+  const std::int64_t ring = tokens == 1 ? s.rules.w : (s.rules.w + tokens - 1 + 63) / 64 * 64;
+  const std::int64_t rows[branches] = {n, context, ring};
   for (int i = 0; i < set_count; ++i) {
     Set set;
     const std::string name = "set" + std::to_string(i);
@@ -94,13 +107,13 @@ inline WholeDecode::WholeDecode(const Backend& b, const LayerShape& shape, const
       set.v[c] = make_rows(planes, rows[c], s.d_v, name + "v" + branch_names[c], 1.0f);
       if (c == win) set.k[c].map.ring = set.v[c].map.ring = rows[c];
     }
-    set.q = make_rows(1, batch, s.heads() * s.d_k, name + "q", 2.0f).data;
+    set.q = make_rows(1, tile.rows(), s.heads() * s.d_k, name + "q", 2.0f).data;
     sets.push_back(set);
   }
-  partials = memory.make<float>(partial_floats(s, batch) * 4);
-  lse = memory.make<float>(std::int64_t{s.lse.buckets} * batch * s.heads() * 8);
-  gate = memory.make<float>(planes * 3 * 4);
-  b.device->fill(gate, 0x3E, static_cast<std::size_t>(planes * 3 * 4), nullptr);
+  partials = memory.make<float>(partial_floats(s, tile.rows()) * 4);
+  lse = memory.make<float>(std::int64_t{s.lse.buckets} * tile.rows() * s.heads() * 8);
+  gate = memory.make<float>(tile.rows() * s.groups * 3 * 4);
+  b.device->fill(gate, 0x3E, static_cast<std::size_t>(tile.rows() * s.groups * 3 * 4), nullptr);
   score_bytes = b.kernels->score_bytes(s, tile, n);
   scores = memory.make(static_cast<std::int64_t>(score_bytes));
   scratch_bytes = b.kernels->scratch_bytes(s, tile, {});
@@ -124,17 +137,17 @@ inline StepMemory WholeDecode::step(const Set& set) const {
   return m;
 }
 
-inline StepMemory WholeDecode::step_alone(const Set& set, std::int64_t b, std::int64_t context) const {
-  const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
+inline StepMemory WholeDecode::step_alone(const Set& set, std::int64_t row, std::int64_t context) const {
+  const std::int64_t b = sequence_of_row(tile, row), size = static_cast<std::int64_t>(size_of(s.dtype));
   const auto from = [](const auto& data, std::int64_t bytes) {
     return const_cast<std::byte*>(reinterpret_cast<const std::byte*>(data)) + bytes;
   };
   StepMemory m = step(set);
-  m.stage.tile = {0, 1, 1, tile.first_position + b * tile.position_stride, context};
-  m.q = from(m.q, b * s.heads() * s.d_k * size);
+  m.stage.tile = {0, 1, 1, row_positions + row, context};
+  m.q = from(m.q, row * s.heads() * s.d_k * size);
   for (int c = 0; c < branches; ++c)
     for (KvView* view : {&m.k[c], &m.v[c]}) view->data = from(view->data, b * s.groups * view->plane_stride * size);
-  m.gate = gate + b * s.groups * branches;
+  m.gate = gate + row * s.groups * branches;
   return m;
 }
 

@@ -37,6 +37,7 @@ ALLOWED = {
                                     "kernels/cuda/sizes",
     "kernels/cuda/attention/sdpa": "kernels/cuda/attention kernels/cuda/decode/split_kv kernels/cuda/runtime "
                                    "kernels/cuda/sizes",
+    "kernels/cuda/decode/tokens": "kernels/cuda/decode/split_kv kernels/cuda/primitives",
     "kernels/cuda/decode/fused": "kernels/cuda/attention kernels/cuda/decode/split_kv kernels/cuda/layer "
                                  "kernels/cuda/primitives",
     "kernels/cuda/decode/sharded": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/exchange "

@@ -47,7 +47,8 @@ bool rounds_weights(const Phase& phase, int c, Against against) {
   const Options options = options_of(phase);
   if (phase.config.run.backend != nsa::BackendChoice::cuda || options.storage == oracle::Storage::fp32) return false;
   bool rounds = against == Against::layout && options.rounds_p[c];
-  for (const char* name : {"step", "shard", "decode", "tiled", "rows", "flash", "sdpa_split_kv", "sdpa_cudnn"})
+  for (const char* name :
+       {"step", "tokens", "shard", "decode", "tiled", "rows", "flash", "sdpa_split_kv", "sdpa_cudnn"})
     rounds |= phase.record.route_kernels[c].find(name) != std::string::npos;
   return rounds;
 }

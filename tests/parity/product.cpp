@@ -114,7 +114,8 @@ oracle::Options options_of(const nsa::Config& config) {
   const nsa::ModelConfig& m = config.model;
   oracle::Options o;
   o.batch = point.batch;
-  o.tokens = point.longest() + (config.kind == nsa::TaskKind::decode ? config.run.steps : config.run.prefix);
+  o.tokens = point.longest() +
+             (config.kind == nsa::TaskKind::decode ? config.run.steps * point.query_tokens : config.run.prefix);
   o.dim = m.dim;
   o.heads = m.n_heads;
   o.groups = m.n_kv_groups;

@@ -68,6 +68,7 @@ inline PointRecord sample_point(std::int64_t index) {
   p.reads = {2, 4, counting<std::int64_t>(3 * 2 * 4, 100), counting<std::int64_t>(3 * 2 * 4, 200),
              counting<std::int64_t>(4, 1193)};
   p.bytes = counting<std::int64_t>(stage_count * 2, std::int64_t{1} << 40);
+  p.tokens_kept = {3, 4, 1, 2};
   p.copy_bandwidth = 12.5e9;
   p.memory.kinds = {"weights", "caches", "activations", "workspace", "total"};
   p.memory.planned = counting<std::int64_t>(10, 1000);

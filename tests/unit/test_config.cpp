@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <numeric>
 #include <set>
@@ -6,6 +7,7 @@
 
 #include "catch.hpp"
 #include "kernels/diagnostics/error.hpp"
+#include "kernels/shared/acceptance.hpp"
 #include "nsa/config/config.hpp"
 #include "nsa/config/lengths.hpp"
 #include "nsa/model/partition.hpp"
@@ -320,6 +322,43 @@ TEST_CASE("the lengths of a batch come from one place", "[config][batch]") {
       "must lie around run.context");
   has(violations(decode, {"task.kind=prefill", "batch.context=[8]"}), "needs task.kind = \"decode\"");
   has(violations(decode, {"batch.sigma=nan"}), "batch.sigma = nan is out of range");
+}
+
+TEST_CASE("a decode step has some query tokens, of which it accepts some", "[config][tokens]") {
+  const std::vector<Point> points = sweep(parse(decode, {"run.query_tokens=[1, 4]", "run.context=64"}));
+  REQUIRE(points.size() == 2);
+  CHECK((points[0].query_tokens == 1 && points[1].query_tokens == 4));
+  CHECK(parse(decode, {"run.accept=all"}).run.accept == 1.0);
+  CHECK(parse(decode, {"run.accept=0.5"}).run.accept == 0.5);
+  CHECK(to_toml(parse(decode, {})).find("\naccept = \"all\"\n") != std::string::npos);
+  CHECK(to_toml(parse(decode, {"run.accept=0.5"})).find("\naccept = 0.5\n") != std::string::npos);
+  CHECK(violations(decode, {"run.query_tokens=8", "run.accept=0"}).empty());
+  has(violations(decode, {"run.query_tokens=0"}), "run.query_tokens = 0 is out of range; give 1 to 8");
+  has(violations(decode, {"run.query_tokens=9"}), "run.query_tokens = 9 is out of range");
+  has(violations(decode, {"run.query_tokens=2", "run.accept=1.5"}), "run.accept = 1.5 is out of range");
+  has(violations(decode, {"run.query_tokens=2", "run.accept=nan"}), "run.accept = nan is out of range");
+  has(violations(decode, {"run.accept=0.5"}), "run.accept needs run.query_tokens above 1");
+  has(violations(decode, {"task.kind=prefill", "run.query_tokens=2"}), "run.query_tokens needs task.kind = \"decode\"");
+  has(violations(decode, {"run.query_tokens=2", "output.selection=true"}), "for one query token a step");
+  has(parse_error(decode, {"run.accept=some"}), "run.accept holds the string \"some\"; give \"all\" or a number");
+}
+
+TEST_CASE("draft tokens are accepted as often as asked for, up to the first that is rejected", "[tokens]") {
+  const auto kept_share = [](double share, std::int32_t tokens) {
+    const Acceptance a{tokens, repeats(share), tensor_key(7, "accept")};
+    std::int64_t sum = 0;
+    for (std::int64_t step = 0; step < 2000; ++step)
+      for (std::int64_t b = 0; b < 5; ++b) {
+        CHECK(kept_tokens(a, step, b) == kept_tokens(a, step, b));
+        sum += kept_tokens(a, step, b);
+      }
+    return static_cast<double>(sum) / 10000;
+  };
+  CHECK(kept_share(0.0, 8) == 1.0);
+  CHECK(kept_share(1.0, 8) == 8.0);
+  // 1 + p + p^2 + ...; 10000 draws: three standard errors are below 0.06.
+  CHECK(std::abs(kept_share(0.5, 4) - 1.875) < 0.05);
+  CHECK(std::abs(kept_share(0.8, 8) - (1 - std::pow(0.8, 8)) / 0.2) < 0.09);
 }
 
 TEST_CASE("a trace is read as CSV or JSON, with the names of public traces", "[config][batch]") {

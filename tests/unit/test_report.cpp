@@ -230,6 +230,24 @@ TEST_CASE("the table has a line a point, and columns only where a point needs th
   has(text, "\nprefix: tokens of each sequence that the caches held before\n");
 }
 
+TEST_CASE("several query tokens have a column and a cost in figures", "[report]") {
+  PointRecord one = a_point(), four = a_point();
+  one.parameters.emplace_back("run.query_tokens", std::int64_t{1});
+  four.parameters.emplace_back("run.query_tokens", std::int64_t{4});
+  four.tokens_kept = {4, 2};  // 3 in the mean
+  for (double& seconds : four.time.seconds) seconds *= 1.5;
+  const std::string text = metrics({one, four});
+  has(text, "FOM decode_rate_context_128 = 20000.0 tokens/s\n");
+  has(text, "FOM decode_rate_context_128_query_tokens_4 = 40000.0 tokens/s\n");
+  has(text, "FOM decode_query_token_cost_context_128_query_tokens_4 = 1.500 1\n");
+  CHECK(metrics({four}).find("query_token_cost") == std::string::npos);
+  const std::string table = printed([&](std::ostream& out) { print_points(out, {one, four}); });
+  has(table, " context queries    total");
+  has(table, "     128       4  75.0 us");
+  has(table, "\nqueries: query tokens of each sequence in a step\n");
+  has(table, "\ntokens/s: tokens that a step keeps / total\n");
+}
+
 TEST_CASE("a ragged batch has its own name in figures", "[report]") {
   PointRecord p = a_point();
   p.parameters[2].second = std::int64_t{3};

@@ -80,6 +80,7 @@ void check_same(const PointRecord& a, const PointRecord& b) {
   CHECK(a.pages.ranks == b.pages.ranks);
   for (const auto& column : page_columns) CHECK(a.pages.*column.field == b.pages.*column.field);
   CHECK(a.batch.lengths == b.batch.lengths);
+  CHECK(a.tokens_kept == b.tokens_kept);
   CHECK(a.batch.reads == b.batch.reads);
   CHECK(a.batch.reads_expected == b.batch.reads_expected);
   CHECK(a.batch.length_imbalance == b.batch.length_imbalance);

@@ -85,11 +85,12 @@ class Shape:
 def shape_of(point, heads=None, kv=None):
     """Shape of a decode or prefill point, on the given layout or its own.
 
-    None for points of other tasks, and for a ragged batch: its sequences have no length in common.
+    None for points of other tasks, for a ragged batch, whose sequences have no length in common, and for steps of
+    several query tokens, which the model does not know.
     """
     p = point.parameters
     ragged = p.get("batch.context") or p.get("batch.distribution", "equal") != "equal"
-    if point.kind not in ("decode", "prefill") or ragged:
+    if point.kind not in ("decode", "prefill") or ragged or p.get("run.query_tokens", 1) > 1:
         return None
     steps = p["run.steps"] if point.kind == "decode" else 0
     prefix, prefill_chunk = p.get("run.prefix", 0), p.get("run.prefill_chunk", "auto")

@@ -2,7 +2,7 @@
 //
 // variant  for                                                                     source
 // tiled    prefill tiles, 16-bit storage, capability 9.0                           prefill/dense, prefill/selected
-// decode   one query row a sequence: tensor cores, or scalar arithmetic for fp32   decode/split_kv
+// decode   the query rows of a decode step: tensor cores, or scalar arithmetic for fp32   decode/split_kv
 // rows     query rows one by one, 16-bit storage, tensor cores                     attention/rows.cu
 // scalar   every other shape                                                       attention/scalar.cu
 //
@@ -52,14 +52,14 @@ Variant fused_variant(const AttendArgs& a) {
   const LayerShape& s = a.shape;
   const RowMap& map = a.k.map;
   constexpr Variant tiled = {"tiled", attend_tiled<B>};
-  const bool dense = a.policy.recompute_scores || (B == win && a.tile.tokens > 1), paged = a.k.pages.pages;
+  const bool dense = a.policy.recompute_scores || (B == win && !a.tile.is_step()), paged = a.k.pages.pages;
   if (B != sel && dense && prefill_accepts(B, s, map)) return tiled;
-  if (B == sel && a.tile.tokens > 1 && prefill_sel_accepts(s, map) && prefill_sel_pays(s, a.tile)) return tiled;
+  if (B == sel && !a.tile.is_step() && prefill_sel_accepts(s, map) && prefill_sel_pays(s, a.tile)) return tiled;
   if (B == cmp && a.policy.recompute_scores)
     throw InternalError("attend of cmp is to store no scores and its cache is cut into chunks");
-  if (decode_accepts(s, a.tile) && reads_kv_map(B, s, map)) return {"decode", attend<B, attend_decode>};
+  if (decode_accepts(s, a.tile) && reads_step_map(B, s, map)) return {"decode", attend<B, attend_decode>};
   if (!paged && rows_accept(s, a.tile) && reads_kv_map(B, s, map)) return {"rows", attend<B, attend_rows>};
-  if (B == sel && a.tile.tokens > 1 && prefill_sel_accepts(s, map)) return tiled;
+  if (B == sel && !a.tile.is_step() && prefill_sel_accepts(s, map)) return tiled;
   return {"scalar", attend<B, attend_general>};
 }
 
@@ -105,7 +105,7 @@ Variant sdpa_variant(const AttendArgs& a) {
     if (packed_fits(with_packed_scratch(a)))
       return {"sdpa_split_kv",
               [](const AttendArgs& x, Stream* stream) { attend_packed(with_packed_scratch(x), stream); }};
-  } else if (decode_accepts(a.shape, a.tile) && reads_kv_map(B, a.shape, a.k.map)) {
+  } else if (decode_accepts(a.shape, a.tile) && reads_step_map(B, a.shape, a.k.map)) {
     return {"sdpa_split_kv", attend<B, attend_decode>};
   }
   return gemm;

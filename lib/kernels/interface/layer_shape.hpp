@@ -40,14 +40,17 @@ struct LayerShape {
 };
 
 /// The query rows a stage works on. Row r = i * tokens + j is sequence batch_begin + i at position
-/// first_position(tile, i) + j. Decode: tokens = 1. Prefill: consecutive positions, never across a chunk.
+/// first_position(tile, i) + j. Decode: the query tokens of a step. Prefill: positions of one chunk.
 struct QueryTile {
   std::int32_t batch_begin = 0, batches = 1, tokens = 1;
   const std::int64_t* first_position = nullptr;  ///< memory of the backend: [1], or [batches] of a ragged batch
   std::int64_t max_positions = 0;                ///< no position of any row reaches this: sizes launches and scratch
   std::int32_t position_stride = 0;              ///< between the positions of sequences: 0, or 1 of a ragged batch
   std::int64_t mean_positions = 0;               ///< of a ragged batch: positions of a sequence in the mean
+  bool decodes = false;  ///< the rows are the query tokens of a decode step; one row a sequence always is
   constexpr std::int64_t rows() const { return std::int64_t{batches} * tokens; }
+  /// Whether the rows are those of a decode step.
+  constexpr bool is_step() const { return tokens == 1 || decodes; }
   /// Whether every sequence has a position of its own.
   constexpr bool ragged() const { return position_stride != 0; }
 };
@@ -55,6 +58,11 @@ struct QueryTile {
 /// Position of the first row of the tile's i-th sequence.
 NSA_HD std::int64_t first_position(const QueryTile& tile, std::int64_t i) {
   return tile.first_position[i * tile.position_stride];
+}
+/// Sequence of the tile that row r is of.
+template <class Index>
+NSA_HD Index sequence_of_row(const QueryTile& tile, Index r) {
+  return tile.tokens == 1 ? r : r / tile.tokens;
 }
 /// Position of row r of the tile.
 NSA_HD std::int64_t position_of_row(const QueryTile& tile, std::int64_t r) {

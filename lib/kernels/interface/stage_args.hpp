@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "kernels/interface/layer_shape.hpp"
+#include "kernels/shared/acceptance.hpp"
 #include "kernels/shared/row_map.hpp"
 
 namespace nsa {
@@ -301,7 +302,7 @@ struct ChecksumArgs {
 
 /// End of a decode step: logs the counters and moves on. All memory is the backend's.
 struct AdvanceArgs {
-  std::int64_t* position = nullptr;   ///< [positions], each += 1
+  std::int64_t* position = nullptr;   ///< [positions], each += kept_tokens of its sequence
   std::int64_t* step = nullptr;       ///< += 1
   std::int64_t* reads = nullptr;      ///< [counters], set to zero
   std::int64_t* reads_log = nullptr;  ///< [log_steps][counters], row *step is written when it exists
@@ -310,6 +311,7 @@ struct AdvanceArgs {
   std::int32_t* selected_log = nullptr;    ///< [log_steps][selected_count]
   std::int64_t selected_count = 0;
   std::int64_t positions = 1;  ///< one, or one a sequence
+  Acceptance acceptance = {};
 };
 
 /// One layer of a decode step up to output: project, append (in the order of Branch; cmp: the raw rows), compress,

@@ -21,6 +21,7 @@ Value value_of(bool value, AnyValue) { return std::int64_t{value}; }
 Value value_of(const std::string& value, AnyValue) { return value; }
 Value value_of(std::int64_t value, Range) { return value; }
 Value value_of(double value, RealRange) { return value; }
+Value value_of(double value, AllOrShare) { return value == 1.0 ? Value("all") : Value(value); }
 Value value_of(std::int64_t value, EachSequence) { return value; }
 Value value_of(std::int64_t value, AutoOr) { return value == 0 ? Value("auto") : Value(value); }
 template <class T, std::size_t n>
@@ -128,7 +129,10 @@ std::vector<Point> sweep(const Config& config) {
     for (const std::int64_t batch : listed ? first(config.run.batch) : config.run.batch)
       for (const std::int64_t context : drawn ? config.run.context : first(config.run.context))
         for (const Distribution distribution : config.batch.distribution)
-          points.push_back(point_of(config, distribution, context, batch, branch));
+          for (const std::int64_t query_tokens : config.run.query_tokens) {
+            points.push_back(point_of(config, distribution, context, batch, branch));
+            points.back().query_tokens = query_tokens;
+          }
   for (const Point& point : points)
     if (config.run.prefix + point.shortest() < config.cache.shared_prefix)
       throw UserError(
@@ -158,6 +162,7 @@ std::vector<Parameter> parameters(const Config& config, const Point& point) {
   at_point.run.context = {point.context};
   at_point.run.batch = {point.batch};
   at_point.run.force_branch = {point.force_branch};
+  at_point.run.query_tokens = {point.query_tokens};
   at_point.batch.distribution = {point.distribution};
   at_point.parallel.kv_chunk_blocks = kv_chunk_blocks(config, point);
   if (config.kind == TaskKind::kernels) {

@@ -49,6 +49,8 @@ struct RunConfig {
   double recovery_delay = 0.05;      ///< seconds before that
   double deadline = 300.0;  ///< seconds that an operation between ranks or a wait for a device may take; 0: no limit
   double overlap = 0.0;     ///< how often a query repeats the one before it
+  std::vector<std::int64_t> query_tokens = {1};  ///< swept; decode: of a sequence in a step
+  double accept = 1.0;  ///< probability that a step accepts a draft token, up to the first that it rejects
   bool check = true;
   Scope scope = Scope::layer;
   CacheFill fill = CacheFill::prefill;
@@ -161,6 +163,7 @@ struct Point {
   KernelShape kernel = {};  ///< kind = "kernels"
   Distribution distribution = Distribution::equal;
   std::vector<std::int64_t> lengths = {};  ///< [batch] of a ragged batch; empty: every sequence has `context` tokens
+  std::int64_t query_tokens = 1;           ///< of a sequence in a decode step
 
   bool ragged() const { return !lengths.empty(); }
   /// Tokens of sequence b before the first decode step.

@@ -7,6 +7,7 @@
 #include <limits>
 #include <string>
 
+#include "kernels/shared/acceptance.hpp"
 #include "nsa/config/config.hpp"
 
 namespace nsa {
@@ -32,6 +33,8 @@ struct EachSequence {
 struct AutoOr {  ///< "auto" (stored as 0), or an integer of the range but 0
   Range range;
 };
+
+struct AllOrShare {};  ///< "all" (stored as 1), or a number from 0 to 1
 
 struct RealRange {
   double least, most;
@@ -169,6 +172,12 @@ void visit_run_keys(ConfigOrConst& c, Visitor&& visit) {
       "run.overlap", c.run.overlap, RealRange{0.0, 1.0}, "of the queries",
       "How often a query repeats the one before it, and so chooses its blocks; with scope = \"attention\" (q repeats) "
       "or kind = \"kernels\" (the blocks do). METRICS.md, \"Overlap\".");
+  visit("run.query_tokens", c.run.query_tokens, Range{1, max_query_tokens}, "tokens",
+        "Decode: query tokens of each sequence in a step, its next token and the draft tokens after it. Each has its "
+        "own causal limit and selected blocks. Swept.");
+  visit("run.accept", c.run.accept, AllOrShare{}, "of the draft tokens",
+        "Draft tokens that a step accepts: all, or each with this probability up to the first that is rejected. The "
+        "next step begins after them and takes the place of those rejected. METRICS.md, \"Several query tokens\".");
   visit("run.check", c.run.check, AnyValue{}, "", "Recomputes sampled rows in float64 and compares them.");
   visit("run.scope", c.run.scope, scopes, "",
         "layer: the whole layer; attention: q, K, V and gates are given, and no projection runs.");

@@ -150,6 +150,14 @@ bool read_value(const toml::node& node, double& out, RealRange) {
   return true;
 }
 
+bool read_value(const toml::node& node, double& out, AllOrShare) {
+  if (node.value_exact<std::string>() == "all") {
+    out = 1.0;
+    return true;
+  }
+  return read_value(node, out, RealRange{});
+}
+
 template <class T, std::size_t n>
 bool read_value(const toml::node& node, T& out, const Choice<T> (&choices)[n]) {
   const auto name = node.value_exact<std::string>();
@@ -163,6 +171,7 @@ bool read_value(const toml::node& node, T& out, const Choice<T> (&choices)[n]) {
 std::string expected(const bool&, AnyValue) { return "true or false"; }
 std::string expected(const std::string&, AnyValue) { return "a string"; }
 std::string expected(const double&, RealRange) { return "a number"; }
+std::string expected(const double&, AllOrShare) { return "\"all\" or a number"; }
 std::string expected(const std::int64_t&, AutoOr) { return "\"auto\" or a positive integer"; }
 std::string expected(const std::int64_t&, EachSequence) { return "an integer"; }
 std::string expected(const std::int64_t&, Range) { return "an integer"; }

@@ -18,6 +18,7 @@ namespace {
 std::string type_of(const bool&, AnyValue) { return "boolean"; }
 std::string type_of(const std::string&, AnyValue) { return "string"; }
 std::string type_of(const double&, RealRange) { return "number"; }
+std::string type_of(const double&, AllOrShare) { return "number"; }
 std::string type_of(const std::int64_t&, Range) { return "integer"; }
 std::string type_of(const std::int64_t&, AutoOr) { return "integer"; }
 std::string type_of(const std::int64_t&, EachSequence) { return "integer"; }
@@ -34,6 +35,7 @@ std::string values_of(AnyValue) { return ""; }
 std::string values_of(Range range) { return fmt::format("{} to {}", range.least, range.most); }
 std::string values_of(EachSequence spec) { return values_of(spec.range); }
 std::string values_of(RealRange range) { return fmt::format("{} to {}", range.least, range.most); }
+std::string values_of(AllOrShare) { return "`\"all\"`, 0 to 1"; }
 std::string values_of(AutoOr spec) {
   if (spec.range.least < 0) return fmt::format("`\"auto\"`, {}, 1 to {}", spec.range.least, spec.range.most);
   return "`\"auto\"`, " + values_of(spec.range);

@@ -90,6 +90,7 @@ class Checker {
   void check_value(const char* key, std::int64_t value, const AutoOr& spec) {
     if (value != 0) check_value(key, value, spec.range);
   }
+  void check_value(const char* key, double value, const AllOrShare&) { check_value(key, value, RealRange{0.0, 1.0}); }
   void check_value(const char* key, double value, const RealRange& range) {
     if (!(value >= range.least && value <= range.most))  // NaN is out of range
       refuse(key, fmt::format("{} = {} is out of range; give {} to {}", key, value, range.least, range.most));
@@ -165,6 +166,19 @@ void check_selections(const Config& c, Checker& check) {
   if (c.run.steps_per_graph > 1)
     check.add({"input.selection", "run.steps_per_graph"},
               "input.selection needs run.steps_per_graph = 1 (each step has lists of its own)");
+}
+
+/// Several query tokens in a decode step, and how many of them it accepts.
+void check_query_tokens(const Config& c, Checker& check) {
+  const bool several = std::ranges::any_of(c.run.query_tokens, [](std::int64_t tokens) { return tokens > 1; });
+  if (several && c.kind != TaskKind::decode)
+    check.add({"run.query_tokens"}, "run.query_tokens needs task.kind = \"decode\"; leave it out");
+  if (!several && c.run.accept < 1)
+    check.add({"run.accept", "run.query_tokens"},
+              "run.accept needs run.query_tokens above 1 (a step of one token has no draft tokens); leave it out");
+  if (several && (c.output.selection || !c.input_selection.empty()))
+    check.add({"output.selection", "input.selection", "run.query_tokens"},
+              "selections are recorded and replayed for one query token a step; leave them or run.query_tokens out");
 }
 
 void check_run(const Config& c, Checker& check) {
@@ -345,11 +359,13 @@ void check_kernels(const Config& c, Checker& check) {
 
 /// The largest tensor of any point has at most 2^50 elements, so that no index or byte count overflows.
 void check_sizes(const Config& c, Checker& check) {
-  if (!check.valid({"run.context", "run.batch", "run.steps", "model.n_heads", "model.d_k", "model.d_v", "model.dim"}))
+  if (!check.valid({"run.context", "run.batch", "run.steps", "run.query_tokens", "model.n_heads", "model.d_k",
+                    "model.d_v", "model.dim"}))
     return;
   std::int64_t longest = *std::max_element(c.run.context.begin(), c.run.context.end());
   for (const std::int64_t length : c.batch.context) longest = std::max(longest, length);
-  const double positions = static_cast<double>(longest) + static_cast<double>(c.run.prefix + c.run.steps);
+  const std::int64_t tokens = *std::max_element(c.run.query_tokens.begin(), c.run.query_tokens.end());
+  const double positions = static_cast<double>(longest) + static_cast<double>(c.run.prefix + c.run.steps * tokens);
   const double batch = static_cast<double>(*std::max_element(c.run.batch.begin(), c.run.batch.end()));
   if (batch * positions * values_per_position(c.model) > most_values)
     check.add({"run.context", "run.batch"},
@@ -365,6 +381,7 @@ void validate(const Config& config) {
   check_layer(config, check);
   check_run(config, check);
   check_selections(config, check);
+  check_query_tokens(config, check);
   check_batch(config, check);
   check_cache(config, check);
   check_launches(config, check);

@@ -112,7 +112,7 @@ std::string error_text(const PhaseCost& cost) {
 /// How decode over kv ranks is priced where it is not as it would run; "" where it is.
 std::string launches_note(const Config& config, const PhaseCost& cost, int ranks) {
   if (!cost.fused || config.kind != TaskKind::decode || ranks == 1) return "";
-  const std::int64_t positions = config.run.context.front() + config.run.steps;
+  const std::int64_t positions = config.run.context.front() + config.run.steps * config.run.query_tokens.front();
   if (cost.launches.known() && !cost.exchange.known())
     return "one launch over kv ranks was not measured: these times are of several launches, which take longer; "
            "measured: " +

@@ -108,7 +108,8 @@ std::size_t planned_result_bytes(const Config& config, int ranks) {
              8.0 * ranks * (static_cast<double>(modes * stage_count) * stored + 2.0 * branches * reps);
     const ModelConfig& m = config.model;
     const double positions = static_cast<double>(total_positions(config, point));
-    const double rows = config.kind == TaskKind::prefill ? static_cast<double>(point.context) : reps;
+    const double rows = config.kind == TaskKind::prefill ? static_cast<double>(point.context)
+                                                         : reps * static_cast<double>(point.query_tokens);
     if (config.output.selection)
       total += 4.0 * (config.kind == TaskKind::kernels
                           ? static_cast<double>(kernel_rows(point) * point.kernel.blocks)

@@ -128,11 +128,11 @@ MemoryRecord gather_memory(const Session& session, const MemoryAccount& planned,
 /// such files hold.
 bool is_later_default(const std::string& name, const decltype(Parameter::second)& value) {
   for (const char* later :
-       {"run.min_interval",   "run.interval_time", "run.steps_per_graph", "run.overlap",      "run.throttle_threshold",
-        "run.recovery_delay", "run.prefix",        "run.prefill_chunk",   "output.selection", "batch.context",
-        "batch.distribution", "batch.min",         "batch.max",           "batch.sigma",      "batch.exponent",
-        "batch.seed",         "batch.file",        "cache.layout",        "cache.page",       "cache.order",
-        "cache.shared_prefix"}) {
+       {"run.min_interval",    "run.interval_time", "run.steps_per_graph", "run.overlap",      "run.throttle_threshold",
+        "run.recovery_delay",  "run.prefix",        "run.prefill_chunk",   "output.selection", "batch.context",
+        "batch.distribution",  "batch.min",         "batch.max",           "batch.sigma",      "batch.exponent",
+        "batch.seed",          "batch.file",        "cache.layout",        "cache.page",       "cache.order",
+        "cache.shared_prefix", "run.query_tokens",  "run.accept"}) {
     if (name != later) continue;
     const std::vector<Parameter> defaults = parameters(Config(), Point());
     return std::ranges::count(defaults, Parameter(name, value)) == 1;

@@ -1,6 +1,7 @@
 #include "nsa/forward/decode.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "comm/agreement.hpp"
@@ -10,16 +11,36 @@ namespace nsa {
 namespace {
 
 // Positions that the backend keeps: one for all sequences, or one each.
-std::int64_t position_count(const Point& point) { return point.ragged() ? point.batch : 1; }
+bool own_positions(const Config& config, const Point& point) {
+  return point.ragged() || !accepts_all(acceptance_of(config, point));
+}
+std::int64_t position_count(const Config& config, const Point& point) {
+  return own_positions(config, point) ? point.batch : 1;
+}
 
-// [batch][steps][width] -> [steps][batch][width]
+std::int64_t query_rows(const Point& point) { return point.batch * point.query_tokens; }
+
+// A draft token that its step rejects has the negative of the values of the token that takes its place.
+float sign_of(const StepPositions& positions, std::int64_t step, std::int64_t b, std::int64_t j) {
+  return j < positions.kept(step, b) ? 1.0f : -1.0f;
+}
+
+// Values of all positions that the steps reach, from each sequence's first one on, [batch][positions][width], as
+// [steps][batch][query tokens][width].
 template <class T>
-std::vector<T> by_step(const std::vector<T>& rows, std::int64_t batch, std::int64_t steps) {
-  std::vector<T> result(rows.size());
-  const std::int64_t width = static_cast<std::int64_t>(rows.size()) / (batch * steps);
-  for (std::int64_t b = 0; b < batch; ++b)
-    for (std::int64_t s = 0; s < steps; ++s)
-      std::copy_n(rows.begin() + (b * steps + s) * width, width, result.begin() + (s * batch + b) * width);
+std::vector<T> by_step(const std::vector<T>& values, const Point& point, const StepPositions& positions,
+                       std::int64_t steps) {
+  const std::int64_t tokens = point.query_tokens, reached = steps * tokens,
+                     width = static_cast<std::int64_t>(values.size()) / (point.batch * reached);
+  std::vector<T> result;
+  result.reserve(values.size());
+  for (std::int64_t step = 0; step < steps; ++step)
+    for (std::int64_t b = 0; b < point.batch; ++b)
+      for (std::int64_t j = 0; j < tokens; ++j) {
+        const auto sign = static_cast<T>(sign_of(positions, step, b, j));
+        const auto from = values.begin() + (b * reached + positions(step, b) + j - point.length(b)) * width;
+        std::transform(from, from + width, std::back_inserter(result), [&](T value) { return sign * value; });
+      }
   return result;
 }
 
@@ -27,41 +48,42 @@ std::vector<T> by_step(const std::vector<T>& rows, std::int64_t batch, std::int6
 
 QueryTile decode_tile(const ModelShard& shard, const std::int64_t* positions) {
   const Point& point = shard.point;
-  return {0,
-          static_cast<std::int32_t>(point.batch),
-          1,
-          positions,
-          total_positions(shard.config, point),
-          point.ragged(),
-          point.context + shard.config.run.steps};
+  return {.batches = static_cast<std::int32_t>(point.batch),
+          .tokens = static_cast<std::int32_t>(point.query_tokens),
+          .first_position = positions,
+          .max_positions = total_positions(shard.config, point),
+          .position_stride = own_positions(shard.config, point),
+          .mean_positions = point.context + shard.config.run.steps * point.query_tokens,
+          .decodes = true};
 }
 
 DecodeRunner::DecodeRunner(ModelShard& shard, const TensorSource* source, bool record)
     : shard_(shard),
-      buffers_(shard.allocator(), shard.kernels(), shard.config, shard.partition, shard.point, shard.point.batch,
+      buffers_(shard.allocator(), shard.kernels(), shard.config, shard.partition, shard.point, query_rows(shard.point),
                decode_tile(shard, nullptr), shard.partition.kv > 1, record, {},
                shard.choose_routes(Phase::decode, decode_tile(shard, nullptr), {})),
-      positions_(shard.allocator()(MemoryKind::workspace, 8 * position_count(shard.point))),
+      positions_(shard.allocator()(MemoryKind::workspace, 8 * position_count(shard.config, shard.point))),
       step_(shard.allocator()(MemoryKind::workspace, 8)),
       stamps_(shard.allocator()(MemoryKind::workspace, 8 * (1 + 2 * shard.config.run.steps))),
+      step_positions_(shard.config, shard.point),
       rings_(shard) {
   const LayerShape& s = shard.shape();
-  const std::int64_t steps = shard.config.run.steps, batch = shard.point.batch,
+  const std::int64_t steps = shard.config.run.steps, rows = query_rows(shard.point), lists = rows * s.groups,
                      storage = static_cast<std::int64_t>(size_of(s.dtype));
   const auto make = [&](std::int64_t bytes) { return shard.allocator()(MemoryKind::activations, bytes); };
-  selected_count_ = shard.config.model.layers * shard.planes() * s.rules.n_sel;
+  selected_count_ = shard.config.model.layers * lists * s.rules.n_sel;
   reads_log_ = make(steps * branches * shard.planes() * 8);
   selected_log_ = make(steps * selected_count_ * 4);
-  if (shard.partition.kv > 1) readings_ = shard.allocator()(MemoryKind::workspace, shard.planes() * step_readings * 8);
+  if (shard.partition.kv > 1) readings_ = shard.allocator()(MemoryKind::workspace, lists * step_readings * 8);
   if (shard.config.run.scope == Scope::layer) {
-    x_steps_ = make(steps * batch * s.dim * (shard.config.model.layers > 1 ? 4 : storage));
+    x_steps_ = make(steps * rows * s.dim * (shard.config.model.layers > 1 ? 4 : storage));
   } else {
-    q_steps_ = make(steps * batch * s.heads() * s.d_k * storage);
-    gate_steps_ = make(steps * shard.planes() * 3 * 4);
+    q_steps_ = make(steps * rows * s.heads() * s.d_k * storage);
+    gate_steps_ = make(steps * lists * 3 * 4);
     for (const Branch c : kv_column_order) {
       if (s.shared_kv && c != sel) continue;
-      k_steps_[c] = make(steps * shard.planes() * s.d_k * storage);
-      v_steps_[c] = make(steps * shard.planes() * s.d_v * storage);
+      k_steps_[c] = make(steps * lists * s.d_k * storage);
+      v_steps_[c] = make(steps * lists * s.d_v * storage);
     }
   }
   if (replays(shard.config)) recorded_steps_ = make(steps * selected_count_ * 4);
@@ -94,36 +116,41 @@ void DecodeRunner::load_inputs(const TensorSource& source) {
 void DecodeRunner::load_selections() {
   const std::int64_t steps = shard_.config.run.steps;
   const std::vector<std::int32_t> lists =
-      by_step(recorded_lists(shard_.config, shard_.point, shard_.partition, shard_.point.context, steps),
-              shard_.point.batch, steps);
+      by_step(recorded_lists(shard_.config, shard_.point, shard_.partition, shard_.point.context, steps), shard_.point,
+              step_positions_, steps);
   shard_.device().copy(recorded_steps_.data(), lists.data(), recorded_steps_.bytes(), shard_.streams.compute);
   shard_.device().synchronize(shard_.streams.compute);
 }
 
 void DecodeRunner::load_from_file(const TensorSource& source, const GivenTensor& input) {
   const std::int64_t steps = shard_.config.run.steps;
-  std::vector<float> rows;  // [batch][steps][width]
+  std::vector<float> rows;  // [batch][positions][width]
   for (const SequenceRange& some : equal_sequences(shard_.point)) {
-    const std::vector<float> own =
-        given_rows(source, input.name, input.columns, shard_.point.length(some.begin), steps, some);
+    const std::vector<float> own = given_rows(source, input.name, input.columns, shard_.point.length(some.begin),
+                                              steps * shard_.point.query_tokens, some);
     rows.insert(rows.end(), own.begin(), own.end());
   }
-  upload(shard_, by_step(rows, shard_.point.batch, steps), input.type, input.memory->data());
+  upload(shard_, by_step(rows, shard_.point, step_positions_, steps), input.type, input.memory->data());
 }
 
 void DecodeRunner::generate(const TensorSource& source, const GivenTensor& input) {
-  KvView rows;  // of one step: a ring of one row, which every position maps to
+  const Point& point = shard_.point;
+  KvView rows;  // of one query token of a step: a ring of one row, which every position maps to
   rows.map.ring = 1;
   rows.width = static_cast<std::int32_t>(elements_of(input.columns.count));
-  rows.plane_stride = rows.width;
-  const std::int64_t bytes = shard_.point.batch * rows.width * static_cast<std::int64_t>(size_of(input.type));
-  for (std::int64_t step = 0; step < shard_.config.run.steps; ++step) {
-    rows.data = input.memory->as<std::byte>() + step * bytes;
-    for (const SequenceRange& some : equal_sequences(shard_.point)) {
-      const std::int64_t position = shard_.point.length(some.begin) + step;
-      make_rows(shard_, source, input.name, input.columns, input.type, rows, position, position + 1, &some);
+  rows.plane_stride = point.query_tokens * rows.width;
+  const std::int64_t bytes = rows.width * static_cast<std::int64_t>(size_of(input.type));
+  const std::vector<SequenceRange> equal =
+      own_positions(shard_.config, point) ? single_sequences(point) : equal_sequences(point);
+  for (std::int64_t step = 0; step < shard_.config.run.steps; ++step)
+    for (std::int64_t j = 0; j < point.query_tokens; ++j) {
+      rows.data = input.memory->as<std::byte>() + (step * query_rows(point) + j) * bytes;
+      for (const SequenceRange& some : equal) {
+        const std::int64_t position = step_positions_(step, some.begin) + j;
+        make_rows(shard_, source, input.name, input.columns, input.type, rows, position, position + 1, &some,
+                  sign_of(step_positions_, step, some.begin, j));
+      }
     }
-  }
 }
 
 void DecodeRunner::snapshot() {
@@ -136,7 +163,9 @@ void DecodeRunner::restore() {
   Stream* stream = shard_.streams.compute;
   rings_.restore();
   const Point& point = shard_.point;
-  device.copy(positions_.data(), point.ragged() ? point.lengths.data() : &point.context, positions_.bytes(), stream);
+  std::vector<std::int64_t> first;
+  for (std::int64_t b = 0; b < position_count(shard_.config, point); ++b) first.push_back(point.length(b));
+  device.copy(positions_.data(), first.data(), positions_.bytes(), stream);
   device.fill(step_.data(), 0, 8, stream);
   device.fill(stamps_.data(), 0, 8, stream);
   device.fill(buffers_.reads.data(), 0, buffers_.reads.bytes(), stream);
@@ -159,8 +188,9 @@ void DecodeRunner::load(std::int64_t step, const StepOptions& options) {
   if (options.force_branch < 0) {
     copy(buffers_.gate, gate_steps_, bytes_a_step(gate_steps_));
   } else {
-    std::vector<float> one_hot(static_cast<std::size_t>(shard_.planes() * branches), 0.0f);
-    for (std::int64_t p = 0; p < shard_.planes(); ++p) one_hot[p * branches + options.force_branch] = 1.0f;
+    const std::int64_t lists = query_rows(shard_.point) * shard_.shape().groups;
+    std::vector<float> one_hot(static_cast<std::size_t>(lists * branches), 0.0f);
+    for (std::int64_t i = 0; i < lists; ++i) one_hot[i * branches + options.force_branch] = 1.0f;
     shard_.device().copy(buffers_.gate.data(), one_hot.data(), one_hot.size() * 4, shard_.streams.compute);
     shard_.device().synchronize(shard_.streams.compute);
   }
@@ -252,7 +282,7 @@ void DecodeRunner::sharded_attention(const StepContext& ctx, StageTimer& timer) 
 void DecodeRunner::output_projection(const StepContext& ctx, StageTimer& timer) {
   if (!ctx.whole_layer()) return;
   timer.time(Stage::output, [&] { output(ctx); });
-  timer.time(Stage::comm, [&] { sum_outputs(ctx, shard_.point.batch); });
+  timer.time(Stage::comm, [&] { sum_outputs(ctx, query_rows(shard_.point)); });
 }
 
 StepPlan DecodeRunner::probe() {
@@ -338,7 +368,8 @@ void DecodeRunner::attention(Attention attention, const StepContext& ctx, StageT
 AdvanceArgs DecodeRunner::step_log() const {
   AdvanceArgs args;
   args.position = positions_.as<std::int64_t>();
-  args.positions = position_count(shard_.point);
+  args.positions = position_count(shard_.config, shard_.point);
+  args.acceptance = acceptance_of(shard_.config, shard_.point);
   args.step = step_.as<std::int64_t>();
   args.reads = buffers_.reads.as<std::int64_t>();
   args.reads_log = reads_log_.as<std::int64_t>();
@@ -381,7 +412,7 @@ void DecodeRunner::clear_readings() {
 
 // Cycles become seconds by what both clocks say of all work items.
 std::vector<double> DecodeRunner::phase_seconds() const {
-  const auto readings = download_longs(shard_, readings_.data(), shard_.planes() * step_readings);
+  const auto readings = download_longs(shard_, readings_.data(), static_cast<std::int64_t>(readings_.bytes() / 8));
   std::vector<double> cycles(step_phase_count, 0.0);
   double all_cycles = 0, all_seconds = 0;
   for (auto item = readings.begin(); item != readings.end(); item += step_readings) {
@@ -393,7 +424,7 @@ std::vector<double> DecodeRunner::phase_seconds() const {
     all_cycles += static_cast<double>(last - item[0]);
     all_seconds += 1e-9 * static_cast<double>(item[step_phase_count + 2] - item[step_phase_count + 1]);
   }
-  for (double& x : cycles) x *= all_seconds / all_cycles / static_cast<double>(shard_.planes());
+  for (double& x : cycles) x *= all_seconds / all_cycles * step_readings / static_cast<double>(readings.size());
   return cycles;
 }
 

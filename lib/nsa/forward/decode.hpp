@@ -1,5 +1,6 @@
 #pragma once
-// Decode: one token of every sequence per step, on caches that a prefill or a synthetic fill wrote.
+// Decode: one token of every sequence, or some query tokens, per step, on caches that a prefill or a synthetic fill
+// wrote.
 
 #include <vector>
 
@@ -7,10 +8,11 @@
 #include "nsa/forward/stages.hpp"
 #include "nsa/model/inputs.hpp"
 #include "nsa/model/selections.hpp"
+#include "nsa/model/step_positions.hpp"
 
 namespace nsa {
 
-/// The query rows of a step: one a sequence.
+/// The query rows of a step: those of sequence 0, of sequence 1, ...
 QueryTile decode_tile(const ModelShard& shard, const std::int64_t* positions);
 
 /// Runs the decode steps of a point and owns their memory.
@@ -58,7 +60,8 @@ class DecodeRunner {
   StepContext last_layer(const StepOptions& options);
 
   StepBuffers& buffers() { return buffers_; }
-  /// Logs of the steps since restore: reads [steps][3][batch, groups]; selected [steps][layers][batch, groups, n].
+  const StepPositions& positions() const { return step_positions_; }
+  /// Logs of the steps since restore: reads [steps][3][batch, groups]; selected [steps][layers][rows, groups, n].
   const Buffer& reads_log() const { return reads_log_; }
   const Buffer& selected_log() const { return selected_log_; }
   std::int64_t selected_count() const { return selected_count_; }
@@ -85,16 +88,17 @@ class DecodeRunner {
   ModelShard& shard_;
   StepBuffers buffers_;
   StepPlan plan_;
-  Buffer positions_;  ///< int64: of the next token, [1], or [batch] of a ragged batch
+  Buffer positions_;  ///< int64: of the next token, [1], or [batch] where each sequence has its own
   Buffer step_;       ///< int64 [1]
   Buffer stamps_;     ///< int64 [1 + 2 steps]: their number, then the readings
-  Buffer readings_;   ///< kv > 1: int64 [batch * groups][step_readings]
+  Buffer readings_;   ///< kv > 1: int64 [rows * groups][step_readings]
   Buffer reads_log_, selected_log_;
   std::int64_t selected_count_ = 0;
-  Buffer x_steps_;               ///< [steps][batch, dim]: fp32 with several layers, else storage
-  Buffer q_steps_, gate_steps_;  ///< scope = attention: [steps][batch, H, Dk], [steps][batch, groups, 3]
+  Buffer x_steps_;               ///< [steps][rows, dim]: fp32 with several layers, else storage
+  Buffer q_steps_, gate_steps_;  ///< scope = attention: [steps][rows, H, Dk], [steps][rows, groups, 3]
   Buffer k_steps_[branches], v_steps_[branches];
-  Buffer recorded_steps_;  ///< given selections: [steps][batch, groups, n] int32
+  Buffer recorded_steps_;  ///< given selections: [steps][rows, groups, n] int32
+  StepPositions step_positions_;
   RingSnapshot rings_;
 };
 

@@ -145,7 +145,7 @@ PrefillRunner::PrefillRunner(ModelShard& shard, const PrefillRange& range, bool 
   if (!p.shape.shared_kv) win_all_ = make(p.tokens(true), tokens, p.kv);
   heads_ = make(p.raw_heads(false), p.capacity(p.raw_heads(false), range.end));
   heads_all_ = make(p.raw_heads(true), p.capacity(p.raw_heads(false), range.end), p.kv);
-  ring_all_ = make(p.raw_ring(), p.shape.rules.l, p.kv);
+  ring_all_ = make(p.raw_ring(), p.raw_ring().ring, p.kv);
   if (!range.in_parts()) return;
   const std::int64_t piece = widest_chunk(p.tokens(false), range);
   piece_ = make(p.tokens(false), piece);

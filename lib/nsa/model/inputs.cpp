@@ -28,6 +28,10 @@ Columns gate_columns(const Config& c, const Point& point, const Partition& p) {
 
 std::vector<SequenceRange> equal_sequences(const Point& point) {
   if (!point.ragged()) return {{0, point.batch}};
+  return single_sequences(point);
+}
+
+std::vector<SequenceRange> single_sequences(const Point& point) {
   std::vector<SequenceRange> list;
   for (std::int64_t b = 0; b < point.batch; ++b) list.push_back({b, 1});
   return list;
@@ -135,7 +139,8 @@ void fill_compressed(ModelShard& shard, const TensorSource& source, KvPair& pair
 }
 
 void make_rows(ModelShard& shard, const TensorSource& source, const std::string& name, const Columns& columns,
-               DType type, const KvView& to, std::int64_t first, std::int64_t last, const SequenceRange* some) {
+               DType type, const KvView& to, std::int64_t first, std::int64_t last, const SequenceRange* some,
+               float scale) {
   const SequenceRange sequences = some ? *some : SequenceRange{0, shard.point.batch};
   std::int64_t column = 0;  // the first one, among all columns of a position
   for (std::size_t i = 0; i < columns.begin.size(); ++i) column = column * columns.shape[i + 2] + columns.begin[i];
@@ -148,6 +153,7 @@ void make_rows(ModelShard& shard, const TensorSource& source, const std::string&
   args.first = first;
   args.last = last;
   args.key = source.key(name);
+  args.scale = scale;
   args.repeat = source.repeat(name);
   args.shared_rows = shard.config.cache.shared_prefix;
   shard.kernels().fill_rows(args, shard.streams.compute);

@@ -32,6 +32,8 @@ struct SequenceRange {
 };
 /// Those that have rows in common: all, or, of a ragged batch, one after the other.
 std::vector<SequenceRange> equal_sequences(const Point& point);
+/// One after the other.
+std::vector<SequenceRange> single_sequences(const Point& point);
 /// The end of their rows in caches that hold the first `positions` of every sequence; of a ragged batch, whose caches
 /// are filled to its longest sequence, their own length.
 std::int64_t end_of(const Point& point, const SequenceRange& equal, std::int64_t positions);
@@ -46,11 +48,11 @@ std::vector<float> given_rows(const TensorSource& source, const std::string& nam
                               std::int64_t first, std::int64_t rows);
 
 /// The same of a synthetic source, bit for bit, generated in backend memory: the rows of [first, last) that `to` holds,
-/// storage or fp32, [batch][rows][columns] under its map. All head shards have the same number of columns. Null
-/// `sequences`: all.
+/// storage or fp32, [batch][rows][columns] under its map, times `scale`. All head shards have the same number of
+/// columns. Null `sequences`: all.
 void make_rows(ModelShard& shard, const TensorSource& source, const std::string& name, const Columns& columns,
                DType type, const KvView& to, std::int64_t first, std::int64_t last,
-               const SequenceRange* sequences = nullptr);
+               const SequenceRange* sequences = nullptr, float scale = 1.0f);
 
 /// "given/k_sel", "given/v_win", ...: the given tensor that serves `branch`.
 std::string kv_name(const LayerShape& shape, Branch branch, bool value);

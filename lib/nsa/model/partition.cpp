@@ -22,6 +22,13 @@ RowMap chunked(const Partition& p, std::int64_t chunk, std::int32_t halo, std::i
   return map;
 }
 
+// Rows of a ring from which each query token of a step reads the `reach` rows up to its own. A step appends the rows of
+// all its query tokens first. The ring is then of whole runs, and a run of positions one of slots.
+constexpr std::int64_t ring_run = 64;
+std::int64_t ring_rows(std::int64_t reach, std::int32_t query_tokens) {
+  return query_tokens == 1 ? reach : (reach + query_tokens - 1 + ring_run - 1) / ring_run * ring_run;
+}
+
 RowMap ring_of(std::int64_t rows) {
   RowMap map;
   map.ring = rows;
@@ -44,16 +51,17 @@ RowMap Partition::raw_heads(bool gathered) const {
   return map;
 }
 
-RowMap Partition::window_ring() const { return ring_of(shape.rules.w); }
+RowMap Partition::window_ring() const { return ring_of(ring_rows(shape.rules.w, query_tokens)); }
 
 RowMap Partition::window_share() const {
   RowMap map = window_ring();
-  map.slot_begin = std::int64_t{kv_rank} * shape.rules.w / kv;
-  map.slot_end = std::int64_t{kv_rank + 1} * shape.rules.w / kv;
+  const std::int64_t run = query_tokens == 1 ? 1 : ring_run;
+  map.slot_begin = kv_rank * (map.ring / run) / kv * run;
+  map.slot_end = (kv_rank + 1) * (map.ring / run) / kv * run;
   return map;
 }
 
-RowMap Partition::raw_ring() const { return ring_of(shape.rules.l); }
+RowMap Partition::raw_ring() const { return ring_of(ring_rows(shape.rules.l, query_tokens)); }
 
 std::int64_t Partition::capacity(const RowMap& local, std::int64_t rows) const {
   if (local.ring > 0) return local.ring;
@@ -83,6 +91,7 @@ Partition make_partition(const Config& config, const Point& point, std::int32_t 
   p.head_shard = rank / p.kv;
   p.kv_rank = rank % p.kv;
   p.chunk_tokens = kv_chunk_blocks(config, point) * config.nsa.l_sel;
+  p.query_tokens = static_cast<std::int32_t>(point.query_tokens);
 
   const ModelConfig& m = config.model;
   LayerShape& s = p.shape;
@@ -147,7 +156,8 @@ PrefillRange prefill_range(const Config& config, const Point& point) {
 }
 
 std::int64_t total_positions(const Config& config, const Point& point) {
-  return point.longest() + (config.kind == TaskKind::prefill ? config.run.prefix : config.run.steps);
+  return point.longest() +
+         (config.kind == TaskKind::prefill ? config.run.prefix : config.run.steps * point.query_tokens);
 }
 
 }  // namespace nsa

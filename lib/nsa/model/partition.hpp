@@ -19,14 +19,15 @@ struct Partition {
   LayerShape shape;                          ///< of this rank
   std::int32_t group_begin = 0;              ///< first global group
   std::int64_t chunk_tokens = 0;             ///< selection K/V positions a chunk holds
+  std::int32_t query_tokens = 1;             ///< of a sequence in a decode step
 
   RowMap tokens(bool gathered) const;      ///< selection K/V
   RowMap compressed(bool gathered) const;  ///< compressed tokens, with the halo that scoring needs
   RowMap raw_cmp() const;                  ///< prefill: cmp projections of own chunks, with the halo after each
   RowMap raw_heads(bool gathered) const;   ///< prefill: the first l-d rows of each chunk, which fill those halos
-  RowMap window_ring() const;              ///< decode: last w tokens, replicated on the kv ranks
+  RowMap window_ring() const;              ///< decode: what the windows of a step reach, replicated on the kv ranks
   RowMap window_share() const;             ///< the slots of that ring that this kv rank reads
-  RowMap raw_ring() const;                 ///< decode: last l tokens of the cmp projections, replicated
+  RowMap raw_ring() const;                 ///< decode: what the compressed tokens of a step cover, replicated
   /// Rows of memory that a rank allocates under a local map for a sequence of `rows` rows; the same on every rank.
   std::int64_t capacity(const RowMap& local, std::int64_t rows) const;
 };
@@ -71,7 +72,8 @@ std::int64_t widest_chunk(const RowMap& local, const PrefillRange& range);
 /// That of a point of kind = "prefill".
 PrefillRange prefill_range(const Config& config, const Point& point);
 
-/// Positions that a point needs memory for: those of its longest sequence; in decode its steps, in prefill its prefix.
+/// Positions that a point needs memory for: those of its longest sequence; in decode the query
+/// tokens of all steps, in prefill its prefix.
 std::int64_t total_positions(const Config& config, const Point& point);
 
 }  // namespace nsa

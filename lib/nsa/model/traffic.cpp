@@ -64,6 +64,16 @@ std::int64_t shared_tokens(const Config& config, const Partition& p, const Point
   return (point.batch - 1) * cmp_pages(config, p, point).shared * p.shape.lse.segment;
 }
 
+/// K/V rows of a branch that the query tokens of a sequence at positions [first, first + tokens) read, each row once,
+/// for one group.
+std::int64_t step_kv_rows(const BlockRules& r, std::int64_t first, std::int64_t tokens, Branch c) {
+  const std::int64_t last = first + tokens - 1;
+  if (c == win) return last + 1 - window_begin(r, first);
+  std::int64_t rows = expected_reads(r, last).branch[c];
+  if (c == sel) rows += (tokens - 1) * std::max<std::int64_t>(0, r.n_sel - r.n_init - r.n_local) * r.l_sel;
+  return c == sel ? std::min(rows, last + 1) : rows;
+}
+
 }  // namespace
 
 std::vector<Exchange> exchanges(const Config& config, const Partition& p, const Point& point, bool one_launch) {
@@ -72,8 +82,8 @@ std::vector<Exchange> exchanges(const Config& config, const Partition& p, const 
   const std::int64_t storage = static_cast<std::int64_t>(size_of(s.dtype));
   const std::int64_t planes = point.batch * s.groups, width = (s.d_k + s.d_v) * storage;
   const std::int64_t total = total_positions(config, point), tokens = p.capacity(p.tokens(false), total);
-  const std::int64_t rows =
-      prefill ? point.batch * (tokens - owned_rows(p.tokens(false), config.run.prefix)) : point.batch;
+  const std::int64_t rows = prefill ? point.batch * (tokens - owned_rows(p.tokens(false), config.run.prefix))
+                                    : point.batch * point.query_tokens;
   std::vector<Exchange> list;
   const auto gather = [&](const char* name, std::int64_t bytes) {
     if (p.kv > 1 && bytes > 0) list.push_back({name, "all_gather", p.kv, bytes});
@@ -105,15 +115,16 @@ std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& 
   const std::int64_t storage = static_cast<std::int64_t>(size_of(s.dtype)), t = total_positions(config, point) - 1;
   const std::int64_t planes = point.batch * s.groups, width = (s.d_k + s.d_v) * storage;
   const RowMap map = p.tokens(false);
-  const std::int64_t rows =
-      prefill ? point.batch * (owned_rows(map, t + 1) - owned_rows(map, config.run.prefix)) : point.batch;
+  const std::int64_t rows = prefill ? point.batch * (owned_rows(map, t + 1) - owned_rows(map, config.run.prefix))
+                                    : point.batch * point.query_tokens;
   const std::int64_t branches_kv = s.shared_kv ? 1 : branches;
   // Prefill: on every rank, since all are gathered. Decode: what the query rows read.
   const auto kv_rows = [&](Branch c) {
     if (prefill) return planes * prefill_kv_rows(config, point, c);
     std::int64_t reads = 0;
     for (std::int64_t b = 0; b < point.batch; ++b)
-      reads += expected_reads(s.rules, point.length(b) + config.run.steps - 1).branch[c];
+      reads +=
+          step_kv_rows(s.rules, point.length(b) + (config.run.steps - 1) * point.query_tokens, point.query_tokens, c);
     return s.groups * reads / p.kv - (c == cmp ? s.groups * shared_tokens(config, p, point) : 0);
   };
   const std::int64_t completed = compressed_tokens(s.rules, t) - compressed_tokens(s.rules, config.run.prefix - 1);
@@ -126,9 +137,10 @@ std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& 
   }
   set(Stage::append, 2 * rows * s.groups * branches_kv * width);
   set(Stage::compress, prefill ? (rows * s.groups * width) + planes * completed * width / p.kv
-                               : planes * width * (s.rules.l + 1) / s.rules.d);
-  set(Stage::attend_cmp, kv_rows(cmp) * width + q + o + (prefill ? 0 : kv_rows(cmp) * s.heads_per_group * 4));
-  set(Stage::rank, prefill || replays(config) ? 0 : kv_rows(cmp) * s.heads_per_group * 4);
+                               : planes * point.query_tokens * width * (s.rules.l + 1) / s.rules.d);
+  const std::int64_t scores = kv_rows(cmp) * point.query_tokens * s.heads_per_group * 4;
+  set(Stage::attend_cmp, kv_rows(cmp) * width + q + o + (prefill ? 0 : scores));
+  set(Stage::rank, prefill || replays(config) ? 0 : scores);
   set(Stage::attend_sel, kv_rows(sel) * width + q + o);
   set(Stage::attend_win, kv_rows(win) * width + q + o);
   set(Stage::combine, o * branches * (prefill ? 1 : p.kv) + rows * s.heads() * s.d_v * storage);
@@ -150,10 +162,12 @@ double modelled_flops(const Config& config, const Partition& p, const Point& poi
     for (int b = 0; b < branches; ++b) reads.branch[b] -= prefix.branch[b];
   } else {
     const ExpectedReads last = expected_reads(s.rules, total_positions(config, point) - 1);
-    for (int b = 0; b < branches; ++b) reads.branch[b] = static_cast<double>(last.branch[b]);
+    for (int b = 0; b < branches; ++b)
+      reads.branch[b] = static_cast<double>(last.branch[b]) * static_cast<double>(point.query_tokens);
   }
   for (double& count : reads.branch) count *= batch / kv;
-  const double rows = batch * (prefill ? static_cast<double>(point.context) / kv : 1);
+  const double rows =
+      batch * (prefill ? static_cast<double>(point.context) / kv : static_cast<double>(point.query_tokens));
   const double hidden = s.phi_hidden, token = hidden == 0 ? s.rules.l * width : 2 * hidden * (s.rules.l + 1) * width;
   double flops = rows / s.rules.d * s.groups * token + (replays(config) ? 0 : 2 * heads * reads.branch[cmp]) +
                  2 * branches * rows * heads * s.d_v * (prefill ? 1 : kv);

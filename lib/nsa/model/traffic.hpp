@@ -22,11 +22,12 @@ std::vector<Exchange> exchanges(const Config& config, const Partition& partition
                                 bool one_launch = false);
 
 /// Bytes that must move between memory and this rank's processor, by stage, with every element read once: in the last
-/// step of a decode, or in the whole prefill. comm: bytes received from peers.
+/// step of a decode that keeps all query tokens, or in the whole prefill. comm: bytes received from peers. Query tokens
+/// of a sequence are taken to have their forced blocks in common, and no others.
 std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& partition, const Point& point);
 
-/// FLOPs of an average rank in a decode step or a whole prefill, all layers. A multiply-add counts two, and a score
-/// that ranks a block two; none where selections are given.
+/// FLOPs of an average rank in the last decode step or a whole prefill, all layers. A multiply-add counts two, and a
+/// score that ranks a block two; none where selections are given.
 double modelled_flops(const Config& config, const Partition& partition, const Point& point);
 
 }  // namespace nsa

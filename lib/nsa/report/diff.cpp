@@ -237,9 +237,12 @@ std::string sweep_key(const PointRecord& p) {
   const std::int64_t prefix = integer_parameter(p, "run.prefix", 0);
   const std::string lengths =
       p.batch.lengths.empty() ? "" : ", lengths " + text_parameter(p, "batch.distribution", "equal");
-  return fmt::format("{}, context {}{}, batch {}{}, forced branch {}", text_parameter(p, "task.kind"),
+  const std::int64_t tokens = integer_parameter(p, "run.query_tokens", 1);
+  return fmt::format("{}, context {}{}, batch {}{}{}, forced branch {}", text_parameter(p, "task.kind"),
                      integer_parameter(p, "run.context", 0), prefix > 0 ? fmt::format(" after {}", prefix) : "",
-                     integer_parameter(p, "run.batch", 1), lengths, text_parameter(p, "run.force_branch", "none"));
+                     integer_parameter(p, "run.batch", 1), lengths,
+                     tokens > 1 ? fmt::format(", {} query tokens", tokens) : "",
+                     text_parameter(p, "run.force_branch", "none"));
 }
 
 /// The first point of each key.

@@ -204,7 +204,8 @@ double sharded_step_bytes(const PointRecord& point, std::size_t rank) {
 double step_bytes(const PointRecord& point, std::size_t rank) {
   if (find_mode(point.time, "total") < 0) return staged_step_bytes(point, rank);
   if (ran_as(point, "step") || ran_as(point, "sharded_step")) return fused_step_bytes(point, rank);
-  return ran_as(point, "shard") ? sharded_step_bytes(point, rank) : staged_step_bytes(point, rank);
+  return ran_as(point, "shard") || ran_as(point, "tokens") ? sharded_step_bytes(point, rank)
+                                                           : staged_step_bytes(point, rank);
 }
 
 double busiest_bytes(const PointRecord& point) {

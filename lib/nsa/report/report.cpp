@@ -4,7 +4,9 @@
 #include <fmt/ostream.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <numeric>
 #include <set>
 
 #include "kernels/diagnostics/json.hpp"
@@ -29,12 +31,22 @@ std::string count_text(double count) { return std::isnan(count) ? "-" : fmt::for
 std::string rate_text(double rate) { return std::isnan(rate) ? "-" : fmt::format("{:.0f}", rate); }
 std::string percent_text(double share) { return std::isnan(share) ? "-" : fmt::format("{:.1f}%", 100 * share); }
 
-/// Tokens a second that a decode appends to all sequences; NaN where it is none, or was not timed.
+/// Tokens that a decode step keeps, of all sequences, in the mean.
+double tokens_a_step(const PointRecord& point) {
+  const std::vector<std::int64_t>& kept = point.tokens_kept;
+  if (kept.empty()) return static_cast<double>(integer_parameter(point, "run.batch", 1));
+  return static_cast<double>(std::accumulate(kept.begin(), kept.end(), std::int64_t{0})) /
+         static_cast<double>(kept.size());
+}
+
+/// Tokens a second that a decode keeps, of all sequences; NaN where it is none, or was not timed.
 double decode_rate(const PointRecord& point) {
   const double seconds = step_time(point).median;
   if (text_parameter(point, "task.kind") != "decode" || !(seconds > 0)) return std::nan("");
-  return static_cast<double>(integer_parameter(point, "run.batch", 1)) / seconds;
+  return tokens_a_step(point) / seconds;
 }
+
+std::int64_t query_tokens(const PointRecord& point) { return integer_parameter(point, "run.query_tokens", 1); }
 
 /// The end of a metric's name, unique among the points of a sweep: "context_1024", "context_64_batch_4_force_sel".
 std::string point_name(const PointRecord& point) {
@@ -48,22 +60,34 @@ std::string point_name(const PointRecord& point) {
     const std::string distribution = text_parameter(point, "batch.distribution", "equal");
     name += "_" + (distribution == "equal" ? "listed" : distribution);
   }
+  if (query_tokens(point) != 1) name += fmt::format("_query_tokens_{}", query_tokens(point));
   const std::string forced = text_parameter(point, "run.force_branch", "none");
   if (forced != "none") name += "_force_" + forced;
   return name;
 }
 
+/// Whether two points of a sweep have as many tokens in as many sequences, and the same forced branch.
+bool same_tokens(const PointRecord& a, const PointRecord& b) {
+  return std::ranges::all_of(
+             std::array{"run.context", "run.batch"},
+             [&](const char* key) { return integer_parameter(a, key, 0) == integer_parameter(b, key, 0); }) &&
+         text_parameter(a, "run.force_branch") == text_parameter(b, "run.force_branch");
+}
+
 /// Time of a ragged batch over that of the same tokens in sequences of one length; NaN where `points` has no such one.
 double ragged_cost(const PointRecord& point, const std::vector<PointRecord>& points) {
   if (point.batch.lengths.empty()) return std::nan("");
-  const auto same = [&](const char* key) {
-    return [&point, key](const PointRecord& other) {
-      return integer_parameter(other, key, 0) == integer_parameter(point, key, 0);
-    };
-  };
   for (const PointRecord& other : points)
-    if (other.batch.lengths.empty() && same("run.context")(other) && same("run.batch")(other) &&
-        text_parameter(other, "run.force_branch") == text_parameter(point, "run.force_branch"))
+    if (other.batch.lengths.empty() && query_tokens(other) == query_tokens(point) && same_tokens(point, other))
+      return step_time(point).median / step_time(other).median;
+  return std::nan("");
+}
+
+/// Time of a step of several query tokens over that of one; NaN where `points` has no such one.
+double query_token_cost(const PointRecord& point, const std::vector<PointRecord>& points) {
+  if (query_tokens(point) == 1) return std::nan("");
+  for (const PointRecord& other : points)
+    if (query_tokens(other) == 1 && other.batch.lengths == point.batch.lengths && same_tokens(point, other))
       return step_time(point).median / step_time(other).median;
   return std::nan("");
 }
@@ -76,8 +100,10 @@ void add_time_metrics(Metrics& metrics, const PointRecord& point) {
   const std::string kind = text_parameter(point, "task.kind", "step"), name = point_name(point);
   if (kind == "needle") return;  // its steps are checked, not timed
   const bool prefill = kind == "prefill";
-  const double tokens = static_cast<double>(integer_parameter(point, "run.batch", 1) *
-                                            (prefill ? integer_parameter(point, "run.context", 0) : 1));
+  const double tokens =
+      prefill
+          ? static_cast<double>(integer_parameter(point, "run.batch", 1) * integer_parameter(point, "run.context", 0))
+          : tokens_a_step(point);
   metrics.push_back(
       {kind + "_time_" + name, fmt::format("{:.3f}", seconds * (prefill ? 1e3 : 1e6)), prefill ? "ms" : "us"});
   metrics.push_back({kind + "_rate_" + name, fmt::format("{:.1f}", tokens / seconds), "tokens/s"});
@@ -106,6 +132,8 @@ Metrics metrics_of(const PointRecord& point, const std::vector<PointRecord>& poi
   add_time_metrics(metrics, point);
   if (const double cost = ragged_cost(point, points); !std::isnan(cost))
     metrics.push_back({kind + "_ragged_cost_" + name, fmt::format("{:.3f}", cost), "1"});
+  if (const double cost = query_token_cost(point, points); !std::isnan(cost))
+    metrics.push_back({kind + "_query_token_cost_" + name, fmt::format("{:.3f}", cost), "1"});
   if (kind == "kernels") metrics = kernel_metrics(point);
   if (const auto found = point.needle.find("found"); found != point.needle.end() && !found->second.empty()) {
     const auto hits = std::count(found->second.begin(), found->second.end(), 1.0);
@@ -157,7 +185,9 @@ TableColumns table_columns(const std::vector<PointRecord>& points) {
   for (const PointRecord& point : points) {
     columns.prefix |= integer_parameter(point, "run.prefix", 0) > 0;
     columns.batch |= integer_parameter(point, "run.batch", 1) != 1;
-    columns.rate |= text_parameter(point, "task.kind") == "decode" && integer_parameter(point, "run.batch", 1) != 1;
+    columns.query_tokens |= query_tokens(point) != 1;
+    columns.rate |= text_parameter(point, "task.kind") == "decode" &&
+                    (integer_parameter(point, "run.batch", 1) != 1 || query_tokens(point) != 1);
     columns.forced |= text_parameter(point, "run.force_branch", "none") != "none";
     columns.nsa_vibe |= !text_parameter(point, "output.csv").empty();
   }
@@ -170,6 +200,7 @@ void print_table_header(std::ostream& out, const TableColumns& columns) {
   fmt::print(out, "{:>8}", "context");
   if (columns.prefix) fmt::print(out, " {:>8}", "prefix");
   if (columns.batch) fmt::print(out, " {:>6}", "batch");
+  if (columns.query_tokens) fmt::print(out, " {:>7}", "queries");
   if (columns.forced) fmt::print(out, " {:>6}", "forced");
   for (const char* name : {"total", "cmp", "rank", "sel", "win", "comm", "other"}) fmt::print(out, " {:>8}", name);
   fmt::print(out, " {:>6} {:>15}", "share", "reads");
@@ -182,6 +213,7 @@ void print_table_row(std::ostream& out, const TableColumns& columns, const Point
   fmt::print(out, "{:>8}", integer_parameter(point, "run.context", 0));
   if (columns.prefix) fmt::print(out, " {:>8}", integer_parameter(point, "run.prefix", 0));
   if (columns.batch) fmt::print(out, " {:>6}", integer_parameter(point, "run.batch", 1));
+  if (columns.query_tokens) fmt::print(out, " {:>7}", query_tokens(point));
   if (columns.forced) fmt::print(out, " {:>6}", text_parameter(point, "run.force_branch", "none"));
   for (const double seconds : {step_time(point).median, median_of(point, Stage::attend_cmp),
                                median_of(point, Stage::rank), median_of(point, Stage::attend_sel),
@@ -199,13 +231,15 @@ void print_table_row(std::ostream& out, const TableColumns& columns, const Point
 void print_table_notes(std::ostream& out, const TableColumns& columns) {
   if (columns.prefix) fmt::print(out, "prefix: tokens of each sequence that the caches held before\n");
   if (columns.batch) fmt::print(out, "batch: sequences\n");
+  if (columns.query_tokens) fmt::print(out, "queries: query tokens of each sequence in a step\n");
   if (columns.forced) fmt::print(out, "forced: the branch whose gate is 1 (the other gates are 0)\n");
   fmt::print(out,
              "total: the whole step as it runs; the columns to its right: stages of the step, timed one by one\n"
              "cmp: compressed attention   rank: block scoring and top-n   sel: selected attention\n"
              "win: window attention       comm: exchanges among ranks     other: all other stages\n"
              "share: (rank + sel) / all stages   reads: tokens counted/expected, last step, one sequence and group\n");
-  if (columns.rate) fmt::print(out, "tokens/s: sequences / total\n");
+  if (columns.rate)
+    fmt::print(out, "tokens/s: {} / total\n", columns.query_tokens ? "tokens that a step keeps" : "sequences");
   if (columns.nsa_vibe) fmt::print(out, "nsa-vibe: tokens by the formula of that project, cmp + n*l' + min(w, S)\n");
   fmt::print(out, "Times are medians over steps; the time of a step is that of its slowest rank.\n");
 }

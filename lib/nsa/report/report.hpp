@@ -12,10 +12,11 @@ namespace nsa {
 /// "a.h5: NVIDIA H200, node7, cuda backend, 2 ranks, commit ..., start": where and of what the run is.
 std::string run_line(const std::string& path, const RunRecord& run);
 
-/// Columns that the table has only where a point needs them. `rate`: tokens/s of a decode of several sequences.
+/// Columns that the table has only where a point needs them. `rate`: tokens/s of a decode of several sequences or query
+/// tokens.
 /// `nsa_vibe`: the run writes a CSV for comparison with that project.
 struct TableColumns {
-  bool prefix = false, batch = false, forced = false, rate = false, nsa_vibe = false;
+  bool prefix = false, batch = false, query_tokens = false, forced = false, rate = false, nsa_vibe = false;
 };
 TableColumns table_columns(const std::vector<PointRecord>& points);
 

@@ -113,6 +113,7 @@ void read_columns(const h5::Handle& group, PointRecord& p) {
   p.reads.counted = column<std::int64_t>(group, "reads", {branches, ranks, steps});
   p.reads.expected = column<std::int64_t>(group, "reads_expected", {branches, ranks, steps});
   p.reads.nsa_vibe = column<std::int64_t>(group, "reads_nsa_vibe", {steps});
+  p.tokens_kept = column<std::int64_t>(group, "tokens_kept", {steps});  // since 1.7
   if (p.reads.counted.empty() != p.reads.expected.empty())
     throw h5::Error("of 'reads' and 'reads_expected' it has only one");
   if (!p.reads.counted.empty()) p.reads.ranks = ranks, p.reads.steps = steps;

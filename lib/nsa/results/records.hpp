@@ -127,8 +127,9 @@ struct PointRecord {
   TimeTable time;
   PhaseRecord phases;
   ReadTable reads;
-  std::vector<std::int64_t> bytes;  ///< modelled bytes moved a step [stage][rank]
-  double copy_bandwidth = 0;        ///< bytes/s read + written, measured on the slowest rank
+  std::vector<std::int64_t> bytes;        ///< modelled bytes moved a step [stage][rank]
+  std::vector<std::int64_t> tokens_kept;  ///< [step] query tokens kept, of all sequences; empty: one of each
+  double copy_bandwidth = 0;              ///< bytes/s read + written, measured on the slowest rank
   MemoryRecord memory;
   std::array<std::string, branches> routes, route_reasons;  ///< the implementation that ran, and why it was chosen
   std::array<std::string, branches> route_kernels;          ///< the backend's kernels that it ran: "tiled, rows"

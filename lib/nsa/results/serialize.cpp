@@ -90,11 +90,12 @@ auto members(R& r) {
 template <Is<PointRecord> R>
 auto members(R& r) {
   auto& [index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps, time,
-         phases, reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange, fallbacks,
-         max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch, pages] = r;
+         phases, reads, bytes, tokens_kept, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange,
+         fallbacks, max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch, pages] = r;
   return std::tie(index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps,
-                  time, phases, reads, bytes, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange,
-                  fallbacks, max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch, pages);
+                  time, phases, reads, bytes, tokens_kept, copy_bandwidth, memory, routes, route_reasons, route_kernels,
+                  exchange, fallbacks, max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch,
+                  pages);
 }
 
 template <Is<ResultFile> R>

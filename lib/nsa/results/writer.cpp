@@ -127,6 +127,7 @@ void write_columns(const h5::Handle& group, const PointRecord& p) {
   column("reads", p.reads.counted, {"branch", "rank", "step"}, {"1", "tokens read, counted where they are loaded"});
   column("reads_expected", p.reads.expected, {"branch", "rank", "step"}, {"1", "tokens read, from the shape alone"});
   column("reads_nsa_vibe", p.reads.nsa_vibe, {"step"}, {"1", "tokens read, by the formula of nsa-vibe"});
+  column("tokens_kept", p.tokens_kept, {"step"}, {"1", "query tokens that a step keeps, of all sequences"});
   column("bytes", p.bytes, {"stage", "rank"}, {"byte", "modelled bytes moved in one step"});
   column("memory_planned", p.memory.planned, {"kind", "rank"}, {"byte", "memory planned"});
   column("memory_peak", p.memory.measured_peak, {"kind", "rank"}, {"byte", "most memory allocated at a time"});

@@ -109,10 +109,12 @@ class DecodePasses {
   std::string latest_problem() const;
   CheckResult check_rows(const StepContext& ctx, std::int64_t step) const;
   RankReads reads() const;
+  SharedBlocks shared_blocks() const;
   // The reads of each sequence of a ragged batch. Collective.
   void record_batch() const;
   StepOutput output() const;
   void flip_caches() const;
+  std::int64_t rows() const { return shard_.point.batch * shard_.point.query_tokens; }
 
   const Session& session_;
   ModelShard& shard_;
@@ -130,7 +132,7 @@ void DecodePasses::recorded(const TensorSource& source) {
   std::unique_ptr<StepTensors> tensors;
   agreed(session_.world, [&] {
     if (config_.output.tensors || config_.output.selection)
-      tensors = std::make_unique<StepTensors>(shard_, config_.run.steps);
+      tensors = std::make_unique<StepTensors>(shard_, config_.run.steps * shard_.point.query_tokens);
   });
   CheckResult checked;
   std::string problem;
@@ -141,20 +143,32 @@ void DecodePasses::recorded(const TensorSource& source) {
     decode_.step(options, untimed);
     const StepContext ctx = decode_.last_layer(options);
     shard_.device().synchronize(shard_.streams.compute);
-    if (tensors) tensors->take(ctx, step, true);
+    if (tensors) tensors->take(ctx, step * shard_.point.query_tokens, true);
     if (!config_.run.check) continue;
     if (problem.empty()) problem = latest_problem();
     if (step == 0 || step + 1 == config_.run.steps) checked.merge(check_rows(ctx, step));
   }
-  const double scale = keep_records(session_.world, shard_, source, checked, tensors.get(),
-                                    total_positions(config_, shard_.point), record_);
+  const double scale =
+      keep_records(session_.world, shard_, source, checked, tensors.get(), decode_.positions().ends(), record_);
   gather_problems(session_.world, problem, record_);
   expected_ = output();
   expected_.scale = scale;
-  const std::int32_t n = shard_.shape().rules.n_sel;
+  record_shared(session_.world, shared_blocks(), record_);
+}
+
+// Neighbours are the query tokens of a sequence, across steps too.
+SharedBlocks DecodePasses::shared_blocks() const {
+  const std::int64_t tokens = shard_.point.query_tokens, width = shard_.shape().groups * shard_.shape().rules.n_sel,
+                     sequences = config_.model.layers * shard_.point.batch, steps = config_.run.steps;
+  std::vector<std::int32_t> by_token(expected_.selected.size());  // [steps][query tokens][layers][batch][groups, n]
+  for (std::int64_t i = 0; i < steps * sequences * tokens; ++i) {
+    const std::int64_t step = i / (sequences * tokens), sequence = i / tokens % sequences;
+    std::copy_n(expected_.selected.begin() + i * width, width,
+                by_token.begin() + ((step * tokens + i % tokens) * sequences + sequence) * width);
+  }
   SharedBlocks shared;
-  shared.add(expected_.selected.data(), config_.run.steps, decode_.selected_count() / n, n);
-  record_shared(session_.world, shared, record_);
+  shared.add(by_token.data(), steps * tokens, sequences * shard_.shape().groups, shard_.shape().rules.n_sel);
+  return shared;
 }
 
 bool DecodePasses::measured(const ModeRun& run, StageTimer& timer, const TakeSample& take) {
@@ -234,15 +248,16 @@ void DecodePasses::take_stamps(const ModeRun& run, const TakeSample& take) {
 }
 
 std::string DecodePasses::latest_problem() const {
-  return output_problem(latest_output(shard_, decode_.buffers(), shard_.point.batch, true), {}, shard_.shape().dtype);
+  return output_problem(latest_output(shard_, decode_.buffers(), rows(), true), {}, shard_.shape().dtype);
 }
 
 CheckResult DecodePasses::check_rows(const StepContext& ctx, std::int64_t step) const {
   CheckResult checked;
-  const std::int64_t stride = std::max<std::int64_t>(1, shard_.planes() / 2);
+  const std::int64_t stride = std::max<std::int64_t>(1, shard_.planes() / 2), tokens = shard_.point.query_tokens;
   for (std::int64_t plane = 0; plane < shard_.planes(); plane += stride) {
     const std::int64_t b = plane / shard_.shape().groups;
-    checked.merge(check_row(ctx, plane, b, shard_.point.length(b) + step));
+    for (std::int64_t j = 0; j < tokens; j += std::max<std::int64_t>(1, tokens - 1))  // the first and the last one
+      checked.merge(check_row(ctx, plane, b * tokens + j, decode_.positions()(step, b) + j));
   }
   return checked;
 }
@@ -254,7 +269,7 @@ RankReads DecodePasses::reads() const {
   RankReads reads(steps);
   for (std::int64_t i = 0; i < std::ssize(log); ++i)
     reads.counted[i / planes % branches * steps + i / (planes * branches)] += log[i];
-  expect_decode(reads, shard_.partition, shard_.point, config_.model.layers, selected);
+  expect_decode(reads, config_, shard_.partition, shard_.point, selected);
   return reads;
 }
 
@@ -269,7 +284,7 @@ void DecodePasses::record_batch() const {
   BatchRecord& batch = record_.batch;
   batch.reads.assign(own.size(), 0);
   for (std::size_t i = 0; i < ranks.size(); ++i) batch.reads[i % own.size()] += ranks[i];
-  batch.reads_expected = sequence_reads(config_, point, last);
+  batch.reads_expected = sequence_reads(config_, point, decode_.positions(), last);
   for (std::int64_t i = 0; i < std::ssize(batch.reads); ++i)
     if (batch.reads[i] != batch.reads_expected[i])
       record_.fail(std::string("reads of ") + branch_names[i / point.batch] + " of sequence " +
@@ -278,7 +293,7 @@ void DecodePasses::record_batch() const {
 }
 
 StepOutput DecodePasses::output() const {
-  StepOutput output = latest_output(shard_, decode_.buffers(), shard_.point.batch, true);
+  StepOutput output = latest_output(shard_, decode_.buffers(), rows(), true);
   output.selected = download_ints(shard_, decode_.selected_log().data(), config_.run.steps * decode_.selected_count());
   output.fallbacks = shard_.routes.fallbacks(Phase::decode).size();
   return output;
@@ -289,6 +304,19 @@ void DecodePasses::flip_caches() const {
   Stream* stream = shard_.streams.compute;
   fault::flip("cache.k", shard_.device(), cache.k_memory.data(), cache.k_memory.bytes(), stream);
   fault::flip("cache.v", shard_.device(), cache.v_memory.data(), cache.v_memory.bytes(), stream);
+}
+
+// nsa-vibe's formula, and the query tokens that each step keeps of all sequences.
+void record_steps(const StepPositions& positions, const Config& config, const Point& point, PointRecord& record) {
+  for (std::int64_t step = 0; step < config.run.steps; ++step) {
+    std::int64_t kept = 0, reads = 0;
+    for (std::int64_t b = 0; b < point.batch; ++b) kept += positions.kept(step, b);
+    const std::int64_t moved = positions(step, 0) - point.length(0);
+    for (std::int64_t j = 0; j < point.query_tokens; ++j)
+      reads += nsa_vibe_reads(config.nsa, point.context + moved + j);
+    record.reads.nsa_vibe.push_back(reads);
+    if (point.query_tokens > 1) record.tokens_kept.push_back(kept);
+  }
 }
 
 void describe_batch(const ModelShard& shard, BatchRecord& batch) {
@@ -350,8 +378,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
     const bool same = cache_checksum(*shard, config.model.layers) == checksum;
     gather_problems(world, same ? "" : "the cached K or V changed while the steps ran", record);
   }
-  for (std::int64_t step = 0; step < config.run.steps; ++step)
-    record.reads.nsa_vibe.push_back(nsa_vibe_reads(config.nsa, point.context + step));
+  record_steps(decode->positions(), config, point, record);
   record.first_position = point.longest();
   if (point.ragged()) describe_batch(*shard, record.batch);
   finish_point(world, *shard, samples, record);

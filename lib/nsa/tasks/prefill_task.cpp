@@ -87,7 +87,8 @@ void PrefillPasses::recorded() {
     if (!config_.run.check || seen++ % stride != 0) return;
     checked.merge(check_tile(ctx, tile, seen / stride % shard_.shape().groups));
   });
-  const double scale = keep_records(session_.world, shard_, source_, checked, tensors.get(), positions, record_);
+  const double scale = keep_records(session_.world, shard_, source_, checked, tensors.get(),
+                                    std::vector<std::int64_t>(shard_.point.batch, positions), record_);
   record_shared(session_.world, shared, record_);
   expected_ = result();
   expected_.output.scale = scale;

@@ -14,7 +14,7 @@ void gather_problems(const ControlComm& world, const std::string& problem, Point
 }
 
 double keep_records(const ControlComm& world, ModelShard& shard, const TensorSource& source, const CheckResult& checked,
-                    StepTensors* tensors, std::int64_t positions, PointRecord& record) {
+                    StepTensors* tensors, const std::vector<std::int64_t>& ends, PointRecord& record) {
   if (shard.config.run.check) {
     record.max_abs_err = std::max(record.max_abs_err, world.max(checked.max_abs_err));
     for (const std::string& problem : world.gather(checked.problem)) record.fail(problem);
@@ -27,7 +27,7 @@ double keep_records(const ControlComm& world, ModelShard& shard, const TensorSou
   };
   if (all) keep(input_tensors(shard, source, world.rank() == 0));
   keep(tensors->reduce(world));
-  if (all) keep(compressed_tensors(shard, positions, world));
+  if (all) keep(compressed_tensors(shard, ends, world));
   return scale;
 }
 

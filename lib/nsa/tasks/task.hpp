@@ -28,7 +28,7 @@ void fill_caches(const Session& session, ModelShard& shard, const TensorSource& 
 /// After the recorded pass: stores what the checks found and the tensors that are asked for, those of all ranks.
 /// Returns the largest |v| that the checks of any rank saw. Collective.
 double keep_records(const ControlComm& world, ModelShard& shard, const TensorSource& source, const CheckResult& checked,
-                    StepTensors* tensors, std::int64_t positions, PointRecord& record);
+                    StepTensors* tensors, const std::vector<std::int64_t>& ends, PointRecord& record);
 
 /// After the recorded pass: stores what neighbouring queries share, over all ranks. Collective.
 void record_shared(const ControlComm& world, const SharedBlocks& shared, PointRecord& record);

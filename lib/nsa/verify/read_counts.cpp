@@ -1,8 +1,7 @@
 #include "nsa/verify/read_counts.hpp"
 
 #include <algorithm>
-
-#include "nsa/model/inputs.hpp"
+#include <array>
 
 namespace nsa {
 
@@ -26,19 +25,20 @@ std::int64_t selected_tokens_read(const Partition& p, std::int64_t t, const std:
 
 }  // namespace
 
-void expect_decode(RankReads& reads, const Partition& p, const Point& point, std::int64_t layers,
+void expect_decode(RankReads& reads, const Config& config, const Partition& p, const Point& point,
                    const std::vector<std::int32_t>& selected) {
-  const std::int64_t lists = layers * p.shape.groups, width = p.shape.groups * p.shape.rules.n_sel;
+  const std::int64_t layers = config.model.layers, lists = layers * p.shape.groups,
+                     width = p.shape.groups * p.shape.rules.n_sel, rows = point.batch * point.query_tokens;
+  const StepPositions positions(config, point);
   for (std::int64_t step = 0; step < reads.steps; ++step) {
     const auto add = [&](Branch branch, std::int64_t n) { reads.expected[branch * reads.steps + step] += n; };
-    for (std::int64_t b = 0; b < point.batch; ++b) {
-      const std::int64_t t = point.length(b) + step;
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const std::int64_t t = positions(step, row / point.query_tokens) + row % point.query_tokens;
       add(cmp, lists * owned_rows(p.compressed(false), compressed_tokens(p.shape.rules, t)));
       add(win, lists * window_slots_read(p, t));
       if (p.kv == 1) add(sel, lists * expected_reads(p.shape.rules, t).branch[sel]);
       for (std::int64_t layer = 0; p.kv > 1 && layer < layers; ++layer)
-        add(sel,
-            selected_tokens_read(p, t, selected.data() + ((step * layers + layer) * point.batch + b) * width, width));
+        add(sel, selected_tokens_read(p, t, selected.data() + ((step * layers + layer) * rows + row) * width, width));
     }
   }
 }
@@ -52,29 +52,45 @@ void expect_prefill(RankReads& reads, const Partition& p, std::int64_t first, st
   }
 }
 
+namespace {
+
+/// What all ranks together must read for the queries at positions [first, first + count) of a sequence, by branch.
+std::array<std::int64_t, branches> reads_of_queries(const Config& config, std::int64_t first, std::int64_t count) {
+  std::array<std::int64_t, branches> sum{};
+  for (std::int64_t i = 0; i < count; ++i) {
+    const ExpectedReads reads = expected_reads(config.nsa, first + i);
+    for (int c = 0; c < branches; ++c) sum[c] += config.model.n_kv_groups * config.model.layers * reads.branch[c];
+  }
+  return sum;
+}
+
+}  // namespace
+
 std::vector<std::int64_t> total_reads(const Config& config, const Point& point) {
-  const bool prefill = config.kind == TaskKind::prefill;
-  const std::int64_t steps = prefill ? 1 : config.run.steps, positions = prefill ? point.context : steps;
-  const std::int64_t lists = config.model.n_kv_groups * config.model.layers;
+  if (config.kind == TaskKind::prefill) {
+    const auto reads = reads_of_queries(config, config.run.prefix, point.context);
+    std::vector<std::int64_t> totals(reads.begin(), reads.end());
+    for (std::int64_t& total : totals) total *= point.batch;
+    return totals;
+  }
+  const std::int64_t steps = config.run.steps;
+  const StepPositions positions(config, point);
   std::vector<std::int64_t> totals(branches * steps, 0);
-  for (const SequenceRange& some : equal_sequences(point)) {
-    const std::int64_t first = prefill ? config.run.prefix : point.length(some.begin);
-    for (std::int64_t i = 0; i < positions; ++i) {
-      const ExpectedReads reads = expected_reads(config.nsa, first + i);
-      for (int c = 0; c < branches; ++c) totals[c * steps + (prefill ? 0 : i)] += some.count * lists * reads.branch[c];
-    }
+  for (std::int64_t step = 0; step < steps; ++step) {
+    const std::vector<std::int64_t> reads = sequence_reads(config, point, positions, step);
+    for (std::int64_t i = 0; i < std::ssize(reads); ++i) totals[i / point.batch * steps + step] += reads[i];
   }
   return totals;
 }
 
-std::vector<std::int64_t> sequence_reads(const Config& config, const Point& point, std::int64_t step) {
-  const std::int64_t lists = config.model.n_kv_groups * config.model.layers;
-  std::vector<std::int64_t> reads(static_cast<std::size_t>(branches * point.batch));
+std::vector<std::int64_t> sequence_reads(const Config& config, const Point& point, const StepPositions& positions,
+                                         std::int64_t step) {
+  std::vector<std::int64_t> list(static_cast<std::size_t>(branches * point.batch));
   for (std::int64_t b = 0; b < point.batch; ++b) {
-    const ExpectedReads expected = expected_reads(config.nsa, point.length(b) + step);
-    for (int c = 0; c < branches; ++c) reads[c * point.batch + b] = lists * expected.branch[c];
+    const auto reads = reads_of_queries(config, positions(step, b), point.query_tokens);
+    for (int c = 0; c < branches; ++c) list[c * point.batch + b] = reads[c];
   }
-  return reads;
+  return list;
 }
 
 ReadTable gather_reads(const ControlComm& world, const RankReads& reads) {

@@ -7,6 +7,7 @@
 
 #include "comm/session.hpp"
 #include "nsa/model/partition.hpp"
+#include "nsa/model/step_positions.hpp"
 #include "nsa/results/records.hpp"
 
 namespace nsa {
@@ -18,9 +19,10 @@ struct RankReads {
   explicit RankReads(std::int64_t n) : steps(n), counted(branches * n), expected(branches * n) {}
 };
 
-/// Adds the expected reads of the decode steps of a point on one rank. `selected` [steps][layers][batch][groups][n] are
-/// the chosen blocks; they are used only where there are several kv ranks, to count the blocks that this rank owns.
-void expect_decode(RankReads& reads, const Partition& partition, const Point& point, std::int64_t layers,
+/// Adds the expected reads of the decode steps of a point on one rank. `selected` [steps][layers][batch][query
+/// tokens][groups][n] are the chosen blocks; they are used only where there are several kv ranks, to count the blocks
+/// that this rank owns.
+void expect_decode(RankReads& reads, const Config& config, const Partition& partition, const Point& point,
                    const std::vector<std::int32_t>& selected);
 
 /// Expected reads of a prefill of positions [first, end): this rank's query rows, each with every token it attends.
@@ -31,7 +33,8 @@ void expect_prefill(RankReads& reads, const Partition& partition, std::int64_t f
 std::vector<std::int64_t> total_reads(const Config& config, const Point& point);
 
 /// What all ranks together must read of each sequence of a batch at a decode step, [branch][sequence].
-std::vector<std::int64_t> sequence_reads(const Config& config, const Point& point, std::int64_t step);
+std::vector<std::int64_t> sequence_reads(const Config& config, const Point& point, const StepPositions& positions,
+                                         std::int64_t step);
 
 /// Gathers the reads of all ranks on rank 0. Collective.
 ReadTable gather_reads(const ControlComm& world, const RankReads& reads);

@@ -137,10 +137,11 @@ std::vector<TensorRecord> input_tensors(const ModelShard& shard, const TensorSou
   return list;
 }
 
-std::vector<TensorRecord> compressed_tensors(ModelShard& shard, std::int64_t positions, const ControlComm& world) {
+std::vector<TensorRecord> compressed_tensors(ModelShard& shard, const std::vector<std::int64_t>& ends,
+                                             const ControlComm& world) {
   const Partition& p = shard.partition;
   const LayerShape& s = p.shape;
-  const std::int64_t tokens = compressed_tokens(s.rules, positions - 1);
+  const std::int64_t tokens = compressed_tokens(s.rules, *std::ranges::max_element(ends) - 1);
   std::vector<TensorRecord> list;
   for (const bool value : {false, true}) {
     const KvView view = on_host(value ? shard.caches.back().cmp.v : shard.caches.back().cmp.k);
@@ -148,8 +149,8 @@ std::vector<TensorRecord> compressed_tensors(ModelShard& shard, std::int64_t pos
                      {shard.point.batch, tokens, shard.config.model.n_kv_groups, view.width},
                      {"batch", "compressed_token", "group", value ? "d_v" : "d_k"}, tokens);
     for (std::int64_t plane = 0; plane < shard.planes(); ++plane) {
-      const std::int64_t shorter = shard.point.longest() - shard.point.length(plane / s.groups);
-      for (std::int64_t i = 0; i < compressed_tokens(s.rules, positions - shorter - 1); ++i) {
+      const std::int64_t end = ends[static_cast<std::size_t>(plane / s.groups)];
+      for (std::int64_t i = 0; i < compressed_tokens(s.rules, end - 1); ++i) {
         if (p.kv > 1 && owner_of_chunk(view.map, chunk_of(view.map, i)) != p.kv_rank) continue;
         const auto* from = static_cast<std::byte*>(view.data) +
                            offset_of(view, plane, i) * static_cast<std::int64_t>(size_of(s.dtype));

@@ -43,6 +43,7 @@ class StepTensors {
 
 /// x and weights (or q, k, v, gates) as the run used them, rounded to storage; and the compressed tokens.
 std::vector<TensorRecord> input_tensors(const ModelShard& shard, const TensorSource& source, bool on_this_rank);
-std::vector<TensorRecord> compressed_tensors(ModelShard& shard, std::int64_t positions, const ControlComm& world);
+std::vector<TensorRecord> compressed_tensors(ModelShard& shard, const std::vector<std::int64_t>& ends,
+                                             const ControlComm& world);
 
 }  // namespace nsa

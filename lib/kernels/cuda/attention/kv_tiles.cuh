@@ -1,7 +1,7 @@
 #pragma once
 // The K/V rows of one branch that a query row attends, as spans of contiguous rows: LSE segments (cmp), selected blocks
-// (sel), runs of 64 positions (win; for a ring runs of slots, whatever the order of positions). A span is read as KV
-// tiles of 32 rows.
+// (sel), runs of 64 positions (win; for a ring that the window fills runs of slots, whatever the order of positions). A
+// span is read as KV tiles of 32 rows.
 
 #include "kernels/cuda/attention/split_kv.cuh"
 
@@ -27,14 +27,26 @@ __device__ __forceinline__ int clamp_count(std::int64_t left, std::int64_t limit
   return static_cast<int>(left < 0 ? 0 : left < limit ? left : limit);
 }
 
-/// Rows [begin, end) of the window of position t: positions, or the ring slots that this rank reads.
+/// Whether the window reads all slots of its ring, once it is full.
+__device__ __forceinline__ bool fills_ring(const BlockRules& r, const RowMap& map) {
+  return map.ring > 0 && map.ring == r.w;
+}
+
+/// Rows [begin, end) of the window of position t: positions, or the slots that this rank reads of a ring that it fills.
 struct WindowRows {
   std::int64_t begin, end;
 };
 __device__ __forceinline__ WindowRows window_rows(const BlockRules& r, const RowMap& map, std::int64_t t) {
-  if (map.ring == 0) return {window_begin(r, t), t + 1};
+  if (!fills_ring(r, map)) return {window_begin(r, t), t + 1};
   std::int64_t end = t + 1 < map.ring ? t + 1 : map.ring;
   return {map.slot_begin, end < map.slot_end ? end : map.slot_end};
+}
+
+/// Rows of the positions [begin, end) of one span of a ring that the window does not fill.
+__device__ __forceinline__ KvRows rows_in_ring(const RowMap& map, int begin, int end) {
+  const int slot = begin % static_cast<int>(map.ring);
+  const bool held = slot >= map.slot_begin && slot < map.slot_end;
+  return {slot, held ? end - begin : 0, 0, slot};
 }
 
 /// Rows of tokens [begin, end), all of one chunk (for a ring: of slots). None where this rank does not hold the chunk.
@@ -132,6 +144,10 @@ struct KvTiles {
       const WindowRows rows = window_rows(s.rules, map, t);
       const int first = static_cast<int>(rows.begin), from = (first / window_span + u) * window_span;
       begin = max(first, from), end = min(from + window_span, static_cast<int>(rows.end));
+      if (map.ring > 0 && map.ring != s.rules.w) {
+        const KvRows span = rows_in_ring(map, begin, end);
+        return {span.row + at, min(tile_rows, span.count - at), 0, span.row + at};
+      }
     }
     return {begin + at, min(tile_rows, end - begin - at), 0, begin + at};
   }
@@ -147,7 +163,7 @@ struct KvTiles {
 inline std::int64_t max_kv_tiles(Branch branch, const LayerShape& s, const RowMap& map, std::int64_t positions) {
   const std::int64_t tokens = compressed_tokens(s.rules, positions - 1);
   const std::int64_t window_rows_count =
-      map.ring > 0 ? std::min<std::int64_t>(map.slot_end, map.ring) - map.slot_begin : s.rules.w;
+      map.ring == s.rules.w ? std::min<std::int64_t>(map.slot_end, map.ring) - map.slot_begin : s.rules.w;
   const std::int64_t spans = branch == sel                         ? s.rules.n_sel
                              : branch == win                       ? window_rows_count / window_span + 2
                              : map.rank != all_ranks && map.kv > 1 ? owned_chunks(map, tokens + map.halo, map.rank)

@@ -26,6 +26,14 @@ inline bool reads_kv_map(Branch branch, const LayerShape& s, const RowMap& map) 
   return map.kv > 1 && (branch != win || (map.rank == all_ranks && map.chunk % window_span == 0));
 }
 
+/// Whether the decode kernels read this map: one of these, or for the window a longer ring, of whole window spans, of
+/// which a rank reads whole spans. A span of positions is then one of slots.
+inline bool reads_step_map(Branch branch, const LayerShape& s, const RowMap& map) {
+  const auto whole = [](std::int64_t slots) { return slots % window_span == 0; };
+  return reads_kv_map(branch, s, map) || (branch == win && map.ring > s.rules.w && whole(map.ring) &&
+                                          whole(map.slot_begin) && (whole(map.slot_end) || map.slot_end >= map.ring));
+}
+
 /// Splits of a work item: enough CTAs to fill the GPU twice, at most one a span.
 inline int splits_of(const LayerShape& s, const QueryTile& tile, std::int64_t spans) {
   const std::int64_t work_items = tile.rows() * s.groups * head_tiles(s);

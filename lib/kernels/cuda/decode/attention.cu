@@ -6,6 +6,9 @@
 // it does not, win has CTAs of its own.
 //
 // Of a ragged batch the tiles are dealt by length (attention/tile_schedule.cuh).
+//
+// Of several query tokens cmp has a launch of its own (decode/tokens/kernel.cuh). The rest of the step is one launch
+// too where its rows fill the GPU (try_fused_tokens); else win runs beside sel.
 
 #include <algorithm>
 #include <functional>
@@ -84,8 +87,7 @@ DecodeJob place(const DecodeJob& job, const AttendArgs& a, float*& partials) {
 }
 
 int splits_for(Branch branch, const AttendArgs& a) {
-  return decode_splits(decode_work_items(a.shape, a.tile),
-                       max_kv_tiles(branch, a.shape, a.k.map, a.tile.max_positions));
+  return branch_splits(branch, a.shape, a.tile, max_kv_tiles(branch, a.shape, a.k.map, a.tile.max_positions));
 }
 
 // The jobs of a step, by branch.
@@ -102,6 +104,20 @@ StepJobs split_jobs(const AttentionArgs& a, const DecodeParams& p, float* partia
   jobs.of[win] = place(decode_job(win, win_args, win_splits, partials), win_args, partials);
   if (!shares_ctas) jobs.of[win].first_cta = row_groups * cmp_splits;
   jobs.of[sel] = place(decode_job(sel, sel_args, splits_for(sel, sel_args), partials), sel_args, partials);
+  return jobs;
+}
+// Rank reads sums of blocks, where there are such, as in a sharded step.
+void keep_block_sums(DecodeParams& p) {
+  const std::int64_t work_items = decode_work_items(p.shape, p.tile);
+  if (leaves_sums(p.shape)) p.block_sums = tile_sums(p.scores, p.max_tiles, decode_heads(p.shape.dtype));
+  p.keeps_scores = keeps_scores(p.block_sums.memory ? work_items * p.block_sums.item_floats
+                                                    : p.tile.rows() * p.shape.heads() * p.pitch);
+}
+// Of several query tokens: cmp alone, then sel and win.
+StepJobs token_jobs(const AttentionArgs& a, float* partials) {
+  StepJobs jobs;
+  for (const Branch b : {cmp, sel, win})
+    jobs.of[b] = place(decode_job(b, a.attend[b], splits_for(b, a.attend[b]), partials), a.attend[b], partials);
   return jobs;
 }
 // The tiles of a ragged batch dealt by length.
@@ -133,12 +149,13 @@ bool decode_attention_accepts(const AttentionArgs& a) {
   bool reads = decode_accepts(s, tile) && a.combine.ranks == 1 && a.rank.lse_ranks == 1;
   for (int b = 0; b < branches; ++b) {
     const RowMap& map = a.attend[b].k.map;
-    reads &= map.chunk == INT64_MAX && reads_kv_map(static_cast<Branch>(b), s, map);
+    reads &= map.chunk == INT64_MAX && reads_step_map(static_cast<Branch>(b), s, map);
   }
   return reads;
 }
 
 const char* decode_attention_variant(const AttentionArgs& a) {
+  if (a.combine.tile.tokens > 1) return "tokens";
   return a.combine.tile.ragged() && !fused_decode_accepts(a) ? "dealt" : "step";
 }
 
@@ -162,25 +179,37 @@ void decode_attention(const AttentionArgs& a, Stream* stream) {
   const bool* leave_out = a.combine.leave_out;
   DecodeParams p = decode_params(s, tile, cmp_args.q);
   set_cmp_outputs(p, cmp_args);
-  const bool separate_buckets = !leave_out[sel] && (tile.ragged() || merges_separately(cmp, 1, p.max_tiles));
+  const bool several = tile.tokens > 1;
+  const bool separate_buckets = !leave_out[sel] && (several || tile.ragged() || merges_separately(cmp, 1, p.max_tiles));
   p.epilogue = leave_out[sel] || separate_buckets ? DecodeEpilogue::store_partials : DecodeEpilogue::merge_buckets;
   p.arrivals = arrival_counters(cmp);
   float* partials = static_cast<float*>(cmp_args.scratch) + tile_lse_floats(s, tile);
 
-  const StepJobs jobs = tile.ragged() ? dealt_jobs(a, p, partials, stream) : split_jobs(a, p, partials);
-  if (!leave_out[win]) p.jobs[p.job_count++] = jobs.of[win];
+  if (several) keep_block_sums(p);
+
+  const StepJobs jobs = several         ? token_jobs(a, partials)
+                        : tile.ragged() ? dealt_jobs(a, p, partials, stream)
+                                        : split_jobs(a, p, partials);
+  if (!several && !leave_out[win]) p.jobs[p.job_count++] = jobs.of[win];
   p.jobs[p.job_count++] = jobs.of[cmp];
   launch_decode(p, stream);
+  if (several && try_fused_tokens(a, p, stream)) return;
   if (separate_buckets) launch_merge_splits({.launch = p, .buckets = true}, stream);
 
+  p.epilogue = DecodeEpilogue::store_partials;
+  p.job_count = 0;
   if (!leave_out[sel]) {
-    rank(a.rank, stream);
-    p.epilogue = DecodeEpilogue::store_partials;
+    RankArgs rank_args = a.rank;
+    rank_args.local_attention = p.block_sums.memory != nullptr;
+    rank(rank_args, stream);
     p.selected = a.rank.selected;
-    p.jobs[0] = jobs.of[sel];
-    p.job_count = 1;
-    launch_decode(p, stream);
+    p.jobs[p.job_count++] = jobs.of[sel];
   }
+  if (several && !leave_out[win]) {
+    p.jobs[p.job_count++] = jobs.of[win];
+    if (p.job_count > 1) p.jobs[1].first_cta = job_ctas(p.jobs[0], static_cast<int>(tile.rows()) * s.groups);
+  }
+  if (p.job_count > 0) launch_decode(p, stream);
 
   const MergeBranchesParams merge{
       a.combine, {jobs.of[cmp], jobs.of[sel], jobs.of[win]}, p.head_tiles, decode_heads(s.dtype)};

@@ -77,7 +77,8 @@ bool has_kernel(const FusedAppendParams& p) {
 bool decode_layer_accepts(const DecodeLayerArgs& a) {
   const LayerShape& s = a.attention.combine.shape;
   const auto size = static_cast<std::int64_t>(size_of(s.dtype));
-  if (a.attention.combine.tile.ragged()) return false;  // the last CTA moves one position on
+  if (a.attention.combine.tile.tokens > 1) return false;  // rows read what other rows append
+  if (a.attention.combine.tile.ragged()) return false;    // the last CTA moves one position on
   if (!decode_attention_accepts(a.attention) || !fused_decode_accepts(a.attention)) return false;
   if (s.phi != PhiKind::mean || a.attention.combine.tile.rows() == 0 || a.log.log_steps == 0) return false;
   for (const AppendArgs& append : a.append)

@@ -24,6 +24,10 @@ namespace {
 
 constexpr int threads = 128;
 
+int splits_for(Branch branch, const AttendArgs& a) {
+  return branch_splits(branch, a.shape, a.tile, max_kv_tiles(branch, a.shape, a.k.map, a.tile.max_positions));
+}
+
 // Parameters of the split-KV launch of local_attention(); normalise_partials() reads its partials.
 DecodeParams local_attention_params(const ShardedAttentionArgs& a) {
   const AttendArgs &cmp_args = a.attend[cmp], &win_args = a.attend[win];
@@ -37,6 +41,13 @@ DecodeParams local_attention_params(const ShardedAttentionArgs& a) {
   p.keeps_scores = keeps_scores(p.block_sums.memory ? work_items * p.block_sums.item_floats
                                                     : std::int64_t{tile.rows()} * s.heads() * p.pitch);
   float* cmp_partials = static_cast<float*>(cmp_args.scratch) + tile_lse_floats(s, tile);
+  if (tile.tokens > 1) {
+    if (!a.combine.leave_out[win])
+      p.jobs[p.job_count++] =
+          decode_job(win, win_args, splits_for(win, win_args), static_cast<float*>(win_args.scratch));
+    p.jobs[p.job_count++] = decode_job(cmp, cmp_args, splits_for(cmp, cmp_args), cmp_partials);
+    return p;
+  }
   if (tile.ragged()) {
     const TileSchedules schedules = schedules_at(cmp_partials, tile);
     if (!a.combine.leave_out[win])
@@ -94,7 +105,7 @@ __global__ void __launch_bounds__(threads) merge_ranks_kernel(const __grid_const
 bool sharded_attention_accepts(const ShardedAttentionArgs& a) {
   const LayerShape& s = a.combine.shape;
   bool reads = decode_accepts(s, a.combine.tile) && a.combine.tile.rows() > 0 && a.combine.ranks > 1;
-  for (const Branch b : {cmp, win}) reads &= reads_kv_map(b, s, a.attend[b].k.map);
+  for (const Branch b : {cmp, win}) reads &= reads_step_map(b, s, a.attend[b].k.map);
   return reads && a.attend[cmp].k.map.rank != all_ranks;
 }
 
@@ -102,7 +113,7 @@ void local_attention(const ShardedAttentionArgs& a, Stream* stream) {
   MergeParams merge{local_attention_params(a)};
   DecodeParams& launch = merge.launch;
   const LayerShape& s = launch.shape;
-  if (launch.tile.ragged()) {
+  if (launch.jobs[0].schedule.tiles_before) {
     float* scratch = static_cast<float*>(a.attend[cmp].scratch) + tile_lse_floats(s, launch.tile);
     launch_schedules(s, launch.tile, a.attend[cmp].k.map, a.attend[win].k.map, schedules_at(scratch, launch.tile),
                      stream);

@@ -1,5 +1,5 @@
 #pragma once
-// Attention of a whole decode step: one query row a sequence.
+// Attention of a whole decode step.
 
 #include "kernels/cuda/runtime/common.cuh"
 
@@ -8,7 +8,7 @@ namespace nsa::gpu {
 /// All branches, rank and combine in one launch (decode/fused/launch.cu) or four (decode/attention.cu).
 bool decode_attention_accepts(const AttentionArgs&);
 void decode_attention(const AttentionArgs&, Stream*);
-/// "step", or "dealt" where the tiles of a ragged batch are dealt by length.
+/// "step", "dealt" where the tiles of a ragged batch are dealt by length, or "tokens" of several query tokens.
 const char* decode_attention_variant(const AttentionArgs&);
 /// KernelTable::schedule_imbalance, of a rank that holds all K and V.
 double schedule_imbalance(const LayerShape&, const QueryTile&, std::span<const std::int64_t> positions);

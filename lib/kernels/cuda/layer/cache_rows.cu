@@ -121,7 +121,8 @@ __global__ void advance_kernel(AdvanceArgs a) {
   if (a.selected && a.selected_log && step < a.log_steps)
     for (std::int64_t i = threadIdx.x; i < a.selected_count; i += blockDim.x)
       a.selected_log[step * a.selected_count + i] = a.selected[i];
-  for (std::int64_t i = threadIdx.x; i < a.positions; i += blockDim.x) a.position[i] += 1;
+  for (std::int64_t i = threadIdx.x; i < a.positions; i += blockDim.x)
+    a.position[i] += kept_tokens(a.acceptance, step, i);
   if (threadIdx.x == 0) *a.step = step + 1;
 }
 

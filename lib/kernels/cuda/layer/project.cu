@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(threads) decode_prologue_kernel(const __grid_c
   extern __shared__ float2 shared[];
   const LayerShape& s = p.a.append[sel].shape;
   const QueryTile& tile = p.a.append[sel].tile;
-  const std::int64_t work_item = blockIdx.x, plane = std::int64_t{tile.batch_begin} * s.groups + work_item;
+  const std::int64_t work_item = blockIdx.x,
+                     plane = std::int64_t{tile.batch_begin} * s.groups + work_item;  // one token
   if (p.product)
     rope_and_gate<T, threads>(p.a.project, p.product, p.columns, blockIdx.x, shared);
   else
@@ -89,7 +90,8 @@ void decode_prologue(const PrologueArgs& a, Stream* stream) {
   const LayerShape& s = a.append[sel].shape;
   const QueryTile& tile = a.append[sel].tile;
   if (tile.rows() == 0) return;
-  DecodePrologueParams p{a, nullptr, qkv_columns(s), s.phi == PhiKind::mean};
+  // With several query tokens the mean needs rows that other CTAs append.
+  DecodePrologueParams p{a, nullptr, qkv_columns(s), s.phi == PhiKind::mean && tile.tokens == 1};
   if (a.projects) p.product = project_product(a.project, stream);
   with_type(s.dtype, [&](auto type) {
     launch_pdl(decode_prologue_kernel<decltype(type)>, dim3(static_cast<unsigned>(tile.rows() * s.groups)), threads,

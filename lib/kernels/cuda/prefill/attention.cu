@@ -13,7 +13,7 @@ bool prefill_attention_accepts(const AttentionArgs& a) {
   const LayerShape& s = a.combine.shape;
   const QueryTile& tile = a.combine.tile;
   bool whole =
-      a.combine.policy.recompute_scores && tile.tokens > 1 && a.combine.ranks == 1 && !a.attend[cmp].scores_only;
+      a.combine.policy.recompute_scores && !tile.is_step() && a.combine.ranks == 1 && !a.attend[cmp].scores_only;
   for (int b = 0; b < branches; ++b) whole &= !a.combine.leave_out[b] && !a.combine.o_branch[b];
   return whole && prefill_accepts(cmp, s, a.attend[cmp].k.map) && prefill_accepts(win, s, a.attend[win].k.map) &&
          prefill_sel_accepts(s, a.attend[sel].k.map) && prefill_sel_pays(s, tile);

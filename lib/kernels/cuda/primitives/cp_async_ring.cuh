@@ -113,6 +113,13 @@ __device__ __forceinline__ void cp_async_vector(unsigned to, const void* from, b
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
+/// Arrives at an mbarrier once all copies that this thread has issued so far are complete (capability 9.0).
+__device__ __forceinline__ void cp_async_arrive(unsigned barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+
 /// Until at most `Pending` of this thread's latest groups are in flight, for all lanes of the warp.
 template <int Pending>
 __device__ __forceinline__ void cp_async_wait() {

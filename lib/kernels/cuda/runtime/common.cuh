@@ -161,7 +161,7 @@ struct TileRow {
   std::int64_t t;         ///< absolute position
 };
 __device__ __forceinline__ TileRow tile_row(const QueryTile& tile, std::int64_t r) {
-  return {tile.tokens == 1 ? r : r / tile.tokens, position_of_row(tile, r)};
+  return {sequence_of_row(tile, r), position_of_row(tile, r)};
 }
 
 constexpr int max_split_rows = 1024;  ///< work items (row, group, head tile) that may be split: counters per branch

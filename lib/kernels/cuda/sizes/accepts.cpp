@@ -7,7 +7,7 @@
 namespace nsa::gpu {
 
 bool decode_accepts(const LayerShape& s, const QueryTile& tile) {
-  return tile.tokens == 1 && static_cast<bool>(split_kv_instance(s));
+  return tile.is_step() && static_cast<bool>(split_kv_instance(s));
 }
 
 bool rows_accept(const LayerShape& s, const QueryTile&) {

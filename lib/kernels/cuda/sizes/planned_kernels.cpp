@@ -12,11 +12,11 @@ bool accepts_any(const LayerShape&, const QueryTile&) { return true; }
 
 // flash: dense tiles of many queries over the window of a prefill. The compressed tokens are part of `fused`, where
 // rank recomputes the scores.
-bool flash_accepts(const LayerShape& s, const QueryTile& tile) { return tile.tokens > 1 && tiles_shape(s); }
+bool flash_accepts(const LayerShape& s, const QueryTile& tile) { return !tile.is_step() && tiles_shape(s); }
 
 // A kernels input may name two of the variants of `fused` for sel; no route does.
 bool tiled_sel_accepts(const LayerShape& s, const QueryTile& tile) {
-  return tile.tokens > 1 && selected_tiles_shape(s);
+  return !tile.is_step() && selected_tiles_shape(s);
 }
 
 constexpr AttendKernel any(const char* name) { return {.name = name, .accepts = accepts_any, .run = nullptr}; }

@@ -1,6 +1,7 @@
 #include "kernels/cuda/sizes/scratch.hpp"
 
 #include <algorithm>
+#include <limits>
 
 #include "kernels/cuda/sizes/accepts.hpp"
 #include "kernels/cuda/sizes/limits.hpp"
@@ -24,11 +25,22 @@ std::int64_t tile_lse_floats(const LayerShape& s, const QueryTile& tile) {
   return tile.rows() * s.groups * padded_heads(s) * segments * tiles_per_span(cmp, s) * 2;
 }
 
-// All work items together have at most two partials an SM, or one each; of a ragged batch the sum of both.
+std::int64_t token_splits(const LayerShape& s, const QueryTile& tile, std::int64_t tiles) {
+  constexpr int more_of_ragged = 4;  // CTAs of a short sequence end early
+  const std::int64_t items = std::int64_t{tile.batches} * s.groups * decode_head_tiles(s) * token_fours(tile);
+  const std::int64_t wanted = 2 * limits().sms / items * (tile.ragged() ? more_of_ragged : 1);
+  return std::clamp<std::int64_t>(wanted, 1, tiles);
+}
+
+// All work items together have at most two partials an SM, or one each; of a ragged batch the sum of both; of several
+// query tokens one a split of cmp.
 std::size_t decode_scratch(const LayerShape& s, const QueryTile& tile) {
   if (!decode_accepts(s, tile)) return 0;
   const std::int64_t work_items = decode_work_items(s, tile);
-  const std::int64_t ctas = 2 * limits().sms, partials = tile.ragged() ? ctas + work_items : std::max(ctas, work_items);
+  const std::int64_t ctas = 2 * limits().sms;
+  std::int64_t partials = tile.ragged() ? ctas + work_items : std::max(ctas, work_items);
+  if (tile.tokens > 1)
+    partials = std::max(partials, work_items * token_splits(s, tile, std::numeric_limits<std::int64_t>::max()));
   return static_cast<std::size_t>(partials * decode_partial_floats(decode_heads(s.dtype), s.d_v) +
                                   tile_lse_floats(s, tile) + schedule_words(tile)) *
          sizeof(float);
@@ -98,10 +110,11 @@ std::size_t score_bytes(const LayerShape& s, const QueryTile& tile, std::int64_t
                      chunks = cmp_rows / (segment + halo) + 1,
                      padding = round_up_to_sectors(segment) + round_up_to_sectors(halo) - segment - halo;
   const std::int64_t raw = tile.rows() * s.heads() * padded_columns(cmp_rows + chunks * padding);
-  // A fused decode step may store block sums instead, which are more floats where a group has few heads.
+  // A decode step may store block sums of whole segments instead, which are more floats where a group has few heads.
   const std::int64_t sums =
-      tile.tokens == 1 && scores_by_tile(s) && decode_accepts(s, tile)
-          ? tile.rows() * s.groups * tile_sum_floats((cmp_rows + tile_rows - 1) / tile_rows, padded_heads(s))
+      scores_by_tile(s) && decode_accepts(s, tile)
+          ? tile.rows() * s.groups *
+                tile_sum_floats((cmp_rows + segment - 1) / segment * tiles_per_span(cmp, s), padded_heads(s))
           : 0;
   return static_cast<std::size_t>(std::max(raw, sums)) * sizeof(float);
 }

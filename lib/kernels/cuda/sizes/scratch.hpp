@@ -32,6 +32,10 @@ std::size_t rank_scratch(const LayerShape&, const QueryTile&, const AttentionPol
 /// Floats at the begin of the decode kernels' scratch of cmp: the (m, sum) of all KV tiles.
 std::int64_t tile_lse_floats(const LayerShape&, const QueryTile&);
 
+/// Splits of cmp of several query tokens, of so many KV tiles a work item: all CTAs together fill the SMs twice, or, of
+/// a ragged batch, some times more often, and every CTA has a tile.
+std::int64_t token_splits(const LayerShape&, const QueryTile&, std::int64_t tiles);
+
 /// Bytes of one branch's part, whichever kernel of dispatch.cu runs; masked is not among them.
 std::size_t branch_scratch(const LayerShape&, const QueryTile&, const AttentionPolicy&);
 

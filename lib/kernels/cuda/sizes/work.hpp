@@ -30,6 +30,10 @@ inline std::int64_t decode_work_items(const LayerShape& s, const QueryTile& tile
   return tile.rows() * s.groups * decode_head_tiles(s);
 }
 
+/// Query tokens of a sequence that a CTA of cmp takes (decode/tokens/kernel.cuh), and how many such a step has.
+constexpr int tokens_a_cta = 4;
+NSA_HD int token_fours(const QueryTile& tile) { return (tile.tokens + tokens_a_cta - 1) / tokens_a_cta; }
+
 /// KV tiles of a span.
 NSA_HD int tiles_per_span(Branch branch, const LayerShape& s) {
   const std::int64_t tokens = branch == cmp ? s.lse.segment : branch == sel ? s.rules.l_sel : window_span;

@@ -116,8 +116,9 @@ void sel_split(const AttendArgs& args, const Widths& w, ThreadBuffers& buffers, 
 void win_split(const AttendArgs& args, const Widths& w, ThreadBuffers& buffers, const WorkItem& item, int index,
                SoftmaxState& state) {
   const LayerShape& s = args.shape;
-  const std::int64_t begin = window_begin(s.rules, item.t0) + std::int64_t{index} * kv_tile_tokens;
-  const std::int64_t end = std::min(begin + kv_tile_tokens, item.t0 + item.rows);
+  // Spans begin at multiples of 64 positions: those of a row do not depend on the rows of its item.
+  const std::int64_t first = window_begin(s.rules, item.t0), span = (first / kv_tile_tokens + index) * kv_tile_tokens;
+  const std::int64_t begin = std::max(first, span), end = std::min(span + kv_tile_tokens, item.t0 + item.rows);
   for_each_run(args.k, begin, end, [&](const RowRun& run) {
     KvTile kv_tile = kv_tile_of(s.dtype, args.k, args.v, item.plane, run);
     const RowRun next = next_run(args.k, run.first + run.tokens, item.t0 + item.rows);
@@ -136,7 +137,7 @@ int cmp_splits(const LayerShape& s, const QueryTile&) { return s.lse.buckets; }
 int win_splits(const LayerShape& s, const QueryTile& tile) {
   const std::int64_t rows = item_rows(s, tile);
   const std::int64_t span = std::min<std::int64_t>(s.rules.w + rows - 1, std::max<std::int64_t>(tile.max_positions, 1));
-  return static_cast<int>((span + kv_tile_tokens - 1) / kv_tile_tokens);
+  return static_cast<int>((span + 2 * kv_tile_tokens - 2) / kv_tile_tokens);  // of a window that begins anywhere
 }
 
 void attend_cmp(const AttendArgs& args, Stream*) {

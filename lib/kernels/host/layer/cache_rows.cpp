@@ -140,7 +140,7 @@ void advance(const AdvanceArgs& args, Stream*) {
   }
   std::fill_n(args.reads, args.counters, 0);
   *args.step = step + 1;
-  for (std::int64_t i = 0; i < args.positions; ++i) args.position[i] += 1;
+  for (std::int64_t i = 0; i < args.positions; ++i) args.position[i] += kept_tokens(args.acceptance, step, i);
 }
 
 }  // namespace nsa::host

@@ -35,7 +35,7 @@ struct FusedDecode {
   const Params& p;
   char* shared;
   typename Params::Coord at;
-  TilePipeline<WarpTile, W, is_shard> pipeline;
+  TilePipeline<WarpTile, W, is_shard, Params::after_cmp> pipeline;
   int win_tiles, sel_tiles;
   bool cluster_arrived = false;  // at the cluster barrier of block selection, whose wait is still due
   std::uint64_t scores_policy;
@@ -64,10 +64,11 @@ struct FusedDecode {
     pipeline.shape = &p.shape;
     pipeline.scores_only = p.scores_only;
     pipeline.pages = &p.pages;
-    pipeline.sequence = at.row;
+    pipeline.sequence = sequence();
     pipeline.ring = shared_address(shared) + at.warp * SharedLayout::ring_bytes;
     pipeline.policy = cache_policy(p.keeps_scores ? CacheHint::evict_first : CacheHint::evict_normal);
     scores_policy = cache_policy(CacheHint::evict_last);
+    if constexpr (Params::after_cmp) pipeline.window_ring = static_cast<int>(p.k[win].map.ring);
     if constexpr (is_shard) {
       at.p = &p;
       pipeline.chunk_gap = p.k[cmp].map.halo;
@@ -95,6 +96,13 @@ struct FusedDecode {
     __syncthreads();  // the queries overwrite it
     return row * p.shape.groups + k - rank * p.shape.groups;
   }
+  // Of the row, in the tile.
+  __device__ __forceinline__ int sequence() const {
+    if constexpr (Params::after_cmp)
+      return at.row / p.tile.tokens;
+    else
+      return at.row;
+  }
   // Waits for the predecessor. Where that is project's product every CTA of a work item forms its q, k, v and gate.
   __device__ __forceinline__ void wait_for_inputs() const {
     if constexpr (Params::projects) {
@@ -107,7 +115,7 @@ struct FusedDecode {
   __device__ __forceinline__ void start() {
     [[maybe_unused]] FusedAppend<WarpTile, W, Params> append{p, at};
     if constexpr (Params::is_layer) append.load();
-    const std::int64_t t = first_position(p.tile, at.row);
+    const std::int64_t t = Params::after_cmp ? position_of_row(p.tile, at.row) : first_position(p.tile, at.row);
     WarpTile::copy_queries_async(shared_address(shared) + SharedLayout::queries,
                                  static_cast<const T*>(p.q) + std::int64_t{at.first_head} * size().d_k, size(),
                                  at.valid_heads, threadIdx.x, threads);
@@ -155,6 +163,7 @@ struct FusedDecode {
     pipeline.ranges = ranges();
     if (threadIdx.x % 32 == 0) store_ranges(from_last, per_segment);
     __syncwarp();
+    if constexpr (Params::after_cmp) return;
     // Prefetch the first tile to the L2 while the predecessor runs.
     const TileRows first = pipeline.memory_rows_of(0, in_head_tile(at.warp_in_cluster));
     __syncwarp();  // plan_tiles() overwrites the ranges read here
@@ -165,7 +174,7 @@ struct FusedDecode {
   }
   __device__ __forceinline__ void store_ranges(int from_last, int per_segment) const {
     const LayerShape& s = p.shape;
-    const std::int64_t plane = (p.tile.batch_begin + at.row) * s.groups + at.group;
+    const std::int64_t plane = (p.tile.batch_begin + sequence()) * s.groups + at.group;
     const auto plane_rows = [&](const KvView& view) {
       const std::int64_t begin =
           view.pages.pages ? std::int64_t{at.group} * view.pages.rows * view.width : plane * view.plane_stride;
@@ -219,7 +228,7 @@ struct FusedDecode {
       if constexpr (is_shard)
         first.count = at.chunks * tiles_per_span(cmp, s);
       else
-        first.count = p.segment(at.n + segment - 1) * tiles_per_span(cmp, s);
+        first.count = Params::after_cmp ? 0 : p.segment(at.n + segment - 1) * tiles_per_span(cmp, s);
       first.first_span = first.low = 0, first.high = at.n;
       second.count = pipeline.attends_sel ? sel_tiles : win_tiles;
       second.first_span = pipeline.attends_sel ? 0 : first_span;
@@ -299,7 +308,8 @@ struct FusedDecode {
         if (log_row() >= p.log.rows) return;
         reads += std::int64_t{log_row()} * p.log.counters;
       }
-      atomicAdd(reinterpret_cast<unsigned long long*>(reads) + at.work_item, static_cast<unsigned long long>(tokens));
+      const int list = Params::after_cmp ? sequence() * p.shape.groups + at.group : at.work_item;
+      atomicAdd(reinterpret_cast<unsigned long long*>(reads) + list, static_cast<unsigned long long>(tokens));
     }
   }
 
@@ -321,7 +331,7 @@ struct FusedDecode {
       return;
     }
     if (scores) {
-      const int best = select_best(pipeline.ranges[0].count, pipeline.ranges[0].tiles_per_span);
+      const int best = select_best(cmp_tiles(), pipeline.ranges[0].tiles_per_span);
       if constexpr (is_shard) {
         if (!selects_all) at.selected = best;
         int held;
@@ -332,6 +342,13 @@ struct FusedDecode {
     }
     pipeline.release_all_tiles();
     if (!is_shard && at.warp_in_cluster == 0) store_selected();
+  }
+  // Tiles of cmp that were attended, here or before.
+  __device__ __forceinline__ int cmp_tiles() const {
+    if constexpr (Params::after_cmp)
+      return p.segment(at.n + static_cast<int>(p.shape.lse.segment) - 1) * pipeline.ranges[0].tiles_per_span;
+    else
+      return pipeline.ranges[0].count;
   }
   __device__ __forceinline__ FusedMerge<WarpTile, W, Params> merge() const {
     return {p, at, shared, pipeline.ranges[0].count, sel_tiles, win_tiles};
@@ -458,7 +475,7 @@ void launch_fused_decode_of(const Params& p, Stream* stream) {
       launch(fused_decode_kernel<WarpTile, fused_warps_small, sums, Params>,
              FusedSharedLayout<WarpTile, fused_warps_small>::bytes(p.shape));
   };
-  if constexpr (WarpTile::tuned && !Params::is_layer)
+  if constexpr (WarpTile::tuned && !Params::is_layer && !Params::after_cmp)
     if (!p.block_sums.memory) return launch_of(std::false_type{});
   launch_of(std::true_type{});
 }

@@ -116,14 +116,19 @@ std::int64_t held_tokens(const RowMap& map, std::int64_t tokens) {
   return owned == 0 ? 0 : (owned - 1) * map.chunk + std::min(map.chunk, tokens - last * map.chunk);
 }
 
-}  // namespace
-
-bool fused_decode_accepts(const AttentionArgs& a) {
+// Whether the kernel is built for the shape and the block rules.
+bool has_kernel(const AttentionArgs& a) {
   const LayerShape& s = a.combine.shape;
   const BlockRules& r = s.rules;
   const int tokens = round_blocks_of(r) * (r.l_sel / r.d);  // of a round
   return limits().capability >= 90 && static_cast<bool>(fused_instance(s)) && tokens > 0 && tokens % 4 == 0 &&
          (r.l - 1) / r.d <= std::min(max_halo_tokens, tokens) && !a.rank.candidates && a.rank.selected;
+}
+
+}  // namespace
+
+bool fused_decode_accepts(const AttentionArgs& a) {
+  return a.combine.tile.tokens == 1 && reads_kv_map(win, a.combine.shape, a.attend[win].k.map) && has_kernel(a);
 }
 
 FusedDecodeParams fused_decode_params(const AttentionArgs& a) {
@@ -190,7 +195,7 @@ void divide_work(FusedDecodeParams& p, const DivisionLimits& within) {
 }
 
 int fused_slots(const LayerShape& s, const QueryTile& tile) {
-  if (limits().capability < 90 || !static_cast<bool>(fused_instance(s))) return 0;
+  if (limits().capability < 90 || tile.tokens > 1 || !static_cast<bool>(fused_instance(s))) return 0;
   const std::int64_t max_tiles = max_kv_tiles(cmp, s, RowMap{}, tile.max_positions);
   return choose_division(s, tile, max_tiles, {resident_clusters, max_tiles}).resident;
 }
@@ -203,6 +208,20 @@ bool try_fused_decode(const AttentionArgs& a, Stream* stream) {
   return p.cluster > 0;
 }
 
+bool try_fused_tokens(const AttentionArgs& a, const DecodeParams& cmp_launch, Stream* stream) {
+  const LayerShape& s = a.combine.shape;
+  const bool sums = cmp_launch.block_sums.memory && fused_instance(s).heads == decode_heads(s.dtype);
+  if (!sums || !has_kernel(a) || a.combine.tile.rows() * s.groups < limits().sms) return false;
+  FusedTokenParams p;
+  static_cast<FusedDecodeParams&>(p) = fused_decode_params(a);
+  p.block_sums = cmp_launch.block_sums, p.keeps_scores = cmp_launch.keeps_scores;
+  p.cmp_partials = cmp_launch.jobs[0].partials, p.cmp_splits = cmp_launch.jobs[0].splits;
+  divide_work(p, {.active_clusters = resident_clusters, .max_tiles = p.max_tiles, .max_cluster = 1});
+  p.longest_first = false;  // the rest of the step is the same work for all
+  if (p.cluster == 1) launch_divided(p, stream);
+  return p.cluster == 1;
+}
+
 void divide_work(FusedDecodeParams& p) { divide_work(p, {resident_clusters, p.max_tiles}); }
 
 template <class Params>
@@ -210,6 +229,7 @@ void launch_divided(const Params& p, Stream* stream) {
   with_instances(p.shape, [&](auto type, auto tuned) { launch_fused_decode<type, tuned, Params>(p, stream); });
 }
 template void launch_divided(const FusedDecodeParams&, Stream*);
+template void launch_divided(const FusedTokenParams&, Stream*);
 template void launch_divided(const FusedAppendParams&, Stream*);
 template void launch_divided(const FusedLayerParams&, Stream*);
 

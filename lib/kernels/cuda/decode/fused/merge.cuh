@@ -180,14 +180,30 @@ struct FusedMerge {
 #pragma unroll
     for (int b = 0; b < branches; ++b) {
       if (p.leave_out[b]) continue;
-      const float s = cta_lse()[b * part_heads + item / column_quads].y, inverse = inverse_or_zero(s),
-                  gate = gates()[b];
-      const float4 value = {partials[b].x * inverse, partials[b].y * inverse, partials[b].z * inverse,
-                            partials[b].w * inverse};
+      float s = cta_lse()[b * part_heads + item / column_quads].y;
+      float4 value = partials[b];
+      if constexpr (Params::after_cmp)
+        if (b == cmp) s = merge_cmp<Part>(item, value);
+      const float inverse = inverse_or_zero(s), gate = gates()[b];
+      scale_by(value, inverse);
       if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[quad_of<Part>(item)] = value;
       add_scaled(sum, gate, value);
     }
     store_quad(quad_of<Part>(item), sum);
+  }
+  // The sum and o of an item over the splits of a launch before this one.
+  template <int Part>
+  __device__ __forceinline__ float merge_cmp(int item, float4& o) const {
+    const int d_v = p.shape.d_v, head = first_head<Part> + item / column_quads,
+              quad = head * (d_v / 4) + Part % WarpTile::v_panels * column_quads + item % column_quads;
+    const std::int64_t stride = decode_partial_floats(WarpTile::heads, d_v);
+    const float* from = p.cmp_partials + std::int64_t{at.work_item} * p.cmp_splits * stride;
+    SoftmaxState<Exp2> state;
+    o = {};
+    for (int i = 0; i < p.cmp_splits; ++i, from += stride)
+      merge_partial(state, o, __ldcg(reinterpret_cast<const float2*>(from + WarpTile::heads * d_v) + head),
+                    __ldcg(reinterpret_cast<const float4*>(from) + quad));
+    return state.s;
   }
   __device__ __forceinline__ void store_quad(std::int64_t quad, float4 x) const {
     T* to = static_cast<T*>(p.o) + quad * 4;

@@ -82,7 +82,7 @@ struct StepLog {
 /// holds some chunks of them; the kernel is a template of both.
 struct FusedDecodeParams {
   using Coord = FusedCoord;
-  static constexpr bool is_shard = false, is_layer = false, projects = false;
+  static constexpr bool is_shard = false, is_layer = false, projects = false, after_cmp = false;
   LayerShape shape;
   QueryTile tile;
   const void* q;
@@ -139,6 +139,14 @@ struct FusedLayerParams : FusedAppendParams {
   std::int64_t columns = 0;
 };
 
+/// A step of several query tokens, whose cmp has had a launch of its own (decode/tokens/kernel.cuh): a CTA a (row,
+/// group) scores and selects, attends the window and the selected blocks, and merges all branches.
+struct FusedTokenParams : FusedDecodeParams {
+  static constexpr bool after_cmp = true;
+  const float* cmp_partials = nullptr;  ///< [work item][cmp_splits][heads * (Dv + 2)]
+  int cmp_splits = 0;
+};
+
 /// Whether the kernel is built for the shape of these steps, and their geometry is one that it reads.
 bool fused_decode_accepts(const AttentionArgs& a);
 /// Inputs and outputs of the kernel. A rank that holds chunks has block sums only.
@@ -157,6 +165,10 @@ int fused_slots(const LayerShape& s, const QueryTile& tile);
 
 /// Launches the fused decode step; false: it does not accept the shape and nothing was launched. decode/fused/launch.cu
 bool try_fused_decode(const AttentionArgs& a, Stream* stream);
+
+/// Launches what follows cmp in a step of several query tokens; false: it does not accept the shape, or the work items
+/// are too few to fill the SMs, and nothing was launched. `cmp`: the launch of cmp, with block sums.
+bool try_fused_tokens(const AttentionArgs& a, const DecodeParams& cmp, Stream* stream);
 
 /// Divides the work on one rank and launches; cluster = 0: not possible.
 void divide_work(FusedDecodeParams& p);

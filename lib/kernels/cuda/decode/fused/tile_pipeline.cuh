@@ -75,8 +75,8 @@ struct TileRows {
 };
 
 /// Shard: cmp is chunks of one segment each, and K of a chunk begins with a halo row, which is loaded with its first
-/// tile and scored for its first block.
-template <class WarpTile, int W, bool Shard = false>
+/// tile and scored for its first block. Wraps: the window is in a ring of whole spans that it does not fill.
+template <class WarpTile, int W, bool Shard = false, bool Wraps = false>
 struct TilePipeline {
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
   const LayerShape* shape;
@@ -94,7 +94,8 @@ struct TilePipeline {
   bool first_has_halo = false;
   unsigned halo_rows = 0;
   const FusedPages* pages;
-  int sequence;  // of the tile
+  int sequence;         // of the tile
+  int window_ring = 0;  // Wraps: its rows
 
   __device__ __forceinline__ TileRows rows_of(int pass, int i) const {
     const TileRange& c = ranges[pass];
@@ -103,6 +104,8 @@ struct TilePipeline {
     if (pass == 1 && attends_sel) span = __shfl_sync(0xffffffffu, selected, u);
     const int from = span * c.size, begin = max(c.low, from), end = min(from + c.size, c.high);
     const int gaps = Shard && pass == 0 ? span * chunk_gap : 0;
+    if constexpr (Wraps)
+      if (pass == 1 && !attends_sel) return {(begin + at) % window_ring, min(tile_rows, end - begin - at)};
     return {begin + at + gaps, min(tile_rows, end - begin - at)};
   }
   // The same where they lie in memory. Rows without tokens may have no page.

@@ -21,9 +21,9 @@ void launch_branch(Branch branch, const AttendArgs& a, const std::int32_t* lengt
   p.selected = a.selected;
   p.out = a.out;
   const std::int64_t tiles = max_kv_tiles(branch, a.shape, a.k.map, a.tile.max_positions);
-  const int splits = decode_splits(decode_work_items(a.shape, a.tile), tiles);
-  const bool dealt = branch == cmp && a.tile.ragged();
-  const bool separate_merge = dealt || merges_separately(branch, splits, tiles);
+  const int splits = branch_splits(branch, a.shape, a.tile, tiles);
+  const bool tokens = branch == cmp && a.tile.tokens > 1, dealt = branch == cmp && a.tile.ragged() && !tokens;
+  const bool separate_merge = dealt || tokens || merges_separately(branch, splits, tiles);
   p.epilogue = separate_merge ? DecodeEpilogue::store_partials : DecodeEpilogue::merge_all;
   float* partials = static_cast<float*>(a.scratch);
   if (branch == cmp) {
@@ -50,7 +50,7 @@ void launch_branch(Branch branch, const AttendArgs& a, const std::int32_t* lengt
 
 void attend_decode(Branch branch, const AttendArgs& a, Stream* stream) {
   if (a.tile.rows() == 0) return;
-  if (!reads_kv_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
+  if (!reads_step_map(branch, a.shape, a.k.map)) return attend_general(branch, a, stream);
   launch_branch(branch, a, nullptr, arrival_counters(branch), stream);
 }
 

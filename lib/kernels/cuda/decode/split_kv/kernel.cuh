@@ -1,5 +1,6 @@
 #pragma once
-// Split-KV attention of decode: one query row a sequence, every K and V row read once per 16 query heads (fp32: 4).
+// Split-KV attention of decode: every K and V row read once per query row and 16 query heads (fp32: 4). Query tokens of
+// a sequence are rows of their own, next to one another, so that K and V come to them through the L2.
 //
 // Bytes: those rows; scores, partials and LSE add 4% to 12% at Dk = Dv = 128. Bound: memory bandwidth; at small batch
 // the latency of loads, merges and launches. Tiling: a work item is a (row, group, head tile). Its spans (LSE segments,
@@ -129,13 +130,14 @@ struct KvMainloop {
     work_item = row_group * p.head_tiles + blockIdx.y;
     first_head = row * s.heads() + group * s.heads_per_group + blockIdx.y * WarpTile::heads;
     valid_heads = min(WarpTile::heads, s.heads_per_group - static_cast<int>(blockIdx.y) * WarpTile::heads);
-    const std::int64_t plane = (p.tile.batch_begin + row) * s.groups + group;
+    const int sequence = sequence_of_row(p.tile, row);
+    const std::int64_t plane = (p.tile.batch_begin + sequence) * s.groups + group;
     k = static_cast<const char*>(job.k.data) + plane_begin(job.k, plane) * sizeof(T);
     v = static_cast<const char*>(job.v.data) + plane_begin(job.v, plane) * sizeof(T);
     if (B != win && job.k.pages.pages) {
       tiles.table = &job.k.pages;
       tiles.pages =
-          job.k.pages.pages + (job.k.pages.first_sequence + p.tile.batch_begin + row) * job.k.pages.per_sequence;
+          job.k.pages.pages + (job.k.pages.first_sequence + p.tile.batch_begin + sequence) * job.k.pages.per_sequence;
     }
     kv_policy = cache_policy(p.keeps_scores ? CacheHint::evict_first : CacheHint::evict_normal);
     scores_policy = cache_policy(CacheHint::evict_last);
@@ -160,7 +162,7 @@ struct KvMainloop {
   }
   static __device__ __forceinline__ std::int64_t last_position(const DecodeParams& p, int row_group) {
     if (B == win && p.lengths) return p.lengths[row_group / p.shape.groups] - 1;
-    return first_position(p.tile, row_group / p.shape.groups);
+    return position_of_row(p.tile, row_group / p.shape.groups);
   }
   // Whether tile i is the first of a chunk other than chunk 0. A chunk may have a halo row and no token yet.
   __device__ __forceinline__ bool has_halo(int i) const {
@@ -455,7 +457,8 @@ __device__ __forceinline__ void run_share(const DecodeParams& p, const DecodeJob
   mainloop.run(warp_tile);
   if (B == cmp && shards_of(job.k.map) > 1 && job.k.map.halo > 1) mainloop.score_halos(warp_tile);
   if (threadIdx.x % 32 == 0 && blockIdx.y == 0 && mainloop.count > 0 && job.reads)
-    atomicAdd(reinterpret_cast<unsigned long long*>(job.reads) + mainloop.row * p.shape.groups + mainloop.group,
+    atomicAdd(reinterpret_cast<unsigned long long*>(job.reads) +
+                  sequence_of_row(p.tile, mainloop.row) * p.shape.groups + mainloop.group,
               static_cast<unsigned long long>(mainloop.count));
   if (mainloop.has_pv || p.epilogue == DecodeEpilogue::merge_all) mainloop.store_partial(warp_tile);
   mainloop.finish();
@@ -501,22 +504,29 @@ void launch_warp_tile(const DecodeParams& p, Stream* stream) {
              DecodeSharedLayout<WarpTile>::bytes(p.shape), stream, 1, p);
 }
 
-template <DType Storage, bool Tuned>
-void launch_split_kv(const DecodeParams& p, Stream* stream) {
+/// Calls f(std::type_identity<WarpTile>{}) with the warp tile of a storage type and shape.
+template <DType Storage, bool Tuned, class F>
+void with_split_kv_tile(const LayerShape& s, F f) {
   if constexpr (Storage == DType::f32) {
-    if (p.shape.d_k == 64) return launch_warp_tile<WarpTileScalar<64, 64>>(p, stream);
-    return launch_warp_tile<WarpTileScalar<128, 128>>(p, stream);
+    if (s.d_k == 64) return f(std::type_identity<WarpTileScalar<64, 64>>{});
+    return f(std::type_identity<WarpTileScalar<128, 128>>{});
   } else {
     using T = std::conditional_t<Storage == DType::bf16, __nv_bfloat16, __half>;
     if constexpr (Tuned) {
-      if (p.shape.d_k == 64) return launch_warp_tile<WarpTileMma<T, 64, 64>>(p, stream);
-      if (p.shape.d_k == 128) return launch_warp_tile<WarpTileMma<T, 128, 128>>(p, stream);
-      return launch_warp_tile<WarpTileMma<T, 192, 128>>(p, stream);
+      if (s.d_k == 64) return f(std::type_identity<WarpTileMma<T, 64, 64>>{});
+      if (s.d_k == 128) return f(std::type_identity<WarpTileMma<T, 128, 128>>{});
+      return f(std::type_identity<WarpTileMma<T, 192, 128>>{});
     } else {
-      if (split_kv_instance(p.shape).d_k == 128) return launch_warp_tile<WarpTileMma<T, 128, 128, 1, false>>(p, stream);
-      return launch_warp_tile<WarpTileMma<T, 256, 256, 1, false>>(p, stream);
+      if (split_kv_instance(s).d_k == 128) return f(std::type_identity<WarpTileMma<T, 128, 128, 1, false>>{});
+      return f(std::type_identity<WarpTileMma<T, 256, 256, 1, false>>{});
     }
   }
+}
+
+template <DType Storage, bool Tuned>
+void launch_split_kv(const DecodeParams& p, Stream* stream) {
+  with_split_kv_tile<Storage, Tuned>(p.shape,
+                                     [&](auto tile) { launch_warp_tile<typename decltype(tile)::type>(p, stream); });
 }
 
 }  // namespace nsa::gpu

@@ -1,6 +1,7 @@
 // Arguments and launch of the split-KV decode kernel.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/cuda/attention/kv_tiles.cuh"
 #include "kernels/cuda/decode/split_kv/instances.cuh"
@@ -12,6 +13,11 @@ int decode_splits(std::int64_t work_items, std::int64_t tiles) {
   if (work_items > max_split_rows) return 1;
   const std::int64_t wanted = std::max<std::int64_t>(1, 2 * limits().sms / work_items);
   return static_cast<int>(std::min(wanted, (tiles + decode_warps - 1) / decode_warps));
+}
+
+int branch_splits(Branch branch, const LayerShape& s, const QueryTile& tile, std::int64_t tiles) {
+  if (branch != cmp || tile.tokens == 1) return decode_splits(decode_work_items(s, tile), tiles);
+  return static_cast<int>(token_splits(s, tile, tiles));
 }
 
 DecodeParams decode_params(const LayerShape& s, const QueryTile& tile, const void* q) {
@@ -49,13 +55,39 @@ std::int64_t partial_count(const DecodeJob& job, const LayerShape& s, const Quer
   return decode_head_tiles(s) * max_partials(job.schedule.ctas, tile.rows() * s.groups);
 }
 
-void launch_decode(const DecodeParams& p, Stream* stream) {
-  const bool tuned = split_kv_instance(p.shape).tuned;
-  if (p.shape.dtype == DType::f32) return launch_split_kv<DType::f32, true>(p, stream);
-  if (p.shape.dtype == DType::bf16)
-    tuned ? launch_split_kv<DType::bf16, true>(p, stream) : launch_split_kv<DType::bf16, false>(p, stream);
+namespace {
+
+// Calls f(integral constant of the storage type, whether the instance is tuned).
+template <class F>
+void with_split_kv_instance(const LayerShape& s, F f) {
+  const bool tuned = split_kv_instance(s).tuned;
+  if (s.dtype == DType::f32) return f(std::integral_constant<DType, DType::f32>{}, std::true_type{});
+  if (s.dtype == DType::bf16)
+    tuned ? f(std::integral_constant<DType, DType::bf16>{}, std::true_type{})
+          : f(std::integral_constant<DType, DType::bf16>{}, std::false_type{});
   else
-    tuned ? launch_split_kv<DType::f16, true>(p, stream) : launch_split_kv<DType::f16, false>(p, stream);
+    tuned ? f(std::integral_constant<DType, DType::f16>{}, std::true_type{})
+          : f(std::integral_constant<DType, DType::f16>{}, std::false_type{});
+}
+
+// The jobs of `p` that are cmp, or those that are not.
+DecodeParams with_jobs(const DecodeParams& p, bool of_cmp) {
+  DecodeParams some = p;
+  some.job_count = 0;
+  for (int i = 0; i < p.job_count; ++i)
+    if ((p.jobs[i].branch == cmp) == of_cmp) some.jobs[some.job_count++] = p.jobs[i];
+  return some;
+}
+
+}  // namespace
+
+void launch_decode(const DecodeParams& p, Stream* stream) {
+  with_split_kv_instance(p.shape, [&](auto type, auto tuned) {
+    if (p.tile.tokens == 1 || limits().capability < 90) return launch_split_kv<type, tuned>(p, stream);
+    const DecodeParams of_cmp = with_jobs(p, true), others = with_jobs(p, false);
+    if (of_cmp.job_count > 0) launch_tokens<type, tuned>(of_cmp, stream);
+    if (others.job_count > 0) launch_split_kv<type, tuned>(others, stream);
+  });
 }
 
 }  // namespace nsa::gpu

@@ -70,7 +70,7 @@ __device__ void merge_bucket_quad(const MergeParams& m, const DecodeJob& job, in
   const int bucket_index = item / head_quads % buckets;
   const WorkItemHead at = locate_head(p, heads, item / head_quads / buckets, item % head_quads * 4 + lane % 4);
   if (at.row_group >= p.tile.rows() * s.groups) return;
-  const KvTiles<cmp> tiles(s, job.k.map, first_position(p.tile, at.row_group / s.groups));
+  const KvTiles<cmp> tiles(s, job.k.map, position_of_row(p.tile, at.row_group / s.groups));
   const int per_segment = tiles.per_span, segments = tiles.count / per_segment;
   const float2* sums = p.tile_lse + at.work_item * p.max_tiles * heads + at.head;
   constexpr int rounds = 4;  // loads in flight

@@ -11,6 +11,7 @@ namespace nsa::gpu {
 
 constexpr int decode_warps = 4;  ///< of a CTA
 constexpr int decode_threads = 32 * decode_warps;
+static_assert(tokens_a_cta == decode_warps);
 
 /// One branch within a launch: CTAs [first_cta, first_cta + rows * groups * ctas) of x. Of the `ctas` of a work item
 /// the last `splits` take this branch in reverse order: where spans do not divide evenly, those have fewer of the other
@@ -70,6 +71,9 @@ __device__ __forceinline__ PartialRange partials_of(const DecodeJob& job, const 
 /// Splits of a work item: all work items together fill the SMs twice, and every warp has a tile.
 int decode_splits(std::int64_t work_items, std::int64_t tiles);
 
+/// Splits of a branch with so many KV tiles a work item: those, or, of cmp of several query tokens, token_splits().
+int branch_splits(Branch branch, const LayerShape& s, const QueryTile& tile, std::int64_t tiles);
+
 /// Whether scores or block sums, so many floats of all work items, stay in the L2 (50 MB on H100 and H200) while K and
 /// V pass through it.
 constexpr bool keeps_scores(std::int64_t floats) { return floats * std::int64_t{sizeof(float)} <= 40'000'000; }
@@ -87,11 +91,15 @@ DecodeJob dealt_job(Branch branch, const AttendArgs& a, const TileSchedules& sch
 /// Partials of a job of any kind, of all work items.
 std::int64_t partial_count(const DecodeJob& job, const LayerShape& s, const QueryTile& tile);
 
-/// Launches the kernel for a shape that decode_accepts() accepts.
+/// Launches the kernel for a shape that decode_accepts() accepts. Of several query tokens cmp has a launch of its own,
+/// which stores partials.
 void launch_decode(const DecodeParams& p, Stream* stream);
 /// The tuned or the padded kernels of one storage type, which a source file of its own instantiates
 /// (decode/split_kv/kernel.cu.in).
 template <DType Storage, bool Tuned>
 void launch_split_kv(const DecodeParams& p, Stream* stream);
+/// The same for cmp of several query tokens, the only job (decode/tokens/kernel.cu.in).
+template <DType Storage, bool Tuned>
+void launch_tokens(const DecodeParams& p, Stream* stream);
 
 }  // namespace nsa::gpu

@@ -6,7 +6,7 @@
 
 namespace nsa::gpu {
 
-/// One query row a sequence; tensor cores, fp32 scalar. Maps it does not read go to the scalar kernel.
+/// The rows of a decode step; tensor cores, fp32 scalar. Maps it does not read go to the scalar kernel.
 /// decode/split_kv/branch.cu
 void attend_decode(Branch branch, const AttendArgs&, Stream*);
 
