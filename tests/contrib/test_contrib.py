@@ -114,7 +114,7 @@ def test_module(folder, work):
 
 
 def test_spack(folder, work):
-    """Spack, where NSA_SPACK or PATH has it, reads the recipe and prints its variants and dependencies. Everywhere the
+    """Spack, where PATH has it, reads the recipe and prints its variants and dependencies. Everywhere the
     recipe loads with the names that Spack documents, and says of CMake what CMakeLists.txt has."""
     path = CONTRIB / "spack" / "spack_repo" / "nsa" / "packages" / "nsa" / "package.py"
     names, recipe = spack_names.load(path)
@@ -139,9 +139,9 @@ def test_spack(folder, work):
             check(re.search(rf"(option|set)\({name}\b|\${{{name}}}", sources), f"CMake reads no {name}")
         check((defined["NSA_CUDA"], defined["NSA_BLAS"]) == (cuda, "ON" if "blas" in on else "OFF"), defined)
         check(defined.get("NSA_CUDA_ARCHITECTURES") == ("80;90" if on == {"cuda"} else None), defined)
-    program = os.environ.get("NSA_SPACK") or shutil.which("spack")
+    program = shutil.which("spack")
     if not program:
-        return print("no Spack here (NSA_SPACK): the recipe was loaded with the documented names alone")
+        return print("no Spack here: the recipe was loaded with the documented names alone")
     apart = {"SPACK_USER_CONFIG_PATH": str(work / "config"), "SPACK_USER_CACHE_PATH": str(work / "cache")}
     run(program, "repo", "add", CONTRIB / "spack" / "spack_repo" / "nsa", **apart)
     told = run(program, "info", "nsa", **apart)

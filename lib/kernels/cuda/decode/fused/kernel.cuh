@@ -467,10 +467,12 @@ void launch_fused_decode_of(const Params& p, Stream* stream) {
   const auto launch = [&](auto* kernel, int bytes) {
     launch_pdl(kernel, grid, 32 * p.warps, bytes, stream, p.cluster, p);
   };
+  constexpr bool only_small = Params::after_cmp && has_small_ctas<WarpTile>;
   const auto launch_of = [&](auto sums) {
-    if (p.warps == fused_warps)
-      return launch(fused_decode_kernel<WarpTile, fused_warps, sums, Params>,
-                    FusedSharedLayout<WarpTile, fused_warps>::bytes(p.shape));
+    if constexpr (!only_small)
+      if (p.warps == fused_warps)
+        return launch(fused_decode_kernel<WarpTile, fused_warps, sums, Params>,
+                      FusedSharedLayout<WarpTile, fused_warps>::bytes(p.shape));
     if constexpr (has_small_ctas<WarpTile> && !Params::projects)
       launch(fused_decode_kernel<WarpTile, fused_warps_small, sums, Params>,
              FusedSharedLayout<WarpTile, fused_warps_small>::bytes(p.shape));

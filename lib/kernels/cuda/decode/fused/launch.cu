@@ -74,7 +74,8 @@ Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_
     if (cluster > head_tiles && (cluster / head_tiles - 1) * fused_warps >= max_tiles) break;
     const int resident = within.active_clusters(s, cluster);
     if (resident == 0) break;
-    consider(cluster, fused_warps, resident, static_cast<double>(head_tiles) / cluster);
+    if (!within.small_ctas || !has_small_ctas)
+      consider(cluster, fused_warps, resident, static_cast<double>(head_tiles) / cluster);
     if (cluster == 1 && has_small_ctas) consider(1, fused_warps_small, 2 * resident, work_items > resident ? 2.0 : 1.0);
   }
   return best;
@@ -216,7 +217,8 @@ bool try_fused_tokens(const AttentionArgs& a, const DecodeParams& cmp_launch, St
   static_cast<FusedDecodeParams&>(p) = fused_decode_params(a);
   p.block_sums = cmp_launch.block_sums, p.keeps_scores = cmp_launch.keeps_scores;
   p.cmp_partials = cmp_launch.jobs[0].partials, p.cmp_splits = cmp_launch.jobs[0].splits;
-  divide_work(p, {.active_clusters = resident_clusters, .max_tiles = p.max_tiles, .max_cluster = 1});
+  divide_work(p,
+              {.active_clusters = resident_clusters, .max_tiles = p.max_tiles, .max_cluster = 1, .small_ctas = true});
   p.longest_first = false;  // the rest of the step is the same work for all
   if (p.cluster == 1) launch_divided(p, stream);
   return p.cluster == 1;

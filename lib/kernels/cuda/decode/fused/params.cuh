@@ -156,7 +156,8 @@ struct DivisionLimits {
   int (*active_clusters)(const LayerShape& s, int cluster);
   std::int64_t max_tiles;  ///< of cmp
   int shards = 1, max_cluster = fused_max_cluster;
-  bool one_wave = false;  ///< all work items are resident at the same time
+  bool one_wave = false;    ///< all work items are resident at the same time
+  bool small_ctas = false;  ///< no CTA of 8 warps where the kernel has CTAs of 4
 };
 void divide_work(FusedDecodeParams& p, const DivisionLimits& limits);
 
