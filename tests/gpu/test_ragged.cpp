@@ -13,24 +13,6 @@ using namespace nsa::test;
 
 namespace {
 
-LayerShape shape_of(DType type, int d, int heads, int blocks = 16) {
-  LayerShape s;
-  s.rules.n_sel = blocks;
-  s.groups = 2;
-  s.heads_per_group = heads;
-  s.d_k = s.d_v = d;
-  s.dtype = type;
-  return s;
-}
-
-template <class T>
-std::vector<T> download(const WholeDecode& whole, const void* from, std::int64_t count) {
-  std::vector<T> values(static_cast<std::size_t>(count));
-  gpu().device->copy(values.data(), from, values.size() * sizeof(T), whole.stream);
-  gpu().device->synchronize(whole.stream);
-  return values;
-}
-
 /// What a step leaves: o and the blocks of `rows` rows, and what they read.
 struct Result {
   std::vector<float> o;

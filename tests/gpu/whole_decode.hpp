@@ -53,6 +53,26 @@ struct WholeDecode {
   KvView make_rows(std::int64_t planes, std::int64_t rows, int width, const std::string& name, float scale);
 };
 
+/// Two groups of `heads` heads, Dk = Dv = d, that choose `blocks` blocks.
+inline LayerShape shape_of(DType type, int d, int heads, int blocks = 16) {
+  LayerShape s;
+  s.rules.n_sel = blocks;
+  s.groups = 2;
+  s.heads_per_group = heads;
+  s.d_k = s.d_v = d;
+  s.dtype = type;
+  return s;
+}
+
+/// `count` values of device memory, once the stream is done.
+template <class T>
+std::vector<T> download(const WholeDecode& whole, const void* from, std::int64_t count) {
+  std::vector<T> values(static_cast<std::size_t>(count));
+  whole.backend.device->copy(values.data(), from, values.size() * sizeof(T), whole.stream);
+  whole.backend.device->synchronize(whole.stream);
+  return values;
+}
+
 inline std::int64_t WholeDecode::bytes(const LayerShape& s, int batch, std::int64_t context) {
   const std::int64_t chosen = std::min<std::int64_t>(context, std::int64_t{s.rules.n_sel} * s.rules.l_sel),
                      tokens =

@@ -1,9 +1,9 @@
 #pragma once
 // How the KV tiles of a branch of a ragged batch are dealt to the CTAs of a launch: by the lengths of the sequences.
 // The tiles of all (row, group), one after the other, are cut into equal shares of consecutive tiles, one a CTA, so
-// that no CTA waits for the longest sequence. A share may begin and end within a (row, group); where the share of CTA c
-// meets the k-th (row, group), they have a partial, number c + k: no other pair has that number, and those of one (row,
-// group) follow one another.
+// that no CTA waits for the longest sequence. A share may begin and end within a (row, group); where CTA c has
+// tiles of the k-th (row, group), the two have a partial, number c + k: no other pair has that number, and those of one
+// (row, group) follow one another.
 
 #include "kernels/cuda/attention/kv_tiles.cuh"
 

@@ -1,6 +1,6 @@
 #pragma once
 // RoPE, rounding and the gate: what project does after its product. One CTA a (row, group). Bound: the latency of its
-// loads, so each thread has all of them under way at once, and the gate's weights before the predecessor ends.
+// loads, so each thread has all of them in flight together, and loads the gate's weights before the predecessor ends.
 
 #include <algorithm>
 
