@@ -303,14 +303,16 @@ TEST_CASE("a row of a ragged batch is the sequence run alone", "[parity][ragged]
 
 namespace {
 
-/// Every recorded tensor: bit for bit on the host. On a GPU another kernel may attend, but scores and blocks stay.
+/// Every recorded tensor: bit for bit on the host. On a GPU another kernel may attend, but blocks stay, and so do scores
+/// where one kernel made both.
 void check_same_tensors(const Phase& phase, const Phase& other) {
   const bool cuda = phase.config.run.backend == nsa::BackendChoice::cuda;
+  const bool same_scores = phase.record.route_kernels[nsa::cmp] == other.record.route_kernels[nsa::cmp];
   CHECK(integers(phase.record, "selected").values == integers(other.record, "selected").values);
   for (const char* name : {"p_slc", "k_cmp_tokens", "v_cmp_tokens", "o_cmp", "o_sel", "o_win", "o"}) {
     INFO(name);
     const Reals own = reals(phase.record, name), expected = reals(other.record, name);
-    if (cuda && name[0] == 'o')
+    if (cuda && (name[0] == 'o' || (name == std::string("p_slc") && !same_scores)))
       check_close(name, own, expected, bound_of(options_of(phase)));
     else
       CHECK(own.values == expected.values);
