@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "catch.hpp"
+#include "kernels/cuda/sizes/work.hpp"
 #include "kernels/diagnostics/error.hpp"
 #include "kernels/host/runtime/host.hpp"
 #include "kernels/host/simd/loops.hpp"
@@ -299,4 +300,14 @@ TEST_CASE("host memory starts as NaN and is accounted; a build without CUDA refu
   }
   CHECK(backend.device->info().units >= 1);
   if (!cuda_built()) CHECK_THROWS_AS(open_backend(BackendKind::cuda, 0), UserError);
+}
+
+// One warp of eight for 16 tiles of the window would end long after the others: 32 x 64K takes 103.9 us with it.
+TEST_CASE("warps of a fused decode step are divided between window and chosen blocks", "[kernels]") {
+  CHECK(nsa::gpu::window_warps(8, 1, 16, 32, true) == 2);
+  CHECK(nsa::gpu::window_warps(16, 2, 16, 32, true) == 3);
+  CHECK(nsa::gpu::window_warps(128, 16, 16, 32, false) == 18);  // a window may touch 18 tiles
+  CHECK(nsa::gpu::window_warps(4, 1, 1, 512, true) == 1);
+  CHECK(nsa::gpu::window_warps(16, 8, 512, 1, false) == 8);  // a warp of each CTA scores
+  CHECK(nsa::gpu::window_warps(8, 1, 16, 0, true) == 8);
 }

@@ -45,6 +45,18 @@ inline std::int64_t schedule_words(const QueryTile& tile) {
   return tile.ragged() ? (branches * (tile.rows() + 1) + 3) / 4 * 4 : 0;
 }
 
+/// Warps, of the `warps` of `ctas` CTAs, that attend the window after cmp while the others choose blocks and attend
+/// these: in proportion to tiles. A window that begins anywhere has two tiles more. Where a warp has several tiles of
+/// cmp, the choice takes about as long as the blocks, so that half as many warps suffice for the window. Every CTA
+/// keeps a warp that scores.
+inline int window_warps(int warps, int ctas, int win_tiles, int sel_tiles, bool several_cmp_tiles) {
+  if (sel_tiles == 0) return warps;
+  const int tiles = win_tiles + sel_tiles;
+  const int count =
+      several_cmp_tiles ? (warps * win_tiles + 2 * tiles - 1) / (2 * tiles) : (warps * win_tiles + tiles / 2) / tiles;
+  return std::clamp(count, 1, std::min(win_tiles + 2, warps - ctas));
+}
+
 constexpr int cmp_tokens_per_block = 4, tile_blocks = tile_rows / cmp_tokens_per_block;
 
 /// Whether selection blocks are scored from sums by KV tile (attention/block_sums.cuh). It depends on the shape alone.

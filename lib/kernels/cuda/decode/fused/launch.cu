@@ -182,12 +182,9 @@ void divide_work(FusedDecodeParams& p, const DivisionLimits& within) {
   p.by_round_blocks = Divisor(p.round_blocks);
   p.groups = Divisor(s.groups), p.stride = Divisor(r.d), p.block = Divisor(r.l_sel), p.segment = Divisor(s.lse.segment);
   if (win_tiles > 0) {
-    // In proportion to tiles; a window that begins anywhere has two more. Where warps have several cmp tiles, the warps
-    // of the window gain the time of block selection, so half as many suffice. Every CTA keeps a scoring warp.
-    const int tile_warps = warps / p.head_tiles, weight = within.max_tiles > tile_warps ? win_tiles / 2 : win_tiles;
-    p.win_warps = p.head_tiles * (sel_tiles == 0 ? tile_warps
-                                                 : std::clamp((tile_warps * weight + second_tiles / 2) / second_tiles,
-                                                              1, std::min(win_tiles + 2, tile_warps - p.tile_ctas)));
+    const int tile_warps = warps / p.head_tiles;
+    p.win_warps =
+        p.head_tiles * window_warps(tile_warps, p.tile_ctas, win_tiles, sel_tiles, within.max_tiles > tile_warps);
   }
   p.single_pass_blocks = p.cluster > 1 ? single_pass_blocks_of(r) : 0;
   p.by_single_pass = Divisor(std::max(1, p.single_pass_blocks));
