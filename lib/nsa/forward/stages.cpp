@@ -284,7 +284,7 @@ bool has_sharded_attention(const StepContext& ctx) {
 }
 
 bool has_sharded_step(const StepContext& ctx) {
-  if (!may_run_in_one_launch(ctx.shard.partition.kv, ctx.stage.tile.max_positions)) return false;
+  if (!may_run_in_one_launch(ctx.shard.partition.kv)) return false;
   const FusedOp<ShardedStepArgs>& op = ctx.shard.kernels().sharded_step;
   return op.accepts && ctx.exchanges && routed_to_first(ctx, {cmp, sel, win}) && op.accepts(step_args(ctx));
 }

@@ -125,15 +125,13 @@ struct ShardCoord : FusedCoord {
     if (p->exchanges) *epoch_address() = epoch;
   }
 
-  /// (m, sum) of two heads of the bucket-th bucket of this rank, for all ranks. Each CTA of the cluster sends a share.
-  __device__ __forceinline__ void send_bucket(float4* buckets, int bucket, int pair, int pairs, float4 x) const {
-    const int to = (bucket * p->kv + p->rank) * pairs + pair;
+  /// (m, sum) of a head of the bucket-th bucket of this rank, for all ranks. Each CTA of the cluster sends a share.
+  __device__ __forceinline__ void send_bucket(float2* buckets, int bucket, int head, int heads, float2 x) const {
+    const int to = (bucket * p->kv + p->rank) * heads + head;
     buckets[to] = x;
     if (to - p->by_cluster(to) * p->cluster != cta) return;
     for_each_peer([&](int peer) {
-      std::byte* at = slot(peer) + StepSlot::lse + to * 2 * ll_vector_bytes;
-      ll_store(at, __float_as_uint(x.x), __float_as_uint(x.y), epoch);
-      ll_store(at + ll_vector_bytes, __float_as_uint(x.z), __float_as_uint(x.w), epoch);
+      ll_store(slot(peer) + StepSlot::lse + to * ll_vector_bytes, __float_as_uint(x.x), __float_as_uint(x.y), epoch);
     });
   }
   /// The buckets of the other ranks. By `threads` threads.
