@@ -261,7 +261,7 @@ def token_gathers(s, whole):
 
 def may_run_in_one_launch(s):
     """Whether a decode step over KV ranks may run in one launch (lib/nsa/model/partition.hpp)."""
-    return s.kv == 2 and s.last + 1 >= 512
+    return 1 < s.kv <= 8 and 24 % s.kv == 0
 
 
 def exchanges(s, one_launch=False):

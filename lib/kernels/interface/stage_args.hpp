@@ -14,6 +14,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 #include "kernels/interface/layer_shape.hpp"
 #include "kernels/shared/acceptance.hpp"
@@ -256,6 +257,32 @@ constexpr int step_phase_count = static_cast<int>(step_phase_names.size());
 /// of the device's clock, in nanoseconds, at the first and the last of these.
 constexpr int step_readings = step_phase_count + 3;
 
+/// End of a decode step: logs the counters and moves on. All memory is the backend's.
+struct AdvanceArgs {
+  std::int64_t* position = nullptr;   ///< [positions], each += kept_tokens of its sequence
+  std::int64_t* step = nullptr;       ///< += 1
+  std::int64_t* reads = nullptr;      ///< [counters], set to zero
+  std::int64_t* reads_log = nullptr;  ///< [log_steps][counters], row *step is written when it exists
+  std::int64_t counters = 0, log_steps = 0;
+  const std::int32_t* selected = nullptr;  ///< [selected_count], logged beside the counters
+  std::int32_t* selected_log = nullptr;    ///< [log_steps][selected_count]
+  std::int64_t selected_count = 0;
+  std::int64_t positions = 1;  ///< one, or one a sequence
+  Acceptance acceptance = {};
+};
+
+/// What a decode step does around the attention of a layer, with the arguments of the stages: append (in the order of
+/// Branch; cmp: the raw rows), compress, and after the last layer the end of the step. Counters and blocks go to row
+/// *step of the logs, which is zero before the step, where it exists: reads of attend[b].reads to reads_log + (their
+/// index in log.reads), blocks to selected_log + (their index in log.selected). log.reads itself is not written.
+struct StepEnds {
+  AppendArgs append[branches];
+  CompressArgs compress;
+  AdvanceArgs log;
+  std::int64_t first_position = 0;  ///< *log.step = *log.position - first_position
+  bool ends_step = false;           ///< the last layer: moves position and step on
+};
+
 /// A decode step's attention on one of the ranks that share its sequences, with the exchanges inside.
 struct ShardedStepArgs {
   AttentionArgs attention;  ///< over this rank's rows; rank.selected wanted, p_slc and o_branch are not. o receives
@@ -263,6 +290,7 @@ struct ShardedStepArgs {
   const PeerMemory* peers = nullptr;  ///< of the ranks, each on a GPU of its own; null: there is none
   bool exchanges = true;              ///< false: sends nothing and waits for nobody; o and `selected` are undefined
   std::int64_t* readings = nullptr;   ///< optional [rows * groups][step_readings], zeroed before
+  std::optional<StepEnds> ends = {};  ///< what is around the attention, where the launch does it
 };
 
 /// Copies rows [first, last) between two maps of the same sequence. For every chunk c that dst holds and every
@@ -300,34 +328,11 @@ struct ChecksumArgs {
   std::uint64_t* sum = nullptr;  ///< the backend's memory
 };
 
-/// End of a decode step: logs the counters and moves on. All memory is the backend's.
-struct AdvanceArgs {
-  std::int64_t* position = nullptr;   ///< [positions], each += kept_tokens of its sequence
-  std::int64_t* step = nullptr;       ///< += 1
-  std::int64_t* reads = nullptr;      ///< [counters], set to zero
-  std::int64_t* reads_log = nullptr;  ///< [log_steps][counters], row *step is written when it exists
-  std::int64_t counters = 0, log_steps = 0;
-  const std::int32_t* selected = nullptr;  ///< [selected_count], logged beside the counters
-  std::int32_t* selected_log = nullptr;    ///< [log_steps][selected_count]
-  std::int64_t selected_count = 0;
-  std::int64_t positions = 1;  ///< one, or one a sequence
-  Acceptance acceptance = {};
-};
-
-/// One layer of a decode step up to output: project, append (in the order of Branch; cmp: the raw rows), compress,
-/// attention, and in the last layer the end of the step, with the arguments they have one by one. Counters and blocks
-/// go to row *step of the logs, which is zero before the step, where it exists: reads of attention.attend[b].reads to
-/// reads_log + (their index in log.reads), blocks to selected_log + (their index in log.selected). log.reads itself is
-/// not written.
-struct DecodeLayerArgs {
+/// One layer of a decode step up to output: project, attention and what is around it.
+struct DecodeLayerArgs : StepEnds {
   bool projects = false;  ///< else q, k, v and gate are given
-  ProjectArgs project;
-  AppendArgs append[branches];
-  CompressArgs compress;
-  AttentionArgs attention;
-  AdvanceArgs log;
-  std::int64_t first_position = 0;  ///< *log.step = *log.position - first_position
-  bool ends_step = false;           ///< the last layer: moves position and step on
+  ProjectArgs project = {};
+  AttentionArgs attention = {};
 };
 
 }  // namespace nsa

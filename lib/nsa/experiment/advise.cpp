@@ -112,16 +112,16 @@ std::string error_text(const PhaseCost& cost) {
 /// How decode over kv ranks is priced where it is not as it would run; "" where it is.
 std::string launches_note(const Config& config, const PhaseCost& cost, int ranks) {
   if (!cost.fused || config.kind != TaskKind::decode || ranks == 1) return "";
-  const std::int64_t positions = config.run.context.front() + config.run.steps * config.run.query_tokens.front();
   if (cost.launches.known() && !cost.exchange.known())
     return "one launch over kv ranks was not measured: these times are of several launches, which take longer; "
            "measured: " +
            cost.launches_measured;
-  if (may_run_in_one_launch(ranks, positions)) return "";
+  if (may_run_in_one_launch(ranks)) return "";
   if (cost.launches.known())
-    return "decode with kv > 2, or of a short context, runs in several launches; measured: " + cost.launches_measured;
-  return "warning: decode with kv > 2, or of a short context, runs in several launches and takes longer than the times "
-         "here, whose exchanges are those of one";
+    return "decode with kv = 5, 7, or more than 8 runs in several launches; measured: " + cost.launches_measured;
+  return "warning: decode with kv = 5, 7, or more than 8 runs in several launches and takes longer than the times "
+         "here, "
+         "whose exchanges are those of one";
 }
 
 std::vector<std::string> notes_of(const Config& config, const Machine& machine, int ranks) {

@@ -18,11 +18,11 @@ enum class Plan { staged, fused, sharded };
 
 /// Given selections are attended stage by stage. One launch over kv ranks is priced where one was measured, or nothing
 /// else was.
-Plan plan_of(const PhaseCost& cost, const Config& config, const Partition& partition, const Point& point) {
+Plan plan_of(const PhaseCost& cost, const Config& config, const Partition& partition) {
   if (!cost.fused || config.kind != TaskKind::decode || replays(config)) return Plan::staged;
   if (partition.kv == 1) return Plan::fused;
   const bool priced = cost.exchange.known() || !cost.launches.known();
-  return priced && may_run_in_one_launch(partition.kv, total_positions(config, point)) ? Plan::fused : Plan::sharded;
+  return priced && may_run_in_one_launch(partition.kv) ? Plan::fused : Plan::sharded;
 }
 
 /// Modelled bytes of the first rank without exchanges.
@@ -72,7 +72,7 @@ const PhaseCost& phase_cost(const Machine& machine, const Config& config) {
 PredictedTime predict(const Machine& machine, const Config& config, const Partition& partition, const Point& point) {
   const PhaseCost& cost = phase_cost(machine, config);
   const double layers = static_cast<double>(config.model.layers);
-  const Plan plan = plan_of(cost, config, partition, point);
+  const Plan plan = plan_of(cost, config, partition);
   const ExchangeCost& exchange = plan == Plan::sharded && cost.launches.known() ? cost.launches : cost.exchange;
   double exchanged = 0;
   for (const Exchange& e : exchanges(config, partition, point, plan == Plan::fused))

@@ -301,7 +301,7 @@ StepPlan DecodeRunner::probe() {
   const StepContext ctx = context(0, {}, {.attention = wanted});
   restore();
   load(0, {});
-  if (!replays(shard_.config) && has_decode_layer(ctx, step_log()) &&
+  if (!ctx.exchanges && !replays(shard_.config) && has_decode_layer(ctx, step_log()) &&
       launches([&] { decode_layer(ctx, step_log(), false); })) {
     plan.fused_layer = true;
     restore();
@@ -316,6 +316,7 @@ StepPlan DecodeRunner::probe() {
     return plan;
   }
   plan.one_launch = has_sharded_step(ctx) && launches([&] { try_sharded_step(ctx); });
+  plan.fused_layer = plan.one_launch && has_decode_layer(ctx, step_log());
   const bool launched = wanted == Attention::fused ? has_fused_attention(ctx) && launches([&] { fused_attention(ctx); })
                                                    : has_sharded_attention(ctx) && launches([&] {
                                                        local_attention(ctx);
@@ -334,12 +335,13 @@ void DecodeRunner::choose_plan(const ControlComm& world) {
   if (any(plan.prologue == Prologue::staged)) plan.prologue = Prologue::staged;
   if (any(plan.attention == Attention::staged)) plan.attention = Attention::staged;
   if (any(!plan.one_launch)) plan.one_launch = false;
-  if (any(!plan.fused_layer)) plan.fused_layer = false;
+  if (any(!plan.fused_layer) || (shard_.partition.kv > 1 && !plan.one_launch)) plan.fused_layer = false;
   plan_ = plan;
 }
 
 void DecodeRunner::step(const StepOptions& options, StageTimer& timer) {
-  const StepPlan plan = timer.per_stage() ? StepPlan{} : plan_;  // the default plan runs stage by stage
+  StepPlan plan = timer.per_stage() ? StepPlan{} : plan_;  // the default plan runs stage by stage
+  if (options.record && shard_.partition.kv > 1) plan.fused_layer = false;
   for (std::int64_t layer = 0; layer < shard_.config.model.layers; ++layer) {
     const StepContext ctx = context(layer, options, plan);
     if (plan.fused_layer) {

@@ -165,6 +165,16 @@ ShardedAttentionArgs sharded_args(const StepContext& ctx) {
   return args;
 }
 
+StepEnds step_ends(const StepContext& ctx, const AdvanceArgs& log, bool ends_step) {
+  StepEnds ends;
+  set_appends(ctx, ends.append);
+  ends.compress = compress_args(ctx);
+  ends.log = log;
+  ends.first_position = ctx.shard.point.context;
+  ends.ends_step = ends_step;
+  return ends;
+}
+
 ShardedStepArgs step_args(const StepContext& ctx) {
   ShardedStepArgs args{attention_args(ctx), ctx.shard.comms->kv.peer_memory()};
   args.attention.rank.candidates = nullptr;
@@ -179,16 +189,19 @@ const FusedOp<AttentionArgs>& attention_op(const StepContext& ctx) {
 }
 
 DecodeLayerArgs layer_args(const StepContext& ctx, const AdvanceArgs& log, bool ends_step) {
-  DecodeLayerArgs args;
+  DecodeLayerArgs args{step_ends(ctx, log, ends_step)};
   args.projects = ctx.whole_layer();
   if (args.projects) args.project = project_args(ctx);
-  set_appends(ctx, args.append);
-  args.compress = compress_args(ctx);
   args.attention = attention_args(ctx);
-  args.log = log;
-  args.first_position = ctx.shard.point.context;
-  args.ends_step = ends_step;
   return args;
+}
+
+void run_sharded_step(const StepContext& ctx, const ShardedStepArgs& args) {
+  const std::int64_t floats = gated_partial_floats(ctx.stage.shape, ctx.stage.tile.rows());
+  ctx.shard.comms->kv.exchange_in_kernel("sharded step", static_cast<std::size_t>(floats) * 4,
+                                         [&] { ctx.shard.kernels().sharded_step.run(args, ctx.stream()); });
+  for (const Branch b : {cmp, sel, win}) ctx.shard.routes.of(ctx.phase, b).record_kernel("sharded_step");
+  flip("kernel.combine", ctx, ctx.buffers.o);
 }
 
 // A fused operation computes what the first implementation of each branch does; the input may ask for another one.
@@ -266,12 +279,22 @@ void fused_attention(const StepContext& ctx) {
 }
 
 bool has_decode_layer(const StepContext& ctx, const AdvanceArgs& log) {
+  if (ctx.exchanges) {
+    ShardedStepArgs args = step_args(ctx);
+    args.ends = step_ends(ctx, log, false);
+    return has_sharded_step(ctx) && ctx.shard.kernels().sharded_step.accepts(args);
+  }
   const FusedOp<DecodeLayerArgs>& op = ctx.shard.kernels().decode_layer;
-  return op.accepts && !ctx.exchanges && routed_to_first(ctx, {cmp, sel, win}) &&
-         op.accepts(layer_args(ctx, log, false));
+  return op.accepts && routed_to_first(ctx, {cmp, sel, win}) && op.accepts(layer_args(ctx, log, false));
 }
 
 void decode_layer(const StepContext& ctx, const AdvanceArgs& log, bool ends_step) {
+  if (ctx.exchanges) {
+    if (ctx.whole_layer()) project(ctx);
+    ShardedStepArgs args = step_args(ctx);
+    args.ends = step_ends(ctx, log, ends_step);
+    return run_sharded_step(ctx, args);
+  }
   fault::refuse_launch("attend.step", ctx.shard.device(), ctx.stream());
   ctx.shard.kernels().decode_layer.run(layer_args(ctx, log, ends_step), ctx.stream());
   for (const Branch b : {cmp, sel, win}) ctx.shard.routes.of(ctx.phase, b).record_kernel("step");
@@ -284,18 +307,12 @@ bool has_sharded_attention(const StepContext& ctx) {
 }
 
 bool has_sharded_step(const StepContext& ctx) {
-  if (!may_run_in_one_launch(ctx.shard.partition.kv, ctx.stage.tile.max_positions)) return false;
+  if (!may_run_in_one_launch(ctx.shard.partition.kv)) return false;
   const FusedOp<ShardedStepArgs>& op = ctx.shard.kernels().sharded_step;
   return op.accepts && ctx.exchanges && routed_to_first(ctx, {cmp, sel, win}) && op.accepts(step_args(ctx));
 }
 
-void sharded_step(const StepContext& ctx) {
-  const std::int64_t floats = gated_partial_floats(ctx.stage.shape, ctx.stage.tile.rows());
-  ctx.shard.comms->kv.exchange_in_kernel("sharded step", static_cast<std::size_t>(floats) * 4,
-                                         [&] { ctx.shard.kernels().sharded_step.run(step_args(ctx), ctx.stream()); });
-  for (const Branch b : {cmp, sel, win}) ctx.shard.routes.of(ctx.phase, b).record_kernel("sharded_step");
-  flip("kernel.combine", ctx, ctx.buffers.o);
-}
+void sharded_step(const StepContext& ctx) { run_sharded_step(ctx, step_args(ctx)); }
 
 void try_sharded_step(const StepContext& ctx) {
   fault::refuse_launch("attend.step", ctx.shard.device(), ctx.stream());

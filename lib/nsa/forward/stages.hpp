@@ -27,7 +27,8 @@ struct StepPlan {
   /// Ranks that share the sequences: all of attention is KernelTable::sharded_step. `attention` holds for a pass that
   /// records, which needs the branches apart.
   bool one_launch = false;
-  /// One rank: everything up to output, and the end of the step, is KernelTable::decode_layer.
+  /// Everything up to output, and the end of the step, is KernelTable::decode_layer; with one_launch project, then
+  /// KernelTable::sharded_step, which does what is around attention too. Not in a pass of several ranks that records.
   bool fused_layer = false;
 };
 

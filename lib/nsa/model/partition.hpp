@@ -48,9 +48,9 @@ std::int64_t nsa_vibe_reads(const BlockRules& rules, std::int64_t t);
 /// Rows [0, rows) of a sharded sequence that the map's rank owns.
 std::int64_t owned_rows(const RowMap& local, std::int64_t rows);
 
-/// Whether a backend that has one launch for a sharded decode step may take it: the layouts and lengths, in positions,
-/// in which it has run on several GPUs (docs/kernels/sharding.md).
-constexpr bool may_run_in_one_launch(std::int32_t kv, std::int64_t positions) { return kv == 2 && positions >= 512; }
+/// Whether a backend that has one launch for a sharded decode step may take it: the kv of its kernel, whose ranks merge
+/// as many LSE buckets each. What else the launch asks of a step, it is asked itself (docs/kernels/sharding.md).
+constexpr bool may_run_in_one_launch(std::int32_t kv) { return kv > 1 && kv <= 8 && 24 % kv == 0; }
 
 /// Positions [first, end) of a sequence.
 struct Span {

@@ -54,7 +54,7 @@ kv_chunk_blocks = 16
 def test_the_program_predicts_the_same_times(tmp_path, kind, ranks, fused, comm, launches, plans):
     """Every layout on nodes of 4: bytes, FLOPs, scored blocks and exchanges, within and between nodes.
 
-    kv = 2 runs in one launch at 64K and 100K, whose y is summed over the kv ranks; context 300 and kv > 2 in several.
+    kv = 2, 4 and 8 run in one launch, whose y is summed over the kv ranks; kv = 16 in several.
     """
     network = nsa_analysis.Network("a network", latency=10e-6, bandwidth=1e9, node=4)
     phase = machine.Phase((3e-6, 1e-12, 1e-14, 2e-9), comm, fused, (0.05,), 4, "here", {}, launches, "there")
@@ -91,9 +91,11 @@ def test_how_a_step_over_kv_ranks_is_priced():
         (1, 2, 65536, "layer", 4),  # and y over the kv ranks
         (2, 2, 65536, "layer", 5),  # and over the head shards
         (2, 1, 65536, "layer", 1),
-        (1, 2, 300, "attention", 300),  # too short for one launch
-        (1, 4, 65536, "attention", 300),
-        (2, 4, 65536, "layer", 400),  # o is whole on every kv rank
+        (1, 2, 300, "attention", 3),
+        (2, 4, 65536, "layer", 5),
+        (1, 5, 65536, "attention", 300),  # 24 LSE buckets are not a multiple
+        (1, 16, 65536, "attention", 300),
+        (2, 16, 65536, "layer", 400),  # o is whole on every kv rank
     ):
         parameters = synthetic.PARAMETERS | {"run.context": context, "run.scope": scope, "heads": heads, "kv": kv}
         shape = traffic.shape_of(types.SimpleNamespace(kind="decode", parameters=parameters))

@@ -44,9 +44,11 @@ inline LayerShape shape_of(const Case& c) {
 // The caches of one rank, and the results of a step on it.
 struct Rank {
   std::unique_ptr<MirroredKv> k[branches], v[branches];
+  std::unique_ptr<MirroredKv> k_raw, v_raw;
 };
 struct RankResults {
   std::unique_ptr<MirroredBuffer> scores, scratch, lse, candidates, selected, partials, reads;
+  std::unique_ptr<MirroredBuffer> reads_log = {}, selected_log = {};  ///< one launch with appends_: of one step
 };
 
 class Shards {
@@ -62,6 +64,11 @@ class Shards {
   /// over what is there: reads add up.
   void launch_ranks(const Group& group, int leave_out, int first, std::chrono::microseconds pause);
   void one_launch(const Group& group, int leave_out = -1, int first = 0, std::chrono::microseconds pause = {});
+  /// From now on one_launch() appends new rows and the compressed token that completes with them, and logs the step.
+  void append_in_launch();
+  /// The same rows and token by the stages.
+  void append_by_stages();
+  const Rank& rank(int i) const { return ranks_[static_cast<std::size_t>(i)]; }
 
   const LayerShape s;
   const int kv;
@@ -81,6 +88,9 @@ class Shards {
   CombineArgs combine_args(int leave_out) const;
   AttentionArgs step_args(int rank, int leave_out) const;
   void gather(std::unique_ptr<MirroredBuffer> RankResults::*from, const MirroredBuffer& to, std::int64_t bytes) const;
+  void make_new_rows();
+  StepEnds ends(int rank) const;
+  ShardedStepArgs launch_args(const gpu::PeerGroup& seen, int rank, int leave_out) const;
 
   const Backend& b = gpu();
   const Case c_;
@@ -89,6 +99,8 @@ class Shards {
   MirroredBuffer position_, gate_;
   MirroredKv q_;
   std::vector<Rank> ranks_;
+  bool appends_ = false;
+  std::unique_ptr<MirroredKv> new_k_[branches], new_v_[branches];  ///< a row a plane
 };
 
 inline Shards::Shards(const Case& c, int ranks)
@@ -172,6 +184,8 @@ inline void Shards::start() {
                        make(lse_bytes), make(candidate_bytes), make(planes * s.rules.n_sel * 4),
                        make(partial_floats(s, rows_) * 4), make(branches * planes * 8)});
     results.back().reads->clear();
+    results.back().reads_log = make(branches * planes * 8), results.back().reads_log->clear();
+    results.back().selected_log = make(planes * s.rules.n_sel * 4);
   }
   lse_all = make(kv * lse_bytes);
   candidates_all = make(kv * candidate_bytes);
@@ -306,12 +320,77 @@ inline AttentionArgs Shards::step_args(int rank, int leave_out) const {
   return a;
 }
 
+inline void Shards::make_new_rows() {
+  const std::int64_t planes = rows_ * s.groups;
+  RowMap ring;
+  ring.ring = s.rules.l;
+  for (Rank& held : ranks_)
+    for (const bool value : {false, true}) {
+      const char* name = value ? "v_raw" : "k_raw";
+      auto& raw = value ? held.v_raw : held.k_raw;
+      raw = std::make_unique<MirroredKv>(c_.type, ring, planes, s.rules.l, value ? s.d_v : s.d_k);
+      raw->fill(c_.batch, s.groups, c_.position + 1, name);
+    }
+  for (int branch = 0; branch < branches; ++branch)
+    for (const bool value : {false, true}) {
+      auto& rows = value ? new_v_[branch] : new_k_[branch];
+      rows = std::make_unique<MirroredKv>(c_.type, RowMap{}, planes, 1, value ? s.d_v : s.d_k);
+      rows->fill(c_.batch, s.groups, 1, (std::string(value ? "new v_" : "new k_") + branch_names[branch]).c_str());
+    }
+}
+
+inline StepEnds Shards::ends(int rank) const {
+  const Rank& held = ranks_[static_cast<std::size_t>(rank)];
+  const RankResults& to = results[static_cast<std::size_t>(rank)];
+  StepEnds e;
+  for (int branch = 0; branch < branches; ++branch)
+    e.append[branch] = {stage(rank), new_k_[branch]->memory.on<void>(b), new_v_[branch]->memory.on<void>(b),
+                        (branch == cmp ? held.k_raw : held.k[branch])->on(b),
+                        (branch == cmp ? held.v_raw : held.v[branch])->on(b)};
+  static_cast<StageArgs&>(e.compress) = stage(rank);
+  e.compress.k_raw = held.k_raw->on(b), e.compress.v_raw = held.v_raw->on(b);
+  e.compress.k_cmp = held.k[cmp]->on(b), e.compress.v_cmp = held.v[cmp]->on(b);
+  e.compress.fill_halo = true;
+  e.log.reads = to.reads->on<std::int64_t>(b);
+  e.log.reads_log = to.reads_log->on<std::int64_t>(b);
+  e.log.counters = branches * rows_ * s.groups;
+  e.log.log_steps = 1;
+  e.log.selected = to.selected->on<std::int32_t>(b);
+  e.log.selected_log = to.selected_log->on<std::int32_t>(b);
+  e.log.selected_count = rows_ * s.groups * s.rules.n_sel;
+  e.first_position = c_.position;
+  return e;
+}
+
+inline void Shards::append_in_launch() {
+  make_new_rows();
+  appends_ = true;
+}
+
+inline void Shards::append_by_stages() {
+  make_new_rows();
+  start();
+  for (int rank = 0; rank < kv; ++rank) {
+    const StepEnds e = ends(rank);
+    for (const AppendArgs& append : e.append) b.kernels->append(append, nullptr);
+    b.kernels->compress(e.compress, nullptr);
+  }
+  b.device->synchronize(nullptr);
+}
+
+inline ShardedStepArgs Shards::launch_args(const gpu::PeerGroup& seen, int rank, int leave_out) const {
+  ShardedStepArgs args{step_args(rank, leave_out), reinterpret_cast<const PeerMemory*>(&seen)};
+  if (appends_) args.ends = ends(rank);
+  return args;
+}
+
 inline bool Shards::try_one_launch(const Group& group, int leave_out) {
   start();
   for (int rank = 0; rank < kv; ++rank) {
     const gpu::PeerGroup seen = group.seen_by(rank);
-    const ShardedStepArgs args{step_args(rank, leave_out), reinterpret_cast<const PeerMemory*>(&seen), false};
+    ShardedStepArgs args = launch_args(seen, rank, leave_out);
     if (!b.kernels->sharded_step.accepts(args)) return false;
+    args.exchanges = false, args.ends.reset();
     b.kernels->sharded_step.run(args, nullptr);
   }
   b.device->synchronize(nullptr);
@@ -328,8 +407,7 @@ inline void Shards::launch_ranks(const Group& group, int leave_out, int first, s
   for (int i = 0; i < kv; ++i) {
     const int rank = (first + i) % kv;
     const gpu::PeerGroup seen = group.seen_by(rank);
-    b.kernels->sharded_step.run({step_args(rank, leave_out), reinterpret_cast<const PeerMemory*>(&seen)},
-                                group.streams[static_cast<std::size_t>(rank)]);
+    b.kernels->sharded_step.run(launch_args(seen, rank, leave_out), group.streams[static_cast<std::size_t>(rank)]);
     if (pause.count() > 0) std::this_thread::sleep_for(pause);
   }
   group.synchronize();

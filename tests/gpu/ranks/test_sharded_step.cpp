@@ -71,6 +71,38 @@ void check(const Case& c, std::initializer_list<int> grid, std::initializer_list
     }
 }
 
+// A step that appends by itself against one on caches to which the stages have appended.
+void check_appends(const Case& c, std::initializer_list<int> grid) {
+  for (const int kv : grid) {
+    INFO("groups=" << c.groups << " h=" << c.h << " D=" << c.d_k << " batch=" << c.batch << " position=" << c.position
+                   << " chunk_blocks=" << c.chunk_blocks << " kv=" << kv);
+    const Group& group = group_of(kv);
+    const Alarm alarm(std::chrono::seconds(20), group.abort_flag);
+    Shards stages(c, kv), launch(c, kv);
+    stages.append_by_stages();
+    launch.append_in_launch();
+    for (Shards* shards : {&stages, &launch}) {
+      REQUIRE(shards->try_one_launch(group));
+      shards->one_launch(group);
+    }
+    REQUIRE(*group.abort_flag == 0);
+    const Answer expected = answer(stages), got = answer(launch);
+    CHECK(got.selected == expected.selected);
+    CHECK(got.o == expected.o);
+    CHECK(of_ranks<std::int64_t>(launch, &RankResults::reads_log) == expected.reads);
+    CHECK(of_ranks<std::int32_t>(launch, &RankResults::selected_log) == expected.selected);
+    const auto same = [](const std::unique_ptr<MirroredKv>& a, const std::unique_ptr<MirroredKv>& b) {
+      return a->memory.from_gpu<unsigned char>() == b->memory.from_gpu<unsigned char>();
+    };
+    for (int i = 0; i < kv; ++i) {
+      const Rank &a = stages.rank(i), &b = launch.rank(i);
+      for (int branch = 0; branch < branches; ++branch)
+        CHECK((same(a.k[branch], b.k[branch]) && same(a.v[branch], b.v[branch])));
+      CHECK((same(a.k_raw, b.k_raw) && same(a.v_raw, b.v_raw)));
+    }
+  }
+}
+
 }  // namespace
 
 TEST_CASE("a sharded step of one launch equals its stages", "[shards][one_launch]") {
@@ -88,6 +120,14 @@ TEST_CASE("a sharded step of one launch: heads, sizes, long items, without a bra
   check({DType::bf16, 1, 1, 128, 128, 1, 9000, 8}, {2, 4});
   check({DType::bf16, 2, 16, 128, 128, 2, 65535, 16}, {2});
   check({DType::bf16, 1, 16, 128, 128, 1, 300000, 16}, {2, 4});
+}
+
+// Positions before and at the first compressed token; at which a token completes that ends a chunk, so that the next
+// rank has it in a halo; at which a chunk of the selected rows begins; and others, with and without a token.
+TEST_CASE("a sharded step of one launch appends as the stages do", "[shards][one_launch]") {
+  for (const std::int64_t position : {0, 30, 31, 511, 512, 527, 1039, 1040, 1551, 5000, 5007})
+    check_appends({DType::bf16, 1, 16, 128, 128, 2, position, 8}, {2, 3});
+  check_appends({DType::bf16, 2, 5, 64, 64, 3, 2063, 16}, {2, 4});
 }
 
 TEST_CASE("a sharded step of one launch chooses among ties as the stages do", "[shards][one_launch]") {

@@ -80,6 +80,21 @@ __device__ __forceinline__ Entry top16_of_two(Entry a, Entry b) {
   const Entry reversed = __shfl_xor_sync(0xffffffffu, b, 15);
   return bitonic_merge16(a > reversed ? a : reversed);
 }
+/// The best 16 of `best`, which descends, and 32 entries in any order, one a lane; in the first half of the warp. Few
+/// of them are better than the last of `best` where many have been seen: each is inserted.
+__device__ __forceinline__ Entry top16_with(Entry best, Entry fresh) {
+  constexpr int few = 12;
+  const Entry last = __shfl_sync(0xffffffffu, best, 15);
+  unsigned better = __ballot_sync(0xffffffffu, fresh > last);
+  if (__popc(better) > few) return top16_of_two(best, warp_sort_descending(fresh));
+#pragma unroll 1
+  for (; better != 0; better &= better - 1) {
+    const Entry x = __shfl_sync(0xffffffffu, fresh, __ffs(static_cast<int>(better)) - 1),
+                before = __shfl_up_sync(0xffffffffu, best, 1);
+    best = best > x ? best : threadIdx.x % 32 == 0 || before > x ? x : before;
+  }
+  return best;
+}
 /// The best 32 of a and b, one a lane. a, b and the result descend.
 __device__ __forceinline__ Entry top32_of_two(Entry a, Entry b) {
   const unsigned lane = threadIdx.x % 32;

@@ -11,12 +11,34 @@ namespace nsa::gpu {
 
 namespace {
 
-AppendedRows appended_rows(const DecodeLayerArgs& a) {
+// Rows of a cache that holds every position, or the last ones.
+bool is_whole(const KvView& cache, std::int64_t row_bytes) {
+  const RowMap& map = cache.map;
+  return map.chunk == INT64_MAX && map.halo == 0 && row_bytes % 16 == 0 && row_bytes <= 512;
+}
+
+FusedAppendParams params_of(const DecodeLayerArgs& a) {
+  FusedAppendParams p;
+  static_cast<FusedDecodeParams&>(p) = fused_decode_params(a.attention);
+  p.appended = appended_rows(a);
+  p.log = step_log(a, a.attention, p.reads);
+  divide_work(p);
+  return p;
+}
+
+// The kernels of a layer score blocks by sums; a padded one decides it at run time.
+bool has_kernel(const FusedAppendParams& p) {
+  return p.cluster > 0 && (p.block_sums.memory || !fused_instance(p.shape).tuned);
+}
+
+}  // namespace
+
+AppendedRows appended_rows(const StepEnds& ends) {
   AppendedRows rows;
-  const QueryTile& tile = a.attention.combine.tile;
-  const LayerShape& s = a.attention.combine.shape;
+  const QueryTile& tile = ends.compress.tile;
+  const LayerShape& s = ends.compress.shape;
   for (int b = 0; b < branches; ++b) {
-    const AppendArgs& append = a.append[b];
+    const AppendArgs& append = ends.append[b];
     const auto row = [&](const void* from, const KvView& cache) {
       const auto size = static_cast<std::int64_t>(size_of(s.dtype));
       if (cache.pages.pages)
@@ -36,43 +58,21 @@ AppendedRows appended_rows(const DecodeLayerArgs& a) {
   return rows;
 }
 
-StepLog step_log(const DecodeLayerArgs& a) {
-  const AdvanceArgs& log = a.log;
+StepLog step_log(const StepEnds& ends, const AttentionArgs& attention, std::int64_t* (&reads)[branches]) {
+  const AdvanceArgs& log = ends.log;
+  for (int b = 0; b < branches; ++b) reads[b] = log.reads_log + (attention.attend[b].reads - log.reads);
   StepLog to;
   to.rows = static_cast<int>(log.log_steps);
   to.counters = static_cast<int>(log.counters);
-  to.first_position = static_cast<int>(a.first_position);
-  to.selected = log.selected_log + (a.attention.rank.selected - log.selected);
+  to.first_position = static_cast<int>(ends.first_position);
+  to.selected = log.selected_log + (attention.rank.selected - log.selected);
   to.selected_count = log.selected_count;
-  if (!a.ends_step) return to;
+  if (!ends.ends_step) return to;
   to.position = log.position;
   to.step = log.step;
   to.arrivals = arrival_counters(cmp);
   return to;
 }
-
-// Rows of a cache that holds every position, or the last ones.
-bool is_whole(const KvView& cache, std::int64_t row_bytes) {
-  const RowMap& map = cache.map;
-  return map.chunk == INT64_MAX && map.halo == 0 && row_bytes % 16 == 0 && row_bytes <= 512;
-}
-
-FusedAppendParams params_of(const DecodeLayerArgs& a) {
-  FusedAppendParams p;
-  static_cast<FusedDecodeParams&>(p) = fused_decode_params(a.attention);
-  p.appended = appended_rows(a);
-  p.log = step_log(a);
-  for (int b = 0; b < branches; ++b) p.reads[b] = a.log.reads_log + (a.attention.attend[b].reads - a.log.reads);
-  divide_work(p);
-  return p;
-}
-
-// The kernels of a layer score blocks by sums; a padded one decides it at run time.
-bool has_kernel(const FusedAppendParams& p) {
-  return p.cluster > 0 && (p.block_sums.memory || !fused_instance(p.shape).tuned);
-}
-
-}  // namespace
 
 bool decode_layer_accepts(const DecodeLayerArgs& a) {
   const LayerShape& s = a.attention.combine.shape;

@@ -106,7 +106,7 @@ struct BlockSumSlice {
       const int u = first + lane;
       // Past `end` there may be no block: a token index past every token.
       const int j = u < end ? block_at(p, u) : INT32_MAX / cmp_tokens_per_block;
-      best = top16_of_two(best, warp_sort_descending(entry(u, j, reader.score(first, j))));
+      best = top16_with(best, entry(u, j, reader.score(first, j)));
     }
     return best;
   }

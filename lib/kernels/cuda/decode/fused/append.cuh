@@ -1,5 +1,6 @@
 #pragma once
-// The rows that a fused decode step appends to the caches before it attends them.
+// The rows that a fused decode step appends to the caches before it attends them. A rank that holds chunks appends
+// those of its chunks, and of the rings.
 
 #include "kernels/cuda/decode/fused/tile_pipeline.cuh"
 
@@ -32,8 +33,14 @@ struct FusedAppend {
     const int ring = p.appended.ring[b];
     return ring == 0 ? t : t - p.appended.by_ring[b](t) * ring;
   }
-  /// The same from where the plane begins, in the page of the position where there are pages.
+  /// The same from where the plane begins, in the page of the position where there are pages; -1: another rank has it.
   __device__ __forceinline__ int row_of_position(int b) const {
+    if constexpr (Params::is_shard)
+      if (b == sel) {
+        if (!at.holds_chunk(p.by_chunk_blocks(at.all_eligible - 1))) return -1;
+        const int row = at.held_positions() - 1;
+        return p.pages.table[1] ? p.pages.row(1, at.row, p.pages.by_blocks(at.eligible - 1), row) : row;
+      }
     const int slot = slot_of(b, at.t);
     return b == sel && p.pages.table[1] ? p.pages.row(1, at.row, p.pages.by_blocks(p.block(at.t)), slot) : slot;
   }
@@ -44,32 +51,52 @@ struct FusedAppend {
   }
   /// Writes the rows and the compressed token. All threads; the caches may be read afterwards.
   __device__ __forceinline__ void store() const {
+    if constexpr (Params::is_shard)
+      if (!p.appended.rows[0].from) return;
 #pragma unroll
     for (int i = 0; i < rows_a_warp; ++i) {
       const int row = at.warp + i * W;
       if (!has_vector(row)) continue;
-      char* to = plane_of(row) + std::int64_t{row_of_position(row / 2)} * p.appended.rows[row].bytes;
+      const int position = row_of_position(row / 2);
+      if (Params::is_shard && position < 0) continue;
+      char* to = plane_of(row) + std::int64_t{position} * p.appended.rows[row].bytes;
       reinterpret_cast<uint4*>(to)[threadIdx.x % 32] = vectors[i];
     }
     __syncthreads();
-    if (!completes_token()) return;
-    compress();
+    const int tokens = all_tokens(), token = tokens - 1, l = p.shape.rules.l;
+    if (tokens == 0 || at.t + 1 - l != token * p.shape.rules.d) return;
+    int segment = p.segment(token), row = token - segment * static_cast<int>(p.shape.lse.segment);
+    if constexpr (Params::is_shard)
+      if (!find_held(segment, row)) return;
+    const int tile = segment * tiles_per_span(cmp, p.shape) + max(row, 0) / tile_rows;
+    if (tile - p.by_tile_ctas(tile) * p.tile_ctas != at.tile_cta) return;
+    compress(segment, row);
     __syncthreads();
   }
-  /// Whether a compressed token completes at this position whose tile is one of this CTA.
-  __device__ __forceinline__ bool completes_token() const {
-    const BlockRules& r = p.shape.rules;
-    if (at.n == 0 || at.t + 1 - r.l != (at.n - 1) * r.d) return false;
-    const int segment = p.segment(at.n - 1),
-              tile = segment * tiles_per_span(cmp, p.shape) +
-                     (at.n - 1 - segment * static_cast<int>(p.shape.lse.segment)) / tile_rows;
-    return tile - p.by_tile_ctas(tile) * p.tile_ctas == at.tile_cta;
+  /// Compressed tokens at this position, of all ranks.
+  __device__ __forceinline__ int all_tokens() const {
+    if constexpr (Params::is_shard)
+      return at.all_n;
+    else
+      return at.n;
   }
-  /// The mean of K and V of the token that completes: mean_of() of layer/append_compress.cuh, in the same order.
-  __device__ __forceinline__ void compress() const {
+  /// From a segment of the sequence to that of this rank which holds its row, or has it as the halo row, -1.
+  __device__ __forceinline__ bool find_held(int& segment, int& row) const {
+    if (!at.holds_chunk(segment)) {
+      if (row != p.shape.lse.segment - 1 || !at.holds_chunk(segment + 1)) return false;
+      ++segment, row = -1;
+    }
+    segment = p.by_kv(segment);
+    return true;
+  }
+  /// The mean of K and V of the token that completes, a row of a segment held here: mean_of() of
+  /// layer/append_compress.cuh, in the same order.
+  __device__ __forceinline__ void compress(int segment, int row) const {
     const int l = p.shape.rules.l, ring = p.appended.ring[cmp], first = slot_of(cmp, at.t + 1 - l), d_k = p.shape.d_k;
     const std::int64_t plane = std::int64_t{p.tile.batch_begin} * p.shape.groups + at.work_item;
-    const std::int64_t to_row = p.pages.table[0] ? p.pages.row(0, at.row, p.segment(at.n - 1), at.n - 1) : at.n - 1;
+    int memory_row = segment * static_cast<int>(p.shape.lse.segment) + row;
+    if constexpr (Params::is_shard) memory_row += (segment + 1) * p.k[cmp].map.halo;
+    const std::int64_t to_row = p.pages.table[0] ? p.pages.row(0, at.row, segment, memory_row) : memory_row;
 #pragma unroll 1
     for (int item = threadIdx.x; item < d_k + p.shape.d_v; item += threads) {
       const bool is_v = item >= d_k;

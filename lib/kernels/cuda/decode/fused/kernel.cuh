@@ -371,7 +371,7 @@ struct FusedDecode {
     }
     if (lane < n) p.selected[std::int64_t{at.work_item} * n + (own < 0 ? lane : index)] = own;
     if constexpr (Params::is_layer)
-      if (lane < n && log_row() < p.log.rows)
+      if (lane < n && p.log.selected && log_row() < p.log.rows)
         p.log.selected[log_row() * p.log.selected_count + std::int64_t{at.work_item} * n + (own < 0 ? lane : index)] =
             own;
   }

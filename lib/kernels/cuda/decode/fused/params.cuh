@@ -69,7 +69,7 @@ struct AppendedRows {
   Divisor by_ring[branches];
 };
 
-/// Where the counters and the blocks of a step are logged, and the end of the step (DecodeLayerArgs).
+/// Where the counters and the blocks of a step are logged, and the end of the step (StepEnds).
 struct StepLog {
   int rows = INT32_MAX, counters = 0, first_position = 0;  ///< counters = 0: `reads` are the counters themselves
   std::int32_t* selected = nullptr;                        ///< [rows][selected_count]; null: not logged
@@ -149,6 +149,10 @@ struct FusedTokenParams : FusedDecodeParams {
 
 /// Whether the kernel is built for the shape of these steps, and their geometry is one that it reads.
 bool fused_decode_accepts(const AttentionArgs& a);
+/// The rows that a step with these ends appends.
+AppendedRows appended_rows(const StepEnds& ends);
+/// The log of a step with these ends. `reads` becomes the rows that its counters go to.
+StepLog step_log(const StepEnds& ends, const AttentionArgs& attention, std::int64_t* (&reads)[branches]);
 /// Inputs and outputs of the kernel. A rank that holds chunks has block sums only.
 FusedDecodeParams fused_decode_params(const AttentionArgs& a);
 /// How the work of `shards` ranks that share the sequences is divided; cluster = 0: not possible.

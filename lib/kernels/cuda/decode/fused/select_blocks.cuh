@@ -60,55 +60,65 @@ struct FusedSelect {
   }
 
   // Merges the (m, sum) of the tiles of a head tile to LSE buckets: each by rising segment, a segment by rising tile. A
-  // thread has two heads of a bucket and loads two tiles of four segments at a time. Absent tiles are the neutral
-  // element. A shard forms the buckets of its segments and exchanges them.
+  // thread has two heads of a bucket and loads two tiles of four segments at a time; in a shard, which has fewer
+  // buckets and exchanges them, one head and eight segments. Absent tiles are the neutral element.
   __device__ __forceinline__ void merge_buckets(int tiles, int per_segment, int head_tile) const {
-    constexpr int pairs = WarpTile::heads / 2;
+    constexpr int heads_each = Params::is_shard ? 1 : 2, at_a_time = 8 / heads_each,
+                  shares = WarpTile::heads / heads_each;
+    using Loaded = std::conditional_t<heads_each == 2, float4, float2>;
     const int item = WarpTile::tuned ? at.work_item : at.work_item * p.head_tiles + head_tile;
     const float2* sums = p.tile_lse + item * p.max_tiles * WarpTile::heads;
     const int segments = per_segment == 2 ? tiles / 2 : tiles / per_segment, count = p.held_buckets();
 #pragma unroll 1
-    for (int item = threadIdx.x; item < count * pairs; item += at.cta_scoring_warps * 32) {
-      const int bucket = item / pairs;
-      const float2* of_bucket = sums + bucket * per_segment * WarpTile::heads + item % pairs * 2;
-      SoftmaxState<Exp2> sum[2];
+    for (int item = threadIdx.x; item < count * shares; item += at.cta_scoring_warps * 32) {
+      const int bucket = item / shares;
+      const float2* of_bucket = sums + bucket * per_segment * WarpTile::heads + item % shares * heads_each;
+      SoftmaxState<Exp2> sum[heads_each];
 #pragma unroll 1
-      for (int i0 = 0; i0 < segments; i0 += 4 * count) {
-        SoftmaxState<Exp2> segment[4][2];
+      for (int i0 = 0; i0 < segments; i0 += at_a_time * count) {
+        SoftmaxState<Exp2> segment[at_a_time][heads_each];
 #pragma unroll 1
         for (int tile0 = 0; tile0 < per_segment; tile0 += 2) {
-          float4 x[4][2];
+          Loaded x[at_a_time][2];
 #pragma unroll
-          for (int b = 0; b < 4; ++b) {
+          for (int b = 0; b < at_a_time; ++b) {
             const int i = i0 + b * count;  // segment of bucket 0
-            const auto* from = reinterpret_cast<const float4*>(of_bucket + (i * per_segment + tile0) * WarpTile::heads);
-            const float4 absent = {neg_inf, 0.0f, neg_inf, 0.0f};
+            const auto* from = reinterpret_cast<const Loaded*>(of_bucket + (i * per_segment + tile0) * WarpTile::heads);
+            const Loaded absent = absent_states<Loaded>();
             x[b][0] = i + bucket < segments ? __ldcg(from) : absent;
-            x[b][1] = i + bucket < segments && tile0 + 1 < per_segment ? __ldcg(from + pairs) : absent;
+            x[b][1] = i + bucket < segments && tile0 + 1 < per_segment ? __ldcg(from + shares) : absent;
           }
 #pragma unroll
-          for (int b = 0; b < 4; ++b)
+          for (int b = 0; b < at_a_time; ++b)
 #pragma unroll
-            for (int a = 0; a < 2; ++a) {
-              const SoftmaxState<Exp2> one = a == 0 ? SoftmaxState<Exp2>{x[b][0].x, x[b][0].y}
-                                                    : SoftmaxState<Exp2>{x[b][0].z, x[b][0].w},
-                                       two = a == 0 ? SoftmaxState<Exp2>{x[b][1].x, x[b][1].y}
-                                                    : SoftmaxState<Exp2>{x[b][1].z, x[b][1].w};
+            for (int a = 0; a < heads_each; ++a) {
+              const SoftmaxState<Exp2> one = state_of(x[b][0], a), two = state_of(x[b][1], a);
               segment[b][a] = merge_exact(tile0 == 0 ? one : merge_exact(segment[b][a], one), two);
             }
         }
 #pragma unroll
-        for (int b = 0; b < 4; ++b)
+        for (int b = 0; b < at_a_time; ++b)
 #pragma unroll
-          for (int a = 0; a < 2; ++a) sum[a] = merge_exact(sum[a], segment[b][a]);
+          for (int a = 0; a < heads_each; ++a) sum[a] = merge_exact(sum[a], segment[b][a]);
       }
-      const float2 first = to_natural_log(sum[0]), second = to_natural_log(sum[1]);
-      const float4 pair = {first.x, first.y, second.x, second.y};
-      if constexpr (Params::is_shard)
-        at.send_bucket(reinterpret_cast<float4*>(buckets()), bucket, item % pairs, pairs, pair);
-      else
-        reinterpret_cast<float4*>(buckets())[item] = pair;
+      if constexpr (Params::is_shard) {
+        at.send_bucket(buckets(), bucket, item % shares, shares, to_natural_log(sum[0]));
+      } else {
+        const float2 first = to_natural_log(sum[0]), second = to_natural_log(sum[1]);
+        reinterpret_cast<float4*>(buckets())[item] = {first.x, first.y, second.x, second.y};
+      }
     }
+  }
+  static __device__ __forceinline__ SoftmaxState<Exp2> state_of(float2 x, int) { return {x.x, x.y}; }
+  static __device__ __forceinline__ SoftmaxState<Exp2> state_of(float4 x, int head) {
+    return head == 0 ? SoftmaxState<Exp2>{x.x, x.y} : SoftmaxState<Exp2>{x.z, x.w};
+  }
+  template <class Loaded>
+  static __device__ __forceinline__ Loaded absent_states() {
+    if constexpr (sizeof(Loaded) == sizeof(float2))
+      return {neg_inf, 0.0f};
+    else
+      return {neg_inf, 0.0f, neg_inf, 0.0f};
   }
 
   // softmax_normalisers() with eight threads a head, four buckets each: the same sums in the same tree. Invalid heads
@@ -171,11 +181,12 @@ struct FusedSelect {
     return {single_pass, begin, min(begin + count, at.eligible)};
   }
 
-  static __device__ __forceinline__ Entry top_of_two(Entry a, Entry b) {
+  // The best of a sorted list and 32 entries in any order.
+  static __device__ __forceinline__ Entry top_with(Entry best, Entry fresh) {
     if constexpr (top == warp_top_n)
-      return top16_of_two(a, b);
+      return top16_with(best, fresh);
     else
-      return top32_of_two(a, b);
+      return top32_of_two(best, warp_sort_descending(fresh));
   }
   // The best of `count` <= MaxLists lists.
   template <int MaxLists>
@@ -196,8 +207,8 @@ struct FusedSelect {
     for (int b0 = range.begin; b0 < range.end; b0 += p.round_blocks) {
       const float score = scores.score(b0, range.end);
       const int j = b0 + lane;
-      const Entry sorted = warp_sort_descending(lane < p.round_blocks && j < range.end ? entry(j, score) : 0);
-      best = b0 == range.begin ? sorted : top_of_two(best, sorted);
+      const Entry fresh = lane < p.round_blocks && j < range.end ? entry(j, score) : 0;
+      best = b0 == range.begin ? warp_sort_descending(fresh) : top_with(best, fresh);
     }
     return best;
   }

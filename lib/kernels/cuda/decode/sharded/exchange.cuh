@@ -37,6 +37,7 @@ struct StepSlot {
 struct ShardCoord : FusedCoord {
   const ShardedDecodeParams* p;
   std::uint32_t epoch;
+  int all_n;               ///< compressed tokens of all ranks; `n`: those here
   int all_eligible;        ///< blocks of all ranks that begin at or before the position; `eligible`: held ones of them
   int chunks, halo_tiles;  ///< chunks of cmp here; tiles of cmp here that begin at or before token n
   int selected;            ///< lane u: the u-th selected block of all ranks; -1: none
@@ -48,18 +49,20 @@ struct ShardCoord : FusedCoord {
   __device__ __forceinline__ int held_chunks(int count) const {
     return count > p->rank ? p->by_kv(count - p->rank - 1) + 1 : 0;
   }
+  __device__ __forceinline__ bool holds_chunk(int chunk) const { return chunk - p->by_kv(chunk) * p->kv == p->rank; }
   /// From counts of the whole sequence to those of this rank; reads the epoch. After the predecessor.
   __device__ __forceinline__ void start() {
     epoch = *reinterpret_cast<const volatile std::uint32_t*>(epoch_address()) + 1;
+    all_n = n;
     const int segment = static_cast<int>(p->shape.lse.segment), per_segment = segment / tile_rows;
     const int last = p->segment(n), rest = n - last * segment, whole = held_chunks(last);  // chunk `last` is not full
-    const bool holds_last = last - p->by_kv(last) * p->kv == p->rank;
+    const bool holds_last = holds_chunk(last);
     n = whole * segment + (holds_last ? rest : 0);
     chunks = whole + holds_last;
     halo_tiles = whole * per_segment + (holds_last ? rest / tile_rows + 1 : 0);
     all_eligible = eligible;
     const int last_block_chunk = p->by_chunk_blocks(all_eligible - 1), whole_blocks = held_chunks(last_block_chunk);
-    const bool holds_last_block = last_block_chunk - p->by_kv(last_block_chunk) * p->kv == p->rank;
+    const bool holds_last_block = holds_chunk(last_block_chunk);
     eligible =
         whole_blocks * p->chunk_blocks + (holds_last_block ? all_eligible - last_block_chunk * p->chunk_blocks : 0);
   }
@@ -125,15 +128,13 @@ struct ShardCoord : FusedCoord {
     if (p->exchanges) *epoch_address() = epoch;
   }
 
-  /// (m, sum) of two heads of the bucket-th bucket of this rank, for all ranks. Each CTA of the cluster sends a share.
-  __device__ __forceinline__ void send_bucket(float4* buckets, int bucket, int pair, int pairs, float4 x) const {
-    const int to = (bucket * p->kv + p->rank) * pairs + pair;
+  /// (m, sum) of a head of the bucket-th bucket of this rank, for all ranks. Each CTA of the cluster sends a share.
+  __device__ __forceinline__ void send_bucket(float2* buckets, int bucket, int head, int heads, float2 x) const {
+    const int to = (bucket * p->kv + p->rank) * heads + head;
     buckets[to] = x;
     if (to - p->by_cluster(to) * p->cluster != cta) return;
     for_each_peer([&](int peer) {
-      std::byte* at = slot(peer) + StepSlot::lse + to * 2 * ll_vector_bytes;
-      ll_store(at, __float_as_uint(x.x), __float_as_uint(x.y), epoch);
-      ll_store(at + ll_vector_bytes, __float_as_uint(x.z), __float_as_uint(x.w), epoch);
+      ll_store(slot(peer) + StepSlot::lse + to * ll_vector_bytes, __float_as_uint(x.x), __float_as_uint(x.y), epoch);
     });
   }
   /// The buckets of the other ranks. By `threads` threads.

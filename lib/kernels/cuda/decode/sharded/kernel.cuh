@@ -5,6 +5,10 @@
 // the CTAs add the o of their warps; one vector a head, to the rank that finishes it. So the blocks are chosen by the
 // same bits as on one rank.
 //
+// Where it does what is around the attention too (ShardedStepArgs::ends), it first appends: every CTA of a work item
+// writes the new rows that the rank holds, and the CTA that attends the compressed token which completes, or has it as
+// a halo row, forms it. The last CTA to read the position moves it on.
+//
 // All work items are resident at the same time, so that no cluster waits for one that cannot start.
 //
 // Bytes: those of the fused step over 1 / kv of the K and V; over the link a work item and peer 2 * (8 * heads *

@@ -48,6 +48,15 @@ bool longest_delays(const ShardedStepArgs& a) {
   return excess_tokens * (s.d_k + s.d_v) * static_cast<double>(size_of(s.dtype)) * sms / ctas / bandwidth > launches;
 }
 
+// Whether the launch can do what is around the attention: positions that move together, rows of whole vectors, raw rows
+// that a ring has.
+bool reads_ends(const ShardedStepArgs& a) {
+  const StepEnds& ends = *a.ends;
+  const LayerShape& s = a.attention.combine.shape;
+  return s.phi == PhiKind::mean && !a.attention.combine.tile.ragged() && ends.log.log_steps > 0 &&
+         ends.compress.fill_halo && ends.compress.k_raw.map.ring >= s.rules.l;
+}
+
 // cluster = 0: the work items do not run all at the same time.
 ShardedDecodeParams params_of(const ShardedStepArgs& a) {
   ShardedDecodeParams p{};
@@ -56,6 +65,7 @@ ShardedDecodeParams params_of(const ShardedStepArgs& a) {
   p.kv = p.peers.size, p.rank = p.peers.rank;
   p.exchanges = a.exchanges;
   p.readings = a.readings;
+  if (a.ends) p.appended = appended_rows(*a.ends), p.log = step_log(*a.ends, a.attention, p.reads);
   const LayerShape& s = p.shape;
   // As on the rank with the most chunks: a work item has as many CTAs on every rank.
   RowMap first_rank = p.k[cmp].map;
@@ -77,7 +87,8 @@ bool sharded_step_accepts(const ShardedStepArgs& a) {
   const QueryTile& tile = a.attention.combine.tile;
   return a.peers && group_of(a).size > 1 && group_of(a).size <= ShardedDecodeParams::max_kv && tile.tokens == 1 &&
          tile.rows() > 0 && tile.rows() * a.attention.combine.shape.groups <= StepSlot::work_items(group_of(a).size) &&
-         reads_shape(a) && reads_maps(a) && !longest_delays(a) && params_of(a).cluster > 0;
+         reads_shape(a) && reads_maps(a) && (!a.ends || reads_ends(a)) && !longest_delays(a) &&
+         params_of(a).cluster > 0;
 }
 
 void sharded_step(const ShardedStepArgs& a, Stream* stream) {

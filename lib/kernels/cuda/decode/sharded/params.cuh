@@ -10,7 +10,7 @@ struct ShardCoord;
 
 struct ShardedDecodeParams : FusedDecodeParams {
   using Coord = ShardCoord;
-  static constexpr bool is_shard = true;
+  static constexpr bool is_shard = true, is_layer = true;
   static constexpr int max_kv = 8;
   int kv = 1, rank = 0;
   bool exchanges = true;  ///< false: sends nothing and waits for nobody, to try the launch alone
@@ -21,7 +21,9 @@ struct ShardedDecodeParams : FusedDecodeParams {
   Divisor by_heads;                  ///< by the heads of a row
   int slots = 0, slot_bytes = 0;     ///< of a parity (decode/sharded/exchange.cuh)
   std::int64_t* readings = nullptr;  ///< [work items][step_readings], or null
-  int merge_lanes = 1;               ///< a power of two, not below the CTAs of a work item on all ranks
+  AppendedRows appended;             ///< without memory: none is appended
+  StepLog log;
+  int merge_lanes = 1;  ///< a power of two, not below the CTAs of a work item on all ranks
   __device__ __forceinline__ int held_buckets() const { return by_kv(shape.lse.buckets); }
 };
 
