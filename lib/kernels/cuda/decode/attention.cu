@@ -8,7 +8,7 @@
 // Of a ragged batch the tiles are dealt by length (attention/tile_schedule.cuh).
 //
 // Of several query tokens cmp has a launch of its own (decode/tokens/kernel.cuh). The rest of the step is one launch
-// too where its rows fill the GPU (try_fused_tokens); else win runs beside sel.
+// too where its rows fill half of the GPU (try_fused_tokens); else win runs beside sel.
 
 #include <algorithm>
 #include <functional>

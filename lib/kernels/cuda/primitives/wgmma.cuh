@@ -62,6 +62,7 @@ __device__ __forceinline__ void warpgroup_fence_operand(float (&d)[N]) {
 #define NSA_D8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define NSA_D32(d, i) NSA_D8(d, i), NSA_D8(d, i + 8), NSA_D8(d, i + 16), NSA_D8(d, i + 24)
 #define NSA_REGISTERS_8 "{%0,%1,%2,%3,%4,%5,%6,%7}"
+#define NSA_REGISTERS_16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
 #define NSA_REGISTERS_32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
 #define NSA_REGISTERS_64 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
 // D = A B (or += when `add`): A [64][16] and B [N][16], both with the 16 contiguous.
@@ -71,6 +72,10 @@ __device__ __forceinline__ void warpgroup_fence_operand(float (&d)[N]) {
 // D += A B: A [64][16] in registers, B [16][N] with the N contiguous.
 #define NSA_WGMMA_RS(N, R, TYPE, A0, A1, A2, A3, B)                                                           \
   "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " " R ", {" A0 "," A1 "," A2 "," A3 "}, " B ", 1, 1, 1, 1;"
+// D = A B (or += when `add`): A [64][16] in registers, B [N][16] with the 16 contiguous.
+#define NSA_WGMMA_RS_K(N, R, TYPE, A0, A1, A2, A3, B, ADD)                                                     \
+  "{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " " R \
+  ", {" A0 "," A1 "," A2 "," A3 "}, " B ", p, 1, 1, 0;\n}"
 // clang-format on
 
 /// d [64 x 128] = (add ? d : 0) + a b.
@@ -133,6 +138,21 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[32], const std::uint32_t* a,
 #endif
 }
 
+/// d [64 x 32] = (add ? d : 0) + a b, a in registers, b [32][16] with the 16 contiguous.
+template <class T>
+__device__ __forceinline__ void wgmma_rs(float (&d)[16], const std::uint32_t* a, std::uint64_t b, int add, T) {
+#ifdef NSA_WGMMA
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    asm volatile(NSA_WGMMA_RS_K("32", NSA_REGISTERS_16, "bf16", "%16", "%17", "%18", "%19", "%20", "%21")
+                 : NSA_D8(d, 0), NSA_D8(d, 8)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+  else
+    asm volatile(NSA_WGMMA_RS_K("32", NSA_REGISTERS_16, "f16", "%16", "%17", "%18", "%19", "%20", "%21")
+                 : NSA_D8(d, 0), NSA_D8(d, 8)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+#endif
+}
+
 /// Warpgroups move registers from the producers to the consumers. All warps of a warpgroup call it.
 template <int Registers>
 __device__ __forceinline__ void warpgroup_reg_alloc() {
@@ -150,9 +170,11 @@ __device__ __forceinline__ void warpgroup_reg_dealloc() {
 #undef NSA_D8
 #undef NSA_D32
 #undef NSA_REGISTERS_8
+#undef NSA_REGISTERS_16
 #undef NSA_REGISTERS_32
 #undef NSA_REGISTERS_64
 #undef NSA_WGMMA_SS
 #undef NSA_WGMMA_RS
+#undef NSA_WGMMA_RS_K
 
 }  // namespace nsa::gpu

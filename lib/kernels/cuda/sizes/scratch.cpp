@@ -25,11 +25,23 @@ std::int64_t tile_lse_floats(const LayerShape& s, const QueryTile& tile) {
   return tile.rows() * s.groups * padded_heads(s) * segments * tiles_per_span(cmp, s) * 2;
 }
 
+// CTAs of cmp of several query tokens on an SM: four warps that multiply together, or four and one that copies.
+static int token_ctas(const LayerShape& s) { return s.dtype != DType::f32 && is_tuned_size(s) && s.d_k <= 128 ? 3 : 2; }
+
 std::int64_t token_splits(const LayerShape& s, const QueryTile& tile, std::int64_t tiles) {
   constexpr int more_of_ragged = 4;  // CTAs of a short sequence end early
   const std::int64_t items = std::int64_t{tile.batches} * s.groups * decode_head_tiles(s) * token_fours(tile);
-  const std::int64_t wanted = 2 * limits().sms / items * (tile.ragged() ? more_of_ragged : 1);
-  return std::clamp<std::int64_t>(wanted, 1, tiles);
+  const std::int64_t resident = std::int64_t{token_ctas(s)} * limits().sms;
+  const auto fill = [&](std::int64_t splits) {  // of all waves of CTAs
+    const std::int64_t ctas = items * splits, waves = (ctas + resident - 1) / resident;
+    return static_cast<double>(ctas) / static_cast<double>(waves * resident);
+  };
+  const std::int64_t fewest = std::max<std::int64_t>(1, resident / items);
+  std::int64_t wanted = fewest;
+  for (const std::int64_t splits : {fewest + 1, fewest + 2})
+    if (fill(splits) > fill(wanted) + 0.1) wanted = splits;
+  const std::int64_t two_tiles_each = std::max<std::int64_t>(1, tiles / 2);
+  return std::clamp<std::int64_t>(wanted * (tile.ragged() ? more_of_ragged : 1), 1, two_tiles_each);
 }
 
 // All work items together have at most two partials an SM, or one each; of a ragged batch the sum of both; of several

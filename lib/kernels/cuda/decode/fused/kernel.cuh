@@ -381,15 +381,21 @@ struct FusedDecode {
 template <class WarpTile, int W, bool Sums, class Params>
 __device__ __forceinline__ void attend(FusedDecode<WarpTile, W, Sums, Params>& step, ParkedTile<WarpTile>& cmp_tile,
                                        WarpTile& warp_tile) {
-#pragma unroll 1
-  for (int pass = 0;; ++pass) {
-    step.mainloop(warp_tile, pass);
-    if (pass == 1) break;
-    cmp_tile.park(warp_tile);
-    warp_tile = step.make_tile();
+  if constexpr (Params::after_cmp) {
     step.select_blocks();
+    warp_tile = step.make_tile();
+    step.mainloop(warp_tile, 1);
+  } else {
+#pragma unroll 1
+    for (int pass = 0;; ++pass) {
+      step.mainloop(warp_tile, pass);
+      if (pass == 1) break;
+      cmp_tile.park(warp_tile);
+      warp_tile = step.make_tile();
+      step.select_blocks();
+    }
+    if (step.cluster_arrived) cluster_wait();
   }
-  if (step.cluster_arrived) cluster_wait();
 }
 /// Both passes of a step of a tuned instance. The partials of the cluster are sent, and not yet visible.
 template <class WarpTile, int W, bool Sums, class Params>
@@ -406,7 +412,8 @@ __device__ __forceinline__ FusedMerge<WarpTile, W, Params> attend_and_send(
 }
 
 template <class WarpTile, int W, bool Sums, class Params = FusedDecodeParams>
-__global__ void __launch_bounds__(32 * W, fused_warps / W) fused_decode_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(32 * W, W < fused_warps ? 2 : 1)
+    fused_decode_kernel(const __grid_constant__ Params p) {
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
   extern __shared__ __align__(128) char shared[];
   FusedDecode<WarpTile, W, Sums, Params> step(p, shared);
@@ -430,6 +437,9 @@ __global__ void __launch_bounds__(32 * W, fused_warps / W) fused_decode_kernel(c
 /// Whether there is a kernel of CTAs of 4 warps: not where o has two parts.
 template <class WarpTile>
 constexpr bool has_small_ctas = WarpTile::parts == 1;
+/// Warps of a CTA after a launch of cmp.
+template <class WarpTile>
+constexpr int warps_after_cmp = after_cmp_warps({WarpTile::d_k, WarpTile::d_v, WarpTile::heads, WarpTile::tuned});
 
 /// Clusters of that size, of CTAs of W warps, that are resident at the same time; 0: none.
 template <auto* kernel, class WarpTile, int W>
@@ -467,15 +477,17 @@ void launch_fused_decode_of(const Params& p, Stream* stream) {
   const auto launch = [&](auto* kernel, int bytes) {
     launch_pdl(kernel, grid, 32 * p.warps, bytes, stream, p.cluster, p);
   };
-  constexpr bool only_small = Params::after_cmp && has_small_ctas<WarpTile>;
   const auto launch_of = [&](auto sums) {
-    if constexpr (!only_small)
-      if (p.warps == fused_warps)
-        return launch(fused_decode_kernel<WarpTile, fused_warps, sums, Params>,
-                      FusedSharedLayout<WarpTile, fused_warps>::bytes(p.shape));
-    if constexpr (has_small_ctas<WarpTile> && !Params::projects)
-      launch(fused_decode_kernel<WarpTile, fused_warps_small, sums, Params>,
-             FusedSharedLayout<WarpTile, fused_warps_small>::bytes(p.shape));
+    const auto launch_warps = [&](auto warps) {
+      launch(fused_decode_kernel<WarpTile, warps, sums, Params>, FusedSharedLayout<WarpTile, warps>::bytes(p.shape));
+    };
+    if constexpr (Params::after_cmp) {
+      launch_warps(std::integral_constant<int, warps_after_cmp<WarpTile>>{});
+    } else {
+      if (p.warps == fused_warps) return launch_warps(std::integral_constant<int, fused_warps>{});
+      if constexpr (has_small_ctas<WarpTile> && !Params::projects)
+        launch_warps(std::integral_constant<int, fused_warps_small>{});
+    }
   };
   if constexpr (WarpTile::tuned && !Params::is_layer && !Params::after_cmp)
     if (!p.block_sums.memory) return launch_of(std::false_type{});

@@ -74,9 +74,11 @@ Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_
     if (cluster > head_tiles && (cluster / head_tiles - 1) * fused_warps >= max_tiles) break;
     const int resident = within.active_clusters(s, cluster);
     if (resident == 0) break;
-    if (!within.small_ctas || !has_small_ctas)
+    if (within.only_warps == 0 || within.only_warps == fused_warps)
       consider(cluster, fused_warps, resident, static_cast<double>(head_tiles) / cluster);
-    if (cluster == 1 && has_small_ctas) consider(1, fused_warps_small, 2 * resident, work_items > resident ? 2.0 : 1.0);
+    if (cluster == 1 && has_small_ctas && within.only_warps != fused_warps)
+      consider(1, within.only_warps > 0 ? within.only_warps : fused_warps_small, 2 * resident,
+               work_items > resident ? 2.0 : 1.0);
   }
   return best;
 }
@@ -209,13 +211,15 @@ bool try_fused_decode(const AttentionArgs& a, Stream* stream) {
 bool try_fused_tokens(const AttentionArgs& a, const DecodeParams& cmp_launch, Stream* stream) {
   const LayerShape& s = a.combine.shape;
   const bool sums = cmp_launch.block_sums.memory && fused_instance(s).heads == decode_heads(s.dtype);
-  if (!sums || !has_kernel(a) || a.combine.tile.rows() * s.groups < limits().sms) return false;
+  if (!sums || !has_kernel(a) || 2 * a.combine.tile.rows() * s.groups < limits().sms) return false;
   FusedTokenParams p;
   static_cast<FusedDecodeParams&>(p) = fused_decode_params(a);
   p.block_sums = cmp_launch.block_sums, p.keeps_scores = cmp_launch.keeps_scores;
   p.cmp_partials = cmp_launch.jobs[0].partials, p.cmp_splits = cmp_launch.jobs[0].splits;
-  divide_work(p,
-              {.active_clusters = resident_clusters, .max_tiles = p.max_tiles, .max_cluster = 1, .small_ctas = true});
+  divide_work(p, {.active_clusters = resident_clusters,
+                  .max_tiles = 0,  // cmp is attended
+                  .max_cluster = 1,
+                  .only_warps = after_cmp_warps(fused_instance(s))});
   p.longest_first = false;  // the rest of the step is the same work for all
   if (p.cluster == 1) launch_divided(p, stream);
   return p.cluster == 1;

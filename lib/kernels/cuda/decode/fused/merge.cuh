@@ -40,10 +40,14 @@ struct FusedMerge {
            Part % WarpTile::v_panels * column_quads + item % column_quads;
   }
 
+  // Index of the partial of a warp.
+  static __device__ __forceinline__ int partial_of(int warp, int pass) {
+    return SharedLayout::after_cmp ? warp : warp * 2 + pass;
+  }
   template <int Part>
   __device__ __forceinline__ void store_warp(const WarpTile& warp_tile, int pass) const {
-    auto* o = reinterpret_cast<float*>(shared) + (at.warp * 2 + pass) * SharedLayout::warp_floats;
-    auto* states = reinterpret_cast<float2*>(shared + SharedLayout::warp_lse) + (at.warp * 2 + pass) * WarpTile::heads;
+    auto* o = reinterpret_cast<float*>(shared) + partial_of(at.warp, pass) * SharedLayout::warp_floats;
+    float2* states = warp_lse() + partial_of(at.warp, pass) * WarpTile::heads;
     warp_tile.template store_scaled_o<Part>(o, [](int, float) { return 1.0f; });
     warp_tile.store_state(states);
   }
@@ -85,20 +89,22 @@ struct FusedMerge {
   // of its o. A thread has one warp; neighbouring threads have the warps of one head.
   template <int Part>
   __device__ __forceinline__ void rescale_warps() const {
+    constexpr int lanes = W > 4 ? 8 : 4;  // of a head
+    static_assert(W <= lanes);
 #pragma unroll 1
-    for (int item0 = at.warp * 32; item0 < branches * part_heads * W; item0 += threads) {
-      const int item = item0 + threadIdx.x % 32, w = item % W, to = item / W, b = to / part_heads;
+    for (int item0 = at.warp * 32; item0 < branches * part_heads * lanes; item0 += threads) {
+      const int item = item0 + threadIdx.x % 32, w = item % lanes, to = item / lanes, b = to / part_heads;
       const Range warps = warps_of(b);
       const bool has = b < branches && w >= warps.from && w < warps.to;
-      float2* state = warp_lse() + (w * 2 + (b != cmp)) * WarpTile::heads + first_head<Part> + to % part_heads;
+      float2* state = warp_lse() + partial_of(w, b != cmp) * WarpTile::heads + first_head<Part> + to % part_heads;
       const SoftmaxState<Exp2> own = has ? SoftmaxState<Exp2>{state->x, state->y} : SoftmaxState<Exp2>{};
       float m = own.m;
 #pragma unroll
-      for (int step = W / 2; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
+      for (int step = lanes / 2; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, step));
       const float scale = exp2_fast(own.m - m);
       float sum = scale * own.s;
 #pragma unroll
-      for (int step = W / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
       if (has) state->x = scale;
       if (w == 0 && b < branches) cta_lse()[to] = make_float2(m, sum);
     }
@@ -111,7 +117,8 @@ struct FusedMerge {
     __syncthreads();  // the rings are empty, the part before is sent
     const Range ranges[branches] = {warps_of(cmp), warps_of(sel), warps_of(win)};
     const Range second = attends_sel ? ranges[sel] : ranges[win];
-    if (at.warp < ranges[cmp].to) store_warp<Part>(cmp_tile.template unpark<Part>(second_tile), 0);
+    if constexpr (!Params::after_cmp)
+      if (at.warp < ranges[cmp].to) store_warp<Part>(cmp_tile.template unpark<Part>(second_tile), 0);
     if (at.warp >= second.from && at.warp < second.to) store_warp<Part>(second_tile, 1);
     __syncthreads();
     rescale_warps<Part>();
@@ -132,7 +139,8 @@ struct FusedMerge {
   // Sum over the warps of branch b of 4 columns of a head, unrolled over the usual number of warps.
   template <int Part>
   __device__ __forceinline__ float4 sum_warps(int b, Range warps, int item) const {
-    const int head = item / column_quads, slot = warps.from * 2 + (b != cmp);
+    constexpr int step = SharedLayout::warp_partials;
+    const int head = item / column_quads, slot = partial_of(warps.from, b != cmp);
     const float2* states = warp_lse() + slot * WarpTile::heads + first_head<Part> + head;
     const float* o = reinterpret_cast<const float*>(shared) + slot * SharedLayout::warp_floats +
                      head * SharedLayout::pitch + item % column_quads * 4;
@@ -142,13 +150,13 @@ struct FusedMerge {
       float4 x[count];
 #pragma unroll
       for (int i = 0; i < count; ++i)
-        scale[i] = states[i * 2 * WarpTile::heads].x,
-        x[i] = *reinterpret_cast<const float4*>(o + i * 2 * SharedLayout::warp_floats);
+        scale[i] = states[i * step * WarpTile::heads].x,
+        x[i] = *reinterpret_cast<const float4*>(o + i * step * SharedLayout::warp_floats);
 #pragma unroll
       for (int i = 0; i < count; ++i) {
         add_scaled(sum, scale[i], x[i]);
       }
-      states += count * 2 * WarpTile::heads, o += count * 2 * SharedLayout::warp_floats;
+      states += count * step * WarpTile::heads, o += count * step * SharedLayout::warp_floats;
     };
     int left = warps.to - warps.from;
     if (b == cmp && left == W) {

@@ -8,8 +8,9 @@
 
 namespace nsa::gpu {
 
-/// Warps of a CTA: 8, one CTA an SM; with more work items than SMs 4, two CTAs an SM, clusters of one.
-constexpr int fused_warps = 8, fused_warps_small = 4;
+/// Warps of a CTA: 8, one CTA an SM; with more work items than SMs 4, two CTAs an SM, clusters of one. After a launch
+/// of cmp 6 with smaller rings, two CTAs an SM, where head sizes are at most 128.
+constexpr int fused_warps = 8, fused_warps_small = 4, fused_warps_after_cmp = 6;
 constexpr int fused_max_cluster = 16;  ///< CTAs of a work item; sizes above 8 are not portable
 constexpr int round_tokens = 128;      ///< tokens that a warp scores in a round
 constexpr int max_halo_tokens = 32;    ///< halo tokens before a block that overlap it
@@ -160,8 +161,8 @@ struct DivisionLimits {
   int (*active_clusters)(const LayerShape& s, int cluster);
   std::int64_t max_tiles;  ///< of cmp
   int shards = 1, max_cluster = fused_max_cluster;
-  bool one_wave = false;    ///< all work items are resident at the same time
-  bool small_ctas = false;  ///< no CTA of 8 warps where the kernel has CTAs of 4
+  bool one_wave = false;  ///< all work items are resident at the same time
+  int only_warps = 0;     ///< of a CTA, two an SM; 0: 8 or 4
 };
 void divide_work(FusedDecodeParams& p, const DivisionLimits& limits);
 
@@ -172,7 +173,7 @@ int fused_slots(const LayerShape& s, const QueryTile& tile);
 bool try_fused_decode(const AttentionArgs& a, Stream* stream);
 
 /// Launches what follows cmp in a step of several query tokens; false: it does not accept the shape, or the work items
-/// are too few to fill the SMs, and nothing was launched. `cmp`: the launch of cmp, with block sums.
+/// are too few to fill half of the SMs, and nothing was launched. `cmp`: the launch of cmp, with block sums.
 bool try_fused_tokens(const AttentionArgs& a, const DecodeParams& cmp, Stream* stream);
 
 /// Divides the work on one rank and launches; cluster = 0: not possible.
@@ -196,5 +197,11 @@ template <DType Storage, bool Tuned>
 int active_clusters(const LayerShape& s, int cluster);
 template <DType Storage, bool Tuned, class Params>
 void launch_fused_decode(const Params& p, Stream* stream);
+
+/// Warps of a CTA of an instance after a launch of cmp.
+constexpr int after_cmp_warps(const DecodeInstance& i) {
+  if (i.heads > 16 || i.d_v > 128) return fused_warps;
+  return i.tuned && i.heads == 16 && i.d_k <= 128 ? fused_warps_after_cmp : fused_warps_small;
+}
 
 }  // namespace nsa::gpu

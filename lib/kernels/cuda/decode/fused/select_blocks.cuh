@@ -22,7 +22,7 @@ template <class WarpTile, int W, bool Sums, class Params = FusedDecodeParams>
 struct FusedSelect {
   using Scores = std::conditional_t<Sums, ScoresFromBlockSums<WarpTile, W>, ScoresFromRaw<WarpTile, W>>;
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
-  static constexpr int top = SharedLayout::top;
+  static constexpr int top = SharedLayout::top, cta_lists = W > 4 ? 8 : 4;  // lists: at least the warps
   const Params& p;
   const typename Params::Coord& at;
   char* shared;
@@ -219,7 +219,7 @@ struct FusedSelect {
     if (lane < top) warp_top()[at.warp * top + lane] = own;
     sync_scoring_warps();
     if (at.warp > 0 || p.cluster == 1) return;
-    const Entry best = top_of_lists<W>(warp_top(), warps_with_blocks(rounds));
+    const Entry best = top_of_lists<cta_lists>(warp_top(), warps_with_blocks(rounds));
     for (int to = lane / top; to < p.cluster; to += 32 / top)
       map_to_cta(cta_top(), to)[at.cta * top + lane % top] = best;
   }
@@ -313,7 +313,7 @@ struct FusedSelect {
     if (p.cluster > 1) cluster_barrier();
     Entry best;
     if (W < fused_warps || p.cluster == 1)
-      best = top_of_lists<W>(warp_top(), warps_with_blocks(rounds));
+      best = top_of_lists<cta_lists>(warp_top(), warps_with_blocks(rounds));
     else
       best = top_of_ctas();
     if constexpr (Params::is_shard) {

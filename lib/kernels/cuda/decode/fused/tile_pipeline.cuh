@@ -16,9 +16,10 @@ namespace nsa::gpu {
 /// item each.
 template <class WarpTile, int W>
 struct FusedSharedLayout {
+  static constexpr bool after_cmp = W == fused_warps_after_cmp;
   static constexpr int slot_bytes = DecodeSharedLayout<WarpTile>::slot_bytes,
-                       slots = DecodeSharedLayout<WarpTile>::slots,
-                       ring_bytes = DecodeSharedLayout<WarpTile>::ring_bytes;
+                       slots = after_cmp ? (16 << 10) / slot_bytes : DecodeSharedLayout<WarpTile>::slots,
+                       ring_bytes = slots * slot_bytes;
   static constexpr bool whole = WarpTile::parts == 1;                        // o
   static constexpr int top = WarpTile::tuned ? warp_top_n : 2 * warp_top_n;  // blocks of a sorted list
   static constexpr int queries = W * ring_bytes + (whole ? 0 : 32), prob = queries + WarpTile::query_bytes,
@@ -28,8 +29,9 @@ struct FusedSharedLayout {
                        select = cta_top + (W == fused_warps ? fused_max_cluster * top * 8 : 0);
   static constexpr int pitch = WarpTile::v_columns + 8, warp_floats = WarpTile::part_heads * pitch,
                        items = WarpTile::part_heads * (WarpTile::v_columns / 4);
-  static constexpr int warp_lse = W * 2 * warp_floats * 4;                // (m, sum) of the warps
-  static constexpr int cta_lse = warp_lse + W * 2 * WarpTile::heads * 8;  // (m, sum) of the CTA by branch
+  static constexpr int warp_partials = after_cmp ? 1 : 2;                             // second alone, or cmp, second
+  static constexpr int warp_lse = W * warp_partials * warp_floats * 4;                // (m, sum) of the warps
+  static constexpr int cta_lse = warp_lse + W * warp_partials * WarpTile::heads * 8;  // (m, sum) of the CTA by branch
   static_assert(cta_lse + branches * WarpTile::part_heads * 8 <= W * ring_bytes);
   // A CTA of 4 warps needs partials where ranks merge only; they are behind the warps' o and (m, sum).
   static constexpr int merged_bytes = branches * ((items + 8) * 16 + 40 * 8),
@@ -105,7 +107,8 @@ struct TilePipeline {
     const int from = span * c.size, begin = max(c.low, from), end = min(from + c.size, c.high);
     const int gaps = Shard && pass == 0 ? span * chunk_gap : 0;
     if constexpr (Wraps)
-      if (pass == 1 && !attends_sel) return {(begin + at) % window_ring, min(tile_rows, end - begin - at)};
+      if (pass == 1 && !attends_sel && window_ring > 0)
+        return {(begin + at) % window_ring, min(tile_rows, end - begin - at)};
     return {begin + at + gaps, min(tile_rows, end - begin - at)};
   }
   // The same where they lie in memory. Rows without tokens may have no page.

@@ -83,7 +83,7 @@ DecodeParams with_jobs(const DecodeParams& p, bool of_cmp) {
 
 void launch_decode(const DecodeParams& p, Stream* stream) {
   with_split_kv_instance(p.shape, [&](auto type, auto tuned) {
-    if (p.tile.tokens == 1 || limits().capability < 90) return launch_split_kv<type, tuned>(p, stream);
+    if (p.tile.tokens == 1 || limits().capability != 90) return launch_split_kv<type, tuned>(p, stream);
     const DecodeParams of_cmp = with_jobs(p, true), others = with_jobs(p, false);
     if (of_cmp.job_count > 0) launch_tokens<type, tuned>(of_cmp, stream);
     if (others.job_count > 0) launch_split_kv<type, tuned>(others, stream);

@@ -1,6 +1,7 @@
 #pragma once
 // Compressed attention of a decode step of several query tokens: K and V come to shared memory once for four query
-// tokens of a sequence.
+// tokens of a sequence. This kernel serves fp32 and padded instances; tuned ones of 16-bit storage have warps that
+// multiply together (decode/tokens/warpgroup_kernel.cuh).
 //
 // Tiling: a CTA has a (sequence, four query tokens, group, head tile) and a split of the KV tiles of cmp, 32 rows each.
 // Warp w has query token w and attends all of these tiles, with the rows past its own position masked. A fifth warp
@@ -14,6 +15,7 @@
 // Capability 9.0.
 
 #include "kernels/cuda/decode/split_kv/kernel.cuh"
+#include "kernels/cuda/decode/tokens/warpgroup_kernel.cuh"
 #include "kernels/cuda/primitives/mbarrier.cuh"
 
 namespace nsa::gpu {
@@ -204,9 +206,13 @@ template <DType Storage, bool Tuned>
 void launch_tokens(const DecodeParams& p, Stream* stream) {
   with_split_kv_tile<Storage, Tuned>(p.shape, [&](auto tile) {
     using WarpTile = typename decltype(tile)::type;
+    using Tile = typename Together<WarpTile>::Tile;
     const dim3 grid(static_cast<unsigned>(p.tile.batches * p.shape.groups * token_fours(p.tile) * p.jobs[0].splits),
                     static_cast<unsigned>(p.head_tiles));
-    launch_pdl(token_kernel<WarpTile>, grid, token_threads, TokenSharedLayout<WarpTile>::bytes, stream, 1, p);
+    if constexpr (std::is_void_v<Tile>)
+      launch_pdl(token_kernel<WarpTile>, grid, token_threads, TokenSharedLayout<WarpTile>::bytes, stream, 1, p);
+    else
+      launch_pdl(warpgroup_token_kernel<Tile>, grid, decode_threads, WarpgroupLayout<Tile>::bytes, stream, 1, p);
   });
 }
 
