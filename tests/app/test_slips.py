@@ -247,6 +247,13 @@ class Surroundings(SlipsTest):
         self.assertEqual(os.listdir(self.folder), ["in.toml"])
         self.assert_ok(self.run_in_shell("nsa run in.toml", {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}))
 
+    def test_a_process_without_a_launcher_leaves_nothing(self):
+        os.mkdir(self.path("temporary"))
+        done = self.run_in_shell("nsa run in.toml; nsa run in.toml --set model.d_k=15", {"TMPDIR": self.path("temporary")})
+        self.assertIn("RESULT: VALID", done.out)
+        self.assertIn("model.d_k", done.err)
+        self.assertEqual(os.listdir(self.path("temporary")), [])
+
     def test_cores_that_mpirun_keeps(self):
         if len(os.sched_getaffinity(0)) < 2:
             self.skipTest("one core")
