@@ -24,6 +24,7 @@ NOT_COMPARED = (
     "run.interval_time",
     "run.throttle_threshold",
     "run.recovery_delay",
+    "run.copy_bytes",
     "run.deadline",
     "run.check",
     "output.file",

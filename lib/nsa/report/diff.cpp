@@ -27,7 +27,7 @@ bool decides_result(const std::string& key) {
   for (const char* prefix :
        {"input.", "parallel.", "route.", "runtime.", "output.", "run.backend", "run.modes", "run.warmup", "run.min_",
         "run.interval_time", "run.throttle_", "run.recovery_delay", "run.steps_per_graph", "run.deadline", "run.check",
-        "cache.layout", "cache.page", "cache.order"}) {
+        "run.copy_bytes", "cache.layout", "cache.page", "cache.order"}) {
     if (key.starts_with(prefix)) return false;
   }
   return true;
