@@ -308,7 +308,7 @@ RunRecord describe_run(const Session& session, const Config& config, const std::
 }
 
 void close_run(const Session& session, RunRecord& run) {
-  run.end = utc_now();
+  run.end = std::max(utc_now(), run.start);  // the clock of the day may have been set back
   const DeviceInfo info = session.backend.device->info();
   const std::vector<double> after =
       session.world.gather(std::vector<double>{info.clock_mhz, static_cast<double>(info.ecc_errors)});
