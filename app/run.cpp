@@ -60,17 +60,21 @@ std::string trace_text(const Config& config) {
   return read_text(path, "a trace of requests, CSV or JSON");
 }
 
-/// `trace`: what batch.file holds.
-Config configure(const std::string& text, const std::string& trace, const RunOptions& options) {
+/// The input with the options in place, not yet checked.
+Config parse_input(const std::string& text, const RunOptions& options) {
   Config config = parse_config(text, options.input, options.overrides);
   if (!options.output.empty()) config.output.file = options.output;
   if (!options.csv.empty()) config.output.csv = options.csv;
   if (options.record_selection) config.output.selection = true;
   if (options.min_interval) config.run.min_interval = *options.min_interval;
   if (options.deadline) config.run.deadline = *options.deadline;
+  return config;
+}
+
+/// Checks the config and reads its requests from `trace`, which batch.file holds.
+void complete(Config& config, const std::string& trace) {
   validate(config);
   if (!config.batch.file.empty()) config.batch.requests = parse_trace(trace, config.batch.file);
-  return config;
 }
 
 /// Throws unless the files that this run writes are others than those that it reads, and than one another.
@@ -216,12 +220,13 @@ Input read_input(const ControlComm& world, const RunOptions& options) {
   input.text = world.broadcast(input.text);
   std::string trace;
   agreed(world, [&] {
-    if (world.rank() == 0) trace = trace_text(parse_config(input.text, options.input, options.overrides));
+    input.config = parse_input(input.text, options);
+    if (world.rank() == 0) trace = trace_text(input.config);
   });
   trace = world.broadcast(trace);
   const std::string routes = world.broadcast(route_environment_text());
   agreed(world, [&] {
-    input.config = configure(input.text, trace, options);
+    complete(input.config, trace);
     sweep(input.config);  // throws where the trace has too few requests
     route_environment();
     if (route_environment_text() != routes)
@@ -308,7 +313,8 @@ ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& opt
 
 void dry_run(const RunOptions& options, int ranks) {
   const std::string text = read_text(options.input);
-  const Config config = configure(text, trace_text(parse_config(text, options.input, options.overrides)), options);
+  Config config = parse_input(text, options);
+  complete(config, trace_text(config));
   if (ranks == 0)
     ranks = static_cast<int>(std::max<std::int64_t>(1, config.parallel.heads) *
                              std::max<std::int64_t>(1, config.parallel.kv));

@@ -126,8 +126,8 @@ def save_figure(options, panels):
 
 def align_columns(frame, names):
     """These columns as aligned text, with the units and digits of the report."""
-    headings, rows, text = html.format_table(frame, names)
-    columns = [[heading, *cells] for heading, cells in zip(headings.values(), zip(*rows))]
+    headings, cells, text = html.format_table(frame, names)
+    columns = [[heading, *column] for heading, column in zip(headings.values(), cells)]
     sides = [str.ljust if name in text else str.rjust for name in headings]
     widths = [max(map(len, column)) for column in columns]
     lines = zip(*([side(v, w) for v in column] for side, w, column in zip(sides, widths, columns)))

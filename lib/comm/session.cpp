@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <exception>
 #include <numeric>
+#include <utility>
 
 #include "comm/mpi_group.hpp"
 #include "comm/process_id.hpp"
@@ -24,11 +25,24 @@ void check_mpi(int code, const char* call) {
                   ExitCode::communication);
 }
 
+namespace {
+
+/// Open MPI's settings for a process without a launcher. It talks to nobody: it needs no shared memory (5.x leaves the
+/// segment in /dev/shm), no search for networks, no daemon beside it and no session folder (4.x leaves it in /tmp).
+void run_alone() {
+  for (const auto& [name, value] : {std::pair{"OMPI_MCA_btl", "self"},
+                                    {"OMPI_MCA_pml", "ob1"},
+                                    {"OMPI_MCA_ess_singleton_isolated", "1"},
+                                    {"OMPI_MCA_orte_create_session_dirs", "0"}})
+    setenv(name, value, 0);
+}
+
+}  // namespace
+
 MpiSession::MpiSession(int& argc, char**& argv) {
   const Operation operation(OperationKind::wait, "MPI_Init");
   int provided = 0;
-  // A process without a launcher needs no shared memory, and Open MPI 5 would leave its segment in /dev/shm.
-  if (!launched_rank()) setenv("OMPI_MCA_btl", "self", 0);
+  if (!launched_rank()) run_alone();
   check_mpi(MPI_Init_thread(&argc, &argv, MPI_THREAD_MULTIPLE, &provided), "MPI_Init_thread");
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
   if constexpr (fault::built) {

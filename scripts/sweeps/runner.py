@@ -60,13 +60,13 @@ class Runner:
         """Runs one case, records what became of it and returns its exit code. Its output goes to the log."""
         command = self.command(case, resume)
         earlier = self.states.record(case)
-        start = time.time()
+        start = time.monotonic()  # the clock of the day may be set back
         with open(self.states.path(case, ".log"), "a") as log:
             log.write("$ " + " ".join(map(shlex.quote, command)) + "\n")
             log.flush()
             child = self.start(command, log, cores)
             self.children.add(child)
-            self.states.write(case, state="running", started=start, host=socket.gethostname(), pid=os.getpid(),
+            self.states.write(case, state="running", started=time.time(), host=socket.gethostname(), pid=os.getpid(),
                               start_time=start_time_of(os.getpid()), input_sha256=sha256_of(case.input),
                               job=own_task(), attempts=earlier.get("attempts", 0) + 1,
                               code=None, cause="")
@@ -78,7 +78,7 @@ class Runner:
         failed = code not in (0, 3, INTERRUPTED)
         self.states.write(case, state="failed" if failed else "ended", code=code,
                           cause=cause(code, self.states.path(case, ".log")) if failed else "",
-                          seconds=before + time.time() - start)
+                          seconds=before + time.monotonic() - start)
         return code
 
     def is_wanted(self, status, retry_failed):
@@ -99,14 +99,14 @@ class Runner:
             if wanted and not self.stopped:
                 with self.lock:
                     cores = shares.pop()
-                start = time.time()
+                start = time.monotonic()
                 resume = os.path.exists(self.states.path(case, ".h5"))
                 try:
                     codes[case] = self.run(case, resume, cores)
                 finally:
                     with self.lock:
                         shares.append(cores)
-                outcome = "exit code %d after %.1f s" % (codes[case], time.time() - start)
+                outcome = "exit code %d after %.1f s" % (codes[case], time.monotonic() - start)
             else:
                 outcome = "not started" if wanted else "failed before" if state == "failed" else \
                     state if state in ("queued", "running") else "there already"

@@ -164,6 +164,7 @@ def seconds_left(statuses, jobs):
             runs = took.get(case.input, every)
             expected = sum(runs) / len(runs)
             if status.state == "running":
-                expected = max(0.0, expected - (time.time() - status.record.get("started", time.time())))
+                so_far = time.time() - status.record.get("started", time.time())  # below 0 where a clock was set back
+                expected = max(0.0, expected - max(0.0, so_far))
             left += expected
     return left / jobs

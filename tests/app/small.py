@@ -1,4 +1,5 @@
-"""The smallest input that the tests run."""
+"""The smallest input that the tests run. Its copy bandwidth is that of a cache: to measure that of memory takes longer
+than the rest of such a run."""
 
 SMALL = """[task]
 kind = "decode"
@@ -12,4 +13,5 @@ backend = "host"
 context = 64
 steps = 3
 warmup = 1
+copy_bytes = 1048576
 """

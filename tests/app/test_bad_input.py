@@ -53,20 +53,20 @@ class BadInput(AppTest):
 
     def test_syntax_error(self):
         self.write("in.toml", SMALL + "seed = = 1\n")
-        self.refuses(USAGE, ["in.toml:13:8: not TOML"], "in.toml")
+        self.refuses(USAGE, ["in.toml:14:8: not TOML"], "in.toml")
 
     def test_unknown_key_names_the_nearest(self):
         self.write("in.toml", SMALL + "contxt = 64\n")
-        self.refuses(USAGE, ["in.toml:13:1: unknown key run.contxt; did you mean context in [run]?"], "in.toml")
+        self.refuses(USAGE, ["in.toml:14:1: unknown key run.contxt; did you mean context in [run]?"], "in.toml")
         self.write("in.toml", SMALL)
         self.refuses(USAGE, ["--set run.contxt=64: unknown key run.contxt; did you mean context in [run]?"],
                      "in.toml", "--set", "run.contxt=64")
         self.write("in.toml", SMALL + "[ruin]\n")
-        self.refuses(USAGE, ["in.toml:13:2: unknown section [ruin]; did you mean [run]?"], "in.toml")
+        self.refuses(USAGE, ["in.toml:14:2: unknown section [ruin]; did you mean [run]?"], "in.toml")
 
     def test_wrong_type(self):
         self.write("in.toml", SMALL + 'seed = "one"\n')
-        self.refuses(USAGE, ['in.toml:13:8: run.seed holds the string "one"; give an integer'], "in.toml")
+        self.refuses(USAGE, ['in.toml:14:8: run.seed holds the string "one"; give an integer'], "in.toml")
         self.write("in.toml", SMALL.replace("fp32", "fp8"))
         said = ['in.toml:7:13: model.precision holds the string "fp8"', '"fp32", "bf16", "fp16"']
         self.refuses(USAGE, said, "in.toml")
@@ -77,10 +77,10 @@ class BadInput(AppTest):
         self.refuses(USAGE, ["7 problems in the input",
                              "in.toml:5:1: model.d_k = 15 must be even",
                              "in.toml:12:1: run.warmup = 1 must be less than run.steps = 1",
-                             "in.toml:14:1: nsa.d = 24 must divide nsa.l = 32",
-                             "in.toml:14:1: nsa.d = 24 must divide nsa.l_sel = 64",
-                             "in.toml:15:1: nsa.n_sel = 2 must be at least",
-                             "in.toml:17:1: parallel.heads = 3 must divide model.n_kv_groups = 2",
+                             "in.toml:15:1: nsa.d = 24 must divide nsa.l = 32",
+                             "in.toml:15:1: nsa.d = 24 must divide nsa.l_sel = 64",
+                             "in.toml:16:1: nsa.n_sel = 2 must be at least",
+                             "in.toml:18:1: parallel.heads = 3 must divide model.n_kv_groups = 2",
                              "--set needle.depths=2: needle.depths = 2 is out of range"],
                      "in.toml", "--set", "needle.depths=2")
 

@@ -358,6 +358,13 @@ class Files(AppTest):
             self.assertEqual(time.shape, (2, 1, 12))
             self.assertEqual(time.dims[0][0].name, "/points/0003/kernels/implementation")
             self.assertEqual(file["points/0000"].attrs["kernels.blocks"], 2)
+            schema = file.attrs["schema_version"]
+        self.write("in.toml", SMALL)
+        self.assert_ok(self.nsa("run", "in.toml", "--output", "run.h5"))
+        with h5py.File(os.path.join(self.folder, "run.h5")) as file:
+            self.assertEqual(file.attrs["schema_version"], schema)
+        for name in ("in.toml", "run.h5"):
+            os.remove(os.path.join(self.folder, name))
         done = self.assert_ok(self.nsa("report", "peers.h5"))
         self.assertIn("torch_cudnn_sdpa 40.0 us, torch_cudnn_sdpa_packed 30.0 us\n", done.out)
         self.assertIn("FOM kernels_torch_cudnn_sdpa_time_sel_N32_H2_D16_n4_mixed_context_512 = 40.000 us\n", done.out)

@@ -247,6 +247,14 @@ class Surroundings(SlipsTest):
         self.assertEqual(os.listdir(self.folder), ["in.toml"])
         self.assert_ok(self.run_in_shell("nsa run in.toml", {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}))
 
+    def test_a_process_without_a_launcher_leaves_nothing(self):
+        os.mkdir(self.path("temporary"))
+        done = self.run_in_shell("nsa run in.toml; nsa run in.toml --set model.d_k=15",
+                                 {"TMPDIR": self.path("temporary")})
+        self.assertIn("RESULT: VALID", done.out)
+        self.assertIn("model.d_k", done.err)
+        self.assertEqual(os.listdir(self.path("temporary")), [])
+
     def test_cores_that_mpirun_keeps(self):
         if len(os.sched_getaffinity(0)) < 2:
             self.skipTest("one core")
@@ -262,7 +270,7 @@ class Surroundings(SlipsTest):
 class Input(SlipsTest):
     def test_what_is_written_otherwise(self):
         self.assert_ok(self.nsa("run", "in.toml", "--dry-run", "--set", "run.context = [64]"))
-        self.refuses(USAGE, ["in.toml:13:3: [[nsa]] is a list of sections; write [nsa], once"],
+        self.refuses(USAGE, ["in.toml:14:3: [[nsa]] is a list of sections; write [nsa], once"],
                      *self.with_text("[[nsa]]\nw = 32\n"))
         self.refuses(USAGE, ["kernels.rows = 0 (all positions) leaves none; give a number of rows"],
                      *self.with_text(""), "--set", "task.kind=kernels", "--set", "kernels.rows=0")
@@ -291,6 +299,14 @@ class Input(SlipsTest):
         self.refuses(FILE, ["t.csv:2: 2 cells in a table of 1 columns"], *trace)
         self.write("t.csv", '\ufefftime,prompt\r\n"Nov 16, 2023",70\r\n')
         self.assertIn("lengths 70 to 70", self.assert_ok(self.nsa(*trace, "--dry-run")).out)
+
+    def test_bytes_of_the_copy(self):
+        self.write("in.toml", SMALL.replace("copy_bytes = 1048576\n", ""))
+        for option, said in (("auto", "268 MB"), (65536, "131 kB")):
+            value = f'run.copy_bytes="{option}"' if option == "auto" else f"run.copy_bytes={option}"
+            done = self.assert_ok(self.nsa("run", "in.toml", "--dry-run", "--set", value))
+            self.assertIn(f"the copy rate is measured with {said} a rank", done.out)
+        self.refuses(USAGE, ["run.copy_bytes = 1024 is out of range"], "run", "in.toml", "--set", "run.copy_bytes=1024")
 
     def test_contexts_that_no_machine_holds(self):
         for settings in (["run.context=1073741824"], ["task.kind=prefill", "run.context=1", "run.prefix=1073741823"],

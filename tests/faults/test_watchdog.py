@@ -21,7 +21,7 @@ PREFILL = DECODE.replace('"decode"', '"prefill"').replace("context = 64", "conte
 MISMATCH = "does not match the other ranks"
 
 
-class Watchdog(AppTest):
+class WatchdogTest(AppTest):
     def job_folder(self, text):
         folder = tempfile.mkdtemp(dir=self.folder)
         with open(os.path.join(folder, "in.toml"), "w") as file:
@@ -79,32 +79,6 @@ class Watchdog(AppTest):
             with self.subTest(fault=fault):
                 self.assert_ended(jobs[fault].result(), limit, message, ranks, reports)
 
-    def test_a_stopped_rank(self):
-        self.end({f"decode.step:rank={rank}:at=20:stop":  # both monitors, and a rank without one
-                  rf"rank {rank} \(\S+\) is late: no answer for \d+ s, last seen .* "
-                  r"\(rank \d \(\S+\): \d+ s in \w+ #\d+ \[\w+, ?\w*\]; the deadline is \d+ s\)"
-                  for rank in range(3)})
-
-    def test_a_stopped_rank_in_prefill(self):
-        self.end({"prefill.start:rank=1:at=2:stop": r"rank 1 \(\S+\) is late: no answer"}, PREFILL)
-
-    def test_a_stopped_rank_at_the_start(self):
-        # Before the input is read the path of the result is unknown.
-        self.end({"run.start:rank=1:stop": r"rank 1 \(\S+\) is late: no answer"}, reports=False)
-
-    def test_a_rank_that_runs_without_progress(self):
-        self.end({"decode.step:rank=1:at=20:hang": r"rank 1 \(\S+\) is late: \d+ s at work \[decode"})
-
-    def test_a_report_that_cannot_be_written_delays_no_rank(self):
-        """A file system that hangs, imitated by pipes without a reader: opening one waits for ever."""
-        quiet = self.quiet_seconds(DECODE, 3)
-        deadline = math.ceil(max(DEADLINE, quiet))
-        folder = self.job_folder(DECODE)
-        for rank in range(3):
-            os.mkfifo(os.path.join(folder, f"r.h5.rank{rank}.ops.json"))
-        job = self.job("decode.step:rank=1:at=20:hang", DECODE, 3, deadline, folder)
-        self.assert_ended(job, 3 * quiet + deadline + PROMISED, r"rank 1 \(\S+\) is late", 3, reports=False)
-
     def lenient_job(self, fault, deadline, startup_deadline=AMPLE):
         """Runs under a launcher that does not end the other ranks (srun --kill-on-bad-exit=0; here mpirun
         --enable-recovery). Returns stderr, the exit code of every rank, and the seconds."""
@@ -137,6 +111,70 @@ class Watchdog(AppTest):
                 self.assertIn(codes.pop(rank), code, said)
                 self.assertEqual(codes, [4, 4], said)
                 self.assertLess(seconds, limit)
+
+
+class Late(WatchdogTest):
+    """A rank is stopped or late, and the deadline counts."""
+
+    def test_a_stopped_rank(self):
+        self.end({f"decode.step:rank={rank}:at=20:stop":  # both monitors, and a rank without one
+                  rf"rank {rank} \(\S+\) is late: no answer for \d+ s, last seen .* "
+                  r"\(rank \d \(\S+\): \d+ s in \w+ #\d+ \[\w+, ?\w*\]; the deadline is \d+ s\)"
+                  for rank in range(3)})
+
+    def test_a_stopped_rank_in_prefill(self):
+        self.end({"prefill.start:rank=1:at=2:stop": r"rank 1 \(\S+\) is late: no answer"}, PREFILL)
+
+    def test_a_stopped_rank_at_the_start(self):
+        # Before the input is read the path of the result is unknown.
+        self.end({"run.start:rank=1:stop": r"rank 1 \(\S+\) is late: no answer"}, reports=False)
+
+    def test_a_rank_that_runs_without_progress(self):
+        self.end({"decode.step:rank=1:at=20:hang": r"rank 1 \(\S+\) is late: \d+ s at work \[decode"})
+
+    def test_a_report_that_cannot_be_written_delays_no_rank(self):
+        """A file system that hangs, imitated by pipes without a reader: opening one waits for ever."""
+        quiet = self.quiet_seconds(DECODE, 3)
+        deadline = math.ceil(max(DEADLINE, quiet))
+        folder = self.job_folder(DECODE)
+        for rank in range(3):
+            os.mkfifo(os.path.join(folder, f"r.h5.rank{rank}.ops.json"))
+        job = self.job("decode.step:rank=1:at=20:hang", DECODE, 3, deadline, folder)
+        self.assert_ended(job, 3 * quiet + deadline + PROMISED, r"rank 1 \(\S+\) is late", 3, reports=False)
+
+    def test_no_deadline_no_end(self):
+        self.write("in.toml", DECODE)
+        environment = dict(os.environ, NSA_FAULT="decode.step:rank=1:at=20:stop", OMP_NUM_THREADS="1",
+                           OMPI_MCA_odls_base_sigkill_timeout="0")
+        with subprocess.Popen([MPIEXEC, "-n", "3", "--oversubscribe", "--allow-run-as-root", BINARY, "run", "in.toml",
+                               "--deadline", "0"], cwd=self.folder, env=environment, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL) as job:
+            with self.assertRaises(subprocess.TimeoutExpired):
+                job.wait(DEADLINE + 2)
+            job.send_signal(signal.SIGTERM)
+
+    def test_a_job_that_was_stopped_as_a_whole_continues(self):
+        """Suspended for longer than the deadline, by a user or a scheduler. No rank hung."""
+        deadline = math.ceil(max(DEADLINE, self.quiet_seconds(DECODE, 2)))
+        self.write("in.toml", DECODE.replace("steps = 40", "steps = 40\nmin_time = 6.0"))
+        environment = dict(os.environ, NSA_FAULT="", OMP_NUM_THREADS="1")
+        with subprocess.Popen([MPIEXEC, "-n", "2", "--oversubscribe", "--allow-run-as-root", BINARY, "run", "in.toml",
+                               "--deadline", str(deadline)], cwd=self.folder, env=environment, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True) as job:
+            time.sleep(3)
+            ranks = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True,
+                                                        check=True).stdout.split()]
+            self.assertEqual(len(ranks), 2)
+            for which, pause in ((signal.SIGSTOP, deadline + 6), (signal.SIGCONT, 0)):
+                for pid in ranks:
+                    os.kill(pid, which)
+                time.sleep(pause)
+            out, _ = job.communicate(timeout=100)
+        self.assertEqual(job.returncode, 0, out)
+
+
+class Missing(WatchdogTest):
+    """A rank is out of step, or dead or stopped while its launcher ignores that."""
 
     def test_a_killed_rank_that_the_launcher_ignores(self):
         self.each_lenient_job("kill", "ended unexpectedly", (137,), AMPLE)
@@ -184,36 +222,6 @@ class Watchdog(AppTest):
     def test_a_collective_of_the_wrong_size(self):
         self.end({f"comm.all_gather:rank={rank}:at=50:shorten": rf"rank {rank} \(\S+\) {MISMATCH}"
                   for rank in range(3)}, deadline=AMPLE)
-
-    def test_no_deadline_no_end(self):
-        self.write("in.toml", DECODE)
-        environment = dict(os.environ, NSA_FAULT="decode.step:rank=1:at=20:stop", OMP_NUM_THREADS="1",
-                           OMPI_MCA_odls_base_sigkill_timeout="0")
-        with subprocess.Popen([MPIEXEC, "-n", "3", "--oversubscribe", "--allow-run-as-root", BINARY, "run", "in.toml",
-                               "--deadline", "0"], cwd=self.folder, env=environment, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL) as job:
-            with self.assertRaises(subprocess.TimeoutExpired):
-                job.wait(DEADLINE + 2)
-            job.send_signal(signal.SIGTERM)
-
-    def test_a_job_that_was_stopped_as_a_whole_continues(self):
-        """Suspended for longer than the deadline, by a user or a scheduler. No rank hung."""
-        deadline = math.ceil(max(DEADLINE, self.quiet_seconds(DECODE, 2)))
-        self.write("in.toml", DECODE.replace("steps = 40", "steps = 40\nmin_time = 6.0"))
-        environment = dict(os.environ, NSA_FAULT="", OMP_NUM_THREADS="1")
-        with subprocess.Popen([MPIEXEC, "-n", "2", "--oversubscribe", "--allow-run-as-root", BINARY, "run", "in.toml",
-                               "--deadline", str(deadline)], cwd=self.folder, env=environment, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True) as job:
-            time.sleep(3)
-            ranks = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True,
-                                                        check=True).stdout.split()]
-            self.assertEqual(len(ranks), 2)
-            for which, pause in ((signal.SIGSTOP, deadline + 6), (signal.SIGCONT, 0)):
-                for pid in ranks:
-                    os.kill(pid, which)
-                time.sleep(pause)
-            out, _ = job.communicate(timeout=100)
-        self.assertEqual(job.returncode, 0, out)
 
 
 if __name__ == "__main__":

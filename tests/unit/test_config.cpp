@@ -379,6 +379,7 @@ TEST_CASE("a trace is read as CSV or JSON, with the names of public traces", "[c
   CHECK(prompts("\xef\xbb\xbfprompt,output\r\n4096,128\r\n7,0\r\n") == expected);  // as spreadsheets write it
   CHECK(prompts("\xef\xbb\xbf[4096, 7]") == std::vector<std::int64_t>{4096, 0, 7, 0});
   CHECK(prompts("time,prompt,output\n\"Nov 16, 2023\",4096,128\n\"a \"\"b, 1\"\"\", \"7\" ,0\n") == expected);
+  CHECK(prompts("text,prompt,output\r\n\"two\r\nlines\", 4096 ,128\r\n,7,0\r\n") == expected);
 }
 
 TEST_CASE("a trace that cannot be read gets one message with the line", "[config][batch]") {
@@ -399,6 +400,8 @@ TEST_CASE("a trace that cannot be read gets one message with the line", "[config
   has(refused("prompt\n1,024\n"), "t.csv:2: 2 cells in a table of 1 columns; give one for each column, in quotes");
   has(refused("1024\n2,048\n"), "t.csv:2: 2 cells in a table of 1 columns");
   has(refused("id,prompt\n\"1,2\n"), "t.csv:2: a quote without its end");
+  has(refused("id,prompt\n\"1\"2,3\n"), "t.csv:2: text after a closing quote");
+  has(refused("id,prompt\n\"1\n2\",3\n4,x\n"), "t.csv:4: \"x\" is no number of tokens");
   has(refused("prompt;output\n1;2\n"), "give a header \"prompt,output\" with commas");
   has(refused("prompt,output\n1073741824,1\n"), "t.csv:2: 1073741824 + 1 tokens are too many");
   has(refused("[{\"prompt\": 1073741824, \"output\": 1073741824}]"), "tokens are too many");

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <sys/file.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -121,6 +122,27 @@ TEST_CASE("files of others are opened by a child first", "[result]") {
   CHECK(forks == 1);
   const TensorFile tensors(path);
   CHECK(forks == 2);
+}
+
+TEST_CASE("readers of several files run side by side, and none is left behind", "[result]") {
+  const Folder folder;
+  const std::string path = folder.file("there");
+  {
+    h5::Sandbox waits([&](const auto&) {
+      for (int i = 0; i < 2000 && !fs::exists(path); ++i) usleep(5000);
+      return std::string(fs::exists(path) ? "met" : "alone");
+    });
+    h5::Sandbox arrives([&](const auto&) {
+      std::ofstream file(path);
+      return std::string("there");
+    });
+    h5::Sandbox endless([](const auto&) -> std::string {
+      for (;;) usleep(1000000);
+    });
+    CHECK(waits.result() == "met");
+    CHECK(arrives.result() == "there");
+  }
+  CHECK(waitpid(-1, nullptr, WNOHANG) == -1);  // no child
 }
 
 TEST_CASE("a file that crashes HDF5, or keeps it busy for ever, is refused", "[result]") {

@@ -24,6 +24,7 @@ NOT_COMPARED = (
     "run.interval_time",
     "run.throttle_threshold",
     "run.recovery_delay",
+    "run.copy_bytes",
     "run.deadline",
     "run.check",
     "output.file",
@@ -59,8 +60,10 @@ def value_compared(point, key):
 
     Chunks of a prefill that are `auto` grow with the context, so their number differs along a curve.
     """
-    left_open = key == CHUNKS and 'kv_chunk_blocks = "auto"' in str(point.run.attributes.get("config", ""))
-    return "auto" if left_open and point.kind == "prefill" else str(point[key])
+    if key != CHUNKS or point.kind != "prefill":
+        return str(point.parameters[key])
+    left_open = 'kv_chunk_blocks = "auto"' in str(point.run.attributes.get("config", ""))
+    return "auto" if left_open else str(point[key])
 
 
 def identity(point):

@@ -19,6 +19,7 @@ PARTS = {
     "compress": "other",
     "combine": "other",
 }
+OF_A_POINT = ("file", "point", "kind", "context", "batch", "forced", "ranks", "layout", "validity")
 PART_ORDER = ("cmp", "rank", "sel", "win", "comm", "project, output", "other")
 
 
@@ -51,8 +52,8 @@ def reads(points):
     """
     table = points_table(leave_out(points, lambda p: p.reads, "without reads"))
     rows = []
-    for _, row in table.iterrows():
-        point = row[["file", "point", "kind", "context", "batch", "forced", "ranks", "layout", "validity"]].to_dict()
+    for row in table.to_dict("records"):
+        point = {name: row[name] for name in OF_A_POINT}
         for branch in ("cmp", "sel", "win"):
             rows.append(
                 point

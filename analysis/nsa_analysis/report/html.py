@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -69,8 +70,12 @@ HEADINGS = {
 }
 
 
+HAS_MARKUP = re.compile("[&<>\"']").search
+
+
 def escape(value):
-    return html.escape(str(value), quote=True)
+    text = str(value)
+    return html.escape(text, quote=True) if HAS_MARKUP(text) else text
 
 
 def format_number(value, digits=3):
@@ -137,20 +142,22 @@ OPEN_ROWS = 14  # longer tables are collapsed on screen and expanded in print
 
 
 def format_table(frame, columns):
-    """({column: heading}, rows of cell texts, names of text columns). The bounds of an interval share a cell."""
+    """({column: heading}, [cell texts] by column, names of text columns). The bounds of an interval share a cell."""
     times = time_unit(frame[[c for c in columns if is_time(c)]].to_numpy(dtype=float))
     bounds = {c: upper_bound(c) for c in columns if upper_bound(c) in columns}
     columns = [c for c in columns if c not in bounds.values()]
     units = {c: unit_of(c, times) for c in columns}
 
-    def shown(values, c):
-        if c in bounds:
-            return format_interval(values[c], values[bounds[c]], units[c][0])
-        return format_cell(values[c], units[c][0], c)
+    values = {c: frame[c].tolist() for c in (*columns, *bounds.values())}
 
-    rows = [[shown(values, c) for c in columns] for values in frame[[*columns, *bounds.values()]].to_dict("records")]
-    text = {c for c in columns if all(isinstance(v, str) for v in frame[c])}
-    return {c: heading(c, units[c][1]) for c in columns}, rows, text
+    def shown(c):
+        factor = units[c][0]
+        if c in bounds:
+            return [format_interval(low, high, factor) for low, high in zip(values[c], values[bounds[c]])]
+        return [format_cell(value, factor, c) for value in values[c]]
+
+    text = {c for c in columns if all(isinstance(v, str) for v in values[c])}
+    return {c: heading(c, units[c][1]) for c in columns}, [shown(c) for c in columns], text
 
 
 def table(frame, columns, caption, open_rows=OPEN_ROWS):
@@ -159,8 +166,8 @@ def table(frame, columns, caption, open_rows=OPEN_ROWS):
     classes = ["" if c in text else " class=n" for c in headings]
     head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in zip(classes, headings.values()))
     invalid = (frame["validity"] != "VALID") if "validity" in frame else [False] * len(frame)
-    bodies = ["".join(f"<td{css}>{escape(text)}</td>" for css, text in zip(classes, row)) for row in cells]
-    rows = [f"<tr{' class=invalid' if bad else ''}>{body}</tr>" for bad, body in zip(invalid, bodies)]
+    tagged = [[f"<td{css}>{escape(text)}</td>" for text in column] for css, column in zip(classes, cells)]
+    rows = [f"<tr{' class=invalid' if bad else ''}>{''.join(row)}</tr>" for bad, *row in zip(invalid, *tagged)]
     body = (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"

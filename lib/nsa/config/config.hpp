@@ -47,6 +47,7 @@ struct RunConfig {
   double interval_time = 60.0;  ///< seconds after which a mode does not repeat for min_interval
   double throttle_threshold = 0.75;  ///< mean SM clock of a pass, of the largest, below which it is measured again
   double recovery_delay = 0.05;      ///< seconds before that
+  std::int64_t copy_bytes = 0;       ///< of the copy that measures the copy bandwidth; 0: auto
   double deadline = 300.0;  ///< seconds that an operation between ranks or a wait for a device may take; 0: no limit
   double overlap = 0.0;     ///< how often a query repeats the one before it
   std::vector<std::int64_t> query_tokens = {1};  ///< swept; decode: of a sequence in a step

@@ -166,6 +166,10 @@ void visit_run_keys(ConfigOrConst& c, Visitor&& visit) {
       "Mean SM clock of a pass below which it is dropped and measured again, 20 times at most; 0: every pass counts.");
   visit("run.recovery_delay", c.run.recovery_delay, RealRange{0.0, 60.0}, "s",
         "Wait before a pass is measured again, in which the GPU recovers.");
+  visit(
+      "run.copy_bytes", c.run.copy_bytes, AutoOr{{1 << 16, std::int64_t{1} << 36}}, "bytes",
+      "Bytes that each rank copies to measure copy_bandwidth; auto: 128 MiB, or less where ranks share a memory. Where "
+      "a cache holds two times as many, its bandwidth is measured.");
   visit("run.deadline", c.run.deadline, RealRange{0.0, 86400.0}, "s",
         "Longest wait for other ranks or for a device before the job ends; 0: no limit.");
   visit(

@@ -12,6 +12,7 @@
 #include "kernels/diagnostics/error.hpp"
 #include "kernels/diagnostics/json.hpp"
 #include "kernels/shared/random.hpp"
+#include "nsa/config/csv_rows.hpp"
 #include "nsa/config/keys.hpp"
 
 namespace nsa {
@@ -32,11 +33,6 @@ std::string normalised(std::string_view name) {
   std::string text;
   for (const char c : name) text += c == ' ' ? '_' : static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
   return text;
-}
-
-std::string_view without_blanks(std::string_view text) {
-  const auto first = text.find_first_not_of(" \t\r");
-  return first == std::string_view::npos ? "" : text.substr(first, text.find_last_not_of(" \t\r") - first + 1);
 }
 
 /// Where a trace is read, for messages.
@@ -64,29 +60,12 @@ struct TracePosition {
   }
 };
 
-/// The cells of a line of CSV. One in quotes may hold commas; doubled quotes inside it stay doubled.
-std::vector<std::string_view> cells_of(std::string_view line, const TracePosition& at) {
-  std::vector<std::string_view> cells;
-  for (std::size_t begin = 0; begin <= line.size();) {
-    bool quoted = false;
-    std::size_t end = begin;
-    for (; end < line.size() && (quoted || line[end] != ','); ++end) quoted ^= line[end] == '"';
-    if (quoted) at.refuse("a quote without its end", "close it on the same line");
-    std::string_view cell = without_blanks(line.substr(begin, end - begin));
-    if (cell.size() > 1 && cell.front() == '"' && cell.back() == '"')
-      cell = without_blanks(cell.substr(1, cell.size() - 2));
-    cells.push_back(cell);
-    begin = end + 1;
-  }
-  return cells;
-}
-
 /// The columns of a CSV that hold the tokens; -1: none.
 struct Columns {
   std::ptrdiff_t prompt = -1, output = -1;
 };
 
-Columns columns_of(const std::vector<std::string_view>& header) {
+Columns columns_of(const std::vector<std::string>& header) {
   Columns columns;
   for (std::size_t i = 0; i < header.size(); ++i) {
     const std::string name = normalised(header[i]);
@@ -105,11 +84,16 @@ std::vector<Request> parse_csv(std::string_view text, const std::string& path) {
   std::vector<Request> requests;
   Columns columns;
   std::size_t width = 0;  // cells of the header
-  for (std::size_t begin = 0; begin < text.size(); ++at.line) {
-    const std::size_t end = std::min(text.find('\n', begin), text.size());
-    const std::vector<std::string_view> cells = cells_of(text.substr(begin, end - begin), at);
-    begin = end + 1;
-    if (cells.size() == 1 && cells[0].empty()) continue;
+  CsvReader reader(text, [&](std::int64_t line, CsvFault fault) {
+    at.line = line;
+    if (fault == CsvFault::open_quote) at.refuse("a quote without its end", "close it");
+    at.refuse("text after a closing quote", "put all of the cell into quotes");
+  });
+  while (!reader.done()) {
+    const CsvRow row = reader.row();
+    const std::vector<std::string>& cells = row.cells;
+    at.line = row.line;
+    if (row.blank()) continue;
     if (columns.prompt < 0) {
       columns = columns_of(cells);
       width = cells.size();

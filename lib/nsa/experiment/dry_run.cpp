@@ -73,8 +73,8 @@ void print_exchanges(std::ostream& out, const Config& config, const PlannedPoint
 }
 
 /// Ranks measure the copy rate before the points, so that its buffers are not among what a point needs.
-void print_copy_rate_memory(std::ostream& out, int ranks) {
-  const double bytes = 2.0 * static_cast<double>(copy_bytes_of(0, ranks));
+void print_copy_rate_memory(std::ostream& out, const Config& config, int ranks) {
+  const double bytes = 2.0 * static_cast<double>(copy_bytes_of(config.run.copy_bytes, 0, ranks));
   fmt::print(out, "before the points, the copy rate is measured with {} a rank where all ranks share one host\n",
              bytes_text(bytes));
 }
@@ -87,7 +87,7 @@ void print_kernels_plan(std::ostream& out, const Config& config, const Backend& 
     most = std::max(most, planned_memory(backend, config, make_partition(config, point, ranks, 0), point).total_peak);
   fmt::print(out, "plan: {} ranks, each measures {} shapes, {} at most at a time\n", ranks, points.size(),
              bytes_text(static_cast<double>(most)));
-  print_copy_rate_memory(out, ranks);
+  print_copy_rate_memory(out, config, ranks);
   fmt::print(out, "result file: at most {}\n", bytes_text(static_cast<double>(planned_result_bytes(config, ranks))));
 }
 
@@ -159,7 +159,7 @@ void print_plan(std::ostream& out, const Config& input, int ranks, const Machine
     print_routes(out, point.routes);
   }
   fmt::print(out, "\n");
-  print_copy_rate_memory(out, ranks);
+  print_copy_rate_memory(out, config, ranks);
   fmt::print(out, "result file: at most {}\n", bytes_text(static_cast<double>(planned_result_bytes(config, ranks))));
   if (machine) print_advice(out, advice, *machine, ranks);
   if (json) *json = plan_json(plan, machine ? advice_json(advice, *machine) : "");

@@ -132,7 +132,7 @@ bool is_later_default(const std::string& name, const decltype(Parameter::second)
         "run.recovery_delay",  "run.prefix",        "run.prefill_chunk",   "output.selection", "batch.context",
         "batch.distribution",  "batch.min",         "batch.max",           "batch.sigma",      "batch.exponent",
         "batch.seed",          "batch.file",        "cache.layout",        "cache.page",       "cache.order",
-        "cache.shared_prefix", "run.query_tokens",  "run.accept"}) {
+        "cache.shared_prefix", "run.query_tokens",  "run.accept",          "run.copy_bytes"}) {
     if (name != later) continue;
     const std::vector<Parameter> defaults = parameters(Config(), Point());
     return std::ranges::count(defaults, Parameter(name, value)) == 1;
@@ -162,7 +162,7 @@ Session open_session(const Config& config, const ControlComm& world, std::functi
                   std::make_shared<StopPoll>(world, std::move(asked_to_stop)),
                   hash_of(config.input_file, world),
                   hash_of(config.input_selection, world)};
-  session.copy_bytes = copy_bytes_of(backend.device->info().memory_free, sharers(session));
+  session.copy_bytes = copy_bytes_of(config.run.copy_bytes, backend.device->info().memory_free, sharers(session));
   return session;
 }
 
@@ -308,7 +308,7 @@ RunRecord describe_run(const Session& session, const Config& config, const std::
 }
 
 void close_run(const Session& session, RunRecord& run) {
-  run.end = utc_now();
+  run.end = std::max(utc_now(), run.start);  // the clock of the day may have been set back
   const DeviceInfo info = session.backend.device->info();
   const std::vector<double> after =
       session.world.gather(std::vector<double>{info.clock_mhz, static_cast<double>(info.ecc_errors)});

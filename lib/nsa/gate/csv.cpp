@@ -22,12 +22,6 @@ constexpr std::streamoff max_bytes = std::streamoff{4} << 20;
   throw UserError(fmt::format("cannot read {} ({}); {}", where, what, advice), ExitCode::file);
 }
 
-std::string trimmed(std::string_view text) {
-  const auto first = text.find_first_not_of(" \t");
-  if (first == std::string_view::npos) return {};
-  return std::string(text.substr(first, text.find_last_not_of(" \t") - first + 1));
-}
-
 /// The cell as a message shows it: at most 40 characters, printable ASCII.
 std::string printable(const std::string& cell) {
   std::string text = cell.substr(0, 40);
@@ -35,61 +29,6 @@ std::string printable(const std::string& cell) {
       text.begin(), text.end(), [](unsigned char c) { return c < 0x20 || c > 0x7e; }, '?');
   return "'" + text + (cell.size() > 40 ? "..." : "") + "'";
 }
-
-/// Reads the text row by row; a quoted cell may span lines.
-class Reader {
- public:
-  Reader(std::string_view text, const std::string& path) : text_(text), path_(path) {
-    if (text_.starts_with("\xEF\xBB\xBF")) text_.remove_prefix(3);
-  }
-  bool done() const { return text_.empty(); }
-  CsvRow row() {
-    CsvRow row{line_, {}};
-    while (true) {
-      row.cells.push_back(text_.starts_with('"') ? quoted() : plain());
-      if (text_.starts_with(',')) {
-        text_.remove_prefix(1);
-        continue;
-      }
-      end_of_line();
-      return row;
-    }
-  }
-
- private:
-  std::string plain() {
-    const std::string_view cell = text_.substr(0, text_.find_first_of(",\r\n"));
-    text_.remove_prefix(cell.size());
-    return trimmed(cell);
-  }
-  std::string quoted() {
-    std::string cell;
-    const std::int64_t first_line = line_;
-    for (text_.remove_prefix(1); !text_.empty(); text_.remove_prefix(1)) {
-      if (text_.starts_with("\"\"")) {
-        text_.remove_prefix(1);
-      } else if (text_.front() == '"') {
-        text_.remove_prefix(1);
-        if (text_.empty() || std::string_view(",\r\n").find(text_.front()) != std::string_view::npos) return cell;
-        fail(fmt::format("{}:{}", path_, line_), "text after a closing quote", "fix the line");
-      }
-      line_ += text_.front() == '\n';
-      cell += text_.front();
-    }
-    fail(fmt::format("{}:{}", path_, first_line), "a quote is not closed", "fix the line");
-  }
-  void end_of_line() {
-    if (text_.starts_with('\r')) text_.remove_prefix(1);
-    if (text_.starts_with('\n')) text_.remove_prefix(1);
-    ++line_;
-  }
-
-  std::string_view text_;
-  const std::string& path_;
-  std::int64_t line_ = 1;
-};
-
-bool blank(const CsvRow& row) { return row.cells.size() == 1 && row.cells[0].empty(); }
 
 }  // namespace
 
@@ -118,10 +57,13 @@ std::vector<double> Csv::numbers(std::string_view column) const {
 
 Csv parse_csv(std::string_view text, const std::string& path) {
   Csv csv{path, {}, {}};
-  Reader reader(text, path);
+  CsvReader reader(text, [&](std::int64_t line, CsvFault fault) {
+    fail(fmt::format("{}:{}", path, line),
+         fault == CsvFault::open_quote ? "a quote is not closed" : "text after a closing quote", "fix the line");
+  });
   while (!reader.done()) {
     CsvRow row = reader.row();
-    if (blank(row)) continue;
+    if (row.blank()) continue;
     if (csv.columns.empty()) {
       csv.columns = std::move(row.cells);
       continue;

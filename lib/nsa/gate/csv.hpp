@@ -2,17 +2,13 @@
 // Reads comma-separated values with a header line. The reader accepts quotes, CRLF, a byte order mark and blank lines.
 // Errors are UserError(file) and name file, line and column.
 
-#include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
 
-namespace nsa {
+#include "nsa/config/csv_rows.hpp"
 
-struct CsvRow {
-  std::int64_t line;  ///< line number in the file, from 1
-  std::vector<std::string> cells;
-};
+namespace nsa {
 
 struct Csv {
   std::string path;

@@ -27,7 +27,7 @@ bool decides_result(const std::string& key) {
   for (const char* prefix :
        {"input.", "parallel.", "route.", "runtime.", "output.", "run.backend", "run.modes", "run.warmup", "run.min_",
         "run.interval_time", "run.throttle_", "run.recovery_delay", "run.steps_per_graph", "run.deadline", "run.check",
-        "cache.layout", "cache.page", "cache.order"}) {
+        "run.copy_bytes", "cache.layout", "cache.page", "cache.order"}) {
     if (key.starts_with(prefix)) return false;
   }
   return true;
@@ -288,7 +288,8 @@ Difference judge_ratio(const Ratio& ratio, double same_margin) {
 }
 
 DiffResult diff_results(std::ostream& out, const DiffOptions& options) {
-  const ResultFile a = read_result(options.a), b = read_result(options.b);
+  const std::vector<ResultFile> both = read_results({options.a, options.b});
+  const ResultFile &a = both[0], &b = both[1];
   TensorFile tensors_a(options.a, TensorFile::OfPoints{}), tensors_b(options.b, TensorFile::OfPoints{});
   const auto points_a = by_sweep_key(a), points_b = by_sweep_key(b);
   std::vector<std::pair<const PointRecord*, const PointRecord*>> pairs;
@@ -365,7 +366,8 @@ DiffResult compare_pairs(std::ostream& out, const std::vector<PairedFiles>& pair
   DiffResult result;
   std::size_t noisy = 0;
   for (const PairedFiles& files : pairs) {
-    const ResultFile a = read_result(files.a), b = read_result(files.b);
+    const std::vector<ResultFile> both = read_results({files.a, files.b});
+    const ResultFile &a = both[0], &b = both[1];
     const bool first = &files == &pairs.front();
     if (first) fmt::print(out, "A: {}\nB: {}\n", run_line(files.a, a.run), run_line(files.b, b.run));
     add_pair(files, a, b, first, series);

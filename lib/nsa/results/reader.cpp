@@ -5,7 +5,10 @@
 #include <algorithm>
 #include <charconv>
 #include <cstring>
+#include <deque>
 #include <map>
+#include <optional>
+#include <utility>
 
 #include "kernels/diagnostics/error.hpp"
 #include "nsa/results/files.hpp"
@@ -274,15 +277,28 @@ ResultFile read_file(const h5::Handle& file, const std::function<void()>& progre
 
 }  // namespace
 
-ResultFile read_result(const std::string& path) {
-  if (const std::string why = why_no_file(path); !why.empty())
-    throw UserError("cannot read " + path + " (" + why + "); give the result file of a run", ExitCode::file);
-  try {
-    return deserialize(
-        h5::run_sandboxed([&](const auto& progress) { return serialize(read_file(h5::open_file(path), progress)); }));
-  } catch (const h5::Error& wrong) {
-    h5::user_error(wrong, "read", path, "give the result file of a run");
+ResultFile read_result(const std::string& path) { return std::move(read_results({path})[0]); }
+
+std::vector<ResultFile> read_results(const std::vector<std::string>& paths) {
+  std::deque<std::optional<h5::Sandbox>> readers;  // none of what is no file
+  for (const std::string& path : paths) {
+    std::optional<h5::Sandbox>& reader = readers.emplace_back();
+    if (why_no_file(path).empty())
+      reader.emplace([&path](const auto& progress) { return serialize(read_file(h5::open_file(path), progress)); });
   }
+  std::vector<ResultFile> results;
+  for (std::size_t i = 0; i < paths.size(); ++i) {
+    const std::string& path = paths[i];
+    if (!readers[i])
+      throw UserError("cannot read " + path + " (" + why_no_file(path) + "); give the result file of a run",
+                      ExitCode::file);
+    try {
+      results.push_back(deserialize(readers[i]->result()));
+    } catch (const h5::Error& wrong) {
+      h5::user_error(wrong, "read", path, "give the result file of a run");
+    }
+  }
+  return results;
 }
 
 }  // namespace nsa

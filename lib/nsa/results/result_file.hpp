@@ -38,6 +38,8 @@ struct ResultFile {
 /// Throws UserError(file) that names the file: missing, truncated, not HDF5, not a result, unknown major schema
 /// version.
 ResultFile read_result(const std::string& path);
+/// The same of several files, each on a core of its own. A process reads each; throws for the first one that fails.
+std::vector<ResultFile> read_results(const std::vector<std::string>& paths);
 
 /// Tensors x and weights of a file that another program or a run wrote, under "/" or under a point's "tensors" group.
 class TensorFile {

@@ -290,7 +290,8 @@ NoiseRecord gather_noise(const ControlComm& world, const DeviceOps& device, cons
   return record;
 }
 
-std::size_t copy_bytes_of(std::int64_t free, std::int64_t sharers) {
+std::size_t copy_bytes_of(std::int64_t asked, std::int64_t free, std::int64_t sharers) {
+  if (asked > 0) return static_cast<std::size_t>(asked);
   constexpr std::int64_t most = std::int64_t{128} << 20, most_of_host = std::int64_t{512} << 20;
   const std::int64_t bytes = std::min(most, most_of_host / sharers);
   return static_cast<std::size_t>(free > 0 ? std::min(bytes, free / sharers / 4) : bytes);

@@ -21,8 +21,9 @@ struct CopyRate {
 };
 
 /// Bytes of each of the two buffers of a copy, on one of `sharers` ranks that share a memory with `free` bytes (0:
-/// unknown): together they are larger than any cache, and take at most 1 GiB and half of the free memory.
-std::size_t copy_bytes_of(std::int64_t free, std::int64_t sharers);
+/// unknown): what run.copy_bytes asks for. 0 is auto: together they are larger than most caches, and take at most 1 GiB
+/// and half of the free memory.
+std::size_t copy_bytes_of(std::int64_t asked, std::int64_t free, std::int64_t sharers);
 
 /// What a rank needs to run points, collectively over `world`.
 struct Session {

@@ -42,11 +42,28 @@ auto attempt(const char* doing, const std::string& path, const std::string& advi
 /// An action in a child process calls `progress()` after each part of its work.
 using SandboxedAction = std::function<std::string(const std::function<void()>& progress)>;
 
-/// Runs `action` in a forked child process and returns its result. A damaged file may crash HDF5, keep it in a loop or
-/// make it write out of bounds; the caller's memory is safe. Throws Error: what `action` threw, or how the child ended;
-/// std::bad_alloc where the child ran out of memory. Between two calls of `progress` the child has `cpu_seconds` of
-/// processor time; waiting for a disk does not count.
-std::string run_sandboxed(const SandboxedAction& action, int cpu_seconds = 10);
+/// Runs `action` in a forked child process, from construction on: several run side by side. A damaged file may crash
+/// HDF5, keep it in a loop or make it write out of bounds; the caller's memory is safe. Between two calls of `progress`
+/// the child has `cpu_seconds` of processor time; waiting for a disk does not count.
+class Sandbox {
+ public:
+  explicit Sandbox(SandboxedAction action, int cpu_seconds = 10);
+  ~Sandbox();  ///< ends a child whose result nobody has taken
+  Sandbox(const Sandbox&) = delete;
+  Sandbox& operator=(const Sandbox&) = delete;
+  /// Waits for the result; once. Throws Error: what `action` threw, or how the child ended; std::bad_alloc where the
+  /// child ran out of memory. Where no child could be started the action runs here.
+  std::string result();
+
+ private:
+  SandboxedAction action_;
+  int cpu_seconds_, reply_ = -1;  ///< reply_: the end of a pipe; -1: no child
+  int child_ = -1;
+};
+
+inline std::string run_sandboxed(SandboxedAction action, int cpu_seconds = 10) {
+  return Sandbox(std::move(action), cpu_seconds).result();
+}
 
 /// An open file, group, dataset, type or dataspace. The destructor closes it.
 class Handle {

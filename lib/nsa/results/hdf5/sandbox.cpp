@@ -11,6 +11,7 @@
 #include <new>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "nsa/results/hdf5/h5.hpp"
 
@@ -84,22 +85,38 @@ std::string end_of(int status, int cpu_seconds) {
   return "damaged: the HDF5 library crashes, signal " + std::to_string(signal) + ", on it";
 }
 
-}  // namespace
-
-std::string run_sandboxed(const SandboxedAction& action, int cpu_seconds) {
-  const auto without_child = [&] { return action([] {}); };
-  int ends[2];
-  if (pipe2(ends, O_CLOEXEC) != 0) return without_child();
-  const pid_t child = fork();
-  if (child == 0) run_child(action, static_cast<rlim_t>(cpu_seconds), ends[1]);
-  close(ends[1]);
-  std::string reply = child > 0 ? read_all(ends[0]) : "";
-  close(ends[0]);
-  if (child < 0) return without_child();
+/// Waits for the process to end. Returns its status.
+int wait_for(pid_t child) {
   int status = 0;
   while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
   }
-  if (status != 0 || reply.empty()) throw Error(end_of(status, cpu_seconds));
+  return status;
+}
+
+}  // namespace
+
+Sandbox::Sandbox(SandboxedAction action, int cpu_seconds) : action_(std::move(action)), cpu_seconds_(cpu_seconds) {
+  int ends[2];
+  if (pipe2(ends, O_CLOEXEC) != 0) return;
+  child_ = fork();
+  if (child_ == 0) run_child(action_, static_cast<rlim_t>(cpu_seconds), ends[1]);
+  close(ends[1]);
+  reply_ = ends[0];
+}
+
+Sandbox::~Sandbox() {
+  if (child_ > 0) {
+    kill(child_, SIGKILL);
+    wait_for(child_);
+  }
+  if (reply_ >= 0) close(reply_);
+}
+
+std::string Sandbox::result() {
+  if (child_ < 0) return action_([] {});
+  std::string reply = read_all(reply_);
+  const int status = wait_for(std::exchange(child_, -1));
+  if (status != 0 || reply.empty()) throw Error(end_of(status, cpu_seconds_));
   const char kind = reply[0];
   reply.erase(0, 1);
   if (kind == no_memory) throw std::bad_alloc();
