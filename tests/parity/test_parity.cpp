@@ -22,6 +22,8 @@ using namespace parity;
 using oracle::Options;
 using oracle::Reals;
 
+const char *fp8_kv = "model.kv_precision=\"fp8_e4m3\"", *fp8_cmp = "model.cmp_precision=\"fp8_e4m3\"";
+
 Phase run_phase(const nsa::Config& config) { return {config, run(config, nsa::ControlComm::world())}; }
 Phase run_phase(const Shape& shape, nsa::TaskKind kind) { return run_phase(config_of(shape, kind)); }
 
@@ -242,6 +244,10 @@ TEST_CASE("every route agrees with the oracle, prefill and decode", "[parity][ro
       {"bf16, L = 2", 143, 7, {"model.precision=\"bf16\"", "model.layers=2"}},
       {"bf16, h = 5, Dk < Dv", 117, 5, {"model.precision=\"bf16\"", "model.n_heads=10", "model.d_v=24"}},
       {"fp16, L = 2, w = 37", 117, 5, {"model.precision=\"fp16\"", "model.layers=2", "nsa.w=37"}},
+      {"FP8, bf16, B = 2",
+       117,
+       5,
+       {"model.precision=\"bf16\"", fp8_kv, fp8_cmp, "run.batch=2", "run.scope=\"attention\""}},
   };
   const char* routes[][nsa::branches] = {{"sdpa", "sdpa", "sdpa"}, {"fused", "masked", "masked"}};
   for (const auto& names : routes)
@@ -268,6 +274,12 @@ TEST_CASE("a ragged batch agrees with the oracle", "[parity][ragged]") {
        5,
        {"batch.context=[600, 3, 40, 300, 64]", attention, paper, "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=8", "nsa.w=512",
         "model.n_heads=2", "model.d_k=64", "model.d_v=64", "model.precision=\"fp16\""}},
+      {"FP8, attention", 0, 7, {lengths, attention, fp8_kv, fp8_cmp}},
+      {"FP8, the paper's blocks, d_k = 128",
+       0,
+       5,
+       {"batch.context=[600, 3, 40, 300, 64]", attention, paper, "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=8", "nsa.w=512",
+        "model.n_heads=2", "model.d_k=128", "model.d_v=128", "model.precision=\"bf16\"", fp8_kv, fp8_cmp}},
       {"equal lengths", 0, 5, {"batch.context=[61, 61, 61]"}},
       {"one sequence", 0, 5, {"batch.context=[61]"}},
   };
@@ -339,6 +351,13 @@ std::vector<Shape> paged_shapes() {
        {shuffled, batch, "nsa.l=32", "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=8", "nsa.w=512", "model.n_heads=2",
         "model.d_k=64", "model.d_v=64", "model.precision=\"fp16\"", "run.check=true"}},
       {"ragged", 0, 7, {lengths, page_16, shuffled}},
+      {"FP8, ragged", 0, 7, {lengths, page_16, shuffled, fp8_kv, fp8_cmp}},
+      {"FP8, the paper's blocks, d_k = 128",
+       600,
+       5,
+       {shuffled, batch, "run.scope=\"attention\"", "nsa.l=32", "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=8", "nsa.w=512",
+        "model.n_heads=2", "model.d_k=128", "model.d_v=128", "model.precision=\"bf16\"", "run.check=true", fp8_kv,
+        fp8_cmp}},
       {"ragged, bf16, the paper's blocks",
        0,
        5,
@@ -436,6 +455,7 @@ const std::vector<Continuation>& continuations() {
       {{"L = 3, B = 2, sigmoid", 61, 40, {"model.layers=3", "run.batch=2", "model.gate=\"sigmoid\""}}, {0, 15}},
       {{"shared_kv, w > P + T, bf16", 61, 40, {"model.shared_kv=true", "nsa.w=512", bf16}}, {0, 10}},
       {{"all chunks, no prefix", 0, 101, {}}, {1, 13, 100}},
+      {{"FP8, P in a stride, B = 2", 90, 41, {fp8_kv, fp8_cmp, "run.batch=2"}}, {0, 7}},
       // On CUDA the tiled kernels, and rows of sel for the last chunk.
       {{"the paper's blocks, bf16",
         781,

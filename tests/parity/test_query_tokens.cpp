@@ -108,6 +108,7 @@ Shape with(Shape shape, std::int64_t tokens, const std::string& accept = "all") 
 
 const char *attention = "run.scope=\"attention\"", *ragged = "batch.context=[1, 143, 5, 300, 61]",
            *paged = "cache.layout=\"paged\"", *shuffled = "cache.order=\"shuffled\"",
+           *fp8_kv = "model.kv_precision=\"fp8_e4m3\"", *fp8_cmp = "model.cmp_precision=\"fp8_e4m3\"",
            *bf16 = "model.precision=\"bf16\"", *checked = "run.check=true",
            *paper[] = {"nsa.l=32", "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=8", "nsa.w=512"};
 
@@ -138,6 +139,7 @@ TEST_CASE("several query tokens a step agree with the oracle", "[parity][tokens]
       {"ragged, attention, fp16", 0, 5, {ragged, attention, "model.precision=\"fp16\""}},
       {"sdpa", 117, 5, {attention, "route.cmp=\"sdpa\"", "route.sel=\"sdpa\"", "route.win=\"sdpa\""}},
       {"ragged, shuffled pages", 0, 5, {attention, ragged, paged, shuffled, checked}},
+      {"FP8, ragged, shuffled pages", 0, 5, {attention, ragged, paged, shuffled, checked, bf16, fp8_kv, fp8_cmp}},
       {"masked, ragged", 0, 5, {attention, ragged, "route.sel=\"masked\"", "route.win=\"masked\""}},
   };
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
@@ -160,6 +162,7 @@ TEST_CASE("tokens that a step rejects leave no trace", "[parity][tokens]") {
       {"ragged", 0, 9, {ragged, attention, checked}},
       {"ragged, layer", 0, 7, {ragged}},
       {"ragged, shuffled pages", 0, 7, {ragged, attention, paged, shuffled}},
+      {"FP8, ragged", 0, 7, {ragged, attention, checked, fp8_kv, fp8_cmp}},
   };
   for (const Shape& shape : shapes)
     for (const char* accept : {"0.0", "0.6"}) DYNAMIC_SECTION(shape.name << ", " << accept << " accepted") {
