@@ -6,6 +6,7 @@
 #include <iostream>
 #include <sstream>
 
+#include "nsa/gate/caches.hpp"
 #include "nsa/gate/csv_audit.hpp"
 #include "nsa/gate/gate.hpp"
 #include "nsa/results/files.hpp"
@@ -36,6 +37,23 @@ void write_adr(const std::string& path, const std::vector<DeviceVerdict>& device
   write_text_file(path, "--adr", text.str());
 }
 
+/// The verdict on FP8 caches in place of that on a selection kernel.
+ExitCode gate_caches(const GateOptions& options, const std::vector<GateFile>& files) {
+  if (options.json)
+    throw UserError("--json is for the M4 gate (a file has FP8 caches, which have a page of their own); leave it out");
+  const std::vector<CachesVerdict> verdicts = judge_caches(files);
+  std::ostringstream text;
+  const char* between = "";
+  int code = 0;
+  for (const CachesVerdict& verdict : verdicts) {
+    print_caches(text << std::exchange(between, "\n\n"), verdict);
+    code = std::max(code, exit_code_of(verdict.verdict));
+  }
+  std::cout << text.str();
+  if (!options.adr.empty()) write_text_file(options.adr, "--adr", "```\n" + text.str() + "```\n");
+  return static_cast<ExitCode>(options.exit_verdict ? code : 0);
+}
+
 }  // namespace
 
 ExitCode gate(const GateOptions& options) {
@@ -51,6 +69,7 @@ ExitCode gate(const GateOptions& options) {
     else
       results.push_back({path, read_result(path)});
   }
+  if (std::ranges::any_of(results, has_fp8_caches)) return gate_caches(options, results);
   const std::vector<DeviceVerdict> devices = judge(results, options.contexts);
   if (options.json) {
     print_gate_json(std::cout, devices, audits);

@@ -8,7 +8,7 @@ from harness import SMALL, AppTest
 
 USAGE, FILE = 2, 6
 STAY, INCONCLUSIVE, NOT_EVIDENCE = 10, 11, 12
-SCHEMA = b"1.7\0"  # as it lies in a file
+SCHEMA = b"1.8\0"  # as it lies in a file
 HEADER = "S,ms_total,ms_cmp,ms_sel,ms_win,reads_actual,reads_expected\n"
 NSA_VIBE_CSV = HEADER + """128,5.862,5.944,6.003,6.001,1159,1193
 256,5.932,5.952,5.965,6.024,1159,1329

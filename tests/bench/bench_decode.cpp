@@ -7,6 +7,7 @@
 // Usage: bench_decode [batch context]   that row only, for a profiler
 //        bench_decode shapes [row]      other head counts, head sizes and blocks at 16 x 64K; a row of them
 //        bench_decode tokens [number]   several query tokens a step, and the ratio to one; so many of 32 x 64K only
+//        bench_decode fp8 [row]         FP8 caches against bf16, by turns, at head size 128; a row of them
 
 #include <algorithm>
 #include <cstdio>
@@ -143,10 +144,47 @@ void print_tokens(const Backend& backend, int only) {
   }
 }
 
+// Three turns of either, and the median of each.
+void print_fp8(const Backend& backend, int only) {
+  constexpr struct {
+    int batch;
+    std::int64_t context;
+    double most;  ///< of the time with bf16 caches
+  } rows[] = {{1, 65536, 1.0}, {16, 65536, 0.7}, {32, 65536, 0.62}, {16, 131072, 0.62}, {8, 1 << 20, 0.60}};
+  std::printf("64 heads, 4 groups, Dk = Dv = 128: us a step\n%12s %8s %8s %7s %8s %8s %8s\n", "batch x ctx", "bf16",
+              "fp8", "ratio", "at most", "floor", "fp8/fl.");
+  for (const auto& row : rows) {
+    if (only >= 0 && &row - rows != only) continue;
+    LayerShape s;
+    s.groups = 4, s.heads_per_group = 16;
+    s.d_k = s.d_v = 128;
+    s.dtype = DType::bf16;
+    LayerShape fp8 = s;
+    fp8.kv_precision = fp8.cmp_precision = KvPrecision::fp8_e4m3;
+    const auto of = [&](const LayerShape& shape) {
+      const auto bytes = static_cast<double>(WholeDecode::bytes(shape, row.batch, row.context));
+      return WholeDecode(backend, shape, row.batch, row.context, sets_for(bytes));
+    };
+    const WholeDecode same = of(s), quantised = of(fp8);
+    std::vector<double> times[2];
+    for (int turn = 0; turn < 3; ++turn) {
+      times[0].push_back(measure(same, "step") * 1e6);
+      times[1].push_back(measure(quantised, "step") * 1e6);
+    }
+    for (std::vector<double>& list : times) std::sort(list.begin(), list.end());
+    const double floor_us = static_cast<double>(WholeDecode::bytes(fp8, row.batch, row.context)) / floor_rate * 1e6;
+    std::printf("%4d x %5lldK %8.1f %8.1f %6.3fx %7.2fx %8.1f %7.2fx\n", row.batch,
+                static_cast<long long>(row.context / 1024), times[0][1], times[1][1], times[1][1] / times[0][1],
+                row.most, floor_us, times[1][1] / floor_us);
+    std::fflush(stdout);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const Backend backend = open_cuda(0);
+  if (argc > 1 && std::string(argv[1]) == "fp8") return print_fp8(backend, argc > 2 ? std::atoi(argv[2]) : -1), 0;
   if (argc > 1 && std::string(argv[1]) == "shapes") return print_shapes(backend, argc > 2 ? std::atoi(argv[2]) : -1), 0;
   if (argc > 1 && std::string(argv[1]) == "tokens") return print_tokens(backend, argc > 2 ? std::atoi(argv[2]) : 0), 0;
   const std::vector<std::string> stages = {"cmp", "win", "rank", "sel", "combine"};

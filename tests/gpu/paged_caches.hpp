@@ -53,9 +53,11 @@ class PagedCaches {
     for (const bool value : {false, true}) {
       const KvView& from = value ? whole_.sets[0].v[c] : whole_.sets[0].k[c];
       KvView& to = value ? set.v[c] : set.k[c];
-      const std::int64_t size = static_cast<std::int64_t>(size_of(whole_.s.dtype)), width = from.width,
-                         bytes = pages * whole_.s.groups * rows * width * size;
+      const std::int64_t size = element_bytes(from, whole_.s.dtype), width = from.width,
+                         scales = is_quantised(from) ? pages * whole_.s.groups * rows : 0,
+                         bytes = pages * whole_.s.groups * rows * width * size + scales;
       to.data = memory_.make(bytes + padding_rows * width * size);
+      if (is_quantised(from)) to.scales = static_cast<std::uint8_t*>(to.data) + bytes - scales;
       to.pages = where;
       to.plane_stride = entries * rows * width;
       device()->fill(to.data, 0xFF, static_cast<std::size_t>(bytes), nullptr);
@@ -67,7 +69,7 @@ class PagedCaches {
   }
   // V is finite in the rest of a page that holds a token: see AttendArgs::v.
   void clear_ends(const KvView& v, const std::vector<std::int32_t>& table, std::int64_t entries, std::int64_t used) {
-    const std::int64_t row = v.width * static_cast<std::int64_t>(size_of(whole_.s.dtype));
+    const std::int64_t row = v.width * element_bytes(v, whole_.s.dtype);
     for (std::int64_t b = 0; b < whole_.tile.rows(); ++b)
       for (std::int32_t g = 0; g < whole_.s.groups; ++g) {
         const std::int64_t page = table[static_cast<std::size_t>((b + 1) * entries - 1)];

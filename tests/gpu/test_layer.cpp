@@ -184,9 +184,11 @@ std::string name_of(const LayerShape& s, int batch, std::int64_t context) {
 
 // Caches and logs, and that the position is that after all steps.
 void check_same(const WholeLayer& stages, const WholeLayer& layer) {
-  const auto size = static_cast<std::int64_t>(size_of(stages.whole.s.dtype));
+  const DType type = stages.whole.s.dtype;
   const auto same_cache = [&](const KvView& a, const KvView& b) {
-    CHECK(same(a.data, b.data, stages.planes * a.plane_stride * size, stages.whole));
+    CHECK(same(a.data, b.data, stages.planes * a.plane_stride * element_bytes(a, type), stages.whole));
+    if (is_quantised(a))
+      CHECK(same(a.scales, b.scales, stages.planes * scales_of_plane(a.plane_stride / a.width), stages.whole));
   };
   for (int b = 0; b < branches; ++b) {
     same_cache(stages.whole.sets[0].k[b], layer.whole.sets[0].k[b]);
@@ -248,6 +250,12 @@ TEST_CASE("a decode layer in one launch equals its stages", "[step][layer]") {
   check_layer(shape_of(DType::bf16, 2, 16, 256, 256), 3, 4092);
   check_layer(shape_of(DType::bf16, 2, 32, 128, 128), 3, 4092);
   check_layer(shape_of(DType::bf16, 1, 48, 80, 80), 2, 4092);
+}
+
+TEST_CASE("a decode layer on FP8 rows in one launch equals its stages", "[step][layer][fp8]") {
+  for (const std::int64_t context : {1, 29, 30, 31, 46, 62, 8190, 65534}) check_layer(fp8_shape_of(16), 1, context);
+  for (const int batch : {3, 40, 150}) check_layer(fp8_shape_of(batch == 3 ? 5 : 16), batch, 4092);
+  check_layer(fp8_shape_of(16), 2, 1022, false, 1);
 }
 
 TEST_CASE("a decode layer in one launch takes sequences behind others", "[step][layer]") {

@@ -90,6 +90,13 @@ TEST_CASE("a decode step on paged caches has the bits of one on contiguous cache
                  context == 5001 ? 192 : 64, context / 128, all);
 }
 
+TEST_CASE("a decode step on FP8 rows in pages has the bits of one on contiguous ones", "[step][paged][fp8]") {
+  for (const std::int64_t context : {1, 63, 700, 5001, 40000})
+    check_same(fp8_shape_of(16), std::vector<std::int64_t>(context > 9000 ? 9 : 3, context), context == 5001 ? 192 : 64,
+               context / 128, {""});
+  check_same(fp8_shape_of(4), {5000, 150, 30000, 2048, 131, 700}, 64, 1, {""});
+}
+
 // So many chosen blocks that the step does not run in one launch.
 TEST_CASE("a paged decode step in several launches has the bits of a contiguous one", "[step][paged]") {
   for (const auto& [type, d, heads] : {std::tuple{DType::bf16, 128, 16}, {DType::bf16, 80, 40}, {DType::f32, 64, 6}})

@@ -39,15 +39,23 @@ struct Result {
 /// Fills the rows of every sequence that no step may read with NaN.
 void poison(const WholeDecode& whole, const std::vector<std::int64_t>& contexts) {
   const LayerShape& s = whole.s;
-  const std::int64_t size = static_cast<std::int64_t>(size_of(s.dtype));
+  const auto fill = [](void* data, std::int64_t from, std::int64_t to) {
+    gpu().device->fill(static_cast<std::byte*>(data) + from, 0xFF, static_cast<std::size_t>(to - from), nullptr);
+  };
   for (const WholeDecode::Set& set : whole.sets)
     for (std::int64_t plane = 0; plane < std::ssize(contexts) * s.groups; ++plane)
       for (const Branch c : {cmp, sel}) {
         const std::int64_t context = contexts[static_cast<std::size_t>(plane / s.groups)],
                            from = c == sel ? context : compressed_tokens(s.rules, context - 1);
         const KvView& k = set.k[c];
-        gpu().device->fill(static_cast<std::byte*>(k.data) + (plane * k.plane_stride + from * k.width) * size, 0xFF,
-                           static_cast<std::size_t>((k.plane_stride - from * k.width) * size), nullptr);
+        const std::int64_t row_bytes = k.width * element_bytes(k, s.dtype), rows = k.plane_stride / k.width,
+                           scales = scales_of_plane(rows);
+        fill(k.data, (plane * rows + from) * row_bytes, (plane + 1) * rows * row_bytes);
+        if (!is_quantised(k)) continue;
+        fill(k.scales, plane * scales + from, (plane + 1) * scales);
+        // Scales of V there, NaN and the largest ones, change no o.
+        gpu().device->fill(set.v[c].scales + plane * scales + from, plane % 2 == 0 ? 0xFF : 0xFE,
+                           static_cast<std::size_t>(scales - from), nullptr);
       }
   gpu().device->synchronize(nullptr);
 }
@@ -87,6 +95,10 @@ TEST_CASE("a ragged decode step in one launch is each sequence alone", "[step][r
       if (type == DType::f32 && d == 128) continue;
       check_alone(shape_of(type, d, type == DType::f32 ? 4 : 16), {5000, 1, 17, 2048, 31, 32, 700}, "step");
     }
+}
+
+TEST_CASE("a ragged decode step on FP8 rows is each sequence alone", "[step][ragged][fp8]") {
+  for (const int heads : {4, 16}) check_alone(fp8_shape_of(heads), {5000, 1, 17, 2048, 31, 32, 700, 20011}, "step");
 }
 
 // More clusters than are resident: they start longest first.

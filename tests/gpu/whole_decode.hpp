@@ -50,7 +50,8 @@ struct WholeDecode {
   Stream* stream;
 
  private:
-  KvView make_rows(std::int64_t planes, std::int64_t rows, int width, const std::string& name, float scale);
+  KvView make_rows(std::int64_t planes, std::int64_t rows, int width, const std::string& name, float scale,
+                   KvPrecision precision = KvPrecision::same);
 };
 
 /// Two groups of `heads` heads, Dk = Dv = d, that choose `blocks` blocks.
@@ -62,6 +63,16 @@ inline LayerShape shape_of(DType type, int d, int heads, int blocks = 16) {
   s.d_k = s.d_v = d;
   s.dtype = type;
   return s;
+}
+
+/// The same with FP8 caches, or their values in storage type.
+inline LayerShape fp8_shape_of(int heads, KvPrecision precision = KvPrecision::fp8_e4m3) {
+  LayerShape s = shape_of(DType::bf16, 128, heads);
+  s.kv_precision = s.cmp_precision = precision;
+  return s;
+}
+inline std::int64_t element_bytes(const KvView& view, DType type) {
+  return is_quantised(view) ? 1 : static_cast<std::int64_t>(size_of(type));
 }
 
 /// `count` values of device memory, once the stream is done.
@@ -77,15 +88,21 @@ inline std::int64_t WholeDecode::bytes(const LayerShape& s, int batch, std::int6
   const std::int64_t chosen = std::min<std::int64_t>(context, std::int64_t{s.rules.n_sel} * s.rules.l_sel),
                      tokens =
                          compressed_tokens(s.rules, context - 1) + chosen + std::min<std::int64_t>(context, s.rules.w);
-  return std::int64_t{batch} * s.groups * tokens * (s.d_k + s.d_v) * static_cast<std::int64_t>(size_of(s.dtype));
+  return std::int64_t{batch} * s.groups * tokens *
+         (row_bytes(s.dtype, s.kv_precision, s.d_k) + row_bytes(s.dtype, s.kv_precision, s.d_v));
 }
 
 inline KvView WholeDecode::make_rows(std::int64_t planes, std::int64_t rows, int width, const std::string& name,
-                                     float scale) {
+                                     float scale, KvPrecision precision) {
   KvView v;
   v.width = width;
   v.plane_stride = rows * width;
-  v.data = memory.make((planes * v.plane_stride + padding_rows * width) * static_cast<std::int64_t>(size_of(s.dtype)));
+  const bool fp8 = precision == KvPrecision::fp8_e4m3;
+  const std::int64_t elements = planes * v.plane_stride, size = fp8 ? 1 : static_cast<std::int64_t>(size_of(s.dtype)),
+                     scales = fp8 ? planes * scales_of_plane(rows) : 0;
+  v.data = memory.make((elements + padding_rows * width) * size + scales);
+  v.rounded = precision == KvPrecision::fp8_rounded;
+  if (fp8) v.scales = static_cast<std::uint8_t*>(v.data) + elements;
   backend.kernels->fill_rows(
       {s.dtype, v, static_cast<std::int32_t>(planes), 1, 0, 0, rows, tensor_key(1, name.c_str()), scale}, nullptr);
   return v;
@@ -123,8 +140,9 @@ inline WholeDecode::WholeDecode(const Backend& b, const LayerShape& shape, const
     Set set;
     const std::string name = "set" + std::to_string(i);
     for (int c = 0; c < branches; ++c) {
-      set.k[c] = make_rows(planes, rows[c], s.d_k, name + "k" + branch_names[c], 1.0f);
-      set.v[c] = make_rows(planes, rows[c], s.d_v, name + "v" + branch_names[c], 1.0f);
+      const KvPrecision precision = s.precision_of(static_cast<Branch>(c));
+      set.k[c] = make_rows(planes, rows[c], s.d_k, name + "k" + branch_names[c], 1.0f, precision);
+      set.v[c] = make_rows(planes, rows[c], s.d_v, name + "v" + branch_names[c], 1.0f, precision);
       if (c == win) set.k[c].map.ring = set.v[c].map.ring = rows[c];
     }
     set.q = make_rows(1, tile.rows(), s.heads() * s.d_k, name + "q", 2.0f).data;
@@ -166,7 +184,10 @@ inline StepMemory WholeDecode::step_alone(const Set& set, std::int64_t row, std:
   m.stage.tile = {0, 1, 1, row_positions + row, context};
   m.q = from(m.q, row * s.heads() * s.d_k * size);
   for (int c = 0; c < branches; ++c)
-    for (KvView* view : {&m.k[c], &m.v[c]}) view->data = from(view->data, b * s.groups * view->plane_stride * size);
+    for (KvView* view : {&m.k[c], &m.v[c]}) {
+      view->data = from(view->data, b * s.groups * view->plane_stride * element_bytes(*view, s.dtype));
+      if (is_quantised(*view)) view->scales += b * s.groups * scales_of_plane(view->plane_stride / view->width);
+    }
   m.gate = gate + row * s.groups * branches;
   return m;
 }

@@ -26,7 +26,7 @@ ALLOWED = {
     "kernels/host": "kernels/host/attention kernels/host/runtime",
     "kernels/cuda/sizes": "kernels/diagnostics kernels/interface kernels/shared",
     "kernels/cuda/runtime": "kernels/cuda/sizes kernels/diagnostics kernels/interface",
-    "kernels/cuda/primitives": "kernels/cuda/runtime",
+    "kernels/cuda/primitives": "kernels/cuda/runtime kernels/shared",
     "kernels/cuda/exchange": "kernels/cuda/runtime kernels/cuda/sizes kernels/interface",
     "kernels/cuda/attention": "kernels/cuda/runtime kernels/cuda/sizes",
     "kernels/cuda/attention/rows": "kernels/cuda/attention kernels/cuda/primitives",
@@ -43,7 +43,7 @@ ALLOWED = {
     "kernels/cuda/decode/sharded": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/exchange "
                                    "kernels/cuda/runtime",
     "kernels/cuda/decode": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/decode/split_kv "
-                           "kernels/cuda/layer kernels/cuda/rank kernels/cuda/runtime",
+                           "kernels/cuda/layer kernels/cuda/rank kernels/cuda/runtime kernels/cuda/sizes",
     "kernels/cuda/prefill": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/rank kernels/cuda/runtime "
                             "kernels/cuda/sizes",
     "kernels/cuda/prefill/dense": "kernels/cuda/prefill",

@@ -244,7 +244,14 @@ TEST_CASE("for the same q and k every layout chooses the same blocks, bit for bi
       {"shared_kv, bf16", 149, 5, {attention, small, "model.shared_kv=true", "model.precision=\"bf16\""}},
       {"paged, shared prefix", 271, 7, {attention, small, paged, "run.batch=2", "cache.shared_prefix=75", checked}},
       {"paged, ragged, caches filled directly", 0, 7, {attention, small, synthetic, paged, ragged, checked}},
+      {"paged, FP8, shared prefix",
+       271,
+       7,
+       {attention, small, paged, fp8_kv, fp8_cmp, "run.batch=2", "cache.shared_prefix=75", checked}},
       {"paged, whole tiles, bf16", 613, 5, {attention, tiles, paged, d_k, d_v, checked, bf16, "run.batch=2"}},
+      {"FP8, measured passes checked, B = 2", 149, 5, {attention, small, fp8_kv, fp8_cmp, checked, "run.batch=2"}},
+      {"FP8, ragged, caches filled directly", 0, 7, {attention, small, synthetic, ragged, fp8_kv, fp8_cmp}},
+      {"FP8, shared_kv, bf16", 149, 5, {attention, small, "model.shared_kv=true", bf16, fp8_kv, fp8_cmp}},
   };
   for (Shape shape : shapes) DYNAMIC_SECTION(shape.name) {
       if (shape.name.starts_with("paged"))
@@ -279,6 +286,7 @@ TEST_CASE("every layout gives the one-rank answer onto a prefix and in chunks", 
       {"P in a stride", 90, 70, {attention, small, "run.batch=2"}},
       {"P at a block of a chunk", 96, 71, {attention, "parallel.kv_chunk_blocks=2", bf16}},
       {"P < l, L = 2", 6, 85, {small, "model.layers=2"}},
+      {"FP8, P in a stride", 90, 70, {attention, small, fp8_kv, fp8_cmp}},
       {"P in a block, ranks that own no new row", 101, 9, {small, "nsa.l=16", "model.shared_kv=true"}},
       {"prefix filled directly, measured passes checked", 117, 50, {attention, small, synthetic, checked}},
       {"measured passes checked, whole tiles", 530, 150, {attention, tiles, d_k, d_v, checked, bf16}},

@@ -108,6 +108,20 @@ Reals compress(const Options& o, const PhiWeights& phi, const Reals& raw) {
   return out;
 }
 
+/// The rows of an array [B, rows, G, D] as an FP8 cache holds them.
+Reals cached(const Reals& rows, bool fp8) {
+  Reals out = rows;
+  if (!fp8) return out;
+  for (Index b = 0; b < rows.shape[0]; ++b)
+    for (Index i = 0; i < rows.shape[1]; ++i)
+      for (Index g = 0; g < rows.shape[2]; ++g) {
+        Vector row = vector_at(rows, b, i, g);
+        round_to_fp8(row);
+        for (Index e = 0; e < rows.shape[3]; ++e) out(b, i, g, e) = row[e];
+      }
+  return out;
+}
+
 /// Probabilities of one query over the listed rows of group g. Scale 1/sqrt(Dk).
 Vector probabilities(const Vector& q, const Reals& k, Index b, Index g, const std::vector<Index>& rows,
                      Storage stored = Storage::exact) {
@@ -252,8 +266,10 @@ Projected project(const Options& o, const Weights& w, const Reals& x) {
 Attended attend(const Options& o, const PhiWeights& phi_k, const PhiWeights& phi_v, const Projected& in,
                 const std::optional<Chosen>& given) {
   Attended out;
-  out.k_cmp_tokens = compress(o, phi_k, in.k[cmp]);
-  out.v_cmp_tokens = compress(o, phi_v, in.v[cmp]);
+  out.k_cmp_tokens = cached(compress(o, phi_k, in.k[cmp]), o.fp8_cmp);
+  out.v_cmp_tokens = cached(compress(o, phi_v, in.v[cmp]), o.fp8_cmp);
+  const Reals cached_k[] = {cached(in.k[sel], o.fp8_kv), cached(in.k[win], o.fp8_kv)};
+  const Reals cached_v[] = {cached(in.v[sel], o.fp8_kv), cached(in.v[win], o.fp8_kv)};
   const Index tokens = out.k_cmp_tokens.shape[1], blocks = (o.tokens + o.l_sel - 1) / o.l_sel;
   Reals overlaps({tokens, blocks});
   for (Index i = 0; i < tokens; ++i)
@@ -274,8 +290,8 @@ Attended attend(const Options& o, const PhiWeights& phi_k, const PhiWeights& phi
         if (given && t >= given->first_position) chosen = given_blocks(o, *given, b, t, g);
 
         const std::vector<Index> rows[3] = {valid_tokens(o, t), positions_of(o, chosen, t), window(o, t)};
-        const Reals* keys[3] = {&out.k_cmp_tokens, &in.k[sel], &in.k[win]};
-        const Reals* values[3] = {&out.v_cmp_tokens, &in.v[sel], &in.v[win]};
+        const Reals* keys[3] = {&out.k_cmp_tokens, &cached_k[0], &cached_k[1]};
+        const Reals* values[3] = {&out.v_cmp_tokens, &cached_v[0], &cached_v[1]};
         for (const Branch c : {cmp, sel, win}) {
           attend_rows(o, c, in.q, *keys[c], *values[c], b, t, g, rows[c], out.o_branch[c], out.rounding[c]);
           out.reads(b, t, g, c) = static_cast<Index>(rows[c].size());

@@ -22,6 +22,8 @@ struct Options {
   double rope_base = 10000;
   int force_branch = -1;  ///< a Branch: one-hot gates
   Storage storage = Storage::exact;
+  bool fp8_kv = false,
+       fp8_cmp = false;  ///< rows that sel and win attend, compressed tokens: as an FP8 cache holds them
   /// By branch: P = exp(score - max) is rounded to storage before P V; the softmax sum is that of the unrounded P.
   bool rounds_p[3] = {};
 };

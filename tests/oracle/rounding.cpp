@@ -42,6 +42,24 @@ void round_to(Storage storage, Reals& array) {
   for (double& value : array.values) value = round_to(storage, value);
 }
 
+void round_to_fp8(std::vector<double>& row) {
+  double largest = 0;
+  bool finite = true;
+  for (const double value : row) {
+    finite = finite && std::isfinite(value);
+    largest = std::max(largest, std::abs(value));
+  }
+  int k = -117;
+  while (k < 119 && largest > std::ldexp(448, k)) ++k;
+  for (double& value : row) {
+    if (!finite) value = std::numeric_limits<double>::quiet_NaN();
+    if (!finite || value == 0) continue;
+    const double scaled = std::ldexp(value, -k), spacing = std::ldexp(1, std::max(std::ilogb(scaled), -6) - 3);
+    const double rounded = std::nearbyint(scaled / spacing) * spacing;
+    value = std::ldexp(std::copysign(std::min(std::abs(rounded), 448.0), value), k);
+  }
+}
+
 double unit_roundoff(Storage storage) { return std::ldexp(1, -format_of(storage).digits); }
 
 }  // namespace oracle

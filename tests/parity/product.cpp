@@ -135,6 +135,8 @@ oracle::Options options_of(const nsa::Config& config) {
   o.rope_base = m.rope_base;
   o.force_branch = point.force_branch;
   o.storage = storage_of(m.precision);
+  o.fp8_kv = m.kv_precision == nsa::KvPrecision::fp8_e4m3;
+  o.fp8_cmp = m.cmp_precision == nsa::KvPrecision::fp8_e4m3;
   return o;
 }
 

@@ -22,6 +22,9 @@ struct Shape {
                                        ///< `context` is not used
 };
 
+/// Overrides: K and V of sel and win, and of cmp, stored as FP8.
+inline constexpr const char *fp8_kv = "model.kv_precision=\"fp8_e4m3\"", *fp8_cmp = "model.cmp_precision=\"fp8_e4m3\"";
+
 /// Decode of the shape's steps, or prefill of context + steps tokens: the same tokens either way.
 nsa::Config config_of(const Shape& shape, nsa::TaskKind kind);
 

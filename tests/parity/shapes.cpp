@@ -64,6 +64,9 @@ const std::vector<Shape>& layer_shapes() {
       {"bf16, L = 3", 61, 9, {"model.precision=\"bf16\"", "model.layers=3"}},
       {"bf16, chunks of 1 block", 117, 9, {"model.precision=\"bf16\"", "parallel.kv_chunk_blocks=1"}},
       {"fp16", 143, 7, {"model.precision=\"fp16\""}},
+      {"FP8, bf16", 143, 7, {"model.precision=\"bf16\"", fp8_kv, fp8_cmp}},
+      {"FP8, shared_kv", 117, 9, {"model.shared_kv=true", fp8_kv, fp8_cmp}},
+      {"FP8, learned phi, L = 2, sel and win", 61, 9, {"nsa.phi=\"mlp\"", "model.layers=2", fp8_kv}},
       {"fp16, learned phi, h = 1", 61, 9, {"model.precision=\"fp16\"", "nsa.phi=\"mlp\"", "model.n_heads=2"}},
   };
   return shapes;
@@ -97,6 +100,24 @@ const std::vector<Shape>& attention_shapes() {
         {"chunks of 1 block", 117, 9, {"parallel.kv_chunk_blocks=1"}},
         {"bf16", 143, 7, {"model.precision=\"bf16\""}},
         {"fp16, l = d", 117, 5, {"model.precision=\"fp16\"", "nsa.l=4"}},
+        {"FP8", 143, 7, {fp8_kv, fp8_cmp}},
+        {"FP8, sel and win, T = 1", 1, 21, {fp8_kv, "run.check=true"}},
+        {"FP8, cmp, bf16", 143, 7, {fp8_cmp, "model.precision=\"bf16\"", "run.check=true"}},
+        {"FP8, bf16, B = 3, h = 5, Dk != Dv",
+         61,
+         9,
+         {fp8_kv, fp8_cmp, "model.precision=\"bf16\"", "run.batch=3", "model.n_heads=10", "model.d_v=24"}},
+        {"FP8, shared_kv, w > T, d_k = 128",
+         117,
+         9,
+         {fp8_kv, fp8_cmp, "model.precision=\"bf16\"", "model.shared_kv=true", "nsa.w=512", "model.d_k=128",
+          "model.d_v=128", "run.check=true"}},
+        {"FP8, chunks of 1 block", 117, 9, {fp8_kv, fp8_cmp, "parallel.kv_chunk_blocks=1"}},
+        {"FP8, the paper's blocks, d_k = 128",
+         613,
+         5,
+         {fp8_kv, fp8_cmp, "model.precision=\"bf16\"", "nsa.l=32", "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=8",
+          "nsa.w=512", "model.n_heads=4", "model.d_k=128", "model.d_v=128", "run.check=true"}},
     };
     add_heads_and_sizes(all);
     return all;

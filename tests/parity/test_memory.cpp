@@ -40,6 +40,21 @@ TEST_CASE("planned memory grows no faster than the context") {
     }
 }
 
+TEST_CASE("FP8 caches take half the memory of bf16 caches") {
+  for (const int ranks : {1, 2}) {
+    const auto caches = [&](const std::vector<std::string>& more) {
+      const Config config = config_of("decode", more);
+      const Point point{1 << 20, 1, -1};
+      const Partition partition = make_partition(config, point, ranks, 0);
+      const MemoryAccount planned = planned_memory(open_backend(BackendKind::host, 0), config, partition, point);
+      return static_cast<double>(planned.peak[static_cast<int>(MemoryKind::caches)]);
+    };
+    const double same = caches({}), fp8 = caches({"model.kv_precision=fp8_e4m3", "model.cmp_precision=fp8_e4m3"});
+    CHECK(fp8 <= (64.0 + 1) / 128 * same * 1.01);  // 64 values and a scale
+    CHECK(fp8 >= 0.5 * same);
+  }
+}
+
 // Runs on any number of ranks and compares the memory of each with its plan.
 TEST_CASE("64K tokens take the memory that was planned, under 4 GiB") {
   const ControlComm world = ControlComm::world();

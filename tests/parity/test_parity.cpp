@@ -111,6 +111,10 @@ TEST_CASE("every route agrees with the oracle, prefill and decode", "[parity][ro
       {"bf16, L = 2", 143, 7, {"model.precision=\"bf16\"", "model.layers=2"}},
       {"bf16, h = 5, Dk < Dv", 117, 5, {"model.precision=\"bf16\"", "model.n_heads=10", "model.d_v=24"}},
       {"fp16, L = 2, w = 37", 117, 5, {"model.precision=\"fp16\"", "model.layers=2", "nsa.w=37"}},
+      {"FP8, bf16, B = 2",
+       117,
+       5,
+       {"model.precision=\"bf16\"", fp8_kv, fp8_cmp, "run.batch=2", "run.scope=\"attention\""}},
   };
   const char* routes[][nsa::branches] = {{"sdpa", "sdpa", "sdpa"}, {"fused", "masked", "masked"}};
   for (const auto& names : routes)
@@ -137,6 +141,12 @@ TEST_CASE("a ragged batch agrees with the oracle", "[parity][ragged]") {
        5,
        {"batch.context=[600, 3, 40, 300, 64]", attention, paper, "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=8", "nsa.w=512",
         "model.n_heads=2", "model.d_k=64", "model.d_v=64", "model.precision=\"fp16\""}},
+      {"FP8, attention", 0, 7, {lengths, attention, fp8_kv, fp8_cmp}},
+      {"FP8, the paper's blocks, d_k = 128",
+       0,
+       5,
+       {"batch.context=[600, 3, 40, 300, 64]", attention, paper, "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=8", "nsa.w=512",
+        "model.n_heads=2", "model.d_k=128", "model.d_v=128", "model.precision=\"bf16\"", fp8_kv, fp8_cmp}},
       {"equal lengths", 0, 5, {"batch.context=[61, 61, 61]"}},
       {"one sequence", 0, 5, {"batch.context=[61]"}},
   };

@@ -138,6 +138,7 @@ TEST_CASE("several query tokens a step agree with the oracle", "[parity][tokens]
       {"ragged, attention, fp16", 0, 5, {ragged, attention, "model.precision=\"fp16\""}},
       {"sdpa", 117, 5, {attention, "route.cmp=\"sdpa\"", "route.sel=\"sdpa\"", "route.win=\"sdpa\""}},
       {"ragged, shuffled pages", 0, 5, {attention, ragged, paged, shuffled, checked}},
+      {"FP8, ragged, shuffled pages", 0, 5, {attention, ragged, paged, shuffled, checked, bf16, fp8_kv, fp8_cmp}},
       {"masked, ragged", 0, 5, {attention, ragged, "route.sel=\"masked\"", "route.win=\"masked\""}},
   };
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
@@ -160,6 +161,7 @@ TEST_CASE("tokens that a step rejects leave no trace", "[parity][tokens]") {
       {"ragged", 0, 9, {ragged, attention, checked}},
       {"ragged, layer", 0, 7, {ragged}},
       {"ragged, shuffled pages", 0, 7, {ragged, attention, paged, shuffled}},
+      {"FP8, ragged", 0, 7, {ragged, attention, checked, fp8_kv, fp8_cmp}},
   };
   for (const Shape& shape : shapes)
     for (const char* accept : {"0.0", "0.6"}) DYNAMIC_SECTION(shape.name << ", " << accept << " accepted") {

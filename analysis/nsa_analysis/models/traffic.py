@@ -85,12 +85,13 @@ class Shape:
 def shape_of(point, heads=None, kv=None):
     """Shape of a decode or prefill point, on the given layout or its own.
 
-    None for points of other tasks, for a ragged batch, whose sequences have no length in common, and for steps of
-    several query tokens, which the model does not know.
+    None for points of other tasks, for a ragged batch, whose sequences have no length in common, for steps of several
+    query tokens, which the model does not know, and for FP8 caches, whose rows depend on the backend.
     """
     p = point.parameters
     ragged = p.get("batch.context") or p.get("batch.distribution", "equal") != "equal"
-    if point.kind not in ("decode", "prefill") or ragged or p.get("run.query_tokens", 1) > 1:
+    fp8 = any(p.get(f"model.{caches}_precision", "same") != "same" for caches in ("kv", "cmp"))
+    if point.kind not in ("decode", "prefill") or ragged or fp8 or p.get("run.query_tokens", 1) > 1:
         return None
     steps = p["run.steps"] if point.kind == "decode" else 0
     prefix, prefill_chunk = p.get("run.prefix", 0), p.get("run.prefill_chunk", "auto")

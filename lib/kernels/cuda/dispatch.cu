@@ -65,6 +65,7 @@ Variant fused_variant(const AttendArgs& a) {
 
 template <Variant (*VariantOf)(const AttendArgs&)>
 void run_variant(const AttendArgs& a, Stream* stream) {
+  if (is_quantised(a.k)) throw InternalError("attend: only the fused decode step reads FP8 rows");
   VariantOf(a).run(a, stream);
 }
 

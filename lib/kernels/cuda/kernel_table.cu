@@ -20,7 +20,13 @@ void rank_stage(const RankArgs& a, Stream* stream) {
   a.policy.recompute_scores ? rank_prefill(with, stream) : rank(with, stream);
 }
 
-bool prologue_accepts(const PrologueArgs&) { return true; }
+// Rows in storage type; or all caches that attention reads quantised, and whole.
+bool prologue_accepts(const PrologueArgs& a) {
+  const KvView &of_cmp = a.compress.k_cmp, &of_sel = a.append[sel].k_cache, &of_win = a.append[win].k_cache;
+  const bool any = is_quantised(of_cmp) || is_quantised(of_sel) || is_quantised(of_win),
+             all = is_quantised(of_cmp) && is_quantised(of_sel) && is_quantised(of_win);
+  return !any || (all && a.compress.shape.phi == PhiKind::mean && of_cmp.map.chunk == INT64_MAX);
+}
 
 void fused_decode_attention(const AttentionArgs& a, Stream* stream) {
   const CombineArgs& c = a.combine;

@@ -74,6 +74,7 @@ const KernelTable& host_kernels() {
       .fill_rows = host::fill_rows,
       .checksum = host::checksum,
       .advance = host::advance,
+      .fp8_support = [](const LayerShape&, int) { return Fp8Support::every_kernel; },
       .score_bytes = score_bytes,
       .scratch_bytes = scratch_bytes,
       .max_tile_tokens = 256,

@@ -50,6 +50,9 @@ struct ShardedAttention {
   void (*merge_ranks)(const ShardedAttentionArgs&, Stream*) = nullptr;  ///< o from gated_all
 };
 
+/// fused_step: decode_attention, and append, compress, copy_rows, fill_rows and checksum.
+enum class Fp8Support { none, fused_step, every_kernel };
+
 struct KernelTable {
   void (*project)(const ProjectArgs&, Stream*);
   void (*append)(const AppendArgs&, Stream*);
@@ -76,6 +79,9 @@ struct KernelTable {
   /// All of sharded attention, exchanges included. Every rank of the group runs it on the same tile in the same order.
   FusedOp<ShardedStepArgs> sharded_step = {};
 
+  /// Which kernels read quantised caches of the shape (KvPrecision::fp8_e4m3), where so many ranks share the sequences.
+  /// Where others run, the caches hold the same values in storage type (fp8_rounded). Null: none.
+  Fp8Support (*fp8_support)(const LayerShape&, int ranks) = nullptr;
   /// Bytes of `scores` for a tile of that many rows when the rank holds `cmp_rows` memory rows of compressed tokens.
   /// None are needed with policy.recompute_scores.
   std::size_t (*score_bytes)(const LayerShape&, const QueryTile&, std::int64_t cmp_rows);

@@ -29,6 +29,8 @@ struct LayerShape {
   std::int32_t d_k = 64, d_v = 64;
   std::int32_t dim = 256;  ///< model width
   DType dtype = DType::f32;
+  KvPrecision kv_precision = KvPrecision::same;   ///< of the caches of sel and win
+  KvPrecision cmp_precision = KvPrecision::same;  ///< of the compressed tokens
   GateKind gate = GateKind::softmax;
   PhiKind phi = PhiKind::mean;
   std::int32_t phi_hidden = 0;
@@ -37,7 +39,15 @@ struct LayerShape {
   BlockRules rules;
   LseLayout lse;
   constexpr std::int32_t heads() const { return groups * heads_per_group; }
+  /// Of the caches that attention of a branch reads.
+  constexpr KvPrecision precision_of(Branch branch) const { return branch == cmp ? cmp_precision : kv_precision; }
+  constexpr bool quantises() const { return kv_precision != KvPrecision::same || cmp_precision != KvPrecision::same; }
 };
+
+/// Bytes of a cached row of `width` values, its scale included.
+constexpr std::int64_t row_bytes(DType type, KvPrecision precision, std::int64_t width) {
+  return precision == KvPrecision::fp8_e4m3 ? width + 1 : width * static_cast<std::int64_t>(size_of(type));
+}
 
 /// The query rows a stage works on. Row r = i * tokens + j is sequence batch_begin + i at position
 /// first_position(tile, i) + j. Decode: the query tokens of a step. Prefill: positions of one chunk.

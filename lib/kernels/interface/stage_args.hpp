@@ -75,7 +75,7 @@ struct ProjectArgs : StageArgs {
   std::int32_t force_branch = -1;   ///< >= 0: one-hot gates
 };
 
-/// Writes the rows' k and v where the cache holds them; other rows are skipped.
+/// Writes the rows' k and v where the cache holds them, quantised where the cache is; other rows are skipped.
 struct AppendArgs : StageArgs {
   const void* k = nullptr;  ///< [rows, groups, Dk]
   const void* v = nullptr;  ///< [rows, groups, Dv]
@@ -295,9 +295,10 @@ struct ShardedStepArgs {
 
 /// Copies rows [first, last) between two maps of the same sequence. For every chunk c that dst holds and every
 /// row i in [c*chunk + span_begin, c*chunk + span_end) and [first, last): dst row (c, i) = src row i, where src has it
-/// (has_row, has_page) and dst writes it (writes_row).
+/// (has_row, has_page) and dst writes it (writes_row). A row is quantised or dequantised where only one of the two is
+/// quantised.
 struct CopyRowsArgs {
-  DType dtype = DType::f32;
+  DType dtype = DType::f32;  ///< storage type
   KvView src, dst;
   std::int64_t planes = 0;
   std::int64_t first = 0, last = 0;
@@ -319,7 +320,7 @@ struct FillRowsArgs {
 };
 
 /// *sum += checksum_term of every element of the rows [first, last) that the view has; its index is
-/// (plane * last + row) * width + column.
+/// (plane * last + row) * width + column; of the scale of a quantised row, (planes * width + plane) * last + row.
 struct ChecksumArgs {
   DType dtype = DType::f32;
   KvView view;

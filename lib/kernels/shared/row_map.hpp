@@ -83,14 +83,18 @@ NSA_HD std::int64_t row_in_pages(const PageTable& t, const std::int32_t* pages, 
   return pages ? std::int64_t{pages[m / t.rows]} * t.groups * t.rows + m % t.rows : m;
 }
 
-/// Rows of a sharded K or V cache in storage type: data[plane][row][width], plane = b * groups + g, or in pages.
+/// Rows of a sharded K or V cache: data[plane][row][width], plane = b * groups + g, or in pages, in storage type; or,
+/// of a quantised cache, in E4M3 with scales[plane][scales_of_plane] (shared/e4m3.hpp), or one for each row of the
+/// pages; data and scales of a rank are `rank_stride` bytes from those of the next.
 struct KvView {
   void* data = nullptr;
   RowMap map;
-  std::int64_t plane_stride = 0;  ///< elements between planes; of a paged cache the elements that a plane may have
-  std::int64_t rank_stride = 0;   ///< elements between ranks of a gathered buffer (map.rank == all_ranks, kv > 1)
-  std::int32_t width = 0;         ///< Dk or Dv
-  PageTable pages = {};           ///< of this rank's memory rows
+  std::int64_t plane_stride = 0;   ///< elements between planes; of a paged cache the elements that a plane may have
+  std::int64_t rank_stride = 0;    ///< elements between ranks of a gathered buffer (map.rank == all_ranks, kv > 1)
+  std::int32_t width = 0;          ///< Dk or Dv
+  PageTable pages = {};            ///< of this rank's memory rows
+  std::uint8_t* scales = nullptr;  ///< of a quantised cache; null: the rows are in storage type
+  bool rounded = false;            ///< storage type whose values are those of a quantised cache
 };
 
 /// Element at which plane p begins.
@@ -123,6 +127,25 @@ NSA_HD bool writes_row(const KvView& v, std::int64_t p, std::int64_t c, std::int
   if (!own) return true;
   const std::int64_t entry = row_in_chunk(v.map, c, i) / v.pages.rows;
   return own[entry] >= 0 && (own == v.pages.pages || own[entry] != v.pages.pages[entry]);
+}
+
+/// Whether the rows are E4M3 with scales.
+NSA_HD bool is_quantised(const KvView& v) { return v.scales != nullptr; }
+
+/// Scales of a plane of `rows` rows: whole 16-byte vectors.
+NSA_HD std::int64_t scales_of_plane(std::int64_t rows) { return (rows + 15) / 16 * 16; }
+
+/// Index in v.scales of the row's scale, as offset_in_chunk.
+NSA_HD std::int64_t scale_in_chunk(const KvView& v, std::int64_t p, std::int64_t c, std::int64_t i) {
+  const std::int64_t from_rank =
+      v.map.ring == 0 && v.map.rank == all_ranks ? owner_of_chunk(v.map, c) * v.rank_stride : 0;
+  if (v.pages.pages) return offset_in_chunk(v, p, c, i) / v.width;
+  return from_rank + p * scales_of_plane(v.plane_stride / v.width) + row_in_chunk(v.map, c, i);
+}
+
+/// Index in v.scales of the scale of row i in its own chunk.
+NSA_HD std::int64_t scale_of(const KvView& v, std::int64_t p, std::int64_t i) {
+  return scale_in_chunk(v, p, chunk_of(v.map, i), i);
 }
 
 }  // namespace nsa

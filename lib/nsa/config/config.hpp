@@ -27,6 +27,7 @@ enum class Mode { branches, total, ablation, one_hot, launches };
 struct ModelConfig {
   std::int64_t dim = 256, n_heads = 4, n_kv_groups = 2, d_k = 64, d_v = 64, layers = 1;
   DType precision = DType::bf16;
+  KvPrecision kv_precision = KvPrecision::same, cmp_precision = KvPrecision::same;
   GateKind gate = GateKind::softmax;
   bool shared_kv = false;
   double rope_base = 10000.0;

@@ -45,6 +45,8 @@ inline constexpr Choice<TaskKind> task_kinds[] = {{"decode", TaskKind::decode},
                                                   {"kernels", TaskKind::kernels},
                                                   {"needle", TaskKind::needle}};
 inline constexpr Choice<DType> precisions[] = {{"fp32", DType::f32}, {"bf16", DType::bf16}, {"fp16", DType::f16}};
+inline constexpr Choice<KvPrecision> kv_precisions[] = {{"same", KvPrecision::same},
+                                                        {"fp8_e4m3", KvPrecision::fp8_e4m3}};
 inline constexpr Choice<GateKind> gate_kinds[] = {{"softmax", GateKind::softmax}, {"sigmoid", GateKind::sigmoid}};
 inline constexpr Choice<PhiKind> phi_kinds[] = {{"mean", PhiKind::mean}, {"mlp", PhiKind::mlp}};
 inline constexpr Choice<BackendChoice> backend_choices[] = {
@@ -110,6 +112,11 @@ void visit_model_keys(ConfigOrConst& c, Visitor&& visit) {
   visit("model.d_v", c.model.d_v, head_size_range, "", "Head size of V, Dv.");
   visit("model.layers", c.model.layers, Range{1, 1024}, "layers", "Layers, all of the same shape.");
   visit("model.precision", c.model.precision, precisions, "", "Storage type of weights, activations, K and V.");
+  visit("model.kv_precision", c.model.kv_precision, kv_precisions, "",
+        "What the K/V caches of the selected and window branches hold: values of model.precision, or FP8 (E4M3) with a "
+        "scale for each token and KV group. METRICS.md, \"FP8 caches\".");
+  visit("model.cmp_precision", c.model.cmp_precision, kv_precisions, "",
+        "The same of the compressed tokens, whose scores choose the blocks.");
   visit("model.gate", c.model.gate, gate_kinds, "",
         "Gates of the three branches: one softmax over them, or a sigmoid for each.");
   visit("model.shared_kv", c.model.shared_kv, AnyValue{}, "", "All branches share one projection to K and one to V.");

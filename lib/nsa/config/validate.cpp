@@ -110,6 +110,13 @@ void check_layer(const Config& c, Checker& check) {
                           m.n_kv_groups, m.n_heads));
   if (check.valid({"model.d_k"}) && m.d_k % 2 != 0)
     check.add({"model.d_k"}, fmt::format("model.d_k = {} must be even (RoPE turns pairs)", m.d_k));
+  for (const auto& [key, precision] :
+       {std::pair{"model.kv_precision", m.kv_precision}, {"model.cmp_precision", m.cmp_precision}})
+    if (precision != KvPrecision::same && m.precision == DType::f16)
+      check.add({key, "model.precision"},
+                fmt::format("{} = \"fp8_e4m3\" needs model.precision = \"bf16\" or \"fp32\" (fp16 does not hold every "
+                            "value times its scale)",
+                            key));
   if (check.valid({"nsa.d", "nsa.l"}) && n.l % n.d != 0)
     check.add({"nsa.d", "nsa.l"}, fmt::format("nsa.d = {} must divide nsa.l = {}", n.d, n.l));
   if (check.valid({"nsa.d", "nsa.l_sel"}) && n.l_sel % n.d != 0)

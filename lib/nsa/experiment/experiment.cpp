@@ -132,7 +132,8 @@ bool is_later_default(const std::string& name, const decltype(Parameter::second)
         "run.recovery_delay",  "run.prefix",        "run.prefill_chunk",   "output.selection", "batch.context",
         "batch.distribution",  "batch.min",         "batch.max",           "batch.sigma",      "batch.exponent",
         "batch.seed",          "batch.file",        "cache.layout",        "cache.page",       "cache.order",
-        "cache.shared_prefix", "run.query_tokens",  "run.accept",          "run.copy_bytes"}) {
+        "cache.shared_prefix", "run.query_tokens",  "run.accept",          "run.copy_bytes",   "model.kv_precision",
+        "model.cmp_precision"}) {
     if (name != later) continue;
     const std::vector<Parameter> defaults = parameters(Config(), Point());
     return std::ranges::count(defaults, Parameter(name, value)) == 1;
@@ -232,7 +233,8 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
   PointRecord record;
   record.index = index;
   record.parameters = parameters(config, point);
-  const Partition partition = make_partition(config, point, session.world.size(), session.world.rank());
+  const Partition partition = stored_by(*session.backend.kernels, config, point,
+                                        make_partition(config, point, session.world.size(), session.world.rank()));
   record.heads = partition.heads;
   record.kv = partition.kv;
   record.fingerprint = fingerprint(session, config, point);

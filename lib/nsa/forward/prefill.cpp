@@ -99,13 +99,17 @@ PrefillRunner::PrefillRunner(ModelShard& shard, const PrefillRange& range, bool 
   const bool is_measured = shard.config.kind == TaskKind::prefill && range.first == shard.config.run.prefix;
   if (replays(shard.config) && is_measured)
     recorded_ = shard.allocator()(MemoryKind::activations, shard.planes() * rows_of(chunks_) * p.shape.rules.n_sel * 4);
-  const auto make = [&](const RowMap& map, std::int64_t rows, std::int64_t ranks = 1) {
-    return make_kv(shard.allocator(), MemoryKind::activations, p.shape, shard.planes(), map, rows, ranks);
+  const auto make_as = [&](KvPrecision precision, const RowMap& map, std::int64_t rows, std::int64_t ranks = 1) {
+    return make_kv(shard.allocator(), MemoryKind::activations, p.shape, precision, shard.planes(), map, rows, ranks);
   };
+  const auto make = [&](const RowMap& map, std::int64_t rows, std::int64_t ranks = 1) {  // raw rows of cmp
+    return make_as(KvPrecision::same, map, rows, ranks);
+  };
+  const KvPrecision kv = p.shape.kv_precision;
   if (range.first > 0) prefix_rings_.emplace(shard);
   const std::int64_t tokens = p.capacity(p.tokens(false), range.end);
   raw_ = make(p.raw_cmp(), p.capacity(p.raw_cmp(), range.end));
-  if (!p.shape.shared_kv) win_ = make(p.tokens(false), tokens);
+  if (!p.shape.shared_kv) win_ = make_as(kv, p.tokens(false), tokens);
   const auto clear = [&](const KvPair& pair) {  // rows that a chunk does not write: see AttendArgs::v
     if (pair.v_memory.bytes() == 0) return;
     shard.device().fill(pair.v_memory.data(), 0, pair.v_memory.bytes(), shard.streams.compute);
@@ -117,24 +121,24 @@ PrefillRunner::PrefillRunner(ModelShard& shard, const PrefillRange& range, bool 
   const std::int64_t compressed =
       p.capacity(p.compressed(false), compressed_tokens(p.shape.rules, total_positions(shard.config, shard.point) - 1));
   if (shard.pages) {
-    sel_rows_ = make(p.tokens(false), cached);
-    cmp_rows_ = make(p.compressed(false), compressed);
+    sel_rows_ = make_as(kv, p.tokens(false), cached);
+    cmp_rows_ = make_as(p.shape.cmp_precision, p.compressed(false), compressed);
     for (const KvPair* rows : {&sel_rows_, &cmp_rows_}) {  // past the pages of a shorter sequence too
       shard.device().fill(rows->k_memory.data(), 0, rows->k_memory.bytes(), shard.streams.compute);
       clear(*rows);
     }
   }
   if (p.kv == 1) return;
-  sel_all_ = make(p.tokens(true), cached, p.kv);
-  cmp_all_ = make(p.compressed(true), compressed, p.kv);
-  if (!p.shape.shared_kv) win_all_ = make(p.tokens(true), tokens, p.kv);
+  sel_all_ = make_as(kv, p.tokens(true), cached, p.kv);
+  cmp_all_ = make_as(p.shape.cmp_precision, p.compressed(true), compressed, p.kv);
+  if (!p.shape.shared_kv) win_all_ = make_as(kv, p.tokens(true), tokens, p.kv);
   heads_ = make(p.raw_heads(false), p.capacity(p.raw_heads(false), range.end));
   heads_all_ = make(p.raw_heads(true), p.capacity(p.raw_heads(false), range.end), p.kv);
   ring_all_ = make(p.raw_ring(), p.raw_ring().ring, p.kv);
   if (!range.in_parts()) return;
   const std::int64_t piece = widest_chunk(p.tokens(false), range);
-  piece_ = make(p.tokens(false), piece);
-  piece_all_ = make(p.tokens(true), piece, p.kv);
+  piece_ = make_as(kv, p.tokens(false), piece);
+  piece_all_ = make_as(kv, p.tokens(true), piece, p.kv);
   clear(sel_all_);
   clear(win_all_);
 }

@@ -9,15 +9,13 @@ namespace nsa {
 namespace {
 
 // A view of memory that begins with memory row `row` of the view's map.
-KvView begin_at(KvView view, std::int64_t row, DType type) {
-  view.data = static_cast<std::byte*>(view.data) - row * view.width * static_cast<std::int64_t>(size_of(type));
-  return view;
+KvView begin_at(const KvView& view, std::int64_t row, DType type) {
+  return moved_by(view, -row * view.width, -row, type);
 }
 
 void gather_pair(const char* what, const ModelShard& shard, const KvPair& own, const KvPair& all, Stream* stream) {
   const auto gather = [&](const KvView& from, const KvView& to) {
-    shard.comms->kv.all_gather(what, from.data, to.data,
-                               static_cast<std::size_t>(from.rank_stride) * size_of(shard.shape().dtype), stream);
+    shard.comms->kv.all_gather(what, from.data, to.data, bytes_of_rank(from, shard.shape().dtype), stream);
   };
   gather(own.k, all.k);
   gather(own.v, all.v);
@@ -165,15 +163,14 @@ void PrefillRunner::fill_rings(const PrefillChunk& chunk, std::int64_t layer, co
   }
   if (p.kv == 1) return;
   gather_pair("raw ring", shard_, cache.raw, ring_all_, shard_.streams.compute);
-  const std::int64_t size = static_cast<std::int64_t>(size_of(p.shape.dtype));
   for (const SequenceRange& some : equal_sequences(shard_.point)) {
     const std::int64_t last = end_of(shard_.point, some, chunk.end), first = first_of(p.shape.rules.l, last);
     for (std::int64_t c = first / p.chunk_tokens; c * p.chunk_tokens < last; ++c)
       for (const bool value : {false, true}) {
-        KvView src = value ? ring_all_.v : ring_all_.k;
-        src.data = static_cast<std::byte*>(src.data) + owner_of_chunk(p.tokens(true), c) * src.rank_stride * size;
-        copy(src, value ? cache.raw.v : cache.raw.k, some, std::max(first, c * p.chunk_tokens),
-             std::min(last, (c + 1) * p.chunk_tokens));
+        const KvView& all = value ? ring_all_.v : ring_all_.k;
+        const std::int64_t elements = owner_of_chunk(p.tokens(true), c) * all.rank_stride;
+        copy(moved_by(all, elements, 0, p.shape.dtype), value ? cache.raw.v : cache.raw.k, some,
+             std::max(first, c * p.chunk_tokens), std::min(last, (c + 1) * p.chunk_tokens));
       }
   }
 }

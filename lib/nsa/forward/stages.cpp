@@ -84,6 +84,15 @@ CompressArgs compress_args(const StepContext& ctx) {
   return args;
 }
 
+PrologueArgs prologue_args(const StepContext& ctx) {
+  PrologueArgs args;
+  args.projects = ctx.whole_layer();
+  if (args.projects) args.project = project_args(ctx);
+  set_appends(ctx, args.append);
+  args.compress = compress_args(ctx);
+  return args;
+}
+
 AttendArgs attend_args(const StepContext& ctx, Branch branch) {
   const LayerShape& s = ctx.stage.shape;
   const QueryTile& tile = ctx.stage.tile;
@@ -252,16 +261,12 @@ void output(const StepContext& ctx) {
   flip("kernel.output", ctx, ctx.buffers.y);
 }
 
-bool has_fused_prologue(const StepContext& ctx) { return ctx.shard.kernels().prologue.accepts != nullptr; }
-
-void fused_prologue(const StepContext& ctx) {
-  PrologueArgs args;
-  args.projects = ctx.whole_layer();
-  if (args.projects) args.project = project_args(ctx);
-  set_appends(ctx, args.append);
-  args.compress = compress_args(ctx);
-  ctx.shard.kernels().prologue.run(args, ctx.stream());
+bool has_fused_prologue(const StepContext& ctx) {
+  const FusedOp<PrologueArgs>& op = ctx.shard.kernels().prologue;
+  return op.accepts && op.accepts(prologue_args(ctx));
 }
+
+void fused_prologue(const StepContext& ctx) { ctx.shard.kernels().prologue.run(prologue_args(ctx), ctx.stream()); }
 
 bool has_fused_attention(const StepContext& ctx) {
   const FusedOp<AttentionArgs>& op = attention_op(ctx);

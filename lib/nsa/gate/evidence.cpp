@@ -12,6 +12,18 @@
 #include "nsa/report/metrics.hpp"
 
 namespace nsa {
+std::string device_of(const GateFile& file) {
+  std::string device;
+  for (const RankSystem& rank : file.result.run.system) {
+    const std::string& name = file.result.run.backend == "cuda" ? rank.gpu : rank.cpu;
+    if (!device.empty() && name != device)
+      throw UserError(fmt::format("{} ran on {} and {} (a verdict is about one device); run it on ranks of one kind",
+                                  file.path, device, name));
+    device = name;
+  }
+  return device.empty() ? "unknown device" : device;
+}
+
 namespace {
 
 using Value = decltype(Parameter::second);
@@ -35,18 +47,6 @@ std::string point_key(const PointRecord& point) {
                        integer_parameter(point, "run.context", 0), shape_name(point));
   return fmt::format("context {}, batch {}, forced branch {}", integer_parameter(point, "run.context", 0),
                      integer_parameter(point, "run.batch", 1), text_parameter(point, "run.force_branch", "none"));
-}
-
-std::string device_of(const GateFile& file) {
-  std::string device;
-  for (const RankSystem& rank : file.result.run.system) {
-    const std::string& name = file.result.run.backend == "cuda" ? rank.gpu : rank.cpu;
-    if (!device.empty() && name != device)
-      throw UserError(fmt::format("{} ran on {} and {} (a verdict is about one device); run it on ranks of one kind",
-                                  file.path, device, name));
-    device = name;
-  }
-  return device.empty() ? "unknown device" : device;
 }
 
 /// Values of one device in the files read so far, each with the file that holds it.

@@ -38,6 +38,9 @@ struct DevicePoints {
   std::vector<std::string> notes;
 };
 
+/// Name of the device of a file's ranks. Throws UserError where they differ.
+std::string device_of(const GateFile& file);
+
 /// One entry a device, by backend and name. The order of `files` changes nothing.
 std::vector<DevicePoints> sort_files(const std::vector<GateFile>& files);
 

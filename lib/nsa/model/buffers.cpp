@@ -23,17 +23,41 @@ const DeviceOps& dry_device() {
   return ops;
 }
 
-KvPair make_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& shape, std::int64_t planes,
-               const RowMap& map, std::int64_t rows, std::int64_t ranks) {
+namespace {
+
+std::int64_t element_bytes(const KvView& view, DType type) {
+  return is_quantised(view) ? 1 : static_cast<std::int64_t>(size_of(type));
+}
+
+}  // namespace
+
+std::size_t bytes_of_rank(const KvView& view, DType type) {
+  return static_cast<std::size_t>(view.rank_stride * element_bytes(view, type));
+}
+
+KvView moved_by(KvView view, std::int64_t elements, std::int64_t scales, DType type) {
+  view.data = static_cast<std::byte*>(view.data) + elements * element_bytes(view, type);
+  if (is_quantised(view)) view.scales += scales;
+  return view;
+}
+
+KvPair make_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& shape, KvPrecision precision,
+               std::int64_t planes, const RowMap& map, std::int64_t rows, std::int64_t ranks) {
+  constexpr std::int64_t alignment = 256;  // bytes, of a rank's part of a quantised buffer
+  const bool quantised = precision == KvPrecision::fp8_e4m3;
+  const std::int64_t size = quantised ? 1 : static_cast<std::int64_t>(size_of(shape.dtype));
   const auto make = [&](std::int32_t width, Buffer& memory) {
     KvView view;
     view.map = map;
     view.width = width;
     view.plane_stride = rows * width;
+    view.rounded = precision == KvPrecision::fp8_rounded;
     view.rank_stride = planes * view.plane_stride;
-    memory = allocate(
-        kind, (ranks * view.rank_stride + padding_rows * width) * static_cast<std::int64_t>(size_of(shape.dtype)));
+    if (quantised)
+      view.rank_stride = (view.rank_stride + planes * scales_of_plane(rows) + alignment - 1) / alignment * alignment;
+    memory = allocate(kind, (ranks * view.rank_stride + padding_rows * width) * size);
     view.data = memory.data();
+    if (quantised) view.scales = static_cast<std::uint8_t*>(view.data) + planes * view.plane_stride;
     return view;
   };
   KvPair pair;
@@ -42,10 +66,10 @@ KvPair make_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& sha
   return pair;
 }
 
-KvPair make_paged_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& shape, const RowMap& map,
-                     const PageTable& pages, std::int64_t count) {
+KvPair make_paged_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& shape, KvPrecision precision,
+                     const RowMap& map, const PageTable& pages, std::int64_t count) {
   const std::int64_t page_rows = std::int64_t{pages.rows} * pages.groups;
-  KvPair pair = make_kv(allocate, kind, shape, 1, map, count * page_rows);
+  KvPair pair = make_kv(allocate, kind, shape, precision, 1, map, count * page_rows);
   for (KvView* view : {&pair.k, &pair.v}) {
     view->pages = pages;
     view->plane_stride = std::int64_t{pages.per_sequence} * pages.rows * view->width;
@@ -61,21 +85,22 @@ LayerCaches::LayerCaches(const Allocator& allocate, const Partition& p, std::int
     allocate.device.synchronize(nullptr);
     return pair;
   };
-  const auto make = [&](const RowMap& map, std::int64_t rows) {
-    return cleared(make_kv(allocate, MemoryKind::caches, p.shape, planes, map, p.capacity(map, rows)));
+  const auto make = [&](const RowMap& map, std::int64_t rows, KvPrecision precision) {
+    return cleared(make_kv(allocate, MemoryKind::caches, p.shape, precision, planes, map, p.capacity(map, rows)));
   };
-  const auto make_paged = [&](const RowMap& map, const PageTable& table, const PageLayout& layout) {
-    return cleared(make_paged_kv(allocate, MemoryKind::caches, p.shape, map, table, layout.count));
+  const auto make_paged = [&](const RowMap& map, const PageTable& table, const PageLayout& layout,
+                              KvPrecision precision) {
+    return cleared(make_paged_kv(allocate, MemoryKind::caches, p.shape, precision, map, table, layout.count));
   };
   if (pages) {
-    sel = make_paged(p.tokens(false), pages->sel_table(), pages->sel);
-    cmp = make_paged(p.compressed(false), pages->cmp_table(), pages->cmp);
+    sel = make_paged(p.tokens(false), pages->sel_table(), pages->sel, p.shape.kv_precision);
+    cmp = make_paged(p.compressed(false), pages->cmp_table(), pages->cmp, p.shape.cmp_precision);
   } else {
-    sel = make(p.tokens(false), positions);
-    cmp = make(p.compressed(false), compressed_tokens(p.shape.rules, positions - 1));
+    sel = make(p.tokens(false), positions, p.shape.kv_precision);
+    cmp = make(p.compressed(false), compressed_tokens(p.shape.rules, positions - 1), p.shape.cmp_precision);
   }
-  win = make(p.window_ring(), positions);
-  raw = make(p.raw_ring(), positions);
+  win = make(p.window_ring(), positions, p.shape.kv_precision);
+  raw = make(p.raw_ring(), positions, KvPrecision::same);
 }
 
 StepBuffers::StepBuffers(const Allocator& allocate, const KernelTable& kernels, const Config& config,

@@ -27,13 +27,18 @@ struct KvPair {
   Buffer k_memory, v_memory;
 };
 
-/// K and V [planes][rows][D] under `map`. rank_stride separates the ranks of a gathered buffer of `ranks` ranks.
-KvPair make_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& shape, std::int64_t planes,
-               const RowMap& map, std::int64_t rows, std::int64_t ranks = 1);
+/// K and V [planes][rows][D] under `map`. rank_stride separates the ranks of a gathered buffer of `ranks` ranks; a
+/// rank's part ends with the scales of its rows where `precision` has them.
+KvPair make_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& shape, KvPrecision precision,
+               std::int64_t planes, const RowMap& map, std::int64_t rows, std::int64_t ranks = 1);
+/// Bytes of one rank's part.
+std::size_t bytes_of_rank(const KvView& view, DType type);
+/// A view that begins so many elements of data and scales later, or earlier.
+KvView moved_by(KvView view, std::int64_t elements, std::int64_t scales, DType type);
 
 /// K and V in `count` pages.
-KvPair make_paged_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& shape, const RowMap& map,
-                     const PageTable& pages, std::int64_t count);
+KvPair make_paged_kv(const Allocator& allocate, MemoryKind kind, const LayerShape& shape, KvPrecision precision,
+                     const RowMap& map, const PageTable& pages, std::int64_t count);
 
 class CachePages;
 

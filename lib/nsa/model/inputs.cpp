@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/shared/e4m3.hpp"
+
 namespace nsa {
 
 Columns x_columns(const Config& c, const Point& point) {
@@ -42,14 +44,13 @@ std::int64_t end_of(const Point& point, const SequenceRange& equal, std::int64_t
 }
 
 KvView of_sequences(const KvView& view, const SequenceRange& sequences, std::int64_t groups, DType type) {
-  KvView part = view;
   if (view.pages.pages) {
+    KvView part = view;
     part.pages.first_sequence += static_cast<std::int32_t>(sequences.begin);
     return part;
   }
-  part.data = static_cast<std::byte*>(view.data) +
-              sequences.begin * groups * view.plane_stride * static_cast<std::int64_t>(size_of(type));
-  return part;
+  const std::int64_t planes = sequences.begin * groups;
+  return moved_by(view, planes * view.plane_stride, planes * scales_of_plane(view.plane_stride / view.width), type);
 }
 
 std::vector<float> given_rows(const TensorSource& source, const std::string& name, const Columns& columns,
@@ -71,28 +72,96 @@ std::string kv_name(const LayerShape& shape, Branch branch, bool value) {
 
 namespace {
 
+std::int64_t stored_bytes(const KvView& view, DType type) {
+  return view.width * (is_quantised(view) ? 1 : static_cast<std::int64_t>(size_of(type)));
+}
+
+std::byte* stored_at(const KvView& view, std::int64_t element, DType type) {
+  return static_cast<std::byte*>(view.data) + element * stored_bytes(view, type) / view.width;
+}
+
+}  // namespace
+
+StoredRows empty_rows(std::int64_t count, const KvView& view, DType type) {
+  return {std::vector<std::byte>(static_cast<std::size_t>(count * stored_bytes(view, type))),
+          std::vector<std::uint8_t>(static_cast<std::size_t>(is_quantised(view) ? count : 0))};
+}
+
+StoredRows to_cache(const std::vector<float>& values, const KvView& view, DType type) {
+  const std::vector<std::byte> stored = to_storage(values, type);
+  if (view.rounded) {
+    KvView quantised = view;
+    std::uint8_t any = 0;
+    quantised.scales = &any, quantised.rounded = false;
+    return {to_storage(from_cache(to_cache(values, quantised, type), quantised, type), type), {}};
+  }
+  if (!is_quantised(view)) return {stored, {}};
+  const std::vector<float> rounded = from_storage(stored.data(), values.size(), type);
+  StoredRows rows = empty_rows(std::ssize(values) / view.width, view, type);
+  for (std::size_t row = 0; row < rows.scales.size(); ++row) {
+    const auto first = rounded.begin() + static_cast<std::ptrdiff_t>(row) * view.width, last = first + view.width;
+    std::uint32_t largest = 0;
+    for (auto x = first; x != last; ++x) largest = std::max(largest, magnitude_bits(*x));
+    const std::uint8_t scale = rows.scales[row] = row_scale_byte(largest);
+    std::transform(first, last, rows.data.begin() + (first - rounded.begin()),
+                   [&](float x) { return std::byte{e4m3_of(x * row_factor(scale))}; });
+  }
+  return rows;
+}
+
+std::vector<float> from_cache(const StoredRows& rows, const KvView& view, DType type) {
+  if (!is_quantised(view)) return from_storage(rows.data.data(), rows.data.size() / size_of(type), type);
+  std::vector<float> values(rows.data.size());
+  for (std::size_t i = 0; i < values.size(); ++i)
+    values[i] = e4m3_value(static_cast<std::uint8_t>(rows.data[i])) *
+                row_scale(rows.scales[i / static_cast<std::size_t>(view.width)]);
+  return values;
+}
+
+void put_row(ModelShard& shard, const KvView& view, std::int64_t plane, std::int64_t c, std::int64_t i,
+             const StoredRows& rows, std::int64_t index) {
+  const DType type = shard.shape().dtype;
+  const std::int64_t bytes = stored_bytes(view, type);
+  const KvView pages = on_host(view);
+  shard.device().copy(stored_at(view, offset_in_chunk(pages, plane, c, i), type), rows.data.data() + index * bytes,
+                      static_cast<std::size_t>(bytes), shard.streams.compute);
+  if (is_quantised(view))
+    shard.device().copy(view.scales + scale_in_chunk(pages, plane, c, i), rows.scales.data() + index, 1,
+                        shard.streams.compute);
+}
+
+void get_row(ModelShard& shard, const KvView& view, std::int64_t plane, std::int64_t i, StoredRows& rows,
+             std::int64_t index) {
+  const DType type = shard.shape().dtype;
+  const std::int64_t bytes = stored_bytes(view, type);
+  const KvView pages = on_host(view);
+  shard.device().copy(rows.data.data() + index * bytes, stored_at(view, offset_of(pages, plane, i), type),
+                      static_cast<std::size_t>(bytes), shard.streams.compute);
+  if (is_quantised(view))
+    shard.device().copy(rows.scales.data() + index, view.scales + scale_of(pages, plane, i), 1, shard.streams.compute);
+}
+
+namespace {
+
 // Loads rows of a file, some positions at a time: the whole tensor is never in host memory.
 void load_rows(ModelShard& shard, const TensorSource& source, const std::string& name, const Columns& columns,
                const KvView& view, std::int64_t first, std::int64_t last, const SequenceRange& sequences) {
   constexpr std::int64_t max_rows = 4096;
-  const std::int64_t groups = shard.shape().groups, size = static_cast<std::int64_t>(size_of(shard.shape().dtype));
+  const std::int64_t groups = shard.shape().groups;
   for (std::int64_t at = first; at < last; at += max_rows) {
     const std::int64_t rows = std::min(max_rows, last - at);
     const std::vector<float> values = given_rows(source, name, columns, at, rows, sequences);
-    const std::vector<std::byte> stored = to_storage(values, shard.shape().dtype);
+    const StoredRows stored = to_cache(values, view, shard.shape().dtype);
     for (std::int64_t plane = 0; plane < sequences.count * groups; ++plane)
       for (std::int64_t r = 0; r < rows; ++r) {
-        const std::int64_t from = ((plane / groups * rows + r) * groups + plane % groups) * view.width;
+        const std::int64_t from = (plane / groups * rows + r) * groups + plane % groups;
         const std::int64_t chunk = chunk_of(view.map, at + r);
         // A row is in its own chunk, in the halo before the next one, or in the halo after the previous one.
         for (std::int64_t c = std::max<std::int64_t>(0, chunk - 1); c <= chunk + 1; ++c) {
           const std::int64_t local = at + r - (view.map.kv > 1 ? c * view.map.chunk : 0) + view.map.halo;
           if ((view.map.kv == 1 && c != chunk) || !has_chunk(view.map, c) || local < 0 || local >= view.map.stride)
             continue;
-          if (!writes_row(on_host(view), plane, c, at + r)) continue;
-          shard.device().copy(
-              static_cast<std::byte*>(view.data) + offset_in_chunk(on_host(view), plane, c, at + r) * size,
-              stored.data() + from * size, static_cast<std::size_t>(view.width * size), shard.streams.compute);
+          if (writes_row(on_host(view), plane, c, at + r)) put_row(shard, view, plane, c, at + r, stored, from);
         }
       }
     shard.device().synchronize(shard.streams.compute);

@@ -54,6 +54,22 @@ void make_rows(ModelShard& shard, const TensorSource& source, const std::string&
                DType type, const KvView& to, std::int64_t first, std::int64_t last,
                const SequenceRange* sequences = nullptr, float scale = 1.0f);
 
+/// Rows as a cache stores them: storage type; or, of a quantised cache, E4M3 with a scale each (shared/e4m3.hpp).
+struct StoredRows {
+  std::vector<std::byte> data;
+  std::vector<std::uint8_t> scales;
+};
+/// Values [rows][view.width] as rows of the view, and back. A quantised row is one of its values in storage type.
+StoredRows to_cache(const std::vector<float>& values, const KvView& view, DType type);
+std::vector<float> from_cache(const StoredRows& rows, const KvView& view, DType type);
+/// Room for `count` rows, all zero.
+StoredRows empty_rows(std::int64_t count, const KvView& view, DType type);
+/// Queues the copy of rows[index] to row i of chunk c or of its halo; of row i in its own chunk to rows[index].
+void put_row(ModelShard& shard, const KvView& view, std::int64_t plane, std::int64_t c, std::int64_t i,
+             const StoredRows& rows, std::int64_t index);
+void get_row(ModelShard& shard, const KvView& view, std::int64_t plane, std::int64_t i, StoredRows& rows,
+             std::int64_t index);
+
 /// "given/k_sel", "given/v_win", ...: the given tensor that serves `branch`.
 std::string kv_name(const LayerShape& shape, Branch branch, bool value);
 

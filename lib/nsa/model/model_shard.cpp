@@ -1,5 +1,9 @@
 #include "nsa/model/model_shard.hpp"
 
+#include <algorithm>
+
+#include "nsa/model/selections.hpp"
+
 namespace nsa {
 
 Streams::Streams(const DeviceOps& ops)
@@ -16,18 +20,45 @@ Streams::~Streams() {
   device.destroy_stream(compute);
 }
 
+namespace {
+
+// Whether fused decode steps of one query token alone read the caches: stages are not timed, blocks are not given, no
+// prefill attends.
+bool runs_fused_steps_alone(const Config& c, const Point& point) {
+  const bool stages = std::ranges::find(c.run.modes, Mode::branches) != c.run.modes.end(),
+             fills = c.run.fill == CacheFill::synthetic || c.model.layers == 1;
+  const auto fused = [](const std::string& route) { return route == "auto" || route == "fused"; };
+  return c.kind == TaskKind::decode && point.query_tokens == 1 && !stages && !replays(c) && fills &&
+         std::ranges::all_of(c.route.implementation, fused);
+}
+
+}  // namespace
+
+Partition stored_by(const KernelTable& kernels, const Config& config, const Point& point, Partition p) {
+  const Fp8Support support = kernels.fp8_support ? kernels.fp8_support(p.shape, p.kv) : Fp8Support::none;
+  if (support == Fp8Support::every_kernel) return p;
+  if (support == Fp8Support::fused_step && runs_fused_steps_alone(config, point)) return p;
+  for (KvPrecision* precision : {&p.shape.kv_precision, &p.shape.cmp_precision})
+    if (*precision == KvPrecision::fp8_e4m3) *precision = KvPrecision::fp8_rounded;
+  return p;
+}
+
 ModelShard::ModelShard(const Backend& opened, const ControlComm& world, const Config& input, const Point& at,
                        const TensorSource& source)
     : backend(opened),
       config(input),
       point(at),
-      partition(make_partition(input, at, world.size(), world.rank())),
+      partition(stored_by(*opened.kernels, input, at, make_partition(input, at, world.size(), world.rank()))),
       streams(*opened.device) {
   allocate(&source);
 }
 
 ModelShard::ModelShard(const Backend& dry, const Config& input, const Point& at, const Partition& planned)
-    : backend(dry), config(input), point(at), partition(planned), streams(*dry.device) {
+    : backend(dry),
+      config(input),
+      point(at),
+      partition(stored_by(*dry.kernels, input, at, planned)),
+      streams(*dry.device) {
   allocate(nullptr);
 }
 

@@ -34,6 +34,9 @@ struct Streams {
   void wait_side() const { device.wait(compute, side_ends); }
 };
 
+/// The partition with FP8 caches as the kernels that the config runs can read them (KernelTable::fp8_support).
+Partition stored_by(const KernelTable& kernels, const Config& config, const Point& point, Partition partition);
+
 struct ModelShard {
   const Backend backend;
   const Config& config;

@@ -101,6 +101,8 @@ Partition make_partition(const Config& config, const Point& point, std::int32_t 
   s.d_v = static_cast<std::int32_t>(m.d_v);
   s.dim = static_cast<std::int32_t>(m.dim);
   s.dtype = m.precision;
+  s.kv_precision = m.kv_precision;
+  s.cmp_precision = m.cmp_precision;
   s.gate = m.gate;
   s.phi = config.phi;
   if (config.phi == PhiKind::mlp)

@@ -41,6 +41,11 @@ std::int64_t prefill_kv_rows(const Config& config, const Point& point, Branch c)
   return rows;
 }
 
+/// Bytes of a K and a V row of the caches of a branch, scales included.
+std::int64_t kv_row_bytes(const LayerShape& s, KvPrecision precision) {
+  return row_bytes(s.dtype, precision, s.d_k) + row_bytes(s.dtype, precision, s.d_v);
+}
+
 /// Bytes of one rank's rows that a prefill gathers of selected and of window tokens, of `width` bytes each.
 struct TokenGathers {
   std::int64_t sel = 0, win = 0;
@@ -91,9 +96,9 @@ std::vector<Exchange> exchanges(const Config& config, const Partition& p, const 
   if (prefill) {
     const std::int64_t times = std::ssize(prefill_range(config, point).chunks());
     const std::int64_t compressed = p.capacity(p.compressed(false), compressed_tokens(s.rules, total - 1));
-    const TokenGathers of(config, p, point, planes * width);
+    const TokenGathers of(config, p, point, planes * kv_row_bytes(s, s.kv_precision));
     gather("raw halo", times * planes * p.capacity(p.raw_heads(false), total) * width);
-    gather("k_cmp, v_cmp", times * planes * compressed * width);
+    gather("k_cmp, v_cmp", times * planes * compressed * kv_row_bytes(s, s.cmp_precision));
     gather("k_sel, v_sel", of.sel);
     if (!s.shared_kv) gather("k_win, v_win", of.win);
     gather("raw ring", times * planes * s.rules.l * width);
@@ -135,14 +140,17 @@ std::vector<std::int64_t> modelled_bytes(const Config& config, const Partition& 
     set(Stage::project, (qkv_columns(s) * (s.dim + rows) + rows * s.dim) * storage);
     set(Stage::output, (std::int64_t{s.heads()} * s.d_v * (s.dim + rows)) * storage + rows * s.dim * 4);
   }
-  set(Stage::append, 2 * rows * s.groups * branches_kv * width);
-  set(Stage::compress, prefill ? (rows * s.groups * width) + planes * completed * width / p.kv
-                               : planes * point.query_tokens * width * (s.rules.l + 1) / s.rules.d);
+  const auto cached = [&](Branch c) { return kv_row_bytes(s, s.precision_of(c)); };
+  // Read in storage type, written as cached; cmp: the raw rows.
+  const std::int64_t written = s.shared_kv ? cached(sel) : cached(sel) + cached(win) + width;
+  set(Stage::append, rows * s.groups * (branches_kv * width + written));
+  set(Stage::compress, prefill ? (rows * s.groups * width) + planes * completed * cached(cmp) / p.kv
+                               : planes * point.query_tokens * (width * s.rules.l + cached(cmp)) / s.rules.d);
   const std::int64_t scores = kv_rows(cmp) * point.query_tokens * s.heads_per_group * 4;
-  set(Stage::attend_cmp, kv_rows(cmp) * width + q + o + (prefill ? 0 : scores));
+  set(Stage::attend_cmp, kv_rows(cmp) * cached(cmp) + q + o + (prefill ? 0 : scores));
   set(Stage::rank, prefill || replays(config) ? 0 : scores);
-  set(Stage::attend_sel, kv_rows(sel) * width + q + o);
-  set(Stage::attend_win, kv_rows(win) * width + q + o);
+  set(Stage::attend_sel, kv_rows(sel) * cached(sel) + q + o);
+  set(Stage::attend_win, kv_rows(win) * cached(win) + q + o);
   set(Stage::combine, o * branches * (prefill ? 1 : p.kv) + rows * s.heads() * s.d_v * storage);
   for (const Exchange& e : exchanges(config, p, point))
     bytes[static_cast<int>(Stage::comm)] += config.model.layers * e.bytes * (e.ranks - 1);

@@ -249,6 +249,12 @@ std::string text_parameter(const PointRecord& point, std::string_view key, const
   return value ? *value : fallback;
 }
 
+std::string caches_text(const PointRecord& point) {
+  const bool kv = text_parameter(point, "model.kv_precision", "same") != "same",
+             cmp = text_parameter(point, "model.cmp_precision", "same") != "same";
+  return kv && cmp ? "fp8" : kv ? "fp8 kv" : cmp ? "fp8 cmp" : "same";
+}
+
 std::string bytes_text(double bytes) {
   const char* units[] = {"B", "kB", "MB", "GB", "TB", "PB"};
   int unit = 0;

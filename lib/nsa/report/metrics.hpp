@@ -80,6 +80,9 @@ std::int64_t integer_parameter(const PointRecord& point, std::string_view key, s
 double real_parameter(const PointRecord& point, std::string_view key, double fallback);
 std::string text_parameter(const PointRecord& point, std::string_view key, const std::string& fallback = "");
 
+/// What the caches hold: "same"; "fp8", all of them; "fp8 kv", those of sel and win; "fp8 cmp".
+std::string caches_text(const PointRecord& point);
+
 /// "1.23 us", "45.6 ms": three digits and a suitable unit; "-" for NaN.
 std::string time_text(double seconds);
 

@@ -144,6 +144,12 @@ Metrics metrics_of(const PointRecord& point, const std::vector<PointRecord>& poi
     metrics.push_back({kind + "_max_abs_err_" + name, fmt::format("{:.3e}", point.max_abs_err), "1"});
   if (point.blocks_shared >= 0)
     metrics.push_back({kind + "_blocks_shared_" + name, fmt::format("{:.2f}", 100 * point.blocks_shared), "%"});
+  const QuantisationRecord& fp8 = point.quantisation;
+  for (const auto& [what, share] : {std::pair{"_selection_agreement_", fp8.selection_agreement},
+                                    {"_importance_lost_", fp8.importance_lost},
+                                    {"_o_change_", fp8.o_change},
+                                    {"_y_change_", fp8.y_change}})
+    if (share >= 0) metrics.push_back({kind + what + name, fmt::format("{:.3f}", 100 * share), "%"});
   if (const double peak = peak_memory(point.memory); !std::isnan(peak))
     metrics.push_back({kind + "_peak_memory_" + name, fmt::format("{:.3f}", peak / 1e6), "MB"});
   return metrics;
@@ -190,6 +196,7 @@ TableColumns table_columns(const std::vector<PointRecord>& points) {
                     (integer_parameter(point, "run.batch", 1) != 1 || query_tokens(point) != 1);
     columns.forced |= text_parameter(point, "run.force_branch", "none") != "none";
     columns.nsa_vibe |= !text_parameter(point, "output.csv").empty();
+    columns.fp8 |= caches_text(point) != "same";
   }
   return columns;
 }
@@ -206,6 +213,8 @@ void print_table_header(std::ostream& out, const TableColumns& columns) {
   fmt::print(out, " {:>6} {:>15}", "share", "reads");
   if (columns.rate) fmt::print(out, " {:>8}", "tokens/s");
   if (columns.nsa_vibe) fmt::print(out, " {:>8}", "nsa-vibe");
+  if (columns.fp8)
+    for (const char* name : {"caches", "bytes", "agree", "lost", "o change"}) fmt::print(out, " {:>8}", name);
   fmt::print(out, "\n");
 }
 
@@ -224,6 +233,12 @@ void print_table_row(std::ostream& out, const TableColumns& columns, const Point
              count_text(reads.counted) + "/" + count_text(reads.expected));
   if (columns.rate) fmt::print(out, " {:>8}", rate_text(decode_rate(point)));
   if (columns.nsa_vibe) fmt::print(out, " {:>8}", count_text(reads.nsa_vibe));
+  if (columns.fp8) {
+    fmt::print(out, " {:>8} {:>8}", caches_text(point), bytes_text(busiest_bytes(point)));
+    for (const double share :
+         {point.quantisation.selection_agreement, point.quantisation.importance_lost, point.quantisation.o_change})
+      fmt::print(out, " {:>8}", share < 0 ? "-" : fmt::format("{:.2f}%", 100 * share));
+  }
   fmt::print(out, "{}{}{}\n", point.fallbacks.empty() ? "" : "  FALLBACK", point.noisy.empty() ? "" : "  NOISY",
              point.valid ? "" : "  INVALID");
 }
@@ -241,6 +256,12 @@ void print_table_notes(std::ostream& out, const TableColumns& columns) {
   if (columns.rate)
     fmt::print(out, "tokens/s: {} / total\n", columns.query_tokens ? "tokens that a step keeps" : "sequences");
   if (columns.nsa_vibe) fmt::print(out, "nsa-vibe: tokens by the formula of that project, cmp + n*l' + min(w, S)\n");
+  if (columns.fp8)
+    fmt::print(
+        out,
+        "caches: what is FP8, \"kv\" sel and win, \"cmp\" the compressed tokens   bytes: modelled, of a step\n"
+        "agree: blocks that ranking also chose on unquantised caches   lost: importance of the blocks it missed\n"
+        "o change: root mean square of the output's change\n");
   fmt::print(out, "Times are medians over steps; the time of a step is that of its slowest rank.\n");
 }
 

@@ -14,9 +14,10 @@ std::string run_line(const std::string& path, const RunRecord& run);
 
 /// Columns that the table has only where a point needs them. `rate`: tokens/s of a decode of several sequences or query
 /// tokens.
-/// `nsa_vibe`: the run writes a CSV for comparison with that project.
+/// `nsa_vibe`: the run writes a CSV for comparison with that project. `fp8`: some caches are FP8; then what they hold,
+/// the modelled bytes of a step, and what FP8 changes.
 struct TableColumns {
-  bool prefix = false, batch = false, query_tokens = false, forced = false, rate = false, nsa_vibe = false;
+  bool prefix = false, batch = false, query_tokens = false, forced = false, rate = false, nsa_vibe = false, fp8 = false;
 };
 TableColumns table_columns(const std::vector<PointRecord>& points);
 

@@ -158,6 +158,8 @@ void read_point_attributes(const h5::Handle& group, PointRecord& p) {
   if (std::count(names.begin(), names.end(), "exchange") > 0)  // since 1.4
     p.exchange = h5::attribute_as<std::string>(group, "exchange");
   if (std::count(names.begin(), names.end(), "blocks_shared") > 0) read_attributes(group, p, point_reals_1_5);
+  if (std::count(names.begin(), names.end(), "selection_agreement") > 0)
+    read_attributes(group, p.quantisation, quantisation_reals);
   p.fallbacks = lines(h5::attribute_as<std::string>(group, "fallbacks"));
   if (std::count(names.begin(), names.end(), "noisy") > 0)  // since 1.5
     p.noisy = lines(h5::attribute_as<std::string>(group, "noisy"));

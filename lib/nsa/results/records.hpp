@@ -116,6 +116,14 @@ struct PageRecord {
   std::vector<std::int64_t> bytes;    ///< of the pages, K and V
 };
 
+/// What FP8 caches change in the recorded steps, against unquantised caches (docs/METRICS.md, "FP8 caches"); < 0: not
+/// known.
+struct QuantisationRecord {
+  double selection_agreement = -1;      ///< share of the blocks that ranking chose on unquantised caches
+  double importance_lost = -1;          ///< share of their importance that the blocks chosen instead lack
+  double o_change = -1, y_change = -1;  ///< root mean square of the difference over that of the unquantised value
+};
+
 struct PointRecord {
   std::int64_t index = 0;
   std::vector<Parameter> parameters;
@@ -150,6 +158,7 @@ struct PointRecord {
   KernelRecord kernels;                               ///< kind = "kernels"
   BatchRecord batch;
   PageRecord pages;
+  QuantisationRecord quantisation;  ///< decode with FP8 caches
 };
 
 struct RankSystem {

@@ -10,7 +10,7 @@ namespace nsa {
 
 /// A reader refuses another major version. A new minor version only adds names.
 constexpr int schema_major = 1;
-constexpr const char* schema_version = "1.7";
+constexpr const char* schema_version = "1.8";
 
 /// A field of a record under its name in the file.
 template <class Record, class T>
@@ -133,6 +133,14 @@ constexpr Named<PointRecord, double> point_reals[] = {
 /// Added by schema 1.5: a file of an earlier one lacks it.
 constexpr Named<PointRecord, double> point_reals_1_5[] = {
     {"blocks_shared", &PointRecord::blocks_shared},
+};
+
+/// Added by schema 1.8: a point without FP8 caches lacks them.
+constexpr Named<QuantisationRecord, double> quantisation_reals[] = {
+    {"selection_agreement", &QuantisationRecord::selection_agreement},
+    {"importance_lost", &QuantisationRecord::importance_lost},
+    {"o_change", &QuantisationRecord::o_change},
+    {"y_change", &QuantisationRecord::y_change},
 };
 
 }  // namespace nsa

@@ -87,15 +87,21 @@ auto members(R& r) {
   return std::tie(caches, ranks, rows, pages, entries, shared, bytes);
 }
 
+template <Is<QuantisationRecord> R>
+auto members(R& r) {
+  auto& [agreement, lost, o_change, y_change] = r;
+  return std::tie(agreement, lost, o_change, y_change);
+}
+
 template <Is<PointRecord> R>
 auto members(R& r) {
   auto& [index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps, time,
          phases, reads, bytes, tokens_kept, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange,
-         fallbacks, max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch, pages] = r;
+         fallbacks, max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch, pages, quantisation] = r;
   return std::tie(index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps,
                   time, phases, reads, bytes, tokens_kept, copy_bandwidth, memory, routes, route_reasons, route_kernels,
-                  exchange, fallbacks, max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch,
-                  pages);
+                  exchange, fallbacks, max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch, pages,
+                  quantisation);
 }
 
 template <Is<ResultFile> R>

@@ -141,6 +141,7 @@ void write_point_attributes(const h5::Handle& group, const PointRecord& p) {
   write_attributes(group, p, point_integers);
   write_attributes(group, p, point_reals);
   write_attributes(group, p, point_reals_1_5);
+  if (p.quantisation.o_change >= 0) write_attributes(group, p.quantisation, quantisation_reals);
   h5::write_attribute(group, "routes", std::vector<std::string>(p.routes.begin(), p.routes.end()));
   h5::write_attribute(group, "route_reasons", std::vector<std::string>(p.route_reasons.begin(), p.route_reasons.end()));
   h5::write_attribute(group, "route_kernels", std::vector<std::string>(p.route_kernels.begin(), p.route_kernels.end()));

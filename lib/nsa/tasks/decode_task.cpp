@@ -12,6 +12,7 @@
 #include "nsa/tasks/measure.hpp"
 #include "nsa/tasks/task.hpp"
 #include "nsa/verify/float64_check.hpp"
+#include "nsa/verify/quantisation.hpp"
 #include "nsa/verify/read_counts.hpp"
 #include "nsa/verify/repeat_check.hpp"
 #include "nsa/verify/tensor_dump.hpp"
@@ -98,6 +99,8 @@ class DecodePasses {
   void recorded(const TensorSource& source);
   // False: the run was asked to stop.
   bool measured(const ModeRun& run, StageTimer& timer, const TakeSample& take);
+  /// Of the recorded pass with FP8 caches: what each step chose and gave.
+  const std::vector<StepOutput>& recorded_steps() const { return recorded_steps_; }
   // A pass of its own: reading clocks takes time. Where a step is one launch, and was timed as such.
   void measure_phases();
 
@@ -122,6 +125,7 @@ class DecodePasses {
   DecodeRunner& decode_;
   PointRecord& record_;
   StepOutput expected_;
+  std::vector<StepOutput> recorded_steps_;
 };
 
 void DecodePasses::recorded(const TensorSource& source) {
@@ -145,6 +149,7 @@ void DecodePasses::recorded(const TensorSource& source) {
     shard_.device().synchronize(shard_.streams.compute);
     if (tensors) tensors->take(ctx, step * shard_.point.query_tokens, true);
     if (!config_.run.check) continue;
+    if (shard_.shape().quantises()) recorded_steps_.push_back(recorded_step(ctx));
     if (problem.empty()) problem = latest_problem();
     if (step == 0 || step + 1 == config_.run.steps) checked.merge(check_rows(ctx, step));
   }
@@ -351,6 +356,46 @@ void fill_caches(const Session& session, ModelShard& shard, const TensorSource& 
   shard.device().synchronize(shard.streams.compute);
 }
 
+namespace {
+
+// Runs the recorded steps on unquantised caches, and records what FP8 caches change. Where their memory is not there,
+// it stays unknown. Collective.
+void compare_with_unquantised(const Session& session, const Config& quantised, const Point& point,
+                              const TensorSource& source, const std::vector<StepOutput>& steps, PointRecord& record,
+                              const Progress& progress) {
+  const PhaseScope phase("unquantised caches");
+  Config config = quantised;
+  config.model.kv_precision = config.model.cmp_precision = KvPrecision::same;
+  std::optional<ModelShard> shard;
+  std::optional<DecodeRunner> decode;
+  try {
+    agreed(session.world, [&] { shard.emplace(session.backend, session.world, config, point, source); });
+    fill_caches(session, *shard, source, point.longest(), progress);
+    agreed(session.world, [&] { decode.emplace(*shard, &source, true); });
+  } catch (const UserError& error) {
+    if (error.code() != ExitCode::device) throw;
+    return;
+  }
+  decode->snapshot();
+  StepOptions options = step_options(point);
+  options.record = true;
+  StageTimer untimed(shard->device(), shard->streams.compute);
+  QuantisationSums sums;
+  for (std::int64_t step = 0; step < std::ssize(steps); ++step) {
+    if (session.stop->check_periodically()) throw Interrupted();
+    decode->load(step, options);
+    decode->step(options, untimed);
+    shard->device().synchronize(shard->streams.compute);
+    std::vector<std::int64_t> positions;
+    for (std::int64_t row = 0; row < point.batch * point.query_tokens; ++row)
+      positions.push_back(decode->positions()(step, row / point.query_tokens) + row % point.query_tokens);
+    sums.add(decode->last_layer(options), positions, steps[static_cast<std::size_t>(step)]);
+  }
+  record.quantisation = sums.reduce(session.world);
+}
+
+}  // namespace
+
 MemoryAccount run_decode(const Session& session, const Config& config, const Point& point, const TensorSource& source,
                          PointRecord& record, const Progress& progress) {
   const ControlComm& world = session.world;
@@ -382,7 +427,12 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   record.first_position = point.longest();
   if (point.ragged()) describe_batch(*shard, record.batch);
   finish_point(world, *shard, samples, record);
-  return shard->account;
+  const MemoryAccount account = shard->account;
+  const std::vector<StepOutput> steps = passes.recorded_steps();
+  decode.reset();
+  shard.reset();
+  if (!steps.empty()) compare_with_unquantised(session, config, point, source, steps, record, progress);
+  return account;
 }
 
 }  // namespace nsa

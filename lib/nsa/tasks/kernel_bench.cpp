@@ -167,7 +167,7 @@ KernelBench::KernelBench(const Allocator& allocate, const KernelTable& kernels, 
     return config.kernels.cold ? std::clamp<std::int64_t>((cold_bytes + bytes - 1) / bytes, 1, max_copies) : 1;
   };
   for (std::int64_t i = 0; i < copies(kv_rows_); ++i)
-    kv_.push_back(make_kv(allocate, MemoryKind::caches, shape_, 1, RowMap{}, kv_rows_));
+    kv_.push_back(make_kv(allocate, MemoryKind::caches, shape_, KvPrecision::same, 1, RowMap{}, kv_rows_));
   std::int64_t scratch = static_cast<std::int64_t>(kernels.scratch_bytes(shape_, tile_, {}));
   std::int64_t lse_rows = tile_.rows();
   if (branch_ == sel) {
@@ -182,7 +182,8 @@ KernelBench::KernelBench(const Allocator& allocate, const KernelTable& kernels, 
   if (std::any_of(choices.begin(), choices.end(), [](const KernelChoice& c) { return c.packed; })) {
     const std::int64_t tokens = packed_shape_.rules.w;
     for (std::int64_t i = 0; i < copies(rows_ * tokens); ++i)
-      packed_.push_back(make_kv(allocate, MemoryKind::caches, packed_shape_, rows_, RowMap{}, tokens));
+      packed_.push_back(
+          make_kv(allocate, MemoryKind::caches, packed_shape_, KvPrecision::same, rows_, RowMap{}, tokens));
     scratch = std::max(scratch, static_cast<std::int64_t>(kernels.scratch_bytes(packed_shape_, packed_tile_, {})));
   }
   positions_ = activations(2 * 8);

@@ -43,18 +43,17 @@ Needle make_needle(ModelShard& shard, const TensorSource& source, const std::vec
   const std::vector<std::int64_t> shape{shard.point.batch, shard.config.model.n_kv_groups, s.d_v};
   needle.v =
       source.slab("needle", shape, 1.0f, {0, shard.partition.group_begin, 0}, {shard.point.batch, s.groups, s.d_v});
-  needle.v = from_storage(to_storage(needle.v, s.dtype).data(), needle.v.size(), s.dtype);
+  // As the cache gives it back.
+  const KvView& cache = shard.caches[0].sel.v;
+  needle.v = from_cache(to_cache(needle.v, cache, s.dtype), cache, s.dtype);
   return needle;
 }
 
 void plant(ModelShard& shard, const KvView& view, std::int64_t position, const std::vector<float>& rows) {
   if (!has_row(view.map, position)) return;
-  const std::vector<std::byte> stored = to_storage(rows, shard.shape().dtype);
-  const std::size_t size = size_of(shard.shape().dtype), bytes = view.width * size;
+  const StoredRows stored = to_cache(rows, view, shard.shape().dtype);
   for (std::int64_t plane = 0; plane < shard.planes(); ++plane)
-    shard.device().copy(
-        static_cast<std::byte*>(view.data) + offset_of(view, plane, position) * static_cast<std::int64_t>(size),
-        stored.data() + plane * static_cast<std::int64_t>(bytes), bytes, shard.streams.compute);
+    put_row(shard, view, plane, chunk_of(view.map, position), position, stored, plane);
   shard.device().synchronize(shard.streams.compute);
 }
 

@@ -78,6 +78,9 @@ void finish_point(const ControlComm& world, ModelShard& shard, const Samples& sa
   for (const Branch c : kv_column_order) {
     record.routes[c] = shard.routes.of(phase, c).kernel->name;
     record.route_reasons[c] = shard.routes.of(phase, c).reason;
+    if (shard.shape().precision_of(c) == KvPrecision::fp8_rounded)
+      record.route_reasons[c] += fmt::format(
+          "; FP8 values in {} rows, which more kernels read than FP8 rows (ROUTES.md)", name_of(shard.shape().dtype));
     record.route_kernels[c] = fmt::format("{}", fmt::join(shard.routes.of(phase, c).ran, ", "));
   }
   record.exchange = (shard.partition.kv > 1 ? shard.comms->kv : shard.comms->heads).transport();

@@ -19,15 +19,12 @@ using Rows = std::vector<float>;  // [rows][width]
 // The given rows of a view on this rank. With exchanges each row comes from the kv rank that holds it.
 Rows fetch(const StepContext& ctx, const KvView& view, std::int64_t plane, const std::vector<std::int64_t>& rows) {
   ModelShard& shard = ctx.shard;
-  const std::int64_t size = static_cast<std::int64_t>(size_of(shard.shape().dtype));
-  std::vector<std::byte> stored(rows.size() * view.width * size, std::byte{0});
+  const DType type = shard.shape().dtype;
+  StoredRows stored = empty_rows(std::ssize(rows), view, type);
   for (std::size_t i = 0; i < rows.size(); ++i)
-    if (has_row(view.map, rows[i]))
-      shard.device().copy(stored.data() + i * view.width * size,
-                          static_cast<std::byte*>(view.data) + offset_of(on_host(view), plane, rows[i]) * size,
-                          static_cast<std::size_t>(view.width * size), shard.streams.compute);
+    if (has_row(view.map, rows[i])) get_row(shard, view, plane, rows[i], stored, static_cast<std::int64_t>(i));
   shard.device().synchronize(shard.streams.compute);
-  Rows values = from_storage(stored.data(), rows.size() * view.width, shard.shape().dtype);
+  Rows values = from_cache(stored, view, type);
   if (ctx.exchanges) shard.comms->kv_control.sum(values);
   return values;
 }

@@ -152,9 +152,10 @@ std::vector<TensorRecord> compressed_tensors(ModelShard& shard, const std::vecto
       const std::int64_t end = ends[static_cast<std::size_t>(plane / s.groups)];
       for (std::int64_t i = 0; i < compressed_tokens(s.rules, end - 1); ++i) {
         if (p.kv > 1 && owner_of_chunk(view.map, chunk_of(view.map, i)) != p.kv_rank) continue;
-        const auto* from = static_cast<std::byte*>(view.data) +
-                           offset_of(view, plane, i) * static_cast<std::int64_t>(size_of(s.dtype));
-        const std::vector<float> row = download(shard, from, view.width, s.dtype);
+        StoredRows stored = empty_rows(1, view, s.dtype);
+        get_row(shard, view, plane, i, stored, 0);
+        shard.device().synchronize(shard.streams.compute);
+        const std::vector<float> row = from_cache(stored, view, s.dtype);
         all.store(plane / s.groups, i, (p.group_begin + plane % s.groups) * view.width, row.data(), view.width);
       }
     }

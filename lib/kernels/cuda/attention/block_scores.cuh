@@ -3,6 +3,7 @@
 // same order with the same roundings, so they select the same blocks bit for bit.
 
 #include "kernels/cuda/attention/online_softmax.cuh"
+#include "kernels/cuda/sizes/work.hpp"
 
 namespace nsa::gpu {
 
@@ -63,8 +64,6 @@ __device__ __forceinline__ Entry warp_sort_descending(Entry mine) {
   return mine;
 }
 
-constexpr int warp_top_n = 16;  ///< entries of a sorted list that a warp keeps: at most so many blocks are selected
-
 /// Bitonic merge of 16 entries in each half of a warp; the result descends.
 __device__ __forceinline__ Entry bitonic_merge16(Entry mine) {
   const unsigned lane = threadIdx.x % 32;
@@ -119,7 +118,7 @@ __device__ __forceinline__ Entry top32_of_lists(const Entry* lists, int count, i
 /// warp get them. All lanes must call it.
 template <int MaxLists>
 __device__ __forceinline__ Entry top16_of_lists(const Entry* lists, int count, int stride = warp_top_n) {
-  static_assert(MaxLists == 4 || MaxLists == 8);
+  static_assert(MaxLists == 4 || MaxLists == 8 || MaxLists == 12);
   const int half = threadIdx.x % 32 / 16, lane = threadIdx.x % 16;
   const auto pair = [&](int first) {
     const int a = first + half * 2, b = a + 1;
@@ -128,6 +127,7 @@ __device__ __forceinline__ Entry top16_of_lists(const Entry* lists, int count, i
   };
   Entry best = pair(0);
   if (MaxLists > 4 && count > 4) best = top16_of_two(best, pair(4));
+  if (MaxLists > 8 && count > 8) best = top16_of_two(best, pair(8));
   const Entry other = __shfl_xor_sync(0xffffffffu, best, 31);
   return bitonic_merge16(best > other ? best : other);
 }

@@ -22,6 +22,7 @@
 #include "kernels/cuda/decode/split_kv/stages.cuh"
 #include "kernels/cuda/decode/stages.cuh"
 #include "kernels/cuda/rank/stages.cuh"
+#include "kernels/cuda/sizes/accepts.hpp"
 
 namespace nsa::gpu {
 
@@ -150,8 +151,9 @@ bool decode_attention_accepts(const AttentionArgs& a) {
   for (int b = 0; b < branches; ++b) {
     const RowMap& map = a.attend[b].k.map;
     reads &= map.chunk == INT64_MAX && reads_step_map(static_cast<Branch>(b), s, map);
+    reads &= is_quantised(a.attend[b].k) == is_quantised(a.attend[cmp].k);
   }
-  return reads;
+  return reads && (!is_quantised(a.attend[cmp].k) || (fp8_step_accepts(s) && fused_decode_accepts(a)));
 }
 
 const char* decode_attention_variant(const AttentionArgs& a) {
@@ -175,6 +177,7 @@ void decode_attention(const AttentionArgs& a, Stream* stream) {
   const QueryTile& tile = a.combine.tile;
   if (tile.rows() == 0) return;
   if (try_fused_decode(a, stream)) return;
+  if (is_quantised(a.attend[cmp].k)) throw LaunchError("the decode kernel of FP8 rows does not take this step");
   const AttendArgs& cmp_args = a.attend[cmp];
   const bool* leave_out = a.combine.leave_out;
   DecodeParams p = decode_params(s, tile, cmp_args.q);

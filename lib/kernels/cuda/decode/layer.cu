@@ -11,10 +11,10 @@ namespace nsa::gpu {
 
 namespace {
 
-// Rows of a cache that holds every position, or the last ones.
+// Rows of a cache that holds every position, or the last ones. Those of storage type are stored as they are.
 bool is_whole(const KvView& cache, std::int64_t row_bytes) {
   const RowMap& map = cache.map;
-  return map.chunk == INT64_MAX && map.halo == 0 && row_bytes % 16 == 0 && row_bytes <= 512;
+  return !cache.rounded && map.chunk == INT64_MAX && map.halo == 0 && row_bytes % 16 == 0 && row_bytes <= 512;
 }
 
 FusedAppendParams params_of(const DecodeLayerArgs& a) {
@@ -40,15 +40,15 @@ AppendedRows appended_rows(const StepEnds& ends) {
   for (int b = 0; b < branches; ++b) {
     const AppendArgs& append = ends.append[b];
     const auto row = [&](const void* from, const KvView& cache) {
-      const auto size = static_cast<std::int64_t>(size_of(s.dtype));
+      const auto type_size = static_cast<std::int64_t>(size_of(s.dtype)), size = is_quantised(cache) ? 1 : type_size;
+      const auto bytes = static_cast<int>(cache.width * type_size);
       if (cache.pages.pages)
         return AppendedRows::Row{static_cast<const char*>(from), static_cast<char*>(cache.data),
-                                 std::int64_t{cache.pages.rows} * cache.width * size,
-                                 static_cast<int>(cache.width * size)};
+                                 std::int64_t{cache.pages.rows} * cache.width * size, bytes};
       return AppendedRows::Row{
           static_cast<const char*>(from),
           static_cast<char*>(cache.data) + std::int64_t{tile.batch_begin} * s.groups * cache.plane_stride * size,
-          cache.plane_stride * size, static_cast<int>(cache.width * size)};
+          cache.plane_stride * size, bytes};
     };
     rows.rows[2 * b] = row(append.k, append.k_cache);
     rows.rows[2 * b + 1] = row(append.v, append.v_cache);
@@ -90,7 +90,8 @@ bool decode_layer_accepts(const DecodeLayerArgs& a) {
 
 void decode_layer(const DecodeLayerArgs& a, Stream* stream) {
   const FusedAppendParams p = params_of(a);
-  if (!a.projects || p.warps < fused_warps) {  // 256 threads add up RoPE and gate in the order of project
+  // 256 threads add up RoPE and gate in the order of project; there is no such kernel of FP8 rows.
+  if (!a.projects || p.warps < fused_warps || is_quantised(a.compress.k_cmp)) {
     if (a.projects) project(a.project, stream);
     return launch_divided(p, stream);
   }

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/layer/append_compress.cuh"
+#include "kernels/cuda/layer/fp8_rows.cuh"
 #include "kernels/cuda/layer/stages.cuh"
 #include "kernels/shared/checksum.hpp"
 #include "kernels/shared/random.hpp"
@@ -155,14 +156,20 @@ __global__ void add_kernel(std::int64_t count, float* x, const float* y) {
 void append(const AppendArgs& a, Stream* stream) {
   const std::int64_t items = a.tile.rows() * a.shape.groups * (a.k_cache.width + a.v_cache.width);
   if (items == 0) return;
+  if (is_quantised(a.k_cache)) return append_quantised(a, stream);
   with_type(a.shape.dtype, [&](auto type) {
     launch_pdl(append_kernel<decltype(type)>, dim3(blocks_for(items)), threads, 0, stream, 1, a);
   });
+  round_appended(a, stream);
 }
 
 void checksum(const ChecksumArgs& a, Stream* stream) {
   const std::int64_t items = a.planes * (a.last - a.first) * a.view.width;
   if (items <= 0) return;
+  if (is_quantised(a.view)) {
+    checksum_kernel<std::uint8_t><<<blocks_for(items), threads, 0, cuda(stream)>>>(a);
+    return checksum_scales(a, stream);
+  }
   if (a.dtype == DType::f32)
     checksum_kernel<std::uint32_t><<<blocks_for(items), threads, 0, cuda(stream)>>>(a);
   else
@@ -182,6 +189,7 @@ void copy_rows(const CopyRowsArgs& a, Stream* stream) {
   // The first chunk whose span ends after the first row; and one past the last row, whose halo may hold the last rows.
   const std::int64_t first_chunk = whole || a.first < a.span_end ? 0 : (a.first - a.span_end) / map.chunk + 1;
   const std::int64_t chunks = whole ? 1 : (a.last - 1) / map.chunk + 2 - first_chunk;
+  if (is_quantised(a.src) || is_quantised(a.dst)) return copy_quantised_rows(args, first_chunk, chunks, span, stream);
   const auto run = [&](auto type) {
     copy_rows_kernel<decltype(type)>
         <<<blocks_for(a.planes * chunks * span * args.dst.width), threads, 0, cuda(stream)>>>(args, first_chunk, chunks,
@@ -200,9 +208,11 @@ void copy_rows(const CopyRowsArgs& a, Stream* stream) {
 void fill_rows(const FillRowsArgs& a, Stream* stream) {
   const std::int64_t items = (a.last - a.first) * a.batch * a.groups * a.dst.width;
   if (items <= 0) return;
+  if (is_quantised(a.dst)) return fill_quantised_rows(a, stream);
   with_type(a.dtype,
             [&](auto type) { fill_rows_kernel<decltype(type)><<<blocks_for(items), threads, 0, cuda(stream)>>>(a); });
   check_launch("fill_rows");
+  round_rows(a.dtype, a.dst, std::int64_t{a.batch} * a.groups, a.first, a.last, stream);
 }
 
 void advance(const AdvanceArgs& a, Stream* stream) { launch_pdl(advance_kernel, dim3(1), threads, 0, stream, 1, a); }

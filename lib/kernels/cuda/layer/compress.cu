@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/layer/append_compress.cuh"
+#include "kernels/cuda/layer/fp8_rows.cuh"
 #include "kernels/cuda/layer/stages.cuh"
 
 namespace nsa::gpu {
@@ -91,6 +92,7 @@ void compress(const CompressArgs& a, Stream* stream) {
   const std::int64_t planes = std::int64_t{a.tile.batches} * a.shape.groups,
                      max_tokens = max_completed(a.shape, a.tile);
   if (planes == 0 || a.tile.tokens == 0) return;
+  if (is_quantised(a.k_cmp)) return compress_quantised(a, stream);
   with_type(a.shape.dtype, [&](auto type) {
     using T = decltype(type);
     if (a.shape.phi == PhiKind::mean) {
@@ -105,6 +107,7 @@ void compress(const CompressArgs& a, Stream* stream) {
     mlp_kernel<T><<<dim3(static_cast<unsigned>(planes * strips), 2), 256, shared, cuda(stream)>>>(a, max_tokens);
   });
   check_launch("compress");
+  round_compressed(a, stream);
 }
 
 }  // namespace nsa::gpu

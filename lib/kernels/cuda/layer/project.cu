@@ -3,6 +3,7 @@
 // After the product one CTA a (row, group) applies RoPE, rounds, scatters and computes the gate (layer/rope_gate.cuh).
 
 #include "kernels/cuda/layer/append_compress.cuh"
+#include "kernels/cuda/layer/fp8_rows.cuh"
 #include "kernels/cuda/layer/product.cuh"
 #include "kernels/cuda/layer/rope_gate.cuh"
 #include "kernels/cuda/layer/stages.cuh"
@@ -90,6 +91,10 @@ void decode_prologue(const PrologueArgs& a, Stream* stream) {
   const LayerShape& s = a.append[sel].shape;
   const QueryTile& tile = a.append[sel].tile;
   if (tile.rows() == 0) return;
+  if (is_quantised(a.compress.k_cmp)) {
+    if (a.projects) project(a.project, stream);
+    return quantised_prologue(a, stream);
+  }
   // With several query tokens the mean needs rows that other CTAs append.
   DecodePrologueParams p{a, nullptr, qkv_columns(s), s.phi == PhiKind::mean && tile.tokens == 1};
   if (a.projects) p.product = project_product(a.project, stream);
@@ -97,7 +102,8 @@ void decode_prologue(const PrologueArgs& a, Stream* stream) {
     launch_pdl(decode_prologue_kernel<decltype(type)>, dim3(static_cast<unsigned>(tile.rows() * s.groups)), threads,
                gate_shared(s, threads), stream, 1, p);
   });
-  if (!p.compresses) compress(a.compress, stream);
+  for (const AppendArgs& append : a.append) round_appended(append, stream);
+  p.compresses ? round_compressed(a.compress, stream) : compress(a.compress, stream);
 }
 
 void output(const OutputArgs& a, Stream* stream) {

@@ -10,6 +10,15 @@ bool decode_accepts(const LayerShape& s, const QueryTile& tile) {
   return tile.is_step() && static_cast<bool>(split_kv_instance(s));
 }
 
+bool fp8_step_accepts(const LayerShape& s) {
+  const bool all = s.kv_precision == KvPrecision::fp8_e4m3 && s.cmp_precision == KvPrecision::fp8_e4m3,
+             tuned = s.dtype == DType::bf16 && s.d_k == 128 && s.d_v == 128 &&
+                     s.heads_per_group <= decode_heads(s.dtype) && s.rules.n_sel <= warp_top_n;
+  // Scales are read four at a time: every KV tile begins at a multiple of four rows.
+  return limits().capability >= 90 && all && tuned && scores_by_tile(s) && s.rules.l_sel % 4 == 0 &&
+         s.phi == PhiKind::mean;
+}
+
 bool rows_accept(const LayerShape& s, const QueryTile&) {
   const bool sized = (s.d_k == 64 && s.d_v == 64) || ((s.d_k == 128 || s.d_k == 192) && s.d_v == 128);
   return sized && s.dtype != DType::f32;

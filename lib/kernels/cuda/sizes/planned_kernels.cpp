@@ -19,6 +19,10 @@ bool tiled_sel_accepts(const LayerShape& s, const QueryTile& tile) {
   return !tile.is_step() && selected_tiles_shape(s);
 }
 
+Fp8Support fp8_support(const LayerShape& s, int ranks) {
+  return ranks == 1 && fp8_step_accepts(s) ? Fp8Support::fused_step : Fp8Support::none;
+}
+
 constexpr AttendKernel any(const char* name) { return {.name = name, .accepts = accepts_any, .run = nullptr}; }
 constexpr AttendKernel only(const char* name, bool (*accepts)(const LayerShape&, const QueryTile&)) {
   return {.name = name, .accepts = accepts, .run = nullptr};
@@ -46,6 +50,7 @@ KernelTable make_planned_kernels() {
   for (const Branch b : {cmp, sel, win}) table.attend[b] = planned_attend_kernels(b);
   table.score_bytes = score_bytes;
   table.scratch_bytes = scratch_bytes;
+  table.fp8_support = fp8_support;
   // The partials of 9504 rows of 64 heads are 0.9 GB. With 4 groups, 132 SMs and 8, 16 and 12 rows a work item (cmp
   // and win, rank, sel) every SM has exactly 36, 18 and 24 work items.
   table.max_tile_tokens = 9504;

@@ -84,6 +84,7 @@ struct DecodeInstance {
   explicit operator bool() const { return d_k > 0; }
 };
 
+constexpr int warp_top_n = 16;  ///< entries of a sorted list that a warp keeps: at most so many blocks are selected
 constexpr int padded_max_heads = 128;  ///< query heads of a group
 constexpr int padded_max_blocks = 32;  ///< selected blocks of a fused step
 

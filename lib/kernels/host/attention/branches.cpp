@@ -54,20 +54,19 @@ void score_halo(const AttendArgs& args, const Widths& w, ThreadBuffers& buffers,
   const std::int64_t end = std::min(c * map.chunk, valid);
   for (std::int64_t i = begin; i < end; i += kv_tile_tokens) {
     const int n = static_cast<int>(std::min<std::int64_t>(end - i, kv_tile_tokens));
-    const void* k = at(args.shape.dtype, args.k.data, offset_in_chunk(args.k, item.plane, c, i));
-    score_tile(args.shape, w, buffers, {i, n, k, nullptr});
+    score_tile(args.shape, w, buffers, {i, n, cached_rows(args.shape.dtype, args.k, item.plane, c, i), {}});
     store_scores(args, w, buffers, item, score_slot(map, c, i), n);
   }
 }
 
 /// K of the tile this thread attends after `run`: of the bucket's next segment, or of the next bucket's first segment.
-const void* next_k_in_bucket(const AttendArgs& args, std::int64_t plane, const RowRun& run, std::int64_t valid) {
+CachedRows next_k_in_bucket(const AttendArgs& args, std::int64_t plane, const RowRun& run, std::int64_t valid) {
   const LayerShape& s = args.shape;
   const std::int64_t segment = run.first / s.lse.segment, stride = holds_all_chunks(args.k.map) ? 1 : args.k.map.kv;
   std::int64_t next = run.first + run.tokens;
   if (next >= (segment + 1) * s.lse.segment) next = (segment + s.lse.buckets) * s.lse.segment;
   if (next >= valid) next = (segment % s.lse.buckets + stride) * s.lse.segment;
-  return next < valid ? at(s.dtype, args.k.data, offset_of(args.k, plane, next)) : nullptr;
+  return next < valid ? cached_rows(s.dtype, args.k, plane, next) : CachedRows{};
 }
 
 void cmp_split(const AttendArgs& args, const Widths& w, ThreadBuffers& buffers, const WorkItem& item, int bucket,
@@ -108,7 +107,7 @@ void sel_split(const AttendArgs& args, const Widths& w, ThreadBuffers& buffers, 
   const RowRun next = index + 1 < args.shape.rules.n_sel ? selected_block(args, item, index + 1) : RowRun{};
   for_each_run(args.k, block.first, block.first + block.tokens, [&](const RowRun& run) {
     KvTile kv_tile = kv_tile_of(args.shape.dtype, args.k, args.v, item.plane, run);
-    if (next.tokens > 0) kv_tile.next_k = at(args.shape.dtype, args.k.data, offset_of(args.k, item.plane, next.first));
+    if (next.tokens > 0) kv_tile.next_k = cached_rows(args.shape.dtype, args.k, item.plane, next.first);
     attend_causal_tile(args, w, buffers, item, kv_tile, state);
   });
 }
@@ -122,7 +121,7 @@ void win_split(const AttendArgs& args, const Widths& w, ThreadBuffers& buffers, 
   for_each_run(args.k, begin, end, [&](const RowRun& run) {
     KvTile kv_tile = kv_tile_of(s.dtype, args.k, args.v, item.plane, run);
     const RowRun next = next_run(args.k, run.first + run.tokens, item.t0 + item.rows);
-    if (next.tokens > 0) kv_tile.next_k = at(s.dtype, args.k.data, offset_of(args.k, item.plane, next.first));
+    if (next.tokens > 0) kv_tile.next_k = cached_rows(s.dtype, args.k, item.plane, next.first);
     score_tile(s, w, buffers, kv_tile);
     attend_tile(
         s, w, buffers, kv_tile, item, state, true, [&](int r) { return window_begin(s.rules, item.t0 + r); },

@@ -121,15 +121,26 @@ constexpr Variant masked_variants[branches] = {{nullptr, nullptr, false, false},
 KvTile kv_tile_at(const AttendArgs& args, const DenseItem& dense, const ScoreTile& tile) {
   const DType type = args.shape.dtype;
   if (!tile.halo) return kv_tile_of(type, args.k, args.v, dense.item.plane, tile.run);
-  const std::int64_t offset = offset_in_chunk(args.k, dense.item.plane, tile.block, tile.run.first);
-  return {tile.run.first, tile.run.tokens, at(type, args.k.data, offset), nullptr};
+  return {tile.run.first, tile.run.tokens, cached_rows(type, args.k, dense.item.plane, tile.block, tile.run.first), {}};
 }
 
-KvTile pack(const LayerShape& s, const DenseItem& dense, const ScoreTile& tile, const KvTile& from) {
+/// Copies rows as storage type, which holds a quantised value exactly; `values` has room for the rows in fp32.
+CachedRows pack_rows(DType type, std::int64_t count, std::int64_t width, const CachedRows& from, void* to,
+                     float* values) {
+  if (from.scales) {
+    load_rows(type, count, width, from, values);
+    store(type, count * width, values, to);
+  } else {
+    std::memcpy(to, from.data, count * width * size_of(type));
+  }
+  return {to};
+}
+
+KvTile pack(const LayerShape& s, const ThreadBuffers& buffers, const DenseItem& dense, const ScoreTile& tile,
+            const KvTile& from) {
   void *k = at(s.dtype, dense.k, tile.row * s.d_k), *v = at(s.dtype, dense.v, tile.row * s.d_v);
-  std::memcpy(k, from.k, tile.run.tokens * s.d_k * size_of(s.dtype));
-  std::memcpy(v, from.v, tile.run.tokens * s.d_v * size_of(s.dtype));
-  return {from.first, from.tokens, k, v};
+  return {from.first, from.tokens, pack_rows(s.dtype, tile.run.tokens, s.d_k, from.k, k, buffers.k),
+          pack_rows(s.dtype, tile.run.tokens, s.d_v, from.v, v, buffers.v)};
 }
 
 /// Q K^T of a tile and its softmax relative to the tile's maximum.
@@ -142,7 +153,7 @@ void softmax_tile(const AttendArgs& args, const Variant& variant, const Widths& 
   buffers.queries = dense.queries;
   if (!tile.halo) buffers.scores = dense.p + tile.row * w.columns;
   KvTile kv_tile = kv_tile_at(args, dense, tile);
-  if (variant.packed) kv_tile = pack(s, dense, tile, kv_tile);
+  if (variant.packed) kv_tile = pack(s, buffers, dense, tile, kv_tile);
   score_tile(s, w, buffers, kv_tile);
   if (variant.compressed)
     store_scores(args, w, buffers, dense.item, score_slot(args.k.map, tile.block, tile.run.first), n);
@@ -189,6 +200,12 @@ void merge_statistics(const AttendArgs& args, const Variant& variant, const Widt
   }
 }
 
+/// The columns [e, e + count) of a row to fp32.
+void load_columns(DType type, int e, int count, const CachedRows& row, float* to) {
+  if (row.scales) return load_quantised(1, count, static_cast<const std::uint8_t*>(row.data) + e, row.scales, to);
+  load(type, count, at(type, row.data, e), to);
+}
+
 /// O = P V for the columns [e, e + pv_panel_columns) of V.
 void accumulate_pv(const AttendArgs& args, const Variant& variant, const Widths& w, ThreadBuffers& buffers,
                    const DenseItem& dense, int e) {
@@ -199,9 +216,10 @@ void accumulate_pv(const AttendArgs& args, const Variant& variant, const Widths&
   for (std::size_t i = 0; i < dense.tiles.size() && !args.scores_only; ++i) {
     const ScoreTile& tile = dense.tiles[i];
     if (tile.halo) continue;
-    const void* v = variant.packed ? at(s.dtype, dense.v, tile.row * s.d_v) : kv_tile_at(args, dense, tile).v;
+    const CachedRows v =
+        variant.packed ? CachedRows{at(s.dtype, dense.v, tile.row * s.d_v)} : kv_tile_at(args, dense, tile).v;
     for (int t = 0; t < tile.run.tokens; ++t) {
-      load(s.dtype, valid, at(s.dtype, v, std::int64_t{t} * s.d_v + e), buffers.v + t * w.v);
+      load_columns(s.dtype, e, valid, advanced(s.dtype, v, t, s.d_v), buffers.v + t * w.v);
       std::fill(buffers.v + t * w.v + valid, buffers.v + t * w.v + width, 0.0f);
     }
     for (int c = 0; c < columns; ++c) {

@@ -142,7 +142,7 @@ void attend_item(const AttendArgs& args, const Widths& w, SharedRowBuffers& buff
     const int* selected_by = rows_by_block.row.data() + rows_by_block.begin[j];
     for_each_run(args.k, j * s.rules.l_sel, std::min((j + 1) * s.rules.l_sel, t0 + rows), [&](const RowRun& run) {
       const KvTile kv_tile = kv_tile_of(s.dtype, args.k, args.v, plane, run);
-      load(s.dtype, std::int64_t{run.tokens} * s.d_k, kv_tile.k, buffers.tile.k);
+      load_rows(s.dtype, run.tokens, s.d_k, kv_tile.k, buffers.tile.k);
       load_values(s, w, kv_tile, buffers.tile.v);
       for (int i = 0; i < count; i += rows_per_tile(s))
         attend_rows(s, buffers, kv_tile, t0, selected_by + i, std::min(rows_per_tile(s), count - i));

@@ -31,12 +31,12 @@ void store_partials(const AttendArgs& args, const Widths& w, const WorkItem& ite
 /// splits are then kept until they merge.
 bool splits_kv(std::int64_t items, int splits) { return threads() > 1 && splits > 1 && items < 4 * threads(); }
 
-/// Prefetches `count` elements from element `first` on; nothing where `data` is null. May run past the array: a
-/// prefetch never faults.
-void prefetch_rows(DType type, const void* data, std::int64_t first, std::int64_t count) {
-  if (!data) return;
-  const char* begin = static_cast<const char*>(at(type, data, first));
-  const char* end = static_cast<const char*>(at(type, data, first + count));
+/// Prefetches `count` rows of `width` values from the row `first` on; nothing where there are none. May run past the
+/// array: a prefetch never faults.
+void prefetch_rows(DType type, const CachedRows& rows, std::int64_t first, std::int64_t count, std::int64_t width) {
+  if (!rows.data) return;
+  const char* begin = static_cast<const char*>(advanced(type, rows, first, width).data);
+  const char* end = static_cast<const char*>(advanced(type, rows, first + count, width).data);
   for (; begin < end; begin += 64) __builtin_prefetch(begin, 0, 3);
 }
 
@@ -114,8 +114,28 @@ RowRun next_run(const KvView& view, std::int64_t i, std::int64_t end) {
 }
 
 KvTile kv_tile_of(DType type, const KvView& k, const KvView& v, std::int64_t plane, const RowRun& run) {
-  return {run.first, run.tokens, at(type, k.data, offset_of(k, plane, run.first)),
-          at(type, v.data, offset_of(v, plane, run.first))};
+  return {run.first, run.tokens, cached_rows(type, k, plane, run.first), cached_rows(type, v, plane, run.first)};
+}
+
+CachedRows cached_rows(DType type, const KvView& view, std::int64_t plane, std::int64_t c, std::int64_t i) {
+  const std::int64_t offset = offset_in_chunk(view, plane, c, i);
+  if (is_quantised(view))
+    return {static_cast<const std::uint8_t*>(view.data) + offset, view.scales + scale_in_chunk(view, plane, c, i)};
+  return {at(type, view.data, offset)};
+}
+
+CachedRows cached_rows(DType type, const KvView& view, std::int64_t plane, std::int64_t i) {
+  return cached_rows(type, view, plane, chunk_of(view.map, i), i);
+}
+
+CachedRows advanced(DType type, const CachedRows& rows, std::int64_t n, std::int64_t width) {
+  if (rows.scales) return {static_cast<const std::uint8_t*>(rows.data) + n * width, rows.scales + n};
+  return {at(type, rows.data, n * width)};
+}
+
+void load_rows(DType type, std::int64_t count, std::int64_t width, const CachedRows& rows, float* to) {
+  if (rows.scales) return load_quantised(count, width, rows.data, rows.scales, to);
+  load(type, count * width, rows.data, to);
 }
 
 /// Slices of 8 rows: the arithmetic of one takes a few hundred nanoseconds, which hide the prefetch of the rows that
@@ -124,19 +144,18 @@ void score_tile(const LayerShape& s, const Widths& w, ThreadBuffers& buffers, co
   constexpr int slice_rows = 8;
   for (int t = 0; t < kv_tile.tokens; t += slice_rows) {
     const int n = std::min(slice_rows, kv_tile.tokens - t);
-    prefetch_rows(s.dtype, kv_tile.v, std::int64_t{t} * s.d_v, std::int64_t{n} * s.d_v);
-    if (!prefetches_next_k_in_pv(s))
-      prefetch_rows(s.dtype, kv_tile.next_k, std::int64_t{t} * s.d_k, std::int64_t{n} * s.d_k);
-    load(s.dtype, std::int64_t{n} * s.d_k, at(s.dtype, kv_tile.k, std::int64_t{t} * s.d_k), buffers.k);
+    prefetch_rows(s.dtype, kv_tile.v, t, n, s.d_v);
+    if (!prefetches_next_k_in_pv(s)) prefetch_rows(s.dtype, kv_tile.next_k, t, n, s.d_k);
+    load_rows(s.dtype, n, s.d_k, advanced(s.dtype, kv_tile.k, t, s.d_k), buffers.k);
     product(n, w.columns, s.d_k, buffers.k, s.d_k, 1, buffers.queries, w.columns, buffers.scores + t * w.columns,
             w.columns);
   }
 }
 
 void load_values(const LayerShape& s, const Widths& w, const KvTile& kv_tile, float* v) {
-  if (s.d_v == w.v) return load(s.dtype, std::int64_t{kv_tile.tokens} * s.d_v, kv_tile.v, v);
+  if (s.d_v == w.v) return load_rows(s.dtype, kv_tile.tokens, s.d_v, kv_tile.v, v);
   for (int t = 0; t < kv_tile.tokens; ++t) {
-    load(s.dtype, s.d_v, at(s.dtype, kv_tile.v, std::int64_t{t} * s.d_v), v + t * w.v);
+    load_rows(s.dtype, 1, s.d_v, advanced(s.dtype, kv_tile.v, t, s.d_v), v + t * w.v);
     std::fill(v + t * w.v + s.d_v, v + (t + 1) * w.v, 0.0f);
   }
 }
@@ -153,8 +172,7 @@ void softmax_and_accumulate(const LayerShape& s, const Widths& w, ThreadBuffers&
   for (int slice = 0; slice < slices; ++slice) {
     const int e = slice / column_groups * pv_panel_columns, c = slice % column_groups * pv_query_columns;
     const int begin = kv_tile.tokens * slice / slices, end = kv_tile.tokens * (slice + 1) / slices;
-    if (prefetches_next_k_in_pv(s))
-      prefetch_rows(s.dtype, kv_tile.next_k, std::int64_t{begin} * s.d_k, std::int64_t{end - begin} * s.d_k);
+    if (prefetches_next_k_in_pv(s)) prefetch_rows(s.dtype, kv_tile.next_k, begin, end - begin, s.d_k);
     product_rescale_add(std::min(pv_query_columns, columns - c), std::min(pv_panel_columns, w.v - e), kv_tile.tokens,
                         buffers.scores + c, 1, w.columns, buffers.v + e, w.v, state.o + std::int64_t{c} * w.v + e, w.v,
                         buffers.scale_prev + c, buffers.scale_new + c);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "kernels/host/runtime/arena.hpp"
 #include "kernels/host/runtime/stages.hpp"
@@ -28,6 +29,21 @@ std::int64_t chunks_before(const RowMap& map, std::int64_t last, std::int64_t sp
   return (reach - 1) / map.chunk + 1;
 }
 
+/// Row i of chunk c or of its halo to fp32.
+void load_row(DType type, const KvView& view, std::int64_t plane, std::int64_t c, std::int64_t i, float* to) {
+  const std::int64_t offset = offset_in_chunk(view, plane, c, i);
+  if (!is_quantised(view)) return load(type, view.width, at(type, view.data, offset), to);
+  load_quantised(1, view.width, static_cast<const std::uint8_t*>(view.data) + offset,
+                 view.scales + scale_in_chunk(view, plane, c, i), to);
+}
+
+/// One thread's row in fp32.
+float* row_values(std::int32_t width) {
+  thread_local std::vector<float> values;
+  values.resize(static_cast<std::size_t>(width));
+  return values.data();
+}
+
 void append_rows(const AppendArgs& args, const void* rows, const KvView& cache) {
   const QueryTile& tile = args.tile;
   const LayerShape& s = args.shape;
@@ -39,13 +55,52 @@ void append_rows(const AppendArgs& args, const void* rows, const KvView& cache) 
     for (std::int32_t g = 0; g < s.groups; ++g) {
       const std::int64_t plane = (tile.batch_begin + row / tile.tokens) * s.groups + g;
       if (!writes_row(cache, plane, chunk_of(cache.map, t), t)) continue;
-      std::memcpy(at(s.dtype, cache.data, offset_of(cache, plane, t)),
-                  at(s.dtype, rows, (row * s.groups + g) * cache.width), cache.width * size_of(s.dtype));
+      const void* from = at(s.dtype, rows, (row * s.groups + g) * cache.width);
+      if (is_quantised(cache)) {
+        float* values = row_values(cache.width);
+        load(s.dtype, cache.width, from, values);
+        store_row(s.dtype, cache, plane, chunk_of(cache.map, t), t, values);
+      } else {
+        std::memcpy(at(s.dtype, cache.data, offset_of(cache, plane, t)), from, cache.width * size_of(s.dtype));
+      }
     }
   }
 }
 
+/// dst row (c, i) = src row i.
+void copy_row(DType type, const KvView& src, const KvView& dst, std::int64_t plane, std::int64_t c, std::int64_t i) {
+  const std::int64_t to = offset_in_chunk(dst, plane, c, i), from = offset_of(src, plane, i);
+  if (is_quantised(src) != is_quantised(dst)) {
+    float* values = row_values(src.width);
+    load_row(type, src, plane, chunk_of(src.map, i), i, values);
+    return store_row(type, dst, plane, c, i, values);
+  }
+  if (!is_quantised(src)) {
+    std::memcpy(at(type, dst.data, to), at(type, src.data, from), src.width * size_of(type));
+    return;
+  }
+  std::memcpy(static_cast<std::uint8_t*>(dst.data) + to, static_cast<const std::uint8_t*>(src.data) + from, src.width);
+  dst.scales[scale_in_chunk(dst, plane, c, i)] = src.scales[scale_of(src, plane, i)];
+}
+
 }  // namespace
+
+constexpr std::int32_t quantised_part = 256;  ///< values that are rounded to storage type at a time
+
+void store_row(DType type, const KvView& view, std::int64_t plane, std::int64_t c, std::int64_t i, const float* value) {
+  const std::int64_t offset = offset_in_chunk(view, plane, c, i);
+  if (!is_quantised(view)) return store(type, view.width, value, at(type, view.data, offset));
+  std::byte stored[quantised_part * sizeof(float)];
+  thread_local std::vector<float> row;  // rounded to storage type: what an unquantised cache would hold
+  row.resize(static_cast<std::size_t>(view.width));
+  for (std::int32_t e = 0; e < view.width; e += quantised_part) {
+    const std::int32_t n = std::min(quantised_part, view.width - e);
+    store(type, n, value + e, stored);
+    load(type, n, stored, row.data() + e);
+  }
+  view.scales[scale_in_chunk(view, plane, c, i)] =
+      store_quantised(view.width, row.data(), static_cast<std::uint8_t*>(view.data) + offset);
+}
 
 void append(const AppendArgs& args, Stream*) {
   append_rows(args, args.k, args.k_cache);
@@ -54,7 +109,6 @@ void append(const AppendArgs& args, Stream*) {
 
 void copy_rows(const CopyRowsArgs& args, Stream*) {
   const KvView &src = args.src, &dst = args.dst;
-  const std::size_t row_bytes = src.width * size_of(args.dtype);
   const std::int64_t first = dst.map.ring > 0 ? std::max(args.first, args.last - dst.map.ring) : args.first;
   const std::int64_t chunks = chunks_before(dst.map, args.last, args.span_begin);
 #pragma omp parallel for collapse(2)
@@ -66,8 +120,7 @@ void copy_rows(const CopyRowsArgs& args, Stream*) {
       for (std::int64_t i = std::max<std::int64_t>(begin, 0); i < end; ++i) {
         if (!has_row(src.map, i) || !has_page(src, plane, chunk_of(src.map, i), i) || !writes_row(dst, plane, c, i))
           continue;
-        std::memcpy(at(args.dtype, dst.data, offset_in_chunk(dst, plane, c, i)),
-                    at(args.dtype, src.data, offset_of(src, plane, i)), row_bytes);
+        copy_row(args.dtype, src, dst, plane, c, i);
       }
     }
   }
@@ -81,7 +134,7 @@ void fill_rows(const FillRowsArgs& args, Stream*) {
   const std::int64_t chunks = chunks_before(map, args.last, -map.halo);
 #pragma omp parallel
   {
-    float values[256];
+    std::vector<float> values(static_cast<std::size_t>(dst.width));
     for (std::int64_t plane = 0; plane < std::int64_t{args.batch} * args.groups; ++plane) {
       const std::int64_t b = args.batch_begin + plane / args.groups;
       const auto column0 = static_cast<std::uint32_t>((args.group_begin + plane % args.groups) * dst.width);
@@ -95,11 +148,8 @@ void fill_rows(const FillRowsArgs& args, Stream*) {
           if (!writes_row(dst, plane, c, i)) continue;
           const auto sequence = static_cast<std::uint32_t>(i < args.shared_rows ? 0 : b);
           const std::uint64_t row = source_row(args.key, static_cast<std::uint64_t>(i), args.repeat);
-          for (std::int32_t e = 0; e < dst.width; e += 256) {
-            const std::int32_t n = std::min(256, dst.width - e);
-            synthetic_row(n, args.key, sequence, row, column0 + e, args.scale, values);
-            store(args.dtype, n, values, at(args.dtype, dst.data, offset_in_chunk(dst, plane, c, i) + e));
-          }
+          synthetic_row(dst.width, args.key, sequence, row, column0, args.scale, values.data());
+          store_row(args.dtype, dst, plane, c, i, values.data());
         }
       }
     }
@@ -107,6 +157,19 @@ void fill_rows(const FillRowsArgs& args, Stream*) {
 }
 
 namespace {
+
+/// Terms of the scales.
+std::uint64_t checksum_of_scales(const ChecksumArgs& args) {
+  const KvView& view = args.view;
+  std::uint64_t sum = 0;
+#pragma omp parallel for collapse(2) reduction(+ : sum)
+  for (std::int64_t plane = 0; plane < args.planes; ++plane)
+    for (std::int64_t i = args.first; i < args.last; ++i)
+      if (has_row(view.map, i))
+        sum += checksum_term(view.scales[scale_of(view, plane, i)],
+                             static_cast<std::uint64_t>((args.planes * view.width + plane) * args.last + i));
+  return sum;
+}
 
 template <class Bits>
 std::uint64_t checksum_of(const ChecksumArgs& args) {
@@ -128,6 +191,10 @@ std::uint64_t checksum_of(const ChecksumArgs& args) {
 }  // namespace
 
 void checksum(const ChecksumArgs& args, Stream*) {
+  if (is_quantised(args.view)) {
+    *args.sum += checksum_of<std::uint8_t>(args) + checksum_of_scales(args);
+    return;
+  }
   *args.sum += size_of(args.dtype) == 2 ? checksum_of<std::uint16_t>(args) : checksum_of<std::uint32_t>(args);
 }
 

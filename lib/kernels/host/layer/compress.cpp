@@ -75,8 +75,7 @@ void store_token(const CompressArgs& args, const KvView& compressed, const Token
   const std::int64_t c = chunk_of(compressed.map, token.i);
   const auto store_at = [&](std::int64_t chunk) {
     if (!writes_row(compressed, token.plane, chunk, token.i)) return;
-    store(args.shape.dtype, compressed.width, value,
-          at(args.shape.dtype, compressed.data, offset_in_chunk(compressed, token.plane, chunk, token.i)));
+    store_row(args.shape.dtype, compressed, token.plane, chunk, token.i, value);
   };
   if (owns(compressed, token.i)) store_at(c);
   if (in_halo(args, compressed, token.i)) store_at(c + 1);

@@ -6,6 +6,7 @@
 
 #include <bit>
 
+#include "kernels/shared/e4m3.hpp"
 #include "kernels/shared/float16.hpp"
 #include "kernels/shared/random.hpp"
 
@@ -66,6 +67,23 @@ template <class T>
 NSA_SIMD void load_bf16(std::int64_t n, const Bf16* from, float* to) { load_loop(n, from, to); }
 NSA_SIMD void load_f16(std::int64_t n, const Fp16* from, float* to) { load_loop(n, from, to); }
 NSA_SIMD void load_f32(std::int64_t n, const float* from, float* to) { load_loop(n, from, to); }
+NSA_SIMD void load_e4m3_row(std::int64_t n, const std::uint8_t* from, float scale, float* to) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) to[i] = e4m3_value(from[i]) * scale;
+}
+NSA_SIMD std::uint32_t largest_magnitude(std::int64_t n, const float* from) {
+  std::uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::uint32_t magnitude = magnitude_bits(from[i]);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+NSA_SIMD void store_e4m3_row(std::int64_t n, const float* from, float factor, std::uint8_t* to) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) to[i] = e4m3_of(from[i] * factor);
+}
 NSA_SIMD void store_bf16(std::int64_t n, const float* from, Bf16* to) { store_loop(n, from, to); }
 NSA_SIMD void store_f16(std::int64_t n, const float* from, Fp16* to) { store_loop(n, from, to); }
 NSA_SIMD void store_f32(std::int64_t n, const float* from, float* to) { store_loop(n, from, to); }
@@ -181,6 +199,17 @@ void store(DType type, std::int64_t n, const float* from, void* to) {
   if (type == DType::f32) return store_f32(n, from, static_cast<float*>(to));
   if (type == DType::bf16) return store_bf16(n, from, static_cast<Bf16*>(to));
   store_f16(n, from, static_cast<Fp16*>(to));
+}
+
+void load_quantised(std::int64_t count, std::int64_t width, const void* from, const std::uint8_t* scales, float* to) {
+  const auto* rows = static_cast<const std::uint8_t*>(from);
+  for (std::int64_t i = 0; i < count; ++i) load_e4m3_row(width, rows + i * width, row_scale(scales[i]), to + i * width);
+}
+
+std::uint8_t store_quantised(std::int64_t n, const float* from, void* to) {
+  const std::uint8_t scale = row_scale_byte(largest_magnitude(n, from));
+  store_e4m3_row(n, from, row_factor(scale), static_cast<std::uint8_t*>(to));
+  return scale;
 }
 
 float exponential(float x) { return exp_of(x); }

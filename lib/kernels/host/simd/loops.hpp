@@ -64,6 +64,11 @@ void synthetic_row(std::int64_t n, std::uint64_t key, std::uint32_t plane, std::
 void load(DType type, std::int64_t n, const void* from, float* to);
 void store(DType type, std::int64_t n, const float* from, void* to);
 
+/// `count` rows [width] of a quantised cache, with a scale each, to fp32.
+void load_quantised(std::int64_t count, std::int64_t width, const void* from, const std::uint8_t* scales, float* to);
+/// A row of n values to E4M3; returns its scale (shared/e4m3.hpp).
+std::uint8_t store_quantised(std::int64_t n, const float* from, void* to);
+
 /// The exponential of all stages: within 2 ulp for x <= 88, 0 below -87, NaN for NaN.
 float exponential(float x);
 

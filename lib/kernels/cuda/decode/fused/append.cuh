@@ -3,10 +3,12 @@
 // those of its chunks, and of the rings.
 
 #include "kernels/cuda/decode/fused/tile_pipeline.cuh"
+#include "kernels/cuda/primitives/e4m3.cuh"
 
 namespace nsa::gpu {
 
-/// Every CTA of a work item writes the same bytes, so that no CTA waits for another before it reads them.
+/// Every CTA of a work item writes the same bytes, so that no CTA waits for another before it reads them. Where caches
+/// are quantised, rows come in storage type; those of cmp, the raw rows, stay so. Then a step may append nothing.
 template <class WarpTile, int W, class Params>
 struct FusedAppend {
   using T = typename WarpTile::Type;
@@ -56,6 +58,10 @@ struct FusedAppend {
 #pragma unroll
     for (int i = 0; i < rows_a_warp; ++i) {
       const int row = at.warp + i * W;
+      if constexpr (is_quantised_tile<WarpTile>) {
+        if (row < rows && row / 2 != cmp && p.appended.rows[row].bytes > 0) store_quantised(row, vectors[i]);
+        if (row / 2 != cmp) continue;
+      }
       if (!has_vector(row)) continue;
       const int position = row_of_position(row / 2);
       if (Params::is_shard && position < 0) continue;
@@ -63,6 +69,7 @@ struct FusedAppend {
       reinterpret_cast<uint4*>(to)[threadIdx.x % 32] = vectors[i];
     }
     __syncthreads();
+    if (is_quantised_tile<WarpTile> && p.appended.rows[0].bytes == 0) return;
     const int tokens = all_tokens(), token = tokens - 1, l = p.shape.rules.l;
     if (tokens == 0 || at.t + 1 - l != token * p.shape.rules.d) return;
     int segment = p.segment(token), row = token - segment * static_cast<int>(p.shape.lse.segment);
@@ -70,7 +77,10 @@ struct FusedAppend {
       if (!find_held(segment, row)) return;
     const int tile = segment * tiles_per_span(cmp, p.shape) + max(row, 0) / tile_rows;
     if (tile - p.by_tile_ctas(tile) * p.tile_ctas != at.tile_cta) return;
-    compress(segment, row);
+    if constexpr (is_quantised_tile<WarpTile>)
+      compress_quantised();
+    else
+      compress(segment, row);
     __syncthreads();
   }
   /// Compressed tokens at this position, of all ranks.
@@ -93,7 +103,6 @@ struct FusedAppend {
   /// layer/append_compress.cuh, in the same order.
   __device__ __forceinline__ void compress(int segment, int row) const {
     const int l = p.shape.rules.l, ring = p.appended.ring[cmp], first = slot_of(cmp, at.t + 1 - l), d_k = p.shape.d_k;
-    const std::int64_t plane = std::int64_t{p.tile.batch_begin} * p.shape.groups + at.work_item;
     int memory_row = segment * static_cast<int>(p.shape.lse.segment) + row;
     if constexpr (Params::is_shard) memory_row += (segment + 1) * p.k[cmp].map.halo;
     const std::int64_t to_row = p.pages.table[0] ? p.pages.row(0, at.row, segment, memory_row) : memory_row;
@@ -110,10 +119,52 @@ struct FusedAppend {
         sum += to_float(raw[(ring > 0 && slot >= ring ? slot - ring : slot) * std::int64_t{width}]);
       }
       const std::int64_t begin = p.pages.table[0] ? std::int64_t{at.group} * p.pages.rows[0] * width  // of the plane
-                                                  : plane * cache.plane_stride;
+                                                  : plane() * cache.plane_stride;
       T* to = static_cast<T*>(cache.data) + begin + to_row * width + e;
       nsa::gpu::store(to, sum / l);
     }
+  }
+  /// Stores a row of sel or win, of which a lane has a vector of T.
+  __device__ __forceinline__ void store_quantised(int row, uint4 vector) const {
+    const T* values = reinterpret_cast<const T*>(&vector);
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = to_float(values[i]);
+    const KvView& cache = row % 2 == 0 ? p.k[row / 2] : p.v[row / 2];
+    const int to_row = row_of_position(row / 2);
+    store_e4m3_row(x, plane_of(row) + std::int64_t{to_row} * WarpTile::k_bytes,
+                   first_scale(cache, plane(), at.group) + to_row, has_vector(row));
+  }
+  /// compress(), by a warp of K and one of V.
+  __device__ __forceinline__ void compress_quantised() const {
+    if (at.warp > 1) return;
+    const bool is_v = at.warp == 1;
+    const KvView& cache = is_v ? p.v[cmp] : p.k[cmp];
+    const int l = p.shape.rules.l, ring = p.appended.ring[cmp], first = slot_of(cmp, at.t + 1 - l);
+    const uint2* raw = reinterpret_cast<const uint2*>(plane_of(is_v)) + threadIdx.x % 32;  // four columns
+    float sum[4] = {};
+#pragma unroll 8
+    for (int m = 0; m < l; ++m) {
+      const int slot = first + m;
+      const uint2 four = raw[(ring > 0 && slot >= ring ? slot - ring : slot) * (WarpTile::k_bytes / 4)];
+      const T* values = reinterpret_cast<const T*>(&four);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] += to_float(values[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      T rounded;
+      nsa::gpu::store(&rounded, sum[i] / l);
+      sum[i] = to_float(rounded);
+    }
+    const std::int64_t to_row = p.pages.table[0] ? p.pages.row(0, at.row, p.segment(at.n - 1), at.n - 1) : at.n - 1;
+    const std::int64_t begin =
+        p.pages.table[0] ? std::int64_t{at.group} * p.pages.rows[0] * WarpTile::k_bytes : plane() * cache.plane_stride;
+    store_e4m3_row(sum, static_cast<char*>(cache.data) + begin + to_row * WarpTile::k_bytes,
+                   first_scale(cache, plane(), at.group) + to_row, true);
+  }
+  __device__ __forceinline__ std::int64_t plane() const {
+    return std::int64_t{p.tile.batch_begin} * p.shape.groups + at.work_item;
   }
 };
 

@@ -66,6 +66,7 @@ struct FusedDecode {
     pipeline.pages = &p.pages;
     pipeline.sequence = sequence();
     pipeline.ring = shared_address(shared) + at.warp * SharedLayout::ring_bytes;
+    pipeline.scale_ring = shared_address(shared) + SharedLayout::scales + at.warp * SharedLayout::slots * slot_rows;
     pipeline.policy = cache_policy(p.keeps_scores ? CacheHint::evict_first : CacheHint::evict_normal);
     scores_policy = cache_policy(CacheHint::evict_last);
     if constexpr (Params::after_cmp) pipeline.window_ring = static_cast<int>(p.k[win].map.ring);
@@ -132,6 +133,10 @@ struct FusedDecode {
     plan_tiles();
     cp_async_wait<SharedLayout::slots>();  // the queries, the gates
     __syncthreads();
+    if constexpr (is_quantised_tile<WarpTile>) {
+      WarpTile::convert_queries(shared + SharedLayout::queries, threadIdx.x, threads);
+      __syncthreads();
+    }
     if constexpr (Params::is_layer)
       if (p.log.position && threadIdx.x == 0) end_step();
   }
@@ -156,11 +161,16 @@ struct FusedDecode {
   __device__ __forceinline__ TileRange* ranges() const {
     return reinterpret_cast<TileRange*>(shared + SharedLayout::ranges) + at.warp * 2;
   }
+  __device__ __forceinline__ ScaleRange* scale_ranges() const {
+    return reinterpret_cast<ScaleRange*>(shared + SharedLayout::scale_ranges) + at.warp * 2;
+  }
   // Assigns tiles to this warp; how many there are depends on the position. The last warps take the window.
   __device__ __forceinline__ void assign_tiles() {
     const int from_last = at.cluster_warps - 1 - at.warp_in_cluster, per_segment = tiles_per_span(cmp, p.shape);
     pipeline.attends_sel = from_last >= p.win_warps;
     pipeline.ranges = ranges();
+    pipeline.scale_ranges = scale_ranges();
+    pipeline.cmp_tokens = p.max_tokens;
     if (threadIdx.x % 32 == 0) store_ranges(from_last, per_segment);
     __syncwarp();
     if constexpr (Params::after_cmp) return;
@@ -178,10 +188,15 @@ struct FusedDecode {
     const auto plane_rows = [&](const KvView& view) {
       const std::int64_t begin =
           view.pages.pages ? std::int64_t{at.group} * view.pages.rows * view.width : plane * view.plane_stride;
-      return static_cast<const char*>(view.data) + begin * static_cast<int>(sizeof(T));
+      return static_cast<const char*>(view.data) + begin * element_bytes<WarpTile>;
     };
     const Branch second = pipeline.attends_sel ? sel : win;
     const int span = pipeline.attends_sel ? s.rules.l_sel : window_span;
+    if constexpr (is_quantised_tile<WarpTile>) {
+      const auto scales_of = [&](const KvView& view) { return first_scale(view, plane, at.group); };
+      scale_ranges()[0] = {scales_of(p.k[cmp]), scales_of(p.v[cmp])};
+      scale_ranges()[1] = {scales_of(p.k[second]), scales_of(p.v[second])};
+    }
     const int halo = is_shard ? p.k[cmp].map.halo : 0;  // in front of the first chunk
     ranges()[0] = {plane_rows(p.k[cmp]) + halo * WarpTile::k_bytes,
                    plane_rows(p.v[cmp]) + halo * WarpTile::v_bytes,
@@ -247,6 +262,7 @@ struct FusedDecode {
       at.selected = pipeline.selected;
       pipeline.selected = at.held_of_selected(known_blocks);
     }
+    pipeline.cmp_tokens = at.n;
     pipeline.start(!pipeline.attends_sel ? win_tiles : sel_tiles == 0 ? 0 : known_blocks * tiles_per_span(sel, s));
   }
 
@@ -260,7 +276,7 @@ struct FusedDecode {
     return Select{p, at, shared}.select(tiles, per_segment);
   }
   __device__ __forceinline__ void mainloop(WarpTile& warp_tile, int pass) {
-    const TileRange& c = pipeline.ranges[pass];
+    const std::conditional_t<is_quantised_tile<WarpTile>, TileRange, const TileRange&> c = pipeline.ranges[pass];
     const bool has_pv = pass == 1 || !p.scores_only;
     float2* sums = p.tile_lse + at.tile_item * p.max_tiles * WarpTile::heads;
     int tokens = 0;
@@ -277,6 +293,7 @@ struct FusedDecode {
         if constexpr (is_shard)
           if (has_halo) warp_tile.store_halo_score(p.block_sums.halo_scores(at.work_item, i), pipeline.halo_row());
         warp_tile.multiply_qk(from);
+        if constexpr (is_quantised_tile<WarpTile>) warp_tile.load_scales(pipeline.scales());
       });
 #pragma unroll 1
       for (int panel = 1; panel < k_panels<WarpTile>(p.shape); ++panel)
@@ -298,7 +315,10 @@ struct FusedDecode {
       if (has_pv)
         for_each_part<WarpTile>(p.shape, [&](auto part) {
           if constexpr (part < WarpTile::v_panels)
-            pipeline.consume([&](unsigned from) { warp_tile.template multiply_pv<part>(from); });
+            pipeline.consume([&](unsigned from) {
+              if constexpr (is_quantised_tile<WarpTile>) warp_tile.raise_reference(pipeline.scales());
+              warp_tile.template multiply_pv<part>(from);
+            });
         });
       tokens += rows.count;
     }
@@ -423,7 +443,7 @@ __global__ void __launch_bounds__(32 * W, W < fused_warps ? 2 : 1)
   ParkedTile<WarpTile> cmp_tile(warp_tile);
   attend(step, cmp_tile, warp_tile);
   const auto merge = step.merge();
-  const bool is_split = W == fused_warps && merge.ctas() > 1;  // several CTAs have partials of a head tile
+  const bool is_split = W >= fused_warps && merge.ctas() > 1;  // several CTAs have partials of a head tile
   if (!SharedLayout::whole && is_split) cluster_barrier();     // no CTA reads what the partials overlap
   for_each_part<WarpTile>(p.shape, [&](auto part) {
     if (part > 0 && is_split) cluster_barrier();  // the part before is merged

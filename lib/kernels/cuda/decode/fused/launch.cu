@@ -21,7 +21,10 @@ auto with_instances(const LayerShape& s, F f) {
                : f(std::integral_constant<DType, DType::f16>{}, std::false_type{});
 }
 
+bool has_fp8_rows(const LayerShape& s) { return s.kv_precision == KvPrecision::fp8_e4m3; }
+
 int resident_clusters(const LayerShape& s, int cluster) {
+  if (has_fp8_rows(s)) return active_clusters_fp8(s, cluster);
   return with_instances(s, [&](auto type, auto tuned) { return active_clusters<type, tuned>(s, cluster); });
 }
 
@@ -44,6 +47,7 @@ Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_
   const int head_tiles = head_tiles_of(s);
   const DecodeInstance instance = fused_instance(s);
   const bool has_small_ctas = head_tiles == 1 && instance.heads <= 16 && instance.d_v <= 128;
+  const int cta_warps = has_fp8_rows(s) ? fused_warps_fp8 : fused_warps;
   constexpr double latencies = 8e-6, bandwidth = 4.3e12;  // s and bytes/s of an H200; only their ratio matters
   constexpr double start = 30e-6;                         // of a cluster that follows another, its latencies among it
   const BlockRules& r = s.rules;
@@ -53,8 +57,8 @@ Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_
         (compressed_tokens(r, T - 1) + std::min<std::int64_t>(T, std::int64_t{r.n_sel} * r.l_sel) +
          std::min<std::int64_t>(T, r.w)) /
         within.shards;
-    return static_cast<double>(tokens * (s.d_k + s.d_v)) * static_cast<double>(size_of(s.dtype)) * limits().sms /
-           bandwidth;
+    const std::int64_t bytes = row_bytes(s.dtype, s.kv_precision, s.d_k) + row_bytes(s.dtype, s.kv_precision, s.d_v);
+    return static_cast<double>(tokens * bytes) * limits().sms / bandwidth;
   };
   const double alone = alone_at(tile.max_positions), mean = tile.ragged() ? alone_at(tile.mean_positions) : alone;
   Division best;
@@ -75,7 +79,7 @@ Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_
     const int resident = within.active_clusters(s, cluster);
     if (resident == 0) break;
     if (within.only_warps == 0 || within.only_warps == fused_warps)
-      consider(cluster, fused_warps, resident, static_cast<double>(head_tiles) / cluster);
+      consider(cluster, cta_warps, resident, static_cast<double>(head_tiles) / cluster);
     if (cluster == 1 && has_small_ctas && within.only_warps != fused_warps)
       consider(1, within.only_warps > 0 ? within.only_warps : fused_warps_small, 2 * resident,
                work_items > resident ? 2.0 : 1.0);
@@ -227,8 +231,22 @@ bool try_fused_tokens(const AttentionArgs& a, const DecodeParams& cmp_launch, St
 
 void divide_work(FusedDecodeParams& p) { divide_work(p, {resident_clusters, p.max_tiles}); }
 
+namespace {
+
+void launch_fp8(const FusedAppendParams& p, Stream* stream) { launch_fused_decode_fp8(p, stream); }
+// The kernel of a layer, which appends and logs nothing.
+void launch_fp8(const FusedDecodeParams& p, Stream* stream) {
+  FusedAppendParams step;
+  static_cast<FusedDecodeParams&>(step) = p;
+  launch_fused_decode_fp8(step, stream);
+}
+
+}  // namespace
+
 template <class Params>
 void launch_divided(const Params& p, Stream* stream) {
+  if constexpr (!Params::projects && !Params::after_cmp)
+    if (has_fp8_rows(p.shape)) return launch_fp8(p, stream);
   with_instances(p.shape, [&](auto type, auto tuned) { launch_fused_decode<type, tuned, Params>(p, stream); });
 }
 template void launch_divided(const FusedDecodeParams&, Stream*);

@@ -48,7 +48,11 @@ struct FusedMerge {
   __device__ __forceinline__ void store_warp(const WarpTile& warp_tile, int pass) const {
     auto* o = reinterpret_cast<float*>(shared) + partial_of(at.warp, pass) * SharedLayout::warp_floats;
     float2* states = warp_lse() + partial_of(at.warp, pass) * WarpTile::heads;
-    warp_tile.template store_scaled_o<Part>(o, [](int, float) { return 1.0f; });
+    const auto unscaled = [](int, float) { return 1.0f; };
+    if constexpr (is_quantised_tile<WarpTile>)
+      warp_tile.template store_scaled_o<Part>(o, unscaled, SharedLayout::pitch);
+    else
+      warp_tile.template store_scaled_o<Part>(o, unscaled);
     warp_tile.store_state(states);
   }
 
@@ -89,7 +93,7 @@ struct FusedMerge {
   // of its o. A thread has one warp; neighbouring threads have the warps of one head.
   template <int Part>
   __device__ __forceinline__ void rescale_warps() const {
-    constexpr int lanes = W > 4 ? 8 : 4;  // of a head
+    constexpr int lanes = W > 8 ? 16 : W > 4 ? 8 : 4;  // of a head
     static_assert(W <= lanes);
 #pragma unroll 1
     for (int item0 = at.warp * 32; item0 < branches * part_heads * lanes; item0 += threads) {

@@ -9,8 +9,9 @@
 namespace nsa::gpu {
 
 /// Warps of a CTA: 8, one CTA an SM; with more work items than SMs 4, two CTAs an SM, clusters of one. After a launch
-/// of cmp 6 with smaller rings, two CTAs an SM, where head sizes are at most 128.
-constexpr int fused_warps = 8, fused_warps_small = 4, fused_warps_after_cmp = 6;
+/// of cmp 6 with smaller rings, two CTAs an SM, where head sizes are at most 128. Of FP8 rows 12 in place of 8: a tile
+/// has half the bytes and more instructions.
+constexpr int fused_warps = 8, fused_warps_small = 4, fused_warps_after_cmp = 6, fused_warps_fp8 = 12;
 constexpr int fused_max_cluster = 16;  ///< CTAs of a work item; sizes above 8 are not portable
 constexpr int round_tokens = 128;      ///< tokens that a warp scores in a round
 constexpr int max_halo_tokens = 32;    ///< halo tokens before a block that overlap it
@@ -197,6 +198,9 @@ template <DType Storage, bool Tuned>
 int active_clusters(const LayerShape& s, int cluster);
 template <DType Storage, bool Tuned, class Params>
 void launch_fused_decode(const Params& p, Stream* stream);
+// The same of the kernels of FP8 rows. Without p.appended nothing is appended.
+int active_clusters_fp8(const LayerShape& s, int cluster);
+void launch_fused_decode_fp8(const FusedAppendParams& p, Stream* stream);
 
 /// Warps of a CTA of an instance after a launch of cmp.
 constexpr int after_cmp_warps(const DecodeInstance& i) {

@@ -22,7 +22,7 @@ template <class WarpTile, int W, bool Sums, class Params = FusedDecodeParams>
 struct FusedSelect {
   using Scores = std::conditional_t<Sums, ScoresFromBlockSums<WarpTile, W>, ScoresFromRaw<WarpTile, W>>;
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
-  static constexpr int top = SharedLayout::top, cta_lists = W > 4 ? 8 : 4;  // lists: at least the warps
+  static constexpr int top = SharedLayout::top, cta_lists = W > 8 ? 12 : W > 4 ? 8 : 4;  // lists: at least the warps
   const Params& p;
   const typename Params::Coord& at;
   char* shared;
@@ -49,7 +49,7 @@ struct FusedSelect {
     const BlockRules& r = p.shape.rules;
     if (threadIdx.x == 0 && at.cta_scoring_warps > 0) mbarrier_init(barrier(), at.cta_scoring_warps * 32);
     static_assert(fused_max_cluster * warp_top_n <= 32 * fused_warps);
-    if (W == fused_warps && static_cast<int>(threadIdx.x) < p.cluster * warp_top_n)
+    if (W >= fused_warps && static_cast<int>(threadIdx.x) < p.cluster * warp_top_n)
 #pragma unroll
       for (int i = 0; i < top; i += warp_top_n) cta_top()[threadIdx.x + p.cluster * i] = 0;
 #pragma unroll 1
@@ -174,7 +174,7 @@ struct FusedSelect {
     int begin, end;
   };
   __device__ __forceinline__ ScoreRange score_range(int rounds) const {
-    const bool single_pass = W == fused_warps && at.eligible <= p.single_pass_blocks * at.scoring_warps;
+    const bool single_pass = W >= fused_warps && at.eligible <= p.single_pass_blocks * at.scoring_warps;
     const int count = single_pass ? p.single_pass_blocks
                                   : p.by_scoring_warps(rounds + at.scoring_warps - 1) * p.round_blocks,
               begin = at.warp_in_cluster * count;
@@ -305,7 +305,7 @@ struct FusedSelect {
     }
     if (!early && !Params::is_shard) scores.prefetch(blocks.begin, blocks.single_pass);
     sync_scoring_warps();
-    if (W == fused_warps && blocks.single_pass)
+    if (W >= fused_warps && blocks.single_pass)
       send_top_single_pass(blocks, scores);
     else
       send_top(blocks, scores, rounds);

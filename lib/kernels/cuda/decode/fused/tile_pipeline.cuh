@@ -18,28 +18,40 @@ template <class WarpTile, int W>
 struct FusedSharedLayout {
   static constexpr bool after_cmp = W == fused_warps_after_cmp;
   static constexpr int slot_bytes = DecodeSharedLayout<WarpTile>::slot_bytes,
-                       slots = after_cmp ? (16 << 10) / slot_bytes : DecodeSharedLayout<WarpTile>::slots,
+                       slots = after_cmp         ? (16 << 10) / slot_bytes
+                               : W > fused_warps ? 4
+                                                 : DecodeSharedLayout<WarpTile>::slots,
                        ring_bytes = slots * slot_bytes;
   static constexpr bool whole = WarpTile::parts == 1;                        // o
   static constexpr int top = WarpTile::tuned ? warp_top_n : 2 * warp_top_n;  // blocks of a sorted list
-  static constexpr int queries = W * ring_bytes + (whole ? 0 : 32), prob = queries + WarpTile::query_bytes,
-                       ranges = prob + W * WarpTile::prob_bytes, fixed_end = ranges + W * 2 * 48,
-                       gates = whole ? fixed_end : W * ring_bytes, barrier = gates + 16,
-                       cta_top = whole ? barrier + 16 : fixed_end,
-                       select = cta_top + (W == fused_warps ? fused_max_cluster * top * 8 : 0);
-  static constexpr int pitch = WarpTile::v_columns + 8, warp_floats = WarpTile::part_heads * pitch,
+  static constexpr int pitch = WarpTile::v_columns + (W > fused_warps ? 4 : 8),
+                       warp_floats = WarpTile::part_heads * pitch,
                        items = WarpTile::part_heads * (WarpTile::v_columns / 4);
   static constexpr int warp_partials = after_cmp ? 1 : 2;                             // second alone, or cmp, second
   static constexpr int warp_lse = W * warp_partials * warp_floats * 4;                // (m, sum) of the warps
-  static constexpr int cta_lse = warp_lse + W * warp_partials * WarpTile::heads * 8;  // (m, sum) of the CTA by branch
-  static_assert(cta_lse + branches * WarpTile::part_heads * 8 <= W * ring_bytes);
+  static constexpr int cta_lse = warp_lse + W * warp_partials * WarpTile::heads * 8,  // (m, sum) of the CTA by branch
+      epilogue_end = cta_lse + branches * WarpTile::part_heads * 8;
+  static constexpr int queries = W * ring_bytes + (whole ? 0 : 32), prob = queries + WarpTile::query_bytes,
+                       ranges = prob + W * WarpTile::prob_bytes, scale_ranges = ranges + W * 2 * 48,
+                       scales = scale_ranges + (is_quantised_tile<WarpTile> ? W * 2 * 16 : 0),
+                       fixed_end = scales + (is_quantised_tile<WarpTile> ? W * slots * slot_rows : 0);
+  // The o of 12 warps is longer than their rings: it overlaps all up to the gates.
+  static constexpr bool long_epilogue = W > fused_warps;
+  static constexpr int gates = long_epilogue ? epilogue_end
+                               : whole       ? fixed_end
+                                             : W * ring_bytes,
+                       barrier = gates + 16, cta_top = whole && !long_epilogue ? barrier + 16 : fixed_end,
+                       top_bytes = W < fused_warps ? 0 : fused_max_cluster * top * 8,
+                       select = long_epilogue ? barrier + 16 : cta_top + top_bytes;
+  static_assert(!long_epilogue || cta_top + top_bytes <= gates);
+  static_assert(long_epilogue || epilogue_end <= W * ring_bytes);
   // A CTA of 4 warps needs partials where ranks merge only; they are behind the warps' o and (m, sum).
   static constexpr int merged_bytes = branches * ((items + 8) * 16 + 40 * 8),
                        partials = W < fused_warps ? cta_lse + branches * WarpTile::part_heads * 8
                                   : whole         ? select
                                                   : queries,
                        partial_bytes = W < fused_warps ? 0 : merged_bytes;
-  static_assert(W == fused_warps || partials + merged_bytes <= W * ring_bytes);
+  static_assert(W >= fused_warps || partials + merged_bytes <= W * ring_bytes);
   // Block selection: the sorted blocks of the warps, LSE buckets, normalisers, probabilities by warp, overlaps.
   static __host__ __device__ int buckets_at() { return select + W * top * 8; }
   static __host__ __device__ int normalisers_at(const LayerShape& s) {
@@ -70,6 +82,15 @@ struct TileRange {
   int size, tiles_per_span, first_span, low, high;
 };
 static_assert(sizeof(TileRange) == 48);
+/// Scales of the rows of a range, where the rows are quantised.
+struct ScaleRange {
+  const std::uint8_t *k, *v;
+};
+/// The scale of the first row of a plane, or of its rows in the first page.
+__device__ __forceinline__ std::uint8_t* first_scale(const KvView& view, std::int64_t plane, int group) {
+  return view.scales + (view.pages.pages ? std::int64_t{group} * view.pages.rows
+                                         : plane * scales_of_plane(view.plane_stride / view.width));
+}
 
 /// Contiguous rows of a tile.
 struct TileRows {
@@ -81,11 +102,13 @@ struct TileRows {
 template <class WarpTile, int W, bool Shard = false, bool Wraps = false>
 struct TilePipeline {
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
+  static constexpr bool is_quantised = is_quantised_tile<WarpTile>;
   const LayerShape* shape;
-  const TileRange* ranges;        // shared, of this warp: cmp, then the second branch
-  bool scores_only, attends_sel;  // attends_sel: the second branch is sel
-  int selected;                   // lane u: the u-th selected block; -1: none
-  unsigned ring;
+  const TileRange* ranges;         // shared, of this warp: cmp, then the second branch
+  const ScaleRange* scale_ranges;  // the same of their scales
+  bool scores_only, attends_sel;   // attends_sel: the second branch is sel
+  int selected;                    // lane u: the u-th selected block; -1: none
+  unsigned ring, scale_ring;       // scale_ring: of quantised rows, slot_rows bytes a slot
   std::uint64_t policy;
   // The producer side: the next copy is V (`load_v`) or K of tile `load_tile` of pass `load_pass`, if below `load_end`.
   TileRows load_rows;
@@ -98,8 +121,11 @@ struct TilePipeline {
   const FusedPages* pages;
   int sequence;         // of the tile
   int window_ring = 0;  // Wraps: its rows
+  int cmp_tokens;       // of quantised rows
 
   __device__ __forceinline__ TileRows rows_of(int pass, int i) const {
+    if constexpr (is_quantised)  // without loads: spans of cmp are whole tiles
+      if (pass == 0) return {i * tile_rows, min(tile_rows, cmp_tokens - i * tile_rows)};
     const TileRange& c = ranges[pass];
     const int u = c.tiles_per_span == 2 ? i / 2 : i / c.tiles_per_span, at = (i - u * c.tiles_per_span) * tile_rows;
     int span = c.first_span + u;
@@ -128,6 +154,8 @@ struct TilePipeline {
     const int per_span = ranges[0].tiles_per_span;
     return pass == 0 && (per_span == 2 ? i % 2 : i % per_span) == 0 && (i > 0 || first_has_halo);
   }
+  /// While a slot is consumed: the scales of its rows.
+  __device__ __forceinline__ unsigned scales() const { return scale_ring + read_slot * slot_rows; }
   /// While a slot is consumed.
   __device__ __forceinline__ unsigned halo_row() const { return halo_rows + read_slot * WarpTile::k_bytes; }
   // To the first tile from `load_tile` on that has tokens.
@@ -162,6 +190,25 @@ struct TilePipeline {
                                        policy);
     }
   }
+  // issue_copy() of quantised rows and their scales, whole 4-byte words of them. What it loads from shared memory it
+  // loads before the copies, which no load can pass, so that the latencies overlap.
+  __device__ __forceinline__ void issue_quantised() {
+    if (load_tile < load_end) {
+      const TileRange c = ranges[load_pass];
+      const ScaleRange scales = scale_ranges[load_pass];
+      const TileRows rows = load_rows;
+      const char* from = (load_v ? c.v : c.k) + std::int64_t{rows.row} * WarpTile::k_bytes;
+      const std::uint8_t* scales_from = (load_v ? scales.v : scales.k) + rows.row;
+      const unsigned to = ring + write_slot * SharedLayout::slot_bytes, scales_to = scale_ring + write_slot * slot_rows;
+      write_slot = write_slot + 1 == SharedLayout::slots ? 0 : write_slot + 1;
+      ++filled_slots;
+      advance_copy(c, *shape);
+      cp_async_tile<WarpTile::k_bytes>(to, from, rows.count, policy);
+      const int lane = threadIdx.x % 32;
+      if (lane < slot_rows / 4) cp_async_word(scales_to + lane * 4, scales_from + lane * 4, true);
+    }
+    cp_async_commit();
+  }
   // To the next panel, the V of this tile, or the next tile.
   __device__ __forceinline__ void advance_copy(const TileRange& c, const LayerShape& s) {
     if (WarpTile::k_panels > 1 || WarpTile::v_panels > 1) {
@@ -176,6 +223,7 @@ struct TilePipeline {
   // Issues the next copy, if a tile is known, into the oldest free slot. It always commits a group, so that the latest
   // `slots` groups are those of the slots, or older ones.
   __device__ __forceinline__ void issue_copy() {
+    if constexpr (is_quantised) return issue_quantised();
     if (load_tile < load_end) {
       const TileRange& c = ranges[load_pass];
       if constexpr (Shard)

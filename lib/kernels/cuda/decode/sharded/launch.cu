@@ -48,12 +48,12 @@ bool longest_delays(const ShardedStepArgs& a) {
   return excess_tokens * (s.d_k + s.d_v) * static_cast<double>(size_of(s.dtype)) * sms / ctas / bandwidth > launches;
 }
 
-// Whether the launch can do what is around the attention: positions that move together, rows of whole vectors, raw rows
-// that a ring has.
+// Whether the launch can do what is around the attention: positions that move together, rows of whole vectors as they
+// are, raw rows that a ring has.
 bool reads_ends(const ShardedStepArgs& a) {
   const StepEnds& ends = *a.ends;
   const LayerShape& s = a.attention.combine.shape;
-  return s.phi == PhiKind::mean && !a.attention.combine.tile.ragged() && ends.log.log_steps > 0 &&
+  return !s.quantises() && s.phi == PhiKind::mean && !a.attention.combine.tile.ragged() && ends.log.log_steps > 0 &&
          ends.compress.fill_halo && ends.compress.k_raw.map.ring >= s.rules.l;
 }
 

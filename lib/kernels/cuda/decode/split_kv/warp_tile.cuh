@@ -16,14 +16,29 @@
 
 namespace nsa::gpu {
 
+/// Bytes of an element of K and V in memory: of a tile whose rows are quantised its own
+/// (decode/fused/warp_tile_fp8.cuh).
+template <class WarpTile>
+constexpr int element_bytes = [] {
+  if constexpr (requires { WarpTile::element_bytes; })
+    return WarpTile::element_bytes;
+  else
+    return static_cast<int>(sizeof(typename WarpTile::Type));
+}();
+/// Whether the rows are quantised: then every slot has scales of its rows.
+template <class WarpTile>
+constexpr bool is_quantised_tile = requires {
+  WarpTile::element_bytes;
+};
+
 /// Bytes of a row of K or V in memory.
 template <class WarpTile>
 __device__ __forceinline__ int k_row_bytes(const LayerShape& s) {
-  return typename WarpTile::Size(s).d_k * static_cast<int>(sizeof(typename WarpTile::Type));
+  return typename WarpTile::Size(s).d_k * element_bytes<WarpTile>;
 }
 template <class WarpTile>
 __device__ __forceinline__ int v_row_bytes(const LayerShape& s) {
-  return typename WarpTile::Size(s).d_v * static_cast<int>(sizeof(typename WarpTile::Type));
+  return typename WarpTile::Size(s).d_v * element_bytes<WarpTile>;
 }
 /// Slots that the rows of a KV tile fill: panels of K, or of V.
 template <class WarpTile>
@@ -54,9 +69,9 @@ __device__ __forceinline__ void for_each_part(const LayerShape& s, F f) {
 }
 
 /// Whether a tile of pass 0 of the fused step waits in local memory while pass 1 runs, so that the main loop has its
-/// registers: in padded instances of 16 heads. With 32 heads the compiler's own choice is measured.
+/// registers: in padded instances of 16 heads, and of FP8 rows. With 32 heads the compiler's own choice is measured.
 template <class WarpTile>
-constexpr bool parks_tile = !WarpTile::tuned && WarpTile::heads <= 16;
+constexpr bool parks_tile = (!WarpTile::tuned && WarpTile::heads <= 16) || is_quantised_tile<WarpTile>;
 
 /// That tile, in registers or in local memory.
 template <class WarpTile, bool Parks = parks_tile<WarpTile>>
