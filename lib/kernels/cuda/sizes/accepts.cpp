@@ -24,6 +24,9 @@ bool rows_accept(const LayerShape& s, const QueryTile&) {
   return sized && s.dtype != DType::f32;
 }
 
+// That a query selects: those of the rank stage, and those of 64 tokens of prefill/selected.
+constexpr int prefill_max_blocks = 64;
+
 // A CUDA build for other GPUs only has no such kernels. A build without CUDA plans for one that has them.
 bool tiles_shape(const LayerShape& s) {
 #ifdef NSA_NO_SM90A
@@ -34,14 +37,14 @@ bool tiles_shape(const LayerShape& s) {
   const int ratio = r.l_sel / r.d;
   return limits().capability == 90 && s.dtype != DType::f32 && s.d_k % 16 == 0 && s.d_v % 16 == 0 && s.d_k <= 256 &&
          s.d_v <= 256 && dense_tile_tokens % ratio == 0 && (r.l - 1) / r.d <= prefill_max_halo &&
-         s.lse.segment % 8 == 0 && r.n_sel <= 32;
+         s.lse.segment % 8 == 0 && r.n_sel <= prefill_max_blocks;
 #endif
 }
 
 bool selected_tiles_shape(const LayerShape& s) {
   const BlockRules& r = s.rules;
   return tiles_shape(s) && (r.l_sel == selected_block_tokens || r.l_sel == 2 * selected_block_tokens) &&
-         blocks_of(r) <= selected_max_blocks;
+         blocks_of(r) <= prefill_max_blocks;
 }
 
 bool gather_accepts(const LayerShape& s) {
