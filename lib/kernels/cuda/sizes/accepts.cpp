@@ -24,9 +24,6 @@ bool rows_accept(const LayerShape& s, const QueryTile&) {
   return sized && s.dtype != DType::f32;
 }
 
-// That a query selects: those of the rank stage, and those of 64 tokens of prefill/selected.
-constexpr int prefill_max_blocks = 64;
-
 // A CUDA build for other GPUs only has no such kernels. A build without CUDA plans for one that has them.
 bool tiles_shape(const LayerShape& s) {
 #ifdef NSA_NO_SM90A

@@ -16,13 +16,12 @@
 namespace nsa::gpu::selected {
 
 constexpr int consumer_warps = 12;
-constexpr int threads = 32 * (consumer_warps + 4);   // whole warpgroups, which exchange registers
-constexpr int block_tokens = selected_block_tokens;  // of a KV slot: a selection block
-constexpr int max_blocks = selected_max_blocks,
-              max_blocks_small = 16;                // of 64 tokens of a query: two instances of TileScheduler
-constexpr int mailbox_slots = 8;                    // of a consumer warp: more than KV slots
-constexpr int schedule_slots = 4, slot_blocks = 8;  // of the schedule ring, and scheduled blocks in each
-constexpr int pool_blocks = 8;                      // of SharedSelectionScheduler
+constexpr int threads = 32 * (consumer_warps + 4);     // whole warpgroups, which exchange registers
+constexpr int block_tokens = selected_block_tokens;    // of a KV slot: a selection block
+constexpr int max_blocks = 32, max_blocks_small = 16;  // of 64 tokens of a query: two instances of TileScheduler
+constexpr int mailbox_slots = 8;                       // of a consumer warp: more than KV slots
+constexpr int schedule_slots = 4, slot_blocks = 8;     // of the schedule ring, and scheduled blocks in each
+constexpr int pool_blocks = 8;                         // of SharedSelectionScheduler
 constexpr std::int64_t max_schedulable_positions = std::int64_t{block_tokens}
                                                    << 19;  // ScheduledBlock::block() has 19 bits
 
