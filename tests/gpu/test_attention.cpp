@@ -124,6 +124,20 @@ TEST_CASE("cuda prefill tiles equal the host's", "[prefill]") {
         }
 }
 
+// Every number of queries in a product, with idle rows and without: rows before the first compressed token, queries of
+// which some see a second KV tile, blocks that are eligible before any of their tokens is visible.
+TEST_CASE("cuda prefill tiles of few heads equal the host's", "[prefill][few]") {
+  int index = 0;
+  for (const int h : {12, 8, 7, 4, 3, 2, 1})
+    for (const auto& [first, tokens] : {std::pair{0, 70}, {2047, 23}, {2040, 129}, {5003, 40}}) {
+      ++index;
+      Case c{shape_of(index % 2 ? DType::bf16 : DType::f16, 2, h, 128, 128), index % 3 ? 1 : 2, tokens, first};
+      c.chunk_blocks = 4;
+      check(Run(c));
+    }
+  for (const int h : {7, 4}) check(Run({shape_of(DType::bf16, 4, h, 64, 64), 1, 203, 1990}));
+}
+
 // Head sizes that the tiled kernels pad, of K and V each, and blocks of 128 tokens.
 TEST_CASE("cuda prefill takes every head size up to 256, and blocks of 128", "[prefill][padded_prefill]") {
   int index = 0;
@@ -180,14 +194,42 @@ TEST_CASE("cuda prefill takes groups and values in parts", "[prefill][parts]") {
   }
 }
 
-// More chosen blocks than the single-pass kernel holds, and enough rows for tiles.
-TEST_CASE("cuda prefill of many chosen blocks equals the host's", "[prefill]") {
+// Groups of few heads, and rows enough that a warp of the selected branch takes 2, 4, 8 and 16 queries: work items that
+// end within a warp's queries, blocks of 64 and 128 tokens, more than 16 of them.
+TEST_CASE("cuda prefill attends the chosen blocks of several queries together", "[prefill][packed]") {
+  for (const auto& [h, d, batch, first, tokens, l_sel, n] : {std::tuple{1, 64, 34, 2040, 23, 64, 16},
+                                                             {1, 128, 34, 0, 70, 64, 16},
+                                                             {2, 128, 17, 2040, 110, 64, 16},
+                                                             {2, 256, 34, 1000, 20, 64, 5},
+                                                             {3, 96, 34, 700, 31, 64, 20},
+                                                             {4, 128, 12, 2500, 130, 64, 16},
+                                                             {4, 128, 34, 2000, 13, 128, 16},
+                                                             {8, 128, 9, 2040, 95, 64, 16},
+                                                             {7, 48, 9, 100, 91, 64, 16}}) {
+    Case c{shape_of(h == 4 ? DType::f16 : DType::bf16, 4, h, d, d), batch, tokens, first};
+    c.shape.rules.l_sel = l_sel, c.shape.rules.n_sel = n;
+    const Run run(c);
+    INFO("h=" << h << " d=" << d << " batch=" << batch << " first=" << first << " l_sel=" << l_sel << " n=" << n);
+    CHECK(run.fused);
+    check(run);
+  }
+}
+
+// More chosen blocks than the single-pass kernel holds, and enough rows for tiles; more than a warp has lanes.
+TEST_CASE("cuda prefill of many chosen blocks equals the host's", "[prefill][many]") {
   for (const int d : {64, 128})
     for (const int n : {17, 32}) {
       Case c{shape_of(DType::bf16, 2, 3, d, d), 1, 300, 2500};
       c.shape.rules.n_sel = n;
       run_and_check(c);
     }
+  for (const auto& [n, l_sel, h, first] : {std::tuple{33, 64, 3, 2500}, {64, 64, 16, 4500}, {32, 128, 16, 5000}}) {
+    Case c{shape_of(DType::bf16, 2, h, 128, 128), 1, 300, first};
+    c.shape.rules.n_sel = n, c.shape.rules.l_sel = l_sel;
+    const Run run(c);
+    CHECK(run.fused);
+    check(run);
+  }
 }
 
 // Scores whose spread is tens of powers of two: rows whose running maximum rises after the first tile, by much and by
@@ -234,9 +276,9 @@ TEST_CASE("the scratch of a tile suffices for tiles of fewer rows and positions"
 }
 
 TEST_CASE("cuda prefill selects the same blocks on every layout and tile", "[prefill]") {
-  for (const int chunk_blocks : {2, 4, 16})
+  for (const auto& [h, chunk_blocks] : {std::pair{16, 2}, {16, 4}, {16, 16}, {8, 2}, {4, 16}, {3, 4}, {2, 16}, {1, 4}})
     for (const auto& [first, tokens] : {std::pair{0, 100}, {1020, 77}, {6007, 50}}) {
-      Case c{shape_of(DType::bf16, 1, 16, 128, 128), 1, tokens, first};
+      Case c{shape_of(DType::bf16, 1, h, 128, 128), 1, tokens, first};
       c.chunk_blocks = chunk_blocks;
       c.gathered = true;
       const Run one(c);
@@ -246,7 +288,7 @@ TEST_CASE("cuda prefill selects the same blocks on every layout and tile", "[pre
         c.kv = kv;
         const Run tiled(c);
         check(tiled);
-        INFO("first=" << first << " kv=" << kv << " chunk_blocks=" << chunk_blocks);
+        INFO("h=" << h << " first=" << first << " kv=" << kv << " chunk_blocks=" << chunk_blocks);
         CHECK(tiled.gpu_selected == one.gpu_selected);
         CHECK(tiled.p_slc[0]->from_gpu<float>() == scores);
       }
@@ -267,6 +309,8 @@ TEST_CASE("fused cuda prefill equals the host's and selects what the stages sele
     for (const auto& [d, h, first, tokens] : {std::tuple{128, 16, 0, 203},
                                               {128, 5, 1020, 199},
                                               {128, 1, 4990, 194},
+                                              {128, 2, 2040, 210},
+                                              {96, 4, 1500, 197},
                                               {64, 16, 2045, 200},
                                               {64, 7, 0, 1000}}) {
       Case c{shape_of(type, 4, h, d, d), 1, tokens, first};
@@ -494,4 +538,25 @@ TEST_CASE("cuda attention of a few shapes", "[small]") {
     c.tokens = 20;
     run_and_check(c);
   }
+}
+
+TEST_CASE("cuda attention of a few padded shapes and parts", "[small]") {
+  check(Run({shape_of(DType::bf16, 1, 20, 96, 80), 1, 1, 700}));
+  check(Run({shape_of(DType::f16, 1, 20, 96, 144), 1, 20, 700}));
+  Case many{shape_of(DType::bf16, 1, 2, 128, 128), 1, 1, 1700};
+  many.shape.rules.n_sel = 20;
+  check(Run(many));
+}
+
+// Several queries a warp of the selected branch, and more blocks than a warp has lanes.
+TEST_CASE("a small cuda prefill of few heads and many blocks", "[small][prefill]") {
+  Case c{shape_of(DType::bf16, 12, 1, 16, 16), 12, 18, 150};
+  const Run few(c);
+  CHECK(few.fused);
+  check(few);
+  c = {shape_of(DType::bf16, 12, 2, 16, 16), 4, 13, 2200};
+  c.shape.rules.n_sel = 34;
+  const Run many(c);
+  CHECK(many.fused);
+  check(many);
 }

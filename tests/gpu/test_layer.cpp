@@ -304,3 +304,8 @@ TEST_CASE("decode steps of several layers, queued and as a graph, equal their st
     }
   }
 }
+
+TEST_CASE("a small decode layer in one launch", "[step][layer][small]") {
+  check_layer(shape_of(DType::bf16, 1, 16, 128, 128), 1, 700);
+  check_layer(shape_of(DType::bf16, 1, 20, 96, 96), 2, 150);
+}

@@ -108,3 +108,7 @@ TEST_CASE("a ragged paged decode step has the bits of a contiguous one", "[step]
     for (const DType type : {DType::bf16, DType::f16})
       check_same(shape_of(type, 128, 16, blocks), {5000, 150, 30000, 2048, 131, 700}, 64, 1, {"", "fused"});
 }
+
+TEST_CASE("a small decode step on paged caches", "[step][paged][small]") {
+  check_same(shape_of(DType::bf16, 128, 16), {700, 190}, 64, 1, {"", "fused"});
+}

@@ -167,3 +167,9 @@ TEST_CASE("a step of several query tokens gives the same bits every time", "[ste
     CHECK((again.o == first.o && again.selected == first.selected && again.reads == first.reads));
   }
 }
+
+TEST_CASE("small ragged decode steps, and steps of several query tokens", "[step][tokens][ragged][small]") {
+  check_alone(shape_of(DType::bf16, 128, 16), {700, 33}, "step");
+  check_alone(shape_of(DType::bf16, 128, 16, 40), {700, 33}, "dealt");
+  check_alone(shape_of(DType::bf16, 80, 20), {700, 9}, "tokens", 2);
+}

@@ -4,14 +4,17 @@
 //
 // Tuned instances have (Dk, Dv) = (64, 64) or (128, 128) as constants. Padded instances of (128, 128), (192, 128) and
 // (256, 128) serve all multiples of 16: tensor copies fill columns past the head size with zeros, in shared memory
-// alone, and results past it are not stored. More than 128 columns of V, or 16 heads, are several parts, a launch each.
+// alone, and results past it are not stored. More than 128 columns of V, or 16 heads, are several parts, a launch each;
+// the dense branches take all columns at once, by (256, 256) in place of (256, 128).
 //
-// A warp has one query: its (up to 16) heads are the 16 rows of its part of a product. A CTA of the dense kernels has
-// consumer warpgroups of 4 queries each, which read the same K (and V) tiles of 128 tokens, and one producer warpgroup,
-// which loads the tiles through a ring of slots. CTAs are persistent: each takes every gridDim-th work item, so that
-// the next item's first tiles are in flight during this one's epilogue.
+// A warp of a tuned instance has one query: its (up to 16) heads are the 16 rows of its part of a product. In a padded
+// instance a query takes 1, 2, 4, 8 or 16 rows, so that groups of few heads fill products with several queries. A CTA
+// of the dense kernels has consumer warpgroups of 64 rows each, which read the same K (and V) tiles of 128 tokens, and
+// one producer warpgroup, which loads the tiles through a ring of slots. CTAs are persistent: each takes every
+// gridDim-th work item, so that the next item's first tiles are in flight during this one's epilogue.
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <type_traits>
 
@@ -24,20 +27,23 @@
 
 namespace nsa::gpu {
 
-constexpr int warpgroup_queries = 4;
-constexpr int narrow_tile_tokens = 16;  ///< of a window's last tile, where 16 are enough
+constexpr int warpgroup_rows = 64;                                  ///< of a product
+constexpr int warpgroup_queries = warpgroup_rows / heads_per_tile;  ///< of a tuned instance
+constexpr int narrow_tile_tokens = 16;                              ///< of a window's last tile, where 16 are enough
 
 /// Calls f(DK, DV, tuned), integral constants of the instance that serves a shape. A tuned instance has the shape's
-/// head sizes as constants.
+/// head sizes as constants, and one query a warp.
 template <class F>
 void with_head_sizes(const LayerShape& s, F f) {
   using std::integral_constant;
   constexpr integral_constant<int, 64> small;
   constexpr integral_constant<int, 128> large;
-  const bool tuned = s.heads_per_group <= heads_per_tile;
-  if (tuned && s.d_k == 64 && s.d_v == 64)
+  const auto tuned = [&](int size, int fewest_heads) {  // fewer heads: several queries a warp are faster
+    return s.d_k == size && s.d_v == size && s.heads_per_group >= fewest_heads && s.heads_per_group <= heads_per_tile;
+  };
+  if (tuned(64, 5))
     f(small, small, std::true_type{});
-  else if (tuned && s.d_k == 128 && s.d_v == 128)
+  else if (tuned(128, 9))
     f(large, large, std::true_type{});
   else if (s.d_k <= 128)
     f(large, large, std::false_type{});
@@ -50,17 +56,36 @@ void with_head_sizes(const LayerShape& s, F f) {
 /// What one launch computes of every group: up to 16 heads, and up to `columns` columns of V and o.
 struct PrefillPart {
   int first_head, heads, first_column, columns;
+  int query_rows;  // of a product, that a query takes: the next power of two of `heads`, or all 16 of a warp
   __host__ __device__ bool is_first() const { return first_head == 0 && first_column == 0; }
 };
-/// Calls f(part) for all parts of a shape, each with up to `columns` columns of V.
+/// Calls f(part) for all parts of a shape, each with up to `columns` columns of V. `tuned`: of the instance.
 template <class F>
-void for_each_prefill_part(const LayerShape& s, int columns, F f) {
+void for_each_prefill_part(const LayerShape& s, int columns, bool tuned, F f) {
   for (int head = 0; head < s.heads_per_group; head += heads_per_tile)
-    for (int column = 0; column < s.d_v; column += columns)
-      f(PrefillPart{head, std::min(heads_per_tile, s.heads_per_group - head), column,
-                    std::min(columns, s.d_v - column)});
+    for (int column = 0; column < s.d_v; column += columns) {
+      PrefillPart part{head, std::min(heads_per_tile, s.heads_per_group - head), column,
+                       std::min(columns, s.d_v - column), heads_per_tile};
+      if (!tuned) part.query_rows = static_cast<int>(std::bit_ceil(static_cast<unsigned>(part.heads)));
+      f(part);
+    }
 }
-/// The outputs of a part: its first head and column.
+/// Of a lane's two rows of its warpgroup's product: the query, among the work item's, and the head in the part.
+template <bool Tuned>
+struct LaneRows {
+  static constexpr int queries = Tuned ? 1 : 2;  ///< of the two rows
+  static __device__ __forceinline__ int row(int half) {
+    return threadIdx.x % 128 / 32 * heads_per_tile + threadIdx.x % 32 / 4 + half * 8;
+  }
+  static __device__ __forceinline__ int query(const PrefillPart& part, int warpgroup, int half) {
+    if constexpr (Tuned) return warpgroup * warpgroup_queries + threadIdx.x % 128 / 32;
+    return (warpgroup * warpgroup_rows + row(half)) >> (31 - __clz(part.query_rows));
+  }
+  static __device__ __forceinline__ int head(const PrefillPart& part, int half) {
+    if constexpr (Tuned) return threadIdx.x % 32 / 4 + half * 8;
+    return row(half) & (part.query_rows - 1);
+  }
+};
 inline Partials partials_of(const PrefillPart& part, const LayerShape& s, Partials out) {
   out.o += std::int64_t{part.first_head} * s.d_v + part.first_column;
   out.ms += std::int64_t{part.first_head} * 2;
@@ -79,7 +104,8 @@ struct DenseWork {
   int items;        // sequences * groups * query tiles
   float scale;      // softmax_scale()
 };
-DenseWork dense_work(const LayerShape&, const PrefillPart&, const QueryTile&, const void* q, int item_queries);
+/// For work items of `item_rows` rows of products.
+DenseWork dense_work(const LayerShape&, const PrefillPart&, const QueryTile&, const void* q, int item_rows);
 
 /// K and V of a branch.
 struct KvTensorMaps {
@@ -91,7 +117,7 @@ struct KvTensorMaps {
 };
 /// `v` may be null: only K is read. Columns of V count from `first_column`.
 KvTensorMaps kv_tensor_maps(const LayerShape&, const QueryTile&, const KvView& k, const KvView* v, std::int64_t rows,
-                            int first_column = 0);
+                            int first_column = 0, int tile_tokens = dense_tile_tokens);
 inline int persistent_ctas(const DenseWork& w) { return w.items < limits().sms ? w.items : limits().sms; }
 
 /// compressed_tokens by 32-bit division: positions are below 2^31.
@@ -119,10 +145,10 @@ struct DenseWorkItem {
 };
 
 /// Shared memory of a CTA, at a multiple of 1024 bytes. Rows of queries and KV slots are 128 bytes, in column boxes.
-template <int DK, int DV, int Slots, int ConsumerWarpgroups>
+template <int DK, int DV, int Slots, int ConsumerWarpgroups, int TileTokens>
 struct DenseSharedStorage {
   static constexpr int width = DK > DV ? DK : DV;
-  static constexpr int query_box = 64 * 128, tile_box = dense_tile_tokens * 128;
+  static constexpr int query_box = warpgroup_rows * 128, tile_box = TileTokens * 128;
   static constexpr int query_bytes = DK / box_columns * query_box, slot_bytes = width / box_columns * tile_box;
   char queries[ConsumerWarpgroups][query_bytes];
   char slots[Slots][slot_bytes];
@@ -131,9 +157,9 @@ struct DenseSharedStorage {
 };
 
 /// A CTA's shared memory by its addresses, and what the producer does with it.
-template <int DK, int DV, int Slots, int ConsumerWarpgroups>
+template <int DK, int DV, int Slots, int ConsumerWarpgroups, int TileTokens = dense_tile_tokens>
 struct DenseShared {
-  using Storage = DenseSharedStorage<DK, DV, Slots, ConsumerWarpgroups>;
+  using Storage = DenseSharedStorage<DK, DV, Slots, ConsumerWarpgroups, TileTokens>;
   static constexpr int bytes = sizeof(Storage) + 1024;  // 1024: dynamic shared memory may begin anywhere
   unsigned base;
   __device__ __forceinline__ explicit DenseShared(const char* memory)
@@ -159,24 +185,25 @@ struct DenseShared {
     mbarrier_init(queries_empty(), 4 * ConsumerWarpgroups);
     fence_mbarrier_init();
   }
-  /// The producer thread: the item's queries, once the previous item's are released.
-  __device__ __forceinline__ void load_queries(const DenseWork& w, const DenseWorkItem& item, int phase) const {
+  /// The producer thread: the item's queries, `queries_each` for a warpgroup, once the previous item's are released.
+  __device__ __forceinline__ void load_queries(const DenseWork& w, const DenseWorkItem& item, int phase,
+                                               int queries_each) const {
     mbarrier_wait(queries_empty(), phase ^ 1);
     mbarrier_arrive_expect_tx(queries_full(), Storage::query_bytes * ConsumerWarpgroups);
     for (int warpgroup = 0; warpgroup < ConsumerWarpgroups; ++warpgroup)
       for (int box = 0; box < DK / box_columns; ++box)
         tma_load(queries(warpgroup) + box * Storage::query_box, &w.q, queries_full(), box * box_columns,
                  item.group * w.shape.heads_per_group,
-                 item.sequence * w.tile.tokens + item.first_query + warpgroup * warpgroup_queries);
+                 item.sequence * w.tile.tokens + item.first_query + warpgroup * queries_each);
   }
-  /// The producer thread: 128 rows from `begin` of one tensor. `begin` is a multiple of 128 unless the buffer is
-  /// contiguous.
+  /// The producer thread: a tile's rows from `begin` of one tensor. `begin` is a multiple of their number unless the
+  /// buffer is contiguous.
   template <int Width>
   __device__ __forceinline__ void load_tile(const KvTensorMaps& kv, const CUtensorMap& map,
                                             const PipelineState<Slots>& state, int plane, std::int64_t begin) const {
     mbarrier_wait(empty(state.slot), state.phase ^ 1);
     mbarrier_arrive_expect_tx(full(state.slot), Width / box_columns * Storage::tile_box);
-    for (int at = 0; at < dense_tile_tokens; at += kv.box_rows) {
+    for (int at = 0; at < TileTokens; at += kv.box_rows) {
       const RowCoordinate from = row_coordinate(kv.map, static_cast<int>(begin) + at);
       for (int box = 0; box < Width / box_columns; ++box)
         tma_load(slot(state.slot) + box * Storage::tile_box + at * 128, &map, full(state.slot), box * box_columns,
@@ -195,11 +222,12 @@ struct DenseShared {
   }
 };
 
-/// s = q k^T of a warpgroup's 64 rows and a tile's 128 (s[64]) or 16 (s[8]) tokens, issued as one group.
-template <class T, int N, int DK, int DV, int Slots, int ConsumerWarpgroups>
-__device__ __forceinline__ void issue_qk(float (&s)[N], const DenseShared<DK, DV, Slots, ConsumerWarpgroups>& shared,
+/// s = q k^T of a warpgroup's 64 rows and a tile's 128 (s[64]), 64 (s[32]) or 16 (s[8]) tokens, issued as one group.
+template <class T, int N, int DK, int DV, int Slots, int ConsumerWarpgroups, int TileTokens>
+__device__ __forceinline__ void issue_qk(float (&s)[N],
+                                         const DenseShared<DK, DV, Slots, ConsumerWarpgroups, TileTokens>& shared,
                                          int warpgroup, int slot) {
-  using Storage = DenseSharedStorage<DK, DV, Slots, ConsumerWarpgroups>;
+  using Storage = DenseSharedStorage<DK, DV, Slots, ConsumerWarpgroups, TileTokens>;
   const std::uint64_t q = make_desc(shared.queries(warpgroup)), k = make_desc(shared.slot(slot));
 #pragma unroll
   for (int step = 0; step < DK / 16; ++step) {

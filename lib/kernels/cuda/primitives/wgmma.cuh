@@ -93,6 +93,21 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[64], std::uint64_t a, std::u
 #endif
 }
 
+/// d [64 x 64] = (add ? d : 0) + a b.
+template <class T>
+__device__ __forceinline__ void wgmma_ss(float (&d)[32], std::uint64_t a, std::uint64_t b, int add, T) {
+#ifdef NSA_WGMMA
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    asm volatile(NSA_WGMMA_SS("64", NSA_REGISTERS_32, "bf16", "%32", "%33", "%34")
+                 : NSA_D32(d, 0)
+                 : "l"(a), "l"(b), "r"(add));
+  else
+    asm volatile(NSA_WGMMA_SS("64", NSA_REGISTERS_32, "f16", "%32", "%33", "%34")
+                 : NSA_D32(d, 0)
+                 : "l"(a), "l"(b), "r"(add));
+#endif
+}
+
 /// d [64 x 16] = (add ? d : 0) + a b.
 template <class T>
 __device__ __forceinline__ void wgmma_ss(float (&d)[8], std::uint64_t a, std::uint64_t b, int add, T) {

@@ -34,14 +34,14 @@ bool tiles_shape(const LayerShape& s) {
   const int ratio = r.l_sel / r.d;
   return limits().capability == 90 && s.dtype != DType::f32 && s.d_k % 16 == 0 && s.d_v % 16 == 0 && s.d_k <= 256 &&
          s.d_v <= 256 && dense_tile_tokens % ratio == 0 && (r.l - 1) / r.d <= prefill_max_halo &&
-         s.lse.segment % 8 == 0 && r.n_sel <= 32;
+         s.lse.segment % 8 == 0 && r.n_sel <= prefill_max_blocks;
 #endif
 }
 
 bool selected_tiles_shape(const LayerShape& s) {
   const BlockRules& r = s.rules;
   return tiles_shape(s) && (r.l_sel == selected_block_tokens || r.l_sel == 2 * selected_block_tokens) &&
-         blocks_of(r) <= selected_max_blocks;
+         blocks_of(r) <= prefill_max_blocks;
 }
 
 bool gather_accepts(const LayerShape& s) {

@@ -5,21 +5,23 @@
 
 namespace nsa::gpu::dense {
 
-// A consumer warpgroup's state over one branch of a work item. g and g + 8 are a lane's two rows, heads of the warp's
-// query; [2] is over them.
+// A consumer warpgroup's state over one branch of a work item. g and g + 8 are a lane's two rows of its warp's part of
+// the product; [2] is over them, [lane_queries] over the queries that they are heads of.
 template <class T, int DK, int DV, bool Tuned>
 struct Consumer {
+  using Rows = LaneRows<Tuned>;
+  static constexpr int lane_queries = Rows::queries, tokens_of_tile = tile_tokens<DK>;
   const DenseAttentionParams& p;
   const Shared<DK, DV>& shared;
   int warpgroup;
   PipelineState<slots<DK>> state;
   int current_slot;  // of the latest consumer_wait()
-  float o[DV / 2], s[64];
-  std::uint32_t probabilities[32];           // of a tile, packed as the A operand of p v
-  float row_max[2], row_sum[2], rescale[2];  // row_max in base 2; rescale: factor that o needs
-  TokenRange visible;                        // of the warp's query
-  std::int64_t tokens_read;
-  float gate[branches];  // of the warp's query; Job::gated
+  float o[DV / 2], s[tokens_of_tile / 2];
+  std::uint32_t probabilities[tokens_of_tile / 4];  // of a tile, packed as the A operand of p v
+  float row_max[2], row_sum[2], rescale[2];         // row_max in base 2; rescale: factor that o needs
+  TokenRange visible[lane_queries];
+  std::int64_t tokens_read[lane_queries];
+  float gate[lane_queries][branches];  // Job::gated
 
   // Constants of a tuned instance; of others those of the shape (prefill/prefill.cuh).
   __device__ __forceinline__ float score_scale() const {
@@ -61,7 +63,11 @@ struct Consumer {
   __device__ __forceinline__ void last_pv(std::int64_t begin, std::int64_t rows, Overlapped overlapped);
   template <Branch B, bool WithValues, bool LastBranch, class Overlapped>
   __device__ __forceinline__ void mainloop(const DenseWorkItem& item, int phase, Overlapped overlapped);
-  __device__ __forceinline__ int query() const { return warpgroup * warpgroup_queries + threadIdx.x % 128 / 32; }
+  // Of the work item: its queries, and the query of the lane's row.
+  __device__ __forceinline__ int queries() const {
+    return Tuned ? consumer_warpgroups * warpgroup_queries : p.work.item_queries;
+  }
+  __device__ __forceinline__ int query(int half) const { return Rows::query(p.part, warpgroup, half); }
 
   // Epilogue: prefill/dense/epilogue.cuh.
   template <Branch B>
@@ -69,27 +75,31 @@ struct Consumer {
   __device__ __forceinline__ void store_ms(std::int64_t head, float max, float sum) const;
   template <bool WithValues>
   __device__ __forceinline__ void store_partials(const DenseWorkItem& item) const;
+  static constexpr bool preloads_win = DV <= tokens_of_tile;
   __device__ __forceinline__ void load_gates(const DenseWorkItem& item);
   __device__ __forceinline__ void load_win_output(const DenseWorkItem& item);
   template <Branch B>
   __device__ __forceinline__ void store_gated(const DenseWorkItem& item);
 };
 
-// Sets scores of tokens that the warp's query does not see to -inf; scores [2 N tokens] from token `begin`.
+// Sets scores of tokens that a row's query does not see to -inf; scores [2 N tokens] from token `begin`.
 template <class T, int DK, int DV, bool Tuned>
 template <bool Masked, int N>
 __device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::mask(float (&scores)[N], std::int64_t begin) {
-  if constexpr (Masked) {
-    const int from = static_cast<int>(visible.begin - begin), to = static_cast<int>(visible.end - begin);
-    const int quad = threadIdx.x % 4;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int column = i / 4 * 8 + quad * 2 + i % 2;
-      if (column < from || column >= to) scores[i] = -INFINITY;
+  for (int k = 0; k < lane_queries; ++k) {
+    if constexpr (Masked) {
+      const int from = static_cast<int>(visible[k].begin - begin), to = static_cast<int>(visible[k].end - begin);
+      const int quad = threadIdx.x % 4;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const int column = i / 4 * 8 + quad * 2 + i % 2;
+        if (i / 2 % lane_queries == k && (column < from || column >= to)) scores[i] = -INFINITY;
+      }
+      tokens_read[k] += max(0, min(to, 2 * N) - max(from, 0));
+    } else {
+      tokens_read[k] += 2 * N;
     }
-    tokens_read += max(0, min(to, 2 * N) - max(from, 0));
-  } else {
-    tokens_read += 2 * N;
   }
 }
 
@@ -174,14 +184,23 @@ __device__ __forceinline__ bool Consumer<T, DK, DV, Tuned>::online_softmax(float
   return rescales;
 }
 
-// o += probabilities v, issued as one group.
+// o += probabilities v, issued as one group: products of up to 128 columns.
 template <class T, int DK, int DV, bool Tuned>
 template <int Tokens>
 __device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::issue_pv(int slot) {
   const std::uint64_t v = make_desc(shared.slot(slot), Shared<DK, DV>::Storage::tile_box);
 #pragma unroll
-  for (int step = 0; step < Tokens / 16; ++step)
-    wgmma_rs(o, probabilities + 4 * step, advance_desc(v, step * 16 * 128), T{});
+  for (int step = 0; step < Tokens / 16; ++step) {
+    const std::uint64_t rows = advance_desc(v, step * 16 * 128);
+    if constexpr (DV <= 128) {
+      wgmma_rs(o, probabilities + 4 * step, rows, T{});
+    } else {
+#pragma unroll
+      for (int part = 0; part < DV / 128; ++part)
+        wgmma_rs(reinterpret_cast<float(&)[64]>(o[64 * part]), probabilities + 4 * step,
+                 advance_desc(rows, part * 2 * Shared<DK, DV>::Storage::tile_box), T{});
+    }
+  }
   warpgroup_commit_batch();
 }
 
@@ -214,7 +233,7 @@ __device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::mainloop_step(float 
   if constexpr (WithValues) {
     consumer_wait();
     warpgroup_arrive();
-    issue_pv<dense_tile_tokens>(current_slot);
+    issue_pv<tokens_of_tile>(current_slot);
     warpgroup_wait<1>();
   } else {
     warpgroup_wait<0>();
@@ -262,14 +281,17 @@ template <class T, int DK, int DV, bool Tuned>
 template <Branch B, bool WithValues, bool LastBranch, class Overlapped>
 __device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::mainloop(const DenseWorkItem& item, int phase,
                                                                      Overlapped overlapped) {
-  visible = visible_tokens<B>(p.work.shape.rules, item.t + query());
+#pragma unroll
+  for (int k = 0; k < lane_queries; ++k) {
+    visible[k] = visible_tokens<B>(p.work.shape.rules, item.t + query(k));
+    tokens_read[k] = 0;
+  }
   row_max[0] = row_max[1] = neg_inf;
   row_sum[0] = row_sum[1] = 0.0f;
-  tokens_read = 0;
 #pragma unroll
   for (float& x : o) x = 0.0f;
-  const KvTileRange range = kv_tiles<B>(p, item);
-  const std::int64_t all_from = visible_tokens<B>(p.work.shape.rules, item.t + item_queries - 1).begin,
+  const auto range = kv_tiles<B, tokens_of_tile>(p, item);
+  const std::int64_t all_from = visible_tokens<B>(p.work.shape.rules, item.t + queries() - 1).begin,
                      all_to = visible_tokens<B>(p.work.shape.rules, item.t).end;  // tokens that every query sees
   mbarrier_wait(shared.queries_full(), phase);
   if (range.tiles > 0) {
@@ -279,7 +301,7 @@ __device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::mainloop(const Dense
     warpgroup_wait<0>();
     warpgroup_fence_operand(s);
     consumer_release(current_slot);
-    if (B == win || dense_tile_tokens > all_to)
+    if (B == win || tokens_of_tile > all_to)
       first_softmax<true>(s, range.begin);
     else
       first_softmax<false>(s, range.begin);
@@ -287,19 +309,20 @@ __device__ __forceinline__ void Consumer<T, DK, DV, Tuned>::mainloop(const Dense
   }
   for (int tile = 1; tile < range.tiles; ++tile) {
     const std::int64_t begin = range.tile_begin(tile);
-    mainloop_step<WithValues>(s, begin, begin < all_from || begin + dense_tile_tokens > all_to,
-                              p.kv[B].map.chunk != INT64_MAX && B == win && tile == 1);
+    // first: a query's window may begin in the tile.
+    mainloop_step<WithValues>(s, begin, begin < all_from || begin + tokens_of_tile > all_to,
+                              B == win && begin <= all_from);
   }
   const std::int64_t last = range.tile_begin(range.count() - 1), rows = p.kv[B].rows;
   float narrow_scores[narrow_tile_tokens / 2];
-  if (B == win && range.narrow) mainloop_step<WithValues>(narrow_scores, last, true, false);
+  if (B == win && range.narrow) mainloop_step<WithValues>(narrow_scores, last, true, !Tuned && last <= all_from);
   if (LastBranch && threadIdx.x % 32 == 0) mbarrier_arrive(shared.queries_empty());
   if (!WithValues) return;
   if (range.tiles == 0) return overlapped();
   if (B == win && range.narrow)
     last_pv<narrow_tile_tokens>(last, rows, overlapped);
   else
-    last_pv<dense_tile_tokens>(last, rows, overlapped);
+    last_pv<tokens_of_tile>(last, rows, overlapped);
 }
 
 }  // namespace nsa::gpu::dense

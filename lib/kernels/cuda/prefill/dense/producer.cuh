@@ -5,16 +5,19 @@
 
 namespace nsa::gpu::dense {
 
+/// Of a KV tile. 64 where o has 256 columns: its registers leave room for 64 x 64 scores.
+template <int DK>
+constexpr int tile_tokens = DK > 192 ? 64 : dense_tile_tokens;
 /// Of one K or V tile: as many as fit.
 template <int DK>
-constexpr int slots = DK > 192   ? 2
+constexpr int slots = DK > 192   ? 5
                       : DK > 128 ? 3
                                  : 6;
 constexpr int consumer_warpgroups = 2;
-constexpr int item_queries = consumer_warpgroups * warpgroup_queries, threads = 128 * (consumer_warpgroups + 1);
+constexpr int item_rows = consumer_warpgroups * warpgroup_rows, threads = 128 * (consumer_warpgroups + 1);
 
 template <int DK, int DV>
-using Shared = DenseShared<DK, DV, slots<DK>, consumer_warpgroups>;
+using Shared = DenseShared<DK, DV, slots<DK>, consumer_warpgroups, tile_tokens<DK>>;
 
 // What a kernel computes: a branch's partials, cmp's (m, sum) alone, or win and then cmp of each item, normalised,
 // multiplied by the gates and added.
@@ -39,25 +42,24 @@ __device__ __forceinline__ TokenRange visible_tokens(const BlockRules& r, std::i
   return {window_begin(r, t), t + 1};
 }
 
-// A work item's KV tiles: `tiles` of 128 tokens from `begin`, then one of 16 where that is enough (`narrow`).
+// A work item's KV tiles: `tiles` whole ones from `begin`, then one of 16 tokens where that is enough (`narrow`).
+template <int TileTokens>
 struct KvTileRange {
   std::int64_t begin;
   int tiles;
   bool narrow;
   __device__ __forceinline__ int count() const { return tiles + narrow; }
-  __device__ __forceinline__ std::int64_t tile_begin(int tile) const {
-    return begin + std::int64_t{tile} * dense_tile_tokens;
-  }
+  __device__ __forceinline__ std::int64_t tile_begin(int tile) const { return begin + std::int64_t{tile} * TileTokens; }
 };
-template <Branch B>
-__device__ __forceinline__ KvTileRange kv_tiles(const DenseAttentionParams& p, const DenseWorkItem& item) {
+template <Branch B, int TileTokens>
+__device__ __forceinline__ KvTileRange<TileTokens> kv_tiles(const DenseAttentionParams& p, const DenseWorkItem& item) {
   const BlockRules& r = p.work.shape.rules;
   const std::int64_t first = visible_tokens<B>(r, item.t).begin, end = visible_tokens<B>(r, item.last_t).end;
   const bool unaligned = B == win && p.kv[B].map.chunk == INT64_MAX;
-  const std::int64_t begin = unaligned ? first : first / dense_tile_tokens * dense_tile_tokens;
-  const int tokens = static_cast<int>(end - begin), rest = tokens % dense_tile_tokens;
-  const bool narrow = unaligned && tokens > dense_tile_tokens && rest > 0 && rest <= narrow_tile_tokens;
-  return {begin, tokens / dense_tile_tokens + (rest > 0 && !narrow), narrow};
+  const std::int64_t begin = unaligned ? first : first / TileTokens * TileTokens;
+  const int tokens = static_cast<int>(end - begin), rest = tokens % TileTokens;
+  const bool narrow = unaligned && tokens > TileTokens && rest > 0 && rest <= narrow_tile_tokens;
+  return {begin, tokens / TileTokens + (rest > 0 && !narrow), narrow};
 }
 
 // K of tile j + 1 comes before V of tile j. `WithValues`: V too.
@@ -65,7 +67,7 @@ template <int DK, int DV, Branch B, bool WithValues>
 __device__ __forceinline__ void load_kv_tiles(const DenseAttentionParams& p, const Shared<DK, DV>& shared,
                                               PipelineState<slots<DK>>& state, const DenseWorkItem& item) {
   const KvTensorMaps& kv = p.kv[B];
-  const KvTileRange range = kv_tiles<B>(p, item);
+  const auto range = kv_tiles<B, tile_tokens<DK>>(p, item);
   const auto load = [&]<int Width>(const CUtensorMap& map, const CUtensorMap& narrow, int tile) {
     if (tile < range.tiles)
       shared.template load_tile<Width>(kv, map, state, item.plane, range.tile_begin(tile));
@@ -81,14 +83,14 @@ __device__ __forceinline__ void load_kv_tiles(const DenseAttentionParams& p, con
 }
 
 // The producer thread: queries and KV tiles of all work items of the CTA.
-template <int DK, int DV, Job J>
+template <int DK, int DV, bool Tuned, Job J>
 __device__ __forceinline__ void produce(const DenseAttentionParams& p, const Shared<DK, DV>& shared,
                                         std::int64_t first_position) {
   PipelineState<slots<DK>> state;
   int phase = 0;
   for (int index = blockIdx.x; index < p.work.items; index += gridDim.x, phase ^= 1) {
     const DenseWorkItem item(p.work, index, first_position);
-    shared.load_queries(p.work, item, phase);
+    shared.load_queries(p.work, item, phase, Tuned ? warpgroup_queries : warpgroup_rows / p.part.query_rows);
     if constexpr (J == Job::win || J == Job::gated) load_kv_tiles<DK, DV, win, true>(p, shared, state, item);
     if constexpr (J != Job::win) load_kv_tiles<DK, DV, cmp, J != Job::cmp_ms>(p, shared, state, item);
   }

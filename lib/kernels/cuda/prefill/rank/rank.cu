@@ -17,15 +17,16 @@ using namespace block_scoring;
 namespace {
 
 template <class T, int DK, bool Tuned>
-void launch_scores(const RankArgs& a, const PrefillPart& part, Stream* stream) {
+void launch_scores(const RankArgs& a, PrefillPart part, Stream* stream) {
   const LayerShape& s = a.shape;
-  BlockScoreParams p{dense_work(s, part, a.tile, a.q, item_queries),
+  const bool quads = s.rules.l_sel == quad_tokens * s.rules.d && s.rules.l == 2 * s.rules.d;
+  if (!quads) part.query_rows = heads_per_tile;
+  BlockScoreParams p{dense_work(s, part, a.tile, a.q, item_rows),
                      kv_tensor_maps(s, a.tile, a.k_cmp, nullptr, compressed_tokens(s.rules, a.tile.max_positions - 1)),
                      a.cmp_ms + std::int64_t{part.first_head} * 2,
                      static_cast<float*>(a.scratch),
                      block_score_pitch(s.rules, a.tile.max_positions),
                      part};
-  const bool quads = s.rules.l_sel == quad_tokens * s.rules.d && s.rules.l == 2 * s.rules.d;
   if (quads) {
     const bool whole = p.kv.box_rows % quad_tokens == 0;
     p.kv.k = kv_tensor_map(a.k_cmp, s.dtype, std::int64_t{a.tile.batch_begin + a.tile.batches} * s.groups,
@@ -40,7 +41,7 @@ void launch_scores(const RankArgs& a, Stream* stream) {
   LayerShape keys = a.shape;  // V is not read
   keys.d_v = std::min(keys.d_k, 128);
   with_head_sizes(keys, [&](auto d_k, auto, auto tuned) {
-    for_each_prefill_part(keys, keys.d_v,
+    for_each_prefill_part(keys, keys.d_v, tuned,
                           [&](const PrefillPart& part) { launch_scores<T, d_k, tuned>(a, part, stream); });
   });
 }
@@ -57,8 +58,9 @@ void rank_prefill(const RankArgs& a, Stream* stream) {
   else
     launch_scores<__half>(a, stream);
   const TopNParams p{a, static_cast<const float*>(a.scratch), block_score_pitch(a.shape.rules, a.tile.max_positions)};
-  launch_pdl(top_n_kernel, dim3(static_cast<unsigned>((row_groups + top_n_warps - 1) / top_n_warps)), 32 * top_n_warps,
-             0, stream, 1, p);
+  launch_pdl(a.shape.rules.n_sel <= 32 ? top_n_kernel<1> : top_n_kernel<2>,
+             dim3(static_cast<unsigned>((row_groups + top_n_warps - 1) / top_n_warps)), 32 * top_n_warps, 0, stream, 1,
+             p);
 }
 
 }  // namespace nsa::gpu

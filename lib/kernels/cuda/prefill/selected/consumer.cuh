@@ -1,11 +1,13 @@
 #pragma once
-// Prefill's selected branch (prefill/selected/kernel.cu): the warp of a query.
+// Prefill's selected branch (prefill/selected/kernel.cu): the warp of a query, or of several.
 
 #include "kernels/cuda/prefill/selected/shared_memory.cuh"
 
 namespace nsa::gpu::selected {
 
-// A warp and its query. g and g + 8 are a lane's two rows, heads of the query; [2] is over them.
+// A warp and its query, or queries. g and g + 8 are a lane's two rows, heads of a query each; [2] is over them,
+// [lane_queries] over their queries. Where a warp has several, a block may not be one of a row's query: that row is not
+// `chosen`.
 template <class T, int DK, int DV, bool Tuned>
 struct QueryConsumer {
   using Storage = SharedStorage<DK, DV>;
@@ -16,14 +18,18 @@ struct QueryConsumer {
   unsigned k_row, v_row;        // the lane's row within 16 tokens, in bytes
   unsigned k_column, v_column;  // its 16 bytes within the row's first 32, swizzled
   PipelineState<mailbox_slots> mailbox = {};
-  static constexpr bool q_in_shared = Storage::keeps_queries;
-  std::uint32_t q[q_in_shared ? 1 : DK / 16][4];
+  static constexpr int register_steps = DK / 16 - Storage::query_steps;  // of q; the others are in shared memory
+  static constexpr int lane_queries = Tuned ? 1 : 2;
+  std::uint32_t q[register_steps][4];
   float o[DV / 8][4], s[8][4];
   std::uint32_t probabilities[4][4];  // of 16 tokens each, packed as the A operand of p v
   // Of rows g and g + 8. row_max is the reference of the exponentials, in base 2: update_row_max() lets it lag behind
   // the maximum by a bounded factor, so that o is rescaled less often.
   float row_max[2], row_sum[2];
-  int tokens_read;
+  int tokens_read[lane_queries];
+  int tokens[lane_queries];  // of the block that the row's query sees
+  int end[lane_queries];     // positions that the row's query sees, and its bit among the warp's
+  unsigned query_bit[lane_queries];
 
   __device__ __forceinline__ QueryConsumer(const SelectedParams& params, const Shared<DK, DV>& at, int warp_index)
       : p(params), shared(at), warp(warp_index), scale_of_shape(log2_e / sqrtf(static_cast<float>(p.a.shape.d_k))) {
@@ -40,34 +46,54 @@ struct QueryConsumer {
   __device__ __forceinline__ int d_k() const { return Tuned ? DK : p.a.shape.d_k; }
   __device__ __forceinline__ int d_v() const { return Tuned ? DV : p.a.shape.d_v; }
   __device__ __forceinline__ int part_heads() const { return Tuned ? p.a.shape.heads_per_group : p.part.heads; }
-  __device__ __forceinline__ void load_query(const T* from, int heads);
+  // Of the lane's row: the query, among the warp's, and the head in the part.
+  __device__ __forceinline__ int row_query(int half) const {
+    return Tuned ? 0 : (threadIdx.x % 32 / 4 + half * 8) >> (31 - __clz(p.part.query_rows));
+  }
+  __device__ __forceinline__ int row_head(int half) const {
+    const int row = threadIdx.x % 32 / 4 + half * 8;
+    return Tuned ? row : row & (p.part.query_rows - 1);
+  }
+  __device__ __forceinline__ bool has_row(const WorkItem& item, int query, int half) const {
+    return row_head(half) < part_heads() && (Tuned || item.has(p, query + row_query(half)));
+  }
+  __device__ __forceinline__ std::int64_t row_group(const WorkItem& item, int query, int half) const {
+    return item.row(p, query + row_query(half)) * p.a.shape.groups + item.group;
+  }
+  __device__ __forceinline__ void load_queries(const WorkItem& item, int query);
+  __device__ __forceinline__ int selected_blocks(const WorkItem& item, int query, int t) const;
   __device__ __forceinline__ void multiply_qk(unsigned keys);
-  __device__ __forceinline__ void online_softmax(int tokens);
+  __device__ __forceinline__ void online_softmax(bool all_visible);
   template <bool AllVisible>
   __device__ __forceinline__ void accumulate_pv(unsigned values, int tokens);
-  __device__ __forceinline__ void attend_block(Notification block, int t);
+  __device__ __forceinline__ void attend_block(Notification block, unsigned queries, int t, int last_t);
   __device__ __forceinline__ void attend_item(const WorkItem& item, int query, int t);
   __device__ __forceinline__ void epilogue(const WorkItem& item, int query) const;
   __device__ __forceinline__ void store_partial(std::int64_t at, int half, float total) const;
   __device__ __forceinline__ void store_gated(const std::int64_t (&at)[2], int heads, float gate,
                                               const float (&total)[2]) const;
-  __device__ __forceinline__ void store_gated_columns(const std::int64_t (&at)[2], int heads, float gate,
-                                                      const float (&total)[2]) const;
+  __device__ __forceinline__ void store_gated_columns(std::int64_t at, int half, float gate, float total) const;
 };
 
-// q of the query: row r of `from` is head r; those past `heads`, and columns past Dk, are zero.
+// q of the rows; those without a head, and columns past Dk, are zero.
 template <class T, int DK, int DV, bool Tuned>
-__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::load_query(const T* from, int heads) {
-  const int lane = threadIdx.x % 32, g = lane / 4, quad = lane % 4;
+__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::load_queries(const WorkItem& item, int query) {
+  const int quad = threadIdx.x % 4;
+  const auto row = [&](int half) {
+    return static_cast<const T*>(p.a.q) +
+           (row_group(item, query, half) * p.a.shape.heads_per_group + row_head(half)) * d_k() + quad * 2;
+  };
+  const T* rows[2] = {row(0), row(1)};
+  const bool has_low = has_row(item, query, 0), has_high = has_row(item, query, 1);
 #pragma unroll
   for (int step = 0; step < DK / 16; ++step) {
-    const auto* low = reinterpret_cast<const std::uint32_t*>(from + g * d_k() + step * 16 + quad * 2);
-    const auto* high = reinterpret_cast<const std::uint32_t*>(from + (g + 8) * d_k() + step * 16 + quad * 2);
+    const auto* low = reinterpret_cast<const std::uint32_t*>(rows[0] + step * 16);
+    const auto* high = reinterpret_cast<const std::uint32_t*>(rows[1] + step * 16);
     const bool has_columns = Tuned || step * 16 < d_k();
-    const uint4 x = {has_columns && g < heads ? low[0] : 0u, has_columns && g + 8 < heads ? high[0] : 0u,
-                     has_columns && g < heads ? low[4] : 0u, has_columns && g + 8 < heads ? high[4] : 0u};
-    if constexpr (q_in_shared)
-      shared.query(warp, step) = x;  // read back by the same lane
+    const uint4 x = {has_columns && has_low ? low[0] : 0u, has_columns && has_high ? high[0] : 0u,
+                     has_columns && has_low ? low[4] : 0u, has_columns && has_high ? high[4] : 0u};
+    if (step >= register_steps)
+      shared.query(warp, step - register_steps) = x;  // read back by the same lane
     else
       q[step][0] = x.x, q[step][1] = x.y, q[step][2] = x.z, q[step][3] = x.w;
   }
@@ -75,7 +101,8 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::load_query(cons
   for (auto& x : o) x[0] = x[1] = x[2] = x[3] = 0.0f;
   row_max[0] = row_max[1] = neg_inf;
   row_sum[0] = row_sum[1] = 0.0f;
-  tokens_read = 0;
+#pragma unroll
+  for (int& read : tokens_read) read = 0;
 }
 
 template <class T, int DK, int DV, bool Tuned>
@@ -85,8 +112,8 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::multiply_qk(uns
 #pragma unroll
   for (int step = 0; step < DK / 16; ++step) {
     uint4 a;
-    if constexpr (q_in_shared)
-      a = shared.query(warp, step);
+    if (step >= register_steps)
+      a = shared.query(warp, step - register_steps);
     else
       a = {q[step][0], q[step][1], q[step][2], q[step][3]};
 #pragma unroll
@@ -99,17 +126,18 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::multiply_qk(uns
   }
 }
 
-// Scores to probabilities; rescales o if row_max changed. The query sees the block's first `tokens`.
+// Scores to probabilities; rescales o if row_max changed. A row's query sees the block's first `tokens`; with
+// `all_visible` those are all, or none.
 template <class T, int DK, int DV, bool Tuned>
-__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::online_softmax(int tokens) {
+__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::online_softmax(bool all_visible) {
   const float scale = score_scale();
   const int quad = threadIdx.x % 4;
-  if (tokens < block_tokens) {
+  if (!all_visible) {
 #pragma unroll
     for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (j * 8 + quad * 2 + i % 2 >= tokens) s[j][i] = -INFINITY;
+        if (j * 8 + quad * 2 + i % 2 >= tokens[i / 2 % lane_queries]) s[j][i] = -INFINITY;
   }
   float rescale[2];
 #pragma unroll
@@ -117,14 +145,17 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::online_softmax(
     float tile_max = s[0][2 * half];
 #pragma unroll
     for (int j = 0; j < 8; ++j) tile_max = fmaxf(tile_max, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
-    const float new_max = update_row_max(row_max[half], quad_max(tile_max) * scale);
+    const bool chosen = Tuned || tokens[half % lane_queries] > 0;
+    const float row_tile_max = quad_max(tile_max) * scale;
+    const float new_max = update_row_max(row_max[half], chosen ? row_tile_max : neg_inf);
     rescale[half] = exp2_fast(row_max[half] - new_max);
     row_max[half] = new_max;
+    const float reference = chosen ? new_max : INFINITY;
     float added = 0.0f;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      s[j][2 * half] = exp2_fast(fmaf(s[j][2 * half], scale, -new_max));
-      s[j][2 * half + 1] = exp2_fast(fmaf(s[j][2 * half + 1], scale, -new_max));
+      s[j][2 * half] = exp2_fast(fmaf(s[j][2 * half], scale, -reference));
+      s[j][2 * half + 1] = exp2_fast(fmaf(s[j][2 * half + 1], scale, -reference));
       added += s[j][2 * half] + s[j][2 * half + 1];
     }
     row_sum[half] = row_sum[half] * rescale[half] + added;
@@ -168,44 +199,71 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::accumulate_pv(u
   }
 }
 
+// `queries`: those of the warp that selected the block, a bit each. t and last_t: positions of its first and last
+// query.
 template <class T, int DK, int DV, bool Tuned>
-__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::attend_block(Notification block, int t) {
+__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::attend_block(Notification block, unsigned queries,
+                                                                              int t, int last_t) {
   const bool first_lane = threadIdx.x % 32 == 0;
-  const int tokens = min(t + 1 - block.block() * block_tokens, block_tokens);
+  const int begin = block.block() * block_tokens, last_tokens = min(last_t + 1 - begin, block_tokens);
+#pragma unroll
+  for (int k = 0; k < lane_queries; ++k) {
+    tokens[k] = Tuned ? last_tokens : queries & query_bit[k] ? min(end[k] - begin, block_tokens) : 0;
+    tokens_read[k] += tokens[k];
+  }
   const int slot = block.slot();
   mbarrier_wait(shared.key_full(slot), block.phase());
   multiply_qk(shared.key(slot));
   fence_proxy_async();
   __syncwarp();
   mbarrier_arrive_if(shared.key_empty(slot), first_lane);
-  online_softmax(tokens);
+  online_softmax(t + 1 - begin >= block_tokens);
   mbarrier_wait(shared.value_full(slot), block.phase());
-  if (tokens == block_tokens)
-    accumulate_pv<true>(shared.value(slot), tokens);
+  if (last_tokens == block_tokens)
+    accumulate_pv<true>(shared.value(slot), last_tokens);
   else
-    accumulate_pv<false>(shared.value(slot), tokens);
+    accumulate_pv<false>(shared.value(slot), last_tokens);
   fence_proxy_async();
   __syncwarp();
   mbarrier_arrive_if(shared.value_empty(slot), first_lane);
-  tokens_read += tokens;
 }
 
+// Blocks of 64 tokens that the query at position t selected.
+template <class T, int DK, int DV, bool Tuned>
+__device__ __forceinline__ int QueryConsumer<T, DK, DV, Tuned>::selected_blocks(const WorkItem& item, int query,
+                                                                                int t) const {
+  const int lane = threadIdx.x % 32, n = p.a.shape.rules.n_sel;
+  const std::int32_t* selected = p.a.selected + (item.row(p, query) * p.a.shape.groups + item.group) * n;
+  if constexpr (Tuned) return __popc(__ballot_sync(0xffffffffu, lane < n && selected[lane] >= 0));
+  int count = 0;
+  for (int first = 0; first < (p.pairs_blocks ? 2 * n : n); first += 32) {
+    const int i = p.pairs_blocks ? (first + lane) / 2 : first + lane;
+    const bool selects = i < n && block_of_selection(p, selected[i], first + lane, t) >= 0;
+    count += __popc(__ballot_sync(0xffffffffu, selects));
+  }
+  return count;
+}
+
+// `query`: the warp's first, at position t.
 template <class T, int DK, int DV, bool Tuned>
 __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::attend_item(const WorkItem& item, int query, int t) {
-  const LayerShape& shape = p.a.shape;
-  const int lane = threadIdx.x % 32, n = shape.rules.n_sel;
   if (!item.has(p, query)) return;
-  const std::int64_t row_group = item.row(p, query) * shape.groups + item.group;
-  bool selects = lane < n && p.a.selected[row_group * n + lane] >= 0;
-  if constexpr (!Tuned) {
-    const int i = p.pairs_blocks ? lane / 2 : lane;
-    selects = i < n && block_of_selection(p, p.a.selected[row_group * n + i], lane, t) >= 0;
-  }
-  load_query(static_cast<const T*>(p.a.q) + row_group * shape.heads_per_group * d_k(), part_heads());
-  const int selected = __popc(__ballot_sync(0xffffffffu, selects));
-  for (int i = 0; i < selected; ++i, mailbox.advance()) {
-    mbarrier_wait(shared.mailbox_full(query, mailbox.slot), mailbox.phase);
-    attend_block(shared.read_mailbox(query, mailbox.slot), t);
+  load_queries(item, query);
+  if constexpr (!Tuned)
+#pragma unroll
+    for (int k = 0; k < lane_queries; ++k) end[k] = t + row_query(k) + 1, query_bit[k] = 1u << row_query(k);
+  int wanted = selected_blocks(item, query, t), last_query = 0;
+  if constexpr (!Tuned)
+    for (; last_query + 1 < p.warp_queries && item.has(p, query + last_query + 1); ++last_query)
+      wanted += selected_blocks(item, query + last_query + 1, t + last_query + 1);
+  while (wanted > 0) {
+    mbarrier_wait(shared.mailbox_full(warp, mailbox.slot), mailbox.phase);
+    unsigned queries = 1;
+    if constexpr (!Tuned)
+      if (p.merges_selections) queries = shared.read_mailbox_queries(warp, mailbox.slot);
+    attend_block(shared.read_mailbox(warp, mailbox.slot), queries, t, t + last_query);
+    wanted -= Tuned ? 1 : __popc(queries);
+    mailbox.advance();
   }
   epilogue(item, query);
 }
@@ -213,27 +271,32 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::attend_item(con
 template <class T, int DK, int DV, bool Tuned>
 __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::epilogue(const WorkItem& item, int query) const {
   const LayerShape& shape = p.a.shape;
-  const int lane = threadIdx.x % 32;
-  const std::int64_t row_group = item.row(p, query) * shape.groups + item.group;
   float total[2];
   std::int64_t at[2];
+  int read = 0;  // by rows that are a query's first head
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     total[half] = quad_sum(row_sum[half]);
-    at[half] = row_group * shape.heads_per_group + min(lane / 4 + half * 8, part_heads() - 1);
+    at[half] = row_group(item, query, half) * shape.heads_per_group + min(row_head(half), part_heads() - 1);
+    if (row_head(half) == 0 && has_row(item, query, half) && threadIdx.x % 4 == 0)
+      read += tokens_read[half % lane_queries];
   }
-  const int heads = part_heads() - lane / 4;  // above 0 and above 8: the lane's two rows are heads
-  if (p.gate && Tuned)
-    store_gated(at, heads, p.gate[row_group * branches + sel], total);
-  else if (p.gate)
-    store_gated_columns(at, heads, p.gate[row_group * branches + sel], total);
-  else
+  if (p.gate && Tuned) {
+    store_gated(at, part_heads() - row_head(0), p.gate[row_group(item, query, 0) * branches + sel], total);
+  } else {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      if (heads > half * 8) store_partial(at[half], half, total[half]);
-  if (lane == 0 && (Tuned || p.a.reads))
+    for (int half = 0; half < 2; ++half) {
+      if (!has_row(item, query, half)) continue;
+      if (p.gate)
+        store_gated_columns(at[half], half, p.gate[row_group(item, query, half) * branches + sel], total[half]);
+      else
+        store_partial(at[half], half, total[half]);
+    }
+  }
+  if constexpr (!Tuned) read = static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(read)));
+  if (threadIdx.x % 32 == 0 && (Tuned || p.a.reads))
     atomicAdd(reinterpret_cast<unsigned long long*>(p.a.reads) + item.sequence * shape.groups + item.group,
-              static_cast<unsigned long long>(tokens_read));
+              static_cast<unsigned long long>(read));
 }
 
 template <class T, int DK, int DV, bool Tuned>
@@ -274,25 +337,20 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::store_gated(con
   }
 }
 
-// The same of a padded instance, with fewer registers.
+// The same of one head of a padded instance, with fewer registers.
 template <class T, int DK, int DV, bool Tuned>
-__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::store_gated_columns(const std::int64_t (&at)[2],
-                                                                                     int heads, float gate,
-                                                                                     const float (&total)[2]) const {
+__device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::store_gated_columns(std::int64_t at, int half,
+                                                                                     float gate, float total) const {
   const int column = threadIdx.x % 4 * 2, d_v = p.a.shape.d_v;
+  const float weight = total > 0.0f ? gate / total : 0.0f;
+  const float* from = p.a.out.o + at * d_v + column;
+  T* to = static_cast<T*>(p.o) + at * d_v + column;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (heads <= half * 8) continue;
-    const float weight = total[half] > 0.0f ? gate / total[half] : 0.0f;
-    const float* from = p.a.out.o + at[half] * d_v + column;
-    T* to = static_cast<T*>(p.o) + at[half] * d_v + column;
-#pragma unroll
-    for (int j = 0; j < DV / 8; ++j) {
-      if (8 * j >= p.part.columns) break;
-      const float2 x = __ldcs(reinterpret_cast<const float2*>(from + 8 * j));
-      __stcs(reinterpret_cast<std::uint32_t*>(to + 8 * j),
-             pack(fmaf(o[j][2 * half], weight, x.x), fmaf(o[j][2 * half + 1], weight, x.y), T{}));
-    }
+  for (int j = 0; j < DV / 8; ++j) {
+    if (8 * j >= p.part.columns) break;
+    const float2 x = __ldcs(reinterpret_cast<const float2*>(from + 8 * j));
+    __stcs(reinterpret_cast<std::uint32_t*>(to + 8 * j),
+           pack(fmaf(o[j][2 * half], weight, x.x), fmaf(o[j][2 * half + 1], weight, x.y), T{}));
   }
 }
 

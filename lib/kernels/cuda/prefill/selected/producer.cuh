@@ -18,10 +18,10 @@ struct Producer {
   PipelineState<Storage::kv_slots> kv = {};  // of K's or V's slots
   PipelineState<schedule_slots> schedule = {};
   int in_slot = 0;                             // blocks of the schedule slot that are done
-  PipelineState<mailbox_slots> mailbox = {};   // of the lane's query
+  PipelineState<mailbox_slots> mailbox = {};   // of the lane's warp
   PipelineState<mailbox_slots> progress = {};  // of the scheduled block's `key_issued` and `notified`
 
-  // One lane: K or V of a block to an empty slot. Arrives at `empty` for the queries that did not select the block.
+  // One lane: K or V of a block to an empty slot. Arrives at `empty` for the warps that do not want the block.
   __device__ __forceinline__ void load_block(const ScheduledBlock& scheduled, const CUtensorMap& map, int width,
                                              unsigned to, unsigned full, unsigned empty) const {
     mbarrier_arrive_expect_tx(full, width / box_columns * Storage::box);
@@ -31,7 +31,7 @@ struct Producer {
         tma_load(to + at * 128 + box * Storage::box, &map, full, box * box_columns, from.row, scheduled.plane,
                  from.rank);
     }
-    const int others = item_queries - __popc(scheduled.queries());
+    const int others = consumer_warps - __popc(scheduled.warps());
     if (others > 0) mbarrier_arrive(empty, others);
   }
   __device__ __forceinline__ ScheduledBlock wait_scheduled() {
@@ -68,17 +68,20 @@ struct Producer {
       kv.advance();
     }
   }
-  // A warp; lane q notifies query q. It waits for two facts. K's copy is issued: so K's full barrier is in the phase
-  // that the notification names, or in the next one, and the notification of 8 blocks before has been read. V of one
-  // round before has arrived; the next V waits for `notified`: so V's full barrier is at most one phase behind a
+  // A warp; lane w notifies consumer warp w. It waits for two facts. K's copy is issued: so K's full barrier is in the
+  // phase that the notification names, or in the next one, and the notification of 8 blocks before has been read. V of
+  // one round before has arrived; the next V waits for `notified`: so V's full barrier is at most one phase behind a
   // notification, and never ahead of it.
-  __device__ __forceinline__ void notify_queries() {
+  template <bool Tuned>
+  __device__ __forceinline__ void notify_warps() {
     const int lane = threadIdx.x % 32;
     for (ScheduledBlock scheduled = wait_scheduled(); !scheduled.is_last(); scheduled = wait_scheduled()) {
       mbarrier_wait(shared.key_issued(progress.slot), progress.phase);
       mbarrier_wait(shared.value_full(kv.slot), kv.phase ^ 1);
-      if (scheduled.queries() >> lane & 1) {
+      if (scheduled.warps() >> lane & 1) {
         shared.mailbox(lane, mailbox.slot) = Notification::of(scheduled.block(), kv.slot, kv.phase);
+        if (!Tuned && p.merges_selections)
+          shared.mailbox_queries(lane, mailbox.slot) = shared.scheduled_queries(schedule.slot, in_slot, lane);
         mbarrier_arrive(shared.mailbox_full(lane, mailbox.slot));
         mailbox.advance();
       }

@@ -30,7 +30,7 @@ struct TileScheduler {
 
   __device__ __forceinline__ void load_selection(const WorkItem& item) {
     const int n = p.a.shape.rules.n_sel, lane = threadIdx.x % 32;
-    const bool has_query = lane < item_queries && item.has(p, lane);
+    const bool has_query = lane < consumer_warps && item.has(p, lane);
     const std::int32_t* from = p.a.selected + (item.row(p, has_query ? lane : 0) * p.a.shape.groups + item.group) * n;
     scheduled = pooled = 0;
 #pragma unroll
@@ -66,7 +66,7 @@ struct TileScheduler {
   }
   // Whether the lane's query selected the block.
   __device__ __forceinline__ int selected(ScheduledBlock pool_block) const {
-    return pool_block.queries() >> threadIdx.x % 32 & 1;
+    return pool_block.warps() >> threadIdx.x % 32 & 1;
   }
   __device__ __forceinline__ void add_to_pool(ScheduledBlock added) {
     const int free = __ffs(static_cast<int>(~used)) - 1;
@@ -99,7 +99,7 @@ struct TileScheduler {
     while (used) schedule_from_pool(item.plane);
   }
   __device__ __forceinline__ void run() {
-    for (WorkItems items(p); items.more(); items.next()) schedule_item(WorkItem(p, items.index()));
+    for (WorkItems items(p); items.more(); items.next()) schedule_item(WorkItem(p, items.index(), 1));
     do store_scheduled(ScheduledBlock::last());  // fills the last slot of the schedule, which is handed over whole
     while (in_slot > 0);
   }

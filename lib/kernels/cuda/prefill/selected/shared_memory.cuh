@@ -1,9 +1,10 @@
 #pragma once
 // Prefill's selected branch (prefill/selected/kernel.cu): parameters, work items, shared memory.
 //
-// A CTA takes 12 queries of a group. One warp schedules the blocks that they selected (prefill/selected/scheduler.cuh).
-// One warp loads K, one loads V, and one notifies each query of its blocks (prefill/selected/producer.cuh). One warp a
-// query computes (prefill/selected/consumer.cuh). A query has a mailbox of notifications, each with its own full
+// A CTA takes 12 queries of a group, or 12 times as many as fill the rows of a product (warp_queries). One warp
+// schedules the blocks that they selected (prefill/selected/scheduler.cuh, shared_scheduler.cuh). One warp loads K, one
+// loads V, and one notifies each consumer warp of its blocks (prefill/selected/producer.cuh). A consumer warp computes
+// for its query, or queries (prefill/selected/consumer.cuh). It has a mailbox of notifications, each with its own full
 // barrier. The barriers of the KV slots alone are not enough: a warp that waits for its next block may be more than a
 // round of the ring ahead of it.
 
@@ -14,13 +15,13 @@
 
 namespace nsa::gpu::selected {
 
-constexpr int item_queries = 12;                     // consumer warps
-constexpr int threads = 32 * (item_queries + 4);     // whole warpgroups, which exchange registers
-constexpr int block_tokens = selected_block_tokens;  // of a KV slot: a selection block
-constexpr int max_blocks = selected_max_blocks,
-              max_blocks_small = 16;                // of 64 tokens of a query: two instances of the scheduler
-constexpr int mailbox_slots = 8;                    // of a query: more than KV slots
-constexpr int schedule_slots = 4, slot_blocks = 8;  // of the schedule ring, and scheduled blocks in each
+constexpr int consumer_warps = 12;
+constexpr int threads = 32 * (consumer_warps + 4);     // whole warpgroups, which exchange registers
+constexpr int block_tokens = selected_block_tokens;    // of a KV slot: a selection block
+constexpr int max_blocks = 32, max_blocks_small = 16;  // of 64 tokens of a query: two instances of TileScheduler
+constexpr int mailbox_slots = 8;                       // of a consumer warp: more than KV slots
+constexpr int schedule_slots = 4, slot_blocks = 8;     // of the schedule ring, and scheduled blocks in each
+constexpr int pool_blocks = 8;                         // of SharedSelectionScheduler
 constexpr std::int64_t max_schedulable_positions = std::int64_t{block_tokens}
                                                    << 19;  // ScheduledBlock::block() has 19 bits
 
@@ -28,6 +29,10 @@ struct SelectedParams {
   CUtensorMap k, v;
   AttendArgs a;  // q and out from the part's first head and column on; reads: null where another part counts them
   int box_rows, query_tiles, items;
+  // Not read by tuned instances: queries of a consumer warp, 1, 2, 4, 8 or 16, and whether SharedSelectionScheduler
+  // runs, which is for several, or for many blocks.
+  int warp_queries;
+  bool merges_selections;
   bool interleave_planes;  // items of all planes alternate, late queries first; otherwise plane after plane
   bool pairs_blocks;       // a selection block is two blocks of 64 tokens, not one
   // Null: stores partials. Otherwise `o` of all branches is stored: this branch's, normalised and gated, plus a.out.o.
@@ -45,12 +50,12 @@ __device__ __forceinline__ int block_of_selection(const SelectedParams& p, int s
 
 struct WorkItem {
   int sequence, group, first_query, plane;
-  __device__ __forceinline__ WorkItem(const SelectedParams& p, int index) {
+  __device__ __forceinline__ WorkItem(const SelectedParams& p, int index, int warp_queries) {
     const LayerShape& s = p.a.shape;
     const int planes = p.items / p.query_tiles;
     const int tile_plane = p.interleave_planes ? index % planes : index / p.query_tiles;
     const int tile = p.interleave_planes ? p.query_tiles - 1 - index / planes : index % p.query_tiles;
-    first_query = tile * item_queries;
+    first_query = tile * consumer_warps * warp_queries;
     sequence = tile_plane / s.groups;
     group = tile_plane % s.groups;
     plane = (p.a.tile.batch_begin + sequence) * s.groups + group;
@@ -78,19 +83,19 @@ struct WorkItems {
   __device__ __forceinline__ void next() { ++round; }
 };
 
-// What the schedule holds: a block, below 2^19, and the mask of the queries that selected it.
+// What the schedule holds: a block, below 2^19, and the mask of the consumer warps whose queries selected it.
 struct ScheduledBlock {
   int word, plane;
-  __device__ __forceinline__ static ScheduledBlock of(int block, unsigned queries, int plane) {
-    return {block << item_queries | static_cast<int>(queries), plane};
+  __device__ __forceinline__ static ScheduledBlock of(int block, unsigned warps, int plane) {
+    return {block << consumer_warps | static_cast<int>(warps), plane};
   }
   __device__ __forceinline__ static ScheduledBlock last() { return {-1, 0}; }
   __device__ __forceinline__ bool is_last() const { return word < 0; }
-  __device__ __forceinline__ int block() const { return word >> item_queries; }
-  __device__ __forceinline__ unsigned queries() const { return word & ((1u << item_queries) - 1); }
+  __device__ __forceinline__ int block() const { return word >> consumer_warps; }
+  __device__ __forceinline__ unsigned warps() const { return word & ((1u << consumer_warps) - 1); }
 };
 
-// What a query reads from its mailbox: one of its blocks, and the KV slot and phase of the block's K and V.
+// What a consumer warp reads from its mailbox: one of its blocks, and the KV slot and phase of the block's K and V.
 struct Notification {
   std::uint32_t word;
   __device__ __forceinline__ static Notification of(int block, int slot, int phase) {
@@ -105,7 +110,7 @@ struct Notification {
 template <int KvSlots>
 struct SharedBarriers {
   MbarrierWord key_full[KvSlots], key_empty[KvSlots], value_full[KvSlots], value_empty[KvSlots];
-  MbarrierWord mailbox_full[item_queries][mailbox_slots];
+  MbarrierWord mailbox_full[consumer_warps][mailbox_slots];
   // Of a scheduled block. They need no empty barriers: each is waited for before its next arrival, mailbox_slots >
   // KvSlots blocks later. K of block i + mailbox_slots of the schedule is issued once its slot is empty, so after the
   // queries of a later block than i were notified, so after the notifying warp has waited for key_issued of block i.
@@ -116,21 +121,26 @@ struct SharedBarriers {
   MbarrierWord schedule_full[schedule_slots], schedule_empty[schedule_slots];
 };
 
-// Shared memory of a CTA, at a multiple of 1024 bytes. Queries of more than 128 columns do not fit the registers.
+// Shared memory of a CTA, at a multiple of 1024 bytes. Columns of queries past 128 do not fit the registers.
 template <int DK, int DV>
 struct SharedStorage {
   static constexpr int box = block_tokens * 128, key_bytes = DK / box_columns * box,
                        value_bytes = DV / box_columns * box;
-  static constexpr bool keeps_queries = DK > 128;
-  static constexpr int query_bytes = keeps_queries ? item_queries * (DK / 16) * 32 * 16 : 0;
+  static constexpr int query_steps = std::max(0, (DK - 128) / 16), query_bytes = consumer_warps * query_steps * 32 * 16;
   static constexpr int kv_slots = std::min(7, (224 * 1024 - query_bytes) / (key_bytes + value_bytes));
   static_assert(kv_slots < mailbox_slots);
   char keys[kv_slots][key_bytes];
   char values[kv_slots][value_bytes];
   SharedBarriers<kv_slots> barriers;
-  Notification mailboxes[item_queries][mailbox_slots];
+  Notification mailboxes[consumer_warps][mailbox_slots];
   ScheduledBlock schedule[schedule_slots][slot_blocks];
-  uint4 queries[keeps_queries ? item_queries : 1][keeps_queries ? DK / 16 * 32 : 1];  // operand A: [Dk / 16][lane]
+  // Where warps have several queries: which of a warp's selected the block, a bit each. Of blocks in the pool of the
+  // scheduler, in the schedule, and in mailboxes.
+  std::uint16_t pool_queries[pool_blocks][consumer_warps];
+  std::uint16_t scheduled_queries[schedule_slots][slot_blocks][consumer_warps];
+  std::uint16_t mailbox_queries[consumer_warps][mailbox_slots];
+  uint4 queries[query_steps > 0 ? consumer_warps : 1]
+               [query_steps > 0 ? query_steps * 32 : 1];  // operand A: [step][lane]
 };
 
 // A CTA's shared memory by its addresses.
@@ -171,6 +181,22 @@ struct Shared {
   __device__ __forceinline__ Notification& mailbox(int query, int i) const {
     return reinterpret_cast<Notification*>(memory + offsetof(Storage, mailboxes))[query * mailbox_slots + i];
   }
+  __device__ __forceinline__ std::uint16_t& pool_queries(int i, int warp) const {
+    return reinterpret_cast<std::uint16_t*>(memory + offsetof(Storage, pool_queries))[i * consumer_warps + warp];
+  }
+  __device__ __forceinline__ std::uint16_t& scheduled_queries(int slot, int i, int warp) const {
+    return reinterpret_cast<std::uint16_t*>(
+        memory + offsetof(Storage, scheduled_queries))[(slot * slot_blocks + i) * consumer_warps + warp];
+  }
+  __device__ __forceinline__ std::uint16_t& mailbox_queries(int warp, int i) const {
+    return reinterpret_cast<std::uint16_t*>(memory + offsetof(Storage, mailbox_queries))[warp * mailbox_slots + i];
+  }
+  // As read_mailbox().
+  __device__ __forceinline__ unsigned read_mailbox_queries(int warp, int i) const {
+    unsigned queries = 0;
+    if (threadIdx.x % 32 == 0) queries = mailbox_queries(warp, i);
+    return __shfl_sync(0xffffffffu, queries, 0);
+  }
   // A warp. Only lane 0 reads, which also releases the notification's KV slots: the next writer of this mailbox slot
   // comes after that release, so the mailbox needs no empty barriers.
   __device__ __forceinline__ Notification read_mailbox(int query, int i) const {
@@ -179,24 +205,24 @@ struct Shared {
     return {__shfl_sync(0xffffffffu, word, 0)};
   }
   __device__ __forceinline__ uint4& query(int warp, int step) const {
-    return reinterpret_cast<uint4*>(memory +
-                                    offsetof(Storage, queries))[(warp * (DK / 16) + step) * 32 + threadIdx.x % 32];
+    return reinterpret_cast<uint4*>(
+        memory + offsetof(Storage, queries))[(warp * Storage::query_steps + step) * 32 + threadIdx.x % 32];
   }
   __device__ __forceinline__ ScheduledBlock& scheduled(int slot, int i) const {
     return reinterpret_cast<ScheduledBlock*>(memory + offsetof(Storage, schedule))[slot * slot_blocks + i];
   }
-  // One thread, before a __syncthreads.
-  __device__ __forceinline__ void init_barriers() const {
+  // One thread, before a __syncthreads. `schedulers`: lanes that write a slot of the schedule.
+  __device__ __forceinline__ void init_barriers(int schedulers) const {
     for (int i = 0; i < kv_slots; ++i) {
       mbarrier_init(key_full(i), 1);
-      mbarrier_init(key_empty(i), item_queries);
+      mbarrier_init(key_empty(i), consumer_warps);
       mbarrier_init(value_full(i), 1);
-      mbarrier_init(value_empty(i), item_queries);
+      mbarrier_init(value_empty(i), consumer_warps);
     }
     // mailbox_full, and key_issued and notified after it.
-    for (int i = 0; i < (item_queries + 2) * mailbox_slots; ++i) mbarrier_init(mailbox_full(0, i), 1);
+    for (int i = 0; i < (consumer_warps + 2) * mailbox_slots; ++i) mbarrier_init(mailbox_full(0, i), 1);
     for (int i = 0; i < schedule_slots; ++i) {
-      mbarrier_init(schedule_full(i), slot_blocks);  // a lane a block
+      mbarrier_init(schedule_full(i), schedulers);
       mbarrier_init(schedule_empty(i), 2 + 32);  // the threads that load K and V, and all lanes of the notifying warp
     }
     fence_mbarrier_init();
