@@ -17,7 +17,6 @@ void launch_branch(Branch branch, const AttendArgs& a, const std::int32_t* lengt
                    Stream* stream) {
   DecodeParams p = decode_params(a.shape, a.tile, a.q);
   p.lengths = lengths;
-  p.prefetch_ahead = lengths ? 2 * limits().sms : 0;
   p.arrivals = arrivals;
   p.selected = a.selected;
   p.out = a.out;

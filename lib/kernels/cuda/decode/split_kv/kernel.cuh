@@ -175,17 +175,6 @@ struct KvMainloop {
     }
   }
 
-  // Begins to load the first rows of the work item whose CTA follows on this SM, as many as fill its rings: the memory
-  // has work while this CTA merges its warps. Each work item has a plane of rows in order. One thread.
-  __device__ __forceinline__ void prefetch_next() const {
-    const std::int64_t next = std::int64_t{row} * s.groups + group + p.prefetch_ahead;
-    if (next >= p.tile.rows() * s.groups) return;
-    const int rows = min(static_cast<int>(p.tile.max_positions), SharedLayout::slots * decode_warps * tile_rows / 2);
-    const std::int64_t plane = p.tile.batch_begin * s.groups + next;
-    prefetch_l2(static_cast<const T*>(job.k.data) + plane * job.k.plane_stride, rows * k_row_bytes<WarpTile>(s));
-    prefetch_l2(static_cast<const T*>(job.v.data) + plane * job.v.plane_stride, rows * v_row_bytes<WarpTile>(s));
-  }
-
   template <int RowBytes>
   __device__ __forceinline__ void copy(unsigned to, const char* plane, const KvView& view) const {
     const char* from = plane + load_rows.owner * view.rank_stride * sizeof(T) + load_rows.row * RowBytes;
@@ -457,7 +446,6 @@ __device__ __forceinline__ void run_share(const DecodeParams& p, const DecodeJob
   using SharedLayout = DecodeSharedLayout<WarpTile>;
   KvMainloop<WarpTile, B> mainloop(p, job, shared, share);
   mainloop.start();
-  if (B == win && p.prefetch_ahead > 0 && threadIdx.x == 0 && blockIdx.y == 0) mainloop.prefetch_next();
   if (loads_queries)
     WarpTile::load_queries(shared + SharedLayout::queries,
                            static_cast<const typename WarpTile::Type*>(p.q) +

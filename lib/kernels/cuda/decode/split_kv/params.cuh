@@ -52,7 +52,6 @@ struct DecodeParams {
   float* lse;
   Partials out;                 ///< for merge_all
   const std::int32_t* lengths;  ///< win: the row attends its first `lengths[row]` tokens; null: by position
-  int prefetch_ahead;  ///< with `lengths`: a CTA prefetches K and V for the one that is so many behind; 0: none
 };
 
 /// CTAs of a job, for each head tile.
