@@ -18,9 +18,9 @@ struct QueryConsumer {
   unsigned k_row, v_row;        // the lane's row within 16 tokens, in bytes
   unsigned k_column, v_column;  // its 16 bytes within the row's first 32, swizzled
   PipelineState<mailbox_slots> mailbox = {};
-  static constexpr int register_steps = DK / 16 - Storage::query_steps;  // of q; the others are in shared memory
+  static constexpr bool q_in_shared = Storage::keeps_queries;
   static constexpr int lane_queries = Tuned ? 1 : 2;
-  std::uint32_t q[register_steps][4];
+  std::uint32_t q[q_in_shared ? 1 : DK / 16][4];
   float o[DV / 8][4], s[8][4];
   std::uint32_t probabilities[4][4];  // of 16 tokens each, packed as the A operand of p v
   // Of rows g and g + 8. row_max is the reference of the exponentials, in base 2: update_row_max() lets it lag behind
@@ -28,8 +28,6 @@ struct QueryConsumer {
   float row_max[2], row_sum[2];
   int tokens_read[lane_queries];
   int tokens[lane_queries];  // of the block that the row's query sees
-  int end[lane_queries];     // positions that the row's query sees, and its bit among the warp's
-  unsigned query_bit[lane_queries];
 
   __device__ __forceinline__ QueryConsumer(const SelectedParams& params, const Shared<DK, DV>& at, int warp_index)
       : p(params), shared(at), warp(warp_index), scale_of_shape(log2_e / sqrtf(static_cast<float>(p.a.shape.d_k))) {
@@ -92,8 +90,8 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::load_queries(co
     const bool has_columns = Tuned || step * 16 < d_k();
     const uint4 x = {has_columns && has_low ? low[0] : 0u, has_columns && has_high ? high[0] : 0u,
                      has_columns && has_low ? low[4] : 0u, has_columns && has_high ? high[4] : 0u};
-    if (step >= register_steps)
-      shared.query(warp, step - register_steps) = x;  // read back by the same lane
+    if constexpr (q_in_shared)
+      shared.query(warp, step) = x;  // read back by the same lane
     else
       q[step][0] = x.x, q[step][1] = x.y, q[step][2] = x.z, q[step][3] = x.w;
   }
@@ -112,8 +110,8 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::multiply_qk(uns
 #pragma unroll
   for (int step = 0; step < DK / 16; ++step) {
     uint4 a;
-    if (step >= register_steps)
-      a = shared.query(warp, step - register_steps);
+    if constexpr (q_in_shared)
+      a = shared.query(warp, step);
     else
       a = {q[step][0], q[step][1], q[step][2], q[step][3]};
 #pragma unroll
@@ -208,7 +206,7 @@ __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::attend_block(No
   const int begin = block.block() * block_tokens, last_tokens = min(last_t + 1 - begin, block_tokens);
 #pragma unroll
   for (int k = 0; k < lane_queries; ++k) {
-    tokens[k] = Tuned ? last_tokens : queries & query_bit[k] ? min(end[k] - begin, block_tokens) : 0;
+    tokens[k] = Tuned ? last_tokens : queries >> row_query(k) & 1 ? min(t + row_query(k) + 1 - begin, block_tokens) : 0;
     tokens_read[k] += tokens[k];
   }
   const int slot = block.slot();
@@ -249,9 +247,6 @@ template <class T, int DK, int DV, bool Tuned>
 __device__ __forceinline__ void QueryConsumer<T, DK, DV, Tuned>::attend_item(const WorkItem& item, int query, int t) {
   if (!item.has(p, query)) return;
   load_queries(item, query);
-  if constexpr (!Tuned)
-#pragma unroll
-    for (int k = 0; k < lane_queries; ++k) end[k] = t + row_query(k) + 1, query_bit[k] = 1u << row_query(k);
   int wanted = selected_blocks(item, query, t), last_query = 0;
   if constexpr (!Tuned)
     for (; last_query + 1 < p.warp_queries && item.has(p, query + last_query + 1); ++last_query)

@@ -121,12 +121,13 @@ struct SharedBarriers {
   MbarrierWord schedule_full[schedule_slots], schedule_empty[schedule_slots];
 };
 
-// Shared memory of a CTA, at a multiple of 1024 bytes. Columns of queries past 128 do not fit the registers.
+// Shared memory of a CTA, at a multiple of 1024 bytes. Queries of more than 128 columns do not fit the registers.
 template <int DK, int DV>
 struct SharedStorage {
   static constexpr int box = block_tokens * 128, key_bytes = DK / box_columns * box,
                        value_bytes = DV / box_columns * box;
-  static constexpr int query_steps = std::max(0, (DK - 128) / 16), query_bytes = consumer_warps * query_steps * 32 * 16;
+  static constexpr bool keeps_queries = DK > 128;
+  static constexpr int query_bytes = keeps_queries ? consumer_warps * (DK / 16) * 32 * 16 : 0;
   static constexpr int kv_slots = std::min(7, (224 * 1024 - query_bytes) / (key_bytes + value_bytes));
   static_assert(kv_slots < mailbox_slots);
   char keys[kv_slots][key_bytes];
@@ -139,8 +140,7 @@ struct SharedStorage {
   std::uint16_t pool_queries[pool_blocks][consumer_warps];
   std::uint16_t scheduled_queries[schedule_slots][slot_blocks][consumer_warps];
   std::uint16_t mailbox_queries[consumer_warps][mailbox_slots];
-  uint4 queries[query_steps > 0 ? consumer_warps : 1]
-               [query_steps > 0 ? query_steps * 32 : 1];  // operand A: [step][lane]
+  uint4 queries[keeps_queries ? consumer_warps : 1][keeps_queries ? DK / 16 * 32 : 1];  // operand A: [Dk / 16][lane]
 };
 
 // A CTA's shared memory by its addresses.
@@ -205,8 +205,8 @@ struct Shared {
     return {__shfl_sync(0xffffffffu, word, 0)};
   }
   __device__ __forceinline__ uint4& query(int warp, int step) const {
-    return reinterpret_cast<uint4*>(
-        memory + offsetof(Storage, queries))[(warp * Storage::query_steps + step) * 32 + threadIdx.x % 32];
+    return reinterpret_cast<uint4*>(memory +
+                                    offsetof(Storage, queries))[(warp * (DK / 16) + step) * 32 + threadIdx.x % 32];
   }
   __device__ __forceinline__ ScheduledBlock& scheduled(int slot, int i) const {
     return reinterpret_cast<ScheduledBlock*>(memory + offsetof(Storage, schedule))[slot * slot_blocks + i];
