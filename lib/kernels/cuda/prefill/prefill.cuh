@@ -5,7 +5,7 @@
 // Tuned instances have (Dk, Dv) = (64, 64) or (128, 128) as constants. Padded instances of (128, 128), (192, 128) and
 // (256, 128) serve all multiples of 16: tensor copies fill columns past the head size with zeros, in shared memory
 // alone, and results past it are not stored. More than 128 columns of V, or 16 heads, are several parts, a launch each;
-// the dense branches take all columns at once, by (256, 256) in place of (256, 128).
+// the dense branches take all columns in one launch, by (256, 256) in place of (256, 128).
 //
 // A warp of a tuned instance has one query: its (up to 16) heads are the 16 rows of its part of a product. In a padded
 // instance a query takes 1, 2, 4, 8 or 16 rows, so that groups of few heads fill products with several queries. A CTA

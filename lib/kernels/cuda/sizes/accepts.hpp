@@ -28,8 +28,8 @@ bool gather_accepts(const LayerShape&);
 bool packed_accepts(const LayerShape&, const QueryTile&);
 
 constexpr int dense_tile_tokens = 128;  ///< of a K or V tile of prefill/dense
-constexpr int prefill_max_blocks =
-    64;  ///< selected by a query: of l' tokens for prefill/rank, of 64 for prefill/selected
+/// Blocks that a query selects: of l' tokens for prefill/rank, of 64 for prefill/selected.
+constexpr int prefill_max_blocks = 64;
 constexpr int prefill_max_halo = 64;       ///< compressed tokens of the previous block that overlap a block
 constexpr int selected_block_tokens = 64;  ///< of a KV slot of prefill/selected
 constexpr int blocks_of(const BlockRules& r) { return r.n_sel * (r.l_sel / selected_block_tokens); }

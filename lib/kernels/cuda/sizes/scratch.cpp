@@ -10,6 +10,13 @@
 
 namespace nsa::gpu {
 
+namespace {
+
+// CTAs of cmp of several query tokens on an SM: four warps that multiply together, or four and one that copies.
+int token_ctas(const LayerShape& s) { return s.dtype != DType::f32 && is_tuned_size(s) && s.d_k <= 128 ? 3 : 2; }
+
+}  // namespace
+
 std::size_t project_scratch(const LayerShape& s, const QueryTile& tile) {
   return static_cast<std::size_t>(tile.rows() * qkv_columns(s)) * sizeof(float);
 }
@@ -24,9 +31,6 @@ std::int64_t tile_lse_floats(const LayerShape& s, const QueryTile& tile) {
   const std::int64_t segments = compressed_tokens(s.rules, tile.max_positions - 1) / s.lse.segment + 2;
   return tile.rows() * s.groups * padded_heads(s) * segments * tiles_per_span(cmp, s) * 2;
 }
-
-// CTAs of cmp of several query tokens on an SM: four warps that multiply together, or four and one that copies.
-static int token_ctas(const LayerShape& s) { return s.dtype != DType::f32 && is_tuned_size(s) && s.d_k <= 128 ? 3 : 2; }
 
 std::int64_t token_splits(const LayerShape& s, const QueryTile& tile, std::int64_t tiles) {
   constexpr int more_of_ragged = 4;  // CTAs of a short sequence end early
