@@ -20,7 +20,7 @@ OK, USAGE, FILE, INTERRUPTED = 0, 2, 6, 75
 
 # Prefills, so that a point is many short repetitions: a quarter of a second each, and the same samples in every run.
 SWEEP = SMALL.replace('"decode"', '"prefill"').replace("context = 64", "context = [192, 256, 320, 384]").replace(
-    "steps = 3", "steps = 60")
+    "steps = 3", "steps = 120")
 TWO_POINTS = SMALL.replace("context = 64", "context = [64, 96]")
 
 
@@ -103,7 +103,7 @@ class Stopping(ResumeTest):
         run.communicate(timeout=HANG)
 
     def test_a_second_interrupt_ends_it_at_once(self):
-        self.write("in.toml", SWEEP.replace("steps = 60", "steps = 2\nmin_time = 60.0"))
+        self.write("in.toml", SWEEP.replace("steps = 120", "steps = 2\nmin_time = 60.0"))
         run = self.start("run", "in.toml", "--set", "run.context=65536")  # a repetition takes long
         self.wait_for(lambda: self.catches(run.pid, signal.SIGINT), run)
         run.send_signal(signal.SIGINT)
