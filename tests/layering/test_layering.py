@@ -20,7 +20,7 @@ ALLOWED = {
     "kernels/interface": "kernels/shared",
     "kernels/diagnostics": "kernels/interface",
     "kernels/host/runtime": "kernels/diagnostics kernels/interface",
-    "kernels/host/simd": "kernels/host/runtime kernels/shared",
+    "kernels/host/simd": "kernels/host/runtime kernels/interface kernels/shared",
     "kernels/host/attention": "kernels/host/runtime kernels/host/simd kernels/interface",
     "kernels/host/layer": "kernels/host/runtime kernels/host/simd kernels/shared",
     "kernels/host": "kernels/host/attention kernels/host/runtime",

@@ -117,27 +117,6 @@ KvTile kv_tile_of(DType type, const KvView& k, const KvView& v, std::int64_t pla
   return {run.first, run.tokens, cached_rows(type, k, plane, run.first), cached_rows(type, v, plane, run.first)};
 }
 
-CachedRows cached_rows(DType type, const KvView& view, std::int64_t plane, std::int64_t c, std::int64_t i) {
-  const std::int64_t offset = offset_in_chunk(view, plane, c, i);
-  if (is_quantised(view))
-    return {static_cast<const std::uint8_t*>(view.data) + offset, view.scales + scale_in_chunk(view, plane, c, i)};
-  return {at(type, view.data, offset)};
-}
-
-CachedRows cached_rows(DType type, const KvView& view, std::int64_t plane, std::int64_t i) {
-  return cached_rows(type, view, plane, chunk_of(view.map, i), i);
-}
-
-CachedRows advanced(DType type, const CachedRows& rows, std::int64_t n, std::int64_t width) {
-  if (rows.scales) return {static_cast<const std::uint8_t*>(rows.data) + n * width, rows.scales + n};
-  return {at(type, rows.data, n * width)};
-}
-
-void load_rows(DType type, std::int64_t count, std::int64_t width, const CachedRows& rows, float* to) {
-  if (rows.scales) return load_quantised(count, width, rows.data, rows.scales, to);
-  load(type, count * width, rows.data, to);
-}
-
 /// Slices of 8 rows: the arithmetic of one takes a few hundred nanoseconds, which hide the prefetch of the rows that
 /// come next, V of this tile and K of the next.
 void score_tile(const LayerShape& s, const Widths& w, ThreadBuffers& buffers, const KvTile& kv_tile) {

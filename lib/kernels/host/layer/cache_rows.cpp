@@ -7,6 +7,7 @@
 
 #include "kernels/host/runtime/arena.hpp"
 #include "kernels/host/runtime/stages.hpp"
+#include "kernels/host/simd/cached_rows.hpp"
 #include "kernels/host/simd/loops.hpp"
 #include "kernels/shared/checksum.hpp"
 #include "kernels/shared/random.hpp"
@@ -27,14 +28,6 @@ std::int64_t chunks_before(const RowMap& map, std::int64_t last, std::int64_t sp
   if (last <= 0) return 0;
   const std::int64_t reach = saturating_add(last, std::max<std::int64_t>(0, -span_begin));
   return (reach - 1) / map.chunk + 1;
-}
-
-/// Row i of chunk c or of its halo to fp32.
-void load_row(DType type, const KvView& view, std::int64_t plane, std::int64_t c, std::int64_t i, float* to) {
-  const std::int64_t offset = offset_in_chunk(view, plane, c, i);
-  if (!is_quantised(view)) return load(type, view.width, at(type, view.data, offset), to);
-  load_quantised(1, view.width, static_cast<const std::uint8_t*>(view.data) + offset,
-                 view.scales + scale_in_chunk(view, plane, c, i), to);
 }
 
 /// One thread's row in fp32.
@@ -72,7 +65,7 @@ void copy_row(DType type, const KvView& src, const KvView& dst, std::int64_t pla
   const std::int64_t to = offset_in_chunk(dst, plane, c, i), from = offset_of(src, plane, i);
   if (is_quantised(src) != is_quantised(dst)) {
     float* values = row_values(src.width);
-    load_row(type, src, plane, chunk_of(src.map, i), i, values);
+    load_rows(type, 1, src.width, cached_rows(type, src, plane, i), values);
     return store_row(type, dst, plane, c, i, values);
   }
   if (!is_quantised(src)) {
@@ -84,23 +77,6 @@ void copy_row(DType type, const KvView& src, const KvView& dst, std::int64_t pla
 }
 
 }  // namespace
-
-constexpr std::int32_t quantised_part = 256;  ///< values that are rounded to storage type at a time
-
-void store_row(DType type, const KvView& view, std::int64_t plane, std::int64_t c, std::int64_t i, const float* value) {
-  const std::int64_t offset = offset_in_chunk(view, plane, c, i);
-  if (!is_quantised(view)) return store(type, view.width, value, at(type, view.data, offset));
-  std::byte stored[quantised_part * sizeof(float)];
-  thread_local std::vector<float> row;  // rounded to storage type: what an unquantised cache would hold
-  row.resize(static_cast<std::size_t>(view.width));
-  for (std::int32_t e = 0; e < view.width; e += quantised_part) {
-    const std::int32_t n = std::min(quantised_part, view.width - e);
-    store(type, n, value + e, stored);
-    load(type, n, stored, row.data() + e);
-  }
-  view.scales[scale_in_chunk(view, plane, c, i)] =
-      store_quantised(view.width, row.data(), static_cast<std::uint8_t*>(view.data) + offset);
-}
 
 void append(const AppendArgs& args, Stream*) {
   append_rows(args, args.k, args.k_cache);

@@ -10,6 +10,7 @@
 
 #include "kernels/host/runtime/arena.hpp"
 #include "kernels/host/runtime/stages.hpp"
+#include "kernels/host/simd/cached_rows.hpp"
 #include "kernels/host/simd/loops.hpp"
 #include "kernels/host/simd/matmul.hpp"
 
@@ -85,7 +86,7 @@ void store_token(const CompressArgs& args, const KvView& compressed, const Token
 void load_row(const CompressArgs& args, const KvView& raw, const Token& token, std::int32_t m, float* to) {
   const std::int64_t position = token.i * args.shape.rules.d + m;
   const std::int64_t c = chunk_of(raw.map, token.i * args.shape.rules.d);
-  load(args.shape.dtype, raw.width, at(args.shape.dtype, raw.data, offset_in_chunk(raw, token.plane, c, position)), to);
+  load_rows(args.shape.dtype, 1, raw.width, cached_rows(args.shape.dtype, raw, token.plane, c, position), to);
 }
 
 void compress_mean(const CompressArgs& args, const CompletedTokens& completed, const KvView& raw,

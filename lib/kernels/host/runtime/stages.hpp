@@ -23,8 +23,6 @@ std::size_t rank_scratch(const LayerShape& s, const QueryTile& tile);
 void select(const SelectArgs& args, Stream*);
 void combine(const CombineArgs& args, Stream*);
 
-/// Stores fp32 values as row i of chunk c or of its halo: in storage type, or quantised.
-void store_row(DType type, const KvView& view, std::int64_t plane, std::int64_t c, std::int64_t i, const float* value);
 void append(const AppendArgs& args, Stream*);
 void copy_rows(const CopyRowsArgs& args, Stream*);
 void checksum(const ChecksumArgs& args, Stream*);
