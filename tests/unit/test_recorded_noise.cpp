@@ -132,12 +132,12 @@ TEST_CASE("the table of error rates with recorded noise", "[.][study]") {
       const auto percent = [](double share) { return 100 * share; };
       std::cout << std::setw(20) << recorded.file << std::setw(10) << n;
       for (const double slowdown : {0.0, 0.02, 0.035}) {
-        const Rates rates = by_diff(recorded, n, slowdown, 100);
+        const Rates rates = by_diff(recorded, n, slowdown, 300);
         std::cout << std::setw(10) << percent(slowdown > 0 ? rates.found() : rates.different());
       }
       std::cout << std::setw(14) << recorded.turns;
       for (const double slowdown : {0.0, 0.02}) {
-        const Rates rates = by_turns(recorded, n, slowdown, 100);
+        const Rates rates = by_turns(recorded, n, slowdown, 300);
         std::cout << std::setw(10) << percent(slowdown > 0 ? rates.found() : rates.different());
       }
       std::cout << " %" << std::endl;

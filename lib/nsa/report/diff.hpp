@@ -17,7 +17,7 @@ enum class Difference { same, faster, slower, unclear };
 const char* word_of(Difference difference);  ///< "SAME", "FASTER", "SLOWER", "UNCLEAR"
 
 /// All verdicts of two files hold together with a probability of at least 1 - family_error.
-constexpr double family_error = 0.01;
+constexpr double family_error = 0.008;  // so that at most 1% of equal runs are called different
 /// What is known of runs before any is compared; docs/METRICS.md says from which measurements.
 struct RunVariation {
   double between_runs;  ///< standard deviation of the logarithm of a median from run to run
