@@ -114,8 +114,7 @@ class Stopping(ResumeTest):
 
     def test_max_time_again_and_again(self):
         self.undisturbed(SWEEP, ranks=2)
-        # The limit grows by less than the number of points, so no machine is so fast that it skips the rounds which finish
-        # some points and not all.
+        # The limit grows by less than the number of points: on any machine some round finishes some points and not all.
         limit = 0.05
         resume = ("run", "in.toml", "--resume", "--max-time")
         while (done := self.nsa(*resume, f"{limit:.3f}s", ranks=2)).code == INTERRUPTED:

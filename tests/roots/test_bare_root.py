@@ -1,10 +1,11 @@
 """The README's commands in a bare Debian: debootstrap, a copy of the sources, ./quickstart.sh, as root.
 
-test_bare_root.py SUITE FOLDER [--tests]: the suite ("bookworm", "trixie") is unpacked once and kept in FOLDER as
-SUITE.tar. --tests adds the README's second command, ./test.sh, with what it skips and why: half an hour.
+The suite ("bookworm", "trixie") is downloaded once and kept in FOLDER as SUITE.tar, and what a run prints as SUITE.log.
 Skipped (77), with the reason, without root, debootstrap or the mirror. Python 3, standard library only.
 """
 
+import argparse
+import hashlib
 import os
 import pathlib
 import re
@@ -36,24 +37,29 @@ def mirror():
     return found[1] if found else skip("apt has no Debian repository; set NSA_DEBIAN_MIRROR")
 
 
-def unpacked(suite, kept, folder):
-    """Unpacks the suite below `folder`, from `kept` or from the mirror."""
-    archive = kept / f"{suite}.tar"
-    if not archive.is_file():
-        fresh = folder / "fresh"
-        source = mirror()
-        command = ["debootstrap", "--variant=minbase", suite, fresh, source]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            skip(f"no bare {suite} from {source} ({(done.stdout + done.stderr).strip().splitlines()[-1]})")
-        kept.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["tar", "cf", f"{archive}.new", "-C", fresh, "."], check=True)
-        os.replace(f"{archive}.new", archive)
-        return fresh
-    root = folder / "root"
+def keep(root, archive):
+    """Packs the folder `root`; an archive that is there is whole."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["tar", "cf", f"{archive}.new", "--one-file-system", "--exclude=./src", "-C", root, "."], check=True)
+    os.replace(f"{archive}.new", archive)
+
+
+def unpack(archive, root):
     root.mkdir()
     subprocess.run(["tar", "xf", archive, "-C", root], check=True)
-    return root
+
+
+def bare(suite, kept, root):
+    """Unpacks the suite into `root`, from `kept` or from the mirror."""
+    archive = kept / f"{suite}.tar"
+    if archive.is_file():
+        unpack(archive, root)
+        return
+    source = mirror()
+    done = subprocess.run(["debootstrap", "--variant=minbase", suite, root, source], capture_output=True, text=True)
+    if done.returncode != 0:
+        skip(f"no bare {suite} from {source} ({(done.stdout + done.stderr).strip().splitlines()[-1]})")
+    keep(root, archive)
 
 
 def furnish(root):
@@ -72,44 +78,93 @@ def furnish(root):
     for path in pathlib.Path("/etc/apt/apt.conf.d").glob("*"):
         if re.search("Acquire", path.read_text(errors="replace")):
             shutil.copy(path, root / "etc/apt/apt.conf.d")
+    for name in ("proc", "dev", "sys"):
+        (root / name).mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "proc", "proc", root / "proc"], check=True)
     for name in ("dev", "sys"):
         subprocess.run(["mount", "--rbind", f"/{name}", root / name], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", root / "dev/shm"], check=True)
 
 
-def commands(suite, kept, *options):
-    """Runs the README's commands in a fresh root and prints their figures."""
-    tests = "--tests" in options
-    with tempfile.TemporaryDirectory(prefix="nsa-root-") as folder:
-        root = unpacked(suite, kept, pathlib.Path(folder))
+def inside(root, command, log):
+    """Runs a shell command in /src of the root, as a new user there. Returns its exit code and what it printed, which
+    the file `log` keeps."""
+    environment = ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8", "NSA_COMMIT=bare"]
+    with open(log, "wb") as out:
+        done = subprocess.run(["chroot", root, "/usr/bin/env", "-i", *environment, "sh", "-c", f"cd /src && {command}"],
+                              stdout=out, stderr=subprocess.STDOUT)  # fmt: skip
+    return done.returncode, log.read_text(errors="replace")
+
+
+def with_packages(suite, kept, root):
+    """Furnishes the suite with the packages of scripts/setup.sh and ccache, kept until that script changes. What is
+    compiled in it is kept too."""
+    key = hashlib.sha256((ROOT / "scripts/setup.sh").read_bytes()).hexdigest()[:12]
+    archive = kept / f"{suite}-{key}.tar"
+    if archive.is_file():
+        unpack(archive, root)
         furnish(root)
+    else:
+        bare(suite, kept, root)
+        furnish(root)
+        install = (
+            "apt-get update -qq && scripts/setup.sh && "
+            "apt-get install -y -qq --no-install-recommends ccache && apt-get clean")
+        code, said = inside(root, install, kept / f"{suite}-packages.log")
+        if code != 0:
+            skip(f"no packages for {suite} ({said.strip().splitlines()[-1]})")
+        for old in kept.glob(f"{suite}-*.tar"):
+            old.unlink()
+        keep(root, archive)
+    cache = kept / f"{suite}-ccache"
+    cache.mkdir(exist_ok=True)
+    (root / "root/.cache/ccache").mkdir(parents=True)
+    subprocess.run(["mount", "--bind", cache, root / "root/.cache/ccache"], check=True)
+
+
+def commands(options):
+    """Runs the README's commands in a fresh root and prints their figures."""
+    suite = options.suite
+    with tempfile.TemporaryDirectory(prefix="nsa-root-") as folder:
+        root = pathlib.Path(folder) / "root"
         start = time.monotonic()
         try:
-            done = subprocess.run(
-                ["chroot", root, "/usr/bin/env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root",
-                 "LANG=C.UTF-8", "NSA_COMMIT=bare", "sh", "-c",
-                 "cd /src && apt-get update -qq && ./quickstart.sh" + (" && ./test.sh" if tests else "")],
-                capture_output=True, text=True)  # fmt: skip
+            command = "./quickstart.sh" + (" && ./test.sh" if options.tests else "")
+            if options.keep_packages:
+                with_packages(suite, options.folder, root)
+            else:
+                bare(suite, options.folder, root)
+                furnish(root)
+                command = "apt-get update -qq && " + command
+            if options.only_packages:
+                return
+            code, said = inside(root, command, options.folder / f"{suite}.log")
             left = os.listdir(root / "dev/shm")
             compiler = subprocess.run(["chroot", root, "c++", "--version"], capture_output=True, text=True).stdout
         finally:
-            for name in ("dev", "sys", "proc"):
-                subprocess.run(["umount", "-R", "-l", root / name], check=False)
-    said = done.stdout + done.stderr
+            for name in ("root/.cache/ccache", "dev", "sys", "proc"):
+                subprocess.run(["umount", "-R", "-l", root / name], check=False, stderr=subprocess.DEVNULL)
     print(said[-3000:])
-    if tests:
+    if options.tests:
         figures = r"^.*(?:% tests passed|Total Test time|\*\*\*(?:Failed|Timeout)|skipped: ).*$"
         print("\n".join(re.findall(figures, said, re.MULTILINE)))
     print(f"{suite}: {time.monotonic() - start:.0f} s, {compiler.splitlines()[0] if compiler else 'no compiler'}")
-    assert done.returncode == 0, f"exit code {done.returncode}"
+    assert code == 0, f"exit code {code}"
     assert "RESULT: VALID" in said
     warnings = [line for line in said.splitlines() if re.search(r"warning: ", line)]
     assert not warnings, "\n".join(warnings[:10])
     assert not left, f"left in /dev/shm: {left}"
 
 
-def main(suite, kept, *options):
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite")
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--tests", action="store_true", help="also ./test.sh, with what it skips and why: half an hour")
+    parser.add_argument("--keep-packages", action="store_true",
+                        help="keep installed packages and compiled objects in FOLDER for the next call")  # fmt: skip
+    parser.add_argument("--only-packages", action="store_true", help="with --keep-packages: install them and end")
+    options = parser.parse_args()
     if os.geteuid() != 0:
         skip("only root can change the root folder")
     if not shutil.which("debootstrap"):
@@ -120,8 +175,8 @@ def main(suite, kept, *options):
         command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", sys.executable, "-B", *sys.argv]
         done = subprocess.run(command, env=os.environ | {INSIDE: "1"})
         sys.exit(done.returncode)
-    commands(suite, pathlib.Path(kept), *options)
+    commands(options)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
