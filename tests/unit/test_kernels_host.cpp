@@ -306,6 +306,7 @@ TEST_CASE("host memory starts as NaN and is accounted; a build without CUDA refu
 TEST_CASE("warps of a fused decode step are divided between window and chosen blocks", "[kernels]") {
   CHECK(nsa::gpu::window_warps(8, 1, 16, 32, true) == 2);
   CHECK(nsa::gpu::window_warps(16, 2, 16, 32, true) == 3);
+  CHECK(nsa::gpu::window_warps(16, 2, 16, 64, true) == 3);  // blocks of 128: two would have 8 tiles each, the others 8
   CHECK(nsa::gpu::window_warps(128, 16, 16, 32, false) == 18);  // a window may touch 18 tiles
   CHECK(nsa::gpu::window_warps(4, 1, 1, 512, true) == 1);
   CHECK(nsa::gpu::window_warps(16, 8, 512, 1, false) == 8);  // a warp of each CTA scores

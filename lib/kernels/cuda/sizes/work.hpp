@@ -47,14 +47,18 @@ inline std::int64_t schedule_words(const QueryTile& tile) {
 
 /// Warps, of the `warps` of `ctas` CTAs, that attend the window after cmp while the others choose blocks and attend
 /// these: in proportion to tiles. A window that begins anywhere has two tiles more. Where a warp has several tiles of
-/// cmp, the choice takes about as long as the blocks, so that half as many warps suffice for the window. Every CTA
-/// keeps a warp that scores.
+/// cmp, the choice takes about as long as three tiles of the blocks: half as many warps suffice for the window, unless
+/// these would still end last. Every CTA keeps a warp that scores.
 inline int window_warps(int warps, int ctas, int win_tiles, int sel_tiles, bool several_cmp_tiles) {
   if (sel_tiles == 0) return warps;
-  const int tiles = win_tiles + sel_tiles;
-  const int count =
-      several_cmp_tiles ? (warps * win_tiles + 2 * tiles - 1) / (2 * tiles) : (warps * win_tiles + tiles / 2) / tiles;
-  return std::clamp(count, 1, std::min(win_tiles + 2, warps - ctas));
+  const int tiles = win_tiles + sel_tiles, most = std::min(win_tiles + 2, warps - ctas);
+  if (!several_cmp_tiles) return std::clamp((warps * win_tiles + tiles / 2) / tiles, 1, most);
+  constexpr float choice_tiles = 3;
+  int count = std::clamp((warps * win_tiles + 2 * tiles - 1) / (2 * tiles), 1, most);
+  const auto tiles_a_warp = [](int tiles, int warps) { return static_cast<float>(tiles) / static_cast<float>(warps); };
+  while (count < most && tiles_a_warp(win_tiles, count) > choice_tiles + tiles_a_warp(sel_tiles, warps - count))
+    ++count;
+  return count;
 }
 
 constexpr int cmp_tokens_per_block = 4, tile_blocks = tile_rows / cmp_tokens_per_block;
