@@ -1,11 +1,14 @@
 #include "comm/session.hpp"
 
+#include <ftw.h>
 #include <mpi.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <numeric>
+#include <optional>
 #include <utility>
 
 #include "comm/mpi_group.hpp"
@@ -28,7 +31,7 @@ void check_mpi(int code, const char* call) {
 namespace {
 
 /// Open MPI's settings for a process without a launcher. It talks to nobody: it needs no shared memory (5.x leaves the
-/// segment in /dev/shm), no search for networks, no daemon beside it and no session folder (4.x leaves it in /tmp).
+/// segment in /dev/shm), no search for networks, no daemon beside it and no session folder (4.x leaves it in TMPDIR).
 void run_alone() {
   for (const auto& [name, value] : {std::pair{"OMPI_MCA_btl", "self"},
                                     {"OMPI_MCA_pml", "ob1"},
@@ -37,13 +40,45 @@ void run_alone() {
     setenv(name, value, 0);
 }
 
+/// TMPDIR while MPI starts: a folder of its own, removed at the end. Open MPI 5.x makes a session folder for a process
+/// without a launcher whatever its settings are, puts nothing there and leaves it behind. Where the folder cannot be
+/// made, TMPDIR stays.
+class SessionFolder {
+ public:
+  SessionFolder() {
+    if (const char* set = std::getenv("TMPDIR")) before_ = set;
+    path_ = before_.value_or("/tmp") + "/nsa-mpi-XXXXXX";
+    if (mkdtemp(path_.data()))
+      setenv("TMPDIR", path_.c_str(), 1);
+    else
+      path_.clear();
+  }
+  ~SessionFolder() {
+    if (path_.empty()) return;
+    before_ ? setenv("TMPDIR", before_->c_str(), 1) : unsetenv("TMPDIR");
+    const auto remove_entry = [](const char* path, const struct stat*, int, FTW*) { return std::remove(path); };
+    nftw(path_.c_str(), remove_entry, 8, FTW_DEPTH | FTW_PHYS);
+  }
+  SessionFolder(const SessionFolder&) = delete;
+  SessionFolder& operator=(const SessionFolder&) = delete;
+
+ private:
+  std::optional<std::string> before_;
+  std::string path_;
+};
+
 }  // namespace
 
 MpiSession::MpiSession(int& argc, char**& argv) {
   const Operation operation(OperationKind::wait, "MPI_Init");
   int provided = 0;
-  if (!launched_rank()) run_alone();
+  std::optional<SessionFolder> folder;
+  if (!launched_rank()) {
+    run_alone();
+    folder.emplace();
+  }
   check_mpi(MPI_Init_thread(&argc, &argv, MPI_THREAD_MULTIPLE, &provided), "MPI_Init_thread");
+  folder.reset();
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
   if constexpr (fault::built) {
     int rank = 0;

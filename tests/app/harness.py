@@ -30,7 +30,8 @@ def nsa(*arguments, ranks=0, cwd, environment=None):
     # Open MPI waits two seconds for the other ranks after one has ended with an error code; here none is left.
     settings = {"OMP_NUM_THREADS": "1", "OMPI_MCA_odls_base_sigkill_timeout": "0"} | (environment or {})
     done = subprocess.run(command, cwd=cwd, env=os.environ | settings, capture_output=True, text=True, timeout=HANG)
-    return Finished(done.returncode, done.stdout, done.stderr)
+    # mpirun of Open MPI 5.x ends its messages with a NUL, before what a rank prints next.
+    return Finished(done.returncode, done.stdout, done.stderr.replace("\0", ""))
 
 
 class AppTest(unittest.TestCase):
