@@ -18,6 +18,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 INSIDE = "NSA_TEST_INSIDE"  # environment variable: the process has a mount and PID namespace of its own
 SKIPPED = 77
+CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 # One rank without a launcher, which Open MPI starts in another way than those of the quick start.
 ALONE = "build/host/nsa run inputs/quickstart.toml --set parallel.heads=1 --set parallel.kv=1 --output alone.h5"
 
@@ -76,10 +77,11 @@ def furnish(root):
     archive.stdin.write(files.stdout)
     archive.stdin.close()
     assert unpack.wait() == 0 and archive.wait() == 0
-    for name in ("resolv.conf", "hosts", "pip.conf", "ssl/certs/ca-certificates.crt"):
+    for name in ("resolv.conf", "hosts", "pip.conf"):
         if os.path.exists(f"/etc/{name}"):
-            (root / "etc" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(f"/etc/{name}", root / "etc" / name)
+    if os.path.exists(CERTIFICATES):
+        shutil.copy(CERTIFICATES, root / "etc/pip.crt")  # its own file changes with the packages
     for path in pathlib.Path("/etc/apt/apt.conf.d").glob("*"):
         if re.search("Acquire", path.read_text(errors="replace")):
             shutil.copy(path, root / "etc/apt/apt.conf.d")
@@ -95,6 +97,8 @@ def inside(root, command, log):
     """Runs a shell command in /src of the root, as a new user there. Returns its exit code and what it printed, which
     the file `log` keeps."""
     environment = ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8", "NSA_COMMIT=bare"]
+    if (root / "etc/pip.crt").exists():
+        environment.append("PIP_CERT=/etc/pip.crt")
     with open(log, "wb") as out:
         done = subprocess.run(["chroot", root, "/usr/bin/env", "-i", *environment, "sh", "-c", f"cd /src && {command}"],
                               stdout=out, stderr=subprocess.STDOUT)  # fmt: skip
