@@ -73,6 +73,7 @@ constexpr Variable library_variables[] = {
     {"HDF5_USE_FILE_LOCKING", "`FALSE`", "HDF5: opens result files on file systems without locks."},
     {"OMP_THREAD_LIMIT", "threads", "OpenMP: most threads of a rank; nsa takes no more."},
     {"OMP_WAIT_POLICY", "`passive`", "OpenMP: waiting threads sleep; useful where ranks share cores."},
+    {"TMPDIR", "folder", "MPI: where it has its session folders, `/tmp` by default; nothing stays after a run."},
     {"NCCL_HOSTID", "text", "NCCL: nsa sets it with `NSA_SHARE_GPU=1` unless it is set."},
 };
 
