@@ -35,6 +35,13 @@ def name_of(name):
     return sys.intern(name.decode())
 
 
+def members_of(group):
+    """Names of the members of a group."""
+    names = set()
+    group.id.links.iterate(lambda name: names.add(name_of(name)))
+    return names
+
+
 def attributes_of(item, shapes=None):
     """{name: Python value} of the attributes of a file, group or dataset, in the order of their names.
 

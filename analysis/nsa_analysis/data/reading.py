@@ -13,9 +13,9 @@ import h5py
 import numpy as np
 
 from ..errors import AnalysisError, FileError
-from .hdf5 import attributes_of, load_labels, load_numbers, to_python
+from .hdf5 import attributes_of, load_labels, load_numbers, members_of, to_python
 from .parallel import parallel
-from .statistics import STATISTICS, median_and_interval, summaries
+from .statistics import STATISTICS, median_and_interval, summaries, summarise
 
 SCHEMA_MAJOR = 1
 LARGE = 8 << 20  # bytes: what is larger is read by several processes
@@ -122,6 +122,13 @@ class Point:
         times = self.modes.get("total") or self.modes.get("branches")
         return np.array([]) if times is None else times.slowest[STAGES.index("step")]
 
+    def step_summary(self):
+        """Statistics of step_samples: {name of STATISTICS: value}."""
+        times = self.modes.get("total") or self.modes.get("branches")
+        if times is None:
+            return summarise([])
+        return {name: values[STAGES.index("step")].item() for name, values in times.summary.items()}
+
 
 def mode_times(samples):
     """ModeTimes of each entry of samples [entry, stage, rank, rep], without warm-up."""
@@ -151,7 +158,7 @@ def by_shape(items):
 
 
 def samples_by_mode(group, size, warmup):
-    """({mode: samples [stage, rank, rep] in s without warm-up, stages as STAGES}, unknown stages) of a point."""
+    """({mode: samples [stage, rank, rep] in s without warm-up, stages as STAGES}, labels of the stages, ranks)."""
     time = load_numbers(group, "time", size, 4)
     modes, stages = load_labels(group, "mode", size), load_labels(group, "stage", size)
     if time.shape[:2] != (len(modes), len(stages)):
@@ -161,16 +168,15 @@ def samples_by_mode(group, size, warmup):
     missing = [s for s in STAGES if s not in stages]
     if missing:
         raise ValueError(f"'stage' lacks {', '.join(missing)}")
-    order = [stages.index(s) for s in STAGES]
     if (time < 0).any() or np.isinf(time).any():
         raise ValueError("'time' has negative or infinite samples")
-    samples = {mode: time[m][order][:, :, warmup:] for m, mode in enumerate(modes)}
-    return samples, tuple(s for s in stages if s not in STAGES)
+    known = time[:, [stages.index(s) for s in STAGES], :, warmup:]
+    return dict(zip(modes, known)), stages, time.shape[2]
 
 
-def last_reads(group, size):
+def last_reads(group, members, size):
     """(reads by "counted" and "expected", nsa-vibe's formula), both at the last step; reads are summed over ranks."""
-    if "reads" not in group:
+    if "reads" not in members:
         return {}, float("nan")
     reads = {}
     for key, name in ("counted", "reads"), ("expected", "reads_expected"):
@@ -178,7 +184,7 @@ def last_reads(group, size):
         if table.shape[0] != len(BRANCHES):
             raise ValueError(f"'{name}' has {table.shape[0]} branches")
         reads[key] = table[:, :, -1].sum(axis=1) if table.shape[2] else np.zeros(len(BRANCHES))
-    nsa_vibe = load_numbers(group, "reads_nsa_vibe", size, 1) if "reads_nsa_vibe" in group else []
+    nsa_vibe = load_numbers(group, "reads_nsa_vibe", size, 1) if "reads_nsa_vibe" in members else []
     return reads, float(nsa_vibe[-1]) if len(nsa_vibe) else float("nan")
 
 
@@ -191,9 +197,7 @@ def kernel_samples(kernels, size, warmup):
 
 
 def read_kernels(group, size):
-    """Samples and errors by implementation, of kind = "kernels"; None for other points."""
-    if "kernels" not in group:
-        return None
+    """Samples and errors by implementation, of kind = "kernels"."""
     kernels = group["kernels"]
     names, time = kernel_samples(kernels, size, to_python(group.attrs.get("warmup_reps", 0)))
     errors = {name: load_numbers(kernels, name, size, 1) for name in ("mean_abs_err", "max_abs_err") if name in kernels}
@@ -204,9 +208,7 @@ def read_kernels(group, size):
 
 
 def read_phases(group, size, ranks, warmup):
-    """Medians by phase and rank of a decode step whose ranks exchange in one launch; None for other points."""
-    if "phases" not in group:
-        return None
+    """Medians by phase and rank of a decode step whose ranks exchange in one launch."""
     names, time = load_labels(group["phases"], "phase", size), load_numbers(group["phases"], "time", size, 3)
     if time.shape[:2] != (len(names), ranks):
         raise ValueError("the shape of 'phases/time' does not match its labels")
@@ -235,21 +237,20 @@ def read_point(run, name, group, size, shapes):
     for key, kind in (("validity", str), ("heads", int), ("kv", int), ("warmup_reps", int), ("task.kind", str)):
         if not isinstance(parameters.get(key), kind):
             raise ValueError(f"attribute '{key}' of point {name} is missing or has another type")
-    ranks = parameters["heads"] * parameters["kv"]
-    samples, unknown = {}, ()
-    if "time" in group:
-        samples, unknown = samples_by_mode(group, size, parameters["warmup_reps"])
-        timed = group["time"].shape[2]
+    ranks, warmup = parameters["heads"] * parameters["kv"], parameters["warmup_reps"]
+    members, samples, stages = members_of(group), {}, []
+    if "time" in members:
+        samples, stages, timed = samples_by_mode(group, size, warmup)
         if timed != ranks:
             raise ValueError(f"point {name} has times of {timed} ranks (heads x kv = {ranks})")
-    reads, nsa_vibe = last_reads(group, size)
+    reads, nsa_vibe = last_reads(group, members, size)
     modelled = None
-    if "bytes" in group:
+    if "bytes" in members:
         modelled = load_numbers(group, "bytes", size, 2)
-        stages = load_labels(group, "stage", size)
-        modelled = modelled[[stages.index(s) for s in STAGES]]
+        labels = stages or load_labels(group, "stage", size)
+        modelled = modelled[[labels.index(s) for s in STAGES]]
     memory = float("nan")
-    if "memory_peak" in group:
+    if "memory_peak" in members:
         total = load_labels(group, "kind", size).index("total")
         memory = float(load_numbers(group, "memory_peak", size, 2)[total].max(initial=0))
     point = Point(
@@ -262,9 +263,9 @@ def read_point(run, name, group, size, shapes):
         nsa_vibe,
         modelled,
         memory,
-        read_kernels(group, size),
-        unknown,
-        read_phases(group, size, ranks, parameters["warmup_reps"]),
+        read_kernels(group, size) if "kernels" in members else None,
+        tuple(s for s in stages if s not in STAGES),
+        read_phases(group, size, ranks, warmup) if "phases" in members else None,
     )
     return point, samples
 

@@ -92,7 +92,7 @@ def points_table(points):
     rows = []
     for point in points:
         ratio, slowest = imbalance(rank_compute_times(point))
-        total = summarise(point.step_samples())
+        total = point.step_summary()
         rows.append(
             identity_row(point)
             | {"reason": point.get("reason", ""), "noisy": point.get("noisy", "")}

@@ -102,12 +102,15 @@ def size_label(context, batch, many_batches):
     return f"{format_count(int(context))}" + (f", batch {int(batch)}" if many_batches else "")
 
 
-def by_size(frame):
-    """(label, rows) of each swept size of a table; labels name only what varies."""
+def by_size(frame, most=None):
+    """(label, rows) of each swept size of a table, or of `most` of them picked evenly; labels name only what varies."""
     many = frame.batch.nunique() > 1
     forced = frame.forced.nunique() > 1
-    for (context, batch, force), rows in frame.groupby(["context", "batch", "forced"], sort=True):
-        yield size_label(context, batch, many) + (f", forced {force}" if forced else ""), rows
+    sizes = frame.groupby(["context", "batch", "forced"], sort=True)
+    keys = sorted(sizes.indices)
+    for context, batch, force in keys if most is None else pick_evenly(keys, most):
+        label = size_label(context, batch, many) + (f", forced {force}" if forced else "")
+        yield label, sizes.get_group((context, batch, force))
 
 
 def context_axis(ax, contexts):

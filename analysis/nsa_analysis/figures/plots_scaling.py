@@ -43,7 +43,7 @@ def speedup_panel(strong):
         ranks = strong.ranks
         ends = np.array([ranks.min(), ranks.max()], dtype=float)
         ax.plot(ends, ends / ends[0], "--", color=colour("muted"), linewidth=1.2, label="ideal")
-        for i, (label, rows) in enumerate(pick_evenly(by_size(strong), len(SERIES))):
+        for i, (label, rows) in enumerate(by_size(strong, len(SERIES))):
             best = rows[rows.best].sort_values("ranks")
             draw_intervals(ax, best.ranks, best.speedup, best.speedup_low, best.speedup_high, i, label)
         rank_axis(ax, ranks)
@@ -122,7 +122,7 @@ def stage_time_panel(frame, strong):
 
 def draw_shares(ax, strong, column, others=None):
     """One line per size through its fastest layouts. With a label `others`, hollow markers for the other layouts."""
-    for i, (label, rows) in enumerate(pick_evenly(by_size(strong), len(SERIES))):
+    for i, (label, rows) in enumerate(by_size(strong, len(SERIES))):
         best = rows[rows.best].dropna(subset=column).sort_values("ranks")
         if len(best):
             ax.plot(best.ranks, best[column], **line_style(i), label=label)
@@ -164,7 +164,7 @@ def balance_panel(strong):
     """Maximum over median of the ranks' compute time, for the fastest layouts."""
 
     def draw(ax):
-        for i, (label, rows) in enumerate(pick_evenly(by_size(strong), len(SERIES))):
+        for i, (label, rows) in enumerate(by_size(strong, len(SERIES))):
             best = rows[rows.best].sort_values("ranks")
             ax.plot(best.ranks, best.max_over_median, **line_style(i), label=label)
         rank_axis(ax, strong.ranks)

@@ -8,6 +8,7 @@ from ..data.reading import STAGES
 from ..data.series import format_count
 from ..models.stages import PART_ORDER, PARTS
 from .axes import (
+    MAX_PANELS,
     PART_COLOURS,
     STAGE_MARKERS,
     by_size,
@@ -43,7 +44,7 @@ def branch_panels(frame, brief=False):
     if several:
         panels += [
             stack_panel(f"Stages by layout, context {label}", rows, False, by_layout=True)
-            for label, rows in (list(by_size(frame))[-1:] if brief else pick_evenly(by_size(frame)))
+            for label, rows in (list(by_size(frame))[-1:] if brief else by_size(frame, MAX_PANELS))
             if rows.layout.nunique() > 1
         ]
     return panels or [stack_panel(f"Stages, layout {times_sign(layout)}", few, False)]
@@ -81,7 +82,7 @@ def context_panel(frame, totals):
 
 def distribution_panel(points):
     """Distribution of the samples of a step around their median, for at most six points from few to many ranks."""
-    timed = [p for p in points if p.valid and len(p.step_samples()) and np.nanmedian(p.step_samples()) > 0]
+    timed = [p for p in points if p.valid and p.step_summary()["median"] > 0]
     chosen = pick_evenly(sorted(timed, key=lambda p: (p.ranks, p["run.context"])), 6)
     if not chosen:
         return []
@@ -111,7 +112,7 @@ def stack_panel(title, frame, shares, by_layout=False):
         order = frame[["ranks", "heads", "layout"]].drop_duplicates().sort_values(["ranks", "heads"])
         bars = [(times_sign(r.layout), frame[frame.layout == r.layout]) for r in order.itertuples()]
     else:
-        bars = list(by_size(frame))
+        bars = list(by_size(frame, 14))
     bars = pick_evenly(bars, 14)
     factor, unit = time_unit(frame.groupby(["file", "point"])["median"].sum())
 
@@ -253,7 +254,7 @@ def roofline_panel(layout, frame):
 
     def draw(ax):
         ax.axvline(1, linestyle="--", color=colour("muted"), linewidth=1.2, label=f"copy: {copy:.0f} GB/s")
-        for i, (label, group) in enumerate(pick_evenly(by_size(rows[rows.validity == "VALID"]), 5)):
+        for i, (label, group) in enumerate(by_size(rows[rows.validity == "VALID"], 5)):
             ax.plot(
                 group.fraction, [stages.index(s) for s in group.stage], linestyle="none", **line_style(i), label=label
             )

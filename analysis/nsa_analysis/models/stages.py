@@ -3,7 +3,7 @@
 import pandas as pd
 
 from ..data.series import keep_latest, leave_out, one_series
-from ..data.tables import points_table, stage_medians, stages_table
+from ..data.tables import identity_row, reads_per_query, stage_medians, stages_table
 from ..errors import AnalysisError
 
 # stage -> part, the unit of stacked bars. Parts are the columns of the program's table, with the projections apart.
@@ -50,9 +50,9 @@ def reads(points):
 
     Columns `counted` and `expected`; branch `all` also has `nsa_vibe`, nsa-vibe's formula.
     """
-    table = points_table(leave_out(points, lambda p: p.reads, "without reads"))
     rows = []
-    for row in table.to_dict("records"):
+    for p in leave_out(points, lambda p: p.reads, "without reads"):
+        row = identity_row(p) | reads_per_query(p)
         point = {name: row[name] for name in OF_A_POINT}
         for branch in ("cmp", "sel", "win"):
             rows.append(

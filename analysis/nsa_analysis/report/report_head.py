@@ -5,9 +5,9 @@ import datetime
 import pandas as pd
 
 from ..data import series
-from ..data.tables import points_table
+from ..data.tables import stage_share
 from ..errors import AnalysisError
-from ..figures.axes import by_size, pick_evenly, time_unit, times_sign
+from ..figures.axes import by_size, time_unit, times_sign
 from ..models.balance import ranks, stragglers
 from ..models.scaling import scaling
 from . import html, report_warnings
@@ -117,9 +117,9 @@ def glance(groups):
     columns, row_of = (GLANCE, glance_row) if compares else (GLANCE_ALONE, lone_row)
     names, bodies = series.titles(groups), []
     for i, frame in frames.items():
-        shares = points_table(groups[i]).set_index(["file", "point"]).selection_share
-        frame = frame.join(shares, on=["file", "point"])
-        sizes = pick_evenly(by_size(frame), 2 if len(groups) > 2 else 4)
+        shares = {(p.run.path, p.index): stage_share(p, ("rank", "attend_sel")) for p in groups[i]}
+        frame["selection_share"] = [shares[key] for key in zip(frame.file, frame.point)]
+        sizes = by_size(frame, 2 if len(groups) > 2 else 4)
         name = names[i]
         if frame.batch.nunique() == 1 and frame.batch.iloc[0] > 1:
             name += f", batch {frame.batch.iloc[0]:g}"

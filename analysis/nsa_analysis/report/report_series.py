@@ -68,10 +68,10 @@ def parameters_text(members):
 
 def scaling_part(prefix, members, command):
     """Strong and weak scaling of steps and stages."""
+    if len({p.ranks for p in members}) < 2:
+        return f"<p class=muted>Scaling: one rank count ({members[0].ranks}); run this input on other rank counts.</p>"
     frame = scaling(members)
     panels = plots.scaling_panels(frame, brief=True)
-    if not panels:
-        return f"<p class=muted>Scaling: one rank count ({members[0].ranks}); run this input on other rank counts.</p>"
     frame = frame.assign(curve=frame.curve.str.replace("context ", ""))
     step = frame[frame.stage == "step"]
     text = (

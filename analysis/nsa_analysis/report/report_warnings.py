@@ -6,7 +6,6 @@ import os
 import numpy as np
 
 from ..data.series import differences, latest, size_text, split
-from ..data.statistics import summarise
 
 CLOCK_DRIFT = 0.05  # relative change of clocks that causes a warning
 
@@ -124,7 +123,7 @@ def point_warnings(p):
     """Lines about one point, without its name."""
     lines = [f"fallback {line}" for line in str(p.get("fallbacks", "")).splitlines()]
     lines += [f"NOISY: {line}" for line in str(p.get("noisy", "")).splitlines()]
-    samples = summarise(p.step_samples())["n"]
+    samples = p.step_summary()["n"]
     if p.modes and samples < 6:
         lines.append(f"{samples} samples; a 95% interval needs 6")
     if p.get("max_abs_err", 0) == -1:

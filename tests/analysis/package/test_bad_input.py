@@ -110,6 +110,7 @@ def test_a_folder_without_results(refused, tmp_path):
         ),
         (lambda p: (p.__delitem__("time"), p.create_dataset("time", data=np.zeros(3))), "1 dimensions"),
         (lambda p: (p.__delitem__("reads"), p.create_dataset("reads", data="none")), "'reads' is not numeric"),
+        (lambda p: (p.__delitem__("time"), p.__setitem__("time", h5py.SoftLink("/gone"))), "'time'"),
     ],
 )
 def test_broken_points(refused, good, broken, said):

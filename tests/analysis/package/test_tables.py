@@ -9,7 +9,10 @@ import nsa_analysis
 import numpy as np
 import pytest
 import synthetic
+from nsa_analysis.data import hdf5, reading
+from nsa_analysis.data.statistics import summarise
 from nsa_analysis.errors import AnalysisError
+from nsa_analysis.figures.axes import by_size
 
 RESULTS = pathlib.Path(__file__).resolve().parents[3] / "docs/results"
 
@@ -242,3 +245,36 @@ def test_kernels(tmp_path):
     assert frame.rows.tolist() == [256, 256] and frame.mean_abs_err["fused"] == 1e-5
     with pytest.raises(AnalysisError, match="was timed"):
         nsa_analysis.scaling(nsa_analysis.read(path))
+
+
+def test_a_dataset_of_a_point_is_opened_once(noisy, monkeypatch):
+    opened = []
+
+    def counted(group, name):
+        opened.append(name)
+        return original(group, name)
+
+    original = hdf5.open_dataset
+    monkeypatch.setattr(hdf5, "open_dataset", counted)
+    with h5py.File(noisy) as file:
+        reading.read_point(None, "0000", file["points/0000"], noisy.stat().st_size, {})
+    assert {"time", "mode", "stage", "bytes"} <= {*opened} and len(opened) == len({*opened})
+
+
+def test_summary_of_a_step(noisy):
+    (point,) = nsa_analysis.read(noisy)
+    assert point.step_summary() == summarise(point.step_samples())
+    assert type(point.step_summary()["n"]) is int
+
+
+def test_sizes_picked_evenly(tmp_path):
+    contexts = [1024 << i for i in range(7)]
+    frame = nsa_analysis.points_table(
+        nsa_analysis.read(synthetic.sweep(tmp_path, layouts=((1, 1), (2, 1)), contexts=contexts))
+    )
+    every = list(by_size(frame))
+    assert [label for label, _ in every] == ["1K", "2K", "4K", "8K", "16K", "32K", "64K"]
+    assert all(sorted(rows.ranks) == [1, 2] and len({*rows.context}) == 1 for _, rows in every)
+    picked = list(by_size(frame, 3))
+    assert [label for label, _ in picked] == ["1K", "8K", "64K"]
+    assert all(rows.equals(dict(every)[label]) for label, rows in picked)
