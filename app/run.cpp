@@ -119,7 +119,8 @@ class Output {
     columns_.prefix = config.run.prefix > 0;
     for (const Point& point : sweep(config)) columns_.batch |= point.batch != 1;
     for (const std::int64_t tokens : config.run.query_tokens) columns_.query_tokens |= tokens != 1;
-    columns_.rate = (columns_.batch || columns_.query_tokens) && config.kind == TaskKind::decode;
+    columns_.chunk = config.kind == TaskKind::mixed;
+    columns_.rate = columns_.chunk || ((columns_.batch || columns_.query_tokens) && config.kind == TaskKind::decode);
     for (const std::int32_t branch : config.run.force_branch) columns_.forced |= branch >= 0;
     columns_.nsa_vibe = !config.output.csv.empty();
     for (const std::string& note : notes) std::cout << "note: " << note << "\n";

@@ -91,7 +91,7 @@ key: file[f"points/0000/tensors/{key}"][()] for key in ("selected", "p_slc", "o"
         with h5py.File(os.path.join(self.folder, "same.h5")) as same, h5py.File(
                 os.path.join(self.folder, "fp8.h5")) as fp8:
             stages = [name.decode() for name in same["points/0000/stage"][()]]
-            self.assertEqual(fp8.attrs["schema_version"], "1.8")
+            self.assertEqual(fp8.attrs["schema_version"], "1.9")
             for stage in "attend_cmp", "attend_sel", "attend_win":  # fp32: 64 bytes a row, FP8: 17
                 before, after = (f["points/0000/bytes"][stages.index(stage), 0] for f in (same, fp8))
                 self.assertLess(after, before)

@@ -45,6 +45,27 @@ class WholeRuns(AppTest):
             self.assertEqual(rest, printed.replace("result: a.h5\n", ""))
             os.remove(os.path.join(self.folder, "a.h5"))
 
+    def test_mixed_steps(self):
+        changes = ("task.kind=mixed", "run.prefix=20", "run.prefill_chunk=13", "run.batch=3", "output.file=a.h5")
+        arguments = [word for change in changes for word in ("--set", change)]
+        self.write("small.toml", SMALL)
+        plan = self.assert_ok(self.nsa("run", "small.toml", *arguments, "--dry-run")).out
+        self.assertIn("\ncontext 64, batch 3; beside it a chunk of 13, onto a prefix of 20\n", plan)
+        for branch in ("cmp", "sel", "win"):
+            for phase in ("decode", "prefill"):
+                self.assertEqual(plan.count(f"route of {phase} {branch}: "), 1)
+        printed = self.assert_ok(self.nsa("run", "small.toml", *arguments)).out
+        self.assert_complete(printed)
+        name = "context_64_chunk_13_prefix_20_batch_3"
+        seconds = 1e-6 * float(re.search(rf"FOM mixed_time_{name} = (\S+) us", printed)[1])
+        rate = float(re.search(rf"FOM mixed_rate_{name} = (\S+) tokens/s", printed)[1])
+        self.assertAlmostEqual(rate * seconds, 3 + 13, delta=0.01)
+        shown = self.assert_ok(self.nsa("report", "a.h5")).out
+        self.assertEqual(shown.split("\n", 1)[1], printed.replace("result: a.h5\n", ""))
+        alone = self.nsa("run", "small.toml", "--set", "task.kind=mixed")
+        self.assertEqual(alone.code, 2)
+        self.assertIn('task.kind = "mixed" needs run.prefill_chunk', alone.err)
+
     def test_the_run_of_nsa_vibe_and_its_csv(self):
         self.assert_complete(self.run_input("rtx4090_v2.toml", "--csv", "decode.csv").out)
         with open(os.path.join(self.folder, "decode.csv"), newline="") as file:
@@ -177,6 +198,7 @@ class WholeRuns(AppTest):
         for i, more in enumerate((["--set", "run.steps=500"], repeated, [*tensors, "--set", "run.context=1000"],
                                   [*tensors, "--set", "task.kind=prefill", "--set", "run.context=2000"],
                                   [*tensors, "--set", "run.scope=attention", "--set", "run.context=2000"],
+                                  [*tensors, "--set", "task.kind=mixed", "--set", "run.prefill_chunk=2000"],
                                   [*tensors, "--set", "nsa.phi=mlp", "--set", "model.layers=2"])):
             with self.subTest(more=more):
                 plan = self.assert_ok(self.nsa("run", "in.toml", *more, "--dry-run")).out

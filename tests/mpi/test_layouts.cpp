@@ -9,8 +9,10 @@
 
 #include "catch.hpp"
 #include "mpi/at_end.hpp"
+#include "nsa/config/parts.hpp"
 #include "parity/compare.hpp"
 #include "parity/expected.hpp"
+#include "parity/mixed.hpp"
 
 namespace {
 
@@ -262,6 +264,20 @@ TEST_CASE("for the same q and k every layout chooses the same blocks, bit for bi
 
 TEST_CASE("every layout gives the one-rank answer for several query tokens", "[mpi][tokens]") {
   const char *four = "run.query_tokens=4", *three = "run.query_tokens=3", *rejects = "run.accept=0.5";
+  // The shared prefix ends inside a block.
+  const std::vector<std::string> together = {attention,
+                                             small,
+                                             paged,
+                                             checked,
+                                             four,
+                                             "batch.context=[80, 143, 300]",
+                                             "cache.page=16",
+                                             "cache.order=\"shuffled\"",
+                                             "cache.shared_prefix=75"};
+  const auto with_precision = [](std::vector<std::string> overrides, const char* precision) {
+    overrides.push_back(precision);
+    return overrides;
+  };
   const std::vector<Shape> shapes = {
       {"attention, chunks of 1 block", 271, 4, {attention, small, four, "run.batch=2"}},
       {"attention, w = 70", 149, 4, {attention, small, four, "nsa.w=70"}},
@@ -274,6 +290,9 @@ TEST_CASE("every layout gives the one-rank answer for several query tokens", "[m
       {"attention, rejects", 117, 6, {attention, small, four, rejects, "run.batch=3"}},
       {"L = 2, ragged", 0, 3, {small, ragged, "model.layers=2", three}},
       {"caches filled directly", 271, 3, {attention, small, synthetic, four}},
+      {"all together, fp32", 0, 3, together},
+      {"all together, bf16", 0, 3, with_precision(together, bf16)},
+      {"all together, fp16", 0, 3, with_precision(together, "model.precision=\"fp16\"")},
       {"paged, ragged, rejects", 0, 4, {attention, small, paged, ragged, checked, four, rejects}},
   };
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
@@ -294,4 +313,43 @@ TEST_CASE("every layout gives the one-rank answer onto a prefix and in chunks", 
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
       check_layouts(shape, {onto_prefix, in_chunks});
     }
+}
+
+namespace {
+
+/// Of every layout: a mixed step against its parts on the same layout, and its blocks against those of one rank.
+void check_mixed_layouts(Shape shape, std::int64_t prefix, std::int64_t chunk) {
+  const int size = ranks().world.size();
+  const int groups = size % 3 == 0 ? 6 : 8;
+  shape.overrides.push_back("model.n_kv_groups=" + std::to_string(groups));
+  shape.overrides.push_back("model.n_heads=" + std::to_string(2 * groups));
+  const nsa::PointRecord one = run_on_rank_0(mixed_config_of(shape, prefix, chunk));
+  for (int heads = 1; heads <= size; ++heads) {
+    if (size % heads != 0) continue;
+    INFO("heads " << heads << ", kv " << size / heads);
+    Shape layout = shape;
+    layout.overrides.push_back("parallel.heads=" + std::to_string(heads));
+    layout.overrides.push_back("parallel.kv=" + std::to_string(size / heads));
+    const nsa::Config config = mixed_config_of(layout, prefix, chunk);
+    const nsa::Point point = nsa::sweep(config).at(0);
+    const nsa::PointRecord mixed = run(config, ranks().together),
+                           rows = run(nsa::decode_rows_of(config, point).config, ranks().together),
+                           alone = run(nsa::chunk_of(config, point).config, ranks().together);
+    if (ranks().world.rank() != 0) continue;
+    CHECK_NOTHROW(check_parts(mixed, rows, alone));
+    CHECK(mixed.memory.measured_peak <= mixed.memory.planned);
+    if (config.run.scope == nsa::Scope::layer) continue;  // a GEMM of another shape may round q otherwise
+    for (const char* name : {"selected", "chunk/selected"})
+      CHECK_NOTHROW([&] { CHECK(integers(mixed, name).values == integers(one, name).values); }());
+  }
+}
+
+}  // namespace
+
+TEST_CASE("in every layout a mixed step gives what its parts give alone", "[mpi][mixed]") {
+  const Shape rows{"", 149, 4, {attention, small, checked, "run.batch=2"}},
+      all{"", 0, 3, {attention, small, checked, ragged, paged, "cache.page=16", "run.query_tokens=4", bf16}};
+  check_mixed_layouts(rows, 90, 70);
+  check_mixed_layouts(all, 101, 70);
+  check_mixed_layouts({"", 85, 3, {small, checked, "model.layers=2"}}, 0, 70);
 }

@@ -61,6 +61,7 @@ inline PointRecord sample_point(std::int64_t index) {
   p.kv = 1;
   p.first_position = 128;
   p.blocks_shared = 0.25;
+  if (index == 0) p.chunk = {{"fused", "fused", "sdpa"}, {"table", "table", "route"}, {"tiled", "tiled, rows", ""}};
   if (index == 0) p.quantisation = {0.97, 0.0125, 0.03, 0.02};
   p.warmup_reps = 1;
   p.time = {{"branches", "total"}, 2, 3, counting(2 * stage_count * 2 * 3, 1e-3)};

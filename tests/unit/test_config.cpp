@@ -202,8 +202,29 @@ TEST_CASE("a prefix and prefill chunks belong to prefill, within the positions t
   has(parse_error(decode, {"run.prefill_chunk=0"}),
       "run.prefill_chunk holds the integer 0; give \"auto\" or a positive");
   const std::string other = violations(decode, {"run.prefix=5", "run.prefill_chunk=4"});
-  has(other, "run.prefix needs task.kind = \"prefill\"");
-  has(other, "run.prefill_chunk needs task.kind = \"prefill\"; leave it out");
+  has(other, "run.prefix needs task.kind = \"prefill\" or \"mixed\"");
+  has(other, "run.prefill_chunk needs task.kind = \"prefill\" or \"mixed\"; leave it out");
+}
+
+TEST_CASE("a mixed step has a chunk, and nothing that its two parts would have to share", "[config]") {
+  const std::string mixed = "[task]\nkind = \"mixed\"\n";
+  CHECK(violations(mixed, {"run.prefill_chunk=64"}) == "");
+  CHECK(violations(mixed, {"run.prefill_chunk=64", "run.prefix=4096", "run.query_tokens=4", "run.accept=0.5",
+                           "batch.context=[7, 4096]", "cache.layout=paged", "cache.shared_prefix=7"}) == "");
+  has(violations(mixed), "task.kind = \"mixed\" needs run.prefill_chunk, the tokens that each step prefills; set it");
+  has(violations(mixed, {"run.prefill_chunk=2", "run.prefix=1073741823"}),
+      "run.prefix + run.prefill_chunk = 1073741823 + 2 is out of range; together at most 1073741824 positions");
+  // The shared prefix is one of the decode rows.
+  has(violations(mixed, {"run.prefill_chunk=64", "run.prefix=4096", "run.context=128", "cache.layout=paged",
+                         "cache.shared_prefix=129"}),
+      "cache.shared_prefix = 129 must be at most 128");
+  const std::string other =
+      violations(mixed, {"run.prefill_chunk=64", "run.modes=launches", "run.steps_per_graph=4", "input.file=x.h5",
+                         "input.selection=s.h5", "output.selection=true", "output.csv=o.csv"});
+  for (const char* key : {"input.file", "input.selection", "output.selection", "output.csv"})
+    has(other, key + std::string(" needs task.kind = \"decode\" or \"prefill\" ("));
+  has(other, "run.modes: \"launches\" needs task.kind = \"decode\"");
+  has(other, "run.steps_per_graph needs task.kind = \"decode\"");
 }
 
 TEST_CASE("pages hold whole blocks, and every sequence the shared prefix", "[config]") {

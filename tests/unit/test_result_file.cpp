@@ -40,6 +40,7 @@ void check_same(const PointRecord& a, const PointRecord& b) {
   CHECK(a.route_kernels == b.route_kernels);
   CHECK(a.exchange == b.exchange);
   CHECK(a.blocks_shared == b.blocks_shared);
+  for (const auto& entry : chunk_texts) CHECK(a.chunk.*entry.field == b.chunk.*entry.field);
   for (const auto& entry : quantisation_reals) CHECK(a.quantisation.*entry.field == b.quantisation.*entry.field);
   CHECK(a.fallbacks == b.fallbacks);
   CHECK(a.time.modes == b.time.modes);

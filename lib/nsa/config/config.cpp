@@ -133,13 +133,14 @@ std::vector<Point> sweep(const Config& config) {
             points.push_back(point_of(config, distribution, context, batch, branch));
             points.back().query_tokens = query_tokens;
           }
+  const std::int64_t prefix = config.kind == TaskKind::prefill ? config.run.prefix : 0;
   for (const Point& point : points)
-    if (config.run.prefix + point.shortest() < config.cache.shared_prefix)
+    if (prefix + point.shortest() < config.cache.shared_prefix)
       throw UserError(
           fmt::format("cache.shared_prefix = {} is longer than a sequence of {} tokens (every sequence begins with "
                       "it); lower it, or "
                       "raise run.context or batch.min",
-                      config.cache.shared_prefix, config.run.prefix + point.shortest()));
+                      config.cache.shared_prefix, prefix + point.shortest()));
   return points;
 }
 

@@ -14,7 +14,7 @@
 
 namespace nsa {
 
-enum class TaskKind { decode, prefill, kernels, needle };
+enum class TaskKind { decode, prefill, mixed, kernels, needle };
 enum class Scope { layer, attention };        ///< attention: q, k, v and gates are given
 enum class CacheFill { prefill, synthetic };  ///< synthetic: caches filled directly
 enum class BackendChoice { automatic, host, cuda };
@@ -56,7 +56,7 @@ struct RunConfig {
   bool check = true;
   Scope scope = Scope::layer;
   CacheFill fill = CacheFill::prefill;
-  std::int64_t prefix = 0;         ///< prefill: tokens that the caches hold before it
+  std::int64_t prefix = 0;         ///< prefill, or the chunk of a mixed step: tokens that the caches hold before it
   std::int64_t prefill_chunk = 0;  ///< tokens of a prefill chunk; 0: auto, the whole context
 };
 
@@ -145,6 +145,8 @@ struct Config {
   std::string input_file;
   std::string input_selection;  ///< a file with the selected blocks, which are attended; empty: ranking selects
   OutputConfig output;
+  /// Whether a step decodes: alone, or beside a prefill chunk.
+  bool decodes() const { return kind == TaskKind::decode || kind == TaskKind::mixed; }
   /// Whether a point has a recorded pass before it is measured.
   bool records() const { return run.check || output.tensors || output.selection; }
   std::map<std::string, SourcePosition>

@@ -42,6 +42,7 @@ struct RealRange {
 
 inline constexpr Choice<TaskKind> task_kinds[] = {{"decode", TaskKind::decode},
                                                   {"prefill", TaskKind::prefill},
+                                                  {"mixed", TaskKind::mixed},
                                                   {"kernels", TaskKind::kernels},
                                                   {"needle", TaskKind::needle}};
 inline constexpr Choice<DType> precisions[] = {{"fp32", DType::f32}, {"bf16", DType::bf16}, {"fp16", DType::f16}};
@@ -145,7 +146,8 @@ void visit_run_keys(ConfigOrConst& c, Visitor&& visit) {
         "Where the kernels run; auto: CUDA where the build has it and every rank has a GPU, else host.");
   visit("run.context", c.run.context, token_range, "tokens",
         "Tokens before the first decode step; in a prefill, tokens that it runs; else tokens of the sequence. Swept.");
-  visit("run.batch", c.run.batch, small_range, "sequences", "Sequences that run together. Swept.");
+  visit("run.batch", c.run.batch, small_range, "sequences",
+        "Sequences that run together; in a mixed step, those that decode. Swept.");
   visit("run.steps", c.run.steps, step_range, "steps",
         "Decode steps of each mode, or repetitions of a prefill or kernel; including the warm-up.");
   visit("run.warmup", c.run.warmup, Range{0, step_range.most}, "steps",
@@ -194,11 +196,14 @@ void visit_run_keys(ConfigOrConst& c, Visitor&& visit) {
         "layer: the whole layer; attention: q, K, V and gates are given, and no projection runs.");
   visit("run.fill", c.run.fill, fills, "",
         "How decode, or the prefix of a prefill, gets its caches: by a prefill, or filled with synthetic values.");
-  visit("run.prefix", c.run.prefix, Range{0, token_range.most}, "tokens",
-        "Prefill: tokens of each sequence that the caches hold before it; the context's tokens follow them.");
+  visit(
+      "run.prefix", c.run.prefix, Range{0, token_range.most}, "tokens",
+      "Prefill: tokens of each sequence that the caches hold before it; the context's tokens follow them. Mixed: those "
+      "of the sequence that is prefilled.");
   visit("run.prefill_chunk", c.run.prefill_chunk, AutoOr{token_range}, "tokens",
         "Prefill in chunks of so many tokens, each through all layers before the next one; auto: the context as a "
-        "whole. Not the chunks of parallel.kv_chunk_blocks, which ranks own.");
+        "whole. Mixed: the tokens that each step prefills, the same ones again and again. Not the chunks of "
+        "parallel.kv_chunk_blocks, which ranks own.");
 }
 
 template <class ConfigOrConst, class Visitor>
@@ -287,8 +292,8 @@ template <class ConfigOrConst, class Visitor>
 void visit_documented_keys(ConfigOrConst& c, Visitor&& visit) {
   visit(
       "task.kind", c.kind, task_kinds, "",
-      "What the run does: decode steps, prefill, kernels of one branch measured side by side, or a search for planted "
-      "keys (needle). The only key without a default.");
+      "What the run does: decode steps, prefill, steps of decode rows and a prefill chunk together (mixed), kernels of "
+      "one branch measured side by side, or a search for planted keys (needle). The only key without a default.");
   visit_model_keys(c, visit);
   visit_nsa_keys(c, visit);
   visit_run_keys(c, visit);

@@ -178,8 +178,8 @@ void check_selections(const Config& c, Checker& check) {
 /// Several query tokens in a decode step, and how many of them it accepts.
 void check_query_tokens(const Config& c, Checker& check) {
   const bool several = std::ranges::any_of(c.run.query_tokens, [](std::int64_t tokens) { return tokens > 1; });
-  if (several && c.kind != TaskKind::decode)
-    check.add({"run.query_tokens"}, "run.query_tokens needs task.kind = \"decode\"; leave it out");
+  if (several && !c.decodes())
+    check.add({"run.query_tokens"}, "run.query_tokens needs task.kind = \"decode\" or \"mixed\"; leave it out");
   if (!several && c.run.accept < 1)
     check.add({"run.accept", "run.query_tokens"},
               "run.accept needs run.query_tokens above 1 (a step of one token has no draft tokens); leave it out");
@@ -224,9 +224,10 @@ void check_batch(const Config& c, Checker& check) {
   const bool file = has(Distribution::file), listed = !b.context.empty(), several = b.distribution.size() > 1;
   const bool drawn = has(Distribution::uniform) || has(Distribution::lognormal) || has(Distribution::zipf);
   const bool context = c.run.context != RunConfig().context, batch = c.run.batch != RunConfig().batch;
-  if ((drawn || file || listed) && c.kind != TaskKind::decode)
-    check.add({"batch.context", "batch.distribution"},
-              "[batch] gives sequences different lengths, which needs task.kind = \"decode\"; leave it out");
+  if ((drawn || file || listed) && !c.decodes())
+    check.add(
+        {"batch.context", "batch.distribution"},
+        "[batch] gives sequences different lengths, which needs task.kind = \"decode\" or \"mixed\"; leave it out");
   if (listed && (several || !has(Distribution::equal)))
     check.add({"batch.distribution"}, "batch.context gives the lengths; leave batch.distribution out");
   if (listed && (context || batch))
@@ -257,15 +258,17 @@ void check_cache(const Config& c, Checker& check) {
           "cache.page, cache.order and cache.shared_prefix need cache.layout = \"paged\"; set it, or leave them out");
     return;
   }
-  if (c.kind != TaskKind::decode && c.kind != TaskKind::prefill)
-    check.add({"cache.layout"}, "cache.layout = \"paged\" needs task.kind = \"decode\" or \"prefill\"; leave it out");
+  if (!c.decodes() && c.kind != TaskKind::prefill)
+    check.add({"cache.layout"},
+              "cache.layout = \"paged\" needs task.kind = \"decode\", \"prefill\" or \"mixed\"; leave it out");
   if (check.valid({"cache.page", "nsa.l_sel"}) && cache.page % c.nsa.l_sel != 0)
     check.add({"cache.page", "nsa.l_sel"},
               fmt::format("cache.page = {} must be a multiple of nsa.l_sel = {} (a page holds whole selection blocks)",
                           cache.page, c.nsa.l_sel));
   const bool listed = !c.batch.context.empty(), drawn = c.batch.distribution.front() != Distribution::equal;
   if ((drawn && !listed) || !check.valid({"cache.shared_prefix", "run.context", "run.prefix", "batch.context"})) return;
-  const std::int64_t shortest = c.run.prefix + std::ranges::min(listed ? c.batch.context : c.run.context);
+  const std::int64_t prefix = c.kind == TaskKind::prefill ? c.run.prefix : 0,
+                     shortest = prefix + std::ranges::min(listed ? c.batch.context : c.run.context);
   if (cache.shared_prefix > shortest)
     check.add({"cache.shared_prefix", "run.context", "batch.context"},
               fmt::format("cache.shared_prefix = {} must be at most {}, the tokens of the shortest sequence (every one "
@@ -273,15 +276,35 @@ void check_cache(const Config& c, Checker& check) {
                           cache.shared_prefix, shortest));
 }
 
+/// The chunk of a mixed step, and what its two parts cannot share.
+void check_mixed(const Config& c, Checker& check) {
+  if (check.valid({"run.prefill_chunk"}) && c.run.prefill_chunk == 0)
+    check.add({"run.prefill_chunk", "task.kind"},
+              "task.kind = \"mixed\" needs run.prefill_chunk, the tokens that each step prefills; set it, or use "
+              "\"decode\"");
+  if (check.valid({"run.prefix", "run.prefill_chunk"}) && c.run.prefix + c.run.prefill_chunk > token_range.most)
+    check.add({"run.prefix", "run.prefill_chunk"},
+              fmt::format("run.prefix + run.prefill_chunk = {} + {} is out of range; together at most {} positions",
+                          c.run.prefix, c.run.prefill_chunk, token_range.most));
+  const auto refuse = [&](const char* key, const char* why) {
+    check.add({key}, fmt::format("{} needs task.kind = \"decode\" or \"prefill\" ({}); leave it out", key, why));
+  };
+  if (!c.input_file.empty()) refuse("input.file", "a mixed step has synthetic inputs");
+  if (!c.input_selection.empty()) refuse("input.selection", "a mixed step ranks its blocks");
+  if (c.output.selection) refuse("output.selection", "a record is of one part of a mixed step");
+  if (!c.output.csv.empty()) refuse("output.csv", "its columns are of one part of a mixed step");
+}
+
 /// What a prefill finds in the caches, and its chunks.
 void check_prefill(const Config& c, Checker& check) {
+  if (c.kind == TaskKind::mixed) return check_mixed(c, check);
   if (c.kind != TaskKind::prefill) {
     if (c.run.prefix > 0)
       check.add({"run.prefix"},
-                "run.prefix needs task.kind = \"prefill\" (other kinds say by run.context what the caches hold); leave "
-                "it out");
+                "run.prefix needs task.kind = \"prefill\" or \"mixed\" (other kinds say by run.context what the caches "
+                "hold); leave it out");
     if (c.run.prefill_chunk > 0)
-      check.add({"run.prefill_chunk"}, "run.prefill_chunk needs task.kind = \"prefill\"; leave it out");
+      check.add({"run.prefill_chunk"}, "run.prefill_chunk needs task.kind = \"prefill\" or \"mixed\"; leave it out");
     return;
   }
   if (!check.valid({"run.context", "run.prefix"})) return;

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "kernels/diagnostics/error.hpp"
+#include "nsa/config/parts.hpp"
 #include "nsa/experiment/advise.hpp"
 #include "nsa/experiment/experiment.hpp"
 #include "nsa/experiment/plan.hpp"
@@ -97,6 +98,30 @@ double stored_reps(const Config& config, std::int64_t modes, std::int64_t ranks)
   return std::min(most, static_cast<double>(config.run.steps) + config.run.min_time / 2e-6);
 }
 
+/// Selections and tensors of a point.
+double recorded_bytes(const Config& config, const Point& point) {
+  const ModelConfig& m = config.model;
+  const double positions = static_cast<double>(total_positions(config, point)),
+               rows = config.kind == TaskKind::prefill ? static_cast<double>(point.context)
+                                                       : static_cast<double>(config.run.steps * point.query_tokens);
+  double total = 0;
+  if (config.output.selection)
+    total += 4.0 * (config.kind == TaskKind::kernels
+                        ? static_cast<double>(kernel_rows(point) * point.kernel.blocks)
+                        : static_cast<double>(point.batch * m.n_kv_groups * config.nsa.n_sel) * rows);
+  if (!config.output.tensors) return total;
+  const double heads = static_cast<double>(m.n_heads), groups = static_cast<double>(m.n_kv_groups);
+  const double d_k = static_cast<double>(m.d_k), d_v = static_cast<double>(m.d_v), dim = static_cast<double>(m.dim);
+  const double blocks = positions / config.nsa.l_sel + 1;
+  const double weights = dim * (heads * (d_k + d_v) + 3 * groups * (d_k + d_v)) +
+                         2.0 * static_cast<double>(config.phi_hidden + 2 * m.d_k) * config.nsa.l * (d_k + d_v);
+  const double values_per_row = heads * (d_k + 4 * d_v) + dim + groups * (3 + blocks + config.nsa.n_sel) + 2;
+  const double given_values = config.run.scope == Scope::layer ? dim : heads * d_k + 3 * groups * (d_k + d_v + 1);
+  const double values_per_position = given_values + groups * (d_k + d_v) / config.nsa.d + 2;
+  return total + 4.0 * (static_cast<double>(m.layers) * weights +
+                        static_cast<double>(point.batch) * (rows * values_per_row + positions * values_per_position));
+}
+
 }  // namespace
 
 std::size_t planned_result_bytes(const Config& config, int ranks) {
@@ -106,25 +131,7 @@ std::size_t planned_result_bytes(const Config& config, int ranks) {
     const double reps = static_cast<double>(config.run.steps), stored = stored_reps(config, modes, ranks);
     total += 5e4 + 1e3 * ranks + 8.0 * stored +  // the coordinate rep, and samples and reads
              8.0 * ranks * (static_cast<double>(modes * stage_count) * stored + 2.0 * branches * reps);
-    const ModelConfig& m = config.model;
-    const double positions = static_cast<double>(total_positions(config, point));
-    const double rows = config.kind == TaskKind::prefill ? static_cast<double>(point.context)
-                                                         : reps * static_cast<double>(point.query_tokens);
-    if (config.output.selection)
-      total += 4.0 * (config.kind == TaskKind::kernels
-                          ? static_cast<double>(kernel_rows(point) * point.kernel.blocks)
-                          : static_cast<double>(point.batch * m.n_kv_groups * config.nsa.n_sel) * rows);
-    if (!config.output.tensors) continue;
-    const double heads = static_cast<double>(m.n_heads), groups = static_cast<double>(m.n_kv_groups);
-    const double d_k = static_cast<double>(m.d_k), d_v = static_cast<double>(m.d_v), dim = static_cast<double>(m.dim);
-    const double blocks = positions / config.nsa.l_sel + 1;
-    const double weights = dim * (heads * (d_k + d_v) + 3 * groups * (d_k + d_v)) +
-                           2.0 * static_cast<double>(config.phi_hidden + 2 * m.d_k) * config.nsa.l * (d_k + d_v);
-    const double values_per_row = heads * (d_k + 4 * d_v) + dim + groups * (3 + blocks + config.nsa.n_sel) + 2;
-    const double given_values = config.run.scope == Scope::layer ? dim : heads * d_k + 3 * groups * (d_k + d_v + 1);
-    const double values_per_position = given_values + groups * (d_k + d_v) / config.nsa.d + 2;
-    total += 4.0 * (static_cast<double>(m.layers) * weights +
-                    static_cast<double>(point.batch) * (rows * values_per_row + positions * values_per_position));
+    for (const Part& part : parts_of(config, point)) total += recorded_bytes(part.config, part.point);
   }
   return static_cast<std::size_t>(std::min(total, 9e18));
 }
@@ -153,6 +160,7 @@ void print_plan(std::ostream& out, const Config& input, int ranks, const Machine
     fmt::print(out, "\ncontext {}, batch {}", point.point.context, point.point.batch);
     if (const std::vector<std::int64_t>& lengths = point.point.lengths; !lengths.empty())
       fmt::print(out, ", lengths {} to {}", *std::ranges::min_element(lengths), point.point.longest());
+    if (config.kind == TaskKind::mixed) fmt::print(out, "; beside it a chunk of {}", config.run.prefill_chunk);
     fmt::print(out, "{}\n", config.run.prefix > 0 ? fmt::format(", onto a prefix of {}", config.run.prefix) : "");
     print_memory(out, point);
     print_exchanges(out, config, point);

@@ -9,6 +9,7 @@
 
 #include "comm/process_id.hpp"
 #include "kernels/diagnostics/out_of_memory.hpp"
+#include "nsa/config/parts.hpp"
 #include "nsa/experiment/resume.hpp"
 #include "nsa/experiment/sha256.hpp"
 #include "nsa/forward/decode.hpp"
@@ -195,6 +196,32 @@ std::string fingerprint(const Session& session, const Config& config, const Poin
   return sha256(text);
 }
 
+namespace {
+
+void plan_exchange_memory(ModelShard& shard) {
+  for (const int group : {shard.partition.heads, shard.partition.kv})
+    if (group > 1) shard.account.add(MemoryKind::workspace, shard.kernels().max_exchange_memory);
+}
+
+// The caches of both parts, what fills them and is freed, and the buffers of both.
+MemoryAccount planned_mixed(const Backend& backend, const Config& config, const Partition& partition,
+                            const Point& point) {
+  const Part rows = decode_rows_of(config, point), chunk = chunk_of(config, point);
+  const bool prefills = config.run.fill == CacheFill::prefill;
+  ModelShard shard(Backend{backend.kind, backend.kernels, &dry_device(), backend.capability}, rows.config, rows.point,
+                   partition);
+  const int ranks = partition.heads * partition.kv, rank = partition.head_shard * partition.kv + partition.kv_rank;
+  ModelShard beside(shard, chunk.config, chunk.point, make_partition(chunk.config, chunk.point, ranks, rank));
+  plan_exchange_memory(shard);
+  if (prefills) PrefillRunner(shard, {0, point.longest()}, false);
+  if (prefills && config.run.prefix > 0) PrefillRunner(beside, {0, config.run.prefix}, false);
+  DecodeRunner decode(shard, nullptr, config.records());
+  PrefillRunner prefill(beside, prefill_range(chunk.config, chunk.point), config.records());
+  return shard.account;
+}
+
+}  // namespace
+
 MemoryAccount planned_memory(const Backend& backend, const Config& config, const Partition& partition,
                              const Point& point) {
   const KernelTable& kernels = *backend.kernels;
@@ -203,13 +230,13 @@ MemoryAccount planned_memory(const Backend& backend, const Config& config, const
     KernelBench(Allocator{dry_device(), account}, kernels, config, point);
     return account;
   }
+  if (config.kind == TaskKind::mixed) return planned_mixed(backend, config, partition, point);
   const bool needle = config.kind == TaskKind::needle;
   const Config planned = needle ? needle_config(config) : config;
   const Point at = needle ? needle_point(point) : point;
   const bool record = needle || planned.records();
   ModelShard e(Backend{backend.kind, &kernels, &dry_device(), backend.capability}, planned, at, partition);
-  for (const int group : {partition.heads, partition.kv})
-    if (group > 1) e.account.add(MemoryKind::workspace, kernels.max_exchange_memory);
+  plan_exchange_memory(e);
   if (planned.kind == TaskKind::prefill) {
     const PrefillRange range = prefill_range(planned, at);
     if (range.first > 0 && planned.run.fill == CacheFill::prefill) {
@@ -227,6 +254,22 @@ MemoryAccount planned_memory(const Backend& backend, const Config& config, const
   }
   return e.account;
 }
+
+namespace {
+
+// Modelled bytes of this rank, by stage.
+std::vector<std::int64_t> bytes_of_parts(const Session& session, const Config& config, const Point& point) {
+  std::vector<std::int64_t> sum(stage_count, 0);
+  for (const Part& part : parts_of(config, point)) {
+    const Partition share = make_partition(part.config, part.point, session.world.size(), session.world.rank());
+    const std::vector<std::int64_t> bytes =
+        modelled_bytes(part.config, stored_by(*session.backend.kernels, part.config, part.point, share), part.point);
+    for (int stage = 0; stage < stage_count; ++stage) sum[stage] += bytes[stage];
+  }
+  return sum;
+}
+
+}  // namespace
 
 PointRecord run_point(const Session& session, const Config& config, const Point& point, std::int64_t index,
                       const Progress& progress) {
@@ -254,15 +297,17 @@ PointRecord run_point(const Session& session, const Config& config, const Point&
   } else {
     std::unique_ptr<TensorSource> source;
     agreed(session.world, [&] { source = std::make_unique<TensorSource>(config, config.input_file); });
-    used = config.kind == TaskKind::decode ? run_decode(session, config, point, *source, record, progress)
-                                           : run_prefill(session, config, point, *source, record, progress);
+    const auto run = config.kind == TaskKind::decode    ? run_decode
+                     : config.kind == TaskKind::prefill ? run_prefill
+                                                        : run_mixed;
+    used = run(session, config, point, *source, record, progress);
   }
   check_device(session, errors_before);
   record.memory = gather_memory(session, planned, used, status_bytes("VmHWM") - resident);
   if (session.strict && !record.fallbacks.empty()) record.fail("--strict and a fallback: " + record.fallbacks.front());
   const std::vector<std::int64_t> bytes = config.kind == TaskKind::kernels
                                               ? std::vector<std::int64_t>{}
-                                              : session.world.gather(modelled_bytes(config, partition, point));
+                                              : session.world.gather(bytes_of_parts(session, config, point));
   const std::int64_t ranks = session.world.size();
   for (int stage = 0; stage < stage_count && !bytes.empty(); ++stage)
     for (std::int64_t r = 0; r < ranks; ++r) record.bytes.push_back(bytes[r * stage_count + stage]);

@@ -3,11 +3,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <iterator>
 #include <tuple>
 #include <utility>
 
 #include "kernels/diagnostics/error.hpp"
 #include "kernels/diagnostics/json.hpp"
+#include "nsa/config/parts.hpp"
 #include "nsa/experiment/experiment.hpp"
 #include "nsa/tasks/needle_task.hpp"
 
@@ -68,7 +70,13 @@ std::vector<PlannedMemory> plan_memory(const Config& config, const Backend& back
 }
 
 std::vector<Exchange> plan_exchanges(const Config& config, const Point& point, int ranks) {
-  if (config.kind != TaskKind::needle) return exchanges(config, make_partition(config, point, ranks, 0), point);
+  std::vector<Exchange> list;
+  if (config.kind != TaskKind::needle) {
+    for (const Part& part : parts_of(config, point))
+      std::ranges::move(exchanges(part.config, make_partition(part.config, part.point, ranks, 0), part.point),
+                        std::back_inserter(list));
+    return list;
+  }
   const Config step = needle_config(config);
   const Point at = needle_point(point);
   return exchanges(step, make_partition(step, at, ranks, 0), at);

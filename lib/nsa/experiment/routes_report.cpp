@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "kernels/diagnostics/error.hpp"
+#include "nsa/config/parts.hpp"
 #include "nsa/model/buffers.hpp"
 #include "nsa/model/partition.hpp"
 #include "nsa/routing/router.hpp"
@@ -125,20 +126,22 @@ void print_routes(std::ostream& out) {
 }
 
 std::vector<PlannedRoute> planned_routes(const Backend& backend, const Config& config, const Point& point, int ranks) {
-  const LayerShape shape = make_partition(config, point, ranks, 0).shape;
-  const std::int64_t positions = total_positions(config, point);
+  const std::vector<Part> parts = parts_of(config, point);
   const std::string device =
       backend.device ? "" : fmt::format("compute capability {}.{}", backend.capability / 10, backend.capability % 10);
   std::vector<PlannedRoute> planned;
   for (const Phase phase : {Phase::prefill, Phase::decode}) {
     if (phase == Phase::decode && config.kind == TaskKind::prefill) continue;
-    if (phase == Phase::prefill && config.kind != TaskKind::prefill && config.run.fill == CacheFill::synthetic)
+    const Part& part = phase == Phase::prefill ? parts.back() : parts.front();  // those of a fill are not listed apart
+    if (phase == Phase::prefill && part.config.kind != TaskKind::prefill && config.run.fill == CacheFill::synthetic)
       continue;
+    const LayerShape shape = make_partition(part.config, part.point, ranks, 0).shape;
+    const std::int64_t positions = total_positions(part.config, part.point);
     QueryTile tile{0, static_cast<std::int32_t>(point.batch), 1, nullptr, positions};
     if (phase == Phase::prefill)
       tile = {0, 1, static_cast<std::int32_t>(std::min<std::int64_t>(256, positions)), nullptr, positions};
     Routes routes;
-    routes.choose(backend, config, phase, shape, tile);
+    routes.choose(backend, part.config, phase, shape, tile);
     for (const Branch branch : {cmp, sel, win}) {
       const Route& route = routes.of(phase, branch);
       const std::string fallback = route.fallback.empty() ? "" : route.chosen + " " + route.fallback;

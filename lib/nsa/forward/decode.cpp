@@ -351,6 +351,7 @@ void DecodeRunner::step(const StepOptions& options, StageTimer& timer) {
       attention(plan.attention, ctx, timer);
     }
     output_projection(ctx, timer);
+    if (rest_) rest_(layer, options, timer);
   }
   if (!plan.fused_layer) shard_.kernels().advance(step_log(), shard_.streams.compute);
 }

@@ -2,6 +2,8 @@
 // Decode: one token of every sequence, or some query tokens, per step, on caches that a prefill or a synthetic fill
 // wrote.
 
+#include <functional>
+#include <utility>
 #include <vector>
 
 #include "nsa/forward/stage_timer.hpp"
@@ -36,6 +38,10 @@ class DecodeRunner {
 
   /// Queues what has ranks start a step of one launch together (align_ranks). Not part of the timed work.
   void align(const StepOptions& options);
+
+  /// What each later step also runs in every layer, after its own part of it: the rest of a mixed step.
+  using InLayer = std::function<void(std::int64_t layer, const StepOptions& options, StageTimer& timer)>;
+  void also_run(InLayer rest) { rest_ = std::move(rest); }
 
   /// Queues one step. Where the timer times each stage, the step runs stage by stage.
   void step(const StepOptions& options, StageTimer& timer);
@@ -88,6 +94,7 @@ class DecodeRunner {
   ModelShard& shard_;
   StepBuffers buffers_;
   StepPlan plan_;
+  InLayer rest_;
   Buffer positions_;  ///< int64: of the next token, [1], or [batch] where each sequence has its own
   Buffer step_;       ///< int64 [1]
   Buffer stamps_;     ///< int64 [1 + 2 steps]: their number, then the readings

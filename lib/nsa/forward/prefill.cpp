@@ -349,12 +349,16 @@ PrefillRunner::CacheViews PrefillRunner::make_caches(const PrefillChunk& chunk, 
 void PrefillRunner::run(StageTimer& timer, const StepOptions& options, const OnTile& on_tile) {
   start();
   for (const PrefillChunk& chunk : chunks_)
-    for (std::int64_t layer = 0; layer < shard_.config.model.layers; ++layer) {
-      const CacheViews caches = make_caches(chunk, layer, options, timer);
-      const Buffer& k_sel = shard_.caches[static_cast<std::size_t>(layer)].sel.k_memory;
-      fault::flip("cache.k", shard_.device(), k_sel.data(), k_sel.bytes(), shard_.streams.compute);
-      attend_rows(chunk, layer, options, caches, timer, on_tile);
-    }
+    for (std::int64_t layer = 0; layer < shard_.config.model.layers; ++layer)
+      run_layer(chunk, layer, timer, options, on_tile);
+}
+
+void PrefillRunner::run_layer(const PrefillChunk& chunk, std::int64_t layer, StageTimer& timer,
+                              const StepOptions& options, const OnTile& on_tile) {
+  const CacheViews caches = make_caches(chunk, layer, options, timer);
+  const Buffer& k_sel = shard_.caches[static_cast<std::size_t>(layer)].sel.k_memory;
+  fault::flip("cache.k", shard_.device(), k_sel.data(), k_sel.bytes(), shard_.streams.compute);
+  attend_rows(chunk, layer, options, caches, timer, on_tile);
 }
 
 void PrefillRunner::fill_caches(StageTimer& timer) {

@@ -54,6 +54,12 @@ class PrefillRunner {
   using OnTile = std::function<void(const StepContext&, const PrefillTile&)>;
   void run(StageTimer& timer, const StepOptions& options, const OnTile& on_tile = nullptr);
 
+  /// The same layer by layer, of a prefill that is one chunk: start(), then each layer in order.
+  void start();
+  void run_layer(std::int64_t layer, StageTimer& timer, const StepOptions& options, const OnTile& on_tile = nullptr) {
+    run_layer(chunks_.front(), layer, timer, options, on_tile);
+  }
+
   /// Fills the caches of all layers, which decode needs. The queries of the last layer are not attended.
   void fill_caches(StageTimer& timer);
 
@@ -77,7 +83,8 @@ class PrefillRunner {
   void generate(const TensorSource& source, const GivenTensor& input);
   StepContext context(std::int64_t layer, const StepOptions& options, const CacheViews& caches, const QueryTile& rows,
                       std::int64_t first_row);
-  void start();
+  void run_layer(const PrefillChunk& chunk, std::int64_t layer, StageTimer& timer, const StepOptions& options,
+                 const OnTile& on_tile);
   CacheViews make_caches(const PrefillChunk& chunk, std::int64_t layer, const StepOptions& options, StageTimer& timer);
   void read_rings(const PrefillChunk& chunk, std::int64_t layer);
   void project_rows(const PrefillChunk& chunk, std::int64_t layer, const StepOptions& options, StageTimer& timer);

@@ -1,6 +1,7 @@
 #include "nsa/model/model_shard.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "nsa/model/selections.hpp"
 
@@ -43,42 +44,51 @@ Partition stored_by(const KernelTable& kernels, const Config& config, const Poin
   return p;
 }
 
-ModelShard::ModelShard(const Backend& opened, const ControlComm& world, const Config& input, const Point& at,
-                       const TensorSource& source)
-    : backend(opened),
+ModelShard::ModelShard(std::shared_ptr<ModelResources> resources, const Backend& of, const Config& input,
+                       const Point& at, const Partition& share)
+    : resources_(std::move(resources)),
+      backend(of),
       config(input),
       point(at),
-      partition(stored_by(*opened.kernels, input, at, make_partition(input, at, world.size(), world.rank()))),
-      streams(*opened.device) {
-  allocate(&source);
-}
-
-ModelShard::ModelShard(const Backend& dry, const Config& input, const Point& at, const Partition& planned)
-    : backend(dry),
-      config(input),
-      point(at),
-      partition(stored_by(*dry.kernels, input, at, planned)),
-      streams(*dry.device) {
-  allocate(nullptr);
-}
-
-void ModelShard::allocate(const TensorSource* source) {
+      partition(stored_by(*of.kernels, input, at, share)),
+      account(resources_->account),
+      streams(resources_->streams),
+      weights(resources_->weights) {
   // Throws before any allocation where the backend lacks a requested route. The phases choose again for their tiles.
   for (const Phase phase : {Phase::prefill, Phase::decode})
     choose_routes(phase, {0, static_cast<std::int32_t>(point.batch), 1, nullptr, total_positions(config, point)}, {});
   checksum = allocator()(MemoryKind::workspace, 8);
   if (config.cache.paged()) pages.emplace(allocator(), config, partition, point);
-  for (std::int64_t layer = 0; layer < config.model.layers; ++layer) {
-    if (config.run.scope == Scope::layer)
-      weights.emplace_back(device(), streams.compute, account, config, partition, layer, source);
+  for (std::int64_t layer = 0; layer < config.model.layers; ++layer)
     caches.emplace_back(allocator(), partition, point.batch, total_positions(config, point), pages ? &*pages : nullptr);
-  }
 }
 
-// The communicators outlive the shard, but while it exists their memory counts as memory of the point.
+ModelShard::ModelShard(const Backend& opened, const ControlComm& world, const Config& input, const Point& at,
+                       const TensorSource& source)
+    : ModelShard(std::make_shared<ModelResources>(*opened.device), opened, input, at,
+                 make_partition(input, at, world.size(), world.rank())) {
+  make_weights(&source);
+}
+
+ModelShard::ModelShard(const Backend& dry, const Config& input, const Point& at, const Partition& planned)
+    : ModelShard(std::make_shared<ModelResources>(*dry.device), dry, input, at, planned) {
+  make_weights(nullptr);
+}
+
+ModelShard::ModelShard(const ModelShard& other, const Config& input, const Point& at, const Partition& share)
+    : ModelShard(other.resources_, other.backend, input, at, share) {}
+
+void ModelShard::make_weights(const TensorSource* source) {
+  if (config.run.scope != Scope::layer) return;
+  for (std::int64_t layer = 0; layer < config.model.layers; ++layer)
+    resources_->weights.emplace_back(device(), streams.compute, account, config, partition, layer, source);
+}
+
+// The communicators outlive the shard, but while it exists their memory counts as memory of the point, once.
 void ModelShard::connect(ProcessGrid& grid) {
+  const bool counted = std::exchange(resources_->connected, true);
   comms = grid.comms(partition.kv);
-  account.add(MemoryKind::workspace, comms->heads.memory_bytes() + comms->kv.memory_bytes());
+  if (!counted) account.add(MemoryKind::workspace, comms->heads.memory_bytes() + comms->kv.memory_bytes());
 }
 
 std::size_t ModelShard::choose_routes(Phase phase, const QueryTile& tile, const AttentionPolicy& policy) {

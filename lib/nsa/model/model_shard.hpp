@@ -37,15 +37,28 @@ struct Streams {
 /// The partition with FP8 caches as the kernels that the config runs can read them (KernelTable::fp8_support).
 Partition stored_by(const KernelTable& kernels, const Config& config, const Point& point, Partition partition);
 
+/// What the batches of one model have in common on a rank.
+struct ModelResources {
+  explicit ModelResources(const DeviceOps& device) : streams(device) {}
+  MemoryAccount account;
+  Streams streams;
+  std::vector<Weights> weights;  ///< by layer; none in scope = attention
+  bool connected = false;        ///< whether the account counts the memory of the communicators
+};
+
 struct ModelShard {
+ private:
+  std::shared_ptr<ModelResources> resources_;  ///< outlives the caches, which the account counts
+
+ public:
   const Backend backend;
   const Config& config;
   const Point point;
   const Partition partition;
   std::shared_ptr<const GridComms> comms = std::make_shared<GridComms>();  ///< groups of one until connect
-  MemoryAccount account;
-  Streams streams;
-  std::vector<Weights> weights;     ///< by layer; none in scope = attention
+  MemoryAccount& account;
+  const Streams& streams;
+  const std::vector<Weights>& weights;
   std::optional<CachePages> pages;  ///< of paged caches
   std::vector<LayerCaches> caches;  ///< by layer
   Routes routes;
@@ -54,6 +67,8 @@ struct ModelShard {
   /// Not collective: a rank allocates before it waits for peers. Throws UserError(device) when memory runs out.
   ModelShard(const Backend& backend, const ControlComm& world, const Config& config, const Point& point,
              const TensorSource& source);
+  /// Another batch of the model that `other` holds: they share weights, streams and account. Not collective either.
+  ModelShard(const ModelShard& other, const Config& config, const Point& point, const Partition& partition);
   /// Takes the communicators of the grid, which opens the missing ones. Collective, after all ranks have allocated.
   void connect(ProcessGrid& grid);
   /// A plan: on dry_device(), without peers and values.
@@ -67,7 +82,9 @@ struct ModelShard {
   std::int64_t planes() const { return point.batch * shape().groups; }
 
  private:
-  void allocate(const TensorSource* source);
+  ModelShard(std::shared_ptr<ModelResources> resources, const Backend& backend, const Config& config,
+             const Point& point, const Partition& partition);
+  void make_weights(const TensorSource* source);
 };
 
 /// A copy of the ring caches of every layer. Steps overwrite rings; other caches only grow.

@@ -224,9 +224,11 @@ double copy_rate_fraction(const PointRecord& point) {
 ReadCounts last_reads(const PointRecord& point) {
   const ReadTable& reads = point.reads;
   if (reads.steps == 0 || reads.counted.empty()) return {not_measured, not_measured, not_measured};
-  const double divisor =
-      static_cast<double>(integer_parameter(point, "run.batch", 1) * integer_parameter(point, "model.n_kv_groups", 1) *
-                          integer_parameter(point, "model.layers", 1));
+  // The sequences of a mixed step read differently much: their reads stay together.
+  const bool mixed = text_parameter(point, "task.kind") == "mixed";
+  const double divisor = static_cast<double>((mixed ? 1 : integer_parameter(point, "run.batch", 1)) *
+                                             integer_parameter(point, "model.n_kv_groups", 1) *
+                                             integer_parameter(point, "model.layers", 1));
   return {static_cast<double>(sum_at_last_step(reads, reads.counted)) / divisor,
           static_cast<double>(sum_at_last_step(reads, reads.expected)) / divisor,
           reads.nsa_vibe.empty() || text_parameter(point, "task.kind") == "prefill"

@@ -31,18 +31,26 @@ std::string count_text(double count) { return std::isnan(count) ? "-" : fmt::for
 std::string rate_text(double rate) { return std::isnan(rate) ? "-" : fmt::format("{:.0f}", rate); }
 std::string percent_text(double share) { return std::isnan(share) ? "-" : fmt::format("{:.1f}%", 100 * share); }
 
-/// Tokens that a decode step keeps, of all sequences, in the mean.
-double tokens_a_step(const PointRecord& point) {
-  const std::vector<std::int64_t>& kept = point.tokens_kept;
-  if (kept.empty()) return static_cast<double>(integer_parameter(point, "run.batch", 1));
-  return static_cast<double>(std::accumulate(kept.begin(), kept.end(), std::int64_t{0})) /
-         static_cast<double>(kept.size());
+bool is_mixed(const PointRecord& point) { return text_parameter(point, "task.kind") == "mixed"; }
+
+/// Tokens that a step prefills beside its decode rows.
+std::int64_t chunk_tokens(const PointRecord& point) {
+  return is_mixed(point) ? integer_parameter(point, "run.prefill_chunk", 0) : 0;
 }
 
-/// Tokens a second that a decode keeps, of all sequences; NaN where it is none, or was not timed.
+/// Tokens that a decode step keeps, of all sequences, in the mean; in a mixed step those of the chunk too.
+double tokens_a_step(const PointRecord& point) {
+  const std::vector<std::int64_t>& kept = point.tokens_kept;
+  const double chunk = static_cast<double>(chunk_tokens(point));
+  if (kept.empty()) return chunk + static_cast<double>(integer_parameter(point, "run.batch", 1));
+  return chunk + static_cast<double>(std::accumulate(kept.begin(), kept.end(), std::int64_t{0})) /
+                     static_cast<double>(kept.size());
+}
+
+/// Tokens a second of a decode or mixed point; NaN where it is none, or was not timed.
 double decode_rate(const PointRecord& point) {
   const double seconds = step_time(point).median;
-  if (text_parameter(point, "task.kind") != "decode" || !(seconds > 0)) return std::nan("");
+  if ((text_parameter(point, "task.kind") != "decode" && !is_mixed(point)) || !(seconds > 0)) return std::nan("");
   return tokens_a_step(point) / seconds;
 }
 
@@ -52,6 +60,7 @@ std::int64_t query_tokens(const PointRecord& point) { return integer_parameter(p
 std::string point_name(const PointRecord& point) {
   if (text_parameter(point, "task.kind") == "kernels") return kernel_point_name(point);
   std::string name = fmt::format("context_{}", integer_parameter(point, "run.context", 0));
+  if (is_mixed(point)) name += fmt::format("_chunk_{}", chunk_tokens(point));
   if (const std::int64_t prefix = integer_parameter(point, "run.prefix", 0); prefix > 0)
     name += fmt::format("_prefix_{}", prefix);
   const std::int64_t batch = integer_parameter(point, "run.batch", 1);
@@ -189,11 +198,12 @@ std::string run_line(const std::string& path, const RunRecord& run) {
 TableColumns table_columns(const std::vector<PointRecord>& points) {
   TableColumns columns;
   for (const PointRecord& point : points) {
+    columns.chunk |= is_mixed(point);
     columns.prefix |= integer_parameter(point, "run.prefix", 0) > 0;
     columns.batch |= integer_parameter(point, "run.batch", 1) != 1;
     columns.query_tokens |= query_tokens(point) != 1;
-    columns.rate |= text_parameter(point, "task.kind") == "decode" &&
-                    (integer_parameter(point, "run.batch", 1) != 1 || query_tokens(point) != 1);
+    columns.rate |= is_mixed(point) || (text_parameter(point, "task.kind") == "decode" &&
+                                        (integer_parameter(point, "run.batch", 1) != 1 || query_tokens(point) != 1));
     columns.forced |= text_parameter(point, "run.force_branch", "none") != "none";
     columns.nsa_vibe |= !text_parameter(point, "output.csv").empty();
     columns.fp8 |= caches_text(point) != "same";
@@ -205,6 +215,7 @@ namespace {
 
 void print_table_header(std::ostream& out, const TableColumns& columns) {
   fmt::print(out, "{:>8}", "context");
+  if (columns.chunk) fmt::print(out, " {:>8}", "chunk");
   if (columns.prefix) fmt::print(out, " {:>8}", "prefix");
   if (columns.batch) fmt::print(out, " {:>6}", "batch");
   if (columns.query_tokens) fmt::print(out, " {:>7}", "queries");
@@ -220,6 +231,7 @@ void print_table_header(std::ostream& out, const TableColumns& columns) {
 
 void print_table_row(std::ostream& out, const TableColumns& columns, const PointRecord& point) {
   fmt::print(out, "{:>8}", integer_parameter(point, "run.context", 0));
+  if (columns.chunk) fmt::print(out, " {:>8}", chunk_tokens(point));
   if (columns.prefix) fmt::print(out, " {:>8}", integer_parameter(point, "run.prefix", 0));
   if (columns.batch) fmt::print(out, " {:>6}", integer_parameter(point, "run.batch", 1));
   if (columns.query_tokens) fmt::print(out, " {:>7}", query_tokens(point));
@@ -244,7 +256,11 @@ void print_table_row(std::ostream& out, const TableColumns& columns, const Point
 }
 
 void print_table_notes(std::ostream& out, const TableColumns& columns) {
-  if (columns.prefix) fmt::print(out, "prefix: tokens of each sequence that the caches held before\n");
+  if (columns.chunk)
+    fmt::print(out,
+               "chunk: tokens of one more sequence that each step prefills beside the decode rows of the others\n");
+  if (columns.prefix)
+    fmt::print(out, "prefix: tokens of {} sequence that the caches held before\n", columns.chunk ? "that" : "each");
   if (columns.batch) fmt::print(out, "batch: sequences\n");
   if (columns.query_tokens) fmt::print(out, "queries: query tokens of each sequence in a step\n");
   if (columns.forced) fmt::print(out, "forced: the branch whose gate is 1 (the other gates are 0)\n");
@@ -252,9 +268,11 @@ void print_table_notes(std::ostream& out, const TableColumns& columns) {
              "total: the whole step as it runs; the columns to its right: stages of the step, timed one by one\n"
              "cmp: compressed attention   rank: block scoring and top-n   sel: selected attention\n"
              "win: window attention       comm: exchanges among ranks     other: all other stages\n"
-             "share: (rank + sel) / all stages   reads: tokens counted/expected, last step, one sequence and group\n");
+             "share: (rank + sel) / all stages   reads: tokens counted/expected, last step, one {}group\n",
+             columns.chunk ? "" : "sequence and ");
   if (columns.rate)
-    fmt::print(out, "tokens/s: {} / total\n", columns.query_tokens ? "tokens that a step keeps" : "sequences");
+    fmt::print(out, "tokens/s: {}{} / total\n", columns.query_tokens ? "tokens that a step keeps" : "sequences",
+               columns.chunk ? ", and those of its chunk," : "");
   if (columns.nsa_vibe) fmt::print(out, "nsa-vibe: tokens by the formula of that project, cmp + n*l' + min(w, S)\n");
   if (columns.fp8)
     fmt::print(

@@ -12,12 +12,13 @@ namespace nsa {
 /// "a.h5: NVIDIA H200, node7, cuda backend, 2 ranks, commit ..., start": where and of what the run is.
 std::string run_line(const std::string& path, const RunRecord& run);
 
-/// Columns that the table has only where a point needs them. `rate`: tokens/s of a decode of several sequences or query
-/// tokens.
+/// Columns that the table has only where a point needs them. `chunk`: tokens of the prefill chunk of a mixed step.
+/// `rate`: tokens/s of a mixed step, or of a decode of several sequences or query tokens.
 /// `nsa_vibe`: the run writes a CSV for comparison with that project. `fp8`: some caches are FP8; then what they hold,
 /// the modelled bytes of a step, and what FP8 changes.
 struct TableColumns {
-  bool prefix = false, batch = false, query_tokens = false, forced = false, rate = false, nsa_vibe = false, fp8 = false;
+  bool chunk = false, prefix = false, batch = false, query_tokens = false, forced = false, rate = false,
+       nsa_vibe = false, fp8 = false;
 };
 TableColumns table_columns(const std::vector<PointRecord>& points);
 

@@ -155,6 +155,8 @@ void read_point_attributes(const h5::Handle& group, PointRecord& p) {
   read_by_branch(group, "routes", p.routes);
   if (std::count(names.begin(), names.end(), "route_kernels") > 0)  // since 1.3
     read_by_branch(group, "route_kernels", p.route_kernels);
+  for (const auto& entry : chunk_texts)  // since 1.9
+    if (std::count(names.begin(), names.end(), entry.name) > 0) read_by_branch(group, entry.name, p.chunk.*entry.field);
   if (std::count(names.begin(), names.end(), "exchange") > 0)  // since 1.4
     p.exchange = h5::attribute_as<std::string>(group, "exchange");
   if (std::count(names.begin(), names.end(), "blocks_shared") > 0) read_attributes(group, p, point_reals_1_5);

@@ -124,6 +124,11 @@ struct QuantisationRecord {
   double o_change = -1, y_change = -1;  ///< root mean square of the difference over that of the unquantised value
 };
 
+/// By branch: the implementation that ran, why it was chosen, and the backend's kernels that it ran: "tiled, rows".
+struct RouteRecord {
+  std::array<std::string, branches> routes, reasons, kernels;
+};
+
 struct PointRecord {
   std::int64_t index = 0;
   std::vector<Parameter> parameters;
@@ -159,6 +164,7 @@ struct PointRecord {
   BatchRecord batch;
   PageRecord pages;
   QuantisationRecord quantisation;  ///< decode with FP8 caches
+  RouteRecord chunk;                ///< of the chunk, kind = "mixed"; the other routes are of its decode rows
 };
 
 struct RankSystem {

@@ -10,7 +10,7 @@ namespace nsa {
 
 /// A reader refuses another major version. A new minor version only adds names.
 constexpr int schema_major = 1;
-constexpr const char* schema_version = "1.8";
+constexpr const char* schema_version = "1.9";
 
 /// A field of a record under its name in the file.
 template <class Record, class T>
@@ -111,6 +111,13 @@ constexpr Named<PageRecord, std::vector<std::int64_t>> page_columns[] = {
     {"entries", &PageRecord::entries, "1", "entries of the page table that name a page"},
     {"shared", &PageRecord::shared, "1", "first entries of every sequence that name the same pages"},
     {"bytes", &PageRecord::bytes, "B", "bytes of the pages, K and V of a layer"},
+};
+
+/// Attributes of a point of kind = "mixed", of its chunk, one name a branch. Added by schema 1.9.
+constexpr Named<RouteRecord, std::array<std::string, branches>> chunk_texts[] = {
+    {"chunk_routes", &RouteRecord::routes},
+    {"chunk_route_reasons", &RouteRecord::reasons},
+    {"chunk_route_kernels", &RouteRecord::kernels},
 };
 
 /// Attributes of a point, besides its parameters, validity, routes and fallbacks.

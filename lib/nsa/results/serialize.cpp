@@ -93,15 +93,22 @@ auto members(R& r) {
   return std::tie(agreement, lost, o_change, y_change);
 }
 
+template <Is<RouteRecord> R>
+auto members(R& r) {
+  auto& [routes, reasons, kernels] = r;
+  return std::tie(routes, reasons, kernels);
+}
+
 template <Is<PointRecord> R>
 auto members(R& r) {
   auto& [index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps, time,
          phases, reads, bytes, tokens_kept, copy_bandwidth, memory, routes, route_reasons, route_kernels, exchange,
-         fallbacks, max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch, pages, quantisation] = r;
+         fallbacks, max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch, pages, quantisation,
+         chunk] = r;
   return std::tie(index, parameters, fingerprint, valid, reason, stop_reason, heads, kv, first_position, warmup_reps,
                   time, phases, reads, bytes, tokens_kept, copy_bandwidth, memory, routes, route_reasons, route_kernels,
                   exchange, fallbacks, max_abs_err, blocks_shared, tensors, noise, noisy, needle, kernels, batch, pages,
-                  quantisation);
+                  quantisation, chunk);
 }
 
 template <Is<ResultFile> R>

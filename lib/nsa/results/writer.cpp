@@ -142,9 +142,14 @@ void write_point_attributes(const h5::Handle& group, const PointRecord& p) {
   write_attributes(group, p, point_reals);
   write_attributes(group, p, point_reals_1_5);
   if (p.quantisation.o_change >= 0) write_attributes(group, p.quantisation, quantisation_reals);
-  h5::write_attribute(group, "routes", std::vector<std::string>(p.routes.begin(), p.routes.end()));
-  h5::write_attribute(group, "route_reasons", std::vector<std::string>(p.route_reasons.begin(), p.route_reasons.end()));
-  h5::write_attribute(group, "route_kernels", std::vector<std::string>(p.route_kernels.begin(), p.route_kernels.end()));
+  const auto by_branch = [&](const char* name, const std::array<std::string, branches>& texts) {
+    h5::write_attribute(group, name, std::vector<std::string>(texts.begin(), texts.end()));
+  };
+  by_branch("routes", p.routes);
+  by_branch("route_reasons", p.route_reasons);
+  by_branch("route_kernels", p.route_kernels);
+  if (!p.chunk.routes[cmp].empty())
+    for (const auto& entry : chunk_texts) by_branch(entry.name, p.chunk.*entry.field);
   h5::write_attribute(group, "exchange", p.exchange);
   h5::write_attribute(group, "fallbacks", fmt::format("{}", fmt::join(p.fallbacks, "\n")));
   h5::write_attribute(group, "noisy", fmt::format("{}", fmt::join(p.noisy, "\n")));

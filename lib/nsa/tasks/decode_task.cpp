@@ -10,6 +10,7 @@
 #include "nsa/forward/prefill.hpp"
 #include "nsa/model/inputs.hpp"
 #include "nsa/tasks/measure.hpp"
+#include "nsa/tasks/mixed_chunk.hpp"
 #include "nsa/tasks/task.hpp"
 #include "nsa/verify/float64_check.hpp"
 #include "nsa/verify/quantisation.hpp"
@@ -34,13 +35,13 @@ void fill_directly(ModelShard& shard, const TensorSource& source, std::int64_t p
     }
 }
 
-// Decode steps as one graph where the backend captures graphs; else, and to time each stage, their launches one by one.
-// Several steps have the inputs of the first: to load others would add copies to the timed work.
+// Decode steps as one graph where the backend captures graphs; else, to time each stage, and with a chunk, their
+// launches one by one. Several steps have the inputs of the first: to load others would add copies to the timed work.
 class CapturedSteps {
  public:
-  CapturedSteps(ModelShard& shard, DecodeRunner& decode, StageTimer& timer, const ModeRun& run)
+  CapturedSteps(ModelShard& shard, DecodeRunner& decode, StageTimer& timer, const ModeRun& run, bool mixed)
       : shard_(shard), decode_(decode), timer_(timer), run_(run) {
-    if (run.timed == Timed::stages || !shard.device().capture) return;
+    if (run.timed == Timed::stages || mixed || !shard.device().capture) return;
     const std::size_t known = shard.routes.fallbacks(Phase::decode).size();
     try {
       capture();
@@ -91,8 +92,9 @@ StageTimes untimed_step() {
 // The recorded pass and the measured passes of a decode point.
 class DecodePasses {
  public:
-  DecodePasses(const Session& session, ModelShard& shard, DecodeRunner& decode, PointRecord& record)
-      : session_(session), shard_(shard), config_(shard.config), decode_(decode), record_(record) {}
+  // `chunk` of mixed steps, else null.
+  DecodePasses(const Session& session, ModelShard& shard, DecodeRunner& decode, MixedChunk* chunk, PointRecord& record)
+      : session_(session), shard_(shard), config_(shard.config), decode_(decode), chunk_(chunk), record_(record) {}
 
   // Runs before the measurement: records every step, and checks sampled rows of the first and the last one. Every
   // measured pass must reproduce its output.
@@ -112,6 +114,7 @@ class DecodePasses {
   std::string latest_problem() const;
   CheckResult check_rows(const StepContext& ctx, std::int64_t step) const;
   RankReads reads() const;
+  std::vector<std::int64_t> totals() const;  // what all ranks must read together, [branch][step]
   SharedBlocks shared_blocks() const;
   // The reads of each sequence of a ragged batch. Collective.
   void record_batch() const;
@@ -123,6 +126,7 @@ class DecodePasses {
   ModelShard& shard_;
   const Config& config_;
   DecodeRunner& decode_;
+  MixedChunk* chunk_;
   PointRecord& record_;
   StepOutput expected_;
   std::vector<StepOutput> recorded_steps_;
@@ -144,9 +148,11 @@ void DecodePasses::recorded(const TensorSource& source) {
   for (std::int64_t step = 0; step < config_.run.steps; ++step) {
     if (session_.stop->check_periodically()) throw Interrupted();
     decode_.load(step, options);
+    if (chunk_) step == 0 ? chunk_->begin_recording() : chunk_->reload();
     decode_.step(options, untimed);
     const StepContext ctx = decode_.last_layer(options);
     shard_.device().synchronize(shard_.streams.compute);
+    if (chunk_) step == 0 ? chunk_->end_recording() : chunk_->end_step(step, config_.run.check);
     if (tensors) tensors->take(ctx, step * shard_.point.query_tokens, true);
     if (!config_.run.check) continue;
     if (shard_.shape().quantises()) recorded_steps_.push_back(recorded_step(ctx));
@@ -156,6 +162,7 @@ void DecodePasses::recorded(const TensorSource& source) {
   const double scale =
       keep_records(session_.world, shard_, source, checked, tensors.get(), decode_.positions().ends(), record_);
   gather_problems(session_.world, problem, record_);
+  if (chunk_) gather_problems(session_.world, chunk_->take_problem(), record_);
   expected_ = output();
   expected_.scale = scale;
   record_shared(session_.world, shared_blocks(), record_);
@@ -177,12 +184,13 @@ SharedBlocks DecodePasses::shared_blocks() const {
 }
 
 bool DecodePasses::measured(const ModeRun& run, StageTimer& timer, const TakeSample& take) {
-  CapturedSteps steps(shard_, decode_, timer, run);
+  CapturedSteps steps(shard_, decode_, timer, run, chunk_ != nullptr);
   decode_.restore();
   if (!(run.timed == Timed::queued ? run_queued(run, steps) : run_one_by_one(run, steps, timer, take))) return false;
   if (run.timed == Timed::device || run.timed == Timed::queued) take_stamps(run, take);
   if (run.timed == Timed::queued) return true;  // its steps have the inputs of the first one
-  if (run.options.leave_out < 0) record_reads(session_.world, shard_, reads(), record_);
+  if (chunk_) gather_problems(session_.world, chunk_->take_problem(), record_);
+  if (run.options.leave_out < 0) record_reads(session_.world, reads(), totals(), record_);
   if (run.options.leave_out < 0 && shard_.point.ragged()) record_batch();
   if (!config_.run.check || !computes_point_step(run, shard_.point)) return true;
   if (run.timed != Timed::stages) decode_.complete_output(run.options);
@@ -194,12 +202,12 @@ bool DecodePasses::measured(const ModeRun& run, StageTimer& timer, const TakeSam
 
 void DecodePasses::measure_phases() {
   const auto& modes = config_.run.modes;
-  if (!decode_.has_phases() || std::find(modes.begin(), modes.end(), Mode::total) == modes.end()) return;
+  if (chunk_ || !decode_.has_phases() || std::find(modes.begin(), modes.end(), Mode::total) == modes.end()) return;
   const PhaseScope phase("phases");
   ModeRun run{"phases", decode_.with_readings(step_options(shard_.point))};
   StageTimer timer(shard_.device(), shard_.streams.compute);
   timer.set_per_stage(false);
-  CapturedSteps steps(shard_, decode_, timer, run);
+  CapturedSteps steps(shard_, decode_, timer, run, false);
   decode_.restore();
   std::vector<double> own;  // [step][phase]
   for (std::int64_t step = 0; step < config_.run.steps; ++step) {
@@ -219,10 +227,12 @@ bool DecodePasses::run_one_by_one(const ModeRun& run, CapturedSteps& steps, Stag
   for (std::int64_t step = 0; step < config_.run.steps; step += run.steps_a_sample) {
     if (session_.stop->check_periodically()) return false;
     decode_.load(step, run.options);
+    if (chunk_) chunk_->reload();
     shard_.device().synchronize(shard_.streams.compute);
     flip_caches();
     if (run.timed != Timed::stages) decode_.align(run.options);
     StageTimes times = timer.step([&] { steps.run(); });
+    if (chunk_) chunk_->end_step(step, config_.run.check && computes_point_step(run, shard_.point));
     if (run.timed == Timed::device) continue;
     for (std::int64_t i = 1; i < run.steps_a_sample; ++i) take(untimed_step());
     times[static_cast<int>(Stage::step)] /= static_cast<double>(run.steps_a_sample);
@@ -275,7 +285,14 @@ RankReads DecodePasses::reads() const {
   for (std::int64_t i = 0; i < std::ssize(log); ++i)
     reads.counted[i / planes % branches * steps + i / (planes * branches)] += log[i];
   expect_decode(reads, config_, shard_.partition, shard_.point, selected);
+  if (chunk_) chunk_->add_reads(reads);
   return reads;
+}
+
+std::vector<std::int64_t> DecodePasses::totals() const {
+  std::vector<std::int64_t> totals = total_reads(config_, shard_.point);
+  if (chunk_) chunk_->add_totals(totals);
+  return totals;
 }
 
 void DecodePasses::record_batch() const {
@@ -394,28 +411,44 @@ void compare_with_unquantised(const Session& session, const Config& quantised, c
   record.quantisation = sums.reduce(session.world);
 }
 
-}  // namespace
-
-MemoryAccount run_decode(const Session& session, const Config& config, const Point& point, const TensorSource& source,
-                         PointRecord& record, const Progress& progress) {
+// Decode steps; where `part` is the chunk of mixed steps, these.
+MemoryAccount run_steps(const Session& session, const Config& config, const Point& point, const Part* part,
+                        const TensorSource& source, PointRecord& record, const Progress& progress) {
   const ControlComm& world = session.world;
-  const PhaseScope phase("decode");
   const bool records = config.records();
   std::optional<ModelShard> shard;
-  agreed(world, [&] { shard.emplace(session.backend, world, config, point, source); });
+  std::optional<MixedChunk> chunk;
+  agreed(world, [&] {
+    shard.emplace(session.backend, world, config, point, source);
+    if (part) chunk.emplace(session, *shard, *part, source, record);
+  });
   fill_caches(session, *shard, source, point.longest(), progress);
+  if (chunk) chunk->fill_prefix(progress);
   std::optional<DecodeRunner> decode;
-  agreed(world, [&] { decode.emplace(*shard, &source, records); });
+  agreed(world, [&] {
+    decode.emplace(*shard, &source, records);
+    if (chunk) chunk->open();
+  });
   decode->snapshot();
   decode->choose_plan(world);
-  DecodePasses passes(session, *shard, *decode, record);
+  if (chunk) {
+    chunk->snapshot();
+    decode->also_run([&](std::int64_t layer, const StepOptions& options, StageTimer& timer) {
+      chunk->run_layer(layer, options, timer);
+    });
+  }
+  DecodePasses passes(session, *shard, *decode, chunk ? &*chunk : nullptr, record);
   if (records) passes.recorded(source);
   decode->restore();
   const std::uint64_t checksum = config.run.check ? cache_checksum(*shard, config.model.layers) : 0;
 
   const MeasuredTask task{
       [&] { decode->choose_plan(world); },
-      [&](const ModeRun& run, StageTimer& timer, const TakeSample& take) { return passes.measured(run, timer, take); }};
+      [&](const ModeRun& run, StageTimer& timer, const TakeSample& take) { return passes.measured(run, timer, take); },
+      [&] {
+        const bool rows = shard->routes.agree(world), beside = chunk && chunk->agree();
+        return rows || beside;
+      }};
   const Samples samples = measure_point(session, *shard, task, record, progress);
   passes.measure_phases();
   if (config.run.check) {
@@ -427,12 +460,29 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
   record.first_position = point.longest();
   if (point.ragged()) describe_batch(*shard, record.batch);
   finish_point(world, *shard, samples, record);
+  if (chunk) chunk->finish();
   const MemoryAccount account = shard->account;
   const std::vector<StepOutput> steps = passes.recorded_steps();
   decode.reset();
+  chunk.reset();
   shard.reset();
   if (!steps.empty()) compare_with_unquantised(session, config, point, source, steps, record, progress);
   return account;
+}
+
+}  // namespace
+
+MemoryAccount run_decode(const Session& session, const Config& config, const Point& point, const TensorSource& source,
+                         PointRecord& record, const Progress& progress) {
+  const PhaseScope phase("decode");
+  return run_steps(session, config, point, nullptr, source, record, progress);
+}
+
+MemoryAccount run_mixed(const Session& session, const Config& config, const Point& point, const TensorSource& source,
+                        PointRecord& record, const Progress& progress) {
+  const PhaseScope phase("mixed");
+  const Part rows = decode_rows_of(config, point), chunk = chunk_of(config, point);
+  return run_steps(session, rows.config, rows.point, &chunk, source, record, progress);
 }
 
 }  // namespace nsa

@@ -219,7 +219,7 @@ Samples measure_point(const Session& session, ModelShard& shard, const MeasuredT
       });
     };
     record.stop_reason = measure_modes(session.world, runs, shard.config.run, most_reps, meter, samples, pass);
-  } while (shard.routes.agree(session.world));
+  } while (task.fell_back());
   return samples;
 }
 

@@ -42,12 +42,14 @@ struct Samples {
 
 using TakeSample = std::function<void(const StageTimes&)>;
 
-/// What measure_point calls. Both are collective.
+/// What measure_point calls. All are collective.
 struct MeasuredTask {
   /// Before the first mode, and again before all modes are repeated.
   std::function<void()> prepare;
   /// One pass of a mode: all its steps, each timed and handed to `take`. False: the run was asked to stop within it.
   std::function<bool(const ModeRun& run, StageTimer& timer, const TakeSample& take)> pass;
+  /// After all modes: lets every rank take a fallback of any. Whether there was a new one.
+  std::function<bool()> fell_back;
 };
 
 /// Measures again what ran at a lowered clock: a pass whose mean SM clock is below run.throttle_threshold of the

@@ -38,9 +38,10 @@ void record_shared(const ControlComm& world, const SharedBlocks& shared, PointRe
   if (all.pairs > 0) record.blocks_shared = all.mean();
 }
 
-void record_reads(const ControlComm& world, const ModelShard& shard, const RankReads& reads, PointRecord& record) {
+void record_reads(const ControlComm& world, const RankReads& reads, const std::vector<std::int64_t>& totals,
+                  PointRecord& record) {
   record.reads = gather_reads(world, reads);
-  if (world.rank() == 0) record.fail(read_problem(record.reads, total_reads(shard.config, shard.point)));
+  if (world.rank() == 0) record.fail(read_problem(record.reads, totals));
 }
 
 namespace {
@@ -68,21 +69,31 @@ PageRecord gather_pages(const ControlComm& world, const ModelShard& shard) {
 
 }  // namespace
 
+RouteRecord agreed_routes(const ControlComm& world, ModelShard& shard, Phase phase) {
+  shard.routes.agree(world);
+  shard.routes.count(world);
+  RouteRecord record;
+  for (const Branch c : kv_column_order) {
+    const Route& route = shard.routes.of(phase, c);
+    record.routes[c] = route.kernel->name;
+    record.reasons[c] = route.reason;
+    if (shard.shape().precision_of(c) == KvPrecision::fp8_rounded)
+      record.reasons[c] += fmt::format("; FP8 values in {} rows, which more kernels read than FP8 rows (ROUTES.md)",
+                                       name_of(shard.shape().dtype));
+    record.kernels[c] = fmt::format("{}", fmt::join(route.ran, ", "));
+  }
+  return record;
+}
+
 void finish_point(const ControlComm& world, ModelShard& shard, const Samples& samples, PointRecord& record) {
   record.warmup_reps = shard.config.run.warmup;
   record.time = gather_times(world, samples);
   record.noise = gather_noise(world, shard.device(), samples.modes, samples.noise);
   const Phase phase = shard.config.kind == TaskKind::prefill ? Phase::prefill : Phase::decode;
-  shard.routes.agree(world);
-  shard.routes.count(world);
-  for (const Branch c : kv_column_order) {
-    record.routes[c] = shard.routes.of(phase, c).kernel->name;
-    record.route_reasons[c] = shard.routes.of(phase, c).reason;
-    if (shard.shape().precision_of(c) == KvPrecision::fp8_rounded)
-      record.route_reasons[c] += fmt::format(
-          "; FP8 values in {} rows, which more kernels read than FP8 rows (ROUTES.md)", name_of(shard.shape().dtype));
-    record.route_kernels[c] = fmt::format("{}", fmt::join(shard.routes.of(phase, c).ran, ", "));
-  }
+  RouteRecord ran = agreed_routes(world, shard, phase);
+  record.routes = std::move(ran.routes);
+  record.route_reasons = std::move(ran.reasons);
+  record.route_kernels = std::move(ran.kernels);
   record.exchange = (shard.partition.kv > 1 ? shard.comms->kv : shard.comms->heads).transport();
   record.fallbacks = shard.routes.fallbacks(phase);
   if (shard.pages) record.pages = gather_pages(world, shard);

@@ -1,5 +1,5 @@
 #pragma once
-// The two kinds of measured points, decode and prefill, and what they share.
+// The kinds of measured points, decode, prefill and mixed, and what they share.
 
 #include <string>
 
@@ -33,16 +33,23 @@ double keep_records(const ControlComm& world, ModelShard& shard, const TensorSou
 /// After the recorded pass: stores what neighbouring queries share, over all ranks. Collective.
 void record_shared(const ControlComm& world, const SharedBlocks& shared, PointRecord& record);
 
-/// After a measured pass: stores the reads of all ranks and checks them on rank 0. Collective.
-void record_reads(const ControlComm& world, const ModelShard& shard, const RankReads& reads, PointRecord& record);
+/// After a measured pass: stores the reads of all ranks and checks them, and their sums against `totals`
+/// [branch][step], on rank 0. Collective.
+void record_reads(const ControlComm& world, const RankReads& reads, const std::vector<std::int64_t>& totals,
+                  PointRecord& record);
+
+/// After the measurement: the routes of a phase, on which all ranks agree. Collective.
+RouteRecord agreed_routes(const ControlComm& world, ModelShard& shard, Phase phase);
 
 /// After the measurement: stores samples of all ranks, routes and fallbacks. Collective.
 void finish_point(const ControlComm& world, ModelShard& shard, const Samples& samples, PointRecord& record);
 
-/// Both fill the record, on rank 0 with the values of all ranks, and return the memory this rank used. Collective.
+/// All fill the record, on rank 0 with the values of all ranks, and return the memory this rank used. Collective.
 MemoryAccount run_decode(const Session& session, const Config& config, const Point& point, const TensorSource& source,
                          PointRecord& record, const Progress& progress);
 MemoryAccount run_prefill(const Session& session, const Config& config, const Point& point, const TensorSource& source,
                           PointRecord& record, const Progress& progress);
+MemoryAccount run_mixed(const Session& session, const Config& config, const Point& point, const TensorSource& source,
+                        PointRecord& record, const Progress& progress);
 
 }  // namespace nsa

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import tomllib  # Python 3.11
 
-SCHEMA_VERSION = "1.8"  # that of the program, lib/nsa/results/schema.hpp
+SCHEMA_VERSION = "1.9"  # that of the program, lib/nsa/results/schema.hpp
 # lib/nsa/results/records.hpp
 STAGES = "project append compress attend_cmp rank attend_sel attend_win combine output comm step".split()
 BRANCHES = ["cmp", "sel", "win"]
