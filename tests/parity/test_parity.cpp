@@ -160,24 +160,47 @@ TEST_CASE("a ragged batch agrees with the oracle", "[parity][ragged]") {
     }
 }
 
+namespace {
+
+/// A batch against its sequences alone. `pages`: of the batch only, since a sequence alone shares nothing.
+struct RaggedBatch {
+  std::vector<std::int64_t> lengths;
+  std::int64_t steps, query_tokens;
+  std::vector<std::string> pages;
+};
+
+void check_rows_alone(const RaggedBatch& ragged, const char* precision) {
+  const std::string file = "test_ragged_alone.h5";
+  const std::vector<std::string> common = {"run.scope=\"attention\"",
+                                           std::string("model.precision=\"") + precision + "\"",
+                                           "run.query_tokens=" + std::to_string(ragged.query_tokens)};
+  Shape shape{"", 0, ragged.steps, common};
+  shape.overrides.insert(shape.overrides.end(), ragged.pages.begin(), ragged.pages.end());
+  std::string list;
+  for (const std::int64_t length : ragged.lengths) list += (list.empty() ? "" : ", ") + std::to_string(length);
+  shape.overrides.push_back("batch.context=[" + list + "]");
+  const Phase batch = run_phase(shape, nsa::TaskKind::decode);
+  for (std::int64_t b = 0; b < std::ssize(ragged.lengths); ++b) DYNAMIC_SECTION(precision << ", sequence " << b) {
+      write_sequence(file, batch.record, b, ragged.lengths[b] + ragged.steps * ragged.query_tokens);
+      Shape one{"", ragged.lengths[b], ragged.steps, common};
+      one.overrides.push_back("input.file=\"" + file + "\"");
+      const Phase alone = run_phase(one, nsa::TaskKind::decode);
+      std::remove(file.c_str());
+      check_same_row(batch, alone, b);
+    }
+}
+
+}  // namespace
+
 /// Scope "attention": a matrix product of another number of rows may round otherwise.
 TEST_CASE("a row of a ragged batch is the sequence run alone", "[parity][ragged]") {
-  const std::vector<std::int64_t> lengths = {1, 143, 5, 300, 61};
-  const std::string file = "test_ragged_alone.h5";
-  for (const char* precision : {"fp32", "bf16"}) {
-    Shape shape{"", 0, 7, {"run.scope=\"attention\"", std::string("model.precision=\"") + precision + "\""}};
-    const std::vector<std::string> common = shape.overrides;
-    shape.overrides.push_back("batch.context=[1, 143, 5, 300, 61]");
-    const Phase batch = run_phase(shape, nsa::TaskKind::decode);
-    for (std::int64_t b = 0; b < std::ssize(lengths); ++b) DYNAMIC_SECTION(precision << ", sequence " << b) {
-        write_sequence(file, batch.record, b, lengths[b] + 7);
-        Shape one{"", lengths[b], 7, common};
-        one.overrides.push_back("input.file=\"" + file + "\"");
-        const Phase alone = run_phase(one, nsa::TaskKind::decode);
-        std::remove(file.c_str());
-        check_same_row(batch, alone, b);
-      }
-  }
+  for (const char* precision : {"fp32", "bf16"}) check_rows_alone({{1, 143, 5, 300, 61}, 7, 1, {}}, precision);
+}
+
+TEST_CASE("a row of a ragged batch in shared pages with 4 query tokens is the sequence run alone", "[parity][ragged]") {
+  const std::vector<std::string> pages = {"cache.layout=\"paged\"", "cache.page=16", "cache.order=\"shuffled\"",
+                                          "cache.shared_prefix=75"};
+  for (const char* precision : {"fp32", "bf16", "fp16"}) check_rows_alone({{80, 143, 300}, 3, 4, pages}, precision);
 }
 
 TEST_CASE("the same tokens and weights in both phases", "[parity]") {

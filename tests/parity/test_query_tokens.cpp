@@ -107,8 +107,8 @@ Shape with(Shape shape, std::int64_t tokens, const std::string& accept = "all") 
 }
 
 const char *attention = "run.scope=\"attention\"", *ragged = "batch.context=[1, 143, 5, 300, 61]",
-           *paged = "cache.layout=\"paged\"", *shuffled = "cache.order=\"shuffled\"",
-           *bf16 = "model.precision=\"bf16\"", *checked = "run.check=true",
+           *shared = "batch.context=[80, 143, 300]", *paged = "cache.layout=\"paged\"",
+           *shuffled = "cache.order=\"shuffled\"", *bf16 = "model.precision=\"bf16\"", *checked = "run.check=true",
            *paper[] = {"nsa.l=32", "nsa.d=16", "nsa.l_sel=64", "nsa.n_sel=8", "nsa.w=512"};
 
 Shape of_paper(std::int64_t context, std::vector<std::string> overrides) {
@@ -139,6 +139,19 @@ TEST_CASE("several query tokens a step agree with the oracle", "[parity][tokens]
       {"sdpa", 117, 5, {attention, "route.cmp=\"sdpa\"", "route.sel=\"sdpa\"", "route.win=\"sdpa\""}},
       {"ragged, shuffled pages", 0, 5, {attention, ragged, paged, shuffled, checked}},
       {"FP8, ragged, shuffled pages", 0, 5, {attention, ragged, paged, shuffled, checked, bf16, fp8_kv, fp8_cmp}},
+      {"all together: ragged, shuffled pages, a shared prefix that ends in a block",
+       0,
+       4,
+       {shared, paged, shuffled, "cache.page=16", "cache.shared_prefix=75", checked}},
+      {"all together, attention, bf16",
+       0,
+       4,
+       {attention, shared, paged, shuffled, "cache.page=16", "cache.shared_prefix=75", checked, bf16}},
+      {"all together, attention, fp16",
+       0,
+       4,
+       {attention, shared, paged, shuffled, "cache.page=16", "cache.shared_prefix=75", checked,
+        "model.precision=\"fp16\""}},
       {"masked, ragged", 0, 5, {attention, ragged, "route.sel=\"masked\"", "route.win=\"masked\""}},
   };
   for (const Shape& shape : shapes) DYNAMIC_SECTION(shape.name) {
