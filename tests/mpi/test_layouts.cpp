@@ -334,7 +334,7 @@ void check_mixed_layouts(Shape shape, std::int64_t prefix, std::int64_t chunk) {
     const nsa::Point point = nsa::sweep(config).at(0);
     const nsa::PointRecord mixed = run(config, ranks().together),
                            rows = run(nsa::decode_rows_of(config, point).config, ranks().together),
-                           alone = run(nsa::chunk_of(config, point).config, ranks().together);
+                           alone = run(nsa::prefill_chunk_of(config, point).config, ranks().together);
     if (ranks().world.rank() != 0) continue;
     CHECK_NOTHROW(check_parts(mixed, rows, alone));
     CHECK(mixed.memory.measured_peak <= mixed.memory.planned);

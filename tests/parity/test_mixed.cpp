@@ -49,7 +49,7 @@ TEST_CASE("a mixed step gives what its decode rows and its chunk give alone", "[
       m.rows.overrides.push_back("run.modes=[\"total\", \"branches\"]");
       const nsa::Config config = mixed_config_of(m.rows, m.prefix, m.chunk);
       const nsa::Point point = nsa::sweep(config).at(0);
-      nsa::Config once = nsa::chunk_of(config, point).config;
+      nsa::Config once = nsa::prefill_chunk_of(config, point).config;
       once.run.steps = 1;
       const Phase mixed = run_phase(config), rows = run_phase(nsa::decode_rows_of(config, point).config),
                   chunk = run_phase(once);

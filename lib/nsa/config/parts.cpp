@@ -9,7 +9,7 @@ Part decode_rows_of(const Config& mixed, const Point& point) {
   return part;
 }
 
-Part chunk_of(const Config& mixed, const Point& point) {
+Part prefill_chunk_of(const Config& mixed, const Point& point) {
   Part part{mixed, {.context = mixed.run.prefill_chunk, .batch = 1, .force_branch = point.force_branch}};
   Config& c = part.config;
   c.kind = TaskKind::prefill;
@@ -24,7 +24,7 @@ Part chunk_of(const Config& mixed, const Point& point) {
 
 std::vector<Part> parts_of(const Config& config, const Point& point) {
   if (config.kind != TaskKind::mixed) return {{config, point}};
-  return {decode_rows_of(config, point), chunk_of(config, point)};
+  return {decode_rows_of(config, point), prefill_chunk_of(config, point)};
 }
 
 }  // namespace nsa

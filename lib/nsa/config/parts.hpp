@@ -16,7 +16,7 @@ struct Part {
 /// The decode rows of a mixed point: a decode without the chunk.
 Part decode_rows_of(const Config& mixed, const Point& point);
 /// The chunk of a mixed point: a prefill of run.prefill_chunk tokens of one sequence onto run.prefix.
-Part chunk_of(const Config& mixed, const Point& point);
+Part prefill_chunk_of(const Config& mixed, const Point& point);
 /// Both parts of a mixed point, in the order in which a layer runs them; of another kind the point itself.
 std::vector<Part> parts_of(const Config& config, const Point& point);
 

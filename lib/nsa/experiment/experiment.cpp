@@ -206,7 +206,7 @@ void plan_exchange_memory(ModelShard& shard) {
 // The caches of both parts, what fills them and is freed, and the buffers of both.
 MemoryAccount planned_mixed(const Backend& backend, const Config& config, const Partition& partition,
                             const Point& point) {
-  const Part rows = decode_rows_of(config, point), chunk = chunk_of(config, point);
+  const Part rows = decode_rows_of(config, point), chunk = prefill_chunk_of(config, point);
   const bool prefills = config.run.fill == CacheFill::prefill;
   ModelShard shard(Backend{backend.kind, backend.kernels, &dry_device(), backend.capability}, rows.config, rows.point,
                    partition);

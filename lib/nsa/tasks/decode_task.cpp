@@ -9,6 +9,7 @@
 #include "nsa/forward/decode.hpp"
 #include "nsa/forward/prefill.hpp"
 #include "nsa/model/inputs.hpp"
+#include "nsa/tasks/captured_steps.hpp"
 #include "nsa/tasks/measure.hpp"
 #include "nsa/tasks/mixed_chunk.hpp"
 #include "nsa/tasks/task.hpp"
@@ -34,53 +35,6 @@ void fill_directly(ModelShard& shard, const TensorSource& source, std::int64_t p
       fill_compressed(shard, source, cache.cmp, 0, compressed_tokens(r, end - 1), some);
     }
 }
-
-// Decode steps as one graph where the backend captures graphs; else, to time each stage, and with a chunk, their
-// launches one by one. Several steps have the inputs of the first: to load others would add copies to the timed work.
-class CapturedSteps {
- public:
-  CapturedSteps(ModelShard& shard, DecodeRunner& decode, StageTimer& timer, const ModeRun& run, bool mixed)
-      : shard_(shard), decode_(decode), timer_(timer), run_(run) {
-    if (run.timed == Timed::stages || mixed || !shard.device().capture) return;
-    const std::size_t known = shard.routes.fallbacks(Phase::decode).size();
-    try {
-      capture();
-    } catch (const UserError&) {
-      // A launch that fails may invalidate the capture it is part of. The step is then captured without it.
-      if (shard_.routes.fallbacks(Phase::decode).size() == known) throw;
-      capture();
-    }
-  }
-  ~CapturedSteps() {
-    if (graph_) shard_.device().destroy_graph(graph_);
-  }
-  CapturedSteps(const CapturedSteps&) = delete;
-  CapturedSteps& operator=(const CapturedSteps&) = delete;
-  void run() {
-    fault::at("decode.step");
-    if (graph_)
-      shard_.device().launch(graph_, shard_.streams.compute);
-    else
-      queue();
-  }
-
- private:
-  void capture() {
-    graph_ = shard_.device().capture(
-        shard_.streams.compute, [](void* self) { static_cast<CapturedSteps*>(self)->queue(); }, this);
-  }
-  void queue() {
-    const bool stamps = run_.timed == Timed::device || run_.timed == Timed::queued;
-    if (stamps) decode_.stamp();
-    for (std::int64_t i = 0; i < run_.steps_a_sample; ++i) decode_.step(run_.options, timer_);
-    if (stamps) decode_.stamp();
-  }
-  ModelShard& shard_;
-  DecodeRunner& decode_;
-  StageTimer& timer_;
-  const ModeRun& run_;
-  Graph* graph_ = nullptr;
-};
 
 // The times of a mode that does not time this step.
 StageTimes untimed_step() {
@@ -481,7 +435,7 @@ MemoryAccount run_decode(const Session& session, const Config& config, const Poi
 MemoryAccount run_mixed(const Session& session, const Config& config, const Point& point, const TensorSource& source,
                         PointRecord& record, const Progress& progress) {
   const PhaseScope phase("mixed");
-  const Part rows = decode_rows_of(config, point), chunk = chunk_of(config, point);
+  const Part rows = decode_rows_of(config, point), chunk = prefill_chunk_of(config, point);
   return run_steps(session, rows.config, rows.point, &chunk, source, record, progress);
 }
 
