@@ -5,6 +5,7 @@
 #include <charconv>
 #include <cmath>
 #include <csignal>
+#include <iterator>
 #include <string_view>
 
 #include "kernels/diagnostics/error.hpp"
@@ -16,6 +17,27 @@ std::atomic<bool> signalled{false};
 static_assert(std::atomic<bool>::is_always_lock_free);  // a signal handler sets it
 
 void set_flag(int) { signalled = true; }
+
+/// The signals that end a run in order; of each, whether the program was started with it ignored: by nohup, or by a
+/// shell that runs it in the background.
+constexpr int stop_signals[] = {SIGUSR1, SIGUSR2, SIGTERM, SIGHUP, SIGXCPU, SIGINT};
+bool was_ignored[std::size(stop_signals)];
+
+void note_ignored_signals() {
+  for (std::size_t i = 0; i < std::size(stop_signals); ++i) {
+    struct sigaction action {};
+    sigaction(stop_signals[i], nullptr, &action);
+    was_ignored[i] = action.sa_handler == SIG_IGN;
+  }
+}
+
+// Libraries take signals before main: UCX, which MPI may be linked with, takes SIGHUP. What .preinit_array holds runs
+// earlier, when sanitizers do not work yet.
+#if defined(__ELF__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+[[gnu::section(".preinit_array"), gnu::used]] void (*const before_libraries)() = note_ignored_signals;
+#else
+[[maybe_unused]] const bool noted = (note_ignored_signals(), true);
+#endif
 
 /// The number at the start of `text`, without sign, which it removes; -1 where there is none.
 double take_number(std::string_view& text) {
@@ -74,12 +96,13 @@ double parse_duration(const std::string& text) {
 void install_stop_signal_handlers() {
   struct sigaction action {};
   action.sa_handler = set_flag;
-  for (const int number : {SIGUSR1, SIGUSR2, SIGTERM, SIGHUP, SIGXCPU, SIGINT}) {
-    struct sigaction before {};
-    sigaction(number, nullptr, &before);
-    if (before.sa_handler == SIG_IGN) continue;  // by nohup, or by a shell that runs it in the background
-    action.sa_flags = SA_RESTART | (number == SIGINT ? SA_RESETHAND : 0);
-    sigaction(number, &action, nullptr);
+  for (std::size_t i = 0; i < std::size(stop_signals); ++i) {
+    if (was_ignored[i]) {
+      std::signal(stop_signals[i], SIG_IGN);  // again, where a library has taken it
+      continue;
+    }
+    action.sa_flags = SA_RESTART | (stop_signals[i] == SIGINT ? SA_RESETHAND : 0);
+    sigaction(stop_signals[i], &action, nullptr);
   }
   // A write that fails is an error of its own, after the results were stored: a pager that was closed, `ulimit -f`.
   for (const int number : {SIGPIPE, SIGXFSZ}) std::signal(number, SIG_IGN);

@@ -103,6 +103,7 @@ constexpr Variable tool_variables[] = {
     {"NSA_TEST_ALL", "1", "Set by `./test.sh --all`: tests repeat more often."},
     {"NSA_WRITE_SAMPLE", "path", "Set by CTest: the program that writes a sample result file."},
     {"NSA_FILE_FAULTS", "path", "Set by CTest: the library that makes file operations fail."},
+    {"NSA_HANGUP_TAKEN", "path", "Set by CTest: a library that takes SIGHUP."},
     {"NSA_CLOCK_BACK", "path", "Set by CTest: the library that sets the clock of the day back."},
 };
 
