@@ -76,8 +76,9 @@ class Files(AppTest):
         with open(os.path.join(self.folder, "a.h5"), "rb") as file:
             whole = file.read()
         schema = re.search(rb"1\.\d+\0", whole)[0]
+        newer = b"9" + schema[1:]
         for name, text, other, part in (("damaged.h5", b"schema_version", b"another_thing!", "checksum"),
-                                        ("newer.h5", schema, b"9" + schema[1:], "its schema is '9."),
+                                        ("newer.h5", schema, newer, f"its schema is '{newer[:-1].decode()}'"),
                                         ("stages.h5", b"attend_sel", b"attend_all", "its stages are")):
             with self.subTest(file=name):
                 self.assertIn(text, whole)

@@ -23,6 +23,8 @@ from .axes import (
 )
 from .style import MARKERS, Panel, colour
 
+MAX_BARS = 14  # of a panel
+
 
 def branch_panels(frame, brief=False):
     """Stacked bars of stages: by context on the fewest ranks, then by layout for each context.
@@ -110,10 +112,10 @@ def stack_panel(title, frame, shares, by_layout=False):
     """Stacked bars of parts, in time or as shares, one bar per size or per layout."""
     if by_layout:
         order = frame[["ranks", "heads", "layout"]].drop_duplicates().sort_values(["ranks", "heads"])
-        bars = [(times_sign(r.layout), frame[frame.layout == r.layout]) for r in order.itertuples()]
+        order = pick_evenly(order.itertuples(), MAX_BARS)
+        bars = [(times_sign(r.layout), frame[frame.layout == r.layout]) for r in order]
     else:
-        bars = list(by_size(frame, 14))
-    bars = pick_evenly(bars, 14)
+        bars = list(by_size(frame, MAX_BARS))
     factor, unit = time_unit(frame.groupby(["file", "point"])["median"].sum())
 
     def draw(ax):

@@ -133,7 +133,7 @@ std::vector<Point> sweep(const Config& config) {
             points.push_back(point_of(config, distribution, context, batch, branch));
             points.back().query_tokens = query_tokens;
           }
-  const std::int64_t prefix = config.kind == TaskKind::prefill ? config.run.prefix : 0;
+  const std::int64_t prefix = config.prefix_of_batch();
   for (const Point& point : points)
     if (prefix + point.shortest() < config.cache.shared_prefix)
       throw UserError(

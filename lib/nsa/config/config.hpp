@@ -147,6 +147,8 @@ struct Config {
   OutputConfig output;
   /// Whether a step decodes: alone, or beside a prefill chunk.
   bool decodes() const { return kind == TaskKind::decode || kind == TaskKind::mixed; }
+  /// Tokens that every sequence of the batch has before run.context.
+  std::int64_t prefix_of_batch() const { return kind == TaskKind::prefill ? run.prefix : 0; }
   /// Whether a point has a recorded pass before it is measured.
   bool records() const { return run.check || output.tensors || output.selection; }
   std::map<std::string, SourcePosition>

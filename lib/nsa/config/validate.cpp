@@ -267,8 +267,7 @@ void check_cache(const Config& c, Checker& check) {
                           cache.page, c.nsa.l_sel));
   const bool listed = !c.batch.context.empty(), drawn = c.batch.distribution.front() != Distribution::equal;
   if ((drawn && !listed) || !check.valid({"cache.shared_prefix", "run.context", "run.prefix", "batch.context"})) return;
-  const std::int64_t prefix = c.kind == TaskKind::prefill ? c.run.prefix : 0,
-                     shortest = prefix + std::ranges::min(listed ? c.batch.context : c.run.context);
+  const std::int64_t shortest = c.prefix_of_batch() + std::ranges::min(listed ? c.batch.context : c.run.context);
   if (cache.shared_prefix > shortest)
     check.add({"cache.shared_prefix", "run.context", "batch.context"},
               fmt::format("cache.shared_prefix = {} must be at most {}, the tokens of the shortest sequence (every one "

@@ -1,6 +1,5 @@
 #include "nsa/tasks/mixed_chunk.hpp"
 
-#include <algorithm>
 #include <utility>
 
 namespace nsa {
@@ -41,13 +40,14 @@ void MixedChunk::begin_recording() {
 // Its tensors have names of their own; the weights are those of the decode rows.
 void MixedChunk::end_recording() {
   recording_ = false;
-  const std::size_t before = record_.tensors.size();
+  std::vector<TensorRecord> tensors_of_rows = std::exchange(record_.tensors, {});
   passes_->end_recording();
-  std::erase_if(record_.tensors, [&, i = std::size_t{0}](const TensorRecord& tensor) mutable {
-    return i++ >= before && tensor.name.starts_with("weights/");
-  });
-  for (std::size_t i = before; i < record_.tensors.size(); ++i)
-    record_.tensors[i].name = "chunk/" + record_.tensors[i].name;
+  std::vector<TensorRecord> own = std::exchange(record_.tensors, std::move(tensors_of_rows));
+  for (TensorRecord& tensor : own) {
+    if (tensor.name.starts_with("weights/")) continue;
+    tensor.name = "chunk/" + tensor.name;
+    record_.tensors.push_back(std::move(tensor));
+  }
 }
 
 void MixedChunk::end_step(std::int64_t step, bool compares) {
