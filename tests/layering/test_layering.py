@@ -40,6 +40,7 @@ ALLOWED = {
     "kernels/cuda/decode/tokens": "kernels/cuda/decode/split_kv kernels/cuda/primitives",
     "kernels/cuda/decode/fused": "kernels/cuda/attention kernels/cuda/decode/split_kv kernels/cuda/layer "
                                  "kernels/cuda/primitives",
+    "kernels/cuda/decode/fp8": "kernels/cuda/decode/fused kernels/cuda/decode/split_kv kernels/cuda/primitives",
     "kernels/cuda/decode/sharded": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/exchange "
                                    "kernels/cuda/runtime",
     "kernels/cuda/decode": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/decode/split_kv "

@@ -8,7 +8,7 @@ namespace nsa::gpu {
 /// One query row a sequence; tensor cores, fp32 scalar. decode/split_kv/branch.cu
 bool decode_accepts(const LayerShape&, const QueryTile&);
 
-/// Shapes with FP8 caches that a fused decode step reads. decode/fused/kernel_fp8.cu
+/// Shapes with FP8 caches that a fused decode step reads. decode/fp8/kernel.cu
 bool fp8_step_accepts(const LayerShape&);
 
 /// Query rows one by one, 16-bit storage, tensor cores. attention/rows/kernel.cu

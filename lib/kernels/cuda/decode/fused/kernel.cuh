@@ -35,7 +35,7 @@ struct FusedDecode {
   const Params& p;
   char* shared;
   typename Params::Coord at;
-  TilePipeline<WarpTile, W, is_shard, Params::after_cmp> pipeline;
+  TilePipeline<WarpTile, W, is_shard, Params::after_cmp, Params::has_pages> pipeline;
   int win_tiles, sel_tiles;
   bool cluster_arrived = false;  // at the cluster barrier of block selection, whose wait is still due
   std::uint64_t scores_policy;
@@ -68,7 +68,8 @@ struct FusedDecode {
     pipeline.ring = shared_address(shared) + at.warp * SharedLayout::ring_bytes;
     pipeline.scale_ring = shared_address(shared) + SharedLayout::scales + at.warp * SharedLayout::slots * slot_rows;
     pipeline.policy = cache_policy(p.keeps_scores ? CacheHint::evict_first : CacheHint::evict_normal);
-    scores_policy = cache_policy(CacheHint::evict_last);
+    scores_policy =
+        cache_policy(p.keeps_scores || !is_quantised_tile<WarpTile> ? CacheHint::evict_last : CacheHint::evict_normal);
     if constexpr (Params::after_cmp) pipeline.window_ring = static_cast<int>(p.k[win].map.ring);
     if constexpr (is_shard) {
       at.p = &p;
@@ -134,7 +135,7 @@ struct FusedDecode {
     cp_async_wait<SharedLayout::slots>();  // the queries, the gates
     __syncthreads();
     if constexpr (is_quantised_tile<WarpTile>) {
-      WarpTile::convert_queries(shared + SharedLayout::queries, threadIdx.x, threads);
+      WarpTile::convert_queries(shared + SharedLayout::queries, threadIdx.x);
       __syncthreads();
     }
     if constexpr (Params::is_layer)
@@ -289,37 +290,55 @@ struct FusedDecode {
           sums[i * WarpTile::heads + threadIdx.x % 32] = make_float2(neg_inf, 0.0f);
         continue;
       }
-      pipeline.consume([&](unsigned from) {
-        if constexpr (is_shard)
-          if (has_halo) warp_tile.store_halo_score(p.block_sums.halo_scores(at.work_item, i), pipeline.halo_row());
-        warp_tile.multiply_qk(from);
-        if constexpr (is_quantised_tile<WarpTile>) warp_tile.load_scales(pipeline.scales());
-      });
+      if constexpr (is_quantised_tile<WarpTile>)
+        pipeline.consume_keys([&](unsigned from, unsigned scales) {
+          warp_tile.load_scales(scales, has_pv ? rows.count : 0);
+          warp_tile.multiply_qk(from);
+        });
+      else
+        pipeline.consume([&](unsigned from) {
+          if constexpr (is_shard)
+            if (has_halo) warp_tile.store_halo_score(p.block_sums.halo_scores(at.work_item, i), pipeline.halo_row());
+          warp_tile.multiply_qk(from);
+        });
 #pragma unroll 1
       for (int panel = 1; panel < k_panels<WarpTile>(p.shape); ++panel)
-        pipeline.consume([&](unsigned from) { warp_tile.multiply_qk(from, panel); });
+        if constexpr (WarpTile::k_panels > 1)
+          pipeline.consume([&](unsigned from) { warp_tile.multiply_qk(from, panel); });
       warp_tile.scale_scores();
-      BlockSumOutput block_output;
-      if (has_block_sums()) {
+      if constexpr (is_quantised_tile<WarpTile>) {
         if (pass == 0)
-          block_output = {p.block_sums.sums(at.tile_item, i),
-                          pipeline.has_halo(0, i + 1) ? nullptr : p.block_sums.halo_scores(at.tile_item, i + 1),
-                          p.keeps_scores, scores_policy};
-        if (pass == 0) warp_tile.store_last_score(block_output, rows.count);
-      } else if (pass == 0) {
-        warp_tile.store_scores({p.scores + at.first_head * p.pitch + rows.row, p.pitch, p.keeps_scores, scores_policy},
-                               rows.count, at.valid_heads);
+          warp_tile.store_last_score(p.block_sums.halo_scores(at.tile_item, 0), i + 1, rows.count, scores_policy);
+        warp_tile.online_softmax(rows.count, [&] {
+          if (pass == 0) warp_tile.store_block_sums(p.block_sums.sums(at.tile_item, 0), i, scores_policy);
+        });
+        if (pass == 0) warp_tile.store_tile_lse(sums, i);
+      } else {
+        BlockSumOutput block_output;
+        if (has_block_sums()) {
+          if (pass == 0)
+            block_output = {p.block_sums.sums(at.tile_item, i),
+                            pipeline.has_halo(0, i + 1) ? nullptr : p.block_sums.halo_scores(at.tile_item, i + 1),
+                            p.keeps_scores, scores_policy};
+          if (pass == 0) warp_tile.store_last_score(block_output, rows.count);
+        } else if (pass == 0) {
+          warp_tile.store_scores(
+              {p.scores + at.first_head * p.pitch + rows.row, p.pitch, p.keeps_scores, scores_policy}, rows.count,
+              at.valid_heads);
+        }
+        warp_tile.online_softmax(rows.count, block_output);
+        if (pass == 0) warp_tile.store_tile_lse(sums + i * WarpTile::heads);
       }
-      warp_tile.online_softmax(rows.count, block_output);
-      if (pass == 0) warp_tile.store_tile_lse(sums + i * WarpTile::heads);
-      if (has_pv)
+      if constexpr (is_quantised_tile<WarpTile>) {
+        pipeline.consume_values([&](unsigned from) {
+          if (has_pv) warp_tile.multiply_pv(from);
+        });
+      } else if (has_pv) {
         for_each_part<WarpTile>(p.shape, [&](auto part) {
           if constexpr (part < WarpTile::v_panels)
-            pipeline.consume([&](unsigned from) {
-              if constexpr (is_quantised_tile<WarpTile>) warp_tile.raise_reference(pipeline.scales());
-              warp_tile.template multiply_pv<part>(from);
-            });
+            pipeline.consume([&](unsigned from) { warp_tile.template multiply_pv<part>(from); });
         });
+      }
       tokens += rows.count;
     }
     if (threadIdx.x % 32 == 0 && tokens > 0 && at.head_tile == 0) {

@@ -84,7 +84,7 @@ struct StepLog {
 /// holds some chunks of them; the kernel is a template of both.
 struct FusedDecodeParams {
   using Coord = FusedCoord;
-  static constexpr bool is_shard = false, is_layer = false, projects = false, after_cmp = false;
+  static constexpr bool is_shard = false, is_layer = false, projects = false, after_cmp = false, has_pages = true;
   LayerShape shape;
   QueryTile tile;
   const void* q;

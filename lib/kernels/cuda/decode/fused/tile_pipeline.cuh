@@ -17,14 +17,16 @@ namespace nsa::gpu {
 template <class WarpTile, int W>
 struct FusedSharedLayout {
   static constexpr bool after_cmp = W == fused_warps_after_cmp;
+  // The o of the warps is longer than their rings: it overlaps all up to the gates.
+  static constexpr bool long_epilogue = W > fused_warps;
   static constexpr int slot_bytes = DecodeSharedLayout<WarpTile>::slot_bytes,
-                       slots = after_cmp         ? (16 << 10) / slot_bytes
-                               : W > fused_warps ? 4
-                                                 : DecodeSharedLayout<WarpTile>::slots,
+                       slots = after_cmp       ? (16 << 10) / slot_bytes
+                               : long_epilogue ? 4
+                                               : DecodeSharedLayout<WarpTile>::slots,
                        ring_bytes = slots * slot_bytes;
   static constexpr bool whole = WarpTile::parts == 1;                        // o
   static constexpr int top = WarpTile::tuned ? warp_top_n : 2 * warp_top_n;  // blocks of a sorted list
-  static constexpr int pitch = WarpTile::v_columns + (W > fused_warps ? 4 : 8),
+  static constexpr int pitch = WarpTile::v_columns + (long_epilogue ? 4 : 8),
                        warp_floats = WarpTile::part_heads * pitch,
                        items = WarpTile::part_heads * (WarpTile::v_columns / 4);
   static constexpr int warp_partials = after_cmp ? 1 : 2;                             // second alone, or cmp, second
@@ -35,15 +37,12 @@ struct FusedSharedLayout {
                        ranges = prob + W * WarpTile::prob_bytes, scale_ranges = ranges + W * 2 * 48,
                        scales = scale_ranges + (is_quantised_tile<WarpTile> ? W * 2 * 16 : 0),
                        fixed_end = scales + (is_quantised_tile<WarpTile> ? W * slots * slot_rows : 0);
-  // The o of 12 warps is longer than their rings: it overlaps all up to the gates.
-  static constexpr bool long_epilogue = W > fused_warps;
-  static constexpr int gates = long_epilogue ? epilogue_end
+  static constexpr int gates = long_epilogue ? std::max(epilogue_end, fixed_end + fused_max_cluster * top * 8)
                                : whole       ? fixed_end
                                              : W * ring_bytes,
                        barrier = gates + 16, cta_top = whole && !long_epilogue ? barrier + 16 : fixed_end,
                        top_bytes = W < fused_warps ? 0 : fused_max_cluster * top * 8,
                        select = long_epilogue ? barrier + 16 : cta_top + top_bytes;
-  static_assert(!long_epilogue || cta_top + top_bytes <= gates);
   static_assert(long_epilogue || epilogue_end <= W * ring_bytes);
   // A CTA of 4 warps needs partials where ranks merge only; they are behind the warps' o and (m, sum).
   static constexpr int merged_bytes = branches * ((items + 8) * 16 + 40 * 8),
@@ -97,11 +96,11 @@ struct TileRows {
   int row, count;
 };
 
-/// Shard: cmp is chunks of one segment each, and K of a chunk begins with a halo row, which is loaded with its first
-/// tile and scored for its first block. Wraps: the window is in a ring of whole spans that it does not fill.
-template <class WarpTile, int W, bool Shard = false, bool Wraps = false>
-struct TilePipeline {
-  using SharedLayout = FusedSharedLayout<WarpTile, W>;
+/// The tiles of a warp, and which is copied next. Shard: cmp is chunks of one segment each, and K of a chunk begins
+/// with a halo row, which is loaded with its first tile and scored for its first block. Wraps: the window is in a ring
+/// of whole spans that it does not fill. Paged: cmp and sel may be in pages.
+template <class WarpTile, bool Shard, bool Wraps, bool Paged>
+struct TileLoads {
   static constexpr bool is_quantised = is_quantised_tile<WarpTile>;
   const LayerShape* shape;
   const TileRange* ranges;         // shared, of this warp: cmp, then the second branch
@@ -110,10 +109,9 @@ struct TilePipeline {
   int selected;                    // lane u: the u-th selected block; -1: none
   unsigned ring, scale_ring;       // scale_ring: of quantised rows, slot_rows bytes a slot
   std::uint64_t policy;
-  // The producer side: the next copy is V (`load_v`) or K of tile `load_tile` of pass `load_pass`, if below `load_end`.
+  // The next copies are of tile `load_tile` of pass `load_pass`, if below `load_end`.
   TileRows load_rows;
-  int load_pass = 0, load_tile, load_panel = 0, load_end, known_tiles, write_slot = 0, read_slot = 0, filled_slots = 0;
-  bool load_v = false;
+  int load_pass = 0, load_tile, load_end, known_tiles;
   // Shard: rows between chunks; whether the first chunk here has a halo; a row of shared memory beside every slot.
   int chunk_gap = 0;
   bool first_has_halo = false;
@@ -140,7 +138,7 @@ struct TilePipeline {
   // The same where they lie in memory. Rows without tokens may have no page.
   __device__ __forceinline__ TileRows memory_rows_of(int pass, int i) const {
     TileRows rows = rows_of(pass, i);
-    if (!pages->table[0] || (pass == 1 && !attends_sel)) return rows;
+    if (!Paged || !pages->table[0] || (pass == 1 && !attends_sel)) return rows;
     const TileRange& c = ranges[pass];
     const int u = c.tiles_per_span == 2 ? i / 2 : i / c.tiles_per_span;
     int entry = u;
@@ -154,10 +152,6 @@ struct TilePipeline {
     const int per_span = ranges[0].tiles_per_span;
     return pass == 0 && (per_span == 2 ? i % 2 : i % per_span) == 0 && (i > 0 || first_has_halo);
   }
-  /// While a slot is consumed: the scales of its rows.
-  __device__ __forceinline__ unsigned scales() const { return scale_ring + read_slot * slot_rows; }
-  /// While a slot is consumed.
-  __device__ __forceinline__ unsigned halo_row() const { return halo_rows + read_slot * WarpTile::k_bytes; }
   // To the first tile from `load_tile` on that has tokens.
   __device__ __forceinline__ void advance_load() {
 #pragma unroll 1
@@ -173,6 +167,22 @@ struct TilePipeline {
       }
     }
   }
+};
+
+/// Copies of K and V, panel by panel, into the ring. Of quantised rows: decode/fp8/tile_pipeline.cuh.
+template <class WarpTile, int W, bool Shard = false, bool Wraps = false, bool Paged = true>
+struct TilePipeline : TileLoads<WarpTile, Shard, Wraps, Paged> {
+  using SharedLayout = FusedSharedLayout<WarpTile, W>;
+  using Loads = TileLoads<WarpTile, Shard, Wraps, Paged>;
+  using Loads::advance_load, Loads::has_halo;
+  using Loads::load_rows, Loads::load_pass, Loads::load_tile, Loads::load_end, Loads::known_tiles;
+  using Loads::shape, Loads::ranges, Loads::scores_only, Loads::ring, Loads::policy, Loads::halo_rows;
+  // The next copy is V (`load_v`) or K.
+  int load_panel = 0, write_slot = 0, read_slot = 0, filled_slots = 0;
+  bool load_v = false;
+
+  /// While a slot is consumed.
+  __device__ __forceinline__ unsigned halo_row() const { return halo_rows + read_slot * WarpTile::k_bytes; }
   // Issues the copy of a panel of the rows to load.
   __device__ __forceinline__ void copy_rows(unsigned to, const TileRange& c, const LayerShape& s) const {
     if constexpr (!WarpTile::tuned) {
@@ -190,25 +200,6 @@ struct TilePipeline {
                                        policy);
     }
   }
-  // issue_copy() of quantised rows and their scales, whole 4-byte words of them. What it loads from shared memory it
-  // loads before the copies, which no load can pass, so that the latencies overlap.
-  __device__ __forceinline__ void issue_quantised() {
-    if (load_tile < load_end) {
-      const TileRange c = ranges[load_pass];
-      const ScaleRange scales = scale_ranges[load_pass];
-      const TileRows rows = load_rows;
-      const char* from = (load_v ? c.v : c.k) + std::int64_t{rows.row} * WarpTile::k_bytes;
-      const std::uint8_t* scales_from = (load_v ? scales.v : scales.k) + rows.row;
-      const unsigned to = ring + write_slot * SharedLayout::slot_bytes, scales_to = scale_ring + write_slot * slot_rows;
-      write_slot = write_slot + 1 == SharedLayout::slots ? 0 : write_slot + 1;
-      ++filled_slots;
-      advance_copy(c, *shape);
-      cp_async_tile<WarpTile::k_bytes>(to, from, rows.count, policy);
-      const int lane = threadIdx.x % 32;
-      if (lane < slot_rows / 4) cp_async_word(scales_to + lane * 4, scales_from + lane * 4, true);
-    }
-    cp_async_commit();
-  }
   // To the next panel, the V of this tile, or the next tile.
   __device__ __forceinline__ void advance_copy(const TileRange& c, const LayerShape& s) {
     if (WarpTile::k_panels > 1 || WarpTile::v_panels > 1) {
@@ -223,7 +214,6 @@ struct TilePipeline {
   // Issues the next copy, if a tile is known, into the oldest free slot. It always commits a group, so that the latest
   // `slots` groups are those of the slots, or older ones.
   __device__ __forceinline__ void issue_copy() {
-    if constexpr (is_quantised) return issue_quantised();
     if (load_tile < load_end) {
       const TileRange& c = ranges[load_pass];
       if constexpr (Shard)

@@ -17,7 +17,7 @@
 namespace nsa::gpu {
 
 /// Bytes of an element of K and V in memory: of a tile whose rows are quantised its own
-/// (decode/fused/warp_tile_fp8.cuh).
+/// (decode/fp8/warp_tile.cuh).
 template <class WarpTile>
 constexpr int element_bytes = [] {
   if constexpr (requires { WarpTile::element_bytes; })

@@ -295,7 +295,7 @@ struct WarpTileMma {
     }
   }
 
- private:
+ protected:
   static __device__ __forceinline__ void store_local(float* to, const float (&x)[4]) {
     asm volatile("st.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
   }

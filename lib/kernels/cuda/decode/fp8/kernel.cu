@@ -1,8 +1,8 @@
 // Fused decode kernel of E4M3 rows: one instance, of 128 columns and bf16 queries. It is that of a whole layer, which
 // also runs a step that appends nothing: each instance takes long to compile.
 
+#include "kernels/cuda/decode/fp8/tile_pipeline.cuh"
 #include "kernels/cuda/decode/fused/kernel.cuh"
-#include "kernels/cuda/decode/fused/warp_tile_fp8.cuh"
 
 namespace nsa::gpu {
 
