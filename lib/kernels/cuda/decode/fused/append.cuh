@@ -17,6 +17,8 @@ struct FusedAppend {
   const typename Params::Coord& at;
   uint4 vectors[rows_a_warp] = {};  // a warp has a row, or two; a lane has a vector of it
 
+  /// Whether cmp (0) or sel (1) is in pages.
+  __device__ __forceinline__ bool in_pages(int cache) const { return Params::has_pages && p.pages.table[cache]; }
   __device__ __forceinline__ bool has_vector(int row) const {
     return row < rows && static_cast<int>(threadIdx.x % 32) * 16 < p.appended.rows[row].bytes;
   }
@@ -41,15 +43,15 @@ struct FusedAppend {
       if (b == sel) {
         if (!at.holds_chunk(p.by_chunk_blocks(at.all_eligible - 1))) return -1;
         const int row = at.held_positions() - 1;
-        return p.pages.table[1] ? p.pages.row(1, at.row, p.pages.by_blocks(at.eligible - 1), row) : row;
+        return in_pages(1) ? p.pages.row(1, at.row, p.pages.by_blocks(at.eligible - 1), row) : row;
       }
     const int slot = slot_of(b, at.t);
-    return b == sel && p.pages.table[1] ? p.pages.row(1, at.row, p.pages.by_blocks(p.block(at.t)), slot) : slot;
+    return b == sel && in_pages(1) ? p.pages.row(1, at.row, p.pages.by_blocks(p.block(at.t)), slot) : slot;
   }
   /// Where the plane begins, or its rows in the first page.
   __device__ __forceinline__ char* plane_of(int row) const {
     const AppendedRows::Row& r = p.appended.rows[row];
-    return r.to + (row / 2 == sel && p.pages.table[1] ? at.group : at.work_item) * r.plane_bytes;
+    return r.to + (row / 2 == sel && in_pages(1) ? at.group : at.work_item) * r.plane_bytes;
   }
   /// Writes the rows and the compressed token. All threads; the caches may be read afterwards.
   __device__ __forceinline__ void store() const {
@@ -105,7 +107,7 @@ struct FusedAppend {
     const int l = p.shape.rules.l, ring = p.appended.ring[cmp], first = slot_of(cmp, at.t + 1 - l), d_k = p.shape.d_k;
     int memory_row = segment * static_cast<int>(p.shape.lse.segment) + row;
     if constexpr (Params::is_shard) memory_row += (segment + 1) * p.k[cmp].map.halo;
-    const std::int64_t to_row = p.pages.table[0] ? p.pages.row(0, at.row, segment, memory_row) : memory_row;
+    const std::int64_t to_row = in_pages(0) ? p.pages.row(0, at.row, segment, memory_row) : memory_row;
 #pragma unroll 1
     for (int item = threadIdx.x; item < d_k + p.shape.d_v; item += threads) {
       const bool is_v = item >= d_k;
@@ -118,8 +120,8 @@ struct FusedAppend {
         const int slot = first + m;
         sum += to_float(raw[(ring > 0 && slot >= ring ? slot - ring : slot) * std::int64_t{width}]);
       }
-      const std::int64_t begin = p.pages.table[0] ? std::int64_t{at.group} * p.pages.rows[0] * width  // of the plane
-                                                  : plane() * cache.plane_stride;
+      const std::int64_t begin = in_pages(0) ? std::int64_t{at.group} * p.pages.rows[0] * width  // of the plane
+                                             : plane() * cache.plane_stride;
       T* to = static_cast<T*>(cache.data) + begin + to_row * width + e;
       nsa::gpu::store(to, sum / l);
     }
@@ -157,9 +159,9 @@ struct FusedAppend {
       nsa::gpu::store(&rounded, sum[i] / l);
       sum[i] = to_float(rounded);
     }
-    const std::int64_t to_row = p.pages.table[0] ? p.pages.row(0, at.row, p.segment(at.n - 1), at.n - 1) : at.n - 1;
+    const std::int64_t to_row = in_pages(0) ? p.pages.row(0, at.row, p.segment(at.n - 1), at.n - 1) : at.n - 1;
     const std::int64_t begin =
-        p.pages.table[0] ? std::int64_t{at.group} * p.pages.rows[0] * WarpTile::k_bytes : plane() * cache.plane_stride;
+        in_pages(0) ? std::int64_t{at.group} * p.pages.rows[0] * WarpTile::k_bytes : plane() * cache.plane_stride;
     store_e4m3_row(sum, static_cast<char*>(cache.data) + begin + to_row * WarpTile::k_bytes,
                    first_scale(cache, plane(), at.group) + to_row, true);
   }

@@ -187,8 +187,9 @@ struct FusedDecode {
     const LayerShape& s = p.shape;
     const std::int64_t plane = (p.tile.batch_begin + sequence()) * s.groups + at.group;
     const auto plane_rows = [&](const KvView& view) {
-      const std::int64_t begin =
-          view.pages.pages ? std::int64_t{at.group} * view.pages.rows * view.width : plane * view.plane_stride;
+      const std::int64_t begin = Params::has_pages && view.pages.pages
+                                     ? std::int64_t{at.group} * view.pages.rows * view.width
+                                     : plane * view.plane_stride;
       return static_cast<const char*>(view.data) + begin * element_bytes<WarpTile>;
     };
     const Branch second = pipeline.attends_sel ? sel : win;

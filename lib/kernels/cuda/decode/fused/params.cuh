@@ -133,6 +133,10 @@ struct FusedAppendParams : FusedDecodeParams {
   AppendedRows appended;
   StepLog log;
 };
+/// The same where neither cmp nor sel is in pages.
+struct FusedContiguousParams : FusedAppendParams {
+  static constexpr bool has_pages = false;
+};
 /// RoPE and gate of project too.
 struct FusedLayerParams : FusedAppendParams {
   static constexpr bool projects = true;
