@@ -112,7 +112,8 @@ TEST_CASE("a decode step on FP8 rows is the step on their values in bf16", "[fp8
   const struct {
     int heads, batch;
     std::int64_t context;
-  } cases[] = {{16, 1, 1}, {16, 1, 63}, {16, 2, 700}, {4, 3, 2048}, {16, 1, 65536}, {8, 40, 3000}, {16, 132, 1500}};
+  } cases[] = {{16, 1, 1},      {16, 1, 63},   {16, 2, 700},   {4, 3, 2048}, {16, 1, 65536},  // CTAs of 8 warps
+               {16, 40, 12000}, {8, 40, 3000}, {16, 132, 1500}};                              // of 12 and of 4
   for (const auto& c : cases) {
     CAPTURE(c.heads, c.batch, c.context);
     const WholeDecode fp8(gpu(), fp8_shape_of(c.heads), c.batch, c.context, 1),

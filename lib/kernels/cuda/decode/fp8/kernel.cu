@@ -23,7 +23,8 @@ void launch(const Params& p, Stream* stream) {
 
 template <class Params>
 void launch_warps(const Params& p, Stream* stream) {
-  p.warps == fused_warps_fp8 ? launch<fused_warps_fp8>(p, stream) : launch<fused_warps_small>(p, stream);
+  if (p.warps == fused_warps_fp8) return launch<fused_warps_fp8>(p, stream);
+  p.warps == fused_warps ? launch<fused_warps>(p, stream) : launch<fused_warps_small>(p, stream);
 }
 
 // The fewer of both kernels: it is not known here whether the caches are in pages.

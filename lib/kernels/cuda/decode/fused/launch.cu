@@ -47,7 +47,10 @@ Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_
   const int head_tiles = head_tiles_of(s);
   const DecodeInstance instance = fused_instance(s);
   const bool has_small_ctas = head_tiles == 1 && instance.heads <= 16 && instance.d_v <= 128;
-  const int cta_warps = has_fp8_rows(s) ? fused_warps_fp8 : fused_warps;
+  // Of FP8 rows more warps, unless each of 8 has fewer than three tiles: then every warp costs in the choice and merge.
+  const auto cta_warps = [&](int cluster) {
+    return has_fp8_rows(s) && max_tiles >= 3 * cluster * fused_warps ? fused_warps_fp8 : fused_warps;
+  };
   constexpr double latencies = 8e-6, bandwidth = 4.3e12;  // s and bytes/s of an H200; only their ratio matters
   constexpr double start = 30e-6;                         // of a cluster that follows another, its latencies among it
   const BlockRules& r = s.rules;
@@ -79,7 +82,7 @@ Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_
     const int resident = within.active_clusters(s, cluster);
     if (resident == 0) break;
     if (within.only_warps == 0 || within.only_warps == fused_warps)
-      consider(cluster, cta_warps, resident, static_cast<double>(head_tiles) / cluster);
+      consider(cluster, cta_warps(cluster), resident, static_cast<double>(head_tiles) / cluster);
     if (cluster == 1 && has_small_ctas && within.only_warps != fused_warps)
       consider(1, within.only_warps > 0 ? within.only_warps : fused_warps_small, 2 * resident,
                work_items > resident ? 2.0 : 1.0);

@@ -9,8 +9,8 @@
 namespace nsa::gpu {
 
 /// Warps of a CTA: 8, one CTA an SM; with more work items than SMs 4, two CTAs an SM, clusters of one. After a launch
-/// of cmp 6 with smaller rings, two CTAs an SM, where head sizes are at most 128. Of FP8 rows 12 in place of 8: a tile
-/// has half the bytes and more instructions.
+/// of cmp 6 with smaller rings, two CTAs an SM, where head sizes are at most 128. Of FP8 rows 12 in place of 8 where a
+/// warp has several tiles: a tile has half the bytes and more instructions.
 constexpr int fused_warps = 8, fused_warps_small = 4, fused_warps_after_cmp = 6, fused_warps_fp8 = 12;
 constexpr int fused_max_cluster = 16;  ///< CTAs of a work item; sizes above 8 are not portable
 constexpr int round_tokens = 128;      ///< tokens that a warp scores in a round

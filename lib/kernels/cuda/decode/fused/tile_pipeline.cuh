@@ -18,7 +18,7 @@ template <class WarpTile, int W>
 struct FusedSharedLayout {
   static constexpr bool after_cmp = W == fused_warps_after_cmp;
   // The o of the warps is longer than their rings: it overlaps all up to the gates.
-  static constexpr bool long_epilogue = W > fused_warps;
+  static constexpr bool long_epilogue = is_quantised_tile<WarpTile> && W >= fused_warps;
   static constexpr int slot_bytes = DecodeSharedLayout<WarpTile>::slot_bytes,
                        slots = after_cmp       ? (16 << 10) / slot_bytes
                                : long_epilogue ? 4
