@@ -1,6 +1,7 @@
 // FP8 rows: stored quantised, or rounded in place after the stage that stored them in storage type. A warp a row: it
 // reads or forms the row for its largest magnitude, then again to convert it. Bound: the bytes of the rows in storage
-// type, read twice, the second time from the L2; fill_rows by Philox.
+// type, read twice, the second time from the L2; fill_rows by Philox. In a decode step, of few rows, the bound is
+// latency: a warp holds a row of up to 256 values in registers.
 
 #include <algorithm>
 
@@ -49,6 +50,24 @@ __device__ void quantise_row(const KvView& view, std::int64_t plane, std::int64_
   auto* to = static_cast<std::uint8_t*>(view.data) + offset_in_chunk(view, plane, c, i);
   for (int e = threadIdx.x % 32; e < view.width; e += 32) to[e] = e4m3_of(value(e) * factor);
   if (threadIdx.x % 32 == 0) view.scales[scale_in_chunk(view, plane, c, i)] = byte;
+}
+
+/// The same of a row that a warp holds: x[k] is the value of e = 32 k + lane.
+template <int N>
+__device__ void quantise_held_row(const KvView& view, std::int64_t plane, std::int64_t c, std::int64_t i,
+                                  const float (&x)[N]) {
+  if (!writes_row(view, plane, c, i)) return;
+  const int lane = threadIdx.x % 32;
+  std::uint32_t largest = 0;
+#pragma unroll
+  for (int k = 0; k < N; ++k) largest = max(largest, k * 32 + lane < view.width ? magnitude_bits(x[k]) : 0);
+  const std::uint8_t byte = row_scale_byte(__reduce_max_sync(0xffffffffu, largest));
+  const float factor = row_factor(byte);
+  auto* to = static_cast<std::uint8_t*>(view.data) + offset_in_chunk(view, plane, c, i) + lane;
+#pragma unroll
+  for (int k = 0; k < N; ++k)
+    if (k * 32 + lane < view.width) to[k * 32] = e4m3_of(x[k] * factor);
+  if (lane == 0) view.scales[scale_in_chunk(view, plane, c, i)] = byte;
 }
 
 /// x rounded to storage type.
@@ -156,9 +175,37 @@ __device__ __noinline__ float mean_at(const LayerShape& s, const KvView& raw, st
     sum += to_float(static_cast<const T*>(raw.data)[offset_in_chunk(raw, plane, c, first + m) + e]);
   return as_stored<T>(sum / s.rules.l);
 }
+/// The same of the 32 N elements that a warp holds. Rows of one chunk follow one another, in a ring up to its end.
+template <class T, int N>
+__device__ void hold_mean(const LayerShape& s, const KvView& raw, std::int64_t plane, std::int64_t i, float (&x)[N]) {
+  const int lane = threadIdx.x % 32, l = s.rules.l, ring = static_cast<int>(raw.map.ring);
+  const std::int64_t first = i * s.rules.d, c = chunk_of(raw.map, first);
+  const T* rows = static_cast<const T*>(raw.data) + offset_in_chunk(raw, plane, c, first) + lane;
+  const int before_end = ring > 0 ? ring - static_cast<int>(first % ring) : l;
+#pragma unroll
+  for (int k = 0; k < N; ++k) x[k] = 0.0f;
+#pragma unroll 8
+  for (int m = 0; m < l; ++m) {
+    const T* row = rows + std::int64_t{m < before_end ? m : m - ring} * raw.width;
+#pragma unroll
+    for (int k = 0; k < N; ++k)
+      if (k * 32 + lane < raw.width) x[k] += to_float(row[k * 32]);
+  }
+#pragma unroll
+  for (int k = 0; k < N; ++k) x[k] = as_stored<T>(x[k] / l);
+}
+/// Stores compressed token i as a row of chunk c or of its halo.
 template <class T>
-__device__ auto mean_row(const LayerShape& s, const KvView& raw, std::int64_t plane, std::int64_t i) {
-  return [&s, &raw, plane, i](int e) { return mean_at<T>(s, raw, plane, i, e); };
+__device__ void store_mean(const LayerShape& s, const KvView& raw, const KvView& view, std::int64_t plane,
+                           std::int64_t c, std::int64_t i) {
+  const auto hold = [&](auto values) {
+    float x[values];
+    hold_mean<T>(s, raw, plane, i, x);
+    quantise_held_row(view, plane, c, i, x);
+  };
+  if (!raw.pages.pages && view.width <= 128) return hold(std::integral_constant<int, 4>{});
+  if (!raw.pages.pages && view.width <= 256) return hold(std::integral_constant<int, 8>{});
+  quantise_row(view, plane, c, i, [&](int e) { return mean_at<T>(s, raw, plane, i, e); });
 }
 
 template <class T>
@@ -174,46 +221,59 @@ __global__ void compress_quantised_kernel(CompressArgs a, std::int64_t max_token
     const std::int64_t i = tokens.begin + item % max_tokens;
     if (i >= tokens.end || !is_wanted(view, a.fill_halo, i)) continue;
     const std::int64_t plane = std::int64_t{a.tile.batch_begin} * s.groups + in_tile;
-    const auto mean = mean_row<T>(s, raw, plane, i);
     const RowMap& m = view.map;
     const std::int64_t own = chunk_of(m, i);
-    if (has_chunk(m, own)) quantise_row(view, plane, own, i, mean);
+    if (has_chunk(m, own)) store_mean<T>(s, raw, view, plane, own, i);
     if (a.fill_halo && m.halo > 0 && m.rank != all_ranks && i >= (own + 1) * m.chunk - m.halo && has_chunk(m, own + 1))
-      quantise_row(view, plane, own + 1, i, mean);
+      store_mean<T>(s, raw, view, plane, own + 1, i);
   }
 }
 
-// A warp a (row, group) and K or V: what it appends, then the compressed token that completes, whose last raw row it
-// has just stored.
+/// Appends a row of the step at position t.
+template <class T>
+__device__ void append_row(const KvView& view, const QueryTile& tile, const T* from, std::int64_t plane,
+                           std::int64_t t) {
+  if (!is_kept(view.map, tile, 0, t)) return;
+  const std::int64_t c = view.map.ring > 0 ? 0 : chunk_of(view.map, t);
+  const int lane = threadIdx.x % 32;
+  if (!is_quantised(view)) {
+    T* to = static_cast<T*>(view.data) + offset_in_chunk(view, plane, c, t);
+    for (int e = lane; e < view.width; e += 32) to[e] = from[e];
+  } else if (view.width <= 256) {
+    float x[8] = {};
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+      if (k * 32 + lane < view.width) x[k] = to_float(from[k * 32 + lane]);
+    quantise_held_row(view, plane, c, t, x);
+  } else {
+    quantise_row(view, plane, c, t, [&](int e) { return to_float(from[e]); });
+  }
+}
+
+// A warp a branch, (row, group) and K or V: what it appends; of cmp then the compressed token that completes, whose
+// last raw row it has just stored.
 template <class T>
 __global__ void quantised_prologue_kernel(const __grid_constant__ PrologueArgs a) {
   griddep_wait();
   const LayerShape& s = a.compress.shape;
   const QueryTile& tile = a.compress.tile;
   const std::int64_t rows = tile.rows() * s.groups;
-  for (std::int64_t item = first_row(); item < 2 * rows; item += row_step()) {
-    const bool keys = item < rows;
+  for (std::int64_t item = first_row(); item < branches * 2 * rows; item += row_step()) {
+    const bool keys = item % (2 * rows) < rows;
+    const auto branch = static_cast<int>(item / (2 * rows));
     const std::int64_t work_item = item % rows, r = work_item / s.groups,
                        plane = (tile.batch_begin + r) * s.groups + work_item % s.groups;
     const std::int64_t t = position_of_row(tile, r);
-    for (const AppendArgs& append : a.append) {
-      const KvView& view = keys ? append.k_cache : append.v_cache;
-      const T* from = static_cast<const T*>(keys ? append.k : append.v) + work_item * view.width;
-      if (!is_kept(view.map, tile, 0, t)) continue;
-      const std::int64_t c = view.map.ring > 0 ? 0 : chunk_of(view.map, t);
-      if (is_quantised(view)) {
-        quantise_row(view, plane, c, t, [&](int e) { return to_float(from[e]); });
-      } else {
-        T* to = static_cast<T*>(view.data) + offset_in_chunk(view, plane, c, t);
-        for (int e = threadIdx.x % 32; e < view.width; e += 32) to[e] = from[e];
-      }
-    }
+    const AppendArgs& append = a.append[branch];
+    const KvView& cache = keys ? append.k_cache : append.v_cache;
+    append_row(cache, tile, static_cast<const T*>(keys ? append.k : append.v) + work_item * cache.width, plane, t);
+    if (branch != cmp) continue;
     __syncwarp();
     const KvView& view = keys ? a.compress.k_cmp : a.compress.v_cmp;
     const TokenRange tokens = completed(s, tile, r);
     if (tokens.begin < tokens.end)
-      quantise_row(view, plane, chunk_of(view.map, tokens.begin), tokens.begin,
-                   mean_row<T>(s, keys ? a.compress.k_raw : a.compress.v_raw, plane, tokens.begin));
+      store_mean<T>(s, keys ? a.compress.k_raw : a.compress.v_raw, view, plane, chunk_of(view.map, tokens.begin),
+                    tokens.begin);
   }
 }
 
@@ -295,8 +355,8 @@ void compress_quantised(const CompressArgs& a, Stream* stream) {
 void quantised_prologue(const PrologueArgs& a, Stream* stream) {
   const LayerShape& s = a.compress.shape;
   with_storage(s.dtype, [&](auto type) {
-    launch_pdl(quantised_prologue_kernel<decltype(type)>, blocks_for(2 * a.compress.tile.rows() * s.groups), threads, 0,
-               stream, 1, a);
+    launch_pdl(quantised_prologue_kernel<decltype(type)>, blocks_for(branches * 2 * a.compress.tile.rows() * s.groups),
+               threads, 0, stream, 1, a);
   });
 }
 
