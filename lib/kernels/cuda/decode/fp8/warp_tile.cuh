@@ -10,7 +10,7 @@
 // largest scale so far, which o is relative to. All of these are exact, but that P is rounded to fp16: scores have the
 // bits that 16-bit storage of the same values gives.
 //
-// A lane converts the scales of one row, and the lanes exchange them through shared memory. o is relative to a maximum
+// A lane converts the scales of one row, and the lanes exchange them by shuffles. o is relative to a maximum
 // that grows by more than 2^8 at a time: P stays below 2^8, and o is rarely rescaled.
 
 #include "kernels/cuda/decode/split_kv/warp_tile_mma.cuh"
@@ -30,15 +30,15 @@ struct WarpTileFp8 : WarpTileMma<T, DK, DV> {
   using Base::o;
   static constexpr int element_bytes = 1, k_bytes = DK, v_bytes = DV;
   static constexpr int query_bytes = Base::query_bytes + Base::heads * 4;
-  static constexpr int prob_bytes = tile_rows * (4 + 2);  // factors of the rows of K, fp32, then of V, fp16
   static_assert(DK == 128 && DV == 128, "a row is 128 bytes");
 
-  unsigned queries, factors;          // shared: operand A of this lane; factors of a tile's rows
+  unsigned queries;                   // shared: operand A of this lane
   unsigned key_offset, value_offset;  // in a slot, of what this lane reads by ldmatrix
   unsigned sums_index;                // of this lane's first block sum of a tile
   float scale;                        // of all scores, beside the factors of heads and rows
   float head_factor[2];               // of the scores of heads g and g + 8: a power of two, at least 1
   float key_factors[2][4];            // of the rows 4 quad + j, then + 16
+  unsigned value_factors;             // fp16, of V, lane i < 16: of the rows i and i + 16
   int reference = 0;                  // o is relative to 2^(reference - 127)
 
   /// Queries of 16-bit storage, which all threads have stored, to fp16 as operands A: [Dk / 16][lane] vectors, then
@@ -80,7 +80,6 @@ struct WarpTileFp8 : WarpTileMma<T, DK, DV> {
       : Base(queries_of_cta, prob, s) {
     const int lane = threadIdx.x % 32, block = block_of_column(lane % 8);
     queries = kept_in_register(shared_address(queries_of_cta) + lane * 16);
-    factors = kept_in_register(shared_address(prob));
     key_offset = kept_in_register(block * 4 * k_bytes + (lane / 8 ^ block) * 16);
     value_offset = kept_in_register((block * 4 + lane % 16 / 8) * v_bytes + (lane / 16 ^ block) * 16);
     sums_index = kept_in_register(lane / 16 * (4 * tile_blocks) + lane % 4 * 4 + lane / 4 % 4);
@@ -201,31 +200,27 @@ struct WarpTileFp8 : WarpTileMma<T, DK, DV> {
     if (__any_sync(0xffffffffu, of_v > reference)) raise_reference(of_v);
     const float k_factor = scale * float_of_bits(static_cast<std::uint32_t>(of_k) << 23),
                 v_factor = float_of_bits(static_cast<std::uint32_t>(max(0, of_v - reference + 127)) << 23);
-    const unsigned short v_half = __half_as_ushort(__float2half_rn(v_factor));
-    asm volatile("st.shared.f32 [%0], %2;\nst.shared.u16 [%1 + 128], %3;" ::"r"(factors + lane * 4),
-                 "r"(factors + lane % 16 * 4 + lane / 16 * 2), "f"(k_factor), "h"(v_half)
-                 : "memory");
-    __syncwarp();
+    const unsigned v_half = __half_as_ushort(__float2half_rn(v_factor));
+    value_factors = v_half | __shfl_down_sync(0xffffffffu, v_half, 16) << 16;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint4 four = load_four_words(factors + lane % 4 * 16 + i * 64);
-      key_factors[i][0] = float_of_bits(four.x), key_factors[i][1] = float_of_bits(four.y);
-      key_factors[i][2] = float_of_bits(four.z), key_factors[i][3] = float_of_bits(four.w);
-    }
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) key_factors[i][j] = __shfl_sync(0xffffffffu, k_factor, lane % 4 * 4 + i * 16 + j);
   }
 
   template <int Panel = 0>
   __device__ __forceinline__ void multiply_pv(unsigned slot) {
     const unsigned at = slot + value_offset;
-    const uint4 four = load_four_words(factors + threadIdx.x % 4 * 16 + 128);  // of rows 4 quad + j and + 16
-    const std::uint32_t value_factors[4] = {four.x, four.y, four.z, four.w};
+    std::uint32_t row_factors[4];  // of rows 4 quad + j and + 16
+#pragma unroll
+    for (int j = 0; j < 4; ++j) row_factors[j] = __shfl_sync(0xffffffffu, value_factors, threadIdx.x % 4 * 4 + j);
 #pragma unroll
     for (int step = 0; step < 2; ++step) {  // of 16 tokens
       std::uint32_t a[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int j = 2 * step + i / 2;
-        a[i] = multiply_halves(pack(c[0][j][i % 2 * 2], c[0][j][i % 2 * 2 + 1], __half{}), value_factors[j]);
+        a[i] = multiply_halves(pack(c[0][j][i % 2 * 2], c[0][j][i % 2 * 2 + 1], __half{}), row_factors[j]);
       }
 #pragma unroll
       for (int j = 0; j < DV / 32; ++j) {

@@ -51,6 +51,7 @@ struct FusedSharedLayout {
                                                   : queries,
                        partial_bytes = W < fused_warps ? 0 : merged_bytes;
   static_assert(W >= fused_warps || partials + merged_bytes <= W * ring_bytes);
+  static_assert((W < fused_warps ? select : partials) + partial_bytes <= 227 << 10, "a CTA has at most 227 KiB");
   // Block selection: the sorted blocks of the warps, LSE buckets, normalisers, probabilities by warp, overlaps.
   static __host__ __device__ int buckets_at() { return select + W * top * 8; }
   static __host__ __device__ int normalisers_at(const LayerShape& s) {
