@@ -110,8 +110,21 @@ def write_csv(path, cases, states):
         raise UsageError("cannot write %s (%s); choose another --csv" % (path, error.strerror)) from None
 
 
+def check_written(args, cases, states):
+    """Raises UsageError where the CSV would replace a file of the sweep, or the results have no folder."""
+    if os.path.exists(args.results) and not os.path.isdir(args.results):
+        raise UsageError("--results %s (not a folder); choose another" % args.results)
+    if args.csv is None:
+        return
+    kept = [args.list] + [case.input for case in cases]
+    kept += [states.path(case, suffix) for case in cases for suffix in (".h5", ".json", ".log", ".state")]
+    if os.path.realpath(args.csv) in map(os.path.realpath, kept):
+        raise UsageError("cannot write %s (it is the list, an input or a result); choose another --csv" % args.csv)
+
+
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("list", help="the sweep list")
     nsa = os.environ.get("NSA", "build/host/nsa")
     parser.add_argument("--nsa", default=nsa, help="the program (default %(default)s)")
@@ -139,6 +152,9 @@ def parse_arguments(argv):
         parser.error("--after without --submit")
     if args.jobs < 1:
         parser.error("--jobs %d (no run at all); give 1 or more" % args.jobs)
+    for name in ("nsa", "results", "submit", "csv"):
+        if getattr(args, name) == "":
+            parser.error("--%s is empty" % name)
     args.results = args.results or os.path.splitext(os.path.basename(args.list))[0]
     return args
 
@@ -147,6 +163,7 @@ def main(argv):
     args = parse_arguments(argv)
     cases = expand(args.nsa, parse_list(args.list))
     states = States(args.results, names_of(cases, args.results))
+    check_written(args, cases, states)
     if args.show:
         for number, case in enumerate(cases):
             print("%d %s: %s" % (number, states.names[case], " ".join(map(shlex.quote, [case.input] + settings(case)))))
@@ -170,9 +187,44 @@ def main(argv):
     return INTERRUPTED if runner.stopped or INTERRUPTED in codes.values() else 0 if good else 1
 
 
+class Output:
+    """Standard output whose reader may go away, or whose disk may fill: the runs go on."""
+
+    def __init__(self, stream):
+        self.stream, self.error = stream, None
+
+    def write(self, text):
+        self.attempt(lambda: self.stream.write(text))
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, operation):
+        if self.error is None:
+            try:
+                operation()
+            except OSError as error:
+                self.error = error
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what it still buffers goes there
+
+
+def with_lasting_output(argv):
+    """main; 1 where standard output could not be written, unless its reader went away."""
+    if sys.stdout is None:  # closed
+        return main(argv)
+    sys.stdout = output = Output(sys.stdout)
+    code = main(argv)
+    output.flush()
+    if output.error is None or isinstance(output.error, BrokenPipeError):
+        return code
+    print("sweep: error: cannot write the standard output (%s); --status prints the summary again"
+          % output.error.strerror, file=sys.stderr)
+    return code or 1
+
+
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(with_lasting_output(sys.argv[1:]))
     except UsageError as error:
         print("sweep: error: %s" % error, file=sys.stderr)
         sys.exit(BAD_INPUT)

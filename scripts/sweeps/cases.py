@@ -22,7 +22,7 @@ def parse_list(path):
     """The lines of the list as Groups. Raises UsageError with file and line."""
     groups = []
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = file.readlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError("cannot read %s (%s); give the path of a sweep list" % (path, error)) from None
@@ -36,12 +36,9 @@ def parse_list(path):
             continue
         if len(words) < 3:
             raise UsageError(where + "a line is: ranks, heads x kv, input, options; see --help")
-        try:
-            ranks = [int(word) for word in words[0].split(",")]
-        except ValueError:
-            ranks = []
-        if not ranks or min(ranks) < 1:
+        if not re.match(r"^[1-9][0-9]*(,[1-9][0-9]*)*$", words[0]):
             raise UsageError(where + "%r (not rank counts); give positive numbers, like 1,2,4" % words[0])
+        ranks = [int(word) for word in words[0].split(",")]
         layouts = words[1].split(",")
         for layout in layouts:
             if layout not in ("all", "auto") and not re.match(r"^[1-9]\d*x[1-9]\d*$", layout):

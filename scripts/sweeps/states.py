@@ -26,11 +26,13 @@ def sha256_of(path):
 
 
 def read_json(path):
+    """The object in the file; empty where there is none."""
     try:
-        with open(path) as file:
-            return json.load(file)
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 class States:

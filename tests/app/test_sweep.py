@@ -172,12 +172,46 @@ class Sweep(AppTest):
             ("1 all small.toml 'x\n", "list.sweep:1: No closing quotation; close the quotation"),
             ("2 all small.toml --set model.d_k=15\n", "line 1: no heads x kv of 2 ranks fits small.toml: nsa: error:"),
             ("# nothing\n", "the list is empty; see --help"),
+            ("1_0 all small.toml\n", "list.sweep:1: '1_0' (not rank counts)"),
         ):
             with self.subTest(text=text):
                 done = self.sweep(text)
                 self.assertEqual(done.code, 2)
                 self.assertIn("sweep: error: " + message, done.err)
                 self.assertEqual(sorted(os.listdir(self.folder)), ["list.sweep", "small.toml"])
+
+    def test_a_summary_replaces_no_file_of_the_sweep(self):
+        text = "1 1x1 small.toml\n"
+        os.symlink("list.sweep", os.path.join(self.folder, "link"))
+        for name in ("list.sweep", "./small.toml", "link", "list/small_r1_h1_kv1.json"):
+            done = self.sweep(text, "--status", "--csv", name)
+            self.assertEqual(done.code, 2, name)
+            self.assertIn(f"cannot write {name} (it is the list, an input or a result); choose", done.err)
+        self.assertEqual(pathlib.Path(self.folder, "list.sweep").read_text(), text)
+        self.assertEqual(pathlib.Path(self.folder, "small.toml").read_text(), SMALL)
+        self.assertIn("--results small.toml (not a folder)", self.sweep(text, "--results", "small.toml").err)
+        for option in ("--csv", "--results", "--nsa"):
+            self.assertIn(option + " is empty", self.sweep(text, option, "").err)
+        self.assertEqual(self.sweep(text, "--stat").code, 2)  # no abbreviations: --summary today, --sum tomorrow?
+
+    def test_an_output_that_ends_early_ends_no_sweep(self):
+        text = "\ufeff1 1x1 small.toml\r\n"  # as an editor of another system writes it
+        command = self.command(text)
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run(**command, stdout=write, stderr=subprocess.PIPE)
+        os.close(write)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(**command, stdout=full, stderr=subprocess.PIPE)
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(done.stderr, "sweep: error: cannot write the standard output (No space left on device); "
+                                      "--status prints the summary again\n")  # fmt: skip
+        for content in ("", "[]", "3"):  # a record that was cut off, or edited
+            pathlib.Path(self.folder, "list", "small_r1_h1_kv1.state").write_text(content)
+            self.assertEqual(self.states(self.sweep(text, "--status")), {"small_r1_h1_kv1": "done"})
+        pathlib.Path(self.folder, "list", "small_r1_h1_kv1.json").write_text("[1]")
+        self.assertEqual(self.states(self.sweep(text, "--status")), {"small_r1_h1_kv1": "unfinished"})
 
 
 if __name__ == "__main__":
