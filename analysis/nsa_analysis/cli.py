@@ -24,8 +24,36 @@ EXAMPLES = """examples:
 FILES are result files of `nsa run`, or folders of them.
 Exit codes: 0 ok, 1 slower (compare --fail-above), 2 input or usage, 6 file."""
 
+class Parser(argparse.ArgumentParser):
+    """Takes whole names of options only, and each that keeps one value once: the other value would be lost."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, allow_abbrev=False)
+        self.register("action", None, Once)
+        self.register("action", "store", Once)
+
+
+class Once(argparse._StoreAction):
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = namespace.__dict__.setdefault("given", set())
+        if option_string and self.dest in given:
+            parser.error(f"argument {option_string}: given twice; give it once")
+        given.add(self.dest)
+        super().__call__(parser, namespace, values, option_string)
+
+
+def open_standard_streams():
+    """Closed ones become the null device, and names of files that are no text are printed all the same."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def main(arguments=None):
     """Runs the command and returns its exit code."""
+    open_standard_streams()
     options = parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
@@ -72,7 +100,7 @@ def drop_output():
 
 
 def parser():
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="nsa-analysis",
         description="Tables, figures and one report from result files of nsa",
         epilog=EXAMPLES,

@@ -22,6 +22,7 @@ from .models.prediction import extrapolate
 from .models.roofline import roofline
 from .models.scaling import scaling
 from .models.stages import branches, reads, with_stages
+from .outputs import replacing
 from .report.report import make_report
 from .report.report_gate import gate_decisions
 from .report.report_series import PREDICTION_COLUMNS
@@ -291,7 +292,7 @@ def run_export(options):
         return write_parquet(path, export.export(points, chosen))
     if ending not in (".csv", ".jsonl"):
         raise AnalysisError(f"-o {path}: unknown format; end the name in .csv, .parquet or .jsonl")
-    with open(path, "w", encoding="utf-8", newline="") if path != "-" else nullcontext(sys.stdout) as file:
+    with nullcontext(sys.stdout) if path == "-" else replacing(path) as file:
         if ending == ".csv":
             file.writelines(export.csv_lines(points, chosen))
         else:
@@ -313,7 +314,7 @@ def export_to_aiconfigurator(options, points):
             try:
                 write_parquet(f"{path}.parquet", table)
             except AnalysisError:  # no pyarrow: the text that AIConfigurator's collector converts
-                table.to_csv(f"{path}.txt", index=False)
+                table.to_csv(f"{path}.txt", index=False, errors="replace")
                 print(f"nsa-analysis: note: {path}.txt is text, as pyarrow is not installed", file=sys.stderr)
         write_text(os.path.join(folder, "collection_meta.yaml"), metas[family])
 

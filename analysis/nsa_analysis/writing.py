@@ -1,11 +1,13 @@
 """Writes what commands make: tables to the terminal and to files, figures and texts."""
 
 import sys
+from contextlib import nullcontext
 
 from .data import export
 from .data.tables import KERNEL_COLUMNS
 from .errors import AnalysisError
 from .figures import style
+from .outputs import replacing
 from .report import html
 
 # Columns of the table on the terminal; --csv and --json have all columns.
@@ -107,7 +109,8 @@ def write_outputs(options, frame, panels=None):
 def write_data(options, frame):
     """Writes the table to --csv and --json."""
     if options.csv:
-        frame.to_csv(sys.stdout if options.csv == "-" else options.csv, index=False)
+        with nullcontext(sys.stdout) if options.csv == "-" else replacing(options.csv) as file:
+            frame.to_csv(file, index=False)
     if options.json:
         text = f"[{', '.join(export.json_lines(frame))}]"
         print(text) if options.json == "-" else write_text(options.json, text)
@@ -121,7 +124,10 @@ def save_figure(options, panels):
         raise AnalysisError(
             f"nothing to draw for `{options.name}` in these files; give points of more sizes or rank counts"
         )
-    style.save(panels, options.figure)
+    try:
+        style.save(panels, options.figure)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, options.figure) from None
 
 
 def align_columns(frame, names):
@@ -135,12 +141,9 @@ def align_columns(frame, names):
 
 
 def write_text(path, text):
-    """Writes a file. An OSError names it."""
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    """Writes a file, once it is whole. An OSError names it."""
+    with replacing(path) as file:
+        file.write(text)
 
 
 def write_tables(options, frame, panels=None):

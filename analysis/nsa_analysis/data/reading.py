@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import stat
 
 import h5py
 import numpy as np
@@ -290,6 +291,8 @@ def read_file(path, part=0, parts=1):
     """The points of one file, or of one of `parts` equal parts of it. Raises FileError with the name of the file."""
     path = os.fspath(path)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
+            raise FileError(f"{path}: not a plain file; give files that `nsa run` wrote")
         size = os.path.getsize(path)
         with h5py.File(path, "r") as file:
             if "schema_version" not in file.attrs or "points" not in file:
@@ -352,12 +355,17 @@ def first_line(error):
     return text.splitlines()[0].removeprefix('"').removesuffix('"') if text else type(error).__name__
 
 
+def result_files(folder):
+    """The .h5 files below a folder but hidden ones, such as the ._a.h5 of macOS."""
+    return [f for f in folder.rglob("*.h5") if not f.name.startswith(".")]
+
+
 def find_files(paths):
     """Files as given, and every .h5 file below the folders."""
     files = []
     for path in map(pathlib.Path, paths):
         if path.is_dir():
-            inside = sorted(path.rglob("*.h5"))
+            inside = sorted(result_files(path))
             if not inside:
                 raise AnalysisError(f"{path}: no .h5 file in this folder; give result files of `nsa run`")
             files += inside

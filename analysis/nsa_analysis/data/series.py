@@ -7,6 +7,7 @@ import shlex
 import warnings
 
 from ..errors import AnalysisError, LeftOut
+from .reading import result_files
 
 # Parameters that are swept along a curve; in kernel points the shape too.
 SWEPT = ("run.context", "run.batch", "run.force_branch")
@@ -268,7 +269,7 @@ def shown_paths(paths):
     folders = {pathlib.Path(p).parent for p in paths}
     if len(paths) > 8 and len(folders) == 1:
         folder = folders.pop()
-        if {str(f) for f in folder.rglob("*.h5")} == set(paths):
+        if {str(f) for f in result_files(folder)} == set(paths):
             return [str(folder)]
     return paths
 

@@ -5,6 +5,7 @@ series also has a marker or a position of its own. In HTML each colour is a CSS 
 dark scheme of the page.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -119,9 +120,18 @@ def draw_into(figure, panel):
         )
 
 
+@contextlib.contextmanager
+def style(more=()):
+    """The style of every figure; a matplotlibrc, of the user or in the current folder, changes nothing."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE | dict(more))
+        yield
+
+
 def render(panel):
     """Figure of one panel."""
-    with matplotlib.rc_context(STYLE):
+    with style():
         figure = Figure(figsize=(WIDTH, panel.height), layout="constrained")
         draw_into(figure, panel)
         return figure
@@ -160,7 +170,7 @@ def save(panels, path):
     """Writes all panels as one picture: PNG, SVG or PDF by the suffix of the path."""
     columns = 1 if len(panels) == 1 else 2
     rows = math.ceil(len(panels) / columns)
-    with matplotlib.rc_context(STYLE | {"savefig.facecolor": colour("paper")}):
+    with style({"savefig.facecolor": colour("paper")}):
         heights = [max(p.height for p in panels[r * columns : (r + 1) * columns]) for r in range(rows)]
         figure = Figure(figsize=(WIDTH * columns, sum(heights)), layout="constrained")
         cells = figure.subfigures(rows, columns, squeeze=False, height_ratios=heights)
@@ -172,7 +182,7 @@ def save(panels, path):
 def to_svg(panel, prefix, label):
     """Inline SVG with CSS variables as colours and ids that begin with `prefix`."""
     text = io.StringIO()
-    with matplotlib.rc_context(STYLE):
+    with style():
         # savefig draws twice to find the layout; one draw gives the same bytes.
         metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure = Figure(figsize=(WIDTH, panel.height))

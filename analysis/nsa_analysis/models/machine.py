@@ -10,6 +10,7 @@ import numpy as np
 
 from ..data.series import identity
 from ..errors import AnalysisError, FileError
+from ..outputs import replacing
 from . import cost_model, prediction, traffic
 
 # Parameters on which coefficients depend: those that differ in an input make its error unknown.
@@ -164,5 +165,5 @@ def write_machine(path, text):
         with open(path, "rb") as file:
             if b"--advise" not in file.readline():
                 raise FileError(f"cannot write {path} (it is no machine file); choose another --machine")
-    with open(path, "w", encoding="utf-8") as file:
+    with replacing(path) as file:
         file.write(text)

@@ -1,7 +1,10 @@
 """Bad files and options: one message that names the file, the exit code, no traceback."""
 
 import json
+import os
+import pathlib
 import random
+import shlex
 import subprocess
 import sys
 import types
@@ -54,6 +57,11 @@ def test_as_a_program(tmp_path):
 @pytest.fixture
 def good(tmp_path):
     return synthetic.write(tmp_path / "good.h5", [synthetic.point(synthetic.times(2, 8, 1e-4, attend_cmp=1e-5), 2)])
+
+
+@pytest.fixture
+def sweep_of_two(tmp_path):
+    return synthetic.sweep(tmp_path, layouts=[(1, 1), (2, 1)])
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, 0.5, 0.99])
@@ -172,6 +180,81 @@ def test_an_output_replaces_nothing(run, tmp_path, good, monkeypatch, options, s
     done = run("scaling", "good.h5", *options)
     assert done.returncode == 6 and said in done.stderr
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--cs", "x.csv"], "unrecognized arguments: --cs"),
+        (["--csv", "x.csv", "--csv", "y.csv"], "--csv: given twice"),
+    ],
+)
+def test_options_are_whole_and_given_once(run, good, options, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("points", good, *options)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert run("points", good, "--where", "run.batch=1", "--where", "layout=1x2").returncode in (0, 2)
+
+
+@pytest.mark.parametrize("command", [["points"], ["points", "good.h5"], ["compare", "good.h5"]])
+def test_empty_names_are_no_folder(run, good, monkeypatch, command):
+    monkeypatch.chdir(good.parent)
+    done = run(*command, "")
+    assert done.returncode == 6 and "a name of FILES is empty" in done.stderr
+
+
+def test_only_tables_go_to_standard_output(run, good, monkeypatch):
+    monkeypatch.chdir(good.parent)
+    for command in (["report", "good.h5", "-o", "-"], ["ranks", "good.h5", "--figure", "-"]):
+        done = run(*command)
+        assert done.returncode == 6 and " - (no standard output here)" in done.stderr
+    assert run("points", "good.h5", "--csv", "-").stdout.startswith("file,point,")
+    assert [path.name for path in good.parent.iterdir()] == ["good.h5"]
+
+
+def test_what_is_no_plain_file_is_not_waited_for(refused, tmp_path):
+    os.mkfifo(tmp_path / "pipe.h5")
+    refused(tmp_path / "pipe.h5", "not a plain file")
+
+
+def test_hidden_files_of_a_folder_are_left_out(run, good):
+    (good.parent / "._good.h5").write_bytes(b"\x00\x05\x16\x07")  # macOS makes them on other file systems
+    assert run("points", good.parent).returncode == 0
+
+
+def test_names_and_terminals_of_other_encodings(good):
+    name = os.fsencode(good.parent) + b"/\xff.h5"
+    os.rename(good, name)
+    program = [sys.executable, "-m", "nsa_analysis"]
+    for command in (["points"], ["points", "--csv", "p.csv"], ["export", "-o", "e.csv"], ["report", "-o", "r.html"]):
+        done = subprocess.run([*program, command[0], name, *command[1:]], cwd=good.parent, capture_output=True,
+                              env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, b""), command
+    for file in ("p.csv", "e.csv", "r.html"):
+        assert "?.h5" in (good.parent / file).read_text("utf-8")
+    closed = f"{shlex.join(program)} points *.h5 --csv again.csv >&-"
+    assert subprocess.run(["bash", "-c", closed], cwd=good.parent).returncode == 0
+    assert (good.parent / "again.csv").exists()
+
+
+def test_a_text_that_cannot_be_written_leaves_the_earlier_one(good):
+    folder, program = good.parent, f"ulimit -f 0; {shlex.join([sys.executable, '-m', 'nsa_analysis'])}"
+    (folder / "old").write_text("earlier")
+    for command in ("points good.h5 --csv old", "points good.h5 --json old", "export good.h5 --csv old"):
+        done = subprocess.run(["bash", "-c", f"{program} {command}"], cwd=folder, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (6, ""), done.stderr
+        assert done.stderr.startswith("nsa-analysis: error: old: File too large;")
+        assert (folder / "old").read_text() == "earlier" and len(list(folder.iterdir())) == 2
+
+
+def test_settings_of_matplotlib_change_no_figure(sweep_of_two):
+    """A matplotlibrc of the current folder, whose LaTeX may not even be installed."""
+    program = [sys.executable, "-m", "nsa_analysis", "scaling", *sweep_of_two, "--figure"]
+    folder = pathlib.Path(sweep_of_two[0]).parent
+    subprocess.run([*program, "plain.svg"], cwd=folder, check=True, capture_output=True)
+    (folder / "matplotlibrc").write_text("text.usetex: True\nlines.linewidth: 9\naxes.facecolor: red\n")
+    subprocess.run([*program, "again.svg"], cwd=folder, check=True, capture_output=True)
+    assert (folder / "again.svg").read_bytes() == (folder / "plain.svg").read_bytes()
 
 
 def test_groups_of_other_programs_are_left_out(run, good):
