@@ -39,16 +39,25 @@ const CLI::App* command_of(const CLI::App& app, const std::string& name) {
   return nullptr;
 }
 
-/// " (did you mean --ranks?)" for the first word that looks like an option and is none.
-std::string suggestion(const CLI::App& command, int argc, char** argv) {
+/// The first word that looks like an option and is none; "" if there is none.
+std::string unknown_option(const CLI::App& command, int argc, char** argv) {
   const std::vector<std::string> known = option_names(command);
-  for (int i = 1; i < argc; ++i) {
+  for (int i = 1; i < argc && std::string(argv[i]) != "--"; ++i) {
     const std::string word = std::string(argv[i]).substr(0, std::string(argv[i]).find('='));
-    if (!word.starts_with("--") || std::ranges::find(known, word) != known.end()) continue;
-    const std::string meant = nearest(word, known);
-    return meant.empty() ? "" : " (did you mean " + meant + "?)";
+    if (word.starts_with("--") && std::ranges::find(known, word) == known.end()) return word;
   }
   return "";
+}
+
+/// What CLI11 says, and " (did you mean --ranks?)" for an unknown option. Such a one comes first, also where an
+/// argument is missing, which CLI11 reports instead.
+std::string complaint(const CLI::App& command, const CLI::ParseError& error, int argc, char** argv) {
+  const std::string word = unknown_option(command, argc, argv);
+  if (word.empty()) return error.what();
+  const bool missing = error.get_name() == "RequiredError";
+  const std::string meant = nearest(word, option_names(command));
+  return (missing ? "The following argument was not expected: " + word : std::string(error.what())) +
+         (meant.empty() ? "" : " (did you mean " + meant + "?)");
 }
 
 }  // namespace
@@ -66,8 +75,8 @@ std::string usage_error(const CLI::App& app, const CLI::ParseError& error, int a
   const std::string first = argc > 1 ? argv[1] : "-";
   // CLI11 reports a misspelt command as a missing one.
   if (const CLI::App* command = command_of(app, first))
-    return fmt::format("{}{}; see nsa {} --help", error.what(), suggestion(*command, argc, argv), first);
-  if (first[0] == '-') return fmt::format("{}{}; see nsa --help", error.what(), suggestion(app, argc, argv));
+    return fmt::format("{}; see nsa {} --help", complaint(*command, error, argc, argv), first);
+  if (first[0] == '-') return fmt::format("{}; see nsa --help", complaint(app, error, argc, argv));
   const std::string meant = nearest(first, command_names(app));
   return fmt::format("unknown command {}{}; commands: {}; see nsa --help", first,
                      meant.empty() ? "" : " (did you mean " + meant + "?)", fmt::join(command_names(app), ", "));

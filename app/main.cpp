@@ -2,16 +2,23 @@
 // agreed on.
 
 #include <fcntl.h>
+#include <fmt/format.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <cctype>
 #include <cerrno>
+#include <charconv>
+#include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <exception>
 #include <iostream>
 #include <new>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <vector>
 
@@ -86,41 +93,70 @@ struct CommandLine {
 /// An option that is given must say something: --csv "$UNSET" is a slip.
 std::string not_empty(const std::string& text) { return text.empty() ? "is empty" : ""; }
 
+const CLI::Validator named(not_empty, "", "");
+
+/// A name of a file to write; "-", which is standard output to other programs, would make a file of that name.
+const CLI::Validator written(
+    [](const std::string& text) {
+      return text == "-" ? "- is no name of a file; write ./- for a file that is called so" : not_empty(text);
+    },
+    "", "");
+
+/// The number that the text is in decimal; empty for CLI11's other numbers: 010, which is 8, 0x10 and nan.
+std::optional<double> decimal_number(std::string_view text) {
+  if (text.starts_with('+')) text.remove_prefix(1);
+  const std::string_view digits = text.substr(text.starts_with('-') ? 1 : 0);
+  if (digits.size() > 1 && digits[0] == '0' && std::isdigit(static_cast<unsigned char>(digits[1]))) return {};
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || !std::isfinite(value)) return {};
+  return value;
+}
+
+const CLI::Validator decimal(
+    [](const std::string& text) {
+      return decimal_number(text) ? "" : text + " is no decimal number; write it like 64, without a leading 0";
+    },
+    "", "");
+
 /// Takes "2%" for 0.02.
 const CLI::Validator percent(
     [](std::string& text) {
-      if (!text.ends_with('%')) return std::string();
-      double value = 0;
-      if (!CLI::detail::lexical_cast(text.substr(0, text.size() - 1), value)) return text + " is no percentage";
-      text = std::to_string(value / 100);
+      const bool hundredths = text.ends_with('%');
+      const std::optional<double> number = decimal_number(std::string_view(text).substr(0, text.size() - hundredths));
+      if (!number || *number < 0) return text + " is no share; write it like 5% or 0.05";
+      if (hundredths) text = std::to_string(*number / 100);
       return std::string();
     },
     "SHARE");
 
-const CLI::Validator named(not_empty, "", "");
-
 void describe_run(CLI::App& app, CommandLine& line) {
-  CLI::App* run = app.add_subcommand("run", "Run an input: prefill, decode or needle, on all ranks of the launch");
+  CLI::App* run = app.add_subcommand("run", "Run an input, as decode or prefill, on all ranks of the launch");
   run->add_option("INPUT", line.run.input, "TOML input")->check(named)->required();
   run->add_option("--set", line.run.overrides, "section.key=value, overrides the input; may be repeated")
       ->allow_extra_args(false);
-  run->add_option("--output", line.run.output, "result file, HDF5 (output.file)")->check(named);
-  run->add_option("--csv", line.run.csv, "also write the columns of nsa-vibe's benchmark (output.csv)")->check(named);
+  run->add_option("--output", line.run.output, "result file, HDF5 (output.file)")->check(written);
+  run->add_option("--csv", line.run.csv, "also write the columns of nsa-vibe's benchmark (output.csv)")->check(written);
   run->add_option("--json", line.run.json,
                   "also write the figures of the FOM lines as JSON, last of all; with --dry-run the plan")
-      ->check(named);
+      ->check(written);
   run->add_flag("--record-selection", line.run.record_selection,
                 "the result file also holds the selected blocks of each query, for [input] selection");
   run->add_flag("--strict", line.run.strict, "an implementation that falls back to sdpa is an error (exit 3)");
   run->add_option(
          "--deadline", line.run.deadline,
          "seconds that a rank may wait for others or for its device before the job ends; 0: any (run.deadline)")
+      ->check(decimal)
       ->check(CLI::Range(0.0, 86400.0));
   run->add_option("--startup-deadline", line.startup_deadline,
                   "the same until all ranks have started and connected; 0: as --deadline; default 60")
+      ->check(decimal)
       ->check(CLI::Range(0.0, 86400.0));
   CLI::Option* dry = run->add_flag("--dry-run", line.dry_run, "print owners, bytes and exchanges; run nothing");
-  run->add_option("--ranks", line.ranks, "ranks to plan for")->needs(dry)->check(CLI::Range(1, 1 << 20));
+  run->add_option("--ranks", line.ranks, "ranks to plan for")
+      ->needs(dry)
+      ->check(decimal)
+      ->check(CLI::Range(1, 1 << 20));
   run->add_option("--advise", line.run.machine, "rank the layouts of these ranks on a machine, machines/h200.toml")
       ->needs(dry)
       ->check(named);
@@ -132,9 +168,15 @@ void describe_run(CLI::App& app, CommandLine& line) {
                   "repeat each mode until the median's 95% interval is that narrow, 2% (run.min_interval)")
       ->transform(percent);
   CLI::Option* against = run->add_option("--against", line.against.binary,
-                                         "compare with another build of nsa, both by turns on this input");
-  run->add_option("--pairs", line.against.pairs, "runs of each program")->needs(against)->check(CLI::Range(1, 1000));
-  run->add_option("--launcher", line.against.launcher, "what starts each run, \"mpirun -n 4\"")->needs(against);
+                                         "compare with another build of nsa, both by turns on this input")
+                             ->check(named);
+  run->add_option("--pairs", line.against.pairs, "runs of each program")
+      ->needs(against)
+      ->check(decimal)
+      ->check(CLI::Range(1, 1000));
+  run->add_option("--launcher", line.against.launcher, "what starts each run, \"mpirun -n 4\"")
+      ->needs(against)
+      ->check(named);
   run->add_option("--fail-above", line.against.fail_above, "exit code 1 where this program is SLOWER by more, 5%")
       ->needs(against)
       ->transform(percent);
@@ -145,11 +187,14 @@ void describe_run(CLI::App& app, CommandLine& line) {
 
 void describe_gate(CLI::App& app, CommandLine& line) {
   CLI::App* gate = app.add_subcommand("gate", "Is a custom selection kernel worth it on this device? Needs no GPU");
-  gate->add_option("FILES", line.gate.files, "result files, and CSVs of nsa-vibe's benchmark to audit")->required();
+  gate->add_option("FILES", line.gate.files, "result files, and CSVs of nsa-vibe's benchmark to audit")
+      ->check(named)
+      ->required();
   gate->add_option("--context", line.gate.contexts, "only these contexts count")
       ->delimiter(',')
+      ->check(decimal)
       ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 30));
-  gate->add_option("--adr", line.gate.adr, "also write the verdict as a decision record, Markdown")->check(named);
+  gate->add_option("--adr", line.gate.adr, "also write the verdict as a decision record, Markdown")->check(written);
   gate->add_flag("--json", line.gate.json, "print JSON");
   gate->add_flag("--exit-verdict", line.gate.exit_verdict,
                  "exit code 0 PROCEED, 10 STAY, 11 INCONCLUSIVE, 12 NOT EVIDENCE; the largest of several");
@@ -159,15 +204,15 @@ void describe_gate(CLI::App& app, CommandLine& line) {
 void describe_report(CLI::App& app, CommandLine& line) {
   CLI::App* report =
       app.add_subcommand("report", "Print result files as `run` printed them. Needs no GPU and no launch");
-  report->add_option("FILES", line.reported, "result files")->required();
+  report->add_option("FILES", line.reported, "result files")->check(named)->required();
   report->footer(report_examples);
 }
 
 void describe_diff(CLI::App& app, CommandLine& line) {
   CLI::App* diff = app.add_subcommand("diff", "Compare two result files: the same result? which stage got slower?");
-  diff->add_option("A", line.diff.a, "result file")->required();
-  diff->add_option("B", line.diff.b, "result file")->required();
-  diff->add_option("--csv", line.diff.csv, "also write a line for each time that is compared");
+  diff->add_option("A", line.diff.a, "result file")->check(named)->required();
+  diff->add_option("B", line.diff.b, "result file")->check(named)->required();
+  diff->add_option("--csv", line.diff.csv, "also write a line for each time that is compared")->check(written);
   diff->add_option("--fail-above", line.diff.fail_above, "exit code 1 where B is SLOWER by more than this, 5%")
       ->transform(percent);
   diff->footer(diff_examples);
@@ -288,7 +333,8 @@ int run_command(int argc, char** argv) {
   describe(app, line);
   line.run.argv = joined(argc, argv);
   const std::vector<std::string> words = nsa::command_line_words(argc, argv);
-  if (words.size() == 2 && words[0] == "--completion" && words[1] == "bash") {
+  line.run.words = fmt::format("{}", fmt::join(words, " "));
+  if (line.run.words == "--completion bash" || line.run.words == "--completion=bash") {
     std::cout << nsa::bash_completion(app);
     return 0;
   }
@@ -341,5 +387,7 @@ int run_command(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   open_standard_streams();
-  return close_standard_output(run_command(argc, argv));
+  std::signal(SIGXFSZ, SIG_IGN);  // a write beyond the limit fails as one on a full disk does
+  // The command handles its own errors; those of starting the watchdog and MPI come here.
+  return close_standard_output(run_local([&] { return static_cast<nsa::ExitCode>(run_command(argc, argv)); }));
 }

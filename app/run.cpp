@@ -212,6 +212,18 @@ struct Input {
   double max_time = no_limit;  ///< seconds
 };
 
+/// Throws AgreedError unless all ranks were started with the same words: mpirun -n 1 nsa run a.toml : -n 1 nsa run
+/// b.toml.
+void check_words(const ControlComm& world, const std::string& words) {
+  const std::string first = world.broadcast(words);
+  agreed(world, [&] {
+    if (words != first)
+      throw UserError(
+          fmt::format("rank {} was started with {}, and rank 0 with {}; start all ranks with one command line",
+                      world.rank(), words, first));
+  });
+}
+
 /// Reads the input on rank 0 and validates it on every rank. Collective.
 Input read_input(const ControlComm& world, const RunOptions& options) {
   Input input;
@@ -288,6 +300,7 @@ ExitCode run(const ControlComm& world, Watchdog& watchdog, const RunOptions& opt
   install_stop_signal_handlers();
   fault::at("run.start");
   check_launch(world);
+  check_words(world, options.words);
   const Input input = read_input(world, options);
   const Config& config = input.config;
   const Cores cores = cores_of_rank(world);

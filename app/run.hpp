@@ -23,6 +23,7 @@ struct RunOptions {
   std::optional<double> deadline;      ///< seconds; empty: as in the input
   std::optional<double> min_interval;  ///< of the median; empty: as in the input
   std::string argv;                    ///< the whole command line, for the result file
+  std::string words;                   ///< the command line after the program, the same on all ranks
 };
 
 /// Runs every point on all ranks; rank 0 prints and writes. Collective. Throws AgreedError on every rank. On SIGUSR1,

@@ -104,8 +104,8 @@ void install_stop_signal_handlers() {
     action.sa_flags = SA_RESTART | (stop_signals[i] == SIGINT ? SA_RESETHAND : 0);
     sigaction(stop_signals[i], &action, nullptr);
   }
-  // A write that fails is an error of its own, after the results were stored: a pager that was closed, `ulimit -f`.
-  for (const int number : {SIGPIPE, SIGXFSZ}) std::signal(number, SIG_IGN);
+  // A write that fails is an error of its own, after the results were stored: a pager that was closed.
+  std::signal(SIGPIPE, SIG_IGN);
 }
 
 bool stop_requested(std::chrono::steady_clock::time_point start, double limit) {

@@ -148,6 +148,23 @@ class Streams(SlipsTest):
         self.assertEqual(sorted(os.listdir(self.folder)), ["in.toml", "result.h5"])
         self.assertIn("INTERRUPTED", self.nsa("report", "result.h5").out)
 
+    def test_a_text_that_cannot_be_written_leaves_the_earlier_one(self):
+        self.assert_ok(self.nsa("run", "in.toml", "--output", "a.h5"))
+        self.write("old", "earlier\n")
+        os.symlink("old", self.path("link"))
+        os.chmod(self.path("old"), 0o640)
+        for words in (["diff", "a.h5", "a.h5", "--csv", "link"], ["gate", "a.h5", "--adr", "old"]):
+            done = subprocess.run([BINARY, *words], cwd=self.folder, capture_output=True, text=True,
+                                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (99, 99)))  # fmt: skip
+            self.assertEqual(done.returncode, FILE, done.stderr)
+            self.assertIn(f"cannot write {words[-1]} (File too large); choose another {words[-2]}", done.stderr)
+            self.assertEqual(self.content()["old"], b"earlier\n")
+            self.assertEqual(sorted(os.listdir(self.folder)), ["a.h5", "in.toml", "link", "old"])
+        self.assert_ok(self.nsa("diff", "a.h5", "a.h5", "--csv", "link"))
+        self.assertTrue(os.path.islink(self.path("link")))
+        self.assertTrue(self.content()["old"].startswith(b"point,mode,"))
+        self.assertEqual(os.stat(self.path("old")).st_mode & 0o777, 0o640)
+
     def test_closed_streams_end_up_in_no_file(self):
         done = subprocess.run(f"{BINARY} run in.toml >&- 2>&- <&-", shell=True, cwd=self.folder)
         self.assertEqual(done.returncode, 0)
@@ -255,6 +272,25 @@ class Surroundings(SlipsTest):
         self.assertIn("model.d_k", done.err)
         self.assertEqual(os.listdir(self.path("temporary")), [])
 
+    def test_ranks_that_are_started_with_different_words(self):
+        self.write("other.toml", SMALL)
+        start = f"-n 1 {BINARY} run"
+        done = self.run_in_shell(f"{MPIEXEC} --oversubscribe --allow-run-as-root {start} in.toml : {start} other.toml")
+        self.assertEqual(done.code, USAGE, done.out + done.err)
+        self.assertIn("nsa: error: rank 1 was started with run other.toml, and rank 0 with run in.toml", done.err)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["in.toml", "other.toml"])
+
+    def test_another_program_that_ends_with_1_is_no_bug(self):
+        done = self.run_in_shell(f"nsa run in.toml --against {BINARY} --launcher false")
+        self.assertEqual(done.code, USAGE, done.out + done.err)
+        self.assertIn("ended with code 1 (its message is above)", done.err)
+        self.assertNotIn("report it", done.err)
+
+    def test_files_that_cannot_be_opened(self):
+        done = self.run_in_shell("ulimit -n 4; nsa run in.toml")  # nsa itself needs a pipe before MPI starts
+        self.assertEqual(done.code, DEVICE, done.out + done.err)
+        self.assertIn("(a pipe: Too many open files); raise the limits of the process (ulimit -u, -n, -v)", done.err)
+
     def test_cores_that_mpirun_keeps(self):
         if len(os.sched_getaffinity(0)) < 2:
             self.skipTest("one core")
@@ -286,6 +322,30 @@ class Input(SlipsTest):
         for option in ("--output", "--csv", "--json", "--max-time"):
             self.refuses(USAGE, [f"{option}: is empty"], "run", "in.toml", option, "")
         self.refuses(USAGE, ["--adr: is empty"], "gate", "in.toml", "--adr", "")
+
+        for command in (["report", ""], ["gate", ""], ["diff", "", ""], ["diff", "in.toml", "in.toml", "--csv", ""],
+                        ["run", "in.toml", "--against", ""]):
+            self.refuses(USAGE, [": is empty; see nsa"], *command)
+        self.assertIn("complete -o", self.assert_ok(self.nsa("--completion=bash")).out)
+        for option in ("--output", "--csv", "--json"):
+            self.refuses(USAGE, [f"{option}: - is no name of a file; write ./-"], "run", "in.toml", option, "-")
+
+    def test_numbers_of_options(self):
+        self.assert_ok(self.nsa("run", "in.toml", "--output", "a.h5"))
+        for value in ("064", "0x40", "nan", "inf", "1e400", "1_000", "64 ", "6 4"):
+            for command in (["run", "in.toml", "--dry-run", "--ranks"], ["gate", "a.h5", "--context"],
+                            ["run", "in.toml", "--against", "nsa", "--pairs"],
+                            ["run", "in.toml", "--startup-deadline"]):  # fmt: skip
+                self.refuses(USAGE, [f"{command[-1]}: {value} is no decimal number"], *command, value)
+        for value in ("-5%", "-0.5", "nan", "nan%", "0x5", "05%", "%", "5 %"):
+            self.refuses(USAGE, [f"--fail-above: {value} is no share; write it like 5%"], "diff", "a.h5", "a.h5",
+                         f"--fail-above={value}")
+        for value in ("5%", "0.05", "+5%", ".5", "0"):
+            self.assert_ok(self.nsa("diff", "a.h5", "a.h5", "--fail-above", value))
+
+    def test_a_misspelt_option_comes_before_a_missing_argument(self):
+        self.refuses(USAGE, ["not expected: --outptu (did you mean --output?); see nsa run"], "run", "--outptu=x.h5")
+        self.refuses(USAGE, ["INPUT is required; see nsa run"], "run", "--dry-run")
 
     def test_contexts_of_the_gate(self):
         self.assert_ok(self.nsa("run", "in.toml", "--output", "a.h5"))

@@ -269,7 +269,7 @@ class WholeRuns(AppTest):
         self.assertRegex(done.out, r"\n  total +step .* \d+\.\d+  UNCLEAR \(too few pairs\)\n")
         self.assertRegex(done.out, r"\nTIMES: 0 SAME 0 FASTER 0 SLOWER 1 UNCLEAR of 1 series, 2 pairs\nDIFF: SAME\n$")
         self.assertEqual(sorted(os.listdir(self.folder)), ["in.toml", "p.a1.h5", "p.a2.h5", "p.b1.h5", "p.b2.h5"])
-        for binary, code, part in (("/no/such", 2, "cannot start /no/such"), ("false", 1, "false run in.toml "),
+        for binary, code, part in (("/no/such", 2, "cannot start /no/such"), ("false", 2, "false run in.toml "),
                                    (BINARY, 6, "p.a1.h5 exists")):
             output = "p.h5" if binary == BINARY else "q.h5"
             refused = self.nsa("run", "in.toml", "--against", binary, "--output", output)

@@ -58,7 +58,9 @@ TEST_CASE("everything has a default but the kind", "[config]") {
   CHECK(c.nsa.l_sel == 64);
   CHECK(c.run.context == std::vector<std::int64_t>{128, 256, 512, 1024});
   CHECK(violations(decode).empty());
-  has(parse_error("[model]\ndim = 64\n"), "in.toml:1:1: task.kind is missing");
+  has(parse_error("[model]\ndim = 64\n"),
+      "in.toml:1:1: task.kind is missing; give kind in [task], one of \"decode\", \"prefill\", \"mixed\", \"kernels\", "
+      "\"needle\"");
 }
 
 TEST_CASE("a full input, scalars for lists, integers for reals", "[config]") {

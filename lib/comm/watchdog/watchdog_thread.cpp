@@ -6,6 +6,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <system_error>
 #include <utility>
 
 #include "comm/watchdog/emergency_exit.hpp"
@@ -35,7 +37,8 @@ WatchdogThread::WatchdogThread(double deadline, double startup_deadline) {
   has_update_ = true;
   own_status_.host = host_name();
   own_status_.rank = job_.rank = launched_rank().value_or(0);
-  if (pipe2(wake_pipe_.data(), O_NONBLOCK | O_CLOEXEC) != 0) throw InternalError("pipe2 failed");
+  if (pipe2(wake_pipe_.data(), O_NONBLOCK | O_CLOEXEC) != 0)
+    throw std::system_error(errno, std::generic_category(), "a pipe");
   sigset_t all, before;  // the watchdog thread blocks all signals: the handlers run in the other threads
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);

@@ -260,8 +260,7 @@ Config parse_config(std::string_view text, const std::string& path, const std::v
   for (const auto& [key, entry] : entries) problems.push_back({entry.key_position, unknown_key(key)});
   if (config.origin.count("task.kind") == 0) {
     const SourcePosition top{path, 1, 1};
-    problems.push_back(
-        {top, "task.kind is missing; say kind = \"decode\", \"prefill\", \"kernels\" or \"needle\" in [task]"});
+    problems.push_back({top, "task.kind is missing; give kind in [task], " + expected(config.kind, task_kinds)});
   }
   throw_problems(std::move(problems));
   return config;
