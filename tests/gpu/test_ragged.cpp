@@ -110,6 +110,34 @@ TEST_CASE("a ragged decode step of many sequences in one launch is each sequence
     check_alone(shape_of(type, d, heads), contexts, "step");
 }
 
+// All clusters are resident, and the longest sequences would keep theirs busy after the others: they lend KV tiles.
+namespace {
+const std::vector<std::int64_t> few_lending = {150000, 64, 5000, 17, 33, 90001, 700};
+std::vector<std::int64_t> many_lending() {
+  std::vector<std::int64_t> contexts = {1, 60001, 64, 17, 40000};
+  while (contexts.size() < 60) contexts.push_back(1 + static_cast<std::int64_t>(contexts.size() * 7919 % 9000));
+  return contexts;
+}
+}  // namespace
+
+TEST_CASE("a ragged decode step whose sequences lend tiles is each sequence alone", "[step][ragged][loans]") {
+  for (const auto& [type, d, heads] : {std::tuple{DType::bf16, 128, 16}, {DType::f16, 128, 5}, {DType::bf16, 64, 16}})
+    for (const auto& contexts : {few_lending, many_lending()}) check_alone(shape_of(type, d, heads), contexts, "step");
+}
+
+TEST_CASE("a ragged decode step whose sequences lend tiles gives the same bits every time", "[step][ragged][loans]") {
+  for (const auto& contexts : {few_lending, many_lending()}) {
+    const WholeDecode whole(gpu(), shape_of(DType::bf16, 128, 16), contexts, 1);
+    const StepMemory step = whole.step(whole.sets[0]);
+    CHECK(gpu().kernels->schedule_imbalance(whole.s, step.stage.tile, contexts) < 1.5);  // without loans over 3
+    const Result first(whole, step);
+    for (int i = 0; i < 50; ++i) {
+      const Result again(whole, step);
+      CHECK((again.o == first.o && again.selected == first.selected && again.reads == first.reads));
+    }
+  }
+}
+
 // So many chosen blocks that the step does not run in one launch.
 TEST_CASE("a ragged decode step with tiles dealt by length is each sequence alone", "[step][ragged]") {
   const std::vector<std::int64_t> contexts = {5000, 150000, 1, 31, 64000, 17, 33, 2048, 90001};

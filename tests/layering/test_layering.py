@@ -41,10 +41,12 @@ ALLOWED = {
     "kernels/cuda/decode/fused": "kernels/cuda/attention kernels/cuda/decode/split_kv kernels/cuda/layer "
                                  "kernels/cuda/primitives",
     "kernels/cuda/decode/fp8": "kernels/cuda/decode/fused kernels/cuda/decode/split_kv kernels/cuda/primitives",
+    "kernels/cuda/decode/loans": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/sizes",
     "kernels/cuda/decode/sharded": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/exchange "
                                    "kernels/cuda/runtime",
-    "kernels/cuda/decode": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/decode/split_kv "
-                           "kernels/cuda/layer kernels/cuda/rank kernels/cuda/runtime kernels/cuda/sizes",
+    "kernels/cuda/decode": "kernels/cuda/attention kernels/cuda/decode/fused kernels/cuda/decode/loans "
+                           "kernels/cuda/decode/split_kv kernels/cuda/layer kernels/cuda/rank kernels/cuda/runtime "
+                           "kernels/cuda/sizes",
     "kernels/cuda/prefill": "kernels/cuda/attention kernels/cuda/primitives kernels/cuda/rank kernels/cuda/runtime "
                             "kernels/cuda/sizes",
     "kernels/cuda/prefill/dense": "kernels/cuda/prefill",

@@ -5,7 +5,8 @@
 // Where cmp alone fills the GPU, every CTA takes a split of win and then one of cmp, so that all finish together; where
 // it does not, win has CTAs of its own.
 //
-// Of a ragged batch the tiles are dealt by length (attention/tile_schedule.cuh).
+// Of a ragged batch longer rows lend KV tiles to the clusters of shorter ones (decode/loans), where each has a cluster
+// at the same time; in the launches the tiles are dealt by length (attention/tile_schedule.cuh).
 //
 // Of several query tokens cmp has a launch of its own (decode/tokens/kernel.cuh). The rest of the step is one launch
 // too where its rows fill half of the GPU (try_fused_tokens); else win runs beside sel.
@@ -18,6 +19,7 @@
 #include "kernels/cuda/attention/kv_tiles.cuh"
 #include "kernels/cuda/attention/online_softmax.cuh"
 #include "kernels/cuda/decode/fused/params.cuh"
+#include "kernels/cuda/decode/loans/params.cuh"
 #include "kernels/cuda/decode/split_kv/merge_splits.cuh"
 #include "kernels/cuda/decode/split_kv/stages.cuh"
 #include "kernels/cuda/decode/stages.cuh"
@@ -162,11 +164,13 @@ const char* decode_attention_variant(const AttentionArgs& a) {
 }
 
 double schedule_imbalance(const LayerShape& s, const QueryTile& tile, std::span<const std::int64_t> positions) {
-  std::vector<std::int64_t> tiles;  // of a group
+  std::vector<std::int64_t> tiles;  // of a group, of one sequence each
   for (const std::int64_t t : positions)
     tiles.push_back((compressed_tokens(s.rules, t) + s.lse.segment - 1) / s.lse.segment * tiles_per_span(cmp, s));
   const std::int64_t total = std::accumulate(tiles.begin(), tiles.end(), std::int64_t{0}) * s.groups;
   if (total == 0) return 1.0;
+  if (const int cluster = loan_cluster(s, tile); cluster > 0)
+    return loan_imbalance(std::vector<int>(tiles.begin(), tiles.end()), cluster);
   if (const int slots = fused_slots(s, tile); slots > 0) return longest_first_imbalance(s, tiles, slots);
   const std::int64_t ctas = dealt_ctas(s), share = (total + ctas * decode_warps - 1) / (ctas * decode_warps);
   return static_cast<double>(std::min(share * decode_warps, total) * ctas) / static_cast<double>(total);
@@ -176,7 +180,7 @@ void decode_attention(const AttentionArgs& a, Stream* stream) {
   const LayerShape& s = a.combine.shape;
   const QueryTile& tile = a.combine.tile;
   if (tile.rows() == 0) return;
-  if (try_fused_decode(a, stream)) return;
+  if (try_loan_decode(a, stream) || try_fused_decode(a, stream)) return;
   if (is_quantised(a.attend[cmp].k)) throw LaunchError("the decode kernel of FP8 rows does not take this step");
   const AttendArgs& cmp_args = a.attend[cmp];
   const bool* leave_out = a.combine.leave_out;

@@ -71,7 +71,7 @@ struct FusedAppend {
       reinterpret_cast<uint4*>(to)[threadIdx.x % 32] = vectors[i];
     }
     __syncthreads();
-    if (is_quantised_tile<WarpTile> && p.appended.rows[0].bytes == 0) return;
+    if ((is_quantised_tile<WarpTile> || Params::lends) && p.appended.rows[0].bytes == 0) return;
     const int tokens = all_tokens(), token = tokens - 1, l = p.shape.rules.l;
     if (tokens == 0 || at.t + 1 - l != token * p.shape.rules.d) return;
     int segment = p.segment(token), row = token - segment * static_cast<int>(p.shape.lse.segment);

@@ -47,14 +47,11 @@ struct FusedDecode {
     at.cta = static_cast<int>(blockIdx.x) - at.work_item * p.cluster;
     if constexpr (!is_shard)
       if (p.longest_first) at.work_item = longest_first(at.work_item);
-    at.row = p.groups(at.work_item), at.group = at.work_item - at.row * s.groups;
-    at.group_head = at.row * s.heads() + at.group * s.heads_per_group;
     at.tile_cta = WarpTile::tuned ? at.cta : p.by_head_tiles(at.cta);
     at.head_tile = WarpTile::tuned ? 0 : at.cta - at.tile_cta * p.head_tiles;
     at.valid_heads =
         WarpTile::tuned ? s.heads_per_group : min(WarpTile::heads, s.heads_per_group - at.head_tile * WarpTile::heads);
-    at.first_head = at.group_head + at.head_tile * WarpTile::heads;
-    at.tile_item = WarpTile::tuned ? at.work_item : at.work_item * p.head_tiles + at.head_tile;
+    set_work_item(at.work_item);
     at.warp = threadIdx.x / 32;
     at.warp_in_cluster = at.warp * p.cluster + at.cta;
     at.cluster_warps = W * p.cluster;
@@ -78,6 +75,15 @@ struct FusedDecode {
       pipeline.halo_rows = shared_address(shared) + SharedLayout::halo_rows + at.warp * SharedLayout::halo_bytes;
     }
     assign_tiles();
+    if constexpr (Params::lends) at.template plan<WarpTile, W>(p, shared);
+  }
+  __device__ __forceinline__ void set_work_item(int work_item) {
+    const LayerShape& s = p.shape;
+    at.work_item = work_item;
+    at.row = p.groups(at.work_item), at.group = at.work_item - at.row * s.groups;
+    at.group_head = at.row * s.heads() + at.group * s.heads_per_group;
+    at.first_head = at.group_head + at.head_tile * WarpTile::heads;
+    at.tile_item = WarpTile::tuned ? at.work_item : at.work_item * p.head_tiles + at.head_tile;
   }
   // The k-th work item by falling length: clusters start in this order, so the longest sequence starts first. The
   // positions were written before the predecessor began. All threads.
@@ -118,17 +124,12 @@ struct FusedDecode {
     [[maybe_unused]] FusedAppend<WarpTile, W, Params> append{p, at};
     if constexpr (Params::is_layer) append.load();
     const std::int64_t t = Params::after_cmp ? position_of_row(p.tile, at.row) : first_position(p.tile, at.row);
-    WarpTile::copy_queries_async(shared_address(shared) + SharedLayout::queries,
-                                 static_cast<const T*>(p.q) + std::int64_t{at.first_head} * size().d_k, size(),
-                                 at.valid_heads, threadIdx.x, threads);
+    copy_queries();
     if (threadIdx.x < branches)
       cp_async_word(shared_address(shared) + SharedLayout::gates + threadIdx.x * 4,
                     p.gate + at.work_item * branches + threadIdx.x, true);
     cp_async_commit();
-    const BlockRules& r = p.shape.rules;
-    at.t = static_cast<int>(t);
-    at.n = at.t + 1 < r.l ? 0 : p.stride(at.t + 1 - r.l) + 1;
-    at.eligible = p.block(at.t) + 1;
+    set_position(static_cast<int>(t));
     if constexpr (is_shard) at.start();
     if constexpr (Params::is_layer) append.store();
     plan_tiles();
@@ -141,14 +142,72 @@ struct FusedDecode {
     if constexpr (Params::is_layer)
       if (p.log.position && threadIdx.x == 0) end_step();
   }
+  __device__ __forceinline__ void copy_queries() const {
+    WarpTile::copy_queries_async(shared_address(shared) + SharedLayout::queries,
+                                 static_cast<const T*>(p.q) + std::int64_t{at.first_head} * size().d_k, size(),
+                                 at.valid_heads, threadIdx.x, threads);
+  }
+  __device__ __forceinline__ void set_position(int t) {
+    const BlockRules& r = p.shape.rules;
+    at.t = t;
+    at.n = t + 1 < r.l ? 0 : p.stride(t + 1 - r.l) + 1;
+    at.eligible = p.block(t) + 1;
+  }
+  // Where rows lend tiles: begins the next tiles that this cluster borrows; after these its own ones, and returns true.
+  __device__ __forceinline__ bool begin_cmp() {
+    __syncthreads();  // the loans are there, the piece before is done
+    const bool is_own = !at.borrows();
+    const int own_item = p.by_cluster(static_cast<int>(blockIdx.x));
+    set_work_item(is_own ? own_item : at.lender_row() * p.shape.groups + at.group);
+    pipeline.sequence = sequence();
+    pipeline.load_pass = pipeline.load_panel = 0, pipeline.load_v = false;
+    if (threadIdx.x % 32 == 0) store_ranges(at.cluster_warps - 1 - at.warp_in_cluster, tiles_per_span(cmp, p.shape));
+    __syncwarp();
+    if (is_own)
+      start();
+    else
+      start_piece();
+    return is_own;
+  }
+  __device__ __forceinline__ void start_piece() {
+    copy_queries();
+    cp_async_commit();
+    set_position(static_cast<int>(first_position(p.tile, at.row)));
+    if (threadIdx.x % 32 == 0) {
+      const auto piece = at.piece();
+      ranges()[0].first += piece.first, ranges()[0].count = piece.first + piece.count, ranges()[0].high = at.n;
+    }
+    __syncwarp();
+    pipeline.selected = -1;
+    pipeline.cmp_tokens = at.n;
+    pipeline.start(0);
+    cp_async_wait<SharedLayout::slots>();  // the queries
+    __syncthreads();
+  }
+  __device__ __forceinline__ void store_piece(const WarpTile& warp_tile) const {
+    const FusedMerge<WarpTile, W, Params> merge{p, at, shared, at.piece().count, 0, 0};
+    merge.store_lent(warp_tile, at.partial_of_piece());
+    at.end_piece();
+  }
   // Moves the position on once every CTA has read it. The next launch waits for this one.
   __device__ __forceinline__ void end_step() const {
     if (atomicInc(p.log.arrivals, gridDim.x - 1) != gridDim.x - 1) return;
+    if constexpr (Params::lends) {
+      for (int i = 0; i < static_cast<int>(p.tile.rows()); ++i)
+        atomicAdd(reinterpret_cast<unsigned long long*>(p.log.position) + i, 1ull);
+      *p.log.step = log_row() + 1;
+      return;
+    }
     *p.log.position = at.t + 1;
     *p.log.step = at.t + 1 - p.log.first_position;
   }
   // Row of the logs; those from p.log.rows on do not exist.
-  __device__ __forceinline__ int log_row() const { return at.t - p.log.first_position; }
+  __device__ __forceinline__ int log_row() const {
+    if constexpr (Params::lends)
+      return at.loans->step;
+    else
+      return at.t - p.log.first_position;
+  }
 
   __device__ __forceinline__ WarpTile make_tile() const {
     return WarpTile(shared + SharedLayout::queries, shared + SharedLayout::prob + at.warp * WarpTile::prob_bytes,
@@ -246,6 +305,7 @@ struct FusedDecode {
         first.count = at.chunks * tiles_per_span(cmp, s);
       else
         first.count = Params::after_cmp ? 0 : p.segment(at.n + segment - 1) * tiles_per_span(cmp, s);
+      if constexpr (Params::lends) first.first += at.loans->lent;
       first.first_span = first.low = 0, first.high = at.n;
       second.count = pipeline.attends_sel ? sel_tiles : win_tiles;
       second.first_span = pipeline.attends_sel ? 0 : first_span;
@@ -363,6 +423,8 @@ struct FusedDecode {
     else
       __syncthreads();
     if constexpr (is_shard) at.end_phase(StepPhase::cluster_cmp);
+    if constexpr (Params::lends)
+      if (pipeline.attends_sel || p.leave_out[sel]) at.wait_for_lent();
     if (p.leave_out[sel]) return;
     const bool selects_all = all_eligible() <= r.n_sel, scores = !selects_all || p.p_slc;
     if (!pipeline.attends_sel) {
@@ -391,7 +453,9 @@ struct FusedDecode {
       return pipeline.ranges[0].count;
   }
   __device__ __forceinline__ FusedMerge<WarpTile, W, Params> merge() const {
-    return {p, at, shared, pipeline.ranges[0].count, sel_tiles, win_tiles};
+    int own_tiles = pipeline.ranges[0].count;
+    if constexpr (Params::lends) own_tiles -= at.loans->lent;
+    return {p, at, shared, own_tiles, sel_tiles, win_tiles};
   }
   // The selected blocks, one a lane; those that this rank holds are in the pipeline.
   __device__ __forceinline__ int selected() const {
@@ -428,8 +492,18 @@ __device__ __forceinline__ void attend(FusedDecode<WarpTile, W, Sums, Params>& s
   } else {
 #pragma unroll 1
     for (int pass = 0;; ++pass) {
+      bool is_own = true;
+      if constexpr (Params::lends)
+        if (pass == 0) is_own = step.begin_cmp();
       step.mainloop(warp_tile, pass);
       if (pass == 1) break;
+      if constexpr (Params::lends)
+        if (!is_own) {
+          step.store_piece(warp_tile);
+          warp_tile = step.make_tile();
+          --pass;
+          continue;
+        }
       cmp_tile.park(warp_tile);
       warp_tile = step.make_tile();
       step.select_blocks();
@@ -458,7 +532,7 @@ __global__ void __launch_bounds__(32 * W, W < fused_warps ? 2 : 1)
   extern __shared__ __align__(128) char shared[];
   FusedDecode<WarpTile, W, Sums, Params> step(p, shared);
   step.wait_for_inputs();
-  step.start();
+  if constexpr (!Params::lends) step.start();
   WarpTile warp_tile = step.make_tile();
   ParkedTile<WarpTile> cmp_tile(warp_tile);
   attend(step, cmp_tile, warp_tile);
@@ -472,6 +546,7 @@ __global__ void __launch_bounds__(32 * W, W < fused_warps ? 2 : 1)
     cluster_barrier();
     merge.template merge<part>();
   });
+  if constexpr (Params::lends) step.at.clear_arrivals();
 }
 
 /// Whether there is a kernel of CTAs of 4 warps: not where o has two parts.
@@ -481,11 +556,12 @@ constexpr bool has_small_ctas = WarpTile::parts == 1;
 template <class WarpTile>
 constexpr int warps_after_cmp = after_cmp_warps({WarpTile::d_k, WarpTile::d_v, WarpTile::heads, WarpTile::tuned});
 
-/// Clusters of that size, of CTAs of W warps, that are resident at the same time; 0: none.
+/// Clusters of that size, of CTAs of W warps, that are resident at the same time; 0: none. `more_bytes`: of shared
+/// memory, after the layout.
 template <auto* kernel, class WarpTile, int W>
-int count_active_clusters(const LayerShape& s, int cluster) {
+int count_active_clusters(const LayerShape& s, int cluster, int more_bytes = 0) {
   static int cached[fused_max_cluster + 1];  // count + 1; 0: not queried yet
-  const std::size_t bytes = FusedSharedLayout<WarpTile, W>::bytes(s);
+  const std::size_t bytes = FusedSharedLayout<WarpTile, W>::bytes(s) + more_bytes;
   if (bytes > limits().shared_bytes) return 0;
   if (cached[cluster] > 0) return cached[cluster] - 1;
   cudaLaunchAttribute size{};

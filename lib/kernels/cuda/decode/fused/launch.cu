@@ -63,14 +63,16 @@ Division choose_division(const LayerShape& s, const QueryTile& tile, std::int64_
     const std::int64_t bytes = row_bytes(s.dtype, s.kv_precision, s.d_k) + row_bytes(s.dtype, s.kv_precision, s.d_v);
     return static_cast<double>(tokens * bytes) * limits().sms / bandwidth;
   };
-  const double alone = alone_at(tile.max_positions), mean = tile.ragged() ? alone_at(tile.mean_positions) : alone;
+  const bool ragged = tile.ragged() && !within.lends;
+  const double mean = alone_at(tile.ragged() ? tile.mean_positions : tile.max_positions),
+               alone = ragged ? alone_at(tile.max_positions) : mean;
   Division best;
   double least = 0;
   const auto consider = [&](int cluster, int warps, std::int64_t resident, double fraction) {
     if (within.one_wave && work_items > resident) return;
     const double longest = latencies + alone * fraction,
                  all = static_cast<double>(work_items) * (start + mean * fraction);
-    const double time = !tile.ragged()           ? static_cast<double>((work_items + resident - 1) / resident) * longest
+    const double time = !ragged                  ? static_cast<double>((work_items + resident - 1) / resident) * longest
                         : work_items <= resident ? longest
                                                  : std::max(longest, all / static_cast<double>(resident));
     if (best.cluster == 0 || time < least) best = {cluster, warps, static_cast<int>(resident)}, least = time;
@@ -177,7 +179,8 @@ void divide_work(FusedDecodeParams& p, const DivisionLimits& within) {
             second_tiles = win_tiles + sel_tiles;
   const Division division = choose_division(s, p.tile, std::max<std::int64_t>(within.max_tiles, second_tiles), within);
   p.cluster = division.cluster, p.warps = division.warps;
-  p.longest_first = p.tile.ragged() && within.shards == 1 && p.tile.rows() * s.groups > division.resident;
+  p.longest_first =
+      p.tile.ragged() && !within.lends && within.shards == 1 && p.tile.rows() * s.groups > division.resident;
   if (p.cluster == 0) return;
   p.head_tiles = head_tiles_of(s), p.tile_ctas = p.cluster / p.head_tiles;
   p.by_head_tiles = Divisor(p.head_tiles), p.by_tile_ctas = Divisor(p.tile_ctas);

@@ -196,6 +196,12 @@ struct FusedMerge {
       float4 value = partials[b];
       if constexpr (Params::after_cmp)
         if (b == cmp) s = merge_cmp<Part>(item, value);
+      if constexpr (Params::lends)
+        if (b == cmp) {
+          SoftmaxState<Exp2> state = {cta_lse()[item / column_quads].x, s};
+          add_lent(item, state, value);
+          s = state.s;
+        }
       const float inverse = inverse_or_zero(s), gate = gates()[b];
       scale_by(value, inverse);
       if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[quad_of<Part>(item)] = value;
@@ -216,6 +222,42 @@ struct FusedMerge {
       merge_partial(state, o, __ldcg(reinterpret_cast<const float2*>(from + WarpTile::heads * d_v) + head),
                     __ldcg(reinterpret_cast<const float4*>(from) + quad));
     return state.s;
+  }
+  // Adds what other clusters have attended of this row. Absent partials are the neutral element.
+  __device__ __forceinline__ void add_lent(int item, SoftmaxState<Exp2>& state, float4& o) const {
+    const int count = at.lent_partials(), stride = at.partial_floats(), head = item / column_quads;
+    const float* from = at.first_lent_partial();
+#pragma unroll 1
+    for (int i0 = 0; i0 < count; i0 += 4, from += 4 * stride) {
+      float2 ms[4];
+      float4 x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* partial = from + i * stride;
+        const bool has = i0 + i < count;
+        ms[i] = has ? __ldcg(reinterpret_cast<const float2*>(partial + WarpTile::heads * WarpTile::d_v) + head)
+                    : make_float2(neg_inf, 0.0f);
+        x[i] = has ? __ldcg(reinterpret_cast<const float4*>(partial) + item) : float4{};
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) merge_partial(state, o, ms[i], x[i]);
+    }
+  }
+  /// Stores the sum over the warps of tiles of cmp that another cluster merges.
+  __device__ __forceinline__ void store_lent(const WarpTile& tile, float* to) const {
+    const Range warps = warps_of(cmp);
+    __syncthreads();  // the rings are empty
+    if (at.warp < warps.to) store_warp<0>(tile, 0);
+    __syncthreads();
+    rescale_warps<0>();
+    __syncthreads();
+#pragma unroll 1
+    for (int item = threadIdx.x; item < at.valid_heads * column_quads; item += threads) {
+      __stcg(reinterpret_cast<float4*>(to) + item, sum_warps<0>(cmp, warps, item));
+      const int head = item / column_quads;
+      if (item % column_quads == 0)
+        __stcg(reinterpret_cast<float2*>(to + WarpTile::heads * WarpTile::d_v) + head, cta_lse()[head]);
+    }
   }
   __device__ __forceinline__ void store_quad(std::int64_t quad, float4 x) const {
     T* to = static_cast<T*>(p.o) + quad * 4;
@@ -249,7 +291,9 @@ struct FusedMerge {
       const bool in_slice = local < p.o_slice && item < valid_heads<Part>() * column_quads && has_columns<Part>(item);
       float4 value = {};
       if (in_slice && b < branches && !p.leave_out[b]) {
-        const Partial<Exp2> merged = merge_ctas(b, first, local);
+        Partial<Exp2> merged = merge_ctas(b, first, local);
+        if constexpr (Params::lends)
+          if (b == cmp) add_lent(item, merged.state, merged.o);
         const float inverse = inverse_or_zero(merged.state.s);
         value = {merged.o.x * inverse, merged.o.y * inverse, merged.o.z * inverse, merged.o.w * inverse};
         if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[quad_of<Part>(item)] = value;

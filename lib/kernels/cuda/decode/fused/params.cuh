@@ -78,13 +78,15 @@ struct StepLog {
   std::int64_t selected_count = 0;
   std::int64_t *position = nullptr, *step = nullptr;  ///< null: the step goes on
   unsigned* arrivals = nullptr;                       ///< zero between launches
+  const std::int64_t* number = nullptr;               ///< of a ragged batch: the step's, the row of the logs
 };
 
 /// Of a rank that holds all K and V. ShardedDecodeParams (decode/sharded/params.cuh) adds to it what a rank needs that
 /// holds some chunks of them; the kernel is a template of both.
 struct FusedDecodeParams {
   using Coord = FusedCoord;
-  static constexpr bool is_shard = false, is_layer = false, projects = false, after_cmp = false, has_pages = true;
+  static constexpr bool is_shard = false, is_layer = false, projects = false, after_cmp = false, has_pages = true,
+                        lends = false;
   LayerShape shape;
   QueryTile tile;
   const void* q;
@@ -168,6 +170,7 @@ struct DivisionLimits {
   int shards = 1, max_cluster = fused_max_cluster;
   bool one_wave = false;  ///< all work items are resident at the same time
   int only_warps = 0;     ///< of a CTA, two an SM; 0: 8 or 4
+  bool lends = false;     ///< rows of a ragged batch have the same work (decode/loans)
 };
 void divide_work(FusedDecodeParams& p, const DivisionLimits& limits);
 
