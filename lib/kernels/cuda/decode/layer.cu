@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/decode/fused/params.cuh"
+#include "kernels/cuda/decode/loans/params.cuh"
 #include "kernels/cuda/decode/stages.cuh"
 #include "kernels/cuda/layer/stages.cuh"
 
@@ -17,11 +17,16 @@ bool is_whole(const KvView& cache, std::int64_t row_bytes) {
   return !cache.rounded && map.chunk == INT64_MAX && map.halo == 0 && row_bytes % 16 == 0 && row_bytes <= 512;
 }
 
-FusedAppendParams params_of(const DecodeLayerArgs& a) {
+// Without the division of work.
+FusedAppendParams inputs_of(const DecodeLayerArgs& a) {
   FusedAppendParams p;
   static_cast<FusedDecodeParams&>(p) = fused_decode_params(a.attention);
   p.appended = appended_rows(a);
   p.log = step_log(a, a.attention, p.reads);
+  return p;
+}
+FusedAppendParams params_of(const DecodeLayerArgs& a) {
+  FusedAppendParams p = inputs_of(a);
   divide_work(p);
   return p;
 }
@@ -29,6 +34,12 @@ FusedAppendParams params_of(const DecodeLayerArgs& a) {
 // The kernels of a layer score blocks by sums; a padded one decides it at run time.
 bool has_kernel(const FusedAppendParams& p) {
   return p.cluster > 0 && (p.block_sums.memory || !fused_instance(p.shape).tuned);
+}
+
+// Of a ragged batch: rows lend tiles, and all positions are those of the tile.
+bool has_loans(const DecodeLayerArgs& a) {
+  const QueryTile& tile = a.attention.combine.tile;
+  return a.log.positions == tile.batches && tile.batch_begin == 0 && loan_params(inputs_of(a), a.attention).cluster > 0;
 }
 
 }  // namespace
@@ -67,6 +78,7 @@ StepLog step_log(const StepEnds& ends, const AttentionArgs& attention, std::int6
   to.first_position = static_cast<int>(ends.first_position);
   to.selected = log.selected_log + (attention.rank.selected - log.selected);
   to.selected_count = log.selected_count;
+  if (attention.combine.tile.ragged()) to.number = log.step;
   if (!ends.ends_step) return to;
   to.position = log.position;
   to.step = log.step;
@@ -78,17 +90,21 @@ bool decode_layer_accepts(const DecodeLayerArgs& a) {
   const LayerShape& s = a.attention.combine.shape;
   const auto size = static_cast<std::int64_t>(size_of(s.dtype));
   if (a.attention.combine.tile.tokens > 1) return false;  // rows read what other rows append
-  if (a.attention.combine.tile.ragged()) return false;    // the last CTA moves one position on
   if (!decode_attention_accepts(a.attention) || !fused_decode_accepts(a.attention)) return false;
   if (s.phi != PhiKind::mean || a.attention.combine.tile.rows() == 0 || a.log.log_steps == 0) return false;
   for (const AppendArgs& append : a.append)
     if (!is_whole(append.k_cache, s.d_k * size) || !is_whole(append.v_cache, s.d_v * size)) return false;
   // Before a ring is full its rows of earlier positions may lie past `l` rows.
   const std::int64_t ring = a.append[cmp].k_cache.map.ring;
-  return (ring == 0 || ring >= s.rules.l) && is_whole(a.compress.k_cmp, s.d_k * size) && has_kernel(params_of(a));
+  return (ring == 0 || ring >= s.rules.l) && is_whole(a.compress.k_cmp, s.d_k * size) &&
+         (a.attention.combine.tile.ragged() ? has_loans(a) : has_kernel(params_of(a)));
 }
 
 void decode_layer(const DecodeLayerArgs& a, Stream* stream) {
+  if (a.attention.combine.tile.ragged()) {
+    if (a.projects) project(a.project, stream);
+    return launch_loans(loan_params(inputs_of(a), a.attention), stream);
+  }
   const FusedAppendParams p = params_of(a);
   // 256 threads add up RoPE and gate in the order of project; there is no such kernel of FP8 rows.
   if (!a.projects || p.warps < fused_warps || is_quantised(a.compress.k_cmp)) {
