@@ -75,7 +75,6 @@ struct FusedDecode {
       pipeline.halo_rows = shared_address(shared) + SharedLayout::halo_rows + at.warp * SharedLayout::halo_bytes;
     }
     assign_tiles();
-    if constexpr (Params::lends) at.template plan<WarpTile, W>(p, shared);
   }
   __device__ __forceinline__ void set_work_item(int work_item) {
     const LayerShape& s = p.shape;
@@ -532,7 +531,10 @@ __global__ void __launch_bounds__(32 * W, W < fused_warps ? 2 : 1)
   extern __shared__ __align__(128) char shared[];
   FusedDecode<WarpTile, W, Sums, Params> step(p, shared);
   step.wait_for_inputs();
-  if constexpr (!Params::lends) step.start();
+  if constexpr (Params::lends)
+    step.at.template plan<WarpTile, W>(p, shared);
+  else
+    step.start();
   WarpTile warp_tile = step.make_tile();
   ParkedTile<WarpTile> cmp_tile(warp_tile);
   attend(step, cmp_tile, warp_tile);

@@ -34,7 +34,7 @@ struct LoanCoord : FusedCoord {
   RowLoans* rows;            // [rows]
   static constexpr int bytes = max_loan_rows * (2 * sizeof(int) + sizeof(RowLoans));
 
-  /// The loans of all rows, and of this cluster. All threads. The positions were written before the predecessor began.
+  /// The loans of all rows, and of this cluster. All threads, after the predecessor, which may move the positions on.
   /// A barrier follows before the loans are read.
   template <class WarpTile, int W>
   __device__ __forceinline__ void plan(const FusedLoanParams& params, char* shared) {
