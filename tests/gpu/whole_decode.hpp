@@ -65,7 +65,14 @@ inline LayerShape shape_of(DType type, int d, int heads, int blocks = 16) {
   return s;
 }
 
-/// The same with FP8 caches, or their values in storage type.
+/// Sequences whose longest ones lend KV tiles in one launch, with shape_of(DType::bf16, 128, 16); some SMs stay free.
+inline std::vector<std::int64_t> many_lending() {
+  std::vector<std::int64_t> contexts = {1, 60001, 64, 17, 40000};
+  while (contexts.size() < 60) contexts.push_back(1 + static_cast<std::int64_t>(contexts.size() * 7919 % 9000));
+  return contexts;
+}
+
+/// shape_of() with FP8 caches, or their values in storage type.
 inline LayerShape fp8_shape_of(int heads, KvPrecision precision = KvPrecision::fp8_e4m3) {
   LayerShape s = shape_of(DType::bf16, 128, heads);
   s.kv_precision = s.cmp_precision = precision;
