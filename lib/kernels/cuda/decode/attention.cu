@@ -170,7 +170,7 @@ double schedule_imbalance(const LayerShape& s, const QueryTile& tile, std::span<
   const std::int64_t total = std::accumulate(tiles.begin(), tiles.end(), std::int64_t{0}) * s.groups;
   if (total == 0) return 1.0;
   if (const int cluster = loan_cluster(s, tile); cluster > 0)
-    return loan_imbalance(std::vector<int>(tiles.begin(), tiles.end()), cluster);
+    return loan_imbalance(std::vector<int>(tiles.begin(), tiles.end()), fused_warps * cluster);
   if (const int slots = fused_slots(s, tile); slots > 0) return longest_first_imbalance(s, tiles, slots);
   const std::int64_t ctas = dealt_ctas(s), share = (total + ctas * decode_warps - 1) / (ctas * decode_warps);
   return static_cast<double>(std::min(share * decode_warps, total) * ctas) / static_cast<double>(total);

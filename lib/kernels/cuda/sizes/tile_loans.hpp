@@ -3,92 +3,83 @@
 // whose rows all have a cluster each (decode/loans/kernel.cuh). The same arithmetic on the host and in every CTA; all
 // groups of a row have the same loans.
 //
-// Work is counted in tiles. A cluster ends with what follows cmp, which is the same work for every row but for the
-// scores of its blocks. With a share `S` of work for each cluster, a row of more work lends its first tiles, one of
-// less work has room for loans. The rows that lend, longest first, make one sequence of lent tiles; the rows that have
-// room, longest first, take it piece by piece. So those who borrow from the longest row have most tiles of their own
-// to attend afterwards, and the longest row, which scores longest, waits least.
+// Tiles are attended in rounds, one tile for every warp of a cluster, and loans consist of whole rounds. Work is
+// counted in parts of a round. A cluster ends with what follows cmp, which is the same work for every row but for the
+// scores of its blocks. With a share of work for each cluster, a row of more work lends its first rounds, and a row of
+// less work can borrow. A loan costs its borrower a round more, for queries and partials.
+//
+// The loans of a share are dealt one by one: the longest lender borrows from the longest row that can, up to what that
+// has left. A cluster attends what it borrows before its own tiles, in the order of its loans, and no loan ends later
+// than its lender scores. So those who borrow from the longest row have most tiles of their own to attend afterwards,
+// and the longest row, which scores longest, waits least.
+
+#include <cstdint>
+#include <span>
+#include <vector>
 
 #include "kernels/interface/layer_shape.hpp"
 
 namespace nsa::gpu {
 
-constexpr int max_loan_rows = 160;       ///< of a batch whose rows lend tiles
+constexpr int max_loan_rows = 64;        ///< of a batch whose rows lend tiles: loans are dealt one after the other
 constexpr int tiles_scored_in_one = 12;  ///< tiles whose blocks are scored in the time in which one is attended
+constexpr int round_parts = 16;          ///< parts of a round, the unit of work
+constexpr int loan_shares = 256;         ///< that are tried
 
-/// Loans consist of whole rounds: one tile for every warp of a cluster. A borrower spends the time of a round more on
-/// queries and partials.
-struct LoanRules {
-  int rows = 0, round = 8;
+/// A row of so many tiles, of which a cluster attends `round` at a time.
+struct LoanRow {
+  std::int32_t row, rounds, scoring, work;  ///< its index; rounds of its tiles; work of its scores; all its work
+};
+NSA_HD LoanRow loan_row(int row, int tiles, int round) {
+  const int rounds = (tiles + round - 1) / round, scoring = tiles * round_parts / (tiles_scored_in_one * round);
+  return {row, rounds, scoring, rounds * round_parts + scoring};
+}
+
+/// Rounds [first, first + count) of the row `lender`, which the cluster of the row `borrower` attends.
+struct Loan {
+  std::int16_t borrower, lender, first, count;
 };
 
-/// Work of a row of so many tiles.
-NSA_HD int work_of_tiles(int tiles) { return tiles + tiles / tiles_scored_in_one; }
-/// Tiles that a row lends. It keeps its last tile.
-NSA_HD int lent_tiles(const LoanRules& rules, int share, int tiles) {
-  const int excess = work_of_tiles(tiles) - share;
-  if (excess <= 0) return 0;
-  const int wanted = (excess + rules.round - 1) / rules.round, most = (tiles - 1) / rules.round;
-  return (wanted < most ? wanted : most) * rules.round;
-}
-/// Tiles that the cluster of a row can attend for others.
-NSA_HD int loan_room(const LoanRules& rules, int share, int tiles) {
-  const int left = share - work_of_tiles(tiles) - rules.round;
-  return left <= 0 ? 0 : left / rules.round * rules.round;
+/// The k-th share that is tried, of [0, loan_shares): from the mean work on; the last one is that of the longest row
+/// or more, at which there are no loans.
+NSA_HD int share_to_try(int mean_work, int most_work, int k) {
+  return mean_work + k * ((most_work - mean_work + loan_shares - 2) / (loan_shares - 1));
 }
 
-/// The least share at which there is room for what is lent; that of equal rows is their own work. `sum(f)`: the sum of
-/// f(tiles) over all rows.
-template <class Sum>
-NSA_HD int loan_share(const LoanRules& rules, Sum sum) {
-  const auto work = [](int tiles) { return work_of_tiles(tiles); };
-  int low = (sum(work) + rules.rows - 1) / rules.rows;
-  // There every borrower has lost at most two rounds of room, and every lender gained less than one.
-  int high = low + 2 * rules.round;
-  while (low < high) {
-    const int share = low + (high - low) / 2;
-    const auto spare = [&](int tiles) { return loan_room(rules, share, tiles) - lent_tiles(rules, share, tiles); };
-    if (sum(spare) >= 0)
-      high = share;
-    else
-      low = share + 1;
-  }
-  return low;
-}
-
-/// What a row lends and has room for; the same and the rows that do, of all longer rows.
-struct RowLoans {
-  int lent = 0, room = 0, lent_before = 0, room_before = 0, lenders_before = 0, borrowers_before = 0;
-  /// Tiles that the row `lender` lends to this one: [first, first + count) of that row.
-  struct Piece {
-    int first, count;
+/// Deals the loans of a share: calls emit(Loan) for each, in the order of lenders and of borrowers, at most one a row.
+/// False: not all that exceeds the share found a borrower. rows: [count] by falling length.
+template <class Emit>
+NSA_HD bool deal_loans(const LoanRow* rows, int count, int share, Emit emit) {
+  // Rounds that the row lends; it keeps its last one. Negative: it would have to lend that too.
+  const auto lent = [&](const LoanRow& r) {
+    const int excess = r.work - share, rounds = excess <= 0 ? 0 : (excess + round_parts - 1) / round_parts;
+    return rounds < r.rounds || rounds == 0 ? rounds : -1;
   };
-  NSA_HD Piece from(const RowLoans& lender) const {
-    const int begin = room_before > lender.lent_before ? room_before : lender.lent_before,
-              end = room_before + room < lender.lent_before + lender.lent ? room_before + room
-                                                                          : lender.lent_before + lender.lent;
-    return {begin - lender.lent_before, end > begin ? end - begin : 0};
+  int k = 0, left = lent(rows[0]), first = 0;
+  for (int i = 0; i < count && left > 0; ++i) {
+    int room = share - rows[i].work, begin = 0;
+    while (left > 0) {
+      const int until = share - rows[k].scoring - begin, most = (room < until ? room : until) / round_parts - 1;
+      if (most <= 0) break;
+      const int rounds = most < left ? most : left;
+      emit(Loan{static_cast<std::int16_t>(rows[i].row), static_cast<std::int16_t>(rows[k].row),
+                static_cast<std::int16_t>(first), static_cast<std::int16_t>(rounds)});
+      room -= (rounds + 1) * round_parts, begin += (rounds + 1) * round_parts;
+      left -= rounds, first += rounds;
+      if (left > 0) break;  // the borrower has no more room, or none in time
+      left = ++k < count ? lent(rows[k]) : 0, first = 0;
+    }
   }
-  /// Number of the partial that this row forms for the row `lender`: no other pair of rows has it, those of a lender
-  /// follow one another, and all are below the number of rows.
-  NSA_HD int partial_for(const RowLoans& lender) const { return borrowers_before + lender.lenders_before; }
+  return left == 0;
+}
+
+/// The loans of the least share that is tried; tiles: of each row.
+struct LoanPlan {
+  int share = 0;
+  std::vector<Loan> loans;
 };
-NSA_HD RowLoans loans_of_row(const LoanRules& rules, int share, int tiles) {
-  RowLoans own;
-  own.lent = lent_tiles(rules, share, tiles), own.room = loan_room(rules, share, tiles);
-  return own;
-}
-/// Adds what the longer rows lend and have room for. tiles, all: [rows].
-NSA_HD void add_longer_rows(int rows, const int* tiles, RowLoans* all, int row) {
-  RowLoans own = all[row];
-  const int own_tiles = tiles[row];
-  for (int other = 0; other < rows; ++other) {
-    const bool longer = tiles[other] > own_tiles || (tiles[other] == own_tiles && other < row);
-    const int lent = longer ? all[other].lent : 0, room = longer ? all[other].room : 0;
-    own.lent_before += lent, own.room_before += room;
-    own.lenders_before += lent > 0, own.borrowers_before += room > 0;
-  }
-  all[row] = own;
-}
+LoanPlan plan_loans(std::span<const int> tiles, int round);
+/// The most tiles that a cluster attends over the mean.
+double loan_imbalance(std::span<const int> tiles, int round);
 
 }  // namespace nsa::gpu

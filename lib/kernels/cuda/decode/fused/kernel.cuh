@@ -154,7 +154,7 @@ struct FusedDecode {
   }
   // Where rows lend tiles: begins the next tiles that this cluster borrows; after these its own ones, and returns true.
   __device__ __forceinline__ bool begin_cmp() {
-    __syncthreads();  // the loans are there, the piece before is done
+    __syncthreads();  // the loans are there, the one before is done
     const bool is_own = !at.borrows();
     const int own_item = p.by_cluster(static_cast<int>(blockIdx.x));
     set_work_item(is_own ? own_item : at.lender_row() * p.shape.groups + at.group);
@@ -165,16 +165,15 @@ struct FusedDecode {
     if (is_own)
       start();
     else
-      start_piece();
+      start_loan();
     return is_own;
   }
-  __device__ __forceinline__ void start_piece() {
+  __device__ __forceinline__ void start_loan() {
     copy_queries();
     cp_async_commit();
     set_position(static_cast<int>(first_position(p.tile, at.row)));
     if (threadIdx.x % 32 == 0) {
-      const auto piece = at.piece();
-      ranges()[0].first += piece.first, ranges()[0].count = piece.first + piece.count, ranges()[0].high = at.n;
+      ranges()[0].first += at.first_lent_tile(), ranges()[0].count = at.lent_tiles_end(), ranges()[0].high = at.n;
     }
     __syncwarp();
     pipeline.selected = -1;
@@ -183,10 +182,10 @@ struct FusedDecode {
     cp_async_wait<SharedLayout::slots>();  // the queries
     __syncthreads();
   }
-  __device__ __forceinline__ void store_piece(const WarpTile& warp_tile) const {
-    const FusedMerge<WarpTile, W, Params> merge{p, at, shared, at.piece().count, 0, 0};
-    merge.store_lent(warp_tile, at.partial_of_piece());
-    at.end_piece();
+  __device__ __forceinline__ void store_loan(const WarpTile& warp_tile) const {
+    const FusedMerge<WarpTile, W, Params> merge{p, at, shared, at.lent_tiles_end() - at.first_lent_tile(), 0, 0};
+    merge.store_lent(warp_tile, at.partial_of_loan());
+    at.end_loan();
   }
   // Moves the position on once every CTA has read it. The next launch waits for this one.
   __device__ __forceinline__ void end_step() const {
@@ -498,7 +497,7 @@ __device__ __forceinline__ void attend(FusedDecode<WarpTile, W, Sums, Params>& s
       if (pass == 1) break;
       if constexpr (Params::lends)
         if (!is_own) {
-          step.store_piece(warp_tile);
+          step.store_loan(warp_tile);
           warp_tile = step.make_tile();
           --pass;
           continue;

@@ -1,9 +1,5 @@
 // In which decode steps of ragged batches rows lend KV tiles, and their arguments.
 
-#include <algorithm>
-#include <numeric>
-#include <vector>
-
 #include "kernels/cuda/attention/kv_tiles.cuh"
 #include "kernels/cuda/decode/loans/params.cuh"
 
@@ -49,23 +45,6 @@ int loan_cluster(const LayerShape& s, const QueryTile& tile) {
   // The last segment, and so the token that completes, stays with its row.
   const bool whole_segments = fused_warps * p.cluster % tiles_per_span(cmp, s) == 0;
   return p.cluster > 0 && whole_segments && longest_delays(s, tile, p.cluster) ? p.cluster : 0;
-}
-
-double loan_imbalance(std::span<const int> tiles, int cluster) {
-  const LoanRules rules{static_cast<int>(tiles.size()), fused_warps * cluster};
-  const int share = loan_share(rules, [&](auto f) {
-    return std::accumulate(tiles.begin(), tiles.end(), 0, [&](int sum, int x) { return sum + f(x); });
-  });
-  std::vector<RowLoans> rows;
-  for (const int x : tiles) rows.push_back(loans_of_row(rules, share, x));
-  for (int row = 0; row < rules.rows; ++row) add_longer_rows(rules.rows, tiles.data(), rows.data(), row);
-  int most = 0, all = 0;
-  for (int row = 0; row < rules.rows; ++row) {
-    int attended = tiles[static_cast<std::size_t>(row)] - rows[static_cast<std::size_t>(row)].lent;
-    for (const RowLoans& lender : rows) attended += std::max(0, rows[static_cast<std::size_t>(row)].from(lender).count);
-    most = std::max(most, attended), all += attended;
-  }
-  return static_cast<double>(most) * rules.rows / std::max(1, all);
 }
 
 FusedLoanParams loan_params(const FusedAppendParams& of, const AttentionArgs& a) {

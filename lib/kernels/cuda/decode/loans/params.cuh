@@ -2,8 +2,6 @@
 // Arguments of a fused decode step of a ragged batch whose longer rows lend KV tiles of cmp to the clusters of shorter
 // ones (decode/loans/kernel.cuh).
 
-#include <span>
-
 #include "kernels/cuda/decode/fused/params.cuh"
 #include "kernels/cuda/sizes/tile_loans.hpp"
 
@@ -22,8 +20,6 @@ struct FusedLoanParams : FusedAppendParams {
 
 /// Whether rows lend tiles in a step of these arguments, and its CTAs a work item; 0: they do not.
 int loan_cluster(const LayerShape& s, const QueryTile& tile);
-/// The most work of a cluster over the mean, with clusters of that size; tiles: [rows] of one group.
-double loan_imbalance(std::span<const int> tiles, int cluster);
 
 /// The step of `of`, whose work is not yet divided, if rows lend tiles in it; else its `cluster` is 0.
 FusedLoanParams loan_params(const FusedAppendParams& of, const AttentionArgs& a);
