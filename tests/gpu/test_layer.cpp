@@ -1,6 +1,7 @@
 // A layer of a decode step in one launch against the same work in several: the same bits in caches, blocks, output and
 // logs, step after step.
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -321,19 +322,22 @@ TEST_CASE("decode steps of several layers, queued and as a graph, equal their st
   }
 }
 
-// Some SMs have no work item: the next launch begins there while this one moves the positions on.
+// Some SMs have no work item: the next launch begins there while this one moves the positions on. Loans are stored from
+// step to step; other sequences have others.
 TEST_CASE("queued decode layers of a ragged batch whose sequences lend tiles equal their stages",
           "[step][layer][ragged][loans]") {
+  const LayerShape s = shape_of(DType::bf16, 2, 16, 128, 128);
+  std::vector<std::int64_t> contexts = many_lending();
   for (const bool projects : {false, true}) {
     INFO((projects ? "projects" : "given"));
-    const LayerShape s = shape_of(DType::bf16, 2, 16, 128, 128);
-    const WholeLayer stages(s, many_lending(), projects), layer(s, many_lending(), projects);
+    const WholeLayer stages(s, contexts, projects), layer(s, contexts, projects);
     for (int step = 0; step <= log_steps; ++step) stages.run_stages();
+    gpu().device->synchronize(stages.whole.stream);  // the counters of arrivals are those of the device
     for (int step = 0; step <= log_steps; ++step) layer.run_layer();
-    gpu().device->synchronize(stages.whole.stream);
     gpu().device->synchronize(layer.whole.stream);
     CHECK(same(stages.whole.o, layer.whole.o, stages.whole.o_bytes(), stages.whole));
     check_same(stages, layer);
+    std::rotate(contexts.begin(), contexts.begin() + 7, contexts.end());
   }
 }
 

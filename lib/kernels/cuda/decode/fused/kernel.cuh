@@ -191,6 +191,7 @@ struct FusedDecode {
   __device__ __forceinline__ void end_step() const {
     if (atomicInc(p.log.arrivals, gridDim.x - 1) != gridDim.x - 1) return;
     if constexpr (Params::lends) {
+      at.store_loans();
       for (int i = 0; i < static_cast<int>(p.tile.rows()); ++i)
         atomicAdd(reinterpret_cast<unsigned long long*>(p.log.position) + i, 1ull);
       *p.log.step = log_row() + 1;

@@ -8,8 +8,10 @@
 // lender waits for the arrivals before it scores blocks, and adds the partials when it merges its own. Nobody waits
 // before it has attended all that it borrows, so that the waiting has an end.
 //
-// Every CTA works the loans out by itself, from the positions. Scores, (m, sum) and block sums of a tile do not depend
-// on who attends it, so the blocks are chosen by the same bits as on every other path.
+// Every CTA works the loans out by itself, from the tiles of each row; where these are as in a step before, it reads
+// the loans of then, which the last CTA of a layer's launch that had to work them out has stored. Scores, (m, sum) and
+// block sums of a tile do not depend on who attends it, so the blocks are chosen by the same bits as on every other
+// path.
 //
 // Bytes: those of the fused step, and a partial of heads * (Dv + 2) floats a loan and CTA through the L2. Bound: as
 // the fused step of equal lengths, and the rounds that the loans leave (sizes/tile_loans.hpp).
@@ -26,6 +28,47 @@ struct ClusterLoans {
   int step;                           // number of the step
 };
 
+/// The loans of rows of so many tiles, attended in such rounds; they depend on nothing else.
+struct StoredLoans {
+  int rows, round, count;
+  int tiles[max_loan_rows];
+  alignas(8) Loan loans[max_loan_rows];
+};
+static __device__ StoredLoans stored_loans;
+
+/// Sum of f(i) over [0, count). All lanes.
+template <class F>
+__device__ __forceinline__ int sum_over(int count, F f) {
+  int sum = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < count; i += 32) sum += f(i);
+  return __reduce_add_sync(0xffffffffu, sum);
+}
+
+/// Deals the loans of every share, one a thread, and keeps those of the least one that suffices. *chosen is
+/// loan_shares before and the number of loans after. All threads; barriers before and after. sorted, tiles: [rows].
+static __device__ __noinline__ void deal_in_cta(LoanRow* sorted, Loan* all, const int* tiles, int* chosen, int rows,
+                                                int round) {
+  const int i = threadIdx.x;
+  if (i < rows) {
+    int longer = 0;
+    for (int other = 0; other < rows; ++other)
+      longer += tiles[other] > tiles[i] || (tiles[other] == tiles[i] && other < i);
+    sorted[longer] = loan_row(i, tiles[i], round);
+  }
+  __syncthreads();
+  const int most = sorted[0].work, mean = (sum_over(rows, [&](int k) { return sorted[k].work; }) + rows - 1) / rows,
+            share = share_to_try(mean, most, i);
+  if (deal_loans(sorted, rows, share, [](Loan) {})) atomicMin(chosen, i);
+  __syncthreads();
+  const bool is_chosen = i == *chosen;
+  __syncthreads();
+  if (!is_chosen) return;
+  int count = 0;
+  deal_loans(sorted, rows, share, [&](Loan loan) { all[count++] = loan; });
+  *chosen = count;
+}
+
 struct LoanCoord : FusedCoord {
   const FusedLoanParams* p;
   ClusterLoans* loans;
@@ -33,6 +76,7 @@ struct LoanCoord : FusedCoord {
   LoanRow* sorted;      // [rows], by falling length
   Loan* all;            // [rows]: a loan's number is that of its partial
   int *tiles, *chosen;  // [rows]: KV tiles; the number of the share, then that of the loans
+  bool is_new;          // these loans are not stored
   static constexpr int bytes = max_loan_rows * (sizeof(LoanRow) + sizeof(Loan) + sizeof(int)) + sizeof(int);
 
   /// The loans of all rows, and of this cluster. All threads, after the predecessor, which may move the positions on.
@@ -47,28 +91,27 @@ struct LoanCoord : FusedCoord {
     all = reinterpret_cast<Loan*>(sorted + max_loan_rows);
     tiles = reinterpret_cast<int*>(all + max_loan_rows), chosen = tiles + max_loan_rows;
     const int rows = static_cast<int>(params.tile.rows()), i = threadIdx.x;
-    if (i < rows) tiles[i] = tiles_at(first_position(params.tile, i));
-    if (i == 0) *chosen = loan_shares;
-    __syncthreads();
+    bool is_stored = __ldcg(&stored_loans.rows) == rows && __ldcg(&stored_loans.round) == round();
     if (i < rows) {
-      int longer = 0;
-      for (int other = 0; other < rows; ++other) longer += is_longer(other, i);
-      sorted[longer] = loan_row(i, tiles[i], round());
+      tiles[i] = tiles_at(first_position(params.tile, i));
+      is_stored &= __ldcg(&stored_loans.tiles[i]) == tiles[i];
+      reinterpret_cast<int2*>(all)[i] = __ldcg(reinterpret_cast<const int2*>(stored_loans.loans) + i);
     }
-    __syncthreads();
-    const int most = sorted[0].work, mean = (sum_over(rows, [&](int k) { return sorted[k].work; }) + rows - 1) / rows,
-              share = share_to_try(mean, most, i);
-    if (deal_loans(sorted, rows, share, [](Loan) {})) atomicMin(chosen, i);
-    __syncthreads();
-    const bool is_chosen = i == *chosen;
-    __syncthreads();
-    if (is_chosen) {
-      int count = 0;
-      deal_loans(sorted, rows, share, [&](Loan loan) { all[count++] = loan; });
-      *chosen = count;
-    }
+    if (i == 0) *chosen = loan_shares;
+    is_new = !__syncthreads_and(is_stored);
+    if (is_new)
+      deal_in_cta(sorted, all, tiles, chosen, rows, round());
+    else if (i == 0)
+      *chosen = __ldcg(&stored_loans.count);
     __syncthreads();
     if (i < 32) plan_cluster();
+  }
+  /// A thread of the last CTA that has read the stored loans.
+  __device__ __forceinline__ void store_loans() const {
+    if (!is_new) return;
+    const int rows = static_cast<int>(p->tile.rows());
+    stored_loans.rows = rows, stored_loans.round = round(), stored_loans.count = *chosen;
+    for (int i = 0; i < rows; ++i) stored_loans.tiles[i] = tiles[i], stored_loans.loans[i] = all[i];
   }
   __device__ __forceinline__ bool borrows() const { return loans->loan < loans->loans_end; }
   /// While it borrows: the row that the next tiles are of.
@@ -110,9 +153,6 @@ struct LoanCoord : FusedCoord {
  private:
   __device__ __forceinline__ int own_row() const { return p->groups(p->by_cluster(static_cast<int>(blockIdx.x))); }
   __device__ __forceinline__ int round() const { return fused_warps * p->cluster; }
-  __device__ __forceinline__ bool is_longer(int a, int b) const {
-    return tiles[a] > tiles[b] || (tiles[a] == tiles[b] && a < b);
-  }
   __device__ __forceinline__ float* partial(int number) const {
     return p->partials +
            std::int64_t{(group * static_cast<int>(p->tile.rows()) + number) * p->cluster} * partial_floats();
@@ -121,14 +161,6 @@ struct LoanCoord : FusedCoord {
     const LayerShape& s = p->shape;
     const int end = static_cast<int>(t) + 1, tokens = end < s.rules.l ? 0 : p->stride(end - s.rules.l) + 1;
     return p->segment(tokens + static_cast<int>(s.lse.segment) - 1) * tiles_per_span(cmp, s);
-  }
-  // Sum of f(i) over [0, count). All lanes.
-  template <class F>
-  static __device__ __forceinline__ int sum_over(int count, F f) {
-    int sum = 0;
-#pragma unroll 1
-    for (int i = threadIdx.x % 32; i < count; i += 32) sum += f(i);
-    return __reduce_add_sync(0xffffffffu, sum);
   }
   // The loans in which f is the own row: the first and one past the last, which follow one another.
   template <class F>
