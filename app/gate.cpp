@@ -10,6 +10,7 @@
 #include "nsa/gate/csv_audit.hpp"
 #include "nsa/gate/gate.hpp"
 #include "nsa/results/files.hpp"
+#include "nsa/results/temporary_file.hpp"
 
 namespace nsa {
 namespace {

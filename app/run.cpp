@@ -27,6 +27,7 @@
 #include "nsa/report/report.hpp"
 #include "nsa/results/files.hpp"
 #include "nsa/results/result_file.hpp"
+#include "nsa/results/temporary_file.hpp"
 #include "nsa/routing/router.hpp"
 #include "nsa/tasks/task.hpp"
 

@@ -18,6 +18,7 @@
 #include "nsa/results/error_bound.hpp"
 #include "nsa/results/files.hpp"
 #include "nsa/results/result_file.hpp"
+#include "nsa/results/temporary_file.hpp"
 
 namespace nsa {
 namespace {

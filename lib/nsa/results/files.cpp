@@ -13,7 +13,6 @@
 #include <string_view>
 
 #include "kernels/diagnostics/error.hpp"
-#include "nsa/results/temporary_file.hpp"
 
 namespace nsa {
 namespace {
@@ -104,22 +103,6 @@ std::vector<std::string> names_in(const std::string& folder) {
 std::string copy_file(const std::string& from, const std::string& to) {
   std::error_code error;
   return std::filesystem::copy_file(from, to, error) ? "" : error.message();
-}
-
-void write_text_file(const std::string& path, const char* option, const std::string& text) {
-  if (path.empty()) return;
-  // Written beside the file that is there, which a full disk then leaves as it is.
-  const std::string target = follow_links(path), partial = temporary_name(target);
-  struct stat earlier {};
-  const bool replaces = stat(target.c_str(), &earlier) == 0;
-  std::ofstream file(partial);
-  file << text << std::flush;
-  if (file && (!replaces || chmod(partial.c_str(), earlier.st_mode & 07777) == 0) &&
-      rename(partial.c_str(), target.c_str()) == 0)
-    return;
-  const int error = errno;
-  unlink(partial.c_str());
-  file_error("cannot write " + path, std::strerror(error), std::string("choose another ") + option);
 }
 
 bool is_hdf5(const std::string& path) {

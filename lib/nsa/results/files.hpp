@@ -39,10 +39,6 @@ std::vector<std::string> names_in(const std::string& folder);
 /// Copies a file to a new one. Returns why it could not; "" if it could.
 std::string copy_file(const std::string& from, const std::string& to);
 
-/// Writes a text file in place of the one that is there, once it is whole; nothing where the path is empty. Throws
-/// UserError(file), which names the option that chooses the path.
-void write_text_file(const std::string& path, const char* option, const std::string& text);
-
 /// Whether the file has the signature of HDF5, at its start or behind a user block.
 bool is_hdf5(const std::string& path);
 

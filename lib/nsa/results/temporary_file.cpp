@@ -97,4 +97,20 @@ void publish(const std::string& temporary, const std::string& path, bool replace
   sync_path(parent_of(path), O_DIRECTORY);
 }
 
+void write_text_file(const std::string& path, const char* option, const std::string& text) {
+  if (path.empty()) return;
+  // Written beside the file that is there, which a full disk then leaves as it is.
+  const std::string target = follow_links(path), partial = temporary_name(target);
+  struct stat earlier {};
+  const bool replaces = stat(target.c_str(), &earlier) == 0;
+  std::ofstream file(partial);
+  file << text << std::flush;
+  if (file && (!replaces || chmod(partial.c_str(), earlier.st_mode & 07777) == 0) &&
+      rename(partial.c_str(), target.c_str()) == 0)
+    return;
+  const int error = errno;
+  unlink(partial.c_str());
+  file_error("cannot write " + path, std::strerror(error), std::string("choose another ") + option);
+}
+
 }  // namespace nsa

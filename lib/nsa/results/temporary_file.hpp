@@ -1,5 +1,6 @@
 #pragma once
-// The temporary file beside a result file: every point is written to it, and it takes the place of the file.
+// The temporary file beside a result file: every point is written to it, and it takes the place of the file. Texts too
+// are written beside the file that they replace.
 
 #include <string>
 
@@ -22,5 +23,9 @@ void sync_file(const std::string& path);
 /// Renames the temporary file, which is synced, to `path`, and syncs the folder. Without `replace` there must be no
 /// file of that name: another run may have created it. Throws UserError(file).
 void publish(const std::string& temporary, const std::string& path, bool replace);
+
+/// Writes a text file in place of the one that is there, once it is whole; nothing where the path is empty. Throws
+/// UserError(file), which names the option that chooses the path.
+void write_text_file(const std::string& path, const char* option, const std::string& text);
 
 }  // namespace nsa
