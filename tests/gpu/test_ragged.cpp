@@ -179,6 +179,17 @@ TEST_CASE("a row of a step of several query tokens of many sequences is that row
                                          {DType::bf16, 80, 12},
                                          {DType::f32, 64, 4}})
       check_alone(shape_of(type, d, heads), contexts, "tokens", tokens);
+  for (const int window : {24, 100, 1000}) {  // less than a run of 64, no whole runs, more than most sequences have
+    LayerShape s = shape_of(DType::bf16, 128, 16);
+    s.rules.w = window;
+    check_alone(s, contexts, "tokens", 5);
+  }
+}
+
+TEST_CASE("a step of several query tokens, scored from raw scores, is each row alone", "[step][tokens]") {
+  LayerShape s = shape_of(DType::bf16, 128, 16);
+  s.rules.l_sel = 128;
+  check_alone(s, {5000, 20000, 8, 31, 2048, 9}, "tokens", 5);
 }
 
 TEST_CASE("a step of several query tokens gives the same bits every time", "[step][tokens]") {

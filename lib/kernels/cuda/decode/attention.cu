@@ -9,7 +9,7 @@
 // at the same time; in the launches the tiles are dealt by length (attention/tile_schedule.cuh).
 //
 // Of several query tokens cmp has a launch of its own (decode/tokens/kernel.cuh). The rest of the step is one launch
-// too where its rows fill half of the GPU (try_fused_tokens); else win runs beside sel.
+// too where its rows fill half of the GPU (plan_fused_tokens); else win runs beside sel.
 
 #include <algorithm>
 #include <functional>
@@ -116,12 +116,30 @@ void keep_block_sums(DecodeParams& p) {
   p.keeps_scores = keeps_scores(p.block_sums.memory ? work_items * p.block_sums.item_floats
                                                     : p.tile.rows() * p.shape.heads() * p.pitch);
 }
-// Of several query tokens: cmp alone, then sel and win.
-StepJobs token_jobs(const AttentionArgs& a, float* partials) {
+// Of several query tokens: cmp alone, or win with it in as many splits; then sel and win.
+StepJobs token_jobs(const AttentionArgs& a, float* partials, bool win_with_cmp) {
   StepJobs jobs;
-  for (const Branch b : {cmp, sel, win})
-    jobs.of[b] = place(decode_job(b, a.attend[b], splits_for(b, a.attend[b]), partials), a.attend[b], partials);
+  for (const Branch b : {cmp, sel, win}) {
+    const Branch of = b == win && win_with_cmp ? cmp : b;
+    jobs.of[b] = place(decode_job(b, a.attend[b], splits_for(of, a.attend[of]), partials), a.attend[b], partials);
+  }
   return jobs;
+}
+// Launches a step of several query tokens in two kernels: cmp, and win where one kernel takes both; the rest. false:
+// the second does not take the step.
+bool launch_fused_tokens(const AttentionArgs& a, DecodeParams& p, float* partials, Stream* stream) {
+  keep_block_sums(p);
+  const bool win_with_cmp = !a.combine.leave_out[win] && !p.scores_only && attends_window_of_tokens(a.attend[win]);
+  const StepJobs jobs = token_jobs(a, partials, win_with_cmp);
+  const auto rest = plan_fused_tokens(a, p, jobs.of[cmp], win_with_cmp ? &jobs.of[win] : nullptr);
+  if (!rest) return false;
+  p.fused_follows = true;
+  p.keeps_scores = rest->keeps_scores;  // the sums without the maxima of tiles, which are not stored
+  p.jobs[p.job_count++] = jobs.of[cmp];
+  if (win_with_cmp) p.jobs[p.job_count++] = jobs.of[win];
+  launch_decode(p, stream);
+  launch_divided(*rest, stream);
+  return true;
 }
 // The tiles of a ragged batch dealt by length.
 StepJobs dealt_jobs(const AttentionArgs& a, const DecodeParams& p, float* partials, Stream* stream) {
@@ -192,15 +210,13 @@ void decode_attention(const AttentionArgs& a, Stream* stream) {
   p.arrivals = arrival_counters(cmp);
   float* partials = static_cast<float*>(cmp_args.scratch) + tile_lse_floats(s, tile);
 
-  if (several) keep_block_sums(p);
-
-  const StepJobs jobs = several         ? token_jobs(a, partials)
+  if (several && launch_fused_tokens(a, p, partials, stream)) return;
+  const StepJobs jobs = several         ? token_jobs(a, partials, false)
                         : tile.ragged() ? dealt_jobs(a, p, partials, stream)
                                         : split_jobs(a, p, partials);
   if (!several && !leave_out[win]) p.jobs[p.job_count++] = jobs.of[win];
   p.jobs[p.job_count++] = jobs.of[cmp];
   launch_decode(p, stream);
-  if (several && try_fused_tokens(a, p, stream)) return;
   if (separate_buckets) launch_merge_splits({.launch = p, .buckets = true}, stream);
 
   p.epilogue = DecodeEpilogue::store_partials;

@@ -12,8 +12,7 @@ namespace nsa::gpu {
 
 /// Copies of K and V of E4M3 rows into the ring.
 template <class T, int DK, int DV, int W, bool Paged>
-struct TilePipeline<WarpTileFp8<T, DK, DV>, W, false, false, Paged>
-    : TileLoads<WarpTileFp8<T, DK, DV>, false, false, Paged> {
+struct TilePipeline<WarpTileFp8<T, DK, DV>, W, false, Paged> : TileLoads<WarpTileFp8<T, DK, DV>, false, false, Paged> {
   using WarpTile = WarpTileFp8<T, DK, DV>;
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
   using Loads = TileLoads<WarpTile, false, false, Paged>;

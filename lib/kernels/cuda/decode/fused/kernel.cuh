@@ -21,6 +21,7 @@
 
 #include "kernels/cuda/decode/fused/append.cuh"
 #include "kernels/cuda/decode/fused/merge.cuh"
+#include "kernels/cuda/decode/fused/second_pass.cuh"
 #include "kernels/cuda/layer/rope_gate.cuh"
 
 namespace nsa::gpu {
@@ -35,7 +36,9 @@ struct FusedDecode {
   const Params& p;
   char* shared;
   typename Params::Coord at;
-  TilePipeline<WarpTile, W, is_shard, Params::after_cmp, Params::has_pages> pipeline;
+  std::conditional_t<Params::after_cmp, SecondPassPipeline<WarpTile, W, Params::has_pages>,
+                     TilePipeline<WarpTile, W, is_shard, Params::has_pages>>
+      pipeline;
   int win_tiles, sel_tiles;
   bool cluster_arrived = false;  // at the cluster barrier of block selection, whose wait is still due
   std::uint64_t scores_policy;
@@ -110,12 +113,14 @@ struct FusedDecode {
     else
       return at.row;
   }
-  // Waits for the predecessor. Where that is project's product every CTA of a work item forms its q, k, v and gate.
+  // Waits for the predecessor; after a launch of cmp only attend() does, because all but the outputs of cmp was there
+  // before that launch began. Where the predecessor is project's product every CTA of a work item forms its q, k, v and
+  // gate.
   __device__ __forceinline__ void wait_for_inputs() const {
     if constexpr (Params::projects) {
       rope_and_gate<T, threads>(p.project, p.product, p.columns, at.work_item, reinterpret_cast<float2*>(shared));
       __syncthreads();
-    } else {
+    } else if constexpr (!Params::after_cmp) {
       griddep_wait();
     }
   }
@@ -401,6 +406,9 @@ struct FusedDecode {
       }
       tokens += rows.count;
     }
+    count_reads(pass, tokens);
+  }
+  __device__ __forceinline__ void count_reads(int pass, int tokens) const {
     if (threadIdx.x % 32 == 0 && tokens > 0 && at.head_tile == 0) {
       std::int64_t* reads = pass == 0 ? p.reads[cmp] : pipeline.attends_sel ? p.reads[sel] : p.reads[win];
       if constexpr (Params::is_layer) {
@@ -410,6 +418,44 @@ struct FusedDecode {
       const int list = Params::after_cmp ? sequence() * p.shape.groups + at.group : at.work_item;
       atomicAdd(reinterpret_cast<unsigned long long*>(reads) + list, static_cast<unsigned long long>(tokens));
     }
+  }
+  // The second pass where cmp has had a launch of its own: no tile decides which blocks are chosen.
+  __device__ __forceinline__ void attend_second(WarpTile& warp_tile) {
+    constexpr bool to_reference = requires { warp_tile.softmax_to_reference(0); };
+    constexpr bool ahead = [] {
+      if constexpr (requires { WarpTile::loads_ahead; }) return WarpTile::loads_ahead;
+      return false;
+    }();
+    int tokens = 0;
+    pipeline.for_each_tile([&](int count) {
+      pipeline.consume([&](unsigned from) {
+        if constexpr (ahead)
+          warp_tile.multiply_qk_ahead(from);
+        else
+          warp_tile.multiply_qk(from);
+      });
+#pragma unroll 1
+      for (int panel = 1; panel < k_panels<WarpTile>(p.shape); ++panel)
+        pipeline.consume([&](unsigned from) { warp_tile.multiply_qk(from, panel); });
+      if constexpr (to_reference) {
+        warp_tile.softmax_to_reference(count);
+      } else {
+        warp_tile.scale_scores();
+        warp_tile.online_softmax(count);
+      }
+      for_each_part<WarpTile>(p.shape, [&](auto part) {
+        if constexpr (part < WarpTile::v_panels)
+          pipeline.consume([&](unsigned from) {
+            if constexpr (ahead)
+              warp_tile.multiply_pv_ahead(from);
+            else
+              warp_tile.template multiply_pv<part>(from);
+          });
+      });
+      tokens += count;
+    });
+    if constexpr (to_reference) warp_tile.sum_lanes();
+    count_reads(1, tokens);
   }
 
   // Between the two passes. Warps of the window do not wait for selection: they arrive at its cluster barrier
@@ -485,9 +531,10 @@ template <class WarpTile, int W, bool Sums, class Params>
 __device__ __forceinline__ void attend(FusedDecode<WarpTile, W, Sums, Params>& step, ParkedTile<WarpTile>& cmp_tile,
                                        WarpTile& warp_tile) {
   if constexpr (Params::after_cmp) {
+    griddep_wait();
     step.select_blocks();
     warp_tile = step.make_tile();
-    step.mainloop(warp_tile, 1);
+    step.attend_second(warp_tile);
   } else {
 #pragma unroll 1
     for (int pass = 0;; ++pass) {

@@ -218,21 +218,24 @@ bool try_fused_decode(const AttentionArgs& a, Stream* stream) {
   return p.cluster > 0;
 }
 
-bool try_fused_tokens(const AttentionArgs& a, const DecodeParams& cmp_launch, Stream* stream) {
+std::optional<FusedTokenParams> plan_fused_tokens(const AttentionArgs& a, const DecodeParams& launch,
+                                                  const DecodeJob& of_cmp, const DecodeJob* of_win) {
   const LayerShape& s = a.combine.shape;
-  const bool sums = cmp_launch.block_sums.memory && fused_instance(s).heads == decode_heads(s.dtype);
-  if (!sums || !has_kernel(a) || 2 * a.combine.tile.rows() * s.groups < limits().sms) return false;
+  const bool sums = launch.block_sums.memory && fused_instance(s).heads == decode_heads(s.dtype);
+  if (!sums || !has_kernel(a) || 2 * a.combine.tile.rows() * s.groups < limits().sms) return std::nullopt;
   FusedTokenParams p;
   static_cast<FusedDecodeParams&>(p) = fused_decode_params(a);
-  p.block_sums = cmp_launch.block_sums, p.keeps_scores = cmp_launch.keeps_scores;
-  p.cmp_partials = cmp_launch.jobs[0].partials, p.cmp_splits = cmp_launch.jobs[0].splits;
+  p.block_sums = launch.block_sums;
+  p.before[cmp] = of_cmp.partials, p.splits = of_cmp.splits;
+  if (of_win) p.before[win] = of_win->partials, p.leave_out[win] = true;  // to attend
   divide_work(p, {.active_clusters = resident_clusters,
                   .max_tiles = 0,  // cmp is attended
                   .max_cluster = 1,
                   .only_warps = after_cmp_warps(fused_instance(s))});
-  p.longest_first = false;  // the rest of the step is the same work for all
-  if (p.cluster == 1) launch_divided(p, stream);
-  return p.cluster == 1;
+  p.leave_out[win] = a.combine.leave_out[win];  // to merge
+  p.longest_first = false;                      // the rest of the step is the same work for all
+  if (p.cluster != 1) return std::nullopt;
+  return p;
 }
 
 void divide_work(FusedDecodeParams& p) { divide_work(p, {resident_clusters, p.max_tiles}); }

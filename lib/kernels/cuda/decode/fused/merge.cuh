@@ -124,10 +124,19 @@ struct FusedMerge {
     if constexpr (!Params::after_cmp)
       if (at.warp < ranges[cmp].to) store_warp<Part>(cmp_tile.template unpark<Part>(second_tile), 0);
     if (at.warp >= second.from && at.warp < second.to) store_warp<Part>(second_tile, 1);
+    float4 before[items_of_thread] = {};
+    if constexpr (Params::after_cmp) merge_before<Part>(before);
     __syncthreads();
     rescale_warps<Part>();
     __syncthreads();
     if constexpr (Params::is_shard) at.send_states(cta_lse(), WarpTile::heads);
+    if constexpr (Params::after_cmp)
+      store_items<Part>(ranges, before);
+    else
+      send_items<Part>(ranges);
+  }
+  template <int Part>
+  __device__ __forceinline__ void send_items(const Range (&ranges)[branches]) const {
 #pragma unroll 1
     for (int item = threadIdx.x; item < valid_heads<Part>() * column_quads; item += threads) {
       if (!has_columns<Part>(item)) continue;
@@ -194,8 +203,6 @@ struct FusedMerge {
       if (p.leave_out[b]) continue;
       float s = cta_lse()[b * part_heads + item / column_quads].y;
       float4 value = partials[b];
-      if constexpr (Params::after_cmp)
-        if (b == cmp) s = merge_cmp<Part>(item, value);
       if constexpr (Params::lends)
         if (b == cmp) {
           SoftmaxState<Exp2> state = {cta_lse()[item / column_quads].x, s};
@@ -209,19 +216,90 @@ struct FusedMerge {
     }
     store_quad(quad_of<Part>(item), sum);
   }
-  // The sum and o of an item over the splits of a launch before this one.
+  // After a launch of cmp: items of a thread.
+  static constexpr int items_of_thread = (SharedLayout::items + threads - 1) / threads;
   template <int Part>
-  __device__ __forceinline__ float merge_cmp(int item, float4& o) const {
-    const int d_v = p.shape.d_v, head = first_head<Part> + item / column_quads,
-              quad = head * (d_v / 4) + Part % WarpTile::v_panels * column_quads + item % column_quads;
-    const std::int64_t stride = decode_partial_floats(WarpTile::heads, d_v);
-    const float* from = p.cmp_partials + std::int64_t{at.work_item} * p.cmp_splits * stride;
-    SoftmaxState<Exp2> state;
-    o = {};
-    for (int i = 0; i < p.cmp_splits; ++i, from += stride)
-      merge_partial(state, o, __ldcg(reinterpret_cast<const float2*>(from + WarpTile::heads * d_v) + head),
-                    __ldcg(reinterpret_cast<const float4*>(from) + quad));
-    return state.s;
+  __device__ __forceinline__ bool has_item(int item) const {
+    return item < valid_heads<Part>() * column_quads && has_columns<Part>(item);
+  }
+  // The gated sum of the branches attended by the launch before, cmp and perhaps win, for each item of this thread.
+  template <int Part>
+  __device__ __forceinline__ void merge_before(float4 (&sums)[items_of_thread]) const {
+    Partial<Exp2> merged[2][items_of_thread];
+#pragma unroll 1
+    for (int first = 0; first < p.splits; first += splits_at_a_time) merge_splits<Part>(merged, first);
+#pragma unroll
+    for (int r = 0; r < items_of_thread; ++r) {
+      const int item = r * threads + threadIdx.x;
+      if (!has_item<Part>(item)) return;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int b = i == 0 ? cmp : win;
+        if (!p.before[b] || p.leave_out[b]) continue;
+        float4 value = merged[i][r].o;
+        scale_by(value, inverse_or_zero(merged[i][r].state.s));
+        if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[quad_of<Part>(item)] = value;
+        add_scaled(sums[r], gates()[b], value);
+      }
+    }
+  }
+  // Merges up to `splits_at_a_time` splits from `first` on, of both branches and all items of this thread. All are
+  // loaded before the first is merged. A split that has attended nothing has no o.
+  static constexpr int splits_at_a_time = 3;
+  template <int Part>
+  __device__ __forceinline__ void merge_splits(Partial<Exp2> (&merged)[2][items_of_thread], int first) const {
+    static_assert(threads % column_quads == 0);
+    constexpr int head_step = threads / column_quads;  // between the items of a thread
+    const int d_v = WarpTile::tuned ? WarpTile::d_v : p.shape.d_v, quads = d_v / 4,
+              head = first_head<Part> + static_cast<int>(threadIdx.x) / column_quads,
+              quad = head * quads + Part % WarpTile::v_panels * column_quads + threadIdx.x % column_quads,
+              stride = WarpTile::heads * (d_v + 2);
+    const std::int64_t begin = (std::int64_t{at.work_item} * p.splits + first) * stride;
+    const float* of_branch[2];
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const float* partials = p.before[b == 0 ? cmp : win];
+      of_branch[b] = partials ? partials + begin : nullptr;
+    }
+    float2 ms[2][items_of_thread][splits_at_a_time];
+    float4 x[2][items_of_thread][splits_at_a_time];
+    const auto for_each_partial = [&](auto f) {
+#pragma unroll
+      for (int b = 0; b < 2; ++b)
+#pragma unroll
+        for (int r = 0; r < items_of_thread; ++r)
+#pragma unroll
+          for (int i = 0; i < splits_at_a_time; ++i) f(b, r, i);
+    };
+    for_each_partial([&](int b, int r, int i) {
+      const auto* states = reinterpret_cast<const float2*>(of_branch[b] + WarpTile::heads * d_v) + head;
+      const bool has = of_branch[b] && first + i < p.splits && has_item<Part>(r * threads + threadIdx.x);
+      ms[b][r][i] = has ? __ldcg(states + r * head_step + i * (stride / 2)) : make_float2(neg_inf, 0.0f);
+    });
+    for_each_partial([&](int b, int r, int i) {
+      const auto* o = reinterpret_cast<const float4*>(of_branch[b]) + quad;
+      x[b][r][i] = ms[b][r][i].y > 0.0f ? __ldcg(o + r * head_step * quads + i * (stride / 4)) : float4{};
+    });
+    for_each_partial(
+        [&](int b, int r, int i) { merge_partial(merged[b][r].state, merged[b][r].o, ms[b][r][i], x[b][r][i]); });
+  }
+  // Adds the branches of this CTA to those of the launch before, and stores o.
+  template <int Part>
+  __device__ __forceinline__ void store_items(const Range (&ranges)[branches], float4 (&sums)[items_of_thread]) const {
+#pragma unroll
+    for (int r = 0; r < items_of_thread; ++r) {
+      const int item = r * threads + threadIdx.x;
+      if (!has_item<Part>(item)) return;
+#pragma unroll
+      for (int b = sel; b <= win; ++b) {
+        if (p.before[b] || p.leave_out[b]) continue;
+        float4 value = sum_warps<Part>(b, ranges[b], item);
+        scale_by(value, inverse_or_zero(cta_lse()[b * part_heads + item / column_quads].y));
+        if (p.o_branch[b]) reinterpret_cast<float4*>(p.o_branch[b])[quad_of<Part>(item)] = value;
+        add_scaled(sums[r], gates()[b], value);
+      }
+      store_quad(quad_of<Part>(item), sums[r]);
+    }
   }
   // Adds what other clusters have attended of this row. Absent partials are the neutral element.
   __device__ __forceinline__ void add_lent(int item, SoftmaxState<Exp2>& state, float4& o) const {

@@ -2,6 +2,8 @@
 // Arguments of the fused decode kernel (decode/fused/kernel.cuh). decode/attention.cu uses it where it accepts the
 // step.
 
+#include <optional>
+
 #include "kernels/cuda/attention/block_scores.cuh"
 #include "kernels/cuda/decode/split_kv/instances.cuh"
 #include "kernels/cuda/decode/split_kv/params.cuh"
@@ -147,12 +149,14 @@ struct FusedLayerParams : FusedAppendParams {
   std::int64_t columns = 0;
 };
 
-/// A step of several query tokens, whose cmp has had a launch of its own (decode/tokens/kernel.cuh): a CTA a (row,
-/// group) scores and selects, attends the window and the selected blocks, and merges all branches.
+/// A step of several query tokens, whose cmp, and perhaps win, has had a launch of its own (decode/tokens/kernel.cuh):
+/// a CTA a (row, group) scores and selects, attends the selected blocks, and the window if it is not yet attended, and
+/// merges all branches.
 struct FusedTokenParams : FusedDecodeParams {
   static constexpr bool after_cmp = true;
-  const float* cmp_partials = nullptr;  ///< [work item][cmp_splits][heads * (Dv + 2)]
-  int cmp_splits = 0;
+  /// Of branches attended before: [work item][splits][heads * (Dv + 2)]. A split with a sum of 0 has no o.
+  const float* before[branches] = {};
+  int splits = 0;
 };
 
 /// Whether the kernel is built for the shape of these steps, and their geometry is one that it reads.
@@ -180,9 +184,11 @@ int fused_slots(const LayerShape& s, const QueryTile& tile);
 /// Launches the fused decode step; false: it does not accept the shape and nothing was launched. decode/fused/launch.cu
 bool try_fused_decode(const AttentionArgs& a, Stream* stream);
 
-/// Launches what follows cmp in a step of several query tokens; false: it does not accept the shape, or the work items
-/// are too few to fill half of the SMs, and nothing was launched. `cmp`: the launch of cmp, with block sums.
-bool try_fused_tokens(const AttentionArgs& a, const DecodeParams& cmp, Stream* stream);
+/// Plans what follows cmp in a step of several query tokens; none: it does not accept the shape, or the work items are
+/// too few to fill half of the SMs. `cmp`: the launch of cmp, with block sums, and its job; `win`: that of the window
+/// if it is attended there, or null.
+std::optional<FusedTokenParams> plan_fused_tokens(const AttentionArgs& a, const DecodeParams& launch,
+                                                  const DecodeJob& cmp, const DecodeJob* win);
 
 /// Divides the work on one rank and launches; cluster = 0: not possible.
 void divide_work(FusedDecodeParams& p);

@@ -97,6 +97,22 @@ struct TileRows {
   int row, count;
 };
 
+/// Issues the copy of a panel of K (of V: `is_v`) of a tile of a plane into a slot.
+template <class WarpTile>
+__device__ __forceinline__ void copy_tile_panel(unsigned to, const char* plane, bool is_v, int panel,
+                                                const TileRows& rows, const LayerShape& s, std::uint64_t policy) {
+  if constexpr (!WarpTile::tuned) {
+    const int row_bytes = is_v ? v_row_bytes<WarpTile>(s) : k_row_bytes<WarpTile>(s);
+    copy_panel<WarpTile>(to, plane + std::int64_t{rows.row} * row_bytes, is_v, panel, rows.count, s, policy);
+  } else if (WarpTile::k_bytes == WarpTile::v_bytes) {
+    cp_async_tile<WarpTile::k_bytes>(to, plane + std::int64_t{rows.row} * WarpTile::k_bytes, rows.count, policy);
+  } else if (is_v) {
+    cp_async_tile<WarpTile::v_bytes>(to, plane + std::int64_t{rows.row} * WarpTile::v_bytes, rows.count, policy);
+  } else {
+    cp_async_tile<WarpTile::k_bytes>(to, plane + std::int64_t{rows.row} * WarpTile::k_bytes, rows.count, policy);
+  }
+}
+
 /// The tiles of a warp, and which is copied next. Shard: cmp is chunks of one segment each, and K of a chunk begins
 /// with a halo row, which is loaded with its first tile and scored for its first block. Wraps: the window is in a ring
 /// of whole spans that it does not fill. Paged: cmp and sel may be in pages.
@@ -171,10 +187,10 @@ struct TileLoads {
 };
 
 /// Copies of K and V, panel by panel, into the ring. Of quantised rows: decode/fp8/tile_pipeline.cuh.
-template <class WarpTile, int W, bool Shard = false, bool Wraps = false, bool Paged = true>
-struct TilePipeline : TileLoads<WarpTile, Shard, Wraps, Paged> {
+template <class WarpTile, int W, bool Shard = false, bool Paged = true>
+struct TilePipeline : TileLoads<WarpTile, Shard, false, Paged> {
   using SharedLayout = FusedSharedLayout<WarpTile, W>;
-  using Loads = TileLoads<WarpTile, Shard, Wraps, Paged>;
+  using Loads = TileLoads<WarpTile, Shard, false, Paged>;
   using Loads::advance_load, Loads::has_halo;
   using Loads::load_rows, Loads::load_pass, Loads::load_tile, Loads::load_end, Loads::known_tiles;
   using Loads::shape, Loads::ranges, Loads::scores_only, Loads::ring, Loads::policy, Loads::halo_rows;
@@ -186,20 +202,7 @@ struct TilePipeline : TileLoads<WarpTile, Shard, Wraps, Paged> {
   __device__ __forceinline__ unsigned halo_row() const { return halo_rows + read_slot * WarpTile::k_bytes; }
   // Issues the copy of a panel of the rows to load.
   __device__ __forceinline__ void copy_rows(unsigned to, const TileRange& c, const LayerShape& s) const {
-    if constexpr (!WarpTile::tuned) {
-      const int row_bytes = load_v ? v_row_bytes<WarpTile>(s) : k_row_bytes<WarpTile>(s);
-      copy_panel<WarpTile>(to, (load_v ? c.v : c.k) + std::int64_t{load_rows.row} * row_bytes, load_v, load_panel,
-                           load_rows.count, s, policy);
-    } else if (WarpTile::k_bytes == WarpTile::v_bytes) {
-      cp_async_tile<WarpTile::k_bytes>(to, (load_v ? c.v : c.k) + std::int64_t{load_rows.row} * WarpTile::k_bytes,
-                                       load_rows.count, policy);
-    } else if (load_v) {
-      cp_async_tile<WarpTile::v_bytes>(to, c.v + std::int64_t{load_rows.row} * WarpTile::v_bytes, load_rows.count,
-                                       policy);
-    } else {
-      cp_async_tile<WarpTile::k_bytes>(to, c.k + std::int64_t{load_rows.row} * WarpTile::k_bytes, load_rows.count,
-                                       policy);
-    }
+    copy_tile_panel<WarpTile>(to, load_v ? c.v : c.k, load_v, load_panel, load_rows, s, policy);
   }
   // To the next panel, the V of this tile, or the next tile.
   __device__ __forceinline__ void advance_copy(const TileRange& c, const LayerShape& s) {

@@ -70,6 +70,12 @@ void with_split_kv_instance(const LayerShape& s, F f) {
           : f(std::integral_constant<DType, DType::f16>{}, std::false_type{});
 }
 
+#ifdef NSA_NO_SM90A
+constexpr bool has_warpgroup_products = false;
+#else
+constexpr bool has_warpgroup_products = true;
+#endif
+
 // The jobs of `p` that are cmp, or those that are not.
 DecodeParams with_jobs(const DecodeParams& p, bool of_cmp) {
   DecodeParams some = p;
@@ -81,9 +87,19 @@ DecodeParams with_jobs(const DecodeParams& p, bool of_cmp) {
 
 }  // namespace
 
+bool attends_window_of_tokens(const AttendArgs& a) {
+  const RowMap& map = a.k.map;
+  const bool whole = map.ring > 0 ? map.ring > a.shape.rules.w && map.ring % window_span == 0 && map.slot_begin == 0 &&
+                                        map.slot_end >= map.ring
+                                  : map.chunk == INT64_MAX;
+  return has_warpgroup_products && limits().capability == 90 && a.shape.dtype != DType::f32 &&
+         split_kv_instance(a.shape).tuned && a.tile.tokens > 1 && whole && !a.k.pages.pages;
+}
+
 void launch_decode(const DecodeParams& p, Stream* stream) {
   with_split_kv_instance(p.shape, [&](auto type, auto tuned) {
     if (p.tile.tokens == 1 || limits().capability != 90) return launch_split_kv<type, tuned>(p, stream);
+    if (p.fused_follows) return launch_tokens<type, tuned>(p, stream);
     const DecodeParams of_cmp = with_jobs(p, true), others = with_jobs(p, false);
     if (of_cmp.job_count > 0) launch_tokens<type, tuned>(of_cmp, stream);
     if (others.job_count > 0) launch_split_kv<type, tuned>(others, stream);

@@ -52,6 +52,9 @@ struct DecodeParams {
   float* lse;
   Partials out;                 ///< for merge_all
   const std::int32_t* lengths;  ///< win: the row attends its first `lengths[row]` tokens; null: by position
+  /// Of several query tokens: the fused kernel does the rest. It reads the maxima of tiles from `tile_lse`. The job of
+  /// win, if there is one, has the splits of cmp, and is attended with it.
+  bool fused_follows;
 };
 
 /// CTAs of a job, for each head tile.
@@ -91,6 +94,9 @@ DecodeJob dealt_job(Branch branch, const AttendArgs& a, const TileSchedules& sch
 /// Partials of a job of any kind, of all work items.
 std::int64_t partial_count(const DecodeJob& job, const LayerShape& s, const QueryTile& tile);
 
+/// Whether the launch of cmp of several query tokens attends the window too, where the fused kernel does the rest.
+bool attends_window_of_tokens(const AttendArgs& win_args);
+
 /// Launches the kernel for a shape that decode_accepts() accepts. Of several query tokens cmp has a launch of its own,
 /// which stores partials.
 void launch_decode(const DecodeParams& p, Stream* stream);
@@ -98,7 +104,7 @@ void launch_decode(const DecodeParams& p, Stream* stream);
 /// (decode/split_kv/kernel.cu.in).
 template <DType Storage, bool Tuned>
 void launch_split_kv(const DecodeParams& p, Stream* stream);
-/// The same for cmp of several query tokens, the only job (decode/tokens/kernel.cu.in).
+/// The same for cmp of several query tokens, and perhaps win (decode/tokens/kernel.cu.in).
 template <DType Storage, bool Tuned>
 void launch_tokens(const DecodeParams& p, Stream* stream);
 

@@ -12,21 +12,22 @@
 
 namespace nsa::gpu {
 
-/// Queries in shared memory, one row a head, 16-byte vectors swizzled as in a slot (primitives/cp_async_ring.cuh).
-/// operator() reads operand A of 16 heads and 16 columns with all lanes: [RowBytes / 32][lane].
-template <int RowBytes>
+/// Queries in shared memory, one row a head, 16-byte vectors swizzled as in a slot (primitives/cp_async_ring.cuh). Rows
+/// are Pitch bytes apart, their panels of 64 columns Panel bytes. operator() reads operand A of 16 heads and 16 columns
+/// with all lanes: [RowBytes / 32][lane].
+template <int RowBytes, int Pitch = RowBytes, int Panel = 128>
 struct QueryRows {
   unsigned at;
   /// Byte offset of the item-th 16-byte vector of all heads.
   static __device__ __forceinline__ unsigned offset(unsigned item) {
     constexpr unsigned vecs = RowBytes / 16;
     const unsigned head = item / vecs, vec = item % vecs;
-    return head * RowBytes + vec / 8 * 128 + ((vec ^ head) % 8) * 16;
+    return head * Pitch + vec / 8 * Panel + ((vec ^ head) % 8) * 16;
   }
   __device__ __forceinline__ uint4 operator()(int head_tile, unsigned item) const {
     const unsigned lane = item % 32, vec = item / 32 * 2 + lane / 16;
     std::uint32_t r[4];
-    ldmatrix_x4(r, at + (head_tile * 16 + lane % 16) * RowBytes + vec / 8 * 128 + ((vec ^ lane) % 8) * 16);
+    ldmatrix_x4(r, at + (head_tile * 16 + lane % 16) * Pitch + vec / 8 * Panel + ((vec ^ lane) % 8) * 16);
     return {r[0], r[1], r[2], r[3]};
   }
 };
@@ -34,7 +35,7 @@ struct QueryRows {
 /// m16n8k16 with the heads as M. Lane = 4 * g + quad holds heads g and g + 8 of each of `M` head tiles of 16. The sizes
 /// of a tuned tile are its shape's, those of a padded one upper bounds (decode/split_kv/instances.cuh). A slot has up
 /// to 128 columns of a padded tile's rows, a panel.
-template <class T, int DK, int DV, int M = 1, bool Tuned = true>
+template <class T, int DK, int DV, int M = 1, bool Tuned = true, class Queries = QueryRows<DK * 2>>
 struct WarpTileMma {
   using Type = T;
   using Size = HeadSize<DK, DV, Tuned>;
@@ -46,7 +47,7 @@ struct WarpTileMma {
   static constexpr int query_bytes = heads * DK * 2, prob_bytes = 0;
   static constexpr int ctas_per_sm = Tuned && DK > 128 ? 1 : 2;
 
-  QueryRows<DK * 2> q;  // shared, as operand A: [Dk / 16][lane]
+  Queries q;  // shared, as operand A: [Dk / 16][lane]
   Size size;
   float softmax_scale;
   float c[M][4][4] = {};  // tokens 4 quad + j, + 16 of heads g (two), g + 8 (two)
@@ -67,7 +68,7 @@ struct WarpTileMma {
                                                       int threads) {
     for (int item = thread; item < heads * DK / 8; item += threads) {
       const QueryVector x = query_vector(size, valid_heads, item);
-      *reinterpret_cast<uint4*>(to + QueryRows<DK * 2>::offset(item)) =
+      *reinterpret_cast<uint4*>(to + Queries::offset(item)) =
           x.exists ? *reinterpret_cast<const uint4*>(from + x.at) : uint4{};
     }
   }
@@ -77,7 +78,7 @@ struct WarpTileMma {
 #pragma unroll 1
     for (int item = thread; item < heads * DK / 8; item += threads) {
       const QueryVector x = query_vector(size, valid_heads, item);
-      cp_async_vector(to + QueryRows<DK * 2>::offset(item), from + (x.exists ? x.at : 0), x.exists);
+      cp_async_vector(to + Queries::offset(item), from + (x.exists ? x.at : 0), x.exists);
     }
   }
   __device__ __forceinline__ WarpTileMma(char* queries, char*, const LayerShape& s)
@@ -214,6 +215,50 @@ struct WarpTileMma {
     for (int m = 0; m < M; ++m) softmax_of_head_tile(m, first, sums);
   }
 
+  /// o and the running sum are relative to a reference: where (m, sum) of tiles decide nothing, the running maximum or
+  /// up to so much below it, in powers of two, so that o is seldom rescaled.
+  static constexpr float slack = 8.0f;
+  /// Online softmax of unscaled scores where nobody reads (m, sum) of the tile: P, 0 past the last token; rescales o. A
+  /// lane has the sum of its own tokens until sum_lanes().
+  __device__ __forceinline__ void softmax_to_reference(int rows) {
+    const int quad = threadIdx.x % 4;
+    if (rows < tile_rows) {
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            if (4 * quad + 16 * i + j >= rows) c[m][j][i] = c[m][j][i + 2] = -INFINITY;
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      float maxima[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x = fmaxf(c[m][0][half * 2], c[m][0][half * 2 + 1]);
+#pragma unroll
+        for (int j = 1; j < 4; ++j) x = fmaxf(x, fmaxf(c[m][j][half * 2], c[m][j][half * 2 + 1]));
+        maxima[half] = quad_max(x) * softmax_scale;
+      }
+      raise_reference(m, maxima);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float &a = c[m][j][half * 2], &b = c[m][j][half * 2 + 1];
+          a = exp2_fast(a * softmax_scale - total[m][half].m), b = exp2_fast(b * softmax_scale - total[m][half].m);
+          total[m][half].s += a + b;
+        }
+    }
+  }
+  __device__ __forceinline__ void sum_lanes() {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) total[m][half].s = quad_sum(total[m][half].s);
+  }
+
   /// Adds P V for a panel of columns of V.
   template <int Panel = 0>
   __device__ __forceinline__ void multiply_pv(unsigned slot) {
@@ -240,6 +285,69 @@ struct WarpTileMma {
           mma(high, a[m][0], a[m][1], a[m][2], a[m][3], b[2], b[3], T{});
         }
       }
+    }
+  }
+
+  // multiply_qk() and multiply_pv() of a tile in one panel, with the operands of four products ahead under way, for
+  // kernels whose registers suffice: else each product waits for its own.
+  static constexpr bool loads_ahead = Tuned && M == 1 && k_panels == 1 && v_panels == 1;
+  __device__ __forceinline__ void multiply_qk_ahead(unsigned slot) {
+    static_assert(loads_ahead);
+    constexpr int steps = DK / 32;
+    const int lane = threadIdx.x % 32, block = block_of_column(lane % 8), vec = lane / 8;
+    uint4 a[2][2];
+    std::uint32_t b[2][4][4];
+    const auto load = [&](int k) {
+      const unsigned at = slot + block * 4 * k_bytes + k / 2 * 128 + ((k % 2 * 4 + vec) ^ block) * 16;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) a[k % 2][i] = q(0, (2 * k + i) * 32 + lane);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) ldmatrix_x4(b[k % 2][j], at + j * k_bytes);
+    };
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[0][j][i] = 0.0f;
+    load(0);
+#pragma unroll
+    for (int k = 0; k < steps; ++k) {
+      if (k + 1 < steps) load(k + 1);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint4 x = a[k % 2][i];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mma(c[0][j], x.x, x.y, x.z, x.w, b[k % 2][j][2 * i], b[k % 2][j][2 * i + 1], T{});
+      }
+    }
+  }
+  __device__ __forceinline__ void multiply_pv_ahead(unsigned slot) {
+    static_assert(loads_ahead);
+    constexpr int columns = DV / 16, ahead = 4, loads = 2 * columns;  // a load is 16 columns of 16 tokens
+    const int lane = threadIdx.x % 32, row = block_of_column(lane % 8) * 4 + lane % 16 / 8, vec = lane / 16;
+    std::uint32_t a[2][4], b[2 * ahead][4];
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {  // of 16 tokens
+      const float(&p)[4] = c[0][2 * step], (&r)[4] = c[0][2 * step + 1];
+      a[step][0] = pack(p[0], p[1], T{}), a[step][1] = pack(p[2], p[3], T{});
+      a[step][2] = pack(r[0], r[1], T{}), a[step][3] = pack(r[2], r[3], T{});
+    }
+    const auto load = [&](int i) {
+      const int step = i / columns, j = i % columns;
+      ldmatrix_x4_trans(b[i % (2 * ahead)],
+                        slot + (step * 2 + row) * v_bytes + j / 4 * 128 + ((j % 4 * 2 + vec) ^ row / 4) * 16);
+    };
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) load(i);
+#pragma unroll
+    for (int i = 0; i < loads; ++i) {
+      if (i % ahead == 0)
+#pragma unroll
+        for (int next = i + ahead; next < i + 2 * ahead; ++next)
+          if (next < loads) load(next);
+      const std::uint32_t(&x)[4] = a[i / columns], (&y)[4] = b[i % (2 * ahead)];
+      const int j = i % columns;
+      mma(o[0][2 * j], x[0], x[1], x[2], x[3], y[0], y[1], T{});
+      mma(o[0][2 * j + 1], x[0], x[1], x[2], x[3], y[2], y[3], T{});
     }
   }
 
@@ -306,6 +414,23 @@ struct WarpTileMma {
                  : "memory");
   }
   static __device__ __forceinline__ int block_of_column(int n) { return n / 2 + n % 2 * 4; }
+  // To the maxima of heads g and g + 8 of a head tile, where one of them has risen by more than `slack`.
+  __device__ __forceinline__ void raise_reference(int m, const float (&maxima)[2]) {
+    const bool rises[2] = {maxima[0] > total[m][0].m + slack, maxima[1] > total[m][1].m + slack};
+    if (!__any_sync(0xffffffffu, rises[0] || rises[1])) return;
+    float scale[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float reference = rises[half] ? maxima[half] : total[m][half].m;
+      scale[half] = exp2_fast(total[m][half].m - reference);
+      total[m][half] = {reference, total[m][half].s * scale[half]};
+    }
+#pragma unroll
+    for (int j = 0; j < DV / 8; ++j) {
+      o[m][j][0] *= scale[0], o[m][j][1] *= scale[0];
+      o[m][j][2] *= scale[1], o[m][j][3] *= scale[1];
+    }
+  }
   // Loops without branches, so that the shuffles of both halves overlap.
   __device__ __forceinline__ void softmax_of_head_tile(int m, bool first, const BlockSumOutput& sums) {
     float scale_prev[2];

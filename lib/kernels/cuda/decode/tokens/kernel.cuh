@@ -209,10 +209,15 @@ void launch_tokens(const DecodeParams& p, Stream* stream) {
     using Tile = typename Together<WarpTile>::Tile;
     const dim3 grid(static_cast<unsigned>(p.tile.batches * p.shape.groups * token_fours(p.tile) * p.jobs[0].splits),
                     static_cast<unsigned>(p.head_tiles));
-    if constexpr (std::is_void_v<Tile>)
+    if constexpr (std::is_void_v<Tile>) {
       launch_pdl(token_kernel<WarpTile>, grid, token_threads, TokenSharedLayout<WarpTile>::bytes, stream, 1, p);
-    else
-      launch_pdl(warpgroup_token_kernel<Tile>, grid, decode_threads, WarpgroupLayout<Tile>::bytes, stream, 1, p);
+    } else {
+      const RowMap& map = p.jobs[0].k.map;
+      const bool plain =
+          p.block_sums.memory && !p.scores_only && map.chunk == INT64_MAX && p.shape.lse.segment % tile_rows == 0;
+      launch_pdl(plain ? warpgroup_token_kernel<Tile, true> : warpgroup_token_kernel<Tile, false>, grid, decode_threads,
+                 WarpgroupLayout<Tile>::bytes, stream, 1, p);
+    }
   });
 }
 
