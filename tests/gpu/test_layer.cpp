@@ -11,6 +11,7 @@
 #include "catch.hpp"
 #include "gpu/differences.hpp"
 #include "gpu/mirrored.hpp"
+#include "gpu/paged_caches.hpp"
 #include "gpu/whole_decode.hpp"
 
 using namespace nsa;
@@ -223,9 +224,7 @@ void check_same(const WholeLayer& stages, const WholeLayer& layer) {
   }
 }
 
-void check_layer(const LayerShape& s, int batch, std::int64_t context, bool projects, int skipped = 0) {
-  INFO((projects ? "projects " : "given ") << name_of(s, batch, context));
-  WholeLayer stages(s, batch, context, projects, skipped), layer(s, batch, context, projects, skipped);
+void check_steps(const WholeLayer& stages, const WholeLayer& layer) {
   for (int step = 0; step <= log_steps; ++step) {  // the last one has no row in the logs
     stages.run_stages();
     layer.run_layer();
@@ -235,6 +234,21 @@ void check_layer(const LayerShape& s, int batch, std::int64_t context, bool proj
     CHECK(same(stages.whole.selected, layer.whole.selected, stages.whole.selected_bytes(), stages.whole));
   }
   check_same(stages, layer);
+}
+
+void check_layer(const LayerShape& s, int batch, std::int64_t context, bool projects, int skipped = 0) {
+  INFO((projects ? "projects " : "given ") << name_of(s, batch, context));
+  const WholeLayer stages(s, batch, context, projects, skipped), layer(s, batch, context, projects, skipped);
+  check_steps(stages, layer);
+}
+
+// On pages of 64 tokens of which all sequences share the first `shared`.
+void check_paged_layer(const LayerShape& s, int batch, std::int64_t context, std::int64_t shared, bool projects) {
+  INFO((projects ? "projects " : "given ") << name_of(s, batch, context) << ", " << shared << " pages shared");
+  WholeLayer stages(s, batch, context, projects), layer(s, batch, context, projects);
+  const PagedCaches of_stages(stages.whole, 64, shared), of_layer(layer.whole, 64, shared);
+  stages.whole.sets[0] = of_stages.set, layer.whole.sets[0] = of_layer.set;
+  check_steps(stages, layer);
 }
 
 void check_layer(const LayerShape& s, int batch, std::int64_t context) {
@@ -279,6 +293,13 @@ TEST_CASE("a decode layer in one launch takes sequences behind others", "[step][
   for (const bool projects : {false, true}) {
     check_layer(shape_of(DType::bf16, 4, 16, 128, 128), 2, 4092, projects, 1);
     check_layer(shape_of(DType::bf16, 2, 32, 128, 128), 1, 4092, projects, 2);
+  }
+}
+
+TEST_CASE("a decode layer on pages of which sequences share the first equals its stages", "[step][layer][paged]") {
+  for (const bool projects : {false, true}) {
+    check_paged_layer(shape_of(DType::bf16, 4, 16, 128, 128), 9, 4092, 61, projects);
+    check_paged_layer(shape_of(DType::f16, 2, 7, 128, 128), 70, 2046, 17, projects);
   }
 }
 

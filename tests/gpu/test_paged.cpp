@@ -62,8 +62,9 @@ bool is_finite(const WholeDecode& whole, const Result& result) {
 }
 
 void check_same(const LayerShape& s, const std::vector<std::int64_t>& contexts, std::int32_t tokens,
-                std::int64_t shared, const std::vector<std::string>& routes) {
+                std::int64_t shared, const std::vector<std::string>& routes, bool poisons = false) {
   const WholeDecode whole(gpu(), s, contexts, 1);
+  if (poisons) poison(whole, contexts);
   const PagedCaches paged(whole, tokens, shared);
   for (const std::string& route : routes) {
     INFO("type " << static_cast<int>(s.dtype) << ", d " << s.d_k << ", h " << s.heads_per_group << ", n "
@@ -107,6 +108,17 @@ TEST_CASE("a ragged paged decode step has the bits of a contiguous one", "[step]
   for (const int blocks : {16, 40})
     for (const DType type : {DType::bf16, DType::f16})
       check_same(shape_of(type, 128, 16, blocks), {5000, 150, 30000, 2048, 131, 700}, 64, 1, {"", "fused"});
+}
+
+// Prefixes that end inside a page of compressed tokens; own parts of other lengths, with NaN after their ends; batches
+// that are no multiple of four, on one CTA of 8 or of 4 warps a work item, and on clusters.
+TEST_CASE("a paged decode step of sequences that share a prefix", "[step][paged][ragged]") {
+  for (const DType type : {DType::bf16, DType::f16}) {
+    check_same(shape_of(type, 128, 16), std::vector<std::int64_t>(7, 9000), 64, 137, {""}, true);
+    check_same(shape_of(type, 128, 5), std::vector<std::int64_t>(71, 3011), 192, 15, {""}, true);
+    check_same(shape_of(type, 128, 16, 4), {9000, 12000, 8769, 9333, 9001, 20000, 9064, 8999, 8900}, 64, 137, {""},
+               true);
+  }
 }
 
 TEST_CASE("a small decode step on paged caches", "[step][paged][small]") {

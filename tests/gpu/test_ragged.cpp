@@ -36,30 +36,6 @@ struct Result {
   }
 };
 
-/// Fills the rows of every sequence that no step may read with NaN.
-void poison(const WholeDecode& whole, const std::vector<std::int64_t>& contexts) {
-  const LayerShape& s = whole.s;
-  const auto fill = [](void* data, std::int64_t from, std::int64_t to) {
-    gpu().device->fill(static_cast<std::byte*>(data) + from, 0xFF, static_cast<std::size_t>(to - from), nullptr);
-  };
-  for (const WholeDecode::Set& set : whole.sets)
-    for (std::int64_t plane = 0; plane < std::ssize(contexts) * s.groups; ++plane)
-      for (const Branch c : {cmp, sel}) {
-        const std::int64_t context = contexts[static_cast<std::size_t>(plane / s.groups)],
-                           from = c == sel ? context : compressed_tokens(s.rules, context - 1);
-        const KvView& k = set.k[c];
-        const std::int64_t row_bytes = k.width * element_bytes(k, s.dtype), rows = k.plane_stride / k.width,
-                           scales = scales_of_plane(rows);
-        fill(k.data, (plane * rows + from) * row_bytes, (plane + 1) * rows * row_bytes);
-        if (!is_quantised(k)) continue;
-        fill(k.scales, plane * scales + from, (plane + 1) * scales);
-        // Scales of V there, NaN and the largest ones, change no o.
-        gpu().device->fill(set.v[c].scales + plane * scales + from, plane % 2 == 0 ? 0xFF : 0xFE,
-                           static_cast<std::size_t>(scales - from), nullptr);
-      }
-  gpu().device->synchronize(nullptr);
-}
-
 void check_alone(const LayerShape& s, const std::vector<std::int64_t>& contexts, const std::string& kernel,
                  int tokens = 1) {
   const WholeDecode whole(gpu(), s, contexts, 1, tokens);

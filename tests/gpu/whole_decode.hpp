@@ -211,4 +211,29 @@ inline void WholeDecode::run_stage(const Set& set, const std::string& name) cons
     if (name == branch_names[b]) backend.kernels->attend[b][0].run(step(set).attend_args(b), stream);
 }
 
+/// Fills the rows of every sequence that no step may read with NaN.
+inline void poison(const WholeDecode& whole, const std::vector<std::int64_t>& contexts) {
+  const LayerShape& s = whole.s;
+  const DeviceOps& device = *whole.backend.device;
+  const auto fill = [&](void* data, std::int64_t from, std::int64_t to) {
+    device.fill(static_cast<std::byte*>(data) + from, 0xFF, static_cast<std::size_t>(to - from), nullptr);
+  };
+  for (const WholeDecode::Set& set : whole.sets)
+    for (std::int64_t plane = 0; plane < std::ssize(contexts) * s.groups; ++plane)
+      for (const Branch c : {cmp, sel}) {
+        const std::int64_t context = contexts[static_cast<std::size_t>(plane / s.groups)],
+                           from = c == sel ? context : compressed_tokens(s.rules, context - 1);
+        const KvView& k = set.k[c];
+        const std::int64_t row_bytes = k.width * element_bytes(k, s.dtype), rows = k.plane_stride / k.width,
+                           scales = scales_of_plane(rows);
+        fill(k.data, (plane * rows + from) * row_bytes, (plane + 1) * rows * row_bytes);
+        if (!is_quantised(k)) continue;
+        fill(k.scales, plane * scales + from, (plane + 1) * scales);
+        // Scales of V there, NaN and the largest ones, change no o.
+        device.fill(set.v[c].scales + plane * scales + from, plane % 2 == 0 ? 0xFF : 0xFE,
+                    static_cast<std::size_t>(scales - from), nullptr);
+      }
+  device.synchronize(nullptr);
+}
+
 }  // namespace nsa::test

@@ -70,6 +70,12 @@ TEST_CASE("a page table that names no page, or a page twice, is refused") {
       "page table: entry 3 of sequence 1 names page 3 of entry 3 of sequence 0 (only the first 1 entries are shared); "
       "give it a page of its own");
   pages = good;
+  entry(pages, 1, 0) = 6;
+  entry(pages, 1, 3) = 0;
+  CHECK(message_of(pages) ==
+        "page table: entry 0 of sequence 1 names page 6 (all sequences share their first 1 entries); name page 0, as "
+        "sequence 0 does");
+  pages = good;
   entry(pages, 0, 2) = entry(pages, 0, 1);
   CHECK(
       message_of(pages) ==

@@ -95,6 +95,11 @@ void check_pages(const PageLayout& pages) {
   };
   for (std::int64_t at = 0; at < std::ssize(pages.table); ++at) {
     const std::int64_t page = pages.table[static_cast<std::size_t>(at)], entry = at % pages.per_sequence;
+    if (entry < pages.shared && page != pages.table[static_cast<std::size_t>(entry)])
+      throw UserError(
+          fmt::format("page table: {} names page {} (all sequences share their first {} entries); name page "
+                      "{}, as sequence 0 does",
+                      name(at), page, pages.shared, pages.table[static_cast<std::size_t>(entry)]));
     if (page == -1 && entry + 1 < pages.per_sequence && pages.table[static_cast<std::size_t>(at + 1)] != -1)
       throw UserError(fmt::format("page table: {} names no page (the next entry does); name one", name(at)));
     if (page == -1) continue;
