@@ -68,10 +68,11 @@ struct ShareCursor {
     const int cta = job.branch == win ? job.schedule.ctas - 1 - at : at;
     tile = cta * tiles, end = min(tile + tiles, total);
     share = {0, 0, 0, decode_warps, std::int64_t{blockIdx.y} * (job.schedule.ctas + rows * groups) + cta};
-    for (int r = threadIdx.x; tile < end && r < rows; r += decode_threads)
+    if (tile >= end) return;
+    for (int r = threadIdx.x; r < rows; r += decode_threads)
       if (before[r] * groups <= tile && tile < before[r + 1] * groups) first_row = r;
     __syncthreads();
-    if (tile < end) row = first_row;
+    row = first_row;
   }
   __device__ void next_dealt() {
     const std::int32_t* before = job.schedule.tiles_before;
