@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/decode/fp8/tile_pipeline.cuh"
-#include "kernels/cuda/decode/fused/kernel.cuh"
+#include "kernels/cuda/decode/fused/launch.cuh"
 
 namespace nsa::gpu {
 

@@ -15,7 +15,7 @@
 // buckets / kv + 128 + 24 * heads * CTAs + 4 * heads * Dv / kv). Bound: as the fused step, and three times the way to a
 // peer, some 1.2 us each.
 
-#include "kernels/cuda/decode/fused/kernel.cuh"
+#include "kernels/cuda/decode/fused/launch.cuh"
 #include "kernels/cuda/decode/sharded/exchange.cuh"
 
 namespace nsa::gpu {
