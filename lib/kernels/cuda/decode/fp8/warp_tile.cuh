@@ -136,14 +136,7 @@ struct WarpTileFp8 : WarpTileMma<T, DK, DV> {
   /// the same bits. store_sums() is called when the exponentials are relative to the maximum of the tile.
   template <class StoreSums>
   __device__ __forceinline__ void online_softmax(int tokens, StoreSums store_sums) {
-    const int quad = threadIdx.x % 4;
-    if (tokens < tile_rows) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          if (4 * quad + 16 * i + j >= tokens) c[0][j][i] = c[0][j][i + 2] = -INFINITY;
-    }
+    Base::mask_rows(tokens);
     auto& tile = Base::tile[0];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -197,8 +197,8 @@ struct WarpTileMma {
     const float2 x = halo_scores(row);
     if (lane % 4 == 0) to[lane / 4] = x.x, to[lane / 4 + 8] = x.y;
   }
-  /// Online softmax: scaled scores to P, 0 past the last token; stores block sums if wanted; rescales o.
-  __device__ __forceinline__ void online_softmax(int rows, const BlockSumOutput& sums = {}) {
+  /// Makes the scores from row `rows` of the tile on -infinity, so that their P is 0.
+  __device__ __forceinline__ void mask_rows(int rows) {
     const int quad = threadIdx.x % 4;
     if (rows < tile_rows) {
 #pragma unroll
@@ -209,6 +209,10 @@ struct WarpTileMma {
           for (int i = 0; i < 2; ++i)
             if (4 * quad + 16 * i + j >= rows) c[m][j][i] = c[m][j][i + 2] = -INFINITY;
     }
+  }
+  /// Online softmax: scaled scores to P, 0 past the last token; stores block sums if wanted; rescales o.
+  __device__ __forceinline__ void online_softmax(int rows, const BlockSumOutput& sums = {}) {
+    mask_rows(rows);
     // On the first tile o is zero; all heads have the same tiles.
     const bool first = total[0][0].m == neg_inf;
 #pragma unroll
@@ -221,16 +225,7 @@ struct WarpTileMma {
   /// Online softmax of unscaled scores where nobody reads (m, sum) of the tile: P, 0 past the last token; rescales o. A
   /// lane has the sum of its own tokens until sum_lanes().
   __device__ __forceinline__ void softmax_to_reference(int rows) {
-    const int quad = threadIdx.x % 4;
-    if (rows < tile_rows) {
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            if (4 * quad + 16 * i + j >= rows) c[m][j][i] = c[m][j][i + 2] = -INFINITY;
-    }
+    mask_rows(rows);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       float maxima[2];
